@@ -1,0 +1,365 @@
+"""The embedding and its verbs: init, prefetch, lookup, apply_gradients, read, flush, stats.
+
+One `EmbeddingState` holds a stack of tables that share dim, format and cache. A training step plans and swaps (prefetch),
+gathers unique rows (lookup), and after the user's gradient applies one optimizer update per unique row (apply_gradients):
+to the FP32 line where the row is cached, else stochastically rounded into the table. The system follows Yang et al.,
+"Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305). The verbs are pure; jit them with the state donated.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpembed_jax import cache as caching
+from mpembed_jax import ops, optim
+from mpembed_jax import table as tables_
+from mpembed_jax.cache import CachePlan, CacheState, Counts
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.table import NO_ID, QuantizedTable
+
+# The events a state counts since init: those of a step's Counts, then those of updates.
+COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "refused_updates")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters"],
+    meta_fields=["spec", "implementation"],
+)
+@dataclasses.dataclass(frozen=True)
+class EmbeddingState:
+    """A stack of tables in training: everything a checkpoint needs, nothing else."""
+
+    table: QuantizedTable
+    cache: CacheState | None
+    row_state: Any  # optimizer state; row leaves [V, ..] float32, or uint16 bit patterns of bfloat16
+    key: jax.Array  # u32 [2]
+    step: jax.Array  # i32 []  number of prefetches so far
+    pending: jax.Array  # bool []  a prefetch waits for its apply_gradients
+    counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
+    spec: EmbeddingSpec
+    implementation: str
+
+
+def init(
+    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, implementation: str | None = None
+) -> EmbeddingState:
+    """Makes a state: tables initialized block by block, an empty cache, zero counters.
+
+    Args:
+      key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
+      spec: the stack.
+      tx: optax transformation for the rows; the same one goes to apply_gradients.
+      implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device.
+
+    Returns:
+      The state, on the default device.
+
+    Raises:
+      TypeError: if key or tx is something else.
+      ValueError: if tx cannot work on gathered rows; the message names the state leaf.
+    """
+    chosen = ops.choose(implementation)
+
+    def build(key: jax.Array) -> EmbeddingState:
+        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim)
+        return assemble(key, spec, tx, chosen, table)
+
+    return jax.jit(build)(optim.key_words(key))
+
+
+def assemble(
+    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, implementation: str, table: QuantizedTable
+) -> EmbeddingState:
+    """Returns the state that starts from a table: an empty cache, initial row state, zero counters."""
+    cache = None
+    if spec.cache is not None:
+        cache = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
+    return EmbeddingState(
+        table=table,
+        cache=cache,
+        row_state=optim.init_rows(tx, spec.num_rows, spec.embedding_dim, spec.row_state_dtype),
+        key=key,
+        step=jnp.zeros((), jnp.int32),
+        pending=jnp.zeros((), bool),
+        counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
+        spec=spec,
+        implementation=implementation,
+    )
+
+
+# --- ids
+
+
+def _checked_ids(ids: Any) -> tuple[list[jax.Array], Any]:
+    """Returns the int32 leaves of a nest of ids and its structure."""
+    leaves, treedef = jax.tree.flatten(ids)
+    checked = []
+    for leaf in leaves:
+        if isinstance(leaf, int | np.ndarray | np.generic) and not isinstance(leaf, bool):
+            array = np.asarray(leaf)
+            if array.dtype.kind in "iu":
+                if array.size and (array.max() > NO_ID or array.min() < -(2**31)):
+                    raise ValueError(
+                        f"ids must fit int32, got {array.dtype} values up to {array.max()}; "
+                        f"map them with spec.global_ids, which checks ranges before jax truncates to 32 bits"
+                    )
+                checked.append(jnp.asarray(array.astype(np.int32)))
+                continue
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
+            what = f"{dtype} {list(leaf.shape)}" if dtype is not None else type(leaf).__name__
+            raise TypeError(f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before prefetch")
+        checked.append(leaf.astype(jnp.int32))
+    return checked, treedef
+
+
+def _in_range(ids: jax.Array, num_rows: int) -> jax.Array:
+    return (ids >= 0) & (ids < num_rows)
+
+
+# --- the training step
+
+
+def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
+    """Plans a batch and brings its rows into the cache: unique ids, hits, victims written back, newcomers filled.
+
+    Exactly one apply_gradients follows each prefetch in training. Donate the state: without it a step copies the table.
+
+    Args:
+      state: consumed where donated.
+      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding.
+
+    Returns:
+      The state, one step further, and the plan of this step.
+
+    Raises:
+      TypeError: if ids are not integers of 32 bits or fewer.
+      ValueError: if host ids do not fit int32.
+    """
+    spec, chunk = state.spec, ops.chunk_of(state.implementation)
+    leaves, treedef = _checked_ids(ids)
+    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+    is_request = _in_range(flat, spec.num_rows)
+    num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
+    num_positions = flat.shape[0]
+    width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
+    found = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
+
+    table, cache = state.table, state.cache
+    zero = jnp.int32(0)
+    if cache is None:
+        unique_ids, inverse = found.ids, found.inverse
+        line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
+        num_hits = num_cached = evictions = write_backs = hit_requests = zero
+    else:
+        cache, placed = caching.make_plan(
+            cache, found.ids, found.counts, found.num_ids, state.step, num_positions, chunk
+        )
+        num_hits, num_cached = placed.num_hits, placed.num_cached
+        # The plan's order is hits, newcomers, bypassed, padding; `order` says where each came from.
+        position = jnp.arange(width, dtype=jnp.int32)
+        is_live = position < found.num_ids
+        order = jnp.where(is_live, placed.order, width - 1)
+        unique_ids = found.ids[order]
+        line = jnp.where(is_live, placed.line[order], cache.geometry.lines)
+        victim_ids = jnp.where(is_live, placed.victim_ids[order], NO_ID)
+        hit_requests = jnp.sum(jnp.where(position < num_hits, found.counts[order], 0), dtype=jnp.int32)
+        moved = jnp.full(width, width - 1, jnp.int32).at[jnp.where(is_live, order, width)].set(position, mode="drop")
+        inverse = moved[found.inverse]
+        evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
+        table, rows, dirty, write_backs = ops.swap(
+            table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
+            num_hits, num_cached, state.key, state.step, chunk,
+        )  # fmt: skip
+        cache = dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))
+
+    counts = Counts(
+        requests=jnp.sum(is_request, dtype=jnp.int32),
+        unique=found.num_ids,
+        hits=num_hits,
+        hit_requests=hit_requests,
+        misses=found.num_ids - num_hits,
+        bypasses=found.num_ids - num_cached,
+        evictions=evictions,
+        write_backs=write_backs,
+        out_of_range=num_out_of_range,
+        dropped=found.num_dropped,
+    )
+    pieces = jnp.split(inverse, np.cumsum([leaf.size for leaf in leaves])[:-1]) if leaves else []
+    plan = CachePlan(
+        unique_ids=unique_ids,
+        inverse=treedef.unflatten([p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]),
+        line=line,
+        is_hit=jnp.arange(width, dtype=jnp.int32) < num_hits,
+        victim_ids=victim_ids,
+        counts=counts,
+        step=state.step,
+    )
+    state = dataclasses.replace(
+        state,
+        table=table,
+        cache=cache,
+        step=state.step + 1,
+        pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
+        counters=_count(state.counters, counts),
+    )
+    return state, plan
+
+
+def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Gathers the unique rows of a plan: the FP32 line where cached, else the table's row, zeros for padding.
+
+    Args:
+      state: the state that prefetch returned with the plan.
+      plan: see prefetch.
+      dtype: of the result; apply_gradients takes float32 rows.
+
+    Returns:
+      [U, D] in dtype.
+    """
+    counts = plan.counts
+    rows = None if state.cache is None else state.cache.rows
+    gathered = ops.lookup(
+        state.table, rows, plan.unique_ids, plan.line, counts.num_cached, counts.unique,
+        ops.chunk_of(state.implementation),
+    )  # fmt: skip
+    return gathered.astype(dtype)
+
+
+def apply_gradients(
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Applies exactly one optimizer update to each unique row of the plan and stores it.
+
+    Cached rows are written to their lines in float32, bypassed rows are stochastically rounded into the table. Donate the
+    state. A plan that is not the state's latest, or was applied before, changes nothing and is counted; where that is
+    known while tracing, it raises.
+
+    Args:
+      state: from prefetch; consumed where donated.
+      plan: from the same prefetch.
+      rows: float32 [U, D], from lookup.
+      row_grads: float32 [U, D], the gradient with respect to rows.
+      tx: the transformation given to init.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
+    """
+    spec = state.spec
+    expected = (plan.unique_ids.shape[0], spec.embedding_dim)
+    for name, array in (("rows", rows), ("row_grads", row_grads)):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} must be float32 {expected}, one row per unique id of the plan, got {array.dtype} {array.shape}; "
+                f"differentiate with respect to the rows that lookup returned"
+            )
+        if array.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 and cast after"
+            )
+    is_pending = state.pending & (plan.step == state.step - 1)
+    if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
+        raise ValueError(
+            "apply_gradients needs a prefetch of its own: this state has none waiting (init, or already applied); "
+            "call prefetch once before each apply_gradients"
+        )
+    num_ids = jnp.where(is_pending, plan.counts.unique, 0)
+    num_cached = jnp.where(is_pending, plan.counts.num_cached, 0)
+    position = jnp.arange(expected[0], dtype=jnp.int32)
+    is_updated = position < num_ids
+    num_nonfinite = jnp.int32(0)
+    if spec.skip_nonfinite:
+        is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)
+        num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
+        is_updated = is_updated & is_finite
+    row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
+    ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
+    prior = plan.step
+    new_rows, row_state = optim.update_rows(
+        tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, prior, is_pending
+    )
+    cache = state.cache
+    line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
+    table, cache_rows = ops.write(
+        state.table, None if cache is None else cache.rows, ids, line, new_rows, num_cached, num_ids,
+        state.key, prior, ops.chunk_of(state.implementation),
+    )  # fmt: skip
+    if cache is not None:
+        cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
+    extra = jnp.stack([num_nonfinite, (~is_pending).astype(jnp.int32)])
+    return dataclasses.replace(
+        state,
+        table=table,
+        cache=cache,
+        row_state=row_state,
+        pending=np.False_,
+        counters=_add(state.counters, jnp.concatenate([jnp.zeros(len(COUNTERS) - 2, jnp.int32), extra])),
+    )
+
+
+def _add(counters: jax.Array, amounts: jax.Array) -> jax.Array:
+    low = counters[:, 0] + amounts.astype(jnp.uint32)
+    carry = (low < counters[:, 0]).astype(jnp.uint32)
+    return jnp.stack([low, counters[:, 1] + carry], axis=1)
+
+
+def _count(counters: jax.Array, counts: Counts) -> jax.Array:
+    amounts = jnp.stack(jax.tree.leaves(counts))
+    return _add(counters, jnp.concatenate([amounts, jnp.zeros(len(COUNTERS) - amounts.shape[0], jnp.int32)]))
+
+
+# --- beside the training step
+
+
+def read(state: EmbeddingState, ids: Any) -> Any:
+    """Returns the rows of ids for evaluation: the FP32 line where resident, else the table's row; changes nothing.
+
+    Args:
+      state: not consumed.
+      ids: any nest of int32 arrays of global ids.
+
+    Returns:
+      The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
+    """
+    leaves, treedef = _checked_ids(ids)
+
+    def read_leaf(ids: jax.Array) -> jax.Array:
+        ids = jnp.where(_in_range(ids, state.table.num_rows), ids, NO_ID)
+        rows = tables_.read(state.table, ids)
+        if state.cache is None:
+            return rows
+        line = caching.locate(state.cache, ids)
+        cached = state.cache.rows.at[line].get(mode="clip")
+        return jnp.where((line < state.cache.geometry.lines)[..., None], cached, rows)
+
+    return treedef.unflatten([read_leaf(leaf) for leaf in leaves])
+
+
+def flush(state: EmbeddingState) -> EmbeddingState:
+    """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
+    cache = state.cache
+    if cache is None:
+        return state
+    table = ops.write_back(
+        state.table, cache.rows, cache.tags.reshape(-1), cache.dirty.reshape(-1), state.key, state.step
+    )
+    return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
+
+
+def freeze(state: EmbeddingState) -> QuantizedTable:
+    """Returns the flushed rows as a table that is readable without a cache (see table.read)."""
+    return flush(state).table

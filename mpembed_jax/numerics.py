@@ -1,0 +1,234 @@
+"""Scalar arithmetic of low precision: counter-based random bits, and rounding of float32 to narrow formats.
+
+Everything here is elementwise integer and float32 arithmetic, so the same functions trace inside `jax.jit` and inside a
+kernel body. Rounding knows nothing of rows or tables, and random bits are an argument. Random bits are a hash of
+(key, stream, step, global row id, column) built from Murmur3's 32-bit finalizer, so a draw never depends on batch order,
+cache line, shard or launch shape.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Streams keep the draws for different purposes independent; optimizer state leaf i uses ROW_STATE + i.
+INITIAL_VALUE, INITIAL_ROUNDING, WRITE_BACK, BYPASS, FLUSH, ROW_STATE = 0, 1, 2, 3, 4, 5
+
+_GOLDEN = 0x9E3779B9
+
+
+def fmix32(x: jax.Array) -> jax.Array:
+    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, a bijection."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x85EBCA6B)
+    x = x ^ (x >> 13)
+    x = x * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
+    """Folds (key, stream, step) into the two words that `bits_at` takes.
+
+    Args:
+      key: uint32 [2].
+      stream: one of the stream constants of this module.
+      step: integer scalar.
+
+    Returns:
+      uint32 [2].
+    """
+    mixed = fmix32(jnp.asarray(step).astype(jnp.uint32) ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF)))
+    return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
+
+
+def bits_at(seed: jax.Array, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
+    """Returns 32 random bits for each (row id, column) pair; `row_ids` and `columns` broadcast against each other.
+
+    Each row walks its own Weyl sequence (an odd, row-dependent increment) and every point of it is mixed again, so
+    the sequences of two rows do not overlap shifted.
+    """
+    ids = row_ids.astype(jnp.uint32)
+    start = fmix32(ids ^ seed[0])
+    increment = fmix32(ids + seed[1]) | jnp.uint32(1)
+    return fmix32(start + columns.astype(jnp.uint32) * increment)
+
+
+def row_bits(key: jax.Array, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+    """Returns the random bits of whole rows.
+
+    Args:
+      key: uint32 [2].
+      stream: one of the stream constants of this module.
+      step: integer scalar.
+      row_ids: integer [..], global row ids.
+      num_columns: embedding dim.
+
+    Returns:
+      uint32 [.., num_columns].
+    """
+    columns = jnp.arange(num_columns, dtype=jnp.uint32)
+    return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Maps uint32 bits to float32 multiples of 2^-24 in [0, 1)."""
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
+    """Rounds float32 to an integral float32: floor(x + u) with u from `bits`, or to nearest (ties up) without bits.
+
+    The fraction is split off first: x + u in float32 would round, and would now and then move a value that is an
+    integer already.
+    """
+    whole = jnp.floor(x)
+    fraction = x - whole
+    threshold = jnp.float32(0.5) if bits is None else jnp.float32(1) - uniform(bits)
+    return whole + (fraction >= threshold).astype(jnp.float32)
+
+
+class FloatFormat(NamedTuple):
+    """A narrow IEEE-like format: a sign, exponents biased by `bias`, `mantissa` stored bits, subnormals."""
+
+    mantissa: int
+    bias: int
+    max_code: int  # magnitude of the largest finite value
+    nan_code: int
+    sign_bit: int
+
+    @property
+    def max_value(self) -> float:
+        """The largest finite value."""
+        exponent, fraction = divmod(self.max_code, 1 << self.mantissa)
+        return (1 + fraction / (1 << self.mantissa)) * 2.0 ** (exponent - self.bias)
+
+
+FLOAT_FORMATS = {
+    "bfloat16": FloatFormat(7, 127, 0x7F7F, 0x7FC0, 15),
+    "float16": FloatFormat(10, 15, 0x7BFF, 0x7E00, 15),
+    "float8_e4m3fn": FloatFormat(3, 7, 0x7E, 0x7F, 7),
+    "float8_e5m2": FloatFormat(2, 15, 0x7B, 0x7F, 7),
+}
+
+_INF = 0x7F800000
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.Array:
+    """Rounds float32 to the codes of a narrow float format.
+
+    Stochastic rounding picks one of the two neighbours in that format, subnormals included, with probability
+    proportional to nearness; without bits, to nearest, ties to even. Saturates at the largest finite value; NaN stays.
+
+    Args:
+      x: float32 [..].
+      fmt: the target.
+      bits: uint32 [..] or None.
+
+    Returns:
+      uint32 [..], the format's bit patterns.
+    """
+    raw = _as_bits(x)
+    magnitude = raw & jnp.uint32(0x7FFFFFFF)
+    drop = 23 - fmt.mantissa
+    if bits is None:
+        noise = jnp.uint32((1 << (drop - 1)) - 1) + ((magnitude >> drop) & jnp.uint32(1))
+    else:
+        noise = bits >> (32 - drop)
+    code = ((magnitude + noise) >> drop) - jnp.uint32((127 - fmt.bias) << fmt.mantissa)
+    if fmt.bias < 127:  # bfloat16 shares float32's exponents, its subnormals round like its normals
+        units = _as_float(magnitude) * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa))
+        if bits is None:
+            whole = jnp.floor(units)
+            odd = whole - 2 * jnp.floor(whole * jnp.float32(0.5))
+            fraction = units - whole
+            subnormal = whole + ((fraction > 0.5) | ((fraction == 0.5) & (odd == 1))).astype(jnp.float32)
+        else:
+            subnormal = round_to_integer(units, bits)
+        is_subnormal = magnitude < jnp.uint32((128 - fmt.bias) << 23)
+        subnormal = jnp.where(is_subnormal, subnormal, jnp.float32(0))
+        code = jnp.where(is_subnormal, subnormal.astype(jnp.int32).astype(jnp.uint32), code)
+    code = jnp.minimum(code, jnp.uint32(fmt.max_code))
+    code = jnp.where(magnitude > jnp.uint32(_INF), jnp.uint32(fmt.nan_code), code)
+    return code | ((raw >> 31) << fmt.sign_bit)
+
+
+def decode_float(code: jax.Array, fmt: FloatFormat) -> jax.Array:
+    """Returns the float32 values of a narrow float format's bit patterns (uint32 [..]); exact."""
+    sign = (code >> fmt.sign_bit) << 31
+    magnitude = code & jnp.uint32((1 << fmt.sign_bit) - 1)
+    if fmt.bias == 127:
+        return _as_float(code << 16)
+    normal = _as_float((magnitude << (23 - fmt.mantissa)) + jnp.uint32((127 - fmt.bias) << 23))
+    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0 ** (1 - fmt.bias - fmt.mantissa))
+    value = jnp.where(magnitude < jnp.uint32(1 << fmt.mantissa), subnormal, normal)
+    value = jnp.where(magnitude > jnp.uint32(fmt.max_code), jnp.float32(jnp.nan), value)
+    return _as_float(_as_bits(value) | sign)
+
+
+def round_up(x: jax.Array, dtype: str) -> jax.Array:
+    """Rounds non-negative float32 up to a stored scale: bfloat16, float16, or 16 significant bits of float32.
+
+    Returns float32; values below the smallest normal float32 become 0, infinities and NaN become NaN.
+    """
+    raw = _as_bits(x)
+    match dtype:
+        case "float32":  # 16 significant bits: code * scale is exact, whether or not it contracts with an addition
+            rounded = _as_float((raw + jnp.uint32(0xFF)) & jnp.uint32(0xFFFFFF00))
+        case "bfloat16":
+            rounded = _as_float(
+                jnp.minimum((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000))
+            )
+        case "float16":
+            normal = _as_float((raw + jnp.uint32(0x1FFF)) & jnp.uint32(0xFFFFE000))
+            subnormal = jnp.ceil(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
+            rounded = jnp.minimum(jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
+    rounded = jnp.where(raw < jnp.uint32(0x00800000), jnp.float32(0), rounded)
+    return jnp.where(raw >= jnp.uint32(_INF), jnp.float32(jnp.nan), rounded)
+
+
+def round_down(x: jax.Array, dtype: str) -> jax.Array:
+    """Rounds float32 of any sign down (towards minus infinity) to a stored bias of `dtype`; returns float32."""
+    raw = _as_bits(x)
+    is_negative = (raw >> 31) == 1
+    match dtype:
+        case "float32":
+            return x
+        case "bfloat16":
+            away = jnp.where(is_negative, jnp.uint32(0xFFFF), jnp.uint32(0))
+            rounded = _as_float((raw + away) & jnp.uint32(0xFFFF0000))
+            lowest = jnp.float32(-3.3895313892515355e38)
+        case "float16":
+            away = jnp.where(is_negative, jnp.uint32(0x1FFF), jnp.uint32(0))
+            normal = _as_float((raw + away) & jnp.uint32(0xFFFFE000))
+            subnormal = jnp.floor(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
+            rounded = jnp.minimum(
+                jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0)
+            )
+            lowest = jnp.float32(-65504.0)
+    return jnp.where(jnp.isnan(x), x, jnp.maximum(rounded, lowest))
+
+
+def stochastic_round(x: jax.Array, dtype: str, bits: jax.Array | None) -> jax.Array:
+    """Rounds float32 to the values of `dtype`, unbiased (E[result] = x inside the range), to nearest without bits.
+
+    Args:
+      x: float32 [..].
+      dtype: a key of FLOAT_FORMATS, or "float32" (the identity).
+      bits: uint32 [..] or None.
+
+    Returns:
+      float32 [..] holding values that `dtype` represents exactly.
+    """
+    if dtype == "float32":
+        return x
+    fmt = FLOAT_FORMATS[dtype]
+    return decode_float(encode_float(x, fmt, bits), fmt)

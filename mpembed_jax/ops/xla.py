@@ -1,0 +1,220 @@
+"""The reference implementation of every op, in plain jax.numpy; with a chunk length it is also the fast path on a CPU.
+
+Reads and writes of the same array are ordered by data: a write's values depend on the read they must follow. Without that
+XLA copies the whole table to keep the old one alive.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax import chunks, numerics
+from mpembed_jax.table import NO_ID, QuantizedTable, decode, encode_rows
+
+
+class Unique(NamedTuple):
+    """The distinct ids of a batch; positions without one (padding, over budget) hold U - 1 in `inverse`."""
+
+    ids: jax.Array  # i32 [U]  distinct, NO_ID after the first num_ids
+    inverse: jax.Array  # i32 [N]
+    counts: jax.Array  # i32 [U]  occurrences, 0 for padding
+    num_ids: jax.Array  # i32 []
+    num_dropped: jax.Array  # i32 []  distinct ids over the budget
+
+
+def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
+    """Deduplicates by a hashed claim table: positions claim a bucket, verify, and the losers try another hash.
+
+    Over the budget of size - 1, the ids smallest by fmix32(id xor step) stay.
+
+    Args:
+      ids: int32 [N], NO_ID for padding.
+      size: U; the last entry of the result is always NO_ID.
+      step: int32 scalar.
+
+    Returns:
+      The distinct ids, in order of first occurrence.
+    """
+    (num_positions,) = ids.shape
+    if num_positions == 0:
+        zero = jnp.int32(0)
+        return Unique(jnp.full(size, NO_ID, jnp.int32), ids, jnp.zeros(size, jnp.int32), zero, zero)
+    position = jnp.arange(num_positions, dtype=jnp.int32)
+    num_buckets = 1 << max(4, (4 * num_positions - 1).bit_length())
+
+    def claim(carry: tuple) -> tuple:
+        attempt, first, is_open = carry
+        salt = attempt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+        bucket = (numerics.fmix32(ids.astype(jnp.uint32) + salt) & jnp.uint32(num_buckets - 1)).astype(jnp.int32)
+        owner = jnp.full(num_buckets, num_positions, jnp.int32)
+        owner = owner.at[jnp.where(is_open, bucket, num_buckets)].min(position, mode="drop")
+        candidate = owner[bucket]
+        is_same = is_open & (ids.at[candidate].get(mode="clip") == ids)
+        return attempt + 1, jnp.where(is_same, candidate, first), is_open & ~is_same
+
+    is_real = ids != NO_ID
+    _, first, _ = lax.while_loop(lambda carry: jnp.any(carry[2]), claim, (jnp.int32(0), position, is_real))
+    is_first = is_real & (first == position)
+    rank = jnp.cumsum(is_first.astype(jnp.int32))
+    num_found, num_ids = rank[-1], jnp.minimum(rank[-1], size - 1)
+    rank = rank - 1
+    if size - 1 < num_positions:
+
+        def keep_smallest(_: None) -> tuple[jax.Array, jax.Array]:
+            mixed = numerics.fmix32(ids.astype(jnp.uint32) ^ step.astype(jnp.uint32))
+            limit = jnp.sort(jnp.where(is_first, mixed, jnp.uint32(0xFFFFFFFF)))[size - 2]
+            kept = is_first & (mixed <= limit)
+            return kept, jnp.cumsum(kept.astype(jnp.int32)) - 1
+
+        is_over = num_found > size - 1
+        is_first, rank = lax.cond(is_over, keep_smallest, lambda _: (is_first, rank), None)
+    unique_ids = jnp.full(size, NO_ID, jnp.int32).at[jnp.where(is_first, rank, size)].set(ids, mode="drop")
+    inverse = jnp.where(is_real & is_first[first], rank[first], size - 1)
+    counts = jnp.zeros(size, jnp.int32).at[inverse].add(1).at[size - 1].set(0)
+    return Unique(unique_ids, inverse, counts, num_ids, num_found - num_ids)
+
+
+def swap(
+    table: QuantizedTable,
+    cache_rows: jax.Array,
+    dirty: jax.Array,
+    ids: jax.Array,
+    line: jax.Array,
+    victim_ids: jax.Array,
+    begin: jax.Array,
+    end: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    chunk: int | None,
+) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
+    """Evicts and fills: entries [begin, end) of the plan take their lines.
+
+    Args:
+      table: the stack.
+      cache_rows: float32 [C, D].
+      dirty: bool [C], of the victims.
+      ids: int32 [U], newcomers at [begin, end).
+      line: int32 [U].
+      victim_ids: int32 [U], NO_ID where the line was empty.
+      begin: int32 scalar.
+      end: int32 scalar.
+      key: uint32 [2].
+      step: int32 scalar.
+      chunk: see chunks.each.
+
+    Returns:
+      Table, cache rows, dirty bits and the number of dirty victims.
+    """
+
+    def body(window: chunks.Window, carry: tuple) -> tuple:
+        rows, cache_rows, dirty, num_written = carry
+        here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
+        victims = window.take(victim_ids)
+        must_write = window.is_live & dirty.at[here].get(mode="clip") & (victims != NO_ID)
+        old = cache_rows.at[here].get(mode="clip")
+        packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step)
+        # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
+        rows = rows.at[jnp.where(must_write, victims, rows.shape[0])].set(packed, mode="drop")
+        new = decode(
+            lax.optimization_barrier(rows.at[window.take(ids)].get(mode="clip")), table.format, table.embedding_dim
+        )
+        cache_rows = cache_rows.at[here].set(new, mode="drop")
+        dirty = dirty.at[here].set(False, mode="drop")
+        return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
+
+    carry = (table.rows, cache_rows, dirty, jnp.int32(0))
+    rows, cache_rows, dirty, num_written = chunks.each(begin, end, ids.shape[0], chunk, body, carry)
+    return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty, num_written
+
+
+def lookup(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    chunk: int | None,
+) -> jax.Array:
+    """Gathers the unique rows: entries [0, num_cached) from their lines, [num_cached, num_ids) from the table, rest zeros.
+
+    Returns:
+      float32 [U, D].
+    """
+    width = ids.shape[0]
+    out = jnp.zeros((width, table.embedding_dim), jnp.float32)
+    if cache_rows is not None:
+
+        def from_lines(window: chunks.Window, out: jax.Array) -> jax.Array:
+            return window.put(out, cache_rows.at[window.take(line)].get(mode="clip"))
+
+        out = chunks.each(0, num_cached, width, chunk, from_lines, out)
+
+    def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
+        packed = lax.optimization_barrier(table.rows.at[window.take(ids)].get(mode="clip"))
+        return window.put(out, decode(packed, table.format, table.embedding_dim))
+
+    return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
+
+
+def write(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    new_rows: jax.Array,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    chunk: int | None,
+) -> tuple[QuantizedTable, jax.Array | None]:
+    """Stores updated rows: to their lines in float32, or stochastically rounded into the table.
+
+    Args:
+      table: the stack.
+      cache_rows: float32 [C, D] or None.
+      ids: int32 [U]; NO_ID entries are not written.
+      line: int32 [U]; C entries are not written to a line.
+      new_rows: float32 [U, D].
+      num_cached: entries [0, num_cached) go to lines.
+      num_ids: entries [num_cached, num_ids) go to the table.
+      key: uint32 [2].
+      step: int32 scalar.
+      chunk: see chunks.each.
+
+    Returns:
+      Table and cache rows.
+    """
+    width = ids.shape[0]
+    if cache_rows is not None:
+
+        def to_lines(window: chunks.Window, cache_rows: jax.Array) -> jax.Array:
+            here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
+            return cache_rows.at[here].set(window.take(new_rows), mode="drop")
+
+        cache_rows = chunks.each(0, num_cached, width, chunk, to_lines, cache_rows)
+
+    def to_table(window: chunks.Window, rows: jax.Array) -> jax.Array:
+        here = window.take(ids)
+        packed = encode_rows(window.take(new_rows), here, table, key, numerics.BYPASS, step)
+        return rows.at[jnp.where(window.is_live, here, NO_ID)].set(packed, mode="drop")
+
+    rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
+    return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows
+
+
+def write_back(
+    table: QuantizedTable, cache_rows: jax.Array, tags: jax.Array, dirty: jax.Array, key: jax.Array, step: jax.Array
+) -> QuantizedTable:
+    """Quantizes every dirty line (tags int32 [C], dirty bool [C]) into the table, in blocks of lines."""
+
+    def body(window: chunks.Window, rows: jax.Array) -> jax.Array:
+        ids = jnp.where(window.is_live & window.take(dirty), window.take(tags), NO_ID)
+        packed = encode_rows(window.take(cache_rows), ids, table, key, numerics.FLUSH, step)
+        return rows.at[ids].set(packed, mode="drop")
+
+    rows = chunks.each(0, tags.shape[0], tags.shape[0], 8192, body, table.rows)
+    return QuantizedTable(rows, table.format, table.embedding_dim)

@@ -1,0 +1,168 @@
+"""What a stack of tables is: its tables, dim, row format and cache, and how a user's ids become global row ids."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.cache import CacheSpec
+from mpembed_jax.table import NO_ID, RowFormat, TableSpec, as_format, offsets
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+    """A stack of tables sharing embedding dim, row format and cache; frozen and hashable.
+
+    Attributes:
+      tables: TableSpecs with distinct names; their rows follow one another in the stack.
+      embedding_dim: D, at least 1.
+      storage: RowFormat or its name, how rows outside the cache are stored and trained.
+      cache: CacheSpec, or None to train every row in the table.
+      max_unique_ids: budget of distinct ids per batch; None: as many as positions. A smaller budget makes smaller arrays;
+        ids over it read as zeros, change nothing and are counted as dropped.
+      out_of_range: what `global_ids` does with ids outside their own table: "drop" (read as zeros, counted), "clip" (into
+        their own table) or "raise" (an error on concrete ids; on traced ids drop, count, and an error from `stats`).
+      features: {feature: table name}, several features may share a table; None: each table is its own feature.
+      row_state_dtype: "float32", or "bfloat16" (stochastically rounded) for the optimizer state kept per row.
+      skip_nonfinite: skip, and count, rows whose gradient is not finite.
+
+    Raises:
+      TypeError: if a field has another type.
+      ValueError: if a value is out of range or names clash; the message says which.
+    """
+
+    tables: tuple[TableSpec, ...]
+    embedding_dim: int
+    storage: RowFormat | str = "int8"
+    cache: CacheSpec | None = CacheSpec()
+    max_unique_ids: int | None = None
+    out_of_range: str = "drop"
+    _: dataclasses.KW_ONLY
+    features: Mapping[str, str] | tuple[tuple[str, str], ...] | None = None
+    row_state_dtype: str = "float32"
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        tables = (self.tables,) if isinstance(self.tables, TableSpec) else tuple(self.tables)
+        if not tables or not all(isinstance(t, TableSpec) for t in tables):
+            raise TypeError(f"tables must be a non-empty sequence of TableSpec, got {self.tables!r}")
+        names = [t.name for t in tables]
+        if len(set(names)) != len(names):
+            raise ValueError(f"table names must be distinct, got {names}")
+        dim = self.embedding_dim
+        if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
+            raise ValueError(f"embedding_dim must be an integer of at least 1, got {dim!r}")
+        total = int(offsets(tables)[-1])
+        if total >= NO_ID:
+            raise ValueError(f"a stack holds at most 2**31 - 2 rows, these tables have {total}; make two stacks")
+        if self.cache is not None and not isinstance(self.cache, CacheSpec):
+            raise TypeError(f"cache must be a CacheSpec or None, got {self.cache!r}")
+        if self.max_unique_ids is not None and self.max_unique_ids < 1:
+            raise ValueError(f"max_unique_ids must be at least 1 or None, got {self.max_unique_ids}")
+        if self.out_of_range not in ("drop", "clip", "raise"):
+            raise ValueError(f'out_of_range must be "drop", "clip" or "raise", got {self.out_of_range!r}')
+        if self.row_state_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'row_state_dtype must be "float32" or "bfloat16", got {self.row_state_dtype!r}')
+        features = self.features
+        if features is not None:
+            features = tuple(features.items() if isinstance(features, Mapping) else features)
+            unknown = [f"{f!r} -> {t!r}" for f, t in features if t not in names]
+            if unknown or not features:
+                raise ValueError(
+                    f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}"
+                )
+        object.__setattr__(self, "tables", tables)
+        object.__setattr__(self, "embedding_dim", int(dim))
+        object.__setattr__(self, "storage", as_format(self.storage).resolve(int(dim)))
+        object.__setattr__(self, "features", features)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows V of the stack."""
+        return int(offsets(self.tables)[-1])
+
+    @property
+    def feature_tables(self) -> tuple[tuple[str, str], ...]:
+        """(feature, table name) pairs, in the order of the last axis of array ids."""
+        return self.features or tuple((t.name, t.name) for t in self.tables)  # type: ignore[return-value]
+
+    def table_range(self, name: str) -> tuple[int, int]:
+        """Returns the first global row of a table and its number of rows."""
+        starts = offsets(self.tables)
+        index = [t.name for t in self.tables].index(name)
+        return int(starts[index]), int(self.tables[index].vocabulary_size)
+
+    def global_ids(self, ids: Any) -> Any:
+        """Maps ids local to their tables to global row ids, with each id checked against its own table.
+
+        Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and returned as numpy int32: jax
+        would truncate 2**32 + 5 to 5 silently. Traced and device ids work too. NO_ID is padding and stays.
+
+        Args:
+          ids: {feature: ids [..]}, or ids [.., T] with one column per feature in the order of `feature_tables`.
+
+        Returns:
+          int32, same nesting and shapes.
+
+        Raises:
+          KeyError: on an unknown feature.
+          TypeError: if ids are not integers.
+          ValueError: if the last axis is not T; or with out_of_range="raise" on concrete ids outside their table.
+        """
+        pairs = self.feature_tables
+        if isinstance(ids, Mapping):
+            known = dict(pairs)
+            unknown = [f for f in ids if f not in known]
+            if unknown:
+                raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
+            mapped = {f: self._map(v, [f], *self.table_range(known[f])) for f, v in ids.items()}
+            return type(ids)(mapped) if type(ids) is not dict else mapped  # type: ignore[call-arg]
+        array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+        if array.ndim < 1 or array.shape[-1] != len(pairs):
+            raise ValueError(
+                f"array ids must be [.., {len(pairs)}], one column per feature {[f for f, _ in pairs]}, got {array.shape}; "
+                f"for bags pass a dict of features"
+            )
+        ranges = np.asarray([self.table_range(t) for _, t in pairs], np.int64)
+        return self._map(array, [f for f, _ in pairs], ranges[:, 0], ranges[:, 1])
+
+    def _map(self, ids: Any, names: list[str], start: Any, size: Any) -> Any:
+        if isinstance(ids, jax.Array):
+            if not jnp.issubdtype(ids.dtype, jnp.integer):
+                raise TypeError(f"ids must be integers, got {ids.dtype} {list(ids.shape)}; cast them first")
+            if not isinstance(ids, jax.core.Tracer) and self.out_of_range == "raise":
+                return jnp.asarray(self._map(np.asarray(ids), names, start, size))
+            if ids.dtype == jnp.uint32:
+                ids = jnp.minimum(ids, jnp.uint32(NO_ID))
+            ids = ids.astype(jnp.int32)
+            size32, start32 = jnp.asarray(size, jnp.int32), jnp.asarray(start, jnp.int32)
+            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < size32)
+            if self.out_of_range == "clip":
+                ids, is_inside = jnp.clip(ids, 0, size32 - 1), jnp.ones_like(is_inside)
+            moved = jnp.where(is_inside, ids, 0) + start32
+            return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(jnp.int32)
+        host = np.asarray(ids)
+        if host.dtype.kind not in "iu" and host.size:
+            raise TypeError(f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first")
+        host = (
+            np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64)
+            if host.dtype == np.uint64
+            else host.astype(np.int64)
+        )
+        is_padding, is_inside = host == NO_ID, (host >= 0) & (host < size)
+        bad = ~is_padding & ~is_inside
+        if self.out_of_range == "raise" and bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            column = names[where[-1]] if len(names) > 1 else names[0]
+            limit = int(np.broadcast_to(size, host.shape)[where])
+            raise ValueError(
+                f"feature {column!r}: id {int(host[where])} at {list(where)} is outside its table of {limit} rows "
+                f'({int(bad.sum())} such ids); out_of_range="drop" or "clip" accepts them'
+            )
+        local = np.clip(host, 0, size - 1) if self.out_of_range == "clip" else host
+        outside = bad & (self.out_of_range != "clip")
+        moved = np.where(outside, self.num_rows, local + start)
+        return np.where(is_padding, NO_ID, moved).astype(np.int32)

@@ -1,0 +1,266 @@
+"""Slow, obvious models of what the package must do, in NumPy and plain Python, written from NUMERICS.md alone.
+
+`DictCache` is a brute-force set-associative LRU / LFU cache, one Python object per line; `ExactLfuCache` replaces its
+sketch by true counts; `DictEmbedding` adds rows to it, so a whole training step with nearest rounding has one right
+answer; `dense_sgd` and `dense_adagrad` train every row. Nothing here imports the package or jax. Row formats are in
+row_oracle.py.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NO_ID = 2**31 - 1
+SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+F32 = np.float32
+
+
+def fmix32(x):
+    """Murmur3's finalizer."""
+    x &= 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many lines a cache gets and which set an id belongs to."""
+
+    num_sets: int
+    ways: int
+    groups: int
+
+    @property
+    def lines(self):
+        return self.num_sets * self.ways
+
+    def set_of(self, row_id):
+        group, rest = row_id % self.groups, row_id // self.groups
+        return group + self.groups * (fmix32(rest) % (self.num_sets // self.groups))
+
+    def columns(self, row_id):
+        """The four counters (sketch row, group, column) of an id."""
+        group, rest = row_id % self.groups, row_id // self.groups
+        width = self.lines // self.groups
+        return [(d, group, fmix32(rest ^ seed) % width) for d, seed in enumerate(SKETCH_SEEDS)]
+
+
+def geometry(num_ids, *, fraction=0.05, num_rows=None, ways=32):
+    lines = max(1, num_rows if num_rows is not None else math.floor(fraction * num_ids))
+    ways = min(ways, lines)
+    sets = lines // ways
+    groups = max([g for g in (2, 4, 8, 16, 32, 64) if sets / g >= 8], default=1)
+    return Geometry(max(1, sets - sets % groups), ways, groups)
+
+
+@dataclass
+class Line:
+    row_id: int
+    priority: int
+    dirty: bool = False
+    row: object = None
+
+
+COUNTS = ("requests", "unique", "hits", "hit_requests", "misses", "bypasses", "evictions", "write_backs")
+COUNTS += ("out_of_range", "dropped")
+
+
+@dataclass
+class Plan:
+    """What one prefetch decided, by id; `counts` as in CachePlan.counts."""
+
+    line: dict  # id -> line number, or the number of lines for a bypass
+    hits: set
+    victims: dict  # newcomer id -> the Line it displaced
+    dropped: set
+    counts: dict
+    occurrences: Counter = field(default_factory=Counter)
+
+
+class DictCache:
+    """Residency of a set-associative cache, one step at a time (NUMERICS.md 3)."""
+
+    def __init__(self, num_ids, geo, policy, *, max_unique_ids=None, step=0):
+        self.num_ids, self.geo, self.policy, self.max_unique_ids, self.step = num_ids, geo, policy, max_unique_ids, step
+        self.sets = [[None] * geo.ways for _ in range(geo.num_sets)]
+        self.sketch = {}  # (sketch row, group, column) -> count
+        self.halvings = 0
+
+    def prefetch(self, ids):
+        t, geo = self.step, self.geo
+        ids = [int(i) for i in np.asarray(ids).reshape(-1)]
+        occurrences = Counter(i for i in ids if 0 <= i < self.num_ids)
+        kept = sorted(occurrences, key=lambda i: fmix32(i ^ t))
+        kept = sorted(kept[: self.max_unique_ids]) if self.max_unique_ids is not None else sorted(kept)
+        dropped = set(occurrences) - set(kept)
+
+        estimate = {}
+        if self.policy == "lfu":
+            period = max(1, 10 * geo.lines // len(ids)) if ids else 0
+            if period and t > 0 and t % period == 0:
+                self.halve()
+            estimate = self.count({i: occurrences[i] for i in kept})
+        use = (lambda i: estimate[i]) if self.policy == "lfu" else (lambda i: t)
+
+        plan = Plan({}, set(), {}, dropped, {}, Counter({i: occurrences[i] for i in kept}))
+        misses = {}
+        for i in kept:
+            ways = self.sets[geo.set_of(i)]
+            for way, line in enumerate(ways):
+                if line is not None and line.row_id == i:
+                    plan.hits.add(i)
+                    plan.line[i] = geo.set_of(i) * geo.ways + way
+            if i not in plan.hits:
+                misses.setdefault(geo.set_of(i), []).append(i)
+
+        for s, wanted in misses.items():
+            wanted.sort(key=lambda i: (-estimate[i], i) if self.policy == "lfu" else i)
+            free = [w for w, line in enumerate(self.sets[s]) if line is None or line.row_id not in plan.hits]
+            free.sort(key=lambda w: self.cost(self.sets[s][w], w, t))
+            for rank, i in enumerate(wanted):
+                plan.line[i] = geo.lines
+                if rank >= len(free):
+                    continue
+                way = free[rank]
+                resident = self.sets[s][way]
+                if resident is not None:
+                    if not resident.priority < use(i):
+                        continue
+                    plan.victims[i] = resident
+                self.sets[s][way] = Line(i, use(i))
+                plan.line[i] = s * geo.ways + way
+        for i in plan.hits:
+            self.line_of(i).priority = use(i)
+
+        self.step += 1
+        plan.counts = {
+            "requests": sum(occurrences.values()),
+            "unique": len(kept),
+            "hits": len(plan.hits),
+            "hit_requests": sum(occurrences[i] for i in plan.hits),
+            "misses": len(kept) - len(plan.hits),
+            "bypasses": sum(line == geo.lines for line in plan.line.values()),
+            "evictions": len(plan.victims),
+            "write_backs": sum(line.dirty for line in plan.victims.values()),
+            "out_of_range": sum(i != NO_ID and not 0 <= i < self.num_ids for i in ids),
+            "dropped": len(dropped),
+        }
+        return plan
+
+    def cost(self, line, way, t):
+        """The order in which ways are given away."""
+        if line is None:
+            return (0, 0, way)
+        return (1, -min(t - line.priority, 2**25 - 1) if self.policy == "lru" else line.priority, way)
+
+    def line_of(self, row_id):
+        return next((x for x in self.sets[self.geo.set_of(row_id)] if x is not None and x.row_id == row_id), None)
+
+    def mark_dirty(self, plan):
+        for i, line in plan.line.items():
+            if line < self.geo.lines:
+                self.line_of(i).dirty = True
+
+    def halve(self):
+        self.halvings += 1
+        self.sketch = {k: v >> 1 for k, v in self.sketch.items()}
+        for line in (line for ways in self.sets for line in ways if line is not None):
+            line.priority >>= 1
+
+    def count(self, occurrences):
+        """Conservative update of the count-min sketch: all reads come before all writes."""
+        estimate = {
+            i: min(65535, min(self.sketch.get(k, 0) for k in self.geo.columns(i)) + c) for i, c in occurrences.items()
+        }
+        for i, e in estimate.items():
+            for k in self.geo.columns(i):
+                self.sketch[k] = max(self.sketch.get(k, 0), e)
+        return estimate
+
+    def arrays(self):
+        """tags, priority, dirty as [S, W]; priority and dirty of empty ways are zero."""
+        lines = [[line or Line(NO_ID, 0) for line in ways] for ways in self.sets]
+        return tuple(
+            np.array([[getattr(x, name) for x in ways] for ways in lines]) for name in ("row_id", "priority", "dirty")
+        )
+
+
+class ExactLfuCache(DictCache):
+    """LFU by true counts of every id ever seen, halved when the sketch would be."""
+
+    def count(self, occurrences):
+        for i, c in occurrences.items():
+            self.sketch[i] = min(65535, self.sketch.get(i, 0) + c)
+        return {i: self.sketch[i] for i in occurrences}
+
+
+class DictEmbedding(DictCache):
+    """The whole mixed-precision embedding trained by SGD; `store` is what one trip through the table does to a row."""
+
+    def __init__(self, table, geo, policy, store, **options):
+        super().__init__(len(table), geo, policy, **options)
+        self.table, self.store, self.written = {i: row.copy() for i, row in enumerate(table)}, store, []
+
+    def train(self, ids, row_grads, learning_rate):
+        """row_grads: {id: f32 [D]} or a function of {id: row}."""
+        plan = self.prefetch(ids)
+        for line in plan.victims.values():
+            if line.dirty:
+                self.write(line.row_id, line.row)
+        for i, line in plan.line.items():
+            if i not in plan.hits and line < self.geo.lines:
+                self.line_of(i).row = self.table[i]
+        rows = {i: self.read(i) for i in plan.line}
+        for i, grad in (row_grads(rows) if callable(row_grads) else row_grads).items():
+            new = rows[i] + F32(-learning_rate) * grad
+            if plan.line[i] < self.geo.lines:
+                self.line_of(i).row = new
+            else:
+                self.write(i, new)
+        self.mark_dirty(plan)
+        return plan, rows
+
+    def write(self, row_id, row):
+        self.written.append(row_id)
+        self.table[row_id] = self.store(row)
+
+    def read(self, row_id):
+        line = self.line_of(row_id)
+        return self.table[row_id] if line is None else line.row
+
+    def flush(self):
+        for line in (line for ways in self.sets for line in ways if line is not None and line.dirty):
+            self.write(line.row_id, line.row)
+            line.dirty = False
+
+
+def dense_sgd(table, batches, grads, learning_rate):
+    """grads: f32 [steps, N, D], one gradient per id position; summed over duplicates."""
+    table = table.copy()
+    for ids, g in zip(batches, grads, strict=True):
+        total = np.zeros_like(table)
+        for i, row in zip(ids, g, strict=True):
+            if 0 <= i < len(table):
+                total[i] += row
+        table -= F32(learning_rate) * total
+    return table
+
+
+def dense_adagrad(table, batches, grads, learning_rate, *, eps, initial, rowwise):
+    """Adagrad over the whole table: G += g^2 (or its row mean); w -= lr g / (sqrt(G) + eps), in float64."""
+    table = table.astype(np.float64)
+    accumulator = np.full((len(table), 1 if rowwise else table.shape[1]), initial, np.float64)
+    for ids, g in zip(batches, grads, strict=True):
+        total = np.zeros_like(table)
+        for i, row in zip(ids, g, strict=True):
+            if 0 <= i < len(table):
+                total[i] += row
+        squares = total**2
+        accumulator += squares.mean(1, keepdims=True) if rowwise else squares
+        table -= learning_rate * total / (np.sqrt(accumulator) + eps)
+    return table

@@ -1,0 +1,263 @@
+"""Row formats: layout and codes equal row_oracle, rows stay on their grid, rounding is unbiased; initial tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import row_oracle
+import shapes
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mpembed_jax as mpembed
+from mpembed_jax import numerics, table
+
+encode = jax.jit(mpembed.encode, static_argnames="format")
+decode = jax.jit(mpembed.decode, static_argnames=("format", "embedding_dim"))
+
+
+def row_format(codec):
+    scaled = codec.metadata_bytes > 0
+    return mpembed.RowFormat(
+        codec.name,
+        symmetric=codec.symmetric if codec.is_int else None,
+        scale_dtype=codec.scale if scaled else None,
+    )
+
+
+# Every codec at an odd dim, and what a bare name means at the other dims.
+CASES = [pytest.param(codec, row_format(codec), 7, id=f"{name}-7") for name, codec in shapes.CODECS.items()]
+CASES += [
+    pytest.param(shapes.default_codec(name, dim), name, dim, id=f"{name}-default-{dim}")
+    for name in shapes.FORMATS
+    for dim in shapes.DIMS
+    if dim != 7
+]
+
+
+def random_bits(seed, shape):
+    return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
+
+
+@pytest.mark.parametrize(("codec", "fmt", "dim"), CASES)
+def test_packed_words_equal_the_oracle(codec, fmt, dim):
+    """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
+    x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
+    for bits in (None, random_bits(dim, x.shape)):
+        packed = np.asarray(encode(x, fmt, bits))
+        assert packed.dtype == codec.word_dtype(dim)
+        assert packed.shape == (100, codec.row_words(dim))
+        decoded = np.asarray(decode(packed, fmt, dim))
+        for k, row in enumerate(x):
+            codes, scale, bias = codec.unpack(packed[k], dim)
+            if codec.metadata_bytes:
+                assert (scale, bias) == codec.grid(row)
+            row_bits = None if bits is None else bits[k]
+            np.testing.assert_array_equal(codes, codec.codes(row, row_bits, scale, bias), err_msg=f"row {k}: {row}")
+            np.testing.assert_array_equal(packed[k], codec.pack(codes, scale, bias))  # zero padding included
+            np.testing.assert_array_equal(decoded[k], codec.decode(packed[k], dim))
+
+
+def scaled_codecs():
+    return {name: codec for name, codec in shapes.CODECS.items() if codec.metadata_bytes}
+
+
+def errors_allowed(codec, row, scale, bias):
+    """Largest distance of a row from its stochastically rounded self: one gap, plus float32 arithmetic."""
+    slack = 2.0**-21 * float(np.max(np.abs(row)) + abs(bias))
+    if codec.is_int:
+        return float(scale) + slack
+    mantissa, least, _ = row_oracle.FLOATS[codec.name]
+    size = np.maximum(np.abs(row) / scale if scale else np.zeros_like(row), 2.0**least)
+    return 2.0 ** (np.floor(np.log2(size)) - mantissa) * float(scale) + slack
+
+
+@pytest.mark.parametrize("name", scaled_codecs())
+@given(
+    row=st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False) | st.sampled_from([0.0, 1.0, -1e-3]),
+        min_size=7,
+        max_size=7,
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_row_never_leaves_its_grid(name, row, seed):
+    """Clamping never bites beyond float32 rounding: every element, extremes too, decodes within one gap."""
+    codec = shapes.CODECS[name]
+    if codec.scale == "float16":
+        row = np.clip(row, -60000, 60000)  # a float16 bias and scale have no more range than float16
+    row = np.asarray(row, np.float32)
+    packed = np.asarray(encode(row[None], row_format(codec), random_bits(seed, (1, 7))))
+    decoded = np.asarray(decode(packed, row_format(codec), 7))[0]
+    _, scale, bias = codec.unpack(packed[0], 7)
+    assert np.isfinite(decoded).all()
+    span = np.max(np.abs(row)) if codec.symmetric else np.max(row) - bias
+    if scale == 0:  # a constant row that is its own bias, or one whose gap would be a subnormal float32
+        assert span <= 2.0**-126 * 2**codec.bits * row_oracle.FLOATS.get(codec.name, (0, 0, 1))[2]
+        assert (np.abs(decoded - row) <= span).all()
+    else:
+        assert (np.abs(decoded - row) <= errors_allowed(codec, row, scale, bias)).all()
+
+
+@pytest.mark.parametrize("name", shapes.CODECS)
+def test_awkward_rows_stay_finite_and_nearest_is_near(name):
+    """Zeros exact, constants within half a gap, one huge element does not break the others' finiteness."""
+    codec = shapes.CODECS[name]
+    x = np.zeros((6, 7), np.float32)
+    x[1], x[2], x[3] = 0.3, -1.5, 1e-6
+    x[4, 3], x[5, 2] = 6e4, -1e30
+    decoded = np.asarray(decode(encode(x, row_format(codec)), row_format(codec), 7))
+    assert np.isfinite(decoded).all()
+    np.testing.assert_array_equal(decoded[0], 0)
+    np.testing.assert_allclose(decoded[1], 0.3, rtol=0.07)
+    np.testing.assert_allclose(decoded[2], -1.5, rtol=0.02)
+    if codec.metadata_bytes:  # unscaled float16 keeps 1e-6 to 6 %; a float16 scale is subnormal itself here
+        np.testing.assert_allclose(decoded[3], 1e-6, rtol=0.07, atol=2.0**-24 if codec.scale == "float16" else 0)
+
+
+@pytest.mark.parametrize("name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")])
+def test_stored_rounding_is_unbiased(name):
+    """6 rows x 16,384 draws of row_bits: each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).
+
+    Rows: ordinary, DLRM's initial values (3e-4, subnormal in float16 and float8), wide, offset, tiny, mixed sizes.
+    """
+    codec, n, dim = shapes.CODECS[name], 16384, 7
+    rng = np.random.default_rng(3)
+    x = rng.uniform(-1, 1, (6, dim)) * np.array([[1], [3e-4], [50], [0.1], [1e-5], [1]])
+    x[3] += 4
+    x[5] *= 10.0 ** -np.arange(dim)
+    x = x.astype(np.float32)
+    key = jnp.array([5, 6], jnp.uint32)
+    ids = jnp.arange(6 * n, dtype=jnp.int32)
+    noise = numerics.row_bits(key, numerics.BYPASS, jnp.int32(9), ids, dim).reshape(6, n, dim)
+    stack = np.broadcast_to(x[:, None], (6, n, dim))
+    packed = encode(stack, row_format(codec), noise)
+    mean = np.asarray(decode(packed, row_format(codec), dim), np.float64).mean(1)
+    for row, got, words in zip(x, mean, np.asarray(packed[:, 0]), strict=True):
+        _, scale, bias = codec.unpack(words, dim)
+        if codec.metadata_bytes:
+            gap = errors_allowed(codec, row, scale, bias)
+        else:
+            mantissa, least, _ = row_oracle.FLOATS[codec.name]
+            gap = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(row), 2.0**least))) - mantissa)
+        assert (np.abs(got - row) <= 5 * gap / 2 / np.sqrt(n)).all(), (row, got)
+
+
+def test_float8_scales_dlrm_values_away_from_zero():
+    """Unscaled e4m3 would round the initial values of a ten-million-row table (3e-4) to zero."""
+    x = np.random.default_rng(0).uniform(-3e-4, 3e-4, (64, 16)).astype(np.float32)
+    got = np.asarray(decode(encode(x, "float8_e4m3fn"), "float8_e4m3fn", 16))
+    np.testing.assert_allclose(got, x, rtol=2.0**-4, atol=2.0**-9 * 3e-4 / 448 * 1.02)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_decoded_rows_encode_to_themselves_to_nearest(name):
+    """With a float32 scale a stored row whose extremes are in use is a fixed point."""
+    codec = row_oracle.Codec(name, False, "float32")
+    x = shapes.rows(0, 32, 16)
+    once = decode(encode(x, row_format(codec)), row_format(codec), 16)
+    twice = decode(encode(once, row_format(codec)), row_format(codec), 16)
+    span = np.abs(np.asarray(x)).max(1, keepdims=True)
+    assert (np.abs(np.asarray(once) - np.asarray(twice)) <= span * 2.0**-14).all()
+
+
+def test_encode_accepts_any_leading_shape():
+    x = shapes.rows(1, 24, 16)
+    packed = encode(x, "int8")
+    np.testing.assert_array_equal(encode(x.reshape(2, 3, 4, 16), "int8").reshape(24, -1), packed)
+    np.testing.assert_array_equal(encode(x[4], "int8"), packed[4])
+    assert encode(x[:0], "int4").shape == (0, 5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "float8_e4m3fn"])
+def test_jitted_words_equal_eager_words(name):
+    """Also where a quotient is exact: a compiler's multiplication by 1/7 would store the next scale up."""
+    x = shapes.dyadic(0, (200, 5), bits=10)
+    packed = encode(x, name)
+    np.testing.assert_array_equal(mpembed.encode(jnp.asarray(x), name), packed)
+    np.testing.assert_array_equal(mpembed.decode(packed, name, 5), decode(packed, name, 5))
+
+
+def test_row_bytes_of_numerics_5():
+    """INT8, D = 16, symmetric bf16 is u16[9]; INT4 u16[5]; with a bf16 pair u32[5]."""
+    for fmt, dtype, words in [
+        ("int8", "uint16", 9),
+        ("int4", "uint16", 5),
+        ("int2", "uint32", 2),
+        ("float32", "uint32", 16),
+    ]:
+        packed = encode(np.ones((1, 16), np.float32), fmt)
+        assert (packed.dtype, packed.shape[-1]) == (dtype, words)
+    pair = encode(np.ones((1, 16), np.float32), mpembed.RowFormat("int8", symmetric=False))
+    assert (pair.dtype, pair.shape[-1]) == ("uint32", 5)
+
+
+# --- whole tables
+
+
+def make(key, tables, fmt="float32", dim=4):
+    make_table = jax.jit(lambda key: table.init(key, tables, table.as_format(fmt), dim))
+    return make_table(jnp.array([key, 1], jnp.uint32))
+
+
+def values(made):
+    return np.asarray(table.read(made, jnp.arange(made.num_rows, dtype=jnp.int32)))
+
+
+def test_default_initial_values_are_uniform_in_each_tables_bound():
+    """Vocabularies 1, 3 and 20,000: bounds 1/sqrt(V); mean and variance of n = 80,000 within 5 sigma."""
+    specs = [mpembed.TableSpec("one", 1), mpembed.TableSpec("three", 3), mpembed.TableSpec("big", 20000)]
+    x = values(make(0, tuple(specs)))
+    assert x.shape == (20004, 4)
+    for start, spec in zip((0, 1, 4), specs, strict=True):
+        bound = 1 / np.sqrt(spec.vocabulary_size)
+        mine = x[start : start + spec.vocabulary_size] / bound
+        assert np.abs(mine).max() <= 1
+    n = mine.size
+    assert abs(mine.mean()) < 5 * np.sqrt(1 / 3 / n)
+    assert abs((mine**2).mean() - 1 / 3) < 5 * np.sqrt(4 / 45 / n)
+    assert np.unique(x).size > 0.99 * x.size
+    assert not np.array_equal(values(make(1, tuple(specs))), x)
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_initial_rows_are_unbiased_roundings_of_the_same_values(fmt):
+    """int rows of 10,000 x 4 against float32's: within a gap each; mean difference within 5 sigma."""
+    specs = (mpembed.TableSpec("a", 10000),)
+    exact, rounded = values(make(0, specs)), values(make(0, specs, fmt))
+    gap = 0.01 / (2 ** (8 if fmt == "int8" else 4) / 2 - 1) * 1.01
+    assert np.abs(exact - rounded).max() <= gap
+    assert abs((exact - rounded).mean()) <= 5 * gap / 2 / np.sqrt(exact.size)
+
+
+def test_callables_see_blocks_and_do_not_depend_on_other_tables_shapes():
+    """8,192 rows a call, the key folded by (table, block): sizes seen, and equality with blocks made by hand."""
+    seen = []
+
+    def normal(key, shape, dtype):
+        seen.append(shape)
+        return jax.random.normal(key, shape, dtype) * jnp.float32(0.5)
+
+    x = values(make(0, (mpembed.TableSpec("a", 5), mpembed.TableSpec("b", 20000, normal))))
+    assert set(seen) <= {(8192, 4), (20000 % 8192, 4)}
+    other = values(make(0, (mpembed.TableSpec("a", 77), mpembed.TableSpec("b", 20000, normal))))
+    np.testing.assert_array_equal(x[5:], other[77:])
+    longer = values(make(0, (mpembed.TableSpec("a", 5), mpembed.TableSpec("b", 30000, normal))))
+    np.testing.assert_array_equal(x[5 : 5 + 16384], longer[5 : 5 + 16384])
+    assert np.unique(x[5:]).size > 0.99 * x[5:].size  # no block repeats another
+    swapped = values(make(0, (mpembed.TableSpec("b", 20000, normal), mpembed.TableSpec("a", 5))))
+    assert not np.array_equal(swapped[:20000], x[5:])  # the table's place in the stack is part of the key
+
+
+def test_an_initializer_is_no_part_of_a_specs_identity():
+    a, b = mpembed.TableSpec("a", 5, jax.nn.initializers.zeros), mpembed.TableSpec("a", 5)
+    assert a == b
+    assert hash(a) == hash(b)
+
+
+def test_reading_outside_the_table_gives_zeros():
+    made = make(0, (mpembed.TableSpec("a", 6),), "int8")
+    x = np.asarray(table.read(made, jnp.array([0, 5, 6, -1, mpembed.NO_ID], jnp.int32)))
+    np.testing.assert_array_equal(x[2:], 0)
+    assert (x[:2] != 0).any(axis=1).all()
+    assert made.nbytes == made.rows.nbytes
