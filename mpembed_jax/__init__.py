@@ -1,22 +1,22 @@
 """Embedding tables that are too big: trained in low precision with an FP32 cache, in JAX."""
 
-from mpembed_jax import optim
+from mpembed_jax import memory, optim
 from mpembed_jax.cache import CachePlan, CacheSpec, CacheState
 from mpembed_jax.dense import from_dense, to_dense
 from mpembed_jax.embedding import (
-    EmbeddingState,
     apply_gradients,
     flush,
     freeze,
-    init,
     lookup,
     prefetch,
     read,
 )
+from mpembed_jax.formats import RowFormat, decode, encode
 from mpembed_jax.pooling import pool, segments_from_offsets
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState, init
 from mpembed_jax.stats import CacheStats, stats
-from mpembed_jax.table import NO_ID, QuantizedTable, RowFormat, TableSpec, decode, encode
+from mpembed_jax.table import NO_ID, QuantizedTable, TableSpec
 
 __all__ = [
     "NO_ID",
@@ -37,6 +37,7 @@ __all__ = [
     "from_dense",
     "init",
     "lookup",
+    "memory",
     "optim",
     "pool",
     "prefetch",

@@ -19,27 +19,25 @@ class Window(NamedTuple):
     """One chunk of an array of `width` entries."""
 
     first: jax.Array  # i32 []  where the chunk is sliced; earlier than its start for the last, partial one
-    index: jax.Array  # i32 [chunk]  positions in the array
+    position: jax.Array  # i32 [chunk]  positions in the array
     is_live: jax.Array  # bool [chunk]  which of them this chunk is responsible for
 
     def take(self, array: jax.Array) -> jax.Array:
         """Returns the chunk of `array` [width, ..]."""
-        if self.index.shape[0] == array.shape[0]:
+        if self.position.shape[0] == array.shape[0]:
             return array
-        return lax.dynamic_slice_in_dim(array, self.first, self.index.shape[0])
+        return lax.dynamic_slice_in_dim(array, self.first, self.position.shape[0])
 
     def put(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with its live positions of this chunk replaced by `values` [chunk, ..]."""
         mask = self.is_live.reshape(-1, *[1] * (array.ndim - 1))
         merged = jnp.where(mask, values, self.take(array))
-        if self.index.shape[0] == array.shape[0]:
+        if self.position.shape[0] == array.shape[0]:
             return merged
         return lax.dynamic_update_slice_in_dim(array, merged, self.first, 0)
 
 
-def each(
-    begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | None, body: Callable, carry: Carry
-) -> Carry:
+def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | None, body: Callable, carry: Carry) -> Carry:
     """Folds `carry = body(window, carry)` over the windows that cover positions [begin, end) of arrays of `width`.
 
     Args:

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from mpembed_jax import embedding, numerics, ops, optim
-from mpembed_jax.embedding import EmbeddingState
+from mpembed_jax import state as states
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _BLOCK = 65536  # rows moved at once
@@ -100,6 +101,6 @@ def from_dense(
             rows = np.asarray(tables[name][begin : begin + block], dtype=np.float32)
             table = _store(table, words, np.int32(start + begin), rows)
     assemble = jax.jit(
-        lambda key, table: embedding.assemble(key, spec, tx, ops.choose(implementation), table), donate_argnums=1
+        lambda key, table: states.assemble(key, spec, tx, ops.choose(implementation), table), donate_argnums=1
     )
     return assemble(words, table)

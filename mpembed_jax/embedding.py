@@ -1,4 +1,4 @@
-"""The embedding and its verbs: init, prefetch, lookup, apply_gradients, read, flush, stats.
+"""The verbs of an embedding: prefetch, lookup, apply_gradients, read, flush, freeze.
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache. A training step plans and swaps (prefetch),
 gathers unique rows (lookup), and after the user's gradient applies one optimizer update per unique row (apply_gradients):
@@ -7,7 +7,6 @@ to the FP32 line where the row is cached, else stochastically rounded into the t
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,82 +15,13 @@ import numpy as np
 import optax
 
 from mpembed_jax import cache as caching
-from mpembed_jax import ops, optim
+from mpembed_jax import ops, planning
+from mpembed_jax import row_state as row_states
+from mpembed_jax import state as states
 from mpembed_jax import table as tables_
-from mpembed_jax.cache import CachePlan, CacheState, Counts
-from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.cache import CachePlan, Counts
+from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable
-
-# The events a state counts since init: those of a step's Counts, then those of updates.
-COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "refused_updates")
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters"],
-    meta_fields=["spec", "implementation"],
-)
-@dataclasses.dataclass(frozen=True)
-class EmbeddingState:
-    """A stack of tables in training: everything a checkpoint needs, nothing else."""
-
-    table: QuantizedTable
-    cache: CacheState | None
-    row_state: Any  # optimizer state; row leaves [V, ..] float32, or uint16 bit patterns of bfloat16
-    key: jax.Array  # u32 [2]
-    step: jax.Array  # i32 []  number of prefetches so far
-    pending: jax.Array  # bool []  a prefetch waits for its apply_gradients
-    counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
-    spec: EmbeddingSpec
-    implementation: str
-
-
-def init(
-    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, implementation: str | None = None
-) -> EmbeddingState:
-    """Makes a state: tables initialized block by block, an empty cache, zero counters.
-
-    Args:
-      key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
-      spec: the stack.
-      tx: optax transformation for the rows; the same one goes to apply_gradients.
-      implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device.
-
-    Returns:
-      The state, on the default device.
-
-    Raises:
-      TypeError: if key or tx is something else.
-      ValueError: if tx cannot work on gathered rows; the message names the state leaf.
-    """
-    chosen = ops.choose(implementation)
-
-    def build(key: jax.Array) -> EmbeddingState:
-        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim)
-        return assemble(key, spec, tx, chosen, table)
-
-    return jax.jit(build)(optim.key_words(key))
-
-
-def assemble(
-    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, implementation: str, table: QuantizedTable
-) -> EmbeddingState:
-    """Returns the state that starts from a table: an empty cache, initial row state, zero counters."""
-    cache = None
-    if spec.cache is not None:
-        cache = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
-    return EmbeddingState(
-        table=table,
-        cache=cache,
-        row_state=optim.init_rows(tx, spec.num_rows, spec.embedding_dim, spec.row_state_dtype),
-        key=key,
-        step=jnp.zeros((), jnp.int32),
-        pending=jnp.zeros((), bool),
-        counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
-        spec=spec,
-        implementation=implementation,
-    )
-
 
 # --- ids
 
@@ -158,9 +88,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
         num_hits = num_cached = evictions = write_backs = hit_requests = zero
     else:
-        cache, placed = caching.make_plan(
-            cache, found.ids, found.counts, found.num_ids, state.step, num_positions, chunk
-        )
+        cache, placed = planning.make_plan(cache, found.ids, found.counts, found.num_ids, state.step, num_positions, chunk)
         num_hits, num_cached = placed.num_hits, placed.num_cached
         # The plan's order is hits, newcomers, bypassed, padding; `order` says where each came from.
         position = jnp.arange(width, dtype=jnp.int32)
@@ -207,7 +135,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         cache=cache,
         step=state.step + 1,
         pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
-        counters=_count(state.counters, counts),
+        counters=states.count_step(state.counters, counts),
     )
     return state, plan
 
@@ -289,7 +217,7 @@ def apply_gradients(
     row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
     prior = plan.step
-    new_rows, row_state = optim.update_rows(
+    new_rows, row_state = row_states.update_rows(
         tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, prior, is_pending
     )
     cache = state.cache
@@ -300,26 +228,14 @@ def apply_gradients(
     )  # fmt: skip
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
-    extra = jnp.stack([num_nonfinite, (~is_pending).astype(jnp.int32)])
     return dataclasses.replace(
         state,
         table=table,
         cache=cache,
         row_state=row_state,
         pending=np.False_,
-        counters=_add(state.counters, jnp.concatenate([jnp.zeros(len(COUNTERS) - 2, jnp.int32), extra])),
+        counters=states.count_updates(state.counters, num_nonfinite, ~is_pending),
     )
-
-
-def _add(counters: jax.Array, amounts: jax.Array) -> jax.Array:
-    low = counters[:, 0] + amounts.astype(jnp.uint32)
-    carry = (low < counters[:, 0]).astype(jnp.uint32)
-    return jnp.stack([low, counters[:, 1] + carry], axis=1)
-
-
-def _count(counters: jax.Array, counts: Counts) -> jax.Array:
-    amounts = jnp.stack(jax.tree.leaves(counts))
-    return _add(counters, jnp.concatenate([amounts, jnp.zeros(len(COUNTERS) - amounts.shape[0], jnp.int32)]))
 
 
 # --- beside the training step
@@ -354,9 +270,7 @@ def flush(state: EmbeddingState) -> EmbeddingState:
     cache = state.cache
     if cache is None:
         return state
-    table = ops.write_back(
-        state.table, cache.rows, cache.tags.reshape(-1), cache.dirty.reshape(-1), state.key, state.step
-    )
+    table = ops.write_back(state.table, cache.rows, cache.tags.reshape(-1), cache.dirty.reshape(-1), state.key, state.step)
     return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
 
 

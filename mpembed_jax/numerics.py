@@ -184,9 +184,7 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
         case "float32":  # 16 significant bits: code * scale is exact, whether or not it contracts with an addition
             rounded = _as_float((raw + jnp.uint32(0xFF)) & jnp.uint32(0xFFFFFF00))
         case "bfloat16":
-            rounded = _as_float(
-                jnp.minimum((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000))
-            )
+            rounded = _as_float(jnp.minimum((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000)))
         case "float16":
             normal = _as_float((raw + jnp.uint32(0x1FFF)) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.ceil(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
@@ -210,9 +208,7 @@ def round_down(x: jax.Array, dtype: str) -> jax.Array:
             away = jnp.where(is_negative, jnp.uint32(0x1FFF), jnp.uint32(0))
             normal = _as_float((raw + away) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.floor(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-            rounded = jnp.minimum(
-                jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0)
-            )
+            rounded = jnp.minimum(jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
             lowest = jnp.float32(-65504.0)
     return jnp.where(jnp.isnan(x), x, jnp.maximum(rounded, lowest))
 

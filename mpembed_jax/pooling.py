@@ -135,6 +135,7 @@ def pool(
         raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
     if combiner is None and (weights is not None or segment_ids is not None):
         raise ValueError('weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"')
+    treedef: Any
     index, treedef = jax.tree.flatten(inverse)
     factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
     for i, w in zip(index, factors, strict=True):

@@ -1,7 +1,7 @@
 """What a stack of tables is: its tables, dim, row format and cache, and how a user's ids become global row ids."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.cache import CacheSpec
-from mpembed_jax.table import NO_ID, RowFormat, TableSpec, as_format, offsets
+from mpembed_jax.formats import RowFormat, as_format
+from mpembed_jax.table import NO_ID, TableSpec, offsets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EmbeddingSpec:
 
     tables: tuple[TableSpec, ...]
     embedding_dim: int
-    storage: RowFormat | str = "int8"
+    storage: RowFormat = "int8"  # type: ignore[assignment]  # a plain string is accepted and converted
     cache: CacheSpec | None = CacheSpec()
     max_unique_ids: int | None = None
     out_of_range: str = "drop"
@@ -71,9 +72,7 @@ class EmbeddingSpec:
             features = tuple(features.items() if isinstance(features, Mapping) else features)
             unknown = [f"{f!r} -> {t!r}" for f, t in features if t not in names]
             if unknown or not features:
-                raise ValueError(
-                    f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}"
-                )
+                raise ValueError(f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}")
         object.__setattr__(self, "tables", tables)
         object.__setattr__(self, "embedding_dim", int(dim))
         object.__setattr__(self, "storage", as_format(self.storage).resolve(int(dim)))
@@ -144,14 +143,10 @@ class EmbeddingSpec:
                 ids, is_inside = jnp.clip(ids, 0, size32 - 1), jnp.ones_like(is_inside)
             moved = jnp.where(is_inside, ids, 0) + start32
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(jnp.int32)
-        host = np.asarray(ids)
+        host: np.ndarray = np.asarray(ids)
         if host.dtype.kind not in "iu" and host.size:
             raise TypeError(f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first")
-        host = (
-            np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64)
-            if host.dtype == np.uint64
-            else host.astype(np.int64)
-        )
+        host = np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64) if host.dtype == np.uint64 else host.astype(np.int64)
         is_padding, is_inside = host == NO_ID, (host >= 0) & (host < size)
         bad = ~is_padding & ~is_inside
         if self.out_of_range == "raise" and bad.any():

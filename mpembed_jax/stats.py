@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mpembed_jax.embedding import COUNTERS, EmbeddingState
+from mpembed_jax.state import COUNTERS, EmbeddingState
 
 _BYPASS_LIMIT = 0.2  # share of unique ids trained outside the cache above which a larger one would pay
 _MIN_UNIQUE = 1000  # too few to judge the cache by
@@ -55,9 +55,7 @@ def stats(state: EmbeddingState) -> CacheStats:
       ValueError: if ids were out of range under out_of_range="raise", or updates were refused.
     """
     if isinstance(state.counters, jax.core.Tracer):
-        raise TypeError(
-            "stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars"
-        )
+        raise TypeError("stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars")
     words = np.asarray(state.counters).astype(np.uint64)
     totals = [int(low) + (int(high) << 32) for low, high in words]
     result = CacheStats(steps=int(state.step), **dict(zip(COUNTERS, totals, strict=True)))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpembed_jax import chunks, numerics
-from mpembed_jax.table import NO_ID, QuantizedTable, decode, encode_rows
+from mpembed_jax.formats import decode
+from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
 
 class Unique(NamedTuple):
@@ -117,9 +118,7 @@ def swap(
         packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step)
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = rows.at[jnp.where(must_write, victims, rows.shape[0])].set(packed, mode="drop")
-        new = decode(
-            lax.optimization_barrier(rows.at[window.take(ids)].get(mode="clip")), table.format, table.embedding_dim
-        )
+        new = decode(lax.optimization_barrier(rows.at[window.take(ids)].get(mode="clip")), table.format, table.embedding_dim)
         cache_rows = cache_rows.at[here].set(new, mode="drop")
         dirty = dirty.at[here].set(False, mode="drop")
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)

@@ -1,0 +1,267 @@
+"""Row formats: how one embedding row of float32 becomes packed machine words and back.
+
+A row is `codes * scale + bias` with one scale (and bias) per row, packed as `[codes | scale | bias]` into uint16 or uint32
+words so that one memory access reads all of it. The layout follows FBGEMM's row-wise quantized tables in spirit; the
+symmetric bfloat16-scale formats, the word packing and the rounding rules are ours. Elementwise pieces (quantize,
+dequantize) also trace inside kernel bodies.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpembed_jax import numerics
+
+_INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
+_CODE_BITS = {**_INT_BITS, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+_SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """How one row is stored.
+
+    Attributes:
+      name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or "int2".
+      symmetric: integer formats only. True: a scale, codes around zero. False: a scale and a bias, codes from the row's
+        minimum. None: symmetric if embedding_dim < 32 and not int2, since metadata decides the ratio of narrow rows.
+      scale_dtype: "bfloat16" (default), "float16" or "float32"; integer and float8 formats only.
+      rounding: "stochastic" or "nearest" when a trained row is written.
+
+    Raises:
+      ValueError: on an unknown name or an option that the format does not have.
+    """
+
+    name: str = "int8"
+    symmetric: bool | None = None
+    scale_dtype: str | None = None
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        if self.name not in _CODE_BITS:
+            raise ValueError(f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}")
+        if self.rounding not in ("stochastic", "nearest"):
+            raise ValueError(f'rounding must be "stochastic" or "nearest", got {self.rounding!r}')
+        if self.symmetric is not None and self.name not in _INT_BITS:
+            raise ValueError(f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out")
+        if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}")
+        if self.scale_dtype is not None and not (self.is_integer or self.name.startswith("float8")):
+            raise ValueError(f"{self.name} rows have no scale; leave scale_dtype out")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are small integers on a per-row grid."""
+        return self.name in _INT_BITS
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per element."""
+        return _CODE_BITS[self.name]
+
+    def resolve(self, embedding_dim: int) -> "RowFormat":
+        """Returns the format with every None replaced by its default for this embedding dim."""
+        if self.is_integer:
+            symmetric = (embedding_dim < 32 and self.name != "int2") if self.symmetric is None else self.symmetric
+            return dataclasses.replace(self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16")
+        if self.name.startswith("float8"):
+            return dataclasses.replace(self, scale_dtype=self.scale_dtype or "bfloat16")
+        return self
+
+    def metadata_halves(self, embedding_dim: int) -> int:
+        """Returns how many 16-bit halves the scale and bias of a row take."""
+        fmt = self.resolve(embedding_dim)
+        if fmt.scale_dtype is None:
+            return 0
+        return (2 if fmt.scale_dtype == "float32" else 1) * (2 if fmt.symmetric is False else 1)
+
+    def word_bits(self, embedding_dim: int) -> int:
+        """Returns 32 if the unpadded row is a multiple of 4 bytes, else 16."""
+        bits = embedding_dim * self.code_bits + 16 * self.metadata_halves(embedding_dim)
+        return 32 if bits % 32 == 0 else 16
+
+    def word_dtype(self, embedding_dim: int) -> np.dtype:
+        """Returns the dtype of a packed row's words."""
+        return np.dtype(np.uint32 if self.word_bits(embedding_dim) == 32 else np.uint16)
+
+    def row_words(self, embedding_dim: int) -> int:
+        """Returns the number of words in a packed row."""
+        return self.row_bytes(embedding_dim) * 8 // self.word_bits(embedding_dim)
+
+    def row_bytes(self, embedding_dim: int) -> int:
+        """Returns the bytes of a packed row, metadata and padding included."""
+        return 2 * (-(-embedding_dim * self.code_bits // 16) + self.metadata_halves(embedding_dim))
+
+
+def as_format(fmt: "RowFormat | str") -> RowFormat:
+    """Accepts a format's name wherever a RowFormat is expected."""
+    if isinstance(fmt, RowFormat):
+        return fmt
+    if isinstance(fmt, str):
+        return RowFormat(fmt)
+    raise TypeError(f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}')
+
+
+def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D] in a resolved, scaled format.
+
+    The bias is rounded down first and the scale is taken from the stored bias and rounded up: the other way round, a
+    quarter of the rows would leave their grid.
+    """
+    dtype = fmt.scale_dtype or "float32"
+    if fmt.symmetric is False:
+        low = jnp.min(x, axis=-1, keepdims=True)
+        high = jnp.max(x, axis=-1, keepdims=True)
+        bias = numerics.round_down(low, dtype)
+        return numerics.round_up((high - bias) / jnp.float32(2**fmt.code_bits - 1), dtype), bias
+    top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else numerics.FLOAT_FORMATS[fmt.name].max_value
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = numerics.round_up(absmax / jnp.float32(top), dtype)
+    return scale, jnp.zeros_like(scale)
+
+
+def quantize(x: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat, bits: jax.Array | None) -> jax.Array:
+    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format; clamped, never NaN-valued."""
+    if fmt.name == "float32":
+        return lax.bitcast_convert_type(x, jnp.uint32)
+    if fmt.scale_dtype is None:
+        return numerics.encode_float(x, numerics.FLOAT_FORMATS[fmt.name], bits)
+    # Scale 0 marks a row of zeros (or, with a bias, of one constant). A true division keeps grid points on the grid.
+    divisor = jnp.where(scale > 0, scale, jnp.float32(1))
+    if not fmt.is_integer:
+        y = jnp.where(scale > 0, x / divisor, jnp.float32(0))
+        return numerics.encode_float(y, numerics.FLOAT_FORMATS[fmt.name], bits)
+    y = numerics.round_to_integer(jnp.where(scale > 0, (x - bias) / divisor, jnp.float32(0)), bits)
+    if fmt.symmetric:
+        top = 2 ** (fmt.code_bits - 1) - 1
+        return (jnp.clip(y, -top, top).astype(jnp.int32) + (top + 1)).astype(jnp.uint32)
+    return jnp.clip(y, 0, 2**fmt.code_bits - 1).astype(jnp.int32).astype(jnp.uint32)
+
+
+def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
+    """Returns float32 values of uint32 codes in a resolved format; codes * scale is exact, so contraction is harmless."""
+    if fmt.name == "float32":
+        return lax.bitcast_convert_type(codes, jnp.float32)
+    if not fmt.is_integer:
+        values = numerics.decode_float(codes, numerics.FLOAT_FORMATS[fmt.name])
+        return values if fmt.scale_dtype is None else values * scale
+    signed = codes.astype(jnp.int32)
+    if fmt.symmetric:
+        return (signed - 2 ** (fmt.code_bits - 1)).astype(jnp.float32) * scale
+    return signed.astype(jnp.float32) * scale + bias
+
+
+def _halves(value: jax.Array, dtype: str) -> list[jax.Array]:
+    """Splits float32 values that `dtype` holds exactly into 16-bit halves (uint32 each), low half first."""
+    raw = lax.bitcast_convert_type(value, jnp.uint32)
+    match dtype:
+        case "float32":
+            return [raw & jnp.uint32(0xFFFF), raw >> 16]
+        case "bfloat16":
+            return [raw >> 16]
+        case _:
+            return [numerics.encode_float(value, numerics.FLOAT_FORMATS["float16"], None)]
+
+
+def _from_halves(halves: list[jax.Array], dtype: str) -> jax.Array:
+    match dtype:
+        case "float32":
+            return lax.bitcast_convert_type(halves[0] | (halves[1] << 16), jnp.float32)
+        case "bfloat16":
+            return lax.bitcast_convert_type(halves[0] << 16, jnp.float32)
+        case _:
+            return numerics.decode_float(halves[0], numerics.FLOAT_FORMATS["float16"])
+
+
+def encode(rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | None = None) -> jax.Array:
+    """Packs float32 rows into a format's machine words.
+
+    Args:
+      rows: float32 [.., D].
+      format: a RowFormat or its name.
+      random_bits: uint32 [.., D] for stochastic rounding; None rounds to nearest.
+
+    Returns:
+      uint16 or uint32 [.., row_words]: `[codes | scale | bias]`, little-endian, element 0 in the lowest bits.
+
+    Raises:
+      TypeError: if rows are not float32 or random_bits not uint32.
+      ValueError: if random_bits and rows differ in shape, or rows have no columns.
+    """
+    if rows.dtype != jnp.float32:
+        raise TypeError(f"rows must be float32 [.., D], got {rows.dtype}; cast them before encode")
+    if rows.ndim < 1 or rows.shape[-1] < 1:
+        raise ValueError(f"rows must be float32 [.., D] with D >= 1, got shape {rows.shape}")
+    if random_bits is not None and (random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape):
+        raise ValueError(f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} {random_bits.shape}")
+    dim = rows.shape[-1]
+    fmt = as_format(format).resolve(dim)
+    if fmt.scale_dtype is None:
+        scale = bias = jnp.zeros((*rows.shape[:-1], 1), jnp.float32)
+        halves = []
+    else:
+        scale, bias = row_parameters(rows, fmt)
+        halves = _halves(scale, fmt.scale_dtype) + (_halves(bias, fmt.scale_dtype) if fmt.symmetric is False else [])
+    codes = quantize(rows, scale, bias, fmt, random_bits)
+    word_bits, num_words = fmt.word_bits(dim), fmt.row_words(dim)
+    per_word = word_bits // fmt.code_bits
+    code_words = -(-dim // per_word)
+    lead = [(0, 0)] * (rows.ndim - 1)
+    if code_words * per_word != dim:
+        codes = jnp.pad(codes, [*lead, (0, code_words * per_word - dim)])
+    if per_word > 1:
+        shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(fmt.code_bits)
+        codes = jnp.sum(codes.reshape(*rows.shape[:-1], code_words, per_word) << shifts, axis=-1, dtype=jnp.uint32)
+    words = jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
+    position = jnp.arange(num_words, dtype=jnp.int32)
+    first_half = num_words * word_bits // 16 - len(halves)
+    for index, half in enumerate(halves, first_half):
+        word, place = divmod(index, word_bits // 16)
+        words = words | jnp.where(position == word, half << (16 * place), jnp.uint32(0))
+    return words.astype(fmt.word_dtype(dim))
+
+
+def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> jax.Array:
+    """Unpacks machine words into float32 rows.
+
+    Args:
+      packed: uint16 or uint32 [.., row_words], as `encode` made them.
+      format: a RowFormat or its name.
+      embedding_dim: D.
+
+    Returns:
+      float32 [.., D].
+
+    Raises:
+      ValueError: if the words' dtype or number do not belong to this format and dim.
+    """
+    fmt = as_format(format).resolve(embedding_dim)
+    dtype, num_words = fmt.word_dtype(embedding_dim), fmt.row_words(embedding_dim)
+    if packed.dtype != dtype or packed.ndim < 1 or packed.shape[-1] != num_words:
+        raise ValueError(
+            f"packed {fmt.name} rows of dim {embedding_dim} are {dtype} [.., {num_words}], "
+            f"got {packed.dtype} {list(packed.shape)}"
+        )
+    words = packed.astype(jnp.uint32)
+    word_bits = fmt.word_bits(embedding_dim)
+    per_word = word_bits // fmt.code_bits
+    codes = words[..., : -(-embedding_dim // per_word)]
+    if per_word > 1:
+        shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(fmt.code_bits)
+        codes = (codes[..., None] >> shifts) & jnp.uint32(2**fmt.code_bits - 1)
+        codes = codes.reshape(*packed.shape[:-1], -1)[..., :embedding_dim]
+    scale = bias = jnp.zeros((*packed.shape[:-1], 1), jnp.float32)
+    if fmt.scale_dtype is not None:
+        num_halves = fmt.metadata_halves(embedding_dim)
+        halves = []
+        for index in range(num_words * word_bits // 16 - num_halves, num_words * word_bits // 16):
+            word, place = divmod(index, word_bits // 16)
+            halves.append((words[..., word : word + 1] >> (16 * place)) & jnp.uint32(0xFFFF))
+        width = 2 if fmt.scale_dtype == "float32" else 1
+        scale = _from_halves(halves[:width], fmt.scale_dtype)
+        if fmt.symmetric is False:
+            bias = _from_halves(halves[width:], fmt.scale_dtype)
+    return dequantize(codes, scale, bias, fmt)

@@ -1,0 +1,125 @@
+"""Exact byte accounting of a stack: every array of its state, the decided cache geometry, and the compiled step's peak.
+
+Nothing is allocated: shapes come from tracing `init`, the peak from compiling one training step.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpembed_jax import embedding, pooling
+from mpembed_jax import row_state as row_states
+from mpembed_jax import state as states
+from mpembed_jax.cache import Geometry
+from mpembed_jax.spec import EmbeddingSpec
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of all arrays (or shapes) of a pytree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Bytes of a stack by component; str() is a readable table."""
+
+    components: dict[str, int]  # table, cache rows, cache metadata, sketch, row state, counters
+    geometry: Geometry | None
+    num_rows: int
+    embedding_dim: int
+    float32_bytes: int  # of a plain float32 table
+    float32_row_state_bytes: int  # of the same optimizer beside it
+    step_peak_bytes: int | None  # state, batch and temporaries of one compiled step; None without batch_shape
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole state."""
+        return sum(self.components.values())
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Bytes of the state per table row, optimizer state left out."""
+        return (self.total - self.components["row state"]) / self.num_rows
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than float32 the state is, optimizer state left out on both sides."""
+        return self.float32_bytes / (self.total - self.components["row state"])
+
+    @property
+    def ratio_with_row_state(self) -> float:
+        """How many times smaller than float32 the state is, optimizer state included on both sides."""
+        return (self.float32_bytes + self.float32_row_state_bytes) / self.total
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_rows:,} rows of dim {self.embedding_dim}"]
+        if self.geometry is not None:
+            g = self.geometry
+            share = g.lines / self.num_rows
+            lines.append(f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the rows)")
+        width = max(len(name) for name in self.components)
+        lines += [f"  {name:<{width}} {size:>18,} B" for name, size in self.components.items()]
+        lines.append(f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)")
+        lines.append(
+            f"float32: {self.float32_bytes:,} B, with row state {self.float32_bytes + self.float32_row_state_bytes:,} B"
+        )
+        lines.append(f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state")
+        if self.step_peak_bytes is not None:
+            lines.append(f"peak of one compiled step: {self.step_peak_bytes:,} B")
+        return "\n".join(lines)
+
+
+def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: tuple[int, ...] | None = None) -> Report:
+    """Counts the bytes of a stack before it is made.
+
+    Args:
+      spec: the stack.
+      tx: optax transformation for the rows.
+      batch_shape: shape of the ids of one batch, (B, T) say; with it one training step is compiled for its peak.
+
+    Returns:
+      A Report whose total equals the sum of `nbytes` of the live state's arrays.
+
+    Raises:
+      ValueError: if tx cannot work on gathered rows.
+    """
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    state = jax.eval_shape(lambda key: states.init(key, spec, tx), key)
+    cache = state.cache
+    components = {
+        "table": nbytes(state.table),
+        "cache rows": nbytes(cache.rows) if cache is not None else 0,
+        "cache metadata": nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
+        "sketch": nbytes(cache.sketch) if cache is not None else 0,
+        "row state": nbytes(state.row_state),
+        "counters": nbytes((state.key, state.step, state.pending, state.counters)),
+    }
+    plain = jax.eval_shape(partial(row_states.init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
+    return Report(
+        components=components,
+        geometry=None if cache is None else spec.cache.geometry(spec.num_rows),  # type: ignore[union-attr]
+        num_rows=spec.num_rows,
+        embedding_dim=spec.embedding_dim,
+        float32_bytes=4 * spec.num_rows * spec.embedding_dim,
+        float32_row_state_bytes=nbytes(plain),
+        step_peak_bytes=None if batch_shape is None else _step_peak(state, tx, batch_shape),
+    )
+
+
+def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]) -> int:
+    def step(state: Any, ids: jax.Array, grads: jax.Array) -> Any:
+        state, plan = embedding.prefetch(state, ids)
+        rows = embedding.lookup(state, plan)
+        row_grads = jax.grad(lambda rows: jnp.sum(pooling.pool(rows, plan.inverse) * grads))(rows)
+        return embedding.apply_gradients(state, plan, rows, row_grads, tx=tx)
+
+    ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+    grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, ids, grads).compile()
+    sizes = compiled.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
