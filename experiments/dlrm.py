@@ -6,6 +6,7 @@ of the T + 1 vectors, top MLP 512-256-1. Dropout, batch norm and other interacti
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,7 +28,7 @@ def init_mlp(key: jax.Array, widths: Sequence[int]) -> Params:
       One {"kernel": f32 [in, out], "bias": f32 [out]} per layer.
     """
     layers = []
-    for wide_in, wide_out in zip(widths[:-1], widths[1:], strict=True):
+    for wide_in, wide_out in itertools.pairwise(widths):
         key, kernel_key, bias_key = jax.random.split(key, 3)
         kernel = jax.random.normal(kernel_key, (wide_in, wide_out)) * np.sqrt(2 / (wide_in + wide_out))
         layers.append({"kernel": kernel, "bias": jax.random.normal(bias_key, (wide_out,)) * np.sqrt(1 / wide_out)})

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpembed_jax import numerics
+from mpembed_jax import access, numerics
 from mpembed_jax.table import NO_ID
 
 MAX_WAYS = 64
@@ -192,7 +192,7 @@ def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
     """Returns the line (int32, shape of ids) that holds each id, C where none does; NO_ID is nowhere."""
     sets = set_of(ids, cache.geometry)
     place = jnp.arange(1, cache.geometry.ways + 1, dtype=jnp.int32)
-    way = jnp.sum(jnp.where(cache.tags[sets] == ids[..., None], place, 0), axis=-1, dtype=jnp.int32)
+    way = jnp.sum(jnp.where(access.take(cache.tags, sets) == ids[..., None], place, 0), axis=-1, dtype=jnp.int32)
     is_there = (way > 0) & (ids != NO_ID)
     return jnp.where(is_there, sets * cache.geometry.ways + way - 1, cache.geometry.lines)
 
@@ -210,5 +210,5 @@ def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
 
 def commit(cache: CacheState, line: jax.Array) -> CacheState:
     """Marks the given lines (int32 [n], C = none) as newer than the table."""
-    dirty = cache.dirty.reshape(-1).at[line].set(True, mode="drop")
+    dirty = access.put(cache.dirty.reshape(-1), line, True)
     return dataclasses.replace(cache, dirty=dirty.reshape(cache.dirty.shape))

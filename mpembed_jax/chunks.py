@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpembed_jax import access
+
 Carry = TypeVar("Carry")
 
 
@@ -77,5 +79,5 @@ def append(
     """
     rank = jnp.cumsum(is_member.astype(jnp.int32))
     place = count - rank if backwards else count + rank - 1
-    array = array.at[jnp.where(is_member, place, array.shape[0])].set(values, mode="drop")
+    array = access.put(array, jnp.where(is_member, place, array.shape[0]), values)
     return array, (count - rank[-1] if backwards else count + rank[-1])

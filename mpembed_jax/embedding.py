@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpembed_jax import access, ops, planning
 from mpembed_jax import cache as caching
-from mpembed_jax import ops, planning
 from mpembed_jax import row_state as row_states
 from mpembed_jax import state as states
 from mpembed_jax import table as tables_
@@ -94,12 +94,12 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         position = jnp.arange(width, dtype=jnp.int32)
         is_live = position < found.num_ids
         order = jnp.where(is_live, placed.order, width - 1)
-        unique_ids = found.ids[order]
-        line = jnp.where(is_live, placed.line[order], cache.geometry.lines)
-        victim_ids = jnp.where(is_live, placed.victim_ids[order], NO_ID)
-        hit_requests = jnp.sum(jnp.where(position < num_hits, found.counts[order], 0), dtype=jnp.int32)
-        moved = jnp.full(width, width - 1, jnp.int32).at[jnp.where(is_live, order, width)].set(position, mode="drop")
-        inverse = moved[found.inverse]
+        unique_ids = access.take(found.ids, order)
+        line = jnp.where(is_live, access.take(placed.line, order), cache.geometry.lines)
+        victim_ids = jnp.where(is_live, access.take(placed.victim_ids, order), NO_ID)
+        hit_requests = jnp.sum(jnp.where(position < num_hits, access.take(found.counts, order), 0), dtype=jnp.int32)
+        moved = access.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
+        inverse = access.take(moved, found.inverse)
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(
             table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
@@ -259,7 +259,7 @@ def read(state: EmbeddingState, ids: Any) -> Any:
         if state.cache is None:
             return rows
         line = caching.locate(state.cache, ids)
-        cached = state.cache.rows.at[line].get(mode="clip")
+        cached = access.take(state.cache.rows, line)
         return jnp.where((line < state.cache.geometry.lines)[..., None], cached, rows)
 
     return treedef.unflatten([read_leaf(leaf) for leaf in leaves])
@@ -275,5 +275,5 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
 
 def freeze(state: EmbeddingState) -> QuantizedTable:
-    """Returns the flushed rows as a table that is readable without a cache (see table.read)."""
+    """Returns the flushed rows of `state` as a table that is readable without a cache (see table.read)."""
     return flush(state).table

@@ -116,10 +116,10 @@ def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
         low = jnp.min(x, axis=-1, keepdims=True)
         high = jnp.max(x, axis=-1, keepdims=True)
         bias = numerics.round_down(low, dtype)
-        return numerics.round_up((high - bias) / jnp.float32(2**fmt.code_bits - 1), dtype), bias
+        return numerics.grid_step(high - bias, 2**fmt.code_bits - 1, dtype), bias
     top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else numerics.FLOAT_FORMATS[fmt.name].max_value
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = numerics.round_up(absmax / jnp.float32(top), dtype)
+    scale = numerics.grid_step(absmax, top, dtype)
     return scale, jnp.zeros_like(scale)
 
 
@@ -129,12 +129,14 @@ def quantize(x: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat, bi
         return lax.bitcast_convert_type(x, jnp.uint32)
     if fmt.scale_dtype is None:
         return numerics.encode_float(x, numerics.FLOAT_FORMATS[fmt.name], bits)
-    # Scale 0 marks a row of zeros (or, with a bias, of one constant). A true division keeps grid points on the grid.
+    # Scale 0 marks a row of zeros (or, with a bias, of one constant).
     divisor = jnp.where(scale > 0, scale, jnp.float32(1))
     if not fmt.is_integer:
+        # The barrier keeps this a true division; as a product with the reciprocal, grid points would leave the grid.
+        divisor = lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
         y = jnp.where(scale > 0, x / divisor, jnp.float32(0))
         return numerics.encode_float(y, numerics.FLOAT_FORMATS[fmt.name], bits)
-    y = numerics.round_to_integer(jnp.where(scale > 0, (x - bias) / divisor, jnp.float32(0)), bits)
+    y = numerics.round_to_grid(jnp.where(scale > 0, x - bias, jnp.float32(0)), divisor, bits)
     if fmt.symmetric:
         top = 2 ** (fmt.code_bits - 1) - 1
         return (jnp.clip(y, -top, top).astype(jnp.int32) + (top + 1)).astype(jnp.uint32)

@@ -19,7 +19,7 @@ from mpembed_jax.cache import Geometry
 from mpembed_jax.spec import EmbeddingSpec
 
 
-def nbytes(tree: Any) -> int:
+def _nbytes(tree: Any) -> int:
     """Returns the bytes of all arrays (or shapes) of a pytree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -92,12 +92,12 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
     state = jax.eval_shape(lambda key: states.init(key, spec, tx), key)
     cache = state.cache
     components = {
-        "table": nbytes(state.table),
-        "cache rows": nbytes(cache.rows) if cache is not None else 0,
-        "cache metadata": nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
-        "sketch": nbytes(cache.sketch) if cache is not None else 0,
-        "row state": nbytes(state.row_state),
-        "counters": nbytes((state.key, state.step, state.pending, state.counters)),
+        "table": _nbytes(state.table),
+        "cache rows": _nbytes(cache.rows) if cache is not None else 0,
+        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
+        "sketch": _nbytes(cache.sketch) if cache is not None else 0,
+        "row state": _nbytes(state.row_state),
+        "counters": _nbytes((state.key, state.step, state.pending, state.counters)),
     }
     plain = jax.eval_shape(partial(row_states.init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
@@ -121,5 +121,5 @@ def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
     compiled = jax.jit(step, donate_argnums=0).lower(state, ids, grads).compile()
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

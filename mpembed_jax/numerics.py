@@ -88,6 +88,27 @@ def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     return whole + (fraction >= threshold).astype(jnp.float32)
 
 
+def round_to_grid(x: jax.Array, step: jax.Array, bits: jax.Array | None) -> jax.Array:
+    """Rounds x / step to an integral float32, exactly: no value of the grid k * step ever moves.
+
+    Compilers turn the division of an array by a broadcast into a multiplication with the reciprocal, which is off by an
+    ulp. So the product is only a guess of the whole part, and the remainder is taken from x - k * step, which is exact
+    where k * step is: |k| < 2^8 and a step of at most 16 significant bits.
+
+    Args:
+      x: float32 [..].
+      step: float32, broadcasting against x, positive.
+      bits: uint32 [..] or None, see round_to_integer.
+    """
+    reciprocal = jnp.float32(1) / step
+    whole = jnp.floor(x * reciprocal)
+    remainder = x - whole * step
+    shift = (remainder >= step).astype(jnp.float32) - (remainder < 0).astype(jnp.float32)
+    whole, remainder = whole + shift, remainder - shift * step
+    threshold = jnp.float32(0.5) if bits is None else jnp.float32(1) - uniform(bits)
+    return whole + (remainder >= threshold * step).astype(jnp.float32)
+
+
 class FloatFormat(NamedTuple):
     """A narrow IEEE-like format: a sign, exponents biased by `bias`, `mantissa` stored bits, subnormals."""
 
@@ -112,6 +133,7 @@ FLOAT_FORMATS = {
 }
 
 _INF = 0x7F800000
+_LARGEST = {"float32": 3.4e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}  # no scale above it
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
@@ -191,6 +213,30 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
             rounded = jnp.minimum(jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
     rounded = jnp.where(raw < jnp.uint32(0x00800000), jnp.float32(0), rounded)
     return jnp.where(raw >= jnp.uint32(_INF), jnp.float32(jnp.nan), rounded)
+
+
+def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
+    """Returns the smallest scale that `dtype` stores with scale * levels >= width, exactly.
+
+    The quotient is only a first guess, repaired by exact products: compilers may turn a division by a constant into a
+    multiplication, and GPUs divide approximately.
+
+    Args:
+      width: float32 [..], not negative.
+      levels: integer of at most 8 bits, or the largest value of a float8 format.
+      dtype: "float32" (16 significant bits), "bfloat16" or "float16".
+    """
+    top = jnp.float32(levels)
+    scale = round_up(width / top, dtype)
+    ulp = {"float32": 0x100, "bfloat16": 0x10000, "float16": 0x2000}[dtype]
+    below, above = _as_float(_as_bits(scale) - jnp.uint32(ulp)), _as_float(_as_bits(scale) + jnp.uint32(ulp))
+    if dtype == "float16":
+        quantum = jnp.float32(2.0**-24)
+        below = jnp.where(scale > jnp.float32(2.0**-14), below, scale - quantum)
+        above = jnp.where(scale >= jnp.float32(2.0**-14), above, scale + quantum)
+    is_normal = _as_bits(scale) > jnp.uint32(0x00800000 + ulp)
+    scale = jnp.where(is_normal & (below * top >= width), below, scale)
+    return jnp.where(is_normal & (scale * top < width) & (scale < jnp.float32(_LARGEST[dtype])), above, scale)
 
 
 def round_down(x: jax.Array, dtype: str) -> jax.Array:

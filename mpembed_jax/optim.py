@@ -63,6 +63,14 @@ def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8)
     """Scales gradients by Adam with one second moment per row, nu = b2 nu + (1 - b2) mean_d(g^2); lazy on rows.
 
     Bias correction counts steps, not a row's own updates, as FBGEMM's partial row-wise Adam does.
+
+    Args:
+      b1: decay of the first moment, which is kept in full.
+      b2: decay of the second moment, one float32 per row.
+      eps: added to the root of the second moment.
+
+    Returns:
+      An optax transformation for parameters [.., D].
     """
 
     def init(params: Any) -> ScaleByRowwiseAdamState:
@@ -125,7 +133,19 @@ def rowwise_adam(
     weight_decay: float = 0.0,
     decoupled: bool = False,
 ) -> optax.GradientTransformation:
-    """Adam with one second moment per row, lazy: rows absent from a batch keep their moments. Arguments as in Adam."""
+    """Row-wise Adam, lazy: rows absent from a batch keep their moments.
+
+    Args:
+      learning_rate: a float or an optax schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: coefficient; applied to the rows of the batch only.
+      decoupled: False adds the decay to the gradient (L2), True to the scaled update (as AdamW does).
+
+    Returns:
+      An optax transformation.
+    """
     return _with_decay(scale_by_rowwise_adam(b1, b2, eps), learning_rate, weight_decay, decoupled)
 
 

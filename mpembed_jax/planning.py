@@ -6,14 +6,14 @@ not (order inside a set, admission, halving, conservative sketch update).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpembed_jax import access, chunks, numerics
 from mpembed_jax import cache as caching
-from mpembed_jax import chunks, numerics
 from mpembed_jax.cache import CacheState, Geometry
 from mpembed_jax.table import NO_ID
 
@@ -38,6 +38,7 @@ class Placement(NamedTuple):
     num_cached: jax.Array
 
 
+@jax.named_scope("plan")
 def make_plan(
     cache: CacheState,
     ids: jax.Array,
@@ -77,6 +78,7 @@ def make_plan(
     positions = jnp.zeros(width, jnp.int32)
 
     # Hits, and the queue of misses. The sketch is only read here: estimates come from before the step.
+    @jax.named_scope("find")
     def find(window: chunks.Window, carry: tuple) -> tuple:
         line, estimates, order, num_hits, queue, num_misses = carry
         chunk_ids = jnp.where(window.is_live, window.take(ids), NO_ID)
@@ -84,7 +86,9 @@ def make_plan(
         is_hit = found < geometry.lines
         line = window.put(line, found)
         if is_lfu:
-            seen = jnp.min(cache.sketch.reshape(-1)[caching.sketch_cells(cache, chunk_ids)], axis=0).astype(jnp.int32)
+            seen = jnp.min(access.take(cache.sketch.reshape(-1), caching.sketch_cells(cache, chunk_ids)), axis=0).astype(
+                jnp.int32
+            )
             estimates = window.put(estimates, jnp.minimum(seen + window.take(counts), caching.MAX_ESTIMATE))
         order, num_hits = chunks.append(order, num_hits, window.position, is_hit)
         queue, num_misses = chunks.append(queue, num_misses, window.position, window.is_live & ~is_hit)
@@ -96,19 +100,19 @@ def make_plan(
         0, num_ids, width, chunk, find, (line, estimates, positions, zero, positions, zero)
     )
 
+    @jax.named_scope("pin")
     def pin_hits(window: chunks.Window, carry: tuple) -> tuple:
         priority, sketch = carry
         here = jnp.where(window.is_live, window.take(line), geometry.lines)
-        marks = jnp.full(here.shape, caching.PINNED, jnp.int32) if is_lfu else jnp.broadcast_to(step, here.shape)
-        priority = priority.at[here].set(marks, mode="drop")
+        priority = access.put(priority, here, caching.PINNED if is_lfu else step)
         if is_lfu:
             cells = caching.sketch_cells(cache, window.take(ids))
             cells = jnp.where(window.is_live, cells, sketch.size)
             raised = jnp.broadcast_to(window.take(estimates).astype(jnp.uint16), cells.shape)
-            sketch = sketch.at[cells].max(raised, mode="drop")
+            sketch = access.maximum(sketch, cells.reshape(-1), raised.reshape(-1))
         return priority, sketch
 
-    sketch = None if cache.sketch is None else cache.sketch.reshape(-1)
+    sketch: Any = None if cache.sketch is None else cache.sketch.reshape(-1)
     priority, sketch = chunks.each(0, num_ids, width, chunk, pin_hits, (priority.reshape(-1), sketch))
 
     entry = _enter(tags.reshape(-1), priority, geometry, is_lfu, ids, estimates, step, chunk)
@@ -116,9 +120,10 @@ def make_plan(
 
     if is_lfu:  # unpin: the lines of this batch take their estimates
 
+        @jax.named_scope("unpin")
         def unpin(window: chunks.Window, priority: jax.Array) -> jax.Array:
             here = jnp.where(window.is_live, window.take(line), geometry.lines)
-            return priority.at[here].set(window.take(estimates), mode="drop")
+            return access.put(priority, here, window.take(estimates))
 
         priority = chunks.each(0, num_ids, width, chunk, unpin, priority)
     cache = dataclasses.replace(
@@ -155,25 +160,29 @@ def _enter(
 
     def waiting(window: chunks.Window, queue: jax.Array) -> tuple[jax.Array, ...]:
         position = window.take(queue)
-        miss = jnp.where(window.is_live, ids[position], NO_ID)
+        miss = jnp.where(window.is_live, access.take(ids, position), NO_ID)
         sets = caching.set_of(miss, geometry)
-        return position, miss, sets, bucket_of(sets), estimates[position]
+        return position, miss, sets, bucket_of(sets), access.take(estimates, position)
 
     def meet(sets: jax.Array, wins: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple:
-        """Returns each winner's cheapest way and whether it may enter."""
+        """Returns each winner's cheapest line, the id in it, and whether the winner may enter."""
         way = jnp.arange(ways, dtype=jnp.uint32)
-        rows_tags, rows_priority = tags.reshape(-1, ways)[sets], priority.reshape(-1, ways)[sets]
+        row_tags, row_priority = access.take(tags.reshape(-1, ways), sets), access.take(priority.reshape(-1, ways), sets)
         if is_lfu:
-            rank = rows_priority.astype(jnp.uint32) + jnp.uint32(1)
+            rank = row_priority.astype(jnp.uint32) + jnp.uint32(1)
         else:
-            rank = (caching.MAX_AGE + 1 - jnp.minimum(step - rows_priority, caching.MAX_AGE)).astype(jnp.uint32)
-        cost = jnp.where(rows_tags == NO_ID, jnp.uint32(0), rank) * jnp.uint32(caching.MAX_WAYS) + way
+            rank = (caching.MAX_AGE + 1 - jnp.minimum(step - row_priority, caching.MAX_AGE)).astype(jnp.uint32)
+        cost = jnp.where(row_tags == NO_ID, jnp.uint32(0), rank) * jnp.uint32(caching.MAX_WAYS) + way
         cheapest = jnp.min(cost, axis=-1)
         rank = (cheapest // jnp.uint32(caching.MAX_WAYS)).astype(jnp.int32)
         may = rank <= estimate if is_lfu else rank <= caching.MAX_AGE
-        line = sets * ways + (cheapest % jnp.uint32(caching.MAX_WAYS)).astype(jnp.int32)
-        return line, wins & may
+        chosen = (cheapest % jnp.uint32(caching.MAX_WAYS)).astype(jnp.int32)
+        # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
+        is_chosen = way == chosen.astype(jnp.uint32)[:, None]
+        victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
+        return sets * ways + chosen, victim, wins & may
 
+    @jax.named_scope("round")
     def one_round(carry: tuple) -> tuple:
         tags, priority, line, victims, order, num_cached, last, queue, num_waiting = carry
 
@@ -182,31 +191,29 @@ def _enter(
 
             def raise_best(window: chunks.Window, best: jax.Array) -> jax.Array:
                 _, miss, _, bucket, estimate = waiting(window, queue)
-                return best.at[jnp.where(miss != NO_ID, bucket, num_buckets)].max(estimate, mode="drop")
+                return access.maximum(best, jnp.where(miss != NO_ID, bucket, num_buckets), estimate)
 
             best = chunks.each(0, num_waiting, width, chunk, raise_best, best)
 
         def elect(window: chunks.Window, winner: jax.Array) -> jax.Array:
             _, miss, _, bucket, estimate = waiting(window, queue)
-            stands = (estimate == best[bucket]) if is_lfu else True
-            return winner.at[jnp.where(stands, bucket, num_buckets)].min(miss, mode="drop")
+            stands = (estimate == access.take(best, bucket)) if is_lfu else True
+            return access.minimum(winner, jnp.where(stands, bucket, num_buckets), miss)
 
         winner = chunks.each(0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32))
 
         def settle(window: chunks.Window, carry: tuple) -> tuple:
             tags, priority, line, victims, order, num_cached, is_full = carry
             position, miss, sets, bucket, estimate = waiting(window, queue)
-            wins = (winner[bucket] == miss) & (miss != NO_ID)
-            place, enters = meet(sets, wins, estimate, tags, priority)
-            victim = tags[place]
+            wins = (access.take(winner, bucket) == miss) & (miss != NO_ID)
+            place, victim, enters = meet(sets, wins, estimate, tags, priority)
             target, here = jnp.where(enters, place, lines), jnp.where(enters, position, width)
-            tags = tags.at[target].set(miss, mode="drop")
-            mark = jnp.full(target.shape, caching.PINNED, jnp.int32) if is_lfu else jnp.broadcast_to(step, target.shape)
-            priority = priority.at[target].set(mark, mode="drop")
-            line = line.at[here].set(place, mode="drop")
-            victims = victims.at[here].set(victim, mode="drop")
+            tags = access.put(tags, target, miss)
+            priority = access.put(priority, target, caching.PINNED if is_lfu else step)
+            line = access.put(line, here, place)
+            victims = access.put(victims, here, victim)
             order, num_cached = chunks.append(order, num_cached, position, enters)
-            is_full = is_full.at[jnp.where(wins & ~enters, bucket, num_buckets)].set(True, mode="drop")
+            is_full = access.put(is_full, jnp.where(wins & ~enters, bucket, num_buckets), True)
             return tags, priority, line, victims, order, num_cached, is_full
 
         is_full = jnp.zeros(num_buckets, bool)
@@ -218,8 +225,8 @@ def _enter(
         def requeue(window: chunks.Window, carry: tuple) -> tuple:
             order, last, queue, num_left = carry
             position, miss, sets, bucket, _ = waiting(window, queue)
-            best_id = winner[bucket]
-            is_closed = is_full[bucket] & (caching.set_of(best_id, geometry) == sets)
+            best_id = access.take(winner, bucket)
+            is_closed = access.take(is_full, bucket) & (caching.set_of(best_id, geometry) == sets)
             order, last = chunks.append(order, last, position, window.is_live & is_closed, backwards=True)
             queue, num_left = chunks.append(queue, num_left, position, window.is_live & ~is_closed & (best_id != miss))
             return order, last, queue, num_left

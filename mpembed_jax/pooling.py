@@ -14,21 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpembed_jax import access, ops
+
 COMBINERS = ("sum", "mean", "sqrtn")
-
-
-def _scatter_add(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values [n, D] into total [U, D] at index [n], duplicates summed."""
-
-    def by_sorting(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-        order = jnp.argsort(index)
-        summed = jax.ops.segment_sum(values[order], index[order], total.shape[0], indices_are_sorted=True)
-        return total + summed
-
-    def in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-        return total.at[index].add(values)
-
-    return lax.platform_dependent(total, index, values, cpu=in_order, default=by_sorting)
 
 
 def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
@@ -39,7 +27,8 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
     total = jnp.sum(w, axis=-1, keepdims=True)
     if combiner == "sqrtn":
         squares = jnp.sum(jnp.square(w), axis=-1, keepdims=True)
-        total = jnp.sqrt(jnp.where(squares > 0, squares, jnp.float32(1))) * (squares > 0)
+        total = jnp.sqrt(jnp.where(squares > 0, squares, jnp.float32(1)))
+        total = jnp.where(squares > 0, total, jnp.float32(0))
     return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
 
 
@@ -47,7 +36,7 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
 def _take(rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
     sizes = np.cumsum([i.size for i in index])[:-1]
-    flat = rows.at[jnp.concatenate([i.reshape(-1) for i in index])].get(mode="clip")
+    flat = access.take(rows, jnp.concatenate([i.reshape(-1) for i in index]))
     parts = jnp.split(flat, sizes)
     return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
 
@@ -60,8 +49,7 @@ def _take_bwd(saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, No
     rows, index = saved
     flat_index = jnp.concatenate([i.reshape(-1) for i in index])
     flat_grads = jnp.concatenate([g.reshape(-1, rows.shape[1]) for g in grads])
-    # The last row is padding: a zero row whose gradient nobody wants.
-    return _scatter_add(jnp.zeros_like(rows), flat_index, flat_grads).at[-1].set(0), None
+    return ops.add_duplicates(jnp.zeros_like(rows), flat_index, flat_grads), None
 
 
 _take.defvjp(_take_fwd, _take_bwd)
@@ -71,11 +59,13 @@ _take.defvjp(_take_fwd, _take_bwd)
 def _bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
     """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
     shape = (*index.shape[:-1], rows.shape[1])
+    if index.shape[-1] == 0:
+        return jnp.zeros(shape, jnp.float32)
 
     def body(position: jax.Array, total: jax.Array) -> jax.Array:
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
         factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-        return total + factor[..., None] * rows.at[here].get(mode="clip")
+        return total + factor[..., None] * access.take(rows, here)
 
     return lax.fori_loop(0, index.shape[-1], body, jnp.zeros(shape, jnp.float32))
 
@@ -86,23 +76,26 @@ def _bag_fwd(rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
 
 def _bag_bwd(saved: tuple, grad: jax.Array) -> tuple:
     rows, index, factors = saved
+    if index.shape[-1] == 0:
+        return jnp.zeros_like(rows), None, factors
 
     def body(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row_grads, factor_grads = carry
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
         factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
         addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
-        row_grads = _scatter_add(row_grads, here.reshape(-1), addend)
-        along = jnp.sum(grad * rows.at[here].get(mode="clip"), axis=-1)
+        row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
+        along = jnp.sum(grad * access.take(rows, here), axis=-1)
         return row_grads, lax.dynamic_update_index_in_dim(factor_grads, along, position, factors.ndim - 1)
 
     row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, (jnp.zeros_like(rows), jnp.zeros_like(factors)))
-    return row_grads.at[-1].set(0), None, factor_grads
+    return row_grads, None, factor_grads
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)
 
 
+@jax.named_scope("pool")
 def pool(
     rows: jax.Array,
     inverse: Any,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import numerics
+from mpembed_jax import access, numerics
 
 
 class RowLeaf(NamedTuple):
@@ -101,6 +101,7 @@ def init_rows(tx: optax.GradientTransformation, num_rows: int, embedding_dim: in
     return treedef.unflatten([make(leaf) for leaf in leaves])
 
 
+@jax.named_scope("update")
 def update_rows(
     tx: optax.GradientTransformation,
     row_state: Any,
@@ -150,7 +151,7 @@ def update_rows(
     def gather(array: jax.Array, leaf: RowLeaf) -> jax.Array:
         if not leaf.is_row:
             return array
-        values = array.at[place].get(mode="clip")
+        values = access.take(array, place)
         if _is_narrow(leaf, dtype):
             return numerics.decode_float(values.astype(jnp.uint32), numerics.FLOAT_FORMATS["bfloat16"])
         return values
@@ -165,7 +166,7 @@ def update_rows(
             columns = int(np.prod(leaf.shape))
             bits = numerics.row_bits(key, numerics.ROW_STATE + index, step, place, columns).reshape(value.shape)
             value = numerics.encode_float(value, numerics.FLOAT_FORMATS["bfloat16"], bits)
-        return array.at[place].set(value.astype(array.dtype), mode="drop")
+        return access.put(array, place, value.astype(array.dtype))
 
     scattered = [
         scatter(i, a, leaf, v) for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))

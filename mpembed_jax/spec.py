@@ -71,6 +71,8 @@ class EmbeddingSpec:
         if features is not None:
             features = tuple(features.items() if isinstance(features, Mapping) else features)
             unknown = [f"{f!r} -> {t!r}" for f, t in features if t not in names]
+            if len({f for f, _ in features}) != len(features):
+                raise ValueError(f"feature names must be distinct, got {[f for f, _ in features]}")
             if unknown or not features:
                 raise ValueError(f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}")
         object.__setattr__(self, "tables", tables)
@@ -134,16 +136,15 @@ class EmbeddingSpec:
                 raise TypeError(f"ids must be integers, got {ids.dtype} {list(ids.shape)}; cast them first")
             if not isinstance(ids, jax.core.Tracer) and self.out_of_range == "raise":
                 return jnp.asarray(self._map(np.asarray(ids), names, start, size))
-            if ids.dtype == jnp.uint32:
-                ids = jnp.minimum(ids, jnp.uint32(NO_ID))
-            ids = ids.astype(jnp.int32)
-            size32, start32 = jnp.asarray(size, jnp.int32), jnp.asarray(start, jnp.int32)
-            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < size32)
+            if ids.dtype.itemsize < 4:
+                ids = ids.astype(jnp.int32)
+            limit = jnp.asarray(size, ids.dtype)  # compared in the ids' own dtype: casting first could wrap
+            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < limit)
             if self.out_of_range == "clip":
-                ids, is_inside = jnp.clip(ids, 0, size32 - 1), jnp.ones_like(is_inside)
-            moved = jnp.where(is_inside, ids, 0) + start32
+                ids, is_inside = jnp.clip(ids, 0, limit - 1), jnp.ones_like(is_inside)
+            moved = jnp.where(is_inside, ids, 0).astype(jnp.int32) + jnp.asarray(start, jnp.int32)
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(jnp.int32)
-        host: np.ndarray = np.asarray(ids)
+        host: Any = np.asarray(ids)
         if host.dtype.kind not in "iu" and host.size:
             raise TypeError(f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first")
         host = np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64) if host.dtype == np.uint64 else host.astype(np.int64)
@@ -159,5 +160,5 @@ class EmbeddingSpec:
             )
         local = np.clip(host, 0, size - 1) if self.out_of_range == "clip" else host
         outside = bad & (self.out_of_range != "clip")
-        moved = np.where(outside, self.num_rows, local + start)
-        return np.where(is_padding, NO_ID, moved).astype(np.int32)
+        rows = np.where(outside, self.num_rows, local + start)
+        return np.where(is_padding, NO_ID, rows).astype(np.int32)

@@ -1,16 +1,30 @@
 """Counts of what an embedding did since init, read from the device to the host, with warnings that name what to change."""
 
 import warnings
+import weakref
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import COUNTERS, EmbeddingState
 
 _BYPASS_LIMIT = 0.2  # share of unique ids trained outside the cache above which a larger one would pay
 _MIN_UNIQUE = 1000  # too few to judge the cache by
-_SEEN_BUFFERS: dict[tuple, tuple[int, int]] = {}  # (spec, key) -> (step, address of the table) at the last look
+
+
+class _Look(NamedTuple):
+    """Where a table was when its stats were last asked for."""
+
+    steps: int
+    address: int
+    rows: weakref.ref
+
+
+# What this process saw and said, by (spec, key): a run's identity as far as its state tells.
+_LOOKS: dict[tuple, _Look] = {}
+_WARNED: set[tuple] = set()
 
 
 class CacheStats(NamedTuple):
@@ -42,7 +56,7 @@ class CacheStats(NamedTuple):
 
 
 def stats(state: EmbeddingState) -> CacheStats:
-    """Returns the counts since init, and warns (once per process and place) where a setting should change.
+    """Returns the counts since init, and warns (once per run) where a setting should change.
 
     Args:
       state: concrete, not traced; waits for the device.
@@ -71,36 +85,52 @@ def stats(state: EmbeddingState) -> CacheStats:
             f'spec.global_ids on host arrays, or accept them with out_of_range="drop" or "clip"'
         )
     if result.dropped:
-        warnings.warn(
+        _warn_once(
+            state,
+            "dropped",
             f"{result.dropped} unique ids exceeded max_unique_ids={spec.max_unique_ids} and were not trained; "
             f"raise max_unique_ids in the EmbeddingSpec (None never drops)",
-            stacklevel=2,
         )
     if state.cache is not None and result.unique >= _MIN_UNIQUE and result.bypasses > _BYPASS_LIMIT * result.unique:
         per_step = result.unique // max(1, result.steps)
-        warnings.warn(
+        _warn_once(
+            state,
+            "bypasses",
             f"{result.bypasses / result.unique:.0%} of the unique ids found no place in the cache and were trained in "
             f"{spec.storage.name}; a batch has about {per_step} unique ids, the cache {state.cache.geometry.lines} lines: "
             f"raise CacheSpec(fraction=..) or num_rows",
-            stacklevel=2,
         )
-    _warn_if_moved(state, result.steps)
+    _check_buffer(state, result.steps)
     return result
 
 
-def _warn_if_moved(state: EmbeddingState, steps: int) -> None:
+def _warn_once(state: EmbeddingState, kind: str, message: str) -> None:
+    name = _name(state)
+    if (name, kind) not in _WARNED:
+        _WARNED.add((name, kind))
+        warnings.warn(message, stacklevel=3)
+
+
+def _name(state: EmbeddingState) -> tuple[EmbeddingSpec, bytes]:
+    return state.spec, np.asarray(state.key).tobytes()
+
+
+def _check_buffer(state: EmbeddingState, steps: int) -> None:
     """Warns if training moved the table to another buffer: the mark of a step that does not donate its state."""
     rows = state.table.rows
     if not rows.is_fully_addressable or len(rows.sharding.device_set) > 1:
         return
-    address = rows.unsafe_buffer_pointer()
-    # The same look for every state of one init: equal key and spec.
-    name = (state.spec, np.asarray(state.key).tobytes())
-    before = _SEEN_BUFFERS.get(name)
-    _SEEN_BUFFERS[name] = (steps, address)
-    if before is not None and before[0] < steps and before[1] != address:
-        warnings.warn(
-            f"the table of {state.table.nbytes / 1e6:.1f} MB moved to another buffer between steps {before[0]} and {steps}: "
-            f"the training step copies it; jit the step with donate_argnames (or donate_argnums) for the embedding state",
-            stacklevel=3,
-        )
+    address, before = rows.unsafe_buffer_pointer(), _LOOKS.get(_name(state))
+    _LOOKS[_name(state)] = _Look(steps, address, weakref.ref(rows))
+    if before is None or before.steps >= steps or before.address == address:
+        return
+    former = before.rows()
+    if former is not None and not former.is_deleted():
+        return  # two runs of one seed side by side, each with a table of its own
+    _warn_once(
+        state,
+        "moved",
+        f"the table of {state.table.nbytes / 1e6:.1f} MB moved to another buffer between steps {before.steps} and {steps}: "
+        f"unless it was restored or rebuilt, the training step copies it; jit the step with donate_argnames (or "
+        f"donate_argnums) for the embedding state",
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpembed_jax import numerics
+from mpembed_jax import access, numerics
 from mpembed_jax.formats import RowFormat, decode, encode
 
 NO_ID = 2**31 - 1  # padding and empty tags: sorts last, and `mode="drop"` discards it
@@ -82,7 +82,7 @@ def _bits_for(
 def read(table: QuantizedTable, ids: jax.Array) -> jax.Array:
     """Returns the float32 rows [.., D] of int32 ids [..]; ids outside the table, NO_ID among them, read as zeros."""
     is_valid = (ids >= 0) & (ids < table.num_rows)
-    packed = table.rows.at[jnp.where(is_valid, ids, 0)].get(mode="clip")
+    packed = access.take(table.rows, jnp.where(is_valid, ids, 0))
     rows = decode(packed, table.format, table.embedding_dim)
     return jnp.where(is_valid[..., None], rows, jnp.float32(0))
 

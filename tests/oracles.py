@@ -1,9 +1,8 @@
 """Slow, obvious models of what the package must do, in NumPy and plain Python, written from NUMERICS.md alone.
 
 `DictCache` is a brute-force set-associative LRU / LFU cache, one Python object per line; `ExactLfuCache` replaces its
-sketch by true counts; `DictEmbedding` adds rows to it, so a whole training step with nearest rounding has one right
-answer; `dense_sgd` and `dense_adagrad` train every row. Nothing here imports the package or jax. Row formats are in
-row_oracle.py.
+sketch by true counts; `DictEmbedding` adds rows to it, so a whole training step has one right answer; `dense_training`
+trains every row. Nothing here imports the package or jax. Row formats are in row_oracle.py.
 """
 
 import math
@@ -48,6 +47,9 @@ class Geometry:
         group, rest = row_id % self.groups, row_id // self.groups
         width = self.lines // self.groups
         return [(d, group, fmix32(rest ^ seed) % width) for d, seed in enumerate(SKETCH_SEEDS)]
+
+
+NO_CACHE = Geometry(num_sets=1, ways=0, groups=1)
 
 
 def geometry(num_ids, *, fraction=0.05, num_rows=None, ways=32):
@@ -200,34 +202,35 @@ class ExactLfuCache(DictCache):
 
 
 class DictEmbedding(DictCache):
-    """The whole mixed-precision embedding trained by SGD; `store` is what one trip through the table does to a row."""
+    """The whole mixed-precision embedding trained by SGD, row by row.
+
+    `store(row, stream, step, row_id)` is what one trip through the table does to a row; the streams are "WRITE_BACK",
+    "BYPASS" and "FLUSH".
+    """
 
     def __init__(self, table, geo, policy, store, **options):
         super().__init__(len(table), geo, policy, **options)
-        self.table, self.store, self.written = {i: row.copy() for i, row in enumerate(table)}, store, []
+        self.table, self.store = {i: row.copy() for i, row in enumerate(table)}, store
 
-    def train(self, ids, row_grads, learning_rate):
-        """row_grads: {id: f32 [D]} or a function of {id: row}."""
+    def train(self, ids, grads, learning_rate):
+        """grads: f32 [N, D], one for each id position. Returns the plan and {id: row before the update}."""
+        t = self.step
         plan = self.prefetch(ids)
         for line in plan.victims.values():
             if line.dirty:
-                self.write(line.row_id, line.row)
+                self.table[line.row_id] = self.store(line.row, "WRITE_BACK", t, line.row_id)
         for i, line in plan.line.items():
             if i not in plan.hits and line < self.geo.lines:
                 self.line_of(i).row = self.table[i]
         rows = {i: self.read(i) for i in plan.line}
-        for i, grad in (row_grads(rows) if callable(row_grads) else row_grads).items():
-            new = rows[i] + F32(-learning_rate) * grad
+        for i, row in rows.items():
+            new = row - F32(learning_rate) * grads[np.asarray(ids) == i].sum(0, dtype=F32)
             if plan.line[i] < self.geo.lines:
                 self.line_of(i).row = new
             else:
-                self.write(i, new)
+                self.table[i] = self.store(new, "BYPASS", t, i)
         self.mark_dirty(plan)
         return plan, rows
-
-    def write(self, row_id, row):
-        self.written.append(row_id)
-        self.table[row_id] = self.store(row)
 
     def read(self, row_id):
         line = self.line_of(row_id)
@@ -235,32 +238,28 @@ class DictEmbedding(DictCache):
 
     def flush(self):
         for line in (line for ways in self.sets for line in ways if line is not None and line.dirty):
-            self.write(line.row_id, line.row)
+            self.table[line.row_id] = self.store(line.row, "FLUSH", self.step, line.row_id)
             line.dirty = False
 
 
-def dense_sgd(table, batches, grads, learning_rate):
-    """grads: f32 [steps, N, D], one gradient per id position; summed over duplicates."""
-    table = table.copy()
-    for ids, g in zip(batches, grads, strict=True):
-        total = np.zeros_like(table)
-        for i, row in zip(ids, g, strict=True):
-            if 0 <= i < len(table):
-                total[i] += row
-        table -= F32(learning_rate) * total
-    return table
+def dense_training(table, batches, grads, learning_rate, *, feedback, adagrad=None):
+    """Every row trained in float64, by SGD or Adagrad.
 
-
-def dense_adagrad(table, batches, grads, learning_rate, *, eps, initial, rowwise):
-    """Adagrad over the whole table: G += g^2 (or its row mean); w -= lr g / (sqrt(G) + eps), in float64."""
+    The gradient of a position is `grads` there plus `feedback` times its row; duplicates add up. `adagrad` is None, or
+    (eps, initial accumulator, whether rows share one accumulator): G += g^2 or its row mean; w -= lr g / (sqrt(G) + eps).
+    """
     table = table.astype(np.float64)
-    accumulator = np.full((len(table), 1 if rowwise else table.shape[1]), initial, np.float64)
+    eps, initial, is_rowwise = adagrad or (0, 0, False)
+    accumulator = np.full((len(table), 1 if is_rowwise else table.shape[1]), float(initial))
     for ids, g in zip(batches, grads, strict=True):
         total = np.zeros_like(table)
         for i, row in zip(ids, g, strict=True):
             if 0 <= i < len(table):
-                total[i] += row
-        squares = total**2
-        accumulator += squares.mean(1, keepdims=True) if rowwise else squares
-        table -= learning_rate * total / (np.sqrt(accumulator) + eps)
+                total[i] += row + feedback * table[i]
+        if adagrad:
+            squares = total**2
+            accumulator += squares.mean(1, keepdims=True) if is_rowwise else squares
+            root = np.sqrt(accumulator) + eps
+            total = np.divide(total, root, out=np.zeros_like(total), where=total != 0)
+        table -= learning_rate * total
     return table

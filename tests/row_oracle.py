@@ -44,20 +44,15 @@ def towards(x, dtype, sign):
 
 
 def round_float(x, name, bits=None):
-    """f32 values rounded into a floating format, as f32: nearest even without bits, stochastically with them."""
+    """Real numbers rounded into a floating format, as f32: nearest even without bits, stochastically with them.
+
+    The gap between neighbours halves with the exponent down to the smallest normal's; float64 makes all of it exact.
+    """
     mantissa, least, limit = FLOATS[name]
-    x = np.asarray(x, F32)
-    if bits is None:
-        return np.clip(x, -limit, limit).astype(DTYPES[name]).astype(F32)
-    size = np.abs(x)
-    drop = 23 - mantissa
-    noise = np.asarray(bits, np.uint32) >> np.uint32(32 - drop)
-    keep = np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
-    size = np.minimum(size, F32(limit))
-    normal = np.minimum(((size.view(np.uint32) + noise) & keep).view(F32), F32(limit))
-    quantum = 2.0 ** (least - mantissa)
-    small = np.floor(size.astype(np.float64) / quantum + uniform(bits)) * quantum
-    return np.copysign(np.where(size < 2.0**least, small.astype(F32), normal), x)
+    size = np.abs(np.asarray(x, np.float64))
+    gap = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(size, 2.0**least))), least) - mantissa)
+    steps = np.rint(size / gap) if bits is None else np.floor(size / gap + uniform(bits))
+    return np.copysign(np.minimum(steps * gap, limit), x).astype(F32)
 
 
 @dataclass(frozen=True)
@@ -90,14 +85,14 @@ class Codec:
         return halves * 2 // self.word_dtype(dim).itemsize
 
     def grid(self, row):
-        """(scale, bias) of a row as the format stores them: a float32 quotient, then exact rounding up."""
+        """(scale, bias) of a row as the format stores them: the smallest scale whose top code reaches the row's extreme."""
         row = np.asarray(row, F32)
         bias, top = F32(0), np.max(np.abs(row))
         if self.is_int and not self.symmetric:
             bias = F32(float(towards(float(np.min(row)), DTYPES[self.scale], -1)))
             top = np.max(row) - bias
-        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else FLOATS[self.name][2]
-        return self.scale_up(float(top / F32(steps))), bias
+        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else int(FLOATS[self.name][2])
+        return self.scale_up(Fraction(float(top)) / steps), bias
 
     def scale_up(self, wanted):
         scale = F32(float(towards(wanted, DTYPES[self.scale], +1)))
@@ -112,7 +107,7 @@ class Codec:
             return row.view(np.uint32)
         if not self.is_int:
             if self.metadata_bytes:
-                row = row / scale if scale else np.zeros_like(row)
+                row = row.astype(np.float64) / scale if scale else np.zeros_like(row)
             value = round_float(row, self.name, bits).astype(DTYPES[self.name])
             return value.view(f"u{self.bits // 8}").astype(np.uint32)
         u = 0.5 if bits is None else uniform(bits)
@@ -120,7 +115,7 @@ class Codec:
         if self.symmetric:
             high = 2 ** (self.bits - 1) - 1
             low, zero = -high, 2 ** (self.bits - 1)
-        code = np.floor(((row - bias) / scale).astype(np.float64) + u) if scale else np.zeros_like(row)
+        code = np.floor((row - bias).astype(np.float64) / scale + u) if scale else np.zeros_like(row)
         return (np.clip(code, low, high) + zero).astype(np.uint32)
 
     def pack(self, codes, scale, bias):
@@ -159,6 +154,6 @@ class Codec:
             value = codes.astype(f"u{dtype.itemsize}").view(dtype).astype(F32)
         return value * scale + bias
 
-    def store(self, row):
-        """A row after one trip through the table, rounded to nearest."""
-        return self.decode(self.encode(row), len(row))
+    def store(self, row, bits=None):
+        """A row after one trip through the table, rounded to nearest without bits."""
+        return self.decode(self.encode(row, bits), len(row))

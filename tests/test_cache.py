@@ -1,7 +1,7 @@
 """Residency equals a brute-force LRU / LFU model, id by id: lines, victims, bypasses, priorities, sketch and counts."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
 from mpembed_jax import cache as cache_room
+from mpembed_jax import ops
 
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
@@ -50,12 +51,11 @@ def check(model, state, batches, *, train=True):
         np.testing.assert_array_equal(dirty, model_dirty, f"dirty after batch {t}")
         for name in totals:
             totals[name] += wanted.counts[name]
-    if model.policy == "lfu":
+    if model.policy == "lfu" and type(model) is oracles.DictCache:
         sketch = np.zeros(state.cache.sketch.shape, np.uint16)
         for cell, count in model.sketch.items():
             sketch[cell] = count
-        if type(model) is oracles.DictCache:
-            np.testing.assert_array_equal(state.cache.sketch, sketch)
+        np.testing.assert_array_equal(state.cache.sketch, sketch)
     return totals
 
 
@@ -78,11 +78,22 @@ def check_plan(plan, wanted, ids, num_lines, what):
     assert counts == wanted.counts, what
 
 
-def start(num_ids, lines, ways, policy, **options):
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunked loops run many turns, the last one partial, on batches that the models can follow."""
+    monkeypatch.setattr("mpembed_jax.ops._CHUNK", 16)
+
+
+@cache
+def initial(spec, implementation=None):
+    return mpembed.init(KEY, spec, SGD, implementation=implementation)
+
+
+def start(num_ids, lines, ways, policy, implementation=None, **options):
     """(initial state, model) of one cache."""
     spec = shapes.stack(num_ids, 1, lines=lines, ways=ways, policy=policy, **options)
     geo = oracles.geometry(num_ids, num_rows=lines, ways=ways)
-    return mpembed.init(KEY, spec, SGD), oracles.DictCache(num_ids, geo, policy, **options)
+    return initial(spec, implementation), oracles.DictCache(num_ids, geo, policy, **options)
 
 
 @pytest.mark.parametrize("policy", shapes.POLICIES)
@@ -92,9 +103,16 @@ def test_residency_equals_brute_force(policy, ways):
     state, model = start(700, 96, ways, policy)
     totals = check(model, state, shapes.skewed_ids(ways, 320, 160, 700, drift=60, ragged=True))
     for name in ("hits", "misses", "evictions", "write_backs", "bypasses"):
-        assert totals[name] > 100, (name, totals)
+        assert totals[name] > 20, (name, totals)
     if policy == "lfu":
         assert model.halvings > 10
+
+
+@pytest.mark.parametrize("policy", shapes.POLICIES)
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_residency_is_the_same_in_every_implementation(policy, implementation):
+    state, model = start(700, 96, 4, policy, implementation)
+    check(model, state, shapes.skewed_ids(11, 60, 160, 700, drift=10, ragged=True))
 
 
 @pytest.mark.parametrize("policy", shapes.POLICIES)
@@ -103,15 +121,11 @@ def test_residency_at_the_geometries_ends(policy, geometry):
     """One line; more lines than rows; 512 sets in 64 groups of id mod 64."""
     num_ids, lines, ways = shapes.GEOMETRIES[geometry]
     state, model = start(num_ids, lines, ways, policy)
-    check(
-        model, state, shapes.skewed_ids(3, 60, 400 if geometry == "groups" else 30, num_ids, exponent=0.8, ragged=True)
-    )
+    check(model, state, shapes.skewed_ids(3, 60, 400 if geometry == "groups" else 30, num_ids, exponent=0.8, ragged=True))
 
 
 ID_LISTS = st.lists(
-    st.lists(
-        st.integers(0, 30) | st.sampled_from([-1, 31, -(2**31), 2**31 - 2, mpembed.NO_ID]), min_size=0, max_size=12
-    ),
+    st.lists(st.integers(0, 30) | st.sampled_from([-1, 31, -(2**31), 2**31 - 2, mpembed.NO_ID]), min_size=0, max_size=12),
     min_size=1,
     max_size=12,
 )
@@ -141,12 +155,12 @@ def test_lru_ages_saturate_and_then_ties_go_to_the_lowest_way():
     """Stamps older than 2^25 - 1 steps are all alike; the model says so too, and plain LRU would choose otherwise."""
     state, model = start(200, 24, 8, "lru")
     batches = shapes.skewed_ids(1, 90, 20, 200)
-    check(model, state, batches[:30])
-    state, _ = record(state, jnp.asarray(batches[:30]))
+    check(model, state, batches[:45])
+    state, _ = record(state, jnp.asarray(batches[:45]))
     for step in (2**25 - 1, 2**25 + 10, 2**30):
         model.step = step
         jumped = dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype))
-        check(copy_of(model), jumped, batches[30:])
+        check(copy_of(model), jumped, batches[45:])
 
 
 def copy_of(model):
@@ -157,12 +171,16 @@ def copy_of(model):
 
 
 def test_lfu_estimates_saturate():
-    """One id in 8,192 of 8,192 positions: 65,535 is reached before the halving after 10 C / N steps."""
+    """One id in almost all of 8,192 positions: 65,535 is reached in nine steps, the halving comes after ten."""
     state, model = start(20000, 8192, 32, "lfu")
     batches = np.full((14, 8192), 7, np.int32)
     batches[:, :200] = shapes.skewed_ids(0, 14, 200, 20000)
+    twin = copy_of(model)
+    for ids in batches[:10]:
+        twin.prefetch(ids)
+    assert max(twin.sketch.values()) == 65535
     check(model, state, batches)
-    assert max(model.sketch.values()) == 65535 or model.halvings
+    assert model.halvings == 1
 
 
 def test_lfu_without_collisions_equals_exact_counts():
@@ -208,8 +226,8 @@ def test_locate_finds_exactly_the_residents():
 )
 def test_geometry(num_ids, fraction, num_rows, ways, policy):
     """Sets, ways, lines and the sketch's size, from the spec alone."""
-    cache = mpembed.CacheSpec(fraction=fraction, num_rows=num_rows, ways=ways, policy=policy)
-    spec = mpembed.EmbeddingSpec((mpembed.TableSpec("a", num_ids),), 3, storage="int8", cache=cache)
+    asked = mpembed.CacheSpec(fraction=fraction, num_rows=num_rows, ways=ways, policy=policy)
+    spec = mpembed.EmbeddingSpec((mpembed.TableSpec("a", num_ids),), 3, storage="int8", cache=asked)
     state = jax.eval_shape(lambda: mpembed.init(KEY, spec, SGD))
     geo = oracles.geometry(num_ids, fraction=fraction, num_rows=num_rows, ways=ways)
     assert state.cache.tags.shape == (geo.num_sets, geo.ways)

@@ -34,9 +34,7 @@ def bits(key=KEY, stream=numerics.WRITE_BACK, step=0, ids=IDS, num_columns=16):
 
 
 def test_fmix32_is_murmur3s_finalizer():
-    x = np.concatenate([[0, 1, 2, 2**31, 2**32 - 1], np.random.default_rng(0).integers(0, 2**32, 100)]).astype(
-        np.uint32
-    )
+    x = np.concatenate([[0, 1, 2, 2**31, 2**32 - 1], np.random.default_rng(0).integers(0, 2**32, 100)]).astype(np.uint32)
     np.testing.assert_array_equal(numerics.fmix32(jnp.asarray(x)), [oracles.fmix32(int(v)) for v in x])
 
 

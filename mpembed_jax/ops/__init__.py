@@ -13,12 +13,23 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
 
 import jax
 
-from mpembed_jax.ops.xla import Unique, lookup, swap, unique, write, write_back
+from mpembed_jax.ops.xla import Unique, add_duplicates, lookup, swap, unique, write, write_back
 
 IMPLEMENTATIONS = ("xla", "xla_chunked")
 _CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
 
-__all__ = ["IMPLEMENTATIONS", "Unique", "choose", "chunk_of", "lookup", "swap", "unique", "write", "write_back"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Unique",
+    "add_duplicates",
+    "choose",
+    "chunk_of",
+    "lookup",
+    "swap",
+    "unique",
+    "write",
+    "write_back",
+]
 
 
 def choose(implementation: str | None) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import chunks, numerics
+from mpembed_jax import access, chunks, numerics
 from mpembed_jax.formats import decode
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
@@ -25,6 +25,7 @@ class Unique(NamedTuple):
     num_dropped: jax.Array  # i32 []  distinct ids over the budget
 
 
+@jax.named_scope("unique")
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     """Deduplicates by a hashed claim table: positions claim a bucket, verify, and the losers try another hash.
 
@@ -50,9 +51,9 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
         salt = attempt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
         bucket = (numerics.fmix32(ids.astype(jnp.uint32) + salt) & jnp.uint32(num_buckets - 1)).astype(jnp.int32)
         owner = jnp.full(num_buckets, num_positions, jnp.int32)
-        owner = owner.at[jnp.where(is_open, bucket, num_buckets)].min(position, mode="drop")
-        candidate = owner[bucket]
-        is_same = is_open & (ids.at[candidate].get(mode="clip") == ids)
+        owner = access.minimum(owner, jnp.where(is_open, bucket, num_buckets), position)
+        candidate = access.take(owner, bucket)
+        is_same = is_open & (access.take(ids, candidate) == ids)
         return attempt + 1, jnp.where(is_same, candidate, first), is_open & ~is_same
 
     is_real = ids != NO_ID
@@ -71,12 +72,13 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
 
         is_over = num_found > size - 1
         is_first, rank = lax.cond(is_over, keep_smallest, lambda _: (is_first, rank), None)
-    unique_ids = jnp.full(size, NO_ID, jnp.int32).at[jnp.where(is_first, rank, size)].set(ids, mode="drop")
-    inverse = jnp.where(is_real & is_first[first], rank[first], size - 1)
-    counts = jnp.zeros(size, jnp.int32).at[inverse].add(1).at[size - 1].set(0)
+    unique_ids = access.put(jnp.full(size, NO_ID, jnp.int32), jnp.where(is_first, rank, size), ids)
+    inverse = jnp.where(is_real & access.take(is_first, first), access.take(rank, first), size - 1)
+    counts = access.add(jnp.zeros(size, jnp.int32), inverse, 1).at[size - 1].set(0)
     return Unique(unique_ids, inverse, counts, num_ids, num_found - num_ids)
 
 
+@jax.named_scope("swap")
 def swap(
     table: QuantizedTable,
     cache_rows: jax.Array,
@@ -113,14 +115,15 @@ def swap(
         rows, cache_rows, dirty, num_written = carry
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
         victims = window.take(victim_ids)
-        must_write = window.is_live & dirty.at[here].get(mode="clip") & (victims != NO_ID)
-        old = cache_rows.at[here].get(mode="clip")
+        was_dirty = window.is_live & access.take(dirty, here)
+        must_write = was_dirty & (victims != NO_ID)
+        old = access.take(cache_rows, here)
         packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step)
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
-        rows = rows.at[jnp.where(must_write, victims, rows.shape[0])].set(packed, mode="drop")
-        new = decode(lax.optimization_barrier(rows.at[window.take(ids)].get(mode="clip")), table.format, table.embedding_dim)
-        cache_rows = cache_rows.at[here].set(new, mode="drop")
-        dirty = dirty.at[here].set(False, mode="drop")
+        rows = access.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
+        new = decode(lax.optimization_barrier(access.take(rows, window.take(ids))), table.format, table.embedding_dim)
+        cache_rows = access.put(cache_rows, here, new)
+        dirty = access.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
 
     carry = (table.rows, cache_rows, dirty, jnp.int32(0))
@@ -128,6 +131,7 @@ def swap(
     return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty, num_written
 
 
+@jax.named_scope("lookup")
 def lookup(
     table: QuantizedTable,
     cache_rows: jax.Array | None,
@@ -143,21 +147,19 @@ def lookup(
       float32 [U, D].
     """
     width = ids.shape[0]
-    out = jnp.zeros((width, table.embedding_dim), jnp.float32)
-    if cache_rows is not None:
-
-        def from_lines(window: chunks.Window, out: jax.Array) -> jax.Array:
-            return window.put(out, cache_rows.at[window.take(line)].get(mode="clip"))
-
-        out = chunks.each(0, num_cached, width, chunk, from_lines, out)
+    if cache_rows is None:
+        out = jnp.zeros((width, table.embedding_dim), jnp.float32)
+    else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
+        out = access.take(cache_rows, line, 0)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
-        packed = lax.optimization_barrier(table.rows.at[window.take(ids)].get(mode="clip"))
+        packed = lax.optimization_barrier(access.take(table.rows, window.take(ids)))
         return window.put(out, decode(packed, table.format, table.embedding_dim))
 
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
 
 
+@jax.named_scope("write")
 def write(
     table: QuantizedTable,
     cache_rows: jax.Array | None,
@@ -192,19 +194,20 @@ def write(
 
         def to_lines(window: chunks.Window, cache_rows: jax.Array) -> jax.Array:
             here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
-            return cache_rows.at[here].set(window.take(new_rows), mode="drop")
+            return access.put(cache_rows, here, window.take(new_rows))
 
         cache_rows = chunks.each(0, num_cached, width, chunk, to_lines, cache_rows)
 
     def to_table(window: chunks.Window, rows: jax.Array) -> jax.Array:
         here = window.take(ids)
         packed = encode_rows(window.take(new_rows), here, table, key, numerics.BYPASS, step)
-        return rows.at[jnp.where(window.is_live, here, NO_ID)].set(packed, mode="drop")
+        return access.put(rows, jnp.where(window.is_live, here, NO_ID), packed)
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
     return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows
 
 
+@jax.named_scope("write_back")
 def write_back(
     table: QuantizedTable, cache_rows: jax.Array, tags: jax.Array, dirty: jax.Array, key: jax.Array, step: jax.Array
 ) -> QuantizedTable:
@@ -213,7 +216,21 @@ def write_back(
     def body(window: chunks.Window, rows: jax.Array) -> jax.Array:
         ids = jnp.where(window.is_live & window.take(dirty), window.take(tags), NO_ID)
         packed = encode_rows(window.take(cache_rows), ids, table, key, numerics.FLUSH, step)
-        return rows.at[ids].set(packed, mode="drop")
+        return access.put(rows, ids, packed)
 
     rows = chunks.each(0, tags.shape[0], tags.shape[0], 8192, body, table.rows)
     return QuantizedTable(rows, table.format, table.embedding_dim)
+
+
+def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [n, D] into total [U, D] at index [n], duplicates summed; the last row, padding, takes nothing.
+
+    A CPU adds in place, in the order of positions. Elsewhere positions are sorted first: a float32 scatter-add with duplicate
+    ids is hundreds of times slower on some GPU builds (jax#38806), and its order is not deterministic.
+    """
+    last = total.shape[0] - 1
+    if jax.default_backend() == "cpu":
+        return access.add(total, jnp.where(index == last, last + 1, index), values)
+    order = jnp.argsort(index)
+    summed = jax.ops.segment_sum(values[order], index[order], last + 1, indices_are_sorted=True)
+    return total + summed.at[last].set(0)

@@ -1,0 +1,108 @@
+"""Reddit posts as a click-through task: does a post get at least 11 comments?
+
+Features: subreddit, domain, hour, weekday, is_self, and the title's words as a bag of at most 16. Posts before 2012-04
+train, 2012-04 to 06 test, so the test set has new words, domains and subreddits. Every distinct value has its own id, no
+minimum count; ids of values that only test posts have are never trained. The file (posts_before_2012-07.parquet, PDDL
+1.0, public domain) is not part of the project: its folder is given, or named by MPEMBED_DATA, or ../shared/data beside
+the repository. Links, scores and authors are not used.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from mpembed_jax import NO_ID
+
+FILE = Path("reddit") / "posts_before_2012-07.parquet"
+SINGLES = ("subreddit", "domain", "hour", "weekday", "is_self")
+MAX_TOKENS = 16
+MIN_COMMENTS = 11
+TEST_FROM = int(datetime.datetime(2012, 4, 1, tzinfo=datetime.UTC).timestamp())
+WORD = r"[\w']+"
+
+
+def find(path: Path | str | None = None) -> Path:
+    """Returns the parquet file: `path` (file or folder), else under MPEMBED_DATA, else under ../shared/data.
+
+    Raises:
+      FileNotFoundError: naming every place looked at.
+    """
+    if path is not None:
+        roots = [Path(path)]
+    elif "MPEMBED_DATA" in os.environ:
+        roots = [Path(os.environ["MPEMBED_DATA"])]
+    else:
+        roots = [Path(__file__).resolve().parents[3] / "shared" / "data"]
+    places = [place for root in roots for place in (root, root / FILE.name, root / FILE)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"no {FILE.name} at {', '.join(map(str, places))}; pass its folder, or set MPEMBED_DATA to the data folder"
+    )
+
+
+class RedditPosts:
+    """The source, held in memory (about 60 MB): 588,138 posts in time order.
+
+    Args:
+      path: the parquet file or its folder; None looks in the default places.
+      num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None keeps all.
+    """
+
+    name = "reddit"
+    num_dense = 0
+    bags: tuple[str, ...] = ("title",)
+
+    def __init__(self, path: Path | str | None = None, num_rows: int | None = None):
+        posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
+        if num_rows is not None:
+            is_train = pl.col("created_utc") < TEST_FROM
+            posts = pl.concat([posts.filter(is_train).tail(num_rows), posts.filter(~is_train).head(num_rows)])
+        created = pl.from_epoch(pl.col("created_utc"), time_unit="s")
+        posts = posts.with_columns(
+            hour=created.dt.hour(),
+            weekday=created.dt.weekday() - 1,
+            is_self=pl.col("is_self").cast(pl.Int8),
+            words=pl.col("title").str.to_lowercase().str.extract_all(WORD).list.head(MAX_TOKENS),
+        )
+        self.label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
+        self.num_train = int((posts["created_utc"] < TEST_FROM).sum())
+        self.num_test = len(posts) - self.num_train
+        self.ids = {}
+        self.tables = {}
+        for name in SINGLES:
+            self.ids[name], self.tables[name] = _numbered(posts[name])
+        for name, size in (("hour", 24), ("weekday", 7), ("is_self", 2)):
+            self.ids[name], self.tables[name] = posts[name].to_numpy().astype(np.int32), size
+        lengths = posts["words"].list.len().to_numpy()
+        self.ids["title"] = np.full((len(posts), MAX_TOKENS), NO_ID, np.int32)
+        is_word = np.arange(MAX_TOKENS) < lengths[:, None]
+        # An empty list explodes to one null, which is no word.
+        self.ids["title"][is_word], self.tables["title"] = _numbered(posts["words"].explode().drop_nulls())
+
+    def _batch(self, rows: np.ndarray | slice) -> dict:
+        label = self.label[rows]
+        ids = {name: ids[rows] for name, ids in self.ids.items()}
+        return {"dense": np.zeros((len(label), 0), np.float32), "ids": ids, "label": label}
+
+    def train(self, batch_size: int, seed: int = 0) -> Iterator[dict]:
+        """Yields the full batches of the training posts in random order."""
+        order = np.random.default_rng(seed).permutation(self.num_train)
+        for at in range(0, self.num_train - batch_size + 1, batch_size):
+            yield self._batch(order[at : at + batch_size])
+
+    def test(self, batch_size: int) -> Iterator[dict]:
+        """Yields the test posts in time order, the last batch possibly short."""
+        for at in range(self.num_train, self.num_train + self.num_test, batch_size):
+            yield self._batch(slice(at, min(at + batch_size, self.num_train + self.num_test)))
+
+
+def _numbered(values: pl.Series) -> tuple[np.ndarray, int]:
+    """Numbers the distinct values in sorted order: i32 [n] and how many there are."""
+    ids = values.rank("dense").to_numpy().astype(np.int32) - 1
+    return ids, int(ids.max()) + 1

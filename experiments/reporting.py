@@ -1,0 +1,196 @@
+"""What an experiment leaves behind: a table, a picture, and a file that says what ran where.
+
+Works on lists of `training.Outcome`, several contenders times several seeds, the first contender being the FP32 baseline.
+AUC differences are paired: a contender against the baseline of the same seed. It runs nothing itself.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from experiments.training import Outcome
+
+KAGGLE_ROWS = 45_840_617
+PACKAGES = ("mpembed_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+def by_contender(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+    """Groups outcomes by contender name, baseline first, each list in order of seeds."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.contender.name, []).append(outcome)
+    return groups
+
+
+def auc_differences(outcomes: list[Outcome]) -> dict[str, list[float]]:
+    """Returns for each contender AUC minus the baseline's AUC, seed by seed."""
+    groups = by_contender(outcomes)
+    baseline = {o.seed: o.auc for o in next(iter(groups.values()))}
+    return {name: [o.auc - baseline[o.seed] for o in group] for name, group in groups.items()}
+
+
+def _commit() -> str | None:
+    """Returns the commit this runs from, marked if files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def environment() -> dict[str, Any]:
+    """Says where and with what a run took place: device, cores, versions, commit, command."""
+    device = jax.devices()[0]
+    return {
+        "command": " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def make_console() -> Console:
+    """Returns a console as wide as the terminal, or wide enough for every table where the output is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 130)
+
+
+def make_progress(console: Console) -> Progress:
+    """Returns bars with samples/s, loss and hit rate: tasks need the fields rate, loss and hits."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[rate]:,.0f} samples/s  loss {task.fields[loss]:.4f}  hits {task.fields[hits]:.1%}"),
+        console=console,
+    )  # fmt: skip
+
+
+class Bars:
+    """Feeds `training.train`'s on_chunk to one bar per contender; the rate is over a contender's own turns."""
+
+    def __init__(self, progress: Progress, names: list[str], num_rows: int):
+        self.progress, self.rows, self.seconds = progress, dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        self.compiled = dict.fromkeys(names, False)
+        nothing = {"rate": 0.0, "loss": float("nan"), "hits": 0.0}
+        self.tasks = {name: progress.add_task(name, total=num_rows, **nothing) for name in names}
+
+    def __call__(self, name: str, num_rows: int, loss: float, hit_rate: float, seconds: float) -> None:
+        """Advances a contender's bar."""
+        if self.compiled[name]:  # the first turn compiles and does not count
+            self.rows[name] += num_rows
+            self.seconds[name] += seconds
+        self.compiled[name] = True
+        rate = self.rows[name] / self.seconds[name] if self.rows[name] else num_rows / seconds
+        self.progress.update(self.tasks[name], advance=num_rows, rate=rate, loss=loss, hits=hit_rate)
+
+
+def make_table(outcomes: list[Outcome], title: str) -> Table:
+    """Returns a rich table, one line per contender: means over seeds, and AUC differences per seed if there are several."""
+    several = len({o.seed for o in outcomes}) > 1
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    heads = ("AUC", "dAUC", "logloss", "NE", "MB", "ratio", "+opt", "hits", "ms")
+    for name in (*heads, "dAUC per seed") if several else heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    differences = auc_differences(outcomes)
+    for number, (name, group) in enumerate(by_contender(outcomes).items()):
+        first = group[0]
+
+        def mean(field: str, group: list[Outcome] = group) -> float:
+            return float(np.mean([getattr(o, field) for o in group]))
+
+        cells = [
+            f"{mean('auc'):.4f}",
+            f"{np.mean(differences[name]):+.4f}" if number else "",
+            f"{mean('log_loss'):.4f}",
+            f"{mean('normalized_entropy'):.4f}",
+            f"{first.embedding_bytes / 1e6:.2f}",
+            f"{first.ratio:.2f}",
+            f"{first.ratio_with_row_state:.2f}",
+            f"{mean('hit_rate'):.1%}" if first.contender.cache_fraction > 0 else "",
+            f"{mean('step_ms'):.1f}",
+        ]
+        if several:
+            cells.append(" ".join(f"{d:+.4f}" for d in differences[name]) if number else "")
+        table.add_row(name, *cells)
+    table.caption = (
+        "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state without the optimizer's; "
+        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both sides. ms: per step."
+    )
+    return table
+
+
+def print_advice(console: Console, outcomes: list[Outcome]) -> None:
+    """Prints what the library advised, once per contender."""
+    for name, group in by_contender(outcomes).items():
+        for text in group[0].advice:
+            console.print(f"{name}: {text}", style="dim")
+
+
+def save_picture(outcomes: list[Outcome], path: Path) -> None:
+    """Draws loss curves of the first seed, and AUC lost against bytes per row with one mark per seed."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    differences = auc_differences(outcomes)
+    for number, (name, group) in enumerate(by_contender(outcomes).items()):
+        look = {"color": f"C{number % 10}", "label": name}
+        steps, losses = np.array(group[0].losses).T
+        width = max(1, len(losses) // 40)
+        left.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), linewidth=1.2, **look)
+        lost = [-d for d in differences[name]]
+        mark = "osD^vPX*<>"[number % 10]
+        right.scatter([group[0].bytes_per_row] * len(lost), lost, s=26, marker=mark, alpha=0.8, **look)
+    left.set(xlabel="step", ylabel="training loss", title="Training loss of the first seed")
+    right.set(xlabel="bytes per row, optimizer state left out", ylabel="AUC lost against FP32", title="AUC against memory")
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set_yscale("symlog", linthresh=1e-3)
+    right.set_ylim(*(np.array([min(0, *right.get_ylim()), max(0, *right.get_ylim())]) * 1.1))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def projection(outcome: Outcome, batch_size: int) -> float:
+    """Returns the seconds one pass over Criteo-Kaggle's 45.8 M rows would take at this contender's time per step."""
+    return KAGGLE_ROWS / batch_size * outcome.step_ms / 1e3
+
+
+def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) -> dict[str, Any]:
+    """Writes and returns environment, settings, paired AUC differences, every outcome, and `extra`."""
+    record = {
+        **environment(),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        **extra,
+        "auc_differences": {
+            name: {"mean": float(np.mean(d)), "per_seed": d} for name, d in auc_differences(outcomes).items()
+        },
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record

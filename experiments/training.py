@@ -1,0 +1,297 @@
+"""Trains several storages of one recommender side by side: same batches, same seed, same initial parameters.
+
+Every contender is the functional step of DESIGN.md 5: prefetch, lookup, pool, gradients with respect to the gathered
+rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
+turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
+on a background thread. One pass, no early stopping, no learning-rate schedule.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn import metrics
+
+import mpembed_jax as mpembed
+from experiments import dlrm
+from experiments.data.background import in_background
+from experiments.data.hashing import fmix32
+
+CHUNK = 16  # batches a contender trains on before the next one's turn
+Storage = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """How one run stores its rows; `cache_fraction` 0 means no cache."""
+
+    name: str
+    storage: Storage = "int8"
+    cache_fraction: float = 0.05
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    policy: Literal["lfu", "lru"] = "lfu"
+    ways: int = 32
+    hashed_to: float = 1.0  # below 1: ids of large tables are hashed into tables of this share of all rows together
+
+
+FP32 = Contender("FP32", "float32", 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all contenders share."""
+
+    embedding_dim: int = 16
+    batch_size: int = 2048
+    row_learning_rate: float = 0.05  # row-wise Adagrad
+    dense_learning_rate: float = 1e-3  # Adam
+    max_unique_ids: int | None = None
+    hidden: tuple[int, ...] = (512, 256)  # DLRM's widths; the bottom MLP adds one layer of 64
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one contender reached."""
+
+    contender: Contender
+    seed: int
+    auc: float
+    log_loss: float
+    normalized_entropy: float  # log loss over the entropy of the test set's base rate
+    embedding_bytes: int  # every array of the embedding state but the optimizer's
+    row_state_bytes: int  # the optimizer's
+    bytes_per_row: float  # embedding_bytes over the rows of the source's tables
+    ratio: float  # float32 tables of the source over embedding_bytes
+    ratio_with_row_state: float  # the same with the optimizer's state on both sides
+    hit_rate: float  # share of requests found in the cache while training
+    unique_hit_rate: float
+    evictions_per_step: float
+    bypasses_per_step: float
+    step_ms: float  # median over chunks, without the first, which compiles
+    first_chunk_s: float
+    num_steps: int
+    losses: list[tuple[int, float]]  # (step, mean training loss of the chunk that ends there)
+    advice: list[str]  # what mpembed_jax.stats warned of
+
+
+class Learner(NamedTuple):
+    """Everything a step replaces; all of it is donated."""
+
+    emb: mpembed.EmbeddingState
+    params: Any
+    opt_state: Any
+
+
+class Job(NamedTuple):
+    """The jitted functions of one model: one compile per contender, none per seed."""
+
+    train_step: Callable[[Learner, dict], tuple[Learner, jax.Array]]
+    predict: Callable[[Learner, dict], jax.Array]
+    init_params: Callable[[jax.Array], Any]
+    row_tx: optax.GradientTransformation
+    tx: optax.GradientTransformation
+
+
+def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
+    """Shrinks the tables above 1,000 rows by one factor, so that all together have `share` of the rows."""
+    large = sum(size for size in tables.values() if size > 1000)
+    factor = max(0.0, 1 - (1 - share) * sum(tables.values()) / max(large, 1))
+    return {name: size if size <= 1000 or share >= 1 else max(1, int(size * factor)) for name, size in tables.items()}
+
+
+def make_spec(source: Any, contender: Contender, recipe: Recipe) -> mpembed.EmbeddingSpec:
+    """Returns the stack of the source's tables as the contender stores it."""
+    fraction = contender.cache_fraction
+    sizes = table_sizes(source.tables, contender.hashed_to)
+    return mpembed.EmbeddingSpec(
+        tables=tuple(mpembed.TableSpec(name, size) for name, size in sizes.items()),
+        embedding_dim=recipe.embedding_dim,
+        storage=mpembed.RowFormat(contender.storage, rounding=contender.rounding),
+        cache=mpembed.CacheSpec(fraction, ways=contender.ways, policy=contender.policy) if fraction else None,
+        max_unique_ids=recipe.max_unique_ids,
+    )
+
+
+def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> Contender:
+    """Returns the FP32 contender whose tables, ids hashed into fewer rows, take as many bytes as another's state."""
+    size = mpembed.memory.report(make_spec(source, contender, recipe), optax.identity())
+    return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=1 / size.ratio)
+
+
+def _global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
+    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of the stack, hashed where its tables are smaller."""
+    full = np.array(list(tables.values()), np.int32)
+    size = np.array([t.vocabulary_size for t in spec.tables], np.int32)
+
+    def shrink(ids: jax.Array, full: Any, size: Any) -> jax.Array:
+        hashed = (fmix32(ids.astype(jnp.uint32)) % size.astype(np.uint32)).astype(jnp.int32)
+        return jnp.where((size < full) & (ids != mpembed.NO_ID), hashed, ids)
+
+    if isinstance(ids, dict):
+        at = {name: number for number, name in enumerate(tables)}
+        return spec.global_ids({name: shrink(v, full[at[name]], size[at[name]]) for name, v in ids.items()})
+    return spec.global_ids(shrink(ids, full, size))
+
+
+def _split(ids: Any, bags: tuple[str, ...]) -> tuple[Any, list[Any]]:
+    """Separates features with one id, as one [B, T] array, from bags [B, L]; dicts are taken in sorted order."""
+    if not isinstance(ids, dict):
+        return ids, []
+    singles = jnp.stack([ids[name] for name in sorted(ids) if name not in bags], axis=-1)
+    return singles, [ids[name] for name in sorted(bags)]
+
+
+def make_job(source: Any, recipe: Recipe) -> Job:
+    """Builds the step, the prediction and the optimizers: DLRM where there are dense inputs, else the small MLP."""
+    num_vectors, bags = len(source.tables), source.bags
+    row_tx = mpembed.optim.rowwise_adagrad(recipe.row_learning_rate)
+    tx = optax.adam(recipe.dense_learning_rate)
+    if source.num_dense:
+        model = dlrm.dlrm
+        init_params = partial(
+            dlrm.init_dlrm, num_dense=source.num_dense, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim,
+            bottom=(*recipe.hidden, 64), top=recipe.hidden,
+        )  # fmt: skip
+    else:
+        model = dlrm.small
+        init_params = partial(dlrm.init_small, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim)
+
+    @partial(jax.jit, donate_argnames="learner")
+    def train_step(learner: Learner, batch: dict) -> tuple[Learner, jax.Array]:
+        ids = _global_ids(batch["ids"], source.tables, learner.emb.spec)
+        emb, plan = mpembed.prefetch(learner.emb, ids)
+        rows = mpembed.lookup(emb, plan)
+        singles, bagged = _split(plan.inverse, bags)
+
+        def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
+            vectors = mpembed.pool(rows, singles)
+            if bagged:
+                vectors = jnp.concatenate([vectors, jnp.stack(mpembed.pool(rows, bagged, combiner="mean"), 1)], axis=1)
+            return dlrm.bce(model(params, batch["dense"], vectors), batch["label"])
+
+        loss, (grads, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(learner.params, rows)
+        emb = mpembed.apply_gradients(emb, plan, rows, row_grads, tx=row_tx)
+        updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
+        counts = plan.counts
+        log = jnp.stack([loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)])
+        return Learner(emb, optax.apply_updates(learner.params, updates), opt_state), log
+
+    @jax.jit
+    def predict(learner: Learner, batch: dict) -> jax.Array:
+        singles, bagged = _split(_global_ids(batch["ids"], source.tables, learner.emb.spec), bags)
+        vectors = mpembed.read(learner.emb, singles)
+        for ids in bagged:
+            num_ids = jnp.maximum(jnp.sum(ids != mpembed.NO_ID, axis=-1), 1).astype(jnp.float32)
+            mean = jnp.sum(mpembed.read(learner.emb, ids), axis=1) / num_ids[:, None]
+            vectors = jnp.concatenate([vectors, mean[:, None]], axis=1)
+        return jax.nn.sigmoid(model(learner.params, batch["dense"], vectors))
+
+    return Job(train_step, predict, init_params, row_tx, tx)
+
+
+def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
+    chunk: list[dict] = []
+    for batch in batches:
+        chunk.append(batch)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def evaluate(job: Job, learner: Learner, source: Any, batch_size: int) -> dict[str, float]:
+    """Returns auc, log_loss and normalized_entropy of the source's test rows."""
+    labels, scores = [], []
+
+    def padded() -> Iterator[dict]:
+        for batch in source.test(batch_size):
+            labels.append(batch["label"])
+            # One shape for all: a short batch repeats its last row, and the scores of the repeats are cut off.
+            rows = np.minimum(np.arange(batch_size), len(batch["label"]) - 1)
+            yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
+
+    for batch in in_background(map(jax.device_put, padded())):
+        scores.append(job.predict(learner, batch))
+    label = np.concatenate(labels)
+    score = np.concatenate([np.asarray(s)[: len(y)] for s, y in zip(scores, labels, strict=True)]).astype(np.float64)
+    if label.min() == label.max():
+        raise ValueError(f"all {len(label)} test labels are {label[0]:g}: AUC is not defined; use more rows")
+    if not np.isfinite(score).all():
+        return dict.fromkeys(("auc", "log_loss", "normalized_entropy"), float("nan"))  # a run that diverged
+    log_loss, rate = float(metrics.log_loss(label, score)), float(label.mean())
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    auc = float(metrics.roc_auc_score(label, score))
+    return {"auc": auc, "log_loss": log_loss, "normalized_entropy": log_loss / float(entropy)}
+
+
+def train(
+    source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int, on_chunk: Callable[..., None]
+) -> list[Outcome]:
+    """Trains every contender for one pass and evaluates it.
+
+    Args:
+      source: see experiments/data.
+      contenders: the runs; the seed gives all of them the same initial values and the same batches.
+      recipe: what they share.
+      job: from make_job.
+      seed: of parameters, rows and batch order.
+      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate, seconds).
+
+    Returns:
+      One Outcome per contender, in order.
+    """
+    specs = [make_spec(source, c, recipe) for c in contenders]
+    row_key, dense_key = jax.random.split(jax.random.key(seed))
+    learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
+    first_chunks = [0.0] * len(contenders)
+    for spec in specs:
+        params = job.init_params(dense_key)
+        learners.append(Learner(mpembed.init(row_key, spec, job.row_tx), params, job.tx.init(params)))
+    num_steps = 0
+    for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
+        num_steps += len(chunk)
+        for i, contender in enumerate(contenders):
+            start, logs = time.perf_counter(), []
+            for batch in chunk:
+                learners[i], log = job.train_step(learners[i], batch)
+                logs.append(log)
+            loss, hits, requests = np.mean(np.stack(jax.device_get(logs)), axis=0)
+            seconds = time.perf_counter() - start
+            times[i].append(seconds / len(chunk))
+            first_chunks[i] = first_chunks[i] or seconds
+            curves[i].append((num_steps, float(loss)))
+            on_chunk(contender.name, len(chunk) * recipe.batch_size, float(loss), float(hits / max(requests, 1)), seconds)
+    if not num_steps:
+        raise ValueError(f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size")
+    outcomes, plain = [], mpembed.memory.report(make_spec(source, FP32, recipe), job.row_tx)
+    for i, contender in enumerate(contenders):
+        with warnings.catch_warnings(record=True) as advice:
+            warnings.simplefilter("always")
+            counts = mpembed.stats(learners[i].emb)
+        if counts.out_of_range:
+            raise ValueError(f"{source.name} made {counts.out_of_range} ids outside their tables")
+        size = mpembed.memory.report(specs[i], job.row_tx)
+        row_state_bytes = size.components["row state"]
+        outcomes.append(
+            Outcome(
+                contender=contender, seed=seed, **evaluate(job, learners[i], source, recipe.batch_size),
+                embedding_bytes=size.total - row_state_bytes, row_state_bytes=row_state_bytes,
+                bytes_per_row=(size.total - row_state_bytes) / plain.num_rows,
+                ratio=plain.float32_bytes / (size.total - row_state_bytes),
+                ratio_with_row_state=(plain.float32_bytes + plain.float32_row_state_bytes) / size.total,
+                hit_rate=counts.hit_rate, unique_hit_rate=counts.unique_hit_rate,
+                evictions_per_step=counts.evictions / num_steps, bypasses_per_step=counts.bypasses / num_steps,
+                step_ms=1e3 * float(np.median(times[i][1:] or times[i])), first_chunk_s=first_chunks[i],
+                num_steps=num_steps, losses=curves[i], advice=[str(w.message) for w in advice],
+            )
+        )  # fmt: skip
+        learners[i] = None  # lets the next evaluation have its memory
+    return outcomes

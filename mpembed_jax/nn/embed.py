@@ -1,0 +1,141 @@
+"""CachedEmbed: nnx.Embed whose table is quantized, cached and trained by row."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mpembed_jax import optim
+from mpembed_jax.cache import CacheSpec
+from mpembed_jax.formats import RowFormat, as_format
+from mpembed_jax.nn import features as features_
+from mpembed_jax.nn import verbs
+from mpembed_jax.nn.stack import Stack
+from mpembed_jax.pooling import pool
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState
+from mpembed_jax.stats import CacheStats, stats
+from mpembed_jax.table import TableSpec
+
+# One object for all modules: an optimizer is static, and a new one for each model would retrace its step.
+DEFAULT_TX = optim.rowwise_adagrad(0.05)
+# What nnx.Embed and linen.Embed start from: normal with variance 1 / features, whatever the block of rows.
+DEFAULT_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+
+def embed_spec(
+    num_embeddings: int, features: int, storage: RowFormat | str, cache: CacheSpec | None, embedding_init: Any
+) -> EmbeddingSpec:
+    """Returns the stack of one table that a CachedEmbed of these arguments has."""
+    table = TableSpec("embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init)
+    return EmbeddingSpec((table,), features, as_format(storage), cache)
+
+
+class CachedEmbed(nnx.Module):
+    """Turns ids into vectors like nnx.Embed; the table is quantized, the rows in use are cached and trained in float32.
+
+    A training step calls `prefetch(ids)` before nnx.value_and_grad and `grads = nn.apply_gradients(model, grads)` after it,
+    under nnx.jit with the model donated. After `model.eval()` calls need no prefetch.
+
+    Args:
+      num_embeddings: rows V of the table.
+      features: width D of a row.
+      tx: optax transformation for the rows; None: optim.rowwise_adagrad(0.05), which suits the default initial values.
+        The model's own optimizer never sees the table.
+      storage: RowFormat or its name, how rows outside the cache are stored.
+      cache: CacheSpec, or None to train every row in the table.
+      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
+      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: nnx.Embed's default.
+      rngs: the initial values and the embedding's own randomness derive from its `params` stream.
+
+    Raises:
+      TypeError: if an argument has another type.
+      ValueError: if a size is out of range, or tx cannot work on gathered rows.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        tx: optax.GradientTransformation | None = None,
+        storage: RowFormat | str = "int8",
+        cache: CacheSpec | None = CacheSpec(),  # noqa: B008
+        dtype: Any = None,
+        embedding_init: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        spec = embed_spec(num_embeddings, features, storage, cache, embedding_init)
+        self.num_embeddings = num_embeddings
+        self.features = features
+        self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        self.deterministic = False
+        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs)
+
+    @property
+    def state(self) -> EmbeddingState:
+        """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
+        return self.stack.embedding_state()
+
+    def prefetch(self, ids: Any) -> None:
+        """Plans a batch and holds its rows for one step; call it outside the differentiated function.
+
+        Args:
+          ids: integers [..] in [0, num_embeddings), or any nest of such arrays; NO_ID is padding, ids outside the table
+            read as zeros and are counted. Host arrays of 64 bits are checked before jax would truncate them.
+
+        Raises:
+          TypeError: if ids are not integers.
+          ValueError: if the last prefetch still waits for its nn.apply_gradients.
+        """
+        self.stack.prefetch(features_.table_ids(self.stack.spec, ids))
+
+    def __call__(self, ids: Any) -> Any:
+        """Returns the vectors of ids, differentiable with respect to the prefetched rows.
+
+        Args:
+          ids: what prefetch was given, in training; any ids, after eval().
+
+        Returns:
+          [.., features] in dtype, nested as ids; padding and ids outside the table are zeros.
+
+        Raises:
+          TypeError: if ids are not integers.
+          ValueError: in training, without prefetch or with other ids than it was given.
+        """
+        mapped = features_.table_ids(self.stack.spec, ids)
+        if self.deterministic:
+            vectors = verbs.read(self.stack.embedding_state(), mapped)
+        else:
+            vectors = pool(*self.stack.rows_and_inverse(mapped))
+        return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Returns the dot products of queries with every row: dense logits, the table decoded in blocks.
+
+        It differentiates with respect to the query only, and only after eval(): in training it would silently not train
+        the table. Sampled softmax over prefetched rows does: prefetch the positive and sampled negative ids with the
+        inputs, as one nest, and take dot products with the vectors of the call.
+
+        Args:
+          query: float [.., features].
+
+        Returns:
+          [.., num_embeddings] in dtype.
+
+        Raises:
+          TypeError: if query is not floating.
+          ValueError: if its last axis is not features, or when differentiated in training mode.
+        """
+        return verbs.attend(self.stack.embedding_state(), query, self.dtype, not self.deterministic)
+
+    def stats(self) -> CacheStats:
+        """Returns the counts since init, hit_rate among them, as host numbers; see mpembed_jax.stats."""
+        return stats(self.state)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode of a view, as nnx.view(model, deterministic=True) asks; True is evaluation."""
+        if deterministic is not None:
+            self.deterministic = deterministic

@@ -1,0 +1,174 @@
+"""CachedEmbed and CachedEmbedBags for linen.
+
+A module keeps each stack of tables, with its row optimizer, in the collection "embedding". An apply with rows among the
+params (see train_state.py) is a training step and uses them; one without reads, as evaluation does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpembed_jax import state as states
+from mpembed_jax.cache import CachePlan, CacheSpec
+from mpembed_jax.formats import RowFormat
+from mpembed_jax.nn import features as features_
+from mpembed_jax.nn import verbs
+from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
+from mpembed_jax.pooling import pool
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState
+
+COLLECTION = "embedding"
+TABLE, STACK = "table", "stack_"  # the name of a CachedEmbed's only stack; what the names of bags' stacks start with
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state", "plan"], meta_fields=["tx"])
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """What the collection holds for one stack of tables."""
+
+    state: EmbeddingState
+    plan: CachePlan | None  # of the step under way
+    tx: optax.GradientTransformation
+
+
+def _stack(module: linen.Module, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation) -> linen.Variable:
+    """Declares a stack variable; its rows, if prefetched, are the param of the same name."""
+    return module.variable(COLLECTION, name, lambda: Stack(states.init(module.make_rng("params"), spec, tx), None, tx))
+
+
+def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def _planned(stack: Stack, rows: jax.Array, ids: Any) -> tuple[jax.Array, Any]:
+    if stack.plan is None:
+        raise ValueError(
+            f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and collections are of different "
+            f"steps; take both from one TrainState: state.apply_fn({{'params': params}}, ..), or state.variables"
+        )
+    verbs.check_prefetched(stack.plan, ids)
+    return rows, stack.plan.inverse
+
+
+class CachedEmbed(linen.Module):
+    """Turns ids into vectors like linen.Embed; the table is quantized, the rows in use are cached and trained in float32.
+
+    Train it with `nn.linen.TrainState`, which prefetches and updates the rows.
+
+    Attributes:
+      num_embeddings: rows V of the table.
+      features: width D of a row.
+      tx: optax transformation for the rows; None: optim.rowwise_adagrad(0.05).
+      storage: RowFormat or its name, how rows outside the cache are stored.
+      cache: CacheSpec, or None to train every row in the table.
+      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
+      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: linen.Embed's default.
+    """
+
+    num_embeddings: int
+    features: int
+    tx: optax.GradientTransformation | None = None
+    storage: RowFormat | str = "int8"
+    cache: CacheSpec | None = CacheSpec()
+    dtype: Any = None
+    embedding_init: Callable | None = None
+
+    def setup(self) -> None:
+        """Declares the stack."""
+        spec = embed_spec(self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init)
+        self.stack = _stack(self, TABLE, spec, DEFAULT_TX if self.tx is None else self.tx)
+
+    def __call__(self, ids: Any) -> Any:
+        """Returns the vectors of ids, differentiable with respect to the prefetched rows.
+
+        Args:
+          ids: integers [..] in [0, num_embeddings) or a nest of such arrays; with prefetched rows, what was prefetched.
+
+        Returns:
+          [.., features] in dtype, nested as ids; padding and ids outside the table are zeros.
+
+        Raises:
+          TypeError: if ids are not integers.
+          ValueError: with other ids than were prefetched.
+        """
+        stack, rows = self.stack.value, _held_rows(self, TABLE)
+        mapped = features_.table_ids(stack.state.spec, ids)
+        vectors = verbs.read(stack.state, mapped) if rows is None else pool(*_planned(stack, rows, mapped))
+        return jax.tree.map(lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors)
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Returns the dot products of queries with every row: dense logits, the table decoded in blocks.
+
+        It differentiates with respect to the query only, and only without prefetched rows: training through it would
+        silently not train the table. Sampled softmax over prefetched rows does.
+
+        Args:
+          query: float [.., features].
+
+        Returns:
+          [.., num_embeddings] in dtype.
+
+        Raises:
+          TypeError: if query is not floating.
+          ValueError: if its last axis is not features, or when differentiated in a step with prefetched rows.
+        """
+        is_training = _held_rows(self, TABLE) is not None
+        return verbs.attend(self.stack.value.state, query, jnp.float32 if self.dtype is None else self.dtype, is_training)
+
+
+class CachedEmbedBags(linen.Module):
+    """Turns features into one vector per bag; tables are quantized, rows in use cached and trained in float32.
+
+    Train it with `nn.linen.TrainState`, which prefetches and updates the rows. Ids are local to their tables:
+    {feature: ids [.., L]} with NO_ID padding ragged bags, or an array [.., T] with one column per feature.
+
+    Attributes:
+      specs: one EmbeddingSpec, or several: one per width, row format or row optimizer.
+      tx: optax transformation for the rows, one for all specs or one per spec.
+      combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id; or {feature: combiner}.
+      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
+    """
+
+    specs: Any
+    tx: Any
+    combiner: Any = "sum"
+    dtype: Any = None
+
+    def setup(self) -> None:
+        """Declares one stack per spec."""
+        self.known = features_.as_specs(self.specs)
+        self.combiners = features_.as_combiners(self.combiner, self.known)
+        pairs = zip(self.known, features_.as_transformations(self.tx, self.known), strict=True)
+        self.stacks = [_stack(self, f"{STACK}{i}", spec, tx) for i, (spec, tx) in enumerate(pairs)]
+
+    def __call__(self, ids: Any, weights: Any = None) -> Any:
+        """Returns the vectors of bags, differentiable with respect to the prefetched rows and the weights.
+
+        Args:
+          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; with prefetched rows, what was
+            prefetched.
+          weights: None, or the factor of each id, nested and shaped as ids; a mapping may leave features out.
+
+        Returns:
+          {feature: [.., D]} with the last axis of ids reduced ([.., L, D] where the combiner is None), or [.., T, D] for
+          array ids; in dtype. Empty bags are zeros.
+
+        Raises:
+          KeyError: on an unknown feature.
+          TypeError: if ids are not integers, or weights are nested otherwise.
+          ValueError: with other ids than were prefetched; on ids without a bag axis, or weights of another shape or
+            without a combiner.
+        """
+        parts = []
+        for i, (held, part) in enumerate(zip(self.stacks, features_.route(self.known, ids), strict=True)):
+            stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
+            parts.append(verbs.read_unpooled(stack.state, part) if rows is None else _planned(stack, rows, part))
+        dtype = jnp.float32 if self.dtype is None else self.dtype
+        return features_.combine(self.known, self.combiners, parts, ids, weights, dtype)

@@ -1,0 +1,178 @@
+"""The linen train state that trains cached embeddings.
+
+For one step `prefetch` puts the gathered rows into `params`, beside the model's own parameters, so that an unchanged
+jax.value_and_grad differentiates with respect to them; `apply_gradients` updates them and takes them out again. A step that
+forgot prefetch raises there. Follows flax.training.train_state in its names.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import core, struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mpembed_jax.nn import features as features_
+from mpembed_jax.nn import verbs
+from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
+from mpembed_jax.stats import CacheStats, stats
+
+
+class TrainState(struct.PyTreeNode):
+    """flax.training's TrainState, plus the model's other collections and the rows of cached embeddings, step by step.
+
+    Attributes:
+      step: int32 [], updates so far.
+      params: the model's parameters; between prefetch and apply_gradients also the prefetched rows.
+      opt_state: of tx, for the model's parameters alone.
+      collections: the model's other collections, cached embeddings among them.
+      model_apply: the model's apply.
+      tx: optax transformation for the model's parameters.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    collections: Any
+    model_apply: Callable = struct.field(pytree_node=False)
+    tx: optax.GradientTransformation = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, *, apply_fn: Callable, variables: Mapping[str, Any], tx: optax.GradientTransformation) -> "TrainState":
+        """Makes a state from what `model.init` returned.
+
+        Args:
+          apply_fn: the model's apply.
+          variables: all collections, from model.init.
+          tx: optax transformation for the model's parameters; rows have their module's own.
+
+        Returns:
+          The state, with an optimizer state for the model's parameters.
+
+        Raises:
+          ValueError: if variables hold no cached embedding.
+        """
+        variables = core.unfreeze(dict(variables))
+        others = {name: value for name, value in variables.items() if name != "params"}
+        if COLLECTION not in others:
+            raise ValueError(
+                f"variables have no collection {COLLECTION!r}, only {list(variables)}; pass variables=model.init(..) of a "
+                f"model that holds a CachedEmbed or CachedEmbedBags, not only its params"
+            )
+        params = variables.get("params", {})
+        return cls(jnp.zeros((), jnp.int32), params, tx.init(params), others, apply_fn, tx)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All collections, for `model.apply(state.variables, ..)`; evaluation outside a step."""
+        return {**self.collections, "params": self.params}
+
+    def apply_fn(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the model's apply with the given collections, the missing ones taken from the state.
+
+        Args:
+          variables: for example {"params": params}.
+          *args: for the model.
+          **kwargs: for apply and the model.
+
+        Returns:
+          What the model returns.
+        """
+        return self.model_apply({**self.collections, **variables}, *args, **kwargs)
+
+    def _stacks(self) -> dict[tuple[str, ...], Stack]:
+        flat = flatten_dict(self.collections[COLLECTION])
+        return {path: value for path, value in flat.items() if isinstance(value, Stack)}
+
+    def prefetch(self, ids: Any) -> "TrainState":
+        """Plans a batch and puts its rows into `params` for one step; call it outside the differentiated function.
+
+        Args:
+          ids: what the model's cached embedding will be called with; with several, {path: ids}, such as
+            {"user/items": ids}, for those that this step trains.
+
+        Returns:
+          The state; it consumes this one's tables where donated.
+
+        Raises:
+          KeyError: on an unknown path or feature.
+          TypeError: if ids are not integers.
+          ValueError: if the last prefetch still waits for its apply_gradients.
+        """
+        stacks = self._stacks()
+        modules = sorted({path[:-1] for path in stacks})
+        if any(stack.plan is not None for stack in stacks.values()):
+            raise ValueError(
+                "prefetch was called twice without apply_gradients in between, which would lose the first batch's update; "
+                "call state = state.apply_gradients(grads=grads) after each prefetch"
+            )
+        if len(modules) == 1:
+            by_module = {modules[0]: ids}
+        else:
+            names = {"/".join(path): path for path in modules}
+            if not isinstance(ids, Mapping) or not set(ids) <= set(names) or not ids:
+                got = list(ids) if isinstance(ids, Mapping) else type(ids).__name__
+                raise KeyError(
+                    f"the model has several cached embeddings; prefetch takes {{path: ids}} for {list(names)}, got {got}"
+                )
+            by_module = {names[name]: value for name, value in ids.items()}
+        params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
+        for module, value in by_module.items():
+            paths = sorted((path for path in stacks if path[:-1] == module), key=lambda path: (len(path[-1]), path[-1]))
+            specs = tuple(stacks[path].state.spec for path in paths)
+            is_table = paths[0][-1] == TABLE
+            routed = [features_.table_ids(specs[0], value)] if is_table else features_.route(specs, value)
+            for path, part in zip(paths, routed, strict=True):
+                state, plan, params[path] = verbs.fetch(stacks[path].state, part)
+                held[path] = Stack(state, plan, stacks[path].tx)
+        return self.replace(
+            params=unflatten_dict(params), collections={**self.collections, COLLECTION: unflatten_dict(held)}
+        )
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """Updates the prefetched rows and the model's parameters, and takes the rows out of `params` again.
+
+        To clip by the global norm of dense and row gradients together, clip grads before this call.
+
+        Args:
+          grads: the gradients with respect to `params`, rows included.
+          **kwargs: other attributes to replace.
+
+        Returns:
+          The state, one step further; it consumes this one's tables where donated.
+
+        Raises:
+          ValueError: if nothing was prefetched, or grads miss the rows.
+        """
+        waiting = {path: stack for path, stack in self._stacks().items() if stack.plan is not None}
+        if not waiting:
+            raise ValueError(
+                "apply_gradients found no prefetched rows, so the embeddings would stay untrained; call "
+                "state = state.prefetch(ids) once before jax.value_and_grad"
+            )
+        params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
+        gradients = flatten_dict(grads)
+        for path, stack in waiting.items():
+            if path not in gradients or stack.plan is None:
+                raise ValueError(
+                    f"grads have no entry {'/'.join(path)}, the prefetched rows; differentiate with respect to "
+                    f"state.params, taken after prefetch, and pass the gradients unchanged"
+                )
+            state = verbs.update(stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx)
+            held[path] = Stack(state, None, stack.tx)
+        dense = unflatten_dict(params)
+        collections = kwargs.pop("collections", self.collections)
+        updates, opt_state = self.tx.update(unflatten_dict(gradients), self.opt_state, dense)
+        return self.replace(
+            step=self.step + 1,
+            params=optax.apply_updates(dense, updates),
+            opt_state=opt_state,
+            collections={**collections, COLLECTION: unflatten_dict(held)},
+            **kwargs,
+        )
+
+    def stats(self) -> dict[str, CacheStats]:
+        """Returns {path of a stack: counts since init} as host numbers; see mpembed_jax.stats."""
+        return {"/".join(path): stats(stack.state) for path, stack in self._stacks().items()}

@@ -1,0 +1,211 @@
+"""The verbs as a module calls them: traced as they are inside jit, compiled once and reused outside.
+
+Outside jit the loops of a verb would compile anew at every call, and unjitted arithmetic differs from jitted in the last
+bit. What a module adds to the verbs is here too, without flax: the check that a call sees the ids that were prefetched,
+the evaluation counterpart of (rows, inverse), and dense logits over a whole table.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
+
+from mpembed_jax import embedding
+from mpembed_jax.cache import CachePlan
+from mpembed_jax.state import EmbeddingState
+from mpembed_jax.table import NO_ID
+
+_BLOCK = 8192  # rows of the table decoded at once by attend
+
+
+@cache
+def _jitted(verb: Callable, static: tuple[str, ...]) -> Callable:
+    return jax.jit(verb, static_argnames=static)
+
+
+def _run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any:
+    if isinstance(state.step, jax.core.Tracer):
+        return verb(state, *args, **static)
+    # Not donated: whoever calls outside jit may hold the old state.
+    return _jitted(verb, tuple(static))(state, *args, **static)
+
+
+def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    state, plan = embedding.prefetch(state, ids)
+    return state, plan, embedding.lookup(state, plan)
+
+
+def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    """Returns embedding.prefetch's state and plan, and the plan's rows (float32 [U, D])."""
+    return _run(_fetch, state, ids)
+
+
+def update(
+    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+) -> EmbeddingState:
+    """Returns the state after embedding.apply_gradients."""
+    return _run(embedding.apply_gradients, state, plan, rows, row_grads, tx=tx)
+
+
+def read(state: EmbeddingState, ids: Any) -> Any:
+    """Returns the nest of rows (float32 [.., D]) of global ids, for evaluation; changes nothing."""
+    return _run(embedding.read, state, ids)
+
+
+def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(ids)
+    dim, num_positions = state.spec.embedding_dim, sum(leaf.size for leaf in leaves)
+    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(embedding.read(state, ids))]
+    rows = jnp.concatenate([*vectors, jnp.zeros((1, dim), jnp.float32)])
+    inverse, first = [], 0
+    for leaf in leaves:
+        index = first + jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
+        is_real = (jnp.asarray(leaf) >= 0) & (jnp.asarray(leaf) < state.spec.num_rows)
+        inverse.append(jnp.where(is_real, index, num_positions))
+        first += leaf.size
+    return rows, treedef.unflatten(inverse)
+
+
+def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
+    """Returns rows and inverse for `pool` as a plan's would be, read for evaluation: one row per position, zeros last.
+
+    Args:
+      state: not changed.
+      ids: nest of int32 arrays of global ids.
+
+    Returns:
+      float32 [N + 1, D] and the nest of int32 positions in it.
+    """
+    return _run(_read_unpooled, state, ids)
+
+
+def check_prefetched(plan: CachePlan, ids: Any) -> None:
+    """Checks that a call's global ids are those of the plan: always their nesting and shapes, their values where concrete.
+
+    Raises:
+      ValueError: if they differ.
+    """
+
+    def shapes(nest: Any) -> Any:
+        return jax.tree.map(lambda leaf: list(np.shape(leaf)), nest)
+
+    planned_def: Any
+    planned, planned_def = jax.tree.flatten(plan.inverse)
+    called, called_def = jax.tree.flatten(ids)
+    if planned_def != called_def or [p.shape for p in planned] != [np.shape(c) for c in called]:
+        raise ValueError(
+            f"called with ids of shapes {shapes(ids)}, but prefetch was given {shapes(plan.inverse)}; "
+            f"give prefetch and the call the same ids (several inputs: one nest of them, in one call)"
+        )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (plan.unique_ids, *planned, *called)):
+        return
+    unique_ids = np.asarray(plan.unique_ids)
+    for index, given in zip(planned, called, strict=True):
+        found = unique_ids[np.asarray(index)]
+        is_other = (found != NO_ID) & (found != np.asarray(given))
+        if is_other.any():
+            where = tuple(int(i) for i in np.argwhere(is_other)[0])
+            raise ValueError(
+                f"called with other ids than prefetch: at {list(where)} row {int(np.asarray(given)[where])}, prefetched "
+                f"was row {int(found[where])}; give prefetch and the call the same ids"
+            )
+
+
+# --- dense logits
+
+
+def _table_block(state: EmbeddingState, block: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the first row of a block (the last block starts earlier, to be full) and the rows it is responsible for."""
+    size = min(_BLOCK, state.spec.num_rows)
+    nominal = block * size
+    first = jnp.minimum(nominal, state.spec.num_rows - size)
+    ids = first + jnp.arange(size, dtype=jnp.int32)
+    rows = embedding.read(state, ids)
+    return first, jnp.where(ids[:, None] >= nominal, rows, jnp.float32(0)).astype(dtype)
+
+
+def _num_blocks(state: EmbeddingState) -> int:
+    return -(-state.spec.num_rows // min(_BLOCK, state.spec.num_rows))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _logits(state: EmbeddingState, query: jax.Array, is_training: bool) -> jax.Array:
+    """Returns query [N, D] times the transposed table, float32 [N, V]."""
+
+    def body(block: jax.Array, logits: jax.Array) -> jax.Array:
+        first, rows = _table_block(state, block, query.dtype)
+        part = jnp.matmul(query, rows.T, preferred_element_type=jnp.float32)
+        held = lax.dynamic_slice_in_dim(logits, first, rows.shape[0], axis=1)
+        return lax.dynamic_update_slice_in_dim(logits, held + part, first, axis=1)
+
+    logits = jnp.zeros((query.shape[0], state.spec.num_rows), jnp.float32)
+    return lax.fori_loop(0, _num_blocks(state), body, logits)
+
+
+def _logits_fwd(state: Any, query: CustomVJPPrimal, is_training: bool) -> tuple[jax.Array, tuple]:
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
+    is_table_trained = any(leaf.perturbed for leaf in jax.tree.leaves(state, is_leaf=is_primal))
+    if is_training or is_table_trained:
+        raise ValueError(
+            "attend gives the table no gradient, so training through it would silently not train the table. To train it, "
+            "use sampled softmax over prefetched rows: prefetch the inputs' ids together with the positive and sampled "
+            "negative ids, call the module with the same nest, and take the dot products of its vectors. To differentiate "
+            "with respect to the query only, switch the module to evaluation first: module.eval() (linen: an apply without "
+            "prefetched rows)"
+        )
+    held = jax.tree.map(lambda leaf: leaf.value, state, is_leaf=is_primal)
+    return _logits(held, query.value, is_training), (held, query.value)
+
+
+def _logits_bwd(is_training: bool, saved: tuple, grad: Any) -> tuple[None, jax.Array]:
+    state, query = saved
+    if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+        return None, jnp.zeros_like(query)
+
+    def body(block: jax.Array, total: jax.Array) -> jax.Array:
+        first, rows = _table_block(state, block, query.dtype)
+        part = lax.dynamic_slice_in_dim(grad, first, rows.shape[0], axis=1).astype(query.dtype)
+        return total + jnp.matmul(part, rows, preferred_element_type=jnp.float32)
+
+    total = lax.fori_loop(0, _num_blocks(state), body, jnp.zeros(query.shape, jnp.float32))
+    return None, total.astype(query.dtype)
+
+
+_logits.defvjp(_logits_fwd, _logits_bwd, symbolic_zeros=True)
+
+
+def _attend(state: EmbeddingState, query: jax.Array, *, dtype: Any, is_training: bool) -> jax.Array:
+    flat = query.astype(dtype).reshape(-1, query.shape[-1])
+    return _logits(state, flat, is_training).reshape(*query.shape[:-1], state.spec.num_rows).astype(dtype)
+
+
+def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: bool) -> jax.Array:
+    """Returns the dot products of queries with every row of a stack, decoding the table in blocks.
+
+    Args:
+      state: not changed; no gradient flows into it.
+      query: float [.., D].
+      dtype: of the products; they are accumulated in float32.
+      is_training: whether differentiating raises.
+
+    Returns:
+      [.., V] in dtype.
+
+    Raises:
+      ValueError: if the last axis of query is not D, or on differentiation while training.
+      TypeError: if query is not floating.
+    """
+    dim = state.spec.embedding_dim
+    query = jnp.asarray(query)
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend takes vectors")
+    if query.ndim < 1 or query.shape[-1] != dim:
+        raise ValueError(f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}")
+    return _run(_attend, state, query, dtype=np.dtype(dtype), is_training=is_training)

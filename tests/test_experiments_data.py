@@ -1,0 +1,462 @@
+"""The inputs of the experiments do what their files promise, and the main job runs end to end on small data."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+
+from experiments import dlrm, reddit_quality, train_dlrm, training
+from experiments.data import criteo, criteo_format, reddit, synthetic
+from experiments.data.background import in_background
+from mpembed_jax import NO_ID
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- the synthetic twin
+
+# data/README.md: distinct ids and shares of the top 1, 5, 10 % in 137,139 sampled rows.
+SAMPLED = 137_139
+PUBLISHED = {
+    "C3": (61763, 0.42, 0.52, 0.58),
+    "C12": (56396, 0.44, 0.56, 0.61),
+    "C21": (52249, 0.46, 0.58, 0.63),
+    "C16": (46381, 0.48, 0.61, 0.66),
+    "C4": (32222, 0.51, 0.67, 0.73),
+    "C24": (14595, 0.60, 0.76, 0.83),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ids_are_skewed_as_in_criteo(name):
+    law = synthetic.FEATURES[name]
+    feature = synthetic.FeatureIds(law, law.vocabulary_size, salt=1)
+    ids, _, _ = feature.draw(np.random.default_rng(0), SAMPLED, day=0)
+    assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < law.vocabulary_size
+    counts = np.sort(np.unique(ids, return_counts=True)[1])[::-1]
+    shares = np.cumsum(counts) / counts.sum()
+    distinct, *tops = PUBLISHED[name]
+    assert abs(len(counts) / distinct - 1) < 0.05
+    for share, want in zip((0.01, 0.05, 0.1), tops, strict=True):
+        assert abs(shares[int(len(counts) * share) - 1] - want) < 0.04
+
+
+def test_hot_ids_are_not_neighbours():
+    law = synthetic.FEATURES["C3"]
+    ids, _, _ = synthetic.FeatureIds(law, law.vocabulary_size, salt=1).draw(np.random.default_rng(0), 50_000, day=0)
+    values, counts = np.unique(ids, return_counts=True)
+    hot = np.sort(values[np.argsort(counts)[-100:]])
+    assert np.min(np.diff(hot)) > 1000
+
+
+def test_the_head_stays_and_the_body_drifts():
+    law = synthetic.FEATURES["C3"]
+    feature = synthetic.FeatureIds(law, law.vocabulary_size, salt=1)
+    first, last = (feature.draw(np.random.default_rng(0), 50_000, day=day)[0] for day in (0, 6))
+    moved = np.mean(first != last)
+    assert 0.02 < moved < 0.3
+    assert np.bincount(first).argmax() == np.bincount(last).argmax()
+
+
+def test_rates_and_sizes():
+    twin = synthetic.CriteoTwin(num_rows=300_000, scale=0.01)
+    assert sum(synthetic.scaled_sizes(1.0).values()) == 33_762_577
+    assert twin.tables["C9"] == 3 and twin.tables["C3"] == 101_312
+    batches = [b for source in (twin.train(1000), twin.test(1000)) for b in source]
+    dense, ids, label = (np.concatenate([b[k] for b in batches]) for k in ("dense", "ids", "label"))
+    assert dense.dtype == np.float32 and dense.shape[1] == 13 and ids.dtype == np.int32 and label.dtype == np.float32
+    assert np.isfinite(dense).all() and (dense >= 0).all()
+    assert (ids.min(axis=0) >= 0).all() and (ids.max(axis=0) < list(twin.tables.values())).all()
+    assert len(label) == 300_000 - twin.num_train % 1000
+    # Days differ a little by drift; sampling noise alone is sqrt(.19 / 3e5) = .0008.
+    assert abs(label.mean() - 0.2562) < 0.005
+    assert abs(np.mean(ids[:, list(twin.tables).index("C22")] == 0) - 0.761) < 0.005
+    rows = twin._rows(50_000, day=0, key=0, block=0)
+    assert np.mean(rows[0][:, 11] == 0) > 0.765 > 0.7  # missing I12 reads as 0, like real zeros
+
+
+def test_dense_features_alone_are_clearly_worse():
+    twin = synthetic.CriteoTwin(num_rows=7, scale=0.01)
+    dense, _, label, logits = twin._rows(60_000, day=2, key=0, block=0)
+    fitted = LogisticRegression(max_iter=300).fit(dense[:40_000], label[:40_000])
+    alone = roc_auc_score(label[40_000:], fitted.predict_proba(dense[40_000:])[:, 1])
+    planted = roc_auc_score(label, logits)
+    assert 0.62 < alone < 0.70 and 0.84 < planted < 0.88
+
+
+def test_the_seed_fixes_the_data_and_only_the_batch_seed_the_order():
+    def rows(seed=0, batch_seed=0, batch_size=512):
+        batches = list(synthetic.CriteoTwin(7000, 0.001, seed).train(batch_size, batch_seed))
+        return {k: np.concatenate([b[k] for b in batches]) for k in ("dense", "ids", "label")}
+
+    one, same, longer = rows(), rows(), rows(batch_size=100)
+    other_order, other_data = rows(batch_seed=1), rows(seed=1)
+    for k in one:
+        np.testing.assert_array_equal(one[k], same[k])
+        np.testing.assert_array_equal(one[k][:5500], longer[k][:5500])
+    assert not np.array_equal(one["ids"], other_order["ids"])
+    assert not np.array_equal(one["ids"], other_data["ids"])
+    everything = [{tuple(map(float, r)) for r in rows(batch_seed=s, batch_size=6)["dense"]} for s in (0, 1)]
+    assert everything[0] == everything[1] and len(everything[0]) == 6000
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.5])
+def test_a_scale_outside_0_1_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be in"):
+        synthetic.CriteoTwin(scale=scale)
+
+
+# --- Criteo's text format
+
+
+def line(label="1", integers=("3",) * 13, categories=("0000000a",) * 26):
+    return "\t".join([str(label), *integers, *categories])
+
+
+def random_lines(num_lines, seed=0, vocabulary=50):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, num_lines)
+    integers = rng.integers(-2, 100_000, (num_lines, 13))
+    categories = rng.integers(1, vocabulary, (num_lines, 26)) * 0x1234567
+    missing = rng.random((num_lines, 39)) < 0.2
+    text = [
+        line(
+            label[i],
+            ["" if missing[i, j] else str(integers[i, j]) for j in range(13)],
+            ["" if missing[i, 13 + j] else f"{categories[i, j]:08x}" for j in range(26)],
+        )
+        for i in range(num_lines)
+    ]
+    dense = np.log1p(np.where(missing[:, :13], 0, np.maximum(integers, 0)).astype(np.float32))
+    return text, label, dense, np.where(missing[:, 13:], 0, categories).astype(np.uint32)
+
+
+def write(folder, lines, newline="\n", name="train.txt", end=True):
+    data = (newline.join(lines) + (newline if end else "")).encode()
+    path = folder / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_parsing_gives_back_what_was_written(newline):
+    text, label, dense, categories = random_lines(500)
+    rows = criteo_format.parse((newline.join(text) + newline).encode())
+    assert rows.bad == [] and rows.num_lines == 500
+    np.testing.assert_array_equal(rows.label, label)
+    np.testing.assert_array_equal(rows.dense, dense)
+    np.testing.assert_array_equal(rows.categories, categories)
+
+
+def test_a_line_of_missing_values_is_good():
+    rows = criteo_format.parse((line(0, [""] * 13, [""] * 26) + "\n").encode())
+    assert rows.bad == [] and rows.label.tolist() == [0] and not rows.dense.any() and not rows.categories.any()
+
+
+@pytest.mark.parametrize("text, value", [("0", 0), ("-1", 0), ("12345678", 12345678), ("1234567890123", 1234567890123)])
+def test_integers_of_any_length(text, value):
+    rows = criteo_format.parse((line(1, [text] * 13) + "\n").encode())
+    np.testing.assert_array_equal(rows.dense, np.log1p(np.full((1, 13), value, np.float32)))
+
+
+@pytest.mark.parametrize("text", ["FFFFFFFF", "ffffffff", "DeadBeef", "09afAF90"])
+def test_hex_of_either_case(text):
+    rows = criteo_format.parse((line(1, categories=[text] * 26) + "\n").encode())
+    assert rows.categories[0].tolist() == [int(text, 16)] * 26
+
+
+BAD = {
+    "2": (line(2), "label is '2'; expected 0 or 1"),
+    "empty label": (line(""), "label is ''; expected 0 or 1"),
+    "long label": (line("01"), "label is '01'"),
+    "few columns": ("\t".join(["1"] * 39), "39 columns instead of 40"),
+    "many columns": (line() + "\t7", "41 columns instead of 40"),
+    "empty": ("", "the line is empty"),
+    "spaces": (line().replace("\t", " "), "1 columns instead of 40"),
+    "float": (line(1, ["1"] * 4 + ["1.5"] + ["1"] * 8), "I5 is '1.5'; expected an integer or nothing"),
+    "minus": (line(1, ["-"] + ["1"] * 12), "I1 is '-'"),
+    "two minus": (line(1, ["--5"] + ["1"] * 12), "I1 is '--5'"),
+    "slash": (line(1, ["1/2"] + ["1"] * 12), "I1 is '1/2'"),
+    "space in front": (line(1, [" 5"] + ["1"] * 12), "I1 is ' 5'"),
+    "too long": (line(1, ["9" * 19] + ["1"] * 12), "I1 is '9999999999999999999'"),
+    "long and wrong": (line(1, ["123456789x"] + ["1"] * 12), "I1 is '123456789x'"),
+    "bad hex": (line(1, categories=["0000000a"] * 25 + ["0000000g"]), "C26 is '0000000g'; expected 8 hex digits"),
+    "short hex": (line(1, categories=["a"] + ["0000000a"] * 25), "C1 is 'a'"),
+    "long hex": (line(1, categories=["0000000aa"] + ["0000000a"] * 25), "C1 is '0000000aa'"),
+    "signed hex": (line(1, categories=["+000000a"] + ["0000000a"] * 25), "C1 is '+000000a'"),
+    "umlaut": (line(1, categories=["000000ä"] + ["0000000a"] * 25), "C1 is '000000ä'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_line_is_found_and_the_others_kept(name):
+    text, label, _, categories = random_lines(6)
+    bad, reason = BAD[name]
+    rows = criteo_format.parse(("\n".join([*text[:4], bad, *text[4:]]) + "\n").encode(), first_line=101)
+    assert len(rows.bad) == 1 and rows.bad[0].number == 105 and reason in rows.bad[0].reason
+    np.testing.assert_array_equal(rows.label, label)
+    np.testing.assert_array_equal(rows.categories, categories)
+
+
+def test_every_wrong_byte_in_a_number_is_noticed():
+    for byte in range(256):
+        char = bytes([byte])
+        if char in (b"\t", b"\n"):
+            continue
+        good_hex, good_int = char in b"0123456789abcdefABCDEF", char in b"0123456789"
+        for column, template, is_good in (("C1", b"12345%b78", good_hex), ("I1", b"1%b2", good_int)):
+            field = template.replace(b"%b", char)
+            cells = line().encode().split(b"\t")
+            cells[criteo_format.COLUMNS.index(column)] = field
+            rows = criteo_format.parse(b"\t".join(cells) + b"\n")
+            assert (not rows.bad) == is_good, (column, field)
+
+
+def test_blocks_join_to_the_file(tmp_path):
+    text, *_ = random_lines(50)
+    path = write(tmp_path, text, end=False)
+    with criteo_format.open_file(path) as file:
+        blocks = list(criteo_format.read_blocks(file, 1000))
+    assert len(blocks) > 5 and all(b.endswith(b"\n") for b in blocks)
+    assert b"".join(blocks) == path.read_bytes() + b"\n"
+
+
+# --- Criteo as a source
+
+
+@pytest.mark.parametrize(
+    "name, newline, end", [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)]
+)
+def test_a_folder_becomes_batches(tmp_path, name, newline, end, monkeypatch):
+    monkeypatch.setattr(criteo_format, "BLOCK_BYTES", 2000)
+    text, label, dense, categories = random_lines(700)
+    write(tmp_path, text, newline, name, end)
+    source = criteo.CriteoLog(tmp_path, holdout="day")
+    assert (source.num_train, source.num_test) == (600, 100)
+    train = list(source.train(64, seed=3))
+    assert [len(b["label"]) for b in train] == [64] * 9
+    test = {k: np.concatenate([b[k] for b in source.test(64)]) for k in ("dense", "ids", "label")}
+    np.testing.assert_array_equal(test["label"], label[600:])
+    np.testing.assert_array_equal(test["dense"], dense[600:])
+    for t in range(26):
+        sizes, column = list(source.tables.values()), categories[:, t]
+        known = np.unique(column[:600][column[:600] != 0])
+        assert sizes[t] == len(known) + 2
+        expected = np.where(column == 0, 0, np.where(np.isin(column, known), np.searchsorted(known, column) + 2, 1))
+        np.testing.assert_array_equal(test["ids"][:, t], expected[600:])
+    seen = np.concatenate([b["dense"] for b in train])
+    assert {r.tobytes() for r in seen} <= {r.tobytes() for r in dense[:600]}
+    again, other = (list(source.train(64, seed=s)) for s in (3, 4))
+    np.testing.assert_array_equal(again[0]["ids"], train[0]["ids"])
+    assert not np.array_equal(other[0]["ids"], train[0]["ids"])
+
+
+def test_rare_values_share_one_id_and_the_last_day_does_not_count():
+    raw = np.array([7, 7, 7, 5, 5, 0, 9, 9, 9, 9], np.uint32)
+    ids, size = criteo.number_by_dictionary(raw, num_train=7, min_count=2)
+    assert ids.tolist() == [3, 3, 3, 2, 2, 0, 1, 1, 1, 1] and size == 4
+    ids, size = criteo.number_by_dictionary(raw, num_train=7, min_count=100)
+    assert ids.tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1] and size == 2
+
+
+def test_hashed_ids_fill_their_table_and_keep_missing_apart():
+    raw = np.arange(100_000, dtype=np.uint32)
+    ids, size = criteo.number_by_hash(raw, 1001, salt=1)
+    other, _ = criteo.number_by_hash(raw, 1001, salt=2)
+    assert size == 1001 and ids[0] == 0 and ids[1:].min() == 1 and ids.max() == 1000
+    counts = np.bincount(ids[1:], minlength=1001)[1:]
+    assert 0.8 < counts.var() / counts.mean() < 1.2  # Poisson: variance equals mean, up to 5 sigma of n = 1000
+    assert np.mean(ids == other) < 0.01
+
+
+def test_a_second_run_reads_the_columns_and_a_changed_file_does_not(tmp_path, monkeypatch):
+    text, *_ = random_lines(70)
+    path = write(tmp_path, text)
+    first = criteo.CriteoLog(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(criteo, "convert", lambda *a, **k: pytest.fail("read the text again"))
+        again = criteo.CriteoLog(path, mapping="hash", hash_size=100)
+    assert first.num_train == again.num_train == 60 and set(again.tables.values()) == {100}
+    write(tmp_path, text * 2)
+    assert criteo.CriteoLog(tmp_path).num_train == 120
+
+
+def test_bad_lines_are_tolerated_up_to_the_limit_with_file_and_line(tmp_path):
+    text, *_ = random_lines(70)
+    path = write(tmp_path, [*text[:10], line(2), *text[10:20], "", *text[20:]])
+    said = []
+    source = criteo.CriteoLog(tmp_path, max_bad_lines=2, log=said.append)
+    assert source.num_train == 60 and [b.number for b in source.bad_lines] == [11, 22]
+    report = "\n".join(said)
+    assert f"{path}:11: label is '2'; expected 0 or 1" in report and f"{path}:22: the line is empty" in report
+    for cache_dir in (None, tmp_path / "elsewhere"):  # what was converted before, and a fresh one
+        with pytest.raises(criteo.BadLinesError, match=r"more than 1 .*max_bad_lines") as error:
+            criteo.CriteoLog(tmp_path, max_bad_lines=1, cache_dir=cache_dir)
+        assert f"{path}:22: the line is empty" in str(error.value)
+
+
+def test_only_the_first_rows_can_be_taken(tmp_path):
+    text, label, *_ = random_lines(70)
+    write(tmp_path, [*text[:5], "x", *text[5:]])
+    source = criteo.CriteoLog(tmp_path, max_rows=14, holdout="day")
+    assert (source.num_train, source.num_test) == (12, 2)
+    np.testing.assert_array_equal(next(source.test(2))["label"], label[12:14])
+
+
+def test_halves_of_the_last_day(tmp_path):
+    text, label, *_ = random_lines(71)
+    write(tmp_path, text)
+    halves = [criteo.CriteoLog(tmp_path, holdout=h) for h in ("validation", "test")]
+    np.testing.assert_array_equal(np.concatenate([next(h.test(100))["label"] for h in halves]), label[60:])
+
+
+def test_files_that_are_not_criteo(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train\.txt or train\.txt\.gz"):
+        criteo.CriteoLog(tmp_path)
+    text, *_ = random_lines(700)
+    cut = write(tmp_path, text, name="train.txt.gz")
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    with pytest.raises(criteo.BadLinesError, match=r"train\.txt\.gz:\d+: the gzip file is cut short"):
+        criteo.CriteoLog(tmp_path)
+    for content, message in ((b"", "has 0 good lines"), (b"x" * 40_000_000, "longer than"), (b"\n" * 200, "bad lines")):
+        (tmp_path / "train.txt").write_bytes(content)
+        with pytest.raises(criteo.BadLinesError, match=message):
+            criteo.CriteoLog(tmp_path)
+    with pytest.raises(ValueError, match="mapping must be"):
+        criteo.CriteoLog(tmp_path, min_count=0)
+
+
+# --- Reddit
+
+
+@pytest.fixture(scope="module")
+def posts():
+    try:
+        reddit.find()
+    except FileNotFoundError as error:
+        pytest.skip(f"optional data is absent: {error}")
+    return reddit.RedditPosts()
+
+
+def test_reddit_is_the_task_of_its_readme(posts):
+    assert (posts.num_train, posts.num_test) == (404_537, 183_601)
+    assert abs(posts.label.mean() - 0.46) < 0.01
+    assert list(posts.tables) == [*reddit.SINGLES, "title"] and 220_000 < sum(posts.tables.values()) < 235_000
+    batch = next(posts.train(256, seed=1))
+    assert batch["dense"].shape == (256, 0) and batch["label"].dtype == np.float32
+    assert batch["ids"]["title"].shape == (256, 16)
+    for name, ids in batch["ids"].items():
+        real = ids[ids != NO_ID]
+        assert ids.dtype == np.int32 and real.min() >= 0 and real.max() < posts.tables[name]
+    is_padding = posts.ids["title"] == NO_ID
+    assert (np.diff(is_padding.astype(int), axis=1) >= 0).all() and 9 < (~is_padding).sum(axis=1).mean() < 11
+    assert not np.array_equal(batch["label"], next(posts.train(256, seed=2))["label"])
+    assert sum(len(b["label"]) for b in posts.test(1000)) == posts.num_test
+
+
+def test_a_missing_reddit_file_is_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="MPEMBED_DATA"):
+        reddit.RedditPosts(tmp_path)
+
+
+# --- model and loop
+
+
+def test_interaction_is_all_pairs_of_dot_products_and_so_is_its_gradient():
+    vectors = jax.random.normal(jax.random.key(0), (3, 5, 4))
+    weights = jax.random.normal(jax.random.key(1), (10,))
+
+    def slowly(vectors):
+        pairs = [jnp.sum(vectors[:, i] * vectors[:, j], axis=-1) for i in range(5) for j in range(i)]
+        return jnp.stack(pairs, axis=-1)
+
+    np.testing.assert_allclose(dlrm.interact(vectors), slowly(vectors), rtol=1e-5, atol=1e-6)
+    grads = [jax.grad(lambda v, f=f: jnp.sum(jnp.sin(f(v)) @ weights))(vectors) for f in (dlrm.interact, slowly)]
+    np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_background_batches_keep_order_and_raise_in_the_consumer():
+    assert list(in_background(range(100), depth=3)) == list(range(100))
+
+    def broken():
+        yield 1
+        raise RuntimeError("bad disk")
+
+    with pytest.raises(RuntimeError, match="bad disk"):
+        list(in_background(broken()))
+    endless = in_background(iter(int, 1), depth=2)
+    assert next(endless) == 0
+    endless.close()  # must not leave the thread waiting
+
+
+@pytest.fixture
+def optax_adam():
+    """Adam of optax raises a float to an int32 power, which strict promotion (conftest.py) refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def small_settings(tmp_path, **changes):
+    settings = {"num_rows": 14_000, "scale": 0.002, "batch_size": 256, "hidden": (32, 16), "cache_fraction": 0.3}
+    return train_dlrm.Settings(out=tmp_path / "out", **{**settings, **changes})
+
+
+def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
+    record = train_dlrm.main(small_settings(tmp_path, seeds=(0, 1)))
+    assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(json.dumps(record))
+    assert (tmp_path / "out" / "synthetic.png").stat().st_size > 10_000
+    assert "INT8 + 30 %" in (tmp_path / "out" / "synthetic.txt").read_text()
+    assert {"commit", "device", "versions", "settings", "command"} <= set(record)
+    full, ours, hashed = record["outcomes"][:3]
+    assert full["num_steps"] == ours["num_steps"] == 46 and [o["seed"] for o in record["outcomes"]] == [0] * 3 + [1] * 3
+    assert full["losses"][0][1] == pytest.approx(ours["losses"][0][1], abs=0.02)
+    assert full["losses"][-1][1] < full["losses"][0][1]
+    assert full["auc"] > 0.6 and abs(full["auc"] - ours["auc"]) < 0.02
+    assert 0.3 < full["normalized_entropy"] < 1.1 and 0 < ours["hit_rate"] < 1 and full["hit_rate"] == 0
+    assert full["ratio"] == pytest.approx(1, abs=0.01) and ours["ratio"] > 1.5
+    assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
+
+
+def test_the_main_job_reads_criteo(tmp_path, optax_adam):
+    write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
+    hashed = {"mapping": "hash", "hash_size": 200, "hashed_baseline": False}
+    settings = small_settings(tmp_path, data="criteo", path=tmp_path, num_rows=None, batch_size=128, **hashed)
+    record = train_dlrm.main(settings)
+    assert record["outcomes"][0]["num_steps"] == 1200 // 128
+    with pytest.raises(ValueError, match="needs path"):
+        train_dlrm.main(small_settings(tmp_path, data="criteo"))
+
+
+def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
+    # A float32 cache changes nothing (DESIGN.md 6.1), so any difference would come from other batches or initial values.
+    contenders = (training.FP32, training.Contender("cached", "float32", 0.3))
+    record = reddit_quality.main(reddit_quality.Settings(seeds=(0,), num_rows=20_000, out=tmp_path), contenders)
+    assert record["auc_differences"]["cached"]["per_seed"] == pytest.approx([0.0], abs=1e-5)
+    plain, cached = record["outcomes"]
+    assert plain["auc"] > 0.6 and cached["hit_rate"] > 0.5
+    assert (tmp_path / "reddit_quality.json").is_file() and (tmp_path / "reddit_quality.png").is_file()
+
+
+def test_hashing_shrinks_large_tables_only():
+    sizes = training.table_sizes({"a": 1000, "b": 10_000, "c": 90_000}, 0.5)
+    assert sizes["a"] == 1000 and sizes["c"] == pytest.approx(9 * sizes["b"], rel=0.01)
+    assert sum(sizes.values()) == pytest.approx(101_000 / 2, rel=0.01)
+    assert training.table_sizes({"a": 5, "b": 2000}, 1.0) == {"a": 5, "b": 2000}
+
+
+def test_the_script_runs_as_a_file_and_shows_its_settings():
+    command = [sys.executable, str(ROOT / "experiments" / "train_dlrm.py"), "--help"]
+    shown = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "120"}, check=True
+    )
+    assert "--cache-fraction" in shown.stdout and "--max-bad-lines" in shown.stdout

@@ -1,0 +1,394 @@
+"""The five invariants of DESIGN.md 6 on training streams, and what the compiled step may not do: copy, retrace, grow."""
+
+import re
+from collections import Counter
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+import shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpembed_jax as mpembed
+from mpembed_jax import ops, optim, table
+
+KEY = jax.random.key(3)
+SGD = optax.sgd(0.25)
+OPTIMIZERS = {
+    "sgd": (SGD, None),
+    "rowwise_adagrad": (optim.rowwise_adagrad(0.25, eps=2.0**-10), (2.0**-10, 0.0, True)),
+    "adagrad": (optax.adagrad(0.25, initial_accumulator_value=0.125, eps=2.0**-20), (0, 0.125 + 2.0**-20, False)),
+}
+FEEDBACK = 2.0**-3
+
+
+@partial(jax.jit, static_argnames=("tx", "feedback"), donate_argnames="state")
+def train(state, batches, grads, tx, feedback=0.0):
+    """Trains on all batches. A position's gradient is `grads` there plus `feedback` times its row."""
+
+    def step(state, batch):
+        ids, g = batch
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        row_grads = jnp.zeros_like(rows).at[plan.inverse].add(g + jnp.float32(feedback) * rows[plan.inverse])
+        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), plan
+
+    return jax.lax.scan(step, state, (batches, grads))
+
+
+def dense(state):
+    return np.concatenate(list(mpembed.to_dense(state).values()))
+
+
+@jax.jit
+def table_rows(state):
+    return table.read(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
+
+
+# --- 1. transparency
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_float32_cache_is_invisible(optimizer):
+    """Bit for bit the table and row state of cache=None, for four geometries; dense float64 training within rounding.
+
+    A row is updated at most 60 times with two or three roundings each, so 60 * 3 * 2^-24 = 1.1e-5 of its size.
+    """
+    tx, adagrad = OPTIMIZERS[optimizer]
+    batches = shapes.skewed_ids(0, 60, 32, 150, drift=20, ragged=True)
+    grads = shapes.dyadic(0, (60, 32, 5))
+    results = []
+    caches = [{"lines": None}]
+    caches += [{"lines": 24, "ways": w, "policy": p} for w, p in ((1, "lru"), (2, "lfu"), (32, "lru"), (8, "lfu"))]
+    caches += [{"lines": 400, "ways": 8, "policy": "lfu"}] if optimizer == "sgd" else []
+    for options in caches:
+        state = mpembed.init(KEY, shapes.stack(150, 5, **options), tx)
+        start = dense(state)
+        state, _ = train(state, batches, grads, tx, FEEDBACK)
+        results.append((options, dense(state), jax.device_get(state.row_state)))
+    _, table_only, row_state = results[0]
+    for options, rows, other_row_state in results[1:]:
+        np.testing.assert_array_equal(rows, table_only, err_msg=str(options))
+        jax.tree.map(partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state)
+    wanted = oracles.dense_training(start, batches, grads, 0.25, feedback=FEEDBACK, adagrad=adagrad)
+    size = np.abs(wanted).max()
+    np.testing.assert_allclose(table_only, wanted, rtol=0, atol=1.1e-5 * size)
+    assert np.abs(wanted - start).max() > 0.1
+
+
+# --- 2. disjointness, and 4. tags where they belong
+
+
+@pytest.mark.parametrize("policy", shapes.POLICIES)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), exponent=st.sampled_from([0.0, 0.6, 1.05, 2.0]), drift=st.sampled_from([0, 3]))
+def test_victims_are_never_in_the_batch_and_lines_are_never_shared(policy, seed, exponent, drift):
+    """24 batches of 20 ids, 16 lines; nothing here but the definitions."""
+    state = first_state(policy)
+    batches = shapes.skewed_ids(seed, 24, 20, 60, exponent=exponent, drift=drift)
+    final, plans = jax.device_get(train(jax.tree.map(jnp.copy, state), batches, np.zeros((24, 20, 2), np.float32), SGD))
+    for t, ids in enumerate(batches):
+        plan = jax.tree.map(lambda x: x[t], plans)  # noqa: B023
+        victims = plan.victim_ids[plan.victim_ids != mpembed.NO_ID]
+        assert not set(victims) & set(ids)
+        assert len(set(victims)) == len(victims)
+        lines = plan.line[plan.line < 16]
+        assert len(set(lines)) == len(lines)
+        real = plan.unique_ids != mpembed.NO_ID
+        assert set(plan.unique_ids[real]) == set(ids)
+        assert real.sum() == len(set(ids))
+        assert not (plan.is_hit & (plan.victim_ids != mpembed.NO_ID)).any()
+    tags = final.cache.tags
+    held = tags[tags != mpembed.NO_ID]
+    assert len(set(held)) == len(held)
+    geo = oracles.geometry(60, num_rows=16, ways=4)
+    for s, ways in enumerate(tags):
+        assert all(geo.set_of(int(i)) == s for i in ways if i != mpembed.NO_ID)
+
+
+@cache
+def first_state(policy):
+    return mpembed.init(KEY, shapes.stack(60, 2, lines=16, ways=4, policy=policy), SGD)
+
+
+# --- 3. position independence
+
+
+@pytest.mark.parametrize("storage", shapes.FORMATS)
+def test_the_order_of_a_batch_changes_no_bit(storage):
+    """Every batch shuffled, gradients dyadic so that sums do not depend on order: same tables, lines and row state."""
+    spec = shapes.stack(150, 5, storage=storage, lines=24, ways=8)
+    tx = OPTIMIZERS["rowwise_adagrad"][0]
+    batches = shapes.skewed_ids(1, 40, 32, 150, drift=20, ragged=True)
+    grads = shapes.dyadic(1, (40, 32, 5))
+    order = np.stack([np.random.default_rng(t).permutation(32) for t in range(40)])
+    shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
+    first, plans = jax.device_get(train(mpembed.init(KEY, spec, tx), batches, grads, tx))
+    second, _ = jax.device_get(train(mpembed.init(KEY, spec, tx), *shuffled, tx))
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+    assert plans.counts.write_backs.sum() > 20
+    assert plans.counts.bypasses.sum() > 20
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_implementations_agree_bit_for_bit(storage):
+    """6,000 ids a batch, several chunks wide: full-width passes and chunked loops make the same state."""
+    tx = OPTIMIZERS["rowwise_adagrad"][0]
+    batches = shapes.skewed_ids(2, 6, 6000, 30_000, exponent=0.8, drift=2)
+    grads = shapes.dyadic(2, (6, 6000, 4))
+    spec = shapes.stack(30_000, 4, storage=storage, lines=2500, ways=8)
+    results = []
+    for implementation in ops.IMPLEMENTATIONS:
+        state, plans = train(mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx)
+        results.append(jax.device_get((jax.tree.leaves(state), plans.counts)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[0][1].write_backs.sum() > 100
+
+
+def test_a_row_is_rounded_alike_in_any_company_and_place():
+    """Row 5, trained in an int4 table: alone, or among others, in another position and another batch size."""
+    spec = shapes.stack(64, 8, storage="int4")
+    wanted = None
+    for ids in ([5], [63, 1, 5, 2], list(range(40, 0, -1))):
+        batch = np.asarray([ids], np.int32)
+        grads = np.broadcast_to(shapes.dyadic(4, (8,)), (1, len(ids), 8))
+        state, _ = train(mpembed.init(KEY, spec, SGD), batch, grads, SGD)
+        row = np.asarray(state.table.rows)[5]
+        wanted = row if wanted is None else wanted
+        np.testing.assert_array_equal(row, wanted)
+
+
+# --- 5. clean lines
+
+
+@pytest.mark.parametrize("policy", shapes.POLICIES)
+def test_clean_lines_are_never_written_back(policy):
+    """int2 rows re-encode to other bits, so a single needless write would show: loads and evictions leave no trace.
+
+    First without training, then after training and a flush.
+    """
+    spec = shapes.stack(200, 6, storage="int2", lines=24, ways=4, policy=policy)
+    state = mpembed.init(KEY, spec, SGD)
+
+    @jax.jit
+    def browse(state, batches):
+        return jax.lax.scan(lambda s, ids: (lambda s, plan: (s, plan.counts))(*mpembed.prefetch(s, ids)), state, batches)
+
+    batches = shapes.skewed_ids(5, 40, 32, 200, drift=4)
+    for _ in range(2):
+        seen, counts = browse(state, batches)
+        assert int(counts.evictions.sum()) > 50
+        assert int(counts.write_backs.sum()) == 0
+        np.testing.assert_array_equal(seen.table.rows, state.table.rows)
+        trained, _ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
+        state = jax.jit(mpembed.flush)(trained)
+
+
+# --- rounding is unbiased through the verbs too
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
+    """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99; nearest stays at 1.0 without a cache.
+
+    With 64 one-way lines among 256 rows that all come in every batch, a row is in the table or a line by turns.
+    """
+    start = {"table0": np.ones((256, 16), np.float32)}
+    ids = np.arange(256, dtype=np.int32)
+    tx = optax.sgd(1.0)
+
+    @jax.jit
+    def run(state):
+        def step(_, state):
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan)
+            return mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, 1e-5), tx=tx)
+
+        return jax.lax.fori_loop(0, 1000, step, state)
+
+    for rounding in ("stochastic", "nearest"):
+        storage = mpembed.RowFormat("bfloat16", rounding=rounding)
+        spec = shapes.stack(256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru")
+        mean = dense(run(mpembed.from_dense(KEY, spec, tx, start))).mean()
+        if rounding == "stochastic":
+            assert abs(mean - 0.99) < 0.00099
+        elif not cached:
+            assert mean == 1.0
+
+
+# --- the compiled step
+
+DIM, BATCH, FEATURES = 16, 64, 3
+ROWS = 400_009  # in no other shape
+
+
+def compiled_spec(storage, num_rows=ROWS, lines=20_000):
+    return shapes.stack((1000, 9, num_rows - 1009), DIM, storage=storage, lines=lines, ways=8)
+
+
+def programs(row_tx):
+    """The verbs and the whole step of DESIGN.md 5, each counting its traces."""
+    traces, tx = Counter(), optax.adam(1e-3)
+
+    def prefetch(emb, ids):
+        traces["prefetch"] += 1
+        return mpembed.prefetch(emb, ids)
+
+    def apply_gradients(emb, plan, rows, grads):
+        traces["apply_gradients"] += 1
+        return mpembed.apply_gradients(emb, plan, rows, grads, tx=row_tx)
+
+    def train_step(emb, params, opt_state, batch):
+        traces["train_step"] += 1
+        emb, plan = mpembed.prefetch(emb, batch["ids"])
+        rows = mpembed.lookup(emb, plan)
+
+        def loss_fn(params, rows):
+            vectors = mpembed.pool(rows, plan.inverse)
+            logits = vectors.reshape(BATCH, -1) @ params
+            return optax.sigmoid_binary_cross_entropy(logits, batch["label"]).mean()
+
+        loss, (g_params, g_rows) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows)
+        emb = mpembed.apply_gradients(emb, plan, rows, g_rows, tx=row_tx)
+        updates, opt_state = tx.update(g_params, opt_state, params)
+        return emb, optax.apply_updates(params, updates), opt_state, loss
+
+    params = jnp.zeros(FEATURES * DIM)
+    return (
+        traces,
+        params,
+        tx.init(params),
+        {
+            "prefetch": jax.jit(prefetch, donate_argnums=0),
+            "apply_gradients": jax.jit(apply_gradients, donate_argnums=0),
+            "train_step": jax.jit(train_step, donate_argnames=("emb", "params", "opt_state")),
+        },
+    )
+
+
+def batch(spec, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.integers(0, t.vocabulary_size, BATCH) for t in spec.tables], 1)
+    return {"ids": jnp.asarray(spec.global_ids(ids)), "label": jnp.asarray(rng.random(BATCH) < 0.5, jnp.float32)}
+
+
+def check_compiled(compiled, num_rows):
+    """No float table, no operation that makes a table-sized array, and temporaries far below a table."""
+    text = compiled.as_text()
+    assert not re.search(rf"\b(f32|bf16|f16|f8\w*)\[{num_rows},", text), "a float array with a row per id"
+    makes_table = {
+        m.group(1)
+        for m in re.finditer(rf"= \S*\[{num_rows}[,\]]\S* (\S+)\(", text)
+        if m.group(1).split(".")[0] not in ALLOWED
+    }
+    assert not makes_table, "operations whose result is as large as the table"
+    # Batch-sized work: 192 ids of 16 floats and 1,024 hash buckets; the smallest table here has 3.2 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 600_000
+
+
+# Operations that pass an array on or write into it; XLA:CPU writes scatters as loops of dynamic-update-slice.
+ALLOWED = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "fusion", "scatter"}
+ALLOWED |= {"dynamic-update-slice", "optimization-barrier"}
+
+
+@pytest.mark.parametrize("storage", shapes.FORMATS)
+def test_steps_work_in_place_and_compile_once(storage):
+    """prefetch, apply_gradients and the whole step, on every format.
+
+    From shapes alone they compile without a copy of the table; run twice, they keep every large buffer where it is,
+    consume their donated argument and do not trace again.
+    """
+    row_tx = OPTIMIZERS["rowwise_adagrad"][0]
+    spec = compiled_spec(storage)
+    abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, row_tx))
+    traces, params, opt_state, jitted = programs(row_tx)
+    first, second = batch(spec, 0), batch(spec, 1)
+    _, plan = jax.eval_shape(mpembed.prefetch, abstract, first["ids"])
+    rows = jax.eval_shape(mpembed.lookup, abstract, plan)
+    arguments = {
+        "prefetch": (abstract, first["ids"]),
+        "apply_gradients": (abstract, plan, rows, rows),
+        "train_step": (abstract, params, opt_state, first),
+    }
+    for name, args in arguments.items():
+        check_compiled(jitted[name].lower(*args).compile(), ROWS)
+
+    emb = mpembed.init(KEY, spec, row_tx)
+    pointers = large_buffers(emb)
+    assert len(pointers) == 3 + 2  # table, row state, cache rows; tags and sketch are large too
+    for data in (first, second):
+        before = emb
+        emb, plan = jitted["prefetch"](emb, data["ids"])
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        rows = mpembed.lookup(emb, plan)
+        before = emb
+        emb = jitted["apply_gradients"](emb, plan, rows, jnp.ones_like(rows))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        before = emb
+        emb, params, opt_state, loss = jitted["train_step"](emb, params, opt_state, data)
+        assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        assert np.isfinite(float(loss))
+        assert large_buffers(emb) == pointers
+    assert set(traces.values()) == {1}, traces
+
+
+def large_buffers(emb):
+    """Addresses of the state's arrays of 64 KB or more, by place."""
+    leaves = jax.tree_util.tree_leaves_with_path(emb)
+    return {jax.tree_util.keystr(k): x.unsafe_buffer_pointer() for k, x in leaves if x.nbytes >= 2**16}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_step_does_not_grow_with_the_table(cached):
+    """V = 1,000,003 against 33,762,577, from shapes: the same operations in the same numbers, flops and temporaries."""
+    row_tx = OPTIMIZERS["rowwise_adagrad"][0]
+    seen = []
+    for num_rows in (1_000_003, 33_762_577):
+        spec = compiled_spec("int8", num_rows, 50_000 if cached else None)
+        abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, row_tx))  # noqa: B023
+        _, params, opt_state, jitted = programs(row_tx)
+        compiled = jitted["train_step"].lower(abstract, params, opt_state, batch(spec, 0)).compile()
+        check_compiled(compiled, num_rows)
+        operations = Counter(re.findall(r"= \S+ ([a-z-]+)\(", compiled.as_text()))
+        seen.append((operations, compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name", ["flush", "read"])
+def test_flush_and_read_copy_no_table(name):
+    spec = compiled_spec("int8")
+    abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, SGD))
+    if name == "flush":
+        compiled = jax.jit(mpembed.flush, donate_argnums=0).lower(abstract).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 3_000_000  # blocks of 8,192 lines of 16 floats
+    else:
+        compiled = jax.jit(mpembed.read).lower(abstract, batch(spec, 0)["ids"]).compile()
+        check_compiled(compiled, ROWS)
+    assert not re.search(rf"\b(f32|bf16|f16)\[{ROWS},", compiled.as_text())
+
+
+def test_verbs_run_on_abstract_values_and_in_a_scan_of_scans():
+    """eval_shape of a whole life, and jit(scan(..)) of it: nothing concrete is asked for, no key is threaded."""
+    spec = shapes.stack((30, 50), 4, storage="int4", lines=16, ways=4)
+
+    def life(key):
+        state = mpembed.init(key, spec, SGD)
+
+        def step(state, ids):
+            state, plan = mpembed.prefetch(state, {"a": ids, "b": ids[:2]})
+            rows = mpembed.lookup(state, plan)
+            return mpembed.apply_gradients(state, plan, rows, rows, tx=SGD), plan.counts.hits
+
+        ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 3, 4)
+        state, hits = jax.lax.scan(lambda s, block: jax.lax.scan(step, s, block), state, ids)
+        return mpembed.read(mpembed.flush(state), ids), mpembed.freeze(state).rows, hits
+
+    shape = jax.eval_shape(life, KEY)
+    assert (shape[0].shape, shape[1].shape, shape[2].shape) == ((2, 3, 4, 4), (80, 2), (2, 3))
+    rows, _, _ = jax.jit(life)(KEY)
+    assert np.isfinite(np.asarray(rows)).all()

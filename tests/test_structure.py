@@ -1,0 +1,298 @@
+"""Imports point one way, public names are documented, and importing the package is cheap and leaves jax as it was."""
+
+import ast
+import importlib
+import inspect
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import mpembed_jax as mpembed
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mpembed_jax"
+
+# room: the rooms it may import. DESIGN.md 3, one line per file; an edge that is not here fails.
+CORE = {
+    "numerics": set(),
+    "access": set(),
+    "chunks": {"access"},
+    "formats": {"numerics"},
+    "table": {"access", "formats", "numerics"},
+    "cache": {"access", "numerics", "table"},
+    "planning": {"access", "cache", "chunks", "numerics", "table"},
+    "ops": {"access", "chunks", "formats", "numerics", "ops", "table"},
+    "pooling": {"access", "ops"},
+    "spec": {"cache", "formats", "table"},
+    "optim": {"numerics"},
+    "row_state": {"access", "numerics"},
+    "state": {"cache", "ops", "optim", "row_state", "spec", "table"},
+    "embedding": {"access", "cache", "ops", "planning", "row_state", "state", "table"},
+    "stats": {"spec", "state"},
+    "dense": {"embedding", "numerics", "ops", "optim", "spec", "state", "table"},
+}
+CORE["memory"] = set(CORE)
+ADAPTERS = {"nn", "sharding", "checkpoint", "lookahead", "export"}  # import the core and each other's like, never imported
+HEAVY = ("flax", "orbax", "polars", "matplotlib", "sklearn", "torch", "tensorflow", "pandas")
+PUBLIC_MODULES = {"memory", "optim"} | ADAPTERS
+LONGEST = 300  # lines; a longer file must be named here with its reason
+LONG_FILES: dict[str, str] = {}
+
+
+def room_of(path):
+    """The first name under the package: `ops/xla.py` is in room ops."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def package_files():
+    return sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def parse(path):
+    """The syntax tree of a module, or of a notebook's code cells without shell lines."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        text = "\n".join(line if line.lstrip()[:1] not in ("%", "!") else "" for line in "\n".join(cells).splitlines())
+    return ast.parse(text, str(path))
+
+
+def package_modules():
+    return {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+
+
+def package_imports(tree, package="mpembed_jax"):
+    """Rooms of the package that a file imports; `from mpembed_jax import name` counts where name is a room."""
+    rooms = package_modules()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == package:
+                    yield parts[1] if len(parts) > 1 else "__init__"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            parts = (node.module or "").split(".")
+            if parts[0] != package:
+                continue
+            if len(parts) > 1:
+                yield parts[1]
+            else:
+                yield from (alias.name if alias.name in rooms else "__init__" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        allowed = set(CORE)
+    elif room in ADAPTERS:
+        allowed = set(CORE) | {room, "__init__"}
+    else:
+        assert room in CORE, f"{room} is a new room: say in CORE what it may import, and in DESIGN.md 3 what it holds"
+        allowed = CORE[room]
+    imported = set(package_imports(parse(path)))
+    assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)}, which {room} may not"
+
+
+def test_the_allowed_imports_have_no_cycle():
+    remaining = {room: needs - {room} for room, needs in CORE.items()}
+    remaining["memory"] = set(CORE) - {"memory"}
+    while remaining:
+        free = [room for room, needs in remaining.items() if not needs & remaining.keys()]
+        assert free, f"cycle among {sorted(remaining)}"
+        remaining = {room: needs for room, needs in remaining.items() if room not in free}
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_core_imports_jax_numpy_optax_and_the_standard_library_only(path):
+    if room_of(path) in ADAPTERS:
+        return
+    for node in ast.walk(parse(path)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            top = name.split(".")[0]
+            assert top in {"jax", "numpy", "optax", "mpembed_jax"} | sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def dotted(node):
+    """`a.b.c` of an attribute chain, None for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return None
+
+
+def outside_files():
+    found = (p for folder in ("experiments", "colab") for p in (ROOT / folder).rglob("*"))
+    return sorted(p for p in found if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts)
+
+
+@pytest.mark.parametrize("path", outside_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_experiments_use_public_names_only(path):
+    """Names of __all__ and of the public modules; nothing with an underscore, no inner room."""
+    tree, aliases = parse(path), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "mpembed_jax":
+                    aliases[alias.asname or "mpembed_jax"] = alias.name if alias.asname else "mpembed_jax"
+                    check_public(alias.name, path, node.lineno)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mpembed_jax":
+            for alias in node.names:
+                check_public(f"{node.module}.{alias.name}", path, node.lineno)
+                aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    for node in ast.walk(tree):
+        name = dotted(node) if isinstance(node, ast.Attribute) else None
+        if name and name.split(".")[0] in aliases:
+            first, *rest = name.split(".")
+            check_public(".".join([aliases[first], *rest]), path, node.lineno)
+
+
+def check_public(name, path, line):
+    _, *parts = name.split(".")
+    place = f"{path.name}:{line}: {name}"
+    assert not any(part.startswith("_") for part in parts), f"{place} is private"
+    assert not parts or parts[0] in {*mpembed.__all__, *PUBLIC_MODULES}, f"{place} is not a public name"
+
+
+# --- documentation
+
+
+def is_public(name):
+    return not name.startswith("_")
+
+
+def definitions(tree):
+    """(qualified name, node) of every public function, class and method of a module; property setters included."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_public(node.name):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, ast.FunctionDef | ast.ClassDef) and is_public(inner.name):
+                        yield f"{node.name}.{inner.name}", inner
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_function_class_and_method_has_a_docstring(path):
+    tree = parse(path)
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    missing += [name for name, node in definitions(tree) if not ast.get_docstring(node)]
+    assert not missing, f"{path.name}: no docstring for {', '.join(missing)}"
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    assert len(set(mpembed.__all__)) == len(mpembed.__all__)
+    for name in mpembed.__all__:
+        value = getattr(mpembed, name)
+        if name != "NO_ID":
+            assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+            assert not re.match(rf"{name}\(", value.__doc__), f"{name} has only its signature for a docstring"
+
+
+def public_callables(module):
+    """Every function, class and method a user may call in a module, by name."""
+    for name in getattr(module, "__all__", [n for n in vars(module) if is_public(n)]):
+        value = getattr(module, name)
+        if not getattr(value, "__module__", "").startswith(module.__name__):
+            continue
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            methods = {k: m for k, m in vars(value).items() if is_public(k) and inspect.isfunction(m)}
+            yield from ((f"{name}.{k}", m) for k, m in methods.items())
+
+
+@pytest.mark.parametrize("name", ["", *sorted(PUBLIC_MODULES & package_modules())])
+def test_arguments_of_public_functions_are_described(name):
+    """All arguments of functions, and of methods that take more than one."""
+    module = importlib.import_module(f"mpembed_jax.{name}".rstrip("."))
+    undescribed = []
+    for qualified, function in public_callables(module):
+        arguments = [a for a in inspect.signature(function).parameters if a not in ("self", "cls")]
+        text = inspect.getdoc(function) or ""
+        missing = [a for a in arguments if not re.search(rf"\b{re.escape(a)}\b", text)]
+        if missing and ("." not in qualified or len(arguments) > 1):
+            undescribed.append(f"{qualified}: {', '.join(missing)}")
+    assert not undescribed, "docstrings say nothing about these arguments:\n" + "\n".join(undescribed)
+
+
+@pytest.mark.parametrize("name", ["EmbeddingSpec", "CacheSpec", "TableSpec", "RowFormat"])
+def test_fields_of_specs_are_described(name):
+    cls = getattr(mpembed, name)
+    missing = [f for f in inspect.signature(cls).parameters if not re.search(rf"^\s+{f}: ", cls.__doc__, re.MULTILINE)]
+    assert not missing, f"the docstring of {name} says nothing about {', '.join(missing)}"
+
+
+# --- size and packaging
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_is_one_idea_of_at_most_300_lines(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGEST or path.name in LONG_FILES, f"{path.name} has {lines} lines: split it"
+
+
+def test_the_package_is_marked_as_typed_and_ships_the_mark():
+    assert (PACKAGE / "py.typed").is_file()
+    assert '"py.typed"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_no_tracked_file_names_a_place_on_one_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    # Spelled in pieces, or this file would find itself.
+    places = re.compile("|".join(rf"(?<![\w.:/-])/{p}/" for p in ("work", "home", "root", "Users", "mnt", "data", "scratch")))
+    found = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if not path.is_file() or path.stat().st_size > 2**21:
+            continue
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{name}:{n}: {line.strip()[:100]}" for n, line in enumerate(text.splitlines(), 1) if places.search(line)]
+    assert not found, "\n".join(found)
+
+
+IMPORT = """
+import json, sys, time
+import jax, numpy, optax
+before = {k: repr(v) for k, v in jax.config.values.items()}
+modules = set(sys.modules)
+begin = time.perf_counter()
+import mpembed_jax
+seconds = time.perf_counter() - begin
+after = {k: repr(v) for k, v in jax.config.values.items()}
+print(json.dumps(dict(
+  seconds=seconds,
+  changed=[k for k in after if before.get(k) != after[k]],
+  third_party=sorted({m.split(".")[0] for m in set(sys.modules) - modules}),
+  loaded=sorted({m.split(".")[0] for m in sys.modules}),
+  backends=len(jax._src.xla_bridge._backends),
+)))
+"""
+
+
+def test_import_is_cheap_loads_no_adapter_and_changes_no_configuration():
+    """Within 0.5 s of what jax, numpy and optax take (median of three); no back end is started by importing."""
+    runs = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    assert statistics.median(run["seconds"] for run in runs) < 0.5
+    assert runs[0]["changed"] == []
+    assert not [name for name in HEAVY if name in runs[0]["loaded"]]
+    assert not [n for n in runs[0]["third_party"] if n not in sys.stdlib_module_names and n != "mpembed_jax"]
+    assert runs[0]["backends"] == 0
