@@ -42,8 +42,8 @@ class Settings:
     embedding_dim: int = 16
     batch_size: int | None = None
     """None: 2,048, or 1,024 for reddit."""
-    row_learning_rate: float = 0.05
-    """Of row-wise Adagrad on the embedding rows."""
+    row_learning_rate: float | None = None
+    """Of row-wise Adagrad on the embedding rows. None: 0.02, or 0.05 for reddit."""
     dense_learning_rate: float | None = None
     """Of Adam on the rest. None: 1e-3, or 2e-3 for reddit."""
     hidden: tuple[int, int] = (512, 256)
@@ -56,7 +56,7 @@ class Settings:
     scale: float = 0.02
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
-    """Rows in all. None: a million synthetic ones; all rows of a file. Reddit: per split."""
+    """Rows in all. None: 800,000 synthetic ones; all rows of a file. Reddit: per split."""
     data_seed: int = 0
     """Synthetic: which data."""
     mapping: Literal["dictionary", "hash"] = "dictionary"
@@ -83,7 +83,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
     """
     match settings.data:
         case "synthetic":
-            rows = 1_000_000 if settings.num_rows is None else settings.num_rows
+            rows = 800_000 if settings.num_rows is None else settings.num_rows
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
             return reddit.RedditPosts(settings.path, settings.num_rows)
@@ -106,7 +106,7 @@ def main(settings: Settings) -> dict[str, Any]:
     recipe = training.Recipe(
         embedding_dim=settings.embedding_dim,
         batch_size=settings.batch_size or (1024 if is_reddit else 2048),
-        row_learning_rate=settings.row_learning_rate,
+        row_learning_rate=settings.row_learning_rate or (0.05 if is_reddit else 0.02),
         dense_learning_rate=settings.dense_learning_rate or (2e-3 if is_reddit else 1e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,

@@ -50,7 +50,7 @@ class Recipe:
 
     embedding_dim: int = 16
     batch_size: int = 2048
-    row_learning_rate: float = 0.05  # row-wise Adagrad
+    row_learning_rate: float = 0.02  # row-wise Adagrad
     dense_learning_rate: float = 1e-3  # Adam
     max_unique_ids: int | None = None
     hidden: tuple[int, ...] = (512, 256)  # DLRM's widths; the bottom MLP adds one layer of 64

@@ -28,7 +28,7 @@ def _scatter(scatter: Callable, array: jax.Array, index: jax.Array, values: jax.
 
 
 def put(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
-    """Returns `array` [n, ..] with rows `index` (int32 [m], distinct where inside) replaced by values [m, ..] or a scalar."""
+    """Returns `array` [n, ..] with rows `index` (int32 [m], distinct) replaced by values [m, ..] or a scalar."""
     return _scatter(lax.scatter, array, index, values)
 
 

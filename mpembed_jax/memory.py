@@ -106,7 +106,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
         num_rows=spec.num_rows,
         embedding_dim=spec.embedding_dim,
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,
-        float32_row_state_bytes=nbytes(plain),
+        float32_row_state_bytes=_nbytes(plain),
         step_peak_bytes=None if batch_shape is None else _step_peak(state, tx, batch_shape),
     )
 

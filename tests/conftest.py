@@ -1,4 +1,4 @@
-"""Several forced CPU devices, strict dtype promotion, and one spelling of random keys for every test."""
+"""Several forced CPU devices, deterministic hypothesis, and strict dtype promotion where a test file asks for it."""
 
 import os
 
@@ -6,12 +6,18 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
     "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module")
+def strict_promotion():
+    """No implicit casts. Not for every test: the package holds under it, optax.adam's bias correction does not."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

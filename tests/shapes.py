@@ -74,6 +74,8 @@ def rows(seed, num, dim):
     out[4] = np.abs(out[4]) + 3.0  # away from zero: the bias matters
     out[5] = -np.abs(out[5]) - 3.0
     out[6] *= np.float32(1e-6)
+    out[7, -1] = -1e30
+    out[8] = 1e-6
     return out
 
 

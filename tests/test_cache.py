@@ -17,6 +17,7 @@ import mpembed_jax as mpembed
 from mpembed_jax import cache as cache_room
 from mpembed_jax import ops
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
 

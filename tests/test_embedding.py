@@ -15,6 +15,7 @@ import shapes
 import mpembed_jax as mpembed
 from mpembed_jax import numerics, table
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
 read = jax.jit(mpembed.read)

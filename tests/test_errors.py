@@ -1,4 +1,4 @@
-"""Twelve deliberate mistakes, each ending in a message that names the fix and no row harmed; then odd inputs that just work."""
+"""Twelve deliberate mistakes, each ending in a message that names the fix, no row harmed; then odd inputs that just work."""
 
 import warnings
 from functools import partial
@@ -38,6 +38,8 @@ read = jax.jit(mpembed.read)
 
 
 def all_rows(state):
+    if state.cache is None and state.spec.storage.name == "float32":
+        return np.array(state.table.rows).view(np.float32)  # the packed layout of float32, without a compilation
     return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
 
 
@@ -75,7 +77,9 @@ def test_ids_beyond_32_bits_pass_global_ids_without_becoming_another_row():
 # --- 2. float ids
 
 
-@pytest.mark.parametrize("ids", [np.ones(3), jnp.ones((2, 2)), 1.0, [1, 2.0], np.ones(3, bool), {"a": jnp.ones(2, bool)}], ids=str)
+@pytest.mark.parametrize(
+    "ids", [np.ones(3), jnp.ones((2, 2)), 1.0, [1, 2.0], np.ones(3, bool), {"a": jnp.ones(2, bool)}], ids=str
+)
 def test_ids_that_are_no_integers_are_refused_with_their_dtype(ids):
     for call in (mpembed.prefetch, mpembed.read):
         with pytest.raises(TypeError, match=r"ids must be int32 \[..\], got .*(float|bool).*cast them .*before prefetch"):
@@ -131,7 +135,7 @@ def test_a_forgotten_prefetch_is_refused():
 
 
 def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
-    """Called directly and within one trace it raises; across jitted calls it changes nothing, is counted, and stats raises."""
+    """Called directly or within one trace it raises; across jitted calls it changes nothing, is counted and stats raises."""
     state = start(stack(cache=CacheSpec(num_rows=8)))
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
@@ -244,9 +248,8 @@ def test_a_checkpoint_of_another_spec_is_refused_even_where_all_shapes_agree(cas
 # --- 11. a unique budget that is too small
 
 
-@pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=10)], ids=["table", "cache"])
-def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row(cache):
-    spec = stack(max_unique_ids=4, cache=cache)
+def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
+    spec = stack(max_unique_ids=4, cache=CacheSpec(num_rows=10))
     state = start(spec)
     before = all_rows(state)
     ids = np.array([[1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 1]], np.int32)
@@ -267,11 +270,10 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row(cache):
 # --- 12. a cache smaller than the batch
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of(policy):
+def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of():
     """Six lines, 100 unique ids a batch: the values are those of no cache at all; the warning names both numbers."""
     ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(np.int32)
-    small, none = start(stack((120,), cache=CacheSpec(num_rows=6, policy=policy))), start(stack((120,)))
+    small, none = start(stack((120,), cache=CacheSpec(num_rows=6))), start(stack((120,)))
     for batch in ids:
         (small, _, _), (none, _, _) = train(small, batch), train(none, batch)
     np.testing.assert_array_equal(all_rows(small), all_rows(none))
@@ -293,7 +295,9 @@ def test_rows_and_gradients_of_another_shape_or_dtype_are_refused():
         mpembed.apply_gradients(state, plan, mpembed.lookup(state, plan, dtype=jnp.bfloat16), rows, tx=TX)
 
 
-@pytest.mark.parametrize("key", [0, np.zeros(2, np.int32), jnp.zeros((2, 2), jnp.uint32), jax.random.split(jax.random.key(0))])
+@pytest.mark.parametrize(
+    "key", [0, np.zeros(2, np.int32), jnp.zeros((2, 2), jnp.uint32), jax.random.split(jax.random.key(0))]
+)
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(TypeError, match=r"key must be jax\.random\.key\(\.\.\) or uint32 \[2\]"):
         mpembed.init(key, stack(), TX)
@@ -317,8 +321,8 @@ PADDING = {"a": np.full((2, 3), NO_ID, np.int32), "b": np.zeros(0, np.int32)}
 
 @pytest.mark.parametrize(
     ("ids", "lines"),
-    [(np.zeros(0, np.int32), 8), (np.zeros((3, 0), np.int32), None), ({}, None), (PADDING, None), (PADDING, 8)],
-    ids=["empty-cache", "empty bags-table", "no features-table", "all padding-table", "all padding-cache"],
+    [(np.zeros((3, 0), np.int32), None), ({}, 8), (PADDING, 8)],
+    ids=["empty bags-table", "no features-cache", "all padding-cache"],
 )
 def test_batches_without_ids_just_work(ids, lines):
     """A step is counted, nothing else happens, before and after real batches."""

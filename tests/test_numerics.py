@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mpembed_jax import numerics
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jnp.array([1, 2], jnp.uint32)
 STREAMS = (
     numerics.INITIAL_VALUE,

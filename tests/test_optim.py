@@ -1,4 +1,4 @@
-"""Optimizers on rows equal dense training of the touched rows; what cannot be kept by row is refused; rounding is unbiased."""
+"""Optimizers on rows equal dense training of touched rows; what cannot be kept by row is refused; rounding is unbiased."""
 
 import itertools
 from functools import partial
@@ -80,17 +80,13 @@ def decaying(init_value):
 TRANSFORMATIONS = {
     "sgd": lambda: optax.sgd(0.1),
     "sgd momentum scheduled": lambda: optax.sgd(decaying(0.1), momentum=0.9, nesterov=True),
-    "adagrad": lambda: optax.adagrad(0.1),
-    "adam scheduled": lambda: optax.adam(decaying(0.05), eps=1e-3),
-    "amsgrad": lambda: optax.amsgrad(0.05),
     "rmsprop centered momentum": lambda: optax.rmsprop(0.05, centered=True, momentum=0.5, initial_scale=0.1),
-    "chain of global norm and adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05)),
+    "chain of global norm and adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(decaying(0.05))),
     "chain of row norm and adagrad": lambda: optax.chain(optim.clip_by_row_norm(0.5), optax.adagrad(0.1)),
     "injected hyperparameters": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=decaying(0.05), b1=0.8),
     "decay in the gradient": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
     "decoupled decay": lambda: optax.adamw(0.05, weight_decay=0.1),
     "rowwise adagrad": lambda: optim.rowwise_adagrad(decaying(0.1), weight_decay=0.1),
-    "rowwise adagrad decoupled": lambda: optim.rowwise_adagrad(0.1, weight_decay=0.1, decoupled=True),
     "rowwise adam": lambda: optim.rowwise_adam(0.05, weight_decay=0.1),
 }
 
@@ -140,7 +136,7 @@ def test_row_state_does_not_care_whether_its_row_is_cached():
 
 
 def test_transformations_across_rows_see_the_touched_rows_only():
-    """Lamb's trust ratio is the touched rows' norm over their updates' norm: padding and the rest of the table are absent."""
+    """Lamb's trust ratio is the touched rows' norm over their updates' norm: padding and other rows play no part."""
     tx, (ids, grads) = optax.lamb(0.05, eps=1e-3), batches(2, 1)
     state = mpembed.init(jax.random.key(0), stack(), tx)
     table = np.asarray(state.table.rows).view(np.float32)
@@ -165,7 +161,7 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
 
 def test_a_refused_update_leaves_schedules_where_they_are():
     """Applying a plan twice across jitted calls changes nothing: no row, no row state, no schedule count."""
-    tx, (ids, grads) = optax.adam(decaying(0.05)), batches()
+    tx, ids = optax.adam(decaying(0.05)), batches()[0]
     state, plan = jax.jit(mpembed.prefetch)(mpembed.init(jax.random.key(0), stack(), tx), ids[0])
     rows = mpembed.lookup(state, plan)
     apply = jax.jit(partial(mpembed.apply_gradients, tx=tx))
@@ -427,8 +423,7 @@ def test_bfloat16_row_state_of_untouched_rows_does_not_move():
 # --- rows with non-finite gradients
 
 
-@pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=8, ways=8)], ids=["table", "cache"])
-def test_rows_with_nonfinite_gradients_are_skipped_and_counted(cache):
+def test_rows_with_nonfinite_gradients_are_skipped_and_counted():
     """Row and row state stay as they were, bit for bit; the other rows train as without them."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05))
     step, ids = step_of(tx), np.array([3, 5, 7, 3, 9, NO_ID], np.int32)
@@ -437,7 +432,7 @@ def test_rows_with_nonfinite_gradients_are_skipped_and_counted(cache):
     bad[1, 2], bad[3, 0] = np.nan, np.inf  # rows 5 and 3
     good = grads.copy()
     good[[0, 1, 3]] = 0  # what the rest of the batch should see of them
-    spec = stack(cache=cache, skip_nonfinite=True)
+    spec = stack(cache=CacheSpec(num_rows=2, ways=2), skip_nonfinite=True)  # both ways: lines and bypassed rows
 
     def start():
         return step(mpembed.init(jax.random.key(0), spec, tx), ids, grads)
@@ -482,7 +477,8 @@ def test_unmodified_apply_updates_lands_on_the_rounded_value(name):
     ratio = rng.choice([-1, 1], num) * 2.0 ** rng.uniform(-30, 8, num)
     updates = (old * ratio - old).astype(np.float32)
     # Adversarial: everything cancels but the last bits of the update.
-    updates[: num // 4] = np.nextafter(-old[: num // 4], np.float32(np.inf) * rng.choice([-1, 1], num // 4).astype(np.float32))
+    towards = np.where(rng.random(num // 4) < 0.5, -np.inf, np.inf).astype(np.float32)
+    updates[: num // 4] = np.nextafter(-old[: num // 4], towards)
     x = old + updates
     params = jnp.asarray(old.astype(dtype))
     tx = optim.stochastic_round_updates(jax.random.key(0))
@@ -613,7 +609,10 @@ def test_the_rounding_link_names_what_it_misses():
         optim.stochastic_round_updates(0).init(params)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(["sgd momentum scheduled", "adam scheduled", "rowwise adagrad", "sgd"], 2)))
+TOLD_APART = ["sgd momentum scheduled", "chain of global norm and adam", "rowwise adagrad", "sgd"]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(TOLD_APART, 2)))
 def test_another_transformation_than_inits_is_refused(first, second):
     """Where the state tells them apart; the message says to pass the same one."""
     spec = stack()

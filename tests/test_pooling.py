@@ -201,7 +201,7 @@ def test_a_nest_of_features_is_pooled_feature_by_feature(combiner):
     """Same nesting out; row gradients add up over features."""
     rows = unique_rows()
     inverse = {"user": FLAT[:6].reshape(2, 3), "items": (BAGS[0], BAGS[1:])}
-    cotangent = jax.tree.map(lambda i: factors(i.size, i.shape[: None if combiner is None else -1] + (DIM,)), inverse)
+    cotangent = jax.tree.map(lambda i: factors(i.size, (*i.shape[: None if combiner is None else -1], DIM)), inverse)
 
     @jax.jit
     def together(rows):

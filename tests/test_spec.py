@@ -163,7 +163,7 @@ def test_host_ids_of_every_integer_dtype_are_checked_in_64_bits(dtype, out_of_ra
 @pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint16, np.uint32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("where", ["device", "traced"])
 def test_device_and_traced_ids_are_mapped_as_host_ids_are(dtype, out_of_range, where):
-    """"raise" cannot raise on traced ids: it drops them, prefetch counts them and stats raises."""
+    """ "raise" cannot raise on traced ids: it drops them, prefetch counts them and stats raises."""
     ids = fitting(dtype)
     spec = stack(out_of_range=out_of_range)
     if where == "device" and out_of_range == "raise":
@@ -255,7 +255,7 @@ def test_raise_names_feature_id_place_table_size_and_ways_out():
 
 
 def test_unknown_features_and_wrong_column_counts_are_refused():
-    with pytest.raises(KeyError, match="unknown features .*author.*this spec has .*users"):
+    with pytest.raises(KeyError, match=r"unknown features .*author.*this spec has .*users"):
         stack().global_ids({"author": [1]})
     with pytest.raises(ValueError, match=r"array ids must be \[.., 3\].*for bags pass a dict"):
         stack().global_ids(np.zeros((5, 2), np.int32))

@@ -1,4 +1,4 @@
-"""What stats reports: counts that outlive 32 bits, rates, one warning per setting to change, and errors that name the fix."""
+"""What stats reports: counts that outlive 32 bits, rates, one warning per setting to change, errors that name the fix."""
 
 import dataclasses
 import warnings
@@ -182,4 +182,3 @@ def test_raise_mode_raises_from_stats_after_traced_ids_were_out_of_range():
     state = step(state, np.array([1, 100, -1], np.int32))
     with pytest.raises(ValueError, match=r"2 ids were outside their tables .*spec\.global_ids.*out_of_range="):
         mpembed.stats(state)
-

@@ -251,7 +251,8 @@ def test_no_tracked_file_names_a_place_on_one_machine():
     if listed.returncode:
         pytest.skip("not a git checkout")
     # Spelled in pieces, or this file would find itself.
-    places = re.compile("|".join(rf"(?<![\w.:/-])/{p}/" for p in ("work", "home", "root", "Users", "mnt", "data", "scratch")))
+    roots = ("work", "home", "root", "Users", "mnt", "data", "scratch")
+    places = re.compile("|".join(rf"(?<![\w.:/-])/{root}/" for root in roots))
     found = []
     for name in listed.stdout.splitlines():
         path = ROOT / name

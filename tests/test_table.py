@@ -1,5 +1,7 @@
 """Row formats: layout and codes equal row_oracle, rows stay on their grid, rounding is unbiased; initial tables."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,16 @@ from hypothesis import strategies as st
 import mpembed_jax as mpembed
 from mpembed_jax import numerics, table
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 encode = jax.jit(mpembed.encode, static_argnames="format")
 decode = jax.jit(mpembed.decode, static_argnames=("format", "embedding_dim"))
+
+
+@partial(jax.jit, static_argnames="fmt")
+def pass_through(x, fmt, bits):
+    """Packed words and decoded rows, to nearest and stochastically."""
+    packed = [mpembed.encode(x, fmt, b) for b in (None, bits)]
+    return [(words, mpembed.decode(words, fmt, x.shape[1])) for words in packed]
 
 
 def row_format(codec):
@@ -43,11 +53,11 @@ def random_bits(seed, shape):
 def test_packed_words_equal_the_oracle(codec, fmt, dim):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
-    for bits in (None, random_bits(dim, x.shape)):
-        packed = np.asarray(encode(x, fmt, bits))
+    noise = random_bits(dim, x.shape)
+    for bits, (packed, decoded) in zip((None, noise), jax.device_get(pass_through(x, fmt, noise)), strict=True):
         assert packed.dtype == codec.word_dtype(dim)
         assert packed.shape == (100, codec.row_words(dim))
-        decoded = np.asarray(decode(packed, fmt, dim))
+        assert np.isfinite(decoded).all()
         for k, row in enumerate(x):
             codes, scale, bias = codec.unpack(packed[k], dim)
             if codec.metadata_bytes:
@@ -87,8 +97,8 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
     if codec.scale == "float16":
         row = np.clip(row, -60000, 60000)  # a float16 bias and scale have no more range than float16
     row = np.asarray(row, np.float32)
-    packed = np.asarray(encode(row[None], row_format(codec), random_bits(seed, (1, 7))))
-    decoded = np.asarray(decode(packed, row_format(codec), 7))[0]
+    _, (packed, decoded) = jax.device_get(pass_through(row[None], row_format(codec), random_bits(seed, (1, 7))))
+    decoded = decoded[0]
     _, scale, bias = codec.unpack(packed[0], 7)
     assert np.isfinite(decoded).all()
     span = np.max(np.abs(row)) if codec.symmetric else np.max(row) - bias
@@ -97,22 +107,6 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
         assert (np.abs(decoded - row) <= span).all()
     else:
         assert (np.abs(decoded - row) <= errors_allowed(codec, row, scale, bias)).all()
-
-
-@pytest.mark.parametrize("name", shapes.CODECS)
-def test_awkward_rows_stay_finite_and_nearest_is_near(name):
-    """Zeros exact, constants within half a gap, one huge element does not break the others' finiteness."""
-    codec = shapes.CODECS[name]
-    x = np.zeros((6, 7), np.float32)
-    x[1], x[2], x[3] = 0.3, -1.5, 1e-6
-    x[4, 3], x[5, 2] = 6e4, -1e30
-    decoded = np.asarray(decode(encode(x, row_format(codec)), row_format(codec), 7))
-    assert np.isfinite(decoded).all()
-    np.testing.assert_array_equal(decoded[0], 0)
-    np.testing.assert_allclose(decoded[1], 0.3, rtol=0.07)
-    np.testing.assert_allclose(decoded[2], -1.5, rtol=0.02)
-    if codec.metadata_bytes:  # unscaled float16 keeps 1e-6 to 6 %; a float16 scale is subnormal itself here
-        np.testing.assert_allclose(decoded[3], 1e-6, rtol=0.07, atol=2.0**-24 if codec.scale == "float16" else 0)
 
 
 @pytest.mark.parametrize("name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")])

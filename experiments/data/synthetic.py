@@ -152,7 +152,7 @@ class CriteoTwin:
     num_days = 7
     bags: tuple[str, ...] = ()
 
-    def __init__(self, num_rows: int = 1_000_000, scale: float = 0.02, seed: int = 0):
+    def __init__(self, num_rows: int = 800_000, scale: float = 0.02, seed: int = 0):
         if num_rows < self.num_days:
             raise ValueError(f"num_rows must be at least {self.num_days}, one per day, got {num_rows}")
         self.seed = seed

@@ -225,8 +225,8 @@ def write_back(
 def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """Adds values [n, D] into total [U, D] at index [n], duplicates summed; the last row, padding, takes nothing.
 
-    A CPU adds in place, in the order of positions. Elsewhere positions are sorted first: a float32 scatter-add with duplicate
-    ids is hundreds of times slower on some GPU builds (jax#38806), and its order is not deterministic.
+    A CPU adds in place, in the order of positions. Elsewhere positions are sorted first: a float32 scatter-add with
+    duplicate ids is hundreds of times slower on some GPU builds (jax#38806), and its order is not deterministic.
     """
     last = total.shape[0] - 1
     if jax.default_backend() == "cpu":

@@ -1,0 +1,184 @@
+"""Properties of nn.CachedEmbedBags: pooling, shared tables, several widths, array and dict ids, what misuse raises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from nn_models import BAG_IDS, IDS, ROW_TX, address, assert_same_bits, bag_specs
+
+import mpembed_jax as mpembed
+from mpembed_jax import EmbeddingSpec, TableSpec, nn
+
+
+def pooled_by_hand(tables, ids, weights, combiner):
+    out = []
+    for bag, factors in zip(ids, weights, strict=True):
+        real = [(tables[i], w) for i, w in zip(bag, factors, strict=True) if 0 <= i < len(tables)]
+        total = sum((row * w for row, w in real), np.zeros(tables.shape[1], np.float32))
+        w = np.array([w for _, w in real])
+        divisor = {"sum": 1.0, "mean": w.sum(), "sqrtn": np.sqrt((w**2).sum())}[combiner]
+        out.append(total / divisor if real else total)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_bags_pool_each_feature_from_its_own_table(is_weighted):
+    combiner = {"seen": "mean", "bought": "sum", "user": "sqrtn", "shop": "sum"}
+    model = nn.CachedEmbedBags(bag_specs(), optax.sgd(0.1), combiner=combiner, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    weights = {f: rng.uniform(0.5, 2, ids.shape).astype(np.float32) for f, ids in BAG_IDS.items() if f != "user"}
+    given = weights if is_weighted else None
+    tables = {**mpembed.to_dense(model.states[0]), **mpembed.to_dense(model.states[1])}
+
+    @nnx.jit
+    def both(model):
+        model.prefetch(BAG_IDS)
+        trained = model(BAG_IDS, given)
+        nn.discard(model)
+        return trained, nnx.view(model, deterministic=True)(BAG_IDS, given)
+
+    trained, read = both(model)
+    assert set(trained) == set(BAG_IDS)
+    assert_same_bits(trained, read)
+    for feature, table in {"seen": "items", "bought": "items", "user": "users", "shop": "shop"}.items():
+        factors = weights.get(feature) if is_weighted else None
+        factors = np.ones(BAG_IDS[feature].shape, np.float32) if factors is None else factors
+        by_hand = pooled_by_hand(tables[table], BAG_IDS[feature], factors, combiner[feature])
+        np.testing.assert_allclose(trained[feature], by_hand, rtol=1e-6, atol=1e-6)
+
+
+def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
+    row_txs = [optax.sgd(0.5), optax.sgd(0.25)]
+    bags = nn.CachedEmbedBags(bag_specs(storage="float32"), row_txs, rngs=nnx.Rngs(0))
+    tables = {**mpembed.to_dense(bags.states[0]), **mpembed.to_dense(bags.states[1])}
+    mixes = {f: jnp.asarray(np.random.default_rng(1).normal(size=(3, d)), jnp.float32) for f, d in
+             {"seen": 4, "bought": 4, "user": 4, "shop": 3}.items()}  # fmt: skip
+    weights = {"seen": np.full((3, 3), 0.5, np.float32)}
+
+    def loss_fn(vectors):
+        return sum(jnp.sum(jnp.square(vectors[f]) * mixes[f]) for f in mixes)
+
+    traces = []
+
+    @nnx.jit(donate_argnums=0)
+    def step(bags, ids):
+        traces.append(1)
+        bags.prefetch(ids)
+        loss, grads = nnx.value_and_grad(lambda bags: loss_fn(bags(ids, weights)))(bags)
+        rest = nn.apply_gradients(bags, grads)
+        assert not jax.tree.leaves(rest)
+        return loss
+
+    def dense_loss(tables, ids):
+        vectors = {}
+        for feature, table in {"seen": "items", "bought": "items", "user": "users", "shop": "shop"}.items():
+            is_real = (ids[feature] >= 0) & (ids[feature] < len(tables[table]))
+            factor = jnp.where(is_real, weights.get(feature, np.float32(1)), np.float32(0))
+            rows = tables[table][jnp.where(is_real, ids[feature], 0)]
+            vectors[feature] = jnp.sum(rows * factor[..., None], axis=1)
+        return loss_fn(vectors)
+
+    dense_step = jax.jit(jax.value_and_grad(dense_loss))
+    before = [address(state) for state in bags.states]
+    for shift in range(3):
+        ids = {f: np.where(v == mpembed.NO_ID, v, (v + shift) % 51).astype(np.int32) for f, v in BAG_IDS.items()}
+        loss, grads = dense_step(tables, ids)
+        np.testing.assert_allclose(step(bags, ids), loss, rtol=1e-5, atol=1e-6)
+        tables = {n: t - (0.25 if n == "shop" else 0.5) * grads[n] for n, t in tables.items()}
+    assert len(traces) == 1
+    assert [address(state) for state in bags.states] == before
+    for name, table in {**mpembed.to_dense(bags.states[0]), **mpembed.to_dense(bags.states[1])}.items():
+        np.testing.assert_allclose(table, tables[name], rtol=1e-5, atol=1e-6)
+    assert [s.steps for s in bags.stats()] == [3, 3]
+
+
+@pytest.mark.parametrize("num_specs", [1, 2])
+def test_array_ids_give_the_vectors_of_bags_of_one(num_specs):
+    tables = [TableSpec(n, 9) for n in "abc"]
+    specs = [EmbeddingSpec(tables, 4, cache=None)]
+    if num_specs == 2:
+        specs = [EmbeddingSpec(tables[:2], 4, cache=None), EmbeddingSpec(tables[2:], 4, cache=None)]
+    ids = np.random.default_rng(0).integers(0, 9, (2, 5, 3))
+    weights = np.random.default_rng(1).uniform(0.5, 2, ids.shape).astype(np.float32)
+    bags = nn.CachedEmbedBags(specs, ROW_TX, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    def columns(array):
+        return {n: array[..., i, None] for i, n in enumerate("abc")}
+
+    @nnx.jit
+    def vectors_in_training(bags):
+        bags.prefetch(ids)
+        vectors = bags(ids), bags(ids, weights)
+        nn.discard(bags)
+        return vectors
+
+    @nnx.jit
+    def vectors_of_bags(bags):
+        bags = nnx.view(bags, deterministic=True)
+        by_name = bags(columns(ids)), bags(columns(ids), columns(weights))
+        return jax.tree.map(lambda *parts: jnp.stack(parts, axis=-2), *([v[n] for v in by_name] for n in "abc"))
+
+    vectors = vectors_in_training(bags)
+    assert vectors[0].shape == (2, 5, 3, 4)
+    assert vectors[0].dtype == jnp.bfloat16
+    assert_same_bits(vectors, vectors_of_bags(bags))
+
+
+def test_bags_without_a_combiner_give_one_vector_per_id():
+    bags = nn.CachedEmbedBags(bag_specs(), ROW_TX, combiner=None, rngs=nnx.Rngs(0))
+    bags.eval()
+    assert bags({"bought": np.zeros((2, 6), np.int32)})["bought"].shape == (2, 6, 4)
+    assert bags({}) == {}
+
+
+# --- what misuse raises
+
+
+@functools.cache
+def _built_bags() -> nn.CachedEmbedBags:
+    combiner = {"seen": "sum", "bought": "sum", "shop": "mean", "user": None}
+    return nn.CachedEmbedBags(bag_specs(), ROW_TX, combiner=combiner, rngs=nnx.Rngs(0))
+
+
+def bags_of(**options):
+    return nn.CachedEmbedBags(bag_specs(), **{"tx": ROW_TX, "rngs": nnx.Rngs(0), **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bags_of(combiner="max"), ValueError, "combiner of feature 'seen' must be one of sum, mean"),
+        (lambda: bags_of(combiner={"seen": "sum"}), ValueError, "combiner must name exactly the features"),
+        (lambda: bags_of(tx=[optax.sgd(0.1)] * 3), ValueError, "got 3 for 2 specs"),
+        (lambda: nn.CachedEmbedBags([], optax.sgd(0.1), rngs=nnx.Rngs(0)), ValueError, "one EmbeddingSpec or several"),
+        (lambda: nn.CachedEmbedBags(["x"], optax.sgd(0.1), rngs=nnx.Rngs(0)), TypeError, "one EmbeddingSpec or several"),
+        (lambda: nn.CachedEmbedBags(bag_specs() * 2, optax.sgd(0.1), rngs=nnx.Rngs(0)), ValueError, "are in several specs"),
+        (lambda: _built_bags().prefetch({"sean": IDS}), KeyError, "unknown features.*sean"),
+        (lambda: _built_bags().prefetch(IDS), ValueError, r"array ids must be \[.., 4\]"),
+        (lambda: _built_bags().prefetch(np.zeros((2, 4), np.int32)), ValueError, "one embedding_dim for all features"),
+        (lambda: _built_bags()({"seen": IDS}), ValueError, "without prefetch"),
+    ],
+)
+def test_misuse_of_bags_raises_and_says_what_to_do(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "error", "message"),
+    [
+        ({"seen": IDS[0]}, None, ValueError, r"ids \[3\], but combiner 'sum' reduces the last axis"),
+        ({"seen": IDS}, {"seen": np.ones((2, 2))}, ValueError, r"weights must have the shape"),
+        ({"seen": IDS}, {"user": IDS}, KeyError, "weights name features.*user"),
+        ({"seen": IDS}, np.ones((16, 3)), TypeError, "weights must be a mapping like ids"),
+        ({"user": IDS}, {"user": np.ones((16, 3))}, ValueError, "its combiner is None"),
+    ],
+)
+def test_misuse_of_bags_in_a_call_raises(ids, weights, error, message):
+    bags = nnx.view(_built_bags(), deterministic=True)
+    with pytest.raises(error, match=message):
+        bags(ids, weights)

@@ -1,0 +1,53 @@
+"""README says what is true: its snippets run in order, its diff is the difference of two working scripts, its bytes add up."""
+
+import difflib
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from mpembed_jax import RowFormat
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_python_snippet_runs(tmp_path, capsys):
+    code = "\n".join(blocks("python"))
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam itself does not hold under strict promotion
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "hit rate" in printed
+    assert "ratio:" in printed
+
+
+def test_the_five_lines_are_the_difference_of_two_working_scripts():
+    plain = (ROOT / "tests/snippets/nnx_plain.py").read_text().splitlines()
+    cached = (ROOT / "tests/snippets/nnx_cached.py").read_text().splitlines()
+    changed = [line for line in difflib.ndiff(plain, cached) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    (diff,) = blocks("diff")
+    shown = [line for line in diff.splitlines() if line[:1] in "+-" and line[1:].strip()]
+    assert sorted(line[0] + line[2:] for line in changed) == sorted(shown)
+    assert len([line for line in shown if line[0] == "+"]) == 5
+    for line in diff.splitlines():
+        if line[:1] == " " and line.strip():
+            assert line[1:] in plain
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| ((?:float32|bfloat16|int|float8).*?) \|$", README, re.MULTILINE))
+def test_bytes_per_row_are_the_formats_own(line):
+    names, *sizes = line.split(" | ")
+    for name in names.split(", "):
+        for dim, size in zip((16, 64, 128), sizes, strict=True):
+            assert RowFormat(name).row_bytes(dim) == int(size)
+
+
+def test_the_two_commands_install_what_they_need():
+    commands = blocks("sh")
+    assert len(commands) == 2
+    assert all(command.startswith("pip install") and " && python -m " in command for command in commands)
