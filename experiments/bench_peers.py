@@ -4,9 +4,10 @@
     python -m experiments.bench_peers --task dlrm --dims 16
 
 Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wise Adagrad), torch.nn.EmbeddingBag with
-sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient, donated). They need `pip install "mpembed_jax[peers]"`; one that
-cannot be imported is named and left out. A worker serves rounds over a pipe, so that rounds of all workers alternate while
-only one of them computes. --task dlrm times the whole training: host batch to device, dense part, embedding, optimizers.
+sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient, donated). They need
+`pip install "mpembed_jax[peers]"`; one that cannot be imported is named and left out. A worker serves rounds over a pipe, so
+that rounds of all workers alternate while only one of them computes. --task dlrm times the whole training: host batch to
+device, dense part, embedding, optimizers.
 """
 
 import argparse
@@ -358,8 +359,9 @@ def run(args):
             for worker in workers:
                 ratios = [a / b for a, b in zip(ours.times, worker.times, strict=True)]
                 row = {
-                    "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew, "peer": worker.name, "against": ours.name,
-                    "ms": 1e3 * statistics.median(worker.times), "ms_min": 1e3 * min(worker.times), "ms_max": 1e3 * max(worker.times),
+                    "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew, "peer": worker.name,
+                    "against": ours.name, "ms": 1e3 * statistics.median(worker.times),
+                    "ms_min": 1e3 * min(worker.times), "ms_max": 1e3 * max(worker.times),
                     "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
                     "samples_per_s": args.batch / statistics.median(worker.times), **worker.facts,
                 }  # fmt: skip

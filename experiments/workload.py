@@ -1,7 +1,7 @@
 """The workload "Kaggle step": id batches with Criteo-Kaggle's 26 vocabularies and bounded Zipf popularity, in plain NumPy.
 
-The exponents bracket the skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 / 5 / 10 % of C3's
-distinct ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the middle of the six largest tables, 1.15 is C24's.
+The exponents bracket the skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 / 5 / 10 % of C3's distinct
+ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the middle of the six largest tables, 1.15 is C24's.
 Imports neither jax nor torch, so that every peer in a benchmark reads the same ids.
 """
 

@@ -1,0 +1,182 @@
+"""README's picture and table: step time against vocabulary, AUC loss against bytes per row, and what 33.8 M rows of 64 cost.
+
+    python -m experiments.first_screen
+
+Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing tables, ours and a dense
+flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/reddit_quality.json for accuracy and
+memory.report for bytes. Writes experiments/results/first_screen.json and .png, and the table between README's markers.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+import mpembed_jax as mpembed
+from experiments import bench_step, workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure and where to write."""
+
+    dim: int = 64
+    rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 33_762_577)
+    dense_rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000)
+    """The dense gradient's cost grows with the table; beyond this it is extrapolated in the table, and labelled."""
+    out: Path = Path("experiments/results")
+
+
+FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
+
+
+def dense_step_ms(num_rows: int, dim: int) -> float:
+    """Times flax's own way, donated: gradient of the whole table, optax.adagrad on the whole table."""
+    sizes = workload.sizes_for(num_rows)
+    ids = [jnp.asarray(workload.to_global(b, sizes)) for b in workload.batches(1, 8, 2048, sizes, 1.05)]
+    model = nnx.Embed(sum(sizes), dim, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adagrad(0.05), wrt=nnx.Param)
+    upstream = jnp.asarray(np.random.default_rng(2).normal(size=(2048, len(sizes), dim)).astype(np.float32))
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model: Any, optimizer: Any, ids: jax.Array, upstream: jax.Array) -> None:
+        grads = nnx.grad(lambda model: jnp.sum(model(ids) * upstream))(model)
+        optimizer.update(model, grads)
+
+    times = []
+    for batch in ids:
+        start = time.perf_counter()
+        step(model, optimizer, batch, upstream)
+        jax.block_until_ready(nnx.state(model))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[2:])
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Returns step times by number of rows."""
+    bandwidth, curves = bench_step.copy_bandwidth(), {}
+    for name, storage, fraction in FORMATS:
+        curves[name] = []
+        for rows in settings.rows:
+            case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
+            result = bench_step.measure(case, 30, 40, bandwidth)
+            curves[name].append((result["num_rows"], result["ms"]))
+            print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
+    curves["dense flax FP32"] = []
+    for rows in settings.dense_rows:
+        curves["dense flax FP32"].append((sum(workload.sizes_for(rows)), dense_step_ms(rows, settings.dim)))
+        print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
+    return curves
+
+
+def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | None) -> str:
+    """Returns README's table in Markdown."""
+    tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.KAGGLE_SIZES)]
+    tx = mpembed.optim.rowwise_adagrad(0.05)
+    plain = 4 * sum(workload.KAGGLE_SIZES) * settings.dim
+    dense = curves["dense flax FP32"]
+    slope = (dense[-1][1] - dense[0][1]) / (dense[-1][0] - dense[0][0])
+    projected = dense[-1][1] + slope * (sum(workload.KAGGLE_SIZES) - dense[-1][0])
+    rows = [
+        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | {projected:,.0f} "
+        f"(extrapolated from {dense[-1][0] / 1e6:.0f} M rows: {dense[-1][1]:.0f}) | 0 |"
+    ]
+    for name, storage, fraction in FORMATS:
+        spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
+        report = mpembed.memory.report(spec, tx)
+        without = report.total - report.components["row state"]
+        difference = "" if quality is None else f"{quality['auc_differences'][name]['mean']:+.4f}"
+        rows.append(
+            f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
+            f"| {curves[name][-1][1]:.1f} | {difference} |"
+        )
+    head = [
+        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 |",
+        "|---|---|---|---|---|",
+    ]
+    note = (
+        "\nStep: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`; AUC: Reddit\n"
+        "task, D = 16, mean of 3 paired seeds, `python -m experiments.reddit_quality`. Device, commit: `experiments/results/*.json`."
+    )
+    return "\n".join([*head, *rows, note])
+
+
+def draw(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | None, path: Path) -> None:
+    """Draws the picture of README's first screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for (name, points), colour in zip(curves.items(), ("#4477aa", "#228833", "#ee6677"), strict=True):
+        left.plot(*zip(*points, strict=True), "o-", label=name, color=colour)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="table rows",
+        ylabel="ms per step",
+        title=f"step time, D = {settings.dim}, 2 CPU cores",
+    )
+    left.legend()
+    left.grid(alpha=0.3)
+    if quality is not None:
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for outcome in quality["outcomes"]:
+            by_name.setdefault(outcome["contender"]["name"], []).append(outcome)
+        base = {o["seed"]: o["auc"] for o in by_name["FP32"]}
+        for name, outcomes in by_name.items():
+            losses = [base[o["seed"]] - o["auc"] for o in outcomes]
+            hashed = "hash" in name.lower()
+            right.errorbar(
+                outcomes[0]["bytes_per_row"], np.mean(losses), np.std(losses), fmt="x" if hashed else "o", capsize=3,
+                color="#bbbbbb" if hashed else None,
+            )  # fmt: skip
+            right.annotate(
+                name, (outcomes[0]["bytes_per_row"], np.mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points"
+            )
+        right.set_yscale("symlog", linthresh=2e-4)
+        right.axhline(0, color="black", lw=0.5)
+        right.set(
+            xscale="log",
+            xlabel="bytes per row, all metadata counted",
+            ylabel="AUC lost against FP32",
+            title="Reddit, D = 16, 3 paired seeds",
+        )
+        right.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main(settings: Settings) -> None:
+    """Measures, draws and writes."""
+    quality_file = settings.out / "reddit_quality.json"
+    quality = json.loads(quality_file.read_text()) if quality_file.exists() else None
+    curves = measure(settings)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    facts = {"jax": jax.__version__, "python": platform.python_version(), "device": str(jax.devices()[0]), "commit": commit}
+    (settings.out / "first_screen.json").write_text(json.dumps(facts | {"curves": curves}, indent=1) + "\n")
+    draw(settings, curves, quality, settings.out / "first_screen.png")
+    markdown = table(settings, curves, quality)
+    readme = Path("README.md")
+    begin, end = "<!-- first screen table: python -m experiments.first_screen -->", "<!-- end of table -->"
+    text = readme.read_text()
+    readme.write_text(re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{markdown}\n{end}", text, flags=re.DOTALL))
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
