@@ -205,7 +205,8 @@ def main(settings: Settings) -> None:
         print(
             f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.fraction} {case.policy} W={case.ways} "
             f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M bag={case.bag}{' cold' if case.cold else ''}: "
-            f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}] = {result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
+            f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
+            f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
             flush=True,
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)

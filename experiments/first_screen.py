@@ -106,10 +106,9 @@ def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | 
         "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 |",
         "|---|---|---|---|---|",
     ]
-    note = (
-        "\nStep: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`; AUC: Reddit\n"
-        "task, D = 16, mean of 3 paired seeds, `python -m experiments.reddit_quality`. Device, commit: `experiments/results/*.json`."
-    )
+    note = """
+Step: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`; AUC: Reddit task, D = 16,
+mean of 3 paired seeds, `python -m experiments.reddit_quality`. Device and commit: `experiments/results/*.json`."""
     return "\n".join([*head, *rows, note])
 
 

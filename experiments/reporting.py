@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -158,7 +159,7 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     differences = auc_differences(outcomes)
     for number, (name, group) in enumerate(by_contender(outcomes).items()):
-        look = {"color": f"C{number % 10}", "label": name}
+        look = {"color": colormaps["tab20"](number * 2 % 20 + number // 10), "label": name}
         steps, losses = np.array(group[0].losses).T
         width = max(1, len(losses) // 40)
         left.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), linewidth=1.2, **look)
@@ -171,7 +172,11 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
     right.set_yscale("symlog", linthresh=1e-3)
-    right.set_ylim(*(np.array([min(0, *right.get_ylim()), max(0, *right.get_ylim())]) * 1.1))
+    most = [sign * max(sign * -d for group in differences.values() for d in group) for sign in (-1, 1)]
+    right.set_ylim(min(-5e-4, 1.3 * most[0]), max(1e-3, 1.3 * most[1]))
+    left.set_ylim(
+        top=1.02 * max(group[0].losses[len(group[0].losses) // 16][1] for group in by_contender(outcomes).values())
+    )
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
 

@@ -38,7 +38,7 @@ class Contender:
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     policy: Literal["lfu", "lru"] = "lfu"
     ways: int = 32
-    hashed_to: float = 1.0  # below 1: ids of large tables are hashed into tables of this share of all rows together
+    hashed_to: float = 1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
 
 
 FP32 = Contender("FP32", "float32", 0.0)
@@ -100,10 +100,13 @@ class Job(NamedTuple):
 
 
 def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
-    """Shrinks the tables above 1,000 rows by one factor, so that all together have `share` of the rows."""
-    large = sum(size for size in tables.values() if size > 1000)
-    factor = max(0.0, 1 - (1 - share) * sum(tables.values()) / max(large, 1))
-    return {name: size if size <= 1000 or share >= 1 else max(1, int(size * factor)) for name, size in tables.items()}
+    """Caps the tables at one size, DLRM's max-ind-range, so that all together have `share` of the rows."""
+    low, high = 1, max(tables.values())
+    while low < high:
+        cap = (low + high + 1) // 2
+        fits = sum(min(size, cap) for size in tables.values()) <= share * sum(tables.values())
+        low, high = (cap, high) if fits else (low, cap - 1)
+    return {name: min(size, low) for name, size in tables.items()}
 
 
 def make_spec(source: Any, contender: Contender, recipe: Recipe) -> mpembed.EmbeddingSpec:

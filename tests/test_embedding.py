@@ -1,4 +1,4 @@
-"""The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows; and the edge cases."""
+"""The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows."""
 
 import dataclasses
 from functools import partial
@@ -240,63 +240,7 @@ def test_init_does_not_depend_on_the_cache_or_its_implementation():
         np.testing.assert_array_equal(state.table.rows, states[0].table.rows)
 
 
-# --- edges
-
-
-@pytest.mark.parametrize("storage", ["float32", "int8", "int2"])
-@pytest.mark.parametrize("cached", [True, False])
-def test_batches_without_ids_change_nothing_but_the_step(storage, cached):
-    """No ids, only padding, only ids out of range, and a nest without arrays."""
-    spec = shapes.stack(20, 3, storage=storage, lines=8 if cached else None, ways=4)
-    start = mpembed.init(KEY, spec, SGD)
-
-    @jax.jit
-    def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=SGD), plan, rows
-
-    nothing = np.full((2, 3), mpembed.NO_ID, np.int32)
-    for ids in (np.zeros((0,), np.int32), np.zeros((4, 0), np.int32), nothing, {"a": nothing, "b": -nothing}, {}):
-        state, plan, rows = step(start, ids)
-        assert int(plan.counts.unique) == 0
-        assert (np.asarray(plan.unique_ids) == mpembed.NO_ID).all()
-        assert not np.asarray(rows).any()
-        assert rows.shape[0] >= 1
-        jax.tree.map(lambda a, b: a.shape == b.shape, plan.inverse, ids)
-        assert int(state.step) == 1
-        np.testing.assert_array_equal(state.table.rows, start.table.rows)
-        if cached:
-            jax.tree.map(np.testing.assert_array_equal, state.cache, start.cache)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 3])
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_tiny_vocabularies(vocabulary, storage):
-    """Ids repeat within a batch; the row moves by the summed gradient, in the cache exactly."""
-    spec = shapes.stack(vocabulary, 7, storage=storage, lines=None if storage == "float32" else 1)
-    state = mpembed.init(KEY, spec, SGD)
-    before = all_rows(state)
-    ids = np.zeros((1, 12), np.int32)
-    state, _ = train(state, ids, np.ones((1, 12, 7), np.float32), SGD)
-    np.testing.assert_array_equal(all_rows(state)[0], before[0] - np.float32(3))
-    np.testing.assert_array_equal(all_rows(state)[1:], before[1:])
-
-
-def test_over_budget_rows_are_harmless():
-    """Budget 4 of 10: four rows change, six read as zeros in this batch and keep their values; stats warns."""
-    spec = shapes.stack(50, 3, storage="int8", lines=8, max_unique_ids=4)
-    state = mpembed.init(KEY, spec, SGD)
-    before = all_rows(state)
-    ids = np.arange(10, dtype=np.int32)
-    state, (unique_ids, _, counts) = train(state, ids[None], np.ones((1, 10, 3), np.float32), SGD)
-    kept = set(unique_ids[0].tolist()) - {mpembed.NO_ID}
-    assert kept == set(sorted(range(10), key=oracles.fmix32)[:4])
-    assert int(counts.dropped[0]) == 6
-    changed = np.flatnonzero((all_rows(state) != before).any(1))
-    assert set(changed.tolist()) == kept
-    with pytest.warns(UserWarning, match="max_unique_ids"):
-        mpembed.stats(state)
+# --- ids
 
 
 def test_a_budget_above_the_batch_is_no_budget():
@@ -313,84 +257,19 @@ def test_nested_ids_keep_their_nesting(int4_state):
     assert unique.shape == (7 + 1,)
 
 
-# --- counting
-
-
-def test_stats_sum_the_plans_counts():
-    spec = shapes.stack(200, 2, storage="float32", lines=100, ways=4)
-    batches, grads = stream(1, 30, 24, 200, 2)
-    state, (_, _, counts) = train(mpembed.init(KEY, spec, SGD), batches, grads, SGD)
-    stats = mpembed.stats(state)
-    for name in oracles.COUNTS:
-        assert getattr(stats, name) == int(np.sum(getattr(counts, name))), name
-        assert isinstance(getattr(stats, name), int)
-    assert stats.hit_rate == stats.hit_requests / stats.requests
-
-
-@pytest.mark.parametrize("near", [2**31, 2**32, 5 * 2**32, 2**53])
-def test_counters_pass_the_limits_of_32_bits(near):
-    """Every counter starts 10 below a limit; what a few steps add must arrive."""
-    spec = shapes.stack(40, 2, storage="float32", lines=40, ways=4)
-    state = mpembed.init(KEY, spec, SGD)
-    begin = near - 10
-    words = np.full(state.counters.shape, [begin & 0xFFFFFFFF, begin >> 32], np.uint32)
-    words[-2:] = 0  # faults: non-finite rows, refused updates
-    words[[oracles.COUNTS.index("bypasses"), oracles.COUNTS.index("dropped")]] = 0  # these warn
+def test_counters_pass_the_limits_of_32_bits():
+    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits; what 20 steps add must arrive, no more, no less."""
+    state = mpembed.init(KEY, shapes.stack(200, 2, lines=150, ways=4, policy="lru"), SGD)
+    begin = np.resize([2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)).astype(np.uint64)
+    begin[oracles.COUNTS.index("dropped")] = 0  # this one would warn
+    words = np.zeros(state.counters.shape, np.uint32)
+    words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
     state = dataclasses.replace(state, counters=jnp.asarray(words))
-    batches, grads = stream(1, 5, 24, 40, 2)
+    batches, grads = stream(1, 20, 24, 200, 2)
     state, (_, _, counts) = train(state, batches, grads, SGD)
     stats = mpembed.stats(state)
-    assert stats.requests - begin == int(np.sum(counts.requests)) > 10
-    assert stats.hits - begin == int(np.sum(counts.hits)) > 10
-    assert stats.out_of_range - begin == int(np.sum(counts.out_of_range)) > 0
-    assert stats.evictions - begin == int(np.sum(counts.evictions))
-
-
-def test_bypasses_above_a_fifth_are_warned_about():
-    spec = shapes.stack(2000, 2, storage="float32", lines=8, ways=4)
-    batches, grads = stream(1, 40, 400, 2000, 2)
-    state, _ = train(mpembed.init(KEY, spec, SGD), batches, grads, SGD)
-    with pytest.warns(UserWarning, match="fraction"):
-        assert mpembed.stats(state).bypasses > 500
-
-
-# --- global ids
-
-
-def test_global_ids_offset_each_table_and_drop_outside():
-    spec = shapes.stack((10, 20, 30), 2)
-    ids = np.array([[0, 0, 0], [9, 19, 29], [10, -1, 2**31 - 2], [mpembed.NO_ID] * 3])
-    wanted = np.array([[0, 10, 30], [9, 29, 59], [60, 60, 60], [mpembed.NO_ID] * 3])
-    got = spec.global_ids(ids)
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, wanted)
-    np.testing.assert_array_equal(jax.jit(spec.global_ids)(jnp.asarray(ids, jnp.int32)), wanted)
-    by_feature = spec.global_ids({"table2": ids[:, 2:], "table0": ids[:, 0]})
-    np.testing.assert_array_equal(by_feature["table2"], wanted[:, 2:])
-    np.testing.assert_array_equal(by_feature["table0"], wanted[:, 0])
-
-
-def test_global_ids_check_in_64_bits():
-    """2**32 + 5 must not become 5, nor may an unsigned or negative id wrap."""
-    spec = shapes.stack((10, 20), 2)
-    for dtype, value in [(np.int64, 2**32 + 5), (np.uint64, 2**63 + 5), (np.uint32, 2**32 - 1), (np.int64, -(2**40))]:
-        np.testing.assert_array_equal(spec.global_ids(np.full((1, 2), value, dtype)), [[30, 30]])
-    np.testing.assert_array_equal(spec.global_ids(np.uint8([[9, 19]])), [[9, 29]])
-
-
-def test_global_ids_clip_into_the_own_table_and_raise():
-    tables = shapes.stack((10, 20), 2)
-    clip = dataclasses.replace(tables, out_of_range="clip")
-    ids = np.array([[10, 25], [-3, -1], [mpembed.NO_ID, 2]])
-    wanted = [[9, 29], [0, 10], [mpembed.NO_ID, 12]]
-    np.testing.assert_array_equal(clip.global_ids(ids), wanted)
-    np.testing.assert_array_equal(jax.jit(clip.global_ids)(jnp.asarray(ids, jnp.int32)), wanted)
-    strict = dataclasses.replace(tables, out_of_range="raise")
-    with pytest.raises(ValueError, match="25"):
-        strict.global_ids(np.array([[1, 25]]))
-    np.testing.assert_array_equal(strict.global_ids(np.array([[1, 5]])), [[1, 15]])
-
-
-def test_shared_tables_map_several_features():
-    spec = dataclasses.replace(shapes.stack((10, 20), 2), features={"x": "table1", "y": "table0", "z": "table1"})
-    np.testing.assert_array_equal(spec.global_ids(np.array([[3, 3, 4]])), [[13, 3, 14]])
+    for name, start in zip(oracles.COUNTS, begin.tolist(), strict=True):
+        assert getattr(stats, name) == start + int(np.sum(getattr(counts, name))), name
+        assert isinstance(getattr(stats, name), int)
+    assert stats.requests > begin[0] + 10
+    assert stats.hits > begin[2] + 10

@@ -344,6 +344,16 @@ def test_batches_without_ids_just_work(ids, lines):
     assert (stats.steps, stats.requests, stats.unique, stats.refused_updates) == (3, 6, 4, 0)
 
 
+@pytest.mark.parametrize("cache", [None, CacheSpec(), CacheSpec(policy="lru")], ids=["table", "lfu", "lru"])
+def test_a_user_in_x64_mode_gets_the_same_state(cache):
+    """Traced only: no index or count widens, and the state keeps its dtypes from step to step."""
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda: start(stack((500,), storage="int8", cache=cache)))
+        after, vectors, _ = jax.eval_shape(run, state, jax.ShapeDtypeStruct((6,), jnp.int32))
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+    assert vectors.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [

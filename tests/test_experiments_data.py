@@ -447,11 +447,11 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts)
     assert (tmp_path / "reddit_quality.json").is_file() and (tmp_path / "reddit_quality.png").is_file()
 
 
-def test_hashing_shrinks_large_tables_only():
-    sizes = training.table_sizes({"a": 1000, "b": 10_000, "c": 90_000}, 0.5)
-    assert sizes["a"] == 1000 and sizes["c"] == pytest.approx(9 * sizes["b"], rel=0.01)
-    assert sum(sizes.values()) == pytest.approx(101_000 / 2, rel=0.01)
-    assert training.table_sizes({"a": 5, "b": 2000}, 1.0) == {"a": 5, "b": 2000}
+def test_hashing_caps_the_largest_tables():
+    tables = {"a": 1000, "b": 10_000, "c": 90_000}
+    assert training.table_sizes(tables, 0.5) == {"a": 1000, "b": 10_000, "c": 101_000 // 2 - 11_000}
+    assert training.table_sizes(tables, 0.1) == {"a": 1000, "b": 4550, "c": 4550}
+    assert training.table_sizes(tables, 1.0) == tables
 
 
 def test_the_script_runs_as_a_file_and_shows_its_settings():

@@ -1,4 +1,4 @@
-"""README says what is true: its snippets run in order, its diff is the difference of two working scripts, its bytes add up."""
+"""README says what is true: its snippets run in order, its diff is that of two working scripts, its bytes add up."""
 
 import difflib
 import re

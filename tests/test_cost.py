@@ -1,0 +1,52 @@
+"""What a compiled step may cost, counted and not timed: copies, sorts, temporaries, traces."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpembed_jax as mpembed
+
+BATCH, FEATURES, DIM, ROWS = 256, 8, 32, 1_000_000
+POSITIONS = BATCH * FEATURES
+
+
+def compiled_step(storage, policy, budget):
+    cache = None if policy is None else mpembed.CacheSpec(0.05, policy=policy)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("items", ROWS)], DIM, storage, cache, max_unique_ids=budget)
+    tx = mpembed.optim.rowwise_adagrad(0.05)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, ids, upstream):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+        return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
+
+    state = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), spec, tx))
+    ids = jax.ShapeDtypeStruct((BATCH, FEATURES), jnp.int32)
+    return state, step.lower(state, ids, jax.ShapeDtypeStruct((*ids.shape, DIM), jnp.float32)).compile()
+
+
+@pytest.mark.parametrize(
+    ("storage", "policy", "budget"),
+    [("int8", "lfu", None), ("int8", "lru", 800), ("int4", "lfu", 800), ("float32", None, None)],
+)
+def test_a_step_passes_over_nothing_larger_than_its_batch(storage, policy, budget):
+    state, compiled = compiled_step(storage, policy, budget)
+    text = compiled.as_text()
+    large = {math_prod(leaf.shape) for leaf in jax.tree.leaves(state) if leaf.size > 4 * POSITIONS}
+    copied = [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text) if math_prod(s) in large]
+    assert copied == [], "an array of the state is copied"
+    # No key-value sort; with a budget one single-operand sort, inside the branch that runs when it overflows.
+    sorts = re.findall(r" sort\(([^)]*)\)", text)
+    assert len(sorts) == (budget is not None)
+    assert all("," not in operands for operands in sorts)
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * POSITIONS * DIM * 4
+
+
+def math_prod(shape):
+    return int(np.prod([int(n) for n in (shape.split(",") if isinstance(shape, str) else shape)], dtype=np.int64))
