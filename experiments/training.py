@@ -254,11 +254,10 @@ def train(
     specs = [make_spec(source, c, recipe) for c in contenders]
     row_key, dense_key = jax.random.split(jax.random.key(seed))
     learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
-    first_chunks = [0.0] * len(contenders)
     for spec in specs:
         params = job.init_params(dense_key)
         learners.append(Learner(mpembed.init(row_key, spec, job.row_tx), params, job.tx.init(params)))
-    num_steps = 0
+    num_steps, first_chunks = 0, [0.0] * len(contenders)
     for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
         num_steps += len(chunk)
         for i, contender in enumerate(contenders):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpembed_jax import access, numerics
 from mpembed_jax.table import NO_ID
@@ -57,6 +58,9 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.num_rows is None and not 0 < self.fraction <= 1:
             raise ValueError(f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no cache")
+        for name, value in (("num_rows", self.num_rows), ("ways", self.ways)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+                raise ValueError(f"cache {name} must be an integer, got {value!r}")
         if self.num_rows is not None and self.num_rows < 1:
             raise ValueError(f"cache num_rows must be at least 1, got {self.num_rows}; use cache=None for no cache")
         if not 1 <= self.ways <= MAX_WAYS:

@@ -72,6 +72,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       TypeError: if ids are not integers of 32 bits or fewer.
       ValueError: if host ids do not fit int32.
     """
+    state.check_spec()
     spec, chunk = state.spec, ops.chunk_of(state.implementation)
     leaves, treedef = _checked_ids(ids)
     flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
@@ -199,7 +200,8 @@ def apply_gradients(
             raise ValueError(
                 f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 and cast after"
             )
-    is_pending = state.pending & (plan.step == state.step - 1)
+    is_own = jnp.all(state.fingerprint == spec.fingerprint)
+    is_pending = state.pending & is_own & (plan.step == state.step - 1)
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
             "apply_gradients needs a prefetch of its own: this state has none waiting (init, or already applied); "
@@ -251,6 +253,7 @@ def read(state: EmbeddingState, ids: Any) -> Any:
     Returns:
       The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
     """
+    state.check_spec()
     leaves, treedef = _checked_ids(ids)
 
     def read_leaf(ids: jax.Array) -> jax.Array:
@@ -267,6 +270,7 @@ def read(state: EmbeddingState, ids: Any) -> Any:
 
 def flush(state: EmbeddingState) -> EmbeddingState:
     """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
+    state.check_spec()
     cache = state.cache
     if cache is None:
         return state

@@ -97,7 +97,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
         "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
         "sketch": _nbytes(cache.sketch) if cache is not None else 0,
         "row state": _nbytes(state.row_state),
-        "counters": _nbytes((state.key, state.step, state.pending, state.counters)),
+        "counters": _nbytes((state.key, state.step, state.pending, state.counters, state.fingerprint)),
     }
     plain = jax.eval_shape(partial(row_states.init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(

@@ -184,7 +184,7 @@ def key_words(key: jax.Array) -> jax.Array:
 
 
 def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
-    """Makes the last link of a chain for bfloat16, float16 or float8 parameters: the new value is rounded stochastically.
+    """Makes the last link of a chain for bfloat16 or float16 parameters: the new value is rounded stochastically.
 
     It returns SR(p + u) - p in float32, never in the parameter's dtype, so that unmodified `optax.apply_updates` lands on
     the rounded value: exactly while |new| >= 2^-15 |old|, within 2^-24 |old| otherwise. Leaves of other dtypes pass

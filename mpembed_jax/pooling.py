@@ -105,7 +105,7 @@ def pool(
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
 ) -> Any:
-    """Turns unique rows into vectors per id or per bag; differentiable in rows and weights.
+    """Turns unique rows into vectors per id or per bag; differentiable (reverse mode) in rows and weights.
 
     Padding positions count for nothing: not in sums, not in the denominators of mean and sqrtn. An empty bag is zeros.
     mean divides by the sum of weights, sqrtn by sqrt(sum of squared weights).

@@ -39,6 +39,13 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
         raise TypeError(
             f"tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), got {type(tx).__name__}"
         )
+    abstract = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((5, embedding_dim), jnp.float32))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise ValueError(
+                f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which cannot be kept by row: noise "
+                f"drawn by position would depend on the order of the batch"
+            )
     small, large = 5, 7  # two sizes no usual state dimension equals: what changes with them is a row dimension
 
     def initial(rows: int, fill: float) -> Any:
@@ -69,6 +76,21 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
         if is_row and leaf.size and not (leaf == leaf[0]).all():
             raise ValueError(f"optimizer state leaf {name} starts differently for different rows, which is not supported")
         leaves.append(RowLeaf(is_row, leaf.shape[1:] if is_row else (), leaf.dtype, leaf[0] if is_row else leaf))
+    rows = jax.ShapeDtypeStruct((small, embedding_dim), jnp.float32)
+    names = ", ".join(jax.tree_util.keystr(path) for path, _ in paths)
+    try:
+        updates, new_state = jax.eval_shape(tx.update, rows, state, rows)
+    except Exception as error:
+        raise ValueError(
+            f"tx.update(row_grads, state, params) fails on plain float32 rows, so tx cannot train them (state leaves: "
+            f"{names}): {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    after: Any = jax.tree.structure(new_state)
+    is_kept = after == treedef and getattr(updates, "shape", None) == rows.shape
+    if not is_kept:
+        raise ValueError(
+            f"tx.update changes the structure of its state {treedef} or of the updates, so it cannot train rows"
+        )
     return leaves, treedef
 
 

@@ -1,6 +1,7 @@
 """What a stack of tables is: its tables, dim, row format and cache, and how a user's ids become global row ids."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,8 +62,9 @@ class EmbeddingSpec:
             raise ValueError(f"a stack holds at most 2**31 - 2 rows, these tables have {total}; make two stacks")
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise TypeError(f"cache must be a CacheSpec or None, got {self.cache!r}")
-        if self.max_unique_ids is not None and self.max_unique_ids < 1:
-            raise ValueError(f"max_unique_ids must be at least 1 or None, got {self.max_unique_ids}")
+        budget = self.max_unique_ids
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1):
+            raise ValueError(f"max_unique_ids must be at least 1 or None, an integer, got {budget!r}")
         if self.out_of_range not in ("drop", "clip", "raise"):
             raise ValueError(f'out_of_range must be "drop", "clip" or "raise", got {self.out_of_range!r}')
         if self.row_state_dtype not in ("float32", "bfloat16"):
@@ -91,10 +93,21 @@ class EmbeddingSpec:
         return self.features or tuple((t.name, t.name) for t in self.tables)  # type: ignore[return-value]
 
     def table_range(self, name: str) -> tuple[int, int]:
-        """Returns the first global row of a table and its number of rows."""
-        starts = offsets(self.tables)
-        index = [t.name for t in self.tables].index(name)
+        """Returns the first global row of the table `name` and its number of rows."""
+        starts, names = offsets(self.tables), [t.name for t in self.tables]
+        if name not in names:
+            raise KeyError(f"unknown table {name!r}; this spec has {names}")
+        index = names.index(name)
         return int(starts[index]), int(self.tables[index].vocabulary_size)
+
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """uint32 [2]: a hash of what a state's arrays mean (tables, dim, format, cache, row state), kept in every state."""
+        cache = None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
+        tables = [(t.name, int(t.vocabulary_size)) for t in self.tables]
+        storage = (self.storage.name, self.storage.symmetric, self.storage.scale_dtype)
+        text = repr((tables, self.embedding_dim, storage, cache, self.row_state_dtype))
+        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)
 
     def global_ids(self, ids: Any) -> Any:
         """Maps ids local to their tables to global row ids, with each id checked against its own table.
@@ -138,10 +151,10 @@ class EmbeddingSpec:
                 return jnp.asarray(self._map(np.asarray(ids), names, start, size))
             if ids.dtype.itemsize < 4:
                 ids = ids.astype(jnp.int32)
-            limit = jnp.asarray(size, ids.dtype)  # compared in the ids' own dtype: casting first could wrap
-            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < limit)
+            most = jnp.asarray(size, ids.dtype)  # compared in the ids' own dtype: casting first could wrap
+            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < most)
             if self.out_of_range == "clip":
-                ids, is_inside = jnp.clip(ids, 0, limit - 1), jnp.ones_like(is_inside)
+                ids, is_inside = jnp.clip(ids, 0, most - 1), jnp.ones_like(is_inside)
             moved = jnp.where(is_inside, ids, 0).astype(jnp.int32) + jnp.asarray(start, jnp.int32)
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(jnp.int32)
         host: Any = np.asarray(ids)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpembed_jax import cache as caching
@@ -22,7 +23,7 @@ COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "re
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters"],
+    data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters", "fingerprint"],
     meta_fields=["spec", "implementation"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,20 @@ class EmbeddingState:
     step: jax.Array  # i32 []  number of prefetches so far
     pending: Any  # bool []  a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
+    fingerprint: jax.Array  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
     spec: EmbeddingSpec
     implementation: str
+
+    def check_spec(self) -> None:
+        """Raises ValueError if the arrays are concrete and were made for another spec."""
+        if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
+            held = np.asarray(self.fingerprint)
+            if held.shape != (2,) or (held != self.spec.fingerprint).any():
+                raise ValueError(
+                    f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "
+                    f"storage, cache and row_state_dtype must be those of the saved state; restore with the saved spec, then "
+                    f"move the rows with to_dense and from_dense"
+                )
 
 
 def init(
@@ -82,6 +95,7 @@ def assemble(
         step=jnp.zeros((), jnp.int32),
         pending=jnp.zeros((), bool),
         counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
+        fingerprint=jnp.asarray(spec.fingerprint),
         spec=spec,
         implementation=implementation,
     )

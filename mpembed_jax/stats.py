@@ -66,10 +66,12 @@ def stats(state: EmbeddingState) -> CacheStats:
 
     Raises:
       TypeError: under a trace; log `plan.counts` there.
-      ValueError: if ids were out of range under out_of_range="raise", or updates were refused.
+      ValueError: if the state was made for another spec, ids were out of range under out_of_range="raise", or
+        updates were refused.
     """
     if isinstance(state.counters, jax.core.Tracer):
         raise TypeError("stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars")
+    state.check_spec()
     words = np.asarray(state.counters).astype(np.uint64)
     totals = [int(low) + (int(high) << 32) for low, high in words]
     result = CacheStats(steps=int(state.step), **dict(zip(COUNTERS, totals, strict=True)))

@@ -109,7 +109,8 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
     total = int(starts[-1])
     packed = jnp.zeros((total, fmt.row_words(embedding_dim)), fmt.word_dtype(embedding_dim))
 
-    def put(packed: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
+    def put(packed: jax.Array, first: jax.Array | int, values: jax.Array) -> jax.Array:
+        first = jnp.asarray(first, jnp.int32)  # loop counters are 64 bits wide in x64 mode
         ids = first + jnp.arange(values.shape[0], dtype=jnp.int32)
         bits = _bits_for(fmt, key, numerics.INITIAL_ROUNDING, 0, ids, embedding_dim)
         return lax.dynamic_update_slice(packed, encode(values, fmt, bits), (first, jnp.int32(0)))
@@ -121,7 +122,7 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
         size = min(_INIT_BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
-            first = jnp.minimum(block * size, total - size)
+            first = jnp.minimum(block.astype(jnp.int32) * size, total - size)
             ids = first + jnp.arange(size, dtype=jnp.int32)
             bound = bounds[jnp.sum((ids[:, None] >= inner).astype(jnp.int32), axis=1)][:, None]
             unit = numerics.uniform(numerics.row_bits(key, numerics.INITIAL_VALUE, jnp.int32(0), ids, embedding_dim))
@@ -149,7 +150,9 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
             packed = lax.fori_loop(
                 0,
                 num_full,
-                lambda b, p, start=start, values_of=values_of: put(p, start + b * _INIT_BLOCK, values_of(b, _INIT_BLOCK)),
+                lambda b, p, start=start, values_of=values_of: put(
+                    p, start + b.astype(jnp.int32) * _INIT_BLOCK, values_of(b, _INIT_BLOCK)
+                ),
                 packed,
             )
         if tail:

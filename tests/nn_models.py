@@ -18,6 +18,7 @@ ROWS, DIM = 300, 4
 CACHE = CacheSpec(num_rows=32, ways=4)
 # One object each: optimizers are static, and tests that share them share compiled steps.
 ROW_TX, HEAD_TX = optax.sgd(0.5), optax.sgd(0.25)
+SMALL = {"storage": "int4", "cache": None}  # compiles in a quarter of the time
 
 
 def code_changes(before: str, after: str) -> list[str]:

@@ -120,9 +120,12 @@ def first_state(policy):
 # --- 3. position independence
 
 
-@pytest.mark.parametrize("storage", shapes.FORMATS)
+@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
 def test_the_order_of_a_batch_changes_no_bit(storage):
-    """Every batch shuffled, gradients dyadic so that sums do not depend on order: same tables, lines and row state."""
+    """Every batch shuffled, gradients dyadic so that sums do not depend on order: same tables, lines and row state.
+
+    For every other format: test_training_equals_a_dictionary_of_rows.
+    """
     spec = shapes.stack(150, 5, storage=storage, lines=24, ways=8)
     tx = OPTIMIZERS["rowwise_adagrad"][0]
     batches = shapes.skewed_ids(1, 40, 32, 150, drift=20, ragged=True)
@@ -136,13 +139,12 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
     assert plans.counts.bypasses.sum() > 20
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_implementations_agree_bit_for_bit(storage):
+def test_implementations_agree_bit_for_bit():
     """6,000 ids a batch, several chunks wide: full-width passes and chunked loops make the same state."""
     tx = OPTIMIZERS["rowwise_adagrad"][0]
     batches = shapes.skewed_ids(2, 6, 6000, 30_000, exponent=0.8, drift=2)
     grads = shapes.dyadic(2, (6, 6000, 4))
-    spec = shapes.stack(30_000, 4, storage=storage, lines=2500, ways=8)
+    spec = shapes.stack(30_000, 4, storage="int8", lines=2500, ways=8)
     results = []
     for implementation in ops.IMPLEMENTATIONS:
         state, plans = train(mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx)
@@ -321,7 +323,8 @@ def test_steps_work_in_place_and_compile_once(storage):
 
     emb = mpembed.init(KEY, spec, row_tx)
     pointers = large_buffers(emb)
-    assert len(pointers) == 3 + 2  # table, row state, cache rows; tags and sketch are large too
+    assert {".table.rows", ".cache.rows", ".cache.tags", ".cache.sketch"} < set(pointers)
+    assert any(name.startswith(".row_state") for name in pointers)
     for data in (first, second):
         before = emb
         emb, plan = jitted["prefetch"](emb, data["ids"])
@@ -343,13 +346,12 @@ def large_buffers(emb):
     return {jax.tree_util.keystr(k): x.unsafe_buffer_pointer() for k, x in leaves if x.nbytes >= 2**16}
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_the_step_does_not_grow_with_the_table(cached):
+def test_the_step_does_not_grow_with_the_table():
     """V = 1,000,003 against 33,762,577, from shapes: the same operations in the same numbers, flops and temporaries."""
     row_tx = OPTIMIZERS["rowwise_adagrad"][0]
     seen = []
     for num_rows in (1_000_003, 33_762_577):
-        spec = compiled_spec("int8", num_rows, 50_000 if cached else None)
+        spec = compiled_spec("int8", num_rows, 50_000)
         abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, row_tx))  # noqa: B023
         _, params, opt_state, jitted = programs(row_tx)
         compiled = jitted["train_step"].lower(abstract, params, opt_state, batch(spec, 0)).compile()

@@ -17,6 +17,7 @@ from nn_models import (
     LABELS,
     ROW_TX,
     ROWS,
+    SMALL,
     Model,
     address,
     assert_same_bits,
@@ -58,7 +59,7 @@ def test_importing_the_package_loads_no_flax():
 # --- what a step computes
 
 
-@pytest.mark.parametrize("options", [{}, {"storage": "int4", "cache": None}], ids=["int8", "int4 without cache"])
+@pytest.mark.parametrize("options", [{}, SMALL], ids=["int8", "int4 without cache"])
 def test_a_step_equals_the_functional_verbs_bit_for_bit(options):
     model, optimizer = cached_model(**options)
     step, _ = jitted_step()
@@ -160,7 +161,7 @@ def test_a_cached_partial_and_a_split_and_merged_model_take_the_same_step():
 
 
 def test_a_step_outside_jit_trains_and_finds_other_ids():
-    model, optimizer = cached_model()
+    model, optimizer = cached_model(**SMALL)
     losses = []
     for _ in range(3):
         model.embed.prefetch(IDS)
@@ -175,7 +176,7 @@ def test_a_step_outside_jit_trains_and_finds_other_ids():
 
 
 def test_a_scan_over_batches_makes_one_step_of_each():
-    (model, _), (looped, optimizer) = cached_model(), cached_model()
+    (model, _), (looped, optimizer) = cached_model(**SMALL), cached_model(**SMALL)
     step, _ = jitted_step()
     given = list(batches(3))
     for ids, labels in given:
@@ -193,8 +194,9 @@ def test_a_scan_over_batches_makes_one_step_of_each():
     scanned((model, nnx.Optimizer(model, HEAD_TX, wrt=nnx.Param)), *(np.stack(part) for part in zip(*given, strict=True)))
     assert_same_bits(model.embed.state.counters, looped.embed.state.counters)
     one, other = (mpembed.to_dense(m.embed.state)["embedding"] for m in (model, looped))
-    # A last bit of a gradient, compiled differently, may move an int8 row by one code: 2 / 127 of its largest value.
-    np.testing.assert_allclose(one, other, atol=2 / 127 * np.abs(other).max())
+    # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its largest value.
+    np.testing.assert_allclose(one, other, atol=2 / 7 * np.abs(other).max())
+    assert np.mean(one != other) < 0.05
 
 
 def test_a_saved_model_takes_the_same_next_steps(tmp_path):
@@ -223,9 +225,9 @@ class Towers(nnx.Module):
     """Cached modules in a list, nested, and one module at two places."""
 
     def __init__(self, rngs):
-        self.embeds = nnx.List([nn.CachedEmbed(ROWS, DIM, tx=ROW_TX, cache=None, rngs=rngs) for _ in range(2)])
+        self.embeds = nnx.List([nn.CachedEmbed(ROWS, DIM, tx=ROW_TX, rngs=rngs, **SMALL) for _ in range(2)])
         self.again = self.embeds[0]
-        self.tower = cached_model()[0]
+        self.tower = cached_model(**SMALL)[0]
 
     def __call__(self, ids):
         first, second = (embed(ids) for embed in self.embeds)
@@ -272,7 +274,7 @@ def test_initial_values_follow_nnx_embed_and_a_given_initializer():
 
 
 def test_evaluation_reads_and_changes_nothing_and_views_switch_mode():
-    model, _ = cached_model(dtype=jnp.bfloat16, cache=None)
+    model, _ = cached_model(dtype=jnp.bfloat16, **SMALL)
     ids = {"a": np.array([[1, 2], [3, 4]]), "b": [np.array(5)]}
     view = nnx.view(model.embed, deterministic=True)
     before = jax.tree.map(np.asarray, model.embed.state)
@@ -301,7 +303,7 @@ def test_attend_equals_the_product_with_the_dense_table_and_differentiates_in_th
 
 
 def test_training_through_attend_raises_and_names_sampled_softmax_which_trains():
-    model, _ = cached_model(cache=None)
+    model, _ = cached_model(**SMALL)
     ids = {"inputs": np.arange(8, dtype=np.int32), "candidates": np.arange(20, dtype=np.int32)}
     model.embed.prefetch(ids)
     with pytest.raises(ValueError, match="sampled softmax over prefetched rows"):
@@ -335,6 +337,7 @@ def test_training_through_attend_raises_and_names_sampled_softmax_which_trains()
         (lambda m: (m.embed.prefetch(IDS), m(IDS[:1])), ValueError, r"called with ids of shapes \[1, 3\].* \[16, 3\]"),
         (lambda m: (m.embed.prefetch(IDS), m.embed({"x": IDS})), ValueError, "give prefetch and the call the same ids"),
         (lambda m: (m.embed.prefetch(IDS), m.embed.prefetch(IDS)), ValueError, "prefetch was called twice"),
+        (lambda m: (m.eval(), m.embed.prefetch(IDS)), ValueError, "in evaluation mode.*call model.train"),
         (lambda m: nn.apply_gradients(m, nnx.state(m, nnx.Param)), ValueError, "found no prefetched rows"),
         (lambda m: nn.apply_gradients(m.head, nnx.state(m.head)), ValueError, "Linear holds no cached embedding"),
         (lambda m: (m.embed.prefetch(IDS), nn.apply_gradients(m, nnx.state(m.head))), ValueError, "embed.stack.rows"),
@@ -347,6 +350,6 @@ def test_training_through_attend_raises_and_names_sampled_softmax_which_trains()
     ],
 )  # fmt: skip
 def test_misuse_of_an_embed_raises_and_says_what_to_do(call, error, message):
-    model, _ = cached_model()
+    model, _ = cached_model(**SMALL)
     with pytest.raises(error, match=message):
         call(model)

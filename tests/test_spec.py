@@ -163,8 +163,10 @@ def test_host_ids_of_every_integer_dtype_are_checked_in_64_bits(dtype, out_of_ra
 
 
 @pytest.mark.parametrize("out_of_range", ["drop", "clip", "raise"])
-@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.uint16, np.uint32], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("where", ["device", "traced"])
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [("device", np.int32), ("device", np.uint32), *(("traced", d) for d in (np.int32, np.int8, np.uint16, np.uint32))],
+)
 def test_device_and_traced_ids_are_mapped_as_host_ids_are(dtype, out_of_range, where):
     """ "raise" cannot raise on traced ids: it drops them, prefetch counts them and stats raises."""
     ids = fitting(dtype)

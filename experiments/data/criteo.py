@@ -1,10 +1,10 @@
 """Criteo-Kaggle from the raw `train.txt` of the Display Advertising Challenge, plain or gzipped, from a user's folder.
 
-The text (11 GB) is read once, in blocks, into one binary file per column beside it (7 GB; about two minutes at 0.5 M
-lines/s); later runs with the same file start from those. Ids are then numbered, by a dictionary of the training days or
-by hashing, into another 5 GB that depends on the mapping. As in DLRM's own reader the seven days are seven equal parts by
-row position, the last one is held out and its halves are validation and test, and integers become log(x + 1). Criteo's
-terms forbid passing the data on, so nothing here downloads it. Bad lines are reported by file and line number.
+The text (11 GB) is read once, in blocks, into one binary file per column beside it (7 GB, some minutes); later runs with
+the same file start from those. Ids are then numbered, by a dictionary of the training days or by hashing, into another
+5 GB that depends on the mapping. As in DLRM's own reader the seven days are seven equal parts by row position,
+the last one is held out and its halves are validation and test, and integers become log(x + 1). Criteo's terms forbid
+passing the data on, so nothing here downloads it. Bad lines are reported by file and line number.
 """
 
 import gzip

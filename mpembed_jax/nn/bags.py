@@ -65,10 +65,11 @@ class CachedEmbedBags(nnx.Module):
         Raises:
           KeyError: on an unknown feature.
           TypeError: if ids are not integers.
-          ValueError: if an array does not fit the features, or the last prefetch still waits for its nn.apply_gradients.
+          ValueError: if an array does not fit the features, in evaluation mode, or if the last prefetch still waits for its
+            nn.apply_gradients.
         """
         for stack, part in zip(self.stacks, features_.route(self.specs, ids), strict=True):
-            stack.prefetch(part)
+            stack.prefetch(part, not self.deterministic)
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
         """Returns the vectors of bags, differentiable with respect to the prefetched rows and the weights.

@@ -88,9 +88,9 @@ class CachedEmbed(nnx.Module):
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: if the last prefetch still waits for its nn.apply_gradients.
+          ValueError: in evaluation mode, or if the last prefetch still waits for its nn.apply_gradients.
         """
-        self.stack.prefetch(features_.table_ids(self.stack.spec, ids))
+        self.stack.prefetch(features_.table_ids(self.stack.spec, ids), not self.deterministic)
 
     def __call__(self, ids: Any) -> Any:
         """Returns the vectors of ids, differentiable with respect to the prefetched rows.

@@ -53,15 +53,21 @@ class Stack(nnx.Module):
         """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense."""
         return self.state.get_value()
 
-    def prefetch(self, ids: Any) -> None:
+    def prefetch(self, ids: Any, is_training: bool) -> None:
         """Plans a batch, brings its rows into the cache and holds them, for one step.
 
         Args:
           ids: nest of int32 arrays of global ids.
+          is_training: whether the module that asks is in training mode.
 
         Raises:
-          ValueError: if the last prefetch still waits for its nn.apply_gradients.
+          ValueError: if it is not, or if the last prefetch still waits for its nn.apply_gradients.
         """
+        if not is_training:
+            raise ValueError(
+                "prefetch was called in evaluation mode, where calls only read and rows get no gradient; call model.train() "
+                "before training, and no prefetch in evaluation"
+            )
         if self.is_prefetched:
             raise ValueError(
                 "prefetch was called twice without nn.apply_gradients in between, which would lose the first batch's "
