@@ -48,7 +48,7 @@ class EmbeddingState:
             if held.shape != (2,) or (held != self.spec.fingerprint).any():
                 raise ValueError(
                     f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "
-                    f"storage, cache and row_state_dtype must be those of the saved state; restore with the saved spec, then "
+                    f"storage, cache, row_state_dtype must be those of the saved state; restore with the saved spec, then "
                     f"move the rows with to_dense and from_dense"
                 )
 
