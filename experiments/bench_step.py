@@ -195,6 +195,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(settings: Settings) -> None:
     """Measures the grid and writes the results."""
+    workload.keep_freed_memory()
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     results = []

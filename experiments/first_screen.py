@@ -162,6 +162,7 @@ def main(settings: Settings) -> None:
     """Measures, draws and writes."""
     quality_file = settings.out / "reddit_quality.json"
     quality = json.loads(quality_file.read_text()) if quality_file.exists() else None
+    workload.keep_freed_memory()
     curves = measure(settings)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -24,10 +24,6 @@ CODECS |= {name: row_oracle.Codec(name) for name in ("float32", "bfloat16", "flo
 
 # name: (number of ids, cache lines asked, ways). `groups` truncates: 550 sets become 512 in 64 groups.
 GEOMETRIES = {
-    "direct": (700, 96, 1),
-    "two-way": (700, 96, 2),
-    "eight-way": (700, 96, 8),
-    "warp": (700, 96, 32),
     "one-line": (50, 1, 4),
     "larger-than-table": (40, 64, 8),
     "groups": (5000, 1100, 2),

@@ -1,5 +1,6 @@
 """The five invariants of DESIGN.md 6 on training streams, and what the compiled step may not do: copy, retrace, grow."""
 
+import dataclasses
 import re
 from collections import Counter
 from functools import cache, partial
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import ops, optim, table
+from mpembed_jax import ops, optim
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jax.random.key(3)
@@ -41,25 +42,21 @@ def train(state, batches, grads, tx, feedback=0.0):
     return jax.lax.scan(step, state, (batches, grads))
 
 
-def dense(state):
-    return np.concatenate(list(mpembed.to_dense(state).values()))
-
-
 @jax.jit
-def table_rows(state):
-    return table.read(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
+def all_rows(state):
+    return mpembed.read(state, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
 
 
 # --- 1. transparency
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_float32_cache_is_invisible(optimizer):
+@pytest.mark.parametrize(("optimizer", "skip"), [(name, False) for name in OPTIMIZERS] + [("adagrad", True)])
+def test_a_float32_cache_is_invisible(optimizer, skip):
     """Bit for bit the table and row state of cache=None, over geometries; dense float64 training within rounding.
 
-    Nothing is dyadic: not even a contracted multiply-add may differ. A gradient has feedback from its row, so an early
-    difference would grow. A row is updated at most 60 times with about five roundings of terms below 4, so the rounding
-    error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
+    Nothing is dyadic: not even a contracted multiply-add may differ between programs. Gradients have feedback from their
+    rows, so an early difference would grow. A row is updated at most 60 times with about five roundings of terms below
+    4, so the rounding error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
     """
     tx, adagrad = OPTIMIZERS[optimizer]
     batches = shapes.skewed_ids(0, 60, 32, 150, drift=20, ragged=True)
@@ -69,14 +66,14 @@ def test_a_float32_cache_is_invisible(optimizer):
     if optimizer == "sgd":
         caches += [{"lines": 24, "ways": 32, "policy": "lru"}, {"lines": 400, "ways": 2, "policy": "lfu"}]
     for options in caches:
-        state = mpembed.init(KEY, shapes.stack(150, 5, **options), tx)
-        start = dense(state)
-        state, _ = train(state, batches, grads, tx, 0.1)
-        results.append((options, dense(state), jax.device_get(state.row_state)))
+        spec = dataclasses.replace(shapes.stack(150, 5, **options), skip_nonfinite=skip)
+        state, _ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
+        results.append((options, np.asarray(all_rows(state)), jax.device_get(state.row_state)))
     _, table_only, row_state = results[0]
     for options, rows, other_row_state in results[1:]:
         np.testing.assert_array_equal(rows, table_only, err_msg=str(options))
         jax.tree.map(partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state)
+    start = np.asarray(all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx)))
     wanted = oracles.dense_training(start, batches, grads, 0.1, feedback=0.1, adagrad=adagrad)
     np.testing.assert_allclose(table_only, wanted, rtol=0, atol=7e-5)
     assert np.abs(wanted - start).max() > 0.1
@@ -169,11 +166,11 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
 # --- 5. clean lines
 
 
-@pytest.mark.parametrize("policy", shapes.POLICIES)
-def test_clean_lines_are_never_written_back(policy):
+@pytest.mark.parametrize(("policy", "turns"), [("lru", 1), ("lfu", 2)])
+def test_clean_lines_are_never_written_back(policy, turns):
     """int2 rows re-encode to other bits, so a single needless write would show: loads and evictions leave no trace.
 
-    First without training, then after training and a flush.
+    First without training; in a second turn after training and a flush.
     """
     spec = shapes.stack(200, 6, storage="int2", lines=24, ways=4, policy=policy)
     state = mpembed.init(KEY, spec, SGD)
@@ -183,13 +180,14 @@ def test_clean_lines_are_never_written_back(policy):
         return jax.lax.scan(lambda s, ids: (lambda s, plan: (s, plan.counts))(*mpembed.prefetch(s, ids)), state, batches)
 
     batches = shapes.skewed_ids(5, 40, 32, 200, drift=4)
-    for _ in range(2):
+    for turn in range(turns):
         seen, counts = browse(state, batches)
         assert int(counts.evictions.sum()) > 50
         assert int(counts.write_backs.sum()) == 0
         np.testing.assert_array_equal(seen.table.rows, state.table.rows)
-        trained, _ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
-        state = jax.jit(mpembed.flush)(trained)
+        if turn + 1 < turns:
+            trained, _ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
+            state = jax.jit(mpembed.flush)(trained)
 
 
 # --- rounding is unbiased through the verbs too
@@ -214,13 +212,13 @@ def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
 
         return jax.lax.fori_loop(0, 1000, step, state)
 
-    for rounding in ("stochastic", "nearest"):
+    for rounding in ("stochastic",) if cached else ("stochastic", "nearest"):
         storage = mpembed.RowFormat("bfloat16", rounding=rounding)
         spec = shapes.stack(256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru")
-        mean = dense(run(mpembed.from_dense(KEY, spec, tx, start))).mean()
+        mean = np.asarray(all_rows(run(mpembed.from_dense(KEY, spec, tx, start)))).mean()
         if rounding == "stochastic":
             assert abs(mean - 0.99) < 0.00099
-        elif not cached:
+        else:
             assert mean == 1.0
 
 
@@ -290,8 +288,8 @@ def check_compiled(compiled, num_rows):
         if m.group(1).split(".")[0] not in ALLOWED
     }
     assert not makes_table, "operations whose result is as large as the table"
-    # Batch-sized work: 192 ids of 16 floats and 1,024 hash buckets; the smallest table here has 3.2 MB.
-    assert compiled.memory_analysis().temp_size_in_bytes < 600_000
+    # Batch-sized work, 57 KB when written: 192 ids of 16 floats, 1,024 hash buckets. The smallest table has 3.2 MB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
 # Operations that pass an array on or write into it; XLA:CPU writes scatters as loops of dynamic-update-slice.
