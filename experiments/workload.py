@@ -74,7 +74,7 @@ def peak_bytes() -> int:
 def keep_freed_memory() -> None:
     """Tells glibc's allocator to keep freed blocks up to 1 GB for reuse; does nothing elsewhere.
 
-    By default every block above 32 MB is returned to the kernel when it is freed, so a step whose temporaries are larger pays
+    By default a block above 32 MB is returned to the kernel when it is freed, so a step whose temporaries are larger pays
     for zeroed pages again and again: seen to take 3 to 10 ms a step at D = 128.
     """
     import ctypes
