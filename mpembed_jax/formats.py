@@ -116,7 +116,9 @@ def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
         low = jnp.min(x, axis=-1, keepdims=True)
         high = jnp.max(x, axis=-1, keepdims=True)
         bias = numerics.round_down(low, dtype)
-        return numerics.grid_step(high - bias, 2**fmt.code_bits - 1, dtype), bias
+        # A range beyond float32 is clamped like codes are; only values that are not finite themselves make NaN.
+        width = jnp.where(jnp.isfinite(high), jnp.minimum(high - bias, jnp.float32(3.3e38)), high - bias)
+        return numerics.grid_step(width, 2**fmt.code_bits - 1, dtype), bias
     top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else numerics.FLOAT_FORMATS[fmt.name].max_value
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scale = numerics.grid_step(absmax, top, dtype)

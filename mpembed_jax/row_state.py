@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from mpembed_jax import access, numerics
 
@@ -179,11 +180,20 @@ def update_rows(
         return values
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
-    updates, new_state = tx.update(row_grads, gathered, rows)
+
+    # A loop of one turn (none for a refused update), counted on the device: XLA fuses its body with nothing around it, so
+    # multiplications and additions contract alike in every program, with any cache and without one.
+    def update(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        rows, old_state = carry
+        updates, new_state = tx.update(row_grads, old_state, rows)
+        new_state = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state)
+        return rows + updates.astype(jnp.float32), new_state
+
+    new_rows, new_state = lax.fori_loop(0, is_applied.astype(jnp.int32), update, (rows, gathered))
 
     def scatter(index: int, array: jax.Array, leaf: RowLeaf, value: jax.Array) -> jax.Array:
         if not leaf.is_row:
-            return jnp.where(is_applied, value, array).astype(array.dtype)
+            return value
         if _is_narrow(leaf, dtype):
             columns = int(np.prod(leaf.shape))
             bits = numerics.row_bits(key, numerics.ROW_STATE + index, step, place, columns).reshape(value.shape)
@@ -193,4 +203,4 @@ def update_rows(
     scattered = [
         scatter(i, a, leaf, v) for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))
     ]
-    return rows + updates.astype(jnp.float32), treedef.unflatten(scattered)
+    return new_rows, treedef.unflatten(scattered)
