@@ -85,9 +85,9 @@ def from_dense(
     if set(tables) != set(names):
         raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
     for t in spec.tables:
-        if tables[t.name].shape != (t.vocabulary_size, spec.embedding_dim):
+        if np.shape(tables[t.name]) != (t.vocabulary_size, spec.embedding_dim):
             raise ValueError(
-                f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got {list(tables[t.name].shape)}"
+                f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got {list(np.shape(tables[t.name]))}"
             )
     words = optim.key_words(key)
     shape = (spec.num_rows, spec.storage.row_words(spec.embedding_dim))

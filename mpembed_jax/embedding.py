@@ -245,18 +245,20 @@ def apply_gradients(
 # --- beside the training step
 
 
-def read(state: EmbeddingState, ids: Any) -> Any:
+def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     """Returns the rows of ids for evaluation: the FP32 line where resident, else the table's row; changes nothing.
 
     Args:
-      state: not consumed.
+      state: not consumed; a frozen table (see freeze) is read as it is.
       ids: any nest of int32 arrays of global ids.
 
     Returns:
       The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
     """
-    state.check_spec()
     leaves, treedef = _checked_ids(ids)
+    if isinstance(state, QuantizedTable):
+        return treedef.unflatten([tables_.read(state, leaf) for leaf in leaves])
+    state.check_spec()
 
     def read_leaf(ids: jax.Array) -> jax.Array:
         ids = jnp.where(_in_range(ids, state.table.num_rows), ids, NO_ID)
@@ -281,5 +283,5 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
 
 def freeze(state: EmbeddingState) -> QuantizedTable:
-    """Returns the flushed rows of `state` as a table that is readable without a cache (see table.read)."""
+    """Returns the flushed rows of `state` as a table that `read` takes without a cache."""
     return flush(state).table

@@ -116,13 +116,16 @@ def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
         low = jnp.min(x, axis=-1, keepdims=True)
         high = jnp.max(x, axis=-1, keepdims=True)
         bias = numerics.round_down(low, dtype)
-        # A range beyond float32 is clamped like codes are; only values that are not finite themselves make NaN.
-        width = jnp.where(jnp.isfinite(high), jnp.minimum(high - bias, jnp.float32(3.3e38)), high - bias)
-        return numerics.grid_step(width, 2**fmt.code_bits - 1, dtype), bias
+        return numerics.grid_step(_saturated(high - bias, high), 2**fmt.code_bits - 1, dtype), bias
     top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else numerics.FLOAT_FORMATS[fmt.name].max_value
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = numerics.grid_step(absmax, top, dtype)
+    scale = numerics.grid_step(_saturated(absmax, absmax), top, dtype)
     return scale, jnp.zeros_like(scale)
+
+
+def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
+    """Clamps a row's range to what the stored bias and float32 can reach; values that are not finite themselves stay so."""
+    return jnp.where(jnp.isfinite(extreme), jnp.clip(width, 0, 3.3e38), extreme)
 
 
 def quantize(x: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat, bits: jax.Array | None) -> jax.Array:

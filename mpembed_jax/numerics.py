@@ -27,6 +27,26 @@ def fmix32(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def scale_to(mixed: jax.Array, size: int) -> jax.Array:
+    """Maps mixed uint32 to [0, size) as (mixed * size) div 2^32: as even as a remainder, without a division or 64 bits.
+
+    Args:
+      mixed: uint32 [..], well mixed in its high bits.
+      size: 1 to 2^31.
+
+    Returns:
+      int32 [..].
+    """
+    high, low = mixed >> 16, mixed & jnp.uint32(0xFFFF)
+    size_high, size_low = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
+    middle = high * size_low + ((low * size_low) >> 16)
+    if size < 1 << 16:
+        return (middle >> 16).astype(jnp.int32)
+    other = low * size_high
+    carry = ((middle & jnp.uint32(0xFFFF)) + (other & jnp.uint32(0xFFFF))) >> 16
+    return (high * size_high + (middle >> 16) + (other >> 16) + carry).astype(jnp.int32)
+
+
 def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
     """Folds (key, stream, step) into the two words that `bits_at` takes.
 

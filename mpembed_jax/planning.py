@@ -72,7 +72,8 @@ def make_plan(
     is_lfu = cache.policy == "lfu"
     if is_lfu and num_positions:
         period = max(1, 10 * geometry.lines // num_positions)
-        cache = _age(cache, (step > 0) & (step % period == 0))
+        # As an unsigned number the step passes 2^31.
+        cache = _age(cache, (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0))
     tags, priority = cache.tags, cache.priority
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
@@ -156,7 +157,7 @@ def _enter(
     def bucket_of(sets: jax.Array) -> jax.Array:
         if is_direct:
             return sets
-        return (numerics.fmix32(sets.astype(jnp.uint32)) % jnp.uint32(num_buckets)).astype(jnp.int32)
+        return numerics.scale_to(numerics.fmix32(sets.astype(jnp.uint32)), num_buckets)
 
     def waiting(window: chunks.Window, queue: jax.Array) -> tuple[jax.Array, ...]:
         position = window.take(queue)

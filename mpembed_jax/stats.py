@@ -74,7 +74,7 @@ def stats(state: EmbeddingState) -> CacheStats:
     state.check_spec()
     words = np.asarray(state.counters).astype(np.uint64)
     totals = [int(low) + (int(high) << 32) for low, high in words]
-    result = CacheStats(steps=int(state.step), **dict(zip(COUNTERS, totals, strict=True)))
+    result = CacheStats(steps=int(np.asarray(state.step).astype(np.uint32)), **dict(zip(COUNTERS, totals, strict=True)))
     spec = state.spec
     if result.refused_updates:
         raise ValueError(

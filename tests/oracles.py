@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 NO_ID = 2**31 - 1
-SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
 F32 = np.float32
 
 
@@ -40,13 +40,13 @@ class Geometry:
 
     def set_of(self, row_id):
         group, rest = row_id % self.groups, row_id // self.groups
-        return group + self.groups * (fmix32(rest) % (self.num_sets // self.groups))
+        return group + self.groups * (fmix32(rest) * (self.num_sets // self.groups) >> 32)
 
     def columns(self, row_id):
-        """The four counters (sketch row, group, column) of an id."""
+        """The two counters (sketch row, group, column) of an id."""
         group, rest = row_id % self.groups, row_id // self.groups
-        width = self.lines // self.groups
-        return [(d, group, fmix32(rest ^ seed) % width) for d, seed in enumerate(SKETCH_SEEDS)]
+        width = 2 * self.lines // self.groups
+        return [(d, group, fmix32(rest ^ seed) * width >> 32) for d, seed in enumerate(SKETCH_SEEDS)]
 
 
 NO_CACHE = Geometry(num_sets=1, ways=0, groups=1)

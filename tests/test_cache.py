@@ -229,7 +229,7 @@ def test_geometry(num_ids, fraction, num_rows, ways, policy):
     assert state.cache.tags.shape == (geo.num_sets, geo.ways)
     assert state.cache.rows.shape == (geo.lines, 3)
     if policy == "lfu":
-        assert state.cache.sketch.shape == (4, geo.groups, geo.lines // geo.groups)
+        assert state.cache.sketch.shape == (2, geo.groups, 2 * geo.lines // geo.groups)
         assert state.cache.sketch.dtype == jnp.uint16
     else:
         assert not jax.tree.leaves(state.cache.sketch) or state.cache.sketch.size == 0

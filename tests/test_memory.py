@@ -1,0 +1,60 @@
+"""The report of a spec equals the arrays of its live state, byte for byte, and says what float32 would take."""
+
+import jax
+import optax
+import pytest
+
+import mpembed_jax as mpembed
+
+TABLES = (mpembed.TableSpec("a", 4_000), mpembed.TableSpec("b", 7))
+
+
+def live(spec, tx):
+    return mpembed.init(jax.random.key(0), spec, tx)
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"])
+@pytest.mark.parametrize(("dim", "policy", "fraction"), [(16, "lfu", 0.05), (7, "lru", 0.3), (64, None, None)])
+def test_the_report_is_the_sum_of_the_live_arrays(storage, dim, policy, fraction):
+    cache = None if policy is None else mpembed.CacheSpec(fraction, policy=policy)
+    dtype = "bfloat16" if storage == "int4" else "float32"
+    spec = mpembed.EmbeddingSpec(TABLES, dim, storage, cache, row_state_dtype=dtype)
+    tx = mpembed.optim.rowwise_adagrad(0.1) if dim != 7 else optax.adam(0.1)
+    report, state = mpembed.memory.report(spec, tx), live(spec, tx)
+    assert report.total == sum(report.components.values()) == nbytes(state)
+    assert report.components["table"] == state.table.rows.nbytes == spec.num_rows * spec.storage.row_bytes(dim)
+    assert report.components["row state"] == nbytes(state.row_state)
+    if cache is None:
+        assert report.geometry is None
+        assert report.components["cache rows"] == report.components["sketch"] == 0
+    else:
+        assert report.geometry == state.cache.geometry
+        assert report.components["cache rows"] == 4 * dim * report.geometry.lines
+        assert report.components["cache metadata"] == 9 * report.geometry.lines
+        assert report.components["sketch"] == (8 * report.geometry.lines if policy == "lfu" else 0)
+
+
+def test_ratios_count_the_optimizer_on_both_sides():
+    spec = mpembed.EmbeddingSpec(TABLES, 16, "int8", None)
+    report = mpembed.memory.report(spec, mpembed.optim.rowwise_adagrad(0.1))
+    without = report.total - report.components["row state"]
+    assert report.float32_bytes == 4 * 16 * 4_007
+    assert report.ratio == report.float32_bytes / without
+    assert report.ratio_with_row_state == (4 * 16 * 4_007 + 4 * 4_007) / report.total
+    assert report.bytes_per_row == without / 4_007
+
+
+def test_the_peak_holds_the_state_once_and_the_batch():
+    spec = mpembed.EmbeddingSpec(mpembed.TableSpec("a", 300_000), 16)
+    tx = mpembed.optim.rowwise_adagrad(0.1)
+    report = mpembed.memory.report(spec, tx, batch_shape=(64, 4))
+    batch = 64 * 4 * (16 + 1) * 4
+    assert report.total + batch <= report.step_peak_bytes < report.total + 40 * batch
+    text = str(report)
+    assert f"{report.total:,} B" in text
+    assert f"{report.geometry.lines:,} lines" in text
+    assert f"{report.ratio:.2f}x without" in text
