@@ -46,7 +46,7 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
       begin: first position, i32 scalar.
       end: past the last position, i32 scalar, at most width.
       width: static length of the arrays that the windows slice.
-      chunk: entries per window; None or >= width: one window, no loop.
+      chunk: entries per window, at most width are used; None: one window, no loop.
       body: called with a Window and the carry.
       carry: any pytree.
 
@@ -56,9 +56,13 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
     if width == 0:
         return carry
     begin, end = jnp.asarray(begin, jnp.int32), jnp.asarray(end, jnp.int32)
-    if chunk is None or chunk >= width:
+    if chunk is None:
         index = jnp.arange(width, dtype=jnp.int32)
         return body(Window(jnp.int32(0), index, (index >= begin) & (index < end)), carry)
+
+    # A loop even where one window is enough: XLA fuses a body with nothing outside it, so results do not depend on the
+    # program around it (a multiply-add contracted with a neighbour differs in the last bit).
+    chunk = min(chunk, width)
 
     def step(loop: tuple) -> tuple:
         start, carry = loop
