@@ -48,25 +48,29 @@ class Case:
     storage: str = "int8"
     fraction: float | None = 0.05
     """None: no cache."""
+    lines: int | None = None
+    """Cache lines instead of a fraction."""
     policy: str = "lfu"
     ways: int = 32
     skew: float = 1.05
     rows: int | None = None
     """None: Kaggle's 33.76 M."""
     bag: int = 1
+    fold: bool = False
+    """Draw ids for Kaggle's own sizes and take them modulo the tables' sizes, so that every V sees the same ids."""
     cold: bool = False
     """Time the first steps, from an empty cache."""
 
 
 def copy_bandwidth() -> float:
-    """Returns bytes per second, read and written, of a large jitted copy."""
+    """Returns bytes per second, read and written, of a large jitted pass in place."""
     x = jnp.zeros(64 << 20, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(copy(x))
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: fresh pages would time the kernel, not the memory
+    x = jax.block_until_ready(step(x))
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready(copy(x))
+        x = jax.block_until_ready(step(x))
         times.append(time.perf_counter() - start)
     return 2 * x.nbytes / statistics.median(times)
 
@@ -88,13 +92,16 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     """Times one case; returns medians in milliseconds, spread, counts and the bytes floor."""
     sizes = workload.sizes_for(case.rows)
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
-    cache = None if case.fraction is None else mpembed.CacheSpec(case.fraction, ways=case.ways, policy=case.policy)
+    cache = None if case.fraction is None else mpembed.CacheSpec(case.fraction, case.lines, case.ways, case.policy)
     positions = case.batch * len(sizes) * case.bag
     spec = mpembed.EmbeddingSpec(tables, case.dim, case.storage, cache, max_unique_ids=max(1000, int(0.4 * positions)))
     tx = mpembed.optim.rowwise_adagrad(0.05)
     state = mpembed.init(jax.random.key(0), spec, tx)
     combiner = None if case.bag == 1 else "sum"
-    local = workload.batches(1, warm + 2 * steps, case.batch, sizes, case.skew, case.bag)
+    drawn = workload.KAGGLE_SIZES if case.fold else sizes
+    local = workload.batches(1, warm + 2 * steps, case.batch, drawn, case.skew, case.bag)
+    if case.fold:
+        local = [b % np.asarray(sizes) for b in local]
     ids = [workload.to_global(b, sizes) for b in local]
     upstream = np.random.default_rng(2).normal(size=(case.batch, len(sizes), case.dim)).astype(np.float32)
     upstream = jnp.asarray(upstream)
@@ -160,7 +167,9 @@ def cases(quick: bool) -> list[Case]:
     grid = [dataclasses.replace(base, dim=d) for d in ((16, 64) if quick else (16, 64, 128))]
     formats = (("float32", None), ("int8", 0.05), ("int4", 0.01), ("bfloat16", None))
     grid += [dataclasses.replace(base, dim=d, storage=s, fraction=f) for d in (16, 64) for s, f in formats]
-    grid += [dataclasses.replace(base, rows=r) for r in (1_000_000, 4_000_000, None)]
+    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same lines, with 5 %.
+    for options in ({"fraction": None}, {"lines": 50_000}, {}):
+        grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
     if not quick:
         grid += [dataclasses.replace(base, dim=d, batch=b) for d, b in itertools.product((16, 64, 128), (512, 16_384))]
         grid += [dataclasses.replace(base, policy=p, ways=w) for p, w in itertools.product(("lfu", "lru"), (8, 32))]
@@ -178,7 +187,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     def name(r: dict[str, Any]) -> str:
-        cache = "" if r["fraction"] is None else f" + {r['fraction']:.0%} {r['policy']} W={r['ways']}"
+        cache = (
+            "" if r["fraction"] is None else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
+        )
         marks = (" bags" if r["bag"] > 1 else "") + (" cold" if r["cold"] else "")
         return f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} V={r['num_rows'] / 1e6:.1f}M{marks}"
 
@@ -204,7 +215,8 @@ def main(settings: Settings) -> None:
         results.append(result)
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(
-            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.fraction} {case.policy} W={case.ways} "
+            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.lines or case.fraction} "
+            f"{case.policy} W={case.ways} "
             f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M bag={case.bag}{' cold' if case.cold else ''}: "
             f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
             f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",

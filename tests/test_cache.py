@@ -104,7 +104,7 @@ def start(num_ids, lines, ways, policy, implementation=None, **options):
 
 
 @pytest.mark.parametrize("policy", shapes.POLICIES)
-@pytest.mark.parametrize("ways", shapes.WAYS)
+@pytest.mark.parametrize("ways", [*shapes.WAYS, 64])
 def test_residency_equals_brute_force(policy, ways):
     """320 skewed, drifting batches of 0 to 160 ids into 96 lines: batches larger than the cache are among them."""
     state, model = start(700, 96, ways, policy)

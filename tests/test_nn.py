@@ -215,7 +215,7 @@ def test_a_saved_model_takes_the_same_next_steps(tmp_path):
         graphdef, abstract = nnx.split(nnx.eval_shape(build))
         restored = nnx.merge(graphdef, checkpointer.restore(tmp_path / "model", abstract))
     assert_same_bits(nnx.state(restored), nnx.state((model, optimizer)))
-    for ids, labels in batches(5, seed=1):
+    for ids, labels in batches(100, seed=1):
         step(model, optimizer, ids, labels)
         step(*restored, ids, labels)
     assert_same_bits(nnx.state(restored), nnx.state((model, optimizer)))
