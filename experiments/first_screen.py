@@ -103,12 +103,13 @@ def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | 
             f"| {curves[name][-1][1]:.1f} | {difference} |"
         )
     head = [
-        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 |",
+        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 (D = 16) |",
         "|---|---|---|---|---|",
     ]
     note = """
-Step: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`; AUC: Reddit task, D = 16,
-mean of 3 paired seeds, `python -m experiments.reddit_quality`. Device and commit: `experiments/results/*.json`."""
+Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`. The AUC
+column is another system of the same formats: the Reddit task at D = 16, mean of 3 paired seeds,
+`python -m experiments.reddit_quality`. Device and commit: `experiments/results/*.json`."""
     return "\n".join([*head, *rows, note])
 
 

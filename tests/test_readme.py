@@ -31,6 +31,7 @@ def test_the_five_lines_are_the_difference_of_two_working_scripts():
     cached = (ROOT / "tests/snippets/nnx_cached.py").read_text().splitlines()
     changed = [line for line in difflib.ndiff(plain, cached) if line[:2] in ("+ ", "- ") and line[2:].strip()]
     (diff,) = blocks("diff")
+    assert [block.rstrip() for block in blocks("py")] == ["\n".join(plain), "\n".join(cached)]
     shown = [line for line in diff.splitlines() if line[:1] in "+-" and line[1:].strip()]
     assert sorted(line[0] + line[2:] for line in changed) == sorted(shown)
     assert len([line for line in shown if line[0] == "+"]) == 5
@@ -45,6 +46,15 @@ def test_bytes_per_row_are_the_formats_own(line):
     for name in names.split(", "):
         for dim, size in zip((16, 64, 128), sizes, strict=True):
             assert RowFormat(name).row_bytes(dim) == int(size)
+
+
+def test_the_linen_lines_are_the_difference_of_two_working_scripts():
+    plain = (ROOT / "tests/snippets/linen_plain.py").read_text().splitlines()
+    cached = (ROOT / "tests/snippets/linen_cached.py").read_text().splitlines()
+    changed = [line for line in difflib.ndiff(plain, cached) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    (diff,) = blocks("diff linen")
+    assert [line[0] + line[2:] for line in changed] == diff.splitlines()
+    assert len([line for line in changed if line[0] == "+"]) == 5
 
 
 def test_the_two_commands_install_what_they_need():
