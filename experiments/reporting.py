@@ -52,7 +52,9 @@ def _commit() -> str | None:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        # Results of earlier runs may lie there uncommitted; anything else makes this another tree.
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
