@@ -394,7 +394,7 @@ def main():
     parser.add_argument("--rows", type=int, default=None, help="rows of all tables together; default Kaggle's 33.76 M")
     parser.add_argument("--skew", type=float, default=1.05)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--distinct", type=int, default=100, help="batches drawn in advance")
+    parser.add_argument("--distinct", type=int, default=130, help="batches drawn in advance")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--together", type=int, default=2, help="processes alternated at once (their tables share the memory)"

@@ -107,8 +107,8 @@ def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | 
         "|---|---|---|---|---|",
     ]
     note = """
-Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`. The
-AUC column is another system of the same formats: the Reddit task at D = 16, mean of 3 paired seeds,
+Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`.
+The AUC column is another system of the same formats: the Reddit task at D = 16, mean of 3 paired seeds,
 `python -m experiments.reddit_quality`. Device and commit: `experiments/results/*.json`."""
     return "\n".join([*head, *rows, note])
 
