@@ -380,9 +380,11 @@ def run(args):
         + (", ".join(f"{r['peer']} at D={r['dim']} ({r['ours_over_peer']:.2f})" for r in losses) or "nobody")
     )
     out = Path(args.out)
+    words = [w for w in sys.argv[1:] if w not in ("--peers-python", args.peers_python)]  # no path of one machine
+    command = " ".join(["python -m experiments.bench_peers", *words])
     out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpu_count": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()}
-    out.write_text(json.dumps({"command": " ".join(sys.argv), "machine": machine, "results": results}, indent=1))
+    out.write_text(json.dumps({"command": command, "machine": machine, "results": results}, indent=1))
 
 
 def main():
