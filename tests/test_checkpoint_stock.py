@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,9 @@ def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     assert_bit_equal(resumed, uninterrupted)
     assert int(resumed.step) == 200
     if spec.cache is not None:
-        stats = mpembed.stats(resumed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a cache this small bypasses a fifth of its ids, and stats says so
+            stats = mpembed.stats(resumed)
         assert stats.write_backs > 0 or spec.cache.policy == "lfu"
         assert 0 < stats.hits < stats.unique
 
