@@ -220,15 +220,14 @@ def apply_gradients(
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
     ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
-    prior = plan.step
     new_rows, row_state = row_states.update_rows(
-        tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, prior, is_pending
+        tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, plan.step, is_pending
     )
     cache = state.cache
     line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
     table, cache_rows = ops.write(
         state.table, None if cache is None else cache.rows, ids, line, new_rows, num_cached, num_ids,
-        state.key, prior, ops.chunk_of(state.implementation),
+        state.key, plan.step, ops.chunk_of(state.implementation),
     )  # fmt: skip
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)

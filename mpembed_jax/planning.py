@@ -116,8 +116,18 @@ def make_plan(
     sketch: Any = None if cache.sketch is None else cache.sketch.reshape(-1)
     priority, sketch = chunks.each(0, num_ids, width, chunk, pin_hits, (priority.reshape(-1), sketch))
 
-    entry = _enter(tags.reshape(-1), priority, geometry, is_lfu, ids, estimates, step, chunk)
-    tags, priority, line, victim_ids, order, num_cached = entry(line, order, num_hits, num_ids, queue, num_misses)
+    carry = (
+        tags.reshape(-1),
+        priority,
+        line,
+        jnp.full(width, NO_ID, jnp.int32),
+        order,
+        num_hits,
+        num_ids,
+        queue,
+        num_misses,
+    )
+    tags, priority, line, victim_ids, order, num_cached = _enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
 
     if is_lfu:  # unpin: the lines of this batch take their estimates
 
@@ -137,16 +147,15 @@ def make_plan(
 
 
 def _enter(
-    tags: jax.Array,
-    priority: jax.Array,
+    carry: tuple,
     geometry: Geometry,
     is_lfu: bool,
     ids: jax.Array,
     estimates: jax.Array,
     step: jax.Array,
     chunk: int | None,
-):
-    """Returns the function that lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
+) -> tuple:
+    """Lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
 
     Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
     """
@@ -237,10 +246,4 @@ def _enter(
         )
         return tags, priority, line, victims, order, num_cached, last, queue, num_waiting
 
-    def enter(line, order, num_hits, num_ids, queue, num_misses):
-        victims = jnp.full(width, NO_ID, jnp.int32)
-        carry = (tags, priority, line, victims, order, num_hits, num_ids, queue, num_misses)
-        carry = lax.while_loop(lambda carry: carry[-1] > 0, one_round, carry)
-        return carry[:6]
-
-    return enter
+    return lax.while_loop(lambda carry: carry[-1] > 0, one_round, carry)[:6]

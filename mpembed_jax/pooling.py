@@ -55,7 +55,7 @@ def _take_bwd(saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, No
 _take.defvjp(_take_fwd, _take_bwd)
 
 
-@partial(jax.custom_vjp)
+@jax.custom_vjp
 def _bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
     """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
     shape = (*index.shape[:-1], rows.shape[1])
