@@ -55,6 +55,23 @@ def to_global(local: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     return (local + starts.reshape(1, -1, *[1] * (local.ndim - 2))).astype(np.int32)
 
 
+def provenance() -> dict[str, object]:
+    """Returns what a measured figure depends on: commit, library versions, processor count."""
+    import os
+    import platform
+    import subprocess
+    from importlib import metadata
+
+    git = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--exclude=*"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {
+        "commit": found.stdout.strip() or "unknown",
+        "versions": versions,
+        "machine": {"cpu_count": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()},
+    }
+
+
 def resident_bytes() -> int:
     """Returns the resident memory of this process (Linux), 0 where it cannot be told."""
     try:
@@ -84,3 +101,4 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX

@@ -91,7 +91,7 @@ class CacheState:
     """The cache of one stack. Each id is in at most one line, and only in a line of its own set."""
 
     tags: jax.Array  # i32 [S, W]  id held, NO_ID if empty
-    priority: jax.Array  # i32 [S, W]  lru: step of last use; lfu: estimated use at last touch, halved with the sketch
+    priority: jax.Array  # i32 [S, W]  lru: step of last use; lfu: estimated use, halved with the sketch
     dirty: jax.Array  # bool [S, W]  newer than the table
     rows: Any  # f32 [C, D]
     sketch: Any  # u16 [2, G, 2 C // G]  None for lru

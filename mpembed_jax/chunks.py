@@ -30,6 +30,15 @@ class Window(NamedTuple):
             return array
         return lax.dynamic_slice_in_dim(array, self.first, self.position.shape[0])
 
+    def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
+        """Returns `array` with all positions of this chunk replaced by `values` [chunk, ..], live or not.
+
+        For values that come out the same for a position whichever chunk computes them; `put` must read and merge.
+        """
+        if self.position.shape[0] == array.shape[0]:
+            return values
+        return lax.dynamic_update_slice_in_dim(array, values, self.first, 0)
+
     def put(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with its live positions of this chunk replaced by `values` [chunk, ..]."""
         mask = self.is_live.reshape(-1, *[1] * (array.ndim - 1))

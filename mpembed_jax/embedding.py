@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import access, ops, planning
+from mpembed_jax import access, ops, planning, row_update
 from mpembed_jax import cache as caching
-from mpembed_jax import row_state as row_states
 from mpembed_jax import state as states
 from mpembed_jax import table as tables_
 from mpembed_jax.cache import CachePlan, Counts
@@ -220,14 +219,11 @@ def apply_gradients(
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
     ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
-    new_rows, row_state = row_states.update_rows(
-        tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, plan.step, is_pending
-    )
     cache = state.cache
     line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
-    table, cache_rows = ops.write(
-        state.table, None if cache is None else cache.rows, ids, line, new_rows, num_cached, num_ids,
-        state.key, plan.step, ops.chunk_of(state.implementation),
+    table, cache_rows, row_state = row_update.apply(
+        tx, state.table, None if cache is None else cache.rows, state.row_state, ids, line, rows, row_grads,
+        num_cached, num_ids, spec.row_state_dtype, state.key, plan.step, is_pending, ops.chunk_of(state.implementation),
     )  # fmt: skip
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)

@@ -6,7 +6,7 @@ not (order inside a set, admission, halving, conservative sketch update).
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,10 @@ def make_plan(
     Rules. Hits keep their lines and are pinned. The misses of a set, in order (LRU: ascending id; LFU: descending
     estimate, then ascending id), meet its unpinned ways in order (empty first; LRU: oldest; LFU: least used; ties: lowest
     way); a miss enters if the way is empty, or LRU: if it was not used this step, LFU: if its estimate is below the
-    newcomer's. All others bypass. LFU estimates: every 10 C / N steps all estimates are halved; then
-    `estimate = min(65535, min over the sketch's rows + occurrences)`, and the id's cells are raised to it.
+    newcomer's. All others bypass. LFU estimates: a resident's use is counted at its line, everybody else's in the sketch.
+    Every 10 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
+    over its cells. In the end the lines of the batch take their estimates, and the cells of bypassed and of displaced ids
+    are raised to theirs.
 
     Args:
       cache: state before the step; its `rows` are passed through.
@@ -74,23 +76,20 @@ def make_plan(
         period = max(1, 10 * geometry.lines // num_positions)
         # As an unsigned number the step passes 2^31.
         cache = _age(cache, (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0))
-    tags, priority = cache.tags, cache.priority
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
 
-    # Hits, and the queue of misses. The sketch is only read here: estimates come from before the step.
+    # Hits, and the queue of misses.
     @jax.named_scope("find")
     def find(window: chunks.Window, carry: tuple) -> tuple:
         line, estimates, order, num_hits, queue, num_misses = carry
-        chunk_ids = jnp.where(window.is_live, window.take(ids), NO_ID)
+        chunk_ids = window.take(ids)
         found = caching.locate(cache, chunk_ids)
-        is_hit = found < geometry.lines
-        line = window.put(line, found)
+        line = window.fill(line, found)
         if is_lfu:
-            seen = jnp.min(access.take(cache.sketch.reshape(-1), caching.sketch_cells(cache, chunk_ids)), axis=0).astype(
-                jnp.int32
-            )
-            estimates = window.put(estimates, jnp.minimum(seen + window.take(counts), caching.MAX_ESTIMATE))
+            used = access.take(cache.priority.reshape(-1), found)
+            estimates = window.fill(estimates, jnp.minimum(used + window.take(counts), caching.MAX_ESTIMATE))
+        is_hit = window.is_live & (found < geometry.lines)
         order, num_hits = chunks.append(order, num_hits, window.position, is_hit)
         queue, num_misses = chunks.append(queue, num_misses, window.position, window.is_live & ~is_hit)
         return line, estimates, order, num_hits, queue, num_misses
@@ -101,60 +100,87 @@ def make_plan(
         0, num_ids, width, chunk, find, (line, estimates, positions, zero, positions, zero)
     )
 
+    if is_lfu:
+
+        @jax.named_scope("estimate")
+        def estimate(window: chunks.Window, estimates: jax.Array) -> jax.Array:
+            position = window.take(queue)
+            cells = caching.sketch_cells(cache, access.take(ids, position))
+            seen = jnp.min(access.take(cache.sketch.reshape(-1), cells), axis=0).astype(jnp.int32)
+            raised = jnp.minimum(seen + access.take(counts, position), caching.MAX_ESTIMATE)
+            return access.put(estimates, jnp.where(window.is_live, position, width), raised)
+
+        estimates = chunks.each(0, num_misses, width, chunk, estimate, estimates)
+
     @jax.named_scope("pin")
-    def pin_hits(window: chunks.Window, carry: tuple) -> tuple:
-        priority, sketch = carry
+    def pin_hits(window: chunks.Window, priority: jax.Array) -> jax.Array:
         here = jnp.where(window.is_live, window.take(line), geometry.lines)
-        priority = access.put(priority, here, caching.PINNED if is_lfu else step)
-        if is_lfu:
-            cells = caching.sketch_cells(cache, window.take(ids))
-            cells = jnp.where(window.is_live, cells, sketch.size)
-            raised = jnp.broadcast_to(window.take(estimates).astype(jnp.uint16), cells.shape)
-            sketch = access.maximum(sketch, cells.reshape(-1), raised.reshape(-1))
-        return priority, sketch
+        return access.put(priority, here, caching.PINNED if is_lfu else step)
 
-    sketch: Any = None if cache.sketch is None else cache.sketch.reshape(-1)
-    priority, sketch = chunks.each(0, num_ids, width, chunk, pin_hits, (priority.reshape(-1), sketch))
-
-    carry = (
-        tags.reshape(-1),
-        priority,
-        line,
-        jnp.full(width, NO_ID, jnp.int32),
-        order,
-        num_hits,
-        num_ids,
-        queue,
-        num_misses,
+    priority = chunks.each(0, num_ids, width, chunk, pin_hits, cache.priority.reshape(-1))
+    carry = _Entering(
+        tags=cache.tags.reshape(-1),
+        priority=priority,
+        line=line,
+        victim_ids=jnp.full(width, NO_ID, jnp.int32),
+        victim_uses=jnp.zeros(width if is_lfu else 0, jnp.int32),
+        order=order,
+        num_cached=num_hits,
+        last=num_ids,
+        queue=queue,
+        num_waiting=num_misses,
     )
-    tags, priority, line, victim_ids, order, num_cached = _enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
-
-    if is_lfu:  # unpin: the lines of this batch take their estimates
+    entered = _enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
+    priority, sketch = entered.priority, cache.sketch
+    if is_lfu:  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
 
         @jax.named_scope("unpin")
         def unpin(window: chunks.Window, priority: jax.Array) -> jax.Array:
-            here = jnp.where(window.is_live, window.take(line), geometry.lines)
+            here = jnp.where(window.is_live, window.take(entered.line), geometry.lines)
             return access.put(priority, here, window.take(estimates))
 
+        @jax.named_scope("remember")
+        def remember(window: chunks.Window, sketch: jax.Array) -> jax.Array:
+            position = window.take(entered.order)
+            is_bypassed = window.position >= entered.num_cached
+            left = jnp.where(is_bypassed, access.take(ids, position), access.take(entered.victim_ids, position))
+            uses = jnp.where(is_bypassed, access.take(estimates, position), access.take(entered.victim_uses, position))
+            is_left = window.is_live & (left != NO_ID)
+            cells = jnp.where(is_left, caching.sketch_cells(cache, left), sketch.size)
+            raised = jnp.broadcast_to(uses.astype(jnp.uint16), cells.shape)
+            return access.maximum(sketch, cells.reshape(-1), raised.reshape(-1))
+
         priority = chunks.each(0, num_ids, width, chunk, unpin, priority)
-    cache = dataclasses.replace(
-        cache,
-        tags=tags.reshape(cache.tags.shape),
-        priority=priority.reshape(cache.tags.shape),
-        sketch=None if cache.sketch is None else sketch.reshape(cache.sketch.shape),
-    )
-    return cache, Placement(order, line, victim_ids, num_hits, num_cached)
+        sketch = chunks.each(num_hits, num_ids, width, chunk, remember, sketch.reshape(-1)).reshape(sketch.shape)
+    shape = cache.tags.shape
+    cache = dataclasses.replace(cache, tags=entered.tags.reshape(shape), priority=priority.reshape(shape), sketch=sketch)
+    return cache, Placement(entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached)
+
+
+class _Entering(NamedTuple):
+    """What the rounds of `_enter` work on."""
+
+    tags: jax.Array  # i32 [C]
+    priority: jax.Array  # i32 [C]  lines of this batch are pinned
+    line: jax.Array  # i32 [U]
+    victim_ids: jax.Array  # i32 [U]
+    victim_uses: jax.Array  # i32 [U]  the victims' priorities; none for LRU
+    order: jax.Array  # i32 [U]  hits and newcomers from the front, bypassed from the back
+    num_cached: jax.Array
+    last: jax.Array  # first of the bypassed in `order`
+    queue: jax.Array  # i32 [U]  positions of the misses that wait
+    num_waiting: jax.Array
 
 
 def _enter(
-    carry: tuple,
+    carry: _Entering,
     geometry: Geometry,
     is_lfu: bool,
     ids: jax.Array,
     estimates: jax.Array,
     step: jax.Array,
     chunk: int | None,
-) -> tuple:
+) -> _Entering:
     """Lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
 
     Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
@@ -174,8 +200,8 @@ def _enter(
         sets = caching.set_of(miss, geometry)
         return position, miss, sets, bucket_of(sets), access.take(estimates, position)
 
-    def meet(sets: jax.Array, wins: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple:
-        """Returns each winner's cheapest line, the id in it, and whether the winner may enter."""
+    def meet(sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
         way = jnp.arange(ways, dtype=jnp.uint32)
         row_tags, row_priority = access.take(tags.reshape(-1, ways), sets), access.take(priority.reshape(-1, ways), sets)
         if is_lfu:
@@ -190,11 +216,11 @@ def _enter(
         # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
         is_chosen = way == chosen.astype(jnp.uint32)[:, None]
         victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
-        return sets * ways + chosen, victim, wins & may
+        return sets * ways + chosen, victim, rank - 1, may
 
     @jax.named_scope("round")
-    def one_round(carry: tuple) -> tuple:
-        tags, priority, line, victims, order, num_cached, last, queue, num_waiting = carry
+    def one_round(carry: _Entering) -> _Entering:
+        queue, num_waiting = carry.queue, carry.num_waiting
 
         best = jnp.full(num_buckets if is_lfu else 0, -1, jnp.int32)
         if is_lfu:
@@ -212,24 +238,26 @@ def _enter(
 
         winner = chunks.each(0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32))
 
-        def settle(window: chunks.Window, carry: tuple) -> tuple:
-            tags, priority, line, victims, order, num_cached, is_full = carry
+        def settle(window: chunks.Window, both: tuple[_Entering, jax.Array]) -> tuple[_Entering, jax.Array]:
+            carry, is_full = both
             position, miss, sets, bucket, estimate = waiting(window, queue)
             wins = (access.take(winner, bucket) == miss) & (miss != NO_ID)
-            place, victim, enters = meet(sets, wins, estimate, tags, priority)
+            place, victim, uses, may = meet(sets, estimate, carry.tags, carry.priority)
+            enters = wins & may
             target, here = jnp.where(enters, place, lines), jnp.where(enters, position, width)
-            tags = access.put(tags, target, miss)
-            priority = access.put(priority, target, caching.PINNED if is_lfu else step)
-            line = access.put(line, here, place)
-            victims = access.put(victims, here, victim)
-            order, num_cached = chunks.append(order, num_cached, position, enters)
-            is_full = access.put(is_full, jnp.where(wins & ~enters, bucket, num_buckets), True)
-            return tags, priority, line, victims, order, num_cached, is_full
+            order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
+            carry = carry._replace(
+                tags=access.put(carry.tags, target, miss),
+                priority=access.put(carry.priority, target, caching.PINNED if is_lfu else step),
+                line=access.put(carry.line, here, place),
+                victim_ids=access.put(carry.victim_ids, here, victim),
+                victim_uses=access.put(carry.victim_uses, here, uses) if is_lfu else carry.victim_uses,
+                order=order,
+                num_cached=num_cached,
+            )
+            return carry, access.put(is_full, jnp.where(wins & ~may, bucket, num_buckets), True)
 
-        is_full = jnp.zeros(num_buckets, bool)
-        tags, priority, line, victims, order, num_cached, is_full = chunks.each(
-            0, num_waiting, width, chunk, settle, (tags, priority, line, victims, order, num_cached, is_full)
-        )
+        carry, is_full = chunks.each(0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool)))
 
         # A set whose best miss could not enter is closed for all others; the rest of the losers wait for the next round.
         def requeue(window: chunks.Window, carry: tuple) -> tuple:
@@ -241,9 +269,8 @@ def _enter(
             queue, num_left = chunks.append(queue, num_left, position, window.is_live & ~is_closed & (best_id != miss))
             return order, last, queue, num_left
 
-        order, last, queue, num_waiting = chunks.each(
-            0, num_waiting, width, chunk, requeue, (order, last, queue, jnp.int32(0))
-        )
-        return tags, priority, line, victims, order, num_cached, last, queue, num_waiting
+        left = (carry.order, carry.last, queue, jnp.int32(0))
+        order, last, queue, num_waiting = chunks.each(0, num_waiting, width, chunk, requeue, left)
+        return carry._replace(order=order, last=last, queue=queue, num_waiting=num_waiting)
 
-    return lax.while_loop(lambda carry: carry[-1] > 0, one_round, carry)[:6]
+    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, carry)

@@ -138,6 +138,9 @@ class DictCache:
                 plan.line[i] = s * geo.ways + way
         for i in plan.hits:
             self.line_of(i).priority = use(i)
+        if self.policy == "lfu":
+            self.remember({i: estimate[i] for i in kept if plan.line[i] == geo.lines})
+            self.remember({line.row_id: line.priority for line in plan.victims.values()})
 
         self.step += 1
         plan.counts = {
@@ -175,14 +178,19 @@ class DictCache:
             line.priority >>= 1
 
     def count(self, occurrences):
-        """Conservative update of the count-min sketch: all reads come before all writes."""
-        estimate = {
-            i: min(65535, min(self.sketch.get(k, 0) for k in self.geo.columns(i)) + c) for i, c in occurrences.items()
+        """Estimates after this batch: a resident's use is counted at its line, everybody else's in the sketch."""
+        lines = {i: self.line_of(i) for i in occurrences}
+        used = {
+            i: min(self.sketch.get(k, 0) for k in self.geo.columns(i)) if line is None else line.priority
+            for i, line in lines.items()
         }
-        for i, e in estimate.items():
+        return {i: min(65535, used[i] + c) for i, c in occurrences.items()}
+
+    def remember(self, uses):
+        """Conservative update of the count-min sketch with the estimates of ids that have no line."""
+        for i, use in uses.items():
             for k in self.geo.columns(i):
-                self.sketch[k] = max(self.sketch.get(k, 0), e)
-        return estimate
+                self.sketch[k] = max(self.sketch.get(k, 0), use)
 
     def arrays(self):
         """tags, priority, dirty as [S, W]; priority and dirty of empty ways are zero."""
@@ -199,6 +207,9 @@ class ExactLfuCache(DictCache):
         for i, c in occurrences.items():
             self.sketch[i] = min(65535, self.sketch.get(i, 0) + c)
         return {i: self.sketch[i] for i in occurrences}
+
+    def remember(self, uses):
+        """True counts need no reminder."""
 
 
 class DictEmbedding(DictCache):

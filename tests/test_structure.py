@@ -32,7 +32,9 @@ CORE = {
     "optim": {"numerics"},
     "row_state": {"access", "numerics"},
     "state": {"cache", "ops", "optim", "row_state", "spec", "table"},
-    "embedding": {"access", "cache", "ops", "planning", "row_state", "state", "table"},
+    "row_locality": set(),
+    "row_update": {"access", "chunks", "numerics", "ops", "row_locality", "row_state", "table"},
+    "embedding": {"access", "cache", "ops", "planning", "row_update", "state", "table"},
     "stats": {"spec", "state"},
     "dense": {"embedding", "numerics", "ops", "optim", "spec", "state", "table"},
 }

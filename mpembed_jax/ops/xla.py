@@ -110,6 +110,7 @@ def swap(
     Returns:
       Table, cache rows, dirty bits and the number of dirty victims.
     """
+    once = (end > begin).astype(jnp.int32) if chunk else None
 
     def body(window: chunks.Window, carry: tuple) -> tuple:
         rows, cache_rows, dirty, num_written = carry
@@ -118,7 +119,7 @@ def swap(
         was_dirty = window.is_live & access.take(dirty, here)
         must_write = was_dirty & (victims != NO_ID)
         old = access.take(cache_rows, here)
-        packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step)
+        packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step, once)
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = access.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         new = decode(lax.optimization_barrier(access.take(rows, window.take(ids))), table.format, table.embedding_dim)
@@ -126,8 +127,9 @@ def swap(
         dirty = access.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
 
+    # Newcomers are few and a chunk is worked on as a whole: half a chunk wastes less.
     carry = (table.rows, cache_rows, dirty, jnp.int32(0))
-    rows, cache_rows, dirty, num_written = chunks.each(begin, end, ids.shape[0], chunk, body, carry)
+    rows, cache_rows, dirty, num_written = chunks.each(begin, end, ids.shape[0], chunk and chunk // 2, body, carry)
     return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty, num_written
 
 
@@ -147,13 +149,17 @@ def lookup(
       float32 [U, D].
     """
     width = ids.shape[0]
+    zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # zero, which only the caller knows
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
-        out = access.take(cache_rows, line, 0)
+        out = access.take_or_zeros(cache_rows, line, zero) if chunk else access.take(cache_rows, line, 0)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
-        packed = lax.optimization_barrier(access.take(table.rows, window.take(ids)))
+        here = window.take(ids)
+        is_wide = chunk and table.rows.dtype == jnp.uint32
+        packed = access.take_or_zeros(table.rows, here, zero) if is_wide else access.take(table.rows, here)
+        packed = lax.optimization_barrier(packed)
         return window.put(out, decode(packed, table.format, table.embedding_dim))
 
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
@@ -190,17 +196,14 @@ def write(
       Table and cache rows.
     """
     width = ids.shape[0]
-    if cache_rows is not None:
+    if cache_rows is not None:  # the whole width at once: lines out of range are dropped, and slices would be copied
+        cache_rows = access.put(cache_rows, line, new_rows)
 
-        def to_lines(window: chunks.Window, cache_rows: jax.Array) -> jax.Array:
-            here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
-            return access.put(cache_rows, here, window.take(new_rows))
-
-        cache_rows = chunks.each(0, num_cached, width, chunk, to_lines, cache_rows)
+    once = (num_ids > num_cached).astype(jnp.int32) if chunk else None
 
     def to_table(window: chunks.Window, rows: jax.Array) -> jax.Array:
         here = window.take(ids)
-        packed = encode_rows(window.take(new_rows), here, table, key, numerics.BYPASS, step)
+        packed = encode_rows(window.take(new_rows), here, table, key, numerics.BYPASS, step, once)
         return access.put(rows, jnp.where(window.is_live, here, NO_ID), packed)
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)

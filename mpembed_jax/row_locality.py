@@ -1,0 +1,71 @@
+"""Whether an optimizer treats every row by itself, read off what it computes.
+
+Row-local transformations (SGD, Adagrad, Adam and their row-wise kin) may be applied to any part of a batch's rows at a time
+and give the same values; one that mixes rows (clipping by the global norm, say) needs all of them at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_ELEMENTWISE = frozenset(
+    """
+    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1 floor ge gt
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt
+    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    """.split()  # noqa: SIM905  one to a line would hide that it is a list of names
+)
+_REDUCTIONS = frozenset(["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"])
+_ROWS = 7919  # a prime that no other dimension is likely to equal
+
+
+def is_row_local(tx: optax.GradientTransformation, row_state: Any, embedding_dim: int) -> bool:
+    """Returns whether each row's update depends on that row, its gradient, its state and scalars only.
+
+    True is a proof; False may mean that the transformation uses an operation this analysis does not know.
+
+    Args:
+      tx: an optax transformation.
+      row_state: its state for any number of rows; leaves with at least one dimension are one entry per row.
+      embedding_dim: D.
+    """
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((_ROWS, *a.shape[1:]) if a.ndim else (), a.dtype), row_state)
+    rows = jax.ShapeDtypeStruct((_ROWS, embedding_dim), jnp.float32)
+    traced = jax.make_jaxpr(tx.update)(rows, state, rows)
+    return embedding_dim != _ROWS and not traced.consts and _keeps_rows_apart(traced.jaxpr)
+
+
+def _has_rows(variable: Any) -> bool:
+    return _ROWS in variable.aval.shape
+
+
+def _keeps_rows_apart(jaxpr: Any) -> bool:
+    """Whether every row of every value depends on the same row alone: rows are always dimension 0."""
+    return all(_is_local(eqn) for eqn in jaxpr.eqns)
+
+
+def _is_local(eqn: Any) -> bool:
+    if any(_ROWS in v.aval.shape[1:] for v in eqn.outvars):
+        return False
+    operands = [v for v in eqn.invars if _has_rows(v)]
+    name, params = eqn.primitive.name, eqn.params
+    inner = params.get("jaxpr") or params.get("call_jaxpr")
+    if inner is not None:
+        return name in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat") and _keeps_rows_apart(
+            getattr(inner, "jaxpr", inner)
+        )
+    if name == "broadcast_in_dim":
+        return not operands or (params["broadcast_dimensions"][0] == 0 and params["shape"][0] == _ROWS)
+    if not operands:  # computed from scalars: the same for every row, except where a position is counted
+        return name != "iota" or not _has_rows(eqn.outvars[0]) or params["dimension"] != 0
+    if name in _ELEMENTWISE:
+        return True
+    if name in _REDUCTIONS:
+        return 0 not in params["axes"]
+    if name == "reshape":
+        return params["dimensions"] is None and params["new_sizes"][0] == _ROWS
+    if name == "squeeze":
+        return 0 not in params["dimensions"]
+    return False
