@@ -381,3 +381,118 @@ def test_a_save_returns_before_the_files_are_written(tmp_path):
     saving.wait()
     assert checkpoint.steps(tmp_path) == [0, 1]
     assert returned < 0.9 * (time.perf_counter() - start)
+
+
+# --- into another format or cache
+
+
+def all_rows(emb):
+    return np.array(jax.jit(mpembed.read)(emb, np.arange(sum(SIZES), dtype=np.int32)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained int8 state with dirty lines, and its folder; its optimizer rows are not zero."""
+    with jax.numpy_dtype_promotion("standard"):
+        emb = trained("int8-lfu", 0, 40)["emb"]
+        folder = tmp_path_factory.mktemp("saved")
+        checkpoint.save(folder, 40, emb)
+        assert bool(emb.cache.dirty.any())
+        return folder, emb
+
+
+def restored_into(folder, caplog, **options):
+    target = jax.eval_shape(lambda: mpembed.init(jax.random.key(9), stack(**options), ADAGRAD))
+    with caplog.at_level(logging.WARNING):
+        emb = checkpoint.restore(folder, target)
+    emb.check_spec()
+    ids = np.arange(64, dtype=np.int32)  # it trains
+
+    @jax.jit
+    def step(emb):
+        emb, plan = mpembed.prefetch(emb, ids)
+        rows = mpembed.lookup(emb, plan)
+        return mpembed.apply_gradients(emb, plan, rows, rows, tx=ADAGRAD)
+
+    assert int(step(emb).step) == int(emb.step) + 1
+    return emb
+
+
+def test_another_format_keeps_what_rows_mean(saved, caplog):
+    """Lines are carried over bit for bit; other rows lie within one step of the new grid, unbiased; in float32 exactly."""
+    folder, emb = saved
+    before, held = all_rows(emb), set(np.array(emb.cache.tags).ravel()) - {mpembed.NO_ID}
+    outside = np.asarray([i for i in range(sum(SIZES)) if i not in held])
+    for storage, bits in (("int4", 4), ("int2", 2), ("float32", None)):
+        other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": storage})
+        after = all_rows(other)
+        np.testing.assert_array_equal(after[sorted(held)], before[sorted(held)])
+        assert np.array(other.cache.dirty).sum() == len(held)  # each is newer than its row
+        np.testing.assert_array_equal(np.array(other.row_state[0].sum_of_squares), np.array(emb.row_state[0].sum_of_squares))
+        if bits is None:
+            np.testing.assert_array_equal(after, before)
+            continue
+        error, most = (after - before)[outside], np.abs(before[outside]).max(axis=1, keepdims=True)
+        step = 1.02 * most / (2 ** (bits - 1) - 1)
+        assert (np.abs(error) <= step).all()
+        # Mean of n errors, each within one step: below 5 standard deviations of step / sqrt(4 n).
+        assert abs((error / step).mean()) < 5 / np.sqrt(4 * error.size)
+        assert np.abs(error).max() > 0
+        assert f"rows of int8 symmetric bfloat16 encoded anew as {storage}" in caplog.text
+        assert "cache lines carried over" in caplog.text
+
+
+@pytest.mark.parametrize("new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")])
+def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
+    """The same bits as `flush` leaves in the table; the rest of the state is carried over."""
+    folder, emb = saved
+    flushed = mpembed.flush(emb)
+    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new})
+    np.testing.assert_array_equal(np.array(other.table.rows), np.array(flushed.table.rows))
+    for name in ("key", "step", "counters", "row_state"):
+        assert_same(getattr(other, name), getattr(emb, name))
+    assert "starts empty" in caplog.text
+    assert f"{int(emb.cache.dirty.sum())} dirty lines written to their rows" in caplog.text
+    if new is not None:
+        assert (np.array(other.cache.tags) == mpembed.NO_ID).all()
+    narrow = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new, "storage": "int4"})
+    assert np.abs(all_rows(narrow) - all_rows(emb)).max() < 0.5
+
+
+def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
+    folder, emb = saved
+    options = {**CASES["int8-lfu"][0], "row_state_dtype": "bfloat16"}
+    narrow = restored_into(folder, caplog, **options)
+    bits = np.array(narrow.row_state[0].sum_of_squares)
+    wide = np.array(emb.row_state[0].sum_of_squares)
+    assert bits.dtype == np.uint16
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert (np.abs(values - wide) <= wide * 2**-7).all()
+    assert (values != wide).any()
+    checkpoint.save(tmp_path, 0, narrow)
+    back = restored_into(tmp_path, caplog, **CASES["int8-lfu"][0])
+    np.testing.assert_array_equal(np.array(back.row_state[0].sum_of_squares), values)
+
+
+def test_what_cannot_be_converted_is_refused(saved, tmp_path):
+    folder, emb = saved
+    options = CASES["int8-lfu"][0]
+    with pytest.raises(ValueError, match=r"saved with tables .*'a', 3000.* the target has .*'a', 3001"):
+        other = EmbeddingSpec([TableSpec("a", SIZES[0] + 1), TableSpec("b", SIZES[1])], DIM, **options)
+        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD)))
+    narrow = stack(**{**options, "storage": "int4"})
+    with pytest.raises(ValueError, match="pass the same tx"):
+        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), narrow, ADAM)))
+    pending, _ = jax.jit(mpembed.prefetch)(emb, batch(40))
+    checkpoint.save(tmp_path, 0, pending)
+    with pytest.raises(ValueError, match="between prefetch and apply_gradients"):
+        without = stack(**{**options, "cache": None})
+        checkpoint.restore(tmp_path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), without, ADAGRAD)))
+
+
+def test_an_increment_is_converted_too(saved, caplog):
+    folder, emb = saved
+    flushed = jax.jit(mpembed.flush)(emb)
+    checkpoint.save(folder, 41, flushed, tracker=checkpoint.track(emb))
+    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None})
+    np.testing.assert_array_equal(all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None)))

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpembed_jax import numerics
 from mpembed_jax.checkpoint import leaves
+from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 
 _BLOCK = 1 << 20  # rows digested at once where they lie on the host
@@ -61,20 +62,26 @@ def digest_of(state: EmbeddingState) -> np.ndarray:
     return digest({name: named[name] for name in rows + lines})
 
 
-def record(member: leaves.Member) -> dict[str, Any]:
-    """Returns what the manifest says of an EmbeddingState."""
-    state = member.state
-    spec = state.spec
+def describe(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Returns what the arrays of a state of this spec mean, as JSON."""
     storage, cache = spec.storage, None
     if spec.cache is not None:
         cache = {**spec.cache.geometry(spec.num_rows)._asdict(), "policy": spec.cache.policy}
     return {
-        "names": member.names,
         "tables": [[t.name, int(t.vocabulary_size)] for t in spec.tables],
         "embedding_dim": spec.embedding_dim,
         "storage": [storage.name, storage.symmetric, storage.scale_dtype],
         "cache": cache,
         "row_state_dtype": spec.row_state_dtype,
+    }
+
+
+def record(member: leaves.Member) -> dict[str, Any]:
+    """Returns what the manifest says of an EmbeddingState."""
+    state = member.state
+    return {
+        **describe(state.spec),
+        "names": member.names,
         "fingerprint": numbers(state.fingerprint),
         "key": numbers(state.key),
         "step": numbers(state.step),

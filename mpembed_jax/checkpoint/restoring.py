@@ -55,7 +55,8 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         if name in held["values"]:
             values[name] = leaves.plain_value(name, held["values"][name], leaf)
     inner = {name for prefix in converted for name in held["embeddings"][prefix]["names"].values()}
-    direct = {name: leaves.Place.of(leaf) for name, leaf in named.items() if name not in values and name not in inner}
+    others = values.keys() | {name for prefix in converted for name in members[prefix].names.values()}
+    direct = {name: leaves.Place.of(leaf) for name, leaf in named.items() if name not in others}
     arrays = read_arrays(folder, chain, direct | dict.fromkeys(inner, leaves.Place("host")))
     for name, place in direct.items():
         array = arrays.pop(name)
@@ -67,8 +68,9 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         ours = {i: (arrays if prefix in converted else values)[name] for i, name in entry["names"].items()}
         _check_rows(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
-            states = convert.convert(prefix, entry, ours, member.state)
-            values |= {member.names[i]: array for i, array in states.items()}
+            for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
+                name = member.names[inner_name]
+                values[name] = leaves.finish(named[name], {}, leaves.Place.of(named[name]).put(array))
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in named])
 
 
