@@ -105,24 +105,20 @@ def ids_from_hell(examples: int) -> dict[str, Any]:
     from hypothesis import strategies as st
 
     seen = {"examples": 0, "out of range": 0, "over the budget": 0, "padding": 0}
-    states = {(p, s): None for p in ("lfu", "lru") for s in ("int8", "float32")}
-    one_id = st.one_of(
-        st.sampled_from(_AWKWARD), st.integers(-(2**63), 2**63 - 1), st.integers(0, 310), st.just(mpembed.NO_ID)
-    )
-    column = st.one_of(
-        st.lists(one_id, min_size=_WIDTH, max_size=_WIDTH),
-        one_id.map(lambda i: [i] * _WIDTH),
-        st.just([mpembed.NO_ID] * _WIDTH),
-    )
+    states = {("lfu", "int8"): None, ("lru", "float32"): None}
+    one_id = st.one_of(st.sampled_from(_AWKWARD), st.integers(-(2**63), 2**63 - 1), st.just(mpembed.NO_ID))
+    pool = st.one_of(st.lists(one_id, min_size=1, max_size=8), one_id.map(lambda i: [i]))
 
     @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(sorted(states)), st.tuples(column, column, column), st.booleans())
-    def example(which, columns, is_raw):
+    @given(st.sampled_from(sorted(states)), pool, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+    def example(which, pool, seed, share, is_raw):
         spec = _hell_spec(*which)
         if states[which] is None:
             states[which] = mpembed.init(jax.random.key(1), spec, _SGD)
         state: Any = states[which]
-        local = np.asarray(columns, np.int64).T  # [N, 3]
+        rng = np.random.default_rng(seed)
+        awkward, usual = rng.choice(np.asarray(pool, np.int64), (_WIDTH, 3)), rng.integers(0, _SIZES, (_WIDTH, 3))
+        local = np.where(rng.random((_WIDTH, 3)) < share, awkward, usual)
         if is_raw:  # straight to prefetch: global ids that anything may have mangled to 32 bits
             ids = local.astype(np.int32)
         else:
@@ -187,12 +183,13 @@ def _all_rows(state: Any) -> np.ndarray:
 # --- gradients that are no numbers
 
 
-def bad_gradients(steps: int) -> dict[str, int]:
-    """Trains with NaN and inf among the gradients: skipped and counted if asked, else never beyond their own rows."""
+def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "float32")) -> dict[str, int]:
+    """Trains with NaN and inf among the gradients: skipped and counted (int8), else never beyond their own rows."""
     rng = np.random.default_rng(0)
     result = {"steps": steps, "rows skipped": 0, "rows that became no number": 0}
     tx = mpembed.optim.rowwise_adagrad(0.1)
-    for storage, skips in (("int8", True), ("int4", False), ("float32", False)):
+    for storage in storages:
+        skips = storage == "int8"
         spec = mpembed.EmbeddingSpec(
             [mpembed.TableSpec("t", 400)], _DIM, storage, mpembed.CacheSpec(num_rows=64, ways=8), skip_nonfinite=skips
         )
@@ -237,18 +234,19 @@ def bad_gradients(steps: int) -> dict[str, int]:
 # --- soak
 
 
-def soak(steps: int, check_every: int) -> dict[str, Any]:
+def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) -> dict[str, Any]:
     """Trains `steps` steps with drift; every `check_every` checks the invariants, saves an increment, and weighs memory.
 
-    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit for bit.
+    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit for bit. `others`
+    train in int4 under the policy they name.
     """
     num_rows, width, dim = 20_000, 256, 8
     cache = mpembed.CacheSpec(num_rows=1024, ways=16)
     specs = {
         "int8": ("int8", cache),
-        "int4 lru": ("int4", dataclasses.replace(cache, policy="lru")),
         "float32": ("float32", cache),
         "float32 without cache": ("float32", None),
+        **{name: ("int4", dataclasses.replace(cache, policy=name.split()[1])) for name in others},
     }
     tx = mpembed.optim.rowwise_adagrad(0.05)
     states = {
@@ -306,9 +304,9 @@ def soak(steps: int, check_every: int) -> dict[str, Any]:
     assert growth < 20 << 20, f"memory grew by {growth / 1e6:.1f} MB: {[m >> 20 for m in memory]}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a cache of four batches bypasses much, and says so
-        evictions = mpembed.stats(states["int4 lru"]).evictions
+        evictions = {name: mpembed.stats(state).evictions for name, state in states.items()}
     return {
-        "steps": steps, "checks": len(memory), "states": len(states), "evictions of int4 lru": evictions,
+        "steps": steps, "checks": len(memory), "states": len(states), "evictions": evictions,
         "resident MB at the second check": memory[min(1, len(memory) - 1)] >> 20, "at the end": memory[-1] >> 20,
         "growth in bytes, second to last quarter": growth, "live arrays": [arrays[0], arrays[-1]],
         "checkpoint bytes": increments,

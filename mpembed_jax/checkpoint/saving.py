@@ -218,6 +218,7 @@ def _failure(directory: Path, step: int, error: Exception) -> CheckpointError:
     if jax.process_index() == 0:
         shutil.rmtree(manifest.folder_of(directory, step).with_name(f"step_{step}{_TEMPORARY}"), ignore_errors=True)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason.split(" [tensorstore_spec=")[0]
     return CheckpointError(
         f"step {step} could not be saved in {directory}: {reason}; checkpoints saved before are unchanged"
     )
