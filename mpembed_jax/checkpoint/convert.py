@@ -1,0 +1,183 @@
+"""Into another format or cache: rows encoded anew, lines carried over or flushed, optimizer rows in another dtype.
+
+Everything happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and rounded by
+the new format's rule with the state's own key and step: stream INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines
+of a cache that is not carried over, and the leaf's own stream for optimizer rows.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax import cache as caching
+from mpembed_jax import numerics
+from mpembed_jax.checkpoint import digests, leaves
+from mpembed_jax.formats import RowFormat, decode
+from mpembed_jax.state import EmbeddingState
+from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
+
+_LOG = logging.getLogger("mpembed_jax.checkpoint")
+_BLOCK = 65536  # rows moved at once
+
+
+def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
+    """Whether the target was made for another spec than the saved state.
+
+    Args:
+      prefix: the state's name.
+      entry: its record in the manifest.
+      state: the target.
+
+    Raises:
+      ValueError: if the specs differ in tables or dim, which no conversion bridges.
+    """
+    spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
+    tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
+    if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
+        raise ValueError(
+            f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the target has {tables} of "
+            f"dim {spec.embedding_dim}; only storage, cache and row_state_dtype may differ (see to_dense and from_dense)"
+        )
+    return entry["fingerprint"] != np.asarray(spec.fingerprint).tolist()
+
+
+def convert(
+    prefix: str, entry: dict[str, Any], saved: dict[str, np.ndarray], target: EmbeddingState
+) -> dict[str, np.ndarray]:
+    """Makes the target's arrays from saved ones.
+
+    Args:
+      prefix: the state's name, for the log.
+      entry: its record in the manifest.
+      saved: {inner name: host array}; consumed.
+      target: concrete or abstract.
+
+    Returns:
+      {inner name: host array}, for every leaf of the target.
+
+    Raises:
+      ValueError: if the optimizer's state has another structure, or a prefetch waits and the cache would change.
+    """
+    spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
+    fmt, ours = RowFormat(*entry["storage"]), digests.describe(spec)
+    key, step = saved["key"], saved["step"]
+    result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
+    result["fingerprint"] = np.asarray(spec.fingerprint)
+    same_cache = entry["cache"] == ours["cache"]
+    if entry["is_pending"] and not same_cache:
+        raise ValueError(
+            f"{name} was saved between prefetch and apply_gradients: restore it with the cache it was saved with"
+        )
+
+    rows = saved.pop("table.rows")
+    is_encoded = entry["storage"] != ours["storage"]
+    if is_encoded:
+        recode = partial(_recode, key=key, step=step, before=fmt, after=spec.storage, dim=spec.embedding_dim)
+        rows = _by_blocks(recode, rows, wanted["table.rows"])
+        _LOG.warning(
+            "%s: %d rows of %s encoded anew as %s", name, len(rows), _name(entry["storage"]), _name(ours["storage"])
+        )
+    if same_cache:
+        cache = {inner: array for inner, array in saved.items() if inner.startswith("cache.")}
+        if is_encoded and cache:  # a clean line no longer equals its row
+            cache["cache.dirty"] = cache["cache.tags"] != NO_ID
+            _LOG.warning("%s: %d cache lines carried over", name, int(cache["cache.dirty"].sum()))
+    else:
+        cache = {}
+        if spec.cache is not None:
+            empty = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
+            cache = {f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()}
+        num_flushed = 0
+        if entry["cache"] is not None:
+            dirty = saved["cache.dirty"].reshape(-1)
+            ids, lines = saved["cache.tags"].reshape(-1)[dirty], saved["cache.rows"][dirty]
+            rows, num_flushed = rows if rows.flags.writeable else rows.copy(), len(ids)
+            for block, block_ids in _blocks(lines, ids):
+                packed = np.asarray(_encode(block, block_ids, key, step, after=spec.storage, stream=numerics.FLUSH))
+                rows[block_ids[block_ids != NO_ID]] = packed[block_ids != NO_ID]
+        _LOG.warning("%s: cache %s -> %s: starts empty, %d dirty lines written to their rows", name, entry["cache"],
+                     ours["cache"], num_flushed)  # fmt: skip
+    result |= cache | {"table.rows": rows}
+    result |= _row_state(name, entry, saved, {n: x for n, x in wanted.items() if n.startswith("row_state")}, key, step)
+    return result
+
+
+def _name(storage: list) -> str:
+    return " ".join(str(x) for x in (storage[0], {True: "symmetric", False: "asymmetric"}.get(storage[1]), storage[2]) if x)
+
+
+def _row_state(
+    name: str, entry: dict[str, Any], saved: dict[str, np.ndarray], wanted: dict[str, Any], key: Any, step: Any
+) -> dict[str, np.ndarray]:
+    """Returns the optimizer's state in the dtypes wanted; bfloat16 bit patterns are uint16."""
+    held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
+    if list(held) != list(wanted):
+        raise ValueError(
+            f"{name}: the optimizer's state on disk is {list(held)}, the target's is {list(wanted)}: pass the same tx"
+        )
+    result = {}
+    for index, (inner, array) in enumerate(held.items()):
+        leaf = wanted[inner]
+        if array.shape != leaf.shape:
+            raise ValueError(f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx")
+        if array.dtype == leaf.dtype:
+            result[inner] = array
+        elif (array.dtype, leaf.dtype) == (np.uint16, np.float32):
+            result[inner] = (array.astype(np.uint32) << 16).view(np.float32)
+        elif (array.dtype, leaf.dtype) == (np.float32, np.uint16):
+            narrow = partial(_narrow, key=key, step=step, stream=numerics.ROW_STATE + index)
+            result[inner] = _by_blocks(narrow, array, leaf)
+            _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
+        else:
+            raise ValueError(f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target: another tx")
+    return result
+
+
+def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of equal length of an array and its ids, the last one filled up with zeros and NO_ID."""
+    size = min(_BLOCK, max(1, len(array)))
+    for first in range(0, len(array), size):
+        block, block_ids = array[first : first + size], ids[first : first + size]
+        extra = size - len(block)
+        yield (
+            np.pad(block, [(0, extra), *[(0, 0)] * (block.ndim - 1)]),
+            np.pad(block_ids.astype(np.int32), (0, extra), constant_values=NO_ID),
+        )
+
+
+def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any) -> np.ndarray:
+    """Returns work(block of rows, their ids) of all rows, in an array of the shape and dtype of `like`."""
+    result = np.empty(like.shape, like.dtype)
+    first = 0
+    for block, ids in _blocks(array, np.arange(len(array), dtype=np.int32)):
+        num = min(len(block), len(array) - first)
+        result[first : first + num] = np.asarray(work(block, ids))[:num]
+        first += num
+    return result
+
+
+@partial(jax.jit, static_argnames=("after", "stream"))
+def _encode(rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int) -> jax.Array:
+    """Packs float32 rows [n, D] of ids [n] by a format's own rounding."""
+    rows = jnp.asarray(rows)
+    table = QuantizedTable(rows, after, rows.shape[1])  # only its format and dim are looked at
+    return encode_rows(rows, jnp.asarray(ids), table, jnp.asarray(key), stream, jnp.asarray(step))
+
+
+@partial(jax.jit, static_argnames=("before", "after", "dim"))
+def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int) -> jax.Array:
+    """Packs packed rows [n, ..] anew."""
+    return _encode(decode(jnp.asarray(packed), before, dim), ids, key, step, after=after, stream=numerics.INITIAL_ROUNDING)
+
+
+@partial(jax.jit, static_argnames="stream")
+def _narrow(values: Any, ids: Any, key: Any, step: Any, *, stream: int) -> jax.Array:
+    """Rounds float32 [n, ..] stochastically to bfloat16 bit patterns."""
+    columns = int(np.prod(values.shape[1:]))
+    bits = numerics.row_bits(jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns).reshape(values.shape)
+    return numerics.encode_float(jnp.asarray(values), numerics.FLOAT_FORMATS["bfloat16"], bits).astype(jnp.uint16)

@@ -1,0 +1,95 @@
+"""What identifies the rows of an embedding state: a digest over all of them, and the record of a state in the manifest."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax import numerics
+from mpembed_jax.checkpoint import leaves
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState
+
+_BLOCK = 1 << 20  # rows digested at once where they lie on the host
+
+
+def row_names(state: EmbeddingState) -> tuple[list[str], list[str]]:
+    """Returns the inner names of a state's arrays with one entry per table row, and of those with one per cache line."""
+    rows, lines = [], []
+    for name, leaf in leaves.named(state).items():
+        if name.startswith("table.rows") or (name.startswith("row_state") and leaf.ndim):
+            rows.append(name)
+        elif name.startswith("cache.rows"):
+            lines.append(name)
+    return rows, lines
+
+
+@partial(jax.jit, static_argnames="salt")
+def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
+    """Returns u32 [2]: sums over all words, mixed with their row and column, so the order of adding does not matter."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)  # 8 bytes become two words
+    words = jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
+    row = first.astype(jnp.uint32) + jnp.arange(words.shape[0], dtype=jnp.uint32)[:, None]
+    row = numerics.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
+    column = jnp.arange(words.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B)
+    mixed = numerics.fmix32(words ^ (row + column))
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)])
+
+
+def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
+    """Returns u32 [2] that tells the rows of a state ({inner name: array}) from any other; host arrays go block by block."""
+    total = np.zeros(2, np.uint32)
+    for salt, name in enumerate(sorted(state_rows)):
+        array = state_rows[name]
+        if array.size == 0:
+            continue
+        size = _BLOCK if isinstance(array, np.ndarray) else array.shape[0]
+        for first in range(0, array.shape[0], size):
+            block = array if size >= array.shape[0] else array[first : first + size]
+            total = total + np.asarray(_digest_rows(block, np.int32(first), salt))
+    return total
+
+
+def digest_of(state: EmbeddingState) -> np.ndarray:
+    """Returns the digest of a state's rows and lines."""
+    rows, lines = row_names(state)
+    named = leaves.named(state)
+    return digest({name: named[name] for name in rows + lines})
+
+
+def describe(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Returns what the arrays of a state of this spec mean, as JSON."""
+    storage, cache = spec.storage, None
+    if spec.cache is not None:
+        cache = {**spec.cache.geometry(spec.num_rows)._asdict(), "policy": spec.cache.policy}
+    return {
+        "tables": [[t.name, int(t.vocabulary_size)] for t in spec.tables],
+        "embedding_dim": spec.embedding_dim,
+        "storage": [storage.name, storage.symmetric, storage.scale_dtype],
+        "cache": cache,
+        "row_state_dtype": spec.row_state_dtype,
+    }
+
+
+def record(member: leaves.Member) -> dict[str, Any]:
+    """Returns what the manifest says of an EmbeddingState."""
+    state = member.state
+    return {
+        **describe(state.spec),
+        "names": member.names,
+        "fingerprint": numbers(state.fingerprint),
+        "key": numbers(state.key),
+        "step": numbers(state.step),
+        "is_pending": bool(state.pending),
+        "digest": numbers(digest_of(state)),
+    }
+
+
+def numbers(array: Any) -> Any:
+    """Returns an array as JSON."""
+    return np.asarray(array).tolist()

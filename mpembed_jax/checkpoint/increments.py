@@ -1,0 +1,231 @@
+"""Incremental checkpoints: which rows a run touched since a checkpoint, kept as a bitmap on the device.
+
+A step changes a table in two places: victims written back (prefetch) and rows of the batch trained in the table or their
+optimizer state (apply_gradients); both are named by the step's plan. `flush` names none, but it writes only lines that were
+dirty. So the bitmap of a run's plans, and the lines that were dirty at the start and are clean now, hold every changed row.
+A tracker counts what the state counts, so that a step it was not told of is noticed; a digest of all rows ties it to the
+checkpoint it started from, and is compared again after restoring.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mpembed_jax import access
+from mpembed_jax import state as states
+from mpembed_jax.cache import CachePlan, Counts
+from mpembed_jax.checkpoint import digests, leaves, manifest
+from mpembed_jax.state import EmbeddingState
+
+_NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bits", "was_dirty", "step", "has_gap", "counters", "key", "fingerprint", "started", "digest"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RowTracker:
+    """Rows of one EmbeddingState touched since it was saved; bit i mod 32 of word i div 32 is row i."""
+
+    bits: jax.Array  # u32 [ceil(V / 32)]  in a plan since the start
+    was_dirty: jax.Array  # u32 [ceil(V / 32)]  in a dirty line at the start
+    step: jax.Array  # i32 []  of the prefetch that comes next
+    has_gap: jax.Array  # bool []  a plan was left out, or came twice
+    counters: jax.Array  # u32 [len(COUNTERS), 2]  what the state's should be
+    key: jax.Array  # u32 [2]
+    fingerprint: jax.Array  # u32 [2]
+    started: jax.Array  # i32 []  step at the start
+    digest: jax.Array  # u32 [2]  of all rows at the start
+
+
+# --- tracking
+
+
+def track(state: EmbeddingState) -> RowTracker:
+    """Starts tracking touched rows from a state that was just saved or restored; no row is touched yet.
+
+    Args:
+      state: not consumed, between apply_gradients and the next prefetch.
+
+    Returns:
+      A tracker of V / 4 bytes, for `mark` in every step and for `save`.
+
+    Raises:
+      ValueError: if a prefetch waits for its apply_gradients: its rows would change without a plan.
+    """
+    state.check_spec()
+    if bool(state.pending):
+        raise ValueError("this state has a prefetch without its apply_gradients; start tracking after apply_gradients")
+    num_words = -(-state.table.num_rows // 32)
+    none = jnp.zeros(num_words, jnp.uint32)
+    was_dirty = none
+    if state.cache is not None:
+        was_dirty = _set_bits(none, jnp.where(state.cache.dirty, state.cache.tags, -1).reshape(-1))
+    return RowTracker(
+        bits=jnp.zeros(num_words, jnp.uint32),
+        was_dirty=was_dirty,
+        step=jnp.array(state.step, copy=True),
+        has_gap=jnp.zeros((), bool),
+        counters=jnp.array(state.counters, copy=True),
+        key=jnp.array(state.key, copy=True),
+        fingerprint=jnp.array(state.fingerprint, copy=True),
+        started=jnp.array(state.step, copy=True),
+        digest=jnp.asarray(digests.digest_of(state)),
+    )
+
+
+@jax.jit
+def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Sets the bits of distinct int32 ids; ids outside are dropped. Adding is setting where a bit was not set before."""
+    num_words = bits.shape[0]
+    word = jnp.where(ids >= 0, ids >> 5, num_words)
+    bit = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
+    is_set = (access.take(bits, word) & bit) != 0
+    return access.add(bits, jnp.where(is_set, num_words, word), bit)
+
+
+def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
+    """Marks the rows that a step touches: its unique ids and its victims. Call it once per prefetch, inside the jitted step.
+
+    Args:
+      tracker: consumed where donated.
+      plan: from the step's prefetch.
+
+    Returns:
+      The tracker, one step further.
+    """
+    ids = jnp.concatenate([plan.unique_ids, plan.victim_ids])  # victims are never in the batch: all distinct
+    return dataclasses.replace(
+        tracker,
+        bits=_set_bits(tracker.bits, ids),
+        step=plan.step + 1,
+        has_gap=tracker.has_gap | (plan.step != tracker.step),
+        counters=states.count_step(tracker.counters, plan.counts),
+    )
+
+
+# --- what an increment holds
+
+
+class Patch(NamedTuple):
+    """New values of some entries of an array."""
+
+    index_name: str
+    where: np.ndarray  # i32 [n]  ascending
+    values: np.ndarray  # [n, ..]
+
+
+def collect(
+    directory: Path, step: int, members: dict[str, leaves.Member], trackers: RowTracker | Mapping[str, RowTracker]
+) -> tuple[dict[str, int], dict[str, Patch]]:
+    """Finds the checkpoint to build on, and the rows and lines that changed since.
+
+    Args:
+      directory: of the checkpoints.
+      step: being saved.
+      members: the tree's embedding states.
+      trackers: see save.
+
+    Returns:
+      The base's step and identity, and {name of an array in the tree: patch}.
+
+    Raises:
+      ValueError: if a tracker does not fit its state, or no checkpoint here is the one it started from.
+    """
+    if isinstance(trackers, RowTracker):
+        if len(members) != 1:
+            raise ValueError(f"the tree has {len(members)} embedding states {list(members)}: pass {{name: tracker}}")
+        trackers = dict.fromkeys(members, trackers)
+    if unknown := [name for name in trackers if name not in members]:
+        raise ValueError(f"no embedding state is called {unknown[0]!r}; the tree has {list(members)}")
+    patches: dict[str, Patch] = {}
+    for name, tracker in trackers.items():
+        _check_tracker(name, members[name].state, tracker)
+        patches |= _patches(name, members[name], tracker)
+    return _base(directory, step, trackers), patches
+
+
+def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> None:
+    what = f"the tracker of {name!r}" if name else "the tracker"
+    if any((np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any() for f in ("key", "fingerprint")):
+        raise ValueError(f"{what} belongs to another embedding state (another key or spec)")
+    seen, now = int(tracker.step), int(state.step)
+    told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
+    if bool(tracker.has_gap) or seen != now or not np.array_equal(told, held):
+        raise ValueError(
+            f"{what} did not see every step: it was told of prefetches up to step {seen}, the state is at step {now}, "
+            f"{'a plan was left out or marked twice' if bool(tracker.has_gap) else 'their counts differ'}; an incremental "
+            f"checkpoint could lose rows. Call mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
+            f"checkpoint now, without tracker="
+        )
+
+
+def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dict[str, int]:
+    wanted = {
+        name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint)) for name, t in trackers.items()
+    }
+    for candidate in reversed(manifest.steps(directory)):
+        try:
+            body = manifest.read(directory, candidate)
+        except manifest.CheckpointError:
+            continue
+        held = {n: (e["digest"], e["step"], e["fingerprint"]) for n, e in body["embeddings"].items() if n in wanted}
+        if held == wanted and candidate != step:
+            return {"step": candidate, "identity": manifest.identity(body)}
+    started = sorted({start for _, start, _ in wanted.values()})
+    raise ValueError(
+        f"no checkpoint in {directory} holds the rows that the tracker started from (state step "
+        f"{', '.join(map(str, started))}); call track on a state right after saving it here, or save without tracker="
+    )
+
+
+def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
+    state = member.state
+    num_rows, cache = state.table.num_rows, state.cache
+    is_touched, was_dirty = (_unpack(x, num_rows) for x in (tracker.bits, tracker.was_dirty))
+    lines = np.zeros(0, np.int32)
+    if cache is not None:
+        tags, dirty = (np.asarray(jnp.copy(x)).reshape(-1) for x in (cache.tags, cache.dirty))
+        is_held = (tags >= 0) & (tags < num_rows)
+        was_dirty[tags[is_held & dirty]] = False  # still waiting in its line, so the table's row is the old one
+        lines = np.flatnonzero(is_held & is_touched[np.where(is_held, tags, 0)]).astype(np.int32)
+    rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
+    prefix = f"{name}." if name else ""
+    named = leaves.named(state)
+    patches = {}
+    for inner_names, kind, index in zip(digests.row_names(state), ("rows", "lines"), (rows, lines), strict=True):
+        for inner in inner_names:
+            values = gather(named[inner], index)
+            patches[member.names[inner]] = Patch(f"{prefix}touched_{kind}", index, values)
+    return patches
+
+
+def _unpack(bits: jax.Array, num_rows: int) -> np.ndarray:
+    words = np.asarray(jnp.copy(bits)).astype("<u4")
+    return np.unpackbits(words.view(np.uint8), bitorder="little")[:num_rows].astype(bool)
+
+
+def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
+    """Returns array[index] on the host; lengths are padded so that few programs are compiled."""
+    if index.size == 0:
+        return np.zeros((0, *array.shape[1:]), array.dtype)
+    sharding = getattr(array, "sharding", None)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    take = jax.jit(access.take, out_shardings=everywhere)
+    return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
+
+
+def padded(size: int) -> int:
+    """Returns a length of at least `size` out of few: four per power of two."""
+    step = 1 << max(0, math.ceil(math.log2(max(1, size))) - 2)
+    return -(-size // step) * step

@@ -1,0 +1,155 @@
+"""A pytree as names and values: which leaves become arrays on disk, which go into the manifest, and how they come back.
+
+Names are paths through the tree, joined by dots; they appear in messages, and percent-encoded as folder names.
+"""
+
+import base64
+import dataclasses
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.state import EmbeddingState
+
+_PLAIN = (bool, int, float, str, bytes)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Returns {name: leaf} in the order of the tree's leaves.
+
+    Raises:
+      ValueError: if two leaves have the same name.
+    """
+    leaves = [(_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    result = dict(leaves)
+    if len(result) != len(leaves):
+        seen: set[str] = set()
+        twice = next(name for name, _ in leaves if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous")
+    return result
+
+
+class Member(NamedTuple):
+    """An EmbeddingState inside a tree."""
+
+    state: EmbeddingState
+    names: dict[str, str]  # path inside the state, "table.rows" say -> name in the tree
+
+
+def embeddings(tree: Any) -> dict[str, Member]:
+    """Returns every EmbeddingState of a tree by its name ("" if the tree is one)."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, EmbeddingState))
+    result = {}
+    for path, state in found:
+        if isinstance(state, EmbeddingState):
+            prefix = _name(path)
+            inner = [_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+            result[prefix] = Member(state, {name: f"{prefix}.{name}" if prefix else name for name in inner})
+    return result
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed random keys."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separates arrays from plain Python values.
+
+    Returns:
+      {name: array}, keys as their data, and {name: value as JSON} of bool, int, float, str and bytes.
+
+    Raises:
+      TypeError: naming a leaf that is neither.
+    """
+    arrays: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            arrays[name] = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind != "O":
+            arrays[name] = np.asarray(leaf)
+        elif type(leaf) in _PLAIN:
+            text = base64.b64encode(leaf).decode() if isinstance(leaf, bytes) else leaf
+            values[name] = [type(leaf).__name__, text]
+        else:
+            what = f"a {type(leaf).__name__}" if not isinstance(leaf, jax.core.Tracer) else "traced"
+            raise TypeError(f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings and bytes")
+    return arrays, values
+
+
+def describe(name: str, leaf: Any, array: Any) -> dict[str, Any]:
+    """Returns an array's entry of the manifest."""
+    record = {"key": quote(name, safe=""), "shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+    if is_key(leaf):
+        record["random_key"] = str(jax.random.key_impl(leaf))
+    return record
+
+
+def plain_value(name: str, saved: list, target: Any) -> Any:
+    """Returns a saved Python value.
+
+    Raises:
+      ValueError: if the target's leaf is of another type.
+    """
+    kind, value = saved
+    if type(target).__name__ != kind:
+        raise ValueError(f"leaf {name!r} was saved as a Python {kind}, the target has a {type(target).__name__}")
+    return base64.b64decode(value) if kind == "bytes" else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a restored array goes."""
+
+    kind: str  # "host", "default" (no device asked for: uncommitted) or "sharding"
+    sharding: Any = None
+
+    @staticmethod
+    def of(leaf: Any) -> "Place":
+        """Reads it off a target's leaf: numpy stays numpy, arrays and shapes tell their sharding."""
+        if isinstance(leaf, np.ndarray | np.generic):
+            return Place("host")
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
+            return Place("default")
+        return Place("sharding", sharding)
+
+    def put(self, array: np.ndarray) -> Any:
+        """Puts a host array there; jax owns the copy, so that a step can take it donated."""
+        match self.kind:
+            case "host":
+                return array
+            case "default":
+                return jnp.array(array, copy=True)
+            case _:
+                return jax.make_array_from_callback(array.shape, self.sharding, lambda index: np.array(array[index]))
+
+
+def finish(leaf: Any, record: dict[str, Any], array: Any) -> Any:
+    """Gives a restored array the type of the target's leaf."""
+    if is_key(leaf):
+        return jax.random.wrap_key_data(array, impl=record["random_key"])
+    return array[()] if isinstance(leaf, np.generic) else array
+
+
+def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
+    """Says how an array on disk differs from the target's leaf, None if it does not."""
+    if isinstance(leaf, _PLAIN) and not isinstance(leaf, np.generic):
+        return f"{name!r} is an array on disk, the target has a Python {type(leaf).__name__}"
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return f"{name!r}: the target's leaf is a {type(leaf).__name__}"
+    if is_key(leaf) != ("random_key" in record):
+        return f"{name!r}: random keys on one side, plain numbers on the other"
+    shape, dtype = (tuple(leaf.shape), None) if is_key(leaf) else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    saved = tuple(record["shape"][: len(shape)]) if is_key(leaf) else tuple(record["shape"])
+    if shape != saved or dtype not in (None, record["dtype"]):
+        return f"{name!r} is {record['dtype']} {list(saved)} on disk, the target asks for {leaf.dtype} {list(shape)}"
+    return None

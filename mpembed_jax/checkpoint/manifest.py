@@ -1,0 +1,135 @@
+"""What a checkpoint folder holds: its manifest, the checksum of every file, and the steps of a directory.
+
+A checkpoint is one folder `step_<n>` that orbax writes, plus `manifest.json`, which names every file with size and CRC-32
+and carries what is no array. The manifest is written last, before orbax renames the folder to its final name, so a folder
+with that name was complete once; whatever happened to it later is found by `check`.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+VERSION = 1
+_STEP = re.compile(r"step_(\d+)")
+_TIMES = "_CHECKPOINT_METADATA"  # orbax's times of begin and end, changed once more after the manifest; nobody reads it here
+_PIECE = 1 << 22  # bytes read at once
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is incomplete or damaged; the message names the step and what is wrong."""
+
+
+def folder_of(directory: Path, step: int) -> Path:
+    """Returns the folder of one step."""
+    return directory / f"step_{step}"
+
+
+def steps(directory: Any) -> list[int]:
+    """Lists the steps that were saved completely, ascending; empty if the directory does not exist.
+
+    Args:
+      directory: as in save.
+
+    Returns:
+      Steps. Their files are not read: restore finds out whether one was damaged since.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    found = (_STEP.fullmatch(name) for name in names)
+    return sorted(int(m.group(1)) for m in found if m and (Path(directory) / m.group(0) / NAME).is_file())
+
+
+def latest_step(directory: Any) -> int | None:
+    """Returns the highest step of `steps(directory)`, None if there is none."""
+    found = steps(directory)
+    return found[-1] if found else None
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """Returns size and CRC-32 of a file."""
+    size = value = 0
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            size, value = size + len(piece), zlib.crc32(piece, value)
+    return size, value
+
+
+def _each_file(work: Callable[[str], Any], names: list[str]) -> list[Any]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, names))
+
+
+def write(folder: Path, body: dict[str, Any]) -> None:
+    """Checksums every file of `folder` and writes its manifest, the last file of a checkpoint, through to the disk."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _TIMES)
+    sums = _each_file(lambda name: _checksum(folder / name), names)
+    body = {**body, "version": VERSION, "files": dict(zip(names, sums, strict=True))}
+    text = json.dumps(body, sort_keys=True)
+    with open(folder / NAME, "w") as file:
+        json.dump({"crc32": zlib.crc32(text.encode()), "body": text}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def identity(body: dict[str, Any]) -> int:
+    """Returns a number that tells one checkpoint from another of the same step."""
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def read(directory: Path, step: int) -> dict[str, Any]:
+    """Returns a step's manifest.
+
+    Raises:
+      CheckpointError: if there is none, or it is damaged.
+    """
+    path = folder_of(directory, step) / NAME
+    try:
+        outer = json.loads(path.read_bytes())
+        text = outer["body"]
+        if zlib.crc32(text.encode()) != outer["crc32"]:
+            raise CheckpointError(f"step {step}: {path} is damaged (its checksum differs)")
+        body = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"step {step}: {path} is missing, so this checkpoint was never completed") from None
+    except OSError as error:
+        raise CheckpointError(f"step {step}: {path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"step {step}: {path} is damaged ({type(error).__name__}: {error})") from error
+    if body.get("version") != VERSION:
+        raise CheckpointError(f"step {step}: {path} is of version {body.get('version')}, this library reads {VERSION}")
+    return body
+
+
+def check(directory: Path, step: int, body: dict[str, Any]) -> None:
+    """Reads every file that the manifest names.
+
+    Raises:
+      CheckpointError: naming the array and the file, if one is missing, has another size or other bytes.
+    """
+    folder = folder_of(directory, step)
+    arrays = {record["key"]: name for name, record in body["arrays"].items()}
+
+    def fault(name: str) -> str | None:
+        size, expected = body["files"][name]
+        owner = name.split("/")[0]
+        what = f"array {arrays[owner]!r}" if owner in arrays else "checkpoint metadata"
+        try:
+            found, value = _checksum(folder / name)
+        except OSError as error:
+            return f"{what}: {folder / name} cannot be read: {error.strerror}"
+        if found != size:
+            return f"{what}: {folder / name} has {found} bytes instead of {size}"
+        return None if value == expected else f"{what}: {folder / name} has changed bytes (its checksum differs)"
+
+    faults = [f for f in _each_file(fault, list(body["files"])) if f]
+    if faults:
+        more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
+        raise CheckpointError(f"step {step}: {faults[0]}{more}")

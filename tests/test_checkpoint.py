@@ -1,0 +1,498 @@
+"""Checkpoints: the same bits after a restore, whatever the tree holds, during training, in increments, on shardings."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mpembed_jax as mpembed
+from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec
+
+pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
+
+from mpembed_jax import checkpoint
+
+SIZES, DIM = (3000, 40), 8
+ADAGRAD = mpembed.optim.rowwise_adagrad(0.1)
+ADAM = optax.adam(optax.exponential_decay(0.05, 10, 0.9))
+DENSE = optax.adam(1e-2)
+SMALL = dict(num_rows=128, ways=8)
+CASES = {
+    "int8-lfu": (dict(storage="int8", cache=CacheSpec(**SMALL)), ADAGRAD),
+    "int4-lru-bf16-state": (dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"), ADAM),
+    "int2-none": (dict(storage="int2", cache=None, skip_nonfinite=True), optax.sgd(0.1, momentum=0.9)),
+}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax's adam (decay**count) needs jax's default promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def stack(**options):
+    return EmbeddingSpec([TableSpec("a", SIZES[0]), TableSpec("b", SIZES[1])], DIM, **options)
+
+
+def batch(step, width=48):
+    """Ids of one step: skewed, drifting, with padding; the same for the same step, so a position is a whole data state."""
+    rng = np.random.default_rng(step)
+    ids = (rng.zipf(1.15, width) * 7 + step // 20 * 31) % sum(SIZES)
+    return np.where(rng.random(width) < 0.1, mpembed.NO_ID, ids).astype(np.int32)
+
+
+@cache
+def trainer(case):
+    tx = CASES[case][1]
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(tree, ids):
+        emb, plan = mpembed.prefetch(tree["emb"], ids)
+        rows = mpembed.lookup(emb, plan)
+
+        def loss_fn(w, rows):
+            return jnp.mean(jnp.sin(3 * mpembed.pool(rows, plan.inverse) @ w["w"]) ** 2 + w["b"])
+
+        grads, row_grads = jax.grad(loss_fn, argnums=(0, 1))(tree["params"], rows)
+        emb = mpembed.apply_gradients(emb, plan, rows, row_grads * 50, tx=tx)
+        updates, opt = DENSE.update(grads, tree["opt"], tree["params"])
+        params = optax.apply_updates(tree["params"], updates)
+        tracker = checkpoint.mark(tree["tracker"], plan)
+        return dict(emb=emb, params=params, opt=opt, key=jax.random.split(tree["key"])[0], tracker=tracker)
+
+    return step
+
+
+@cache
+def first_tree(case, seed=0):
+    options, tx = CASES[case]
+    params = {"w": jnp.ones((DIM, 3), jnp.float32), "b": jnp.zeros(3, jnp.bfloat16)}
+    emb = mpembed.init(jax.random.key(seed), stack(**options), tx)
+    return dict(emb=emb, params=params, opt=DENSE.init(params), key=jax.random.key(5), tracker=checkpoint.track(emb))
+
+
+def trained(case, begin, end, tree=None):
+    tree = jax.tree.map(jnp.copy, first_tree(case)) if tree is None else tree
+    for step in range(begin, end):
+        tree = trainer(case)(tree, batch(step))
+    return tree
+
+
+def assert_same(first, second):
+    """Structure, types, dtypes and every bit."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+        assert type(a) is type(b), path
+        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        if hasattr(a, "dtype"):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+            assert np.array(a).tobytes() == np.array(b).tobytes(), path
+        else:
+            assert a == b, path
+
+
+def only(tree, *names):
+    return {name: tree[name] for name in names}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_after_a_restore_bit_for_bit(case, tmp_path):
+    """60 steps, saved at 30 and restored into shapes and into a live state of another seed, against 60 without."""
+    tree = trained(case, 0, 30)
+    checkpoint.save(tmp_path, 30, tree)
+    uninterrupted = trained(case, 30, 60, tree)
+    for target in (jax.eval_shape(lambda: first_tree(case)), first_tree(case, 1)):
+        restored = checkpoint.restore(tmp_path, target)
+        assert restored["emb"].spec == target["emb"].spec
+        assert_same(trained(case, 30, 60, restored), uninterrupted)
+    assert int(uninterrupted["emb"].step) == 60
+    counters = dict(zip(("requests", "unique", "hits"), np.asarray(uninterrupted["emb"].counters)[:3, 0], strict=True))
+    assert counters["unique"] > 1000
+    if uninterrupted["emb"].cache is not None:
+        assert bool(uninterrupted["emb"].cache.dirty.any())
+        assert counters["hits"] > 100
+
+
+def test_everything_a_tree_may_hold_comes_back_as_it_was(tmp_path):
+    tree = {
+        "emb": first_tree("int8-lfu")["emb"],
+        "opt": (optax.EmptyState(), [jnp.float32(0.1), None]),
+        "keys": jax.random.split(jax.random.key(3, impl="rbg"), 3),
+        "numpy": {"position": np.int64(2**40 + 1), "order": np.arange(5)[::2], "half": np.float16([0.1, np.nan])},
+        "odd": {"a/b c": jnp.ones((2, 0, 3)), "flags": jnp.asarray([True, False]), "wide": jnp.float8_e4m3fn(3.0)},
+        "plain": {"step": 2**70, "loss": 0.1, "nan": float("nan"), "on": True, "name": "é", "iterator": b"\x00\xff"},
+    }
+    checkpoint.save(tmp_path, 0, tree)
+    restored = checkpoint.restore(tmp_path, tree)
+    assert np.isnan(tree["plain"].pop("nan"))
+    assert np.isnan(restored["plain"].pop("nan"))
+    assert_same(restored, tree)
+    emb = checkpoint.restore(tmp_path, {"emb": tree["emb"]}, partial=True)["emb"]
+    assert_same(emb, tree["emb"])
+    # A tree that is one embedding state, or one array.
+    checkpoint.save(tmp_path / "emb", 0, tree["emb"])
+    assert_same(checkpoint.restore(tmp_path / "emb", tree["emb"]), tree["emb"])
+    checkpoint.save(tmp_path / "one", 0, jnp.arange(3))
+    assert_same(checkpoint.restore(tmp_path / "one", jax.ShapeDtypeStruct((3,), jnp.int32)), jnp.arange(3))
+
+
+def test_training_with_donation_goes_on_during_a_save(tmp_path):
+    """The files get the values at the call, although their buffers are reused at once; nothing is copied in the steps."""
+    tree = trained("int8-lfu", 0, 20)
+    wanted = jax.tree.map(jnp.copy, tree)
+    address = tree["emb"].table.rows.unsafe_buffer_pointer()
+    saving = checkpoint.save(tmp_path, 20, tree, wait=False)
+    tree = trained("int8-lfu", 20, 40, tree)
+    assert tree["emb"].table.rows.unsafe_buffer_pointer() == address
+    saving.wait()
+    saving.wait()
+    assert_same(checkpoint.restore(tmp_path, wanted), wanted)
+    # The next save and a restore wait by themselves.
+    checkpoint.save(tmp_path, 40, tree, wait=False)
+    checkpoint.save(tmp_path, 41, tree, wait=False)
+    assert_same(checkpoint.restore(tmp_path, wanted, step=41), tree)
+    assert checkpoint.steps(tmp_path) == [20, 40, 41]
+
+
+def test_only_the_newest_are_kept_when_asked(tmp_path):
+    tree = only(trained("int8-lfu", 0, 3), "emb", "tracker")
+    for step in (1, 5, 10, 11):
+        checkpoint.save(tmp_path, step, tree["emb"], keep=2)
+    assert checkpoint.steps(tmp_path) == [10, 11]
+    assert checkpoint.latest_step(tmp_path) == 11
+    tracker = checkpoint.track(tree["emb"])
+    for step in (12, 13, 14):
+        checkpoint.save(tmp_path, step, tree["emb"], tracker=tracker, keep=1)
+    found = checkpoint.steps(tmp_path)  # an increment keeps what it builds on
+    assert found[-1] == 14
+    assert 2 <= len(found) <= 4
+    assert_same(checkpoint.restore(tmp_path, tree["emb"]), tree["emb"])
+    with pytest.raises(ValueError, match="keep"):
+        checkpoint.save(tmp_path, 15, tree["emb"], keep=0)
+
+
+# --- increments
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_chain_of_increments_restores_exactly(case, tmp_path):
+    """Every link equals the live tree, flushes in between included, and is far smaller than a full checkpoint."""
+    tree = trained(case, 0, 40)
+    full = checkpoint.save(tmp_path, 40, only(tree, "emb", "params"))
+    for step in range(40, 64, 8):
+        tree["tracker"] = checkpoint.track(tree["emb"])
+        tree = trained(case, step, step + 4, tree)
+        tree["emb"] = jax.jit(mpembed.flush, donate_argnums=0)(tree["emb"])
+        tree = trained(case, step + 4, step + 8, tree)
+        saving = checkpoint.save(tmp_path, step + 8, only(tree, "emb", "params"), tracker=tree["tracker"])
+        assert saving.nbytes < 0.6 * full.nbytes
+        live = only(tree, "emb", "params")
+        assert_same(checkpoint.restore(tmp_path, live), live)
+    for step in (40, 48, 56):
+        assert int(checkpoint.restore(tmp_path, only(tree, "emb", "params"), step=step)["emb"].step) == step
+
+
+def test_a_flush_alone_is_in_the_increment(tmp_path):
+    """It changes table rows that no plan since the last checkpoint names."""
+    tree = trained("int8-lfu", 0, 40)
+    checkpoint.save(tmp_path, 40, tree["emb"])
+    tracker = checkpoint.track(tree["emb"])
+    before = np.array(tree["emb"].table.rows)
+    flushed = jax.jit(mpembed.flush)(tree["emb"])
+    assert (np.array(flushed.table.rows) != before).any()
+    checkpoint.save(tmp_path, 41, flushed, tracker=tracker)
+    assert_same(checkpoint.restore(tmp_path, flushed), flushed)
+
+
+def test_a_tracker_that_missed_something_is_refused(tmp_path):
+    """Whatever could lose a row: a step or plan left out, another state's plan or tracker, another start."""
+    emb = trained("int8-lfu", 0, 10)["emb"]
+    checkpoint.save(tmp_path, 10, emb)
+    start = checkpoint.track(emb)
+
+    @jax.jit
+    def advance(emb, ids):
+        waiting, plan = mpembed.prefetch(emb, ids)
+        rows = mpembed.lookup(waiting, plan)
+        return mpembed.apply_gradients(waiting, plan, rows, rows, tx=ADAGRAD), plan, waiting
+
+    first, plan_10, pending = advance(emb, batch(10))
+    second, plan_11, _ = advance(first, batch(11))
+    _, other_plan, _ = advance(emb, batch(99))
+    mark = jax.jit(checkpoint.mark)
+    wrong = {
+        "none": start,
+        "last": mark(start, plan_10),
+        "first": mark(start, plan_11),
+        "twice": mark(mark(mark(start, plan_10), plan_10), plan_11),
+        "other": mark(mark(start, other_plan), plan_11),
+    }
+    for name, tracker in wrong.items():
+        with pytest.raises(ValueError, match="did not see every step"):
+            checkpoint.save(tmp_path, 12, second, tracker=tracker)
+        assert checkpoint.steps(tmp_path) == [10], name
+    right = mark(mark(start, plan_10), plan_11)
+    with pytest.raises(ValueError, match="another embedding state"):
+        checkpoint.save(tmp_path, 12, first_tree("int8-lfu", 1)["emb"], tracker=right)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* holds the rows that the tracker started from"):
+        checkpoint.save(tmp_path / "other", 12, second, tracker=right)
+    with pytest.raises(ValueError, match=r"no embedding state is called 'x'; the tree has \['emb'\]"):
+        checkpoint.save(tmp_path, 12, {"emb": second}, tracker={"x": right})
+    with pytest.raises(ValueError, match="2 embedding states"):
+        checkpoint.save(tmp_path, 12, {"a": second, "b": second}, tracker=right)
+    with pytest.raises(ValueError, match="without its apply_gradients"):
+        checkpoint.track(pending)
+    # A run of other values, though of the same key, spec and counts, is not the one in the directory.
+    checkpoint.save(tmp_path, 11, first)
+    changed = dataclasses.replace(first, table=dataclasses.replace(first.table, rows=first.table.rows.at[7, 0].add(1)))
+    with pytest.raises(ValueError, match=r"no checkpoint in .* holds the rows"):
+        checkpoint.save(tmp_path, 12, changed, tracker=checkpoint.track(changed))
+    checkpoint.save(tmp_path, 12, second, tracker=right)
+    assert_same(checkpoint.restore(tmp_path, second), second)
+
+
+def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplog):
+    emb = trained("int8-lfu", 0, 10)["emb"]
+    checkpoint.save(tmp_path, 5, emb)
+    checkpoint.save(tmp_path, 10, emb)
+    checkpoint.save(tmp_path, 11, emb, tracker=checkpoint.track(emb))
+    (tmp_path / "step_10").rename(tmp_path / "away")
+    with pytest.raises(checkpoint.CheckpointError, match="step 11 builds on step 10"):
+        checkpoint.restore(tmp_path, emb, step=11)
+    with caplog.at_level(logging.WARNING):
+        assert_same(checkpoint.restore(tmp_path, emb), emb)
+    assert "step 11 builds on step 10" in caplog.text
+    assert "using step 5" in caplog.text
+    checkpoint.save(tmp_path, 10, first_tree("int8-lfu")["emb"])
+    with pytest.raises(checkpoint.CheckpointError, match="step 10 is not the checkpoint it was made from"):
+        checkpoint.restore(tmp_path, emb, step=11)
+
+
+# --- shardings
+
+
+def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
+    """Rows split over 2 and 8 devices and replicated, from one device and back; increments too."""
+    tree = trained("int8-lfu", 0, 30)
+    checkpoint.save(tmp_path, 30, tree)
+
+    def sharding(num, array, spec):
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:num]), "x")
+        is_split = array.ndim and array.shape[0] % num == 0 and array.shape[0] >= 128
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[spec] * bool(is_split)))
+
+    for num, spec in ((8, "x"), (2, "x"), (4, None)):
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(num, x, spec)),  # noqa: B023
+            jax.eval_shape(lambda: first_tree("int8-lfu")),
+        )
+        spread = checkpoint.restore(tmp_path, shapes, step=30)
+        for leaf, shape in zip(jax.tree.leaves(spread), jax.tree.leaves(shapes), strict=True):
+            assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+        assert_same(spread, tree)
+        # Increments and full checkpoints of spread states.
+        if spec:
+            folder = tmp_path / f"{num}"
+            checkpoint.save(folder, 30, spread)
+            tracker = checkpoint.track(spread["emb"])
+            checkpoint.save(folder, 31, dict(spread, emb=jax.jit(mpembed.flush)(spread["emb"])), tracker=tracker)
+            flushed = dict(tree, emb=jax.jit(mpembed.flush)(tree["emb"]))
+            assert_same(checkpoint.restore(folder, tree), flushed)
+            assert_same(checkpoint.restore(folder, shapes), flushed)
+
+
+# --- what does not fit
+
+
+def test_a_target_that_does_not_fit_is_named(tmp_path):
+    tree = {"emb": first_tree("int8-lfu")["emb"], "w": jnp.zeros((2, 3)), "n": 1, "key": jax.random.key(0)}
+    checkpoint.save(tmp_path, 1, tree)
+    cases = {
+        "lacks leaves of the target: ['v']": dict(tree, v=jnp.zeros(1)),
+        "holds leaves that the target lacks: ['n']": {k: v for k, v in tree.items() if k != "n"},
+        "'w' is float32 [2, 3] on disk, the target asks for float32 [3, 2]": dict(tree, w=jnp.zeros((3, 2))),
+        "'w' is float32 [2, 3] on disk, the target asks for int32 [2, 3]": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
+        "'n' was saved as a Python int, the target has a float": dict(tree, n=1.0),
+        "'key': random keys on one side": dict(tree, key=jax.random.key_data(tree["key"])),
+        "no embedding state 'w'": dict(tree, w=tree["emb"]),
+        "holds leaves that the target lacks: ['n', 'w']": only(tree, "emb", "key"),
+    }
+    for message, target in cases.items():
+        with pytest.raises(ValueError) as caught:
+            checkpoint.restore(tmp_path, target)
+        assert message in str(caught.value)
+    with pytest.raises(TypeError, match=r"leaf 'f' is a function"):
+        checkpoint.save(tmp_path, 2, {"f": stack})
+    with pytest.raises(ValueError, match=r"both called 'a.b'"):
+        checkpoint.save(tmp_path, 2, {"a": {"b": 1}, "a.b": 2})
+    with pytest.raises(ValueError, match="step must be at least 0"):
+        checkpoint.save(tmp_path, -1, tree)
+    with pytest.raises(checkpoint.CheckpointError, match="is a good checkpoint already"):
+        checkpoint.save(tmp_path, 1, tree)
+
+
+def test_a_directory_without_checkpoints_says_so(tmp_path):
+    target = jnp.zeros(1)
+    assert checkpoint.steps(tmp_path / "none") == []
+    assert checkpoint.latest_step(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*none, which does not exist; save one first"):
+        checkpoint.restore(tmp_path / "none", target)
+    checkpoint.save(tmp_path, 3, target)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .*; there are \[3\]"):
+        checkpoint.restore(tmp_path, target, step=4)
+
+
+IMPORTS = """
+import json, sys
+import mpembed_jax
+before = "orbax" in sys.modules
+from mpembed_jax import checkpoint
+print(json.dumps([before, "orbax" in sys.modules]))
+"""
+
+
+def test_orbax_is_imported_by_this_adapter_only(request):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], cwd=request.path.parents[1], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [False, True], done.stderr
+
+
+def test_a_save_returns_before_the_files_are_written(tmp_path):
+    """A large tree: the call takes the time of a copy, not of writing."""
+    tree = {"w": jnp.asarray(np.random.default_rng(0).random((40, 1 << 18), np.float32))}
+    checkpoint.save(tmp_path, 0, tree)
+    start = time.perf_counter()
+    saving = checkpoint.save(tmp_path, 1, tree, wait=False)
+    returned = time.perf_counter() - start
+    assert checkpoint.steps(tmp_path) == [0]
+    saving.wait()
+    assert checkpoint.steps(tmp_path) == [0, 1]
+    assert returned < 0.9 * (time.perf_counter() - start)
+
+
+# --- into another format or cache
+
+
+def all_rows(emb):
+    return np.array(jax.jit(mpembed.read)(emb, np.arange(sum(SIZES), dtype=np.int32)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained int8 state with dirty lines, and its folder; its optimizer rows are not zero."""
+    with jax.numpy_dtype_promotion("standard"):
+        emb = trained("int8-lfu", 0, 40)["emb"]
+        folder = tmp_path_factory.mktemp("saved")
+        checkpoint.save(folder, 40, emb)
+        assert bool(emb.cache.dirty.any())
+        return folder, emb
+
+
+def restored_into(folder, caplog, **options):
+    target = jax.eval_shape(lambda: mpembed.init(jax.random.key(9), stack(**options), ADAGRAD))
+    with caplog.at_level(logging.WARNING):
+        emb = checkpoint.restore(folder, target)
+    emb.check_spec()
+    ids = np.arange(64, dtype=np.int32)  # it trains
+
+    @jax.jit
+    def step(emb):
+        emb, plan = mpembed.prefetch(emb, ids)
+        rows = mpembed.lookup(emb, plan)
+        return mpembed.apply_gradients(emb, plan, rows, rows, tx=ADAGRAD)
+
+    assert int(step(emb).step) == int(emb.step) + 1
+    return emb
+
+
+def test_another_format_keeps_what_rows_mean(saved, caplog):
+    """Lines are carried over bit for bit; other rows lie within one step of the new grid, unbiased; in float32 exactly."""
+    folder, emb = saved
+    before, held = all_rows(emb), set(np.array(emb.cache.tags).ravel()) - {mpembed.NO_ID}
+    outside = np.asarray([i for i in range(sum(SIZES)) if i not in held])
+    for storage, bits in (("int4", 4), ("int2", 2), ("float32", None)):
+        other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": storage})
+        after = all_rows(other)
+        np.testing.assert_array_equal(after[sorted(held)], before[sorted(held)])
+        assert np.array(other.cache.dirty).sum() == len(held)  # each is newer than its row
+        np.testing.assert_array_equal(np.array(other.row_state[0].sum_of_squares), np.array(emb.row_state[0].sum_of_squares))
+        if bits is None:
+            np.testing.assert_array_equal(after, before)
+            continue
+        error, most = (after - before)[outside], np.abs(before[outside]).max(axis=1, keepdims=True)
+        step = 1.02 * most / (2 ** (bits - 1) - 1)
+        assert (np.abs(error) <= step).all()
+        # Mean of n errors, each within one step: below 5 standard deviations of step / sqrt(4 n).
+        assert abs((error / step).mean()) < 5 / np.sqrt(4 * error.size)
+        assert np.abs(error).max() > 0
+        assert f"rows of int8 symmetric bfloat16 encoded anew as {storage}" in caplog.text
+        assert "cache lines carried over" in caplog.text
+
+
+@pytest.mark.parametrize("new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")])
+def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
+    """The same bits as `flush` leaves in the table; the rest of the state is carried over."""
+    folder, emb = saved
+    flushed = mpembed.flush(emb)
+    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new})
+    np.testing.assert_array_equal(np.array(other.table.rows), np.array(flushed.table.rows))
+    for name in ("key", "step", "counters", "row_state"):
+        assert_same(getattr(other, name), getattr(emb, name))
+    assert "starts empty" in caplog.text
+    assert f"{int(emb.cache.dirty.sum())} dirty lines written to their rows" in caplog.text
+    if new is not None:
+        assert (np.array(other.cache.tags) == mpembed.NO_ID).all()
+    narrow = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new, "storage": "int4"})
+    assert np.abs(all_rows(narrow) - all_rows(emb)).max() < 0.5
+
+
+def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
+    folder, emb = saved
+    options = {**CASES["int8-lfu"][0], "row_state_dtype": "bfloat16"}
+    narrow = restored_into(folder, caplog, **options)
+    bits = np.array(narrow.row_state[0].sum_of_squares)
+    wide = np.array(emb.row_state[0].sum_of_squares)
+    assert bits.dtype == np.uint16
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert (np.abs(values - wide) <= wide * 2**-7).all()
+    assert (values != wide).any()
+    checkpoint.save(tmp_path, 0, narrow)
+    back = restored_into(tmp_path, caplog, **CASES["int8-lfu"][0])
+    np.testing.assert_array_equal(np.array(back.row_state[0].sum_of_squares), values)
+
+
+def test_what_cannot_be_converted_is_refused(saved, tmp_path):
+    folder, emb = saved
+    options = CASES["int8-lfu"][0]
+    with pytest.raises(ValueError, match=r"saved with tables .*'a', 3000.* the target has .*'a', 3001"):
+        other = EmbeddingSpec([TableSpec("a", SIZES[0] + 1), TableSpec("b", SIZES[1])], DIM, **options)
+        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD)))
+    narrow = stack(**{**options, "storage": "int4"})
+    with pytest.raises(ValueError, match="pass the same tx"):
+        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), narrow, ADAM)))
+    pending, _ = jax.jit(mpembed.prefetch)(emb, batch(40))
+    checkpoint.save(tmp_path, 0, pending)
+    with pytest.raises(ValueError, match="between prefetch and apply_gradients"):
+        without = stack(**{**options, "cache": None})
+        checkpoint.restore(tmp_path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), without, ADAGRAD)))
+
+
+def test_an_increment_is_converted_too(saved, caplog):
+    folder, emb = saved
+    flushed = jax.jit(mpembed.flush)(emb)
+    checkpoint.save(folder, 41, flushed, tracker=checkpoint.track(emb))
+    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None})
+    np.testing.assert_array_equal(all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None)))

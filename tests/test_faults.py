@@ -1,0 +1,105 @@
+"""Nothing is lost: the parts of experiments/faults.py, in small."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
+pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
+
+import mpembed_jax as mpembed
+from experiments import faults, invariants
+from mpembed_jax import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax's adam (decay**count) needs jax's default promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_a_run_killed_three_times_ends_in_the_same_bits():
+    found = faults.kill_and_resume(kills=3, steps=50)
+    assert found["kills"] == 3
+    assert found["bits equal"]
+    assert sorted(found["resumed at steps"]) == found["resumed at steps"]
+
+
+def test_every_array_cut_or_changed_is_refused_by_name(caplog):
+    with caplog.at_level(logging.CRITICAL):
+        found = faults.damage(fallback_every=8)
+    assert found["files"] >= found["arrays"] >= 40
+    assert found["refusals"] == 4 * (found["files"] - 4)
+
+
+def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
+    """In a process of its own: orbax leaves unfinished writes behind when one fails, which would be reported elsewhere."""
+    command = [sys.executable, "-m", "experiments.faults", "--only", "disks", "--out", str(tmp_path / "report.json")]
+    done = subprocess.run(command, cwd=request.path.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    messages = json.loads((tmp_path / "report.json").read_text())["parts"]["disks"]
+    messages.pop("seconds")
+    assert "File too large" in messages["disk full"]
+    assert "Permission denied" in messages["permission denied"]
+    assert all("checkpoints saved before are unchanged" in m for m in messages.values() if not m.startswith("none"))
+
+
+def test_ids_from_hell_change_only_what_was_asked_for():
+    found = invariants.ids_from_hell(300)
+    assert found["examples"] >= 300
+    assert min(found.values()) > 100
+
+
+def test_bad_gradients_stay_where_they_are():
+    found = invariants.bad_gradients(40, ("int8", "float32"))
+    assert found["rows skipped"] > 20
+    assert found["rows that became no number"] > 20
+
+
+def test_a_soak_of_a_thousand_steps():
+    """Three states, invariants every 125 steps, increments restored exactly at the end, memory flat."""
+    found = invariants.soak(1000, 125, ())
+    assert found["checks"] == 8
+    assert found["evictions"]["int8"] > 1000
+
+
+@pytest.mark.parametrize("broken", ["duplicate", "foreign set", "dirty and empty", "counts"])
+def test_the_invariants_notice_a_broken_state(broken):
+    state = mpembed.init(jax.random.key(1), invariants._hell_spec("lfu", "int8"), invariants._SGD)
+    ids = np.broadcast_to(np.arange(24, dtype=np.int32)[:, None], (24, 3))  # as in the test above: compiled once
+    state, _, _ = invariants._train(state, ids, np.ones((24, 3, 4), np.float32), invariants._SGD)
+    invariants.check_state(state, 1)
+    tags, dirty, counters = (np.array(x) for x in (state.cache.tags, state.cache.dirty, state.counters))
+    held = np.argwhere(tags != mpembed.NO_ID)
+    empty = tuple(np.argwhere(tags == mpembed.NO_ID)[0])
+    match broken:
+        case "duplicate":
+            tags[empty] = tags[tuple(held[0])]
+        case "foreign set":
+            first, second = tuple(held[0]), next(tuple(h) for h in held if h[0] != held[0][0])
+            tags[first], tags[second] = tags[second], tags[first]
+        case "dirty and empty":
+            dirty[empty] = True
+        case _:
+            counters[2, 0] += 1
+    cache = {**vars(state.cache), "tags": tags, "dirty": dirty}
+    with pytest.raises(AssertionError):
+        invariants.check_state(type(state)(**{**vars(state), "cache": mpembed.CacheState(**cache), "counters": counters}), 1)
+
+
+def test_steps_of_a_directory_ignore_what_is_unfinished(tmp_path):
+    for name in ("step_3.orbax-checkpoint-tmp", "step_4", "step_x", "notes"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.save(tmp_path, 3, np.arange(2))
+    assert checkpoint.steps(tmp_path) == [3]
+    assert not (tmp_path / "step_3.orbax-checkpoint-tmp").exists()
+    with pytest.raises(checkpoint.CheckpointError, match="none of this library's checkpoints"):
+        checkpoint.save(tmp_path, 4, np.arange(2))
+    assert (tmp_path / "step_4").exists()
