@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import embedding, numerics, ops, optim
+from mpembed_jax import evaluation, numerics, ops, optim
 from mpembed_jax import state as states
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
@@ -36,7 +36,7 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
     unknown = [n for n in names if n not in known]
     if unknown:
         raise KeyError(f"unknown tables {unknown}; this spec has {known}")
-    read = jax.jit(embedding.read)
+    read = jax.jit(evaluation.read)
     result = {}
     for name in names:
         start, size = state.spec.table_range(name)

@@ -41,6 +41,7 @@ class CacheStats(NamedTuple):
     write_backs: int
     out_of_range: int
     dropped: int
+    wide_exchanges: int
     nonfinite_rows: int
     refused_updates: int
 

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
-from mpembed_jax import embedding
+from mpembed_jax import embedding, evaluation
 from mpembed_jax.cache import CachePlan
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID
@@ -55,14 +55,14 @@ def update(
 
 def read(state: EmbeddingState, ids: Any) -> Any:
     """Returns the nest of rows (float32 [.., D]) of global ids, for evaluation; changes nothing."""
-    return _run(embedding.read, state, ids)
+    return _run(evaluation.read, state, ids)
 
 
 def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
     treedef: Any
     leaves, treedef = jax.tree.flatten(ids)
     dim, num_positions = state.spec.embedding_dim, sum(leaf.size for leaf in leaves)
-    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(embedding.read(state, ids))]
+    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(evaluation.read(state, ids))]
     rows = jnp.concatenate([*vectors, jnp.zeros((1, dim), jnp.float32)])
     inverse, first = [], 0
     for leaf in leaves:
@@ -127,7 +127,7 @@ def _table_block(state: EmbeddingState, block: jax.Array, dtype: Any) -> tuple[j
     nominal = block * size
     first = jnp.minimum(nominal, state.spec.num_rows - size)
     ids = first + jnp.arange(size, dtype=jnp.int32)
-    rows = embedding.read(state, ids)
+    rows = evaluation.read(state, ids)
     return first, jnp.where(ids[:, None] >= nominal, rows, jnp.float32(0)).astype(dtype)
 
 
