@@ -7,6 +7,7 @@ to the FP32 line where the row is cached, else stochastically rounded into the t
 """
 
 import dataclasses
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import access, exchange, ops, planning
+from mpembed_jax import access, exchange, ops, planning, requests
 from mpembed_jax import cache as caching
 from mpembed_jax import ids as ids_
 from mpembed_jax import row_state as row_states
@@ -32,7 +33,8 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 
     Args:
       state: consumed where donated.
-      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding.
+      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a mesh, this device's share of
+        the batch; of a stack of 2**31 - 1 rows or more, pairs [.., 2] (see sharding.pairs).
 
     Returns:
       The state, one step further, and the plan of this step.
@@ -44,17 +46,21 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     state.check_spec()
     spec, layout, chunk = state.spec, state.layout, ops.chunk_of(state.implementation)
     leaves, treedef = ids_.checked(ids)
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
-    is_request = ids_.in_range(flat, spec.num_rows)
-    num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
-    num_positions = flat.shape[0]
-    width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
-    found = wanted = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
-    num_requests, num_dropped, share = jnp.sum(is_request, dtype=jnp.int32), found.num_dropped, Fraction(num_positions)
     route: Any = None
-    if layout is not None:  # from here on the rows are those of this shard, whoever asks for them
+    if layout is None:
+        flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+        is_request = ids_.in_range(flat, spec.num_rows)
+        num_requests = jnp.sum(is_request, dtype=jnp.int32)
+        num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
+        num_positions = flat.shape[0]
+        width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
+        found = wanted = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
+        num_dropped, share = found.num_dropped, Fraction(num_positions)
+    else:  # `wanted` is what this device's ids are, `found` the rows of its shard that any device asks for
         layout.check_bound("prefetch")
-        found, wanted, route = exchange.request(layout, wanted, spec.max_unique_ids, state.step)
+        wanted, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, state.step)
+        num_dropped, num_positions = wanted.num_dropped, wanted.inverse.shape[0]
+        found, wanted, route = exchange.request(layout, wanted, state.step)
         width, share = found.ids.shape[0], layout.positions(num_positions)
         num_dropped = exchange.total_over_batch(layout, num_dropped) + exchange.total_over_shards(layout, found.num_dropped)
 
@@ -102,10 +108,11 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         route = dataclasses.replace(route, rows=unique_ids, num_cached=num_cached, num_rows=found.num_ids, asked=inverse)
         counts = exchange.total_counts(layout, counts, route)
         unique_ids, inverse = wanted.ids, wanted.inverse
-    pieces = jnp.split(inverse, np.cumsum([leaf.size for leaf in leaves])[:-1]) if leaves else []
+    shapes = [leaf.shape if layout is None else layout.shape_of(leaf) for leaf in leaves]
+    pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1]) if leaves else []
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten([p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]),
+        inverse=treedef.unflatten([p.reshape(shape) for p, shape in zip(pieces, shapes, strict=True)]),
         line=line,
         is_hit=is_hit,
         victim_ids=victim_ids,

@@ -1,6 +1,7 @@
 """The verbs beside the training step: read rows for evaluation, flush the cache, freeze the table."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import access, exchange, ops
+from mpembed_jax import access, exchange, ops, requests
 from mpembed_jax import cache as caching
 from mpembed_jax import ids as ids_
 from mpembed_jax import table as tables_
@@ -33,22 +34,28 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     if isinstance(state, QuantizedTable):
         return treedef.unflatten([tables_.read(state, leaf) for leaf in leaves])
     state.check_spec()
-    num_rows, layout = state.spec.num_rows, state.layout
-    leaves = [jnp.where(ids_.in_range(leaf, num_rows), leaf, NO_ID) for leaf in leaves]
+    layout = state.layout
     if layout is None:
-        return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
+        num_rows = state.spec.num_rows
+        in_range = [jnp.where(ids_.in_range(leaf, num_rows), leaf, NO_ID) for leaf in leaves]
+        return treedef.unflatten([_read_rows(state, leaf) for leaf in in_range])
+    shapes = [layout.shape_of(leaf) for leaf in leaves]
+    width = (2,) if layout.is_paired else ()
+    flat = jnp.concatenate([leaf.reshape(-1, *width) for leaf in leaves]) if leaves else jnp.zeros((0, *width), jnp.int32)
 
     def read_shards(state: EmbeddingState, ids: jax.Array) -> jax.Array:
-        return exchange.read(layout, ids, partial(_read_rows, state))
+        return exchange.read(layout, requests.masked(layout, ids)[0], partial(_read_rows, state))
 
-    if not layout.is_bound:
-        read_shards = over_mesh(read_shards, state, PartitionSpec(layout.batch_axes))
-    share = 1 if layout.is_bound else layout.batch_shards
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
-    rows = read_shards(state, jnp.pad(flat, (0, -flat.size % share), constant_values=NO_ID))
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    pieces = [rows[end - leaf.size : end] for end, leaf in zip(ends, leaves, strict=True)]
-    return treedef.unflatten([p.reshape(*leaf.shape, -1) for p, leaf in zip(pieces, leaves, strict=True)])
+    if layout.is_bound:
+        rows = read_shards(state, flat)
+    else:
+        missing = -flat.shape[0] % layout.batch_shards
+        padded = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(width)], constant_values=NO_ID)
+        divided = PartitionSpec(layout.batch_axes)
+        rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
+    ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
+    pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
+    return treedef.unflatten([p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)])
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:

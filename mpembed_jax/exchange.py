@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, numerics, ops
+from mpembed_jax import access, numerics, ops, requests
 from mpembed_jax.cache import Counts
 from mpembed_jax.layout import Layout
 from mpembed_jax.ops import Unique
@@ -106,7 +106,7 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 @jax.named_scope("exchange_ids")
-def request(layout: Layout, wanted: Unique, budget: int | None, step: jax.Array) -> tuple[Unique, Unique, Route]:
+def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Unique, Route]:
     """Sends a device's unique ids to their owners, who deduplicate what arrives.
 
     Over the budget of distinct ids of the whole batch, the ids smallest by fmix32(id xor step) stay, as on one device.
@@ -114,14 +114,13 @@ def request(layout: Layout, wanted: Unique, budget: int | None, step: jax.Array)
     Args:
       layout: of the stack.
       wanted: the distinct ids of this device's share of the batch; real ones may be followed by NO_ID anywhere.
-      budget: spec.max_unique_ids.
       step: int32 scalar.
 
     Returns:
       The distinct local rows that this shard is asked for (`inverse` by received entry); `wanted`, with ids over the budget
       dropped from ids and inverse; and the route, whose `asked`, `rows` and numbers follow the plan once it is made.
     """
-    num_entries = wanted.ids.shape[0] - 1
+    num_entries, budget = wanted.ids.shape[0] - 1, layout.spec.max_unique_ids
     owner, row, rank = _assign(layout, wanted.ids)
     room = _width(layout, num_entries, False)
     is_over = jnp.any((owner < layout.shards) & (rank >= room))
@@ -183,9 +182,9 @@ def _keep_budget(
         answer = _return(
             layout, dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)), answers[:, None]
         )
-        has_row = (answer[:, 0] > 0) & (wanted.ids != NO_ID)
+        has_row = answer[:, 0] > 0
         wanted_inverse = jnp.where(access.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1)
-        wanted_ids = jnp.where(has_row, wanted.ids, NO_ID)
+        wanted_ids = jnp.where(has_row.reshape(-1, *[1] * (wanted.ids.ndim - 1)), wanted.ids, NO_ID)
         return ids, inverse, counts, num_ids, found.num_ids - num_ids, wanted_ids, wanted_inverse
 
     def keep() -> tuple:
@@ -235,8 +234,8 @@ def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
 
 
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the rows [N, D] of global ids [N] by asking their owners; `read_rows` reads local rows [n] -> [n, D]."""
-    wanted = ops.unique(ids, ids.shape[0] + 1, jnp.int32(0))
+    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]) by asking their owners, who read local rows [n] -> [n, D]."""
+    wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
     owner, row, rank = _assign(layout, wanted.ids)
     num_entries = ids.shape[0]
     is_over = jnp.any((owner < layout.shards) & (rank >= _width(layout, num_entries, False)))

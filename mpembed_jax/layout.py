@@ -47,6 +47,11 @@ class Layout:
         if mesh is None and axis_name is None:
             if placement is not None:
                 raise ValueError("placement needs mesh= (or axis_name= inside jax.pmap): without one there is one device")
+            if spec.num_rows >= NO_ID:
+                raise ValueError(
+                    f"one device holds at most 2**31 - 2 rows of a stack, these tables have {spec.num_rows}; divide it over "
+                    f"a mesh, or make two stacks"
+                )
             return None
         placement = Placement() if placement is None else placement
         if mesh is None:
@@ -74,15 +79,24 @@ class Layout:
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
             raise ValueError(f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch")
-        layout = Layout(
-            spec, placement, axes, shards, batch_axes, batch_shards, mesh, _table_shards(spec, placement, shards)
-        )
+        if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
+            raise ValueError(
+                f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole tables' blocks"
+            )
+        tables = _table_shards(spec, placement, shards)
+        layout = Layout(spec, placement, axes, shards, batch_axes, batch_shards, mesh, tables)
         if layout.num_rows >= NO_ID:
             raise ValueError(
                 f"a shard holds at most 2**31 - 2 rows, {spec.num_rows} rows on {shards} shards make {layout.num_rows}: "
                 f"use more shards or several stacks"
             )
         return layout
+
+    @staticmethod
+    def bare(spec: EmbeddingSpec, placement: Placement, shards: int) -> "Layout":
+        """Returns a layout over `shards` devices that are not there: for planning what lies where."""
+        tables = _table_shards(spec, placement, shards)
+        return Layout(spec, placement, ("shards",), shards, ("shards",), shards, None, tables)
 
     @property
     def fingerprint(self) -> np.ndarray:
@@ -127,6 +141,24 @@ class Layout:
         return Geometry(geometry.sets // self.shards, geometry.ways, geometry.groups // self.shards)
 
     @property
+    def is_paired(self) -> bool:
+        """Whether ids do not fit 32 bits and are pairs (shard, local row)."""
+        return self.spec.num_rows >= NO_ID
+
+    def shape_of(self, ids: jax.Array) -> tuple[int, ...]:
+        """Returns the shape of ids, the axis of pairs left out.
+
+        Raises:
+          ValueError: if ids should be pairs and are not.
+        """
+        if self.is_paired and (not ids.ndim or ids.shape[-1] != 2):
+            raise ValueError(
+                f"ids of a stack of {self.spec.num_rows} rows must be pairs int32 [.., 2], got {list(ids.shape)}; "
+                f"make them with sharding.pairs(state, ids)"
+            )
+        return ids.shape[:-1] if self.is_paired else ids.shape
+
+    @property
     def is_bound(self) -> bool:
         """Whether the code being traced runs once per device, inside jax.shard_map or jax.pmap over these axes."""
         return set(self.all_axes) <= set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -165,7 +197,9 @@ class Layout:
         return np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1).astype(np.int32)
 
     def place(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the shard and the local row (int32, shape of ids) of global ids of the stack; NO_ID: (P, NO_ID)."""
+        """Returns the shard and the local row (int32, [..]) of global ids [..], or of pairs [.., 2]; NO_ID: (P, NO_ID)."""
+        if self.is_paired:
+            return ids[..., 0], ids[..., 1]
         is_id = ids != NO_ID
         if self.table_shards is None:
             shard, row = ids % jnp.int32(self.shards), ids // jnp.int32(self.shards)

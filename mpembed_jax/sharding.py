@@ -1,14 +1,16 @@
-"""Beside the verbs over a mesh: moving a state between layouts.
+"""Beside the verbs over a mesh: choosing a placement, moving a state between layouts, ids of very large stacks.
 
 The verbs themselves (prefetch, lookup, apply_gradients, read, flush) take sharded states as they take others; see `init`.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from mpembed_jax import cache as caching
@@ -16,8 +18,9 @@ from mpembed_jax import evaluation
 from mpembed_jax.cache import CacheState
 from mpembed_jax.layout import Layout
 from mpembed_jax.placement import Placement
+from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState, partition_specs
-from mpembed_jax.table import NO_ID
+from mpembed_jax.table import NO_ID, offsets
 
 
 def relayout(
@@ -119,3 +122,105 @@ def _by_shard(cache: CacheState, shards: int) -> CacheState:
         cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
         sketch=sketch, groups=cache.groups // shards,
     )  # fmt: skip
+
+
+def plan(
+    spec: EmbeddingSpec,
+    num_shards: int,
+    batches: Iterable[Any] = (),
+    *,
+    replicate_bytes: int = 1 << 20,
+    margin: float = 1.1,
+) -> Placement:
+    """Chooses a placement for a stack from its size and the skew of sample batches.
+
+    A stack of few bytes is replicated, and so is one whose cache cannot be divided: every device then does all of its
+    work, but nothing but ids and gradients travels. Else rows go by MOD, unless whole tables on shards, filled largest
+    first, would leave the busiest owner fewer ids to serve at no more than a tenth of unused rows. The exchange gets the
+    room that the fullest (device, owner) pair of the samples needed, times `margin`.
+
+    Args:
+      spec: the stack.
+      num_shards: P, devices along the sharding axis; batches are divided over the same devices.
+      batches: nests of int32 host arrays of global ids, whole batches; none: no skew is known, rows by MOD with the
+        default room.
+      replicate_bytes: largest table to replicate.
+      margin: room over what was measured, at least 1.
+
+    Returns:
+      A Placement.
+
+    Raises:
+      ValueError: if margin is below 1, or a batch does not divide over the devices.
+    """
+    if margin < 1:
+        raise ValueError(f"margin must be at least 1, got {margin}")
+    groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
+    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or groups % num_shards:
+        return Placement("replicated")
+    candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
+    if spec.num_rows < NO_ID:
+        tables = Layout.bare(spec, Placement("tables"), num_shards)
+        if tables.num_rows * num_shards <= 1.1 * spec.num_rows:
+            candidates["tables"] = tables
+    shares = {kind: 0.0 for kind in candidates}
+    for batch in batches:
+        for kind, layout in candidates.items():
+            shares[kind] = max(shares[kind], _largest_share(layout, batch))
+    kind = min(shares, key=lambda kind: (shares[kind], kind))
+    capacity = shares[kind] * num_shards * margin
+    placement = candidates[kind].placement
+    return dataclasses.replace(placement, capacity=capacity) if capacity else placement
+
+
+def _largest_share(layout: Layout, batch: Any) -> float:
+    """Returns the largest number of distinct ids a device has for one owner, over its budget of unique ids."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    devices, spec = layout.shards, layout.spec
+    if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):
+        raise ValueError(f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}")
+    largest = 0.0
+    for parts in zip(*(np.split(leaf, devices) for leaf in leaves), strict=True):
+        flat = np.concatenate([part.reshape(-1) for part in parts])
+        ids = np.unique(flat[(flat >= 0) & (flat < spec.num_rows)]).astype(np.int64)
+        budget = flat.size if spec.max_unique_ids is None else min(spec.max_unique_ids, flat.size)
+        if layout.table_shards is None:
+            owner = ids % devices
+        else:
+            owner = np.asarray(layout.table_shards)[np.searchsorted(offsets(spec.tables)[1:], ids, side="right")]
+        largest = max(largest, np.bincount(owner, minlength=1).max(initial=0) / max(1, budget))
+    return largest
+
+
+def pairs(state: EmbeddingState, ids: Any) -> Any:
+    """Returns ids of a stack of any size as pairs (shard, local row), computed on the host in 64 bits.
+
+    They are what prefetch and read take for a sharded stack of 2**31 - 1 rows or more.
+
+    Args:
+      state: sharded; concrete or abstract.
+      ids: {feature: integers [..]} or integers [.., T], local to their tables, on the host; NO_ID is padding.
+
+    Returns:
+      int32 [.., 2] for each array, same nesting.
+
+    Raises:
+      KeyError: on an unknown feature.
+      TypeError: if ids are not integers.
+      ValueError: if the last axis is not T; with out_of_range="raise", on ids outside their table; or if the stack takes
+        plain ids.
+    """
+    layout = state.layout
+    if layout is None:
+        raise ValueError("pairs are ids of a stack that is divided over a mesh; this state is not")
+
+    def split(rows: np.ndarray) -> np.ndarray:
+        is_row = (rows >= 0) & (rows < spec.num_rows)
+        shard = np.where(is_row, rows % layout.shards, layout.shards)
+        row = np.where(is_row, rows // layout.shards, np.where(rows < 0, NO_ID, NO_ID - 1))
+        return np.stack([shard, row], axis=-1).astype(np.int32)
+
+    spec = layout.spec
+    if not layout.is_paired:
+        raise ValueError(f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them")
+    return jax.tree.map(split, spec.global_ids(ids))

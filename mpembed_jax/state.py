@@ -18,6 +18,7 @@ from mpembed_jax import table as tables_
 from mpembed_jax.cache import CacheState, Counts
 from mpembed_jax.layout import Layout
 from mpembed_jax.placement import Placement
+from mpembed_jax.shard import Shard
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable
 
@@ -103,19 +104,36 @@ def init(
       ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
         over the mesh so.
     """
-    chosen = ops.choose(implementation)
     layout = Layout.of(spec, mesh, axis_name, placement)
+
+    def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
+        return tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard)
+
+    return make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, table_of)
+
+
+def make(
+    key: jax.Array,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    implementation: str,
+    layout: Layout | None,
+    table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
+) -> EmbeddingState:
+    """Makes the state that starts from the table `table_of(key, shard)`, of one device or, shard by shard, over a mesh."""
 
     def build(key: jax.Array, index: Any = None) -> EmbeddingState:
         shard = None if layout is None else layout.shard(layout.index() if index is None else index)
-        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard)
-        return assemble(key, spec, tx, chosen, table, layout)
+        return assemble(key, spec, tx, implementation, table_of(key, shard), layout)
 
-    words = optim.key_words(key)
-    if mesh is None:
-        return jax.jit(build)(words) if layout is None else build(words)
-    specs = partition_specs(jax.eval_shape(partial(build, index=0), words))
-    return jax.jit(jax.shard_map(build, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(words)
+    if layout is None:
+        return jax.jit(build)(key)
+    if not isinstance(key, jax.core.Tracer):
+        key = np.asarray(key)  # a host value is the same on every process, an array is one device's
+    if layout.mesh is None:
+        return build(key)
+    specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
+    return jax.jit(jax.shard_map(build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(key)
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:
@@ -142,8 +160,8 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
     )
 
 
-def over_mesh(function: Callable, state: EmbeddingState, *specs: PartitionSpec) -> Callable:
-    """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; its result is like the last argument.
+def over_mesh(function: Callable, state: EmbeddingState, *specs: PartitionSpec, result: Any = None) -> Callable:
+    """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; result None: another state.
 
     Raises:
       ValueError: if the state has no mesh, being one device's part inside jax.pmap.
@@ -152,8 +170,8 @@ def over_mesh(function: Callable, state: EmbeddingState, *specs: PartitionSpec) 
     if mesh is None:
         raise ValueError("this state was made inside jax.pmap and has no mesh: call the verbs inside jax.pmap, too")
     of_state = partition_specs(state)
-    last = specs[-1] if specs else of_state
-    return jax.shard_map(function, mesh=mesh, in_specs=(of_state, *specs), out_specs=last, check_vma=False)
+    result = of_state if result is None else result
+    return jax.shard_map(function, mesh=mesh, in_specs=(of_state, *specs), out_specs=result, check_vma=False)
 
 
 def assemble(

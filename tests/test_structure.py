@@ -34,14 +34,15 @@ CORE = {
     "spec": {"cache", "formats", "table"},
     "shard": {"numerics", "table"},
     "layout": {"cache", "placement", "shard", "spec", "table"},
-    "exchange": {"access", "cache", "layout", "numerics", "ops", "table"},
+    "requests": {"access", "layout", "ops", "table"},
+    "exchange": {"access", "cache", "layout", "numerics", "ops", "requests", "table"},
     "optim": {"numerics"},
     "row_state": {"access", "numerics", "varying"},
-    "state": {"cache", "layout", "ops", "optim", "placement", "row_state", "spec", "table"},
-    "embedding": {"access", "cache", "exchange", "ids", "ops", "planning", "row_state", "state", "table"},
-    "evaluation": {"access", "cache", "exchange", "ids", "ops", "state", "table"},
+    "state": {"cache", "layout", "ops", "optim", "placement", "row_state", "shard", "spec", "table"},
+    "embedding": {"access", "cache", "exchange", "ids", "ops", "planning", "requests", "row_state", "state", "table"},
+    "evaluation": {"access", "cache", "exchange", "ids", "ops", "requests", "state", "table"},
     "stats": {"spec", "state"},
-    "dense": {"evaluation", "numerics", "ops", "optim", "spec", "state", "table"},
+    "dense": {"access", "evaluation", "layout", "numerics", "ops", "optim", "placement", "spec", "state", "table"},
 }
 CORE["memory"] = set(CORE)
 ADAPTERS = {"nn", "sharding", "checkpoint", "lookahead", "export"}  # import the core and each other's like, never imported
