@@ -140,7 +140,7 @@ class CachePlan:
         """The rows that `line` is about (int32, local on a shard), how many of them sit in lines, how many are real."""
         if self.route is None:
             return self.unique_ids, self.counts.num_cached, self.counts.unique
-        return self.route.rows, self.route.num_cached, self.route.num_rows
+        return self.route.rows, self.route.num_cached[0], self.route.num_rows[0]
 
 
 @partial(

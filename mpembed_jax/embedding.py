@@ -105,7 +105,9 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     )
     is_hit = jnp.arange(width, dtype=jnp.int32) < num_hits
     if layout is not None:
-        route = dataclasses.replace(route, rows=unique_ids, num_cached=num_cached, num_rows=found.num_ids, asked=inverse)
+        route = dataclasses.replace(
+            route, rows=unique_ids, num_cached=num_cached[None], num_rows=found.num_ids[None], asked=inverse
+        )
         counts = exchange.total_counts(layout, counts, route)
         unique_ids, inverse = wanted.ids, wanted.inverse
     shapes = [leaf.shape if layout is None else layout.shape_of(leaf) for leaf in leaves]

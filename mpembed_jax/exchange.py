@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mpembed_jax import access, numerics, ops, requests
-from mpembed_jax.cache import Counts
+from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.layout import Layout
 from mpembed_jax.ops import Unique
 from mpembed_jax.table import NO_ID
@@ -34,12 +35,20 @@ class Route:
     """How the rows of one step travel. U entries of this device; Q rows of its shard that are asked for, of any device."""
 
     rows: jax.Array  # i32 [Q]  local rows, in the plan's order, NO_ID after the first num_rows; the last is always NO_ID
-    num_cached: jax.Array  # i32 []  of them that sit in lines
-    num_rows: jax.Array  # i32 []
+    num_cached: jax.Array  # i32 [1]  of them that sit in lines
+    num_rows: jax.Array  # i32 [1]
     asked: jax.Array  # i32 [received]  which of the rows each received entry asks for; Q - 1: none
     owner: jax.Array  # i32 [U]  shard that owns an entry of this device; P: none
     rank: jax.Array  # i32 [U]  its place among this device's entries for that owner
     is_wide: jax.Array  # bool []  arrays of full width are used
+
+
+def plan_specs(layout: Layout) -> CachePlan:
+    """Returns the PartitionSpecs of a plan, for taking one out of jax.shard_map and into another; a prefix of its tree."""
+    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes, ())]
+    batch, shard, both, everywhere = specs
+    route = Route(shard, shard, shard, shard, both, both, everywhere)
+    return CachePlan(batch, batch, shard, shard, shard, everywhere, everywhere, route)
 
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
@@ -150,7 +159,8 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
         )
 
     found = Unique(*_either(layout, is_wide, num_entries, lambda width: tuple(send(width))))
-    route = Route(found.ids, found.num_ids, found.num_ids, found.inverse, owner, rank, is_wide)
+    num_rows = found.num_ids[None]
+    route = Route(found.ids, num_rows, num_rows, found.inverse, owner, rank, is_wide)
     if budget is not None and budget < min(layout.batch_shards * num_entries, layout.spec.num_rows):
         found, wanted, route = _keep_budget(layout, found, wanted, route, budget, step)
     return found, wanted, route

@@ -128,12 +128,12 @@ def make(
 
     if layout is None:
         return jax.jit(build)(key)
-    if not isinstance(key, jax.core.Tracer):
-        key = np.asarray(key)  # a host value is the same on every process, an array is one device's
     if layout.mesh is None:
         return build(key)
+    # A host value is the same on every process; an array is one device's.
+    words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
-    return jax.jit(jax.shard_map(build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(key)
+    return jax.jit(jax.shard_map(build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(words)
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:
@@ -160,7 +160,7 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
     )
 
 
-def over_mesh(function: Callable, state: EmbeddingState, *specs: PartitionSpec, result: Any = None) -> Callable:
+def over_mesh(function: Callable, state: EmbeddingState, *specs: Any, result: Any = None) -> Callable:
     """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; result None: another state.
 
     Raises:

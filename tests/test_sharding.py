@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
+from experiments.collectives import collectives
 from mpembed_jax import sharding
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -231,7 +232,7 @@ def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
 
 def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
     """The compiled step: no copy of an array of a shard; all_to_all of ids, rows and gradients, narrow and wide."""
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("items", 400_000)], 32, "int8", max_unique_ids=600)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("items", 400_000)], 32, "int8", max_unique_ids=2048)
     mesh, tx = mesh_of(4), mpembed.optim.rowwise_adagrad(0.05)
     state = jax.eval_shape(lambda: mpembed.init(KEY, spec, tx, mesh=mesh))
     specs = mpembed.partition_specs(state)
@@ -246,9 +247,9 @@ def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
     assert not rows & set(copies), "an array of a shard is copied"
     entries = 512  # a device's ids, fewer than the budget
     narrow, wide = -(-5 * entries // 16), entries
-    for width in (narrow, wide):
-        sent = re.findall(rf"all-to-all\(.*?(?:s32\[1,{width},2\]|f32\[1,{width},32\])", text)
-        assert sent, width
+    for width, is_wide in ((narrow, False), (wide, True)):
+        found = [c for c in collectives(text, 4, is_wide=is_wide) if c.kind != "all-reduce"]
+        assert [(c.kind, c.sent_bytes) for c in found] == [("all-to-all", 3 * width * size) for size in (8, 128, 128)]
 
 
 # --- what is refused
