@@ -45,8 +45,9 @@ class Route:
 
 def plan_specs(layout: Layout) -> CachePlan:
     """Returns the PartitionSpecs of a plan, for taking one out of jax.shard_map and into another; a prefix of its tree."""
-    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes, ())]
-    batch, shard, both, everywhere = specs
+    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)]
+    batch, shard, both = specs
+    everywhere: Any = PartitionSpec()
     route = Route(shard, shard, shard, shard, both, both, everywhere)
     return CachePlan(batch, batch, shard, shard, shard, everywhere, everywhere, route)
 

@@ -67,6 +67,8 @@ class Layout:
         if unknown:
             raise ValueError(f"no mesh axis {unknown[0]!r}; the mesh has {tuple(sizes)}")
         axes = () if placement.kind == "replicated" else names
+        if len({name in batch_axes for name in axes}) > 1:
+            raise ValueError(f"batch_axes {batch_axes} must name all of the sharding axes {axes} or none")
         shards = math.prod(sizes[name] for name in axes)
         batch_shards = math.prod(sizes[name] for name in batch_axes)
         if spec.cache is not None and (groups := spec.cache.geometry(spec.num_rows).groups) % shards:
@@ -79,6 +81,11 @@ class Layout:
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
             raise ValueError(f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch")
+        if blocks is not None and batch_axes != (*(name for name in batch_axes if name not in axes), *axes):
+            raise ValueError(
+                f"with summation_blocks the batch must be divided over the sharding axes {axes} last, got batch_axes "
+                f"{batch_axes}"
+            )
         if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
             raise ValueError(
                 f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole tables' blocks"
@@ -114,7 +121,7 @@ class Layout:
     @property
     def replicas(self) -> int:
         """Devices along the replica axes."""
-        return self.batch_shards // (self.shards if self.is_batch_divided else 1)
+        return self.batch_shards // (self.shards if self.is_batch_divided else 1)  # all or none divide batches
 
     @property
     def is_batch_divided(self) -> bool:

@@ -66,8 +66,9 @@ class EmbeddingState:
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
                 raise ValueError(
                     f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "
-                    f"storage, cache, row_state_dtype must be those of the saved state; restore with the saved spec, then "
-                    f"move the rows with to_dense and from_dense"
+                    f"storage, cache, row_state_dtype (of a sharded state also its placement and number of shards) must be "
+                    f"those of the saved state; restore with those, then move the rows with to_dense and from_dense "
+                    f"(or the state with sharding.relayout)"
                 )
 
 

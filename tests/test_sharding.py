@@ -192,6 +192,28 @@ def assert_same_rows(state, tables):
         np.testing.assert_array_equal(rows, tables[name])
 
 
+def test_initial_rows_are_those_of_one_device():
+    """Uniform ones and those of an initializer function, rows by MOD and whole tables."""
+    tables = [mpembed.TableSpec("a", 9000, jax.nn.initializers.normal(0.1)), mpembed.TableSpec("b", 1001)]
+    tables.append(mpembed.TableSpec("c", 10, jax.nn.initializers.ones))
+    spec = mpembed.EmbeddingSpec(tables, DIM, "int4", None)
+    wanted = mpembed.to_dense(mpembed.init(KEY, spec, SGD))
+    for placement in (mpembed.Placement("rows"), mpembed.Placement("tables")):
+        assert_same_rows(mpembed.init(KEY, spec, SGD, mesh=mesh_of(4), placement=placement), wanted)
+
+
+def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
+    """Row state in bfloat16, rounded stochastically; a step count; NaN gradients from some positions."""
+    spec = dataclasses.replace(spec_of("lru"), row_state_dtype="bfloat16", skip_nonfinite=True)
+    tx = mpembed.optim.rowwise_adagrad(optax.linear_schedule(0.5, 0.25, 8), 1e-3)
+    ids, upstream = stream()
+    upstream = np.where(np.random.default_rng(5).random((STEPS, BATCH, 1)) < 0.02, np.float32(np.nan), upstream)
+    expected = train(mpembed.init(KEY, spec, tx), ids, upstream, tx)[0]
+    state = train(mpembed.init(KEY, spec, tx, mesh=mesh_of(4)), ids, upstream, tx)[0]
+    assert mpembed.stats(state).nonfinite_rows == mpembed.stats(expected).nonfinite_rows > 10
+    assert_same_state(state, jax.device_get(expected))
+
+
 # --- the verbs beside training
 
 
@@ -252,6 +274,21 @@ def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
         assert [(c.kind, c.sent_bytes) for c in found] == [("all-to-all", 3 * width * size) for size in (8, 128, 128)]
 
 
+def test_a_sharded_step_is_traced_once_and_keeps_its_buffers():
+    spec, mesh = spec_of("lfu"), mesh_of(2)
+    state = mpembed.init(KEY, spec, SGD, mesh=mesh)
+    specs = mpembed.partition_specs(state)
+    run = jax.shard_map(partial(step, SGD), mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x"))))
+    run = jax.jit(run, donate_argnums=0)
+    ids, upstream = stream()
+    buffers = set()
+    for batch in zip(ids[:3], upstream[:3], strict=True):
+        state, _ = run(state, batch)
+        buffers.add(tuple(shard.data.unsafe_buffer_pointer() for shard in state.table.rows.addressable_shards))
+    assert run._cache_size() == 1
+    assert len(buffers) == 1
+
+
 # --- what is refused
 
 
@@ -269,6 +306,13 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
         mpembed.init(KEY, spec, SGD, placement=mpembed.Placement())
     with pytest.raises(ValueError, match="multiple of the 4 devices"):
         mpembed.init(KEY, spec, SGD, mesh=mesh, placement=mpembed.Placement(summation_blocks=6))
+    with pytest.raises(ValueError, match="all of the sharding axes"):
+        mpembed.init(
+            KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name=("x", "y"), placement=mpembed.Placement(batch_axes=("x",))
+        )
+    with pytest.raises(ValueError, match="sharding axes .* last"):
+        placement = mpembed.Placement(batch_axes=("x", "y"), summation_blocks=4)
+        mpembed.init(KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name="x", placement=placement)
     with pytest.raises(ValueError, match="one shard in"):
         mpembed.init(KEY, spec, SGD, mesh=mesh, placement=mpembed.Placement("tables", table_shards=(0, 4, 1)))
     with pytest.raises(ValueError, match="one of rows, tables, replicated"):
