@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments.collectives import collectives
 from mpembed_jax import sharding
+from mpembed_jax.state import COUNTERS
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jax.random.key(3)
@@ -310,7 +311,7 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
         mpembed.init(
             KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name=("x", "y"), placement=mpembed.Placement(batch_axes=("x",))
         )
-    with pytest.raises(ValueError, match="sharding axes .* last"):
+    with pytest.raises(ValueError, match=r"sharding axes .* last"):
         placement = mpembed.Placement(batch_axes=("x", "y"), summation_blocks=4)
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name="x", placement=placement)
     with pytest.raises(ValueError, match="one shard in"):
@@ -323,6 +324,16 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
     other = dataclasses.replace(state, layout=mpembed.init(KEY, spec, SGD, mesh=mesh_of(2)).layout)
     with pytest.raises(ValueError, match="another spec"):
         mpembed.stats(other)
+
+
+def test_stats_warn_where_most_steps_exceed_the_room_of_the_exchange():
+    state = mpembed.init(jax.random.key(9), spec_of("lfu"), SGD, mesh=mesh_of(2))
+    words = np.zeros((len(COUNTERS), 2), np.uint32)
+    words[COUNTERS.index("wide_exchanges"), 0] = 60
+    for steps in (99, 121):
+        mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(steps)))
+    with pytest.warns(UserWarning, match=r"60 of 100 steps .* raise Placement\(capacity"):
+        mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(100)))
 
 
 # --- choosing a placement
