@@ -173,7 +173,7 @@ class Counts:
     evictions: jax.Array  # residents displaced
     write_backs: jax.Array  # of these, dirty ones, quantized and written
     out_of_range: jax.Array  # positions outside the table
-    dropped: jax.Array  # unique ids over the budget
+    dropped: jax.Array  # unique ids over the budget; on a mesh, one that several devices drop counts for each
     wide_exchanges: jax.Array  # 1 if ids exceeded the exchange's room and travelled in full-width arrays; 0 on one device
 
     @property

@@ -23,8 +23,8 @@ class EmbeddingSpec:
       embedding_dim: D, at least 1.
       storage: RowFormat or its name, how rows outside the cache are stored and trained.
       cache: CacheSpec, or None to train every row in the table.
-      max_unique_ids: budget of distinct ids per batch; None: as many as positions. A smaller budget makes smaller arrays;
-        ids over it read as zeros, change nothing and are counted as dropped.
+      max_unique_ids: budget of distinct ids per batch (on a mesh, of the whole batch); None: as many as positions. A smaller
+        budget makes smaller arrays; ids over it read as zeros, change nothing and are counted as dropped.
       out_of_range: what `global_ids` does with ids outside their own table: "drop" (read as zeros, counted), "clip" (into
         their own table) or "raise" (an error on concrete ids; on traced ids drop, count, and an error from `stats`).
       features: {feature: table name}, several features may share a table; None: each table is its own feature.
