@@ -94,7 +94,8 @@ def work(settings: Settings) -> None:
     if settings.worker >= 0:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         (processes,) = settings.processes
-        jax.distributed.initialize(f"localhost:{settings.port}", processes, settings.worker)
+        # Heartbeats may be late: all workers share this machine, which may be busy.
+        jax.distributed.initialize(f"localhost:{settings.port}", processes, settings.worker, heartbeat_timeout_seconds=600)
         mesh = jax.make_mesh((settings.devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     result = train(settings, mesh)
     if settings.worker <= 0:
