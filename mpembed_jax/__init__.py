@@ -3,18 +3,13 @@
 from mpembed_jax import memory, optim
 from mpembed_jax.cache import CachePlan, CacheSpec, CacheState
 from mpembed_jax.dense import from_dense, to_dense
-from mpembed_jax.embedding import (
-    apply_gradients,
-    flush,
-    freeze,
-    lookup,
-    prefetch,
-    read,
-)
+from mpembed_jax.embedding import apply_gradients, lookup, prefetch
+from mpembed_jax.evaluation import flush, freeze, read
 from mpembed_jax.formats import RowFormat, decode, encode
+from mpembed_jax.placement import Placement
 from mpembed_jax.pooling import pool, segments_from_offsets
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState, init
+from mpembed_jax.state import EmbeddingState, init, partition_specs
 from mpembed_jax.stats import CacheStats, stats
 from mpembed_jax.table import NO_ID, QuantizedTable, TableSpec
 
@@ -26,6 +21,7 @@ __all__ = [
     "CacheStats",
     "EmbeddingSpec",
     "EmbeddingState",
+    "Placement",
     "QuantizedTable",
     "RowFormat",
     "TableSpec",
@@ -39,6 +35,7 @@ __all__ = [
     "lookup",
     "memory",
     "optim",
+    "partition_specs",
     "pool",
     "prefetch",
     "read",

@@ -96,7 +96,7 @@ class CacheState:
     rows: Any  # f32 [C, D]
     sketch: Any  # u16 [2, G, 2 C // G]  None for lru
     policy: str
-    groups: int
+    groups: int  # of one shard
 
     @property
     def geometry(self) -> Geometry:
@@ -112,7 +112,7 @@ class CacheState:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["unique_ids", "inverse", "line", "is_hit", "victim_ids", "counts", "step"],
+    data_fields=["unique_ids", "inverse", "line", "is_hit", "victim_ids", "counts", "step", "route"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +121,9 @@ class CachePlan:
 
     Unique ids stand in the order hits, newcomers, bypassed rows, padding; the last entry is always padding with a zero
     row. `ids == unique_ids[inverse]`, except that padding, out-of-range and over-budget positions hold U - 1.
+
+    On a mesh, unique_ids and inverse are those of this device's ids, in order of first occurrence; line, is_hit and
+    victim_ids are about the rows of this device's shard that any device asks for, `route.rows`; counts are of all devices.
     """
 
     unique_ids: jax.Array  # i32 [U]
@@ -130,6 +133,14 @@ class CachePlan:
     victim_ids: jax.Array  # i32 [U]  id displaced from `line`, NO_ID if none
     counts: "Counts"
     step: jax.Array  # i32 []  which prefetch made it
+    route: Any = None  # exchange.Route on a mesh
+
+    @property
+    def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The rows that `line` is about (int32, local on a shard), how many of them sit in lines, how many are real."""
+        if self.route is None:
+            return self.unique_ids, self.counts.num_cached, self.counts.unique
+        return self.route.rows, self.route.num_cached[0], self.route.num_rows[0]
 
 
 @partial(
@@ -145,6 +156,7 @@ class CachePlan:
         "write_backs",
         "out_of_range",
         "dropped",
+        "wide_exchanges",
     ],
     meta_fields=[],
 )
@@ -161,7 +173,8 @@ class Counts:
     evictions: jax.Array  # residents displaced
     write_backs: jax.Array  # of these, dirty ones, quantized and written
     out_of_range: jax.Array  # positions outside the table
-    dropped: jax.Array  # unique ids over the budget
+    dropped: jax.Array  # unique ids over the budget; on a mesh, one that several devices drop counts for each
+    wide_exchanges: jax.Array  # 1 if ids exceeded the exchange's room and travelled in full-width arrays; 0 on one device
 
     @property
     def num_cached(self) -> jax.Array:

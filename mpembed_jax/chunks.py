@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access
+from mpembed_jax import access, varying
 
 Carry = TypeVar("Carry")
 
@@ -79,7 +79,7 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
         index = first + jnp.arange(chunk, dtype=jnp.int32)
         return start + chunk, body(Window(first, index, (index >= start) & (index < end)), carry)
 
-    return lax.while_loop(lambda loop: loop[0] < end, step, (begin, carry))[1]
+    return lax.while_loop(lambda loop: loop[0] < end, step, varying.settle(step, (begin, carry)))[1]
 
 
 def append(

@@ -1,5 +1,6 @@
 """Between quantized stacks and plain float32 tables, block by block, so that no float32 copy of a stack is ever made."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -8,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mpembed_jax import embedding, numerics, ops, optim
+from mpembed_jax import access, evaluation, numerics, ops, optim
 from mpembed_jax import state as states
+from mpembed_jax.layout import Layout
+from mpembed_jax.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
+from mpembed_jax.state import EmbeddingState, over_mesh
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _BLOCK = 65536  # rows moved at once
@@ -36,7 +40,11 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
     unknown = [n for n in names if n not in known]
     if unknown:
         raise KeyError(f"unknown tables {unknown}; this spec has {known}")
-    read = jax.jit(embedding.read)
+    layout = state.layout
+    if layout is not None and layout.is_paired:
+        raise ValueError(f"a stack of {state.spec.num_rows} rows is too large for dense tables; read rows by pairs")
+    # Over several processes every one of them gets the whole of what it asks for.
+    read = jax.jit(evaluation.read, out_shardings=None if layout is None else NamedSharding(layout.mesh, PartitionSpec()))
     result = {}
     for name in names:
         start, size = state.spec.table_range(name)
@@ -50,11 +58,19 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 
 
 @partial(jax.jit, donate_argnums=0)
-def _store(table: QuantizedTable, key: jax.Array, first: jax.Array, block: jax.Array) -> QuantizedTable:
+def _store(state: EmbeddingState, first: jax.Array, block: jax.Array) -> EmbeddingState:
+    table, layout = state.table, state.layout
+    if layout is not None and not layout.is_bound:
+        everywhere = PartitionSpec()
+        return over_mesh(_store, state, everywhere, everywhere)(state, first, block)
     ids = first + jnp.arange(block.shape[0], dtype=jnp.int32)
-    packed = encode_rows(block, ids, table, key, numerics.INITIAL_ROUNDING, jnp.int32(0))
-    rows = jax.lax.dynamic_update_slice(table.rows, packed, (first, jnp.int32(0)))
-    return QuantizedTable(rows, table.format, table.embedding_dim)
+    here = ids if layout is None else layout.shard(layout.index()).rows_of(ids)
+    packed = encode_rows(block, here, table, state.row_key, numerics.INITIAL_ROUNDING, jnp.int32(0))
+    if layout is None:
+        rows = jax.lax.dynamic_update_slice(table.rows, packed, (first, jnp.int32(0)))
+    else:
+        rows = access.put(table.rows, here, packed)
+    return dataclasses.replace(state, table=dataclasses.replace(table, rows=rows))
 
 
 def from_dense(
@@ -63,6 +79,9 @@ def from_dense(
     tx: optax.GradientTransformation,
     tables: Mapping[str, Any],
     *,
+    mesh: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    placement: Placement | None = None,
     implementation: str | None = None,
 ) -> EmbeddingState:
     """Makes a state from float32 tables, rounded by the format's rule; memory-mapped arrays are read in blocks.
@@ -72,6 +91,9 @@ def from_dense(
       spec: the stack.
       tx: optax transformation for the rows.
       tables: {name: [vocabulary_size, D]}, one for every table of the spec; any float dtype.
+      mesh: as in init.
+      axis_name: as in init.
+      placement: as in init.
       implementation: as in init.
 
     Returns:
@@ -89,18 +111,19 @@ def from_dense(
             raise ValueError(
                 f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got {list(np.shape(tables[t.name]))}"
             )
-    words = optim.key_words(key)
-    shape = (spec.num_rows, spec.storage.row_words(spec.embedding_dim))
-    packed = jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim))
-    table = QuantizedTable(packed, spec.storage, spec.embedding_dim)
+    layout = Layout.of(spec, mesh, axis_name, placement)
+
+    def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
+        shape = (spec.num_rows if shard is None else shard.num_rows, spec.storage.row_words(spec.embedding_dim))
+        packed = jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim))
+        return QuantizedTable(packed, spec.storage, spec.embedding_dim)
+
+    state = states.make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)
     for name in names:
         start, size = spec.table_range(name)
         block = min(_BLOCK, size)
         for first in range(0, size, block):
             begin = min(first, size - block)
             rows = np.asarray(tables[name][begin : begin + block], dtype=np.float32)
-            table = _store(table, words, np.int32(start + begin), rows)
-    assemble = jax.jit(
-        lambda key, table: states.assemble(key, spec, tx, ops.choose(implementation), table), donate_argnums=1
-    )
-    return assemble(words, table)
+            state = _store(state, np.int32(start + begin), rows)
+    return state

@@ -1,4 +1,4 @@
-"""The verbs of an embedding: prefetch, lookup, apply_gradients, read, flush, freeze.
+"""The verbs of a training step: prefetch, lookup, apply_gradients. (read, flush and freeze are in `evaluation`.)
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache. A training step plans and swaps (prefetch),
 gathers unique rows (lookup), and after the user's gradient applies one optimizer update per unique row (apply_gradients):
@@ -7,6 +7,8 @@ to the FP32 line where the row is cached, else stochastically rounded into the t
 """
 
 import dataclasses
+import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -14,45 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import access, ops, planning, row_update
+from mpembed_jax import access, exchange, ops, planning, requests, row_update
 from mpembed_jax import cache as caching
+from mpembed_jax import ids as ids_
 from mpembed_jax import state as states
-from mpembed_jax import table as tables_
 from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.state import EmbeddingState
-from mpembed_jax.table import NO_ID, QuantizedTable
-
-# --- ids
-
-
-def _checked_ids(ids: Any) -> tuple[list[jax.Array], Any]:
-    """Returns the int32 leaves of a nest of ids and its structure."""
-    leaves, treedef = jax.tree.flatten(ids)
-    checked = []
-    for leaf in leaves:
-        if isinstance(leaf, int | np.ndarray | np.generic) and not isinstance(leaf, bool):
-            array = np.asarray(leaf)
-            if array.dtype.kind in "iu":
-                if array.size and (array.max() > NO_ID or array.min() < -(2**31)):
-                    raise ValueError(
-                        f"ids must fit int32, got {array.dtype} values up to {array.max()}; "
-                        f"map them with spec.global_ids, which checks ranges before jax truncates to 32 bits"
-                    )
-                checked.append(jnp.asarray(array.astype(np.int32)))
-                continue
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
-            what = f"{dtype} {list(leaf.shape)}" if dtype is not None else type(leaf).__name__
-            raise TypeError(f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before prefetch")
-        checked.append(leaf.astype(jnp.int32))
-    return checked, treedef
-
-
-def _in_range(ids: jax.Array, num_rows: int) -> jax.Array:
-    return (ids >= 0) & (ids < num_rows)
-
-
-# --- the training step
+from mpembed_jax.table import NO_ID
 
 
 def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
@@ -62,7 +32,8 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 
     Args:
       state: consumed where donated.
-      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding.
+      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a mesh, this device's share of
+        the batch; of a stack of 2**31 - 1 rows or more, pairs [.., 2] (see sharding.pairs).
 
     Returns:
       The state, one step further, and the plan of this step.
@@ -72,14 +43,25 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       ValueError: if host ids do not fit int32.
     """
     state.check_spec()
-    spec, chunk = state.spec, ops.chunk_of(state.implementation)
-    leaves, treedef = _checked_ids(ids)
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
-    is_request = _in_range(flat, spec.num_rows)
-    num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
-    num_positions = flat.shape[0]
-    width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
-    found = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
+    spec, layout, chunk = state.spec, state.layout, ops.chunk_of(state.implementation)
+    leaves, treedef = ids_.checked(ids)
+    route: Any = None
+    if layout is None:
+        flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+        is_request = ids_.in_range(flat, spec.num_rows)
+        num_requests = jnp.sum(is_request, dtype=jnp.int32)
+        num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
+        num_positions = flat.shape[0]
+        width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
+        found = wanted = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
+        num_dropped, share = found.num_dropped, Fraction(num_positions)
+    else:  # `wanted` is what this device's ids are, `found` the rows of its shard that any device asks for
+        layout.check_bound("prefetch")
+        wanted, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, state.step)
+        num_dropped, num_positions = wanted.num_dropped, wanted.inverse.shape[0]
+        found, wanted, route = exchange.request(layout, wanted, state.step)
+        width, share = found.ids.shape[0], layout.positions(num_positions)
+        num_dropped = exchange.total_over_batch(layout, num_dropped) + exchange.total_over_shards(layout, found.num_dropped)
 
     table, cache = state.table, state.cache
     zero = jnp.int32(0)
@@ -88,7 +70,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
         num_hits = num_cached = evictions = write_backs = hit_requests = zero
     else:
-        cache, placed = planning.make_plan(cache, found.ids, found.counts, found.num_ids, state.step, num_positions, chunk)
+        cache, placed = planning.make_plan(cache, found.ids, found.counts, found.num_ids, state.step, share, chunk)
         num_hits, num_cached = placed.num_hits, placed.num_cached
         # The plan's order is hits, newcomers, bypassed, padding; `order` says where each came from.
         position = jnp.arange(width, dtype=jnp.int32)
@@ -103,12 +85,12 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(
             table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
-            num_hits, num_cached, state.key, state.step, chunk,
+            num_hits, num_cached, state.row_key, state.step, chunk,
         )  # fmt: skip
         cache = dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))
 
     counts = Counts(
-        requests=jnp.sum(is_request, dtype=jnp.int32),
+        requests=num_requests,
         unique=found.num_ids,
         hits=num_hits,
         hit_requests=hit_requests,
@@ -117,17 +99,27 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         evictions=evictions,
         write_backs=write_backs,
         out_of_range=num_out_of_range,
-        dropped=found.num_dropped,
+        dropped=num_dropped,
+        wide_exchanges=zero,
     )
-    pieces = jnp.split(inverse, np.cumsum([leaf.size for leaf in leaves])[:-1]) if leaves else []
+    is_hit = jnp.arange(width, dtype=jnp.int32) < num_hits
+    if layout is not None:
+        route = dataclasses.replace(
+            route, rows=unique_ids, num_cached=num_cached[None], num_rows=found.num_ids[None], asked=inverse
+        )
+        counts = exchange.total_counts(layout, counts, route)
+        unique_ids, inverse = wanted.ids, wanted.inverse
+    shapes = [leaf.shape if layout is None else layout.shape_of(leaf) for leaf in leaves]
+    pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1]) if leaves else []
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten([p.reshape(leaf.shape) for p, leaf in zip(pieces, leaves, strict=True)]),
+        inverse=treedef.unflatten([p.reshape(shape) for p, shape in zip(pieces, shapes, strict=True)]),
         line=line,
-        is_hit=jnp.arange(width, dtype=jnp.int32) < num_hits,
+        is_hit=is_hit,
         victim_ids=victim_ids,
         counts=counts,
         step=state.step,
+        route=route,
     )
     state = dataclasses.replace(
         state,
@@ -151,13 +143,17 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     Returns:
       [U, D] in dtype.
     """
-    counts = plan.counts
-    rows = None if state.cache is None else state.cache.rows
-    gathered = ops.lookup(
-        state.table, rows, plan.unique_ids, plan.line, counts.num_cached, counts.unique,
-        ops.chunk_of(state.implementation),
-    )  # fmt: skip
+    gathered = _gather(state, plan)
+    if state.layout is not None:
+        gathered = exchange.fetch(state.layout, plan.route, gathered)
     return gathered.astype(dtype)
+
+
+def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Gathers the rows that the plan placed; on a mesh those of this device's shard."""
+    ids, num_cached, num_ids = plan.placed
+    rows = None if state.cache is None else state.cache.rows
+    return ops.lookup(state.table, rows, ids, plan.line, num_cached, num_ids, ops.chunk_of(state.implementation))
 
 
 def apply_gradients(
@@ -187,7 +183,7 @@ def apply_gradients(
     Raises:
       ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
     """
-    spec = state.spec
+    spec, layout = state.spec, state.layout
     expected = (plan.unique_ids.shape[0], spec.embedding_dim)
     for name, array in (("rows", rows), ("row_grads", row_grads)):
         if array.shape != expected:
@@ -199,16 +195,19 @@ def apply_gradients(
             raise ValueError(
                 f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 and cast after"
             )
-    is_own = jnp.all(state.fingerprint == spec.fingerprint)
+    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
     is_pending = state.pending & is_own & (plan.step == state.step - 1)
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
             "apply_gradients needs a prefetch of its own: this state has none waiting (init, or already applied); "
             "call prefetch once before each apply_gradients"
         )
-    num_ids = jnp.where(is_pending, plan.counts.unique, 0)
-    num_cached = jnp.where(is_pending, plan.counts.num_cached, 0)
-    position = jnp.arange(expected[0], dtype=jnp.int32)
+    unique_ids, num_cached, num_ids = plan.placed
+    num_ids, num_cached = jnp.where(is_pending, num_ids, 0), jnp.where(is_pending, num_cached, 0)
+    if layout is not None:
+        layout.check_bound("apply_gradients")
+        rows, row_grads = _gather(state, plan), exchange.collect(layout, plan.route, row_grads)
+    position = jnp.arange(unique_ids.shape[0], dtype=jnp.int32)
     is_updated = position < num_ids
     num_nonfinite = jnp.int32(0)
     if spec.skip_nonfinite:
@@ -218,15 +217,17 @@ def apply_gradients(
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
-    ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
+    ids = jnp.where(is_updated, unique_ids, NO_ID)
     cache = state.cache
     line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
     table, cache_rows, row_state = row_update.apply(
         tx, state.table, None if cache is None else cache.rows, state.row_state, ids, line, rows, row_grads,
-        num_cached, num_ids, spec.row_state_dtype, state.key, plan.step, is_pending, ops.chunk_of(state.implementation),
+        num_cached, num_ids, spec.row_state_dtype, state.row_key, plan.step, is_pending, ops.chunk_of(state.implementation),
     )  # fmt: skip
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
+    if layout is not None:
+        num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
     return dataclasses.replace(
         state,
         table=table,
@@ -235,48 +236,3 @@ def apply_gradients(
         pending=np.False_,
         counters=states.count_updates(state.counters, num_nonfinite, ~is_pending),
     )
-
-
-# --- beside the training step
-
-
-def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
-    """Returns the rows of ids for evaluation: the FP32 line where resident, else the table's row; changes nothing.
-
-    Args:
-      state: not consumed; a frozen table (see freeze) is read as it is.
-      ids: any nest of int32 arrays of global ids.
-
-    Returns:
-      The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
-    """
-    leaves, treedef = _checked_ids(ids)
-    if isinstance(state, QuantizedTable):
-        return treedef.unflatten([tables_.read(state, leaf) for leaf in leaves])
-    state.check_spec()
-
-    def read_leaf(ids: jax.Array) -> jax.Array:
-        ids = jnp.where(_in_range(ids, state.table.num_rows), ids, NO_ID)
-        rows = tables_.read(state.table, ids)
-        if state.cache is None:
-            return rows
-        line = caching.locate(state.cache, ids)
-        cached = access.take(state.cache.rows, line)
-        return jnp.where((line < state.cache.geometry.lines)[..., None], cached, rows)
-
-    return treedef.unflatten([read_leaf(leaf) for leaf in leaves])
-
-
-def flush(state: EmbeddingState) -> EmbeddingState:
-    """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
-    state.check_spec()
-    cache = state.cache
-    if cache is None:
-        return state
-    table = ops.write_back(state.table, cache.rows, cache.tags.reshape(-1), cache.dirty.reshape(-1), state.key, state.step)
-    return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
-
-
-def freeze(state: EmbeddingState) -> QuantizedTable:
-    """Returns the flushed rows of `state` as a table that `read` takes without a cache."""
-    return flush(state).table

@@ -6,7 +6,7 @@ kernel body. Rounding knows nothing of rows or tables, and random bits are an ar
 cache line, shard or launch shape.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
     return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
 
 
-def bits_at(seed: jax.Array, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
+def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
     """Returns 32 random bits for each (row id, column) pair; `row_ids` and `columns` broadcast against each other.
 
     Each row walks its own Weyl sequence (an odd, row-dependent increment) and every point of it is mixed again, so
@@ -74,11 +74,11 @@ def bits_at(seed: jax.Array, row_ids: jax.Array, columns: jax.Array) -> jax.Arra
     return fmix32(start + columns.astype(jnp.uint32) * increment)
 
 
-def row_bits(key: jax.Array, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+def row_bits(key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
     """Returns the random bits of whole rows.
 
     Args:
-      key: uint32 [2].
+      key: uint32 [2], or shard.RowKey, whose row_ids are local rows.
       stream: one of the stream constants of this module.
       step: integer scalar.
       row_ids: integer [..], global row ids.
@@ -87,6 +87,8 @@ def row_bits(key: jax.Array, stream: int, step: jax.Array, row_ids: jax.Array, n
     Returns:
       uint32 [.., num_columns].
     """
+    if hasattr(key, "row_bits"):
+        return key.row_bits(stream, step, row_ids, num_columns)
     columns = jnp.arange(num_columns, dtype=jnp.uint32)
     return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)
 

@@ -6,13 +6,14 @@ not (order inside a set, admission, halving, conservative sketch update).
 """
 
 import dataclasses
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, chunks, numerics
+from mpembed_jax import access, chunks, numerics, varying
 from mpembed_jax import cache as caching
 from mpembed_jax.cache import CacheState, Geometry
 from mpembed_jax.table import NO_ID
@@ -45,7 +46,7 @@ def make_plan(
     counts: jax.Array,
     num_ids: jax.Array,
     step: jax.Array,
-    num_positions: int,
+    num_positions: Fraction,
     chunk: int | None,
 ) -> tuple[CacheState, Placement]:
     """Decides hits, newcomers, victims and bypasses of one batch and updates tags, priorities and the sketch.
@@ -64,7 +65,7 @@ def make_plan(
       counts: int32 [U], occurrences in the batch.
       num_ids: int32 scalar.
       step: int32 scalar, number of this prefetch.
-      num_positions: N, ids in the batch, padding included.
+      num_positions: N, ids in the batch, padding included; for one shard of a stack its share of N, as C is of its lines.
       chunk: see chunks.each.
 
     Returns:
@@ -273,4 +274,4 @@ def _enter(
         order, last, queue, num_waiting = chunks.each(0, num_waiting, width, chunk, requeue, left)
         return carry._replace(order=order, last=last, queue=queue, num_waiting=num_waiting)
 
-    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, carry)
+    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, varying.settle(one_round, carry))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpembed_jax import access, ops
+from mpembed_jax import access, ops, varying
 
 COMBINERS = ("sum", "mean", "sqrtn")
 
@@ -67,7 +67,8 @@ def _bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
         factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
         return total + factor[..., None] * access.take(rows, here)
 
-    return lax.fori_loop(0, index.shape[-1], body, jnp.zeros(shape, jnp.float32))
+    start = varying.settle(lambda total: body(jnp.int32(0), total), jnp.zeros(shape, jnp.float32))
+    return lax.fori_loop(0, index.shape[-1], body, start)
 
 
 def _bag_fwd(rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
@@ -88,7 +89,8 @@ def _bag_bwd(saved: tuple, grad: jax.Array) -> tuple:
         along = jnp.sum(grad * access.take(rows, here), axis=-1)
         return row_grads, lax.dynamic_update_index_in_dim(factor_grads, along, position, factors.ndim - 1)
 
-    row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, (jnp.zeros_like(rows), jnp.zeros_like(factors)))
+    start = varying.settle(lambda carry: body(jnp.int32(0), carry), (jnp.zeros_like(rows), jnp.zeros_like(factors)))
+    row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, start)
     return row_grads, None, factor_grads
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from mpembed_jax import access, numerics
+from mpembed_jax import access, numerics, varying
 
 
 class RowLeaf(NamedTuple):
@@ -189,7 +189,8 @@ def update_rows(
         new_state = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state)
         return rows + updates.astype(jnp.float32), new_state
 
-    new_rows, new_state = lax.fori_loop(0, is_applied.astype(jnp.int32), update, (rows, gathered))
+    start = varying.settle(lambda carry: update(jnp.int32(0), carry), (rows, gathered))
+    new_rows, new_state = lax.fori_loop(0, is_applied.astype(jnp.int32), update, start)
 
     def scatter(index: int, array: jax.Array, leaf: RowLeaf, value: jax.Array) -> jax.Array:
         if not leaf.is_row:

@@ -23,8 +23,8 @@ class EmbeddingSpec:
       embedding_dim: D, at least 1.
       storage: RowFormat or its name, how rows outside the cache are stored and trained.
       cache: CacheSpec, or None to train every row in the table.
-      max_unique_ids: budget of distinct ids per batch; None: as many as positions. A smaller budget makes smaller arrays;
-        ids over it read as zeros, change nothing and are counted as dropped.
+      max_unique_ids: budget of distinct ids per batch (on a mesh, of the whole batch); None: as many as positions. A smaller
+        budget makes smaller arrays; ids over it read as zeros, change nothing and are counted as dropped.
       out_of_range: what `global_ids` does with ids outside their own table: "drop" (read as zeros, counted), "clip" (into
         their own table) or "raise" (an error on concrete ids; on traced ids drop, count, and an error from `stats`).
       features: {feature: table name}, several features may share a table; None: each table is its own feature.
@@ -57,9 +57,6 @@ class EmbeddingSpec:
         dim = self.embedding_dim
         if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or dim < 1:
             raise ValueError(f"embedding_dim must be an integer of at least 1, got {dim!r}")
-        total = int(offsets(tables)[-1])
-        if total >= NO_ID:
-            raise ValueError(f"a stack holds at most 2**31 - 2 rows, these tables have {total}; make two stacks")
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise TypeError(f"cache must be a CacheSpec or None, got {self.cache!r}")
         budget = self.max_unique_ids
@@ -113,13 +110,14 @@ class EmbeddingSpec:
         """Maps ids local to their tables to global row ids, with each id checked against its own table.
 
         Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and returned as numpy int32: jax
-        would truncate 2**32 + 5 to 5 silently. Traced and device ids work too. NO_ID is padding and stays.
+        would truncate 2**32 + 5 to 5 silently. Traced and device ids work too. NO_ID is padding and stays. Of a stack of
+        2**31 - 1 rows or more, ids are mapped on the host only, to int64 with -1 for padding: see sharding.pairs.
 
         Args:
           ids: {feature: ids [..]}, or ids [.., T] with one column per feature in the order of `feature_tables`.
 
         Returns:
-          int32, same nesting and shapes.
+          int32 (or int64, see above), same nesting and shapes.
 
         Raises:
           KeyError: on an unknown feature.
@@ -147,6 +145,8 @@ class EmbeddingSpec:
         if isinstance(ids, jax.Array):
             if not jnp.issubdtype(ids.dtype, jnp.integer):
                 raise TypeError(f"ids must be integers, got {ids.dtype} {list(ids.shape)}; cast them first")
+            if self.num_rows >= NO_ID:
+                raise TypeError(f"ids of a stack of {self.num_rows} rows are mapped on the host: pass numpy arrays")
             if not isinstance(ids, jax.core.Tracer) and self.out_of_range == "raise":
                 return jnp.asarray(self._map(np.asarray(ids), names, start, size))
             if ids.dtype.itemsize < 4:
@@ -174,4 +174,6 @@ class EmbeddingSpec:
         local = np.clip(host, 0, size - 1) if self.out_of_range == "clip" else host
         outside = bad & (self.out_of_range != "clip")
         rows = np.where(outside, self.num_rows, local + start)
+        if self.num_rows >= NO_ID:
+            return np.where(is_padding, -1, rows)
         return np.where(is_padding, NO_ID, rows).astype(np.int32)

@@ -1,6 +1,7 @@
 """The state of a stack in training, how it is made, and its counters: 64-bit counts without jax's x64 mode."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from mpembed_jax import cache as caching
 from mpembed_jax import ops, optim
 from mpembed_jax import row_state as row_states
 from mpembed_jax import table as tables_
 from mpembed_jax.cache import CacheState, Counts
+from mpembed_jax.layout import Layout
+from mpembed_jax.placement import Placement
+from mpembed_jax.shard import Shard
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable
 
@@ -24,7 +29,7 @@ COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "re
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters", "fingerprint"],
-    meta_fields=["spec", "implementation"],
+    meta_fields=["spec", "implementation", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class EmbeddingState:
@@ -40,65 +45,163 @@ class EmbeddingState:
     fingerprint: jax.Array  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
     spec: EmbeddingSpec
     implementation: str
+    layout: Layout | None = None  # None: one device; else every array holds the shards' rows one after another
+
+    @property
+    def row_key(self) -> Any:
+        """The key with which rows draw their random bits: `key`, on a shard bound to its local rows."""
+        return self.key if self.layout is None else self.layout.shard(self.layout.index()).key(self.key)
+
+    @property
+    def expected_fingerprint(self) -> np.ndarray:
+        """uint32 [2]: what `fingerprint` holds if the arrays were made for this spec and layout."""
+        if self.layout is None:
+            return self.spec.fingerprint
+        return self.spec.fingerprint ^ self.layout.fingerprint
 
     def check_spec(self) -> None:
         """Raises ValueError if the arrays are concrete and were made for another spec."""
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
             held = np.asarray(self.fingerprint)
-            if held.shape != (2,) or (held != self.spec.fingerprint).any():
+            if held.shape != (2,) or (held != self.expected_fingerprint).any():
                 raise ValueError(
                     f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "
-                    f"storage, cache, row_state_dtype must be those of the saved state; restore with the saved spec, then "
-                    f"move the rows with to_dense and from_dense"
+                    f"storage, cache, row_state_dtype (of a sharded state also its placement and number of shards) must be "
+                    f"those of the saved state; restore with those, then move the rows with to_dense and from_dense "
+                    f"(or the state with sharding.relayout)"
                 )
 
 
 def init(
-    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, implementation: str | None = None
+    key: jax.Array,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    placement: Placement | None = None,
+    implementation: str | None = None,
 ) -> EmbeddingState:
     """Makes a state: tables initialized block by block, an empty cache, zero counters.
+
+    With a mesh the stack is divided over it (see Placement) and the verbs run inside jax.shard_map, with
+    `partition_specs(state)` for the state. The initial rows are the same on any mesh.
 
     Args:
       key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
       spec: the stack.
       tx: optax transformation for the rows; the same one goes to apply_gradients.
+      mesh: jax.sharding.Mesh to divide the stack over, None for one device.
+      axis_name: the mesh axis (or axes) that divides rows, may be left out where the mesh has one. Without mesh: the axis
+        of the jax.pmap that init is called in.
+      placement: how rows are divided; None: Placement(), rows by MOD.
       implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device.
 
     Returns:
-      The state, on the default device.
+      The state, on the default device or over the mesh.
 
     Raises:
       TypeError: if key or tx is something else.
-      ValueError: if tx cannot work on gathered rows; the message names the state leaf.
+      ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
+        over the mesh so.
     """
-    chosen = ops.choose(implementation)
+    layout = Layout.of(spec, mesh, axis_name, placement)
 
-    def build(key: jax.Array) -> EmbeddingState:
-        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim)
-        return assemble(key, spec, tx, chosen, table)
+    def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
+        return tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard)
 
-    return jax.jit(build)(optim.key_words(key))
+    return make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, table_of)
+
+
+def make(
+    key: jax.Array,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    implementation: str,
+    layout: Layout | None,
+    table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
+) -> EmbeddingState:
+    """Makes the state that starts from the table `table_of(key, shard)`, of one device or, shard by shard, over a mesh."""
+
+    def build(key: jax.Array, index: Any = None) -> EmbeddingState:
+        shard = None if layout is None else layout.shard(layout.index() if index is None else index)
+        return assemble(key, spec, tx, implementation, table_of(key, shard), layout)
+
+    if layout is None:
+        return jax.jit(build)(key)
+    if layout.mesh is None:
+        return build(key)
+    # A host value is the same on every process; an array is one device's.
+    words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
+    specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
+    return jax.jit(jax.shard_map(build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(words)
+
+
+def partition_specs(state: EmbeddingState) -> EmbeddingState:
+    """Returns the tree of PartitionSpecs of a sharded state, for jax.shard_map's in_specs and out_specs.
+
+    Args:
+      state: concrete, traced or abstract.
+
+    Returns:
+      A tree like state; arrays by row and by set are divided over the sharding axes, everything else is on all devices.
+    """
+    axes = () if state.layout is None else state.layout.axes
+    rows, sketch = PartitionSpec(axes or None), PartitionSpec(None, axes or None)
+    cache = state.cache
+    if cache is not None:
+        by_set = jax.tree.map(lambda _: rows, dataclasses.replace(cache, sketch=None))
+        cache = dataclasses.replace(by_set, sketch=None if cache.sketch is None else sketch)
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
+    return dataclasses.replace(
+        everywhere,
+        table=jax.tree.map(lambda _: rows, state.table),
+        cache=cache,
+        row_state=jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), state.row_state),
+    )
+
+
+def over_mesh(function: Callable, state: EmbeddingState, *specs: Any, result: Any = None) -> Callable:
+    """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; result None: another state.
+
+    Raises:
+      ValueError: if the state has no mesh, being one device's part inside jax.pmap.
+    """
+    mesh = state.layout.mesh  # type: ignore[union-attr]
+    if mesh is None:
+        raise ValueError("this state was made inside jax.pmap and has no mesh: call the verbs inside jax.pmap, too")
+    of_state = partition_specs(state)
+    result = of_state if result is None else result
+    return jax.shard_map(function, mesh=mesh, in_specs=(of_state, *specs), out_specs=result, check_vma=False)
 
 
 def assemble(
-    key: jax.Array, spec: EmbeddingSpec, tx: optax.GradientTransformation, implementation: str, table: QuantizedTable
+    key: jax.Array,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    implementation: str,
+    table: QuantizedTable,
+    layout: Layout | None = None,
 ) -> EmbeddingState:
-    """Returns the state that starts from a table: an empty cache, initial row state, zero counters."""
+    """Returns the state that starts from a table (on a mesh: from one shard's): an empty cache, initial row state, zeros."""
     cache = None
     if spec.cache is not None:
-        cache = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
-    return EmbeddingState(
+        geometry = spec.cache.geometry(spec.num_rows)
+        cache = caching.init(geometry if layout is None else layout.share(geometry), spec.cache.policy, spec.embedding_dim)
+    state = EmbeddingState(
         table=table,
         cache=cache,
-        row_state=row_states.init_rows(tx, spec.num_rows, spec.embedding_dim, spec.row_state_dtype),
+        row_state=row_states.init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype),
         key=key,
         step=jnp.zeros((), jnp.int32),
         pending=jnp.zeros((), bool),
         counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
-        fingerprint=jnp.asarray(spec.fingerprint),
+        fingerprint=jnp.zeros(2, jnp.uint32),
         spec=spec,
         implementation=implementation,
+        layout=layout,
     )
+    return dataclasses.replace(state, fingerprint=jnp.asarray(state.expected_fingerprint))
 
 
 def _add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:

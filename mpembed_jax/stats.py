@@ -12,6 +12,7 @@ from mpembed_jax.state import COUNTERS, EmbeddingState
 
 _BYPASS_LIMIT = 0.2  # share of unique ids trained outside the cache above which a larger one would pay
 _MIN_UNIQUE = 1000  # too few to judge the cache by
+_MIN_STEPS = 100  # too few to judge the exchange by
 
 
 class _Look(NamedTuple):
@@ -41,6 +42,7 @@ class CacheStats(NamedTuple):
     write_backs: int
     out_of_range: int
     dropped: int
+    wide_exchanges: int
     nonfinite_rows: int
     refused_updates: int
 
@@ -101,6 +103,13 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"{result.bypasses / result.unique:.0%} of the unique ids found no place in the cache and were trained in "
             f"{spec.storage.name}; a batch has about {per_step} unique ids, the cache {state.cache.geometry.lines} lines: "
             f"raise CacheSpec(fraction=..) or num_rows",
+        )
+    if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
+        _warn_once(
+            state,
+            "wide",
+            f"in {result.wide_exchanges} of {result.steps} steps a device had more ids for one shard than the exchange has "
+            f"room for, and all sent arrays of full width: raise Placement(capacity=..); sharding.plan measures it",
         )
     _check_buffer(state, result.steps)
     return result

@@ -6,13 +6,14 @@ This file knows neither caches nor optimizers; what one row looks like is told b
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpembed_jax import access, numerics
+from mpembed_jax import access, numerics, varying
 from mpembed_jax.formats import RowFormat, decode, encode, pack, quantize, row_parameters
 
 NO_ID = 2**31 - 1  # padding and empty tags: sorts last, and `mode="drop"` discards it
@@ -83,7 +84,8 @@ def encode_rows(
     def make_codes(_: jax.Array, codes: jax.Array) -> jax.Array:
         return quantize(rows, scale, bias, fmt, _bits_for(fmt, key, stream, step, ids, dim))
 
-    return pack(lax.fori_loop(0, once, make_codes, jnp.zeros(rows.shape, jnp.uint32)), scale, bias, fmt)
+    start = varying.settle(lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32))
+    return pack(lax.fori_loop(0, once, make_codes, start), scale, bias, fmt)
 
 
 def _bits_for(
@@ -110,7 +112,9 @@ def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)])
 
 
-def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embedding_dim: int) -> QuantizedTable:
+def init(
+    key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embedding_dim: int, shard: Any = None
+) -> QuantizedTable:
     """Makes a stack of tables block by block, so that no float32 table ever exists; trace it under jit.
 
     Args:
@@ -118,33 +122,35 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
       tables: the stack; its rows follow one another.
       fmt: row format.
       embedding_dim: D.
+      shard: layout.Shard whose rows to make, the same values as in the whole stack; None: all.
 
     Returns:
       The table, initial values rounded by the format's own rule.
+
+    Raises:
+      ValueError: if an initializer returns another shape.
     """
     fmt = fmt.resolve(embedding_dim)
     starts = offsets(tables)
-    total = int(starts[-1])
+    total = int(starts[-1]) if shard is None else shard.num_rows
+    first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
+    row_key = key if shard is None else shard.key(key)
     packed = jnp.zeros((total, fmt.row_words(embedding_dim)), fmt.word_dtype(embedding_dim))
-
-    def put(packed: jax.Array, first: jax.Array | int, values: jax.Array) -> jax.Array:
-        first = jnp.asarray(first, jnp.int32)  # loop counters are 64 bits wide in x64 mode
-        ids = first + jnp.arange(values.shape[0], dtype=jnp.int32)
-        bits = _bits_for(fmt, key, numerics.INITIAL_ROUNDING, 0, ids, embedding_dim)
-        return lax.dynamic_update_slice(packed, encode(values, fmt, bits), (first, jnp.int32(0)))
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.
-        bounds = jnp.asarray([1.0 / np.sqrt(t.vocabulary_size) for t in tables], jnp.float32)
-        inner = jnp.asarray(starts[1:-1], jnp.int32)
+        # Padding at the end of a shard belongs to no table and is zero.
+        bounds = jnp.asarray([1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32)
         size = min(_INIT_BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
             first = jnp.minimum(block.astype(jnp.int32) * size, total - size)
-            ids = first + jnp.arange(size, dtype=jnp.int32)
-            bound = bounds[jnp.sum((ids[:, None] >= inner).astype(jnp.int32), axis=1)][:, None]
-            unit = numerics.uniform(numerics.row_bits(key, numerics.INITIAL_VALUE, jnp.int32(0), ids, embedding_dim))
-            return put(packed, first, (unit * 2 - 1) * bound)
+            rows = first + jnp.arange(size, dtype=jnp.int32)
+            bound = bounds[jnp.sum((rows[:, None] >= first_rows[1:]).astype(jnp.int32), axis=1)][:, None]
+            unit = numerics.uniform(numerics.row_bits(row_key, numerics.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim))
+            values = (unit * 2 - 1) * bound
+            bits = _bits_for(fmt, row_key, numerics.INITIAL_ROUNDING, 0, rows, embedding_dim)
+            return lax.dynamic_update_slice(packed, encode(values, fmt, bits), (first, jnp.int32(0)))
 
         packed = lax.fori_loop(0, -(-total // size), uniform_block, packed)
 
@@ -153,26 +159,35 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
             continue
         table_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), index)
         call = table.initializer
-        start, rows = int(starts[index]), int(table.vocabulary_size)
-        num_full, tail = divmod(rows, _INIT_BLOCK)
+        start, num_rows = int(starts[index]), int(table.vocabulary_size)
+        num_full, tail = divmod(num_rows, _INIT_BLOCK)
 
-        def values_of(block: jax.Array | int, size: int, call=call, table_key=table_key, name=table.name) -> jax.Array:
+        def put_block(
+            block: jax.Array | int,
+            packed: jax.Array,
+            size: int,
+            call=call,
+            table_key=table_key,
+            start=start,
+            name=table.name,
+        ) -> jax.Array:
             values = call(jax.random.fold_in(table_key, block), (size, embedding_dim), jnp.float32)
             if values.shape != (size, embedding_dim):
                 raise ValueError(
                     f"initializer of table {name!r} returned {values.shape} when asked for {(size, embedding_dim)}"
                 )
-            return values.astype(jnp.float32)
+            first = jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start  # loop counters are 64 bits wide in x64 mode
+            ids = first + jnp.arange(size, dtype=jnp.int32)
+            rows = ids if shard is None else shard.rows_of(ids)
+            bits = _bits_for(fmt, row_key, numerics.INITIAL_ROUNDING, 0, rows, embedding_dim)
+            encoded = encode(values.astype(jnp.float32), fmt, bits)
+            if shard is not None:  # every shard computes whole blocks and keeps its own rows
+                return access.put(packed, rows, encoded)
+            return lax.dynamic_update_slice(packed, encoded, (first, jnp.int32(0)))
 
         if num_full:
-            packed = lax.fori_loop(
-                0,
-                num_full,
-                lambda b, p, start=start, values_of=values_of: put(
-                    p, start + b.astype(jnp.int32) * _INIT_BLOCK, values_of(b, _INIT_BLOCK)
-                ),
-                packed,
-            )
+            put_full = partial(put_block, size=_INIT_BLOCK)
+            packed = lax.fori_loop(0, num_full, put_full, packed)
         if tail:
-            packed = put(packed, jnp.int32(start + num_full * _INIT_BLOCK), values_of(num_full, tail))
+            packed = put_block(num_full, packed, tail)
     return QuantizedTable(packed, fmt, embedding_dim)

@@ -5,6 +5,7 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, RowFormat, TableSpec
 USERS, ITEMS, TAGS = TableSpec("users", 100), TableSpec("items", 3), TableSpec("tags", 40)
 SIZES = {"users": (0, 100), "items": (100, 3), "tags": (103, 40)}
 TOTAL = 143
+KEY = jax.random.key(0)
 
 
 def stack(**options):
@@ -48,7 +50,11 @@ def stack(**options):
         (lambda: EmbeddingSpec((), 8), TypeError, "non-empty sequence of TableSpec"),
         (lambda: EmbeddingSpec(("users",), 8), TypeError, "non-empty sequence of TableSpec"),
         (lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8), ValueError, "names must be distinct"),
-        (lambda: EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8), ValueError, "make two stacks"),
+        (
+            lambda: mpembed.init(KEY, EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8), optax.sgd(0.1)),
+            ValueError,
+            "one device holds at most .* over a mesh, or make two stacks",
+        ),
         (lambda: EmbeddingSpec(USERS, 0), ValueError, "embedding_dim must be an integer of at least 1"),
         (lambda: EmbeddingSpec(USERS, 8.0), ValueError, "embedding_dim"),
         (lambda: stack(storage="fp8"), ValueError, "unknown row format 'fp8'; choose one of"),

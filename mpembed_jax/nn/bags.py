@@ -10,6 +10,7 @@ from flax import nnx
 from mpembed_jax.nn import features as features_
 from mpembed_jax.nn import verbs
 from mpembed_jax.nn.stack import Stack
+from mpembed_jax.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.stats import CacheStats, stats
@@ -28,6 +29,10 @@ class CachedEmbedBags(nnx.Module):
       tx: optax transformation for the rows, one for all specs or one per spec.
       combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id; or {feature: combiner}.
       dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
+      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device; the model is called as without, on
+        whole arrays whose leading axis is divided.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
       rngs: the initial values and the embedding's own randomness derive from its `params` stream.
 
     Raises:
@@ -42,6 +47,9 @@ class CachedEmbedBags(nnx.Module):
         *,
         combiner: str | Mapping[str, str | None] | None = "sum",
         dtype: Any = None,
+        mesh: Any = None,
+        axis_name: Any = None,
+        placement: Placement | None = None,
         rngs: nnx.Rngs,
     ):
         self.specs = features_.as_specs(specs)
@@ -49,7 +57,10 @@ class CachedEmbedBags(nnx.Module):
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
         transformations = features_.as_transformations(tx, self.specs)
-        self.stacks = nnx.List([Stack(s, t, rngs=rngs) for s, t in zip(self.specs, transformations, strict=True)])
+        sharding = {"mesh": mesh, "axis_name": axis_name, "placement": placement}
+        self.stacks = nnx.List(
+            [Stack(s, t, rngs=rngs, **sharding) for s, t in zip(self.specs, transformations, strict=True)]
+        )
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
@@ -89,7 +100,7 @@ class CachedEmbedBags(nnx.Module):
             weights of another shape or without a combiner.
         """
         parts = [
-            verbs.read_unpooled(stack.embedding_state(), part) if self.deterministic else stack.rows_and_inverse(part)
+            features_.Part(*verbs.read_unpooled(stack.embedding_state(), part)) if self.deterministic else stack.part(part)
             for stack, part in zip(self.stacks, features_.route(self.specs, ids), strict=True)
         ]
         return features_.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)

@@ -13,7 +13,7 @@ from mpembed_jax.formats import RowFormat, as_format
 from mpembed_jax.nn import features as features_
 from mpembed_jax.nn import verbs
 from mpembed_jax.nn.stack import Stack
-from mpembed_jax.pooling import pool
+from mpembed_jax.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.stats import CacheStats, stats
@@ -48,6 +48,10 @@ class CachedEmbed(nnx.Module):
       cache: CacheSpec, or None to train every row in the table.
       dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
       embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: nnx.Embed's default.
+      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device; the model is called as without, on
+        whole arrays whose leading axis is divided.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
       rngs: the initial values and the embedding's own randomness derive from its `params` stream.
 
     Raises:
@@ -65,6 +69,9 @@ class CachedEmbed(nnx.Module):
         cache: CacheSpec | None = CacheSpec(),  # noqa: B008
         dtype: Any = None,
         embedding_init: Any = None,
+        mesh: Any = None,
+        axis_name: Any = None,
+        placement: Placement | None = None,
         rngs: nnx.Rngs,
     ):
         spec = embed_spec(num_embeddings, features, storage, cache, embedding_init)
@@ -72,7 +79,8 @@ class CachedEmbed(nnx.Module):
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
-        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs)
+        sharding = {"mesh": mesh, "axis_name": axis_name, "placement": placement}
+        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **sharding)
 
     @property
     def state(self) -> EmbeddingState:
@@ -109,7 +117,8 @@ class CachedEmbed(nnx.Module):
         if self.deterministic:
             vectors = verbs.read(self.stack.embedding_state(), mapped)
         else:
-            vectors = pool(*self.stack.rows_and_inverse(mapped))
+            part = self.stack.part(mapped)
+            vectors = part.pool(part.rows, part.inverse)
         return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
 
     def attend(self, query: jax.Array) -> jax.Array:

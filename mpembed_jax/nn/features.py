@@ -3,8 +3,8 @@
 Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a column per feature, over all stacks in order.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,14 @@ from mpembed_jax.pooling import COMBINERS, pool
 from mpembed_jax.spec import EmbeddingSpec
 
 Combiners = tuple[tuple[str, str | None], ...]
-Part = tuple[jax.Array, Any]  # the (rows, inverse) of one stack
+
+
+class Part(NamedTuple):
+    """What one stack gives to a call."""
+
+    rows: jax.Array  # f32 [U, D]
+    inverse: Any
+    pool: Callable = pool  # pooling.pool, or the same over a mesh
 
 
 def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
@@ -121,7 +128,7 @@ def _as_float(weights: Any) -> jax.Array:
 
 
 def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
-    rows, inverse = part
+    rows, inverse, pool = part
     single = {}  # one gather, and one gradient table, for all of them
     bags = {}
     for feature, index in inverse.items():
@@ -154,7 +161,7 @@ def combine(
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's rows (float32 [U, D]) and inverse, nested as `route` gave the ids.
+      parts: each stack's Part, its inverse nested as `route` gave the ids.
       ids: what the user passed.
       weights: None, or nested as ids (a mapping may leave features out), of the ids' shapes.
       dtype: of the result.
@@ -181,13 +188,13 @@ def combine(
         return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
     if weights is None:
         # A column is a bag of one id: every combiner gives its vector.
-        return jnp.concatenate([pool(*part) for part in parts], axis=-2).astype(dtype)
+        return jnp.concatenate([part.pool(part.rows, part.inverse) for part in parts], axis=-2).astype(dtype)
     if np.shape(weights) != np.shape(ids):
         raise ValueError(f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}")
     stacked: list[jax.Array] = []
-    for spec, (rows, inverse), factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
+    for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
         names = [f for f, _ in spec.feature_tables]
-        index = {f: inverse[..., i, None] for i, f in enumerate(names)}
-        bags = _bags((rows, index), by_feature, {f: factors[..., i, None] for i, f in enumerate(names)})
+        index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
+        bags = _bags(part._replace(inverse=index), by_feature, {f: factors[..., i, None] for i, f in enumerate(names)})
         stacked.extend(bags[f] for f in names)
     return jnp.stack(stacked, axis=-2).astype(dtype)

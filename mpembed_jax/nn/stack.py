@@ -14,6 +14,7 @@ from flax import nnx
 from mpembed_jax import state as states
 from mpembed_jax.cache import CachePlan
 from mpembed_jax.nn import verbs
+from mpembed_jax.nn.features import Part
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 
@@ -37,12 +38,13 @@ class Stack(nnx.Module):
       spec: the stack.
       tx: optax transformation for its rows.
       rngs: the key of the embedding's randomness comes from its `params` stream.
+      sharding: mesh, axis_name and placement, as init takes them.
     """
 
-    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs):
+    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **sharding: Any):
         self.spec = spec
         self.tx = tx
-        self.state = EmbeddingVariable(states.init(rngs.params(), spec, tx))
+        self.state = EmbeddingVariable(states.init(rngs.params(), spec, tx, **sharding))
 
     @property
     def is_prefetched(self) -> bool:
@@ -79,8 +81,8 @@ class Stack(nnx.Module):
         self.plan = PlanVariable(plan)
         self.rows = CachedRows(rows)
 
-    def rows_and_inverse(self, ids: Any) -> tuple[jax.Array, Any]:
-        """Returns the held rows (float32 [U, D]) and the plan's inverse, after checking that ids are those prefetched.
+    def part(self, ids: Any) -> Part:
+        """Returns the held rows, the plan's inverse and the pool for them, after checking that ids are those prefetched.
 
         Raises:
           ValueError: if nothing is prefetched, or other ids.
@@ -92,7 +94,7 @@ class Stack(nnx.Module):
             )
         plan: CachePlan = self.plan.get_value()
         verbs.check_prefetched(plan, ids)
-        return self.rows.get_value(), plan.inverse
+        return Part(self.rows.get_value(), plan.inverse, verbs.pool_of(self.state.get_value()))
 
     def update(self, row_grads: jax.Array) -> None:
         """Applies one optimizer update to the held rows, then drops them and their plan."""

@@ -15,10 +15,12 @@ import numpy as np
 import optax
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import PartitionSpec
 
-from mpembed_jax import embedding
+from mpembed_jax import embedding, evaluation, exchange
 from mpembed_jax.cache import CachePlan
-from mpembed_jax.state import EmbeddingState
+from mpembed_jax.pooling import pool
+from mpembed_jax.state import EmbeddingState, over_mesh, partition_specs
 from mpembed_jax.table import NO_ID
 
 _BLOCK = 8192  # rows of the table decoded at once by attend
@@ -36,7 +38,17 @@ def _run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> An
     return _jitted(verb, tuple(static))(state, *args, **static)
 
 
+def _is_whole(state: EmbeddingState) -> bool:
+    """Whether a sharded state is held as whole arrays, outside jax.shard_map: the verbs then run over its mesh."""
+    return state.layout is not None and not state.layout.is_bound
+
+
 def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    if _is_whole(state):
+        layout: Any = state.layout
+        batch = PartitionSpec(layout.batch_axes)
+        result = (partition_specs(state), exchange.plan_specs(layout), batch)
+        return over_mesh(_fetch, state, batch, result=result)(state, jax.tree.map(jnp.asarray, ids))
     state, plan = embedding.prefetch(state, ids)
     return state, plan, embedding.lookup(state, plan)
 
@@ -50,19 +62,46 @@ def update(
     state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
 ) -> EmbeddingState:
     """Returns the state after embedding.apply_gradients."""
-    return _run(embedding.apply_gradients, state, plan, rows, row_grads, tx=tx)
+    return _run(_update, state, plan, rows, row_grads, tx=tx)
+
+
+def _update(
+    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+) -> EmbeddingState:
+    if not _is_whole(state):
+        return embedding.apply_gradients(state, plan, rows, row_grads, tx=tx)
+    layout: Any = state.layout
+    batch = PartitionSpec(layout.batch_axes)
+    run = over_mesh(partial(_update, tx=tx), state, exchange.plan_specs(layout), batch, batch)
+    return run(state, plan, rows, row_grads)
+
+
+def pool_of(state: EmbeddingState) -> Callable:
+    """Returns the `pool` that goes with rows and inverse of fetch: over the mesh where they lie over one."""
+    if not _is_whole(state):
+        return pool
+    layout: Any = state.layout
+    batch = PartitionSpec(layout.batch_axes)
+
+    def pool_over_mesh(rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None) -> Any:
+        def run(rows: jax.Array, inverse: Any, weights: Any) -> Any:
+            return pool(rows, inverse, weights, combiner)
+
+        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(rows, inverse, weights)
+
+    return pool_over_mesh
 
 
 def read(state: EmbeddingState, ids: Any) -> Any:
     """Returns the nest of rows (float32 [.., D]) of global ids, for evaluation; changes nothing."""
-    return _run(embedding.read, state, ids)
+    return _run(evaluation.read, state, ids)
 
 
 def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
     treedef: Any
     leaves, treedef = jax.tree.flatten(ids)
     dim, num_positions = state.spec.embedding_dim, sum(leaf.size for leaf in leaves)
-    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(embedding.read(state, ids))]
+    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(evaluation.read(state, ids))]
     rows = jnp.concatenate([*vectors, jnp.zeros((1, dim), jnp.float32)])
     inverse, first = [], 0
     for leaf in leaves:
@@ -104,6 +143,8 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
             f"called with ids of shapes {shapes(ids)}, but prefetch was given {shapes(plan.inverse)}; "
             f"give prefetch and the call the same ids (several inputs: one nest of them, in one call)"
         )
+    if plan.route is not None:  # each device's inverse counts its own rows
+        return
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (plan.unique_ids, *planned, *called)):
         return
     unique_ids = np.asarray(plan.unique_ids)
@@ -127,7 +168,7 @@ def _table_block(state: EmbeddingState, block: jax.Array, dtype: Any) -> tuple[j
     nominal = block * size
     first = jnp.minimum(nominal, state.spec.num_rows - size)
     ids = first + jnp.arange(size, dtype=jnp.int32)
-    rows = embedding.read(state, ids)
+    rows = evaluation.read(state, ids)
     return first, jnp.where(ids[:, None] >= nominal, rows, jnp.float32(0)).astype(dtype)
 
 

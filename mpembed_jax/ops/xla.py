@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, chunks, numerics
+from mpembed_jax import access, chunks, numerics, varying
 from mpembed_jax.formats import decode
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
@@ -57,7 +57,8 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
         return attempt + 1, jnp.where(is_same, candidate, first), is_open & ~is_same
 
     is_real = ids != NO_ID
-    _, first, _ = lax.while_loop(lambda carry: jnp.any(carry[2]), claim, (jnp.int32(0), position, is_real))
+    start = varying.settle(claim, (jnp.int32(0), position, is_real))
+    _, first, _ = lax.while_loop(lambda carry: jnp.any(carry[2]), claim, start)
     is_first = is_real & (first == position)
     rank = jnp.cumsum(is_first.astype(jnp.int32))
     num_found, num_ids = rank[-1], jnp.minimum(rank[-1], size - 1)

@@ -20,7 +20,7 @@ from mpembed_jax.formats import RowFormat
 from mpembed_jax.nn import features as features_
 from mpembed_jax.nn import verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
-from mpembed_jax.pooling import pool
+from mpembed_jax.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 
@@ -38,23 +38,28 @@ class Stack:
     tx: optax.GradientTransformation
 
 
-def _stack(module: linen.Module, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation) -> linen.Variable:
+def _stack(module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation) -> linen.Variable:
     """Declares a stack variable; its rows, if prefetched, are the param of the same name."""
-    return module.variable(COLLECTION, name, lambda: Stack(states.init(module.make_rng("params"), spec, tx), None, tx))
+
+    def make() -> Stack:
+        sharding = {"mesh": module.mesh, "axis_name": module.axis_name, "placement": module.placement}
+        return Stack(states.init(module.make_rng("params"), spec, tx, **sharding), None, tx)
+
+    return module.variable(COLLECTION, name, make)
 
 
 def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _planned(stack: Stack, rows: jax.Array, ids: Any) -> tuple[jax.Array, Any]:
+def _planned(stack: Stack, rows: jax.Array, ids: Any) -> features_.Part:
     if stack.plan is None:
         raise ValueError(
             f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and collections are of different "
             f"steps; take both from one TrainState: state.apply_fn({{'params': params}}, ..), or state.variables"
         )
     verbs.check_prefetched(stack.plan, ids)
-    return rows, stack.plan.inverse
+    return features_.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))
 
 
 class CachedEmbed(linen.Module):
@@ -70,6 +75,9 @@ class CachedEmbed(linen.Module):
       cache: CacheSpec, or None to train every row in the table.
       dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
       embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: linen.Embed's default.
+      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
     """
 
     num_embeddings: int
@@ -79,6 +87,9 @@ class CachedEmbed(linen.Module):
     cache: CacheSpec | None = CacheSpec()
     dtype: Any = None
     embedding_init: Callable | None = None
+    mesh: Any = None
+    axis_name: Any = None
+    placement: Placement | None = None
 
     def setup(self) -> None:
         """Declares the stack."""
@@ -100,7 +111,11 @@ class CachedEmbed(linen.Module):
         """
         stack, rows = self.stack.value, _held_rows(self, TABLE)
         mapped = features_.table_ids(stack.state.spec, ids)
-        vectors = verbs.read(stack.state, mapped) if rows is None else pool(*_planned(stack, rows, mapped))
+        if rows is None:
+            vectors = verbs.read(stack.state, mapped)
+        else:
+            part = _planned(stack, rows, mapped)
+            vectors = part.pool(part.rows, part.inverse)
         return jax.tree.map(lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors)
 
     def attend(self, query: jax.Array) -> jax.Array:
@@ -134,12 +149,18 @@ class CachedEmbedBags(linen.Module):
       tx: optax transformation for the rows, one for all specs or one per spec.
       combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id; or {feature: combiner}.
       dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
+      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
     """
 
     specs: Any
     tx: Any
     combiner: Any = "sum"
     dtype: Any = None
+    mesh: Any = None
+    axis_name: Any = None
+    placement: Placement | None = None
 
     def setup(self) -> None:
         """Declares one stack per spec."""
@@ -169,6 +190,9 @@ class CachedEmbedBags(linen.Module):
         parts = []
         for i, (held, part) in enumerate(zip(self.stacks, features_.route(self.known, ids), strict=True)):
             stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
-            parts.append(verbs.read_unpooled(stack.state, part) if rows is None else _planned(stack, rows, part))
+            if rows is None:
+                parts.append(features_.Part(*verbs.read_unpooled(stack.state, part)))
+            else:
+                parts.append(_planned(stack, rows, part))
         dtype = jnp.float32 if self.dtype is None else self.dtype
         return features_.combine(self.known, self.combiners, parts, ids, weights, dtype)

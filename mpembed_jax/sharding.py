@@ -1,0 +1,226 @@
+"""Beside the verbs over a mesh: choosing a placement, moving a state between layouts, ids of very large stacks.
+
+The verbs themselves (prefetch, lookup, apply_gradients, read, flush) take sharded states as they take others; see `init`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mpembed_jax import cache as caching
+from mpembed_jax import evaluation
+from mpembed_jax.cache import CacheState
+from mpembed_jax.layout import Layout
+from mpembed_jax.placement import Placement
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.state import EmbeddingState, partition_specs
+from mpembed_jax.table import NO_ID, offsets
+
+
+def relayout(
+    state: EmbeddingState,
+    *,
+    mesh: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    placement: Placement | None = None,
+) -> EmbeddingState:
+    """Moves a state to another number of devices or another placement; training goes on with the same rows.
+
+    Between rows by MOD, replicated and one device everything moves: packed rows, lines, tags, sketches, row state, and
+    training goes on as it would have. To or from whole tables per shard, whose cache sets are others, dirty lines are
+    written to the table first (rounded, as by `flush`) and the cache starts empty.
+
+    Args:
+      state: concrete; not consumed.
+      mesh: as in init; None: one device.
+      axis_name: as in init.
+      placement: as in init.
+
+    Returns:
+      The state, over the new mesh.
+
+    Raises:
+      ValueError: if the stack cannot be divided so.
+    """
+    old, new = state.layout, Layout.of(state.spec, mesh, axis_name, placement)
+    is_other = (old.table_shards if old else None) != (new.table_shards if new else None)
+
+    def move(state: EmbeddingState) -> EmbeddingState:
+        if is_other:
+            state = evaluation.flush(state)
+
+        def by_row(rows: jax.Array) -> jax.Array:
+            rows = rows if old is None else old.in_order(rows)
+            return rows if new is None else new.by_shard(rows)
+
+        cache = state.cache
+        if cache is not None:
+            geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
+            if is_other:
+                cache = caching.init(geometry, cache.policy, state.spec.embedding_dim)
+            elif old is not None:
+                cache = _in_order(cache, old.shards)
+            cache = cache if new is None else _by_shard(cache, new.shards)
+        moved = dataclasses.replace(
+            state,
+            table=dataclasses.replace(state.table, rows=by_row(state.table.rows)),
+            cache=cache,
+            row_state=jax.tree.map(lambda leaf: by_row(leaf) if leaf.ndim else leaf, state.row_state),
+            layout=new,
+        )
+        return dataclasses.replace(moved, fingerprint=jnp.asarray(moved.expected_fingerprint))
+
+    if new is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        # Gathered by a program over the old mesh, then taken from it: one program runs on one set of devices.
+        return jax.device_put(jax.jit(move)(state), here)
+    abstract = jax.eval_shape(move, state)
+    shardings = jax.tree.map(partial(NamedSharding, mesh), partition_specs(abstract))
+    return jax.device_put(jax.jit(move)(state), shardings)
+
+
+def _in_order(cache: CacheState, shards: int) -> CacheState:
+    """Returns the cache of one device that the caches of `shards` shards are together."""
+    sets = cache.geometry.sets
+
+    def by_set(array: jax.Array) -> jax.Array:
+        split = array.reshape(shards, sets // shards, -1, *array.shape[1:])
+        return jnp.swapaxes(split, 0, 1).reshape(array.shape)
+
+    shard = jnp.repeat(jnp.arange(shards, dtype=jnp.int32), sets // shards)[:, None]
+    tags = jnp.where(cache.tags == NO_ID, NO_ID, cache.tags * shards + shard)
+    sketch = cache.sketch
+    if sketch is not None:
+        split = sketch.reshape(sketch.shape[0], shards, -1, sketch.shape[2])
+        sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
+    return dataclasses.replace(
+        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
+        sketch=sketch, groups=cache.groups * shards,
+    )  # fmt: skip
+
+
+def _by_shard(cache: CacheState, shards: int) -> CacheState:
+    """Returns the caches of `shards` shards, one after another, that the cache of one device is together."""
+    sets = cache.geometry.sets
+
+    def by_set(array: jax.Array) -> jax.Array:
+        split = array.reshape(sets // shards, shards, -1, *array.shape[1:])
+        return jnp.swapaxes(split, 0, 1).reshape(array.shape)
+
+    tags = jnp.where(cache.tags == NO_ID, NO_ID, cache.tags // shards)
+    sketch = cache.sketch
+    if sketch is not None:
+        split = sketch.reshape(sketch.shape[0], -1, shards, sketch.shape[2])
+        sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
+    return dataclasses.replace(
+        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
+        sketch=sketch, groups=cache.groups // shards,
+    )  # fmt: skip
+
+
+def plan(
+    spec: EmbeddingSpec,
+    num_shards: int,
+    batches: Iterable[Any] = (),
+    *,
+    replicate_bytes: int = 1 << 20,
+    margin: float = 1.1,
+) -> Placement:
+    """Chooses a placement for a stack from its size and the skew of sample batches.
+
+    A stack of few bytes is replicated, and so is one whose cache cannot be divided: every device then does all of its
+    work, but nothing but ids and gradients travels. Else rows go by MOD, unless whole tables on shards, filled largest
+    first, would leave the busiest owner fewer ids to serve at no more than a tenth of unused rows. The exchange gets the
+    room that the fullest (device, owner) pair of the samples needed, times `margin`.
+
+    Args:
+      spec: the stack.
+      num_shards: P, devices along the sharding axis; batches are divided over the same devices.
+      batches: nests of int32 host arrays of global ids, whole batches; none: no skew is known, rows by MOD with the
+        default room.
+      replicate_bytes: largest table to replicate.
+      margin: room over what was measured, at least 1.
+
+    Returns:
+      A Placement.
+
+    Raises:
+      ValueError: if margin is below 1, or a batch does not divide over the devices.
+    """
+    if margin < 1:
+        raise ValueError(f"margin must be at least 1, got {margin}")
+    groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
+    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or groups % num_shards:
+        return Placement("replicated")
+    candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
+    if spec.num_rows < NO_ID:
+        tables = Layout.bare(spec, Placement("tables"), num_shards)
+        if tables.num_rows * num_shards <= 1.1 * spec.num_rows:
+            candidates["tables"] = tables
+    shares = {kind: 0.0 for kind in candidates}
+    for batch in batches:
+        for kind, layout in candidates.items():
+            shares[kind] = max(shares[kind], _largest_share(layout, batch))
+    kind = min(shares, key=lambda kind: (shares[kind], kind))
+    capacity = shares[kind] * num_shards * margin
+    placement = candidates[kind].placement
+    return dataclasses.replace(placement, capacity=capacity) if capacity else placement
+
+
+def _largest_share(layout: Layout, batch: Any) -> float:
+    """Returns the largest number of distinct ids a device has for one owner, over its budget of unique ids."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    devices, spec = layout.shards, layout.spec
+    if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):
+        raise ValueError(f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}")
+    largest = 0.0
+    for parts in zip(*(np.split(leaf, devices) for leaf in leaves), strict=True):
+        flat = np.concatenate([part.reshape(-1) for part in parts])
+        ids = np.unique(flat[(flat >= 0) & (flat < spec.num_rows)]).astype(np.int64)
+        budget = flat.size if spec.max_unique_ids is None else min(spec.max_unique_ids, flat.size)
+        if layout.table_shards is None:
+            owner = ids % devices
+        else:
+            owner = np.asarray(layout.table_shards)[np.searchsorted(offsets(spec.tables)[1:], ids, side="right")]
+        largest = max(largest, np.bincount(owner, minlength=1).max(initial=0) / max(1, budget))
+    return largest
+
+
+def pairs(state: EmbeddingState, ids: Any) -> Any:
+    """Returns ids of a stack of any size as pairs (shard, local row), computed on the host in 64 bits.
+
+    They are what prefetch and read take for a sharded stack of 2**31 - 1 rows or more.
+
+    Args:
+      state: sharded; concrete or abstract.
+      ids: {feature: integers [..]} or integers [.., T], local to their tables, on the host; NO_ID is padding.
+
+    Returns:
+      int32 [.., 2] for each array, same nesting.
+
+    Raises:
+      KeyError: on an unknown feature.
+      TypeError: if ids are not integers.
+      ValueError: if the last axis is not T; with out_of_range="raise", on ids outside their table; or if the stack takes
+        plain ids.
+    """
+    layout = state.layout
+    if layout is None:
+        raise ValueError("pairs are ids of a stack that is divided over a mesh; this state is not")
+
+    def split(rows: np.ndarray) -> np.ndarray:
+        is_row = (rows >= 0) & (rows < spec.num_rows)
+        shard = np.where(is_row, rows % layout.shards, layout.shards)
+        row = np.where(is_row, rows // layout.shards, np.where(rows < 0, NO_ID, NO_ID - 1))
+        return np.stack([shard, row], axis=-1).astype(np.int32)
+
+    spec = layout.spec
+    if not layout.is_paired:
+        raise ValueError(f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them")
+    return jax.tree.map(split, spec.global_ids(ids))
