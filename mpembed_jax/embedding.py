@@ -16,9 +16,9 @@ import optax
 
 from mpembed_jax import access, ops, planning
 from mpembed_jax import cache as caching
-from mpembed_jax import row_state as row_states
 from mpembed_jax import state as states
 from mpembed_jax import table as tables_
+from mpembed_jax import update as updating
 from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable
@@ -104,7 +104,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(
             table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
-            num_hits, num_cached, state.key, state.step, chunk,
+            num_hits, num_cached, state.key, state.step, implementation=state.implementation,
         )  # fmt: skip
         cache = dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))
 
@@ -156,7 +156,7 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     rows = None if state.cache is None else state.cache.rows
     gathered = ops.lookup(
         state.table, rows, plan.unique_ids, plan.line, counts.num_cached, counts.unique,
-        ops.chunk_of(state.implementation),
+        implementation=state.implementation,
     )  # fmt: skip
     return gathered.astype(dtype)
 
@@ -220,15 +220,11 @@ def apply_gradients(
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
     ids = jnp.where(is_updated, plan.unique_ids, NO_ID)
-    new_rows, row_state = row_states.update_rows(
-        tx, state.row_state, ids, rows, row_grads, spec.row_state_dtype, state.key, plan.step, is_pending
-    )
     cache = state.cache
     line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
-    table, cache_rows = ops.write(
-        state.table, None if cache is None else cache.rows, ids, line, new_rows, num_cached, num_ids,
-        state.key, plan.step, ops.chunk_of(state.implementation),
-    )  # fmt: skip
+    table, cache_rows, row_state = updating.apply(
+        tx, state, ids, line, rows, row_grads, num_cached, num_ids, plan.step, is_pending
+    )
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
     return dataclasses.replace(
@@ -259,16 +255,9 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
         return treedef.unflatten([tables_.read(state, leaf) for leaf in leaves])
     state.check_spec()
 
-    def read_leaf(ids: jax.Array) -> jax.Array:
-        ids = jnp.where(_in_range(ids, state.table.num_rows), ids, NO_ID)
-        rows = tables_.read(state.table, ids)
-        if state.cache is None:
-            return rows
-        line = caching.locate(state.cache, ids)
-        cached = access.take(state.cache.rows, line)
-        return jnp.where((line < state.cache.geometry.lines)[..., None], cached, rows)
-
-    return treedef.unflatten([read_leaf(leaf) for leaf in leaves])
+    return treedef.unflatten(
+        [ops.read(state.table, state.cache, leaf, implementation=state.implementation) for leaf in leaves]
+    )
 
 
 def flush(state: EmbeddingState) -> EmbeddingState:

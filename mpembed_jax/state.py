@@ -71,7 +71,7 @@ def init(
       TypeError: if key or tx is something else.
       ValueError: if tx cannot work on gathered rows; the message names the state leaf.
     """
-    chosen = ops.choose(implementation)
+    chosen = ops.choose(implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct))
 
     def build(key: jax.Array) -> EmbeddingState:
         table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim)
