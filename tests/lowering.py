@@ -21,7 +21,9 @@ def lowered_for(platform, function, *args, donate_argnums=()):
 def float_scatters(text):
     """(combiner, are indices unique) of every scatter of floats in a lowered module."""
     found = []
-    for match in re.finditer(r'"stablehlo\.scatter"\(.*?unique_indices = (true|false).*?\}\) : \(([^)]*)\)', text, re.DOTALL):
+    for match in re.finditer(
+        r'"stablehlo\.scatter"\(.*?unique_indices = (true|false).*?\}\) : \(([^)]*)\)', text, re.DOTALL
+    ):
         body = match.group(0)
         if re.search(r"tensor<(\d+x)*(f32|bf16|f16)>", match.group(2)):
             combiner = next((op for op in ("add", "maximum", "minimum", "multiply") if f"stablehlo.{op} " in body), "set")
@@ -31,4 +33,4 @@ def float_scatters(text):
 
 def kernels(text):
     """Names of the Triton kernels that a lowered module calls."""
-    return re.findall(r"mpembed_\w+", text)
+    return re.findall(r"mpembed_(?!jax)\w+", text)
