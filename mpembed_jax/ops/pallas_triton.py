@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from mpembed_jax import access, cache, numerics
@@ -126,7 +127,8 @@ def swap(
     layout, block = Layout(table.format, dim, is_interpreted), rows_.block_rows(dim)
     position = jnp.arange(width, dtype=jnp.int32)
     is_live = (position >= begin) & (position < end)
-    was_dirty = is_live & access.take(dirty, line)
+    # Without the barrier XLA reads the bits again after they were cleared, from a copy of all of them.
+    was_dirty = lax.optimization_barrier(is_live & access.take(dirty, line))
     must_write = was_dirty & (victim_ids != NO_ID)
 
     def body(*refs: Any) -> None:
