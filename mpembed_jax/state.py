@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpembed_jax import access, ops, optim
 from mpembed_jax import cache as caching
-from mpembed_jax import ops, optim
 from mpembed_jax import row_state as row_states
 from mpembed_jax import table as tables_
 from mpembed_jax.cache import CacheState, Counts
@@ -74,7 +74,7 @@ def init(
     chosen = ops.choose(implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct))
 
     def build(key: jax.Array) -> EmbeddingState:
-        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim)
+        table = tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, spec.memory_kind)
         return assemble(key, spec, tx, chosen, table)
 
     return jax.jit(build)(optim.key_words(key))
@@ -87,10 +87,14 @@ def assemble(
     cache = None
     if spec.cache is not None:
         cache = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
+    row_state = row_states.init_rows(tx, spec.num_rows, spec.embedding_dim, spec.row_state_dtype)
+    # A few numbers a row stay on the device: every row of a batch needs its own, cached or not.
+    row_state = jax.tree.map(lambda leaf: access.to_host(leaf, spec.memory_kind) if leaf.ndim > 1 else leaf, row_state)
+    table = dataclasses.replace(table, rows=access.to_host(table.rows, spec.memory_kind))
     return EmbeddingState(
         table=table,
         cache=cache,
-        row_state=row_states.init_rows(tx, spec.num_rows, spec.embedding_dim, spec.row_state_dtype),
+        row_state=row_state,
         key=key,
         step=jnp.zeros((), jnp.int32),
         pending=jnp.zeros((), bool),

@@ -92,7 +92,9 @@ def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)])
 
 
-def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embedding_dim: int) -> QuantizedTable:
+def init(
+    key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embedding_dim: int, memory_kind: str | None = None
+) -> QuantizedTable:
     """Makes a stack of tables block by block, so that no float32 table ever exists; trace it under jit.
 
     Args:
@@ -100,6 +102,7 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
       tables: the stack; its rows follow one another.
       fmt: row format.
       embedding_dim: D.
+      memory_kind: None, or host memory for the rows.
 
     Returns:
       The table, initial values rounded by the format's own rule.
@@ -108,6 +111,7 @@ def init(key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embeddin
     starts = offsets(tables)
     total = int(starts[-1])
     packed = jnp.zeros((total, fmt.row_words(embedding_dim)), fmt.word_dtype(embedding_dim))
+    packed = access.to_host(packed, memory_kind)
 
     def put(packed: jax.Array, first: jax.Array | int, values: jax.Array) -> jax.Array:
         first = jnp.asarray(first, jnp.int32)  # loop counters are 64 bits wide in x64 mode
