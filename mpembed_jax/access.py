@@ -12,12 +12,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+HOST_KINDS = ("pinned_host",)  # memory kinds that a table may be kept in
+
+
+def is_on_host(array: jax.Array) -> bool:
+    """Whether an array (traced or not) is kept in host memory."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def to_host(array: jax.Array, memory_kind: str | None) -> jax.Array:
+    """Returns the array in host memory if a memory kind of the host is named, unchanged for None."""
+    return array if memory_kind is None else jax.device_put(array, jax.memory.Space.Host)
+
 
 def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Array:
     """Returns array[index] (array [n, ..], int32 index [..]); outside: the nearest row, or `fill` if given."""
     window = tuple(range(index.ndim, index.ndim + array.ndim - 1))
     dimensions = lax.GatherDimensionNumbers(window, (0,), (0,))
     mode = lax.GatherScatterMode.CLIP if fill is None else lax.GatherScatterMode.FILL_OR_DROP
+    if is_on_host(array):  # jax asks for indices in the same memory; only they and the rows they name cross the bus
+        index = jax.device_put(index, jax.memory.Space.Host)
+        rows = lax.gather(array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill)
+        return jax.device_put(rows, jax.memory.Space.Device)
     return lax.gather(array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill)
 
 

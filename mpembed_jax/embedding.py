@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import access, exchange, ops, planning, requests, row_update
+from mpembed_jax import access, exchange, ops, planning, requests
 from mpembed_jax import cache as caching
 from mpembed_jax import ids as ids_
 from mpembed_jax import state as states
+from mpembed_jax import update as updating
 from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID
@@ -85,7 +86,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(
             table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
-            num_hits, num_cached, state.row_key, state.step, chunk,
+            num_hits, num_cached, state.row_key, state.step, implementation=state.implementation,
         )  # fmt: skip
         cache = dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))
 
@@ -153,7 +154,7 @@ def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Gathers the rows that the plan placed; on a mesh those of this device's shard."""
     ids, num_cached, num_ids = plan.placed
     rows = None if state.cache is None else state.cache.rows
-    return ops.lookup(state.table, rows, ids, plan.line, num_cached, num_ids, ops.chunk_of(state.implementation))
+    return ops.lookup(state.table, rows, ids, plan.line, num_cached, num_ids, implementation=state.implementation)
 
 
 def apply_gradients(
@@ -220,10 +221,9 @@ def apply_gradients(
     ids = jnp.where(is_updated, unique_ids, NO_ID)
     cache = state.cache
     line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
-    table, cache_rows, row_state = row_update.apply(
-        tx, state.table, None if cache is None else cache.rows, state.row_state, ids, line, rows, row_grads,
-        num_cached, num_ids, spec.row_state_dtype, state.row_key, plan.step, is_pending, ops.chunk_of(state.implementation),
-    )  # fmt: skip
+    table, cache_rows, row_state = updating.apply(
+        tx, state, ids, line, rows, row_grads, num_cached, num_ids, plan.step, is_pending
+    )
     if cache is not None:
         cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
     if layout is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import access, exchange, ops, requests
-from mpembed_jax import cache as caching
+from mpembed_jax import exchange, ops, requests
 from mpembed_jax import ids as ids_
 from mpembed_jax import table as tables_
 from mpembed_jax.state import EmbeddingState, over_mesh
@@ -60,12 +58,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
     """Returns the rows of ids (local ones on a shard), NO_ID as zeros."""
-    rows = tables_.read(state.table, ids)
-    if state.cache is None:
-        return rows
-    line = caching.locate(state.cache, ids)
-    cached = access.take(state.cache.rows, line)
-    return jnp.where((line < state.cache.geometry.lines)[..., None], cached, rows)
+    return ops.read(state.table, state.cache, ids, implementation=state.implementation)
 
 
 def flush(state: EmbeddingState) -> EmbeddingState:

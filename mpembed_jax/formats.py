@@ -7,6 +7,7 @@ dequantize) also trace inside kernel bodies.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import reduce
 
 import jax
@@ -112,19 +113,21 @@ def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
     The bias is rounded down first and the scale is taken from the stored bias and rounded up: the other way round, a
     quarter of the rows would leave their grid.
     """
-    dtype = fmt.scale_dtype
-    if dtype is None:
+    if fmt.scale_dtype is None:
         zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
         return zero, zero
-    if fmt.symmetric is False:
-        low = jnp.min(x, axis=-1, keepdims=True)
-        high = jnp.max(x, axis=-1, keepdims=True)
+    low = jnp.min(x, axis=-1, keepdims=True) if fmt.symmetric is False else None
+    return parameters_of(low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt)
+
+
+def parameters_of(low: jax.Array | None, high: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns scale and bias of rows with elements in [low, high]; without a bias (low None) of magnitudes up to high."""
+    dtype = fmt.scale_dtype or "float32"
+    if low is not None:
         bias = numerics.round_down(low, dtype)
         return numerics.grid_step(_saturated(high - bias, high), 2**fmt.code_bits - 1, dtype), bias
     top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else numerics.FLOAT_FORMATS[fmt.name].max_value
-    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = numerics.grid_step(_saturated(absmax, absmax), top, dtype)
-    return scale, jnp.zeros_like(scale)
+    return numerics.grid_step(_saturated(high, high), top, dtype), jnp.zeros_like(high)
 
 
 def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
@@ -132,8 +135,23 @@ def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(extreme), jnp.clip(width, 0, 3.3e38), extreme)
 
 
-def quantize(x: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat, bits: jax.Array | None) -> jax.Array:
-    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format; clamped, never NaN-valued."""
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Returns x / divisor, correctly rounded: as a product with the reciprocal, grid points would leave the grid."""
+    return x / lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
+
+
+def quantize(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    fmt: RowFormat,
+    bits: jax.Array | None,
+    divide: Callable[[jax.Array, jax.Array], jax.Array] = divide,
+) -> jax.Array:
+    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format; clamped, never NaN-valued.
+
+    `divide` is a correctly rounded division: a kernel's own where the compiler's would be approximate.
+    """
     if fmt.name == "float32":
         return lax.bitcast_convert_type(x, jnp.uint32)
     if fmt.scale_dtype is None:
@@ -141,9 +159,7 @@ def quantize(x: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat, bi
     # Scale 0 marks a row of zeros (or, with a bias, of one constant).
     divisor = jnp.where(scale > 0, scale, jnp.float32(1))
     if not fmt.is_integer:
-        # The barrier keeps this a true division; as a product with the reciprocal, grid points would leave the grid.
-        divisor = lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
-        y = jnp.where(scale > 0, x / divisor, jnp.float32(0))
+        y = jnp.where(scale > 0, divide(x, divisor), jnp.float32(0))
         return numerics.encode_float(y, numerics.FLOAT_FORMATS[fmt.name], bits)
     y = numerics.round_to_grid(jnp.where(scale > 0, x - bias, jnp.float32(0)), divisor, bits)
     if fmt.symmetric:
@@ -165,8 +181,21 @@ def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowForm
     return signed.astype(jnp.float32) * scale + bias
 
 
+def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[jax.Array]:
+    """Returns what is stored after the codes: the scale's 16-bit halves (uint32 each), low half first, then the bias's."""
+    dtype = fmt.scale_dtype or "float32"
+    return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])
+
+
+def parameters_from(halves: list[jax.Array], fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale and bias (float32) that `parameter_halves` stored."""
+    dtype = fmt.scale_dtype or "float32"
+    width = 2 if dtype == "float32" else 1
+    scale = _from_halves(halves[:width], dtype)
+    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(scale)
+
+
 def _halves(value: jax.Array, dtype: str) -> list[jax.Array]:
-    """Splits float32 values that `dtype` holds exactly into 16-bit halves (uint32 each), low half first."""
     raw = lax.bitcast_convert_type(value, jnp.uint32)
     match dtype:
         case "float32":
@@ -228,7 +257,7 @@ def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) ->
     dim = codes.shape[-1]
     halves = []
     if fmt.scale_dtype is not None:
-        halves = _halves(scale, fmt.scale_dtype) + (_halves(bias, fmt.scale_dtype) if fmt.symmetric is False else [])
+        halves = parameter_halves(scale, bias, fmt)
     word_bits, num_words = fmt.word_bits(dim), fmt.row_words(dim)
     per_word = word_bits // fmt.code_bits
     code_words = -(-dim // per_word)
@@ -281,8 +310,5 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
         for index in range(num_words * word_bits // 16 - num_halves, num_words * word_bits // 16):
             word, place = divmod(index, word_bits // 16)
             halves.append((words[..., word : word + 1] >> (16 * place)) & jnp.uint32(0xFFFF))
-        width = 2 if fmt.scale_dtype == "float32" else 1
-        scale = _from_halves(halves[:width], fmt.scale_dtype)
-        if fmt.symmetric is False:
-            bias = _from_halves(halves[width:], fmt.scale_dtype)
+        scale, bias = parameters_from(halves, fmt)
     return dequantize(codes, scale, bias, fmt)

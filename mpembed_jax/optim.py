@@ -4,6 +4,7 @@ State and updates exist for the rows of a batch only; rows absent from it keep t
 decay, no weight decay). Row-wise Adagrad follows FBGEMM's exact row-wise Adagrad, row-wise Adam its partial row-wise Adam.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,50 @@ import optax
 from mpembed_jax import numerics
 
 ScalarOrSchedule = Any  # a float, or a callable from the step count
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRule:
+    """What a transformation does to one row, said so that a kernel can do it: w -= learning_rate * g / divisor.
+
+    The divisor is sqrt(G) + eps with G += mean_d(g^2) where `has_sums` (its state: one sum per row), else 1.
+    """
+
+    learning_rate: float
+    has_sums: bool
+    eps: float = 0.0
+
+
+class RowTransformation(optax.GradientTransformation):
+    """An optax transformation of rows that carries its rule; chained with others it is an ordinary transformation."""
+
+    rule: RowRule | None = None  # of a copy by _replace, which may do anything
+
+    def __new__(cls, init: Any, update: Any, rule: RowRule) -> "RowTransformation":
+        """Makes the pair (init, update), which must do what `rule` says."""
+        self = super().__new__(cls, init, update)
+        self.rule = rule
+        return self
+
+
+def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
+    """Returns the rule that `tx` carries, or None: then only plain XLA can run it."""
+    return tx.rule if isinstance(tx, RowTransformation) else None
+
+
+def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
+    """Stochastic gradient descent, w -= lr * g: optax.sgd without momentum, known to kernels if the rate is a number.
+
+    Args:
+      learning_rate: a float or an optax schedule.
+
+    Returns:
+      An optax transformation.
+    """
+    plain = optax.sgd(learning_rate)
+    if callable(learning_rate):
+        return plain
+    return RowTransformation(plain.init, plain.update, RowRule(float(learning_rate), False))
 
 
 class ScaleByRowwiseAdagradState(NamedTuple):
@@ -121,7 +166,10 @@ def rowwise_adagrad(
       An optax transformation.
     """
     scaling = scale_by_rowwise_adagrad(eps, initial_accumulator_value)
-    return _with_decay(scaling, learning_rate, weight_decay, decoupled)
+    tx = _with_decay(scaling, learning_rate, weight_decay, decoupled)
+    if callable(learning_rate) or weight_decay:
+        return tx
+    return RowTransformation(tx.init, tx.update, RowRule(float(learning_rate), True, eps))
 
 
 def rowwise_adam(

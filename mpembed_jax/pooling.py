@@ -3,7 +3,7 @@
 The gradient with respect to the unique rows is a sum over the positions that hold each row. It is written here, as one
 custom VJP over all features of a batch, because the transpose of `rows[inverse]` would make one table of gradients per
 feature, and because a scatter-add with duplicate ids is very slow on some GPU builds (jax#38806), where positions are
-sorted instead. Conventions follow tf.nn.embedding_lookup_sparse.
+sorted instead: no gradient of this file is a scatter of duplicates there. Conventions follow tf.nn.embedding_lookup_sparse.
 """
 
 from functools import partial
@@ -32,8 +32,8 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
     return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
 
 
-@jax.custom_vjp
-def _take(rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
     sizes = np.cumsum([i.size for i in index])[:-1]
     flat = access.take(rows, jnp.concatenate([i.reshape(-1) for i in index]))
@@ -41,60 +41,76 @@ def _take(rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
     return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
 
 
-def _take_fwd(rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
-    return _take(rows, index), (rows, index)
+def _take_fwd(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
+    return _take(implementation, rows, index), (rows, index)
 
 
-def _take_bwd(saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+def _take_bwd(implementation: str | None, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     rows, index = saved
     flat_index = jnp.concatenate([i.reshape(-1) for i in index])
     flat_grads = jnp.concatenate([g.reshape(-1, rows.shape[1]) for g in grads])
-    return ops.add_duplicates(jnp.zeros_like(rows), flat_index, flat_grads), None
+    return ops.sum_duplicates(flat_grads, flat_index, rows.shape[0], implementation=implementation), None
 
 
 _take.defvjp(_take_fwd, _take_bwd)
 
 
-@jax.custom_vjp
-def _bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
-    shape = (*index.shape[:-1], rows.shape[1])
-    if index.shape[-1] == 0:
-        return jnp.zeros(shape, jnp.float32)
-
-    def body(position: jax.Array, total: jax.Array) -> jax.Array:
-        here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
-        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-        return total + factor[..., None] * access.take(rows, here)
-
-    start = varying.settle(lambda total: body(jnp.int32(0), total), jnp.zeros(shape, jnp.float32))
-    return lax.fori_loop(0, index.shape[-1], body, start)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bag(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+    """Returns sum_l factors[.., l] * rows[index[.., l]]."""
+    return ops.bag(rows, index, factors, implementation=implementation)
 
 
-def _bag_fwd(rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
-    return _bag(rows, index, factors), (rows, index, factors)
+def _bag_fwd(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
+    return _bag(implementation, rows, index, factors), (rows, index, factors)
 
 
-def _bag_bwd(saved: tuple, grad: jax.Array) -> tuple:
+def _bag_bwd(implementation: str | None, saved: tuple, grad: jax.Array) -> tuple:
     rows, index, factors = saved
-    if index.shape[-1] == 0:
+    if index.size == 0:
         return jnp.zeros_like(rows), None, factors
 
+    # One position of all bags at a time, as in the forward pass: no [.., L, D] array.
     def body(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row_grads, factor_grads = carry
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
-        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-        addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
-        row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
+        if not ops.has_kernels(implementation):
+            factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
+            addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
+            row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
         along = jnp.sum(grad * access.take(rows, here), axis=-1)
         return row_grads, lax.dynamic_update_index_in_dim(factor_grads, along, position, factors.ndim - 1)
 
-    start = varying.settle(lambda carry: body(jnp.int32(0), carry), (jnp.zeros_like(rows), jnp.zeros_like(factors)))
+    row_grads = jnp.zeros_like(rows)
+    if ops.has_kernels(implementation):
+        row_grads = ops.sum_duplicates(
+            grad.reshape(-1, rows.shape[1]), index.reshape(-1), rows.shape[0],
+            implementation=implementation, factors=factors.reshape(-1),
+        )  # fmt: skip
+    start = varying.settle(lambda carry: body(jnp.int32(0), carry), (row_grads, jnp.zeros_like(factors)))
     row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, start)
     return row_grads, None, factor_grads
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _segment_sum(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> jax.Array:
+    """Sums values [N, ..] by segment -> [size, ..]; the last segment, padding, is zero."""
+    return ops.sum_duplicates(values, segment, size, implementation=implementation)
+
+
+def _segment_sum_fwd(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> tuple:
+    return _segment_sum(implementation, values, segment, size), segment
+
+
+def _segment_sum_bwd(implementation: str | None, size: int, segment: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
+    del implementation
+    return access.take(grad.at[size - 1].set(0), segment), None
+
+
+_segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
 
 
 @jax.named_scope("pool")
@@ -106,6 +122,7 @@ def pool(
     *,
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
+    implementation: str | None = None,
 ) -> Any:
     """Turns unique rows into vectors per id or per bag; differentiable (reverse mode) in rows and weights.
 
@@ -119,13 +136,17 @@ def pool(
       combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each inverse.
       segment_ids: int32 [N], the bag of each position of a flat inverse [N], instead of the last axis.
       num_segments: number of bags; needed with segment_ids.
+      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation, for its kernels; None: plain XLA.
 
     Returns:
       Nest of float32: [.., D] without combiner; [.., D] with the last axis of inverse reduced; [num_segments, D].
 
     Raises:
-      ValueError: on an unknown combiner, weights without combiner or of other shape, or segment_ids of another shape.
+      ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
+        unknown implementation.
     """
+    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}")
     if combiner is not None and combiner not in COMBINERS:
         raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
     if combiner is None and (weights is not None or segment_ids is not None):
@@ -137,19 +158,20 @@ def pool(
         if w is not None and w.shape != i.shape:
             raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
     if combiner is None:
-        return treedef.unflatten(_take(rows, tuple(index)) if index else [])
+        return treedef.unflatten(_take(implementation, rows, tuple(index)) if index else [])
     if segment_ids is not None:
         if len(index) != 1 or index[0].ndim != 1 or segment_ids.shape != index[0].shape or num_segments is None:
             raise ValueError(
                 f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
                 f"got {[i.shape for i in index]} and num_segments={num_segments}"
             )
-        return treedef.unflatten([_pool_segments(rows, index[0], factors[0], combiner, segment_ids, num_segments)])
+        bags = _pool_segments(rows, index[0], factors[0], combiner, segment_ids, num_segments, implementation)
+        return treedef.unflatten([bags])
     pooled = []
     for i, w in zip(index, factors, strict=True):
         if i.ndim == 0:
             raise ValueError("a combiner reduces the last axis of inverse, but an inverse is a scalar")
-        pooled.append(_bag(rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
+        pooled.append(_bag(implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
     return treedef.unflatten(pooled)
 
 
@@ -160,21 +182,23 @@ def _pool_segments(
     combiner: str,
     segment_ids: jax.Array,
     num_segments: int,
+    implementation: str | None,
 ) -> jax.Array:
     is_real = (index != rows.shape[0] - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
     segment = jnp.where(is_real, segment_ids, num_segments)
     w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
-    add = partial(jax.ops.segment_sum, segment_ids=segment, num_segments=num_segments + 1)
     if combiner == "sum":
         factors = w
     else:
-        total = add(w if combiner == "mean" else jnp.square(w))
+        addend = w if combiner == "mean" else jnp.square(w)
+        total = _segment_sum(implementation, addend[:, None], segment, num_segments + 1)
         is_full = total != 0
         total = jnp.where(is_full, total, jnp.float32(1))
         total = jnp.sqrt(total) if combiner == "sqrtn" else total
-        factors = jnp.where(is_full[segment], w / total[segment], jnp.float32(0))
-    (vectors,) = _take(rows, (index,))
-    return add(factors[:, None] * vectors)[:num_segments]
+        (own,) = _take(implementation, total, (segment,))
+        factors = jnp.where(access.take(is_full[:, 0], segment), w / own[:, 0], jnp.float32(0))
+    (vectors,) = _take(implementation, rows, (index,))
+    return _segment_sum(implementation, factors[:, None] * vectors, segment, num_segments + 1)[:num_segments]
 
 
 def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:

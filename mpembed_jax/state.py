@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from mpembed_jax import access, ops, optim
 from mpembed_jax import cache as caching
-from mpembed_jax import ops, optim
 from mpembed_jax import row_state as row_states
 from mpembed_jax import table as tables_
 from mpembed_jax.cache import CacheState, Counts
@@ -105,12 +105,18 @@ def init(
       ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
         over the mesh so.
     """
+    chosen = ops.choose(implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct))
     layout = Layout.of(spec, mesh, axis_name, placement)
+    if layout is not None and (ops.has_kernels(chosen) or spec.memory_kind is not None):
+        raise ValueError(
+            f"a stack over a mesh runs on plain XLA with its tables on the devices; got implementation={chosen!r} and "
+            f"memory_kind={spec.memory_kind!r}"
+        )
 
     def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
-        return tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard)
+        return tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind)
 
-    return make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, table_of)
+    return make(optim.key_words(key), spec, tx, chosen, layout, table_of)
 
 
 def make(
@@ -188,10 +194,13 @@ def assemble(
     if spec.cache is not None:
         geometry = spec.cache.geometry(spec.num_rows)
         cache = caching.init(geometry if layout is None else layout.share(geometry), spec.cache.policy, spec.embedding_dim)
+    row_state = row_states.init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype)
+    # A few numbers a row stay on the device: every row of a batch needs its own, cached or not.
+    row_state = jax.tree.map(lambda leaf: access.to_host(leaf, spec.memory_kind) if leaf.ndim > 1 else leaf, row_state)
     state = EmbeddingState(
-        table=table,
+        table=dataclasses.replace(table, rows=access.to_host(table.rows, spec.memory_kind)),
         cache=cache,
-        row_state=row_states.init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype),
+        row_state=row_state,
         key=key,
         step=jnp.zeros((), jnp.int32),
         pending=jnp.zeros((), bool),

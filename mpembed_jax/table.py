@@ -113,7 +113,12 @@ def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
 
 
 def init(
-    key: jax.Array, tables: tuple[TableSpec, ...], fmt: RowFormat, embedding_dim: int, shard: Any = None
+    key: jax.Array,
+    tables: tuple[TableSpec, ...],
+    fmt: RowFormat,
+    embedding_dim: int,
+    shard: Any = None,
+    memory_kind: str | None = None,
 ) -> QuantizedTable:
     """Makes a stack of tables block by block, so that no float32 table ever exists; trace it under jit.
 
@@ -123,6 +128,7 @@ def init(
       fmt: row format.
       embedding_dim: D.
       shard: layout.Shard whose rows to make, the same values as in the whole stack; None: all.
+      memory_kind: None, or host memory for the rows.
 
     Returns:
       The table, initial values rounded by the format's own rule.
@@ -136,6 +142,7 @@ def init(
     first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
     row_key = key if shard is None else shard.key(key)
     packed = jnp.zeros((total, fmt.row_words(embedding_dim)), fmt.word_dtype(embedding_dim))
+    packed = access.to_host(packed, memory_kind)
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.

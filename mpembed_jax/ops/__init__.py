@@ -1,50 +1,185 @@
 """The row movements and the deduplication: the contract of each op and the choice of its implementation.
 
 This is the only place that knows about hardware. Implementations are named: "xla" makes full-width passes (accelerators),
-"xla_chunked" loops over chunks with a dynamic trip count (CPU); both trace the same reference code and give the same bits.
+"xla_chunked" loops over chunks with a dynamic trip count (CPU), "pallas_triton" runs the row movements as GPU kernels, and
+"pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
 
 Ops (U unique ids, D embedding dim, V table rows, C cache lines):
   unique(ids [N], size, step)              -> distinct ids, where each position's id went, occurrences
   swap(table, rows, dirty, ...)            -> dirty victims quantized into the table, newcomers dequantized into their lines
   lookup(table, rows, ids, line, ...)      -> f32 [U, D], from the line where there is one, else from the table
+  read(table, cache, ids)                  -> f32 [.., D], from the line whose tag is the id, else from the table
   write(table, rows, new_rows, ...)        -> new values to lines, or stochastically rounded into the table
+  update(table, rows, sums, ...)           -> SGD or row-wise Adagrad on each row, then write; kernels only
   write_back(table, rows, tags, dirty ...) -> every dirty line quantized into the table
+  sum_duplicates(values, index, size)      -> f32 [size, D], values of equal index summed
+  bag(rows, index, factors)                -> f32 [.., D], sum over the last axis of factors * rows[index]
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
-from mpembed_jax.ops.xla import Unique, add_duplicates, lookup, swap, unique, write, write_back
+from mpembed_jax.cache import CacheState
+from mpembed_jax.ops import xla
+from mpembed_jax.ops.xla import Unique, add_duplicates, unique, write_back
+from mpembed_jax.table import QuantizedTable
 
-IMPLEMENTATIONS = ("xla", "xla_chunked")
+IMPLEMENTATIONS = ("xla", "xla_chunked", "pallas_triton", "pallas_interpret")
 _CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
+_TRITON_CAPABILITY = 8.0  # what Pallas' Triton back end needs
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Unique",
     "add_duplicates",
+    "bag",
     "choose",
     "chunk_of",
+    "has_kernels",
     "lookup",
+    "read",
+    "sum_duplicates",
     "swap",
     "unique",
+    "update",
     "write",
     "write_back",
 ]
 
 
-def choose(implementation: str | None) -> str:
+def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
     """Returns the named implementation, or for None the best one for the default device.
 
+    None never picks a kernel that was not measured to win on hardware: until experiments/bench_gpu.py has run on a GPU, that
+    is "xla" on every accelerator, and kernels are used where they are named.
+
+    Args:
+      implementation: a name from IMPLEMENTATIONS, or None.
+      is_abstract: True where only shapes are made, perhaps for another device than this machine's.
+
     Raises:
-      ValueError: on an unknown name.
+      ValueError: on an unknown name, or one that the default device cannot run.
     """
     if implementation is None:
         return "xla_chunked" if jax.default_backend() == "cpu" else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "pallas_triton" and not is_abstract:
+        device = jax.local_devices()[0]
+        # Not an attribute of CPU and TPU devices, "8.0" or "gfx90a" elsewhere.
+        capability = str(getattr(device, "compute_capability", ""))
+        is_able = capability.replace(".", "").isdigit() and float(capability) >= _TRITON_CAPABILITY
+        if device.platform not in ("gpu", "cuda") or not is_able:
+            raise ValueError(
+                f"pallas_triton needs an NVIDIA GPU of compute capability {_TRITON_CAPABILITY} or more, this device is "
+                f"{device.device_kind} ({device.platform} {capability}); leave implementation out"
+            )
     return implementation
 
 
 def chunk_of(implementation: str) -> int | None:
     """Returns the chunk length that an implementation loops with, None for full-width passes."""
     return _CHUNK if implementation == "xla_chunked" else None
+
+
+def has_kernels(implementation: str | None) -> bool:
+    """Whether an implementation runs the row movements as Pallas kernels."""
+    return implementation in ("pallas_triton", "pallas_interpret")
+
+
+def _kernels(implementation: str | None) -> tuple[Any, Any, bool]:
+    """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
+    from mpembed_jax.ops import pallas_sums, pallas_triton
+
+    return pallas_triton, pallas_sums, implementation == "pallas_interpret"
+
+
+@jax.named_scope("swap")
+def swap(
+    table: QuantizedTable, cache_rows: jax.Array, dirty: jax.Array, *plan: jax.Array, implementation: str
+) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
+    """See `xla.swap`; `plan` is its arguments from ids to step."""
+    if has_kernels(implementation):
+        triton, _, is_interpreted = _kernels(implementation)
+        return triton.swap(table, cache_rows, dirty, *plan, is_interpreted)
+    return xla.swap(table, cache_rows, dirty, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+
+
+@jax.named_scope("lookup")
+def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str) -> jax.Array:
+    """See `xla.lookup`; `plan` is its arguments from ids to num_ids."""
+    if has_kernels(implementation):
+        triton, _, is_interpreted = _kernels(implementation)
+        return triton.lookup(table, cache_rows, *plan, is_interpreted)
+    return xla.lookup(table, cache_rows, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+
+
+@jax.named_scope("read")
+def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: str) -> jax.Array:
+    """See `xla.read`."""
+    if has_kernels(implementation):
+        triton, _, is_interpreted = _kernels(implementation)
+        return triton.read(table, cache, ids, is_interpreted)
+    return xla.read(table, cache, ids)
+
+
+@jax.named_scope("write")
+def write(
+    table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str
+) -> tuple[QuantizedTable, jax.Array | None]:
+    """See `xla.write`; `plan` is its arguments from ids to step."""
+    if has_kernels(implementation):
+        triton, _, is_interpreted = _kernels(implementation)
+        ids, line, new_rows, *rest = plan
+        return triton.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
+    return xla.write(table, cache_rows, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+
+
+@jax.named_scope("update")
+def update(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    sums: jax.Array | None,
+    *plan: jax.Array,
+    implementation: str,
+    learning_rate: float,
+    eps: float,
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
+    """See `pallas_triton.update`; only for implementations with kernels."""
+    triton, _, is_interpreted = _kernels(implementation)
+    return triton.update(table, cache_rows, sums, *plan, is_interpreted, learning_rate=learning_rate, eps=eps)
+
+
+def sum_duplicates(
+    values: jax.Array, index: jax.Array, size: int, *, implementation: str | None = None, factors: jax.Array | None = None
+) -> jax.Array:
+    """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
+
+    Args:
+      values: float32 [M, ..]; position n takes values[n // (N / M)].
+      index: int32 [N] in [0, size), N a multiple of M.
+      size: rows of the result.
+      implementation: None: plain XLA, by the platform lowered for.
+      factors: float32 [N] or None: multiplied with each position's values.
+
+    Returns:
+      float32 [size, ..].
+    """
+    if has_kernels(implementation) and values.ndim == 2:
+        _, sums, is_interpreted = _kernels(implementation)
+        return sums.sum_duplicates(values, index, size, is_interpreted, factors)
+    if values.shape[0] != index.shape[0]:
+        values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
+    if factors is not None:
+        values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
+    return xla.add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
+
+
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D], without an array [.., L, D]."""
+    if has_kernels(implementation):
+        _, sums, is_interpreted = _kernels(implementation)
+        return sums.bag(rows, index, factors, is_interpreted)
+    return xla.bag(rows, index, factors)

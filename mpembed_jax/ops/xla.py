@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, chunks, numerics, varying
+from mpembed_jax import access, cache, chunks, numerics, varying
+from mpembed_jax import table as tables_
 from mpembed_jax.formats import decode
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
@@ -166,6 +167,19 @@ def lookup(
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
 
 
+def read(table: QuantizedTable, held: cache.CacheState | None, ids: jax.Array) -> jax.Array:
+    """Reads rows for evaluation (ids int32 [..] -> float32 [.., D]): the line where resident, else the table's row.
+
+    Ids outside the table, NO_ID among them, read as zeros.
+    """
+    ids = jnp.where((ids >= 0) & (ids < table.num_rows), ids, NO_ID)
+    rows = tables_.read(table, ids)
+    if held is None:
+        return rows
+    line = cache.locate(held, ids)
+    return jnp.where((line < held.geometry.lines)[..., None], access.take(held.rows, line), rows)
+
+
 @jax.named_scope("write")
 def write(
     table: QuantizedTable,
@@ -226,15 +240,52 @@ def write_back(
     return QuantizedTable(rows, table.format, table.embedding_dim)
 
 
-def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values [n, D] into total [U, D] at index [n], duplicates summed; the last row, padding, takes nothing.
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+    """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
+    zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
+    if index.shape[-1] == 0:
+        return zeros
 
-    A CPU adds in place, in the order of positions. Elsewhere positions are sorted first: a float32 scatter-add with
-    duplicate ids is hundreds of times slower on some GPU builds (jax#38806), and its order is not deterministic.
+    def body(position: jax.Array, total: jax.Array) -> jax.Array:
+        here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
+        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
+        return total + factor[..., None] * access.take(rows, here)
+
+    start = varying.settle(lambda total: body(jnp.int32(0), total), zeros)
+    return lax.fori_loop(0, index.shape[-1], body, start)
+
+
+def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [n, ..] into total [U, ..] at index [n], duplicates summed; the last row, padding, takes nothing.
+
+    Decided by the platform that is lowered for: a CPU adds in place, in the order of positions; others sort and scan
+    (`add_sorted`), since a float32 scatter-add with duplicate ids is hundreds of times slower on some GPU builds
+    (jax#38806), and its order is not deterministic.
     """
+    return lax.platform_dependent(total, index, values, cpu=_add_in_order, default=add_sorted)
+
+
+def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     last = total.shape[0] - 1
-    if jax.default_backend() == "cpu":
-        return access.add(total, jnp.where(index == last, last + 1, index), values)
-    order = jnp.argsort(index)
-    summed = jax.ops.segment_sum(values[order], index[order], last + 1, indices_are_sorted=True)
-    return total + summed.at[last].set(0)
+    return access.add(total, jnp.where(index == last, last + 1, index), values)
+
+
+def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """See `add_duplicates`: a segmented scan over sorted positions, whose last entry of each segment is its sum.
+
+    No scatter sees an index twice, not even a sorted one: XLA's GPU back end adds those atomically, too.
+    """
+    (num,), last = index.shape, total.shape[0] - 1
+    if num == 0:
+        return total
+    segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
+    begins = jnp.concatenate([jnp.ones(1, bool), segment[1:] != segment[:-1]])
+    ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)])
+
+    def join(left: tuple, right: tuple) -> tuple:
+        begins = right[1].reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(begins, right[0], left[0] + right[0]), left[1] | right[1]
+
+    sums, _ = lax.associative_scan(join, (access.take(values, order), begins))
+    place = jnp.where(ends & (segment != last), segment, last + 1)
+    return access.put(total, place, sums + access.take(total, segment))

@@ -1,0 +1,270 @@
+"""GPU kernels of the row movements, by Pallas' Triton back end: lookup, read, swap, and the row update.
+
+Each has the signature of its reference in `xla` (the update: of `optim`'s rule followed by `xla.write`) and gives the same
+bits for lookup, read and swap. Needs compute capability 8.0. Addresses are 64 bits wide where an array passes 2^32 bytes.
+There are no atomics: every row is written by one program.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mpembed_jax import access, cache, numerics
+from mpembed_jax.cache import CacheState
+from mpembed_jax.ops import pallas_rows as rows_
+from mpembed_jax.ops.pallas_rows import Layout
+from mpembed_jax.table import NO_ID, QuantizedTable
+
+
+def _positions(block: int) -> jax.Array:
+    return pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+
+
+def lookup(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    is_interpreted: bool,
+) -> jax.Array:
+    """See `xla.lookup`: every row from its line or dequantized from the table, in one pass that writes each once."""
+    width, dim = ids.shape[0], table.embedding_dim
+    layout, block = Layout(table.format, dim, is_interpreted), rows_.block_rows(dim)
+
+    def body(*refs: Any) -> None:
+        bounds, ids_ref, line_ref, packed, *lines, out = refs
+        position, columns = _positions(block), rows_.columns_of(dim)
+        is_inside = position < width
+        from_table = is_inside & (position < bounds[1])
+        row = jnp.zeros((block, columns.shape[0]), jnp.float32)
+        if lines:
+            from_line = is_inside & (position < bounds[0])
+            here = rows_.load(line_ref, (position,), from_line)
+            row = rows_.load_row(lines[0], here, from_line, columns, dim)
+            from_table = from_table & ~from_line
+        read = rows_.read_packed(packed, rows_.load(ids_ref, (position,), from_table), from_table, layout)
+        rows_.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+
+    # Without a cache num_cached is 0.
+    operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
+    operands += [] if cache_rows is None else [cache_rows]
+    (out,) = rows_.launch(
+        body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
+        name="mpembed_lookup", is_interpreted=is_interpreted,
+    )  # fmt: skip
+    return out
+
+
+def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_interpreted: bool) -> jax.Array:
+    """See `xla.read`: matches the ways of each id's set and reads the line that holds it, else the table's row, in one pass.
+
+    Args:
+      table: the stack.
+      held: the cache, or None.
+      ids: int32 [..]; outside the table reads as zeros.
+      is_interpreted: see pallas_rows.launch.
+
+    Returns:
+      float32 [.., D].
+    """
+    flat, dim, num_rows = ids.reshape(-1), table.embedding_dim, table.num_rows
+    (width,) = flat.shape
+    if width == 0:
+        return jnp.zeros((*ids.shape, dim), jnp.float32)
+    layout, block = Layout(table.format, dim, is_interpreted), rows_.block_rows(dim)
+
+    def body(*refs: Any) -> None:
+        ids_ref, packed, *cached, out = refs
+        position, columns = _positions(block), rows_.columns_of(dim)
+        is_inside = position < width
+        here = rows_.load(ids_ref, (position,), is_inside)
+        is_valid = is_inside & (here >= 0) & (here < num_rows)
+        here = jnp.where(is_valid, here, 0)
+        row = jnp.zeros((block, columns.shape[0]), jnp.float32)
+        from_table = is_valid
+        if held is not None:
+            tags, lines = cached
+            ways = held.geometry.ways
+            sets = cache.set_of(here, held.geometry)
+            way = jnp.arange(rows_.ceil_power(ways), dtype=jnp.int32)
+            wide = is_valid[:, None] & (way < ways)[None, :]
+            tag = rows_.load(tags, (jnp.where(wide, sets[:, None], 0), jnp.where(wide, way[None, :], 0)), wide, NO_ID)
+            found = jnp.sum(jnp.where(tag == here[:, None], way[None, :] + 1, 0), axis=1, dtype=jnp.int32)
+            from_line = is_valid & (found > 0)
+            from_table = is_valid & ~from_line
+            row = rows_.load_row(lines, sets * ways + found - 1, from_line, columns, dim)
+        read = rows_.read_packed(packed, here, from_table, layout)
+        rows_.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+
+    operands = [flat, table.rows] + ([] if held is None else [held.tags, held.rows])
+    (out,) = rows_.launch(
+        body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
+        name="mpembed_read", is_interpreted=is_interpreted,
+    )  # fmt: skip
+    return out.reshape(*ids.shape, dim)
+
+
+def swap(
+    table: QuantizedTable,
+    cache_rows: jax.Array,
+    dirty: jax.Array,
+    ids: jax.Array,
+    line: jax.Array,
+    victim_ids: jax.Array,
+    begin: jax.Array,
+    end: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    is_interpreted: bool,
+) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
+    """See `xla.swap`: each dirty victim is quantized into the table and its newcomer dequantized into the line, in place."""
+    width, dim = ids.shape[0], table.embedding_dim
+    layout, block = Layout(table.format, dim, is_interpreted), rows_.block_rows(dim)
+    position = jnp.arange(width, dtype=jnp.int32)
+    is_live = (position >= begin) & (position < end)
+    # Without the barrier XLA reads the bits again after they were cleared, from a copy of all of them.
+    was_dirty = lax.optimization_barrier(is_live & access.take(dirty, line))
+    must_write = was_dirty & (victim_ids != NO_ID)
+
+    def body(*refs: Any) -> None:
+        seed, bounds, ids_ref, line_ref, victim_ref, packed_in, _lines_in, packed, lines = refs
+        position = _positions(block)
+
+        @pl.when(_overlaps(bounds, block))
+        def exchange() -> None:
+            is_live = (position >= bounds[0]) & (position < bounds[1])
+            here = rows_.load(line_ref, (position,), is_live)
+            victim = rows_.load(victim_ref, (position,), is_live, -1)
+            writes = is_live & (victim >= 0)
+            old = [rows_.load_row(lines, here, writes, c, dim) for c in rows_.place_columns(layout)]
+            # A batch's rows are never its victims (invariant 2): what is read here no program writes.
+            new = rows_.read_packed(packed_in, rows_.load(ids_ref, (position,), is_live), is_live, layout)
+            rows_.barrier(is_interpreted)
+            rows_.write_packed(packed, victim, writes, old, layout, (seed[0], seed[1]))
+            rows_.store_row(lines, here, is_live, rows_.columns_of(dim), dim, new)
+
+    operands = [
+        numerics.draw_seed(key, numerics.WRITE_BACK, step), jnp.stack([begin, end]), ids, line,
+        jnp.where(must_write, victim_ids, -1), table.rows, cache_rows,
+    ]  # fmt: skip
+    packed, lines = rows_.launch(
+        body, pl.cdiv(width, block), operands, [rows_.shape_of(table.rows), rows_.shape_of(cache_rows)],
+        name="mpembed_swap", is_interpreted=is_interpreted, aliases={5: 0, 6: 1},
+    )  # fmt: skip
+    dirty = access.put(dirty, jnp.where(was_dirty, line, dirty.shape[0]), False)
+    num_written = jnp.sum(must_write, dtype=jnp.int32)
+    return QuantizedTable(packed, table.format, dim), lines, dirty, num_written
+
+
+def _overlaps(bounds: Any, block: int) -> jax.Array:
+    first = pl.program_id(0) * block
+    return (first < bounds[1]) & (first + block > bounds[0])
+
+
+def update(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    sums: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    rows: jax.Array,
+    row_grads: jax.Array | None,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    is_interpreted: bool,
+    *,
+    learning_rate: float = 0.0,
+    eps: float = 0.0,
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
+    """Updates each row once and stores it, in one pass: w -= lr g (SGD), or w -= lr g / (sqrt(G) + eps), G += mean(g^2).
+
+    Args:
+      table: the stack.
+      cache_rows: float32 [C, D] or None.
+      sums: G of row-wise Adagrad, float32 [V] or bfloat16 bit patterns uint16 [V] (rounded stochastically); None: SGD.
+      ids: int32 [U]; NO_ID entries are not updated.
+      line: int32 [U]; C entries are not written to a line.
+      rows: float32 [U, D].
+      row_grads: float32 [U, D], summed per row; None stores `rows` as they are.
+      num_cached: entries [0, num_cached) go to lines.
+      num_ids: entries [num_cached, num_ids) go to the table.
+      key: uint32 [2].
+      step: int32 scalar.
+      is_interpreted: see pallas_rows.launch.
+      learning_rate: of the rule.
+      eps: of Adagrad.
+
+    Returns:
+      Table, cache rows and sums.
+    """
+    width, dim = rows.shape
+    layout, block = Layout(table.format, dim, is_interpreted), rows_.block_rows(dim)
+    bfloat16 = numerics.FLOAT_FORMATS["bfloat16"]
+
+    def updated(places: list, grads: list, before: jax.Array | None) -> tuple[list, jax.Array | None]:
+        if before is None:
+            return [w + jnp.float32(-learning_rate) * g for w, g in zip(places, grads, strict=True)], None
+        squares = sum(jnp.sum(jnp.square(g), axis=1) for g in grads)
+        total = before + squares / jnp.float32(dim)
+        root = jnp.sqrt(total) + jnp.float32(eps)
+        divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
+        return [w + jnp.float32(-learning_rate) * (g / divisor) for w, g in zip(places, grads, strict=True)], total
+
+    def body(*refs: Any) -> None:
+        inputs, outputs = refs[: len(operands)], list(refs[len(operands) :])
+        seeds, bounds, ids_ref, line_ref, rows_ref = inputs[:5]
+        grads_ref = inputs[5] if row_grads is not None else None
+        packed = outputs.pop(0)
+        lines = outputs.pop(0) if cache_rows is not None else None
+        sums_ref = outputs.pop(0) if sums is not None else None
+        position, columns = _positions(block), rows_.place_columns(layout)
+
+        @pl.when(pl.program_id(0) * block < bounds[1])
+        def update_block() -> None:
+            here = rows_.load(ids_ref, (position,), position < bounds[1], NO_ID)
+            is_updated = here != NO_ID
+            is_cached = is_updated & (position < bounds[0])
+            places = [rows_.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
+            if grads_ref is not None:
+                grads = [rows_.load_row(grads_ref, position, is_updated, c, dim) for c in columns]
+                before = None
+                if sums_ref is not None:
+                    before = rows_.load(sums_ref, (here,), is_updated)
+                    if sums_ref.dtype == jnp.uint16:
+                        before = numerics.decode_float(before.astype(jnp.uint32), bfloat16)
+                places, total = updated(places, grads, before)
+                if sums_ref is not None and total is not None:
+                    if sums_ref.dtype == jnp.uint16:
+                        seed = (seeds[2], seeds[3])
+                        bits = numerics.bits_at(seed, here, jnp.zeros(here.shape, jnp.uint32))  # type: ignore[arg-type]
+                        total = numerics.encode_float(total, bfloat16, bits).astype(jnp.uint16)
+                    rows_.store(sums_ref, (here,), total, is_updated)
+            if lines is not None:
+                place = rows_.load(line_ref, (position,), is_cached)
+                for values, c in zip(places, columns, strict=True):
+                    rows_.store_row(lines, place, is_cached, c, dim, values)
+            rows_.write_packed(packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1]))
+
+    # The state of row-wise Adagrad is leaf 0 of its tree.
+    seeds = [numerics.draw_seed(key, stream, step) for stream in (numerics.BYPASS, numerics.ROW_STATE)]
+    operands = [jnp.concatenate(seeds), jnp.stack([num_cached, num_ids]), ids, line, rows]
+    operands += [] if row_grads is None else [row_grads]
+    held = [array for array in (table.rows, cache_rows, sums) if array is not None]
+    aliases = {len(operands) + i: i for i in range(len(held))}
+    operands += held
+    results = list(
+        rows_.launch(
+            body, pl.cdiv(width, block), operands, [rows_.shape_of(array) for array in held],
+            name="mpembed_update", is_interpreted=is_interpreted, aliases=aliases,
+        )
+    )  # fmt: skip
+    packed = results.pop(0)
+    lines = None if cache_rows is None else results.pop(0)
+    return QuantizedTable(packed, table.format, dim), lines, None if sums is None else results.pop(0)

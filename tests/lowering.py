@@ -1,0 +1,36 @@
+"""Lowers functions for devices this machine lacks, and reads what came out: scatters, kernels."""
+
+import contextlib
+import re
+
+import jax
+
+
+def lowered_for(platform, function, *args, donate_argnums=()):
+    """The lowered `function` for "cuda" (an H200) or "tpu"; args are arrays or their shape structs."""
+    context = contextlib.nullcontext()
+    if platform == "cuda" and tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11):
+        # From jax 0.11 kernels are lowered for the device of the mesh; before, sm_90 is assumed.
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+        context = use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda")))
+    with context:
+        return jax.jit(function, donate_argnums=donate_argnums).trace(*args).lower(lowering_platforms=(platform,))
+
+
+def float_scatters(text):
+    """(combiner, are indices unique) of every scatter of floats in a lowered module."""
+    found = []
+    for match in re.finditer(
+        r'"stablehlo\.scatter"\(.*?unique_indices = (true|false).*?\}\) : \(([^)]*)\)', text, re.DOTALL
+    ):
+        body = match.group(0)
+        if re.search(r"tensor<(\d+x)*(f32|bf16|f16)>", match.group(2)):
+            combiner = next((op for op in ("add", "maximum", "minimum", "multiply") if f"stablehlo.{op} " in body), "set")
+            found.append((combiner, match.group(1) == "true"))
+    return found
+
+
+def kernels(text):
+    """Names of the Triton kernels that a lowered module calls."""
+    return re.findall(r"mpembed_(?!jax)\w+", text)

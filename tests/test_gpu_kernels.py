@@ -1,0 +1,314 @@
+"""The GPU kernels, interpreted: the same bits as the reference for every format, at odd dims and edges of a plan.
+
+Interpreting shows values; that they compile for a GPU is shown by test_gpu_lowering and test_gpu_compile, that they run
+fast by experiments/bench_gpu.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import shapes
+
+import mpembed_jax as mpembed
+from mpembed_jax import cache, ops, optim
+from mpembed_jax.formats import RowFormat, encode
+from mpembed_jax.table import NO_ID, QuantizedTable
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+V, LINES, WIDTH = 200, 64, 70
+KEY = jnp.asarray([3, 4], jnp.uint32)
+STEP = jnp.int32(5)
+KERNEL, REFERENCE = "pallas_interpret", "xla"
+
+# Every format, every dim of the list, every kind of scale, symmetric or not, nearest rounding.
+CASES = [
+    (RowFormat("float32"), 1),
+    (RowFormat("float32"), 100),
+    (RowFormat("bfloat16"), 7),
+    (RowFormat("float16"), 64),
+    (RowFormat("float8_e4m3fn"), 7),
+    (RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
+    (RowFormat("float8_e5m2", scale_dtype="float16"), 16),
+    (RowFormat("int8"), 1),
+    (RowFormat("int8"), 16),
+    (RowFormat("int8"), 100),
+    (RowFormat("int8", scale_dtype="float32"), 7),
+    (RowFormat("int8", rounding="nearest"), 128),
+    (RowFormat("int4"), 7),
+    (RowFormat("int4", scale_dtype="float16"), 100),
+    (RowFormat("int2"), 16),
+    (RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
+]
+
+
+def name_of(case):
+    fmt, dim = case
+    return f"{fmt.name}-{fmt.scale_dtype}-{dim}"
+
+
+def same(one, other):
+    """Equal bit for bit: NaN equals NaN of the same bits, -0 is not 0."""
+    one, other = jax.device_get((one, other))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint8), b.view(np.uint8)),
+                 jax.tree.map(np.ascontiguousarray, one), jax.tree.map(np.ascontiguousarray, other))  # fmt: skip
+
+
+def stage(fmt, dim, seed=0):
+    """A table and cache with awkward rows, and a plan: 11 hits, then newcomers, then bypassed rows, padding."""
+    rng = np.random.default_rng(seed)
+    fmt = fmt.resolve(dim)
+    with np.errstate(over="ignore"):
+        dense, lines = shapes.rows(seed, V, dim), shapes.rows(seed + 1, LINES, dim)
+    lines[9, 0], lines[10, -1], lines[11, 0] = np.nan, np.inf, -0.0
+    table = QuantizedTable(encode(jnp.asarray(dense), fmt), fmt, dim)
+    permuted = rng.permutation(V).astype(np.int32)
+    victims = np.where(rng.random(WIDTH) < 0.2, NO_ID, permuted[WIDTH : 2 * WIDTH]).astype(np.int32)
+    line = np.full(WIDTH, LINES, np.int32)
+    line[:57] = rng.permutation(LINES)[:57]
+    ids = permuted[:WIDTH].copy()
+    ids[66:] = NO_ID
+    dirty = rng.random(LINES) < 0.7
+    return table, jnp.asarray(lines), jnp.asarray(dirty), jnp.asarray(ids), jnp.asarray(line), jnp.asarray(victims)
+
+
+@partial(jax.jit, static_argnames="implementation")
+def move(implementation, table, lines, dirty, ids, line, victims, bounds):
+    """Swap, then lookup, then a write of other rows: all row movements of a step."""
+    begin, end, num_ids = bounds
+    swapped = ops.swap(table, lines, dirty, ids, line, victims, begin, end, KEY, STEP, implementation=implementation)
+    table, lines, dirty, _ = swapped
+    rows = ops.lookup(table, lines, ids, line, end, num_ids, implementation=implementation)
+    stored = ops.write(
+        table, lines, ids, line, rows[::-1] * jnp.float32(1.5), end, num_ids, KEY, STEP, implementation=implementation
+    )
+    return swapped, rows, stored
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_swap_lookup_and_write_make_the_same_bits(case):
+    """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean victims."""
+    staged = stage(*case)
+    bounds = jnp.asarray([11, 57, 66], jnp.int32)
+    wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
+    same(got, wanted)
+    assert int(wanted[0][3]) > 20
+
+
+@pytest.mark.parametrize("bounds", [(0, 0, 0), (0, 0, 66), (0, 57, 57)])
+def test_empty_parts_of_a_plan(bounds):
+    """Nothing at all; no cache line; no hit and no bypass."""
+    *staged, line, victims = stage(RowFormat("int8"), 16)
+    staged += [jnp.where(jnp.arange(WIDTH) < bounds[1], line, LINES), victims]  # only cached rows have a line
+    bounds = jnp.asarray(bounds, jnp.int32)
+    same(move(KERNEL, *staged, bounds), move(REFERENCE, *staged, bounds))
+
+
+def test_without_a_cache():
+    table, _, _, ids, line, _ = stage(RowFormat("int4"), 7)
+
+    @partial(jax.jit, static_argnames="implementation")
+    def move(implementation):
+        rows = ops.lookup(table, None, ids, line, jnp.int32(0), jnp.int32(66), implementation=implementation)
+        plan = (ids, line, rows + jnp.float32(1), jnp.int32(0), jnp.int32(66), KEY, STEP)
+        return rows, ops.write(table, None, *plan, implementation=implementation)[0]
+
+    same(move(implementation=KERNEL), move(implementation=REFERENCE))
+
+
+@pytest.mark.parametrize(("storage", "dim", "ways"), [("int8", 16, 8), ("int4", 7, 5), ("float32", 100, 64)])
+def test_read_matches_the_ways_of_a_set(storage, dim, ways):
+    """Ids below zero, past the table and NO_ID among them; ways that are no power of two."""
+    spec = shapes.stack(300, dim, storage=storage, lines=128, ways=ways)
+    state = mpembed.init(jax.random.key(0), spec, optax.sgd(0.1))
+    state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 4, dtype=jnp.int32))
+    state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 3, dtype=jnp.int32))
+    ids = jnp.asarray([[-1, 0, 3, 300], [299, NO_ID, 4, 7], [6, 9, -(2**31), 12]], jnp.int32)
+    read = jax.jit(ops.read, static_argnames="implementation")
+    for cached in (state.cache, None):
+        same(read(state.table, cached, ids, implementation=KERNEL), read(state.table, cached, ids, implementation=REFERENCE))
+    lines = cache.locate(state.cache, jnp.arange(300, dtype=jnp.int32))
+    assert 50 < int((lines < state.cache.geometry.lines).sum()) < 130
+
+
+# --- row update
+
+
+def update_both(tx, spec, ids, grads, *, row_scale=1.0):
+    """The state after one update, by the XLA path and by the kernel, from the same planned state."""
+    results = []
+    for implementation in (REFERENCE, KERNEL):
+        state = mpembed.init(jax.random.key(1), spec, tx, implementation=implementation)
+
+        @jax.jit
+        def step(state):
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan) * jnp.float32(row_scale)
+            row_grads = jnp.zeros_like(rows).at[plan.inverse].add(grads)
+            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), rows
+
+        results.append(jax.device_get(step(state)))
+    return results
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8", "int2"])
+@pytest.mark.parametrize("row_state_dtype", ["float32", "bfloat16"])
+def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(storage, row_state_dtype):
+    """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
+    is +-lr, all exact; with bypassed rows, padding and a cache."""
+    rng = np.random.default_rng(0)
+    tx = optim.rowwise_adagrad(0.25, eps=0.0)
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 150)], 12, storage, mpembed.CacheSpec(num_rows=24, ways=4), row_state_dtype=row_state_dtype
+    )
+    ids = np.concatenate([rng.permutation(150)[:60], [NO_ID] * 5]).astype(np.int32)
+    signs = rng.choice(np.float32([-1, 1]), (65, 12))
+    grads = signs * np.exp2(rng.integers(-6, 1, (65, 1))).astype(np.float32)
+    (one, _), (other, _) = update_both(tx, spec, ids, grads)
+    same(jax.tree.leaves(other), jax.tree.leaves(one))
+    assert one.row_state != () and np.asarray(jax.tree.leaves(one.row_state)[0]).any()
+
+
+def test_sgd_makes_the_same_bits_on_dyadic_numbers():
+    spec = shapes.stack(150, 9, storage="bfloat16", lines=24)
+    ids = np.random.default_rng(1).permutation(150)[:50].astype(np.int32)
+    (one, _), (other, _) = update_both(optim.sgd(0.5), spec, ids, shapes.dyadic(1, (50, 9)))
+    same(jax.tree.leaves(other), jax.tree.leaves(one))
+
+
+def test_row_wise_adagrad_within_its_rounding_errors():
+    """G is D + 1 roundings off at most, its root half of that, then come a sum, a quotient and a product; the sum with w
+    rounds once in each program: |difference| <= 2^-23 (|w| + |u| (D / 2 + 5))."""
+    dim, rng = 24, np.random.default_rng(2)
+    tx = optim.rowwise_adagrad(0.1, eps=1e-3)
+    spec = shapes.stack(150, dim, storage="float32", lines=24)
+    ids = rng.permutation(150)[:60].astype(np.int32)
+    (one, before), (other, _) = update_both(tx, spec, ids, rng.standard_normal((60, dim)).astype(np.float32))
+    for a, b in ((one.table.rows, other.table.rows), (one.cache.rows, other.cache.rows)):
+        a, b = (np.asarray(x).view(np.float32) for x in (a, b))
+        bound = 2.0**-23 * (np.abs(a) + 0.1 * np.sqrt(dim) * (dim / 2 + 5))
+        assert (np.abs(a - b) <= bound).all()
+    np.testing.assert_allclose(*(jax.tree.leaves(s.row_state)[0] for s in (one, other)), rtol=(dim + 2) * 2.0**-23)
+    assert before.shape == (61, dim)
+
+
+def test_skipped_and_refused_updates_change_nothing():
+    """A row with a gradient that is not finite, and a plan that was applied before."""
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 90)], 4, "int8", mpembed.CacheSpec(num_rows=16, ways=4), skip_nonfinite=True
+    )
+    tx = optim.rowwise_adagrad(0.25, eps=0.0)
+    ids = np.arange(0, 80, 2, dtype=np.int32)
+    grads = np.full((40, 4), 0.5, np.float32)
+    grads[3, 2], grads[33, 0] = np.nan, -np.inf
+    (one, _), (other, _) = update_both(tx, spec, ids, grads)
+    same(jax.tree.leaves(other), jax.tree.leaves(one))
+
+    @jax.jit
+    def twice(state):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        once = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx)
+        stale = jax.lax.optimization_barrier(once)
+        return once, mpembed.apply_gradients(stale, plan, rows, jnp.ones_like(rows), tx=tx)
+
+    state = mpembed.init(jax.random.key(1), spec, tx, implementation=KERNEL)
+    once, again = twice(state)
+    same((once.table, once.cache, once.row_state), (again.table, again.cache, again.row_state))
+
+
+def test_an_optimizer_of_another_state_is_refused():
+    spec = shapes.stack(50, 4)
+    state = mpembed.init(jax.random.key(0), spec, optax.trace(0.9), implementation=KERNEL)
+    state, plan = mpembed.prefetch(state, jnp.arange(5, dtype=jnp.int32))
+    rows = mpembed.lookup(state, plan)
+    with pytest.raises(ValueError, match="tx does not match the row state"):
+        mpembed.apply_gradients(state, plan, rows, rows, tx=optim.rowwise_adagrad(0.1))
+
+
+# --- sums of duplicates and bags
+
+
+INDICES = {
+    "uniform": lambda rng, num, size: rng.integers(0, size, num),
+    "distinct": lambda rng, num, size: rng.permutation(num) % size,
+    "one row": lambda rng, num, size: np.zeros(num, int),
+    "mostly one row": lambda rng, num, size: np.where(rng.random(num) < 0.9, 1, rng.integers(0, size, num)),
+    "padding": lambda rng, num, size: np.full(num, size - 1),
+}
+
+
+@pytest.mark.parametrize("kind", INDICES)
+@pytest.mark.parametrize("implementation", [KERNEL, "sorted"])
+def test_sums_of_duplicates_equal_a_loop(kind, implementation):
+    """Segments inside a tile of 32 positions, over several tiles, ending at a tile's end; dyadic, so sums are exact."""
+    for num, size, dim in ((96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1)):
+        rng = np.random.default_rng(num)
+        index = INDICES[kind](rng, num, size).astype(np.int32)
+        values = shapes.dyadic(num, (num, dim))
+        wanted = np.zeros((size, dim), np.float32)
+        np.add.at(wanted, index, values)
+        wanted[-1] = 0
+        if implementation == "sorted":
+            got = jax.jit(ops.xla.add_sorted)(jnp.ones((size, dim)), index, values) - jnp.float32(1)
+        else:
+            got = jax.jit(lambda v, i, size=size: ops.sum_duplicates(v, i, size, implementation=KERNEL))(values, index)
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("combiner", [None, "sum", "mean", "sqrtn"])
+def test_pooling_and_its_gradients_by_kernels(combiner):
+    """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(shapes.dyadic(0, (30, 7)))
+    index = {"a": rng.integers(0, 30, (5, 4)).astype(np.int32), "b": rng.integers(0, 30, (3, 2, 3)).astype(np.int32)}
+    weights = None if combiner is None else jax.tree.map(lambda i: jnp.asarray(shapes.dyadic(2, i.shape)), index)
+
+    @partial(jax.jit, static_argnames="implementation")
+    def value_and_grads(rows, weights, implementation):
+        def loss(rows, weights):
+            out = mpembed.pool(rows, index, weights, combiner, implementation=implementation)
+            return sum(jnp.sum(x * jnp.float32(0.5)) for x in jax.tree.leaves(out)), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1) if combiner else (0,), has_aux=True)(rows, weights)
+
+    (_, wanted), wanted_grads = value_and_grads(rows, weights, REFERENCE)
+    (_, got), got_grads = value_and_grads(rows, weights, KERNEL)
+    check = np.testing.assert_array_equal if combiner in (None, "sum") else partial(np.testing.assert_allclose, atol=2e-6)
+    jax.tree.map(check, got, wanted)
+    jax.tree.map(check, got_grads, wanted_grads)
+
+
+# --- whole steps
+
+
+def test_training_with_kernels_makes_the_state_of_the_reference():
+    """20 batches, evictions, bypasses and ragged bags: every array of the state, bit for bit."""
+    tx = optim.sgd(0.25)
+    spec = shapes.stack((120, 30), 6, storage="int4", lines=24, ways=4)
+    batches = shapes.skewed_ids(5, 20, 40, 150, drift=5, ragged=True).reshape(20, 10, 4)
+    grads = shapes.dyadic(5, (20, 10, 6))
+
+    @partial(jax.jit, donate_argnames="state")
+    def train(state, batches, grads):
+        def step(state, batch):
+            ids, upstream = batch
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan)
+            pool = partial(mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=state.implementation)
+            bags, pull_back = jax.vjp(pool, rows)
+            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (bags, plan.counts)
+
+        return jax.lax.scan(step, state, (batches, grads))
+
+    results = []
+    for implementation in (REFERENCE, KERNEL):
+        state = mpembed.init(jax.random.key(2), spec, tx, implementation=implementation)
+        state, (_, counts) = train(state, batches, grads)
+        results.append((jax.tree.leaves(jax.jit(mpembed.flush)(state)), counts))
+    same(results[1], results[0])
+    assert int(results[0][1].write_backs.sum()) > 20
+    assert int(results[0][1].bypasses.sum()) > 20

@@ -1,0 +1,123 @@
+"""A step lowered for CUDA and TPU on a machine that has neither: no scatter of duplicates, kernels where they are named."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import lowering
+import optax
+import pytest
+import shapes
+
+import mpembed_jax as mpembed
+from mpembed_jax import ops, update
+
+pytestmark = [
+    pytest.mark.usefixtures("strict_promotion"),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
+BATCH, LENGTH = 24, 3
+
+POOLS = {
+    "vectors": {},
+    "sum": {"combiner": "sum"},
+    "weighted mean": {"combiner": "mean", "weights": True},
+    "ragged sqrtn": {"combiner": "sqrtn", "weights": True, "segments": True},
+}
+
+
+def step_and_arguments(implementation, pooling, *, spec=None, tx=ADAGRAD, num_rows=3000, dim=16, storage="int8"):
+    """A training step with its abstract arguments: ids [24, 3], or flat ones in 24 ragged bags."""
+    spec = spec or shapes.stack(num_rows, dim, storage=storage, lines=256)
+    options = dict(POOLS[pooling])
+    is_ragged = options.pop("segments", False)
+    is_weighted = options.pop("weights", False)
+    shape = (BATCH * LENGTH,) if is_ragged else (BATCH, LENGTH)
+
+    def step(state, ids, weights, segment_ids, target):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+
+        def loss(rows, weights):
+            extra = {"segment_ids": segment_ids, "num_segments": BATCH} if is_ragged else {}
+            extra |= {"weights": weights} if is_weighted else {}
+            out = mpembed.pool(rows, plan.inverse, implementation=implementation, **options, **extra)
+            return jnp.sum(jnp.square(out - target))
+
+        row_grads, weight_grads = jax.grad(loss, argnums=(0, 1))(rows, weights)
+        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), weight_grads
+
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    state = jax.eval_shape(lambda key: mpembed.init(key, spec, tx, implementation=implementation), key)
+    arguments = (
+        state,
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.float32),
+    )
+    return step, arguments
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("pooling", POOLS)
+def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
+    """jax#38806. A CPU's lowering of the same step has such scatters, so the test would see one."""
+    step, arguments = step_and_arguments("xla", pooling)
+    found = lowering.float_scatters(lowering.lowered_for(platform, step, *arguments, donate_argnums=0).as_text())
+    assert found, "rows are scattered at least"
+    assert [combiner for combiner, _ in found if combiner != "set"] == []
+    on_cpu = lowering.float_scatters(jax.jit(step).lower(*arguments).as_text())
+    assert "add" in [combiner for combiner, _ in on_cpu]
+
+
+@pytest.mark.parametrize("pooling", ["vectors", "weighted mean"])
+def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
+    step, arguments = step_and_arguments("pallas_triton", pooling)
+    text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
+    wanted = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum_tiles", "mpembed_sum_pieces"}
+    assert wanted | ({"mpembed_bag"} if pooling != "vectors" else set()) == set(lowering.kernels(text))
+    assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
+
+
+@pytest.mark.parametrize("storage", shapes.FORMATS)
+@pytest.mark.parametrize("dim", [1, 100])
+def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
+    """Odd dims too; Triton's front end refuses unsupported primitives and shapes here, without a GPU."""
+    step, arguments = step_and_arguments("pallas_triton", "sum", storage=storage, dim=dim)
+    lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+    read = partial(lowering.lowered_for, "cuda", mpembed.read)
+    assert "mpembed_read" in lowering.kernels(read(arguments[0], arguments[1]).as_text())
+
+
+def test_other_optimizers_take_the_xla_update_and_say_so():
+    assert update.implementation_of(ADAGRAD, "pallas_triton") == "pallas_triton"
+    assert update.implementation_of(mpembed.optim.sgd(0.1), "pallas_triton") == "pallas_triton"
+    for tx in (optax.sgd(0.1, momentum=0.9), optax.chain(ADAGRAD), mpembed.optim.rowwise_adagrad(0.1, weight_decay=0.1)):
+        assert update.implementation_of(tx, "pallas_triton") == "xla"
+    assert update.implementation_of(ADAGRAD, "xla_chunked") == "xla_chunked"
+    step, arguments = step_and_arguments("pallas_triton", "vectors", tx=optax.sgd(0.1, momentum=0.9))
+    lowered = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+    # Rows are still stored by the kernel; only the arithmetic is XLA's.
+    assert "mpembed_update" in lowering.kernels(lowered.as_text())
+
+
+def test_tables_past_32_bit_offsets_lower_with_64_bit_ones():
+    """100 M rows of 33 words: 3.3e9 elements, 13 GB."""
+    spec = shapes.stack(100_000_000, 128, storage="int8", lines=1024)
+    step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec)
+    assert arguments[0].table.rows.size > 2**31
+    lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+
+
+def test_the_choice_is_made_once_at_init_and_never_by_failing():
+    assert ops.choose(None) == "xla_chunked"
+    spec = shapes.stack(100, 4, lines=8)
+    with pytest.raises(ValueError, match=r"pallas_triton needs an NVIDIA GPU.*this device is cpu"):
+        mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="pallas_triton")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of xla, xla_chunked"):
+        mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="cuda")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        mpembed.pool(jnp.zeros((3, 2)), jnp.zeros(4, jnp.int32), implementation="cuda")
+    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == "xla_chunked"
