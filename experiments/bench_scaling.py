@@ -145,6 +145,7 @@ def main(settings: Settings) -> None:
         return [workload.to_global(b, sizes) for b in local]
 
     ids, samples = draw(1, settings.warm + settings.steps), draw(2, settings.samples)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for dim in settings.dims:
         for devices in settings.devices:
@@ -158,12 +159,11 @@ def main(settings: Settings) -> None:
                 f"{result['wide_steps']}, {result['ms']:.1f} ms against {result['all_gather_ms']:.1f}, same rows: {is_same}",
                 flush=True,
             )
-    record = reporting.environment() | {
-        "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
-        "results": results,
-    }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+            record = reporting.environment() | {
+                "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
+                "results": results,
+            }
+            settings.out.write_text(json.dumps(record, indent=1) + "\n")  # after each case: a cut run leaves what it has
 
 
 if __name__ == "__main__":

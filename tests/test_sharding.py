@@ -84,7 +84,7 @@ def assert_same_counts(counts, expected):
 
 @pytest.mark.parametrize(
     ("policy", "storage", "shards"),
-    [("lfu", "int8", 1), ("lfu", "int8", 2), ("lfu", "int8", 4), ("lfu", "int8", 8), ("lru", "int4", 4), (None, "int2", 8)],
+    [("lfu", "int8", 1), ("lfu", "int8", 2), ("lru", "int4", 4), (None, "int2", 4), ("lfu", "int8", 8)],
 )
 def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, shards):
     """Tags, priorities, sketches, packed rows, lines, counts, vectors: gradients whose sums are exact, so every bit."""
@@ -102,7 +102,7 @@ def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, sha
 
 @pytest.mark.parametrize(
     ("sizes", "axis_name", "batch_axes"),
-    [((2, 4), "y", None), ((2, 4), ("x", "y"), None), ((4, 2), "y", ("x",)), ((2, 4), ("y", "x"), ("y", "x"))],
+    [((2, 4), "y", None), ((2, 4), ("x", "y"), None), ((4, 2), "y", ("x",))],
 )
 def test_two_dimensional_meshes_make_the_state_of_one_device(sizes, axis_name, batch_axes):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
@@ -126,15 +126,14 @@ def test_replicated_stacks_train_as_one_device():
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("shards", [2, 8])
-def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same(shards):
+def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
     """A tenth of an even share has room, and one owner gets nearly all: counted, and nothing else changes."""
     spec = spec_of("lfu")
     ids, upstream = stream()
     ids = np.where(ids == mpembed.NO_ID, ids, ids // 8 * 8 % V)
     expected, (counts, _) = train(mpembed.init(KEY, spec, SGD), ids, upstream)
     placement = mpembed.Placement(capacity=0.1)
-    state = mpembed.init(KEY, spec, SGD, mesh=mesh_of(shards), placement=placement)
+    state = mpembed.init(KEY, spec, SGD, mesh=mesh_of(8), placement=placement)
     state, (got_counts, _) = train(state, ids, upstream)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, jax.device_get(expected))
