@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import embedding, numerics, ops, optim
+from mpembed_jax import access, embedding, numerics, ops, optim
 from mpembed_jax import state as states
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
@@ -53,7 +53,7 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 def _store(table: QuantizedTable, key: jax.Array, first: jax.Array, block: jax.Array) -> QuantizedTable:
     ids = first + jnp.arange(block.shape[0], dtype=jnp.int32)
     packed = encode_rows(block, ids, table, key, numerics.INITIAL_ROUNDING, jnp.int32(0))
-    rows = jax.lax.dynamic_update_slice(table.rows, packed, (first, jnp.int32(0)))
+    rows = access.put_block(table.rows, first, packed)
     return QuantizedTable(rows, table.format, table.embedding_dim)
 
 
@@ -91,7 +91,9 @@ def from_dense(
             )
     words = optim.key_words(key)
     shape = (spec.num_rows, spec.storage.row_words(spec.embedding_dim))
-    packed = jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim))
+    packed = jax.jit(
+        lambda: access.to_host(jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind)
+    )()
     table = QuantizedTable(packed, spec.storage, spec.embedding_dim)
     for name in names:
         start, size = spec.table_range(name)

@@ -117,7 +117,7 @@ def init(
         first = jnp.asarray(first, jnp.int32)  # loop counters are 64 bits wide in x64 mode
         ids = first + jnp.arange(values.shape[0], dtype=jnp.int32)
         bits = _bits_for(fmt, key, numerics.INITIAL_ROUNDING, 0, ids, embedding_dim)
-        return lax.dynamic_update_slice(packed, encode(values, fmt, bits), (first, jnp.int32(0)))
+        return access.put_block(packed, first, encode(values, fmt, bits))
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.

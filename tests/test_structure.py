@@ -35,7 +35,7 @@ CORE = {
     "update": {"ops", "optim", "row_state", "state", "table"},
     "embedding": {"access", "cache", "ops", "planning", "state", "table", "update"},
     "stats": {"spec", "state"},
-    "dense": {"embedding", "numerics", "ops", "optim", "spec", "state", "table"},
+    "dense": {"access", "embedding", "numerics", "ops", "optim", "spec", "state", "table"},
 }
 CORE["memory"] = set(CORE)
 ADAPTERS = {"nn", "sharding", "checkpoint", "lookahead", "export"}  # import the core and each other's like, never imported
