@@ -116,7 +116,8 @@ def swap(
         rows, cache_rows, dirty, num_written = carry
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
         victims = window.take(victim_ids)
-        was_dirty = window.is_live & access.take(dirty, here)
+        # Without the barrier a GPU reads the bits again after they were cleared, from a copy of all of them.
+        was_dirty = lax.optimization_barrier(window.is_live & access.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
         old = access.take(cache_rows, here)
         packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step)
