@@ -6,6 +6,7 @@ tests.
 
 import dataclasses
 import gc
+import inspect
 import tempfile
 import warnings
 from functools import cache, partial
@@ -68,7 +69,7 @@ def _read_and_flushed(state: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _names() -> list[str]:
-    return [f for f in mpembed.CacheStats._fields if f != "steps"]
+    return [name for name in inspect.get_annotations(mpembed.CacheStats) if name != "steps"]
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnums=0)

@@ -5,7 +5,8 @@ from mpembed_jax.cache import CachePlan, CacheSpec, CacheState
 from mpembed_jax.dense import from_dense, to_dense
 from mpembed_jax.embedding import apply_gradients, lookup, prefetch
 from mpembed_jax.evaluation import flush, freeze, read
-from mpembed_jax.formats import RowFormat, decode, encode
+from mpembed_jax.formats import RowFormat
+from mpembed_jax.packing import decode, encode
 from mpembed_jax.placement import Placement
 from mpembed_jax.pooling import pool, segments_from_offsets
 from mpembed_jax.spec import EmbeddingSpec

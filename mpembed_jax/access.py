@@ -60,6 +60,14 @@ def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Ar
     return lax.bitcast_convert_type(rows, array.dtype)
 
 
+def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `array` [n, m] with rows [first, first + k) replaced by values [k, m], wherever the array is kept."""
+    start = (first, jnp.int32(0))
+    if is_on_host(array):
+        values, *start = jax.device_put((values, *start), jax.memory.Space.Host)  # type: ignore[assignment]
+    return lax.dynamic_update_slice(array, values, start)
+
+
 def _scatter(scatter: Callable, array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
     values = jnp.broadcast_to(jnp.asarray(values, array.dtype), (*index.shape, *array.shape[1:]))
     dimensions = lax.ScatterDimensionNumbers(tuple(range(1, array.ndim + 1)), (), (0,))

@@ -67,7 +67,7 @@ def _store(state: EmbeddingState, first: jax.Array, block: jax.Array) -> Embeddi
     here = ids if layout is None else layout.shard(layout.index()).rows_of(ids)
     packed = encode_rows(block, here, table, state.row_key, numerics.INITIAL_ROUNDING, jnp.int32(0))
     if layout is None:
-        rows = jax.lax.dynamic_update_slice(table.rows, packed, (first, jnp.int32(0)))
+        rows = access.put_block(table.rows, first, packed)
     else:
         rows = access.put(table.rows, here, packed)
     return dataclasses.replace(state, table=dataclasses.replace(table, rows=rows))
@@ -116,6 +116,7 @@ def from_dense(
     def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
         shape = (spec.num_rows if shard is None else shard.num_rows, spec.storage.row_words(spec.embedding_dim))
         packed = jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim))
+        packed = access.to_host(packed, spec.memory_kind)
         return QuantizedTable(packed, spec.storage, spec.embedding_dim)
 
     state = states.make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)

@@ -21,19 +21,17 @@ _REDUCTIONS = frozenset(["argmax", "argmin", "reduce_and", "reduce_max", "reduce
 _ROWS = 7919  # a prime that no other dimension is likely to equal
 
 
-def is_row_local(tx: optax.GradientTransformation, row_state: Any, embedding_dim: int) -> bool:
+def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
     """Returns whether each row's update depends on that row, its gradient, its state and scalars only.
 
     True is a proof; False may mean that the transformation uses an operation this analysis does not know.
 
     Args:
       tx: an optax transformation.
-      row_state: its state for any number of rows; leaves with at least one dimension are one entry per row.
       embedding_dim: D.
     """
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct((_ROWS, *a.shape[1:]) if a.ndim else (), a.dtype), row_state)
     rows = jax.ShapeDtypeStruct((_ROWS, embedding_dim), jnp.float32)
-    traced = jax.make_jaxpr(tx.update)(rows, state, rows)
+    traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)
     return embedding_dim != _ROWS and not traced.consts and _keeps_rows_apart(traced.jaxpr)
 
 

@@ -107,11 +107,6 @@ def init(
     """
     chosen = ops.choose(implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct))
     layout = Layout.of(spec, mesh, axis_name, placement)
-    if layout is not None and (ops.has_kernels(chosen) or spec.memory_kind is not None):
-        raise ValueError(
-            f"a stack over a mesh runs on plain XLA with its tables on the devices; got implementation={chosen!r} and "
-            f"memory_kind={spec.memory_kind!r}"
-        )
 
     def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
         return tables_.init(key, spec.tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind)
@@ -128,6 +123,11 @@ def make(
     table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
 ) -> EmbeddingState:
     """Makes the state that starts from the table `table_of(key, shard)`, of one device or, shard by shard, over a mesh."""
+    if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
+        raise ValueError(
+            f"a stack over a mesh runs on plain XLA with its tables on the devices; "
+            f"got implementation={implementation!r} and memory_kind={spec.memory_kind!r}"
+        )
 
     def build(key: jax.Array, index: Any = None) -> EmbeddingState:
         shard = None if layout is None else layout.shard(layout.index() if index is None else index)

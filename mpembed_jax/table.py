@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from mpembed_jax import access, numerics, varying
-from mpembed_jax.formats import RowFormat, decode, encode, pack, quantize, row_parameters
+from mpembed_jax.formats import RowFormat, quantize, row_parameters
+from mpembed_jax.packing import decode, encode, pack
 
 NO_ID = 2**31 - 1  # padding and empty tags: sorts last, and `mode="drop"` discards it
 
@@ -157,7 +158,7 @@ def init(
             unit = numerics.uniform(numerics.row_bits(row_key, numerics.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim))
             values = (unit * 2 - 1) * bound
             bits = _bits_for(fmt, row_key, numerics.INITIAL_ROUNDING, 0, rows, embedding_dim)
-            return lax.dynamic_update_slice(packed, encode(values, fmt, bits), (first, jnp.int32(0)))
+            return access.put_block(packed, first, encode(values, fmt, bits))
 
         packed = lax.fori_loop(0, -(-total // size), uniform_block, packed)
 
@@ -190,7 +191,7 @@ def init(
             encoded = encode(values.astype(jnp.float32), fmt, bits)
             if shard is not None:  # every shard computes whole blocks and keeps its own rows
                 return access.put(packed, rows, encoded)
-            return lax.dynamic_update_slice(packed, encoded, (first, jnp.int32(0)))
+            return access.put_block(packed, first, encoded)
 
         if num_full:
             put_full = partial(put_block, size=_INIT_BLOCK)

@@ -99,7 +99,7 @@ def _apply_any(
         return row_states.update_rows(tx, row_state, ids, rows, row_grads, dtype, key, step, is_applied)
 
     width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
-    if chunk is None or not row_locality.is_row_local(tx, row_state, rows.shape[1]):
+    if chunk is None or not row_locality.is_row_local(tx, rows.shape[1]):
         new_rows, row_state = update(row_state, ids, rows, row_grads)
         table, cache_rows = ops.write(
             table, cache_rows, ids, line, new_rows, num_cached, num_ids, key, step, implementation=state.implementation

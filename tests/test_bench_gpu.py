@@ -1,12 +1,14 @@
 """The GPU benchmark runs as it is, tiny and interpreted; its floors count what they say."""
 
+import ast
 import json
+import pathlib
 import sys
 
 import pytest
 
 import mpembed_jax as mpembed
-from experiments import bench_gpu, roofline
+from experiments import bench_gpu, roofline, workload
 
 
 def test_the_kernels_part_and_a_step_run_tiny(tmp_path):
@@ -36,12 +38,14 @@ def test_without_a_gpu_it_says_what_to_do(capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
-def test_it_imports_nothing_a_plain_checkout_lacks():
-    heavy = {"rich", "matplotlib", "tyro", "polars", "sklearn"}
-    for module in (bench_gpu, roofline):
-        imported = {getattr(value, "__name__", "").split(".")[0] for value in vars(module).values()}
-        assert not imported & heavy
-    assert "experiments.workload" in sys.modules
+@pytest.mark.parametrize("module", [bench_gpu, roofline, workload])
+def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
+    """jax, numpy, the standard library and this repository; torch where it is installed."""
+    tree = ast.parse(pathlib.Path(module.__file__).read_text())
+    names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    allowed = {"jax", "numpy", "torch", "mpembed_jax"} | sys.stdlib_module_names
+    assert not [n for n in names if n.split(".")[0] not in allowed and n != "experiments"]
 
 
 def test_the_floor_of_a_step_by_hand():

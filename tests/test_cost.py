@@ -10,7 +10,7 @@ import pytest
 
 import mpembed_jax as mpembed
 
-BATCH, FEATURES, DIM, ROWS = 256, 8, 32, 1_000_000
+BATCH, FEATURES, DIM, ROWS = 512, 8, 32, 1_000_000
 POSITIONS = BATCH * FEATURES
 
 

@@ -18,19 +18,20 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.filterwarnings("ignore"),  # of the plugin and of Pallas' Triton back end, which is deprecated
 ]
-BATCH, DIM = (512, 26), 16
+BATCH, DIM = (65536, 26), 16
 CASES = [("h200", "xla"), ("h200", "pallas_triton"), ("a100", "pallas_triton"), ("l4", "pallas_triton"), ("t4", "xla")]
 
 
 @pytest.mark.parametrize(("target", "implementation"), CASES)
 def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(target, implementation):
-    """33.76 M rows. The vectors of all positions are 0.85 MB; everything temporary together is at most ten times that."""
+    """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most five times that."""
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8")
     step, arguments = compile_gpu.step_and_arguments(spec, implementation, BATCH, mpembed.optim.rowwise_adagrad(0.05))
     found = compile_gpu.figures(compile_gpu.compile_for(target, step, *arguments, donate_argnums=0), arguments[0])
     assert found["state_sized_copies"] == 0
-    assert found["temporary_bytes"] < 10 * 4 * DIM * BATCH[0] * BATCH[1]
-    assert found["aliased_bytes"] > 0.98 * found["argument_bytes"]
+    assert found["temporary_bytes"] < 5 * 4 * DIM * BATCH[0] * BATCH[1]
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
+    assert found["aliased_bytes"] >= state_bytes
     # swap, lookup, update, and two for the sums of duplicates
     assert found["kernels"] == (5 if implementation == "pallas_triton" else 0)
 

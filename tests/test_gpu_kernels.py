@@ -15,7 +15,8 @@ import shapes
 
 import mpembed_jax as mpembed
 from mpembed_jax import cache, ops, optim
-from mpembed_jax.formats import RowFormat, encode
+from mpembed_jax.formats import RowFormat
+from mpembed_jax.packing import encode
 from mpembed_jax.table import NO_ID, QuantizedTable
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")

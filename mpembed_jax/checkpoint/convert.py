@@ -17,7 +17,8 @@ import numpy as np
 from mpembed_jax import cache as caching
 from mpembed_jax import numerics
 from mpembed_jax.checkpoint import digests, leaves
-from mpembed_jax.formats import RowFormat, decode
+from mpembed_jax.formats import RowFormat
+from mpembed_jax.packing import decode
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 

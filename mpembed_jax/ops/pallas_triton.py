@@ -245,6 +245,8 @@ def update(
                         seed = (seeds[2], seeds[3])
                         bits = numerics.bits_at(seed, here, jnp.zeros(here.shape, jnp.uint32))  # type: ignore[arg-type]
                         total = numerics.encode_float(total, bfloat16, bits).astype(jnp.uint16)
+                    # Every thread that keeps a copy of the old sum has read it before one of them stores the new one.
+                    rows_.barrier(is_interpreted)
                     rows_.store(sums_ref, (here,), total, is_updated)
             if lines is not None:
                 place = rows_.load(line_ref, (position,), is_cached)

@@ -12,7 +12,7 @@ from jax import lax
 
 from mpembed_jax import access, cache, chunks, numerics, varying
 from mpembed_jax import table as tables_
-from mpembed_jax.formats import decode
+from mpembed_jax.packing import decode
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
 
@@ -118,7 +118,8 @@ def swap(
         rows, cache_rows, dirty, num_written = carry
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
         victims = window.take(victim_ids)
-        was_dirty = window.is_live & access.take(dirty, here)
+        # Without the barrier a GPU reads the bits again after they were cleared, from a copy of all of them.
+        was_dirty = lax.optimization_barrier(window.is_live & access.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
         old = access.take(cache_rows, here)
         packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step, once)
