@@ -6,6 +6,7 @@ tests.
 
 import dataclasses
 import gc
+import inspect
 import tempfile
 import warnings
 from functools import cache, partial
@@ -68,7 +69,7 @@ def _read_and_flushed(state: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _names() -> list[str]:
-    return [f for f in mpembed.CacheStats._fields if f != "steps"]
+    return [name for name in inspect.signature(mpembed.CacheStats).parameters if name != "steps"]
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnums=0)
@@ -219,7 +220,9 @@ def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "floa
                 # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is touched.
                 assert set(overflown) <= poisoned, "a bad gradient spread to another row"
         if skips:
-            assert mpembed.stats(state).nonfinite_rows == bad_rows
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a cache as small as this bypasses much, and stats says so
+                assert mpembed.stats(state).nonfinite_rows == bad_rows
             result["rows skipped"] += bad_rows
         else:
             result["rows that became no number"] += int((~np.isfinite(_all_rows(state))).any(axis=1).sum())
