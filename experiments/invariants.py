@@ -69,7 +69,11 @@ def _read_and_flushed(state: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _names() -> list[str]:
+<<<<<<< HEAD
     return [name for name in inspect.get_annotations(mpembed.CacheStats) if name != "steps"]
+=======
+    return [name for name in inspect.signature(mpembed.CacheStats).parameters if name != "steps"]
+>>>>>>> ckpt
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnums=0)
@@ -220,7 +224,9 @@ def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "floa
                 # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is touched.
                 assert set(overflown) <= poisoned, "a bad gradient spread to another row"
         if skips:
-            assert mpembed.stats(state).nonfinite_rows == bad_rows
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a cache as small as this bypasses much, and stats says so
+                assert mpembed.stats(state).nonfinite_rows == bad_rows
             result["rows skipped"] += bad_rows
         else:
             result["rows that became no number"] += int((~np.isfinite(_all_rows(state))).any(axis=1).sum())

@@ -21,6 +21,7 @@ from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from mpembed_jax import checkpoint
+from mpembed_jax.checkpoint import leaves, placements
 
 SIZES, DIM = (3000, 40), 8
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.1)
@@ -496,3 +497,41 @@ def test_an_increment_is_converted_too(saved, caplog):
     checkpoint.save(folder, 41, flushed, tracker=checkpoint.track(emb))
     other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None})
     np.testing.assert_array_equal(all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None)))
+
+
+# --- over shards
+
+
+def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
+    """By definition: row r is row r div P of shard r mod P, sets and groups likewise; tags are rows of their shard."""
+    _, emb = saved
+    num_rows = sum(SIZES) - 3  # not a multiple
+    arrays = {name: np.array(leaf) for name, leaf in leaves.named(emb).items()}
+    arrays["table.rows"] = arrays["table.rows"][:num_rows]
+    arrays["cache.tags"] = np.where(arrays["cache.tags"] >= num_rows, mpembed.NO_ID, arrays["cache.tags"])
+    sets, ways = arrays["cache.tags"].shape
+    for shards in (1, 2):
+        spread = placements.by_shard(arrays, shards)
+        local = -(-num_rows // shards)
+        for row in (0, 1, 2, 77, num_rows - 1):
+            np.testing.assert_array_equal(
+                spread["table.rows"][row % shards * local + row // shards], arrays["table.rows"][row]
+            )
+        share = sets // shards
+        for line, tag in enumerate(arrays["cache.tags"].ravel()):
+            number, way = divmod(line, ways)
+            place = (number % shards * share + number // shards, way)
+            if tag == mpembed.NO_ID:
+                assert spread["cache.tags"][place] == tag
+            else:
+                assert spread["cache.tags"][place] * shards + number % shards == tag
+            np.testing.assert_array_equal(spread["cache.rows"][place[0] * ways + way], arrays["cache.rows"][line])
+            assert spread["cache.dirty"][place] == arrays["cache.dirty"][number, way]
+        groups = arrays["cache.sketch"].shape[1]
+        for group in range(groups):
+            place = group % shards * (groups // shards) + group // shards
+            np.testing.assert_array_equal(spread["cache.sketch"][:, place], arrays["cache.sketch"][:, group])
+        back = placements.by_id(spread, shards, num_rows)
+        for name, array in arrays.items():
+            if not name.startswith("row_state"):
+                np.testing.assert_array_equal(back[name], array, err_msg=name)

@@ -1,4 +1,4 @@
-"""Into another format or cache: rows encoded anew, lines carried over or flushed, optimizer rows in another dtype.
+"""Into another format, cache or number of shards: rows encoded anew, lines carried over or flushed, arrays reordered.
 
 Everything happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and rounded by
 the new format's rule with the state's own key and step: stream INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines
@@ -16,9 +16,14 @@ import numpy as np
 
 from mpembed_jax import cache as caching
 from mpembed_jax import numerics
+<<<<<<< HEAD
 from mpembed_jax.checkpoint import digests, leaves
 from mpembed_jax.formats import RowFormat
 from mpembed_jax.packing import decode
+=======
+from mpembed_jax.checkpoint import digests, leaves, placements
+from mpembed_jax.formats import RowFormat, decode
+>>>>>>> ckpt
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
@@ -27,7 +32,7 @@ _BLOCK = 65536  # rows moved at once
 
 
 def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
-    """Whether the target was made for another spec than the saved state.
+    """Whether the target was made for another spec, or lies otherwise over a mesh, than the saved state.
 
     Args:
       prefix: the state's name.
@@ -44,7 +49,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the target has {tables} of "
             f"dim {spec.embedding_dim}; only storage, cache and row_state_dtype may differ (see to_dense and from_dense)"
         )
-    return entry["fingerprint"] != np.asarray(spec.fingerprint).tolist()
+    return entry["fingerprint"] != placements.fingerprint_of(state).tolist()
 
 
 def convert(
@@ -65,10 +70,13 @@ def convert(
       ValueError: if the optimizer's state has another structure, or a prefetch waits and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
+    if (shards := placements.shards_of(target)) != entry["shards"]:
+        _LOG.warning("%s: rows of %d shards placed on %d", name, entry["shards"], shards)
+    saved = placements.by_id(saved, entry["shards"], spec.num_rows)
     fmt, ours = RowFormat(*entry["storage"]), digests.describe(spec)
     key, step = saved["key"], saved["step"]
     result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
-    result["fingerprint"] = np.asarray(spec.fingerprint)
+    result["fingerprint"] = placements.fingerprint_of(target)
     same_cache = entry["cache"] == ours["cache"]
     if entry["is_pending"] and not same_cache:
         raise ValueError(
@@ -105,7 +113,7 @@ def convert(
                      ours["cache"], num_flushed)  # fmt: skip
     result |= cache | {"table.rows": rows}
     result |= _row_state(name, entry, saved, {n: x for n, x in wanted.items() if n.startswith("row_state")}, key, step)
-    return result
+    return placements.by_shard(result, shards)
 
 
 def _name(storage: list) -> str:
@@ -124,7 +132,7 @@ def _row_state(
     result = {}
     for index, (inner, array) in enumerate(held.items()):
         leaf = wanted[inner]
-        if array.shape != leaf.shape:
+        if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
             raise ValueError(f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx")
         if array.dtype == leaf.dtype:
             result[inner] = array
@@ -152,8 +160,8 @@ def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np
 
 
 def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any) -> np.ndarray:
-    """Returns work(block of rows, their ids) of all rows, in an array of the shape and dtype of `like`."""
-    result = np.empty(like.shape, like.dtype)
+    """Returns work(block of rows, their ids) of all rows, with the row shape and dtype of `like`."""
+    result = np.empty((len(array), *like.shape[1:]), like.dtype)
     first = 0
     for block, ids in _blocks(array, np.arange(len(array), dtype=np.int32)):
         num = min(len(block), len(array) - first)

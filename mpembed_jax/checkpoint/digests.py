@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax import numerics
-from mpembed_jax.checkpoint import leaves
+from mpembed_jax.checkpoint import leaves, placements
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 
@@ -82,6 +82,7 @@ def record(member: leaves.Member) -> dict[str, Any]:
     return {
         **describe(state.spec),
         "names": member.names,
+        "shards": 1 if placements.layout_of(state) is None else placements.layout_of(state).shards,
         "fingerprint": numbers(state.fingerprint),
         "key": numbers(state.key),
         "step": numbers(state.step),

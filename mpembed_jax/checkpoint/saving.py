@@ -116,7 +116,8 @@ def save(
       step: number of this checkpoint, at least 0.
       tree: any pytree of jax and numpy arrays, random keys, bool, int, float, str and bytes.
       tracker: a RowTracker, or {name of the embedding state in the tree: RowTracker}: an incremental checkpoint, which
-        holds only the rows touched since the checkpoint at which the tracker was started (see track).
+        holds only the rows touched since the checkpoint at which the tracker was started (see track). Where that would be
+        larger than a full one, a full one is saved.
       wait: False returns while the files are being written; call `wait()` on the result. The next save, and restore, wait
         by themselves.
       keep: delete all but this many of the newest checkpoints once this one is complete, and those they build on.
@@ -144,7 +145,10 @@ def save(
     body["embeddings"] = {name: digests.record(member) for name, member in members.items()}
     body["arrays"] = {name: leaves.describe(name, named[name], array) for name, array in arrays.items()}
     if tracker is not None:
-        body["base"], replaced = increments.collect(folder, step, members, tracker)
+        base, replaced = increments.collect(folder, step, members, tracker)
+        if sum(p.values.nbytes for p in replaced.values()) >= sum(arrays[n].nbytes for n in replaced):
+            replaced = {}  # most rows were touched: a full checkpoint is smaller, and builds on nothing
+        body["base"] = base if replaced else None
         for name, patch in replaced.items():
             arrays[name] = patch.values
             arrays[patch.index_name] = patch.where
