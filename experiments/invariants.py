@@ -69,11 +69,7 @@ def _read_and_flushed(state: Any, ids: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _names() -> list[str]:
-<<<<<<< HEAD
-    return [name for name in inspect.get_annotations(mpembed.CacheStats) if name != "steps"]
-=======
     return [name for name in inspect.signature(mpembed.CacheStats).parameters if name != "steps"]
->>>>>>> ckpt
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnums=0)
