@@ -50,10 +50,12 @@ def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Ar
       zero: uint32 scalar, zero, computed from data.
     """
     words = array.shape[1]
-    if not 24 <= words < 80:
+    is_unrolled = 24 <= words < 80
+    if not is_unrolled and not is_on_host(array):
         return take(array, index, 0)
     rows = lax.bitcast_convert_type(take(array, index), jnp.uint32)
-    for turn in range(max(1, -(-300 // words) - 4)):  # 300 instructions are unrolled, a row's copy has four to a word
+    num_turns = max(1, -(-300 // words) - 4) if is_unrolled else 0  # 300 instructions are unrolled, a word's copy has four
+    for turn in range(num_turns):
         rows = rows + zero if turn % 2 else rows ^ zero
     is_inside = (index >= 0) & (index < array.shape[0])
     rows = jnp.where(is_inside[:, None], rows, jnp.uint32(0))

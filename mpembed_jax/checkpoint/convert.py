@@ -16,14 +16,9 @@ import numpy as np
 
 from mpembed_jax import cache as caching
 from mpembed_jax import numerics
-<<<<<<< HEAD
-from mpembed_jax.checkpoint import digests, leaves
+from mpembed_jax.checkpoint import digests, leaves, placements
 from mpembed_jax.formats import RowFormat
 from mpembed_jax.packing import decode
-=======
-from mpembed_jax.checkpoint import digests, leaves, placements
-from mpembed_jax.formats import RowFormat, decode
->>>>>>> ckpt
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
