@@ -63,7 +63,7 @@ def _make_ours(case):
     ways = 8 if case.worker.endswith("w8") else 32
     cache = None if storage == "float32" else mpembed.CacheSpec(0.01 if storage == "int4" else 0.05, ways=ways)
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(case.sizes)]
-    spec = mpembed.EmbeddingSpec(tables, case.dim, storage, cache, max_unique_ids=int(0.4 * case.batch * len(tables)))
+    spec = mpembed.EmbeddingSpec(tables, case.dim, storage, cache, max_unique_ids=case.batch * len(tables) // 3)
     tx = mpembed.optim.rowwise_adagrad(LEARNING_RATE)
     facts = {"before_init": workload.resident_bytes()}
     start = time.perf_counter()

@@ -30,6 +30,8 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
       tx: an optax transformation.
       embedding_dim: D.
     """
+    if not callable(getattr(tx, "update", None)):
+        return False  # nothing that could be applied in parts; whoever applies it says what it should have been
     rows = jax.ShapeDtypeStruct((_ROWS, embedding_dim), jnp.float32)
     traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)
     return embedding_dim != _ROWS and not traced.consts and _keeps_rows_apart(traced.jaxpr)

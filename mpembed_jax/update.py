@@ -129,9 +129,9 @@ def _apply_any(
         return row_state, access.put(packed, here, encode_rows(new_rows, here, table, key, numerics.BYPASS, step, once))
 
     row_state, packed = chunks.each(num_cached, num_ids, width, chunk, to_table, (row_state, table.rows))
-    # Scalars (schedule counts) move once per step, whether or not a chunk ran.
-    _, advanced = update(_with_scalars(row_state, old_scalars), jnp.full(1, NO_ID, jnp.int32), rows[:1], row_grads[:1])
-    row_state = _with_scalars(row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim])
+    if old_scalars:  # schedule counts move once per step, whether or not a chunk ran
+        _, advanced = update(_with_scalars(row_state, old_scalars), jnp.full(1, NO_ID, jnp.int32), rows[:1], row_grads[:1])
+        row_state = _with_scalars(row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim])
     return QuantizedTable(packed, table.format, table.embedding_dim), cache_rows, row_state
 
 
