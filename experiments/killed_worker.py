@@ -82,7 +82,7 @@ def work(settings: Settings) -> str:
         return {"emb": mpembed.apply_gradients(emb, plan, rows, row_grads * BATCH, tx=TX), "w": tree["w"] - 0.01 * grad}
 
     run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs), donate_argnums=0)
-    begin = 0
+    begin, saving = 0, None
     if checkpoint.latest_step(settings.directory) is not None:
         restored = checkpoint.restore(settings.directory, {**tree, "position": 0})
         begin, tree = restored.pop("position"), restored
@@ -93,13 +93,13 @@ def work(settings: Settings) -> str:
         print(f"step {number + 1}", flush=True)
         if (number + 1) % SAVE_EVERY == 0:
             print(f"save {number + 1}", flush=True)
-            checkpoint.save(settings.directory, number + 1, {**tree, "position": number + 1}, wait=False, keep=3)
+            saving = checkpoint.save(settings.directory, number + 1, {**tree, "position": number + 1}, wait=False, keep=3)
     whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(whole):
         total.update(np.asarray(leaf).tobytes())
-    if (last := settings.steps // SAVE_EVERY * SAVE_EVERY) and begin < last:
-        assert int(checkpoint.restore(settings.directory, {**tree, "position": 0})["position"]) == last  # waits for it, too
+    if saving is not None:
+        saving.wait()
     return total.hexdigest()
 
 
@@ -145,6 +145,8 @@ def _start(directory: Path, steps: int) -> list[subprocess.Popen]:
     options = [f"--port={port}", f"--directory={directory}", f"--steps={steps}"]
     environment = {
         **os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        # The uninterrupted run, which comes first, compiles for all.
+        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "experiments.killed_worker", *options]
     workers = []
