@@ -111,6 +111,16 @@ def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(before, after
         assert_same(train(state, 1), train(states[before], 1))
 
 
+def test_a_state_comes_back_replicated_and_divided_again(saved, tmp_path):
+    folders, states = saved
+    everywhere = mpembed.Placement("replicated")
+    copies = checkpoint.restore(folders[4], {"emb": init(4, 9, everywhere), "position": 0})["emb"]
+    assert_same(copies, sharding.relayout(states[4], mesh=copies.layout.mesh, placement=everywhere))
+    checkpoint.save(tmp_path, 1, copies)
+    divided = checkpoint.restore(tmp_path, init(4))
+    assert_same(divided, sharding.relayout(copies, mesh=copies.layout.mesh))
+
+
 def test_a_target_of_shapes_is_placed_by_its_layout(saved):
     folders, states = saved
     target = {"emb": jax.eval_shape(lambda: init(4)), "position": 0}
