@@ -3,9 +3,8 @@
 Every part works by itself and returns counts; a part that finds anything wrong raises. The training is that of README's
 step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense parameters, checkpoints in the background, full and
 incremental in turns. Kills are SIGKILL in a process of its own (`--worker`), at random moments of training and of saving;
-the bits at the end are compared with those of a run nobody interrupted. Writes experiments/results/faults.json.
-
-Not here: a killed worker of a run of several processes.
+the bits at the end are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that train
+together is killed. Writes experiments/results/faults.json.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ import optax
 import tyro
 
 import mpembed_jax as mpembed
-from experiments import invariants, workload
+from experiments import invariants, killed_worker, workload
 from mpembed_jax import checkpoint
 
 
@@ -43,6 +42,8 @@ class Settings:
     """SIGKILLs, half of them aimed at saves."""
     steps: int = 400
     """Steps of the killed run."""
+    worker_kills: int = 4
+    """SIGKILLs of one of two workers."""
     examples: int = 4000
     """Batches of ids from hell."""
     gradients: int = 300
@@ -357,6 +358,7 @@ def main(settings: Settings) -> None:
 
     parts = {
         "kills": lambda: kill_and_resume(settings.kills, settings.steps),
+        "killed worker": lambda: killed_worker.kill_and_resume(settings.worker_kills),
         "damaged files": damage,
         "disks": disks,
         "ids from hell": lambda: invariants.ids_from_hell(settings.examples),

@@ -223,7 +223,7 @@ class Layout:
         if self.table_shards is None:
             shards = rows.reshape(self.shards, self.num_rows, *rows.shape[1:])
             return jnp.swapaxes(shards, 0, 1).reshape(rows.shape)[: self.spec.num_rows]
-        return jnp.concatenate([rows[a : a + n] for a, n in self._table_slices()])
+        return jnp.concatenate([rows[a : a + n] for a, n in self.table_slices()])
 
     def by_shard(self, rows: jax.Array) -> jax.Array:
         """Returns arrays by global id [V, ..] as the shards hold them [P * num_rows, ..]; padding rows are zero."""
@@ -232,11 +232,11 @@ class Layout:
             padded = jnp.pad(rows, [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
             return jnp.swapaxes(padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1).reshape(padded.shape)
         held = jnp.zeros((total, *rows.shape[1:]), rows.dtype)
-        for start, (first, size) in zip(offsets(self.spec.tables), self._table_slices(), strict=False):
+        for start, (first, size) in zip(offsets(self.spec.tables), self.table_slices(), strict=False):
             held = held.at[first : first + size].set(rows[int(start) : int(start) + size])
         return held
 
-    def _table_slices(self) -> list[tuple[int, int]]:
+    def table_slices(self) -> list[tuple[int, int]]:
         """Returns, for whole tables per shard, where each table begins in the shards' arrays, and its rows."""
         first = self.first_rows
         shards = self.table_shards or ()

@@ -506,12 +506,13 @@ def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
     """By definition: row r is row r div P of shard r mod P, sets and groups likewise; tags are rows of their shard."""
     _, emb = saved
     num_rows = sum(SIZES) - 3  # not a multiple
+    spec = EmbeddingSpec([TableSpec("a", num_rows)], DIM)
     arrays = {name: np.array(leaf) for name, leaf in leaves.named(emb).items()}
     arrays["table.rows"] = arrays["table.rows"][:num_rows]
     arrays["cache.tags"] = np.where(arrays["cache.tags"] >= num_rows, mpembed.NO_ID, arrays["cache.tags"])
     sets, ways = arrays["cache.tags"].shape
     for shards in (1, 2):
-        spread = placements.by_shard(arrays, shards)
+        spread = placements.by_shard(arrays, placements.Division(shards), spec)
         local = -(-num_rows // shards)
         for row in (0, 1, 2, 77, num_rows - 1):
             np.testing.assert_array_equal(
@@ -531,7 +532,7 @@ def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
         for group in range(groups):
             place = group % shards * (groups // shards) + group // shards
             np.testing.assert_array_equal(spread["cache.sketch"][:, place], arrays["cache.sketch"][:, group])
-        back = placements.by_id(spread, shards, num_rows)
+        back = placements.by_id(spread, placements.Division(shards), spec)
         for name, array in arrays.items():
             if not name.startswith("row_state"):
                 np.testing.assert_array_equal(back[name], array, err_msg=name)

@@ -13,7 +13,7 @@ pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not in
 pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 
 import mpembed_jax as mpembed
-from experiments import faults, invariants
+from experiments import faults, invariants, killed_worker
 from mpembed_jax import checkpoint
 
 
@@ -29,6 +29,12 @@ def test_a_run_killed_three_times_ends_in_the_same_bits():
     assert found["kills"] == 3
     assert found["bits equal"]
     assert sorted(found["resumed at steps"]) == found["resumed at steps"]
+
+
+def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
+    found = killed_worker.kill_and_resume(kills=1, steps=15)
+    assert found["bits equal"]
+    assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]
 
 
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):

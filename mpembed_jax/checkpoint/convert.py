@@ -44,7 +44,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the target has {tables} of "
             f"dim {spec.embedding_dim}; only storage, cache and row_state_dtype may differ (see to_dense and from_dense)"
         )
-    return entry["fingerprint"] != placements.fingerprint_of(state).tolist()
+    return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
 
 def convert(
@@ -65,17 +65,18 @@ def convert(
       ValueError: if the optimizer's state has another structure, or a prefetch waits and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
-    if (shards := placements.shards_of(target)) != entry["shards"]:
-        _LOG.warning("%s: rows of %d shards placed on %d", name, entry["shards"], shards)
-    saved = placements.by_id(saved, entry["shards"], spec.num_rows)
+    before, after = placements.Division.read(entry), placements.Division.of(target)
+    if before != after:
+        _LOG.warning("%s: rows of %s placed on %s", name, before, after)
+    saved = placements.by_id(saved, before, spec)
     fmt, ours = RowFormat(*entry["storage"]), digests.describe(spec)
     key, step = saved["key"], saved["step"]
     result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
-    result["fingerprint"] = placements.fingerprint_of(target)
-    same_cache = entry["cache"] == ours["cache"]
+    result["fingerprint"] = target.expected_fingerprint
+    same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:
         raise ValueError(
-            f"{name} was saved between prefetch and apply_gradients: restore it with the cache it was saved with"
+            f"{name} was saved between prefetch and apply_gradients: restore it with the cache and placement it had then"
         )
 
     rows = saved.pop("table.rows")
@@ -108,7 +109,7 @@ def convert(
                      ours["cache"], num_flushed)  # fmt: skip
     result |= cache | {"table.rows": rows}
     result |= _row_state(name, entry, saved, {n: x for n, x in wanted.items() if n.startswith("row_state")}, key, step)
-    return placements.by_shard(result, shards)
+    return placements.by_shard(result, after, spec)
 
 
 def _name(storage: list) -> str:

@@ -82,7 +82,7 @@ def record(member: leaves.Member) -> dict[str, Any]:
     return {
         **describe(state.spec),
         "names": member.names,
-        "shards": 1 if placements.layout_of(state) is None else placements.layout_of(state).shards,
+        **placements.Division.of(state).record(),
         "fingerprint": numbers(state.fingerprint),
         "key": numbers(state.key),
         "step": numbers(state.step),

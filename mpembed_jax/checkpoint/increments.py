@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpembed_jax import access
 from mpembed_jax import state as states
 from mpembed_jax.cache import CachePlan, Counts
-from mpembed_jax.checkpoint import digests, leaves, manifest, placements
+from mpembed_jax.checkpoint import digests, leaves, manifest
 from mpembed_jax.state import EmbeddingState
 
 _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
@@ -65,7 +65,7 @@ def track(state: EmbeddingState) -> RowTracker:
         over a mesh, whose plans name rows device by device: save full checkpoints there.
     """
     state.check_spec()
-    if placements.layout_of(state) is not None:
+    if state.layout is not None:
         raise ValueError("rows of a state over a mesh are not tracked; save full checkpoints of it")
     if bool(state.pending):
         raise ValueError("this state has a prefetch without its apply_gradients; start tracking after apply_gradients")

@@ -6,6 +6,7 @@ with that name was complete once; whatever happened to it later is found by `che
 """
 
 import json
+import math
 import os
 import re
 import zlib
@@ -67,8 +68,21 @@ def _each_file(work: Callable[[str], Any], names: list[str]) -> list[Any]:
         return list(pool.map(work, names))
 
 
-def write(folder: Path, body: dict[str, Any]) -> None:
-    """Checksums every file of `folder` and writes its manifest, the last file of a checkpoint, through to the disk."""
+def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
+    """Checksums every file of `folder` and writes its manifest, the last file of a checkpoint, through to the disk.
+
+    Raises:
+      CheckpointError: if files of the arrays `keys` are missing: writers make a folder anew that was moved away under them.
+    """
+    for key in keys:
+        try:
+            layout = json.loads((folder / key / ".zarray").read_bytes())
+            pieces = math.prod(-(-size // chunk) for size, chunk in zip(layout["shape"], layout["chunks"], strict=True))
+            found = len(list((folder / key).iterdir())) - 1
+        except OSError as error:
+            raise CheckpointError(f"array {key!r} is not in {folder}: {error.strerror}") from error
+        if found != pieces:
+            raise CheckpointError(f"array {key!r} has {found} of {pieces} files in {folder}")
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _TIMES)
     sums = _each_file(lambda name: _checksum(folder / name), names)
     body = {**body, "version": VERSION, "files": dict(zip(names, sums, strict=True))}

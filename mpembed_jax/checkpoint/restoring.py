@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpembed_jax import access
-from mpembed_jax.checkpoint import convert, digests, increments, leaves, manifest, saving
+from mpembed_jax.checkpoint import convert, digests, increments, leaves, manifest, placements, saving
 from mpembed_jax.checkpoint.manifest import CheckpointError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -31,8 +31,9 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     Args:
       directory: as in save.
       target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs, not consumed; it gives the structure and the
-        shardings (none, or an array without a device of its own: the default device). An EmbeddingState may have another
-        storage, row state dtype or cache than the saved one: its rows are then encoded anew, and the log says so.
+        shardings (none, or an array without a device of its own: the mesh of its embedding state, or the default device). An
+        EmbeddingState may have another storage, row state dtype, cache or placement than the saved one: its rows are then
+        encoded anew or moved, and the log says so.
       step: of the checkpoint; None for the newest good one.
       partial: allow the checkpoint to hold leaves that the target lacks.
 
@@ -56,7 +57,10 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
             values[name] = leaves.plain_value(name, held["values"][name], leaf)
     inner = {name for prefix in converted for name in held["embeddings"][prefix]["names"].values()}
     others = values.keys() | {name for prefix in converted for name in members[prefix].names.values()}
-    direct = {name: leaves.Place.of(leaf) for name, leaf in named.items() if name not in others}
+    places = {name: leaves.Place.of(leaf) for name, leaf in named.items()}
+    for member in members.values():
+        places |= placements.places(member)
+    direct = {name: place for name, place in places.items() if name not in others}
     arrays = read_arrays(folder, chain, direct | dict.fromkeys(inner, leaves.Place("host")))
     for name, place in direct.items():
         array = arrays.pop(name)
@@ -70,7 +74,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
                 name = member.names[inner_name]
-                values[name] = leaves.finish(named[name], {}, leaves.Place.of(named[name]).put(array))
+                values[name] = leaves.finish(named[name], {}, places[name].put(array))
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in named])
 
 

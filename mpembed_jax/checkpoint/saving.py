@@ -30,13 +30,13 @@ _PENDING: dict[Path, "Saving"] = {}
 class _Handler(ocp.PyTreeCheckpointHandler):
     """orbax's handler, which at the end, in the folder that is still temporary, writes our manifest."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
+    def __init__(self, body: dict[str, Any], keys: list[str]) -> None:
         super().__init__(use_ocdbt=False)
-        self._body = body
+        self._body, self._keys = body, keys
 
     def finalize(self, directory: Any) -> None:
         # orbax's own step here merges OCDBT files, of which there are none.
-        manifest.write(Path(directory), self._body)
+        manifest.write(Path(directory), self._body, self._keys)
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)  # orbax asks for both
@@ -157,7 +157,7 @@ def save(
     written = {body["arrays"][name]["key"]: _snapshot(array) for name, array in arrays.items() if array.size}
     nbytes = sum(a.size * a.dtype.itemsize for a in written.values())
     checkpointer = ocp.AsyncCheckpointer(
-        _Handler(body), async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        _Handler(body, list(written)), async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
     )
     pieces = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK) for key in written}
     try:

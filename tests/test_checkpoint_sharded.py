@@ -1,0 +1,157 @@
+"""Checkpoints of stacks over a mesh: the rows, and the training, of the state that was saved, on any number of devices."""
+
+import dataclasses
+import logging
+from functools import cache, partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+import shapes
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import mpembed_jax as mpembed
+from mpembed_jax import sharding
+
+pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
+
+from mpembed_jax import checkpoint
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+SIZES, DIM, STEPS, BATCH = (1200, 2797, 2), 4, 12, 64  # V = 3,999: no multiple of 2
+V = sum(SIZES)
+SPEC = shapes.stack(SIZES, DIM, storage="int8", lines=256, ways=2)
+TX = mpembed.optim.rowwise_adagrad(optax.linear_schedule(0.5, 0.25, 8))
+TABLES = mpembed.Placement("tables", table_shards=(1, 0, 1))
+
+
+def init(shards, seed=3, placement=None):
+    mesh = None if shards is None else jax.make_mesh((shards,), ("x",), axis_types=(AxisType.Auto,))
+    return mpembed.init(jax.random.key(seed), SPEC, TX, mesh=mesh, placement=placement)
+
+
+def step(state, batch):
+    ids, upstream = batch
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+    return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX), plan.counts
+
+
+@cache
+def trainer(shards, placement=None):
+    run = partial(jax.lax.scan, step)
+    if shards is not None:
+        abstract = jax.eval_shape(lambda: init(shards, placement=placement))
+        specs = mpembed.partition_specs(abstract)
+        batch = P(None, abstract.layout.batch_axes)
+        run = jax.shard_map(run, mesh=abstract.layout.mesh, in_specs=(specs, (batch, batch)), out_specs=(specs, P()))
+    return jax.jit(run)
+
+
+def stream(seed):
+    ids = shapes.skewed_ids(seed, STEPS, BATCH, V, drift=5, ragged=True)
+    return ids, shapes.dyadic(seed, (STEPS, BATCH, DIM))
+
+
+def train(state, seed):
+    """Trains STEPS steps more; the state is not donated."""
+    layout = state.layout
+    return trainer(layout and layout.shards, layout and layout.placement)(state, stream(seed))[0]
+
+
+def all_rows(state):
+    return np.asarray(jax.jit(mpembed.read)(state, np.arange(V, dtype=np.int32)))
+
+
+def assert_same(state, expected):
+    """Every array of two states of one layout, bit for bit, and where they lie."""
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert got.dtype == want.dtype, name
+        np.testing.assert_array_equal(got, want, err_msg=name)
+        assert got.sharding.is_equivalent_to(want.sharding, got.ndim), name
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A trained state of 4 devices, one of one device that was trained alike, and their folders."""
+    folders = {shards: tmp_path_factory.mktemp(f"shards_{shards}") for shards in (4, None)}
+    states = {}
+    for shards, folder in folders.items():
+        states[shards] = train(init(shards), 0)
+        checkpoint.save(folder, STEPS, {"emb": states[shards], "position": STEPS})
+    assert bool(np.asarray(states[4].cache.dirty).any())
+    return folders, states
+
+
+@pytest.fixture(scope="module")
+def of_tables():
+    return train(init(2, placement=TABLES), 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 2), (4, 8), (4, None), (None, 4)])
+def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(before, after, saved, caplog):
+    """Rows as they were; all arrays those of `relayout`; on as many devices, training goes on as if uninterrupted."""
+    folders, states = saved
+    target = {"emb": init(after, seed=9), "position": 0}
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoint.restore(folders[before], target)
+    state = restored["emb"]
+    assert restored["position"] == STEPS
+    assert ("placed on" in caplog.text) == (before != after)
+    np.testing.assert_array_equal(all_rows(state), all_rows(states[before]))
+    layout = target["emb"].layout
+    moved = states[before] if before == after else sharding.relayout(states[before], mesh=layout and layout.mesh)
+    assert_same(state, moved)
+    if before == after:  # elsewhere it is the state that relayout makes, which test_sharding trains on
+        assert_same(train(state, 1), train(states[before], 1))
+
+
+def test_a_state_comes_back_replicated_and_divided_again(saved, tmp_path):
+    folders, states = saved
+    everywhere = mpembed.Placement("replicated")
+    copies = checkpoint.restore(folders[4], {"emb": init(4, 9, everywhere), "position": 0})["emb"]
+    assert_same(copies, sharding.relayout(states[4], mesh=copies.layout.mesh, placement=everywhere))
+    checkpoint.save(tmp_path, 1, copies)
+    divided = checkpoint.restore(tmp_path, init(4))
+    assert_same(divided, sharding.relayout(copies, mesh=copies.layout.mesh))
+
+
+def test_a_target_of_shapes_is_placed_by_its_layout(saved):
+    folders, states = saved
+    target = {"emb": jax.eval_shape(lambda: init(4)), "position": 0}
+    assert_same(checkpoint.restore(folders[4], target)["emb"], states[4])
+
+
+@pytest.mark.parametrize("after", [None, 4])
+def test_whole_tables_move_with_their_dirty_lines_written(after, saved, of_tables, tmp_path, caplog):
+    """From whole tables per shard to rows by MOD and back: as `relayout`, which flushes and begins with an empty cache."""
+    state = of_tables
+    checkpoint.save(tmp_path, 1, state)
+    assert_same(checkpoint.restore(tmp_path, init(2, 9, TABLES)), state)
+    target = init(after, 9)
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoint.restore(tmp_path, target)
+    moved = sharding.relayout(state, mesh=target.layout and target.layout.mesh)
+    assert_same(restored, moved)
+    assert "of 2 shards of whole tables (1, 0, 1) placed on" in caplog.text
+    folders, states = saved
+    back = checkpoint.restore(folders[4], {"emb": init(2, 9, TABLES), "position": 0})["emb"]
+    layout = back.layout
+    assert_same(back, sharding.relayout(states[4], mesh=layout.mesh, placement=TABLES))
+
+
+def test_a_format_is_changed_on_whole_tables_with_their_lines(of_tables, tmp_path):
+    """The cache stays as it is where only the storage is another."""
+    state = of_tables
+    checkpoint.save(tmp_path, 1, state)
+    mesh = state.layout.mesh
+    target = mpembed.init(jax.random.key(0), dataclasses.replace(SPEC, storage="float32"), TX, mesh=mesh, placement=TABLES)
+    wide = checkpoint.restore(tmp_path, target)
+    np.testing.assert_array_equal(all_rows(wide), all_rows(state))
+    for name in ("tags", "rows", "priority", "sketch"):
+        np.testing.assert_array_equal(getattr(wide.cache, name), getattr(state.cache, name))
