@@ -5,6 +5,7 @@ this file decides what is written, and what happens to earlier checkpoints (noth
 """
 
 import logging
+import math
 import operator
 import os
 import shutil
@@ -25,6 +26,19 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's suffix of folders that were neve
 _CHUNK = 128 << 20  # bytes of an array per file: pieces are compressed and checksummed side by side
 
 _PENDING: dict[Path, "Saving"] = {}
+
+
+def _is_divisible(value: Any) -> bool:
+    """Whether an array divides into pieces of about _CHUNK bytes: orbax makes equal ones, of single rows if need be.
+
+    A stack of a prime number of rows (Criteo-Kaggle's 33,762,577) would become as many files; it is written in one piece.
+    """
+    shape = np.shape(value)
+    if not shape or not shape[0]:
+        return True
+    row_bytes = value.dtype.itemsize * math.prod(shape[1:])
+    least = -(-shape[0] * row_bytes // _CHUNK)  # pieces needed
+    return any(shape[0] % count == 0 for count in range(least, 4 * least + 1))
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -159,7 +173,7 @@ def save(
     checkpointer = ocp.AsyncCheckpointer(
         _Handler(body, list(written)), async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
     )
-    pieces = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK) for key in written}
+    pieces = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK if _is_divisible(value) else None) for key, value in written.items()}
     try:
         checkpointer.save(manifest.folder_of(folder, step), args=_Save(written, save_args=pieces))
     except Exception as error:
