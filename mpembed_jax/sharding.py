@@ -48,41 +48,44 @@ def relayout(
     Raises:
       ValueError: if the stack cannot be divided so.
     """
-    old, new = state.layout, Layout.of(state.spec, mesh, axis_name, placement)
-    is_other = (old.table_shards if old else None) != (new.table_shards if new else None)
-
-    def move(state: EmbeddingState) -> EmbeddingState:
-        if is_other:
-            state = evaluation.flush(state)
-
-        def by_row(rows: jax.Array) -> jax.Array:
-            rows = rows if old is None else old.in_order(rows)
-            return rows if new is None else new.by_shard(rows)
-
-        cache = state.cache
-        if cache is not None:
-            geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
-            if is_other:
-                cache = caching.init(geometry, cache.policy, state.spec.embedding_dim)
-            elif old is not None:
-                cache = _in_order(cache, old.shards)
-            cache = cache if new is None else _by_shard(cache, new.shards)
-        moved = dataclasses.replace(
-            state,
-            table=dataclasses.replace(state.table, rows=by_row(state.table.rows)),
-            cache=cache,
-            row_state=jax.tree.map(lambda leaf: by_row(leaf) if leaf.ndim else leaf, state.row_state),
-            layout=new,
-        )
-        return dataclasses.replace(moved, fingerprint=jnp.asarray(moved.expected_fingerprint))
-
+    new = Layout.of(state.spec, mesh, axis_name, placement)
     if new is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         # Gathered by a program over the old mesh, then taken from it: one program runs on one set of devices.
-        return jax.device_put(jax.jit(move)(state), here)
-    abstract = jax.eval_shape(move, state)
+        return jax.device_put(_moved(state, new), here)
+    abstract = jax.eval_shape(partial(_moved, new=new), state)
     shardings = jax.tree.map(partial(NamedSharding, mesh), partition_specs(abstract))
-    return jax.device_put(jax.jit(move)(state), shardings)
+    return jax.device_put(_moved(state, new), shardings)
+
+
+@partial(jax.jit, static_argnames="new")
+def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
+    """Returns the state with its arrays in the order of another layout."""
+    old = state.layout
+    is_other = (old.table_shards if old else None) != (new.table_shards if new else None)
+    if is_other:
+        state = evaluation.flush(state)
+
+    def by_row(rows: jax.Array) -> jax.Array:
+        rows = rows if old is None else old.in_order(rows)
+        return rows if new is None else new.by_shard(rows)
+
+    cache = state.cache
+    if cache is not None:
+        geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
+        if is_other:
+            cache = caching.init(geometry, cache.policy, state.spec.embedding_dim)
+        elif old is not None:
+            cache = _in_order(cache, old.shards)
+        cache = cache if new is None else _by_shard(cache, new.shards)
+    moved = dataclasses.replace(
+        state,
+        table=dataclasses.replace(state.table, rows=by_row(state.table.rows)),
+        cache=cache,
+        row_state=jax.tree.map(lambda leaf: by_row(leaf) if leaf.ndim else leaf, state.row_state),
+        layout=new,
+    )
+    return dataclasses.replace(moved, fingerprint=jnp.asarray(moved.expected_fingerprint))
 
 
 def _in_order(cache: CacheState, shards: int) -> CacheState:
