@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -70,7 +71,7 @@ def environment() -> dict[str, Any]:
     """Says where and with what a run took place: device, cores, versions, commit, command."""
     device = jax.devices()[0]
     return {
-        "command": " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": _commit(),
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}",

@@ -179,6 +179,20 @@ def test_a_stack_of_a_prime_number_of_rows_is_not_cut_into_single_rows(tmp_path,
         np.testing.assert_array_equal(saved, back)
 
 
+def test_keeping_few_never_deletes_the_last_good_one(tmp_path):
+    """Later checkpoints, damaged or of a run that was rolled back, do not count as the newest."""
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, step, {"x": np.full(1000, step)})
+    for step in (20, 30):
+        largest = max((f for f in (tmp_path / f"step_{step}").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:10])
+    target = {"x": np.zeros(1000, int)}
+    assert checkpoint.restore(tmp_path, target)["x"][0] == 10
+    checkpoint.save(tmp_path, 15, {"x": np.full(1000, 15)}, keep=1)
+    assert checkpoint.steps(tmp_path) == [15, 20, 30]
+    assert checkpoint.restore(tmp_path, target)["x"][0] == 15
+
+
 def test_only_the_newest_are_kept_when_asked(tmp_path):
     tree = only(trained("int8-lfu", 0, 3), "emb", "tracker")
     for step in (1, 5, 10, 11):

@@ -89,7 +89,7 @@ class Saving:
             else:
                 if self._keep is not None and jax.process_index() == 0:
                     try:
-                        _prune(self.directory, self._keep)
+                        _prune(self.directory, self._keep, self.step)
                     except (OSError, CheckpointError) as error:
                         _LOG.warning("step %d is saved, but older ones could not be deleted: %s", self.step, error)
             finally:
@@ -134,7 +134,8 @@ def save(
         larger than a full one, a full one is saved.
       wait: False returns while the files are being written; call `wait()` on the result. The next save, and restore, wait
         by themselves.
-      keep: delete all but this many of the newest checkpoints once this one is complete, and those they build on.
+      keep: once this one is complete, delete all but this many of the newest checkpoints up to this step, and those they
+        build on; later steps (damaged, or rolled back) are left alone.
 
     Returns:
       A Saving; its `wait()` returns when the checkpoint is complete.
@@ -242,12 +243,24 @@ def _failure(directory: Path, step: int, error: Exception) -> CheckpointError:
     )
 
 
-def _prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints and those that they build on."""
+def _prune(directory: Path, keep: int, newest: int) -> None:
+    """Deletes all but the newest `keep` checkpoints up to step `newest`, just completed, and those that they build on.
+
+    Later steps stay: they may be damaged, or of a run that was rolled back, and must not push out what is good.
+    """
     found = manifest.steps(directory)
-    needed = set(found[-keep:])
+    earlier = [step for step in found if step <= newest]
+    needed = {step for step in found if step > newest} | set(earlier[-keep:])
     for step in reversed(found):
-        if step in needed and (base := manifest.read(directory, step)["base"]) is not None:
+        if step not in needed:
+            continue
+        try:
+            base = manifest.read(directory, step)["base"]
+        except CheckpointError:
+            if step <= newest:
+                raise
+            continue  # a damaged later one cannot say what it builds on
+        if base is not None:
             needed.add(base["step"])
     for step in found:
         if step not in needed:
