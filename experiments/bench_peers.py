@@ -15,13 +15,14 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from experiments import workload
 from experiments.peers import Case
+from experiments.reporting import environment
 
 PEERS = (
     "ours-int8-w32",
@@ -125,10 +126,10 @@ def run(args):
         + (", ".join(f"{r['peer']} at D={r['dim']} ({r['ours_over_peer']:.2f})" for r in losses) or "nobody")
     )
     words = [w for w in sys.argv[1:] if w not in ("--peers-python", args.peers_python)]  # no path of one machine
-    command = " ".join(["python -m experiments.bench_peers", *words])
+    command = shlex.join(["python", "-m", "experiments.bench_peers", *words])
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"command": command, **workload.provenance(), "results": results}, indent=1))
+    out.write_text(json.dumps(environment() | {"command": command, "results": results}, indent=1))
 
 
 def main():

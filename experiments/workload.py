@@ -55,23 +55,6 @@ def to_global(local: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     return (local + starts.reshape(1, -1, *[1] * (local.ndim - 2))).astype(np.int32)
 
 
-def provenance() -> dict[str, object]:
-    """Returns what a measured figure depends on: commit, library versions, processor count."""
-    import os
-    import platform
-    import subprocess
-    from importlib import metadata
-
-    git = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {
-        "commit": found.stdout.strip() or "unknown",
-        "versions": versions,
-        "machine": {"cpu_count": os.cpu_count(), "python": platform.python_version(), "machine": platform.machine()},
-    }
-
-
 def resident_bytes() -> int:
     """Returns the resident memory of this process (Linux), 0 where it cannot be told."""
     try:

@@ -35,9 +35,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     state.check_spec()
     layout = state.layout
     if layout is None:
-        num_rows = state.spec.num_rows
-        in_range = [jnp.where(ids_.in_range(leaf, num_rows), leaf, NO_ID) for leaf in leaves]
-        return treedef.unflatten([_read_rows(state, leaf) for leaf in in_range])
+        return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
     shapes = [layout.shape_of(leaf) for leaf in leaves]
     width = (2,) if layout.is_paired else ()
     flat = jnp.concatenate([leaf.reshape(-1, *width) for leaf in leaves]) if leaves else jnp.zeros((0, *width), jnp.int32)
@@ -58,7 +56,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
-    """Returns the rows of ids (local ones on a shard), NO_ID as zeros."""
+    """Returns the rows of ids (local ones on a shard), zeros for ids outside the table."""
     return ops.read(state.table, state.cache, ids, implementation=state.implementation)
 
 

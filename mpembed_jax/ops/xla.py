@@ -152,7 +152,7 @@ def lookup(
       float32 [U, D].
     """
     width = ids.shape[0]
-    zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # zero, which only the caller knows
+    zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # counts are not negative, which the compiler cannot know
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
