@@ -118,11 +118,11 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         directory = Path(folder) / "killed"
         victims, resumed_at, unfinished = [], [], 0
         for done in range(kills):
-            # Aimed so that the run advances a little between kills and is not over before the last one.
+            # Past the second save after the latest, which waits for the end of the first: the next run resumes further on,
+            # unless the end of the run leaves no room.
+            ahead = 2 * SAVE_EVERY + 1
             latest = checkpoint.latest_step(directory) or 0
-            until = min(
-                steps - SAVE_EVERY, latest + rng.randint(SAVE_EVERY, max(SAVE_EVERY, (steps - latest) // (kills - done)))
-            )
+            until = min(steps - SAVE_EVERY, latest + rng.randint(ahead, max(ahead, (steps - latest) // (kills - done))))
             victims.append(rng.randrange(PROCESSES))
             aim = "save" if done % 2 else "step"
             resumed_at.append(_run_and_kill(directory, steps, victims[-1], aim, until, rng))

@@ -32,7 +32,7 @@ def test_a_run_killed_three_times_ends_in_the_same_bits():
 
 
 def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
-    found = killed_worker.kill_and_resume(kills=1, steps=15)
+    found = killed_worker.kill_and_resume(kills=1, steps=20)
     assert found["bits equal"]
     assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]
 
