@@ -35,14 +35,18 @@ def step_of(name, replace=()):
     return names[name]
 
 
-def gradients(step, mesh=None, check_vma=True):
-    """Dense and row gradients of one step on one batch, whatever the number of devices."""
+def first_batch():
     rng = np.random.default_rng(0)
     batch = {
         "ids": SPEC.global_ids(np.stack([rng.zipf(1.3, 64) % 500, rng.zipf(1.3, 64) % 900], axis=1)),
         "label": rng.integers(0, 2, 64).astype(np.float32),
     }
-    params = {"w": jnp.asarray(rng.standard_normal((32, 1)), jnp.float32), "b": jnp.zeros(1)}
+    return batch, {"w": jnp.asarray(rng.standard_normal((32, 1)), jnp.float32), "b": jnp.zeros(1)}
+
+
+def gradients(step, mesh=None, check_vma=True):
+    """Dense and row gradients of one step on one batch, whatever the number of devices."""
+    batch, params = first_batch()
     emb = mpembed.init(jax.random.key(0), SPEC, SGD, mesh=mesh)
     before = mpembed.to_dense(emb)
     if mesh is not None:
@@ -55,10 +59,15 @@ def gradients(step, mesh=None, check_vma=True):
     return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), (params, before), (moved, after))
 
 
-def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_recipes_do_not():
+@pytest.fixture(scope="module")
+def one_device():
+    return gradients(step_of("train_step"))
+
+
+def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_recipes_do_not(one_device):
     """Sums of 64 terms of at most 1, in another order: 64 x 2^-24 = 4e-6."""
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    dense, rows = gradients(step_of("train_step"))
+    dense, rows = one_device
     for wanted, got in zip((dense, rows), gradients(step_of("sharded_step"), mesh), strict=True):
         jax.tree.map(lambda w, g: np.testing.assert_allclose(g, w, rtol=0, atol=4e-6), wanted, got)
     assert max(np.abs(r).max() for r in rows.values()) > 1e-2
@@ -77,3 +86,27 @@ def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_re
         jax.tree.map(lambda w, g: np.testing.assert_allclose(g, DEVICES * w, rtol=0, atol=2e-5), rows, wrong)
         with pytest.raises(AssertionError):
             np.testing.assert_allclose(wrong["item"], rows["item"], rtol=0.5, atol=1e-5)
+
+
+def test_readmes_recipe_for_pmap_has_the_gradients_of_one_device(one_device):
+    """The loss divided by the number of devices, dense gradients summed; no other change to the sharded step."""
+    recipe = [
+        ("return jax.lax.pmean(loss, 'x')", "return loss / jax.lax.axis_size('x')"),
+        ("updates, opt_state = tx", "grads = jax.lax.psum(grads, 'x')\n    updates, opt_state = tx"),
+    ]
+    step, (batch, params) = step_of("sharded_step", recipe), first_batch()
+
+    def run(batch):
+        emb = mpembed.init(jax.random.key(0), SPEC, SGD, axis_name="x")
+        every = jnp.arange(SPEC.num_rows, dtype=jnp.int32)
+        before = mpembed.read(emb, every)
+        emb, moved, _, loss = step(emb, params, SGD.init(params), batch)
+        return jax.tree.map(jnp.subtract, params, moved), before - mpembed.read(emb, every), jax.lax.psum(loss, "x")
+
+    divided = jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), batch)
+    got_dense, got_rows, losses = jax.pmap(run, axis_name="x", devices=jax.devices()[:DEVICES])(divided)
+    dense, rows = one_device
+    for device in range(DEVICES):
+        np.testing.assert_allclose(got_rows[device], np.concatenate([rows["user"], rows["item"]]), rtol=0, atol=4e-6)
+        jax.tree.map(lambda w, g, d=device: np.testing.assert_allclose(g[d], w, rtol=0, atol=4e-6), dense, got_dense)
+    assert (losses == losses[0]).all()
