@@ -56,6 +56,8 @@ class Settings:
     """Parts to run; none: all."""
     worker: Path | None = None
     """Internal: train in this directory, resuming from what is there."""
+    fill: Path | None = None
+    """Internal: save into this directory until its device is full."""
     out: Path = Path("experiments/results/faults.json")
 
 
@@ -118,7 +120,8 @@ def bits_of(tree: Any) -> str:
 def work(directory: Path, steps: int) -> str:
     """Trains to `steps`, saving in the background every SAVE_EVERY steps; resumes from what is there.
 
-    Says on stdout what it does, so that a parent can aim. Returns the hash of the last state.
+    Says on stdout what it does, so that a parent can aim, and ends when stdin does: a parent that is late still finds it.
+    Returns the hash of the last state.
     """
     tree, begin = first_tree(), 0
     if checkpoint.latest_step(directory) is not None:
@@ -135,6 +138,8 @@ def work(directory: Path, steps: int) -> str:
             part, tracker = saved_part(tree, step + 1), None if is_full else tree["tracker"]
             checkpoint.save(directory, step + 1, part, tracker=tracker, wait=False, keep=3)
             tree["tracker"] = checkpoint.track(tree["emb"])
+    print(f"end {steps}", flush=True)
+    sys.stdin.read()
     return bits_of(saved_part(tree, steps))
 
 
@@ -156,13 +161,11 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
             latest = checkpoint.latest_step(directory) or 0
             until = min(steps - 1, latest + rng.randint(1, max(2, 2 * (steps - latest) // (kills - done + 1))))
             aim = "save" if done % 2 else "step"
-            resume, is_killed = _run_and_kill(directory, steps, aim, until, rng)
-            resumed_at.append(resume)
+            resumed_at.append(_run_and_kill(directory, steps, aim, until, rng))
             left = [p.name for p in directory.iterdir() if not p.name.removeprefix("step_").isdigit()]
             unfinished += bool(left)
             during_save += aim == "save"
             done += 1
-            assert is_killed, "the worker ended before it could be killed"
         final, _ = _worker(directory, steps)
         assert final == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
         return {
@@ -171,7 +174,7 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _start(directory: Path, steps: int) -> subprocess.Popen:
+def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "experiments.faults", "--worker", str(directory), "--steps", str(steps)]
@@ -181,39 +184,38 @@ def _start(directory: Path, steps: int) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     environment = {**os.environ, **cached, "PYTHONPATH": path}
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=root, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
 def _worker(directory: Path, steps: int) -> tuple[str, int]:
     """Runs a worker to its end; returns its hash and where it resumed."""
-    process = _start(directory, steps)
+    process = _start(directory, steps, subprocess.DEVNULL)
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     lines = out.splitlines()
     return lines[-1].split()[1], int(lines[0].split()[1])
 
 
-def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random.Random) -> tuple[int, bool]:
-    """Starts a worker and kills it just after a step, or a save that begins, at or after step `until`."""
-    process = _start(directory, steps)
-    assert process.stdout is not None
-    resume, is_killed = -1, False
-    for line in process.stdout:
-        word, number = line.split()
-        if word == "resume":
-            resume = int(number)
-        if word == aim and int(number) >= until:
-            time.sleep(rng.uniform(0, 0.08 if aim == "save" else 0.02))
-            process.kill()
-            is_killed = True
-            break
-    process.stdout.close()
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    process.stderr.close()
-    code = process.wait()
-    assert is_killed or code == 0, errors[-3000:]
-    return resume, is_killed and code == -signal.SIGKILL
+def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random.Random) -> int:
+    """Starts a worker and kills it just after a step, or a save that begins, at or after step `until`, or at its end.
+
+    Returns the step it resumed at.
+    """
+    with _start(directory, steps, subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        resume, is_there = -1, False
+        for line in process.stdout:
+            word, number = line.split()
+            resume = int(number) if word == "resume" else resume
+            is_there = word == "end" or (word == aim and int(number) >= until)
+            if is_there:
+                time.sleep(rng.uniform(0, 0.08 if aim == "save" else 0.02))
+                process.kill()
+                break
+        errors = process.stderr.read()
+    assert is_there and process.returncode == -signal.SIGKILL, errors[-3000:]
+    return resume
 
 
 # --- damaged files
@@ -290,6 +292,61 @@ def _expect_refusal(directory: Path, step: int, target: Any, path: Path) -> None
 # --- disks
 
 
+def _fill_a_device() -> dict[str, str] | None:
+    """Runs `fill` on a tmpfs of 4 MB in a mount namespace of its own; None where the system does not allow that."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"', folder]
+        try:
+            subprocess.run([*mount, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        command = [*mount, sys.executable, "-m", "experiments.faults", "--fill", f"{folder}/run"]
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def fill(directory: Path) -> dict[str, str]:
+    """Saves until the device of `directory` is full: an error that says so, and every earlier checkpoint intact."""
+    tree, wanted = first_tree(), {}
+    for step in range(1, 100):
+        part = saved_part(tree, step)
+        try:
+            checkpoint.save(directory, step, part, wait=False).wait()
+        except checkpoint.CheckpointError as error:
+            message = str(error).replace(str(directory), "DIRECTORY")
+            break
+        wanted[step] = bits_of(part)
+    else:
+        raise AssertionError("the device never filled up")
+    assert wanted and checkpoint.steps(directory) == list(wanted), "a checkpoint is lost, or a part of one counts"
+
+    def check() -> None:
+        for step, bits in wanted.items():
+            assert bits_of(checkpoint.restore(directory, part, step=step)) == bits, step
+
+    check()
+    shutil.rmtree(directory / "step_1")  # room for one more
+    del wanted[1]
+    checkpoint.save(directory, step, part)
+    wanted[step] = bits_of(part)
+    check()
+    return {"disk full": message, "disk full by": f"a device of 4 MB, full after {step - 1} checkpoints"}
+
+
+def _limit_file_size(failing: Any) -> dict[str, str]:
+    """Every write beyond 300 KB fails, as on a full device, with another error number."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        failing("disk full", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    return {"disk full by": "RLIMIT_FSIZE: no device can be mounted here"}
+
+
 def disks() -> dict[str, str]:
     """Fills the disk, takes permission away and lets the folder vanish: a clear error each, earlier checkpoints intact."""
     tree = train_step(first_tree(), ids_at(0))
@@ -309,15 +366,7 @@ def disks() -> dict[str, str]:
             assert checkpoint.steps(directory) == [1], name
             assert bits_of(checkpoint.restore(directory, part)) == wanted, name
 
-        # Every write beyond 300 KB fails, as on a full disk (with another error number).
-        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-        try:
-            failing("disk full", 2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            signal.signal(signal.SIGXFSZ, handler)
+        messages |= _fill_a_device() or _limit_file_size(failing)
 
         directory.chmod(0o555)
         os.chmod(folder, 0o755)
@@ -332,19 +381,24 @@ def disks() -> dict[str, str]:
             directory.chmod(0o755)
 
         away = Path(folder) / "away"
-        ballast = np.random.default_rng(0).random(20_000_000)  # 160 MB: the save takes longer than a rename
-        saving = checkpoint.save(directory, 4, part | {"ballast": ballast}, wait=False)
-        directory.rename(away)
-        try:
-            saving.wait()
-        except checkpoint.CheckpointError as error:
-            messages["folder vanished during a save"] = str(error).replace(str(directory), "DIRECTORY")
-        else:
-            raise AssertionError("a save into a folder that vanished did not fail")
-        shutil.rmtree(directory, ignore_errors=True)
-        away.rename(directory)
-        assert bits_of(checkpoint.restore(directory, part, step=1)) == wanted
-        checkpoint.save(directory, 5, part)
+        for step in range(4, 10):
+            # 160 MB and more: longer to write than a folder to rename, if this thread is not kept waiting meanwhile.
+            ballast = np.random.default_rng(0).random(20_000_000 * (step - 3))
+            saving = checkpoint.save(directory, step, part | {"ballast": ballast}, wait=False)
+            directory.rename(away)
+            try:
+                saving.wait()
+            except checkpoint.CheckpointError as error:
+                messages["folder vanished during a save"] = str(error).replace(str(directory), "DIRECTORY")
+            shutil.rmtree(directory, ignore_errors=True)
+            away.rename(directory)
+            assert bits_of(checkpoint.restore(directory, part, step=1)) == wanted
+            if "folder vanished during a save" in messages:
+                break
+            # It was complete before the folder vanished.
+            assert checkpoint.steps(directory) == [1, step], "a save into a folder that vanished neither failed nor is there"
+            shutil.rmtree(directory / f"step_{step}")
+        checkpoint.save(directory, step + 1, part)
         assert bits_of(checkpoint.restore(directory, part)) == wanted
     return messages
 
@@ -353,6 +407,9 @@ def main(settings: Settings) -> None:
     """Runs every part and writes the report."""
     if settings.worker is not None:
         print(f"bits {work(settings.worker, settings.steps)}")
+        return
+    if settings.fill is not None:
+        print(json.dumps(fill(settings.fill)))
         return
     from experiments import reporting  # draws pictures: workers start without it
 

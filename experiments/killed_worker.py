@@ -14,7 +14,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import workload
+from experiments import multiprocess, workload
 from mpembed_jax import checkpoint
 
 PROCESSES, SAVE_EVERY, BATCH, DIM = 2, 5, 256, 16
@@ -41,7 +40,7 @@ SPEC = mpembed.EmbeddingSpec(
     mpembed.CacheSpec(num_rows=1024, ways=8),
 )
 TX = mpembed.optim.rowwise_adagrad(0.05)
-_SAID = re.compile(r"^(resume|step|save|bits) (\w+)$", re.MULTILINE)
+_SAID = re.compile(r"^(resume|step|save|end|bits) (\w+)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,10 @@ class Settings:
 def work(settings: Settings) -> str:
     """Joins the other worker, resumes, trains, saves; returns the hash of the whole state at the end.
 
-    Says on stdout what it does, so that the launcher can aim.
+    Says on stdout what it does, so that the launcher can aim, and ends when stdin does: a launcher that is late still finds
+    it.
     """
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Heartbeats may be late: the workers share a machine, which may be busy.
-    jax.distributed.initialize(f"localhost:{settings.port}", PROCESSES, settings.worker, heartbeat_timeout_seconds=600)
-    mesh = jax.make_mesh((PROCESSES,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = multiprocess.join(settings.port, PROCESSES, settings.worker)
     divided, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
     emb = mpembed.init(jax.random.key(0), SPEC, TX, mesh=mesh)
     tree = {"emb": emb, "w": jax.device_put(np.ones(DIM, np.float32), everywhere)}
@@ -94,6 +91,8 @@ def work(settings: Settings) -> str:
         if (number + 1) % SAVE_EVERY == 0:
             print(f"save {number + 1}", flush=True)
             saving = checkpoint.save(settings.directory, number + 1, {**tree, "position": number + 1}, wait=False, keep=3)
+    print(f"end {settings.steps}", flush=True)
+    sys.stdin.read()
     whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(whole):
@@ -136,15 +135,13 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         }  # fmt: skip
 
 
-def _start(directory: Path, steps: int) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subprocess.Popen]:
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     options = [f"--port={port}", f"--directory={directory}", f"--steps={steps}"]
     environment = {
-        **os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        **os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1",
         # The uninterrupted run, which comes first, compiles for all.
         "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
@@ -157,6 +154,7 @@ def _start(directory: Path, steps: int) -> list[subprocess.Popen]:
                     [*command, f"--worker={index}"],
                     cwd=root,
                     env=environment,
+                    stdin=stdin,
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
@@ -171,40 +169,44 @@ def _errors(directory: Path) -> str:
 
 def _run(directory: Path, steps: int) -> tuple[str, int]:
     """Runs both workers to their end; returns the hash and where they resumed."""
-    workers = _start(directory, steps)
-    try:
-        # gloo, too, writes to stdout.
-        outputs = [_SAID.findall(worker.communicate(timeout=600)[0]) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    with multiprocess.reserve_port() as held:
+        workers = _start(directory, steps, held.getsockname()[1], subprocess.DEVNULL)
+        try:
+            # gloo, too, writes to stdout; what a worker says fits a pipe that is not read yet.
+            outputs = [_SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0]) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
     assert all(worker.returncode == 0 for worker in workers), _errors(directory)
     assert outputs[0][-1] == outputs[1][-1], "the workers end with different states"
     return outputs[0][-1][1], int(outputs[0][0][1])
 
 
 def _run_and_kill(directory: Path, steps: int, victim: int, aim: str, until: int, rng: random.Random) -> int:
-    """Starts both and kills one just after a step, or a save that begins, at or after step `until`; then ends the other."""
-    workers = _start(directory, steps)
-    resume, is_there, is_killed = -1, False, False
-    stdout = workers[victim].stdout
-    assert stdout is not None
-    try:
-        for line in stdout:
-            for word, number in _SAID.findall(line):
-                resume = int(number) if word == "resume" else resume
-                is_there = word == aim and int(number) >= until
-            if is_there:
-                time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
-                is_killed = workers[victim].poll() is None
-                break
-        workers[victim].kill()
-        time.sleep(rng.uniform(0, 1))  # the other one notices, waits, or goes on with what needs no partner
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
-    assert is_killed and workers[victim].returncode == -signal.SIGKILL, _errors(directory)
+    """Starts both and kills one just after a step, or a save that begins, at or after step `until`, or at its end.
+
+    Then ends the other. Returns the step they resumed at.
+    """
+    resume, is_there = -1, False
+    with multiprocess.reserve_port() as held:
+        workers = _start(directory, steps, held.getsockname()[1], subprocess.PIPE)
+        stdout = workers[victim].stdout
+        assert stdout is not None
+        try:
+            for line in stdout:
+                for word, number in _SAID.findall(line):
+                    resume = int(number) if word == "resume" else resume
+                    is_there = word == "end" or (word == aim and int(number) >= until)
+                if is_there:
+                    time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
+                    break
+            workers[victim].kill()
+            time.sleep(rng.uniform(0, 1))  # the other one notices, waits, or goes on with what needs no partner
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.communicate()
+    assert is_there and workers[victim].returncode == -signal.SIGKILL, _errors(directory)
     return resume
 
 

@@ -2,8 +2,12 @@
 
 import os
 
-# Before jax is imported: the flag is read once.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before jax is imported: the flags are read once. On a busy machine one of eight devices may be late by more than the 40
+# seconds after which XLA ends the process.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=3600"
+)
 
 import jax
 import pytest
