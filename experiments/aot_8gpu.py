@@ -5,8 +5,8 @@
 
 Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows, INT8 + 5 % cache, 65,536
 x 26 ids) from shapes alone, and lists the collectives in the program, the bytes each device sends, the temporaries, and
-copies of arrays as large as a shard's table. Nothing runs: values and times are not checked here. Without the plugin it
-says so and ends.
+copies of arrays as large as a shard's table; beside it the plain step over a divided float32 table (divided_table.py) for
+the same batch. Nothing runs: values and times are not checked here. Without the plugin it says so and ends.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments import reporting, workload
 from experiments.collectives import collectives
+from experiments.divided_table import all_gather_step
 
 # XLA's description of the device to compile for (GpuTargetConfigProto); figures of NVIDIA's data sheet and CUDA's tables.
 H200 = """gpu_device_info {
@@ -108,13 +109,25 @@ def compile_step(settings: Settings, mesh: Any) -> tuple[Any, Any]:
     specs = mpembed.partition_specs(state)
     run = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x"), P("x")), out_specs=(specs, P("x"), P()))
 
-    def on_mesh(array: Any, spec: P) -> Any:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+    shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    return jax.jit(run, donate_argnums=0).lower(state, *abstract_batch(settings, mesh)).compile(), state
 
-    state = jax.tree.map(on_mesh, state, specs)
-    ids = on_mesh(jax.ShapeDtypeStruct((settings.batch, len(tables)), jnp.int32), P("x"))
-    upstream = on_mesh(jax.ShapeDtypeStruct((settings.batch, len(tables), settings.dim), jnp.float32), P("x"))
-    return jax.jit(run, donate_argnums=0).lower(state, ids, upstream).compile(), state
+
+def abstract_batch(settings: Settings, mesh: Any) -> tuple[Any, Any]:
+    """Returns the shapes of ids and gradients, divided over the mesh."""
+    divided, shape = NamedSharding(mesh, P("x")), (settings.batch, len(workload.KAGGLE_SIZES))
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=divided)
+    return ids, jax.ShapeDtypeStruct((*shape, settings.dim), jnp.float32, sharding=divided)
+
+
+def compile_all_gather(settings: Settings, mesh: Any) -> Any:
+    """Returns the compiled step over a divided float32 table."""
+    rows = -(-sum(workload.KAGGLE_SIZES) // settings.devices) * settings.devices
+    table = jax.ShapeDtypeStruct((rows, settings.dim), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    step = partial(all_gather_step, learning_rate=0.05)
+    run = jax.shard_map(step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x")))
+    return jax.jit(run, donate_argnums=0).lower(table, *abstract_batch(settings, mesh)).compile()
 
 
 def main(settings: Settings) -> None:
@@ -142,8 +155,9 @@ def main(settings: Settings) -> None:
         "aliased_bytes": memory.alias_size_in_bytes,
         "copies_of_a_shard_s_array": copies,
     }
-    for name, is_wide in (("ordinary", False), ("full_width", True)):
-        found = collectives(text, settings.devices, is_wide=is_wide)
+    plain = compile_all_gather(settings, mesh).as_text()
+    for name, program, is_wide in (("ordinary", text, False), ("full_width", text, True), ("all_gather", plain, False)):
+        found = collectives(program, settings.devices, is_wide=is_wide)
         sent = sum(c.sent_bytes for c in found)
         record[name] = {"sent_bytes": sent, "collectives": [c._asdict() for c in found]}
         print(f"{name}: {len(found)} collectives, {sent / 1e6:.1f} MB sent per device and step")

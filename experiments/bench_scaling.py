@@ -1,11 +1,11 @@
 """What do several devices exchange in a step, and what does the step cost?
 
-    python -m experiments.bench_scaling             # about four minutes on 2 cores
+    python -m experiments.bench_scaling             # about ten minutes on 2 cores
 
 One global batch of the Kaggle step (2,048 x 26 ids) is divided over 1, 2, 4, 8 forced CPU devices. Two ways:
   exchange    mpembed_jax: ids deduplicated, then all_to_all of ids, rows and gradients with measured room
   all-gather  a float32 table divided by rows without a cache: every device gathers all ids, sends every position's row
-              (reduce-scatter) and gathers every position's gradient: what a plain gather from a divided table amounts to
+              and gathers every position's gradient (divided_table.py)
 Bytes are exact: the collectives of the compiled program, per device and step. Times are indicative: all devices share the
 machine's cores. Results must not change: the rows after all steps are compared with those of one device, bit for bit
 (gradients are small multiples of a power of two, whose sums are exact).
@@ -20,20 +20,20 @@ import hashlib
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
 from experiments import reporting, workload
 from experiments.collectives import collectives
+from experiments.divided_table import all_gather_step
 from mpembed_jax import sharding
 
 
@@ -61,21 +61,6 @@ def exchange_step(tx: Any) -> Any:
         rows = mpembed.lookup(state, plan)
         vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
         return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors, plan.counts
-
-    return step
-
-
-def all_gather_step(learning_rate: float) -> Any:
-    """Returns the step of a float32 table [V / P, D] divided by rows: (table, ids, upstream) -> (table, vectors)."""
-
-    def step(table, ids, upstream):
-        shards, me = lax.axis_size("x"), lax.axis_index("x")
-        every = lax.all_gather(ids.reshape(-1), "x", tiled=True)
-        here = jnp.where(every % shards == me, every // shards, table.shape[0])
-        found = table.at[here].get(mode="fill", fill_value=0)
-        vectors = lax.psum_scatter(found, "x", scatter_dimension=0, tiled=True)
-        grads = lax.all_gather(upstream.reshape(-1, upstream.shape[-1]), "x", tiled=True)
-        return table.at[here].add(-learning_rate * grads, mode="drop"), vectors.reshape(upstream.shape)
 
     return step
 
@@ -116,7 +101,8 @@ def measure(settings: Settings, dim: int, devices: int, ids: list[np.ndarray], s
 
     rows = -(-spec.num_rows // devices) * devices
     table = jax.device_put(np.zeros((rows, dim), np.float32), divided)
-    plain = jax.shard_map(all_gather_step(0.25), mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x")))
+    step = partial(all_gather_step, learning_rate=0.25)
+    plain = jax.shard_map(step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x")))
     plain_compiled = jax.jit(plain, donate_argnums=0).lower(table, *batches[0]).compile()
     plain_collectives = collectives(plain_compiled.as_text(), devices)
     _, _, plain_seconds = timed(plain_compiled, table, batches, settings.warm)

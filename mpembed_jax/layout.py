@@ -74,9 +74,9 @@ class Layout:
         if spec.cache is not None and (groups := spec.cache.geometry(spec.num_rows).groups) % shards:
             geometry = spec.cache.geometry(spec.num_rows)
             raise ValueError(
-                f"a cache of {geometry.lines} lines in {geometry.sets} sets keeps its sets whole on {groups} shards or a "
-                f'divisor of that, not on {shards}: replicate this stack, Placement("replicated"), or give it a cache of '
-                f"at least {8 * shards} sets and a power of two up to 64 of shards"
+                f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; they can over "
+                f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. Replicate this stack, "
+                f'Placement("replicated"), or take a power of two up to 64 of shards and a cache of at least 8 sets for each'
             )
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
@@ -248,6 +248,12 @@ class Layout:
     def shard(self, index: jax.Array | int) -> Shard:
         """Returns what shard `index` (may be traced) knows of itself."""
         return Shard(self, jnp.asarray(index, jnp.int32), jnp.asarray(self.first_rows)[index])
+
+
+def _alternatives(numbers: list[int]) -> str:
+    """Returns "1, 2 or 4"."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _bound_size(name: str) -> int:
