@@ -110,10 +110,12 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
         local = np.minimum(rng.zipf(1.2, (settings.batch, settings.features)), settings.rows) - 1
         ids = spec.global_ids(local)
         upstream = rng.integers(-8, 9, (*ids.shape, settings.dim)).astype(np.float32) / 256
-        batch = tuple(
-            jnp.asarray(a) if sharding is None else jax.make_array_from_callback(a.shape, sharding, a.__getitem__)
-            for a in (ids, upstream)
-        )
+        if sharding is None:
+            batch = jnp.asarray(ids), jnp.asarray(upstream)
+        else:  # every process gives its part
+            share = settings.batch // jax.process_count()
+            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+            batch = tuple(jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream))
         state, (counts, vectors) = run(state, batch)
         digest.update(np.asarray(gather(vectors)).tobytes())
         totals.append({name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"})
