@@ -304,13 +304,15 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
     assert arrays[-1] <= arrays[0], f"live arrays grew from {arrays[0]} to {arrays[-1]}"
     quarter = max(1, len(memory) // 4)
     growth = int(np.median(memory[-quarter:]) - np.median(memory[quarter : 2 * quarter])) if len(memory) >= 8 else 0
-    assert growth < 20 << 20, f"memory grew by {growth / 1e6:.1f} MB: {[m >> 20 for m in memory]}"
+    limit = 20 << 20
+    assert growth < limit, f"memory grew by {growth / 1e6:.1f} MB: {[m >> 20 for m in memory]}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a cache of four batches bypasses much, and says so
         evictions = {name: mpembed.stats(state).evictions for name, state in states.items()}
     return {
         "steps": steps, "checks": len(memory), "states": len(states), "evictions": evictions,
         "resident MB at the second check": memory[min(1, len(memory) - 1)] >> 20, "at the end": memory[-1] >> 20,
-        "growth in bytes, second to last quarter": growth, "live arrays": [arrays[0], arrays[-1]],
+        "growth in bytes, median of the second quarter of checks to that of the last": growth, "limit in bytes": limit,
+        "live arrays": [arrays[0], arrays[-1]],
         "checkpoint bytes": increments,
     }  # fmt: skip

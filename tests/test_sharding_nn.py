@@ -86,14 +86,14 @@ class LinenModel(linen.Module):
 
     @linen.compact
     def __call__(self, ids):
-        bags = CachedEmbedBags(SPECS[0], TX, mesh=self.mesh, name="bags")({name: ids[name] for name in ("user", "item")})
-        words = CachedEmbed(500, 4, TX, cache=None, mesh=self.mesh, name="words")(ids["words"])
-        return jnp.concatenate([*bags.values(), words], axis=-1)
+        bags = CachedEmbedBags(SPECS[1], TX, mesh=self.mesh, name="bags")({"tags": ids["tags"]}, {"tags": ids["weights"]})
+        words = CachedEmbed(500, 4, TX, cache=CACHE, mesh=self.mesh, name="words")(ids["words"])
+        return jnp.concatenate([bags["tags"], words], axis=-1)
 
 
 @jax.jit(donate_argnums=0)
 def linen_step(state, ids, upstream):
-    state = state.prefetch({"bags": {name: ids[name] for name in ("user", "item")}, "words": ids["words"]})
+    state = state.prefetch({"bags": {"tags": ids["tags"]}, "words": ids["words"]})
     loss, grads = jax.value_and_grad(lambda params: (state.apply_fn({"params": params}, ids) * upstream).sum())(state.params)
     return state.apply_gradients(grads=grads), loss
 
