@@ -19,4 +19,4 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     assert (one.pop("mesh"), two.pop("mesh")) == (False, True)
     assert one == two
-    assert one["counts"]["evictions"] > 0
+    assert min(one["counts"][name] for name in ("hits", "misses")) > 0
