@@ -25,3 +25,11 @@ def strict_promotion():
     """No implicit casts. Not for every test: the package holds under it, optax.adam's bias correction does not."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker begins with a part of the files in one piece, which share compiled programs; who is done first helps."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None  # load: what -n asks for
