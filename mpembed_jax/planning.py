@@ -13,20 +13,81 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, chunks, numerics, varying
+from mpembed_jax import access, chunks, numerics, ops, varying
 from mpembed_jax import cache as caching
 from mpembed_jax.cache import CacheState, Geometry
 from mpembed_jax.table import NO_ID
 
 
+def _is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
+    """Whether all LFU estimates are halved in this step: every 10 C / N."""
+    if cache.policy != "lfu" or not num_positions:
+        return jnp.bool_(False)
+    period = max(1, 10 * cache.geometry.lines // num_positions)
+    return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)  # as an unsigned number it passes 2^31
+
+
 def _age(cache: CacheState, halve: jax.Array) -> CacheState:
     """Halves every estimate, in the sketch and at the lines, where `halve` holds: a loop of one turn or none, in place."""
+
+    if cache.policy != "lfu":
+        return cache
 
     def halve_both(_: jax.Array, both: tuple) -> tuple:
         return both[0] >> 1, both[1] >> 1
 
     sketch, priority = lax.fori_loop(0, halve.astype(jnp.int32), halve_both, (cache.sketch, cache.priority))
     return dataclasses.replace(cache, sketch=sketch, priority=priority)
+
+
+class Placed(NamedTuple):
+    """The unique ids of a batch in the order of its plan: hits, newcomers, bypassed, padding."""
+
+    unique_ids: jax.Array  # i32 [U]  NO_ID for padding
+    inverse: jax.Array  # i32 [N]
+    line: jax.Array  # i32 [U]  C for bypassed and padding
+    victim_ids: jax.Array  # i32 [U]  NO_ID where none
+    num_hits: jax.Array
+    num_cached: jax.Array
+    hit_requests: jax.Array
+
+
+def place(
+    cache: CacheState, found: ops.Unique, step: jax.Array, num_positions: Fraction, implementation: str
+) -> tuple[CacheState, Placed]:
+    """Plans a batch (rules: `make_plan`) and brings its unique ids into the order of the plan.
+
+    Args:
+      cache: state before the step; its `rows` are passed through.
+      found: the distinct ids of the batch.
+      step: int32 scalar, number of this prefetch.
+      num_positions: see make_plan.
+      implementation: a name from ops.IMPLEMENTATIONS.
+
+    Returns:
+      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and where everything went.
+    """
+    native = ops.compiled(implementation)
+    if native is not None:
+        halve = _is_time_to_halve(cache, step, num_positions)
+        cache, placed = native.plan(cache, found.ids, found.inverse, found.counts, found.num_ids, step, halve)
+        return cache, Placed(*placed)
+    chunk, width = ops.chunk_of(implementation), found.ids.shape[0]
+    cache, placed = make_plan(cache, found.ids, found.counts, found.num_ids, step, num_positions, chunk)
+    position = jnp.arange(width, dtype=jnp.int32)
+    is_live = position < found.num_ids
+    order = jnp.where(is_live, placed.order, width - 1)
+    moved = access.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
+    is_hit = position < placed.num_hits
+    return cache, Placed(
+        unique_ids=access.take(found.ids, order),
+        inverse=access.take(moved, found.inverse),
+        line=jnp.where(is_live, access.take(placed.line, order), cache.geometry.lines),
+        victim_ids=jnp.where(is_live, access.take(placed.victim_ids, order), NO_ID),
+        num_hits=placed.num_hits,
+        num_cached=placed.num_cached,
+        hit_requests=jnp.sum(jnp.where(is_hit, access.take(found.counts, order), 0), dtype=jnp.int32),
+    )
 
 
 class Placement(NamedTuple):
@@ -73,10 +134,7 @@ def make_plan(
     """
     geometry, width = cache.geometry, ids.shape[0]
     is_lfu = cache.policy == "lfu"
-    if is_lfu and num_positions:
-        period = max(1, 10 * geometry.lines // num_positions)
-        # As an unsigned number the step passes 2^31.
-        cache = _age(cache, (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0))
+    cache = _age(cache, _is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
 

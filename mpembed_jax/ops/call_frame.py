@@ -1,0 +1,98 @@
+"""XLA's foreign functions on a CPU, written in Python and compiled by numba: reading a call frame, registering a handler.
+
+XLA calls a handler with one pointer, to an `XLA_FFI_CallFrame`; offsets are those of xla/ffi/api/c_api.h (API 0.x), which
+jaxlib carries in `jax.ffi.include_dir()` and which grows only at the ends of its structs. A handler is first asked which
+version of the interface it speaks, and answers with the one it was asked in.
+
+    @numba.njit
+    def add_one(frame):
+        values, result = call_frame.argument(frame, 0, np.int32), call_frame.result(frame, 0, np.int32)
+        ..
+
+    call_frame.register("add_one", add_one)
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numba
+import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
+
+_METADATA = 1  # XLA_FFI_Extension_Metadata
+_handlers: dict[str, Any] = {}  # compiled code must outlive the process' XLA
+
+
+@intrinsic
+def _pointer(context: Any, address: Any) -> Any:
+    """Turns an address (int64) into a pointer."""
+
+    def codegen(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], target.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@numba.njit(inline="always")
+def _word(address: int, index: int) -> int:
+    """Returns the index-th 64-bit word at an address."""
+    return numba.carray(_pointer(address + 8 * index), 1, np.int64)[0]
+
+
+@numba.njit
+def _is_query(frame: int) -> bool:
+    """Answers XLA's question for the version of the interface; False if the frame is an execution."""
+    is_query = False
+    extension = _word(frame, 1)
+    while extension != 0:
+        if numba.carray(_pointer(extension + 8), 1, np.int32)[0] == _METADATA:
+            metadata, api = _word(extension, 3), _word(frame, 2)
+            numba.carray(_pointer(metadata), 4, np.int64)[3] = _word(api, 4)  # (major, minor)
+            is_query = True
+        extension = _word(extension, 2)
+    return is_query
+
+
+@numba.njit(inline="always")
+def _flat(buffer: int, dtype: Any) -> Any:
+    size, dims = 1, _word(buffer, 5)
+    for axis in range(_word(buffer, 4)):
+        size *= _word(dims, axis)
+    return numba.carray(_pointer(_word(buffer, 3)), size, dtype)
+
+
+@numba.njit(inline="always")
+def argument(frame: int, index: int, dtype: Any) -> Any:
+    """Returns the index-th operand as a flat array; its dtype is taken on trust."""
+    return _flat(_word(_word(frame, 9), index), dtype)
+
+
+@numba.njit(inline="always")
+def result(frame: int, index: int, dtype: Any) -> Any:
+    """Returns the index-th result as a flat array; where an operand is aliased to it, they are one."""
+    return _flat(_word(_word(frame, 14), index), dtype)
+
+
+def register(name: str, body: Callable[[int], None]) -> None:
+    """Compiles `body`, a numba function of the address of a call frame, and registers it for CPUs; once per name.
+
+    Args:
+      name: of the target, for `jax.ffi.ffi_call`.
+      body: reads and writes the buffers of its frame; it must not raise.
+    """
+    if name in _handlers:
+        return
+
+    @numba.cfunc(types.int64(types.int64))
+    def handler(frame: int) -> int:
+        if not _is_query(frame):
+            body(frame)
+        return 0  # no error
+
+    make_capsule = ctypes.pythonapi.PyCapsule_New
+    make_capsule.restype, make_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    jax.ffi.register_ffi_target(name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
+    _handlers[name] = handler
