@@ -21,6 +21,7 @@ from mpembed_jax.table import NO_ID
 
 _NO_ID = np.int32(NO_ID)
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching.MAX_AGE
+_MAX_WAYS, _ONE = np.uint64(caching.MAX_WAYS), np.uint64(1)  # unsigned: an index that cannot be negative is vectorized
 _SEEDS = caching.SKETCH_SEEDS
 
 
@@ -123,23 +124,22 @@ def _find(
 ) -> tuple[int, int]:  # fmt: skip
     """Finds the lines of ids and pins them; queues the misses. Returns how many of each."""
     num_hits, num_misses, lines = 0, 0, sets * ways
+    # First without a branch on what is found: a wrong guess would end the overlap of one id's cache misses with the next's.
     for i in range(len(ids)):
         x = np.uint32(ids[i])
-        quotient, group = x // np.uint32(groups), np.int64(x % np.uint32(groups))
-        home = group + groups * _scale_to(_fmix32(quotient), sets // groups)
-        set_of[i] = home
-        place = np.int32(0)
-        for way in range(ways):
-            place += np.int32(way + 1) if tags[home * ways + way] == ids[i] else np.int32(0)
-        if place > 0:
-            here = home * ways + place - 1
-            line[i] = here
+        home = np.int64(x % np.uint32(groups)) + groups * _scale_to(_fmix32(x // np.uint32(groups)), sets // groups)
+        first, place = np.uint64(home * ways), np.uint64(0)
+        for way in range(np.uint64(ways)):
+            place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
+        set_of[i], line[i] = home, first + place - _ONE if place > 0 else lines
+    for i in range(len(ids)):
+        here = line[i]
+        if here < lines:
             estimate[i] = min(priority[here] + counts[i], _MAX_ESTIMATE) if is_lfu else 0
             priority[here] = _PINNED if is_lfu else step
             order[num_hits] = i
             num_hits += 1
         else:
-            line[i] = lines
             queue[num_misses] = i
             num_misses += 1
             estimate[i] = 0
@@ -171,19 +171,17 @@ def _enter(
             i = queue[k]
             if winner[bucket_of[i]] != ids[i]:
                 continue
-            first = np.int64(set_of[i]) * ways
-            cheapest, here = np.int64(1) << 40, first
-            for way in range(ways):
-                rank = np.int64(0)
-                if tags[first + way] != _NO_ID:
-                    if is_lfu:
-                        rank = np.int64(priority[first + way]) + 1
-                    else:
-                        rank = _MAX_AGE + 1 - min(np.int64(np.int32(step - priority[first + way])), _MAX_AGE)
-                if rank < cheapest:
-                    cheapest, here = rank, first + way
-            if cheapest <= (np.int64(estimate[i]) if is_lfu else _MAX_AGE):
-                victim[i], victim_use[i] = tags[here], cheapest - 1
+            first, cheapest = np.uint64(set_of[i] * ways), np.uint64(1) << np.uint64(40)
+            for way in range(np.uint64(ways)):
+                if is_lfu:
+                    rank = np.uint64(priority[first + way] + 1)
+                else:
+                    rank = np.uint64(_MAX_AGE + 1 - min(np.int64(np.int32(step - priority[first + way])), _MAX_AGE))
+                rank = np.uint64(0) if tags[first + way] == _NO_ID else rank
+                cheapest = min(cheapest, rank * _MAX_WAYS + way)
+            here, rank = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            if rank <= (estimate[i] if is_lfu else _MAX_AGE):
+                victim[i], victim_use[i] = tags[here], rank - 1
                 tags[here], priority[here], line[i] = ids[i], _PINNED if is_lfu else step, here
                 order[num_cached] = i
                 num_cached += 1
