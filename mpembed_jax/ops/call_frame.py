@@ -27,23 +27,23 @@ _handlers: dict[str, Any] = {}  # compiled code must outlive the process' XLA
 
 
 @intrinsic
-def _pointer(context: Any, address: Any) -> Any:
+def _pointer(context, address):
     """Turns an address (int64) into a pointer."""
 
-    def codegen(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def codegen(target, builder, signature, arguments):
         return builder.inttoptr(arguments[0], target.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), codegen
 
 
 @numba.njit(inline="always")
-def _word(address: int, index: int) -> int:
+def _word(address, index):
     """Returns the index-th 64-bit word at an address."""
     return numba.carray(_pointer(address + 8 * index), 1, np.int64)[0]
 
 
 @numba.njit
-def _is_query(frame: int) -> bool:
+def _is_query(frame):
     """Answers XLA's question for the version of the interface; False if the frame is an execution."""
     is_query = False
     extension = _word(frame, 1)
@@ -57,7 +57,7 @@ def _is_query(frame: int) -> bool:
 
 
 @numba.njit(inline="always")
-def _flat(buffer: int, dtype: Any) -> Any:
+def _flat(buffer, dtype):
     size, dims = 1, _word(buffer, 5)
     for axis in range(_word(buffer, 4)):
         size *= _word(dims, axis)
@@ -65,13 +65,13 @@ def _flat(buffer: int, dtype: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def argument(frame: int, index: int, dtype: Any) -> Any:
+def argument(frame, index, dtype):
     """Returns the index-th operand as a flat array; its dtype is taken on trust."""
     return _flat(_word(_word(frame, 9), index), dtype)
 
 
 @numba.njit(inline="always")
-def result(frame: int, index: int, dtype: Any) -> Any:
+def result(frame, index, dtype):
     """Returns the index-th result as a flat array; where an operand is aliased to it, they are one."""
     return _flat(_word(_word(frame, 14), index), dtype)
 
@@ -87,7 +87,7 @@ def register(name: str, body: Callable[[int], None]) -> None:
         return
 
     @numba.cfunc(types.int64(types.int64))
-    def handler(frame: int) -> int:
+    def handler(frame):
         if not _is_query(frame):
             body(frame)
         return 0  # no error

@@ -1,8 +1,8 @@
 """Deduplication and planning of a batch on a CPU: the rules of `xla.unique` and `planning`, in loops compiled by numba.
 
-A batch's integers are some hundred kilobytes and its decisions depend on each other, so plain loops beat XLA's passes over
-arrays two to four times. Everything here is integer arithmetic, so the results are the same bits. The functions under a
-`jax.jit` become one foreign call each; the cache's arrays are updated in place.
+A batch's integers are a few hundred kilobytes and its decisions depend on each other, so plain loops cost half of XLA's
+passes over arrays, or less. Everything here is integer arithmetic: the same bits as the reference. Each function for jax
+becomes one foreign call, which updates the cache's arrays in place.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from mpembed_jax.ops import call_frame
 from mpembed_jax.ops.call_frame import argument, result
 from mpembed_jax.table import NO_ID
 
-_NO_ID = np.int32(NO_ID)
+_NO_ID, _SEEDS = np.int32(NO_ID), caching.SKETCH_SEEDS
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching.MAX_AGE
-_MAX_WAYS, _ONE = np.uint64(caching.MAX_WAYS), np.uint64(1)  # unsigned: an index that cannot be negative is vectorized
-_SEEDS = caching.SKETCH_SEEDS
+# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+_ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 
 @numba.njit(inline="always")
-def _fmix32(x: Any) -> Any:
+def _fmix32(x):
     """See numerics.fmix32."""
     x = np.uint32(x)
     x = np.uint32(x ^ (x >> np.uint32(16)))
@@ -37,28 +37,27 @@ def _fmix32(x: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _scale_to(mixed: Any, size: Any) -> Any:
+def _scale_to(mixed, size):
     """See numerics.scale_to."""
     return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
 
 
 @numba.njit(inline="always")
-def _cell(sketch_row: Any, x: Any, groups: Any, width: Any) -> Any:
+def _cell(depth, x, groups, width):
     """See cache.sketch_cells."""
     quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))
-    column = _scale_to(_fmix32(np.uint32(quotient) ^ np.uint32(_SEEDS[sketch_row])), width)
-    return (sketch_row * groups + group) * width + column
+    return (depth * groups + group) * width + _scale_to(_fmix32(quotient ^ np.uint32(_SEEDS[depth])), width)
 
 
 # --- unique
 
 
 @numba.njit
-def _unique(frame: int) -> None:
+def _unique(frame):
     ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
     unique_ids, inverse, counts = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.int32)
-    numbers = result(frame, 3, np.int32)
-    table, seen, times = result(frame, 4, np.int32), result(frame, 5, np.int32), result(frame, 6, np.int32)
+    numbers, table = result(frame, 3, np.int32), result(frame, 4, np.int32)
+    seen, times = result(frame, 5, np.int32), result(frame, 6, np.int32)  # of all distinct ids, over the budget or not
     size, mask = len(unique_ids), len(table) - 1
 
     table[:] = -1
@@ -80,22 +79,8 @@ def _unique(frame: int) -> None:
         inverse[position] = index
 
     num_ids = min(num_found, size - 1)
-    if num_found > num_ids:  # over the budget: the smallest by hash stay, in their order
-        mixed = np.empty(num_found, np.uint32)
-        for index in range(num_found):
-            mixed[index] = _fmix32(np.uint32(seen[index]) ^ np.uint32(step))
-        limit = np.sort(mixed)[max(num_ids - 1, 0)]
-        kept = 0
-        moved = np.empty(num_found, np.int32)
-        for index in range(num_found):
-            is_kept = num_ids > 0 and mixed[index] <= limit
-            moved[index] = kept if is_kept else size - 1
-            if is_kept:
-                seen[kept], times[kept] = seen[index], times[index]
-                kept += 1
-        for position in range(len(ids)):
-            if ids[position] != _NO_ID:
-                inverse[position] = moved[inverse[position]]
+    if num_ids < num_found:
+        _keep_smallest(ids, step, seen, times, inverse, num_found, num_ids, size - 1)
     for index in range(num_ids):
         unique_ids[index], counts[index] = seen[index], times[index]
     for index in range(num_ids, size):
@@ -103,8 +88,26 @@ def _unique(frame: int) -> None:
     numbers[0], numbers[1] = num_ids, num_found - num_ids
 
 
+@numba.njit
+def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding):
+    """Over the budget: the ids smallest by fmix32(id xor step) stay, in their order."""
+    mixed, moved = np.empty(num_found, np.uint32), np.empty(num_found, np.int32)
+    for index in range(num_found):
+        mixed[index] = _fmix32(np.uint32(seen[index]) ^ np.uint32(step))
+    limit = np.sort(mixed)[max(num_kept - 1, 0)]
+    kept = 0
+    for index in range(num_found):
+        moved[index] = padding
+        if num_kept > 0 and mixed[index] <= limit:
+            moved[index], seen[kept], times[kept] = kept, seen[index], times[index]
+            kept += 1
+    for position in range(len(ids)):
+        if ids[position] != _NO_ID:
+            inverse[position] = moved[inverse[position]]
+
+
 def unique(ids: jax.Array, size: int, step: jax.Array) -> tuple[jax.Array, ...]:
-    """See `xla.unique`, for at least one position; returns the fields of its result."""
+    """See `xla.unique`, whose fields are returned; for at least one position."""
     call_frame.register("mpembed_unique", _unique)
     (num_positions,) = ids.shape
     num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
@@ -118,12 +121,10 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @numba.njit
-def _find(
-    ids: Any, counts: Any, step: Any, is_lfu: Any, sets: Any, ways: Any, groups: Any, width: Any, tags: Any, priority: Any,
-    sketch: Any, line: Any, estimate: Any, set_of: Any, order: Any, queue: Any,
-) -> tuple[int, int]:  # fmt: skip
+def _find(ids, counts, step, geometry, tags, priority, sketch, line, estimate, set_of, order, queue):
     """Finds the lines of ids and pins them; queues the misses. Returns how many of each."""
-    num_hits, num_misses, lines = 0, 0, sets * ways
+    sets, ways, groups, width = geometry
+    num_hits, num_misses, is_lfu = 0, 0, width > 0
     # First without a branch on what is found: a wrong guess would end the overlap of one id's cache misses with the next's.
     for i in range(len(ids)):
         x = np.uint32(ids[i])
@@ -131,18 +132,18 @@ def _find(
         first, place = np.uint64(home * ways), np.uint64(0)
         for way in range(np.uint64(ways)):
             place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
-        set_of[i], line[i] = home, first + place - _ONE if place > 0 else lines
+        set_of[i], line[i] = home, first + place - _ONE if place > 0 else sets * ways
     for i in range(len(ids)):
         here = line[i]
-        if here < lines:
+        if here < sets * ways:
             estimate[i] = min(priority[here] + counts[i], _MAX_ESTIMATE) if is_lfu else 0
             priority[here] = _PINNED if is_lfu else step
             order[num_hits] = i
             num_hits += 1
         else:
+            estimate[i] = 0
             queue[num_misses] = i
             num_misses += 1
-            estimate[i] = 0
     if is_lfu:
         for k in range(num_misses):
             i = queue[k]
@@ -153,21 +154,20 @@ def _find(
 
 @numba.njit
 def _enter(
-    ids: Any, step: Any, is_lfu: Any, ways: Any, tags: Any, priority: Any, line: Any, estimate: Any, bucket_of: Any,
-    set_of: Any, victim: Any, victim_use: Any, order: Any, num_cached: int, num_ids: int, queue: Any, num_waiting: int,
-    best: Any, winner: Any, is_full: Any,
-) -> int:  # fmt: skip
-    """The rounds of planning._enter: every set's best waiting miss meets its cheapest way. Returns the number of cached."""
-    last = num_ids
-    best[:], winner[:], is_full[:] = -1, _NO_ID, 0
+    ids, step, geometry, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
+    num_waiting, best, winner, full,
+):  # fmt: skip
+    """Lets misses enter in the rounds of rounds.enter, and appends them to `order`. Returns the number of cached ids."""
+    _, ways, _, width = geometry
+    is_lfu, last = width > 0, len(ids)
+    best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
-        for k in range(num_waiting):
+        for k in range(num_waiting):  # a bucket's best miss: the largest estimate, then the smallest id
             i = queue[k]
             b = bucket_of[i]
-            # the largest estimate, then the smallest id
             if estimate[i] > best[b] or (estimate[i] == best[b] and ids[i] < winner[b]):
                 best[b], winner[b] = estimate[i], ids[i]
-        for k in range(num_waiting):
+        for k in range(num_waiting):  # meets the cheapest way of its set
             i = queue[k]
             if winner[bucket_of[i]] != ids[i]:
                 continue
@@ -179,18 +179,18 @@ def _enter(
                     rank = np.uint64(_MAX_AGE + 1 - min(np.int64(np.int32(step - priority[first + way])), _MAX_AGE))
                 rank = np.uint64(0) if tags[first + way] == _NO_ID else rank
                 cheapest = min(cheapest, rank * _MAX_WAYS + way)
-            here, rank = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
-            if rank <= (estimate[i] if is_lfu else _MAX_AGE):
-                victim[i], victim_use[i] = tags[here], rank - 1
+            here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            if use <= (estimate[i] if is_lfu else _MAX_AGE):
+                victim[i], victim_use[i] = tags[here], use - 1
                 tags[here], priority[here], line[i] = ids[i], _PINNED if is_lfu else step, here
                 order[num_cached] = i
                 num_cached += 1
             else:
-                is_full[bucket_of[i]] = set_of[i] + 1
+                full[bucket_of[i]] = set_of[i]
         num_left = 0
-        for k in range(num_waiting):
+        for k in range(num_waiting):  # a set that its best miss could not enter is closed; other losers wait
             i = queue[k]
-            if is_full[bucket_of[i]] == set_of[i] + 1:
+            if full[bucket_of[i]] == set_of[i]:
                 last -= 1
                 order[last] = i
             elif winner[bucket_of[i]] != ids[i]:
@@ -198,70 +198,64 @@ def _enter(
                 num_left += 1
         for k in range(num_left):
             b = bucket_of[queue[k]]
-            best[b], winner[b], is_full[b] = -1, _NO_ID, 0
+            best[b], winner[b], full[b] = -1, _NO_ID, -1
         num_waiting = num_left
     return num_cached
 
 
 @numba.njit
-def _plan(frame: int) -> None:
+def _plan(frame):
     ids, inverse, counts = argument(frame, 0, np.int32), argument(frame, 1, np.int32), argument(frame, 2, np.int32)
     numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
     tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
-    placed_ids, placed_line, placed_victim = (
-        result(frame, 3, np.int32),
-        result(frame, 4, np.int32),
-        result(frame, 5, np.int32),
-    )
-    moved_inverse, found = result(frame, 6, np.int32), result(frame, 7, np.int32)
+    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
+    placed_inverse, found = result(frame, 6, np.int32), result(frame, 7, np.int32)
     line, estimate, set_of = result(frame, 8, np.int32), result(frame, 9, np.int32), result(frame, 10, np.int32)
-    bucket_of, order, queue = result(frame, 11, np.int32), result(frame, 12, np.int32), result(frame, 13, np.int32)
+    order, queue, bucket_of = result(frame, 11, np.int32), result(frame, 12, np.int32), result(frame, 13, np.int32)
     victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
-    best, winner, is_full = result(frame, 16, np.int32), result(frame, 17, np.int32), result(frame, 18, np.int32)
+    best, winner, full = result(frame, 16, np.int32), result(frame, 17, np.int32), result(frame, 18, np.int32)
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
-    sets, ways, groups, width = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3])
-    is_lfu, size, lines, num_buckets = width > 0, len(ids), sets * ways, len(best)
-    real = ids[:num_ids]
+    geometry = (np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3]))
+    sets, ways, groups, width = geometry
+    is_lfu, real = width > 0, ids[:num_ids]
 
     if must_halve:
         for k in range(len(priority)):
             priority[k] >>= 1
         for k in range(len(sketch)):
             sketch[k] >>= 1
-    num_hits, num_misses = _find(
-        real, counts, step, is_lfu, sets, ways, groups, width, tags, priority, sketch, line, estimate, set_of, order, queue
-    )
+    num_hits, num_misses = _find(real, counts, step, geometry, tags, priority, sketch, line, estimate, set_of, order, queue)
     for k in range(num_misses):
         i = queue[k]
         victim[i] = _NO_ID
-        bucket_of[i] = set_of[i] if num_buckets == sets else _scale_to(_fmix32(set_of[i]), num_buckets)
+        bucket_of[i] = set_of[i] if len(best) == sets else _scale_to(_fmix32(set_of[i]), len(best))
     num_cached = num_hits
-    if num_misses:
+    if num_misses > 0:
         num_cached = _enter(
-            real, step, is_lfu, ways, tags, priority, line, estimate, bucket_of, set_of, victim, victim_use, order,
-            num_hits, num_ids, queue, num_misses, best, winner, is_full,
+            real, step, geometry, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_hits,
+            queue, num_misses, best, winner, full,
         )  # fmt: skip
+
     hit_requests, moved = 0, queue
     for k in range(num_ids):
         i = order[k]
-        placed_ids[k], placed_line[k], moved[i] = ids[i], line[i], k
+        placed_ids[k], placed_line[k], victim_ids[k], moved[i] = ids[i], line[i], _NO_ID, k
         if k < num_hits:
             hit_requests += counts[i]
-            placed_victim[k] = _NO_ID
         else:
-            placed_victim[k] = victim[i]
-        if is_lfu:
-            if k < num_cached:  # lines of this batch take their estimates
+            victim_ids[k] = victim[i]
+        if is_lfu:  # lines of this batch take their estimates; the sketch keeps those of ids without a line
+            if k < num_cached:
                 priority[line[i]] = estimate[i]
-            if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):  # the sketch keeps those of ids without a line
+            if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
                 left, use = (ids[i], estimate[i]) if k >= num_cached else (victim[i], victim_use[i])
                 for depth in range(2):
                     cell = _cell(depth, left, groups, width)
                     sketch[cell] = max(sketch[cell], np.uint16(use))
-    for k in range(num_ids, size):
-        placed_ids[k], placed_line[k], placed_victim[k], moved[k] = _NO_ID, lines, _NO_ID, size - 1
+    for k in range(num_ids, len(ids)):
+        placed_ids[k], placed_line[k], victim_ids[k], moved[k] = _NO_ID, sets * ways, _NO_ID, len(ids) - 1
     for position in range(len(inverse)):
-        moved_inverse[position] = moved[inverse[position]]
+        placed_inverse[position] = moved[inverse[position]]
     found[0], found[1], found[2] = num_hits, num_cached, hit_requests
 
 
@@ -272,25 +266,25 @@ def plan(
     counts: jax.Array,
     num_ids: jax.Array,
     step: jax.Array,
-    halve: jax.Array,
+    must_halve: jax.Array,
 ) -> tuple[CacheState, tuple[jax.Array, ...]]:
     """See `planning.place`, whose Placed has the fields of the second result."""
     call_frame.register("mpembed_plan", _plan)
     sets, ways, groups = cache.geometry
-    width, num_positions = ids.shape[0], inverse.shape[0]
-    is_lfu = cache.policy == "lfu"
-    sketch = cache.sketch if is_lfu else jnp.zeros((0,), jnp.uint16)
-    shape = np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32)
-    num_buckets = min(sets, 1 << max(4, (2 * width - 1).bit_length()))
-    held = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (cache.tags, cache.priority, sketch)]
-    sizes = [width] * 3 + [num_positions, 3] + [width] * 8 + [num_buckets] * 3
-    call = jax.ffi.ffi_call(
+    width = ids.shape[0]
+    sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
+    held = [cache.tags, cache.priority, sketch]
+    num_buckets = min(sets, 1 << max(4, (2 * width - 1).bit_length()))  # as rounds.enter has
+    sizes = [width] * 3 + [inverse.shape[0], 3] + [width] * 8 + [num_buckets] * 3
+    results: Any = jax.ffi.ffi_call(
         "mpembed_plan",
-        [*held, *(jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes)],
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held] + [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes],
         input_output_aliases={5: 0, 6: 1, 7: 2},
-    )
-    numbers = jnp.stack([num_ids, step, halve.astype(jnp.int32)])
-    results = call(ids, inverse, counts, numbers, shape, cache.tags, cache.priority, sketch)
-    tags, priority, sketch, placed_ids, line, victim_ids, inverse, found = results[:8]
-    cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch if is_lfu else None)
-    return cache, (placed_ids, inverse, line, victim_ids, found[0], found[1], found[2])
+    )(
+        ids, inverse, counts, jnp.stack([num_ids, step, must_halve.astype(jnp.int32)]),
+        np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32), *held,
+    )  # fmt: skip
+    tags, priority, sketch, unique_ids, line, victim_ids, inverse, found, *_ = results
+    sketch = sketch if cache.policy == "lfu" else None
+    cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
+    return cache, (unique_ids, inverse, line, victim_ids, *found)
