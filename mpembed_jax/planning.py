@@ -1,8 +1,8 @@
 """One batch's cache decisions: hits, newcomers, victims and bypasses, exactly, without sorting and without touching a row.
 
-The misses of every set meet its ways in rounds (`rounds`). The exact rules are stated at `make_plan`; they follow FBGEMM's LRU
-/ LFU caches where those are documented, and are ours where not (order inside a set, admission, halving, conservative sketch
-update). `place` is what a step calls: these rules in XLA, or the same compiled by numba (`ops.native`).
+The misses of every set meet its ways in rounds (`rounds`). The exact rules are stated at `make_plan`; they follow FBGEMM's
+LRU / LFU caches where those are documented, and are ours where not (order inside a set, admission, halving, conservative
+sketch update). `place` is what a step calls: these rules in XLA, or the same compiled by numba (`ops.native`).
 """
 
 import dataclasses

@@ -49,6 +49,34 @@ def _cell(depth, x, groups, width):
     return (depth * groups + group) * width + _scale_to(_fmix32(quotient ^ np.uint32(_SEEDS[depth])), width)
 
 
+# --- put
+
+
+@numba.njit
+def _put_half(frame, half):
+    index, values, array = argument(frame, 0, np.int32), argument(frame, 1, np.uint32), result(frame, 0, np.uint32)
+    num = len(index)
+    if num == 0:
+        return
+    words = np.uint64(len(values) // num)
+    num_rows = np.uint64(len(array)) // words
+    for i in range(num * half // 2, num * (half + 1) // 2):
+        here, row = np.uint64(np.uint32(index[i])), np.uint64(i)  # negative indices, too, are beyond the rows
+        if here < num_rows:
+            for word in range(words):
+                array[here * words + word] = values[row * words + word]
+
+
+_put = call_frame.halves(_put_half)
+
+
+def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """See `access.put`, for rows of float32 or uint32."""
+    call_frame.register("mpembed_put", _put)
+    out = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
+
+
 # --- unique
 
 
@@ -121,18 +149,35 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @numba.njit
-def _find(ids, counts, step, geometry, tags, priority, sketch, line, estimate, set_of, order, queue):
-    """Finds the lines of ids and pins them; queues the misses. Returns how many of each."""
-    sets, ways, groups, width = geometry
-    num_hits, num_misses, is_lfu = 0, 0, width > 0
-    # First without a branch on what is found: a wrong guess would end the overlap of one id's cache misses with the next's.
-    for i in range(len(ids)):
+def _find_half(frame, half):
+    """Finds the sets of one half of the ids, and their lines if they have one.
+
+    Without a branch on what is found: a wrong guess would end the overlap of one id's cache misses with the next's.
+    """
+    ids, shape, tags = argument(frame, 0, np.int32), argument(frame, 4, np.int32), result(frame, 0, np.int32)
+    line, set_of, num_ids = (
+        result(frame, 8, np.int32),
+        result(frame, 10, np.int32),
+        np.int64(argument(frame, 3, np.int32)[0]),
+    )
+    sets, ways, groups = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2])
+    for i in range(num_ids * half // 2, num_ids * (half + 1) // 2):
         x = np.uint32(ids[i])
         home = np.int64(x % np.uint32(groups)) + groups * _scale_to(_fmix32(x // np.uint32(groups)), sets // groups)
         first, place = np.uint64(home * ways), np.uint64(0)
         for way in range(np.uint64(ways)):
             place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
         set_of[i], line[i] = home, first + place - _ONE if place > 0 else sets * ways
+
+
+_find_lines = call_frame.halves(_find_half)
+
+
+@numba.njit
+def _pin(ids, counts, step, geometry, priority, sketch, line, estimate, order, queue):
+    """Pins the lines that were found; queues the misses. Returns how many of each."""
+    sets, ways, groups, width = geometry
+    num_hits, num_misses, is_lfu = 0, 0, width > 0
     for i in range(len(ids)):
         here = line[i]
         if here < sets * ways:
@@ -224,7 +269,8 @@ def _plan(frame):
             priority[k] >>= 1
         for k in range(len(sketch)):
             sketch[k] >>= 1
-    num_hits, num_misses = _find(real, counts, step, geometry, tags, priority, sketch, line, estimate, set_of, order, queue)
+    _find_lines(frame)
+    num_hits, num_misses = _pin(real, counts, step, geometry, priority, sketch, line, estimate, order, queue)
     for k in range(num_misses):
         i = queue[k]
         victim[i] = _NO_ID
