@@ -21,7 +21,7 @@ MAX_AGE = 2**25 - 1  # LRU ages saturate here, so that (age, way) fits 32 bits
 MAX_ESTIMATE = 2**16 - 1
 PINNED = 2**24  # an LFU priority no estimate reaches: the line belongs to this batch
 # Two rows of two counters per line: as exact, measured, as four rows of one (NUMERICS.md's), at half the memory accesses.
-_SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
+SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
 class Geometry(NamedTuple):
@@ -187,7 +187,7 @@ def init(geometry: Geometry, policy: str, embedding_dim: int) -> CacheState:
     shape = (geometry.sets, geometry.ways)
     sketch = None
     if policy == "lfu":
-        sketch = jnp.zeros((len(_SKETCH_SEEDS), geometry.groups, 2 * geometry.lines // geometry.groups), jnp.uint16)
+        sketch = jnp.zeros((len(SKETCH_SEEDS), geometry.groups, 2 * geometry.lines // geometry.groups), jnp.uint16)
     return CacheState(
         tags=jnp.full(shape, NO_ID, jnp.int32),
         priority=jnp.zeros(shape, jnp.int32),
@@ -221,7 +221,7 @@ def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
     depth, groups, width = cache.sketch.shape
     ids = ids.astype(jnp.uint32)
     quotient, group = ids // jnp.uint32(groups), ids % jnp.uint32(groups)
-    seeds = jnp.asarray(_SKETCH_SEEDS, jnp.uint32)[:, None]
+    seeds = jnp.asarray(SKETCH_SEEDS, jnp.uint32)[:, None]
     column = numerics.scale_to(numerics.fmix32(quotient ^ seeds), width)
     depth_index = jnp.arange(depth, dtype=jnp.int32)[:, None]
     return (depth_index * groups + group.astype(jnp.int32)) * width + column

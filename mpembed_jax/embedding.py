@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import access, exchange, ops, planning, requests
 from mpembed_jax import cache as caching
+from mpembed_jax import exchange, ops, planning, requests
 from mpembed_jax import ids as ids_
 from mpembed_jax import state as states
 from mpembed_jax import update as updating
@@ -44,7 +44,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       ValueError: if host ids do not fit int32.
     """
     state.check_spec()
-    spec, layout, chunk = state.spec, state.layout, ops.chunk_of(state.implementation)
+    spec, layout = state.spec, state.layout
     leaves, treedef = ids_.checked(ids)
     route: Any = None
     if layout is None:
@@ -54,7 +54,9 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
         num_positions = flat.shape[0]
         width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
-        found = wanted = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step)
+        found = wanted = ops.unique(
+            jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
+        )
         num_dropped, share = found.num_dropped, Fraction(num_positions)
     else:  # `wanted` is what this device's ids are, `found` the rows of its shard that any device asks for
         layout.check_bound("prefetch")
@@ -71,18 +73,11 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
         num_hits = num_cached = evictions = write_backs = hit_requests = zero
     else:
-        cache, placed = planning.make_plan(cache, found.ids, found.counts, found.num_ids, state.step, share, chunk)
-        num_hits, num_cached = placed.num_hits, placed.num_cached
-        # The plan's order is hits, newcomers, bypassed, padding; `order` says where each came from.
-        position = jnp.arange(width, dtype=jnp.int32)
-        is_live = position < found.num_ids
-        order = jnp.where(is_live, placed.order, width - 1)
-        unique_ids = access.take(found.ids, order)
-        line = jnp.where(is_live, access.take(placed.line, order), cache.geometry.lines)
-        victim_ids = jnp.where(is_live, access.take(placed.victim_ids, order), NO_ID)
-        hit_requests = jnp.sum(jnp.where(position < num_hits, access.take(found.counts, order), 0), dtype=jnp.int32)
-        moved = access.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
-        inverse = access.take(moved, found.inverse)
+        is_compiled = ops.compiled(state.implementation) is not None
+        # On a mesh XLA plans: numba's functions do not know its types.
+        implementation = "xla_chunked" if layout is not None and is_compiled else state.implementation
+        cache, placed = planning.place(cache, found, state.step, share, implementation)
+        unique_ids, inverse, line, victim_ids, num_hits, num_cached, hit_requests = placed
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(
             table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,

@@ -1,8 +1,8 @@
 """One batch's cache decisions: hits, newcomers, victims and bypasses, exactly, without sorting and without touching a row.
 
-The misses of every set meet its ways in rounds: in each round a set's best waiting miss meets its cheapest way. The
-exact rules are stated at `make_plan`; they follow FBGEMM's LRU / LFU caches where those are documented, and are ours where
-not (order inside a set, admission, halving, conservative sketch update).
+The misses of every set meet its ways in rounds (`rounds`). The exact rules are stated at `make_plan`; they follow FBGEMM's
+LRU / LFU caches where those are documented, and are ours where not (order inside a set, admission, halving, conservative
+sketch update). `place` is what a step calls: these rules in XLA, or the same compiled by numba (`ops.native`).
 """
 
 import dataclasses
@@ -13,20 +13,82 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpembed_jax import access, chunks, numerics, varying
+from mpembed_jax import access, chunks, ops
 from mpembed_jax import cache as caching
-from mpembed_jax.cache import CacheState, Geometry
+from mpembed_jax.cache import CacheState
+from mpembed_jax.rounds import Entering, enter
 from mpembed_jax.table import NO_ID
+
+
+def _is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
+    """Whether all LFU estimates are halved in this step: every 10 C / N."""
+    if cache.policy != "lfu" or not num_positions:
+        return jnp.bool_(False)
+    period = max(1, 10 * cache.geometry.lines // num_positions)
+    return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)  # as an unsigned number it passes 2^31
 
 
 def _age(cache: CacheState, halve: jax.Array) -> CacheState:
     """Halves every estimate, in the sketch and at the lines, where `halve` holds: a loop of one turn or none, in place."""
+
+    if cache.policy != "lfu":
+        return cache
 
     def halve_both(_: jax.Array, both: tuple) -> tuple:
         return both[0] >> 1, both[1] >> 1
 
     sketch, priority = lax.fori_loop(0, halve.astype(jnp.int32), halve_both, (cache.sketch, cache.priority))
     return dataclasses.replace(cache, sketch=sketch, priority=priority)
+
+
+class Placed(NamedTuple):
+    """The unique ids of a batch in the order of its plan: hits, newcomers, bypassed, padding."""
+
+    unique_ids: jax.Array  # i32 [U]  NO_ID for padding
+    inverse: jax.Array  # i32 [N]
+    line: jax.Array  # i32 [U]  C for bypassed and padding
+    victim_ids: jax.Array  # i32 [U]  NO_ID where none
+    num_hits: jax.Array
+    num_cached: jax.Array
+    hit_requests: jax.Array
+
+
+def place(
+    cache: CacheState, found: ops.Unique, step: jax.Array, num_positions: Fraction, implementation: str
+) -> tuple[CacheState, Placed]:
+    """Plans a batch (rules: `make_plan`) and brings its unique ids into the order of the plan.
+
+    Args:
+      cache: state before the step; its `rows` are passed through.
+      found: the distinct ids of the batch.
+      step: int32 scalar, number of this prefetch.
+      num_positions: see make_plan.
+      implementation: a name from ops.IMPLEMENTATIONS.
+
+    Returns:
+      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and where everything went.
+    """
+    native = ops.compiled(implementation)
+    if native is not None:
+        halve = _is_time_to_halve(cache, step, num_positions)
+        cache, placed = native.plan(cache, found.ids, found.inverse, found.counts, found.num_ids, step, halve)
+        return cache, Placed(*placed)
+    chunk, width = ops.chunk_of(implementation), found.ids.shape[0]
+    cache, placed = make_plan(cache, found.ids, found.counts, found.num_ids, step, num_positions, chunk)
+    position = jnp.arange(width, dtype=jnp.int32)
+    is_live = position < found.num_ids
+    order = jnp.where(is_live, placed.order, width - 1)
+    moved = access.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
+    is_hit = position < placed.num_hits
+    return cache, Placed(
+        unique_ids=access.take(found.ids, order),
+        inverse=access.take(moved, found.inverse),
+        line=jnp.where(is_live, access.take(placed.line, order), cache.geometry.lines),
+        victim_ids=jnp.where(is_live, access.take(placed.victim_ids, order), NO_ID),
+        num_hits=placed.num_hits,
+        num_cached=placed.num_cached,
+        hit_requests=jnp.sum(jnp.where(is_hit, access.take(found.counts, order), 0), dtype=jnp.int32),
+    )
 
 
 class Placement(NamedTuple):
@@ -73,10 +135,7 @@ def make_plan(
     """
     geometry, width = cache.geometry, ids.shape[0]
     is_lfu = cache.policy == "lfu"
-    if is_lfu and num_positions:
-        period = max(1, 10 * geometry.lines // num_positions)
-        # As an unsigned number the step passes 2^31.
-        cache = _age(cache, (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0))
+    cache = _age(cache, _is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
 
@@ -119,7 +178,7 @@ def make_plan(
         return access.put(priority, here, caching.PINNED if is_lfu else step)
 
     priority = chunks.each(0, num_ids, width, chunk, pin_hits, cache.priority.reshape(-1))
-    carry = _Entering(
+    carry = Entering(
         tags=cache.tags.reshape(-1),
         priority=priority,
         line=line,
@@ -131,7 +190,7 @@ def make_plan(
         queue=queue,
         num_waiting=num_misses,
     )
-    entered = _enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
+    entered = enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
     priority, sketch = entered.priority, cache.sketch
     if is_lfu:  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
 
@@ -156,122 +215,3 @@ def make_plan(
     shape = cache.tags.shape
     cache = dataclasses.replace(cache, tags=entered.tags.reshape(shape), priority=priority.reshape(shape), sketch=sketch)
     return cache, Placement(entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached)
-
-
-class _Entering(NamedTuple):
-    """What the rounds of `_enter` work on."""
-
-    tags: jax.Array  # i32 [C]
-    priority: jax.Array  # i32 [C]  lines of this batch are pinned
-    line: jax.Array  # i32 [U]
-    victim_ids: jax.Array  # i32 [U]
-    victim_uses: jax.Array  # i32 [U]  the victims' priorities; none for LRU
-    order: jax.Array  # i32 [U]  hits and newcomers from the front, bypassed from the back
-    num_cached: jax.Array
-    last: jax.Array  # first of the bypassed in `order`
-    queue: jax.Array  # i32 [U]  positions of the misses that wait
-    num_waiting: jax.Array
-
-
-def _enter(
-    carry: _Entering,
-    geometry: Geometry,
-    is_lfu: bool,
-    ids: jax.Array,
-    estimates: jax.Array,
-    step: jax.Array,
-    chunk: int | None,
-) -> _Entering:
-    """Lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
-
-    Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
-    """
-    width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
-    num_buckets = min(geometry.sets, 1 << max(4, (2 * width - 1).bit_length()))
-    is_direct = num_buckets == geometry.sets
-
-    def bucket_of(sets: jax.Array) -> jax.Array:
-        if is_direct:
-            return sets
-        return numerics.scale_to(numerics.fmix32(sets.astype(jnp.uint32)), num_buckets)
-
-    def waiting(window: chunks.Window, queue: jax.Array) -> tuple[jax.Array, ...]:
-        position = window.take(queue)
-        miss = jnp.where(window.is_live, access.take(ids, position), NO_ID)
-        sets = caching.set_of(miss, geometry)
-        return position, miss, sets, bucket_of(sets), access.take(estimates, position)
-
-    def meet(sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
-        way = jnp.arange(ways, dtype=jnp.uint32)
-        row_tags, row_priority = access.take(tags.reshape(-1, ways), sets), access.take(priority.reshape(-1, ways), sets)
-        if is_lfu:
-            rank = row_priority.astype(jnp.uint32) + jnp.uint32(1)
-        else:
-            rank = (caching.MAX_AGE + 1 - jnp.minimum(step - row_priority, caching.MAX_AGE)).astype(jnp.uint32)
-        cost = jnp.where(row_tags == NO_ID, jnp.uint32(0), rank) * jnp.uint32(caching.MAX_WAYS) + way
-        cheapest = jnp.min(cost, axis=-1)
-        rank = (cheapest // jnp.uint32(caching.MAX_WAYS)).astype(jnp.int32)
-        may = rank <= estimate if is_lfu else rank <= caching.MAX_AGE
-        chosen = (cheapest % jnp.uint32(caching.MAX_WAYS)).astype(jnp.int32)
-        # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
-        is_chosen = way == chosen.astype(jnp.uint32)[:, None]
-        victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
-        return sets * ways + chosen, victim, rank - 1, may
-
-    @jax.named_scope("round")
-    def one_round(carry: _Entering) -> _Entering:
-        queue, num_waiting = carry.queue, carry.num_waiting
-
-        best = jnp.full(num_buckets if is_lfu else 0, -1, jnp.int32)
-        if is_lfu:
-
-            def raise_best(window: chunks.Window, best: jax.Array) -> jax.Array:
-                _, miss, _, bucket, estimate = waiting(window, queue)
-                return access.maximum(best, jnp.where(miss != NO_ID, bucket, num_buckets), estimate)
-
-            best = chunks.each(0, num_waiting, width, chunk, raise_best, best)
-
-        def elect(window: chunks.Window, winner: jax.Array) -> jax.Array:
-            _, miss, _, bucket, estimate = waiting(window, queue)
-            stands = (estimate == access.take(best, bucket)) if is_lfu else True
-            return access.minimum(winner, jnp.where(stands, bucket, num_buckets), miss)
-
-        winner = chunks.each(0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32))
-
-        def settle(window: chunks.Window, both: tuple[_Entering, jax.Array]) -> tuple[_Entering, jax.Array]:
-            carry, is_full = both
-            position, miss, sets, bucket, estimate = waiting(window, queue)
-            wins = (access.take(winner, bucket) == miss) & (miss != NO_ID)
-            place, victim, uses, may = meet(sets, estimate, carry.tags, carry.priority)
-            enters = wins & may
-            target, here = jnp.where(enters, place, lines), jnp.where(enters, position, width)
-            order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
-            carry = carry._replace(
-                tags=access.put(carry.tags, target, miss),
-                priority=access.put(carry.priority, target, caching.PINNED if is_lfu else step),
-                line=access.put(carry.line, here, place),
-                victim_ids=access.put(carry.victim_ids, here, victim),
-                victim_uses=access.put(carry.victim_uses, here, uses) if is_lfu else carry.victim_uses,
-                order=order,
-                num_cached=num_cached,
-            )
-            return carry, access.put(is_full, jnp.where(wins & ~may, bucket, num_buckets), True)
-
-        carry, is_full = chunks.each(0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool)))
-
-        # A set whose best miss could not enter is closed for all others; the rest of the losers wait for the next round.
-        def requeue(window: chunks.Window, carry: tuple) -> tuple:
-            order, last, queue, num_left = carry
-            position, miss, sets, bucket, _ = waiting(window, queue)
-            best_id = access.take(winner, bucket)
-            is_closed = access.take(is_full, bucket) & (caching.set_of(best_id, geometry) == sets)
-            order, last = chunks.append(order, last, position, window.is_live & is_closed, backwards=True)
-            queue, num_left = chunks.append(queue, num_left, position, window.is_live & ~is_closed & (best_id != miss))
-            return order, last, queue, num_left
-
-        left = (carry.order, carry.last, queue, jnp.int32(0))
-        order, last, queue, num_waiting = chunks.each(0, num_waiting, width, chunk, requeue, left)
-        return carry._replace(order=order, last=last, queue=queue, num_waiting=num_waiting)
-
-    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, varying.settle(one_round, carry))

@@ -117,7 +117,9 @@ def _apply_any(
         row_state, cache_rows = carry
         _, new_rows, row_state = update_window(window, row_state)
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
-        return row_state, access.put(cache_rows, here, new_rows)
+        native = ops.compiled(state.implementation) if state.layout is None else None
+        put = access.put if native is None else native.put
+        return row_state, put(cache_rows, here, new_rows)
 
     if cache_rows is not None:
         row_state, cache_rows = chunks.each(0, num_cached, width, chunk, to_lines, (row_state, cache_rows))

@@ -112,7 +112,7 @@ def test_tables_past_32_bit_offsets_lower_with_64_bit_ones():
 
 
 def test_the_choice_is_made_once_at_init_and_never_by_failing():
-    assert ops.choose(None) == "xla_chunked"
+    assert ops.choose(None) == "numba"
     spec = shapes.stack(100, 4, lines=8)
     with pytest.raises(ValueError, match=r"pallas_triton needs an NVIDIA GPU.*this device is cpu"):
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="pallas_triton")
@@ -120,4 +120,4 @@ def test_the_choice_is_made_once_at_init_and_never_by_failing():
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="cuda")
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         mpembed.pool(jnp.zeros((3, 2)), jnp.zeros(4, jnp.int32), implementation="cuda")
-    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == "xla_chunked"
+    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == "numba"

@@ -1,7 +1,8 @@
 """The row movements and the deduplication: the contract of each op and the choice of its implementation.
 
 This is the only place that knows about hardware. Implementations are named: "xla" makes full-width passes (accelerators),
-"xla_chunked" loops over chunks with a dynamic trip count (CPU), "pallas_triton" runs the row movements as GPU kernels, and
+"xla_chunked" loops over chunks with a dynamic trip count (CPU), "numba" is that
+with deduplication and planning compiled by numba, "pallas_triton" runs the row movements as GPU kernels, and
 "pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
 
 Ops (U unique ids, D embedding dim, V table rows, C cache lines):
@@ -16,6 +17,7 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
   bag(rows, index, factors)                -> f32 [.., D], sum over the last axis of factors * rows[index]
 """
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -23,10 +25,10 @@ import jax.numpy as jnp
 
 from mpembed_jax.cache import CacheState
 from mpembed_jax.ops import xla
-from mpembed_jax.ops.xla import Unique, add_duplicates, unique, write_back
+from mpembed_jax.ops.xla import Unique, add_duplicates, write_back
 from mpembed_jax.table import QuantizedTable
 
-IMPLEMENTATIONS = ("xla", "xla_chunked", "pallas_triton", "pallas_interpret")
+IMPLEMENTATIONS = ("xla", "xla_chunked", "numba", "pallas_triton", "pallas_interpret")
 _CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
 _TRITON_CAPABILITY = 8.0  # what Pallas' Triton back end needs
 
@@ -37,6 +39,7 @@ __all__ = [
     "bag",
     "choose",
     "chunk_of",
+    "compiled",
     "has_kernels",
     "lookup",
     "read",
@@ -63,9 +66,13 @@ def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
       ValueError: on an unknown name, or one that the default device cannot run.
     """
     if implementation is None:
-        return "xla_chunked" if jax.default_backend() == "cpu" else "xla"
+        if jax.default_backend() != "cpu":
+            return "xla"
+        return "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "numba" and importlib.util.find_spec("numba") is None:
+        raise ValueError('implementation "numba" needs the package numba: pip install numba, or leave implementation out')
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]
         # Not an attribute of CPU and TPU devices, "8.0" or "gfx90a" elsewhere.
@@ -81,7 +88,7 @@ def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
 
 def chunk_of(implementation: str) -> int | None:
     """Returns the chunk length that an implementation loops with, None for full-width passes."""
-    return _CHUNK if implementation == "xla_chunked" else None
+    return _CHUNK if implementation in ("xla_chunked", "numba") else None
 
 
 def has_kernels(implementation: str | None) -> bool:
@@ -89,11 +96,29 @@ def has_kernels(implementation: str | None) -> bool:
     return implementation in ("pallas_triton", "pallas_interpret")
 
 
+def compiled(implementation: str | None) -> Any:
+    """Returns the module of deduplication and planning compiled by numba, None for implementations without it."""
+    if implementation != "numba":
+        return None
+    from mpembed_jax.ops import native
+
+    return native
+
+
 def _kernels(implementation: str | None) -> tuple[Any, Any, bool]:
     """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
     from mpembed_jax.ops import pallas_sums, pallas_triton
 
     return pallas_triton, pallas_sums, implementation == "pallas_interpret"
+
+
+@jax.named_scope("unique")
+def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: str | None = None) -> Unique:
+    """See `xla.unique`."""
+    native = compiled(implementation)
+    if native is None or ids.shape[0] == 0:
+        return xla.unique(ids, size, step)
+    return Unique(*native.unique(ids, size, step))
 
 
 @jax.named_scope("swap")

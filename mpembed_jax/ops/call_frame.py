@@ -1,0 +1,170 @@
+"""XLA's foreign functions on a CPU, written in Python and compiled by numba: reading a call frame, registering a handler.
+
+XLA calls a handler with one pointer, to an `XLA_FFI_CallFrame`; offsets are those of xla/ffi/api/c_api.h (API 0.x), which
+jaxlib carries in `jax.ffi.include_dir()` and which grows only at the ends of its structs. A handler is first asked which
+version of the interface it speaks, and answers with the one it was asked in.
+
+    @numba.njit
+    def add_one(frame):
+        values, result = call_frame.argument(frame, 0, np.int32), call_frame.result(frame, 0, np.int32)
+        ..
+
+    call_frame.register("add_one", add_one)
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+_METADATA = 1  # XLA_FFI_Extension_Metadata
+_SCHEDULE = 17  # place of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
+_handlers: dict[str, Any] = {}  # compiled code must live as long as the process
+_malloc = types.ExternalFunction("malloc", types.int64(types.int64))
+_free = types.ExternalFunction("free", types.void(types.int64))
+_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+@intrinsic
+def _pointer(context, address):
+    """Turns an address (int64) into a pointer."""
+
+    def codegen(target, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], target.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def _call(context, function, argument):
+    """Calls the C function at an address with one 64-bit argument; returns its 64-bit result."""
+
+    def codegen(target, builder, signature, arguments):
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], ir.FunctionType(word, [word]).as_pointer())
+        return builder.call(pointer, [arguments[1]])
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _add(context, address, number):
+    """Adds to the 64-bit number at an address, atomically and in order; returns what it was."""
+
+    def codegen(target, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@numba.njit(inline="always")
+def _word(address, index):
+    """Returns the index-th 64-bit word at an address."""
+    return numba.carray(_pointer(address + 8 * index), 1, np.int64)[0]
+
+
+@numba.njit
+def _is_query(frame):
+    """Answers XLA's question for the version of the interface; False if the frame is an execution."""
+    is_query = False
+    extension = _word(frame, 1)
+    while extension != 0:
+        if numba.carray(_pointer(extension + 8), 1, np.int32)[0] == _METADATA:
+            metadata, api = _word(extension, 3), _word(frame, 2)
+            numba.carray(_pointer(metadata), 4, np.int64)[3] = _word(api, 4)  # (major, minor)
+            is_query = True
+        extension = _word(extension, 2)
+    return is_query
+
+
+@numba.njit(inline="always")
+def _flat(buffer, dtype):
+    size, dims = 1, _word(buffer, 5)
+    for axis in range(_word(buffer, 4)):
+        size *= _word(dims, axis)
+    return numba.carray(_pointer(_word(buffer, 3)), size, dtype)
+
+
+@numba.njit(inline="always")
+def argument(frame, index, dtype):
+    """Returns the index-th operand as a flat array; its dtype is taken on trust."""
+    return _flat(_word(_word(frame, 9), index), dtype)
+
+
+@numba.njit(inline="always")
+def result(frame, index, dtype):
+    """Returns the index-th result as a flat array; where an operand is aliased to it, they are one."""
+    return _flat(_word(_word(frame, 14), index), dtype)
+
+
+def halves(half: Callable) -> Callable:
+    """Returns a numba function of a call frame that runs half(frame, 0) and half(frame, 1), at once if a thread is free.
+
+    XLA's thread pool may be busy, or wait for us, so the caller does what no other thread has begun; it never waits for
+    work that has not begun. `half` must not raise, and its two parts must not write what the other one touches.
+    """
+
+    # A block of words: who came first for the second half, whether it is done, who still holds the block, the frame, and
+    # the arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
+    @numba.njit
+    def release(block):
+        if _add(block + 16, -1) == 1:
+            _free(block)
+
+    @numba.cfunc(types.void(types.int64))
+    def task(block):
+        if _add(block, 1) == 0:
+            half(_word(block, 3), 1)
+            _add(block + 8, 1)
+        release(block)
+
+    _handlers[f"task {task.address}"] = task
+    task_address = task.address
+
+    @numba.njit
+    def run(frame):
+        block = _malloc(72)
+        words = numba.carray(_pointer(block), 9, np.int64)
+        words[0], words[1], words[2], words[3] = 0, 0, 2, frame
+        words[4], words[5], words[6], words[7], words[8] = 40, 0, _word(frame, 3), task_address, block
+        is_refused = _call(_word(_word(frame, 2), _SCHEDULE), block + 32) != 0
+        half(frame, 0)
+        if _add(block, 1) == 0:
+            half(frame, 1)
+        else:
+            while _add(block + 8, 0) == 0:
+                _yield()
+        if is_refused:  # no task will come to let go of the block
+            release(block)
+        release(block)
+
+    return run
+
+
+def register(name: str, body: Callable[[int], None]) -> None:
+    """Compiles `body`, a numba function of the address of a call frame, and registers it for CPUs; once per name.
+
+    Args:
+      name: of the target, for `jax.ffi.ffi_call`.
+      body: reads and writes the buffers of its frame; it must not raise.
+    """
+    if name in _handlers:
+        return
+
+    @numba.cfunc(types.int64(types.int64))
+    def handler(frame):
+        if not _is_query(frame):
+            body(frame)
+        return 0  # no error
+
+    make_capsule = ctypes.pythonapi.PyCapsule_New
+    make_capsule.restype, make_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    jax.ffi.register_ffi_target(name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
+    _handlers[name] = handler

@@ -1,0 +1,77 @@
+"""Deduplication and planning compiled by numba: the reference's bits, in place, and refused where numba is absent."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+
+import shapes
+
+import mpembed_jax as mpembed
+from mpembed_jax import ops
+
+TX = mpembed.optim.sgd(0.1)
+
+
+@jax.jit
+def plan_batches(state, batches):
+    def step(state, ids):
+        state, plan = mpembed.prefetch(state, ids)
+        return mpembed.apply_gradients(state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX), plan
+
+    return jax.lax.scan(step, state, batches)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"rows": 300, "lines": 24, "ways": 4, "width": 64},
+        {"rows": 5000, "lines": 480, "ways": 32, "width": 700, "policy": "lru"},
+        {"rows": 5000, "lines": 3000, "ways": 8, "width": 700, "budget": 300},
+        {"rows": 5000, "lines": 64, "ways": 1, "width": 700, "budget": 40, "policy": "lru"},
+        {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80},  # more sets than election buckets
+        {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80, "policy": "lru"},
+        {"rows": 10, "lines": 1, "ways": 1, "width": 3, "budget": 1},
+    ],
+    ids=str,
+)
+def test_plans_and_states_equal_the_references(case):
+    """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
+    rng = np.random.default_rng(0)
+    rows, width = case["rows"], case["width"]
+    batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(np.int32)
+    batches[::5] = rng.integers(-2, rows + 2, batches[::5].shape)
+    batches[rng.random(batches.shape) < 0.1] = mpembed.NO_ID
+    batches[7] = mpembed.NO_ID
+    results = []
+    for implementation in ("xla", "numba"):
+        spec = mpembed.EmbeddingSpec(
+            [mpembed.TableSpec("a", rows)], 2, "int8",
+            mpembed.CacheSpec(num_rows=case["lines"], ways=case["ways"], policy=case.get("policy", "lfu")),
+            max_unique_ids=case.get("budget"),
+        )  # fmt: skip
+        state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
+        state, plans = plan_batches(state, batches)
+        results.append(jax.device_get((jax.tree.leaves(state.cache), state.table.rows, jax.tree.leaves(plans))))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_the_cache_is_updated_in_place():
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 400_000)], 2, "int8", mpembed.CacheSpec(num_rows=200_000))
+    state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
+    compiled = jax.jit(mpembed.prefetch, donate_argnums=0).lower(state, jnp.zeros(64, jnp.int32)).compile()
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and "[200000]" in line.replace(",32", "")]
+    assert not copies
+    assert compiled.memory_analysis().temp_size_in_bytes < 100_000
+
+
+def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
+    assert ops.choose(None) == "xla_chunked"
+    with pytest.raises(ValueError, match='implementation "numba" needs the package numba: pip install'):
+        ops.choose("numba")
