@@ -5,11 +5,11 @@
 
 Parts run in order of importance, each in a process of its own with a time limit, and the file is written after each row: a
 part that raises, hangs or kills its process (an illegal address does, for all that follows) costs no other its results. They
-are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; the embedding's step
-(26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by verb, XLA against kernels; torch's
-sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against INT8 + cache on the device; other
-batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named. Floors are bytes that must move
-over the copy bandwidth measured first (roofline.py). Needs jax, optax and numpy alone.
+are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; gather and
+dequantize alone; the embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by
+verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against
+INT8 + cache on the device; other batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named.
+Floors are bytes that must move over the copy bandwidth measured first (roofline.py). Needs jax, optax and numpy alone.
 """
 
 import argparse
@@ -169,8 +169,11 @@ def measured(bench: Bench, case: Case, implementation: str, *, by_verb: bool) ->
     try:
         return measure_step(bench, case, implementation, by_verb=by_verb)
     except Exception as error:
-        why = {"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]}
-        return dataclasses.asdict(case) | {"implementation": implementation} | why
+        return dataclasses.asdict(case) | {"implementation": implementation} | _failure(error)
+
+
+def _failure(error: Exception) -> dict:
+    return {"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]}
 
 
 def measure_verbs(
@@ -291,7 +294,7 @@ def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
             try:
                 row["unequal_elements"] = differences(one.result(), other.result())
             except Exception as error:  # other formats may still do
-                row["error"] = f"{type(error).__name__}: {str(error)[:1000]}"
+                row |= _failure(error)
             yield row
 
 
@@ -310,6 +313,26 @@ def host_against_device(bench: Bench) -> Iterator[dict]:
     cases = [("int8", 16, "xla", sgd), ("float32", 64, "xla", momentum), ("int4", 7, bench.kernels, sgd)]
     chosen = cases[:1] if bench.is_tiny else cases
     yield from compared([(Small(*case), Small(*case, "pinned_host")) for case in chosen])
+
+
+def gather_alone(bench: Bench) -> Iterator[dict]:
+    """Gather and dequantize distinct ids of large batches, all from the packed table (P7: at most 1.3 times the floor)."""
+    dims, size, batch = ((8,), 100, 64) if bench.is_tiny else ((64, 128, 16), 200_000, 65536)
+    rows = 40_000 if bench.is_tiny else None
+    rng = np.random.default_rng(0)
+    drawn = [rng.permutation(np.unique(ids))[:size] for ids in ids_of(rows, batch, 8)]  # together more than a GPU's L2
+    for implementation, dim in itertools.product(("xla", bench.kernels), dims):
+        row = {"implementation": implementation, "dim": dim, "rows": size}
+        try:
+            spec = Case(dim, batch, fraction=None, rows=rows).spec()
+            state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
+            read, ids = jax.jit(mpembed.read), itertools.cycle([jnp.asarray(ids) for ids in drawn])
+            seconds = seconds_of(lambda read=read, state=state, ids=ids: read(state, next(ids)), 1 if bench.is_tiny else 16)
+            floor = size * (4 + spec.storage.row_bytes(dim) + 4 * dim) / bench.bandwidth
+            row |= {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": seconds / floor}
+        except Exception as error:
+            row |= _failure(error)
+        yield row
 
 
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
@@ -388,6 +411,7 @@ PARTS: dict[str, Part] = {
     "copy bandwidth": Part(copy_bandwidth, 60),
     "kernels against xla": Part(kernels_against_xla, 100),
     "host tables against device": Part(host_against_device, 50),
+    "gather alone": Part(gather_alone, 40),
     "step": Part(steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True), 150),
     "torch sparse": Part(torch_sparse, 45),
     "host memory": Part(spilled, 80),
@@ -404,7 +428,7 @@ def rows_of(name: str, bench: Bench) -> Iterator[dict]:
     try:
         yield from PARTS[name].run(bench)
     except Exception as error:
-        yield {"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]}
+        yield _failure(error)
 
 
 def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:

@@ -19,6 +19,8 @@ def test_the_kernels_part_and_a_step_run_tiny():
     assert row["implementation"] == "pallas_interpret" and row["unequal_elements"] == {}
     rows = list(bench_gpu.rows_of("step, float32 without cache", TINY))
     assert len(rows) == 2
+    for row in bench_gpu.rows_of("gather alone", TINY):
+        assert row["floor_milliseconds"] == pytest.approx(100 * (4 + 10 + 4 * 8) / 1e9 * 1e3)
     for row in rows:
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / row["floor_milliseconds"])
         assert row["counts"]["unique"] > 0

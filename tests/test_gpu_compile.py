@@ -25,12 +25,12 @@ CASES = [("h200", "xla"), ("h200", "pallas_triton"), ("a100", "pallas_triton"), 
 
 @pytest.mark.parametrize(("target", "implementation"), CASES)
 def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(target, implementation):
-    """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most five times that."""
+    """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most six times that."""
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8")
     step, arguments = compile_gpu.step_and_arguments(spec, implementation, BATCH, mpembed.optim.rowwise_adagrad(0.05))
     found = compile_gpu.figures(compile_gpu.compile_for(target, step, *arguments, donate_argnums=0), arguments[0])
     assert found["state_sized_copies"] == 0
-    assert found["temporary_bytes"] < 5 * 4 * DIM * BATCH[0] * BATCH[1]
+    assert found["temporary_bytes"] < 6 * 4 * DIM * BATCH[0] * BATCH[1]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
     assert found["aliased_bytes"] >= state_bytes - 1  # the flag `pending` leaves as a constant
     # swap, lookup, update, and two for the sums of duplicates
@@ -60,7 +60,7 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(target, ve
     assert found["host_aliased_bytes"] == (table_bytes if donated == 0 else 0)
     rows_read = BATCH[0] * BATCH[1] if verb == "read" else 3 * 16384
     assert found["host_temporary_bytes"] < 18 * rows_read + 65536
-    assert found["temporary_bytes"] < (5 * 4 * DIM * BATCH[0] * BATCH[1] if verb in ("step", "read") else 2**24)
+    assert found["temporary_bytes"] < (6 * 4 * DIM * BATCH[0] * BATCH[1] if verb in ("step", "read") else 2**24)
     assert 'execution_thread="host"' not in compiled.text and "HostExecute" not in compiled.text
 
 
