@@ -3,37 +3,47 @@
     python -m experiments.bench_gpu                     # under 8 minutes on an H200, writes results/bench_gpu.json
     python -m experiments.bench_gpu --interpret         # the same parts, tiny and on any device: shows that they run
 
-Parts run in order of importance and the file is written after each: copy bandwidth; every kernel against plain XLA; the
-embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by verb, XLA against
-kernels; other formats and batch sizes; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host
-memory against INT8 + cache on the device; more than 100 M rows. A part that would begin after --budget seconds is named as
-left out; one that fails leaves its error in the file. Floors are bytes that must move over the copy bandwidth measured
-first (roofline.py). Needs jax, optax and numpy alone.
+Parts run in order of importance, each in a process of its own with a time limit, and the file is written after each row: a
+part that raises, hangs or kills its process (an illegal address does, for all that follows) costs no other its results. They
+are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; gather and
+dequantize alone; the embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by
+verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against
+INT8 + cache on the device; other batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named.
+Floors are bytes that must move over the copy bandwidth measured first (roofline.py). Needs jax, optax and numpy alone.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import mpembed_jax as mpembed
 from experiments import roofline, workload
 
 TX = mpembed.optim.rowwise_adagrad(0.05)
 SKEW = 1.05
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MARK = "ROW "  # what a part's process prints before each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,53 +66,28 @@ class Case:
         return mpembed.EmbeddingSpec(tables, self.dim, self.storage, cache, **extra)
 
 
-class Bench:
-    """What all parts share: the device, the budget, the results so far."""
+class Bench(NamedTuple):
+    """What a part is given."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Takes the command line's options."""
-        self.options, self.is_tiny = options, options.interpret
-        self.kernels = "pallas_interpret" if options.interpret else "pallas_triton"
-        self.begin, self.bandwidth = time.perf_counter(), 0.0
-        device = jax.devices()[0]
-        self.results: dict[str, Any] = {
-            "device": {"kind": device.device_kind, "platform": device.platform, "is_smoke_test": self.is_tiny},
-            "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "optax", "numpy")},
-            "parts": {},
-            "left_out": [],
-        }
+    is_tiny: bool
+    bandwidth: float  # bytes a second, of the copy; 0 until measured
 
-    def run(self, name: str, part: Callable[["Bench"], Iterator[dict]]) -> None:
-        """Runs one part within the budget and writes what it yields, as it comes."""
-        rows = self.results["parts"].setdefault(name, [])
-        if time.perf_counter() - self.begin > self.options.budget:
-            self.results["left_out"].append(name)
-            self.write()
-            return
-        try:
-            for row in part(self):
-                rows.append(row)
-                print(name, json.dumps(row), flush=True)
-                self.write()
-                if time.perf_counter() - self.begin > self.options.budget:
-                    self.results["left_out"].append(f"rest of {name}")
-                    break
-        except Exception as error:  # the other parts still have something to say, and the file says that this one failed
-            rows.append({"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]})
-            print(name, rows[-1]["error"], flush=True)
-        self.write()
+    @property
+    def kernels(self) -> str:
+        """The implementation with kernels."""
+        return "pallas_interpret" if self.is_tiny else "pallas_triton"
 
-    def write(self) -> None:
-        """Writes the results so far."""
-        self.results["seconds"] = round(time.perf_counter() - self.begin, 1)
-        self.options.out.parent.mkdir(parents=True, exist_ok=True)
-        self.options.out.write_text(json.dumps(self.results, indent=1) + "\n")
 
-    def batches(self, case: Case, count: int) -> list[jax.Array]:
-        """Different batches of global ids [B, T], on the device."""
-        sizes = workload.sizes_for(case.rows)
-        drawn = workload.batches(0, count, case.batch, sizes, SKEW)
-        return [jnp.asarray(workload.to_global(ids, sizes)) for ids in drawn]
+@functools.cache
+def ids_of(rows: int | None, batch: int, count: int) -> tuple[np.ndarray, ...]:
+    """Returns batches of global ids [B, T], all different: of repeated ones the cache would soon hold every row."""
+    sizes = workload.sizes_for(rows)
+
+    def draw(seed: int) -> np.ndarray:
+        return workload.to_global(workload.batches(seed, 1, batch, sizes, SKEW)[0], sizes)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return tuple(pool.map(draw, range(count)))
 
 
 # --- timing
@@ -139,11 +124,13 @@ def train_step(implementation: str) -> Callable:
 
 def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
     """Times a warm step, whole and, if asked, by verb, beside the floors of its own counts."""
-    warm, repeats = (2, 1) if bench.is_tiny else (24, 8)
-    batches = bench.batches(case, 2 if bench.is_tiny else 8)
+    warm, repeats = (2, 1) if bench.is_tiny else (32, 8)
+    # One for compiling, one before the rounds, five rounds; the verbs one by one.
+    count = 1 + warm + 1 + 5 * repeats + (1 + 2 * repeats if by_verb else 0)
+    batches = [jnp.asarray(ids) for ids in ids_of(case.rows, case.batch, count)]
     upstream = jnp.full((*batches[0].shape, case.dim), 1e-3, jnp.float32)
     state = mpembed.init(jax.random.key(0), case.spec(), TX, implementation=implementation)
-    step, ids = train_step(implementation), itertools.cycle(batches)
+    step, ids = train_step(implementation), iter(batches)
     begin = time.perf_counter()
     state, _ = step(state, next(ids), upstream)
     jax.block_until_ready(state)
@@ -175,6 +162,18 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     if by_verb:
         row["verbs"] = measure_verbs(bench, held, ids, upstream, implementation, work, repeats)
     return row
+
+
+def measured(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
+    """Returns measure_step's row, or one that says how it failed: the other cases of a part go on."""
+    try:
+        return measure_step(bench, case, implementation, by_verb=by_verb)
+    except Exception as error:
+        return dataclasses.asdict(case) | {"implementation": implementation} | _failure(error)
+
+
+def _failure(error: Exception) -> dict:
+    return {"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]}
 
 
 def measure_verbs(
@@ -219,64 +218,132 @@ def measure_verbs(
 
 
 def copy_bandwidth(bench: Bench) -> Iterator[dict]:
-    """Bytes read and written per second by copying 2 GB; every floor divides by it."""
+    """Bytes read and written per second by copying 2 GB; every floor divides by it. Also says what runs here."""
     size = 1 << (20 if bench.is_tiny else 29)
     copy = jax.jit(lambda x: x + jnp.float32(1))
     source = jnp.zeros(size, jnp.float32)
     seconds = seconds_of(lambda: copy(source), 1 if bench.is_tiny else 10)
-    bench.bandwidth = 2 * source.nbytes / seconds
-    yield {"bytes": 2 * source.nbytes, "milliseconds": seconds * 1e3, "gigabytes_per_second": bench.bandwidth / 1e9}
+    device = jax.devices()[0]
+    yield {
+        "device": f"{device.platform}: {device.device_kind}",
+        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "optax", "numpy")},
+        "bytes": 2 * source.nbytes,
+        "milliseconds": seconds * 1e3,
+        "bytes_per_second": 2 * source.nbytes / seconds,
+    }
+
+
+def differences(one: Any, other: Any) -> dict[str, int]:
+    """Returns for each leaf of two trees how many of its elements differ in a bit, NaN equal to NaN; only those that do."""
+    found = {}
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+        is_unequal = (a != b) & ~((a != a) & (b != b))
+        if is_unequal.any():
+            found[jax.tree_util.keystr(path)] = int(is_unequal.sum())
+    return found
+
+
+class Small(NamedTuple):
+    """Twelve training steps of a small stack, with bags, evictions, bypasses and padding."""
+
+    storage: str
+    dim: int
+    implementation: str
+    tx: Any
+    memory_kind: str | None = None
+
+    def train(self) -> Any:
+        """Compiles, trains on dyadic gradients, whose sums are exact in any order, and returns all that came out."""
+        rng = np.random.default_rng(0)
+        weights = 1.0 / np.arange(1, 3001)
+        batches = rng.choice(3000, p=weights / weights.sum(), size=(12, 60, 6)).astype(np.int32)
+        batches = np.where(rng.random(batches.shape) < 0.1, mpembed.NO_ID, batches)
+        grads = (rng.integers(-16, 17, (12, 60, self.dim)) / 64).astype(np.float32)
+        cache = mpembed.CacheSpec(num_rows=128, ways=8)
+        spec = mpembed.EmbeddingSpec(
+            [mpembed.TableSpec("t", 3000)], self.dim, self.storage, cache, memory_kind=self.memory_kind
+        )
+        state = mpembed.init(jax.random.key(1), spec, self.tx, implementation=self.implementation)
+        state, seen = self.run(state, batches, grads)
+        read = jax.jit(mpembed.read)(state, jnp.arange(-1, 3001, dtype=jnp.int32))
+        seen = jax.device_get({"state": state, "read": read, "steps": seen})
+        return seen | {"flushed": jax.device_get(jax.jit(mpembed.flush, donate_argnums=0)(state).table)}
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def run(self, state: Any, batches: jax.Array, grads: jax.Array) -> Any:
+        """All steps; the state is donated."""
+
+        def step(state: Any, batch: tuple) -> tuple:
+            state, plan = mpembed.prefetch(state, batch[0])
+            rows = mpembed.lookup(state, plan)
+            pool = functools.partial(mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=self.implementation)
+            bags, pull_back = jax.vjp(pool, rows)
+            state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=self.tx)
+            return state, {"rows": rows, "bags": bags, "counts": plan.counts}
+
+        return jax.lax.scan(step, state, (batches, grads))
+
+
+def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
+    """Trains both of each pair and says where they differ. Threads, since most of the time is XLA compiling."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = [[pool.submit(small.train) for small in pair] for pair in pairs]
+        for (_, small), (one, other) in zip(pairs, runs, strict=True):
+            row = {"format": small.storage, "dim": small.dim, "implementation": small.implementation}
+            row["memory_kind"] = small.memory_kind
+            try:
+                row["unequal_elements"] = differences(one.result(), other.result())
+            except Exception as error:  # other formats may still do
+                row |= _failure(error)
+            yield row
 
 
 def kernels_against_xla(bench: Bench) -> Iterator[dict]:
-    """Twelve training steps with bags, evictions, bypasses and padding: states equal bit for bit, in every format.
-
-    SGD with dyadic gradients, so that sums are exact in any order; lookup, read, swap, update, bags and sums take part.
-    """
-    dims = (7,) if bench.is_tiny else (16, 1, 100, 128, 7, 64)
-    names = ("int8",) if bench.is_tiny else (
-        "int8", "int4", "int2", "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16", "float32")  # fmt: skip
+    """Lookup, read, swap, update (SGD), bags and sums of duplicates take part: the same bits in every format."""
+    cases = [("int8", 16), ("int8", 64), ("int4", 128), ("float32", 100), ("int2", 7), ("bfloat16", 1)]
+    cases += [("float16", 16), ("float8_e4m3fn", 7), ("float8_e5m2", 64), ("int8", 7), ("int4", 16), ("int8", 128)]
     tx = mpembed.optim.sgd(0.25)
+    chosen = [("int8", 7)] if bench.is_tiny else cases
+    yield from compared([(Small(*case, "xla", tx), Small(*case, bench.kernels, tx)) for case in chosen])
+
+
+def host_against_device(bench: Bench) -> Iterator[dict]:
+    """Tables in pinned host memory, by plain XLA and with the kernels that remain: the bits of tables on the device."""
+    momentum, sgd = optax.sgd(0.25, momentum=0.5), mpembed.optim.sgd(0.25)
+    cases = [("int8", 16, "xla", sgd), ("float32", 64, "xla", momentum), ("int4", 7, bench.kernels, sgd)]
+    chosen = cases[:1] if bench.is_tiny else cases
+    yield from compared([(Small(*case), Small(*case, "pinned_host")) for case in chosen])
+
+
+def gather_alone(bench: Bench) -> Iterator[dict]:
+    """Gather and dequantize distinct ids of large batches, all from the packed table (P7: at most 1.3 times the floor)."""
+    dims, size, batch = ((8,), 100, 64) if bench.is_tiny else ((64, 128, 16), 200_000, 65536)
+    rows = 40_000 if bench.is_tiny else None
     rng = np.random.default_rng(0)
-    weights = 1.0 / np.arange(1, 3001)
-    batches = rng.choice(3000, p=weights / weights.sum(), size=(12, 60, 6)).astype(np.int32)
-    batches = np.where(rng.random(batches.shape) < 0.1, mpembed.NO_ID, batches)
-    for dim, name in itertools.product(dims, names):
-        spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 3000)], dim, name, mpembed.CacheSpec(num_rows=128, ways=8))
-        grads = (rng.integers(-16, 17, (12, 60, dim)) / 64).astype(np.float32)
-        states = []
-        for implementation in ("xla", bench.kernels):
-
-            @functools.partial(jax.jit, donate_argnums=0)
-            def train(state: Any, batches: jax.Array, grads: jax.Array, implementation: str = implementation) -> Any:
-                def step(state: Any, batch: tuple) -> tuple:
-                    state, plan = mpembed.prefetch(state, batch[0])
-                    rows = mpembed.lookup(state, plan)
-                    pool = functools.partial(
-                        mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=implementation
-                    )
-                    bags, pull_back = jax.vjp(pool, rows)
-                    state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=tx)
-                    return state, (rows, bags, plan.counts.write_backs, plan.counts.bypasses)
-
-                state, seen = jax.lax.scan(step, state, (batches, grads))
-                return state, seen, mpembed.read(state, jnp.arange(-1, 3001, dtype=jnp.int32))
-
-            state = mpembed.init(jax.random.key(1), spec, tx, implementation=implementation)
-            states.append(jax.device_get(jax.tree.leaves(train(state, batches, grads))))
-        unequal = sum(not np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(*states, strict=True))
-        yield {"format": name, "dim": dim, "arrays": len(states[0]), "unequal_arrays": unequal}
+    drawn = [rng.permutation(np.unique(ids))[:size] for ids in ids_of(rows, batch, 8)]  # together more than a GPU's L2
+    for implementation, dim in itertools.product(("xla", bench.kernels), dims):
+        row = {"implementation": implementation, "dim": dim, "rows": size}
+        try:
+            spec = Case(dim, batch, fraction=None, rows=rows).spec()
+            state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
+            read, ids = jax.jit(mpembed.read), itertools.cycle([jnp.asarray(ids) for ids in drawn])
+            seconds = seconds_of(lambda read=read, state=state, ids=ids: read(state, next(ids)), 1 if bench.is_tiny else 16)
+            floor = size * (4 + spec.storage.row_bytes(dim) + 4 * dim) / bench.bandwidth
+            row |= {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": seconds / floor}
+        except Exception as error:
+            row |= _failure(error)
+        yield row
 
 
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
     """Makes a part of step measurements, XLA against kernels."""
 
     def part(bench: Bench) -> Iterator[dict]:
-        for case in cases[:1] if bench.is_tiny else cases:
+        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to measure with.
+        for implementation, case in itertools.product(("xla", bench.kernels), cases[:1] if bench.is_tiny else cases):
             if bench.is_tiny:
                 case = dataclasses.replace(case, batch=8, rows=40_000, dim=8)
-            for implementation in ("xla", bench.kernels):
-                yield measure_step(bench, case, implementation, by_verb=by_verb)
+            yield measured(bench, case, implementation, by_verb=by_verb)
 
     return part
 
@@ -291,7 +358,7 @@ def torch_sparse(bench: Bench) -> Iterator[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dim in (16,) if bench.is_tiny else (64, 16, 128):
         case = Case(dim, 8, rows=40_000) if bench.is_tiny else Case(dim, 65536)
-        batches = [torch.from_numpy(np.array(ids)).to(device) for ids in bench.batches(case, 2 if bench.is_tiny else 8)]
+        batches = [torch.from_numpy(ids).to(device) for ids in ids_of(case.rows, case.batch, 2 if bench.is_tiny else 16)]
         table = torch.nn.EmbeddingBag(case.spec().num_rows, dim, mode="sum", sparse=True, device=device)
         optimizer = torch.optim.SGD(table.parameters(), lr=0.05)
         upstream = torch.full((batches[0].numel(), dim), 1e-3, device=device)
@@ -330,38 +397,122 @@ def spilled(bench: Bench) -> Iterator[dict]:
         {"storage": "float32", "memory_kind": "pinned_host"},
         {"storage": "int8", "memory_kind": "pinned_host"},
     ):
-        yield measure_step(bench, Case(**size, **options), "xla", by_verb=False)  # type: ignore[arg-type]
+        yield measured(bench, Case(**size, **options), "xla", by_verb=False)  # type: ignore[arg-type]
 
 
-PARTS: dict[str, Callable] = {
-    "copy bandwidth": copy_bandwidth,
-    "kernels against xla": kernels_against_xla,
-    "step": steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True),
-    "torch sparse": torch_sparse,
-    "host memory": spilled,
-    "step, batch 16384": steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))),
-    "step, int4": steps((Case(64, 65536, "int4", 0.01), Case(128, 65536, "int4", 0.01), Case(16, 65536, "int4", 0.01))),
-    "step, float32 without cache": steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))),
-    "step, 120 M rows": steps((Case(64, 65536, rows=120_000_000), Case(128, 65536, rows=120_000_000))),
+class Part(NamedTuple):
+    """A part of the benchmark."""
+
+    run: Callable[[Bench], Iterator[dict]]
+    limit: float  # seconds after which its process is ended
+
+
+PARTS: dict[str, Part] = {
+    "copy bandwidth": Part(copy_bandwidth, 60),
+    "kernels against xla": Part(kernels_against_xla, 100),
+    "host tables against device": Part(host_against_device, 50),
+    "gather alone": Part(gather_alone, 40),
+    "step": Part(steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True), 150),
+    "torch sparse": Part(torch_sparse, 45),
+    "host memory": Part(spilled, 80),
+    "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
+    "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
+    "step, float32 without cache": Part(steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60),
+    "step, 120 M rows": Part(steps((Case(64, 65536, rows=120_000_000), Case(128, 65536, rows=120_000_000))), 60),
 }
+
+
+def rows_of(name: str, bench: Bench) -> Iterator[dict]:
+    """Runs one part in this process: its rows, and as the last one the error if it raised."""
+    warnings.filterwarnings("ignore", message="The Pallas Triton backend", category=DeprecationWarning)
+    try:
+        yield from PARTS[name].run(bench)
+    except Exception as error:
+        yield _failure(error)
+
+
+def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
+    """Runs one part in a process of its own, ended after so many seconds: its rows, and as the last one how it failed."""
+    command = [sys.executable, "-m", "experiments.bench_gpu", "--part", name, "--bandwidth", str(bench.bandwidth)]
+    command += ["--interpret"] if bench.is_tiny else []
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    if name == "torch sparse":  # jax would take three quarters of the memory first
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+    ):
+        timer, has_error = threading.Timer(seconds, process.kill), False
+        timer.start()
+        for line in process.stdout:  # type: ignore[union-attr]
+            if line.startswith(MARK):
+                row = json.loads(line[len(MARK) :])
+                has_error |= "error" in row
+                yield row
+        is_late = not timer.is_alive()
+        timer.cancel()
+        if process.wait() and not has_error:
+            errors.seek(0)
+            why = f"ended after {seconds:.1f} seconds" if is_late else f"its process ended with {process.returncode}"
+            yield {"error": why, "where": errors.read()[-2000:]}
+
+
+def commit() -> str | None:
+    """Returns the commit this runs from, None outside a git checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Runs the parts and returns what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--interpret", action="store_true", help="tiny sizes, interpreted kernels, any device")
-    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no further part begins")
+    parser.add_argument("--budget", type=float, default=450.0, help="seconds after which everything ends")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/bench_gpu.json"))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a part's process is told
+    parser.add_argument("--bandwidth", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if not options.interpret and jax.default_backend() != "gpu":
-        parser.error(f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs the parts tiny on any device")
-    warnings.filterwarnings("ignore", message="The Pallas Triton backend", category=DeprecationWarning)
-    bench = Bench(options)
+    bench = Bench(options.interpret, options.bandwidth)
+    if options.part is not None:
+        if not options.interpret and jax.default_backend() != "gpu":
+            raise SystemExit(f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny on any device")
+        rows = list(_print_rows(rows_of(options.part, bench)))
+        return {"parts": {options.part: rows}}
+
+    # Nothing here touches a device: jax would keep most of its memory from the parts.
+    begin, parts, left_out = time.perf_counter(), {}, []
+    results: dict[str, Any] = {"commit": commit(), "is_smoke_test": options.interpret, "parts": parts, "left_out": left_out}
     for name in dict.fromkeys(["copy bandwidth", *options.parts]):  # floors need the bandwidth
-        bench.run(name, PARTS[name])
-    bench.write()
-    return bench.results
+        rows, remaining = parts.setdefault(name, []), options.budget - (time.perf_counter() - begin)
+        if remaining < 15:  # less than a process needs to begin
+            left_out.append(name)
+        else:
+            for row in rows_of_process(name, bench, min(PARTS[name].limit, remaining)):
+                rows.append(row)
+                print(name, json.dumps(row), flush=True)
+                _write(options.out, results, begin)
+        if name == "copy bandwidth" and name not in left_out:
+            if "error" in rows[-1]:
+                parser.error(f"the copy bandwidth could not be measured: {rows[-1]['error']}\n{rows[-1]['where']}")
+            bench = bench._replace(bandwidth=rows[-1]["bytes_per_second"])
+    _write(options.out, results, begin)
+    return results
+
+
+def _print_rows(rows: Iterator[dict]) -> Iterator[dict]:
+    for row in rows:
+        print(MARK + json.dumps(row), flush=True)
+        yield row
+
+
+def _write(out: pathlib.Path, results: dict, begin: float) -> None:
+    results["seconds"] = round(time.perf_counter() - begin, 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

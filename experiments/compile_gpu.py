@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
+from experiments import bench_gpu
 
 # XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this compiler accepts.
 _TARGET = """gpu_device_info {{
@@ -87,24 +88,80 @@ def missing_compiler() -> str | None:
     return None
 
 
-def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()) -> Any:
-    """Compiles a function of shape structs for one of TARGETS."""
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made: its optimized module as text, and XLA's account of memory."""
+
+    text: str
+    sizes: Any
+
+
+# What XLA calls the dtypes of a state and a batch.
+_HLO_DTYPES = {"bool": "pred", "int32": "s32", "uint16": "u16", "uint32": "u32", "float32": "f32"}
+
+
+def is_on_host(leaf: Any) -> bool:
+    """Whether an abstract array is one in host memory."""
+    return getattr(leaf, "memory_space", None) == jax.memory.Space.Host
+
+
+def _layout(aval: Any) -> str:
+    """Returns an array's shape as XLA writes it, in row-major order, host memory being its memory space 5."""
+    order = ",".join(str(axis) for axis in reversed(range(len(aval.shape))))
+    layout = f"{{{order}{':S(5)' if is_on_host(aval) else ''}}}" if aval.shape else ""
+    return f"{_HLO_DTYPES[str(aval.dtype)]}[{','.join(map(str, aval.shape))}]{layout}"
+
+
+def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()) -> Compiled:
+    """Compiles a function of shape structs, or of `jax.core.ShapedArray` in host memory, for one of TARGETS.
+
+    Through jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target have no memory kinds, so
+    that way drops those of the arguments without a word, and compiles for a table on the device. On a real device jax passes
+    them as layouts, which is what is done here.
+    """
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+    from jaxlib import _jax, xla_client
 
     config = _TARGET.format(**dataclasses.asdict(TARGETS[target]))
     description = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
     mesh = topologies.make_mesh(description, (1,), ("x",))
 
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        kind = getattr(getattr(leaf, "sharding", None), "memory_kind", None)
-        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def placed(leaf: Any) -> Any:
+        if is_on_host(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    # Traced outside the mesh: what tracing evaluates (initial optimizer states) runs on this machine's device.
-    traced = jax.jit(function, donate_argnums=donate_argnums).trace(*jax.tree.map(placed, args))
+    args = jax.tree.map(placed, args)
+    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11 assumes sm_90): what tracing
+    # evaluates (initial optimizer states) runs on this machine's device.
+    with use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True).trace(*args)
     with jax.set_mesh(mesh):
-        return traced.lower().compile()
+        module = traced.lower().compiler_ir()
+    options = xla_client.CompileOptions()
+    options.num_replicas = options.num_partitions = 1
+    options.argument_layouts = [xla_client.Shape(_layout(leaf)) for leaf in jax.tree.leaves(args)]
+    results = [_layout(aval) for aval in traced.jaxpr.out_avals]
+    result = results[0] if len(results) == 1 else f"({', '.join(results)})"
+    options.executable_build_options.result_layout = xla_client.Shape(result)
+    (device,) = description.devices
+    devices = _jax.DeviceList((device,))
+    executable = device.client.compile(module, executable_devices=devices, compile_options=options)
+    return Compiled(executable.hlo_modules()[0].to_string(), executable.get_compiled_memory_stats())
+
+
+def abstract_state(spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.GradientTransformation) -> Any:
+    """Returns the shapes of a state, of its arrays in host memory as `jax.core.ShapedArray`: eval_shape forgets where."""
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    traced = jax.jit(lambda key: mpembed.init(key, spec, tx, implementation=implementation)).trace(key)
+
+    def shape_of(aval: Any) -> Any:
+        if is_on_host(aval):
+            return jax.core.ShapedArray(aval.shape, aval.dtype, memory_space=aval.memory_space)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), [shape_of(aval) for aval in traced.jaxpr.out_avals])
 
 
 def step_and_arguments(
@@ -119,13 +176,26 @@ def step_and_arguments(
         vectors, pull_back = jax.vjp(pool, rows)
         return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
 
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    state = jax.eval_shape(lambda key: mpembed.init(key, spec, tx, implementation=implementation), key)
+    state = abstract_state(spec, implementation, tx)
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
     return step, (state, ids, jax.ShapeDtypeStruct((*batch_shape, spec.embedding_dim), jnp.float32))
 
 
-def figures(compiled: Any, state: Any) -> dict:
+def host_verbs(
+    spec: mpembed.EmbeddingSpec, batch_shape: tuple[int, ...], tx: optax.GradientTransformation, implementation: str = "xla"
+) -> dict:
+    """Returns {verb: (function, abstract arguments, donated ones)}: the verbs that touch a table in host memory."""
+    step, arguments = step_and_arguments(spec, implementation, batch_shape, tx)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return {
+        "step": (step, arguments, 0),
+        "read": (mpembed.read, arguments[:2], ()),
+        "flush": (mpembed.flush, arguments[:1], 0),
+        "init": (lambda key: mpembed.init(key, spec, tx, implementation=implementation), (key,), ()),
+    }
+
+
+def figures(compiled: Compiled, state: Any) -> dict:
     """Counts what a compiled step does.
 
     Args:
@@ -133,11 +203,11 @@ def figures(compiled: Any, state: Any) -> dict:
       state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000 elements) may be copied.
 
     Returns:
-      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes.
+      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the device and in host memory.
     """
-    text, sizes = compiled.as_text(), compiled.memory_analysis()
+    text, sizes = compiled.text, compiled.sizes
     large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(range(1000))
-    copies = [_elements(shape) for shape in re.findall(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", text)]
+    copies = [_elements(shape) for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", text)]
     return {
         "fusions": len(re.findall(r"= .* fusion\(", text)),
         "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
@@ -147,11 +217,22 @@ def figures(compiled: Any, state: Any) -> dict:
         "argument_bytes": sizes.argument_size_in_bytes,
         "aliased_bytes": sizes.alias_size_in_bytes,
         "temporary_bytes": sizes.temp_size_in_bytes,
+        "host_argument_bytes": sizes.host_argument_size_in_bytes,
+        "host_aliased_bytes": sizes.host_alias_size_in_bytes,
+        "host_temporary_bytes": sizes.host_temp_size_in_bytes,
     }
 
 
 def _elements(shape: str) -> int:
     return int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64))
+
+
+def measure(target: str, function: Any, arguments: tuple, donated: Any, state: Any) -> dict:
+    """Compiles for a target and returns the figures, and the seconds it took."""
+    begin = time.perf_counter()
+    compiled = compile_for(target, function, *arguments, donate_argnums=donated)
+    seconds = time.perf_counter() - begin
+    return figures(compiled, state) | {"compile_seconds": round(seconds, 2)}
 
 
 def main() -> None:
@@ -165,23 +246,29 @@ def main() -> None:
     options = parser.parse_args()
     if reason := missing_compiler():
         raise SystemExit(reason)
-    tx, shape, runs = mpembed.optim.rowwise_adagrad(0.05), (options.batch, 26), []
+    commit = bench_gpu.commit()
+    tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (options.batch, 26), [], []
+    table = [mpembed.TableSpec("ids", options.rows)]
     for target in options.targets:
         for dim in options.dims:
             for implementation in ("xla", "pallas_triton") if TARGETS[target].has_kernels else ("xla",):
-                spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", options.rows)], dim, "int8")
-                step, arguments = step_and_arguments(spec, implementation, shape, tx)
-                begin = time.perf_counter()
-                compiled = compile_for(target, step, *arguments, donate_argnums=0)
-                seconds = time.perf_counter() - begin
+                step, arguments = step_and_arguments(mpembed.EmbeddingSpec(table, dim), implementation, shape, tx)
                 case = {"target": target, "dim": dim, "implementation": implementation}
-                case |= figures(compiled, arguments[0])
+                case |= measure(target, step, arguments, 0, arguments[0])
                 case["temporaries_per_vector_array"] = case["temporary_bytes"] / (4 * dim * options.batch * 26)
-                runs.append(case | {"compile_seconds": round(seconds, 2)})
-                print(json.dumps(runs[-1]), flush=True)
+                runs.append(case)
+                print(json.dumps(case), flush=True)
+        dim = options.dims[-1]
+        spec = mpembed.EmbeddingSpec(table, dim, memory_kind="pinned_host")
+        state = abstract_state(spec, "xla", tx)
+        for verb, (function, arguments, donated) in host_verbs(spec, shape, tx).items():
+            case = {"target": target, "dim": dim, "verb": verb, "table_bytes": spec.storage.row_bytes(dim) * options.rows}
+            host_runs.append(case | measure(target, function, arguments, donated, state))
+            print("host tables", json.dumps(host_runs[-1]), flush=True)
     settings = {"batch": options.batch, "features": 26, "rows": options.rows, "storage": "int8", "cache": "5 %, 32 ways"}
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "jax-cuda12-plugin")}
-    options.out.write_text(json.dumps({"settings": settings, "versions": versions, "runs": runs}, indent=1) + "\n")
+    found = {"commit": commit, "settings": settings, "versions": versions, "runs": runs, "host_tables": host_runs}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

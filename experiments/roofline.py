@@ -3,12 +3,26 @@
 Counted is each row of the batch once per verb that must read or write it (positions share the cache), every vector and
 gradient of the batch, and the words of integer bookkeeping per id; not counted is anything that an implementation adds.
 Divide by the measured copy bandwidth, bytes read plus bytes written per second.
+
+    python -m experiments.roofline        # the Kaggle step on paper, for an H200's bandwidth: results/roofline.json
+
+The counts come from training the same batches on this machine, in rows of one element: the cache's decisions do not depend
+on the width.
 """
 
+import argparse
 import dataclasses
+import functools
+import json
+import pathlib
 from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 import mpembed_jax as mpembed
+from experiments import workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +100,47 @@ class Work:
             "row gradients": self.row_gradients,
             "apply_gradients": self.update,
         }
+
+
+def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
+    """Trains on Kaggle's 26 tables (INT8, 5 % cache) until warm and returns the counts of the last step."""
+    tx, sizes = mpembed.optim.sgd(0.25), workload.sizes_for(None)
+    tables = [mpembed.TableSpec(f"table{k}", size) for k, size in enumerate(sizes)]
+    state = mpembed.init(jax.random.key(0), mpembed.EmbeddingSpec(tables, 1), tx)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, ids: jax.Array) -> Any:
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx), plan.counts
+
+    for turn in range(warm):  # all different: of repeated batches the cache would soon hold every row
+        ids = workload.to_global(workload.batches(turn, 1, batch, sizes, skew)[0], sizes)
+        state, counts = step(state, ids)
+    return {name: int(value) for name, value in dataclasses.asdict(jax.device_get(counts)).items()}
+
+
+def main() -> None:
+    """Writes the floors of each verb for three dims and two batch sizes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second; an H200 copies at about 4.3e12")
+    parser.add_argument("--skew", type=float, default=1.05)
+    parser.add_argument("--warm", type=int, default=60)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json"))
+    options = parser.parse_args()
+    runs = []
+    for batch in (65536, 16384):
+        counts = counts_of(batch, options.skew, options.warm)
+        for dim in (16, 64, 128):
+            tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
+            work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)
+            micros = {verb: round(size / options.bandwidth * 1e6, 1) for verb, size in work.by_verb().items()}
+            run = {"batch": batch, "dim": dim, "megabytes": round(work.step / 1e6, 1), "counts": counts}
+            runs.append(run | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}})
+            print(json.dumps(runs[-1]), flush=True)
+    settings = {"bytes_per_second": options.bandwidth, "skew": options.skew, "warm_steps": options.warm}
+    options.out.write_text(json.dumps({"settings": settings, "storage": "int8, 5 % cache", "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

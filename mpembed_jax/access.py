@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 HOST_KINDS = ("pinned_host",)  # memory kinds that a table may be kept in
+_FILL_BLOCK = 8192  # rows
 
 
 def is_on_host(array: jax.Array) -> bool:
@@ -22,7 +23,28 @@ def is_on_host(array: jax.Array) -> bool:
 
 def to_host(array: jax.Array, memory_kind: str | None) -> jax.Array:
     """Returns the array in host memory if a memory kind of the host is named, unchanged for None."""
-    return array if memory_kind is None else jax.device_put(array, jax.memory.Space.Host)
+    if memory_kind is None or is_on_host(array):
+        return array
+    return jax.device_put(array, jax.memory.Space.Host)
+
+
+def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) -> jax.Array:
+    """Returns an array of `shape` [n, ..] whose rows all equal `value` [..], in host memory if a memory kind is named.
+
+    There it is made block by block: of one broadcast, XLA makes an array on the device, perhaps larger than the device,
+    and copies it. (A block stored straight into fresh host memory makes XLA allocate it there.)
+    """
+    size = min(shape[0], _FILL_BLOCK)
+    if memory_kind is None or size == 0:
+        return to_host(jnp.broadcast_to(value, shape), memory_kind)
+    block = jnp.broadcast_to(value, (size, *shape[1:]))
+    # Without the barrier XLA knows that the first block changes nothing.
+    array = put_block(to_host(jnp.zeros(shape, value.dtype), memory_kind), jnp.int32(0), lax.optimization_barrier(block))
+
+    def body(turn: jax.Array, array: jax.Array) -> jax.Array:
+        return put_block(array, jnp.minimum(turn.astype(jnp.int32) * size, shape[0] - size), block)
+
+    return lax.fori_loop(1, -(-shape[0] // size), body, array)
 
 
 def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Array:
@@ -63,8 +85,8 @@ def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Ar
 
 
 def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `array` [n, m] with rows [first, first + k) replaced by values [k, m], wherever the array is kept."""
-    start = (first, jnp.int32(0))
+    """Returns `array` [n, ..] with rows [first, first + k) replaced by values [k, ..], wherever the array is kept."""
+    start = (first, *[jnp.int32(0)] * (array.ndim - 1))
     if is_on_host(array):
         values, *start = jax.device_put((values, *start), jax.memory.Space.Host)  # type: ignore[assignment]
     return lax.dynamic_update_slice(array, values, start)

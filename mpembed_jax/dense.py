@@ -115,8 +115,7 @@ def from_dense(
 
     def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
         shape = (spec.num_rows if shard is None else shard.num_rows, spec.storage.row_words(spec.embedding_dim))
-        packed = jnp.zeros(shape, spec.storage.word_dtype(spec.embedding_dim))
-        packed = access.to_host(packed, spec.memory_kind)
+        packed = access.filled(shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind)
         return QuantizedTable(packed, spec.storage, spec.embedding_dim)
 
     state = states.make(optim.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)

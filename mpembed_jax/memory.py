@@ -35,6 +35,7 @@ class Report:
     float32_bytes: int  # of a plain float32 table
     float32_row_state_bytes: int  # of the same optimizer beside it
     step_peak_bytes: int | None  # state, batch and temporaries of one compiled step; None without batch_shape
+    host_bytes: int = 0  # of the total, in host memory (EmbeddingSpec.memory_kind)
 
     @property
     def total(self) -> int:
@@ -65,6 +66,8 @@ class Report:
         width = max(len(name) for name in self.components)
         lines += [f"  {name:<{width}} {size:>18,} B" for name, size in self.components.items()]
         lines.append(f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)")
+        if self.host_bytes:
+            lines.append(f"of it in host memory: {self.host_bytes:,} B, on the device: {self.total - self.host_bytes:,} B")
         lines.append(
             f"float32: {self.float32_bytes:,} B, with row state {self.float32_bytes + self.float32_row_state_bytes:,} B"
         )
@@ -99,6 +102,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
         "row state": _nbytes(state.row_state),
         "counters": _nbytes((state.key, state.step, state.pending, state.counters, state.fingerprint)),
     }
+    wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
     plain = jax.eval_shape(partial(row_states.init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
         components=components,
@@ -108,6 +112,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,
         float32_row_state_bytes=_nbytes(plain),
         step_peak_bytes=None if batch_shape is None else _step_peak(state, tx, batch_shape),
+        host_bytes=0 if spec.memory_kind is None else _nbytes((state.table, wide_row_state)),
     )
 
 

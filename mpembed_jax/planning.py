@@ -174,7 +174,9 @@ def make_plan(
 
     @jax.named_scope("pin")
     def pin_hits(window: chunks.Window, priority: jax.Array) -> jax.Array:
-        here = jnp.where(window.is_live, window.take(line), geometry.lines)
+        # No estimate is negative, which XLA cannot know: it reads the priorities before it replaces them, without a copy.
+        is_pinned = window.is_live & (window.take(estimates) >= 0)
+        here = jnp.where(is_pinned, window.take(line), geometry.lines)
         return access.put(priority, here, caching.PINNED if is_lfu else step)
 
     priority = chunks.each(0, num_ids, width, chunk, pin_hits, cache.priority.reshape(-1))

@@ -99,7 +99,9 @@ def _is_narrow(leaf: RowLeaf, dtype: str) -> bool:
     return leaf.is_row and dtype == "bfloat16" and leaf.dtype == np.float32
 
 
-def init_rows(tx: optax.GradientTransformation, num_rows: int, embedding_dim: int, dtype: str) -> Any:
+def init_rows(
+    tx: optax.GradientTransformation, num_rows: int, embedding_dim: int, dtype: str, memory_kind: str | None = None
+) -> Any:
     """Makes the row state of a stack: the tree of tx's state, float32 row leaves in bfloat16 bit patterns (uint16) if asked.
 
     Args:
@@ -107,6 +109,8 @@ def init_rows(tx: optax.GradientTransformation, num_rows: int, embedding_dim: in
       num_rows: V.
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
+      memory_kind: None, or host memory for leaves of more than one number per row. The others stay on the device: every row
+        of a batch needs its own, cached or not.
 
     Returns:
       A pytree; row leaves have leading dimension V.
@@ -119,7 +123,7 @@ def init_rows(tx: optax.GradientTransformation, num_rows: int, embedding_dim: in
         value = jnp.asarray(leaf.initial)
         if _is_narrow(leaf, dtype):
             value = numerics.encode_float(value, numerics.FLOAT_FORMATS["bfloat16"], None).astype(jnp.uint16)
-        return jnp.broadcast_to(value, (num_rows, *leaf.shape))
+        return access.filled((num_rows, *leaf.shape), value, memory_kind if leaf.shape else None)
 
     return treedef.unflatten([make(leaf) for leaf in leaves])
 

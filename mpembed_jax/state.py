@@ -125,8 +125,9 @@ def make(
     """Makes the state that starts from the table `table_of(key, shard)`, of one device or, shard by shard, over a mesh."""
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(
-            f"a stack over a mesh runs on plain XLA with its tables on the devices; "
-            f"got implementation={implementation!r} and memory_kind={spec.memory_kind!r}"
+            f"a stack over a mesh runs on plain XLA with its tables on the devices (kernels could not be tested there: "
+            f"interpreted, they refuse the replication check of jax.shard_map, which row gradients need); got "
+            f"implementation={implementation!r} and memory_kind={spec.memory_kind!r}"
         )
 
     def build(key: jax.Array, index: Any = None) -> EmbeddingState:
@@ -194,9 +195,7 @@ def assemble(
     if spec.cache is not None:
         geometry = spec.cache.geometry(spec.num_rows)
         cache = caching.init(geometry if layout is None else layout.share(geometry), spec.cache.policy, spec.embedding_dim)
-    row_state = row_states.init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype)
-    # A few numbers a row stay on the device: every row of a batch needs its own, cached or not.
-    row_state = jax.tree.map(lambda leaf: access.to_host(leaf, spec.memory_kind) if leaf.ndim > 1 else leaf, row_state)
+    row_state = row_states.init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype, spec.memory_kind)
     state = EmbeddingState(
         table=dataclasses.replace(table, rows=access.to_host(table.rows, spec.memory_kind)),
         cache=cache,

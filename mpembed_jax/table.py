@@ -142,8 +142,7 @@ def init(
     total = int(starts[-1]) if shard is None else shard.num_rows
     first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
     row_key = key if shard is None else shard.key(key)
-    packed = jnp.zeros((total, fmt.row_words(embedding_dim)), fmt.word_dtype(embedding_dim))
-    packed = access.to_host(packed, memory_kind)
+    packed = access.filled((total, fmt.row_words(embedding_dim)), jnp.zeros((), fmt.word_dtype(embedding_dim)), memory_kind)
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.

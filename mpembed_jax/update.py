@@ -56,7 +56,7 @@ def apply(
       ValueError: if the row state was made for another transformation.
     """
     rule = optim.rule_of(tx)
-    if rule is None or not ops.has_kernels(state.implementation):
+    if rule is None or not ops.has_kernels(state.implementation, state.table):
         return _apply_any(tx, state, ids, line, rows, row_grads, num_cached, num_ids, step, is_applied)
     cache_rows = None if state.cache is None else state.cache.rows
     treedef: Any

@@ -1,9 +1,12 @@
 """Lowers functions for devices this machine lacks, and reads what came out: scatters, kernels."""
 
+import collections
 import contextlib
 import re
 
 import jax
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect as triton
 
 
 def lowered_for(platform, function, *args, donate_argnums=()):
@@ -34,3 +37,22 @@ def float_scatters(text):
 def kernels(text):
     """Names of the Triton kernels that a lowered module calls."""
     return re.findall(r"mpembed_(?!jax)\w+", text)
+
+
+def address_widths(lowered):
+    """{kernel: {"i32" or "i64": number of address computations}} of the Triton kernels that a lowered module calls."""
+    found = {}
+
+    def look(operation):
+        attributes = operation.attributes
+        if "mhlo.backend_config" in attributes and "ir" in (config := attributes["mhlo.backend_config"]):
+            with ir.Context() as context:
+                triton.register_dialect(context)
+                context.allow_unregistered_dialects = True  # the barrier is of another one
+                kernel = str(ir.Module.parse(config["ir"].value_bytes))
+            widths = re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", kernel)
+            found[config["name"].value] = collections.Counter(widths)
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir().operation.walk(look)
+    return found

@@ -5,37 +5,58 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
 from experiments import bench_gpu, roofline, workload
 
+TINY = bench_gpu.Bench(is_tiny=True, bandwidth=1e9)
 
-def test_the_kernels_part_and_a_step_run_tiny(tmp_path):
-    out = tmp_path / "bench.json"
-    parts = ["kernels against xla", "step, float32 without cache"]
-    written = bench_gpu.main(["--interpret", "--out", str(out), "--parts", *parts])
-    assert json.loads(out.read_text()) == written
-    assert written["device"]["is_smoke_test"]
-    found = written["parts"]
-    assert not [row for rows in found.values() for row in rows if "error" in row], found
-    assert {row["unequal_arrays"] for row in found["kernels against xla"]} == {0}
-    for row in found["step, float32 without cache"]:
+
+def test_the_kernels_part_and_a_step_run_tiny():
+    (row,) = bench_gpu.rows_of("kernels against xla", TINY)
+    assert row["implementation"] == "pallas_interpret" and row["unequal_elements"] == {}
+    rows = list(bench_gpu.rows_of("step, float32 without cache", TINY))
+    assert len(rows) == 2
+    for row in bench_gpu.rows_of("gather alone", TINY):
+        assert row["floor_milliseconds"] == pytest.approx(100 * (4 + 10 + 4 * 8) / 1e9 * 1e3)
+    for row in rows:
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / row["floor_milliseconds"])
         assert row["counts"]["unique"] > 0
+
+
+def test_bits_that_differ_are_counted_by_name():
+    nan = np.float32(np.nan)
+    one = {"a": np.array([1, nan, 0], np.float32), "b": np.arange(3)}
+    assert bench_gpu.differences(one, one) == {}
+    assert bench_gpu.differences(one, {"a": np.array([1, 2, 5], np.float32), "b": np.arange(3)}) == {"['a']": 2}
+
+
+def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
+    """One raises inside its process, one is ended for taking too long, one would begin too late; all is in the file."""
+    out = tmp_path / "bench.json"
+    monkeypatch.setitem(bench_gpu.PARTS, "step", bench_gpu.PARTS["step"]._replace(limit=0.2))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    written = bench_gpu.main(["--interpret", "--out", str(out), "--parts", "step"])
+    assert json.loads(out.read_text()) == written and written["is_smoke_test"]
+    assert written["parts"]["copy bandwidth"][0]["bytes_per_second"] > 0
+    assert written["parts"]["step"][-1]["error"] == "ended after 0.2 seconds"
+    rows = list(bench_gpu.rows_of("step", TINY._replace(bandwidth=0.0)))  # divided by: both cases raise, and both are tried
+    assert [row["implementation"] for row in rows] == ["xla", "pallas_interpret"]
+    assert all("ZeroDivisionError" in row["error"] and "measure_step" in row["where"] for row in rows)
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):
     out = tmp_path / "bench.json"
     written = bench_gpu.main(["--interpret", "--budget", "0", "--out", str(out)])
     assert set(written["left_out"]) == set(bench_gpu.PARTS)
-    assert not any(written["parts"].values())
+    assert not any(written["parts"].values()) and json.loads(out.read_text()) == written
 
 
-def test_without_a_gpu_it_says_what_to_do(capsys):
-    with pytest.raises(SystemExit):
-        bench_gpu.main([])
-    assert "needs a GPU" in capsys.readouterr().err
+def test_without_a_gpu_it_says_what_to_do():
+    with pytest.raises(SystemExit, match=r"needs a GPU.*--interpret"):
+        bench_gpu.main(["--part", "copy bandwidth"])
 
 
 @pytest.mark.parametrize("module", [bench_gpu, roofline, workload])
@@ -44,7 +65,7 @@ def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    allowed = {"jax", "numpy", "torch", "mpembed_jax"} | sys.stdlib_module_names
+    allowed = {"jax", "numpy", "optax", "torch", "mpembed_jax"} | sys.stdlib_module_names
     assert not [n for n in names if n.split(".")[0] not in allowed and n != "experiments"]
 
 

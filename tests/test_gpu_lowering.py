@@ -103,12 +103,15 @@ def test_other_optimizers_take_the_xla_update_and_say_so():
     assert "mpembed_update" in lowering.kernels(lowered.as_text())
 
 
-def test_tables_past_32_bit_offsets_lower_with_64_bit_ones():
-    """100 M rows of 33 words: 3.3e9 elements, 13 GB."""
-    spec = shapes.stack(100_000_000, 128, storage="int8", lines=1024)
+@pytest.mark.parametrize(("num_rows", "lines"), [(100_000_000, 1024), (10_000_000, 10_000_000), (3000, 256)])
+def test_arrays_past_32_bits_are_addressed_with_64(num_rows, lines):
+    """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB; 3,000 rows need none of it."""
+    spec = shapes.stack(num_rows, 128, storage="int8", lines=lines)
     step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec)
-    assert arguments[0].table.rows.size > 2**31
-    lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+    widths = lowering.address_widths(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
+    assert set(widths) >= {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum_tiles"}
+    moving_rows = {"mpembed_swap", "mpembed_lookup", "mpembed_update"} if num_rows > 3000 else set()
+    assert {name for name, count in widths.items() if count["i64"]} == moving_rows
 
 
 def test_the_choice_is_made_once_at_init_and_never_by_failing():

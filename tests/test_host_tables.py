@@ -10,6 +10,7 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
+from mpembed_jax import ops
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 CASES = {
@@ -31,6 +32,12 @@ def train_step(state, ids, upstream, tx):
     return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
 
 
+def stack(storage, lines, memory_kind):
+    tables = [mpembed.TableSpec("a", 120), mpembed.TableSpec("b", 30, jax.nn.initializers.normal(0.1))]
+    cache = None if lines is None else mpembed.CacheSpec(num_rows=lines, ways=4)
+    return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     """Six steps, then flush and read; arrays stay where they are, buffers are reused."""
@@ -39,13 +46,7 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     grads = shapes.dyadic(3, (3, 40, 6))
     results = []
     for memory_kind in (None, "pinned_host"):
-        spec = mpembed.EmbeddingSpec(
-            [mpembed.TableSpec("a", 120), mpembed.TableSpec("b", 30, jax.nn.initializers.normal(0.1))],
-            6,
-            storage,
-            None if lines is None else mpembed.CacheSpec(num_rows=lines, ways=4),
-            memory_kind=memory_kind,
-        )
+        spec = stack(storage, lines, memory_kind)
         state = mpembed.init(jax.random.key(0), spec, tx)
         home = kinds(state.table)
         for ids, upstream in 2 * [*zip(batches, grads, strict=True)]:
@@ -62,10 +63,52 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
         results.append(jax.device_get((jax.tree.leaves(flushed), vectors, read, dense)))
         assert read.sharding.memory_kind == "device"
     jax.tree.map(np.testing.assert_array_equal, *results)
-    assert (
-        spec.fingerprint.tolist()
-        == mpembed.EmbeddingSpec(spec.tables, 6, storage, spec.cache, memory_kind=None).fingerprint.tolist()
-    )
+    assert spec.fingerprint.tolist() == stack(storage, lines, None).fingerprint.tolist()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation, monkeypatch):
+    """In chunks of rows, here of 16, over the newcomers and over the bypassed: no gather from host memory is wider.
+
+    Where kernels are named, the table is moved by XLA all the same.
+    """
+    monkeypatch.setattr(ops, "_HOST_CHUNK", 16)
+    tx = mpembed.optim.sgd(0.25)
+    batches = shapes.skewed_ids(3, 6, 90, 150, drift=1), shapes.dyadic(3, (6, 90, 6))
+
+    def steps(state, batches):
+        return jax.lax.scan(lambda state, batch: train.__wrapped__(state, *([x] for x in batch), tx=tx), state, batches)
+
+    results = []
+    for kind, name in ((None, None), ("pinned_host", implementation)):
+        state = mpembed.init(jax.random.key(0), stack("int4", 24, kind), tx, implementation=name)
+        traced = jax.jit(steps).trace(state, batches)
+        if kind is not None:  # newcomers in half chunks, bypassed rows in whole ones
+            assert sorted(host_gathers(traced.jaxpr.jaxpr)) == [8, 16]
+        results.append(jax.device_get(jax.tree.leaves(traced.lower().compile()(state, batches))))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def host_gathers(jaxpr):
+    """Rows of the result of every gather from host memory, in a jaxpr and in those within it."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is jax.lax.gather_p and eqn.invars[0].aval.memory_space == jax.memory.Space.Host:
+            found.append(eqn.outvars[0].aval.shape[0])
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += host_gathers(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def test_the_report_says_what_is_in_host_memory():
+    spec, tx = stack("int8", 24, "pinned_host"), optax.sgd(0.25, momentum=0.5)
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    held = [leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host"]
+    report = mpembed.memory.report(spec, tx)
+    assert report.host_bytes == sum(held) > report.components["table"]
+    assert f"in host memory: {sum(held):,} B" in str(report)
+    assert mpembed.memory.report(stack("int8", 24, None), tx).host_bytes == 0
 
 
 def test_tables_loaded_from_dense_arrays_go_to_host_memory_too():

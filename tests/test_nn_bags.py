@@ -182,3 +182,24 @@ def test_misuse_of_bags_in_a_call_raises(ids, weights, error, message):
     bags = nnx.view(_built_bags(), deterministic=True)
     with pytest.raises(error, match=message):
         bags(ids, weights)
+
+
+def test_pooling_follows_the_implementation_of_the_state():
+    """Kernels where they are named, in training and after eval(); bags without weights are the same sums in order."""
+
+    def vectors(implementation):
+        specs = bag_specs(storage="float32")
+        model = nn.CachedEmbedBags(specs, ROW_TX, implementation=implementation, rngs=nnx.Rngs(0))
+        graph, held = nnx.split(model)
+
+        def both(held):
+            model = nnx.merge(graph, held)
+            model.prefetch(BAG_IDS)
+            return model(BAG_IDS), nnx.view(model, deterministic=True)(BAG_IDS)
+
+        traced = jax.jit(both).trace(held)
+        return str(traced.jaxpr).count("name=mpembed_bag"), traced.lower().compile()(held)
+
+    (none, plain), (found, kernels) = vectors(None), vectors("pallas_interpret")
+    assert (none, found) == (0, 4)  # two features have bags of more than one id; each is pooled twice
+    assert_same_bits(kernels, plain)

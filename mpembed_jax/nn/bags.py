@@ -33,6 +33,7 @@ class CachedEmbedBags(nnx.Module):
         whole arrays whose leading axis is divided.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; the pooling follows it.
       rngs: the initial values and the embedding's own randomness derive from its `params` stream.
 
     Raises:
@@ -50,6 +51,7 @@ class CachedEmbedBags(nnx.Module):
         mesh: Any = None,
         axis_name: Any = None,
         placement: Placement | None = None,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.specs = features_.as_specs(specs)
@@ -57,10 +59,8 @@ class CachedEmbedBags(nnx.Module):
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
         transformations = features_.as_transformations(tx, self.specs)
-        sharding = {"mesh": mesh, "axis_name": axis_name, "placement": placement}
-        self.stacks = nnx.List(
-            [Stack(s, t, rngs=rngs, **sharding) for s, t in zip(self.specs, transformations, strict=True)]
-        )
+        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
+        self.stacks = nnx.List([Stack(s, t, rngs=rngs, **where) for s, t in zip(self.specs, transformations, strict=True)])
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:

@@ -52,6 +52,7 @@ class CachedEmbed(nnx.Module):
         whole arrays whose leading axis is divided.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; the pooling follows it.
       rngs: the initial values and the embedding's own randomness derive from its `params` stream.
 
     Raises:
@@ -72,6 +73,7 @@ class CachedEmbed(nnx.Module):
         mesh: Any = None,
         axis_name: Any = None,
         placement: Placement | None = None,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         spec = embed_spec(num_embeddings, features, storage, cache, embedding_init)
@@ -79,8 +81,8 @@ class CachedEmbed(nnx.Module):
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
-        sharding = {"mesh": mesh, "axis_name": axis_name, "placement": placement}
-        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **sharding)
+        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
+        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **where)
 
     @property
     def state(self) -> EmbeddingState:

@@ -38,13 +38,13 @@ class Stack(nnx.Module):
       spec: the stack.
       tx: optax transformation for its rows.
       rngs: the key of the embedding's randomness comes from its `params` stream.
-      sharding: mesh, axis_name and placement, as init takes them.
+      where: mesh, axis_name, placement and implementation, as init takes them.
     """
 
-    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **sharding: Any):
+    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any):
         self.spec = spec
         self.tx = tx
-        self.state = EmbeddingVariable(states.init(rngs.params(), spec, tx, **sharding))
+        self.state = EmbeddingVariable(states.init(rngs.params(), spec, tx, **where))
 
     @property
     def is_prefetched(self) -> bool:

@@ -77,15 +77,16 @@ def _update(
 
 
 def pool_of(state: EmbeddingState) -> Callable:
-    """Returns the `pool` that goes with rows and inverse of fetch: over the mesh where they lie over one."""
+    """Returns the `pool` for fetch's rows and inverse: by the state's implementation, over the mesh if they lie over one."""
+    pool_here = partial(pool, implementation=state.implementation)
     if not _is_whole(state):
-        return pool
+        return pool_here
     layout: Any = state.layout
     batch = PartitionSpec(layout.batch_axes)
 
     def pool_over_mesh(rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None) -> Any:
         def run(rows: jax.Array, inverse: Any, weights: Any) -> Any:
-            return pool(rows, inverse, weights, combiner)
+            return pool_here(rows, inverse, weights, combiner)
 
         return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(rows, inverse, weights)
 
@@ -112,17 +113,17 @@ def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
     return rows, treedef.unflatten(inverse)
 
 
-def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
-    """Returns rows and inverse for `pool` as a plan's would be, read for evaluation: one row per position, zeros last.
+def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Callable]:
+    """Returns rows and inverse as a plan's would be, read for evaluation: one row per position, zeros last; and the `pool`.
 
     Args:
       state: not changed.
       ids: nest of int32 arrays of global ids.
 
     Returns:
-      float32 [N + 1, D] and the nest of int32 positions in it.
+      float32 [N + 1, D], the nest of int32 positions in it, and `pool` by the state's implementation.
     """
-    return _run(_read_unpooled, state, ids)
+    return *_run(_read_unpooled, state, ids), partial(pool, implementation=state.implementation)
 
 
 def check_prefetched(plan: CachePlan, ids: Any) -> None:

@@ -4,6 +4,7 @@ This is the only place that knows about hardware. Implementations are named: "xl
 "xla_chunked" loops over chunks with a dynamic trip count (CPU), "numba" is that
 with deduplication and planning compiled by numba, "pallas_triton" runs the row movements as GPU kernels, and
 "pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
+A table in host memory is always moved by XLA, in chunks that cover the rows wanted of it: no others cross the bus.
 
 Ops (U unique ids, D embedding dim, V table rows, C cache lines):
   unique(ids [N], size, step)              -> distinct ids, where each position's id went, occurrences
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpembed_jax import access
 from mpembed_jax.cache import CacheState
 from mpembed_jax.ops import xla
 from mpembed_jax.ops.xla import Unique, add_duplicates, write_back
@@ -30,6 +32,7 @@ from mpembed_jax.table import QuantizedTable
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "numba", "pallas_triton", "pallas_interpret")
 _CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
+_HOST_CHUNK = 16384  # rows of a table in host memory: a third of a megabyte at INT8 and D = 16, some microseconds of the bus
 _TRITON_CAPABILITY = 8.0  # what Pallas' Triton back end needs
 
 __all__ = [
@@ -91,9 +94,15 @@ def chunk_of(implementation: str) -> int | None:
     return _CHUNK if implementation in ("xla_chunked", "numba") else None
 
 
-def has_kernels(implementation: str | None) -> bool:
-    """Whether an implementation runs the row movements as Pallas kernels."""
-    return implementation in ("pallas_triton", "pallas_interpret")
+def has_kernels(implementation: str | None, table: QuantizedTable | None = None) -> bool:
+    """Whether an implementation runs the row movements (of a table, if given) as Pallas kernels."""
+    is_named = implementation in ("pallas_triton", "pallas_interpret")
+    return is_named and (table is None or not access.is_on_host(table.rows))
+
+
+def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
+    chunk = chunk_of(implementation)
+    return _HOST_CHUNK if chunk is None and access.is_on_host(table.rows) else chunk
 
 
 def compiled(implementation: str | None) -> Any:
@@ -126,25 +135,25 @@ def swap(
     table: QuantizedTable, cache_rows: jax.Array, dirty: jax.Array, *plan: jax.Array, implementation: str
 ) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
     """See `xla.swap`; `plan` is its arguments from ids to step."""
-    if has_kernels(implementation):
+    if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.swap(table, cache_rows, dirty, *plan, is_interpreted)
-    return xla.swap(table, cache_rows, dirty, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+    return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("lookup")
 def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str) -> jax.Array:
     """See `xla.lookup`; `plan` is its arguments from ids to num_ids."""
-    if has_kernels(implementation):
+    if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.lookup(table, cache_rows, *plan, is_interpreted)
-    return xla.lookup(table, cache_rows, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+    return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("read")
 def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: str) -> jax.Array:
     """See `xla.read`."""
-    if has_kernels(implementation):
+    if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.read(table, cache, ids, is_interpreted)
     return xla.read(table, cache, ids)
@@ -155,11 +164,11 @@ def write(
     table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str
 ) -> tuple[QuantizedTable, jax.Array | None]:
     """See `xla.write`; `plan` is its arguments from ids to step."""
-    if has_kernels(implementation):
+    if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         ids, line, new_rows, *rest = plan
         return triton.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
-    return xla.write(table, cache_rows, *plan, chunk_of(implementation))  # type: ignore[call-arg,arg-type]
+    return xla.write(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("update")
@@ -172,7 +181,7 @@ def update(
     learning_rate: float,
     eps: float,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
-    """See `pallas_triton.update`; only for implementations with kernels."""
+    """See `pallas_triton.update`; only where `has_kernels(implementation, table)`."""
     triton, _, is_interpreted = _kernels(implementation)
     return triton.update(table, cache_rows, sums, *plan, is_interpreted, learning_rate=learning_rate, eps=eps)
 

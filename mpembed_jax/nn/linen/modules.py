@@ -42,8 +42,8 @@ def _stack(module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransf
     """Declares a stack variable; its rows, if prefetched, are the param of the same name."""
 
     def make() -> Stack:
-        sharding = {"mesh": module.mesh, "axis_name": module.axis_name, "placement": module.placement}
-        return Stack(states.init(module.make_rng("params"), spec, tx, **sharding), None, tx)
+        where = {name: getattr(module, name) for name in ("mesh", "axis_name", "placement", "implementation")}
+        return Stack(states.init(module.make_rng("params"), spec, tx, **where), None, tx)
 
     return module.variable(COLLECTION, name, make)
 
@@ -78,6 +78,7 @@ class CachedEmbed(linen.Module):
       mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; the pooling follows it.
     """
 
     num_embeddings: int
@@ -90,6 +91,7 @@ class CachedEmbed(linen.Module):
     mesh: Any = None
     axis_name: Any = None
     placement: Placement | None = None
+    implementation: str | None = None
 
     def setup(self) -> None:
         """Declares the stack."""
@@ -152,6 +154,7 @@ class CachedEmbedBags(linen.Module):
       mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; the pooling follows it.
     """
 
     specs: Any
@@ -161,6 +164,7 @@ class CachedEmbedBags(linen.Module):
     mesh: Any = None
     axis_name: Any = None
     placement: Placement | None = None
+    implementation: str | None = None
 
     def setup(self) -> None:
         """Declares one stack per spec."""
