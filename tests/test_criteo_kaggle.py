@@ -70,47 +70,48 @@ def test_a_folder_becomes_batches(tmp_path, name, newline, end):
 
 
 def test_halves_of_the_last_day(tmp_path):
-    text, label, *_ = random_lines(71)
+    text, label, *_ = random_lines(77)
     write(tmp_path, text)
     halves = [criteo.CriteoLog(tmp_path, holdout=h) for h in ("validation", "test")]
     assert [h.num_test for h in halves] == [6, 5]
-    np.testing.assert_array_equal(np.concatenate([next(h.test(100))["label"] for h in halves]), label[60:])
+    np.testing.assert_array_equal(np.concatenate([next(h.test(100))["label"] for h in halves]), label[66:])
 
 
-@pytest.mark.parametrize("num_lines", [8, 9, 13, 14, 700, 45_840_617])
+@pytest.mark.parametrize("num_lines", [14, 15, 20, 21, 700, 701])
 def test_splits_are_the_days_of_every_file_however_short(num_lines):
     bounds = criteo_kaggle.split_lines(num_lines)
     firsts, ends = zip(*bounds.values(), strict=True)
     assert list(bounds) == ["train", "validation", "test"]
     assert firsts == (0, *ends[:-1]) and ends[-1] == num_lines
-    assert ends[0] == max(line for line in range(num_lines) if 7 * line // num_lines < 6) + 1 if num_lines < 1000 else True
+    assert ends[0] == sum(1 + 7 * line // num_lines < 7 for line in range(num_lines))
     lengths = [end - first for first, end in bounds.values()]
     assert min(lengths) > 0 and lengths[1] - lengths[2] in (0, 1)
 
 
-def test_the_last_row_of_the_real_file_is_on_day_7():
-    assert criteo_kaggle.split_lines(45_840_617)["train"] == (0, 39_291_957)
+def test_day_7_of_the_real_file_is_as_long_as_in_dlrm():
+    # Its reader makes days of 6,548,659 lines and gives the four left over to the first four.
+    assert criteo_kaggle.split_lines(45_840_617)["train"] == (0, 6 * 6_548_659 + 4)
 
 
-@pytest.mark.parametrize("num_lines", [1, 7])
+@pytest.mark.parametrize("num_lines", [1, 13])
 def test_a_file_too_short_for_its_splits_is_refused(tmp_path, num_lines):
     path = write(tmp_path, random_lines(num_lines)[0])
-    with pytest.raises(criteo.BadLinesError, match=rf"{path}: {num_lines} lines are too few.*8 in all"):
+    with pytest.raises(criteo.BadLinesError, match=rf"{path}: {num_lines} lines are too few.*14 in all"):
         criteo.CriteoLog(tmp_path)
 
 
 def test_a_split_of_bad_lines_only_is_refused(tmp_path):
-    write(tmp_path, [*random_lines(7)[0], "bad"])
+    write(tmp_path, [*random_lines(13)[0], "bad"])
     with pytest.raises(criteo.BadLinesError, match="test has no good line"):
         criteo.CriteoLog(tmp_path)
 
 
 def test_bad_lines_are_skipped_within_their_split(tmp_path):
     text, label, *_ = random_lines(70)
-    write(tmp_path, [*text[:59], "bad", *text[59:]])  # 71 lines: the bad one is the last of day 6
+    write(tmp_path, [*text[:60], "bad", *text[60:]])  # 71 lines: the bad one is the last of day 6
     source = criteo.CriteoLog(tmp_path, holdout="day", log=lambda text: None)
-    assert (source.num_train, source.num_test) == (59, 11)
-    np.testing.assert_array_equal(joined(source.test(100))["label"], label[59:])
+    assert (source.num_train, source.num_test) == (60, 10)
+    np.testing.assert_array_equal(joined(source.test(100))["label"], label[60:])
 
 
 def test_only_the_first_lines_can_be_taken(tmp_path):

@@ -6,7 +6,7 @@ made from `raw`. Records are blocks of 4,096 rows in the order of the file; arra
 
 Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1 + 7 i // n, as DLRM's own
 reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the longer one if they are odd, is `validation`, the
-rest `test`. So a file cut off anywhere still has all three. Bad lines belong to the split they stand in and are skipped, up
+rest `test`. So a file cut off anywhere still has all three, down to 14 lines. Bad lines belong to the split they stand in and are skipped, up
 to a limit.
 
 It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in memory and spills to disk
@@ -69,10 +69,10 @@ def split_lines(num_lines: int) -> dict[str, tuple[int, int]]:
     Raises:
       ValueError: if one of them would have no line.
     """
-    day_7 = num_lines * (NUM_DAYS - 1) // NUM_DAYS
+    day_7 = num_lines - num_lines // NUM_DAYS
     half = (day_7 + num_lines + 1) // 2
     if not 0 < day_7 < half < num_lines:
-        raise ValueError(f"{num_lines} lines are too few: days 1 to 6 and both halves of day 7 need one each, 8 in all")
+        raise ValueError(f"{num_lines} lines are too few: both halves of day 7 need one each, so 14 in all")
     return {"train": (0, day_7), "validation": (day_7, half), "test": (half, num_lines)}
 
 
