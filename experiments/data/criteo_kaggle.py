@@ -6,8 +6,8 @@ made from `raw`. Records are blocks of 4,096 rows in the order of the file; arra
 
 Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1 + 7 i // n, as DLRM's own
 reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the longer one if they are odd, is `validation`, the
-rest `test`. So a file cut off anywhere still has all three, down to 14 lines. Bad lines belong to the split they stand in and are skipped, up
-to a limit.
+rest `test`. So a file cut off anywhere still has all three, down to 14 lines. Bad lines belong to the split they stand in
+and are skipped, up to a limit.
 
 It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in memory and spills to disk
 through TensorFlow from 1 GB on, even where nothing is shuffled.
