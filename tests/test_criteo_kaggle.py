@@ -219,8 +219,22 @@ def test_a_folder_without_its_description_and_missing_files_are_refused(tmp_path
     (folder / "away").rename(folder / "dataset_info.json")
     builder = criteo_kaggle.CriteoKaggle(config="min_count_1", data_dir=folder.parents[2])
     builder.info.metadata["num_rows"]["train"] = 10_000
-    with pytest.raises(ValueError, match="38 blocks of 4096 rows for train's 10000 rows: it is damaged"):
+    with pytest.raises(prepared.DamagedError, match="38 blocks of 16 for train's 10000 rows"):
         prepared.BlockSplit(builder, "train")
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped", "deleted"])
+def test_a_damaged_file_is_noticed_when_it_is_read(tmp_path, damage):
+    write(tmp_path, random_lines(700)[0])
+    criteo.CriteoLog(tmp_path)
+    file = next(tmp_path.rglob("min_count_1/1.0.0/*train.array_record-00000*"))
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.unlink()
+    if damage != "deleted":
+        file.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "a bit flipped": data}[damage])
+    with pytest.raises(prepared.DamagedError, match=r"min_count_1.* is damaged \(.*\); delete it"):
+        list(criteo.CriteoLog(tmp_path).train(8))
 
 
 def test_who_comes_second_waits_and_uses_what_the_first_prepared(tmp_path, monkeypatch):

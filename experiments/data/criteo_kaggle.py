@@ -16,7 +16,7 @@ through TensorFlow from 1 GB on, even where nothing is shuffled.
 import dataclasses
 import gzip
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class TextRows:
         self._rows: criteo_format.Rows | None = None  # parsed, from line `_first` on, not all given out
         self._first = 0
 
-    def _read(self) -> Iterator[bytes]:
+    def _read(self) -> Generator[bytes, None, None]:
         """Yields blocks of whole lines.
 
         Raises:
@@ -111,6 +111,10 @@ class TextRows:
             raise
         except ValueError as error:
             raise BadLinesError(f"{self.file}:{num_lines + 1}: {error}") from error
+
+    def close(self) -> None:
+        """Closes the file, wherever reading has come to."""
+        self._blocks.close()
 
     def count_lines(self) -> int:
         """Returns how many lines the file has; a last line may lack its line feed."""
@@ -241,12 +245,18 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             raise BadLinesError(f"{file}: {error}") from error
         self.info.metadata.update(num_lines=num_lines, source=seen, bad_lines=rows.bad)
 
-        def unchanged(parts: Iterator[Arrays]) -> Iterator[Arrays]:
-            yield from parts
-            if fingerprint(file) != seen:
-                raise BadLinesError(f"{file} was changed while it was read; prepare it again")
+        def checked(last: int) -> Iterator[Arrays]:
+            try:
+                yield from rows.until(last)
+                if fingerprint(file) != seen:
+                    raise BadLinesError(f"{file} was changed while it was read; prepare it again")
+            except BaseException:
+                rows.close()
+                raise
+            if last == num_lines:
+                rows.close()
 
-        return {k: self._files(k, last - first, unchanged(rows.until(last))) for k, (first, last) in lines.items()}
+        return {name: self._files(name, last - first, checked(last)) for name, (first, last) in lines.items()}
 
     def _from_raw(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Callable]]:
         """Numbers the categories of config `raw`, which is prepared first if it is not there."""

@@ -20,6 +20,10 @@ BLOCKS_PER_FILE = 256
 INFO = "dataset_info.json"  # what tensorflow-datasets writes last
 
 
+class DamagedError(RuntimeError):
+    """Files of a prepared dataset are missing, cut or changed."""
+
+
 def block_features(features: dict[str, tuple[tuple[int, ...], type]]) -> tfds.features.FeaturesDict:
     """Describes a record that is a block: {feature: (shape of one row, dtype)}."""
     return tfds.features.FeaturesDict(
@@ -38,22 +42,35 @@ class BlockSplit:
       split: its name.
 
     Raises:
-      ValueError: if the files do not hold the blocks that the metadata promises.
+      DamagedError: if the files do not hold the blocks that the metadata promises.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self.num_rows: int = builder.info.metadata["num_rows"][split]
         self.block_rows: int = builder.info.metadata["block_rows"]
+        self.folder = Path(builder.data_dir)
         self._records = builder.as_data_source(split)
         if len(self._records) != -(-self.num_rows // self.block_rows):
-            raise ValueError(
-                f"{builder.data_dir} has {len(self._records)} blocks of {self.block_rows} rows for {split}'s "
-                f"{self.num_rows} rows: it is damaged; delete the folder and prepare it again"
-            )
+            raise self._damaged(f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} rows")
+
+    def _damaged(self, reason: object) -> "DamagedError":
+        return DamagedError(f"{self.folder} is damaged ({reason}); delete it and prepare it again")
 
     def read(self, numbers: Sequence[int]) -> list[Arrays]:
-        """Returns the blocks with these numbers."""
-        return self._records.__getitems__(numbers)
+        """Returns the blocks with these numbers.
+
+        Raises:
+          DamagedError: if a file is missing, cut or changed.
+        """
+        try:
+            blocks = self._records.__getitems__(numbers)
+        except (RuntimeError, ValueError) as error:  # what array_record raises for its files, the decoding for their records
+            raise self._damaged(error) from error
+        for number, block in zip(numbers, blocks, strict=True):
+            num_rows = min(self.block_rows, self.num_rows - number * self.block_rows)
+            if any(len(array) != num_rows for array in block.values()):
+                raise self._damaged(f"block {number} has not {num_rows} rows")
+        return blocks
 
 
 def prepared(
