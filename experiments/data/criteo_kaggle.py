@@ -14,10 +14,10 @@ through TensorFlow from 1 GB on, even where nothing is shuffled.
 """
 
 import dataclasses
+import functools
 import gzip
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 
 from experiments.data import criteo_format, numbering
 from experiments.data.batches import Arrays, in_order, rebatched
-from experiments.data.prepared import BLOCK_ROWS, BLOCKS_PER_FILE, BlockSplit, block_features, prepared
+from experiments.data.prepared import BLOCK_ROWS, BLOCKS_PER_FILE, BlockSplit, block_features, is_whole, prepared
 
 NAMES = ("train.txt", "train.txt.gz")
 NUM_DAYS = 7
@@ -162,6 +162,7 @@ class CriteoConfig(tfds.core.BuilderConfig):
 RAW = CriteoConfig(name="raw", description="categories as the u32 they are written as, 0 for missing")
 
 
+@functools.cache  # a registered config has to be given as the same object
 def by_dictionary(min_count: int) -> CriteoConfig:
     """Returns the config of ids numbered by a dictionary."""
     description = f"ids: 0 missing, 1 fewer than {min_count} times in training, then values in order"
@@ -170,6 +171,9 @@ def by_dictionary(min_count: int) -> CriteoConfig:
 
 class CriteoKaggle(tfds.core.ShardBasedBuilder):
     """Criteo-Kaggle in blocks of rows.
+
+    As every builder it takes a dataset that is there for what it would make; whether the text has changed since is asked by
+    `criteo.CriteoLog`, which gives each state of a file a data_dir of its own.
 
     Args:
       text: the file; None: train.txt or train.txt.gz in the manual download folder.
@@ -192,8 +196,6 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ):
-        if isinstance(config := kwargs.get("config"), CriteoConfig):  # one of ours by its own object, others as they are
-            kwargs["config"] = next((c for c in self.BUILDER_CONFIGS if c == config), config)
         self._text, self._max_bad_lines, self._max_rows, self._log = text, max_bad_lines, max_rows, log
         super().__init__(file_format="array_record", **kwargs)
 
@@ -232,7 +234,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             if last is None and not counts[split]:
                 raise BadLinesError(f"{split} has no good line")
 
-        return [partial(write, number) for number in range(num_files)]
+        return [functools.partial(write, number) for number in range(num_files)]
 
     def _from_text(self, file: Path) -> dict[str, list[Callable]]:
         seen = fingerprint(file)
@@ -266,7 +268,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         def make() -> CriteoKaggle:
             return CriteoKaggle(config=RAW, data_dir=self.data_dir_root, text=text, **options)
 
-        if not make().is_prepared() and text is None:
+        if text is None and not is_whole(make()):
             text = find(dl_manager.manual_dir)
         raw = prepared(make)
         splits = {name: BlockSplit(raw, name) for name in raw.info.metadata["num_rows"]}
