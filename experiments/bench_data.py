@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import reporting
 from experiments.data import batches, criteo, synthetic
-from experiments.data.background import on_device
+from experiments.data.background import in_background
 from experiments.data.hashing import fmix32
 
 TARGET = 300_000  # rows/s
@@ -77,8 +77,8 @@ def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, flo
 
 
 def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
-    """Yields batches that are whole on the device."""
-    return map(jax.block_until_ready, on_device(host))
+    """Yields batches that are whole on the device, made and sent by a thread that runs ahead, as training does."""
+    return map(jax.block_until_ready, in_background(map(jax.device_put, host)))
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sklearn import metrics
 
 import mpembed_jax as mpembed
 from experiments import dlrm
-from experiments.data.background import on_device
+from experiments.data.background import in_background
 from experiments.data.hashing import fmix32
 
 CHUNK = 16  # batches a contender trains on before the next one's turn
@@ -221,7 +221,7 @@ def evaluate(job: Job, learner: Learner, source: Any, batch_size: int) -> dict[s
             rows = np.minimum(np.arange(batch_size), len(batch["label"]) - 1)
             yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
 
-    for batch in on_device(padded()):
+    for batch in in_background(map(jax.device_put, padded())):
         scores.append(job.predict(learner, batch))
     label = np.concatenate(labels)
     score = np.concatenate([np.asarray(s)[: len(y)] for s, y in zip(scores, labels, strict=True)]).astype(np.float64)
@@ -258,7 +258,7 @@ def train(
         params = job.init_params(dense_key)
         learners.append(Learner(mpembed.init(row_key, spec, job.row_tx), params, job.tx.init(params)))
     num_steps, first_chunks = 0, [0.0] * len(contenders)
-    for chunk in _chunks(on_device(source.train(recipe.batch_size, seed))):
+    for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
         num_steps += len(chunk)
         for i, contender in enumerate(contenders):
             start, logs = time.perf_counter(), []

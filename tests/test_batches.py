@@ -4,13 +4,14 @@ import itertools
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
 from experiments.data import batches, synthetic
-from experiments.data.background import on_device
+from experiments.data.background import in_background
 from experiments.data.in_memory import InMemory
 from mpembed_jax import NO_ID
 
@@ -125,8 +126,8 @@ def test_test_rows_come_in_order_and_are_not_trained():
 
 def test_batches_reach_the_device_in_order_and_unchanged():
     host = list(batches.shuffled(Counted(203), 7, seed=3))
-    sent = list(on_device(batches.shuffled(Counted(203), 7, seed=3), depth=2))
+    sent = list(in_background(map(jax.device_put, batches.shuffled(Counted(203), 7, seed=3)), depth=2))
     assert len(sent) == len(host)
     for there, here in zip(sent, host, strict=True):
-        assert hasattr(there["row"], "devices")
+        assert isinstance(there["row"], jax.Array)
         np.testing.assert_array_equal(there["row"], here["row"])

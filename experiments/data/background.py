@@ -1,11 +1,9 @@
-"""Runs an iterator of batches on a thread, so that the next ones are made, and on the device, while it computes."""
+"""Runs an iterator of batches on a thread, so that the next batches are made while the device computes."""
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-import jax
 
 
 def in_background(items: Iterable[Any], depth: int = 32) -> Iterator[Any]:
@@ -46,8 +44,3 @@ def in_background(items: Iterable[Any], depth: int = 32) -> Iterator[Any]:
     finally:
         stop.set()
         thread.join()
-
-
-def on_device(batches: Iterable[Any], depth: int = 32) -> Iterator[Any]:
-    """Yields host batches as arrays of the default device, made and sent by a thread that runs up to `depth` ahead."""
-    return in_background(map(jax.device_put, batches), depth)
