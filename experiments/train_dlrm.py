@@ -1,14 +1,16 @@
 """Trains a recommender with cached low-precision embeddings, and the same one in FP32 beside it.
 
 DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own train.txt from a folder,
-or a small model on Reddit posts. A third run, FP32 with ids hashed into as many bytes as ours, is the baseline that any
-compression has to beat. All runs see the same batches, seeds and initial dense parameters. At the end: a table, a picture
-and a JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the repository root:
+or a small model on Reddit posts or MovieLens ratings. A third run, FP32 with ids hashed into as many bytes as ours, is the
+baseline that any compression has to beat. All runs see the same batches, seeds and initial dense parameters. At the end: a
+table, a picture and a JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the repository
+root:
 
     python -m experiments.train_dlrm
     python -m experiments.train_dlrm --storage int4 --cache-fraction 0.01 --embedding-dim 64
     python -m experiments.train_dlrm --data criteo --path ~/criteo --min-count 10
     python -m experiments.train_dlrm --data reddit --seeds 0 1 2
+    python -m experiments.train_dlrm --data movielens --seeds 0 1 2
 """
 
 import dataclasses
@@ -23,14 +25,14 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/train_dlrm.py` works too
 
 from experiments import reporting, training
-from experiments.data import criteo, reddit, synthetic
+from experiments.data import reddit, synthetic
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything a run depends on."""
 
-    data: Literal["synthetic", "criteo", "reddit"] = "synthetic"
+    data: Literal["synthetic", "criteo", "reddit", "movielens"] = "synthetic"
     path: Path | None = None
     """Folder (or file) of the data, for criteo and reddit."""
     storage: training.Storage = "int8"
@@ -41,11 +43,11 @@ class Settings:
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     embedding_dim: int = 16
     batch_size: int | None = None
-    """None: 2,048, or 1,024 for reddit."""
+    """None: 2,048, or 1,024 for reddit and movielens."""
     row_learning_rate: float | None = None
-    """Of row-wise Adagrad on the embedding rows. None: 0.02, or 0.05 for reddit."""
+    """Of row-wise Adagrad on the embedding rows. None: 0.02, or 0.05 for reddit and movielens."""
     dense_learning_rate: float | None = None
-    """Of Adam on the rest. None: 1e-3, or 2e-3 for reddit."""
+    """Of Adam on the rest. None: 1e-3, or 2e-3 for reddit and movielens."""
     hidden: tuple[int, int] = (512, 256)
     """Hidden widths of DLRM's two MLPs; the bottom one adds a layer of 64."""
     max_unique_ids: int | None = None
@@ -56,9 +58,9 @@ class Settings:
     scale: float = 0.02
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
-    """Rows in all. None: 800,000 synthetic ones; all rows of a file. Reddit: per split."""
+    """Rows in all. None: 800,000 synthetic ones; all rows of a file. Criteo: lines of it. Reddit: per split."""
     data_seed: int = 0
-    """Synthetic: which data."""
+    """Synthetic: which data. Movielens: which rows train and which test."""
     mapping: Literal["dictionary", "hash"] = "dictionary"
     """Criteo: how categories become ids."""
     min_count: int = 1
@@ -70,7 +72,7 @@ class Settings:
     holdout: Literal["test", "validation", "day"] = "test"
     """Criteo: which part of the last day to evaluate on."""
     cache_dir: Path | None = None
-    """Criteo: where the text is kept in binary form; None: mpembed_cache beside it."""
+    """Where datasets go. Criteo: None is mpembed_cache beside the text. Movielens: None is ~/tensorflow_datasets."""
     out: Path = Path("results/train_dlrm")
     """Folder for the table, the picture and the JSON file."""
 
@@ -87,7 +89,13 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
             return reddit.RedditPosts(settings.path, settings.num_rows)
+        case "movielens":
+            from experiments.data import movielens  # tensorflow-datasets is needed for these two only
+
+            return movielens.MovielensRatings(settings.cache_dir, settings.num_rows, settings.data_seed, log)
         case "criteo":
+            from experiments.data import criteo
+
             if settings.path is None:
                 raise ValueError("data=criteo needs path: the folder that holds train.txt or train.txt.gz")
             return criteo.CriteoLog(
@@ -102,12 +110,12 @@ def main(settings: Settings) -> dict[str, Any]:
     start = time.perf_counter()
     console = reporting.make_console()
     source = make_source(settings, console.print)
-    is_reddit = settings.data == "reddit"
+    is_small = not source.num_dense  # reddit and movielens: another model, and no day of Criteo's to project to
     recipe = training.Recipe(
         embedding_dim=settings.embedding_dim,
-        batch_size=settings.batch_size or (1024 if is_reddit else 2048),
-        row_learning_rate=settings.row_learning_rate or (0.05 if is_reddit else 0.02),
-        dense_learning_rate=settings.dense_learning_rate or (2e-3 if is_reddit else 1e-3),
+        batch_size=settings.batch_size or (1024 if is_small else 2048),
+        row_learning_rate=settings.row_learning_rate or (0.05 if is_small else 0.02),
+        dense_learning_rate=settings.dense_learning_rate or (2e-3 if is_small else 1e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
     )
@@ -142,9 +150,9 @@ def main(settings: Settings) -> dict[str, Any]:
     total = time.perf_counter() - start
     record = reporting.save_json(
         settings.out / f"{source.name}.json", settings, outcomes, seconds=total,
-        projected_kaggle_epoch_seconds=None if is_reddit else seconds,
+        projected_kaggle_epoch_seconds=None if is_small else seconds,
     )  # fmt: skip
-    if not is_reddit:
+    if not is_small:
         console.print(
             f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these steps: {projected} "
             f"(evaluation, and reading the text once, not included)"

@@ -1,6 +1,5 @@
 """The inputs of the experiments do what their files promise, and the main job runs end to end on small data."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -11,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from criteo_text import line, random_lines, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
 from experiments import dlrm, reddit_quality, train_dlrm, training
-from experiments.data import criteo, criteo_format, reddit, synthetic
+from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
 from mpembed_jax import NO_ID
 
@@ -119,35 +119,6 @@ def test_a_scale_outside_0_1_is_refused(scale):
 # --- Criteo's text format
 
 
-def line(label="1", integers=("3",) * 13, categories=("0000000a",) * 26):
-    return "\t".join([str(label), *integers, *categories])
-
-
-def random_lines(num_lines, seed=0, vocabulary=50):
-    rng = np.random.default_rng(seed)
-    label = rng.integers(0, 2, num_lines)
-    integers = rng.integers(-2, 100_000, (num_lines, 13))
-    categories = rng.integers(1, vocabulary, (num_lines, 26)) * 0x1234567
-    missing = rng.random((num_lines, 39)) < 0.2
-    text = [
-        line(
-            label[i],
-            ["" if missing[i, j] else str(integers[i, j]) for j in range(13)],
-            ["" if missing[i, 13 + j] else f"{categories[i, j]:08x}" for j in range(26)],
-        )
-        for i in range(num_lines)
-    ]
-    dense = np.log1p(np.where(missing[:, :13], 0, np.maximum(integers, 0)).astype(np.float32))
-    return text, label, dense, np.where(missing[:, 13:], 0, categories).astype(np.uint32)
-
-
-def write(folder, lines, newline="\n", name="train.txt", end=True):
-    data = (newline.join(lines) + (newline if end else "")).encode()
-    path = folder / name
-    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    return path
-
-
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_parsing_gives_back_what_was_written(newline):
     text, label, dense, categories = random_lines(500)
@@ -229,111 +200,6 @@ def test_blocks_join_to_the_file(tmp_path):
         blocks = list(criteo_format.read_blocks(file, 1000))
     assert len(blocks) > 5 and all(b.endswith(b"\n") for b in blocks)
     assert b"".join(blocks) == path.read_bytes() + b"\n"
-
-
-# --- Criteo as a source
-
-
-@pytest.mark.parametrize(
-    "name, newline, end", [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)]
-)
-def test_a_folder_becomes_batches(tmp_path, name, newline, end, monkeypatch):
-    monkeypatch.setattr(criteo_format, "BLOCK_BYTES", 2000)
-    text, label, dense, categories = random_lines(700)
-    write(tmp_path, text, newline, name, end)
-    source = criteo.CriteoLog(tmp_path, holdout="day")
-    assert (source.num_train, source.num_test) == (600, 100)
-    train = list(source.train(64, seed=3))
-    assert [len(b["label"]) for b in train] == [64] * 9
-    test = {k: np.concatenate([b[k] for b in source.test(64)]) for k in ("dense", "ids", "label")}
-    np.testing.assert_array_equal(test["label"], label[600:])
-    np.testing.assert_array_equal(test["dense"], dense[600:])
-    for t in range(26):
-        sizes, column = list(source.tables.values()), categories[:, t]
-        known = np.unique(column[:600][column[:600] != 0])
-        assert sizes[t] == len(known) + 2
-        expected = np.where(column == 0, 0, np.where(np.isin(column, known), np.searchsorted(known, column) + 2, 1))
-        np.testing.assert_array_equal(test["ids"][:, t], expected[600:])
-    seen = np.concatenate([b["dense"] for b in train])
-    assert {r.tobytes() for r in seen} <= {r.tobytes() for r in dense[:600]}
-    again, other = (list(source.train(64, seed=s)) for s in (3, 4))
-    np.testing.assert_array_equal(again[0]["ids"], train[0]["ids"])
-    assert not np.array_equal(other[0]["ids"], train[0]["ids"])
-
-
-def test_rare_values_share_one_id_and_the_last_day_does_not_count():
-    raw = np.array([7, 7, 7, 5, 5, 0, 9, 9, 9, 9], np.uint32)
-    ids, size = criteo.number_by_dictionary(raw, num_train=7, min_count=2)
-    assert ids.tolist() == [3, 3, 3, 2, 2, 0, 1, 1, 1, 1] and size == 4
-    ids, size = criteo.number_by_dictionary(raw, num_train=7, min_count=100)
-    assert ids.tolist() == [1, 1, 1, 1, 1, 0, 1, 1, 1, 1] and size == 2
-
-
-def test_hashed_ids_fill_their_table_and_keep_missing_apart():
-    raw = np.arange(100_000, dtype=np.uint32)
-    ids, size = criteo.number_by_hash(raw, 1001, salt=1)
-    other, _ = criteo.number_by_hash(raw, 1001, salt=2)
-    assert size == 1001 and ids[0] == 0 and ids[1:].min() == 1 and ids.max() == 1000
-    counts = np.bincount(ids[1:], minlength=1001)[1:]
-    assert 0.8 < counts.var() / counts.mean() < 1.2  # Poisson: variance equals mean, up to 5 sigma of n = 1000
-    assert np.mean(ids == other) < 0.01
-
-
-def test_a_second_run_reads_the_columns_and_a_changed_file_does_not(tmp_path, monkeypatch):
-    text, *_ = random_lines(70)
-    path = write(tmp_path, text)
-    first = criteo.CriteoLog(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(criteo, "convert", lambda *a, **k: pytest.fail("read the text again"))
-        again = criteo.CriteoLog(path, mapping="hash", hash_size=100)
-    assert first.num_train == again.num_train == 60 and set(again.tables.values()) == {100}
-    write(tmp_path, text * 2)
-    assert criteo.CriteoLog(tmp_path).num_train == 120
-
-
-def test_bad_lines_are_tolerated_up_to_the_limit_with_file_and_line(tmp_path):
-    text, *_ = random_lines(70)
-    path = write(tmp_path, [*text[:10], line(2), *text[10:20], "", *text[20:]])
-    said = []
-    source = criteo.CriteoLog(tmp_path, max_bad_lines=2, log=said.append)
-    assert source.num_train == 60 and [b.number for b in source.bad_lines] == [11, 22]
-    report = "\n".join(said)
-    assert f"{path}:11: label is '2'; expected 0 or 1" in report and f"{path}:22: the line is empty" in report
-    for cache_dir in (None, tmp_path / "elsewhere"):  # what was converted before, and a fresh one
-        with pytest.raises(criteo.BadLinesError, match=r"more than 1 .*max_bad_lines") as error:
-            criteo.CriteoLog(tmp_path, max_bad_lines=1, cache_dir=cache_dir)
-        assert f"{path}:22: the line is empty" in str(error.value)
-
-
-def test_only_the_first_rows_can_be_taken(tmp_path):
-    text, label, *_ = random_lines(70)
-    write(tmp_path, [*text[:5], "x", *text[5:]])
-    source = criteo.CriteoLog(tmp_path, max_rows=14, holdout="day")
-    assert (source.num_train, source.num_test) == (12, 2)
-    np.testing.assert_array_equal(next(source.test(2))["label"], label[12:14])
-
-
-def test_halves_of_the_last_day(tmp_path):
-    text, label, *_ = random_lines(71)
-    write(tmp_path, text)
-    halves = [criteo.CriteoLog(tmp_path, holdout=h) for h in ("validation", "test")]
-    np.testing.assert_array_equal(np.concatenate([next(h.test(100))["label"] for h in halves]), label[60:])
-
-
-def test_files_that_are_not_criteo(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train\.txt or train\.txt\.gz"):
-        criteo.CriteoLog(tmp_path)
-    text, *_ = random_lines(700)
-    cut = write(tmp_path, text, name="train.txt.gz")
-    cut.write_bytes(cut.read_bytes()[:-5000])
-    with pytest.raises(criteo.BadLinesError, match=r"train\.txt\.gz:\d+: the gzip file is cut short"):
-        criteo.CriteoLog(tmp_path)
-    for content, message in ((b"", "has 0 good lines"), (b"x" * 40_000_000, "longer than"), (b"\n" * 200, "bad lines")):
-        (tmp_path / "train.txt").write_bytes(content)
-        with pytest.raises(criteo.BadLinesError, match=message):
-            criteo.CriteoLog(tmp_path)
-    with pytest.raises(ValueError, match="mapping must be"):
-        criteo.CriteoLog(tmp_path, min_count=0)
 
 
 # --- Reddit
@@ -425,16 +291,6 @@ def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
     assert 0.3 < full["normalized_entropy"] < 1.1 and 0 < ours["hit_rate"] < 1 and full["hit_rate"] == 0
     assert full["ratio"] == pytest.approx(1, abs=0.01) and ours["ratio"] > 1.5
     assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
-
-
-def test_the_main_job_reads_criteo(tmp_path, optax_adam):
-    write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
-    hashed = {"mapping": "hash", "hash_size": 200, "hashed_baseline": False}
-    settings = small_settings(tmp_path, data="criteo", path=tmp_path, num_rows=None, batch_size=128, **hashed)
-    record = train_dlrm.main(settings)
-    assert record["outcomes"][0]["num_steps"] == 1200 // 128
-    with pytest.raises(ValueError, match="needs path"):
-        train_dlrm.main(small_settings(tmp_path, data="criteo"))
 
 
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):

@@ -9,13 +9,12 @@ the repository. Links, scores and authors are not used.
 
 import datetime
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from mpembed_jax import NO_ID
+from experiments.data.in_memory import InMemory, numbered, numbered_bags
 
 FILE = Path("reddit") / "posts_before_2012-07.parquet"
 SINGLES = ("subreddit", "domain", "hour", "weekday", "is_self")
@@ -46,8 +45,8 @@ def find(path: Path | str | None = None) -> Path:
     )
 
 
-class RedditPosts:
-    """The source, held in memory (about 60 MB): 588,138 posts in time order.
+class RedditPosts(InMemory):
+    """The source, about 60 MB: 588,138 posts in time order.
 
     Args:
       path: the parquet file or its folder; None looks in the default places.
@@ -55,7 +54,6 @@ class RedditPosts:
     """
 
     name = "reddit"
-    num_dense = 0
     bags: tuple[str, ...] = ("title",)
 
     def __init__(self, path: Path | str | None = None, num_rows: int | None = None):
@@ -68,41 +66,13 @@ class RedditPosts:
             hour=created.dt.hour(),
             weekday=created.dt.weekday() - 1,
             is_self=pl.col("is_self").cast(pl.Int8),
-            words=pl.col("title").str.to_lowercase().str.extract_all(WORD).list.head(MAX_TOKENS),
+            words=pl.col("title").str.to_lowercase().str.extract_all(WORD),
         )
-        self.label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
-        self.num_train = int((posts["created_utc"] < TEST_FROM).sum())
-        self.num_test = len(posts) - self.num_train
-        self.ids = {}
-        self.tables = {}
+        self.tables, ids = {}, {}
         for name in SINGLES:
-            self.ids[name], self.tables[name] = _numbered(posts[name])
+            ids[name], self.tables[name] = numbered(posts[name])
         for name, size in (("hour", 24), ("weekday", 7), ("is_self", 2)):
-            self.ids[name], self.tables[name] = posts[name].to_numpy().astype(np.int32), size
-        lengths = posts["words"].list.len().to_numpy()
-        self.ids["title"] = np.full((len(posts), MAX_TOKENS), NO_ID, np.int32)
-        is_word = np.arange(MAX_TOKENS) < lengths[:, None]
-        # An empty list explodes to one null, which is no word.
-        self.ids["title"][is_word], self.tables["title"] = _numbered(posts["words"].explode().drop_nulls())
-
-    def _batch(self, rows: np.ndarray | slice) -> dict:
-        label = self.label[rows]
-        ids = {name: ids[rows] for name, ids in self.ids.items()}
-        return {"dense": np.zeros((len(label), 0), np.float32), "ids": ids, "label": label}
-
-    def train(self, batch_size: int, seed: int = 0) -> Iterator[dict]:
-        """Yields the full batches of the training posts in random order."""
-        order = np.random.default_rng(seed).permutation(self.num_train)
-        for at in range(0, self.num_train - batch_size + 1, batch_size):
-            yield self._batch(order[at : at + batch_size])
-
-    def test(self, batch_size: int) -> Iterator[dict]:
-        """Yields the test posts in time order, the last batch possibly short."""
-        for at in range(self.num_train, self.num_train + self.num_test, batch_size):
-            yield self._batch(slice(at, min(at + batch_size, self.num_train + self.num_test)))
-
-
-def _numbered(values: pl.Series) -> tuple[np.ndarray, int]:
-    """Numbers the distinct values in sorted order: i32 [n] and how many there are."""
-    ids = values.rank("dense").to_numpy().astype(np.int32) - 1
-    return ids, int(ids.max()) + 1
+            ids[name], self.tables[name] = posts[name].to_numpy().astype(np.int32), size
+        ids["title"], self.tables["title"] = numbered_bags(posts["words"], MAX_TOKENS)
+        label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
+        super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()))

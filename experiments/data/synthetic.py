@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.data import batches
 from experiments.data.hashing import fmix32
 
 CLICK_RATE = 0.2562
@@ -200,26 +201,26 @@ class CriteoTwin:
             blocks += [(day, b, min(BLOCK, left - b * BLOCK)) for b in range(-(-left // BLOCK))]
         return blocks
 
-    def train(self, batch_size: int, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[batches.Arrays]:
         """Yields the full training batches: blocks in an order given by the seed, rows shuffled within a block.
 
-        Rows of a day are exchangeable, so this is as good as a shuffle of all rows.
+        Rows of a day are exchangeable, so this is as good as a shuffle of all rows. From batch `start` on, counted through
+        all epochs; only blocks with rows of later batches are made.
         """
-        rng = np.random.default_rng([self.seed, seed, 3])
+        for epoch, taken in batches.epochs(self.num_train, batch_size, start, num_epochs):
+            yield from batches.rebatched(self._epoch([self.seed, seed, 3, epoch], taken * batch_size), batch_size)
+
+    def _epoch(self, key: list[int], skip: int) -> Iterator[batches.Arrays]:
+        """Yields the blocks of one epoch without its first `skip` rows."""
+        rng = np.random.default_rng(key)
         blocks = self._blocks(range(self.num_days - 1), self.num_train)
         rng.shuffle(blocks)
-        rest = None
         for day, block, num_rows in blocks:
-            part = self._rows(num_rows, day=day, key=0, block=block)[:3]
-            order = rng.permutation(num_rows)
-            part = [a[order] for a in part]
-            if rest is not None:
-                part = [np.concatenate(pair) for pair in zip(rest, part, strict=True)]
-            full = len(part[2]) // batch_size * batch_size
-            for at in range(0, full, batch_size):
-                dense, ids, label = (a[at : at + batch_size] for a in part)
-                yield {"dense": dense, "ids": ids, "label": label}
-            rest = [a[full:] for a in part]
+            order = rng.permutation(num_rows)[skip:]
+            skip -= num_rows - len(order)
+            if len(order):
+                dense, ids, label, _ = self._rows(num_rows, day=day, key=0, block=block)
+                yield {"dense": dense[order], "ids": ids[order], "label": label[order]}
 
     def test(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields the last day in batches, some of them short."""

@@ -1,0 +1,111 @@
+"""Datasets of tensorflow-datasets on disk: prepared once, by one process, whole or not at all; rows in blocks of thousands.
+
+tensorflow-datasets (4.9.10) writes and reads array_record files without TensorFlow, at some 30,000 records/s whatever
+their size, which is why a record of ours is a block of rows: one array per feature, stored as its bytes. It prepares a
+dataset in a folder of another name and renames that at the end, so a folder with the right name is whole. Two processes that
+prepare the same dataset at once would collide in the renaming: here the second waits for the first and uses its result.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from experiments.data.batches import Arrays
+
+BLOCK_ROWS = 4096
+BLOCKS_PER_FILE = 256
+INFO = "dataset_info.json"  # what tensorflow-datasets writes last
+
+
+class DamagedError(RuntimeError):
+    """Files of a prepared dataset are missing, cut or changed."""
+
+
+def block_features(features: dict[str, tuple[tuple[int, ...], type]]) -> tfds.features.FeaturesDict:
+    """Describes a record that is a block: {feature: (shape of one row, dtype)}."""
+    return tfds.features.FeaturesDict(
+        {
+            name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+            for name, (shape, dtype) in features.items()
+        }
+    )
+
+
+class BlockSplit:
+    """One split of a prepared dataset of blocks, as `batches.Blocks`.
+
+    Args:
+      builder: prepared; its metadata holds num_rows {split: rows} and block_rows.
+      split: its name.
+
+    Raises:
+      DamagedError: if the files do not hold the blocks that the metadata promises.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        self.num_rows: int = builder.info.metadata["num_rows"][split]
+        self.block_rows: int = builder.info.metadata["block_rows"]
+        self.folder = Path(builder.data_dir)
+        self._records = builder.as_data_source(split)
+        if len(self._records) != -(-self.num_rows // self.block_rows):
+            raise self._damaged(f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} rows")
+
+    def _damaged(self, reason: object) -> "DamagedError":
+        return DamagedError(f"{self.folder} is damaged ({reason}); delete it and prepare it again")
+
+    def read(self, numbers: Sequence[int]) -> list[Arrays]:
+        """Returns the blocks with these numbers.
+
+        Raises:
+          DamagedError: if a file is missing, cut or changed.
+        """
+        try:
+            blocks = self._records.__getitems__(numbers)
+        except (RuntimeError, ValueError) as error:  # what array_record raises for its files, the decoding for their records
+            raise self._damaged(error) from error
+        for number, block in zip(numbers, blocks, strict=True):
+            num_rows = min(self.block_rows, self.num_rows - number * self.block_rows)
+            if any(len(array) != num_rows for array in block.values()):
+                raise self._damaged(f"block {number} has not {num_rows} rows")
+        return blocks
+
+
+def is_whole(builder: tfds.core.DatasetBuilder) -> bool:
+    """Says whether the builder's dataset is on disk."""
+    return (Path(builder.data_dir) / INFO).is_file()
+
+
+def prepared(
+    make: Callable[[], tfds.core.DatasetBuilder], download_config: tfds.download.DownloadConfig | None = None
+) -> tfds.core.DatasetBuilder:
+    """Returns a builder whose dataset is on disk, after writing it if need be.
+
+    Args:
+      make: makes the builder; called again once the dataset is there, since a builder reads its description when made.
+      download_config: as for download_and_prepare.
+
+    Raises:
+      PermissionError: if the folder cannot be written.
+      FileExistsError: if something else lies where the dataset should be.
+    """
+    builder = make()
+    place = Path(builder.data_dir)
+    if is_whole(builder):
+        return builder
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = (place.parent / ".lock").open("w")
+    except OSError as error:
+        raise PermissionError(f"cannot write {place.parent} ({error}); name a writable folder with cache_dir") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file is closed, or the process dies
+        if not is_whole(builder):
+            if place.exists():
+                raise FileExistsError(f"{place} is there but holds no whole dataset ({INFO} is missing); delete it")
+            for left_over in place.parent.glob(f"incomplete.*_{place.name}"):  # of a process that was killed
+                shutil.rmtree(left_over)
+            builder.download_and_prepare(download_config=download_config)
+    return make()
