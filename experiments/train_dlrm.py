@@ -97,13 +97,10 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             )  # fmt: skip
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Trains, evaluates, prints and saves; returns what the JSON file holds."""
-    start = time.perf_counter()
-    console = reporting.make_console()
-    source = make_source(settings, console.print)
+def make_recipe(settings: Settings) -> training.Recipe:
+    """Returns what all contenders share, with the defaults of the data where the settings say None."""
     is_reddit = settings.data == "reddit"
-    recipe = training.Recipe(
+    return training.Recipe(
         embedding_dim=settings.embedding_dim,
         batch_size=settings.batch_size or (1024 if is_reddit else 2048),
         row_learning_rate=settings.row_learning_rate or (0.05 if is_reddit else 0.02),
@@ -111,6 +108,14 @@ def main(settings: Settings) -> dict[str, Any]:
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
     )
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Trains, evaluates, prints and saves; returns what the JSON file holds."""
+    start = time.perf_counter()
+    console = reporting.make_console()
+    source = make_source(settings, console.print)
+    is_reddit, recipe = settings.data == "reddit", make_recipe(settings)
     cached = f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     ours = training.Contender(
         f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction, settings.rounding,

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
-from experiments import dlrm, reddit_quality, train_dlrm, training
+from experiments import dlrm, train_dlrm, training
 from experiments.data import criteo, criteo_format, reddit, synthetic
 from experiments.data.background import in_background
 from mpembed_jax import NO_ID
@@ -439,12 +439,12 @@ def test_the_main_job_reads_criteo(tmp_path, optax_adam):
 
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
     # A float32 cache changes nothing (DESIGN.md 6.1), so any difference would come from other batches or initial values.
-    contenders = (training.FP32, training.Contender("cached", "float32", 0.3))
-    record = reddit_quality.main(reddit_quality.Settings(seeds=(0,), num_rows=20_000, out=tmp_path), contenders)
-    assert record["auc_differences"]["cached"]["per_seed"] == pytest.approx([0.0], abs=1e-5)
-    plain, cached = record["outcomes"]
-    assert plain["auc"] > 0.6 and cached["hit_rate"] > 0.5
-    assert (tmp_path / "reddit_quality.json").is_file() and (tmp_path / "reddit_quality.png").is_file()
+    contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
+    source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)
+    job = training.make_job(source, recipe)
+    plain, cached = training.train(source, contenders, recipe, job, seed=0, on_chunk=lambda *_: None)
+    assert cached.auc == pytest.approx(plain.auc, abs=1e-5)
+    assert plain.auc > 0.6 and cached.hit_rate > 0.5
 
 
 def test_hashing_caps_the_largest_tables():
