@@ -20,6 +20,17 @@ from experiments.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
 MARKS = "osD^vPX*<>"
+COLOURS = {"INT8": "#4477aa", "INT4": "#228833", "INT2": "#ee6677", "FP32": "#888888"}
+
+
+def _look(name: str, number: int) -> dict[str, Any]:
+    """Colour by format, the methods of the paper in full, everything else paler."""
+    is_ours = name in ("INT8", "INT4", "INT2")
+    colour = COLOURS.get(name.split()[0].rstrip(","), "#aa3377")
+    look = {"color": colour, "marker": MARKS[number % len(MARKS)], "capsize": 2, "label": name}
+    if is_ours:
+        return look | {"linewidth": 2.0, "markersize": 6, "zorder": 3}
+    return look | {"linewidth": 0.8, "markersize": 4, "alpha": 0.75, "linestyle": ":"}
 
 
 class Group(NamedTuple):
@@ -131,14 +142,14 @@ def write(found: list[dict[str, Any]], out: Path) -> None:
 
 def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], None]]) -> None:
     """Draws one column per group and one row per kind of panel."""
-    figure = Figure(figsize=(6.2 * len(groups) + 0.5, 4.6 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(7.2 * len(groups), 4.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), len(groups), squeeze=False)
     for row, panel in zip(axes, panels, strict=True):
         for axis, g in zip(row, groups, strict=True):
             panel(axis, g)
             axis.set_title(g.title)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=6.5)
+            axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -155,12 +166,7 @@ def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]
                 lines.setdefault(case.family or case.name, []).append(point)
         for number, (name, points) in enumerate(sorted(lines.items())):
             x, y, half = zip(*sorted(points), strict=True)
-            ours = name in ("INT8", "INT4", "INT2")
-            axis.errorbar(
-                x, y, half, label=name, capsize=2, linewidth=1.8 if ours else 0.8, linestyle="-" if len(x) > 1 else "none",
-                marker=MARKS[number % len(MARKS)], markersize=6 if ours else 4,
-                color=colormaps["tab20"](number * 2 % 20 + number // 10 % 2),
-            )  # fmt: skip
+            axis.errorbar(x, y, half, **_look(name, number))
         axis.axhline(0, color="black", linewidth=0.6)
         axis.axhline(LIMIT, color="grey", linewidth=0.6, linestyle=":")
         axis.set_xscale("log", base=2)
