@@ -299,6 +299,23 @@ def test_the_report_pairs_and_draws(finished):
         assert (settings.out / f"paper_table_{name}.png").stat().st_size > 10_000
 
 
+def test_criteos_own_file_goes_the_same_way(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.integers(0, 2, (1400, 1)), rng.integers(0, 50, (1400, 13))], axis=1).astype(str)
+    categories = [[f"{value:08x}" for value in row] for row in rng.integers(1, 40, (1400, 26))]
+    text = ["\t".join([*row, *more]) for row, more in zip(rows, categories, strict=True)]
+    (tmp_path / "train.txt").write_text("\n".join(text) + "\n")
+    monkeypatch.setattr(grid, "TARGETS", (FP32, Case("int4", 0.3)))
+    settings = small(
+        tmp_path / "out", data="criteo", path=tmp_path, num_rows=None, grid="targets", batch_size=200, min_count=2
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        paper_table.main(settings)
+    found = lines(tmp_path / "out")
+    assert [r["name"] for r in found] == ["FP32", "INT4 + 30 %"]
+    assert found[0]["data"]["name"] == "criteo" and found[0]["data"]["train"] == 1200 and found[0]["data"]["min_count"] == 2
+
+
 def test_without_results_the_report_says_so(tmp_path):
     with pytest.raises(SystemExit, match="run without --report first"):
         paper_table.main(small(tmp_path, report=True))
