@@ -123,7 +123,7 @@ def quantization_aware(tables: dict[str, int], period: int = REFRESH_PERIOD) -> 
         return fake_quantize(rows, learner.extra[table])
 
     def refresh(learner: Learner) -> Learner:
-        return learner._replace(extra=table_scales(learner.emb, sizes))
+        return learner._replace(extra=table_scales(learner.emb[0], sizes))
 
     return View(see, refresh, period)
 

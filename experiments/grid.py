@@ -37,6 +37,7 @@ class Case:
       ways: lines per set.
       symmetric: of an integer format; None: the library's choice for the dim.
       share: of FP32's bytes, for "hashed" and "pruned"; of the dim, for "narrow".
+      small: the smallest tables, as many as have this share of all rows together, stay in FP32.
     """
 
     storage: Storage = "float32"
@@ -47,6 +48,7 @@ class Case:
     symmetric: bool | None = None
     method: Method = "trained"
     share: float = 1.0
+    small: float = 0.0
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Case:
         words += ["LRU"] if self.cache and self.policy == "lru" else []
         words += [f"{self.ways} way{'s' * (self.ways > 1)}"] if self.cache and self.ways != 32 else []
         words += [self.rounding] if self.rounding != "stochastic" else []
+        words += [f"{100 * self.small:.3g} % in small FP32 tables"] if self.small else []
         return ", ".join(words)
 
     @property
@@ -74,8 +77,10 @@ class Case:
         """The method whose bytes this case is a point of; None for variants (nearest, LRU, other ways, symmetric)."""
         if self.method != "trained":
             return self.name.split(" to ")[0]
-        plain = Case(self.storage, self.cache)
-        return SHORT.get(self.storage, self.storage.upper()) if self == plain else None
+        stored = SHORT.get(self.storage, self.storage.upper())
+        if self == Case(self.storage, self.cache):
+            return stored
+        return f"{stored} + small FP32 tables" if self == Case(self.storage, self.cache, small=self.small) else None
 
     def contender(self) -> Contender:
         """Returns how training stores it; of "post-training" and the FP32 baselines, what is trained."""
@@ -83,8 +88,9 @@ class Case:
             hashed_to = self.share if self.method == "hashed" else 1.0
             return Contender(self.name, "float32", 0.0, hashed_to=hashed_to)
         return Contender(
-            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways, symmetric=self.symmetric
-        )
+            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways, symmetric=self.symmetric,
+            float32_share=self.small,
+        )  # fmt: skip
 
 
 FP32 = Case()
@@ -97,6 +103,8 @@ CORE = (
     Case("int4", 0.05, "lru"), Case("int4", 0.01, "lru"), Case("int4", 0.01, ways=1),
     Case("int2", 0.1), Case("int2", 0.05), Case("int2", 0.02), Case("int2", 0.01), Case("int2"),
     Case("int2", 0.05, "lru"), Case("int2", 0.05, ways=1),
+    *(Case("int4", cache, small=0.01) for cache in (0.0, 0.01)),
+    *(Case("int2", cache, small=0.01) for cache in (0.0, 0.01, 0.02)),
     *(Case(method="hashed", share=share) for share in SHARES),
     *(Case(method="pruned", share=share) for share in SHARES[:3]),
     *(Case(method="narrow", share=share) for share in (0.5, 0.25)),
@@ -106,7 +114,8 @@ CORE = (
 FLOATS = (Case("bfloat16"), Case("float16"), Case("float8_e4m3fn"), Case("float8_e4m3fn", rounding="nearest"))
 TARGETS = (
     FP32, Case("int8", 0.05), Case("int4", 0.01), Case("int4"), Case("int4", rounding="nearest"),
-    Case("int2", 0.05), Case("int2", 0.02), Case(method="hashed", share=0.34), Case(method="hashed", share=0.16),
+    Case("int2", 0.05), Case("int2", 0.02), Case("int2", 0.01, small=0.01),
+    Case(method="hashed", share=0.34), Case(method="hashed", share=0.16),
 )  # fmt: skip
 
 

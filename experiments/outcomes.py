@@ -30,7 +30,7 @@ class Outcome:
     bytes_per_row: float  # embedding_bytes over the rows of the source's tables
     ratio: float  # float32 tables of the source over embedding_bytes
     ratio_with_row_state: float  # the same with the optimizer's state on both sides
-    hit_rate: float  # share of requests found in the cache while training
+    hit_rate: float  # share of requests found in the cache while training; this and the next three are of the first stack
     unique_hit_rate: float
     evictions_per_step: float
     bypasses_per_step: float
@@ -84,17 +84,18 @@ def measure(job: "Job", fitted: "Fitted", source: Any, plain: mpembed.EmbeddingS
     """
     with warnings.catch_warnings(record=True) as advice:
         warnings.simplefilter("always")
-        counts = mpembed.stats(fitted.learner.emb)
-    if counts.out_of_range:
-        raise ValueError(f"{source.name} made {counts.out_of_range} ids outside their tables")
-    size, full = (mpembed.memory.report(spec, job.row_tx) for spec in (fitted.spec, plain))
-    row_state_bytes = size.components["row state"]
+        counts, *others = map(mpembed.stats, fitted.learner.emb)
+    if outside := sum(c.out_of_range for c in (counts, *others)):
+        raise ValueError(f"{source.name} made {outside} ids outside their tables")
+    full, *sizes = (mpembed.memory.report(spec, job.row_tx) for spec in (plain, *fitted.specs))
+    total = sum(size.total for size in sizes)
+    row_state_bytes = sum(size.components["row state"] for size in sizes)
     return Outcome(
         contender=fitted.contender, seed=fitted.seed, **evaluate(job, fitted.learner, source, batch_size),
-        embedding_bytes=size.total - row_state_bytes, row_state_bytes=row_state_bytes,
-        bytes_per_row=(size.total - row_state_bytes) / full.num_rows,
-        ratio=full.float32_bytes / (size.total - row_state_bytes),
-        ratio_with_row_state=(full.float32_bytes + full.float32_row_state_bytes) / size.total,
+        embedding_bytes=total - row_state_bytes, row_state_bytes=row_state_bytes,
+        bytes_per_row=(total - row_state_bytes) / full.num_rows,
+        ratio=full.float32_bytes / (total - row_state_bytes),
+        ratio_with_row_state=(full.float32_bytes + full.float32_row_state_bytes) / total,
         hit_rate=counts.hit_rate, unique_hit_rate=counts.unique_hit_rate,
         evictions_per_step=counts.evictions / fitted.num_steps, bypasses_per_step=counts.bypasses / fitted.num_steps,
         step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)), first_chunk_s=fitted.first_chunk_s,

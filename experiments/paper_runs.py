@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from experiments import baselines, outcomes, training
+from experiments import baselines, outcomes, stacks, training
 from experiments.grid import FP32, Case
 from experiments.outcomes import Outcome
 
@@ -48,7 +48,7 @@ class Workbench:
 
     def __init__(self, source: Any, recipe: training.Recipe):
         self.source, self.recipe = source, recipe
-        self.plain = training.make_spec(source, training.FP32, recipe)
+        [self.plain] = stacks.make_specs(source, training.FP32, recipe)
         self.plain_bytes = 4 * self.plain.num_rows * recipe.embedding_dim
         self.jobs: dict[Any, tuple[Any, training.Recipe, training.Job]] = {}
         self.counts: dict[str, Any] | None = None
@@ -94,8 +94,8 @@ class Workbench:
         for case in group:
             now = fitted
             if case.method == "post-training":
-                emb = baselines.quantize_after(fitted.learner.emb, case.storage, job.row_tx)
-                now = fitted._replace(spec=emb.spec, learner=fitted.learner._replace(emb=emb))
+                emb = baselines.quantize_after(fitted.learner.emb[0], case.storage, job.row_tx)
+                now = fitted._replace(specs=(emb.spec,), learner=fitted.learner._replace(emb=(emb,)))
             outcome = outcomes.measure(job, now._replace(contender=case.contender()), source, self.plain, recipe.batch_size)
             fp32 = self.plain_bytes / self.plain.num_rows
             match case.method:

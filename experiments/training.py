@@ -18,9 +18,8 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import dlrm
+from experiments import dlrm, stacks
 from experiments.data.background import in_background
-from experiments.data.hashing import fmix32
 from experiments.outcomes import Outcome, measure
 
 CHUNK = 16  # batches a contender trains on before the next one's turn
@@ -39,6 +38,7 @@ class Contender:
     ways: int = 32
     hashed_to: float = 1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
     symmetric: bool | None = None  # of an integer format; None: the library's choice for the dim
+    float32_share: float = 0.0  # the smallest tables, with at most this share of all rows, stay FP32 in a stack of their own
 
 
 FP32 = Contender("FP32", "float32", 0.0)
@@ -59,14 +59,17 @@ class Recipe:
 class Learner(NamedTuple):
     """Everything a step replaces; all of it is donated."""
 
-    emb: mpembed.EmbeddingState
+    emb: tuple[mpembed.EmbeddingState, ...]  # one per stack, see stacks.make_specs
     params: Any
     opt_state: Any
     extra: Any = None  # what the job's View needs
 
 
 class View(NamedTuple):
-    """How the model sees rows if not as they are; `refresh` runs on the host every `period` steps, and once at the end."""
+    """How the model sees the rows of a single stack, if not as they are.
+
+    `refresh` runs on the host before every `period`-th step, and once at the end.
+    """
 
     see: Callable[[Learner, jax.Array, jax.Array], jax.Array]  # (learner, rows f32 [.., D], ids i32 [..]) -> f32 [.., D]
     refresh: Callable[[Learner], Learner]
@@ -88,7 +91,7 @@ class Fitted(NamedTuple):
     """One contender after its pass."""
 
     contender: Contender
-    spec: mpembed.EmbeddingSpec
+    specs: tuple[mpembed.EmbeddingSpec, ...]
     learner: Learner
     seed: int
     num_steps: int
@@ -97,56 +100,11 @@ class Fitted(NamedTuple):
     first_chunk_s: float
 
 
-def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
-    """Caps the tables at one size, DLRM's max-ind-range, so that all together have `share` of the rows."""
-    low, high = 1, max(tables.values())
-    while low < high:
-        cap = (low + high + 1) // 2
-        fits = sum(min(size, cap) for size in tables.values()) <= share * sum(tables.values())
-        low, high = (cap, high) if fits else (low, cap - 1)
-    return {name: min(size, low) for name, size in tables.items()}
-
-
-def make_spec(source: Any, contender: Contender, recipe: Recipe) -> mpembed.EmbeddingSpec:
-    """Returns the stack of the source's tables as the contender stores it."""
-    fraction = contender.cache_fraction
-    sizes = table_sizes(source.tables, contender.hashed_to)
-    return mpembed.EmbeddingSpec(
-        tables=tuple(mpembed.TableSpec(name, size) for name, size in sizes.items()),
-        embedding_dim=recipe.embedding_dim,
-        storage=mpembed.RowFormat(contender.storage, contender.symmetric, rounding=contender.rounding),
-        cache=mpembed.CacheSpec(fraction, ways=contender.ways, policy=contender.policy) if fraction else None,
-        max_unique_ids=recipe.max_unique_ids,
-    )
-
-
 def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> Contender:
     """Returns the FP32 contender whose tables, ids hashed into fewer rows, take as many bytes as another's state."""
-    size = mpembed.memory.report(make_spec(source, contender, recipe), optax.identity())
-    return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=1 / size.ratio)
-
-
-def _global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
-    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of the stack, hashed where its tables are smaller."""
-    full = np.array(list(tables.values()), np.int32)
-    size = np.array([t.vocabulary_size for t in spec.tables], np.int32)
-
-    def shrink(ids: jax.Array, full: Any, size: Any) -> jax.Array:
-        hashed = (fmix32(ids.astype(jnp.uint32)) % size.astype(np.uint32)).astype(jnp.int32)
-        return jnp.where((size < full) & (ids != mpembed.NO_ID), hashed, ids)
-
-    if isinstance(ids, dict):
-        at = {name: number for number, name in enumerate(tables)}
-        return spec.global_ids({name: shrink(v, full[at[name]], size[at[name]]) for name, v in ids.items()})
-    return spec.global_ids(shrink(ids, full, size))
-
-
-def _split(ids: Any, bags: tuple[str, ...]) -> tuple[Any, list[Any]]:
-    """Separates features with one id, as one [B, T] array, from bags [B, L]; dicts are taken in sorted order."""
-    if not isinstance(ids, dict):
-        return ids, []
-    singles = jnp.stack([ids[name] for name in sorted(ids) if name not in bags], axis=-1)
-    return singles, [ids[name] for name in sorted(bags)]
+    sizes = [mpembed.memory.report(spec, optax.identity()) for spec in stacks.make_specs(source, contender, recipe)]
+    share = sum(size.total for size in sizes) / sum(size.float32_bytes for size in sizes)
+    return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=share)
 
 
 def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
@@ -167,41 +125,35 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
         model = dlrm.small
         init_params = partial(dlrm.init_small, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim)
 
+    def see(learner: Learner, rows: jax.Array, ids: jax.Array) -> jax.Array:
+        return rows if view is None else view.see(learner, rows, ids)
+
     @partial(jax.jit, donate_argnames="learner")
     def train_step(learner: Learner, batch: dict) -> tuple[Learner, jax.Array]:
-        ids = _global_ids(batch["ids"], source.tables, learner.emb.spec)
-        emb, plan = mpembed.prefetch(learner.emb, ids)
-        rows = mpembed.lookup(emb, plan)
-        singles, bagged = _split(plan.inverse, bags)
+        ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
+        embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
+        rows = list(map(mpembed.lookup, embs, plans))
 
-        def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
-            if view is not None:
-                rows = view.see(learner, rows, plan.unique_ids)
-            vectors = mpembed.pool(rows, singles)
-            if bagged:
-                vectors = jnp.concatenate([vectors, jnp.stack(mpembed.pool(rows, bagged, combiner="mean"), 1)], axis=1)
+        def loss_fn(params: Any, rows: list[jax.Array]) -> jax.Array:
+            seen = [see(learner, r, plan.unique_ids) for r, plan in zip(rows, plans, strict=True)]
+            parts = [stacks.pooled(r, plan.inverse, bags) for r, plan in zip(seen, plans, strict=True)]
+            vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
             return dlrm.bce(model(params, batch["dense"], vectors), batch["label"])
 
         loss, (grads, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(learner.params, rows)
-        emb = mpembed.apply_gradients(emb, plan, rows, row_grads, tx=row_tx)
+        embs = tuple(map(partial(mpembed.apply_gradients, tx=row_tx), embs, plans, rows, row_grads))
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-        counts = plan.counts
+        counts = plans[0].counts
         log = jnp.stack([loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)])
-        return Learner(emb, optax.apply_updates(learner.params, updates), opt_state, learner.extra), log
+        return Learner(embs, optax.apply_updates(learner.params, updates), opt_state, learner.extra), log
 
     @jax.jit
     def predict(learner: Learner, batch: dict) -> jax.Array:
-        singles, bagged = _split(_global_ids(batch["ids"], source.tables, learner.emb.spec), bags)
-
-        def read(ids: jax.Array) -> jax.Array:
-            rows = mpembed.read(learner.emb, ids)
-            return rows if view is None else view.see(learner, rows, ids)
-
-        vectors = read(singles)
-        for ids in bagged:
-            num_ids = jnp.maximum(jnp.sum(ids != mpembed.NO_ID, axis=-1), 1).astype(jnp.float32)
-            mean = jnp.sum(read(ids), axis=1) / num_ids[:, None]
-            vectors = jnp.concatenate([vectors, mean[:, None]], axis=1)
+        parts = []
+        for emb in learner.emb:
+            ids = stacks.global_ids(batch["ids"], source.tables, emb.spec)
+            parts.append(stacks.read(lambda ids, emb=emb: see(learner, mpembed.read(emb, ids), ids), ids, bags))
+        vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
         return jax.nn.sigmoid(model(learner.params, batch["dense"], vectors))
 
     return Job(train_step, predict, init_params, row_tx, tx, view)
@@ -234,12 +186,12 @@ def fit(
     Returns:
       One Fitted per contender, in order.
     """
-    specs = [make_spec(source, c, recipe) for c in contenders]
+    specs = [stacks.make_specs(source, c, recipe) for c in contenders]
     row_key, dense_key = jax.random.split(jax.random.key(seed))
     learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
-    for spec in specs:
+    for several in specs:
         params = job.init_params(dense_key)
-        learners.append(Learner(mpembed.init(row_key, spec, job.row_tx), params, job.tx.init(params)))
+        learners.append(Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params)))
     num_steps, first_chunks = 0, [0.0] * len(contenders)
     for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
         for i, contender in enumerate(contenders):
@@ -271,7 +223,7 @@ def train(
 ) -> list[Outcome]:
     """Trains every contender for one pass (see `fit`) and evaluates it."""
     fitted = fit(source, contenders, recipe, job, seed=seed, on_chunk=on_chunk)
-    plain = make_spec(source, FP32, recipe)
+    [plain] = stacks.make_specs(source, FP32, recipe)
     outcomes = []
     while fitted:  # a learner evaluated is let go: the next evaluation has its memory
         outcomes.append(measure(job, fitted.pop(0), source, plain, recipe.batch_size))

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
-from experiments import dlrm, train_dlrm, training
+from experiments import dlrm, stacks, train_dlrm, training
 from experiments.data import criteo, criteo_format, reddit, synthetic
 from experiments.data.background import in_background
 from mpembed_jax import NO_ID
@@ -449,9 +449,9 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts)
 
 def test_hashing_caps_the_largest_tables():
     tables = {"a": 1000, "b": 10_000, "c": 90_000}
-    assert training.table_sizes(tables, 0.5) == {"a": 1000, "b": 10_000, "c": 101_000 // 2 - 11_000}
-    assert training.table_sizes(tables, 0.1) == {"a": 1000, "b": 4550, "c": 4550}
-    assert training.table_sizes(tables, 1.0) == tables
+    assert stacks.table_sizes(tables, 0.5) == {"a": 1000, "b": 10_000, "c": 101_000 // 2 - 11_000}
+    assert stacks.table_sizes(tables, 0.1) == {"a": 1000, "b": 4550, "c": 4550}
+    assert stacks.table_sizes(tables, 1.0) == tables
 
 
 def test_the_script_runs_as_a_file_and_shows_its_settings():

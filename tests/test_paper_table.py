@@ -16,7 +16,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
 import mpembed_jax as mpembed
-from experiments import baselines, grid, intervals, paper_report, paper_runs, paper_table, records, training
+from experiments import baselines, grid, intervals, paper_report, paper_runs, paper_table, records, stacks, training
 from experiments.data import synthetic
 from experiments.grid import FP32, Case
 
@@ -183,10 +183,10 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
 
     def refresh(learner):
         learner = view.refresh(learner)
-        dense = mpembed.to_dense(learner.emb)
+        dense = mpembed.to_dense(learner.emb[0])
         want = [np.abs(dense[name]).max() / 7 for name in source.tables]
         np.testing.assert_allclose(learner.extra, want, rtol=1e-6)
-        refreshed.append(int(learner.emb.step))
+        refreshed.append(int(learner.emb[0].step))
         return learner
 
     job = training.make_job(source, recipe, view._replace(refresh=refresh))
@@ -195,11 +195,11 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     assert fitted.num_steps == 6000 // 256 and refreshed == [0, 5, 10, 15, 20, 23]
     # What is predicted with is on the grid of the table, 15 levels at most.
     ids = jnp.arange(source.tables["C5"]) + sum(list(source.tables.values())[:4])
-    seen = view.see(fitted.learner, mpembed.read(fitted.learner.emb, ids), ids)
+    seen = view.see(fitted.learner, mpembed.read(fitted.learner.emb[0], ids), ids)
     codes = np.asarray(seen / fitted.learner.extra[4])
     np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
     assert np.abs(codes).max() == pytest.approx(7, abs=1e-4) and len(np.unique(np.round(codes))) > 3
-    assert np.abs(fitted.learner.extra[4] * 7 - np.abs(mpembed.read(fitted.learner.emb, ids)).max()) < 1e-6
+    assert np.abs(fitted.learner.extra[4] * 7 - np.abs(mpembed.read(fitted.learner.emb[0], ids)).max()) < 1e-6
 
 
 def test_post_training_quantization_is_the_nearest_row_of_the_format():
@@ -216,6 +216,58 @@ def test_post_training_quantization_is_the_nearest_row_of_the_format():
 def test_served_bytes_of_quantization_aware_training():
     assert baselines.int4_served_bytes({"a": 10, "b": 5}, 16) == 15 * 8 + 2 * 4
     assert baselines.int4_served_bytes({"a": 10}, 7) == 10 * 4 + 4
+
+
+# --- small tables in FP32
+
+
+def test_the_smallest_tables_fill_their_share():
+    tables = {"a": 10, "b": 1, "c": 900, "d": 89}
+    assert stacks.smallest(tables, 0.011) == {"a", "b"} and stacks.smallest(tables, 0.0109) == {"b"}
+    assert stacks.smallest(tables, 0.0) == set() and stacks.smallest(tables, 1.0) == set(tables)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_two_stacks_of_fp32_train_as_one(as_dict):
+    """Same initial values, vectors in the same order: only the order of float additions may differ."""
+
+    class Source(Tiny):
+        num_train, num_test = 64, 64
+
+        def train(self, batch_size, seed=0):
+            rng = np.random.default_rng(seed)
+            for _ in range(self.num_train // batch_size):
+                bag = rng.integers(0, 3, (batch_size, 2)).astype(np.int32)
+                bag[::3, 1] = mpembed.NO_ID
+                ids = {
+                    "a": rng.integers(0, 40, batch_size, np.int32),
+                    "b": bag,
+                    "c": rng.integers(0, 9, batch_size, np.int32),
+                }
+                label = (ids["a"] % 2).astype(np.float32)
+                if not self.as_dict:
+                    ids = np.stack([ids["a"], ids["b"][:, 0], ids["c"]], axis=1)
+                yield {"dense": np.zeros((batch_size, 0), np.float32), "ids": ids, "label": label}
+
+        test = train
+
+    source = Source(as_dict)
+    source.tables = {"c": 9, "a": 40, "b": 3}  # columns are in this order
+    if not as_dict:
+        source.tables = {"a": 40, "b": 3, "c": 9}
+    one, two = training.FP32, training.Contender("two", "float32", 0.0, float32_share=0.25)
+    recipe = training.Recipe(4, 16)
+    job = training.make_job(source, recipe)
+    with jax.numpy_dtype_promotion("standard"):
+        fitted = training.fit(source, [one, two], recipe, job, seed=0, on_chunk=lambda *_: None)
+    names = [[t.name for t in spec.tables] for spec in fitted[1].specs]
+    assert sorted(map(sorted, names)) == [["a"], ["b", "c"]] and len(fitted[0].specs) == 1
+    batch = next(source.test(16, 9))
+    scores = [job.predict(f.learner, batch) for f in fitted]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    assert np.ptp(scores[0]) > 1e-3
+    sizes = [sum(mpembed.memory.report(spec, job.row_tx).components["table"] for spec in f.specs) for f in fitted]
+    assert sizes[0] == sizes[1] == 52 * 4 * 4
 
 
 # --- the whole
