@@ -106,7 +106,7 @@ CORE = (
     *(Case("int4", cache, small=0.01) for cache in (0.0, 0.01)),
     *(Case("int2", cache, small=0.01) for cache in (0.0, 0.01, 0.02)),
     *(Case(method="hashed", share=share) for share in SHARES),
-    *(Case(method="pruned", share=share) for share in SHARES[:3]),
+    *(Case(method="pruned", share=share) for share in SHARES),
     *(Case(method="narrow", share=share) for share in (0.5, 0.25)),
     Case("int8", method="post-training"), Case("int4", method="post-training"), Case("int2", method="post-training"),
     Case("int4", method="quantization-aware"),
