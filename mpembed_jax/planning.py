@@ -55,7 +55,7 @@ def make_plan(
     estimate, then ascending id), meet its unpinned ways in order (empty first; LRU: oldest; LFU: least used; ties: lowest
     way); a miss enters if the way is empty, or LRU: if it was not used this step, LFU: if its estimate is below the
     newcomer's. All others bypass. LFU estimates: a resident's use is counted at its line, everybody else's in the sketch.
-    Every 10 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
+    Every 30 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
     over its cells. In the end the lines of the batch take their estimates, and the cells of bypassed and of displaced ids
     are raised to theirs.
 
@@ -74,7 +74,7 @@ def make_plan(
     geometry, width = cache.geometry, ids.shape[0]
     is_lfu = cache.policy == "lfu"
     if is_lfu and num_positions:
-        period = max(1, 10 * geometry.lines // num_positions)
+        period = max(1, 30 * geometry.lines // num_positions)
         # As an unsigned number the step passes 2^31.
         cache = _age(cache, (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0))
     estimates = jnp.zeros(width, jnp.int32)
