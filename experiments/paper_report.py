@@ -43,7 +43,8 @@ class Group(NamedTuple):
     @property
     def title(self) -> str:
         """What tables and pictures call it."""
-        return f"{self.data['name']}, D = {self.dim}"
+        order = ", in time order" if self.data.get("order") == "time" else ""
+        return f"{self.data['name']}{order}, D = {self.dim}"
 
     def values(self, case: Case, field: str) -> dict[int, float]:
         """{seed: field of the outcome}."""
@@ -67,7 +68,10 @@ def group(found: Iterable[dict[str, Any]]) -> list[Group]:
         dim = recipe.get("embedding_dim", 16)
         cases = groups.setdefault(which, Group(record["data"], dim, {})).cases
         cases.setdefault(Case(**record["case"]), {})[record["seed"]] = record
-    return sorted((g for g in groups.values() if FP32 in g.cases), key=lambda g: (g.data["name"], g.data["train"], g.dim))
+    return sorted(
+        (g for g in groups.values() if FP32 in g.cases),
+        key=lambda g: (g.data["name"], g.data.get("order", ""), g.data["train"], g.dim),
+    )
 
 
 def _is_paired(group: Group, case: Case) -> bool:

@@ -47,6 +47,8 @@ class Settings:
     method: tuple[Method, ...] | None = None
     num_rows: int | None = None
     """Rows in all. None: 2,100,000 synthetic ones; all rows of a file. Reddit: per split."""
+    in_time_order: bool = False
+    """Reddit: train on the posts as they came, so that ids drift; seeds then differ in initial values only."""
     scale: float = 0.03
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's; 0.03 is a million ids."""
     data_seed: int = 0
@@ -71,7 +73,7 @@ def task_of(settings: Settings, embedding_dim: int) -> train_dlrm.Settings:
     return train_dlrm.Settings(
         data=settings.data, path=settings.path, embedding_dim=embedding_dim, batch_size=settings.batch_size,
         hidden=settings.hidden, scale=settings.scale, num_rows=rows, data_seed=settings.data_seed,
-        min_count=settings.min_count, cache_dir=settings.cache_dir,
+        min_count=settings.min_count, cache_dir=settings.cache_dir, in_time_order=settings.in_time_order,
     )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def data_of(task: train_dlrm.Settings, source: Any) -> dict[str, Any]:
             return {"name": task.data, **sizes, "seed": task.data_seed}
         case "criteo":
             return {"name": task.data, **sizes, "min_count": task.min_count, "holdout": task.holdout}
-    return {"name": task.data, **sizes}
+    return {"name": task.data, **sizes} | ({"order": "time"} if task.in_time_order else {})
 
 
 def cases_of(settings: Settings, embedding_dim: int) -> tuple[Case, ...]:

@@ -57,6 +57,8 @@ class Settings:
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
     """Rows in all. None: 800,000 synthetic ones; all rows of a file. Reddit: per split."""
+    in_time_order: bool = False
+    """Reddit: train on the posts as they came, so that ids drift."""
     data_seed: int = 0
     """Synthetic: which data."""
     mapping: Literal["dictionary", "hash"] = "dictionary"
@@ -86,7 +88,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             rows = 800_000 if settings.num_rows is None else settings.num_rows
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
-            return reddit.RedditPosts(settings.path, settings.num_rows)
+            return reddit.RedditPosts(settings.path, settings.num_rows, in_time_order=settings.in_time_order)
         case "criteo":
             if settings.path is None:
                 raise ValueError("data=criteo needs path: the folder that holds train.txt or train.txt.gz")

@@ -437,6 +437,13 @@ def test_the_main_job_reads_criteo(tmp_path, optax_adam):
         train_dlrm.main(small_settings(tmp_path, data="criteo"))
 
 
+def test_posts_can_come_in_time_order(posts):
+    ordered = reddit.RedditPosts(num_rows=2_000, in_time_order=True)
+    batches = [np.concatenate([b["ids"]["domain"] for b in ordered.train(500, seed)]) for seed in (0, 1)]
+    np.testing.assert_array_equal(*batches)
+    np.testing.assert_array_equal(batches[0], ordered.ids["domain"][:2_000])
+
+
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
     # A float32 cache changes nothing (DESIGN.md 6.1), so any difference would come from other batches or initial values.
     contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]

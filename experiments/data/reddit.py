@@ -52,13 +52,15 @@ class RedditPosts:
     Args:
       path: the parquet file or its folder; None looks in the default places.
       num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None keeps all.
+      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while training.
     """
 
     name = "reddit"
     num_dense = 0
     bags: tuple[str, ...] = ("title",)
 
-    def __init__(self, path: Path | str | None = None, num_rows: int | None = None):
+    def __init__(self, path: Path | str | None = None, num_rows: int | None = None, *, in_time_order: bool = False):
+        self.in_time_order = in_time_order
         posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
         if num_rows is not None:
             is_train = pl.col("created_utc") < TEST_FROM
@@ -91,8 +93,10 @@ class RedditPosts:
         return {"dense": np.zeros((len(label), 0), np.float32), "ids": ids, "label": label}
 
     def train(self, batch_size: int, seed: int = 0) -> Iterator[dict]:
-        """Yields the full batches of the training posts in random order."""
-        order = np.random.default_rng(seed).permutation(self.num_train)
+        """Yields the full batches of the training posts, in random order unless `in_time_order`."""
+        order = np.arange(self.num_train)
+        if not self.in_time_order:
+            order = np.random.default_rng(seed).permutation(self.num_train)
         for at in range(0, self.num_train - batch_size + 1, batch_size):
             yield self._batch(order[at : at + batch_size])
 
