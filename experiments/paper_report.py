@@ -153,7 +153,8 @@ def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], N
             panel(axis, g)
             axis.set_title(g.title)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -37,7 +37,7 @@ class Settings:
     dims: tuple[int, ...] = (16,)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     grid: Literal["headline", "targets", "full"] = "headline"
-    """headline: some thirty cases; targets: the ten of the paper's claim; full: every combination, some 300."""
+    """headline: some forty cases; targets: a dozen for the paper's claim; full: every combination, some 300."""
     storage: tuple[training.Storage, ...] | None = None
     """Only these storages (and FP32, to which differences are taken); likewise the five below. None: all."""
     cache: tuple[float, ...] | None = None
