@@ -19,15 +19,19 @@ from experiments.grid import FP32, STORAGES, Case
 from experiments.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
-MARKS = "osD^vPX*<>"
+MARKS = {
+    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*", "quantization": "<",
+    "hashed": "^", "narrow": ">", "pruned": "h",
+}  # fmt: skip
 COLOURS = {"INT8": "#4477aa", "INT4": "#228833", "INT2": "#ee6677", "FP32": "#888888"}
 
 
-def _look(name: str, number: int) -> dict[str, Any]:
+def _look(name: str) -> dict[str, Any]:
     """Colour by format, the methods of the paper in full, everything else paler."""
     is_ours = name in ("INT8", "INT4", "INT2")
     colour = COLOURS.get(name.split()[0].rstrip(","), "#aa3377")
-    look = {"color": colour, "marker": MARKS[number % len(MARKS)], "capsize": 2, "label": name}
+    mark = next((mark for word, mark in MARKS.items() if word in name), "o")
+    look = {"color": colour, "marker": mark, "capsize": 2, "label": name}
     if is_ours:
         return look | {"linewidth": 2.0, "markersize": 6, "zorder": 3}
     return look | {"linewidth": 0.8, "markersize": 4, "alpha": 0.75, "linestyle": ":"}
@@ -145,17 +149,17 @@ def write(found: list[dict[str, Any]], out: Path) -> None:
 
 
 def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], None]]) -> None:
-    """Draws one column per group and one row per kind of panel."""
-    figure = Figure(figsize=(7.2 * len(groups), 4.4 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), len(groups), squeeze=False)
-    for row, panel in zip(axes, panels, strict=True):
-        for axis, g in zip(row, groups, strict=True):
+    """Draws one row per group and one column per kind of panel."""
+    figure = Figure(figsize=(7.6 * len(panels), 4.2 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), len(panels), squeeze=False)
+    for row, g in zip(axes, groups, strict=True):
+        for axis, panel in zip(row, panels, strict=True):
             panel(axis, g)
             axis.set_title(g.title)
             axis.grid(alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]:
@@ -169,9 +173,9 @@ def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]
                 half = 0.0 if math.isnan(lost.half) else lost.half
                 point = (group.mean(case, "bytes_per_row"), sign * lost.mean, half)
                 lines.setdefault(case.family or case.name, []).append(point)
-        for number, (name, points) in enumerate(sorted(lines.items())):
+        for name, points in sorted(lines.items()):
             x, y, half = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, half, **_look(name, number))
+            axis.errorbar(x, y, half, **_look(name))
         axis.axhline(0, color="black", linewidth=0.6)
         axis.axhline(LIMIT, color="grey", linewidth=0.6, linestyle=":")
         axis.set_xscale("log", base=2)
@@ -189,10 +193,10 @@ def _hits(axis: Any, group: Group) -> None:
         if case.cache and case.rounding == "stochastic":
             name = f"{case.policy.upper()}, {case.ways} way{'s' * (case.ways > 1)}"
             lines.setdefault(name, {}).setdefault(100 * case.cache, []).extend(group.values(case, "hit_rate").values())
-    for number, (name, points) in enumerate(sorted(lines.items())):
+    for name, points in sorted(lines.items()):
         x = sorted(points)
         y = [np.mean(points[at]) for at in x]
-        axis.plot(x, y, marker=MARKS[number], label=name)
+        axis.plot(x, y, marker="o", label=name)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="cache, % of all rows", ylabel="share of requests found in the cache")
