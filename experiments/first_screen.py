@@ -3,7 +3,7 @@
     python -m experiments.first_screen
 
 Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing tables, ours and a dense
-flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/reddit_quality.json for accuracy and
+flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/paper_table.jsonl for accuracy and
 memory.report for bytes. Writes experiments/results/first_screen.json and .png, and the table between README's markers.
 """
 
@@ -25,7 +25,8 @@ import tyro
 from flax import nnx
 
 import mpembed_jax as mpembed
-from experiments import bench_step, workload
+from experiments import bench_step, paper_report, records, workload
+from experiments.grid import FP32, Case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     return curves
 
 
-def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | None) -> str:
+def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None) -> str:
     """Returns README's table in Markdown."""
     tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.KAGGLE_SIZES)]
     tx = mpembed.optim.rowwise_adagrad(0.05)
@@ -97,7 +98,7 @@ def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | 
         spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
         report = mpembed.memory.report(spec, tx)
         without = report.total - report.components["row state"]
-        difference = "" if quality is None else f"{quality['auc_differences'][name]['mean']:+.4f}"
+        difference = "" if quality is None else str(quality.difference(Case(storage, fraction), "auc"))
         rows.append(
             f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
             f"| {curves[name][-1][1]:.1f} | {difference} |"
@@ -108,12 +109,12 @@ def table(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | 
     ]
     note = """
 Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores, `python -m experiments.first_screen`.
-The AUC column is another system of the same formats: the Reddit task at D = 16, mean of 3 paired seeds,
-`python -m experiments.reddit_quality`. Device and commit: `experiments/results/*.json`."""
+The AUC column is another system of the same formats: the Reddit task at D = 16, paired seeds with the 95 % interval,
+`python -m experiments.paper_table --data reddit`. Device and commit: `experiments/results/*.json`."""
     return "\n".join([*head, *rows, note])
 
 
-def draw(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | None, path: Path) -> None:
+def draw(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path) -> None:
     """Draws the picture of README's first screen."""
     import matplotlib
 
@@ -133,27 +134,22 @@ def draw(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | N
     left.legend()
     left.grid(alpha=0.3)
     if quality is not None:
-        by_name: dict[str, list[dict[str, Any]]] = {}
-        for outcome in quality["outcomes"]:
-            by_name.setdefault(outcome["contender"]["name"], []).append(outcome)
-        base = {o["seed"]: o["auc"] for o in by_name["FP32"]}
-        for name, outcomes in by_name.items():
-            losses = [base[o["seed"]] - o["auc"] for o in outcomes]
-            hashed = "hash" in name.lower()
+        for case in quality.cases:
+            if case == FP32 or (case.family is None and case.rounding == "stochastic"):
+                continue  # variants of the cache would crowd the picture
+            lost, bytes_per_row = quality.difference(case, "auc"), quality.mean(case, "bytes_per_row")
+            ours = case.method == "trained"
             right.errorbar(
-                outcomes[0]["bytes_per_row"], np.mean(losses), np.std(losses), fmt="x" if hashed else "o", capsize=3,
-                color="#bbbbbb" if hashed else None,
+                bytes_per_row, -lost.mean, lost.half, fmt="o" if ours else "x", capsize=3, color=None if ours else "#bbbbbb",
             )  # fmt: skip
-            right.annotate(
-                name, (outcomes[0]["bytes_per_row"], np.mean(losses)), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
+            right.annotate(case.name, (bytes_per_row, -lost.mean), fontsize=6, xytext=(4, 3), textcoords="offset points")
         right.set_yscale("symlog", linthresh=2e-4)
         right.axhline(0, color="black", lw=0.5)
         right.set(
             xscale="log",
             xlabel="bytes per row, all metadata counted",
             ylabel="AUC lost against FP32",
-            title="Reddit, D = 16, 3 paired seeds",
+            title="Reddit, D = 16, paired seeds, 95 % intervals",
         )
         right.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -161,8 +157,8 @@ def draw(settings: Settings, curves: dict[str, Any], quality: dict[str, Any] | N
 
 def main(settings: Settings) -> None:
     """Measures, draws and writes."""
-    quality_file = settings.out / "reddit_quality.json"
-    quality = json.loads(quality_file.read_text()) if quality_file.exists() else None
+    groups = paper_report.group(records.load(settings.out / "paper_table.jsonl").values())
+    quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
     workload.keep_freed_memory()
     curves = measure(settings)
     commit = subprocess.run(

@@ -59,6 +59,8 @@ class Settings:
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
     """Rows in all. None: 800,000 synthetic ones; all rows of a file. Criteo: lines of it. Reddit: per split."""
+    in_time_order: bool = False
+    """Reddit: train on the posts as they came, so that ids drift."""
     data_seed: int = 0
     """Synthetic: which data. Movielens: which rows train and which test."""
     mapping: Literal["dictionary", "hash"] = "dictionary"
@@ -88,7 +90,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             rows = 800_000 if settings.num_rows is None else settings.num_rows
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
-            return reddit.RedditPosts(settings.path, settings.num_rows)
+            return reddit.RedditPosts(settings.path, settings.num_rows, in_time_order=settings.in_time_order)
         case "movielens":
             from experiments.data import movielens  # tensorflow-datasets is needed for these two only
 
@@ -105,13 +107,10 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             )  # fmt: skip
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Trains, evaluates, prints and saves; returns what the JSON file holds."""
-    start = time.perf_counter()
-    console = reporting.make_console()
-    source = make_source(settings, console.print)
-    is_small = not source.num_dense  # reddit and movielens: another model, and no day of Criteo's to project to
-    recipe = training.Recipe(
+def make_recipe(settings: Settings) -> training.Recipe:
+    """Returns what all contenders share, with the defaults of the data where the settings say None."""
+    is_small = settings.data in ("reddit", "movielens")  # another model
+    return training.Recipe(
         embedding_dim=settings.embedding_dim,
         batch_size=settings.batch_size or (1024 if is_small else 2048),
         row_learning_rate=settings.row_learning_rate or (0.05 if is_small else 0.02),
@@ -119,6 +118,15 @@ def main(settings: Settings) -> dict[str, Any]:
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
     )
+
+
+def main(settings: Settings) -> dict[str, Any]:
+    """Trains, evaluates, prints and saves; returns what the JSON file holds."""
+    start = time.perf_counter()
+    console = reporting.make_console()
+    source = make_source(settings, console.print)
+    recipe = make_recipe(settings)
+    has_kaggle_day = source.num_dense > 0  # reddit and movielens: no epoch of Criteo's to project to
     cached = f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     ours = training.Contender(
         f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction, settings.rounding,
@@ -150,9 +158,9 @@ def main(settings: Settings) -> dict[str, Any]:
     total = time.perf_counter() - start
     record = reporting.save_json(
         settings.out / f"{source.name}.json", settings, outcomes, seconds=total,
-        projected_kaggle_epoch_seconds=None if is_small else seconds,
+        projected_kaggle_epoch_seconds=seconds if has_kaggle_day else None,
     )  # fmt: skip
-    if not is_small:
+    if has_kaggle_day:
         console.print(
             f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these steps: {projected} "
             f"(evaluation, and reading the text once, not included)"

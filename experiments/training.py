@@ -3,12 +3,11 @@
 Every contender is the functional step of DESIGN.md 5: prefetch, lookup, pool, gradients with respect to the gathered
 rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
 turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
-on a background thread. One pass, no early stopping, no learning-rate schedule.
+on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`.
 """
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -17,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn import metrics
 
 import mpembed_jax as mpembed
-from experiments import dlrm
+from experiments import dlrm, stacks
 from experiments.data.background import in_background
-from experiments.data.hashing import fmix32
+from experiments.outcomes import Outcome, measure
 
 CHUNK = 16  # batches a contender trains on before the next one's turn
 Storage = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"]
@@ -39,6 +37,8 @@ class Contender:
     policy: Literal["lfu", "lru"] = "lfu"
     ways: int = 32
     hashed_to: float = 1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
+    symmetric: bool | None = None  # of an integer format; None: the library's choice for the dim
+    float32_share: float = 0.0  # the smallest tables, with at most this share of all rows, stay FP32 in a stack of their own
 
 
 FP32 = Contender("FP32", "float32", 0.0)
@@ -56,37 +56,24 @@ class Recipe:
     hidden: tuple[int, ...] = (512, 256)  # DLRM's widths; the bottom MLP adds one layer of 64
 
 
-@dataclasses.dataclass
-class Outcome:
-    """What one contender reached."""
-
-    contender: Contender
-    seed: int
-    auc: float
-    log_loss: float
-    normalized_entropy: float  # log loss over the entropy of the test set's base rate
-    embedding_bytes: int  # every array of the embedding state but the optimizer's
-    row_state_bytes: int  # the optimizer's
-    bytes_per_row: float  # embedding_bytes over the rows of the source's tables
-    ratio: float  # float32 tables of the source over embedding_bytes
-    ratio_with_row_state: float  # the same with the optimizer's state on both sides
-    hit_rate: float  # share of requests found in the cache while training
-    unique_hit_rate: float
-    evictions_per_step: float
-    bypasses_per_step: float
-    step_ms: float  # median over chunks, without the first, which compiles
-    first_chunk_s: float
-    num_steps: int
-    losses: list[tuple[int, float]]  # (step, mean training loss of the chunk that ends there)
-    advice: list[str]  # what mpembed_jax.stats warned of
-
-
 class Learner(NamedTuple):
     """Everything a step replaces; all of it is donated."""
 
-    emb: mpembed.EmbeddingState
+    emb: tuple[mpembed.EmbeddingState, ...]  # one per stack, see stacks.make_specs
     params: Any
     opt_state: Any
+    extra: Any = None  # what the job's View needs
+
+
+class View(NamedTuple):
+    """How the model sees the rows of a single stack, if not as they are.
+
+    `refresh` runs on the host before every `period`-th step, and once at the end.
+    """
+
+    see: Callable[[Learner, jax.Array, jax.Array], jax.Array]  # (learner, rows f32 [.., D], ids i32 [..]) -> f32 [.., D]
+    refresh: Callable[[Learner], Learner]
+    period: int
 
 
 class Job(NamedTuple):
@@ -97,62 +84,34 @@ class Job(NamedTuple):
     init_params: Callable[[jax.Array], Any]
     row_tx: optax.GradientTransformation
     tx: optax.GradientTransformation
+    view: View | None
 
 
-def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
-    """Caps the tables at one size, DLRM's max-ind-range, so that all together have `share` of the rows."""
-    low, high = 1, max(tables.values())
-    while low < high:
-        cap = (low + high + 1) // 2
-        fits = sum(min(size, cap) for size in tables.values()) <= share * sum(tables.values())
-        low, high = (cap, high) if fits else (low, cap - 1)
-    return {name: min(size, low) for name, size in tables.items()}
+class Fitted(NamedTuple):
+    """One contender after its pass."""
 
-
-def make_spec(source: Any, contender: Contender, recipe: Recipe) -> mpembed.EmbeddingSpec:
-    """Returns the stack of the source's tables as the contender stores it."""
-    fraction = contender.cache_fraction
-    sizes = table_sizes(source.tables, contender.hashed_to)
-    return mpembed.EmbeddingSpec(
-        tables=tuple(mpembed.TableSpec(name, size) for name, size in sizes.items()),
-        embedding_dim=recipe.embedding_dim,
-        storage=mpembed.RowFormat(contender.storage, rounding=contender.rounding),
-        cache=mpembed.CacheSpec(fraction, ways=contender.ways, policy=contender.policy) if fraction else None,
-        max_unique_ids=recipe.max_unique_ids,
-    )
+    contender: Contender
+    specs: tuple[mpembed.EmbeddingSpec, ...]
+    learner: Learner
+    seed: int
+    num_steps: int
+    losses: list[tuple[int, float]]  # (step, mean training loss of the chunk that ends there)
+    step_s: list[float]  # mean seconds per step of every chunk; the first one compiles
+    first_chunk_s: float
 
 
 def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> Contender:
     """Returns the FP32 contender whose tables, ids hashed into fewer rows, take as many bytes as another's state."""
-    size = mpembed.memory.report(make_spec(source, contender, recipe), optax.identity())
-    return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=1 / size.ratio)
+    sizes = [mpembed.memory.report(spec, optax.identity()) for spec in stacks.make_specs(source, contender, recipe)]
+    share = sum(size.total for size in sizes) / sum(size.float32_bytes for size in sizes)
+    return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=share)
 
 
-def _global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
-    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of the stack, hashed where its tables are smaller."""
-    full = np.array(list(tables.values()), np.int32)
-    size = np.array([t.vocabulary_size for t in spec.tables], np.int32)
+def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
+    """Builds the step, the prediction and the optimizers: DLRM where there are dense inputs, else the small MLP.
 
-    def shrink(ids: jax.Array, full: Any, size: Any) -> jax.Array:
-        hashed = (fmix32(ids.astype(jnp.uint32)) % size.astype(np.uint32)).astype(jnp.int32)
-        return jnp.where((size < full) & (ids != mpembed.NO_ID), hashed, ids)
-
-    if isinstance(ids, dict):
-        at = {name: number for number, name in enumerate(tables)}
-        return spec.global_ids({name: shrink(v, full[at[name]], size[at[name]]) for name, v in ids.items()})
-    return spec.global_ids(shrink(ids, full, size))
-
-
-def _split(ids: Any, bags: tuple[str, ...]) -> tuple[Any, list[Any]]:
-    """Separates features with one id, as one [B, T] array, from bags [B, L]; dicts are taken in sorted order."""
-    if not isinstance(ids, dict):
-        return ids, []
-    singles = jnp.stack([ids[name] for name in sorted(ids) if name not in bags], axis=-1)
-    return singles, [ids[name] for name in sorted(bags)]
-
-
-def make_job(source: Any, recipe: Recipe) -> Job:
-    """Builds the step, the prediction and the optimizers: DLRM where there are dense inputs, else the small MLP."""
+    With a `view` the model sees its result instead of the rows, in training (gradients flow through it) and prediction.
+    """
     num_vectors, bags = len(source.tables), source.bags
     row_tx = mpembed.optim.rowwise_adagrad(recipe.row_learning_rate)
     tx = optax.adam(recipe.dense_learning_rate)
@@ -166,37 +125,38 @@ def make_job(source: Any, recipe: Recipe) -> Job:
         model = dlrm.small
         init_params = partial(dlrm.init_small, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim)
 
+    def see(learner: Learner, rows: jax.Array, ids: jax.Array) -> jax.Array:
+        return rows if view is None else view.see(learner, rows, ids)
+
     @partial(jax.jit, donate_argnames="learner")
     def train_step(learner: Learner, batch: dict) -> tuple[Learner, jax.Array]:
-        ids = _global_ids(batch["ids"], source.tables, learner.emb.spec)
-        emb, plan = mpembed.prefetch(learner.emb, ids)
-        rows = mpembed.lookup(emb, plan)
-        singles, bagged = _split(plan.inverse, bags)
+        ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
+        embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
+        rows = list(map(mpembed.lookup, embs, plans))
 
-        def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
-            vectors = mpembed.pool(rows, singles)
-            if bagged:
-                vectors = jnp.concatenate([vectors, jnp.stack(mpembed.pool(rows, bagged, combiner="mean"), 1)], axis=1)
+        def loss_fn(params: Any, rows: list[jax.Array]) -> jax.Array:
+            seen = [see(learner, r, plan.unique_ids) for r, plan in zip(rows, plans, strict=True)]
+            parts = [stacks.pooled(r, plan.inverse, bags) for r, plan in zip(seen, plans, strict=True)]
+            vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
             return dlrm.bce(model(params, batch["dense"], vectors), batch["label"])
 
         loss, (grads, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(learner.params, rows)
-        emb = mpembed.apply_gradients(emb, plan, rows, row_grads, tx=row_tx)
+        embs = tuple(map(partial(mpembed.apply_gradients, tx=row_tx), embs, plans, rows, row_grads))
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-        counts = plan.counts
+        counts = plans[0].counts
         log = jnp.stack([loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)])
-        return Learner(emb, optax.apply_updates(learner.params, updates), opt_state), log
+        return Learner(embs, optax.apply_updates(learner.params, updates), opt_state, learner.extra), log
 
     @jax.jit
     def predict(learner: Learner, batch: dict) -> jax.Array:
-        singles, bagged = _split(_global_ids(batch["ids"], source.tables, learner.emb.spec), bags)
-        vectors = mpembed.read(learner.emb, singles)
-        for ids in bagged:
-            num_ids = jnp.maximum(jnp.sum(ids != mpembed.NO_ID, axis=-1), 1).astype(jnp.float32)
-            mean = jnp.sum(mpembed.read(learner.emb, ids), axis=1) / num_ids[:, None]
-            vectors = jnp.concatenate([vectors, mean[:, None]], axis=1)
+        parts = []
+        for emb in learner.emb:
+            ids = stacks.global_ids(batch["ids"], source.tables, emb.spec)
+            parts.append(stacks.read(lambda ids, emb=emb: see(learner, mpembed.read(emb, ids), ids), ids, bags))
+        vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
         return jax.nn.sigmoid(model(learner.params, batch["dense"], vectors))
 
-    return Job(train_step, predict, init_params, row_tx, tx)
+    return Job(train_step, predict, init_params, row_tx, tx, view)
 
 
 def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
@@ -210,35 +170,10 @@ def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
         yield chunk
 
 
-def evaluate(job: Job, learner: Learner, source: Any, batch_size: int) -> dict[str, float]:
-    """Returns auc, log_loss and normalized_entropy of the source's test rows."""
-    labels, scores = [], []
-
-    def padded() -> Iterator[dict]:
-        for batch in source.test(batch_size):
-            labels.append(batch["label"])
-            # One shape for all: a short batch repeats its last row, and the scores of the repeats are cut off.
-            rows = np.minimum(np.arange(batch_size), len(batch["label"]) - 1)
-            yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
-
-    for batch in in_background(map(jax.device_put, padded())):
-        scores.append(job.predict(learner, batch))
-    label = np.concatenate(labels)
-    score = np.concatenate([np.asarray(s)[: len(y)] for s, y in zip(scores, labels, strict=True)]).astype(np.float64)
-    if label.min() == label.max():
-        raise ValueError(f"all {len(label)} test labels are {label[0]:g}: AUC is not defined; use more rows")
-    if not np.isfinite(score).all():
-        return dict.fromkeys(("auc", "log_loss", "normalized_entropy"), float("nan"))  # a run that diverged
-    log_loss, rate = float(metrics.log_loss(label, score)), float(label.mean())
-    entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
-    auc = float(metrics.roc_auc_score(label, score))
-    return {"auc": auc, "log_loss": log_loss, "normalized_entropy": log_loss / float(entropy)}
-
-
-def train(
+def fit(
     source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int, on_chunk: Callable[..., None]
-) -> list[Outcome]:
-    """Trains every contender for one pass and evaluates it.
+) -> list[Fitted]:
+    """Trains every contender for one pass.
 
     Args:
       source: see experiments/data.
@@ -249,51 +184,47 @@ def train(
       on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate, seconds).
 
     Returns:
-      One Outcome per contender, in order.
+      One Fitted per contender, in order.
     """
-    specs = [make_spec(source, c, recipe) for c in contenders]
+    specs = [stacks.make_specs(source, c, recipe) for c in contenders]
     row_key, dense_key = jax.random.split(jax.random.key(seed))
     learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
-    for spec in specs:
+    for several in specs:
         params = job.init_params(dense_key)
-        learners.append(Learner(mpembed.init(row_key, spec, job.row_tx), params, job.tx.init(params)))
+        learners.append(Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params)))
     num_steps, first_chunks = 0, [0.0] * len(contenders)
     for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
-        num_steps += len(chunk)
         for i, contender in enumerate(contenders):
             start, logs = time.perf_counter(), []
-            for batch in chunk:
+            for step, batch in enumerate(chunk, num_steps):
+                if job.view is not None and step % job.view.period == 0:
+                    learners[i] = job.view.refresh(learners[i])
                 learners[i], log = job.train_step(learners[i], batch)
                 logs.append(log)
             loss, hits, requests = np.mean(np.stack(jax.device_get(logs)), axis=0)
             seconds = time.perf_counter() - start
             times[i].append(seconds / len(chunk))
             first_chunks[i] = first_chunks[i] or seconds
-            curves[i].append((num_steps, float(loss)))
+            curves[i].append((num_steps + len(chunk), float(loss)))
             on_chunk(contender.name, len(chunk) * recipe.batch_size, float(loss), float(hits / max(requests, 1)), seconds)
+        num_steps += len(chunk)
     if not num_steps:
         raise ValueError(f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size")
-    outcomes, plain = [], mpembed.memory.report(make_spec(source, FP32, recipe), job.row_tx)
-    for i, contender in enumerate(contenders):
-        with warnings.catch_warnings(record=True) as advice:
-            warnings.simplefilter("always")
-            counts = mpembed.stats(learners[i].emb)
-        if counts.out_of_range:
-            raise ValueError(f"{source.name} made {counts.out_of_range} ids outside their tables")
-        size = mpembed.memory.report(specs[i], job.row_tx)
-        row_state_bytes = size.components["row state"]
-        outcomes.append(
-            Outcome(
-                contender=contender, seed=seed, **evaluate(job, learners[i], source, recipe.batch_size),
-                embedding_bytes=size.total - row_state_bytes, row_state_bytes=row_state_bytes,
-                bytes_per_row=(size.total - row_state_bytes) / plain.num_rows,
-                ratio=plain.float32_bytes / (size.total - row_state_bytes),
-                ratio_with_row_state=(plain.float32_bytes + plain.float32_row_state_bytes) / size.total,
-                hit_rate=counts.hit_rate, unique_hit_rate=counts.unique_hit_rate,
-                evictions_per_step=counts.evictions / num_steps, bypasses_per_step=counts.bypasses / num_steps,
-                step_ms=1e3 * float(np.median(times[i][1:] or times[i])), first_chunk_s=first_chunks[i],
-                num_steps=num_steps, losses=curves[i], advice=[str(w.message) for w in advice],
-            )
-        )  # fmt: skip
-        learners[i] = None  # lets the next evaluation have its memory
+    if job.view is not None:
+        learners = [job.view.refresh(learner) for learner in learners]
+    return [
+        Fitted(*parts, seed, num_steps, curve, seconds, first)
+        for *parts, curve, seconds, first in zip(contenders, specs, learners, curves, times, first_chunks, strict=True)
+    ]
+
+
+def train(
+    source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int, on_chunk: Callable[..., None]
+) -> list[Outcome]:
+    """Trains every contender for one pass (see `fit`) and evaluates it."""
+    fitted = fit(source, contenders, recipe, job, seed=seed, on_chunk=on_chunk)
+    [plain] = stacks.make_specs(source, FP32, recipe)
+    outcomes = []
+    while fitted:  # a learner evaluated is let go: the next evaluation has its memory
+        outcomes.append(measure(job, fitted.pop(0), source, plain, recipe.batch_size))
     return outcomes

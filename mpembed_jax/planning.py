@@ -21,10 +21,10 @@ from mpembed_jax.table import NO_ID
 
 
 def _is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
-    """Whether all LFU estimates are halved in this step: every 10 C / N."""
+    """Whether all LFU estimates are halved in this step: every 30 C / N steps."""
     if cache.policy != "lfu" or not num_positions:
         return jnp.bool_(False)
-    period = max(1, 10 * cache.geometry.lines // num_positions)
+    period = max(1, 30 * cache.geometry.lines // num_positions)
     return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)  # as an unsigned number it passes 2^31
 
 
@@ -117,7 +117,7 @@ def make_plan(
     estimate, then ascending id), meet its unpinned ways in order (empty first; LRU: oldest; LFU: least used; ties: lowest
     way); a miss enters if the way is empty, or LRU: if it was not used this step, LFU: if its estimate is below the
     newcomer's. All others bypass. LFU estimates: a resident's use is counted at its line, everybody else's in the sketch.
-    Every 10 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
+    Every 30 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
     over its cells. In the end the lines of the batch take their estimates, and the cells of bypassed and of displaced ids
     are raised to theirs.
 

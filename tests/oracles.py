@@ -103,7 +103,7 @@ class DictCache:
 
         estimate = {}
         if self.policy == "lfu":
-            period = max(1, 10 * geo.lines // len(ids)) if ids else 0
+            period = max(1, 30 * geo.lines // len(ids)) if ids else 0
             if period and t > 0 and t % period == 0:
                 self.halve()
             estimate = self.count({i: occurrences[i] for i in kept})

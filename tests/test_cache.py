@@ -179,8 +179,8 @@ def copy_of(model):
 
 
 def test_lfu_estimates_saturate():
-    """One id in almost all of 8,192 positions: 65,535 is reached in nine steps, the halving comes after ten."""
-    state, model = start(20000, 8192, 32, "lfu")
+    """One id in almost all of 8,192 positions: 65,535 is reached in nine steps, the halving comes after eleven."""
+    state, model = start(20000, 3072, 32, "lfu")
     batches = np.full((14, 8192), 7, np.int32)
     batches[:, :200] = shapes.skewed_ids(0, 14, 200, 20000)
     twin = copy_of(model)

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
 
-from experiments import dlrm, reddit_quality, train_dlrm, training
+from experiments import dlrm, stacks, train_dlrm, training
 from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
 from mpembed_jax import NO_ID
@@ -293,21 +293,28 @@ def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
     assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
 
 
+def test_posts_can_come_in_time_order(posts):
+    ordered = reddit.RedditPosts(num_rows=2_000, in_time_order=True)
+    batches = [np.concatenate([b["ids"]["domain"] for b in ordered.train(500, seed)]) for seed in (0, 1)]
+    np.testing.assert_array_equal(*batches)
+    np.testing.assert_array_equal(batches[0], ordered.ids["domain"][:2_000])
+
+
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
     # A float32 cache changes nothing (DESIGN.md 6.1), so any difference would come from other batches or initial values.
-    contenders = (training.FP32, training.Contender("cached", "float32", 0.3))
-    record = reddit_quality.main(reddit_quality.Settings(seeds=(0,), num_rows=20_000, out=tmp_path), contenders)
-    assert record["auc_differences"]["cached"]["per_seed"] == pytest.approx([0.0], abs=1e-5)
-    plain, cached = record["outcomes"]
-    assert plain["auc"] > 0.6 and cached["hit_rate"] > 0.5
-    assert (tmp_path / "reddit_quality.json").is_file() and (tmp_path / "reddit_quality.png").is_file()
+    contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
+    source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)
+    job = training.make_job(source, recipe)
+    plain, cached = training.train(source, contenders, recipe, job, seed=0, on_chunk=lambda *_: None)
+    assert cached.auc == pytest.approx(plain.auc, abs=1e-5)
+    assert plain.auc > 0.6 and cached.hit_rate > 0.5
 
 
 def test_hashing_caps_the_largest_tables():
     tables = {"a": 1000, "b": 10_000, "c": 90_000}
-    assert training.table_sizes(tables, 0.5) == {"a": 1000, "b": 10_000, "c": 101_000 // 2 - 11_000}
-    assert training.table_sizes(tables, 0.1) == {"a": 1000, "b": 4550, "c": 4550}
-    assert training.table_sizes(tables, 1.0) == tables
+    assert stacks.table_sizes(tables, 0.5) == {"a": 1000, "b": 10_000, "c": 101_000 // 2 - 11_000}
+    assert stacks.table_sizes(tables, 0.1) == {"a": 1000, "b": 4550, "c": 4550}
+    assert stacks.table_sizes(tables, 1.0) == tables
 
 
 def test_the_script_runs_as_a_file_and_shows_its_settings():

@@ -77,7 +77,7 @@ def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implement
     batches = shapes.skewed_ids(3, 6, 90, 150, drift=1), shapes.dyadic(3, (6, 90, 6))
 
     def steps(state, batches):
-        return jax.lax.scan(lambda state, batch: train.__wrapped__(state, *([x] for x in batch), tx=tx), state, batches)
+        return jax.lax.scan(lambda state, batch: train_step.__wrapped__(state, *batch, tx=tx), state, batches)
 
     results = []
     for kind, name in ((None, None), ("pinned_host", implementation)):

@@ -9,6 +9,7 @@ the repository. Links, scores and authors are not used.
 
 import datetime
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,14 @@ class RedditPosts(InMemory):
     Args:
       path: the parquet file or its folder; None looks in the default places.
       num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None keeps all.
+      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while training.
     """
 
     name = "reddit"
     bags: tuple[str, ...] = ("title",)
 
-    def __init__(self, path: Path | str | None = None, num_rows: int | None = None):
+    def __init__(self, path: Path | str | None = None, num_rows: int | None = None, *, in_time_order: bool = False):
+        self.in_time_order = in_time_order
         posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
         if num_rows is not None:
             is_train = pl.col("created_utc") < TEST_FROM
@@ -76,3 +79,13 @@ class RedditPosts(InMemory):
         ids["title"], self.tables["title"] = numbered_bags(posts["words"], MAX_TOKENS)
         label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
         super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()))
+
+    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[dict]:
+        """Yields the full batches of the training posts, from batch `start` on; in random order unless `in_time_order`."""
+        if not self.in_time_order:
+            yield from super().train(batch_size, seed, start, num_epochs)
+            return
+        per_epoch = self.num_train // batch_size
+        for number in range(start, num_epochs * per_epoch):
+            at = number % per_epoch * batch_size
+            yield self._batch(slice(at, at + batch_size))
