@@ -7,11 +7,10 @@ foreign call.
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 
 from mpembed_jax.ops import call_frame
-from mpembed_jax.ops.call_frame import argument, result
+from mpembed_jax.ops.call_frame import argument, compiled, result
 from mpembed_jax.ops.native_hash import fmix32
 from mpembed_jax.ops.native_plan import plan
 from mpembed_jax.table import NO_ID
@@ -23,7 +22,7 @@ _NO_ID = np.int32(NO_ID)
 # --- put
 
 
-@numba.njit
+@compiled
 def _put_half(frame, half):
     index, values, array = argument(frame, 0, np.int32), argument(frame, 1, np.uint32), result(frame, 0, np.uint32)
     num = len(index)
@@ -51,7 +50,7 @@ def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 # --- unique
 
 
-@numba.njit
+@compiled
 def _unique(frame):
     ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
     unique_ids, inverse, counts = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.int32)
@@ -87,13 +86,30 @@ def _unique(frame):
     numbers[0], numbers[1] = num_ids, num_found - num_ids
 
 
-@numba.njit
+@compiled
+def _smallest(values, num):
+    """Returns the num-th smallest uint32 (the smallest for 0), by its upper, then by its lower half: no sort to compile."""
+    found, rest = np.uint32(0), max(num, 1)
+    for shift in (np.uint32(16), np.uint32(0)):
+        counts = np.zeros(1 << 16, np.int64)
+        for value in values:
+            if shift or value >> np.uint32(16) == found:
+                counts[np.int64((value >> shift) & np.uint32(0xFFFF))] += 1
+        digit = 0
+        while counts[digit] < rest:
+            rest -= counts[digit]
+            digit += 1
+        found = np.uint32((found << np.uint32(16)) | np.uint32(digit))
+    return found
+
+
+@compiled
 def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding):
     """Over the budget: the ids smallest by fmix32(id xor step) stay, in their order."""
     mixed, moved = np.empty(num_found, np.uint32), np.empty(num_found, np.int32)
     for index in range(num_found):
         mixed[index] = fmix32(np.uint32(seen[index]) ^ np.uint32(step))
-    limit = np.sort(mixed)[max(num_kept - 1, 0)]
+    limit = _smallest(mixed, num_kept)
     kept = 0
     for index in range(num_found):
         moved[index] = padding

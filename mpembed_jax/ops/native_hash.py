@@ -1,14 +1,14 @@
 """Hashes of `numerics` and `cache`, compiled by numba: the same numbers."""
 
-import numba
 import numpy as np
 
 from mpembed_jax import cache as caching
+from mpembed_jax.ops.call_frame import compiled
 
 _SEEDS = caching.SKETCH_SEEDS
 
 
-@numba.njit(inline="always")
+@compiled
 def fmix32(x):
     """See numerics.fmix32."""
     x = np.uint32(x)
@@ -19,13 +19,13 @@ def fmix32(x):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@numba.njit(inline="always")
+@compiled
 def scale_to(mixed, size):
     """See numerics.scale_to."""
     return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
 
 
-@numba.njit(inline="always")
+@compiled
 def cell(depth, x, groups, width):
     """See cache.sketch_cells."""
     quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))

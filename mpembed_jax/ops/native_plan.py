@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 
 from mpembed_jax import cache as caching
 from mpembed_jax.cache import CacheState
 from mpembed_jax.ops import call_frame
-from mpembed_jax.ops.call_frame import argument, result
+from mpembed_jax.ops.call_frame import argument, compiled, result
 from mpembed_jax.ops.native_hash import cell, fmix32, scale_to
 from mpembed_jax.table import NO_ID
 
@@ -25,7 +24,7 @@ _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 
-@numba.njit
+@compiled
 def _find_half(frame, half):
     """Finds the sets of one half of the ids, and their lines if they have one.
 
@@ -50,7 +49,7 @@ def _find_half(frame, half):
 _find_lines = call_frame.halves(_find_half)
 
 
-@numba.njit
+@compiled
 def _pin(ids, counts, step, geometry, priority, sketch, line, estimate, order, queue):
     """Pins the lines that were found; queues the misses. Returns how many of each."""
     sets, ways, groups, width = geometry
@@ -74,7 +73,7 @@ def _pin(ids, counts, step, geometry, priority, sketch, line, estimate, order, q
     return num_hits, num_misses
 
 
-@numba.njit
+@compiled
 def _enter(
     ids, step, geometry, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
     num_waiting, best, winner, full,
@@ -125,7 +124,7 @@ def _enter(
     return num_cached
 
 
-@numba.njit
+@compiled
 def _plan(frame):
     ids, inverse, counts = argument(frame, 0, np.int32), argument(frame, 1, np.int32), argument(frame, 2, np.int32)
     numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
