@@ -32,7 +32,7 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 # Python never calls what is compiled here: without wrappers for it, compilation takes half the time.
-compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
 @intrinsic
