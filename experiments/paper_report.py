@@ -127,9 +127,8 @@ def needed(group: Group) -> str:
     return "\n".join(lines)
 
 
-def write(found: list[dict[str, Any]], out: Path) -> None:
-    """Writes paper_table.md, and paper_table_accuracy.png, _hits.png and _losses.png, into `out`."""
-    groups = group(found)
+def text(groups: list[Group]) -> str:
+    """Returns the Markdown of all tables."""
     parts = [
         "Made by `python -m experiments.paper_table --report` from paper_table.jsonl. ± is the half 95 % interval (t) of"
     ]
@@ -138,7 +137,13 @@ def write(found: list[dict[str, Any]], out: Path) -> None:
         sizes = f"{g.data['train']:,} training and {g.data['test']:,} test rows, {g.data['ids']:,} ids"
         commits = sorted({r["environment"]["commit"][:10] for runs in g.cases.values() for r in runs.values()})
         parts.append(f"## {g.title}\n\n{sizes}; commit {', '.join(commits)}\n\n{table(g)}\n\n{needed(g)}")
-    (out / "paper_table.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
+
+
+def write(found: list[dict[str, Any]], out: Path) -> None:
+    """Writes paper_table.md, and paper_table_accuracy.png, _hits.png and _losses.png, into `out`."""
+    groups = group(found)
+    (out / "paper_table.md").write_text(text(groups))
     _draw(
         groups,
         out / "paper_table_accuracy.png",

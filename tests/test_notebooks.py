@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -184,6 +185,16 @@ PINS = ["jax==0.12.0.1", "jaxlib==0.12.0.1"]
 )
 def test_pip_is_asked_for_a_jax_that_fits(cell, cuda, versions, platform, wanted):
     assert cell["choose_jax"](cuda, versions, platform) == wanted
+
+
+def test_extras_of_the_project_itself_are_asked_for_by_what_they_need(cell):
+    """The project is on no index, so pip cannot be asked for "mpembed_jax[cpu]"."""
+    own = {"name": "p_q", "optional-dependencies": {"all": ["p_q[a,b]", "c>=1"], "a": ["x"], "b": ["p_q[a]", "p_q_more[z]"]}}
+    assert cell["requirements"](own, "all") == ["x", "x", "p_q_more[z]", "c>=1"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = cell["requirements"](project, "experiments")
+    assert not [requirement for requirement in wanted if requirement.startswith(project["name"])]
+    assert {"numba", "tensorflow-datasets", "matplotlib"} <= {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
 
 
 def test_an_old_jax_on_a_tpu_is_the_users_to_replace(cell):
