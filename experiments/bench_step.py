@@ -1,6 +1,6 @@
 """What a training step of the embedding costs: whole and by phase, over dims, batches, formats, policies, ways, skews and V.
 
-    python -m experiments.bench_step                    # the full grid, about 25 minutes on 2 cores
+    python -m experiments.bench_step                    # the full grid, 9 minutes on 2 cores
     python -m experiments.bench_step --quick            # D = 16 and 64 at B = 2,048
 
 A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on Kaggle's vocabularies (see
