@@ -8,8 +8,9 @@ part that raises, hangs or kills its process (an illegal address does, for all t
 are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; gather and
 dequantize alone; the embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by
 verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against
-INT8 + cache on the device; other batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named.
-Floors are bytes that must move over the copy bandwidth measured first (roofline.py). Needs jax, optax and numpy alone.
+INT8 + cache on the device; bags and their gradients; other batch sizes and formats; more than 100 M rows. What --budget
+leaves no time for is named. Floors are bytes that must move over the copy bandwidth measured first (roofline.py). The swap
+is timed within prefetch, whose planning is the same XLA either way. Needs jax, optax and numpy alone.
 """
 
 import argparse
@@ -335,6 +336,38 @@ def gather_alone(bench: Bench) -> Iterator[dict]:
         yield row
 
 
+def bags_alone(bench: Bench) -> Iterator[dict]:
+    """Bags of a batch's 26 rows, summed, and their gradients; the floor moves each distinct row and each bag once."""
+    dims, batch, repeats = ((8,), 16, 1) if bench.is_tiny else ((64, 128, 16), 65536, 16)
+    ids = ids_of(40_000 if bench.is_tiny else None, batch, 1)[0]
+    unique, inverse = np.unique(ids, return_inverse=True)
+    index = jnp.asarray(inverse.reshape(ids.shape), jnp.int32)
+    for implementation, dim in itertools.product(("xla", bench.kernels), dims):
+        row = {"implementation": implementation, "dim": dim, "batch": batch, "rows": len(unique)}
+        pool = functools.partial(mpembed.pool, combiner="sum", implementation=implementation)
+
+        @jax.jit
+        def gradients(rows: jax.Array, index: jax.Array, grads: jax.Array, pool: Callable = pool) -> jax.Array:
+            return jax.vjp(lambda rows: pool(rows, index), rows)[1](grads)[0]
+
+        try:
+            rows, grads = jnp.ones((len(unique) + 1, dim)), jnp.ones((batch, dim))  # the last row is padding
+            floor = (4 * dim * (len(unique) + batch) + 4 * index.size) / bench.bandwidth
+            for name, call in (
+                ("bags", functools.partial(jax.jit(pool), rows, index)),
+                ("gradients", functools.partial(gradients, rows, index, grads)),
+            ):
+                seconds = seconds_of(call, repeats)
+                row[name] = {
+                    "milliseconds": seconds * 1e3,
+                    "floor_milliseconds": floor * 1e3,
+                    "times_floor": seconds / floor,
+                }
+        except Exception as error:
+            row |= _failure(error)
+        yield row
+
+
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
     """Makes a part of step measurements, XLA against kernels."""
 
@@ -415,6 +448,7 @@ PARTS: dict[str, Part] = {
     "step": Part(steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True), 150),
     "torch sparse": Part(torch_sparse, 45),
     "host memory": Part(spilled, 80),
+    "bags alone": Part(bags_alone, 40),
     "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
     "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
     "step, float32 without cache": Part(steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60),

@@ -1,6 +1,6 @@
 """What a training step of the embedding costs: whole and by phase, over dims, batches, formats, policies, ways, skews and V.
 
-    python -m experiments.bench_step                    # the full grid, about 25 minutes on 2 cores
+    python -m experiments.bench_step                    # the full grid, 9 minutes on 2 cores
     python -m experiments.bench_step --quick            # D = 16 and 64 at B = 2,048
 
 A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on Kaggle's vocabularies (see
@@ -12,7 +12,6 @@ Writes experiments/results/bench_step.json and bench_step.png.
 import dataclasses
 import itertools
 import json
-import platform
 import statistics
 import time
 from functools import partial
@@ -25,7 +24,7 @@ import numpy as np
 import tyro
 
 import mpembed_jax as mpembed
-from experiments import workload
+from experiments import reporting, workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,12 +222,7 @@ def main(settings: Settings) -> None:
             flush=True,
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {
-        "bandwidth": bandwidth,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": str(jax.devices()[0]),
-    }
+    facts = reporting.environment() | {"bandwidth": bandwidth, "settings": {"steps": settings.steps, "warm": settings.warm}}
     settings.out.write_text(json.dumps(facts | {"results": results}, indent=1))
     draw(results, settings.out.with_suffix(".png"))
 

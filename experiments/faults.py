@@ -30,7 +30,7 @@ import optax
 import tyro
 
 import mpembed_jax as mpembed
-from experiments import invariants, killed_worker, workload
+from experiments import invariants, killed_worker, killing, workload
 from mpembed_jax import checkpoint
 
 
@@ -151,50 +151,36 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        wanted, _ = _worker(Path(folder) / "uninterrupted", steps)
+        wanted = _run(Path(folder) / "uninterrupted", steps)
         directory = Path(folder) / "killed"
-        directory.mkdir()
-        done = unfinished = during_save = 0
-        resumed_at = []
-        while done < kills:
+        unfinished, resumed_at = 0, []
+        for done in range(kills):
             # Aimed so that the run advances a little between kills and is not over before the last one.
             latest = checkpoint.latest_step(directory) or 0
             until = min(steps - 1, latest + rng.randint(1, max(2, 2 * (steps - latest) // (kills - done + 1))))
-            aim = "save" if done % 2 else "step"
-            resumed_at.append(_run_and_kill(directory, steps, aim, until, rng))
-            left = [p.name for p in directory.iterdir() if not p.name.removeprefix("step_").isdigit()]
-            unfinished += bool(left)
-            during_save += aim == "save"
-            done += 1
-        final, _ = _worker(directory, steps)
-        assert final == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
+            resumed_at.append(_run_and_kill(directory, steps, "save" if done % 2 else "step", until, rng))
+            unfinished += killing.has_unfinished(directory)
+        assert _run(directory, steps) == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
         return {
-            "kills": done, "aimed at saves": during_save, "unfinished folders left behind": unfinished,
+            "kills": kills, "aimed at saves": kills // 2, "unfinished folders left behind": unfinished,
             "resumed at steps": resumed_at, "steps": steps, "bits equal": True,
         }  # fmt: skip
 
 
 def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "experiments.faults", "--worker", str(directory), "--steps", str(steps)]
-    # The uninterrupted run, which comes first, compiles for all.
-    cached = {
-        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    environment = {**os.environ, **cached, "PYTHONPATH": path}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=root, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
+    pipe, environment = subprocess.PIPE, killing.environment(directory)
+    return subprocess.Popen(command, cwd=killing.ROOT, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
-def _worker(directory: Path, steps: int) -> tuple[str, int]:
-    """Runs a worker to its end; returns its hash and where it resumed."""
+def _run(directory: Path, steps: int) -> str:
+    """Runs a worker to its end; returns its hash."""
     process = _start(directory, steps, subprocess.DEVNULL)
     out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
-    lines = out.splitlines()
-    return lines[-1].split()[1], int(lines[0].split()[1])
+    word, bits = killing.SAID.findall(out)[-1]
+    assert word == "bits"
+    return bits
 
 
 def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random.Random) -> int:
@@ -204,15 +190,10 @@ def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random
     """
     with _start(directory, steps, subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
-        resume, is_there = -1, False
-        for line in process.stdout:
-            word, number = line.split()
-            resume = int(number) if word == "resume" else resume
-            is_there = word == "end" or (word == aim and int(number) >= until)
-            if is_there:
-                time.sleep(rng.uniform(0, 0.08 if aim == "save" else 0.02))
-                process.kill()
-                break
+        resume, is_there = killing.listen(process.stdout, aim, until)
+        if is_there:
+            time.sleep(rng.uniform(0, 0.08 if aim == "save" else 0.02))
+            process.kill()
         errors = process.stderr.read()
     assert is_there and process.returncode == -signal.SIGKILL, errors[-3000:]
     return resume
@@ -301,7 +282,7 @@ def _fill_a_device() -> dict[str, str] | None:
         except (OSError, subprocess.CalledProcessError):
             return None
         command = [*mount, sys.executable, "-m", "experiments.faults", "--fill", f"{folder}/run"]
-        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
+        done = subprocess.run(command, cwd=killing.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

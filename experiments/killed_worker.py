@@ -10,9 +10,7 @@ state at the end are compared with those of a run nobody interrupted.
 
 import dataclasses
 import hashlib
-import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -29,7 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import multiprocess, workload
+from experiments import killing, multiprocess, workload
 from mpembed_jax import checkpoint
 
 PROCESSES, SAVE_EVERY, BATCH, DIM = 2, 5, 256, 16
@@ -40,7 +38,6 @@ SPEC = mpembed.EmbeddingSpec(
     mpembed.CacheSpec(num_rows=1024, ways=8),
 )
 TX = mpembed.optim.rowwise_adagrad(0.05)
-_SAID = re.compile(r"^(resume|step|save|end|bits) (\w+)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +122,7 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
             victims.append(rng.randrange(PROCESSES))
             aim = "save" if done % 2 else "step"
             resumed_at.append(_run_and_kill(directory, steps, victims[-1], aim, until, rng))
-            if directory.exists():
-                unfinished += any(not p.name.removeprefix("step_").isdigit() for p in directory.iterdir())
+            unfinished += killing.has_unfinished(directory)
         final, begin = _run(directory, steps)
         assert final == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
         return {
@@ -136,30 +132,15 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
 
 
 def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subprocess.Popen]:
-    root = Path(__file__).resolve().parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     options = [f"--port={port}", f"--directory={directory}", f"--steps={steps}"]
-    environment = {
-        **os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1",
-        # The uninterrupted run, which comes first, compiles for all.
-        "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    one_device = f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1"
+    environment = {**killing.environment(directory), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device}
     command = [sys.executable, "-m", "experiments.killed_worker", *options]
     workers = []
     for index in range(PROCESSES):
         with open(directory.parent / f"errors_{index}", "w") as errors:
-            workers.append(
-                subprocess.Popen(
-                    [*command, f"--worker={index}"],
-                    cwd=root,
-                    env=environment,
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-            )
+            streams: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            workers.append(subprocess.Popen([*command, f"--worker={index}"], cwd=killing.ROOT, env=environment, **streams))
     return workers
 
 
@@ -173,7 +154,7 @@ def _run(directory: Path, steps: int) -> tuple[str, int]:
         workers = _start(directory, steps, held.getsockname()[1], subprocess.DEVNULL)
         try:
             # gloo, too, writes to stdout; what a worker says fits a pipe that is not read yet.
-            outputs = [_SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0]) for worker in workers]
+            outputs = [killing.SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0]) for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()
@@ -187,19 +168,14 @@ def _run_and_kill(directory: Path, steps: int, victim: int, aim: str, until: int
 
     Then ends the other. Returns the step they resumed at.
     """
-    resume, is_there = -1, False
     with multiprocess.reserve_port() as held:
         workers = _start(directory, steps, held.getsockname()[1], subprocess.PIPE)
         stdout = workers[victim].stdout
         assert stdout is not None
         try:
-            for line in stdout:
-                for word, number in _SAID.findall(line):
-                    resume = int(number) if word == "resume" else resume
-                    is_there = word == "end" or (word == aim and int(number) >= until)
-                if is_there:
-                    time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
-                    break
+            resume, is_there = killing.listen(stdout, aim, until)
+            if is_there:
+                time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
             workers[victim].kill()
             time.sleep(rng.uniform(0, 1))  # the other one notices, waits, or goes on with what needs no partner
         finally:

@@ -11,15 +11,16 @@ class Placement:
 
     Attributes:
       kind: "rows" (row r on shard r mod P), "tables" (each table whole on one shard) or "replicated" (all rows everywhere).
-      capacity: room of the exchange, as a multiple of an even share of a device's unique-id budget per owner; ids beyond
-        it travel in a second, full-width round, which is counted.
+      capacity: room of the exchange, as a multiple of an even share of a device's unique-id budget per owner; in a step in
+        which any device has more, all exchange arrays of full width instead, and that is counted.
       batch_axes: mesh axes over which batches are divided; None: all axes of the mesh. A sharding axis that is not among
         them sees the same ids on all its devices.
       table_shards: with "tables": the shard of each table; None: filled largest first onto the emptiest shard.
       summation_blocks: None: gradients are summed per device, then over devices. A number: the batch is cut into as many
         equal blocks along the leading axis of its ids, sums are taken within blocks and then over blocks in order, so the
-        result has the same bits for every number of devices that divides it; slower, since a row used by several blocks
-        of one device travels once for each.
+        result has the same bits for every number of devices that divides it (from the same gradients of the vectors:
+        dense layers may round otherwise in batches of another size); slower, since a row used by several blocks of one
+        device travels once for each.
 
     Raises:
       ValueError: on an unknown kind or a number out of range.

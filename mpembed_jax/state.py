@@ -95,7 +95,8 @@ def init(
       axis_name: the mesh axis (or axes) that divides rows, may be left out where the mesh has one. Without mesh: the axis
         of the jax.pmap that init is called in.
       placement: how rows are divided; None: Placement(), rows by MOD.
-      implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device.
+      implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device. Name one to lower or
+        compile for another device than this machine's: "numba", a CPU's choice, compiles for CPUs alone.
 
     Returns:
       The state, on the default device or over the mesh.

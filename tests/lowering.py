@@ -39,8 +39,8 @@ def kernels(text):
     return re.findall(r"mpembed_(?!jax)\w+", text)
 
 
-def address_widths(lowered):
-    """{kernel: {"i32" or "i64": number of address computations}} of the Triton kernels that a lowered module calls."""
+def kernel_modules(lowered):
+    """{kernel: its Triton module as text} of the kernels that a lowered module calls."""
     found = {}
 
     def look(operation):
@@ -49,10 +49,14 @@ def address_widths(lowered):
             with ir.Context() as context:
                 triton.register_dialect(context)
                 context.allow_unregistered_dialects = True  # the barrier is of another one
-                kernel = str(ir.Module.parse(config["ir"].value_bytes))
-            widths = re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", kernel)
-            found[config["name"].value] = collections.Counter(widths)
+                found[config["name"].value] = str(ir.Module.parse(config["ir"].value_bytes))
         return ir.WalkResult.ADVANCE
 
     lowered.compiler_ir().operation.walk(look)
     return found
+
+
+def address_widths(lowered):
+    """{kernel: {"i32" or "i64": number of address computations}} of the Triton kernels that a lowered module calls."""
+    kernels = kernel_modules(lowered).items()
+    return {name: collections.Counter(re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", text)) for name, text in kernels}

@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -21,6 +22,9 @@ def test_the_kernels_part_and_a_step_run_tiny():
     assert len(rows) == 2
     for row in bench_gpu.rows_of("gather alone", TINY):
         assert row["floor_milliseconds"] == pytest.approx(100 * (4 + 10 + 4 * 8) / 1e9 * 1e3)
+    for row in bench_gpu.rows_of("bags alone", TINY):
+        assert row["bags"]["floor_milliseconds"] == (4 * 8 * (row["rows"] + 16) + 4 * 16 * 26) / 1e9 * 1e3
+        assert row["gradients"]["times_floor"] > 0
     for row in rows:
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / row["floor_milliseconds"])
         assert row["counts"]["unique"] > 0
@@ -57,6 +61,13 @@ def test_what_does_not_fit_the_budget_is_named(tmp_path):
 def test_without_a_gpu_it_says_what_to_do():
     with pytest.raises(SystemExit, match=r"needs a GPU.*--interpret"):
         bench_gpu.main(["--part", "copy bandwidth"])
+
+
+def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
+    code = "import sys; from experiments import bench_gpu; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, capture_output=True, text=True, check=True)
+    assert "optax" in loaded.stdout.split()
+    assert not {*loaded.stdout.split()} & {"flax", "matplotlib", "numba", "polars", "rich", "sklearn", "torch", "tyro"}
 
 
 @pytest.mark.parametrize("module", [bench_gpu, roofline, workload])

@@ -1,6 +1,7 @@
 """Checkpoints of stacks over a mesh: the rows, and the training, of the state that was saved, on any number of devices."""
 
 import dataclasses
+import json
 import logging
 from functools import cache, partial
 
@@ -155,3 +156,102 @@ def test_a_format_is_changed_on_whole_tables_with_their_lines(of_tables, tmp_pat
     np.testing.assert_array_equal(all_rows(wide), all_rows(state))
     for name in ("tags", "rows", "priority", "sketch"):
         np.testing.assert_array_equal(getattr(wide.cache, name), getattr(state.cache, name))
+
+
+# --- increments
+
+
+@cache
+def marked_trainer(shards, placement=None):
+    """A few steps, each of them marked; donated, as in a loop."""
+    abstract = jax.eval_shape(lambda: init(shards, placement=placement))
+
+    def run(state, tracker, batches):
+        def marked(carry, batch):
+            (state, tracker), (ids, upstream) = carry, batch
+            state, plan = mpembed.prefetch(state, ids)
+            tracker = checkpoint.mark(tracker, plan)
+            rows = mpembed.lookup(state, plan)
+            _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+            return (mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX), tracker), None
+
+        return jax.lax.scan(marked, (state, tracker), batches)[0]
+
+    def train(state, tracker, batches):
+        specs, of_tracker = mpembed.partition_specs(abstract), checkpoint.partition_specs(tracker)
+        batch = P(None, abstract.layout.batch_axes)
+        whole = jax.shard_map(
+            run,
+            mesh=abstract.layout.mesh,
+            in_specs=(specs, of_tracker, (batch, batch)),
+            out_specs=(specs, of_tracker),
+        )
+        return whole(state, tracker, batches)
+
+    return jax.jit(run if abstract.layout is None else train, donate_argnums=(0, 1))
+
+
+def marked(state, steps):
+    """Trains a copy of the state over some steps of stream 1; returns it with its tracker."""
+    layout, batches = state.layout, jax.tree.map(lambda a: a[steps], stream(1))
+    tracker, state = checkpoint.track(state), jax.tree.map(jax.numpy.copy, state)
+    return marked_trainer(layout and layout.mesh.size, layout and layout.placement)(state, tracker, batches)
+
+
+def manifest_of(folder, step):
+    return json.loads(json.loads((folder / f"step_{step}" / "manifest.json").read_text())["body"])
+
+
+@pytest.mark.parametrize("kind", ["rows", "tables", "replicated"])
+def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables, tmp_path):
+    """Two links, a flush between their steps; on other devices too; as many rows as one device's increment holds."""
+    _, states = saved
+    state = states[4]
+    if kind == "replicated":
+        state = sharding.relayout(state, mesh=state.layout.mesh, placement=mpembed.Placement("replicated"))
+    state = of_tables if kind == "tables" else state
+    full = checkpoint.save(tmp_path, 0, {"emb": state})
+    for link, steps in ((1, slice(0, 2)), (2, slice(2, 4))):
+        after, tracker = marked(state, steps)
+        if link == 1:
+            after = jax.jit(mpembed.flush)(after)  # writes lines that were dirty, of rows that no step named
+            assert (np.asarray(tracker.was_dirty) & ~np.asarray(tracker.bits)).any()
+        part = checkpoint.save(tmp_path, link, {"emb": after}, tracker=tracker)
+        assert part.nbytes < 0.7 * full.nbytes
+        assert manifest_of(tmp_path, link)["base"]["step"] == link - 1
+        assert_same(checkpoint.restore(tmp_path, {"emb": init(*place_of(state))})["emb"], after)
+        state = after
+    assert_same(checkpoint.restore(tmp_path, {"emb": init(None)})["emb"], sharding.relayout(state))
+    if kind == "rows":
+        assert_same(checkpoint.restore(tmp_path, {"emb": init(8)})["emb"], relaid(state, 8))
+        one, tracker = marked(states[None], slice(0, 2))
+        checkpoint.save(tmp_path / "one", 0, {"emb": states[None]})
+        checkpoint.save(tmp_path / "one", 1, {"emb": jax.jit(mpembed.flush)(one)}, tracker=tracker)
+        rows, lines = (
+            [manifest_of(folder, 1)["arrays"][f"emb.touched_{kind}"]["shape"] for folder in (tmp_path, tmp_path / "one")]
+            for kind in ("rows", "lines")
+        )
+        assert rows[0] == rows[1]
+        assert lines[0] == lines[1]
+
+
+def place_of(state):
+    return state.layout.mesh.size, 9, state.layout.placement
+
+
+def relaid(state, shards):
+    return sharding.relayout(state, mesh=init(shards).layout.mesh)
+
+
+def test_a_tracker_over_a_mesh_that_missed_a_step_is_refused(saved, tmp_path):
+    _, states = saved
+    checkpoint.save(tmp_path, 0, states[4])
+    after, tracker = marked(states[4], slice(0, 2))
+    checkpoint.save(tmp_path, 1, after, tracker=tracker)
+    later, _ = marked(after, slice(2, 4))
+    with pytest.raises(ValueError, match="did not see every step"):
+        checkpoint.save(tmp_path, 2, later, tracker=tracker)
+    with pytest.raises(ValueError, match=r"mark of a sharded state .* inside jax.shard_map"):
+        checkpoint.mark(checkpoint.track(after), None)
+    with pytest.raises(ValueError, match="another embedding state"):
+        checkpoint.save(tmp_path, 2, sharding.relayout(after), tracker=tracker)

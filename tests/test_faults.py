@@ -29,6 +29,7 @@ def test_a_run_killed_three_times_ends_in_the_same_bits():
     assert found["kills"] == 3
     assert found["bits equal"]
     assert sorted(found["resumed at steps"]) == found["resumed at steps"]
+    assert found["resumed at steps"][-1] > 0  # from a checkpoint, not from the beginning again
 
 
 def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():

@@ -102,6 +102,16 @@ def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(stor
     assert found["temporary_bytes"] + found["host_temporary_bytes"] < 2**24
 
 
+def test_what_was_chosen_for_a_cpu_is_refused_by_the_compiler():
+    """Never another program: XLA names the function that it lacks, before anything runs."""
+    pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+    spec = shapes.stack(3000, DIM, storage="int8", lines=256)
+    assert mpembed.init(jax.random.key(0), spec, mpembed.optim.sgd(0.1)).implementation == "numba"
+    step, arguments = compile_gpu.step_and_arguments(spec, "numba", (64, 4), mpembed.optim.sgd(0.1))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"No FFI handler registered for mpembed_.* on a platform CUDA"):
+        compile_gpu.compile_for("h200", step, *arguments)
+
+
 def test_bags_and_their_gradients_compile_to_kernels_alone():
     rows = jax.ShapeDtypeStruct((1000, 100), jnp.float32)
     index, factors = jax.ShapeDtypeStruct((64, 20), jnp.int32), jax.ShapeDtypeStruct((64, 20), jnp.float32)

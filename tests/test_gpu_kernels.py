@@ -4,6 +4,7 @@ Interpreting shows values; that they compile for a GPU is shown by test_gpu_lowe
 fast by experiments/bench_gpu.py.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -25,25 +26,18 @@ KEY = jnp.asarray([3, 4], jnp.uint32)
 STEP = jnp.int32(5)
 KERNEL, REFERENCE = "pallas_interpret", "xla"
 
-# Every format, every dim of the list, every kind of scale, symmetric or not, nearest rounding.
-CASES = [
-    (RowFormat("float32"), 1),
-    (RowFormat("float32"), 100),
-    (RowFormat("bfloat16"), 7),
-    (RowFormat("float16"), 64),
-    (RowFormat("float8_e4m3fn"), 7),
+DIMS = (1, 7, 16, 64, 100, 128)
+CASES = [(RowFormat(name), dim) for name in shapes.FORMATS for dim in DIMS]
+# Other kinds of scale, symmetric or not, nearest rounding.
+OPTIONS = [
     (RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
     (RowFormat("float8_e5m2", scale_dtype="float16"), 16),
-    (RowFormat("int8"), 1),
-    (RowFormat("int8"), 16),
-    (RowFormat("int8"), 100),
     (RowFormat("int8", scale_dtype="float32"), 7),
     (RowFormat("int8", rounding="nearest"), 128),
-    (RowFormat("int4"), 7),
     (RowFormat("int4", scale_dtype="float16"), 100),
-    (RowFormat("int2"), 16),
     (RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
 ]
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # programs that run once
 
 
 def name_of(case):
@@ -89,7 +83,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     return swapped, rows, stored
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", OPTIONS, ids=name_of)
 def test_swap_lookup_and_write_make_the_same_bits(case):
     """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean victims."""
     staged = stage(*case)
@@ -97,6 +91,58 @@ def test_swap_lookup_and_write_make_the_same_bits(case):
     wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
     same(got, wanted)
     assert int(wanted[0][3]) > 20
+
+
+def resident(lines):
+    """A cache of 8 ways that holds every third id while there is room in its set."""
+    geometry = mpembed.CacheSpec(num_rows=LINES, ways=8).geometry(V)
+    tags = np.full((geometry.sets, 8), NO_ID, np.int32)
+    sets = np.asarray(cache.set_of(jnp.arange(V, dtype=jnp.int32), geometry))
+    for x in range(0, V, 3):
+        free = np.flatnonzero(tags[sets[x]] == NO_ID)
+        if free.size:
+            tags[sets[x], free[-1]] = x
+    return dataclasses.replace(cache.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
+    """Read through the tags, swap, lookup, then an update: row-wise Adagrad from zero sums, each row's gradient +-2^-k.
+
+    Their squares' mean is 4^-k and its root 2^-k, exactly, so that the update is +-lr and rounds once, in the sum; the sums
+    are known in advance.
+    """
+    table, lines, dirty, ids, line, victims = stage(*case)
+    rng, dim = np.random.default_rng(4), case[1]
+    signs = rng.choice(np.float32([-1, 1]), (WIDTH, dim))
+    magnitude = np.exp2(rng.integers(-6, 1, (WIDTH, 1))).astype(np.float32)
+    queries = jnp.asarray([*range(-2, V + 2), -(2**31), NO_ID], jnp.int32)
+    begin, end, num_ids = (jnp.int32(n) for n in (11, 57, 66))
+
+    def step(table, held, lines, dirty, ids, implementation):
+        read = ops.read(table, held, queries, implementation=implementation)
+        plan = (line, victims, begin, end, KEY, STEP)
+        table, lines, dirty, num = ops.swap(table, lines, dirty, ids, *plan, implementation=implementation)
+        rows = ops.lookup(table, lines, ids, line, end, num_ids, implementation=implementation)
+        rest = (end, num_ids, KEY, STEP)
+        if implementation == KERNEL:
+            updated = ops.update(
+                table, lines, jnp.zeros(V), ids, line, rows, signs * magnitude, *rest,
+                implementation=implementation, learning_rate=0.25, eps=0.0,
+            )  # fmt: skip
+        else:
+            new = rows - jnp.float32(0.25) * signs
+            sums = jnp.zeros(V).at[ids].set(jnp.square(magnitude[:, 0]), mode="drop")
+            updated = *ops.write(table, lines, ids, line, new, *rest, implementation=implementation), sums
+        return read, dirty, num, lines, rows, updated
+
+    operands = (table, resident(lines), lines, dirty, ids)
+    wanted, got = (
+        jax.jit(partial(step, implementation=name)).lower(*operands).compile(compiler_options=FAST_COMPILE)(*operands)
+        for name in (REFERENCE, KERNEL)
+    )
+    same(got, wanted)
+    assert int(wanted[2]) > 20
 
 
 @pytest.mark.parametrize("bounds", [(0, 0, 0), (0, 0, 66), (0, 57, 57)])
@@ -155,8 +201,7 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
     return results
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8", "int2"])
-@pytest.mark.parametrize("row_state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("storage", "row_state_dtype"), [("int8", "float32"), ("int2", "bfloat16")])
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(storage, row_state_dtype):
     """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
     is +-lr, all exact; with bypassed rows, padding and a cache."""
@@ -242,22 +287,50 @@ INDICES = {
 }
 
 
-@pytest.mark.parametrize("kind", INDICES)
+@partial(jax.jit, static_argnames=("size", "implementation"))
+def summed(values, index, size, implementation):
+    if implementation == "sorted":
+        return ops.xla.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
+    return ops.sum_duplicates(values, index, size, implementation=implementation)
+
+
 @pytest.mark.parametrize("implementation", [KERNEL, "sorted"])
-def test_sums_of_duplicates_equal_a_loop(kind, implementation):
+@pytest.mark.parametrize(("num", "size", "dim"), [(96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1), (150, 30, 100)])
+def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
     """Segments inside a tile of 32 positions, over several tiles, ending at a tile's end; dyadic, so sums are exact."""
-    for num, size, dim in ((96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1)):
-        rng = np.random.default_rng(num)
-        index = INDICES[kind](rng, num, size).astype(np.int32)
+    for kind, draw in INDICES.items():
+        index = draw(np.random.default_rng(num), num, size).astype(np.int32)
         values = shapes.dyadic(num, (num, dim))
         wanted = np.zeros((size, dim), np.float32)
         np.add.at(wanted, index, values)
         wanted[-1] = 0
-        if implementation == "sorted":
-            got = jax.jit(ops.xla.add_sorted)(jnp.ones((size, dim)), index, values) - jnp.float32(1)
-        else:
-            got = jax.jit(lambda v, i, size=size: ops.sum_duplicates(v, i, size, implementation=KERNEL))(values, index)
-        np.testing.assert_array_equal(got, wanted)
+        np.testing.assert_array_equal(summed(values, index, size, implementation), wanted, err_msg=kind)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
+    """n products and n - 1 sums, each rounded once: |error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|; dyadic: none."""
+    rng = np.random.default_rng(dim)
+    index = rng.integers(0, 12, (37, 5)).astype(np.int32)
+    gather = jax.jit(partial(ops.bag, implementation=KERNEL))
+    spread = jax.jit(lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f))
+    for is_dyadic in (True, False):
+        draw = partial(shapes.dyadic, dim) if is_dyadic else lambda shape: rng.standard_normal(shape).astype(np.float32)
+        rows, factors, grads = draw((12, dim)), draw((37, 5)), draw((37, dim))
+        terms = factors[..., None].astype(np.float64) * rows[index]
+        close(gather(rows, index, factors), terms.sum(1), np.abs(terms).sum(1), 0 if is_dyadic else 5)
+        terms = (factors[..., None].astype(np.float64) * grads[:, None]).reshape(-1, dim)
+        wanted, size = np.zeros((2, 13, dim))
+        np.add.at(wanted, index.reshape(-1), terms)
+        np.add.at(size, index.reshape(-1), np.abs(terms))
+        most = np.bincount(index.reshape(-1)).max()
+        assert most > 13
+        close(spread(grads, index.reshape(-1), factors.reshape(-1)), wanted, size, 0 if is_dyadic else most)
+
+
+def close(got, wanted, size, num_terms):
+    unit = num_terms * 2.0**-24
+    assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
 @pytest.mark.parametrize("combiner", [None, "sum", "mean", "sqrtn"])

@@ -1,5 +1,7 @@
 """A step lowered for CUDA and TPU on a machine that has neither: no scatter of duplicates, kernels where they are named."""
 
+import importlib.util
+import types
 from functools import partial
 
 import jax
@@ -18,6 +20,7 @@ pytestmark = [
 ]
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
 BATCH, LENGTH = 24, 3
+BEST_ON_CPU = "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
 
 POOLS = {
     "vectors": {},
@@ -114,8 +117,40 @@ def test_arrays_past_32_bits_are_addressed_with_64(num_rows, lines):
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
 
 
+def test_kernels_have_no_atomics():
+    """Every row is written by one program: results do not depend on the order in which programs run."""
+    step, arguments = step_and_arguments("pallas_triton", "weighted mean")
+    modules = lowering.kernel_modules(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
+    assert set(modules) == {f"mpembed_{x}" for x in ("swap", "lookup", "update", "bag", "sum_tiles", "sum_pieces")}
+    assert all("tt.store" in text and "atomic" not in text for text in modules.values())
+
+
+DEVICES = {
+    "cpu": types.SimpleNamespace(platform="cpu", device_kind="cpu"),
+    "tpu": types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite"),
+    "T4": types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5"),
+    "MI300": types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942"),
+    "L4": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9"),
+    "H200": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0"),
+    "B200": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0"),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_the_choice_follows_the_device_and_its_compute_capability(name, monkeypatch):
+    """None is plain XLA on every accelerator; kernels named where they cannot run are refused before anything is traced."""
+    monkeypatch.setattr(jax, "local_devices", lambda: [DEVICES[name]])
+    monkeypatch.setattr(jax, "default_backend", lambda: DEVICES[name].platform)
+    assert ops.choose("xla") == "xla"
+    assert ops.choose(None) == ("xla" if name != "cpu" else BEST_ON_CPU)
+    if name in ("L4", "H200", "B200"):
+        assert ops.choose("pallas_triton") == "pallas_triton"
+    else:
+        with pytest.raises(ValueError, match=f"compute capability 8.0 or more, this device is {DEVICES[name].device_kind}"):
+            ops.choose("pallas_triton")
+
+
 def test_the_choice_is_made_once_at_init_and_never_by_failing():
-    assert ops.choose(None) == "numba"
     spec = shapes.stack(100, 4, lines=8)
     with pytest.raises(ValueError, match=r"pallas_triton needs an NVIDIA GPU.*this device is cpu"):
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="pallas_triton")
@@ -123,4 +158,4 @@ def test_the_choice_is_made_once_at_init_and_never_by_failing():
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="cuda")
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         mpembed.pool(jnp.zeros((3, 2)), jnp.zeros(4, jnp.int32), implementation="cuda")
-    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == "numba"
+    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == ops.choose(None) == BEST_ON_CPU

@@ -1,6 +1,10 @@
 """Deduplication and planning compiled by numba: the reference's bits, in place, and refused where numba is absent."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,8 @@ pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import ops
+from mpembed_jax import access, ops
+from mpembed_jax.ops import native
 
 TX = mpembed.optim.sgd(0.1)
 
@@ -75,3 +80,43 @@ def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
     assert ops.choose(None) == "xla_chunked"
     with pytest.raises(ValueError, match='implementation "numba" needs the package numba: pip install'):
         ops.choose("numba")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32])
+@pytest.mark.parametrize(("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 40, 1)])
+def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim):
+    rng = np.random.default_rng(num)
+    array, values = (rng.integers(0, 1 << 20, (n, dim)).astype(dtype) for n in (rows, num))
+    index = rng.permutation(rows)[:num].astype(np.int32)
+    index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
+    wanted = access.put(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
+    found = jax.jit(native.put, donate_argnums=0)(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
+    np.testing.assert_array_equal(found, wanted)
+
+
+ONE_THREAD = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp
+from mpembed_jax.ops import native
+index = jnp.arange(5000, dtype=jnp.int32)[::-1]
+values = jnp.arange(5000.0)[:, None] * jnp.ones(3)
+put = jax.jit(native.put)
+for _ in range(20):
+    assert (put(jnp.zeros((5000, 3)), index, values) == values[::-1]).all()
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core")
+def test_both_halves_are_done_where_xla_has_no_thread_to_spare():
+    """XLA's pool has one thread then, which may be the one that calls and waits."""
+    path = os.pathsep.join([str(Path(mpembed.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_THREAD],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.endswith("done\n"), done.stderr[-2000:]

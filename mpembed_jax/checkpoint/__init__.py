@@ -5,9 +5,20 @@ checksum of every file, and one that was cut short or changed is never used. Wha
 devices, from many processes) is left to it.
 """
 
-from mpembed_jax.checkpoint.increments import RowTracker, mark, track
+from mpembed_jax.checkpoint.increments import RowTracker, mark, partition_specs, track
 from mpembed_jax.checkpoint.manifest import CheckpointError, latest_step, steps
 from mpembed_jax.checkpoint.restoring import restore
 from mpembed_jax.checkpoint.saving import Saving, save
 
-__all__ = ["CheckpointError", "RowTracker", "Saving", "latest_step", "mark", "restore", "save", "steps", "track"]
+__all__ = [
+    "CheckpointError",
+    "RowTracker",
+    "Saving",
+    "latest_step",
+    "mark",
+    "partition_specs",
+    "restore",
+    "save",
+    "steps",
+    "track",
+]

@@ -4,7 +4,8 @@ A step changes a table in two places: victims written back (prefetch) and rows o
 optimizer state (apply_gradients); both are named by the step's plan. `flush` names none, but it writes only lines that were
 dirty. So the bitmap of a run's plans, and the lines that were dirty at the start and are clean now, hold every changed row.
 A tracker counts what the state counts, so that a step it was not told of is noticed; a digest of all rows ties it to the
-checkpoint it started from, and is compared again after restoring.
+checkpoint it started from, and is compared again after restoring. Over a mesh every shard has a bitmap of its own rows; a
+checkpoint holds arrays as they lie in memory, shard after shard, and so do the entries of an increment.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from mpembed_jax import state as states
 from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, leaves, manifest
 from mpembed_jax.state import EmbeddingState
+from mpembed_jax.table import NO_ID
 
 _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 
@@ -31,14 +33,14 @@ _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["bits", "was_dirty", "step", "has_gap", "counters", "key", "fingerprint", "started", "digest"],
-    meta_fields=[],
+    meta_fields=["layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class RowTracker:
-    """Rows of one EmbeddingState touched since it was saved; bit i mod 32 of word i div 32 is row i."""
+    """Rows of one EmbeddingState touched since it was saved; bit i mod 32 of word i div 32 is row i (of its shard)."""
 
-    bits: jax.Array  # u32 [ceil(V / 32)]  in a plan since the start
-    was_dirty: jax.Array  # u32 [ceil(V / 32)]  in a dirty line at the start
+    bits: jax.Array  # u32 [ceil(V / 32)]  in a plan since the start; over a mesh those of all shards, one after another
+    was_dirty: jax.Array  # u32, same shape  in a dirty line at the start
     step: jax.Array  # i32 []  of the prefetch that comes next
     has_gap: jax.Array  # bool []  a plan was left out, or came twice
     counters: jax.Array  # u32 [len(COUNTERS), 2]  what the state's should be
@@ -46,6 +48,7 @@ class RowTracker:
     fingerprint: jax.Array  # u32 [2]
     started: jax.Array  # i32 []  step at the start
     digest: jax.Array  # u32 [2]  of all rows at the start
+    layout: Any  # the state's, layout.Layout or None
 
 
 # --- tracking
@@ -61,30 +64,54 @@ def track(state: EmbeddingState) -> RowTracker:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
-      ValueError: if a prefetch waits for its apply_gradients: its rows would change without a plan. Or if the state lies
-        over a mesh, whose plans name rows device by device: save full checkpoints there.
+      ValueError: if a prefetch waits for its apply_gradients: its rows would change without a plan. Or if the state was
+        made inside jax.pmap, or its shards together have 2**31 - 1 rows or more: save full checkpoints of it.
     """
     state.check_spec()
-    if state.layout is not None:
-        raise ValueError("rows of a state over a mesh are not tracked; save full checkpoints of it")
+    layout = state.layout
     if bool(state.pending):
         raise ValueError("this state has a prefetch without its apply_gradients; start tracking after apply_gradients")
-    num_words = -(-state.table.num_rows // 32)
-    none = jnp.zeros(num_words, jnp.uint32)
-    was_dirty = none
-    if state.cache is not None:
-        was_dirty = _set_bits(none, jnp.where(state.cache.dirty, state.cache.tags, -1).reshape(-1))
+    begin, everywhere = _begin, None
+    if layout is not None:
+        if layout.shards * layout.num_rows >= NO_ID:
+            raise ValueError(f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it")
+        begin = states.over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
+        everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    bits, was_dirty = jax.jit(begin)(state)
     return RowTracker(
-        bits=jnp.zeros(num_words, jnp.uint32),
+        bits=bits,
         was_dirty=was_dirty,
-        step=jnp.array(state.step, copy=True),
-        has_gap=jnp.zeros((), bool),
-        counters=jnp.array(state.counters, copy=True),
-        key=jnp.array(state.key, copy=True),
-        fingerprint=jnp.array(state.fingerprint, copy=True),
-        started=jnp.array(state.step, copy=True),
-        digest=jnp.asarray(digests.digest_of(state)),
+        step=jnp.copy(state.step),
+        has_gap=jnp.copy(state.pending),
+        counters=jnp.copy(state.counters),
+        key=jnp.copy(state.key),
+        fingerprint=jnp.copy(state.fingerprint),
+        started=jnp.copy(state.step),
+        digest=jax.device_put(digests.digest_of(state), everywhere),
+        layout=layout,
     )
+
+
+def partition_specs(tracker: RowTracker) -> RowTracker:
+    """Returns the tree of PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
+
+    Args:
+      tracker: of a state over a mesh.
+
+    Returns:
+      A tree like tracker; bitmaps are divided like the state's rows, everything else is on all devices.
+    """
+    axes = () if tracker.layout is None else tracker.layout.axes
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), tracker)
+    return dataclasses.replace(everywhere, bits=PartitionSpec(axes or None), was_dirty=PartitionSpec(axes or None))
+
+
+def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
+    """Returns bits and was_dirty of one device."""
+    none = jnp.zeros(-(-state.table.num_rows // 32), jnp.uint32)
+    if state.cache is None:
+        return none, none
+    return none, _set_bits(none, jnp.where(state.cache.dirty, state.cache.tags, -1).reshape(-1))
 
 
 @jax.jit
@@ -101,13 +128,18 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     """Marks the rows that a step touches: its unique ids and its victims. Call it once per prefetch, inside the jitted step.
 
     Args:
-      tracker: consumed where donated.
+      tracker: consumed where donated; of a state over a mesh, inside jax.shard_map with `partition_specs(tracker)`.
       plan: from the step's prefetch.
 
     Returns:
       The tracker, one step further.
+
+    Raises:
+      ValueError: over a mesh, outside of jax.shard_map.
     """
-    ids = jnp.concatenate([plan.unique_ids, plan.victim_ids])  # victims are never in the batch: all distinct
+    if tracker.layout is not None:
+        tracker.layout.check_bound("mark")
+    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])  # victims are never in the batch: all distinct
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),
@@ -194,14 +226,17 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
 
 def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
     state = member.state
-    num_rows, cache = state.table.num_rows, state.cache
-    is_touched, was_dirty = (_unpack(x, num_rows) for x in (tracker.bits, tracker.was_dirty))
+    shards = 1 if state.layout is None else state.layout.shards
+    num_rows, cache = state.table.num_rows // shards, state.cache  # of a shard
+    is_touched, was_dirty = (_unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty))
     lines = np.zeros(0, np.int32)
     if cache is not None:
-        tags, dirty = (np.asarray(jnp.copy(x)).reshape(-1) for x in (cache.tags, cache.dirty))
+        tags, dirty = (_on_host(x).reshape(-1) for x in (cache.tags, cache.dirty))
         is_held = (tags >= 0) & (tags < num_rows)
-        was_dirty[tags[is_held & dirty]] = False  # still waiting in its line, so the table's row is the old one
-        lines = np.flatnonzero(is_held & is_touched[np.where(is_held, tags, 0)]).astype(np.int32)
+        first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)  # row of each line's shard
+        held = np.where(is_held, tags + first, 0)
+        was_dirty[held[is_held & dirty]] = False  # still waiting in its line, so the table's row is the old one
+        lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""
     named = leaves.named(state)
@@ -213,18 +248,29 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
     return patches
 
 
-def _unpack(bits: jax.Array, num_rows: int) -> np.ndarray:
-    words = np.asarray(jnp.copy(bits)).astype("<u4")
-    return np.unpackbits(words.view(np.uint8), bitorder="little")[:num_rows].astype(bool)
+def _unpack(bits: jax.Array, shards: int, num_rows: int) -> np.ndarray:
+    """Returns bool [shards * num_rows] of the bitmaps of all shards."""
+    words = _on_host(bits).astype("<u4").reshape(shards, -1)
+    return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows].astype(bool).reshape(-1)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """Returns a whole array, whichever devices and processes hold it."""
+    if (everywhere := _everywhere(array)) is None:
+        return np.asarray(jnp.copy(array))
+    return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(array))
+
+
+def _everywhere(array: jax.Array) -> NamedSharding | None:
+    sharding = getattr(array, "sharding", None)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     """Returns array[index] on the host; lengths are padded so that few programs are compiled."""
     if index.size == 0:
         return np.zeros((0, *array.shape[1:]), array.dtype)
-    sharding = getattr(array, "sharding", None)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    take = jax.jit(access.take, out_shardings=everywhere)
+    take = jax.jit(access.take, out_shardings=_everywhere(array))
     return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
 
 

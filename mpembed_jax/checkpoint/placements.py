@@ -48,7 +48,7 @@ class Division:
 
     def keeps_sets(self, other: "Division") -> bool:
         """Whether every cache set holds the same rows there: any number of shards by MOD, but the same whole tables."""
-        return self == other or self.table_shards is None is other.table_shards
+        return self == other or (self.table_shards is None and other.table_shards is None)
 
     def __str__(self) -> str:
         return f"{self.shards} shards" + (f" of whole tables {self.table_shards}" if self.table_shards else "")

@@ -4,7 +4,7 @@ XLA calls a handler with one pointer, to an `XLA_FFI_CallFrame`; offsets are tho
 jaxlib carries in `jax.ffi.include_dir()` and which grows only at the ends of its structs. A handler is first asked which
 version of the interface it speaks, and answers with the one it was asked in.
 
-    @numba.njit
+    @compiled
     def add_one(frame):
         values, result = call_frame.argument(frame, 0, np.int32), call_frame.result(frame, 0, np.int32)
         ..
@@ -29,6 +29,10 @@ _handlers: dict[str, Any] = {}  # compiled code must live as long as the process
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
 _yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+# Python never calls what is compiled here: without wrappers for it, compilation takes half the time.
+compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
 @intrinsic
@@ -64,13 +68,13 @@ def _add(context, address, number):
     return types.int64(types.int64, types.int64), codegen
 
 
-@numba.njit(inline="always")
+@compiled
 def _word(address, index):
     """Returns the index-th 64-bit word at an address."""
     return numba.carray(_pointer(address + 8 * index), 1, np.int64)[0]
 
 
-@numba.njit
+@compiled
 def _is_query(frame):
     """Answers XLA's question for the version of the interface; False if the frame is an execution."""
     is_query = False
@@ -84,7 +88,7 @@ def _is_query(frame):
     return is_query
 
 
-@numba.njit(inline="always")
+@compiled
 def _flat(buffer, dtype):
     size, dims = 1, _word(buffer, 5)
     for axis in range(_word(buffer, 4)):
@@ -92,13 +96,13 @@ def _flat(buffer, dtype):
     return numba.carray(_pointer(_word(buffer, 3)), size, dtype)
 
 
-@numba.njit(inline="always")
+@compiled
 def argument(frame, index, dtype):
     """Returns the index-th operand as a flat array; its dtype is taken on trust."""
     return _flat(_word(_word(frame, 9), index), dtype)
 
 
-@numba.njit(inline="always")
+@compiled
 def result(frame, index, dtype):
     """Returns the index-th result as a flat array; where an operand is aliased to it, they are one."""
     return _flat(_word(_word(frame, 14), index), dtype)
@@ -113,7 +117,7 @@ def halves(half: Callable) -> Callable:
 
     # A block of words: who came first for the second half, whether it is done, who still holds the block, the frame, and
     # the arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
-    @numba.njit
+    @compiled
     def release(block):
         if _add(block + 16, -1) == 1:
             _free(block)
@@ -128,7 +132,7 @@ def halves(half: Callable) -> Callable:
     _handlers[f"task {task.address}"] = task
     task_address = task.address
 
-    @numba.njit
+    @compiled
     def run(frame):
         block = _malloc(72)
         words = numba.carray(_pointer(block), 9, np.int64)
