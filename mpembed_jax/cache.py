@@ -36,6 +36,10 @@ class Geometry(NamedTuple):
         """Number of lines C."""
         return self.sets * self.ways
 
+    def election_buckets(self, width: int) -> int:
+        """Returns how many buckets sets share in the elections of a batch of `width` unique ids: no more than it can use."""
+        return min(self.sets, 1 << max(4, (2 * width - 1).bit_length()))
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:

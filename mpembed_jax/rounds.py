@@ -44,7 +44,7 @@ def enter(
     Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
     """
     width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
-    num_buckets = min(geometry.sets, 1 << max(4, (2 * width - 1).bit_length()))
+    num_buckets = geometry.election_buckets(width)
     is_direct = num_buckets == geometry.sets
 
     def bucket_of(sets: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from experiments.data import batches
 from experiments.data.in_memory import InMemory, numbered, numbered_bags
 
 FILE = Path("reddit") / "posts_before_2012-07.parquet"
@@ -85,7 +86,6 @@ class RedditPosts(InMemory):
         if not self.in_time_order:
             yield from super().train(batch_size, seed, start, num_epochs)
             return
-        per_epoch = self.num_train // batch_size
-        for number in range(start, num_epochs * per_epoch):
-            at = number % per_epoch * batch_size
-            yield self._batch(slice(at, at + batch_size))
+        for _, taken in batches.epochs(self.num_train, batch_size, start, num_epochs):
+            for at in range(taken * batch_size, self.num_train - batch_size + 1, batch_size):
+                yield self._batch(slice(at, at + batch_size))

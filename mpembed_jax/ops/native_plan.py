@@ -196,7 +196,7 @@ def plan(
     width = ids.shape[0]
     sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
     held = [cache.tags, cache.priority, sketch]
-    num_buckets = min(sets, 1 << max(4, (2 * width - 1).bit_length()))  # as rounds.enter has
+    num_buckets = cache.geometry.election_buckets(width)
     sizes = [width] * 3 + [inverse.shape[0], 3] + [width] * 8 + [num_buckets] * 3
     results: Any = jax.ffi.ffi_call(
         "mpembed_plan",
