@@ -73,10 +73,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
         num_hits = num_cached = evictions = write_backs = hit_requests = zero
     else:
-        is_compiled = ops.compiled(state.implementation) is not None
-        # On a mesh XLA plans: numba's functions do not know its types.
-        implementation = "xla_chunked" if layout is not None and is_compiled else state.implementation
-        cache, placed = planning.place(cache, found, state.step, share, implementation)
+        cache, placed = planning.place(cache, found, state.step, share, state.implementation)
         unique_ids, inverse, line, victim_ids, num_hits, num_cached, hit_requests = placed
         evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
         table, rows, dirty, write_backs = ops.swap(

@@ -36,7 +36,7 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
 def _take(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
     sizes = np.cumsum([i.size for i in index])[:-1]
-    flat = access.take(rows, jnp.concatenate([i.reshape(-1) for i in index]))
+    flat = ops.take(rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation)
     parts = jnp.split(flat, sizes)
     return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
 

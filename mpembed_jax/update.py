@@ -117,7 +117,7 @@ def _apply_any(
         row_state, cache_rows = carry
         _, new_rows, row_state = update_window(window, row_state)
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
-        native = ops.compiled(state.implementation) if state.layout is None else None
+        native = ops.compiled(state.implementation)
         put = access.put if native is None else native.put
         return row_state, put(cache_rows, here, new_rows)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mpembed_jax import access
 from mpembed_jax.cache import CacheState
@@ -106,8 +107,11 @@ def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
 
 
 def compiled(implementation: str | None) -> Any:
-    """Returns the module of deduplication and planning compiled by numba, None for implementations without it."""
-    if implementation != "numba":
+    """Returns the module of what numba compiles, None for implementations without it and over a mesh.
+
+    In the body of a shard_map values carry types (over which axes they vary) that foreign calls do not know: XLA alone.
+    """
+    if implementation != "numba" or jax.sharding.get_abstract_mesh().manual_axes:
         return None
     from mpembed_jax.ops import native
 
@@ -147,7 +151,9 @@ def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array
     if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.lookup(table, cache_rows, *plan, is_interpreted)
-    return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
+    native = compiled(implementation)
+    gather = None if native is None or access.is_on_host(table.rows) else native.take
+    return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("read")
@@ -184,6 +190,27 @@ def update(
     """See `pallas_triton.update`; only where `has_kernels(implementation, table)`."""
     triton, _, is_interpreted = _kernels(implementation)
     return triton.update(table, cache_rows, sums, *plan, is_interpreted, learning_rate=learning_rate, eps=eps)
+
+
+@jax.custom_batching.custom_vmap
+def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
+    return compiled("numba").take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
+
+
+@_take_natively.def_vmap
+def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, index: jax.Array) -> tuple[jax.Array, bool]:
+    axes = tuple(0 if batched else None for batched in is_batched)
+    return jax.vmap(access.take, axes, axis_size=size)(rows, index), True
+
+
+def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """See `access.take`, for float32 rows [U, D] and index [N]; `implementation` None: the best one for a CPU, or XLA."""
+    name = implementation or choose(None)
+    if compiled(name) is None or rows.dtype != jnp.float32 or rows.ndim != 2:
+        return access.take(rows, index)
+    if implementation is None:  # lowered for another platform, perhaps
+        return lax.platform_dependent(rows, index, cpu=_take_natively, default=access.take)
+    return _take_natively(rows, index)
 
 
 def sum_duplicates(

@@ -68,6 +68,55 @@ def _add(context, address, number):
     return types.int64(types.int64, types.int64), codegen
 
 
+@intrinsic
+def prefetch(context, array, index):
+    """Asks for the cache line of a contiguous array's element, without waiting for it; any int64 index is safe."""
+
+    def codegen(target, builder, signature, arguments):
+        data = target.make_array(signature.args[0])(target, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        types_ = [byte, number, number, number]
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_))
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(fetch, [place, number(0), number(3), number(1)])  # for reading, to all levels, data
+        return target.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
+@intrinsic
+def stream(context, array, index, source, source_index):
+    """Copies 8 words of 32 bits past the processor's caches; `array` at `index` must be aligned to 32 bytes.
+
+    The cache line is not read from memory first, and displaces nothing: for results larger than the caches.
+    """
+
+    def codegen(target, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(32), 8).as_pointer()
+
+        def place(kind, value, index):
+            data = target.make_array(kind)(target, builder, value).data
+            return builder.bitcast(builder.gep(data, [index]), vector)
+
+        here, there = place(array, arguments[0], arguments[1]), place(source, arguments[2], arguments[3])
+        store = builder.store(builder.load(there, align=4), here, align=32)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return target.get_dummy_value()
+
+    return types.void(array, types.int64, source, types.int64), codegen
+
+
+@intrinsic
+def fence(context):
+    """Makes what `stream` wrote visible before what follows."""
+
+    def codegen(target, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return target.get_dummy_value()
+
+    return types.void(), codegen
+
+
 @compiled
 def _word(address, index):
     """Returns the index-th 64-bit word at an address."""

@@ -13,42 +13,12 @@ from mpembed_jax.ops import call_frame
 from mpembed_jax.ops.call_frame import argument, compiled, result
 from mpembed_jax.ops.native_hash import fmix32
 from mpembed_jax.ops.native_plan import plan
+from mpembed_jax.ops.native_rows import put, take
 from mpembed_jax.table import NO_ID
 
-__all__ = ["plan", "put", "unique"]
+__all__ = ["plan", "put", "take", "unique"]
 
 _NO_ID = np.int32(NO_ID)
-
-# --- put
-
-
-@compiled
-def _put_half(frame, half):
-    index, values, array = argument(frame, 0, np.int32), argument(frame, 1, np.uint32), result(frame, 0, np.uint32)
-    num = len(index)
-    if num == 0:
-        return
-    words = np.uint64(len(values) // num)
-    num_rows = np.uint64(len(array)) // words
-    for i in range(num * half // 2, num * (half + 1) // 2):
-        here, row = np.uint64(np.uint32(index[i])), np.uint64(i)  # negative indices, too, are beyond the rows
-        if here < num_rows:
-            for word in range(words):
-                array[here * words + word] = values[row * words + word]
-
-
-_put = call_frame.halves(_put_half)
-
-
-def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """See `access.put`, for rows of float32 or uint32."""
-    call_frame.register("mpembed_put", _put)
-    out = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
-
-
-# --- unique
-
 
 @compiled
 def _unique(frame):

@@ -4,6 +4,8 @@ Reads and writes of the same array are ordered by data: a write's values depend 
 XLA copies the whole table to keep the old one alive.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -145,23 +147,36 @@ def lookup(
     num_cached: jax.Array,
     num_ids: jax.Array,
     chunk: int | None,
+    gather: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Gathers the unique rows: entries [0, num_cached) from their lines, [num_cached, num_ids) from the table, rest zeros.
+
+    Args:
+      table: the stack.
+      cache_rows: float32 [C, D] or None.
+      ids: int32 [U].
+      line: int32 [U].
+      num_cached: int32 scalar.
+      num_ids: int32 scalar.
+      chunk: see chunks.each.
+      gather: of rows of 32-bit words by index, zeros outside; None: XLA's.
 
     Returns:
       float32 [U, D].
     """
     width = ids.shape[0]
-    zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # counts are not negative, which the compiler cannot know
+    if gather is None:
+        zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # counts are not negative, which the compiler cannot know
+        gather = partial(access.take_or_zeros, zero=zero) if chunk else partial(access.take, fill=0)
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
-        out = access.take_or_zeros(cache_rows, line, zero) if chunk else access.take(cache_rows, line, 0)
+        out = gather(cache_rows, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
         here = window.take(ids)
         is_wide = chunk and table.rows.dtype == jnp.uint32
-        packed = access.take_or_zeros(table.rows, here, zero) if is_wide else access.take(table.rows, here)
+        packed = gather(table.rows, here) if is_wide else access.take(table.rows, here)
         packed = lax.optimization_barrier(packed)
         return window.put(out, decode(packed, table.format, table.embedding_dim))
 
