@@ -14,13 +14,14 @@ import numpy as np
 from mpembed_jax import cache as caching
 from mpembed_jax.cache import CacheState
 from mpembed_jax.ops import call_frame
-from mpembed_jax.ops.call_frame import argument, compiled, result
+from mpembed_jax.ops.call_frame import argument, compiled, prefetch, result
 from mpembed_jax.ops.native_hash import cell, fmix32, scale_to
 from mpembed_jax.table import NO_ID
 
 _NO_ID = np.int32(NO_ID)
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching.MAX_AGE
 # An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+_AHEAD, _LINE = 16, 16  # ids, and words of a cache line
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 
@@ -36,14 +37,24 @@ def _find_half(frame, half):
         result(frame, 10, np.int32),
         np.int64(argument(frame, 3, np.int32)[0]),
     )
+    priority = result(frame, 1, np.int32)
     sets, ways, groups = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2])
-    for i in range(num_ids * half // 2, num_ids * (half + 1) // 2):
-        x = np.uint32(ids[i])
-        home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
-        first, place = np.uint64(home * ways), np.uint64(0)
-        for way in range(np.uint64(ways)):
-            place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
-        set_of[i], line[i] = home, first + place - _ONE if place > 0 else sets * ways
+    begin, end = num_ids * half // 2, num_ids * (half + 1) // 2
+    for ahead in range(begin, end + _AHEAD):
+        if ahead < end:
+            x = np.uint32(ids[ahead])
+            home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
+            set_of[ahead] = home
+            for way in range(0, ways, _LINE):
+                prefetch(tags, home * ways + way)
+        i = ahead - _AHEAD
+        if i >= begin:
+            first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
+            for way in range(np.uint64(ways)):
+                place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
+            here = first + place - _ONE if place > 0 else first
+            prefetch(priority, np.int64(here))
+            line[i] = here if place > 0 else sets * ways
 
 
 _find_lines = call_frame.halves(_find_half)
@@ -65,6 +76,9 @@ def _pin(ids, counts, step, geometry, priority, sketch, line, estimate, order, q
             estimate[i] = 0
             queue[num_misses] = i
             num_misses += 1
+            if is_lfu:
+                prefetch(sketch, cell(0, ids[i], groups, width))
+                prefetch(sketch, cell(1, ids[i], groups, width))
     if is_lfu:
         for k in range(num_misses):
             i = queue[k]
