@@ -27,20 +27,20 @@ _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 @compiled
 def _find_half(frame, half):
-    """Finds the sets of one half of the ids, and their lines if they have one.
+    """Finds the lines of one half of the ids; pins those that exist, estimates and queues the misses.
 
-    Without a branch on what is found: a wrong guess would end the overlap of one id's cache misses with the next's.
+    `order` and `queue` are filled from the half's first id on; found[half] and found[2 + half] say how far. Cache lines are
+    asked for well before they are looked at: tags first, then, when the line is known, its priority.
     """
-    ids, shape, tags = argument(frame, 0, np.int32), argument(frame, 4, np.int32), result(frame, 0, np.int32)
-    line, set_of, num_ids = (
-        result(frame, 8, np.int32),
-        result(frame, 10, np.int32),
-        np.int64(argument(frame, 3, np.int32)[0]),
-    )
-    priority = result(frame, 1, np.int32)
-    sets, ways, groups = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2])
-    begin, end = num_ids * half // 2, num_ids * (half + 1) // 2
-    for ahead in range(begin, end + _AHEAD):
+    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
+    num_ids, step = np.int64(argument(frame, 3, np.int32)[0]), argument(frame, 3, np.int32)[1]
+    tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
+    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
+    set_of, order, queue = result(frame, 10, np.int32), result(frame, 11, np.int32), result(frame, 12, np.int32)
+    sets, ways, groups, width = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3])
+    is_lfu, begin, end = width > 0, num_ids * half // 2, num_ids * (half + 1) // 2
+    num_hits, num_misses = 0, 0
+    for ahead in range(begin, end + 2 * _AHEAD):
         if ahead < end:
             x = np.uint32(ids[ahead])
             home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
@@ -48,43 +48,48 @@ def _find_half(frame, half):
             for way in range(0, ways, _LINE):
                 prefetch(tags, home * ways + way)
         i = ahead - _AHEAD
-        if i >= begin:
+        if begin <= i < end:  # without a branch on what is found: a wrong guess would end the overlap of waits
             first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
             for way in range(np.uint64(ways)):
                 place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
-            here = first + place - _ONE if place > 0 else first
-            prefetch(priority, np.int64(here))
+            here = np.int64(first + place - _ONE if place > 0 else first)
+            prefetch(priority, here)
             line[i] = here if place > 0 else sets * ways
-
-
-_find_lines = call_frame.halves(_find_half)
-
-
-@compiled
-def _pin(ids, counts, step, geometry, priority, sketch, line, estimate, order, queue):
-    """Pins the lines that were found; queues the misses. Returns how many of each."""
-    sets, ways, groups, width = geometry
-    num_hits, num_misses, is_lfu = 0, 0, width > 0
-    for i in range(len(ids)):
+        i -= _AHEAD
+        if i < begin:
+            continue
         here = line[i]
         if here < sets * ways:
             estimate[i] = min(priority[here] + counts[i], _MAX_ESTIMATE) if is_lfu else 0
             priority[here] = _PINNED if is_lfu else step
-            order[num_hits] = i
+            order[begin + num_hits] = i
             num_hits += 1
         else:
             estimate[i] = 0
-            queue[num_misses] = i
+            queue[begin + num_misses] = i
             num_misses += 1
+            for way in range(_LINE, ways, _LINE):
+                prefetch(priority, np.int64(set_of[i]) * ways + way)
             if is_lfu:
                 prefetch(sketch, cell(0, ids[i], groups, width))
                 prefetch(sketch, cell(1, ids[i], groups, width))
     if is_lfu:
-        for k in range(num_misses):
+        for k in range(begin, begin + num_misses):
             i = queue[k]
             seen = min(sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)])
             estimate[i] = min(np.int32(seen) + counts[i], _MAX_ESTIMATE)
-    return num_hits, num_misses
+    found[half], found[2 + half] = num_hits, num_misses
+
+
+_find = call_frame.halves(_find_half)
+
+
+@compiled
+def _join(values, begin, num_first, num_second):
+    """Moves what stands from `begin` on to behind the first entries."""
+    for k in range(num_second):
+        values[num_first + k] = values[begin + k]
+    return num_first + num_second
 
 
 @compiled
@@ -139,6 +144,41 @@ def _enter(
 
 
 @compiled
+def _place_half(frame, half):
+    """Brings one half of the ids into the order of the plan; their lines, or the sketch, take their estimates."""
+    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
+    priority, sketch = result(frame, 1, np.int32), result(frame, 2, np.uint16)
+    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
+    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
+    order, moved = result(frame, 11, np.int32), result(frame, 12, np.int32)
+    victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
+    groups, width, num_ids = np.int64(shape[2]), np.int64(shape[3]), np.int64(argument(frame, 3, np.int32)[0])
+    num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
+    is_lfu, hit_requests = width > 0, 0
+    # One of them does all that has to do with the sketch, whose cells several ids share.
+    middle = min(num_ids // 2, num_hits)
+    for k in range(middle * half, num_ids if half else middle):
+        i = order[k]
+        placed_ids[k], placed_line[k], victim_ids[k], moved[i] = ids[i], line[i], _NO_ID, k
+        if k < num_hits:
+            hit_requests += counts[i]
+        else:
+            victim_ids[k] = victim[i]
+        if is_lfu:  # lines of this batch take their estimates; the sketch keeps those of ids without a line
+            if k < num_cached:
+                priority[line[i]] = estimate[i]
+            if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
+                left, use = (ids[i], estimate[i]) if k >= num_cached else (victim[i], victim_use[i])
+                for depth in range(2):
+                    place = cell(depth, left, groups, width)
+                    sketch[place] = max(sketch[place], np.uint16(use))
+    found[2 + half] = hit_requests
+
+
+_place = call_frame.halves(_place_half)
+
+
+@compiled
 def _plan(frame):
     ids, inverse, counts = argument(frame, 0, np.int32), argument(frame, 1, np.int32), argument(frame, 2, np.int32)
     numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
@@ -159,8 +199,9 @@ def _plan(frame):
             priority[k] >>= 1
         for k in range(len(sketch)):
             sketch[k] >>= 1
-    _find_lines(frame)
-    num_hits, num_misses = _pin(real, counts, step, geometry, priority, sketch, line, estimate, order, queue)
+    _find(frame)
+    num_hits = _join(order, num_ids // 2, found[0], found[1])
+    num_misses = _join(queue, num_ids // 2, found[2], found[3])
     for k in range(num_misses):
         i = queue[k]
         victim[i] = _NO_ID
@@ -172,27 +213,14 @@ def _plan(frame):
             queue, num_misses, best, winner, full,
         )  # fmt: skip
 
-    hit_requests, moved = 0, queue
-    for k in range(num_ids):
-        i = order[k]
-        placed_ids[k], placed_line[k], victim_ids[k], moved[i] = ids[i], line[i], _NO_ID, k
-        if k < num_hits:
-            hit_requests += counts[i]
-        else:
-            victim_ids[k] = victim[i]
-        if is_lfu:  # lines of this batch take their estimates; the sketch keeps those of ids without a line
-            if k < num_cached:
-                priority[line[i]] = estimate[i]
-            if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
-                left, use = (ids[i], estimate[i]) if k >= num_cached else (victim[i], victim_use[i])
-                for depth in range(2):
-                    place = cell(depth, left, groups, width)
-                    sketch[place] = max(sketch[place], np.uint16(use))
+    found[0], found[1] = num_hits, num_cached
+    _place(frame)
+    found[2] += found[3]
+    moved = queue
     for k in range(num_ids, len(ids)):
         placed_ids[k], placed_line[k], victim_ids[k], moved[k] = _NO_ID, sets * ways, _NO_ID, len(ids) - 1
     for position in range(len(inverse)):
         placed_inverse[position] = moved[inverse[position]]
-    found[0], found[1], found[2] = num_hits, num_cached, hit_requests
 
 
 def plan(
@@ -211,7 +239,7 @@ def plan(
     sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
     held = [cache.tags, cache.priority, sketch]
     num_buckets = cache.geometry.election_buckets(width)
-    sizes = [width] * 3 + [inverse.shape[0], 3] + [width] * 8 + [num_buckets] * 3
+    sizes = [width] * 3 + [inverse.shape[0], 4] + [width] * 8 + [num_buckets] * 3
     results: Any = jax.ffi.ffi_call(
         "mpembed_plan",
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held] + [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes],
@@ -223,4 +251,4 @@ def plan(
     tags, priority, sketch, unique_ids, line, victim_ids, inverse, found, *_ = results
     sketch = sketch if cache.policy == "lfu" else None
     cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
-    return cache, (unique_ids, inverse, line, victim_ids, *found)
+    return cache, (unique_ids, inverse, line, victim_ids, *found[:3])
