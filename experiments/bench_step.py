@@ -80,7 +80,8 @@ def make_step(tx: Any, combiner: str | None) -> Any:
     def step(state, ids, upstream):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse, combiner=combiner), rows)
+        pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
+        vectors, pull_back = jax.vjp(lambda rows: pool(rows, plan.inverse), rows)
         (row_grads,) = pull_back(upstream)
         return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), vectors, plan.counts
 
@@ -138,10 +139,9 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
 def phases(state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array) -> dict[str, float]:
     """Times the phases as separate jitted calls; medians in milliseconds."""
     prefetch, lookup = jax.jit(mpembed.prefetch, donate_argnums=0), jax.jit(mpembed.lookup)
-    pool = jax.jit(partial(mpembed.pool, combiner=combiner))
-    pull_back = jax.jit(
-        lambda rows, inverse, g: jax.vjp(lambda r: mpembed.pool(r, inverse, combiner=combiner), rows)[1](g)[0]
-    )
+    pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
+    pull_back = jax.jit(lambda rows, inverse, g: jax.vjp(lambda r: pool(r, inverse), rows)[1](g)[0])
+    pool = jax.jit(pool)
     apply = jax.jit(partial(mpembed.apply_gradients, tx=tx), donate_argnums=0)
     times: dict[str, list[float]] = {}
 

@@ -76,7 +76,9 @@ def _make_ours(case):
         def train_embedding(state, ids, grads):
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
-            vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+            vectors, pull_back = jax.vjp(
+                lambda rows: mpembed.pool(rows, plan.inverse, implementation=state.implementation), rows
+            )
             (row_grads,) = pull_back(grads)
             return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), vectors, plan.counts.dropped
 
@@ -105,7 +107,7 @@ def _make_ours(case):
         rows = mpembed.lookup(state, plan)
 
         def loss_fn(params, rows):
-            vectors = mpembed.pool(rows, plan.inverse)
+            vectors = mpembed.pool(rows, plan.inverse, implementation=state.implementation)
             return dlrm.bce(dlrm.dlrm(params, batch["dense"], vectors), batch["label"])
 
         loss, (g, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows)

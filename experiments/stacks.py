@@ -109,12 +109,12 @@ def _split(ids: Any, bags: Sequence[str]) -> tuple[list[Any], list[Any]]:
     return [jnp.stack(singles, axis=-1)] if singles else [], [ids[name] for name in sorted(bags) if name in ids]
 
 
-def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str]) -> jax.Array:
+def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str], implementation: str) -> jax.Array:
     """Returns the vectors f32 [B, T of the stack, D] of unique rows, bags averaged; features in the order of `merged`."""
     singles, bagged = _split(inverse, bags)
-    parts = [mpembed.pool(rows, ids) for ids in singles]
+    parts = [mpembed.pool(rows, ids, implementation=implementation) for ids in singles]
     if bagged:
-        parts.append(jnp.stack(mpembed.pool(rows, bagged, combiner="mean"), 1))
+        parts.append(jnp.stack(mpembed.pool(rows, bagged, combiner="mean", implementation=implementation), 1))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 

@@ -136,7 +136,10 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
 
         def loss_fn(params: Any, rows: list[jax.Array]) -> jax.Array:
             seen = [see(learner, r, plan.unique_ids) for r, plan in zip(rows, plans, strict=True)]
-            parts = [stacks.pooled(r, plan.inverse, bags) for r, plan in zip(seen, plans, strict=True)]
+            parts = [
+                stacks.pooled(r, plan.inverse, bags, emb.implementation)
+                for r, plan, emb in zip(seen, plans, learner.emb, strict=True)
+            ]
             vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
             return dlrm.bce(model(params, batch["dense"], vectors), batch["label"])
 

@@ -136,7 +136,7 @@ def pool(
       combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each inverse.
       segment_ids: int32 [N], the bag of each position of a flat inverse [N], instead of the last axis.
       num_segments: number of bags; needed with segment_ids.
-      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation, for its kernels; None: plain XLA.
+      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation, for what it has; None: plain XLA.
 
     Returns:
       Nest of float32: [.., D] without combiner; [.., D] with the last axis of inverse reduced; [num_segments, D].

@@ -17,6 +17,7 @@ import shapes
 
 import mpembed_jax as mpembed
 from mpembed_jax import access, ops
+from mpembed_jax.nn import verbs
 from mpembed_jax.ops import native
 
 TX = mpembed.optim.sgd(0.1)
@@ -92,6 +93,65 @@ def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim)
     wanted = access.put(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
     found = jax.jit(native.put, donate_argnums=0)(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint32])
+@pytest.mark.parametrize(
+    ("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 1, 1), (53_000, 900, 64), (50_000, 300, 65)]
+)
+def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
+    """The last two are past 12 MiB: the first of them is written past the caches, the other is not aligned for it."""
+    rng = np.random.default_rng(num)
+    array = rng.integers(1, 1 << 20, (rows, dim)).astype(dtype)
+    index = rng.integers(0, rows, num).astype(np.int32)
+    index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
+    found = jax.jit(native.take)(jnp.asarray(array), jnp.asarray(index))
+    is_inside = (index >= 0) & (index < rows)
+    np.testing.assert_array_equal(found, np.where(is_inside[:, None], array[np.where(is_inside, index, 0)], 0))
+
+
+@pytest.mark.parametrize("combiner", [None, "mean"])
+def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(combiner):
+    """First and second derivative, a batch of index arrays, one of rows; an index outside takes the nearest row."""
+    rng = np.random.default_rng(3)
+    rows = jnp.asarray(rng.normal(size=(40, 8)), jnp.float32)
+    index = jnp.asarray(rng.integers(-2, 42, (3, 5, 4)), jnp.int32)
+    if combiner:
+        index = jnp.clip(index, 0, 39)
+
+    def results(implementation):
+        def loss(rows, index):
+            return jnp.sum(jnp.sin(mpembed.pool(rows, index, combiner=combiner, implementation=implementation)))
+
+        def squared(rows):
+            return jnp.sum(jax.grad(loss)(rows, index) ** 2)
+
+        by_index = jax.vmap(jax.value_and_grad(loss), (None, 0))(rows, index)
+        by_rows = jax.vmap(loss, (0, None))(jnp.stack([rows, 2 * rows]), index)
+        return loss(rows, index), jax.grad(loss)(rows, index), jax.grad(squared)(rows), by_index, by_rows
+
+    native_results, plain = jax.jit(results, static_argnums=0)("numba"), jax.jit(results, static_argnums=0)("xla")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), native_results, plain)
+
+
+def test_lookup_and_pool_are_foreign_calls_and_evaluation_is_not():
+    """Evaluation stays plain XLA: jax.export takes no foreign call."""
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 500)], 8, "int8", mpembed.CacheSpec(num_rows=64))
+    state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
+    state, plan = mpembed.prefetch(state, jnp.arange(9, dtype=jnp.int32))
+    rows = mpembed.lookup(state, plan)
+    pool = jax.jit(lambda rows: mpembed.pool(rows, plan.inverse, implementation="numba"))
+    assert "mpembed_take" in pool.lower(rows).as_text()
+    assert "mpembed_take" in jax.jit(mpembed.lookup).lower(state, plan).as_text()
+    ids = jnp.arange(9, dtype=jnp.int32)
+
+    def evaluate(state, ids):
+        rows, inverse, pool = verbs.read_unpooled(state, ids)
+        return mpembed.read(state, ids), pool(rows, inverse)
+
+    jax.export.export(jax.jit(evaluate))(state, ids)
+    with pytest.raises(ValueError, match="mpembed_take"):
+        jax.export.export(pool)(rows)
 
 
 ONE_THREAD = """

@@ -121,9 +121,11 @@ def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Call
       ids: nest of int32 arrays of global ids.
 
     Returns:
-      float32 [N + 1, D], the nest of int32 positions in it, and `pool` by the state's implementation.
+      float32 [N + 1, D], the nest of int32 positions in it, and `pool` by the state's implementation, but without foreign
+      calls: jax.export takes an evaluation.
     """
-    return *_run(_read_unpooled, state, ids), partial(pool, implementation=state.implementation)
+    implementation = None if state.implementation == "numba" else state.implementation
+    return *_run(_read_unpooled, state, ids), partial(pool, implementation=implementation)
 
 
 def check_prefetched(plan: CachePlan, ids: Any) -> None:

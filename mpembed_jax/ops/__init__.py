@@ -1,8 +1,8 @@
 """The row movements and the deduplication: the contract of each op and the choice of its implementation.
 
 This is the only place that knows about hardware. Implementations are named: "xla" makes full-width passes (accelerators),
-"xla_chunked" loops over chunks with a dynamic trip count (CPU), "numba" is that
-with deduplication and planning compiled by numba, "pallas_triton" runs the row movements as GPU kernels, and
+"xla_chunked" loops over chunks with a dynamic trip count (CPU), "numba" is that with deduplication, planning and the
+gathers and scatters of large rows compiled by numba, "pallas_triton" runs the row movements as GPU kernels, and
 "pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
 A table in host memory is always moved by XLA, in chunks that cover the rows wanted of it: no others cross the bus.
 
@@ -14,6 +14,7 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
   write(table, rows, new_rows, ...)        -> new values to lines, or stochastically rounded into the table
   update(table, rows, sums, ...)           -> SGD or row-wise Adagrad on each row, then write; kernels only
   write_back(table, rows, tags, dirty ...) -> every dirty line quantized into the table
+  take(rows, index)                        -> f32 [N, D], rows[index]
   sum_duplicates(values, index, size)      -> f32 [size, D], values of equal index summed
   bag(rows, index, factors)                -> f32 [.., D], sum over the last axis of factors * rows[index]
 """
@@ -23,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from mpembed_jax import access
 from mpembed_jax.cache import CacheState
@@ -49,6 +49,7 @@ __all__ = [
     "read",
     "sum_duplicates",
     "swap",
+    "take",
     "unique",
     "update",
     "write",
@@ -192,7 +193,7 @@ def update(
     return triton.update(table, cache_rows, sums, *plan, is_interpreted, learning_rate=learning_rate, eps=eps)
 
 
-@jax.custom_batching.custom_vmap
+@jax.custom_batching.custom_vmap  # foreign calls have no batched form
 def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
     return compiled("numba").take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
 
@@ -204,13 +205,9 @@ def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, ind
 
 
 def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """See `access.take`, for float32 rows [U, D] and index [N]; `implementation` None: the best one for a CPU, or XLA."""
-    name = implementation or choose(None)
-    if compiled(name) is None or rows.dtype != jnp.float32 or rows.ndim != 2:
-        return access.take(rows, index)
-    if implementation is None:  # lowered for another platform, perhaps
-        return lax.platform_dependent(rows, index, cpu=_take_natively, default=access.take)
-    return _take_natively(rows, index)
+    """See `access.take`, for rows [U, D] and index [N]."""
+    is_native = compiled(implementation) is not None and rows.dtype == jnp.float32
+    return _take_natively(rows, index) if is_native else access.take(rows, index)
 
 
 def sum_duplicates(

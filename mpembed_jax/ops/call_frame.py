@@ -68,8 +68,7 @@ def _add(context, address, number):
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
-def prefetch(context, array, index):
+def _prefetch(context, array, index):
     """Asks for the cache line of a contiguous array's element, without waiting for it; any int64 index is safe."""
 
     def codegen(target, builder, signature, arguments):
@@ -84,8 +83,7 @@ def prefetch(context, array, index):
     return types.void(array, types.int64), codegen
 
 
-@intrinsic
-def stream(context, array, index, source, source_index):
+def _stream(context, array, index, source, source_index):
     """Copies 8 words of 32 bits past the processor's caches; `array` at `index` must be aligned to 32 bytes.
 
     The cache line is not read from memory first, and displaces nothing: for results larger than the caches.
@@ -106,8 +104,7 @@ def stream(context, array, index, source, source_index):
     return types.void(array, types.int64, source, types.int64), codegen
 
 
-@intrinsic
-def fence(context):
+def _fence(context):
     """Makes what `stream` wrote visible before what follows."""
 
     def codegen(target, builder, signature, arguments):
@@ -115,6 +112,12 @@ def fence(context):
         return target.get_dummy_value()
 
     return types.void(), codegen
+
+
+# As values of any type: mypy takes what `intrinsic` returns for a method that wants the context from its caller.
+prefetch: Any = intrinsic(_prefetch)
+stream: Any = intrinsic(_stream)
+fence: Any = intrinsic(_fence)
 
 
 @compiled

@@ -1,8 +1,7 @@
-"""What a CPU does natively, compiled by numba and called through XLA: deduplication, scatters of rows, planning.
+"""What a CPU does natively, compiled by numba and called through XLA: deduplication, movements of rows, planning.
 
-A batch's integers are a few hundred kilobytes, so plain loops cost half of XLA's passes over arrays, or less, and two
-threads scatter rows where XLA's scatter has one. The same bits as the reference. Each function for jax becomes one
-foreign call.
+A batch's integers are a few hundred kilobytes, so plain loops cost half of XLA's passes over arrays, or less. The same
+bits as the reference. Each function for jax becomes one foreign call.
 """
 
 import jax
@@ -19,6 +18,7 @@ from mpembed_jax.table import NO_ID
 __all__ = ["plan", "put", "take", "unique"]
 
 _NO_ID = np.int32(NO_ID)
+
 
 @compiled
 def _unique(frame):

@@ -94,12 +94,11 @@ def _join(values, begin, num_first, num_second):
 
 @compiled
 def _enter(
-    ids, step, geometry, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
+    ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
     num_waiting, best, winner, full,
 ):  # fmt: skip
     """Lets misses enter in the rounds of rounds.enter, and appends them to `order`. Returns the number of cached ids."""
-    _, ways, _, width = geometry
-    is_lfu, last = width > 0, len(ids)
+    last = len(ids)
     best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
         for k in range(num_waiting):  # a bucket's best miss: the largest estimate, then the smallest id
@@ -180,7 +179,7 @@ _place = call_frame.halves(_place_half)
 
 @compiled
 def _plan(frame):
-    ids, inverse, counts = argument(frame, 0, np.int32), argument(frame, 1, np.int32), argument(frame, 2, np.int32)
+    ids, inverse = argument(frame, 0, np.int32), argument(frame, 1, np.int32)
     numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
     tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
     placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
@@ -190,9 +189,7 @@ def _plan(frame):
     victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
     best, winner, full = result(frame, 16, np.int32), result(frame, 17, np.int32), result(frame, 18, np.int32)
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
-    geometry = (np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3]))
-    sets, ways, groups, width = geometry
-    is_lfu, real = width > 0, ids[:num_ids]
+    sets, ways, is_lfu = np.int64(shape[0]), np.int64(shape[1]), shape[3] > 0
 
     if must_halve:
         for k in range(len(priority)):
@@ -209,7 +206,7 @@ def _plan(frame):
     num_cached = num_hits
     if num_misses > 0:
         num_cached = _enter(
-            real, step, geometry, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_hits,
+            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_hits,
             queue, num_misses, best, winner, full,
         )  # fmt: skip
 
