@@ -4,7 +4,6 @@ XLA calls a handler with one pointer, to an `XLA_FFI_CallFrame`; offsets are tho
 jaxlib carries in `jax.ffi.include_dir()` and which grows only at the ends of its structs. A handler is first asked which
 version of the interface it speaks, and answers with the one it was asked in.
 
-    @compiled
     def add_one(frame):
         values, result = call_frame.argument(frame, 0, np.int32), call_frame.result(frame, 0, np.int32)
         ..
@@ -55,6 +54,19 @@ def _call(context, function, argument):
         return builder.call(pointer, [arguments[1]])
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _call_half(context, function, frame, half):
+    """Calls the function at an address with a frame and the number of a half."""
+
+    def codegen(target, builder, signature, arguments):
+        word = ir.IntType(64)
+        pointer = builder.inttoptr(arguments[0], ir.FunctionType(ir.VoidType(), [word, word]).as_pointer())
+        builder.call(pointer, arguments[1:])
+        return target.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -160,52 +172,66 @@ def result(frame, index, dtype):
     return _flat(_word(_word(frame, 14), index), dtype)
 
 
-def halves(half: Callable) -> Callable:
+@compiled
+def _release(block):
+    if _add(block + 16, -1) == 1:
+        _free(block)
+
+
+@numba.cfunc(types.void(types.int64))
+def _task(block):
+    if _add(block, 1) == 0:
+        _call_half(_word(block, 4), _word(block, 3), 1)
+        _add(block + 8, 1)
+    _release(block)
+
+
+_task_address = _task.address
+
+
+@compiled
+def _run_halves(frame, half):
+    # A block of words: who came first for the second half, whether it is done, who still holds the block, the frame, the
+    # function, and the arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
+    block = _malloc(80)
+    words = numba.carray(_pointer(block), 10, np.int64)
+    words[0], words[1], words[2], words[3], words[4] = 0, 0, 2, frame, half
+    words[5], words[6], words[7], words[8], words[9] = 40, 0, _word(frame, 3), _task_address, block
+    is_refused = _call(_word(_word(frame, 2), _SCHEDULE), block + 40) != 0
+    _call_half(half, frame, 0)
+    if _add(block, 1) == 0:
+        _call_half(half, frame, 1)
+    else:
+        while _add(block + 8, 0) == 0:
+            _yield()
+    if is_refused:  # no task will come to let go of the block
+        _release(block)
+    _release(block)
+
+
+def halves(half: Callable[[int, int], None]) -> Callable:
     """Returns a numba function of a call frame that runs half(frame, 0) and half(frame, 1), at once if a thread is free.
 
     XLA's thread pool may be busy, or wait for us, so the caller does what no other thread has begun; it never waits for
-    work that has not begun. `half` must not raise, and its two parts must not write what the other one touches.
+    work that has not begun.
+
+    Args:
+      half: a Python function that numba compiles here; it must not raise, and its two parts must not write what the other
+        one touches.
     """
-
-    # A block of words: who came first for the second half, whether it is done, who still holds the block, the frame, and
-    # the arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
-    @compiled
-    def release(block):
-        if _add(block + 16, -1) == 1:
-            _free(block)
-
-    @numba.cfunc(types.void(types.int64))
-    def task(block):
-        if _add(block, 1) == 0:
-            half(_word(block, 3), 1)
-            _add(block + 8, 1)
-        release(block)
-
-    _handlers[f"task {task.address}"] = task
-    task_address = task.address
+    part = numba.cfunc(types.void(types.int64, types.int64))(half)  # compiled once, and called by its address
+    address = part.address
+    _handlers[f"half {address}"] = part
 
     @compiled
     def run(frame):
-        block = _malloc(72)
-        words = numba.carray(_pointer(block), 9, np.int64)
-        words[0], words[1], words[2], words[3] = 0, 0, 2, frame
-        words[4], words[5], words[6], words[7], words[8] = 40, 0, _word(frame, 3), task_address, block
-        is_refused = _call(_word(_word(frame, 2), _SCHEDULE), block + 32) != 0
-        half(frame, 0)
-        if _add(block, 1) == 0:
-            half(frame, 1)
-        else:
-            while _add(block + 8, 0) == 0:
-                _yield()
-        if is_refused:  # no task will come to let go of the block
-            release(block)
-        release(block)
+        _run_halves(frame, address)
 
     return run
 
 
 def register(name: str, body: Callable[[int], None]) -> None:
-    """Compiles `body`, a numba function of the address of a call frame, and registers it for CPUs; once per name.
+    """Compiles `body`, a Python or numba function of the address of a call frame, and registers it for CPUs; once per name.
 
     Args:
       name: of the target, for `jax.ffi.ffi_call`.
@@ -213,14 +239,16 @@ def register(name: str, body: Callable[[int], None]) -> None:
     """
     if name in _handlers:
         return
+    whole = numba.cfunc(types.void(types.int64))(getattr(body, "py_func", body))
+    address = whole.address
 
     @numba.cfunc(types.int64(types.int64))
     def handler(frame):
         if not _is_query(frame):
-            body(frame)
+            _call(address, frame)
         return 0  # no error
 
     make_capsule = ctypes.pythonapi.PyCapsule_New
     make_capsule.restype, make_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
-    _handlers[name] = handler
+    _handlers[name] = (handler, whole)

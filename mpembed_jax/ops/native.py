@@ -20,7 +20,6 @@ __all__ = ["plan", "put", "take", "unique"]
 _NO_ID = np.int32(NO_ID)
 
 
-@compiled
 def _unique(frame):
     ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
     unique_ids, inverse, counts = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.int32)

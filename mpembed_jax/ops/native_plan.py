@@ -25,7 +25,6 @@ _AHEAD, _LINE = 16, 16  # ids, and words of a cache line
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 
-@compiled
 def _find_half(frame, half):
     """Finds the lines of one half of the ids; pins those that exist, estimates and queues the misses.
 
@@ -142,7 +141,6 @@ def _enter(
     return num_cached
 
 
-@compiled
 def _place_half(frame, half):
     """Brings one half of the ids into the order of the plan; their lines, or the sketch, take their estimates."""
     ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
@@ -177,7 +175,6 @@ def _place_half(frame, half):
 _place = call_frame.halves(_place_half)
 
 
-@compiled
 def _plan(frame):
     ids, inverse = argument(frame, 0, np.int32), argument(frame, 1, np.int32)
     numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
@@ -206,8 +203,8 @@ def _plan(frame):
     num_cached = num_hits
     if num_misses > 0:
         num_cached = _enter(
-            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_hits,
-            queue, num_misses, best, winner, full,
+            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
+            order, num_hits, queue, num_misses, best, winner, full,
         )  # fmt: skip
 
     found[0], found[1] = num_hits, num_cached

@@ -22,7 +22,6 @@ def _ask_for(array, row, words, num_rows):
             prefetch(array, np.int64(row * np.uint64(words)) + word)
 
 
-@compiled
 def _put_half(frame, half):
     index, values, array = argument(frame, 0, np.int32), argument(frame, 1, np.uint32), result(frame, 0, np.uint32)
     num = len(index)
@@ -48,7 +47,6 @@ def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
 
 
-@compiled
 def _take_half(frame, half):
     array, index, out = argument(frame, 0, np.uint32), argument(frame, 1, np.int32), result(frame, 0, np.uint32)
     num = len(index)
