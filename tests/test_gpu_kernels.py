@@ -201,17 +201,21 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
     return results
 
 
-@pytest.mark.parametrize(("storage", "row_state_dtype"), [("int8", "float32"), ("int2", "bfloat16")])
-def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(storage, row_state_dtype):
+# Every format and every dim once, the row state in each dtype.
+UPDATES = [(name, DIMS[i % len(DIMS)], ("float32", "bfloat16")[i % 2]) for i, name in enumerate(shapes.FORMATS)]
+
+
+@pytest.mark.parametrize(("storage", "dim", "row_state_dtype"), UPDATES)
+def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(storage, dim, row_state_dtype):
     """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
     is +-lr, all exact; with bypassed rows, padding and a cache."""
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     spec = mpembed.EmbeddingSpec(
-        [mpembed.TableSpec("t", 150)], 12, storage, mpembed.CacheSpec(num_rows=24, ways=4), row_state_dtype=row_state_dtype
+        [mpembed.TableSpec("t", 150)], dim, storage, mpembed.CacheSpec(num_rows=24, ways=4), row_state_dtype=row_state_dtype
     )
     ids = np.concatenate([rng.permutation(150)[:60], [NO_ID] * 5]).astype(np.int32)
-    signs = rng.choice(np.float32([-1, 1]), (65, 12))
+    signs = rng.choice(np.float32([-1, 1]), (65, dim))
     grads = signs * np.exp2(rng.integers(-6, 1, (65, 1))).astype(np.float32)
     (one, _), (other, _) = update_both(tx, spec, ids, grads)
     same(jax.tree.leaves(other), jax.tree.leaves(one))
@@ -225,10 +229,11 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-def test_row_wise_adagrad_within_its_rounding_errors():
+@pytest.mark.parametrize("dim", DIMS)
+def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """G is D + 1 roundings off at most, its root half of that, then come a sum, a quotient and a product; the sum with w
     rounds once in each program: |difference| <= 2^-23 (|w| + |u| (D / 2 + 5))."""
-    dim, rng = 24, np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
     spec = shapes.stack(150, dim, storage="float32", lines=24)
     ids = rng.permutation(150)[:60].astype(np.int32)
