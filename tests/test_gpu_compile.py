@@ -37,6 +37,15 @@ def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(target, 
     assert found["kernels"] == (5 if implementation == "pallas_triton" else 0)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
+def test_a_copy_of_the_state_would_be_seen(implementation):
+    """A step whose state is not donated must copy what it changes."""
+    spec = shapes.stack(100_000, DIM, storage="int8", lines=1024)
+    step, arguments = compile_gpu.step_and_arguments(spec, implementation, (64, 4), mpembed.optim.rowwise_adagrad(0.05))
+    found = compile_gpu.figures(compile_gpu.compile_for("h200", step, *arguments), arguments[0])
+    assert found["state_sized_copies"] >= 2 and found["aliased_bytes"] == 0
+
+
 HOST_CASES = [("h200", verb, "xla") for verb in ("step", "read", "flush", "init")]
 HOST_CASES += [("a100", "step", "xla"), ("t4", "step", "xla"), ("h200", "step", "pallas_triton")]
 

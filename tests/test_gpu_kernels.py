@@ -295,7 +295,7 @@ INDICES = {
 @partial(jax.jit, static_argnames=("size", "implementation"))
 def summed(values, index, size, implementation):
     if implementation == "sorted":
-        return ops.xla.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
+        return ops.xla_sums.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
     return ops.sum_duplicates(values, index, size, implementation=implementation)
 
 

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 
 from mpembed_jax import access
 from mpembed_jax.cache import CacheState
-from mpembed_jax.ops import xla
-from mpembed_jax.ops.xla import Unique, add_duplicates, write_back
+from mpembed_jax.ops import xla, xla_sums
+from mpembed_jax.ops.xla import Unique, write_back
+from mpembed_jax.ops.xla_sums import add_duplicates
 from mpembed_jax.table import QuantizedTable
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "numba", "pallas_triton", "pallas_interpret")
@@ -232,7 +233,7 @@ def sum_duplicates(
         values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
     if factors is not None:
         values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
-    return xla.add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
+    return xla_sums.add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -240,4 +241,4 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation
     if has_kernels(implementation):
         _, sums, is_interpreted = _kernels(implementation)
         return sums.bag(rows, index, factors, is_interpreted)
-    return xla.bag(rows, index, factors)
+    return xla_sums.bag(rows, index, factors)

@@ -1,0 +1,58 @@
+"""The reference implementation of pooling's ops: sums of duplicates, and bags without [.., L, D]."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax import access, varying
+
+
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+    """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
+    zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
+    if index.shape[-1] == 0:
+        return zeros
+
+    def body(position: jax.Array, total: jax.Array) -> jax.Array:
+        here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
+        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
+        return total + factor[..., None] * access.take(rows, here)
+
+    start = varying.settle(lambda total: body(jnp.int32(0), total), zeros)
+    return lax.fori_loop(0, index.shape[-1], body, start)
+
+
+def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [n, ..] into total [U, ..] at index [n], duplicates summed; the last row, padding, takes nothing.
+
+    Decided by the platform that is lowered for: a CPU adds in place, in the order of positions; others sort and scan
+    (`add_sorted`), since a float32 scatter-add with duplicate ids is hundreds of times slower on some GPU builds
+    (jax#38806), and its order is not deterministic.
+    """
+    return lax.platform_dependent(total, index, values, cpu=_add_in_order, default=add_sorted)
+
+
+def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    last = total.shape[0] - 1
+    return access.add(total, jnp.where(index == last, last + 1, index), values)
+
+
+def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """See `add_duplicates`: a segmented scan over sorted positions, whose last entry of each segment is its sum.
+
+    No scatter sees an index twice, not even a sorted one: XLA's GPU back end adds those atomically, too.
+    """
+    (num,), last = index.shape, total.shape[0] - 1
+    if num == 0:
+        return total
+    segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
+    begins = jnp.concatenate([jnp.ones(1, bool), segment[1:] != segment[:-1]])
+    ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)])
+
+    def join(left: tuple, right: tuple) -> tuple:
+        begins = right[1].reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(begins, right[0], left[0] + right[0]), left[1] | right[1]
+
+    sums, _ = lax.associative_scan(join, (access.take(values, order), begins))
+    place = jnp.where(ends & (segment != last), segment, last + 1)
+    return access.put(total, place, sums + access.take(total, segment))
