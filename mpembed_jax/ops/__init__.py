@@ -120,6 +120,11 @@ def compiled(implementation: str | None) -> Any:
     return native
 
 
+def _gather_of(implementation: str, table: QuantizedTable) -> xla.Gather | None:
+    native = compiled(implementation)
+    return None if native is None or access.is_on_host(table.rows) else native.take
+
+
 def _kernels(implementation: str | None) -> tuple[Any, Any, bool]:
     """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
     from mpembed_jax.ops import pallas_sums, pallas_triton
@@ -144,7 +149,8 @@ def swap(
     if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.swap(table, cache_rows, dirty, *plan, is_interpreted)
-    return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
+    gather = _gather_of(implementation, table) or access.take
+    return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("lookup")
@@ -153,8 +159,7 @@ def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array
     if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.lookup(table, cache_rows, *plan, is_interpreted)
-    native = compiled(implementation)
-    gather = None if native is None or access.is_on_host(table.rows) else native.take
+    gather = _gather_of(implementation, table)
     return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 

@@ -17,6 +17,8 @@ from mpembed_jax import table as tables_
 from mpembed_jax.packing import decode
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
+Gather = Callable[[jax.Array, jax.Array], jax.Array]  # of rows of 32-bit words [n, m] by index i32 [k]
+
 
 class Unique(NamedTuple):
     """The distinct ids of a batch; positions without one (padding, over budget) hold U - 1 in `inverse`."""
@@ -95,6 +97,7 @@ def swap(
     key: jax.Array,
     step: jax.Array,
     chunk: int | None,
+    gather: Gather = access.take,
 ) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
     """Evicts and fills: entries [begin, end) of the plan take their lines.
 
@@ -110,6 +113,7 @@ def swap(
       key: uint32 [2].
       step: int32 scalar.
       chunk: see chunks.each.
+      gather: of rows; what it returns for an index outside does not matter.
 
     Returns:
       Table, cache rows, dirty bits and the number of dirty victims.
@@ -123,11 +127,12 @@ def swap(
         # Without the barrier a GPU reads the bits again after they were cleared, from a copy of all of them.
         was_dirty = lax.optimization_barrier(window.is_live & access.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
-        old = access.take(cache_rows, here)
+        old = gather(cache_rows, here)
         packed = encode_rows(old, victims, table, key, numerics.WRITE_BACK, step, once)
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = access.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
-        new = decode(lax.optimization_barrier(access.take(rows, window.take(ids))), table.format, table.embedding_dim)
+        take = gather if rows.dtype == jnp.uint32 else access.take
+        new = decode(lax.optimization_barrier(take(rows, window.take(ids))), table.format, table.embedding_dim)
         cache_rows = access.put(cache_rows, here, new)
         dirty = access.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
@@ -147,7 +152,7 @@ def lookup(
     num_cached: jax.Array,
     num_ids: jax.Array,
     chunk: int | None,
-    gather: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    gather: Gather | None = None,
 ) -> jax.Array:
     """Gathers the unique rows: entries [0, num_cached) from their lines, [num_cached, num_ids) from the table, rest zeros.
 
@@ -159,7 +164,7 @@ def lookup(
       num_cached: int32 scalar.
       num_ids: int32 scalar.
       chunk: see chunks.each.
-      gather: of rows of 32-bit words by index, zeros outside; None: XLA's.
+      gather: of rows, zeros outside; None: XLA's.
 
     Returns:
       float32 [U, D].
