@@ -13,7 +13,7 @@ pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not in
 pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 
 import mpembed_jax as mpembed
-from experiments import faults, invariants, killed_worker
+from experiments import fault_files, faults, invariants, killed_worker
 from mpembed_jax import checkpoint
 
 
@@ -40,7 +40,7 @@ def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
 
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):
     with caplog.at_level(logging.CRITICAL):
-        found = faults.damage(fallback_every=8)
+        found = fault_files.damage(fallback_every=8)
     assert found["files"] >= found["arrays"] >= 40
     assert found["refusals"] == 4 * (found["files"] - 4)
 
