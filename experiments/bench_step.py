@@ -35,6 +35,8 @@ class Settings:
     steps: int = 30
     """Timed steps per case, after as many warm ones as make the cache warm."""
     warm: int = 40
+    only: tuple[str, ...] = ()
+    """Only cases that have all of these, batch=512 or cold=True say; they replace theirs in the file."""
     out: Path = Path("experiments/results/bench_step.json")
 
 
@@ -94,7 +96,8 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
     cache = None if case.fraction is None else mpembed.CacheSpec(case.fraction, case.lines, case.ways, case.policy)
     positions = case.batch * len(sizes) * case.bag
-    spec = mpembed.EmbeddingSpec(tables, case.dim, case.storage, cache, max_unique_ids=max(1000, int(0.4 * positions)))
+    budget = min(positions, max(12_000, int(0.4 * positions)))  # a small batch repeats few of its ids
+    spec = mpembed.EmbeddingSpec(tables, case.dim, case.storage, cache, max_unique_ids=budget)
     tx = mpembed.optim.rowwise_adagrad(0.05)
     state = mpembed.init(jax.random.key(0), spec, tx)
     combiner = None if case.bag == 1 else "sum"
@@ -109,17 +112,21 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     start = time.perf_counter()
     compiled = make_step(tx, combiner).lower(state, *abstract).compile()
     compile_s = time.perf_counter() - start
-    times, before = [], mpembed.stats(state)
+    times, first = [], 1 if case.cold else warm
+    before = after = mpembed.stats(state)
     for i in range(warm + steps):
         batch = jnp.asarray(ids[i])
-        if i == warm:
+        if i == first:
             before = mpembed.stats(state)
+        if i == first + steps:
+            after = mpembed.stats(state)
         start = time.perf_counter()
         state, vectors, _ = compiled(state, batch, upstream)
         jax.block_until_ready((state, vectors))
         times.append(time.perf_counter() - start)
-    timed = times[1 : steps + 1] if case.cold else times[warm:]
-    after = mpembed.stats(state)
+    timed = times[first : first + steps]
+    if not case.cold:
+        after = mpembed.stats(state)
     unique = (after.unique - before.unique) / steps
     hits = (after.hits - before.hits) / steps
     moved = spec.storage.row_bytes(case.dim) * (unique - hits) * 2 + 4 * case.dim * hits * 2 + 8 * unique
@@ -208,10 +215,16 @@ def main(settings: Settings) -> None:
     workload.keep_freed_memory()
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    results = []
-    for case in cases(settings.quick):
-        result = measure(case, settings.steps, settings.warm, bandwidth)
-        results.append(result)
+    facts = reporting.environment() | {"bandwidth": bandwidth, "settings": {"steps": settings.steps, "warm": settings.warm}}
+    held = json.loads(settings.out.read_text())["results"] if settings.only and settings.out.exists() else []
+    measured = {Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held}
+    grid = cases(settings.quick)
+    for case in grid:
+        values = {f"{name}={value}" for name, value in dataclasses.asdict(case).items()}
+        if not values.issuperset(settings.only):
+            continue
+        result = measure(case, settings.steps, settings.warm, bandwidth) | {"commit": facts["commit"]}
+        measured[case] = result
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(
             f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.lines or case.fraction} "
@@ -222,7 +235,7 @@ def main(settings: Settings) -> None:
             flush=True,
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = reporting.environment() | {"bandwidth": bandwidth, "settings": {"steps": settings.steps, "warm": settings.warm}}
+    results = [measured[case] for case in grid if case in measured]
     settings.out.write_text(json.dumps(facts | {"results": results}, indent=1))
     draw(results, settings.out.with_suffix(".png"))
 

@@ -1,4 +1,4 @@
-"""What a compiled step may cost, counted and not timed: copies, sorts, temporaries, traces."""
+"""What a compiled step may cost, counted and not timed: copies, sorts, temporaries. (Traces: test_invariants.py.)"""
 
 import re
 from functools import partial
@@ -23,7 +23,7 @@ def compiled_step(storage, policy, budget, implementation):
     def step(state, ids, upstream):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+        vectors, pull_back = jax.vjp(partial(mpembed.pool, inverse=plan.inverse, implementation=implementation), rows)
         return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
 
     state = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), spec, tx, implementation=implementation))

@@ -1,9 +1,10 @@
-"""Deduplication and planning compiled by numba: the reference's bits, in place, and refused where numba is absent."""
+"""What numba compiles (deduplication, planning, movements of rows): the reference's bits, in place, refused without it."""
 
 import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -132,6 +133,25 @@ def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(c
 
     native_results, plain = jax.jit(results, static_argnums=0)("numba"), jax.jit(results, static_argnums=0)("xla")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), native_results, plain)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+def test_indices_of_other_dtypes_are_pooled_right(dtype):
+    """The foreign call reads int32: others go to XLA."""
+    rows = jnp.arange(80, dtype=jnp.float32).reshape(40, 2)
+    index, segments = np.asarray([3, 1, 4, 1, 5, 9], dtype), np.asarray([0, 0, 1, 1, 2, 2], dtype)
+    np.testing.assert_array_equal(mpembed.pool(rows, index, implementation="numba"), rows[index.astype(np.int32)])
+    pool = partial(mpembed.pool, rows, index.astype(np.int32), None, "mean", num_segments=3, implementation="numba")
+    bags = [pool(segment_ids=jnp.asarray(s)) for s in (segments, segments.astype(np.int32))]
+    np.testing.assert_array_equal(*bags)
+
+
+def test_with_a_mesh_set_everything_stays_with_xla():
+    rows, index = jnp.ones((4, 2)), jnp.zeros(3, jnp.int32)
+    pool = jax.jit(lambda rows: mpembed.pool(rows, index, implementation="numba"))
+    assert "mpembed_take" in pool.lower(rows).as_text()
+    with jax.set_mesh(jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])):
+        assert "mpembed_take" not in pool.lower(rows).as_text()
 
 
 def test_lookup_and_pool_are_foreign_calls_and_evaluation_is_not():

@@ -111,9 +111,10 @@ def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
 def compiled(implementation: str | None) -> Any:
     """Returns the module of what numba compiles, None for implementations without it and over a mesh.
 
-    In the body of a shard_map values carry types (over which axes they vary) that foreign calls do not know: XLA alone.
+    In the body of a shard_map, or with a mesh set, values have types (over which axes they vary, how they are divided) that
+    foreign calls do not know: XLA alone.
     """
-    if implementation != "numba" or jax.sharding.get_abstract_mesh().manual_axes:
+    if implementation != "numba" or not jax.sharding.get_abstract_mesh().empty:
         return None
     from mpembed_jax.ops import native
 
@@ -212,7 +213,8 @@ def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, ind
 
 def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """See `access.take`, for rows [U, D] and index [N]."""
-    is_native = compiled(implementation) is not None and rows.dtype == jnp.float32
+    # A foreign call takes the types of its operands on trust.
+    is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (jnp.float32, jnp.int32)
     return _take_natively(rows, index) if is_native else access.take(rows, index)
 
 

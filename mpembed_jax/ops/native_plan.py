@@ -20,8 +20,8 @@ from mpembed_jax.table import NO_ID
 
 _NO_ID = np.int32(NO_ID)
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching.MAX_AGE
-# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
 _AHEAD, _LINE = 16, 16  # ids, and words of a cache line
+# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
 
