@@ -146,12 +146,16 @@ def test_indices_of_other_dtypes_are_pooled_right(dtype):
     np.testing.assert_array_equal(*bags)
 
 
-def test_with_a_mesh_set_everything_stays_with_xla():
+def test_over_a_mesh_xla_pools():
     rows, index = jnp.ones((4, 2)), jnp.zeros(3, jnp.int32)
-    pool = jax.jit(lambda rows: mpembed.pool(rows, index, implementation="numba"))
-    assert "mpembed_take" in pool.lower(rows).as_text()
-    with jax.set_mesh(jax.make_mesh((1,), ("d",), devices=jax.devices()[:1])):
-        assert "mpembed_take" not in pool.lower(rows).as_text()
+    mesh, whole = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
+
+    def pool(rows):
+        return mpembed.pool(rows, index, implementation="numba")
+
+    assert "mpembed_take" in jax.jit(pool).lower(rows).as_text()
+    over_mesh = jax.shard_map(pool, mesh=mesh, in_specs=whole, out_specs=whole)
+    assert "mpembed_take" not in jax.jit(over_mesh).lower(rows).as_text()
 
 
 def test_lookup_and_pool_are_foreign_calls_and_evaluation_is_not():

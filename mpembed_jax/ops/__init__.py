@@ -111,10 +111,9 @@ def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
 def compiled(implementation: str | None) -> Any:
     """Returns the module of what numba compiles, None for implementations without it and over a mesh.
 
-    In the body of a shard_map, or with a mesh set, values have types (over which axes they vary, how they are divided) that
-    foreign calls do not know: XLA alone.
+    In the body of a shard_map values carry types (over which axes they vary) that foreign calls do not know: XLA alone.
     """
-    if implementation != "numba" or not jax.sharding.get_abstract_mesh().empty:
+    if implementation != "numba" or jax.sharding.get_abstract_mesh().manual_axes:
         return None
     from mpembed_jax.ops import native
 
