@@ -57,7 +57,7 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
     ):
         timer, has_error = threading.Timer(seconds, process.kill), False
         timer.start()
-        for line in process.stdout:  # type: ignore[union-attr]
+        for line in process.stdout:
             if line.startswith(MARK):
                 row = json.loads(line[len(MARK) :])
                 has_error |= "error" in row

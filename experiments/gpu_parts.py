@@ -148,7 +148,7 @@ def spilled(bench: Bench) -> Iterator[dict]:
         {"storage": "float32", "memory_kind": "pinned_host"},
         {"storage": "int8", "memory_kind": "pinned_host"},
     ):
-        yield measured(bench, Case(**size, **options), "xla", by_verb=False)  # type: ignore[arg-type]
+        yield measured(bench, Case(**size, **options), "xla", by_verb=False)
 
 
 class Part(NamedTuple):

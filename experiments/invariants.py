@@ -268,7 +268,10 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
                 if name == "int8":
                     tracker = checkpoint.mark(tracker, plan)
                 rows = mpembed.lookup(state, plan)
-                loss = lambda rows, plan=plan: jnp.sum((mpembed.pool(rows, plan.inverse) - target) ** 2)  # noqa: E731
+
+                def loss(rows, plan=plan):
+                    return jnp.sum((mpembed.pool(rows, plan.inverse) - target) ** 2)
+
                 trained[name] = mpembed.apply_gradients(state, plan, rows, jax.grad(loss)(rows), tx=tx)
             return (trained, tracker), None
 

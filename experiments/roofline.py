@@ -51,7 +51,7 @@ class Work:
             write_backs=counts["write_backs"],
             row_bytes=spec.storage.row_bytes(spec.embedding_dim),
             vector_bytes=4 * spec.embedding_dim,
-            ways=spec.cache.geometry(spec.num_rows).ways if has_cache else 0,  # type: ignore[union-attr]
+            ways=spec.cache.geometry(spec.num_rows).ways if has_cache else 0,
         )
 
     @property

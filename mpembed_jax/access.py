@@ -88,7 +88,7 @@ def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Arra
     """Returns `array` [n, ..] with rows [first, first + k) replaced by values [k, ..], wherever the array is kept."""
     start = (first, *[jnp.int32(0)] * (array.ndim - 1))
     if is_on_host(array):
-        values, *start = jax.device_put((values, *start), jax.memory.Space.Host)  # type: ignore[assignment]
+        values, start = jax.device_put((values, start), jax.memory.Space.Host)
     return lax.dynamic_update_slice(array, values, start)
 
 

@@ -12,6 +12,7 @@ import pytest
 import mpembed_jax as mpembed
 from experiments import bench_gpu, gpu_checks, gpu_parts, gpu_steps, roofline, workload
 
+MODULES = [bench_gpu, gpu_checks, gpu_parts, gpu_steps, roofline, workload]
 TINY = gpu_steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
@@ -70,14 +71,15 @@ def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
     assert not {*loaded.stdout.split()} & {"flax", "matplotlib", "numba", "polars", "rich", "sklearn", "torch", "tyro"}
 
 
-@pytest.mark.parametrize("module", [bench_gpu, gpu_checks, gpu_parts, gpu_steps, roofline, workload])
+@pytest.mark.parametrize("module", MODULES)
 def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
     """jax, numpy, the standard library and this repository; torch where it is installed."""
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {"experiments", *(module.__name__ for module in MODULES)}
     allowed = {"jax", "numpy", "optax", "torch", "mpembed_jax"} | sys.stdlib_module_names
-    assert not [n for n in names if n.split(".")[0] not in allowed and n.split(".")[0] != "experiments"]
+    assert not [n for n in names if n.split(".")[0] not in allowed and n not in ours]
 
 
 def test_the_floor_of_a_step_by_hand():

@@ -42,7 +42,7 @@ def open_file(path: Path) -> BinaryIO:
     """Opens a plain or gzipped file for reading bytes; which it is is read from its first two bytes, not its name."""
     with path.open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if is_gzip else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if is_gzip else path.open("rb")
 
 
 def read_blocks(file: BinaryIO, num_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:

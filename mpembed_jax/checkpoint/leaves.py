@@ -30,8 +30,8 @@ def named(tree: Any) -> dict[str, Any]:
     leaves = [(_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     result = dict(leaves)
     if len(result) != len(leaves):
-        seen: set[str] = set()
-        twice = next(name for name, _ in leaves if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        names = [name for name, _ in leaves]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
         raise ValueError(f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous")
     return result
 

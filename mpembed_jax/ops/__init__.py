@@ -149,7 +149,7 @@ def swap(
     if has_kernels(implementation, table):
         triton, _, is_interpreted = _kernels(implementation)
         return triton.swap(table, cache_rows, dirty, *plan, is_interpreted)
-    gather = _gather_of(implementation, table) or access.take
+    gather = _gather_of(implementation, table)
     return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 

@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 _SCHEDULE = 17  # place of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
+_LINE = 16  # words of 32 bits in a cache line
 _handlers: dict[str, Any] = {}  # compiled code must live as long as the process
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
@@ -80,6 +81,7 @@ def _add(context, address, number):
     return types.int64(types.int64, types.int64), codegen
 
 
+@intrinsic
 def _prefetch(context, array, index):
     """Asks for the cache line of a contiguous array's element, without waiting for it; any int64 index is safe."""
 
@@ -95,7 +97,8 @@ def _prefetch(context, array, index):
     return types.void(array, types.int64), codegen
 
 
-def _stream(context, array, index, source, source_index):
+@intrinsic
+def stream(context, array, index, source, source_index):
     """Copies 8 words of 32 bits past the processor's caches; `array` at `index` must be aligned to 32 bytes.
 
     The cache line is not read from memory first, and displaces nothing: for results larger than the caches.
@@ -116,7 +119,8 @@ def _stream(context, array, index, source, source_index):
     return types.void(array, types.int64, source, types.int64), codegen
 
 
-def _fence(context):
+@intrinsic
+def fence(context):
     """Makes what `stream` wrote visible before what follows."""
 
     def codegen(target, builder, signature, arguments):
@@ -126,10 +130,11 @@ def _fence(context):
     return types.void(), codegen
 
 
-# As values of any type: mypy takes what `intrinsic` returns for a method that wants the context from its caller.
-prefetch: Any = intrinsic(_prefetch)
-stream: Any = intrinsic(_stream)
-fence: Any = intrinsic(_fence)
+@compiled
+def ask_for(array, first, num):
+    """Asks for the cache lines of `num` elements from `first` on, words of 32 bits; does not wait for them."""
+    for word in range(0, num, _LINE):
+        _prefetch(array, first + word)
 
 
 @compiled

@@ -14,13 +14,13 @@ import numpy as np
 from mpembed_jax import cache as caching
 from mpembed_jax.cache import CacheState
 from mpembed_jax.ops import call_frame
-from mpembed_jax.ops.call_frame import argument, compiled, prefetch, result
+from mpembed_jax.ops.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.native_hash import cell, fmix32, scale_to
 from mpembed_jax.table import NO_ID
 
 _NO_ID = np.int32(NO_ID)
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = caching.MAX_ESTIMATE, caching.PINNED, caching.MAX_AGE
-_AHEAD, _LINE = 16, 16  # ids, and words of a cache line
+_AHEAD = 16  # ids
 # An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(caching.MAX_WAYS)
 
@@ -44,15 +44,14 @@ def _find_half(frame, half):
             x = np.uint32(ids[ahead])
             home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
             set_of[ahead] = home
-            for way in range(0, ways, _LINE):
-                prefetch(tags, home * ways + way)
+            ask_for(tags, home * ways, ways)
         i = ahead - _AHEAD
         if begin <= i < end:  # without a branch on what is found: a wrong guess would end the overlap of waits
             first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
             for way in range(np.uint64(ways)):
                 place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
             here = np.int64(first + place - _ONE if place > 0 else first)
-            prefetch(priority, here)
+            ask_for(priority, here, 1)
             line[i] = here if place > 0 else sets * ways
         i -= _AHEAD
         if i < begin:
@@ -67,11 +66,10 @@ def _find_half(frame, half):
             estimate[i] = 0
             queue[begin + num_misses] = i
             num_misses += 1
-            for way in range(_LINE, ways, _LINE):
-                prefetch(priority, np.int64(set_of[i]) * ways + way)
+            ask_for(priority, np.int64(set_of[i]) * ways, ways)
             if is_lfu:
-                prefetch(sketch, cell(0, ids[i], groups, width))
-                prefetch(sketch, cell(1, ids[i], groups, width))
+                ask_for(sketch, cell(0, ids[i], groups, width), 1)
+                ask_for(sketch, cell(1, ids[i], groups, width), 1)
     if is_lfu:
         for k in range(begin, begin + num_misses):
             i = queue[k]

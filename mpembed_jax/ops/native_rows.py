@@ -8,18 +8,19 @@ import jax
 import numpy as np
 
 from mpembed_jax.ops import call_frame
-from mpembed_jax.ops.call_frame import argument, compiled, fence, prefetch, result, stream
+from mpembed_jax.ops.call_frame import argument, ask_for, compiled, fence, result, stream
 
 _AHEAD = 8  # rows
-_LINE = 16  # words of a cache line
 _STREAMED = 3 << 20  # words: 12 MiB, more than a core's share of the last cache is likely to hold until it is read
 
 
 @compiled
-def _ask_for(array, row, words, num_rows):
-    if row < num_rows:
-        for word in range(0, words, _LINE):
-            prefetch(array, np.int64(row * np.uint64(words)) + word)
+def _row_at(index, i, end, array, words, num_rows):
+    """Returns index[i], beyond the rows where negative, and asks for the row of an index some turns ahead."""
+    ahead = np.uint64(np.uint32(index[min(i + _AHEAD, end - 1)]))
+    if ahead < num_rows:
+        ask_for(array, np.int64(ahead * words), np.int64(words))
+    return np.uint64(np.uint32(index[i]))
 
 
 def _put_half(frame, half):
@@ -30,8 +31,7 @@ def _put_half(frame, half):
     words = np.uint64(len(values) // num)
     num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
     for i in range(num * half // 2, end):
-        _ask_for(array, np.uint64(np.uint32(index[min(i + _AHEAD, end - 1)])), np.int64(words), num_rows)
-        here, row = np.uint64(np.uint32(index[i])), np.uint64(i)  # negative indices, too, are beyond the rows
+        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
         if here < num_rows:
             for word in range(words):
                 array[here * words + word] = values[row * words + word]
@@ -58,8 +58,7 @@ def _take_half(frame, half):
     num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
     is_streamed = len(out) >= _STREAMED and words % np.uint64(8) == 0 and out.ctypes.data % 32 == 0
     for i in range(num * half // 2, end):
-        _ask_for(array, np.uint64(np.uint32(index[min(i + _AHEAD, end - 1)])), np.int64(words), num_rows)
-        here, row = np.uint64(np.uint32(index[i])), np.uint64(i)
+        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
         if here >= num_rows:
             for word in range(words):
                 out[row * words + word] = np.uint32(0)

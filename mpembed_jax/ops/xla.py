@@ -97,7 +97,7 @@ def swap(
     key: jax.Array,
     step: jax.Array,
     chunk: int | None,
-    gather: Gather = access.take,
+    gather: Gather | None = None,
 ) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
     """Evicts and fills: entries [begin, end) of the plan take their lines.
 
@@ -113,12 +113,13 @@ def swap(
       key: uint32 [2].
       step: int32 scalar.
       chunk: see chunks.each.
-      gather: of rows; what it returns for an index outside does not matter.
+      gather: of rows; what it returns for an index outside does not matter. None: XLA's.
 
     Returns:
       Table, cache rows, dirty bits and the number of dirty victims.
     """
     once = (end > begin).astype(jnp.int32) if chunk else None
+    gather = gather or access.take
 
     def body(window: chunks.Window, carry: tuple) -> tuple:
         rows, cache_rows, dirty, num_written = carry
