@@ -165,15 +165,23 @@ def abstract_state(spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.G
 
 
 def step_and_arguments(
-    spec: mpembed.EmbeddingSpec, implementation: str, batch_shape: tuple[int, ...], tx: optax.GradientTransformation
+    spec: mpembed.EmbeddingSpec,
+    implementation: str,
+    batch_shape: tuple[int, ...],
+    tx: optax.GradientTransformation,
+    *,
+    is_pooled: bool = False,
 ) -> tuple[Any, tuple]:
-    """Returns the embedding's training step and its abstract arguments; the first is donated."""
+    """Returns the embedding's training step, which may end in apply_pooled_gradients, and its abstract arguments; the first
+    is donated."""
 
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
         pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=implementation)
         vectors, pull_back = jax.vjp(pool, rows)
+        if is_pooled:
+            return mpembed.apply_pooled_gradients(state, plan, rows, upstream, tx=tx), vectors
         return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
 
     state = abstract_state(spec, implementation, tx)
@@ -251,9 +259,12 @@ def main() -> None:
     table = [mpembed.TableSpec("ids", options.rows)]
     for target in options.targets:
         for dim in options.dims:
-            for implementation in ("xla", "pallas_triton") if TARGETS[target].has_kernels else ("xla",):
-                step, arguments = step_and_arguments(mpembed.EmbeddingSpec(table, dim), implementation, shape, tx)
-                case = {"target": target, "dim": dim, "implementation": implementation}
+            for implementation, is_pooled in (("xla", False), ("pallas_triton", False), ("pallas_triton", True)):
+                if implementation != "xla" and not TARGETS[target].has_kernels:
+                    continue
+                spec = mpembed.EmbeddingSpec(table, dim)
+                step, arguments = step_and_arguments(spec, implementation, shape, tx, is_pooled=is_pooled)
+                case = {"target": target, "dim": dim, "implementation": implementation, "is_pooled": is_pooled}
                 case |= measure(target, step, arguments, 0, arguments[0])
                 case["temporaries_per_vector_array"] = case["temporary_bytes"] / (4 * dim * options.batch * 26)
                 runs.append(case)

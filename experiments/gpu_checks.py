@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Small(NamedTuple):
     implementation: str
     tx: Any
     memory_kind: str | None = None
+    is_pooled: bool = False  # ends in apply_pooled_gradients
 
     def train(self) -> Any:
         """Compiles, trains on dyadic gradients, whose sums are exact in any order, and returns all that came out."""
@@ -59,7 +61,10 @@ class Small(NamedTuple):
             rows = mpembed.lookup(state, plan)
             pool = functools.partial(mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=self.implementation)
             bags, pull_back = jax.vjp(pool, rows)
-            state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=self.tx)
+            if self.is_pooled:
+                state = mpembed.apply_pooled_gradients(state, plan, rows, batch[1], combiner="sum", tx=self.tx)
+            else:
+                state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=self.tx)
             return state, {"rows": rows, "bags": bags, "counts": plan.counts}
 
         return jax.lax.scan(step, state, (batches, grads))
@@ -68,24 +73,25 @@ class Small(NamedTuple):
 def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
     """Trains both of each pair and says where they differ. Threads, since most of the time is XLA compiling."""
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        runs = [[pool.submit(small.train) for small in pair] for pair in pairs]
-        for (_, small), (one, other) in zip(pairs, runs, strict=True):
+        runs = {small: pool.submit(small.train) for small in dict.fromkeys(itertools.chain(*pairs))}
+        for one, small in pairs:
             row = {"format": small.storage, "dim": small.dim, "implementation": small.implementation}
-            row["memory_kind"] = small.memory_kind
+            row |= {"memory_kind": small.memory_kind, "is_pooled": small.is_pooled}
             try:
-                row["unequal_elements"] = differences(one.result(), other.result())
+                row["unequal_elements"] = differences(runs[one].result(), runs[small].result())
             except Exception as error:  # other formats may still do
                 row |= failure(error)
             yield row
 
 
 def kernels_against_xla(bench: Bench) -> Iterator[dict]:
-    """Lookup, read, swap, update (SGD), bags and sums of duplicates take part: the same bits in every format."""
+    """Lookup, read, swap, both updates (SGD), bags and sums of duplicates take part: the same bits in every format."""
     cases = [("int8", 16), ("int8", 64), ("int4", 128), ("float32", 100), ("int2", 7), ("bfloat16", 1)]
     cases += [("float16", 16), ("float8_e4m3fn", 7), ("float8_e5m2", 64), ("int8", 7), ("int4", 16), ("int8", 128)]
     tx = mpembed.optim.sgd(0.25)
     chosen = [("int8", 7)] if bench.is_tiny else cases
-    yield from compared([(Small(*case, "xla", tx), Small(*case, bench.kernels, tx)) for case in chosen])
+    pairs = [(Small(*case, "xla", tx), Small(*case, bench.kernels, tx)) for case in chosen]
+    yield from compared(pairs + [(one, other._replace(is_pooled=True)) for one, other in pairs])
 
 
 def host_against_device(bench: Bench) -> Iterator[dict]:

@@ -87,11 +87,13 @@ def bags_alone(bench: Bench) -> Iterator[dict]:
 
 
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
-    """Makes a part of step measurements, XLA against kernels."""
+    """Makes a part of step measurements, XLA against kernels; XLA ends both kinds of step alike and runs one."""
 
     def part(bench: Bench) -> Iterator[dict]:
         # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to measure with.
         for implementation, case in itertools.product(("xla", bench.kernels), cases[:1] if bench.is_tiny else cases):
+            if case.is_pooled and implementation == "xla":
+                continue
             if bench.is_tiny:
                 case = dataclasses.replace(case, batch=8, rows=40_000, dim=8)
             yield measured(bench, case, implementation, by_verb=by_verb)
@@ -164,6 +166,9 @@ PARTS: dict[str, Part] = {
     "host tables against device": Part(gpu_checks.host_against_device, 50),
     "gather alone": Part(gather_alone, 40),
     "step": Part(steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True), 150),
+    "step, pooled gradients": Part(
+        steps(tuple(Case(dim, 65536, is_pooled=True) for dim in (64, 128, 16)), by_verb=True), 90
+    ),
     "torch sparse": Part(torch_sparse, 45),
     "host memory": Part(spilled, 80),
     "bags alone": Part(bags_alone, 40),

@@ -30,6 +30,7 @@ class Case:
     fraction: float | None = 0.05  # None: no cache
     rows: int | None = None  # None: Kaggle's 33.76 M
     memory_kind: str | None = None
+    is_pooled: bool = False  # ends in apply_pooled_gradients
 
     def spec(self) -> mpembed.EmbeddingSpec:
         """The stack."""
@@ -77,8 +78,9 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(rounds)
 
 
-def train_step(implementation: str) -> Callable:
-    """The jitted step of the embedding, its state donated: prefetch, lookup, pool, row gradients, apply_gradients."""
+def train_step(implementation: str, *, is_pooled: bool) -> Callable:
+    """The jitted step of the embedding, its state donated: prefetch, lookup, pool, then row gradients and apply_gradients,
+    or apply_pooled_gradients."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
@@ -86,8 +88,11 @@ def train_step(implementation: str) -> Callable:
         rows = mpembed.lookup(state, plan)
         pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=implementation)
         vectors, pull_back = jax.vjp(pool, rows)
+        if is_pooled:
+            state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, tx=TX)
+        else:
+            state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX)
         # The sum of the vectors stands for a model that reads them.
-        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX)
         return state, (plan.counts, jnp.sum(vectors))
 
     return step
@@ -101,7 +106,7 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     batches = [jnp.asarray(ids) for ids in ids_of(case.rows, case.batch, count)]
     upstream = jnp.full((*batches[0].shape, case.dim), 1e-3, jnp.float32)
     state = mpembed.init(jax.random.key(0), case.spec(), TX, implementation=implementation)
-    step, ids = train_step(implementation), iter(batches)
+    step, ids = train_step(implementation, is_pooled=case.is_pooled), iter(batches)
     begin = time.perf_counter()
     state, _ = step(state, next(ids), upstream)
     jax.block_until_ready(state)
@@ -117,7 +122,8 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     seconds = seconds_of(once, repeats)
     counts = {k: int(v) for k, v in dataclasses.asdict(jax.device_get(counts)).items()}
     work = roofline.Work.of(case.spec(), upstream.shape[0] * upstream.shape[1], counts)
-    floor = work.step / bench.bandwidth
+    floors = work.by_verb(is_pooled=case.is_pooled)
+    floor = sum(floors.values()) / bench.bandwidth
     stats = jax.devices()[0].memory_stats() or {}
     row = dataclasses.asdict(case) | {
         "implementation": implementation,
@@ -131,7 +137,7 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
         "counts": counts,
     }
     if by_verb:
-        row["verbs"] = measure_verbs(bench, held, ids, upstream, implementation, work, repeats)
+        row["verbs"] = measure_verbs(bench, held, ids, upstream, implementation, floors, repeats, is_pooled=case.is_pooled)
     return row
 
 
@@ -149,12 +155,21 @@ def failure(error: Exception) -> dict:
 
 
 def measure_verbs(
-    bench: Bench, held: list, ids: Iterator, upstream: jax.Array, implementation: str, work: roofline.Work, repeats: int
+    bench: Bench,
+    held: list,
+    ids: Iterator,
+    upstream: jax.Array,
+    implementation: str,
+    floors: dict[str, int],
+    repeats: int,
+    *,
+    is_pooled: bool,
 ) -> dict:
     """Times each verb alone, jitted by itself; their sum exceeds the whole step, which fuses across them."""
     prefetch = jax.jit(mpembed.prefetch, donate_argnums=0)
     lookup = jax.jit(mpembed.lookup)
     apply = jax.jit(functools.partial(mpembed.apply_gradients, tx=TX), donate_argnums=0)
+    apply_pooled = jax.jit(functools.partial(mpembed.apply_pooled_gradients, tx=TX), donate_argnums=0)
     pool = functools.partial(mpembed.pool, implementation=implementation)
 
     @jax.jit
@@ -175,9 +190,11 @@ def measure_verbs(
         held[0], plan = timed("prefetch", prefetch, held[0], next(ids))
         rows = timed("lookup", lookup, held[0], plan)
         timed("pool", pool_alone, rows, plan.inverse)
+        if is_pooled:
+            held[0] = timed("apply_pooled_gradients", apply_pooled, held[0], plan, rows, upstream)
+            continue
         row_grads = timed("row gradients", row_gradients, rows, plan.inverse, upstream)
         held[0] = timed("apply_gradients", apply, held[0], plan, rows, row_grads)
-    floors = work.by_verb()
     result = {}
     for name, seconds in times.items():
         best = statistics.median(seconds[1:])  # the first call compiled

@@ -87,19 +87,21 @@ class Work:
         return self.unique * (2 * self.vector_bytes + 8 + 8) + stored
 
     @property
+    def pooled_update(self) -> int:
+        """Row gradients and update in one pass: no gradient of a row is written, none read again."""
+        return self.row_gradients + self.update - 2 * self.unique * self.vector_bytes
+
+    @property
     def step(self) -> int:
         """All of it."""
         return sum(self.by_verb().values())
 
-    def by_verb(self) -> dict[str, int]:
-        """Bytes of each verb."""
-        return {
-            "prefetch": self.bookkeeping + self.swap,
-            "lookup": self.lookup,
-            "pool": self.pool,
-            "row gradients": self.row_gradients,
-            "apply_gradients": self.update,
-        }
+    def by_verb(self, *, is_pooled: bool = False) -> dict[str, int]:
+        """Bytes of each verb, of the step that ends in apply_gradients or of the one that ends in apply_pooled_gradients."""
+        verbs = {"prefetch": self.bookkeeping + self.swap, "lookup": self.lookup, "pool": self.pool}
+        if is_pooled:
+            return verbs | {"apply_pooled_gradients": self.pooled_update}
+        return verbs | {"row gradients": self.row_gradients, "apply_gradients": self.update}
 
 
 def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
@@ -136,7 +138,8 @@ def main() -> None:
         for dim in (16, 64, 128):
             tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
             work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)
-            micros = {verb: round(size / options.bandwidth * 1e6, 1) for verb, size in work.by_verb().items()}
+            verbs = work.by_verb() | work.by_verb(is_pooled=True)
+            micros = {verb: round(size / options.bandwidth * 1e6, 1) for verb, size in verbs.items()}
             run = {"batch": batch, "dim": dim, "megabytes": round(work.step / 1e6, 1), "counts": counts}
             runs.append(run | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}})
             print(json.dumps(runs[-1]), flush=True)

@@ -3,9 +3,10 @@
 from mpembed_jax import memory, optim
 from mpembed_jax.cache import CachePlan, CacheSpec, CacheState
 from mpembed_jax.dense import from_dense, to_dense
-from mpembed_jax.embedding import apply_gradients, lookup, prefetch
+from mpembed_jax.embedding import lookup, prefetch
 from mpembed_jax.evaluation import flush, freeze, read
 from mpembed_jax.formats import RowFormat
+from mpembed_jax.gradients import apply_gradients, apply_pooled_gradients
 from mpembed_jax.packing import decode, encode
 from mpembed_jax.placement import Placement
 from mpembed_jax.pooling import pool, segments_from_offsets
@@ -27,6 +28,7 @@ __all__ = [
     "RowFormat",
     "TableSpec",
     "apply_gradients",
+    "apply_pooled_gradients",
     "decode",
     "encode",
     "flush",

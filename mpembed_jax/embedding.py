@@ -1,4 +1,5 @@
-"""The verbs of a training step: prefetch, lookup, apply_gradients. (read, flush and freeze are in `evaluation`.)
+"""The verbs that begin a training step: prefetch, lookup. (Those that end it are in `gradients`, those of no step in
+`evaluation`.)
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache. A training step plans and swaps (prefetch),
 gathers unique rows (lookup), and after the user's gradient applies one optimizer update per unique row (apply_gradients):
@@ -14,13 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from mpembed_jax import cache as caching
 from mpembed_jax import exchange, ops, planning, requests
 from mpembed_jax import ids as ids_
 from mpembed_jax import state as states
-from mpembed_jax import update as updating
 from mpembed_jax.cache import CachePlan, Counts
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID
@@ -136,95 +134,14 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     Returns:
       [U, D] in dtype.
     """
-    gathered = _gather(state, plan)
+    gathered = gather_placed(state, plan)
     if state.layout is not None:
         gathered = exchange.fetch(state.layout, plan.route, gathered)
     return gathered.astype(dtype)
 
 
-def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+def gather_placed(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Gathers the rows that the plan placed; on a mesh those of this device's shard."""
     ids, num_cached, num_ids = plan.placed
     rows = None if state.cache is None else state.cache.rows
     return ops.lookup(state.table, rows, ids, plan.line, num_cached, num_ids, implementation=state.implementation)
-
-
-def apply_gradients(
-    state: EmbeddingState,
-    plan: CachePlan,
-    rows: jax.Array,
-    row_grads: jax.Array,
-    *,
-    tx: optax.GradientTransformation,
-) -> EmbeddingState:
-    """Applies exactly one optimizer update to each unique row of the plan and stores it.
-
-    Cached rows are written to their lines in float32, bypassed rows are stochastically rounded into the table. Donate the
-    state. A plan that is not the state's latest, or was applied before, changes nothing and is counted; where that is
-    known while tracing, it raises.
-
-    Args:
-      state: from prefetch; consumed where donated.
-      plan: from the same prefetch.
-      rows: float32 [U, D], from lookup.
-      row_grads: float32 [U, D], the gradient with respect to rows.
-      tx: the transformation given to init.
-
-    Returns:
-      The state.
-
-    Raises:
-      ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
-    """
-    spec, layout = state.spec, state.layout
-    expected = (plan.unique_ids.shape[0], spec.embedding_dim)
-    for name, array in (("rows", rows), ("row_grads", row_grads)):
-        if array.shape != expected:
-            raise ValueError(
-                f"{name} must be float32 {expected}, one row per unique id of the plan, got {array.dtype} {array.shape}; "
-                f"differentiate with respect to the rows that lookup returned"
-            )
-        if array.dtype != jnp.float32:
-            raise ValueError(
-                f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 and cast after"
-            )
-    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    is_pending = state.pending & is_own & (plan.step == state.step - 1)
-    if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
-        raise ValueError(
-            "apply_gradients needs a prefetch of its own: this state has none waiting (init, or already applied); "
-            "call prefetch once before each apply_gradients"
-        )
-    unique_ids, num_cached, num_ids = plan.placed
-    num_ids, num_cached = jnp.where(is_pending, num_ids, 0), jnp.where(is_pending, num_cached, 0)
-    if layout is not None:
-        layout.check_bound("apply_gradients")
-        rows, row_grads = _gather(state, plan), exchange.collect(layout, plan.route, row_grads)
-    position = jnp.arange(unique_ids.shape[0], dtype=jnp.int32)
-    is_updated = position < num_ids
-    num_nonfinite = jnp.int32(0)
-    if spec.skip_nonfinite:
-        is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)
-        num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
-        is_updated = is_updated & is_finite
-        row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
-    else:  # padding rows are read by no position, except the last one, which all padding positions share
-        row_grads = row_grads.at[-1].set(0)
-    ids = jnp.where(is_updated, unique_ids, NO_ID)
-    cache = state.cache
-    line = plan.line if cache is None else jnp.where(is_updated, plan.line, cache.geometry.lines)
-    table, cache_rows, row_state = updating.apply(
-        tx, state, ids, line, rows, row_grads, num_cached, num_ids, plan.step, is_pending
-    )
-    if cache is not None:
-        cache = caching.commit(dataclasses.replace(cache, rows=cache_rows), line)
-    if layout is not None:
-        num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return dataclasses.replace(
-        state,
-        table=table,
-        cache=cache,
-        row_state=row_state,
-        pending=np.False_,
-        counters=states.count_updates(state.counters, num_nonfinite, ~is_pending),
-    )

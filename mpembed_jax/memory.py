@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpembed_jax import embedding, pooling
+from mpembed_jax import embedding, gradients, pooling
 from mpembed_jax import row_state as row_states
 from mpembed_jax import state as states
 from mpembed_jax.cache import Geometry
@@ -121,7 +121,7 @@ def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[
         state, plan = embedding.prefetch(state, ids)
         rows = embedding.lookup(state, plan)
         row_grads = jax.grad(lambda rows: jnp.sum(pooling.pool(rows, plan.inverse) * grads))(rows)
-        return embedding.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return gradients.apply_gradients(state, plan, rows, row_grads, tx=tx)
 
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)

@@ -1,20 +1,16 @@
 """From unique rows to the vectors a model wants: one per id, or one per bag (sum, mean, sqrtn), weighted, ragged.
 
-The gradient with respect to the unique rows is a sum over the positions that hold each row. It is written here, as one
-custom VJP over all features of a batch, because the transpose of `rows[inverse]` would make one table of gradients per
-feature, and because a scatter-add with duplicate ids is very slow on some GPU builds (jax#38806), where positions are
-sorted instead: no gradient of this file is a scatter of duplicates there. Conventions follow tf.nn.embedding_lookup_sparse.
+Conventions follow tf.nn.embedding_lookup_sparse. The arithmetic and its gradients are in `row_sums`; `positions` says what
+the gradient of a pooling adds up, for an update that adds it up itself.
 """
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from mpembed_jax import access, ops, varying
+from mpembed_jax import access, ops, row_sums
 
 COMBINERS = ("sum", "mean", "sqrtn")
 
@@ -32,85 +28,36 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
     return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
-    sizes = np.cumsum([i.size for i in index])[:-1]
-    flat = ops.take(rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation)
-    parts = jnp.split(flat, sizes)
-    return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
-
-
-def _take_fwd(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
-    return _take(implementation, rows, index), (rows, index)
-
-
-def _take_bwd(implementation: str | None, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    rows, index = saved
-    flat_index = jnp.concatenate([i.reshape(-1) for i in index])
-    flat_grads = jnp.concatenate([g.reshape(-1, rows.shape[1]) for g in grads])
-    return ops.sum_duplicates(flat_grads, flat_index, rows.shape[0], implementation=implementation), None
-
-
-_take.defvjp(_take_fwd, _take_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _bag(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]]."""
-    return ops.bag(rows, index, factors, implementation=implementation)
-
-
-def _bag_fwd(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
-    return _bag(implementation, rows, index, factors), (rows, index, factors)
-
-
-def _bag_bwd(implementation: str | None, saved: tuple, grad: jax.Array) -> tuple:
-    rows, index, factors = saved
-    if index.size == 0:
-        return jnp.zeros_like(rows), None, factors
-
-    # One position of all bags at a time, as in the forward pass: no [.., L, D] array.
-    def body(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        row_grads, factor_grads = carry
-        here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
-        if not ops.has_kernels(implementation):
-            factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-            addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
-            row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
-        along = jnp.sum(grad * access.take(rows, here), axis=-1)
-        return row_grads, lax.dynamic_update_index_in_dim(factor_grads, along, position, factors.ndim - 1)
-
-    row_grads = jnp.zeros_like(rows)
-    if ops.has_kernels(implementation):
-        row_grads = ops.sum_duplicates(
-            grad.reshape(-1, rows.shape[1]), index.reshape(-1), rows.shape[0],
-            implementation=implementation, factors=factors.reshape(-1),
-        )  # fmt: skip
-    start = varying.settle(lambda carry: body(jnp.int32(0), carry), (row_grads, jnp.zeros_like(factors)))
-    row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, start)
-    return row_grads, None, factor_grads
-
-
-_bag.defvjp(_bag_fwd, _bag_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _segment_sum(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> jax.Array:
-    """Sums values [N, ..] by segment -> [size, ..]; the last segment, padding, is zero."""
-    return ops.sum_duplicates(values, segment, size, implementation=implementation)
-
-
-def _segment_sum_fwd(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> tuple:
-    return _segment_sum(implementation, values, segment, size), segment
-
-
-def _segment_sum_bwd(implementation: str | None, size: int, segment: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
-    del implementation
-    return access.take(grad.at[size - 1].set(0), segment), None
-
-
-_segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
+def _checked(
+    inverse: Any,
+    weights: Any,
+    combiner: str | None,
+    segment_ids: jax.Array | None,
+    num_segments: int | None,
+    implementation: str | None,
+) -> tuple[list[jax.Array], list[jax.Array | None], Any]:
+    """Returns the leaves of inverse, the weights of each or None, and the tree; raises as `pool` says."""
+    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}")
+    if combiner is not None and combiner not in COMBINERS:
+        raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
+    if combiner is None and (weights is not None or segment_ids is not None):
+        raise ValueError('weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"')
+    treedef: Any
+    index, treedef = jax.tree.flatten(inverse)
+    factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
+    for i, w in zip(index, factors, strict=True):
+        if w is not None and w.shape != i.shape:
+            raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
+    if segment_ids is not None:
+        if len(index) != 1 or index[0].ndim != 1 or segment_ids.shape != index[0].shape or num_segments is None:
+            raise ValueError(
+                f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
+                f"got {[i.shape for i in index]} and num_segments={num_segments}"
+            )
+    elif combiner is not None and any(i.ndim == 0 for i in index):
+        raise ValueError("a combiner reduces the last axis of inverse, but an inverse is a scalar")
+    return index, factors, treedef
 
 
 @jax.named_scope("pool")
@@ -145,34 +92,42 @@ def pool(
       ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
         unknown implementation.
     """
-    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}")
-    if combiner is not None and combiner not in COMBINERS:
-        raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
-    if combiner is None and (weights is not None or segment_ids is not None):
-        raise ValueError('weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"')
-    treedef: Any
-    index, treedef = jax.tree.flatten(inverse)
-    factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
-    for i, w in zip(index, factors, strict=True):
-        if w is not None and w.shape != i.shape:
-            raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
+    index, factors, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
     if combiner is None:
-        return treedef.unflatten(_take(implementation, rows, tuple(index)) if index else [])
-    if segment_ids is not None:
-        if len(index) != 1 or index[0].ndim != 1 or segment_ids.shape != index[0].shape or num_segments is None:
-            raise ValueError(
-                f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
-                f"got {[i.shape for i in index]} and num_segments={num_segments}"
-            )
+        return treedef.unflatten(row_sums.take(implementation, rows, tuple(index)) if index else [])
+    if segment_ids is not None and num_segments is not None:
         bags = _pool_segments(rows, index[0], factors[0], combiner, segment_ids, num_segments, implementation)
         return treedef.unflatten([bags])
     pooled = []
     for i, w in zip(index, factors, strict=True):
-        if i.ndim == 0:
-            raise ValueError("a combiner reduces the last axis of inverse, but an inverse is a scalar")
-        pooled.append(_bag(implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
+        pooled.append(row_sums.bag(implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
     return treedef.unflatten(pooled)
+
+
+def _segments(
+    num_rows: int,
+    index: jax.Array,
+    weights: jax.Array | None,
+    combiner: str,
+    segment_ids: jax.Array,
+    num_segments: int,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the bag of each position, num_segments for those that count for nothing, and its factor float32 [N]."""
+    is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
+    segment = jnp.where(is_real, segment_ids, num_segments)
+    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
+    if combiner == "sum":
+        factors = w
+    else:
+        addend = w if combiner == "mean" else jnp.square(w)
+        total = row_sums.segment_sum(implementation, addend[:, None], segment, num_segments + 1)
+        is_full = total != 0
+        total = jnp.where(is_full, total, jnp.float32(1))
+        total = jnp.sqrt(total) if combiner == "sqrtn" else total
+        (own,) = row_sums.take(implementation, total, (segment,))
+        factors = jnp.where(access.take(is_full[:, 0], segment), w / own[:, 0], jnp.float32(0))
+    return segment, factors
 
 
 def _pool_segments(
@@ -184,21 +139,69 @@ def _pool_segments(
     num_segments: int,
     implementation: str | None,
 ) -> jax.Array:
-    is_real = (index != rows.shape[0] - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
-    segment = jnp.where(is_real, segment_ids, num_segments)
-    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
-    if combiner == "sum":
-        factors = w
-    else:
-        addend = w if combiner == "mean" else jnp.square(w)
-        total = _segment_sum(implementation, addend[:, None], segment, num_segments + 1)
-        is_full = total != 0
-        total = jnp.where(is_full, total, jnp.float32(1))
-        total = jnp.sqrt(total) if combiner == "sqrtn" else total
-        (own,) = _take(implementation, total, (segment,))
-        factors = jnp.where(access.take(is_full[:, 0], segment), w / own[:, 0], jnp.float32(0))
-    (vectors,) = _take(implementation, rows, (index,))
-    return _segment_sum(implementation, factors[:, None] * vectors, segment, num_segments + 1)[:num_segments]
+    segment, factors = _segments(rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation)
+    (vectors,) = row_sums.take(implementation, rows, (index,))
+    return row_sums.segment_sum(implementation, factors[:, None] * vectors, segment, num_segments + 1)[:num_segments]
+
+
+class Positions(NamedTuple):
+    """Which gradient each position of a batch takes, and for which row; see `ops.update_summed`."""
+
+    grads: jax.Array  # f32 [M, D]  of all vectors or bags
+    row: jax.Array  # i32 [N]  U - 1 for padding
+    source: jax.Array | None  # i32 [N]  of grads; None: position n takes grads[n // (N / M)]
+    factors: jax.Array | None  # f32 [N]  multiplied with each position's gradient
+
+
+def positions(
+    shape: tuple[int, int],
+    inverse: Any,
+    pooled_grads: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    implementation: str | None = None,
+) -> Positions:
+    """Lists what the transpose of `pool` adds up, without adding; arguments as there, shape is (U, D), that of rows.
+
+    Raises:
+      ValueError: as `pool`; on gradients of another tree, shape or dtype than pool's result.
+    """
+    index, weight, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    leaves, grads_def = jax.tree.flatten(pooled_grads)
+    (num_rows, dim), is_ragged = shape, segment_ids is not None
+    lead = [i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1] for i in index]
+    wanted = [(*of_leaf, dim) for of_leaf in lead]
+    if grads_def != treedef or [g.shape for g in leaves] != wanted or any(g.dtype != jnp.float32 for g in leaves):
+        raise ValueError(
+            f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
+            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
+        )
+    grads = jnp.concatenate([jnp.zeros((0, dim)), *[g.reshape(-1, dim) for g in leaves]])
+    row = jnp.concatenate([jnp.zeros(0, jnp.int32), *[i.reshape(-1) for i in index]])
+    if combiner is None:
+        return Positions(grads, row, None, None)
+    if segment_ids is not None and num_segments is not None:
+        segment, factors = _segments(num_rows, index[0], weight[0], combiner, segment_ids, num_segments, implementation)
+        # Positions outside every bag would take a gradient times zero, which may be no number.
+        row = jnp.where(segment < num_segments, index[0], num_rows - 1)
+        return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
+    weighted = source = None
+    if combiner != "sum" or any(w is not None for w in weight):
+        of_leaves = [_coefficients(w, i != num_rows - 1, combiner) for i, w in zip(index, weight, strict=True)]
+        weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])
+    lengths = [i.shape[-1] for i in index]
+    if len(set(lengths)) > 1:
+        firsts = np.cumsum([0, *[g.size // dim for g in leaves[:-1]]])
+        source = jnp.concatenate(
+            [
+                jnp.int32(k) + jnp.arange(i.size, dtype=jnp.int32) // max(1, n)
+                for k, i, n in zip(firsts, index, lengths, strict=True)
+            ]
+        )
+    return Positions(grads, row, source, weighted)
 
 
 def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:

@@ -4,6 +4,7 @@ A kernel runs the transformations of `optim` that carry a rule (row-wise Adagrad
 two it will be follows from the implementation chosen at init and from the transformation; `implementation_of` tells.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import optax
 
 from mpembed_jax import access, chunks, numerics, ops, optim, row_locality
 from mpembed_jax import row_state as row_states
+from mpembed_jax.optim import RowRule
+from mpembed_jax.pooling import Positions
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
 
@@ -21,6 +24,11 @@ def implementation_of(tx: optax.GradientTransformation, implementation: str) -> 
     if not ops.has_kernels(implementation):
         return implementation
     return "xla" if optim.rule_of(tx) is None else implementation
+
+
+def has_kernel(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
+    """Whether a kernel runs `tx` on the rows of a state."""
+    return optim.rule_of(tx) is not None and ops.has_kernels(state.implementation, state.table)
 
 
 def apply(
@@ -55,23 +63,74 @@ def apply(
     Raises:
       ValueError: if the row state was made for another transformation.
     """
-    rule = optim.rule_of(tx)
-    if rule is None or not ops.has_kernels(state.implementation, state.table):
+    if not has_kernel(tx, state):
         return _apply_any(tx, state, ids, line, rows, row_grads, num_cached, num_ids, step, is_applied)
-    cache_rows = None if state.cache is None else state.cache.rows
+    rule, cache_rows, sums, with_sums = _ruled(tx, state)
+    table, cache_rows, sums = ops.update(
+        state.table, cache_rows, sums, ids, line, rows, row_grads, num_cached, num_ids, state.key, step,
+        implementation=state.implementation, learning_rate=rule.learning_rate, eps=rule.eps,
+    )  # fmt: skip
+    return table, cache_rows, with_sums(sums)
+
+
+def apply_summed(
+    tx: optax.GradientTransformation,
+    state: EmbeddingState,
+    ids: jax.Array,
+    line: jax.Array,
+    rows: jax.Array,
+    positions: Positions,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    step: jax.Array,
+    skip_nonfinite: bool,
+) -> tuple[QuantizedTable, jax.Array | None, Any, jax.Array]:
+    """See `apply`: from the gradients of positions, which a kernel sums itself; only where has_kernel(tx, state).
+
+    Args:
+      tx: the transformation given to init.
+      state: table, cache, row state and key.
+      ids: int32 [U]; NO_ID entries are not updated.
+      line: int32 [U].
+      rows: float32 [U, D].
+      positions: see pooling.positions.
+      num_cached: entries [0, num_cached) go to lines.
+      num_ids: entries [num_cached, num_ids) go to the table.
+      step: int32 scalar, of the plan.
+      skip_nonfinite: leave rows as they are whose summed gradient is not finite.
+
+    Returns:
+      Table, cache rows, row state, and bool [U]: which rows were updated.
+
+    Raises:
+      ValueError: if the row state was made for another transformation.
+    """
+    rule, cache_rows, sums, with_sums = _ruled(tx, state)
+    table, cache_rows, sums, is_updated = ops.update_summed(
+        state.table, cache_rows, sums, ids, line, rows, *positions, num_cached, num_ids, state.key, step,
+        implementation=state.implementation, learning_rate=rule.learning_rate, eps=rule.eps, skip_nonfinite=skip_nonfinite,
+    )  # fmt: skip
+    return table, cache_rows, with_sums(sums), is_updated
+
+
+def _ruled(tx: optax.GradientTransformation, state: EmbeddingState) -> tuple[RowRule, Any, Any, Callable]:
+    """Returns what an update by rule works on: the rule, cache rows, G, and what puts a new G into the row state."""
+    rule: Any = optim.rule_of(tx)
     treedef: Any
     leaves, treedef = jax.tree.flatten(state.row_state)
-    expected: Any = jax.tree.structure(jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, rows.shape[1]), jnp.float32)))
+    row = jax.ShapeDtypeStruct((1, state.spec.embedding_dim), jnp.float32)
+    expected: Any = jax.tree.structure(jax.eval_shape(tx.init, row))
     if treedef != expected:
         raise ValueError(
             f"tx does not match the row state: init was called with a transformation whose state is {treedef}, this "
             f"one's is {expected}; pass the same tx to init and apply_gradients"
         )
-    table, cache_rows, sums = ops.update(
-        state.table, cache_rows, leaves[0] if rule.has_sums else None, ids, line, rows, row_grads, num_cached, num_ids,
-        state.key, step, implementation=state.implementation, learning_rate=rule.learning_rate, eps=rule.eps,
-    )  # fmt: skip
-    return table, cache_rows, treedef.unflatten([sums] if rule.has_sums else leaves)
+
+    def with_sums(sums: jax.Array | None) -> Any:
+        return treedef.unflatten([sums] if rule.has_sums else leaves)
+
+    cache_rows = None if state.cache is None else state.cache.rows
+    return rule, cache_rows, leaves[0] if rule.has_sums else None, with_sums
 
 
 def _apply_any(

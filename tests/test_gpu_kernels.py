@@ -105,9 +105,23 @@ def resident(lines):
     return dataclasses.replace(cache.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines)
 
 
+def spread(rng, row_grads, num):
+    """Gradients and positions whose sums are row_grads: an odd number for each row, all but one cancelling in pairs."""
+    index, grads = [], []
+    for row, wanted in enumerate(row_grads[:num]):
+        pairs = 50 if row in (2, 60) else rng.integers(0, 3)  # two rows are long, a cached and a bypassed one
+        noise = rng.choice(np.float32([-0.5, 0.25, 2]), (pairs, wanted.size))
+        grads += [wanted, *noise, *-noise]
+        index += [row] * (2 * pairs + 1)
+    order = rng.permutation(len(index) + 7)  # some padding
+    index, grads = np.int32(index + [WIDTH - 1] * 7), np.stack([*grads, *np.full((7, row_grads.shape[1]), np.nan)])
+    return index[order], grads[order].astype(np.float32)
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
-    """Read through the tags, swap, lookup, then an update: row-wise Adagrad from zero sums, each row's gradient +-2^-k.
+    """Read through the tags, swap, lookup, then two updates by row-wise Adagrad from zero sums: of row gradients +-2^-k, and
+    of positions' that sum to them.
 
     Their squares' mean is 4^-k and its root 2^-k, exactly, so that the update is +-lr and rounds once, in the sum; the sums
     are known in advance.
@@ -118,6 +132,8 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     magnitude = np.exp2(rng.integers(-6, 1, (WIDTH, 1))).astype(np.float32)
     queries = jnp.asarray([*range(-2, V + 2), -(2**31), NO_ID], jnp.int32)
     begin, end, num_ids = (jnp.int32(n) for n in (11, 57, 66))
+    index, grads = spread(rng, signs * magnitude, 66)
+    assert np.bincount(index).max() > 64
 
     def step(table, held, lines, dirty, ids, implementation):
         read = ops.read(table, held, queries, implementation=implementation)
@@ -125,24 +141,27 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
         table, lines, dirty, num = ops.swap(table, lines, dirty, ids, *plan, implementation=implementation)
         rows = ops.lookup(table, lines, ids, line, end, num_ids, implementation=implementation)
         rest = (end, num_ids, KEY, STEP)
-        if implementation == KERNEL:
-            updated = ops.update(
-                table, lines, jnp.zeros(V), ids, line, rows, signs * magnitude, *rest,
-                implementation=implementation, learning_rate=0.25, eps=0.0,
-            )  # fmt: skip
-        else:
+        given = (table, lines, jnp.zeros(V), ids, line, rows)
+        rule = {"learning_rate": 0.25, "eps": 0.0, "implementation": implementation}
+        updated = ops.update(*given, signs * magnitude, *rest, **rule)
+        *summed, is_updated = ops.update_summed(*given, grads, index, None, None, *rest, **rule, skip_nonfinite=False)
+        formula = None
+        if implementation == REFERENCE:
             new = rows - jnp.float32(0.25) * signs
             sums = jnp.zeros(V).at[ids].set(jnp.square(magnitude[:, 0]), mode="drop")
-            updated = *ops.write(table, lines, ids, line, new, *rest, implementation=implementation), sums
-        return read, dirty, num, lines, rows, updated
+            formula = *ops.write(table, lines, ids, line, new, *rest, implementation=implementation), sums
+        return (read, dirty, num, lines, rows, updated, is_updated), tuple(summed), formula
 
     operands = (table, resident(lines), lines, dirty, ids)
-    wanted, got = (
+    (wanted, summed, formula), (got, got_summed, _) = (
         jax.jit(partial(step, implementation=name)).lower(*operands).compile(compiler_options=FAST_COMPILE)(*operands)
         for name in (REFERENCE, KERNEL)
     )
     same(got, wanted)
-    assert int(wanted[2]) > 20
+    same(wanted[5], formula)
+    same(summed, formula)
+    same(got_summed, formula)
+    assert int(wanted[2]) > 20 and int(wanted[6].sum()) == 66
 
 
 @pytest.mark.parametrize("bounds", [(0, 0, 0), (0, 0, 66), (0, 57, 57)])
@@ -278,6 +297,40 @@ def test_an_optimizer_of_another_state_is_refused():
     rows = mpembed.lookup(state, plan)
     with pytest.raises(ValueError, match="tx does not match the row state"):
         mpembed.apply_gradients(state, plan, rows, rows, tx=optim.rowwise_adagrad(0.1))
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
+    """SGD: n products and n - 1 sums, then a product and a sum: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order."""
+    rng = np.random.default_rng(dim)
+    fmt = RowFormat("float32").resolve(dim)
+    num, width, lr = 400, 21, 0.1
+    table = QuantizedTable(encode(jnp.asarray(rng.standard_normal((30, dim)), jnp.float32), fmt), fmt, dim)
+    ids, line = jnp.asarray([*rng.permutation(30)[: width - 1], NO_ID], jnp.int32), jnp.zeros(width, jnp.int32)
+    rows = ops.lookup(table, None, ids, line, jnp.int32(0), jnp.int32(width - 1), implementation=REFERENCE)
+    index = np.where(rng.random(num) < 0.5, 3, rng.integers(0, width, num)).astype(np.int32)
+    source, factors = rng.integers(0, 9, num).astype(np.int32), rng.standard_normal(num).astype(np.float32)
+    grads = rng.standard_normal((9, dim)).astype(np.float32)
+
+    @jax.jit
+    def update(table, rows):
+        bounds = (jnp.int32(0), jnp.int32(width - 1), KEY, STEP)
+        return ops.update_summed(
+            table, None, None, ids, line, rows, grads, index, source, factors, *bounds,
+            implementation=KERNEL, learning_rate=lr, eps=0.0, skip_nonfinite=False,
+        )  # fmt: skip
+
+    new, _, _, is_updated = update(table, rows)
+    terms = factors[:, None].astype(np.float64) * grads[source]
+    total, size = np.zeros((2, width, dim))
+    np.add.at(total, index, terms)
+    np.add.at(size, index, np.abs(terms))
+    wanted = np.asarray(rows, np.float64) - np.float32(lr) * total
+    most = np.bincount(index, minlength=width)[:, None] + 2
+    error = np.abs(np.asarray(new.rows).view(np.float32)[np.asarray(ids[:-1])] - wanted[:-1])
+    unit = 2.0**-24 * 1.001
+    assert (error <= unit * (np.abs(wanted) + lr * most * size)[:-1]).all()
+    assert np.asarray(is_updated).tolist() == [True] * (width - 1) + [False]
 
 
 # --- sums of duplicates and bags

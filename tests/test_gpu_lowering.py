@@ -30,8 +30,13 @@ POOLS = {
 }
 
 
-def step_and_arguments(implementation, pooling, *, spec=None, tx=ADAGRAD, num_rows=3000, dim=16, storage="int8"):
-    """A training step with its abstract arguments: ids [24, 3], or flat ones in 24 ragged bags."""
+def step_and_arguments(
+    implementation, pooling, *, spec=None, tx=ADAGRAD, num_rows=3000, dim=16, storage="int8", is_pooled=False
+):
+    """A training step with its abstract arguments: ids [24, 3], or flat ones in 24 ragged bags.
+
+    Pooled: gradients of bags are applied, instead of rows'.
+    """
     spec = spec or shapes.stack(num_rows, dim, storage=storage, lines=256)
     options = dict(POOLS[pooling])
     is_ragged = options.pop("segments", False)
@@ -42,12 +47,19 @@ def step_and_arguments(implementation, pooling, *, spec=None, tx=ADAGRAD, num_ro
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
 
-        def loss(rows, weights):
-            extra = {"segment_ids": segment_ids, "num_segments": BATCH} if is_ragged else {}
-            extra |= {"weights": weights} if is_weighted else {}
-            out = mpembed.pool(rows, plan.inverse, implementation=implementation, **options, **extra)
-            return jnp.sum(jnp.square(out - target))
+        extra = {"segment_ids": segment_ids, "num_segments": BATCH} if is_ragged else {}
 
+        def pool(rows, weights):
+            given = extra | ({"weights": weights} if is_weighted else {})
+            return mpembed.pool(rows, plan.inverse, implementation=implementation, **options, **given)
+
+        def loss(rows, weights):
+            return jnp.sum(jnp.square(pool(rows, weights) - target))
+
+        if is_pooled:
+            given = options | extra | ({"weights": weights} if is_weighted else {})
+            grads = pool(rows, weights) - target
+            return mpembed.apply_pooled_gradients(state, plan, rows, grads, **given, tx=tx), weights
         row_grads, weight_grads = jax.grad(loss, argnums=(0, 1))(rows, weights)
         return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), weight_grads
 
@@ -79,8 +91,19 @@ def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
 def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
     step, arguments = step_and_arguments("pallas_triton", pooling)
     text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
-    wanted = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum_tiles", "mpembed_sum_pieces"}
+    wanted = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum"}
     assert wanted | ({"mpembed_bag"} if pooling != "vectors" else set()) == set(lowering.kernels(text))
+    assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
+
+
+@pytest.mark.parametrize("pooling", POOLS)
+def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
+    """Ragged means sum their weights on the way, which is a kernel of its own."""
+    step, arguments = step_and_arguments("pallas_triton", pooling, is_pooled=True)
+    text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
+    kernels = {"mpembed_swap", "mpembed_lookup", "mpembed_update_summed"}
+    kernels |= {"vectors": set(), "ragged sqrtn": {"mpembed_sum"}}.get(pooling, {"mpembed_bag"})
+    assert set(lowering.kernels(text)) == kernels
     assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
 
 
@@ -88,8 +111,9 @@ def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
 @pytest.mark.parametrize("dim", [1, 100])
 def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
     """Odd dims too; Triton's front end refuses unsupported primitives and shapes here, without a GPU."""
-    step, arguments = step_and_arguments("pallas_triton", "sum", storage=storage, dim=dim)
-    lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+    for is_pooled in (False, True):
+        step, arguments = step_and_arguments("pallas_triton", "sum", storage=storage, dim=dim, is_pooled=is_pooled)
+        lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
     read = partial(lowering.lowered_for, "cuda", mpembed.read)
     assert "mpembed_read" in lowering.kernels(read(arguments[0], arguments[1]).as_text())
 
@@ -110,18 +134,23 @@ def test_other_optimizers_take_the_xla_update_and_say_so():
 def test_arrays_past_32_bits_are_addressed_with_64(num_rows, lines):
     """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB; 3,000 rows need none of it."""
     spec = shapes.stack(num_rows, 128, storage="int8", lines=lines)
-    step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec)
-    widths = lowering.address_widths(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
-    assert set(widths) >= {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum_tiles"}
-    moving_rows = {"mpembed_swap", "mpembed_lookup", "mpembed_update"} if num_rows > 3000 else set()
+    widths = {}
+    for is_pooled in (False, True):
+        step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec, is_pooled=is_pooled)
+        widths |= lowering.address_widths(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
+    moving_rows = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_update_summed"}
+    assert set(widths) == moving_rows | {"mpembed_sum"}
+    moving_rows = moving_rows if num_rows > 3000 else set()
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
 
 
 def test_kernels_have_no_atomics():
     """Every row is written by one program: results do not depend on the order in which programs run."""
-    step, arguments = step_and_arguments("pallas_triton", "weighted mean")
-    modules = lowering.kernel_modules(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
-    assert set(modules) == {f"mpembed_{x}" for x in ("swap", "lookup", "update", "bag", "sum_tiles", "sum_pieces")}
+    modules = {}
+    for is_pooled in (False, True):
+        step, arguments = step_and_arguments("pallas_triton", "weighted mean", is_pooled=is_pooled)
+        modules |= lowering.kernel_modules(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
+    assert set(modules) == {f"mpembed_{x}" for x in ("swap", "lookup", "update", "update_summed", "bag", "sum")}
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
 
 

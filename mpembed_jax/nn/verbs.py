@@ -17,7 +17,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import embedding, evaluation, exchange
+from mpembed_jax import embedding, evaluation, exchange, gradients
 from mpembed_jax.cache import CachePlan
 from mpembed_jax.pooling import pool
 from mpembed_jax.state import EmbeddingState, over_mesh, partition_specs
@@ -61,7 +61,7 @@ def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, j
 def update(
     state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
 ) -> EmbeddingState:
-    """Returns the state after embedding.apply_gradients."""
+    """Returns the state after gradients.apply_gradients."""
     return _run(_update, state, plan, rows, row_grads, tx=tx)
 
 
@@ -69,7 +69,7 @@ def _update(
     state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
 ) -> EmbeddingState:
     if not _is_whole(state):
-        return embedding.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return gradients.apply_gradients(state, plan, rows, row_grads, tx=tx)
     layout: Any = state.layout
     batch = PartitionSpec(layout.batch_axes)
     run = over_mesh(partial(_update, tx=tx), state, exchange.plan_specs(layout), batch, batch)

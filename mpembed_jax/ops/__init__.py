@@ -12,7 +12,8 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
   lookup(table, rows, ids, line, ...)      -> f32 [U, D], from the line where there is one, else from the table
   read(table, cache, ids)                  -> f32 [.., D], from the line whose tag is the id, else from the table
   write(table, rows, new_rows, ...)        -> new values to lines, or stochastically rounded into the table
-  update(table, rows, sums, ...)           -> SGD or row-wise Adagrad on each row, then write; kernels only
+  update(table, rows, sums, ...)           -> SGD or row-wise Adagrad on each row, then write
+  update_summed(table, rows, sums, ...)    -> the same from the gradients of positions or bags, summed on the way
   write_back(table, rows, tags, dirty ...) -> every dirty line quantized into the table
   take(rows, index)                        -> f32 [N, D], rows[index]
   sum_duplicates(values, index, size)      -> f32 [size, D], values of equal index summed
@@ -20,14 +21,14 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
 """
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mpembed_jax import access
 from mpembed_jax.cache import CacheState
-from mpembed_jax.ops import xla, xla_sums
+from mpembed_jax.ops import xla, xla_sums, xla_update
 from mpembed_jax.ops.xla import Unique, write_back
 from mpembed_jax.ops.xla_sums import add_duplicates
 from mpembed_jax.table import QuantizedTable
@@ -53,6 +54,7 @@ __all__ = [
     "take",
     "unique",
     "update",
+    "update_summed",
     "write",
     "write_back",
 ]
@@ -125,11 +127,19 @@ def _gather_of(implementation: str, table: QuantizedTable) -> xla.Gather | None:
     return None if native is None or access.is_on_host(table.rows) else native.take
 
 
-def _kernels(implementation: str | None) -> tuple[Any, Any, bool]:
-    """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
-    from mpembed_jax.ops import pallas_sums, pallas_triton
+class _Kernels(NamedTuple):
+    """The modules that hold kernels."""
 
-    return pallas_triton, pallas_sums, implementation == "pallas_interpret"
+    rows: Any
+    sums: Any
+    updates: Any
+
+
+def _kernels(implementation: str | None) -> tuple[_Kernels, bool]:
+    """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
+    from mpembed_jax.ops import pallas_sums, pallas_triton, pallas_update
+
+    return _Kernels(pallas_triton, pallas_sums, pallas_update), implementation == "pallas_interpret"
 
 
 @jax.named_scope("unique")
@@ -147,8 +157,8 @@ def swap(
 ) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
     """See `xla.swap`; `plan` is its arguments from ids to step."""
     if has_kernels(implementation, table):
-        triton, _, is_interpreted = _kernels(implementation)
-        return triton.swap(table, cache_rows, dirty, *plan, is_interpreted)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.rows.swap(table, cache_rows, dirty, *plan, is_interpreted)
     gather = _gather_of(implementation, table)
     return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
@@ -157,8 +167,8 @@ def swap(
 def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str) -> jax.Array:
     """See `xla.lookup`; `plan` is its arguments from ids to num_ids."""
     if has_kernels(implementation, table):
-        triton, _, is_interpreted = _kernels(implementation)
-        return triton.lookup(table, cache_rows, *plan, is_interpreted)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.rows.lookup(table, cache_rows, *plan, is_interpreted)
     gather = _gather_of(implementation, table)
     return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
@@ -167,8 +177,8 @@ def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array
 def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: str) -> jax.Array:
     """See `xla.read`."""
     if has_kernels(implementation, table):
-        triton, _, is_interpreted = _kernels(implementation)
-        return triton.read(table, cache, ids, is_interpreted)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.rows.read(table, cache, ids, is_interpreted)
     return xla.read(table, cache, ids)
 
 
@@ -178,9 +188,9 @@ def write(
 ) -> tuple[QuantizedTable, jax.Array | None]:
     """See `xla.write`; `plan` is its arguments from ids to step."""
     if has_kernels(implementation, table):
-        triton, _, is_interpreted = _kernels(implementation)
+        kernels, is_interpreted = _kernels(implementation)
         ids, line, new_rows, *rest = plan
-        return triton.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
+        return kernels.updates.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
     return xla.write(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
 
 
@@ -194,9 +204,31 @@ def update(
     learning_rate: float,
     eps: float,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
-    """See `pallas_triton.update`; only where `has_kernels(implementation, table)`."""
-    triton, _, is_interpreted = _kernels(implementation)
-    return triton.update(table, cache_rows, sums, *plan, is_interpreted, learning_rate=learning_rate, eps=eps)
+    """See `xla_update.update`; `plan` is its arguments from ids to step."""
+    rule = {"learning_rate": learning_rate, "eps": eps}
+    if has_kernels(implementation, table):
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.updates.update(table, cache_rows, sums, *plan, is_interpreted, **rule)
+    return xla_update.update(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
+
+
+@jax.named_scope("update")
+def update_summed(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    sums: jax.Array | None,
+    *plan: jax.Array | None,
+    implementation: str,
+    learning_rate: float,
+    eps: float,
+    skip_nonfinite: bool,
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
+    """See `xla_update.update_summed`; `plan` is its arguments from ids to step."""
+    rule = {"learning_rate": learning_rate, "eps": eps, "skip_nonfinite": skip_nonfinite}
+    if has_kernels(implementation, table):
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.updates.update_summed(table, cache_rows, sums, *plan, is_interpreted, **rule)
+    return xla_update.update_summed(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
 
 
 @jax.custom_batching.custom_vmap  # foreign calls have no batched form
@@ -233,8 +265,8 @@ def sum_duplicates(
       float32 [size, ..].
     """
     if has_kernels(implementation) and values.ndim == 2:
-        _, sums, is_interpreted = _kernels(implementation)
-        return sums.sum_duplicates(values, index, size, is_interpreted, factors)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.sums.sum_duplicates(values, index, size, is_interpreted, factors)
     if values.shape[0] != index.shape[0]:
         values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
     if factors is not None:
@@ -245,6 +277,6 @@ def sum_duplicates(
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D], without an array [.., L, D]."""
     if has_kernels(implementation):
-        _, sums, is_interpreted = _kernels(implementation)
-        return sums.bag(rows, index, factors, is_interpreted)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.sums.bag(rows, index, factors, is_interpreted)
     return xla_sums.bag(rows, index, factors)

@@ -51,6 +51,11 @@ class Layout(NamedTuple):
         """Words that hold codes."""
         return -(-self.dim // self.per_word)
 
+    @property
+    def padded_words(self) -> int:
+        """Those, padded to a power of two."""
+        return ceil_power(self.code_words)
+
     def half_places(self) -> list[tuple[int, int]]:
         """Returns (word, shift) of each 16-bit half of the row's scale and bias."""
         halves = self.format.word_bits(self.dim) // 16
@@ -71,8 +76,12 @@ class Layout(NamedTuple):
 
 
 def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array:
-    """Loads ref[index] where the mask holds, `other` elsewhere; masked indices may be anything."""
-    index = tuple(jnp.where(mask, i, 0) if isinstance(i, jax.Array) and i.shape == mask.shape else i for i in index)
+    """Loads ref[index] where the mask holds, `other` elsewhere.
+
+    Masked indices may be anything if there is one; of two they are left as they are, since Triton looks for neighbours.
+    """
+    if len(index) == 1:
+        index = (jnp.where(mask, index[0], 0),)
     return plgpu.load(ref.at[index], mask=mask, other=jnp.asarray(other, ref.dtype))
 
 
@@ -89,7 +98,7 @@ def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
 def load_row(ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int) -> jax.Array:
     """Loads float32 elements ref[index [R], columns [P]] -> [R, P]; zeros where masked or past `dim`."""
     wide = mask[:, None] & (columns < dim)[None, :]
-    rows = jnp.broadcast_to(index[:, None], wide.shape)
+    rows = jnp.broadcast_to(jnp.where(mask, index, 0)[:, None], wide.shape)
     return load(ref, (rows, jnp.broadcast_to(columns[None, :], wide.shape)), wide)
 
 
@@ -107,7 +116,7 @@ def columns_of(dim: int) -> jax.Array:
 
 def place_columns(layout: Layout) -> list[jax.Array]:
     """Returns the column numbers (int32, padded to a power of two) of each place in the words of a row."""
-    words = jnp.arange(ceil_power(layout.code_words), dtype=jnp.int32)
+    words = jnp.arange(layout.padded_words, dtype=jnp.int32)
     # Words past the codes would name columns of no row for every place but the last.
     return [jnp.where(words < layout.code_words, words * layout.per_word + p, layout.dim) for p in range(layout.per_word)]
 

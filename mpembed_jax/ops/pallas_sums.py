@@ -1,21 +1,134 @@
 """GPU kernels of pooling, by Pallas' Triton back end: sums of duplicates without atomics, and bags without [.., L, D].
 
-Positions are sorted by the row they belong to, so that each row's positions are one segment. Segments are cut at tiles of a
-fixed number of sorted positions: the first kernel walks many tiles side by side and writes every segment that lies within
-one tile; the second adds up the pieces of those that do not. The work per program is bounded however skewed the batch, and
-the order of additions depends on the sorted positions alone, so results are deterministic.
+Positions are sorted by the row they belong to, so that each row's positions are one segment, and every row is summed by one
+program, which may then do more with it (`pallas_update`). A program takes rows that lie far apart: the rows asked for most
+often stand side by side at the head of a plan, and each should have a program of its own. Short segments are summed side by
+side, one position of each row at a time; a long one by the whole program, thousands of elements at a time. The order of
+additions depends on the sorted positions alone, so results are deterministic.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mpembed_jax import access
 from mpembed_jax.ops import pallas_rows as rows_
 
-_TILE = 32  # sorted positions per tile
+_SHORT = 32  # positions of a row that are summed side by side with other rows'
+_WIDE = 4096  # elements of a long segment that are loaded at once: 32 a thread
+_AHEAD = 4  # loads in flight before the first is added
+
+
+class Segments(NamedTuple):
+    """Positions sorted by row, and where each row's are."""
+
+    first: jax.Array  # i32 [size]  sorted position, equal to `stop` for rows without one
+    stop: jax.Array  # i32 [size]
+    source: jax.Array  # i32 [N]  the row of values that each sorted position takes
+    factors: jax.Array | None  # f32 [N]  of each sorted position
+
+    @property
+    def operands(self) -> list[jax.Array]:
+        """What `sum_rows` reads, in the order of its references."""
+        return [self.first, self.stop, self.source, *([] if self.factors is None else [self.factors])]
+
+
+def sort_positions(
+    index: jax.Array, size: int, num_values: int, source: jax.Array | None, factors: jax.Array | None
+) -> Segments:
+    """Sorts positions by row.
+
+    Args:
+      index: int32 [N] in [0, size), N > 0.
+      size: rows; the last one, padding, gets no positions.
+      num_values: M, rows of values.
+      source: int32 [N] in [0, M), or None: position n takes values n // (N / M).
+      factors: float32 [N] or None.
+    """
+    (num,) = index.shape
+    position = jnp.arange(num, dtype=jnp.int32)
+    # Of two arrays XLA's GPU back end sorts by radix; of a third, by comparisons.
+    segment, order = lax.sort_key_val(index, position)
+    is_real = segment != size - 1
+    edge = segment[1:] != segment[:-1]
+    begins = is_real & jnp.concatenate([jnp.ones(1, bool), edge])
+    ends = is_real & jnp.concatenate([edge, jnp.ones(1, bool)])
+    nowhere = jnp.zeros(size, jnp.int32)
+    return Segments(
+        first=access.put(nowhere, jnp.where(begins, segment, size), position),
+        stop=access.put(nowhere, jnp.where(ends, segment, size), position + 1),
+        source=order // (num // num_values) if source is None else access.take(source, order),
+        factors=None if factors is None else access.take(factors, order),
+    )
+
+
+def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows of a program, int32 [block], as far apart as can be, and which of them are rows, bool [block]."""
+    stride = lax.div(num_rows + (block - 1), jnp.int32(block))
+    row = pl.program_id(0) + stride * jnp.arange(block, dtype=jnp.int32)
+    return row, (row < num_rows) & (pl.program_id(0) < stride)
+
+
+def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: jax.Array, dim: int) -> jax.Array:
+    """Sums the positions of each row of a program -> float32 [R, P]; zeros where masked, without positions, past `dim`.
+
+    Args:
+      refs: of Segments.operands.
+      values: reference of float32 [M, D].
+      row: int32 [R].
+      mask: bool [R].
+      columns: int32 [P], see pallas_rows.columns_of.
+      dim: D.
+    """
+    first_ref, stop_ref, source_ref, *factors_ref = refs
+    first, stop = (rows_.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
+    length, lane = stop - first, jnp.arange(row.shape[0], dtype=jnp.int32)
+    is_short = length <= _SHORT
+
+    def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
+        found = rows_.load_row(values, rows_.load(source_ref, (position,), is_inside), is_inside, columns, dim)
+        return found * rows_.load(factors_ref[0], (position,), is_inside)[:, None] if factors_ref else found
+
+    def side_by_side(carry: tuple) -> tuple:
+        turn, total = carry
+        loaded = [vectors(first + turn + k, is_short & (turn + k < length)) for k in range(_AHEAD)]
+        for vector in loaded:
+            total = total + vector
+        return turn + _AHEAD, total
+
+    longest = jnp.max(jnp.where(is_short, length, 0))
+    start = (jnp.int32(0), jnp.zeros((row.shape[0], columns.shape[0]), jnp.float32))
+    _, total = lax.while_loop(lambda carry: carry[0] < longest, side_by_side, start)
+
+    width = max(1, _WIDE // columns.shape[0])
+    offset = jnp.arange(width, dtype=jnp.int32)
+
+    def next_long(after: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(~is_short & (lane > after), lane, row.shape[0]))
+
+    def one_long(carry: tuple) -> tuple:
+        here, total = carry
+        is_here = lane == here
+        begin, end = (jnp.sum(jnp.where(is_here, bound, 0), dtype=jnp.int32) for bound in (first, stop))
+
+        def further(carry: tuple) -> tuple:
+            position, sums = carry
+            places = [position + k * width + offset for k in range(_AHEAD)]
+            loaded = [vectors(place, place < end) for place in places]
+            for vector in loaded:
+                sums = sums + vector
+            return position + _AHEAD * width, sums
+
+        start = (begin, jnp.zeros((width, columns.shape[0]), jnp.float32))
+        _, sums = lax.while_loop(lambda carry: carry[0] < end, further, start)
+        own = jnp.sum(sums, axis=0)[None, :]
+        return next_long(here), jnp.where(is_here[:, None], own, total)
+
+    _, total = lax.while_loop(lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total))
+    return total
 
 
 def sum_duplicates(
@@ -30,82 +143,20 @@ def sum_duplicates(
       is_interpreted: see pallas_rows.launch.
       factors: float32 [N], multiplied with each position's values, or None.
     """
-    (num,), dim = index.shape, values.shape[1]
-    if num == 0:
+    dim = values.shape[1]
+    if index.shape[0] == 0:
         return jnp.zeros((size, dim), jnp.float32)
-    share = num // values.shape[0]
-    segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
-    num_tiles, block = pl.cdiv(num, _TILE), rows_.block_rows(dim)
-    columns_of, last = rows_.columns_of, size - 1
+    segments = sort_positions(index, size, values.shape[0], None, factors)
+    block = rows_.block_rows(dim)
 
-    def segment_at(ref: Any, position: jax.Array) -> jax.Array:
-        """The row of each sorted position; before the first and past the last there is none."""
-        return rows_.load(ref, (position,), (position >= 0) & (position < num), -1)
+    def body(*refs: Any) -> None:
+        *segment_refs, values_ref, out = refs
+        (row, is_row), columns = spread_positions(block, size), rows_.columns_of(dim)
+        rows_.store_row(out, row, is_row, columns, dim, sum_rows(segment_refs, values_ref, row, is_row, columns, dim))
 
-    def walk(*refs: Any) -> None:
-        segment_ref, order_ref, values_ref, *factors_ref, _, out, pieces = refs
-        tile = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
-        columns = columns_of(dim)
-
-        def one(turn: jax.Array, carry: tuple) -> tuple:
-            total, here, is_continued = carry
-            position = tile * _TILE + turn
-            is_real = (here >= 0) & (here != last)
-            origin = rows_.load(order_ref, (position,), is_real)
-            value = rows_.load_row(values_ref, origin // share, is_real, columns, dim)
-            if factors_ref:
-                value = value * rows_.load(factors_ref[0], (origin,), is_real)[:, None]
-            total = total + value
-            after = segment_at(segment_ref, position + 1)
-            is_end = after != here
-            is_cut = ~is_end & (turn == _TILE - 1)
-            # Whole within the tile: the row itself. Otherwise a piece: 0 for one begun in an earlier tile, 1 for a new one.
-            rows_.store_row(out, here, is_real & is_end & ~is_continued, columns, dim, total)
-            is_piece = is_real & (is_cut | (is_end & is_continued))
-            rows_.store_row(pieces, 2 * tile + 1 - is_continued.astype(jnp.int32), is_piece, columns, dim, total)
-            return jnp.where(is_end[:, None], jnp.float32(0), total), after, is_continued & ~is_end
-
-        first = segment_at(segment_ref, tile * _TILE)
-        is_continued = (first >= 0) & (segment_at(segment_ref, tile * _TILE - 1) == first)
-        start = (jnp.zeros((block, columns.shape[0]), jnp.float32), first, is_continued)
-        lax.fori_loop(0, _TILE, one, start)
-
-    def add_pieces(segment_ref: Any, pieces: Any, _out_in: Any, out: Any) -> None:
-        tile = pl.program_id(0)
-        end = tile * _TILE + _TILE - 1  # the last position of this tile
-        columns = columns_of(dim)
-        one = jnp.arange(1, dtype=jnp.int32)
-        here = jnp.sum(segment_at(segment_ref, end + one))
-        begins_here = jnp.sum(segment_at(segment_ref, end - _TILE + one)) != here
-        is_first = (here >= 0) & (here != last) & begins_here & (jnp.sum(segment_at(segment_ref, end + 1 + one)) == here)
-
-        @pl.when(is_first)
-        def add_all() -> None:
-            always = jnp.ones(1, bool)
-
-            def more(carry: tuple) -> jax.Array:
-                return carry[2]
-
-            def add(carry: tuple) -> tuple:
-                total, other, _ = carry
-                total = total + rows_.load_row(pieces, 2 * other + one * 0, always, columns, dim)
-                # The segment goes on where the position after this tile is still its.
-                return total, other + 1, jnp.sum(segment_at(segment_ref, (other + 1) * _TILE + one * 0)) == here
-
-            total = rows_.load_row(pieces, 2 * tile + 1 + one * 0, always, columns, dim)
-            total, _, _ = lax.while_loop(more, add, (total, tile + 1, jnp.bool_(True)))
-            rows_.store_row(out, here + one * 0, always, columns, dim, total)
-
-    zeros = jnp.zeros((size, dim), jnp.float32)
-    operands = [segment, order, values] + ([] if factors is None else [factors])
-    out, pieces = rows_.launch(
-        walk, pl.cdiv(num_tiles, block), [*operands, zeros],
-        [rows_.shape_of(zeros), jax.ShapeDtypeStruct((2 * num_tiles, dim), jnp.float32)],
-        name="mpembed_sum_tiles", is_interpreted=is_interpreted, aliases={len(operands): 0},
-    )  # fmt: skip
     (out,) = rows_.launch(
-        add_pieces, num_tiles, [segment, pieces, out], [rows_.shape_of(out)],
-        name="mpembed_sum_pieces", is_interpreted=is_interpreted, aliases={2: 0},
+        body, pl.cdiv(size, block), [*segments.operands, values], [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
+        name="mpembed_sum", is_interpreted=is_interpreted,
     )  # fmt: skip
     return out
 

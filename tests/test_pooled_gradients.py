@@ -1,0 +1,253 @@
+"""apply_pooled_gradients changes a state as pool's gradient followed by apply_gradients does, whatever runs it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import shapes
+from jax.sharding import PartitionSpec as P
+
+import mpembed_jax as mpembed
+from mpembed_jax import update
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+KERNEL = "pallas_interpret"
+NUM_IDS, BAGS, LENGTH = 90, 16, 4
+SGD = mpembed.optim.sgd(0.25)
+
+
+def ids_for(kind, seed=0, *, has_padding=True):
+    """Batches of ids: [16, 4], flat ones, or a nest of bags of three lengths, one of them none at all."""
+    ids = shapes.skewed_ids(seed, 1, BAGS * LENGTH, NUM_IDS)[0]
+    if has_padding:
+        ids[[3, 9, 21]], ids[[5, 30]] = mpembed.NO_ID, [-7, NUM_IDS]
+    if kind == "nest":
+        return {"a": ids[:30].reshape(10, 3), "b": ids[30:31].reshape(1, 1), "c": ids[31:61].reshape(3, 5, 2),
+                "d": np.zeros((4, 0), np.int32)}  # fmt: skip
+    return ids if kind == "ragged" else ids.reshape(BAGS, LENGTH)
+
+
+# Divisors are powers of two where there is no padding, so that all sums are exact.
+POOLS = {
+    "vectors": ("dense", {}),
+    "sum": ("dense", {"combiner": "sum"}),
+    "weighted sum": ("dense", {"combiner": "sum", "weights": True}),
+    "mean": ("dense", {"combiner": "mean"}),
+    "sqrtn": ("dense", {"combiner": "sqrtn"}),
+    "ragged sum": ("ragged", {"combiner": "sum", "weights": True}),
+    "ragged mean": ("ragged", {"combiner": "mean"}),
+    "nest of vectors": ("nest", {}),
+    "nest of sums": ("nest", {"combiner": "sum"}),
+    "nest of weighted sums": ("nest", {"combiner": "sum", "weights": True}),
+}
+
+
+def options_for(name, ids):
+    kind, options = POOLS[name]
+    options = dict(options)
+    if options.pop("weights", False):
+        options["weights"] = jax.tree.map(lambda i: shapes.dyadic(2, i.shape), ids)
+    if kind == "ragged":  # bags of 0, 1, 2, 4, .. positions, one position before all bags and one after
+        sizes = [0, 1, 2, 4, 8, 16, 0, 31]
+        segments = np.repeat(np.arange(len(sizes)), sizes)
+        options |= {"segment_ids": np.int32([-1, *segments, 99]), "num_segments": len(sizes)}
+    return options
+
+
+def upstream_for(shape):
+    return shapes.dyadic(1, shape, bits=3, scale=0.25)
+
+
+def half_or_its_negative(shape):
+    return np.random.default_rng(1).choice(np.float32([-0.5, 0.5]), shape)
+
+
+def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for):
+    """The state after so many steps with the same ids, by one way or the other."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        pool = partial(mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **options)
+        vectors, pull_back = jax.vjp(pool, rows)
+        grads = jax.tree.map(lambda v: upstream(v.shape), vectors)
+        if is_pooled:
+            return mpembed.apply_pooled_gradients(state, plan, rows, grads, **options, tx=tx)
+        return mpembed.apply_gradients(state, plan, rows, pull_back(grads)[0], tx=tx)
+
+    for _ in range(steps):
+        state = step(state)
+    return state
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(one), jax.tree.leaves(other))
+
+
+def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
+    results = []
+    for is_pooled in (True, False):
+        state = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+        results.append(train(state, ids, options, tx, is_pooled=is_pooled))
+    before = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+    assert (np.asarray(before.table.rows) != np.asarray(results[0].table.rows)).any()
+    return results
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
+    """With hits, evictions and bypassed rows; padding, ids outside the table and empty bags where sums stay exact."""
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
+    ids = ids_for(POOLS[name][0], has_padding="mean" not in name and name != "sqrtn")
+    one, other = by_both_ways(spec, ids, options_for(name, ids))
+    same(one, other)
+    assert mpembed.stats(one).bypasses > 0 and mpembed.stats(one).hits > 0
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize("name", ["weighted sum", "ragged mean", "nest of sums"])
+def test_without_kernels_it_is_that_pair(name, implementation):
+    spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
+    ids = ids_for(POOLS[name][0])
+    same(*by_both_ways(spec, ids, options_for(name, ids), mpembed.optim.rowwise_adagrad(0.1), implementation))
+
+
+@pytest.mark.parametrize("tx", [mpembed.optim.rowwise_adagrad(0.25, eps=0.0), optax.sgd(0.25, momentum=0.5)])
+def test_transformations_with_and_without_a_rule(tx):
+    """Adagrad's arithmetic is exact: each row's first gradient is one bag's, all of one magnitude."""
+    ids = np.arange(48, dtype=np.int32).reshape(12, 4)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 60)], 8, "bfloat16", None, row_state_dtype="bfloat16")
+    results = []
+    for is_pooled in (True, False):
+        state = mpembed.init(jax.random.key(0), spec, tx, implementation=KERNEL)
+        assert update.has_kernel(tx, state) == isinstance(tx, mpembed.optim.RowTransformation)
+        results.append(
+            train(state, ids, {"combiner": "sum"}, tx, is_pooled=is_pooled, steps=1, upstream=half_or_its_negative)
+        )
+    same(*results)
+
+
+def test_ids_over_the_budget_and_host_tables():
+    ids = ids_for("dense")
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4, max_unique_ids=12)
+    one, other = by_both_ways(spec, ids, {"combiner": "sum"})
+    same(one, other)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_IDS)], 6, "int8", memory_kind="pinned_host")
+    same(*by_both_ways(spec, ids, {"combiner": "sum"}))
+
+
+def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
+    """A cached and a bypassed row; the line of a skipped row stays clean."""
+    cache = mpembed.CacheSpec(num_rows=16, ways=4)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 80)], 4, "int8", cache, skip_nonfinite=True)
+    ids = np.arange(40, dtype=np.int32)
+    grads = np.full((40, 4), 0.5, np.float32)
+    results = []
+    for is_pooled in (True, False):
+        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+
+        @partial(jax.jit, donate_argnums=0)
+        def step(state):
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan)
+            bypassed = jnp.argmax((plan.inverse >= plan.placed[1]).astype(jnp.int32))
+            cached = jnp.argmax((plan.inverse < plan.placed[1]).astype(jnp.int32))
+            wrong = jnp.asarray(grads).at[cached, 1].set(jnp.nan).at[bypassed, 0].set(-jnp.inf)
+            if is_pooled:  # noqa: B023 -- traced at once
+                return mpembed.apply_pooled_gradients(state, plan, rows, wrong, tx=SGD)
+            pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)[1]
+            return mpembed.apply_gradients(state, plan, rows, pull_back(wrong)[0], tx=SGD)
+
+        results.append(step(state))
+    same(*results)
+    assert mpembed.stats(results[0]).nonfinite_rows == 2
+    assert int(np.sum(results[0].cache.dirty)) == 15
+
+
+def test_a_second_call_changes_nothing_and_is_counted():
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+    ids = ids_for("dense")
+
+    @jax.jit
+    def twice(state):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        grads = jnp.ones((BAGS, LENGTH, 6))
+        once = mpembed.apply_pooled_gradients(state, plan, rows, grads, tx=SGD)
+        return once, mpembed.apply_pooled_gradients(jax.lax.optimization_barrier(once), plan, rows, grads, tx=SGD)
+
+    once, again = twice(state)
+    same((once.table, once.cache), (again.table, again.cache))
+    with pytest.raises(ValueError, match="1 apply_gradients calls had no prefetch of their own"):
+        mpembed.stats(again)
+    with pytest.raises(ValueError, match="needs a prefetch of its own"):
+        eager, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(eager, plan)
+        eager = mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
+        mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
+
+
+def test_a_batch_without_ids_or_bags():
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
+    for ids, options, grads in (
+        ([], {}, []),
+        (np.zeros((3, 0), np.int32), {"combiner": "sum"}, np.ones((3, 6), np.float32)),
+        (np.arange(3, dtype=np.int32), {"combiner": "sum", "segment_ids": np.full(3, 0, np.int32), "num_segments": 0},
+         np.zeros((0, 6), np.float32)),
+    ):  # fmt: skip
+        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+        prefetched, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(prefetched, plan)
+        after = mpembed.apply_pooled_gradients(prefetched, plan, rows, grads, **options, tx=SGD)
+        np.testing.assert_array_equal(after.table.rows, prefetched.table.rows)
+
+
+def test_over_a_mesh_it_is_that_pair():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = shapes.stack(NUM_IDS, 6, storage="int8")
+    ids = ids_for("dense")
+    results = []
+    for is_pooled in (True, False):
+        state = mpembed.init(jax.random.key(0), spec, SGD, mesh=mesh)
+        specs = mpembed.partition_specs(state)
+
+        def step(state, ids):
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan)
+            bags, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse, combiner="sum"), rows)
+            if is_pooled:  # noqa: B023 -- traced at once
+                return mpembed.apply_pooled_gradients(state, plan, rows, jnp.ones_like(bags), combiner="sum", tx=SGD)
+            return mpembed.apply_gradients(state, plan, rows, pull_back(jnp.ones_like(bags))[0], tx=SGD)
+
+        run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs))
+        results.append(jax.device_get(run(state, ids)))
+    same(*results)
+
+
+def test_bad_gradients_are_refused():
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+    state, plan = mpembed.prefetch(state, ids_for("dense"))
+    rows = mpembed.lookup(state, plan)
+    apply = partial(mpembed.apply_pooled_gradients, state, plan, rows, tx=SGD)
+    vectors, bags = jnp.ones((BAGS, LENGTH, 6)), jnp.ones((BAGS, 6))
+    for grads, options in (
+        (bags, {}),
+        (vectors, {"combiner": "sum"}),
+        ([vectors], {}),
+        (vectors.astype(jnp.bfloat16), {}),
+        (jnp.ones((BAGS, LENGTH, 5)), {}),
+    ):
+        with pytest.raises(ValueError, match="pooled_grads must be what pool returned"):
+            apply(grads, **options)
+    with pytest.raises(ValueError, match="combiner must be None"):
+        apply(bags, combiner="max")
+    with pytest.raises(ValueError, match="weights and segment_ids need a combiner"):
+        apply(vectors, weights=vectors[..., 0])
+    with pytest.raises(ValueError, match=r"rows must be float32"):
+        mpembed.apply_pooled_gradients(state, plan, rows[:-1], vectors, tx=SGD)
