@@ -94,3 +94,6 @@ def test_the_floor_of_a_step_by_hand():
         "apply_gradients": 6 * (128 + 16) + 5 * 64 + 18,
     }
     assert work.step == sum(work.by_verb().values())
+    pooled = work.by_verb(is_pooled=True)
+    assert pooled.pop("apply_pooled_gradients") == 10 * 64 + 40 + 6 * (64 + 16) + 5 * 64 + 18
+    assert pooled == {verb: work.by_verb()[verb] for verb in ("prefetch", "lookup", "pool")}

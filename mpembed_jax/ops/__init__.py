@@ -252,30 +252,15 @@ def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None
 def sum_duplicates(
     values: jax.Array, index: jax.Array, size: int, *, implementation: str | None = None, factors: jax.Array | None = None
 ) -> jax.Array:
-    """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
-
-    Args:
-      values: float32 [M, ..]; position n takes values[n // (N / M)].
-      index: int32 [N] in [0, size), N a multiple of M.
-      size: rows of the result.
-      implementation: None: plain XLA, by the platform lowered for.
-      factors: float32 [N] or None: multiplied with each position's values.
-
-    Returns:
-      float32 [size, ..].
-    """
+    """See `xla_sums.sum_duplicates`."""
     if has_kernels(implementation) and values.ndim == 2:
         kernels, is_interpreted = _kernels(implementation)
         return kernels.sums.sum_duplicates(values, index, size, is_interpreted, factors)
-    if values.shape[0] != index.shape[0]:
-        values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
-    if factors is not None:
-        values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
-    return xla_sums.add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
+    return xla_sums.sum_duplicates(values, index, size, factors)
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D], without an array [.., L, D]."""
+    """See `xla_sums.bag`."""
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.sums.bag(rows, index, factors, is_interpreted)

@@ -134,15 +134,7 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
 def sum_duplicates(
     values: jax.Array, index: jax.Array, size: int, is_interpreted: bool, factors: jax.Array | None = None
 ) -> jax.Array:
-    """Returns float32 [size, D]: the sum over positions n with index[n] == row; the last row, padding, is zero.
-
-    Args:
-      values: float32 [M, D]; position n takes row n // (N / M), so that a bag's gradient serves all its positions.
-      index: int32 [N] in [0, size), N a multiple of M.
-      size: rows of the result.
-      is_interpreted: see pallas_rows.launch.
-      factors: float32 [N], multiplied with each position's values, or None.
-    """
+    """See `xla_sums.sum_duplicates`; values float32 [M, D]."""
     dim = values.shape[1]
     if index.shape[0] == 0:
         return jnp.zeros((size, dim), jnp.float32)
@@ -162,14 +154,7 @@ def sum_duplicates(
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: bool) -> jax.Array:
-    """Returns float32 [.., D]: sum over l of factors[.., l] * rows[index[.., l]], each bag accumulated in registers.
-
-    Args:
-      rows: float32 [U, D].
-      index: int32 [.., L] in [0, U).
-      factors: float32 [.., L].
-      is_interpreted: see pallas_rows.launch.
-    """
+    """See `xla_sums.bag`; each bag is accumulated in registers."""
     *lead, length = index.shape
     dim = rows.shape[1]
     num = index.size // length if length else 0

@@ -8,7 +8,15 @@ from mpembed_jax import access, varying
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]], one position of all bags at a time: no [.., L, D] array."""
+    """Returns float32 [.., D]: sum over l of factors[.., l] * rows[index[.., l]], without an array [.., L, D].
+
+    One position of all bags at a time.
+
+    Args:
+      rows: float32 [U, D].
+      index: int32 [.., L] in [0, U).
+      factors: float32 [.., L].
+    """
     zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
     if index.shape[-1] == 0:
         return zeros
@@ -20,6 +28,25 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
 
     start = varying.settle(lambda total: body(jnp.int32(0), total), zeros)
     return lax.fori_loop(0, index.shape[-1], body, start)
+
+
+def sum_duplicates(values: jax.Array, index: jax.Array, size: int, factors: jax.Array | None = None) -> jax.Array:
+    """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
+
+    Args:
+      values: float32 [M, ..]; position n takes values[n // (N / M)].
+      index: int32 [N] in [0, size), N a multiple of M.
+      size: rows of the result.
+      factors: float32 [N] or None: multiplied with each position's values.
+
+    Returns:
+      float32 [size, ..].
+    """
+    if values.shape[0] != index.shape[0]:
+        values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
+    if factors is not None:
+        values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
+    return add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
 
 
 def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:

@@ -107,12 +107,8 @@ def update_summed(
     Returns:
       Table, cache rows, sums, and bool [U]: which rows were updated.
     """
-    if source is None:
-        source = jnp.arange(index.shape[0], dtype=jnp.int32) // max(1, index.shape[0] // max(1, grads.shape[0]))
-    values = access.take(grads, source)
-    if factors is not None:
-        values = values * factors[:, None]
-    row_grads = xla_sums.add_duplicates(jnp.zeros(rows.shape, jnp.float32), index, values)
+    values = grads if source is None else access.take(grads, source)
+    row_grads = xla_sums.sum_duplicates(values, index, rows.shape[0], factors)
     is_updated = (jnp.arange(ids.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
     if skip_nonfinite:
         is_updated = is_updated & jnp.all(jnp.isfinite(row_grads), axis=1)
