@@ -17,8 +17,11 @@ TINY = gpu_steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
 def test_the_kernels_part_and_a_step_run_tiny():
-    (row,) = bench_gpu.rows_of("kernels against xla", TINY)
-    assert row["implementation"] == "pallas_interpret" and row["unequal_elements"] == {}
+    checked = list(bench_gpu.rows_of("kernels against xla", TINY))
+    assert [row["is_pooled"] for row in checked] == [False, True]
+    assert all(row["implementation"] == "pallas_interpret" and row["unequal_elements"] == {} for row in checked)
+    (pooled,) = bench_gpu.rows_of("step, pooled gradients", TINY)
+    assert set(pooled["verbs"]) == {"prefetch", "lookup", "pool", "apply_pooled_gradients"}
     rows = list(bench_gpu.rows_of("step, float32 without cache", TINY))
     assert len(rows) == 2
     for row in bench_gpu.rows_of("gather alone", TINY):
