@@ -40,6 +40,14 @@ class Settings:
     out: Path = Path("experiments/results")
 
 
+FAMILIES = {
+    "INT8": {"fmt": "o-", "color": "#4477aa"},
+    "INT4": {"fmt": "s-", "color": "#228833"},
+    "INT2": {"fmt": "D-", "color": "#aa3377"},
+    "FP32 hashed": {"fmt": "x:", "color": "#888888"},
+    "FP32 pruned": {"fmt": "+:", "color": "#888888"},
+    "FP32 narrow": {"fmt": "1:", "color": "#888888"},
+}
 FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
 
 
@@ -114,6 +122,29 @@ The AUC column is another system of the same formats: the Reddit task at D = 16,
     return "\n".join([*head, *rows, note])
 
 
+def _draw_family(axis: Any, quality: paper_report.Group, family: str, look: dict[str, Any]) -> None:
+    """Draws what each case of a family loses against its bytes, ours with the cache's share beside each point."""
+    cases = [case for case in quality.cases if case != FP32 and case.family == family]
+    cases.sort(key=lambda case: quality.mean(case, "bytes_per_row"))
+    lost = [quality.difference(case, "auc") for case in cases]
+    size = [quality.mean(case, "bytes_per_row") for case in cases]
+    axis.errorbar(
+        size,
+        [-x.mean for x in lost],
+        [x.half for x in lost],
+        label=family,
+        capsize=2,
+        lw=1.2,
+        ms=4.5,
+        elinewidth=0.8,
+        **look,
+    )
+    for case, x, y in zip(cases, size, lost, strict=True):
+        if case.method == "trained":
+            share = f"{100 * case.cache:.3g} %" if case.cache else "no cache"
+            axis.annotate(share, (x, -y.mean), fontsize=6.5, color=look["color"], xytext=(4, 3), textcoords="offset points")
+
+
 def draw(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path) -> None:
     """Draws the picture of README's first screen."""
     import matplotlib
@@ -134,23 +165,20 @@ def draw(settings: Settings, curves: dict[str, Any], quality: paper_report.Group
     left.legend()
     left.grid(alpha=0.3)
     if quality is not None:
-        for case in quality.cases:
-            if case == FP32 or (case.family is None and case.rounding == "stochastic"):
-                continue  # variants of the cache would crowd the picture
-            lost, bytes_per_row = quality.difference(case, "auc"), quality.mean(case, "bytes_per_row")
-            ours = case.method == "trained"
-            right.errorbar(
-                bytes_per_row, -lost.mean, lost.half, fmt="o" if ours else "x", capsize=3, color=None if ours else "#bbbbbb",
-            )  # fmt: skip
-            right.annotate(case.name, (bytes_per_row, -lost.mean), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        for family, look in FAMILIES.items():
+            _draw_family(right, quality, family, look)
+        right.legend(fontsize=7, loc="lower left")
         right.set_yscale("symlog", linthresh=2e-4)
         right.axhline(0, color="black", lw=0.5)
         right.set(
             xscale="log",
-            xlabel="bytes per row, all metadata counted",
+            xticks=(8, 12, 16, 24, 32),
+            xticklabels=("8", "12", "16", "24", "32"),
+            xlabel="bytes per row (64 in FP32), all metadata counted",
             ylabel="AUC lost against FP32",
             title="Reddit, D = 16, paired seeds, 95 % intervals",
         )
+        right.minorticks_off()
         right.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
