@@ -10,7 +10,7 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import ops
+from mpembed_jax import access, ops
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 CASES = {
@@ -87,6 +87,39 @@ def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implement
             assert sorted(host_gathers(traced.jaxpr.jaxpr)) == [8, 16]
         results.append(jax.device_get(jax.tree.leaves(traced.lower().compile()(state, batches))))
     jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("lines", [24, None])
+def test_only_rows_that_miss_are_read_from_host_memory(lines, monkeypatch):
+    """By every verb that reads, hits among the ids; row 0 stands for what a chunk does not need."""
+    found = []
+
+    def spy(array, index, fill=None):
+        if access.is_on_host(array):
+            found.extend(np.asarray(index).tolist())
+        return take(array, index, fill)
+
+    take = access.take
+    ids = np.arange(1, 71, dtype=np.int32)
+    state = mpembed.init(jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation="xla")
+    state, _ = jax.jit(mpembed.prefetch)(state, ids[:40])
+    monkeypatch.setattr(access, "take", spy)
+    monkeypatch.setattr(ops, "_HOST_CHUNK", 16)
+    with jax.disable_jit():
+        state, plan = mpembed.prefetch(state, ids)
+        unique, num_cached, num_ids = (np.asarray(x) for x in plan.placed)
+        newcomers = unique[np.asarray(plan.counts.hits) : num_cached].tolist()
+        assert sorted(x for x in found if x) == sorted(newcomers)
+        found.clear()
+        mpembed.lookup(state, plan)
+        bypassed = unique[num_cached:num_ids].tolist()
+        assert sorted(x for x in found if x) == sorted(bypassed)
+        found.clear()
+        mpembed.read(state, np.int32([*ids, 5, -3, mpembed.NO_ID, 150]))
+    held = set() if lines is None else set(np.asarray(state.cache.tags).ravel().tolist())
+    assert sorted(x for x in found if x) == sorted(x for x in [*ids.tolist(), 5] if x not in held)
+    assert len(found) <= 16 * -(-len([x for x in found if x]) // 16)
+    assert len(bypassed) > 20 and (lines is None or (newcomers and plan.counts.hits > 3))
 
 
 def host_gathers(jaxpr):

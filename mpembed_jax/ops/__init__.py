@@ -179,7 +179,7 @@ def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, imp
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
-    return xla.read(table, cache, ids)
+    return xla.read(table, cache, ids, _chunk_for(implementation, table))
 
 
 @jax.named_scope("write")

@@ -133,7 +133,7 @@ def swap(
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = access.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         take = gather if rows.dtype == jnp.uint32 else access.take
-        new = decode(lax.optimization_barrier(take(rows, window.take(ids))), table.format, table.embedding_dim)
+        new = decode(lax.optimization_barrier(take(rows, _wanted(window, ids, rows))), table.format, table.embedding_dim)
         cache_rows = access.put(cache_rows, here, new)
         dirty = access.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
@@ -180,7 +180,7 @@ def lookup(
         out = gather(cache_rows, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
-        here = window.take(ids)
+        here = _wanted(window, ids, table.rows)
         is_wide = chunk and table.rows.dtype == jnp.uint32
         packed = gather(table.rows, here) if is_wide else access.take(table.rows, here)
         packed = lax.optimization_barrier(packed)
@@ -189,17 +189,54 @@ def lookup(
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
 
 
-def read(table: QuantizedTable, held: cache.CacheState | None, ids: jax.Array) -> jax.Array:
-    """Reads rows for evaluation (ids int32 [..] -> float32 [.., D]): the line where resident, else the table's row.
+def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the ids of a window to read from a table's rows: in host memory row 0 for all that the window does not own.
 
-    Ids outside the table, NO_ID among them, read as zeros.
+    What is read of them does not matter, but no row that nobody wants is to cross the bus.
+    """
+    here = window.take(ids)
+    return jnp.where(window.is_live, here, 0) if access.is_on_host(rows) else here
+
+
+def read(table: QuantizedTable, held: cache.CacheState | None, ids: jax.Array, chunk: int | None) -> jax.Array:
+    """Reads rows for evaluation: the line where resident, else the table's row.
+
+    Args:
+      table: the stack.
+      held: the cache, or None.
+      ids: int32 [..]; outside the table, NO_ID among them, reads as zeros.
+      chunk: of a table in host memory: positions per turn of the loop over those that need a row of it. Of others, unused.
+
+    Returns:
+      float32 [.., D].
     """
     ids = jnp.where((ids >= 0) & (ids < table.num_rows), ids, NO_ID)
-    rows = tables_.read(table, ids)
-    if held is None:
+    line, lines = (None, 0) if held is None else (cache.locate(held, ids), held.geometry.lines)
+    from_table = ids if line is None else jnp.where(line < lines, NO_ID, ids)
+    if access.is_on_host(table.rows):
+        rows = _read_missing(table, from_table.reshape(-1), chunk).reshape(*ids.shape, table.embedding_dim)
+    else:
+        rows = tables_.read(table, from_table)
+    if held is None or line is None:
         return rows
-    line = cache.locate(held, ids)
-    return jnp.where((line < held.geometry.lines)[..., None], access.take(held.rows, line), rows)
+    return jnp.where((line < lines)[..., None], access.take(held.rows, line), rows)
+
+
+def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> jax.Array:
+    """Reads rows [N, D] of ids [N], zeros for NO_ID, by a loop over the positions that have one."""
+    (width,) = ids.shape
+    if width == 0:
+        return jnp.zeros((0, table.embedding_dim), jnp.float32)
+    position = jnp.arange(width, dtype=jnp.int32)
+    missing, count = chunks.append(jnp.zeros(width, jnp.int32), jnp.int32(0), position, ids != NO_ID)
+
+    def body(window: chunks.Window, out: jax.Array) -> jax.Array:
+        here = window.take(missing)
+        row = jnp.where(window.is_live, access.take(ids, here), 0)
+        values = decode(access.take(table.rows, row), table.format, table.embedding_dim)
+        return access.put(out, jnp.where(window.is_live, here, width), values)
+
+    return chunks.each(0, count, width, chunk, body, jnp.zeros((width, table.embedding_dim), jnp.float32))
 
 
 @jax.named_scope("write")
