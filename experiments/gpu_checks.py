@@ -16,13 +16,26 @@ from experiments.gpu_steps import Bench, failure
 
 
 def differences(one: Any, other: Any) -> dict[str, int]:
-    """Returns for each leaf of two trees how many of its elements differ in a bit, NaN equal to NaN; only those that do."""
+    """Returns for each leaf of two trees how many of its elements are unequal, any NaN equal to NaN; only where some are."""
     found = {}
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         is_unequal = (a != b) & ~((a != a) & (b != b))
         if is_unequal.any():
             found[jax.tree_util.keystr(path)] = int(is_unequal.sum())
     return found
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Returns how far two trees of arrays lie apart at most, in units of each array's own largest number."""
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        is_number = np.isfinite(a) & np.isfinite(b)
+        return float(
+            np.max(np.abs(a - b), where=is_number, initial=0) / max(1e-30, np.max(np.abs(a), where=is_number, initial=0))
+        )
+
+    return max(jax.tree.leaves(jax.tree.map(apart, one, other)))
 
 
 class Small(NamedTuple):
@@ -34,6 +47,12 @@ class Small(NamedTuple):
     tx: Any
     memory_kind: str | None = None
     is_pooled: bool = False  # ends in apply_pooled_gradients
+
+    @property
+    def rule(self) -> str:
+        """What `tx` does: by a kernel, but for momentum, whose rows a kernel only stores."""
+        rule = mpembed.optim.rule_of(self.tx)
+        return "momentum" if rule is None else "adagrad" if rule.has_sums else "sgd"
 
     def train(self) -> Any:
         """Compiles, trains on dyadic gradients, whose sums are exact in any order, and returns all that came out."""
@@ -59,10 +78,12 @@ class Small(NamedTuple):
         def step(state: Any, batch: tuple) -> tuple:
             state, plan = mpembed.prefetch(state, batch[0])
             rows = mpembed.lookup(state, plan)
-            pool = functools.partial(mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=self.implementation)
+            # Powers of two: products with them are exact.
+            options = {"weights": jnp.asarray([0.25, 0.5, 1, 2], jnp.float32)[batch[0] & 3], "combiner": "sum"}
+            pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=self.implementation, **options)
             bags, pull_back = jax.vjp(pool, rows)
             if self.is_pooled:
-                state = mpembed.apply_pooled_gradients(state, plan, rows, batch[1], combiner="sum", tx=self.tx)
+                state = mpembed.apply_pooled_gradients(state, plan, rows, batch[1], **options, tx=self.tx)
             else:
                 state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=self.tx)
             return state, {"rows": rows, "bags": bags, "counts": plan.counts}
@@ -76,22 +97,34 @@ def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
         runs = {small: pool.submit(small.train) for small in dict.fromkeys(itertools.chain(*pairs))}
         for one, small in pairs:
             row = {"format": small.storage, "dim": small.dim, "implementation": small.implementation}
-            row |= {"memory_kind": small.memory_kind, "is_pooled": small.is_pooled}
+            row |= {"memory_kind": small.memory_kind, "is_pooled": small.is_pooled, "rule": small.rule}
             try:
-                row["unequal_elements"] = differences(runs[one].result(), runs[small].result())
+                seen = runs[one].result(), runs[small].result()
+                row["unequal_elements"] = differences(*seen)
+                floats = [(x["read"], x["steps"]["rows"], x["steps"]["bags"], x["state"].row_state) for x in seen]
+                row["largest_difference"] = largest_difference(*floats)
             except Exception as error:  # other formats may still do
                 row |= failure(error)
             yield row
 
 
 def kernels_against_xla(bench: Bench) -> Iterator[dict]:
-    """Lookup, read, swap, both updates (SGD), bags and sums of duplicates take part: the same bits in every format."""
+    """Lookup, read, swap, both updates, bags and sums of duplicates take part: with SGD the same bits in every format.
+
+    Row-wise Adagrad divides and takes roots, which Triton does not round correctly: its rows are float32 and its sums too,
+    so that nothing amplifies that, and the largest difference is to be of the size of rounding errors.
+    """
     cases = [("int8", 16), ("int8", 64), ("int4", 128), ("float32", 100), ("int2", 7), ("bfloat16", 1)]
     cases += [("float16", 16), ("float8_e4m3fn", 7), ("float8_e5m2", 64), ("int8", 7), ("int4", 16), ("int8", 128)]
     tx = mpembed.optim.sgd(0.25)
     chosen = [("int8", 7)] if bench.is_tiny else cases
     pairs = [(Small(*case, "xla", tx), Small(*case, bench.kernels, tx)) for case in chosen]
-    yield from compared(pairs + [(one, other._replace(is_pooled=True)) for one, other in pairs])
+    for rule, storage, dim in (("adagrad", "float32", 64), ("momentum", "int8", 16)):
+        other = mpembed.optim.rowwise_adagrad(0.25) if rule == "adagrad" else optax.sgd(0.25, momentum=0.5)
+        size = 7 if bench.is_tiny else dim
+        pairs.append((Small(storage, size, "xla", other), Small(storage, size, bench.kernels, other)))
+    pooled = [(one, other._replace(is_pooled=True)) for one, other in pairs if other.rule != "momentum"]
+    yield from compared(pairs + pooled)
 
 
 def host_against_device(bench: Bench) -> Iterator[dict]:

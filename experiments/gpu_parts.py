@@ -175,5 +175,5 @@ PARTS: dict[str, Part] = {
     "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
     "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
     "step, float32 without cache": Part(steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60),
-    "step, 120 M rows": Part(steps((Case(64, 65536, rows=120_000_000), Case(128, 65536, rows=120_000_000))), 60),
+    "step, 120 M rows": Part(steps(tuple(Case(dim, 65536, rows=120_000_000) for dim in (64, 128, 16))), 60),
 }

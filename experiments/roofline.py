@@ -127,14 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second; an H200 copies at about 4.3e12")
     parser.add_argument("--skew", type=float, default=1.05)
-    parser.add_argument("--warm", type=int, default=60)
+    parser.add_argument("--warm", type=int, default=60, help="steps before the counted one, of 65,536 samples' ids each")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json"))
     options = parser.parse_args()
     from experiments import reporting  # needs more packages than bench_gpu, which imports this file, may ask for
 
     found, runs = reporting.environment(), []
     for batch in (65536, 16384):
-        counts = counts_of(batch, options.skew, options.warm)
+        counts = counts_of(batch, options.skew, options.warm * 65536 // batch)  # the cache is filled by ids, not by steps
         for dim in (16, 64, 128):
             tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
             work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)

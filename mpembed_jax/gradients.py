@@ -58,7 +58,7 @@ def apply_gradients(
       ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
     """
     spec, layout = state.spec, state.layout
-    _check(state, plan, rows=rows, row_grads=row_grads)
+    _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
     turn = _begin(state, plan)
     if layout is not None:
         layout.check_bound("apply_gradients")
@@ -105,7 +105,8 @@ def apply_pooled_gradients(
       state: from prefetch; consumed where donated.
       plan: from the same prefetch.
       rows: float32 [U, D], from lookup.
-      pooled_grads: nest of float32, the gradient with respect to what `pool` returned for plan.inverse.
+      pooled_grads: nest of float32, the gradient with respect to what `pool` returned for plan.inverse; inside
+        jax.shard_map it varies over the mesh as that does.
       weights: given to pool.
       combiner: given to pool.
       segment_ids: given to pool.
@@ -118,15 +119,18 @@ def apply_pooled_gradients(
     Raises:
       ValueError: as `pool` and `apply_gradients`; on gradients of another tree, shape or dtype than pool's result.
     """
-    implementation, spec = state.implementation, state.spec
-    options: dict[str, Any] = {"segment_ids": segment_ids, "num_segments": num_segments, "implementation": implementation}
-    _check(state, plan, rows=rows)
-    positions = pooling.positions(
-        (rows.shape[0], spec.embedding_dim), plan.inverse, pooled_grads, weights, combiner, **options
-    )
-    if state.layout is not None or not updating.has_kernel(tx, state) or not positions.row.size * positions.grads.size:
-        _, pull_back = jax.vjp(lambda rows: pooling.pool(rows, plan.inverse, weights, combiner, **options), rows)
+    spec, pooling_of = state.spec, (weights, combiner)
+    options: dict[str, Any] = {
+        "segment_ids": segment_ids, "num_segments": num_segments, "implementation": state.implementation
+    }  # fmt: skip
+    _check("apply_pooled_gradients", state, plan, rows=rows)
+    index, _, leaves = pooling.check_gradients(spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options)
+    is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
+    if state.layout is not None or not updating.has_kernel(tx, state) or is_empty:
+        _, pull_back = jax.vjp(lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows)
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
+    shape = (rows.shape[0], spec.embedding_dim)
+    positions = pooling.positions(shape, plan.inverse, pooled_grads, *pooling_of, **options)
     turn = _begin(state, plan)
     is_asked = jnp.arange(turn.unique_ids.shape[0], dtype=jnp.int32) < turn.num_ids
     line = _lines(state, plan, is_asked)
@@ -138,7 +142,7 @@ def apply_pooled_gradients(
     return _finish(state, tuple(changed), _lines(state, plan, is_updated), num_nonfinite, turn)
 
 
-def _check(state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
+def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
     """Checks the shapes and dtypes of arrays per unique row, and that the state has a prefetch waiting, if that is known."""
     expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
     for name, array in arrays.items():
@@ -153,8 +157,8 @@ def _check(state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
             )
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
-            "apply_gradients needs a prefetch of its own: this state has none waiting (init, or already applied); "
-            "call prefetch once before each apply_gradients"
+            f"{verb} needs a prefetch of its own: this state has none waiting (init, or already applied); "
+            f"call prefetch once before each {verb}"
         )
 
 

@@ -140,8 +140,7 @@ def _pool_segments(
     implementation: str | None,
 ) -> jax.Array:
     segment, factors = _segments(rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation)
-    (vectors,) = row_sums.take(implementation, rows, (index,))
-    return row_sums.segment_sum(implementation, factors[:, None] * vectors, segment, num_segments + 1)[:num_segments]
+    return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[:num_segments]
 
 
 class Positions(NamedTuple):
@@ -151,6 +150,38 @@ class Positions(NamedTuple):
     row: jax.Array  # i32 [N]  U - 1 for padding
     source: jax.Array | None  # i32 [N]  of grads; None: position n takes grads[n // (N / M)]
     factors: jax.Array | None  # f32 [N]  multiplied with each position's gradient
+
+
+def check_gradients(
+    dim: int,
+    inverse: Any,
+    pooled_grads: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    implementation: str | None = None,
+) -> tuple[list[jax.Array], list[jax.Array | None], list[jax.Array]]:
+    """Checks that gradients are of what `pool` returns for the other arguments and rows of so many elements.
+
+    Returns:
+      The leaves of inverse, of weights (or None for each), and of the gradients.
+
+    Raises:
+      ValueError: as `pool`; on gradients of another tree, shape or dtype than its result.
+    """
+    index, weight, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    leaves, grads_def = jax.tree.flatten(pooled_grads)
+    is_ragged = segment_ids is not None
+    lead = [i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1] for i in index]
+    wanted = [(*of_leaf, dim) for of_leaf in lead]
+    if grads_def != treedef or [g.shape for g in leaves] != wanted or any(g.dtype != jnp.float32 for g in leaves):
+        raise ValueError(
+            f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
+            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
+        )
+    return index, weight, leaves
 
 
 def positions(
@@ -164,23 +195,16 @@ def positions(
     num_segments: int | None = None,
     implementation: str | None = None,
 ) -> Positions:
-    """Lists what the transpose of `pool` adds up, without adding; arguments as there, shape is (U, D), that of rows.
+    """Lists what the transpose of `pool` adds up, without adding; at least one position and one gradient.
 
-    Raises:
-      ValueError: as `pool`; on gradients of another tree, shape or dtype than pool's result.
+    Arguments as for `pool` and `check_gradients`; shape is (U, D), that of rows.
     """
-    index, weight, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
-    leaves, grads_def = jax.tree.flatten(pooled_grads)
-    (num_rows, dim), is_ragged = shape, segment_ids is not None
-    lead = [i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1] for i in index]
-    wanted = [(*of_leaf, dim) for of_leaf in lead]
-    if grads_def != treedef or [g.shape for g in leaves] != wanted or any(g.dtype != jnp.float32 for g in leaves):
-        raise ValueError(
-            f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
-            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
-        )
-    grads = jnp.concatenate([jnp.zeros((0, dim)), *[g.reshape(-1, dim) for g in leaves]])
-    row = jnp.concatenate([jnp.zeros(0, jnp.int32), *[i.reshape(-1) for i in index]])
+    num_rows, dim = shape
+    index, weight, leaves = check_gradients(
+        dim, inverse, pooled_grads, weights, combiner, segment_ids=segment_ids, num_segments=num_segments
+    )
+    grads = jnp.concatenate([g.reshape(-1, dim) for g in leaves])
+    row = jnp.concatenate([i.reshape(-1) for i in index])
     if combiner is None:
         return Positions(grads, row, None, None)
     if segment_ids is not None and num_segments is not None:
@@ -195,12 +219,8 @@ def positions(
     lengths = [i.shape[-1] for i in index]
     if len(set(lengths)) > 1:
         firsts = np.cumsum([0, *[g.size // dim for g in leaves[:-1]]])
-        source = jnp.concatenate(
-            [
-                jnp.int32(k) + jnp.arange(i.size, dtype=jnp.int32) // max(1, n)
-                for k, i, n in zip(firsts, index, lengths, strict=True)
-            ]
-        )
+        numbers = [jnp.arange(i.size, dtype=jnp.int32) // max(1, n) for i, n in zip(index, lengths, strict=True)]
+        source = jnp.concatenate([jnp.int32(k) + number for k, number in zip(firsts, numbers, strict=True)])
     return Positions(grads, row, source, weighted)
 
 

@@ -95,3 +95,30 @@ def _segment_sum_bwd(implementation: str | None, size: int, segment: jax.Array, 
 
 
 segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def ragged_bag(
+    implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+) -> jax.Array:
+    """Sums factors[n] * rows[index[n]] by segment [N] -> [size, D]; the last segment, padding, is zero."""
+    return ops.sum_duplicates(rows, segment, size, implementation=implementation, factors=factors, source=index)
+
+
+def _ragged_bag_fwd(
+    implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+) -> tuple:
+    return ragged_bag(implementation, rows, index, factors, segment, size), (rows, index, factors, segment)
+
+
+def _ragged_bag_bwd(implementation: str | None, size: int, saved: tuple, grad: jax.Array) -> tuple:
+    rows, index, factors, segment = saved
+    grad = grad.at[size - 1].set(0)
+    row_grads = ops.sum_duplicates(
+        grad, index, rows.shape[0], implementation=implementation, factors=factors, source=segment
+    )  # fmt: skip
+    along = jnp.sum(access.take(grad, segment) * access.take(rows, index), axis=-1)
+    return row_grads, None, along, None
+
+
+ragged_bag.defvjp(_ragged_bag_fwd, _ragged_bag_bwd)

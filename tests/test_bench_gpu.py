@@ -18,8 +18,18 @@ TINY = gpu_steps.Bench(is_tiny=True, bandwidth=1e9)
 
 def test_the_kernels_part_and_a_step_run_tiny():
     checked = list(bench_gpu.rows_of("kernels against xla", TINY))
-    assert [row["is_pooled"] for row in checked] == [False, True]
-    assert all(row["implementation"] == "pallas_interpret" and row["unequal_elements"] == {} for row in checked)
+    assert [(row["is_pooled"], row["rule"]) for row in checked] == [
+        (False, "sgd"), (False, "adagrad"), (False, "momentum"), (True, "sgd"), (True, "adagrad")
+    ]  # fmt: skip
+    for row in checked:
+        assert row["largest_difference"] <= (1e-6 if row["rule"] == "adagrad" else 0), row
+        assert row["rule"] == "adagrad" or row["unequal_elements"] == {}
+    assert {row["implementation"] for row in checked} == {"pallas_interpret"}
+    for row in bench_gpu.rows_of("step", TINY):
+        assert set(row["verbs"]) == {"prefetch", "lookup", "pool", "row gradients", "apply_gradients"}
+    for name, count in (("host memory", 4), ("host tables against device", 1)):
+        found = list(bench_gpu.rows_of(name, TINY))
+        assert len(found) == count and not [row for row in found if "error" in row or row.get("unequal_elements")]
     (pooled,) = bench_gpu.rows_of("step, pooled gradients", TINY)
     assert set(pooled["verbs"]) == {"prefetch", "lookup", "pool", "apply_pooled_gradients"}
     rows = list(bench_gpu.rows_of("step, float32 without cache", TINY))

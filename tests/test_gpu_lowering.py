@@ -138,7 +138,9 @@ def test_arrays_past_32_bits_are_addressed_with_64(num_rows, lines):
     for is_pooled in (False, True):
         step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec, is_pooled=is_pooled)
         widths |= lowering.address_widths(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
-    moving_rows = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_update_summed"}
+    read = lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1])
+    widths |= lowering.address_widths(read)
+    moving_rows = {"mpembed_read", "mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_update_summed"}
     assert set(widths) == moving_rows | {"mpembed_sum"}
     moving_rows = moving_rows if num_rows > 3000 else set()
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
@@ -150,8 +152,12 @@ def test_kernels_have_no_atomics():
     for is_pooled in (False, True):
         step, arguments = step_and_arguments("pallas_triton", "weighted mean", is_pooled=is_pooled)
         modules |= lowering.kernel_modules(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
-    assert set(modules) == {f"mpembed_{x}" for x in ("swap", "lookup", "update", "update_summed", "bag", "sum")}
+    modules |= lowering.kernel_modules(lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1]))
+    assert set(modules) == {f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")}
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
+    # A thread must not store what another one has yet to read: victims before newcomers, old sums of squares before new.
+    waiting = {name for name, text in modules.items() if "gpu.barrier" in text}
+    assert waiting == {"mpembed_swap", "mpembed_update", "mpembed_update_summed"}
 
 
 DEVICES = {

@@ -196,6 +196,7 @@ def test_a_batch_without_ids_or_bags():
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     for ids, options, grads in (
         ([], {}, []),
+        ([], {"combiner": "mean"}, []),
         (np.zeros((3, 0), np.int32), {"combiner": "sum"}, np.ones((3, 6), np.float32)),
         (np.arange(3, dtype=np.int32), {"combiner": "sum", "segment_ids": np.full(3, 0, np.int32), "num_segments": 0},
          np.zeros((0, 6), np.float32)),
@@ -205,6 +206,42 @@ def test_a_batch_without_ids_or_bags():
         rows = mpembed.lookup(prefetched, plan)
         after = mpembed.apply_pooled_gradients(prefetched, plan, rows, grads, **options, tx=SGD)
         np.testing.assert_array_equal(after.table.rows, prefetched.table.rows)
+
+
+def test_a_gradient_that_is_no_number_stays_in_its_bag():
+    """Positions outside every bag take none, though the last bag's is not finite."""
+    spec = shapes.stack(NUM_IDS, 6, storage="float32")
+    ids, segments = np.int32([1, 2, 3, 4]), np.int32([0, 1, -1, 7])
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+
+    @jax.jit
+    def step(state):
+        state, plan = mpembed.prefetch(state, ids)
+        grads = jnp.ones((2, 6)).at[1].set(jnp.nan)
+        options = {"combiner": "sum", "segment_ids": segments, "num_segments": 2}
+        return mpembed.apply_pooled_gradients(state, plan, mpembed.lookup(state, plan), grads, **options, tx=SGD)
+
+    before, after = (np.asarray(mpembed.read(s, ids)) for s in (state, step(state)))
+    np.testing.assert_array_equal(after[2:], before[2:])
+    assert np.isnan(after[1]).all()
+    np.testing.assert_allclose(after[0], before[0] - 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vectors", "nest of weighted sums", "ragged mean"])
+def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
+    """Traced only, both ways, with kernels."""
+    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
+    ids = ids_for(POOLS[name][0])
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL))
+        for is_pooled in (True, False):
+            after = jax.eval_shape(
+                lambda state, is_pooled=is_pooled: train(
+                    state, ids, options_for(name, ids), SGD, is_pooled=is_pooled, steps=1
+                ),
+                state,
+            )
+            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
 
 
 def test_over_a_mesh_it_is_that_pair():

@@ -250,13 +250,20 @@ def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None
 
 
 def sum_duplicates(
-    values: jax.Array, index: jax.Array, size: int, *, implementation: str | None = None, factors: jax.Array | None = None
+    values: jax.Array,
+    index: jax.Array,
+    size: int,
+    *,
+    implementation: str | None = None,
+    factors: jax.Array | None = None,
+    source: jax.Array | None = None,
 ) -> jax.Array:
     """See `xla_sums.sum_duplicates`."""
     if has_kernels(implementation) and values.ndim == 2:
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.sums.sum_duplicates(values, index, size, is_interpreted, factors)
-    return xla_sums.sum_duplicates(values, index, size, factors)
+        wide = values.astype(jnp.float32)
+        return kernels.sums.sum_duplicates(wide, index, size, is_interpreted, factors, source).astype(values.dtype)
+    return xla_sums.sum_duplicates(values, index, size, factors, source)
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from mpembed_jax import access
 from mpembed_jax.ops import pallas_rows as rows_
 
+_MOST_ROWS = 64  # of a program
 _SHORT = 32  # positions of a row that are summed side by side with other rows'
 _WIDE = 4096  # elements of a long segment that are loaded at once: 32 a thread
 _AHEAD = 4  # loads in flight before the first is added
@@ -65,9 +66,14 @@ def sort_positions(
     )
 
 
+def block_rows(num_columns: int) -> int:
+    """Returns how many rows of so many columns (a power of two) one program sums; not many, for long ones come in turn."""
+    return min(_MOST_ROWS, rows_.block_rows(num_columns))
+
+
 def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Returns the rows of a program, int32 [block], as far apart as can be, and which of them are rows, bool [block]."""
-    stride = lax.div(num_rows + (block - 1), jnp.int32(block))
+    stride = lax.div(jnp.asarray(num_rows, jnp.int32) + (block - 1), jnp.int32(block))
     row = pl.program_id(0) + stride * jnp.arange(block, dtype=jnp.int32)
     return row, (row < num_rows) & (pl.program_id(0) < stride)
 
@@ -128,18 +134,24 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
         return next_long(here), jnp.where(is_here[:, None], own, total)
 
     _, total = lax.while_loop(lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total))
-    return total
+    # A padded column is zero times a factor, which may be infinite.
+    return jnp.where((columns < dim)[None, :], total, jnp.float32(0))
 
 
 def sum_duplicates(
-    values: jax.Array, index: jax.Array, size: int, is_interpreted: bool, factors: jax.Array | None = None
+    values: jax.Array,
+    index: jax.Array,
+    size: int,
+    is_interpreted: bool,
+    factors: jax.Array | None = None,
+    source: jax.Array | None = None,
 ) -> jax.Array:
     """See `xla_sums.sum_duplicates`; values float32 [M, D]."""
     dim = values.shape[1]
-    if index.shape[0] == 0:
+    if 0 in (index.shape[0], values.shape[0]):
         return jnp.zeros((size, dim), jnp.float32)
-    segments = sort_positions(index, size, values.shape[0], None, factors)
-    block = rows_.block_rows(dim)
+    segments = sort_positions(index, size, values.shape[0], source, factors)
+    block = block_rows(rows_.ceil_power(dim))
 
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs

@@ -44,6 +44,7 @@ class _Gradients(NamedTuple):
     """Where a kernel takes the gradients of its rows from."""
 
     operands: list[jax.Array]
+    block: int  # R, rows of a program
     rows_of: Callable[[Any], tuple]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
     places: Callable[[list, jax.Array, jax.Array], list | None]  # (references, row, mask) -> float32 [R, W] by place
 
@@ -92,7 +93,7 @@ def update(
         columns = rows_.place_columns(layout)
         return [rows_.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
 
-    gradients = _Gradients([] if row_grads is None else [row_grads], in_order, places)
+    gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
     stored, _ = _launch(
         "mpembed_update", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
         jnp.stack([num_cached, num_ids]), key, step, _Rule(learning_rate, eps), skip_nonfinite=False,
@@ -122,14 +123,14 @@ def update_summed(
     skip_nonfinite: bool,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
     """See `xla_update.update_summed`: the sums of `pallas_sums` and the update, in one kernel behind XLA's sort."""
-    layout, block = Layout(table.format, rows.shape[1], is_interpreted), rows_.block_rows(rows.shape[1])
-    if index.shape[0] == 0:
-        return table, cache_rows, sums, jnp.zeros(rows.shape[0], bool)
+    layout = Layout(table.format, rows.shape[1], is_interpreted)
+    num_columns = layout.padded_words * layout.per_word
+    block = sums_.block_rows(num_columns)
     segments = sums_.sort_positions(index, rows.shape[0], grads.shape[0], source, factors)
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
         *segment_refs, grads_ref = refs
-        columns = jnp.arange(layout.padded_words * layout.per_word, dtype=jnp.int32)
+        columns = jnp.arange(num_columns, dtype=jnp.int32)
         total = sums_.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
         if layout.per_word == 1:
             return [total]
@@ -138,7 +139,7 @@ def update_summed(
         return [jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2) for p in range(layout.per_word)]
 
     gradients = _Gradients(
-        [*segments.operands, grads], lambda num_ids: sums_.spread_positions(block, num_ids), places
+        [*segments.operands, grads], block, lambda num_ids: sums_.spread_positions(block, num_ids), places
     )  # fmt: skip
     stored, is_finite = _launch(
         "mpembed_update_summed", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
@@ -170,9 +171,9 @@ def _launch(
 
     def body(*refs: Any) -> None:
         inputs, outputs = list(refs[: len(operands)]), list(refs[len(operands) :])
-        seeds, bounds, ids_ref, line_ref, rows_ref, *grad_refs = inputs[: len(operands) - len(held)]
+        seeds, bounds_ref, ids_ref, line_ref, rows_ref, *grad_refs = inputs[: len(operands) - len(held)]
         into = stored.holding(outputs)
-        num_cached, num_ids = bounds[0], bounds[1]
+        num_cached, num_ids = bounds_ref[0], bounds_ref[1]
         position, is_row = gradients.rows_of(num_ids)
         columns = rows_.place_columns(layout)
 
@@ -202,7 +203,7 @@ def _launch(
     operands = [jnp.concatenate(seeds), bounds, ids, line, rows, *gradients.operands, *held]
     shapes = [rows_.shape_of(array) for array in held]
     results = rows_.launch(
-        body, pl.cdiv(width, rows_.block_rows(dim)), operands,
+        body, pl.cdiv(width, gradients.block), operands,
         shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * skip_nonfinite,
         name=name, is_interpreted=layout.is_interpreted,
         aliases={len(operands) - len(held) + i: i for i in range(len(held))},

@@ -30,19 +30,28 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
     return lax.fori_loop(0, index.shape[-1], body, start)
 
 
-def sum_duplicates(values: jax.Array, index: jax.Array, size: int, factors: jax.Array | None = None) -> jax.Array:
+def sum_duplicates(
+    values: jax.Array,
+    index: jax.Array,
+    size: int,
+    factors: jax.Array | None = None,
+    source: jax.Array | None = None,
+) -> jax.Array:
     """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
 
     Args:
-      values: float32 [M, ..]; position n takes values[n // (N / M)].
-      index: int32 [N] in [0, size), N a multiple of M.
+      values: float32 [M, ..].
+      index: int32 [N] in [0, size).
       size: rows of the result.
       factors: float32 [N] or None: multiplied with each position's values.
+      source: int32 [N] in [0, M): position n takes values[source[n]]; None: values[n // (N / M)], N a multiple of M.
 
     Returns:
       float32 [size, ..].
     """
-    if values.shape[0] != index.shape[0]:
+    if source is not None:
+        values = access.take(values, source)
+    elif values.shape[0] != index.shape[0]:
         values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
     if factors is not None:
         values = values * factors.reshape(-1, *[1] * (values.ndim - 1))

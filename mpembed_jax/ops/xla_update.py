@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpembed_jax import access, optim, row_state
+from mpembed_jax import optim, row_state
 from mpembed_jax.ops import xla, xla_sums
 from mpembed_jax.table import NO_ID, QuantizedTable
 
@@ -91,8 +91,8 @@ def update_summed(
       ids: int32 [U].
       line: int32 [U].
       rows: float32 [U, D].
-      grads: float32 [M, D], of vectors or bags.
-      index: int32 [N] in [0, U), the row that each position holds; U - 1 is padding.
+      grads: float32 [M, D], of vectors or bags; M > 0.
+      index: int32 [N] in [0, U), N > 0, the row that each position holds; U - 1 is padding.
       source: int32 [N] in [0, M), the gradient of each position; None: position n takes grads[n // (N / M)].
       factors: float32 [N], multiplied with each position's gradient, or None.
       num_cached: see `update`.
@@ -107,8 +107,7 @@ def update_summed(
     Returns:
       Table, cache rows, sums, and bool [U]: which rows were updated.
     """
-    values = grads if source is None else access.take(grads, source)
-    row_grads = xla_sums.sum_duplicates(values, index, rows.shape[0], factors)
+    row_grads = xla_sums.sum_duplicates(grads, index, rows.shape[0], factors, source)
     is_updated = (jnp.arange(ids.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
     if skip_nonfinite:
         is_updated = is_updated & jnp.all(jnp.isfinite(row_grads), axis=1)
