@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax import numerics
-from mpembed_jax.checkpoint import leaves, placements
+from mpembed_jax.checkpoint import host_memory, leaves, placements
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.state import EmbeddingState
 
@@ -42,11 +42,15 @@ def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
 
 
 def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
-    """Returns u32 [2] that tells the rows of a state ({inner name: array}) from any other; host arrays go block by block."""
+    """Returns u32 [2] that tells the rows of a state ({inner name: array}) from any other; on the host they go in blocks."""
     total = np.zeros(2, np.uint32)
     for salt, name in enumerate(sorted(state_rows)):
         array = state_rows[name]
         if array.size == 0:
+            continue
+        if host_memory.is_kept(array):
+            for first, rows in host_memory.blocks(array):
+                total = total + np.asarray(_digest_rows(rows, np.int32(first), salt))
             continue
         size = _BLOCK if isinstance(array, np.ndarray) else array.shape[0]
         for first in range(0, array.shape[0], size):

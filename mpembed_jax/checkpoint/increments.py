@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpembed_jax import access
 from mpembed_jax import state as states
 from mpembed_jax.cache import CachePlan, Counts
-from mpembed_jax.checkpoint import digests, leaves, manifest
+from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
 from mpembed_jax.state import EmbeddingState
 from mpembed_jax.table import NO_ID
 
@@ -270,6 +270,8 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     """Returns array[index] on the host; lengths are padded so that few programs are compiled."""
     if index.size == 0:
         return np.zeros((0, *array.shape[1:]), array.dtype)
+    if host_memory.is_kept(array):
+        return host_memory.gather(array, index)
     take = jax.jit(access.take, out_shardings=_everywhere(array))
     return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax import access
+from mpembed_jax.checkpoint import host_memory
 from mpembed_jax.state import EmbeddingState
 
 _PLAIN = (bool, int, float, str, bytes)
@@ -109,8 +111,9 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
 class Place:
     """Where a restored array goes."""
 
-    kind: str  # "host", "default" (no device asked for: uncommitted) or "sharding"
+    kind: str  # "host" (NumPy), "default" (no device asked for: uncommitted), "sharding" or "memory" (host memory)
     sharding: Any = None
+    memory_kind: str = ""  # of "memory", whose sharding is one device's, or None for the default device
 
     @staticmethod
     def of(leaf: Any) -> "Place":
@@ -120,6 +123,8 @@ class Place:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
             return Place("default")
+        if sharding.memory_kind in access.HOST_KINDS and len(sharding.device_set) == 1:
+            return Place("memory", sharding, sharding.memory_kind)
         return Place("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
@@ -129,6 +134,9 @@ class Place:
                 return array
             case "default":
                 return jnp.array(array, copy=True)
+            case "memory":
+                device = None if self.sharding is None else next(iter(self.sharding.device_set))
+                return host_memory.from_numpy(array, self.memory_kind, device)
             case _:
                 return jax.make_array_from_callback(array.shape, self.sharding, lambda index: np.array(array[index]))
 

@@ -55,8 +55,15 @@ class Division:
 
 
 def places(member: leaves.Member) -> dict[str, leaves.Place]:
-    """Returns {name in the tree: place} of a target's leaves that name no devices, but whose state lies over a mesh."""
+    """Returns {name in the tree: place} of a target's leaves of which its spec or mesh says more than they do themselves.
+
+    Those that name no devices, but whose state lies over a mesh; and those that the spec keeps in host memory, which shapes
+    (of jax.eval_shape, say) do not tell.
+    """
     state = member.state
+    if state.layout is None and (kind := state.spec.memory_kind) is not None:
+        held = {inner: leaf for inner, leaf in leaves.named(state).items() if _is_kept_by_spec(inner, leaf)}
+        return {member.names[n]: leaves.Place("memory", leaves.Place.of(leaf).sharding, kind) for n, leaf in held.items()}
     if state.layout is None or not isinstance(state.layout.mesh, Mesh):
         return {}
     specs = leaves.named(partition_specs(state))
@@ -66,6 +73,11 @@ def places(member: leaves.Member) -> dict[str, leaves.Place]:
         for inner, name in member.names.items()
         if leaves.Place.of(here[inner]).kind == "default"
     }
+
+
+def _is_kept_by_spec(inner: str, leaf: Any) -> bool:
+    """Whether a memory kind of the spec holds for a leaf, as state.make has it: the table, and wide optimizer state."""
+    return inner.startswith("table.rows") or (inner.startswith("row_state") and leaf.ndim > 1)
 
 
 def _shares(array: np.ndarray, shards: int, axis: int = 0) -> np.ndarray:

@@ -38,7 +38,8 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
       partial: allow the checkpoint to hold leaves that the target lacks.
 
     Returns:
-      A tree of the target's structure with the saved values.
+      A tree of the target's structure with the saved values. What belongs in an accelerator's host memory is read there
+      first, so that while restoring the host holds it twice and the device a block of it.
 
     Raises:
       FileNotFoundError: if the directory has no checkpoint (of this step).

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mpembed_jax.checkpoint import digests, increments, leaves, manifest
+from mpembed_jax.checkpoint import digests, host_memory, increments, leaves, manifest
 from mpembed_jax.checkpoint.manifest import CheckpointError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -190,6 +190,8 @@ def _snapshot(array: Any) -> Any:
     """Returns an array that later donation or writing in place cannot change."""
     if isinstance(array, np.ndarray):
         return np.array(array)
+    if host_memory.is_kept(array):  # orbax writes one as it lies, while the next step reuses it, on accelerators too
+        return host_memory.to_numpy(array)
     if jax.process_count() > 1 and array.is_fully_addressable:
         return np.array(array)  # of this process alone: the first process writes it
     # On accelerators orbax copies to the host before it returns; on a CPU it would only look at the buffer.
