@@ -8,9 +8,9 @@ part that raises, hangs or kills its process (an illegal address does, for all t
 are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; gather and
 dequantize alone; the embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by
 verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against
-INT8 + cache on the device; bags and their gradients; swaps alone; other batch sizes and formats; more than 100 M rows. What
---budget leaves no time for is named. Floors are bytes that must move over the copy bandwidth measured first (roofline.py).
-Within a step the swap is timed with prefetch, whose planning is the same XLA either way. Needs jax, optax and numpy alone.
+INT8 + cache on the device; bags and their gradients; other batch sizes and formats; more than 100 M rows. What --budget
+leaves no time for is named. Floors are bytes that must move over the copy bandwidth measured first (roofline.py). The swap
+is timed within prefetch, whose planning is the same XLA either way. Needs jax, optax and numpy alone.
 """
 
 import argparse

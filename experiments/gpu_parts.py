@@ -7,7 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import numpy as np
 import mpembed_jax as mpembed
 from experiments import gpu_checks
 from experiments.gpu_steps import TX, Bench, Case, failure, ids_of, measured, seconds_of
-from mpembed_jax import ops
 
 
 def copy_bandwidth(bench: Bench) -> Iterator[dict]:
@@ -49,37 +48,6 @@ def gather_alone(bench: Bench) -> Iterator[dict]:
             read, ids = jax.jit(mpembed.read), itertools.cycle([jnp.asarray(ids) for ids in drawn])
             seconds = seconds_of(lambda read=read, state=state, ids=ids: read(state, next(ids)), 1 if bench.is_tiny else 16)
             floor = size * (4 + spec.storage.row_bytes(dim) + 4 * dim) / bench.bandwidth
-            row |= {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": seconds / floor}
-        except Exception as error:
-            row |= failure(error)
-        yield row
-
-
-def swap_alone(bench: Bench) -> Iterator[dict]:
-    """Swaps alone: every line named has a dirty victim; the floor moves a line and a packed row, both ways, for each."""
-    dims, size, rows = ((8,), 100, 40_000) if bench.is_tiny else ((64, 128, 16), 65536, None)
-    rng = np.random.default_rng(0)
-    for implementation, dim in itertools.product(("xla", bench.kernels), dims):
-        row = {"implementation": implementation, "dim": dim, "lines": size}
-        try:
-            spec = Case(dim, size, rows=rows).spec()
-            state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
-            held, dirty = [state.table, state.cache.rows], jnp.ones(state.cache.geometry.lines, bool)
-            plans = []
-            for _ in range(2 if bench.is_tiny else 8):  # together more than a GPU's L2
-                both = rng.permutation(np.unique(rng.integers(0, spec.num_rows, 3 * size)))[: 2 * size].astype(np.int32)
-                line = rng.choice(dirty.shape[0], size, replace=False).astype(np.int32)
-                plans.append([jnp.asarray(x) for x in (both[::2], line, both[1::2])])  # newcomers and victims are disjoint
-            swap = jax.jit(functools.partial(ops.swap, implementation=implementation), donate_argnums=(0, 1))
-            bounds, turn = (jnp.int32(0), jnp.int32(size)), itertools.cycle(plans)
-
-            def once(held=held, dirty=dirty, swap=swap, turn=turn, bounds=bounds, key=state.key, step=state.step) -> Any:
-                *held[:], _, num_written = swap(*held, dirty, *next(turn), *bounds, key, step)
-                return num_written
-
-            row["write_backs"] = int(once())
-            seconds = seconds_of(once, 1 if bench.is_tiny else 16)
-            floor = size * 2 * (4 * dim + spec.storage.row_bytes(dim)) / bench.bandwidth
             row |= {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": seconds / floor}
         except Exception as error:
             row |= failure(error)
@@ -204,7 +172,6 @@ PARTS: dict[str, Part] = {
     "torch sparse": Part(torch_sparse, 45),
     "host memory": Part(spilled, 80),
     "bags alone": Part(bags_alone, 40),
-    "swap alone": Part(swap_alone, 40),
     "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
     "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
     "step, float32 without cache": Part(steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60),
