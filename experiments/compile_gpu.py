@@ -9,7 +9,6 @@ the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs no 
 
 import argparse
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import pathlib
@@ -23,7 +22,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import bench_gpu
+from experiments import bench_gpu, gpu_steps
 
 # XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this compiler accepts.
 _TARGET = """gpu_device_info {{
@@ -176,13 +175,8 @@ def step_and_arguments(
     is donated."""
 
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=implementation)
-        vectors, pull_back = jax.vjp(pool, rows)
-        if is_pooled:
-            return mpembed.apply_pooled_gradients(state, plan, rows, upstream, tx=tx), vectors
-        return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
+        state, _, _, vectors = gpu_steps.embedding_step(state, ids, upstream, tx=tx, is_pooled=is_pooled)
+        return state, vectors
 
     state = abstract_state(spec, implementation, tx)
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)

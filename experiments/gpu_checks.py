@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments.gpu_steps import Bench, failure
+from experiments.gpu_steps import Bench, embedding_step, failure
 
 
 def differences(one: Any, other: Any) -> dict[str, int]:
@@ -76,16 +76,11 @@ class Small(NamedTuple):
         """All steps; the state is donated."""
 
         def step(state: Any, batch: tuple) -> tuple:
-            state, plan = mpembed.prefetch(state, batch[0])
-            rows = mpembed.lookup(state, plan)
             # Powers of two: products with them are exact.
-            options = {"weights": jnp.asarray([0.25, 0.5, 1, 2], jnp.float32)[batch[0] & 3], "combiner": "sum"}
-            pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=self.implementation, **options)
-            bags, pull_back = jax.vjp(pool, rows)
-            if self.is_pooled:
-                state = mpembed.apply_pooled_gradients(state, plan, rows, batch[1], **options, tx=self.tx)
-            else:
-                state = mpembed.apply_gradients(state, plan, rows, pull_back(batch[1])[0], tx=self.tx)
+            weights = jnp.asarray([0.25, 0.5, 1, 2], jnp.float32)[batch[0] & 3]
+            state, plan, rows, bags = embedding_step(
+                state, *batch, tx=self.tx, is_pooled=self.is_pooled, weights=weights, combiner="sum"
+            )
             return state, {"rows": rows, "bags": bags, "counts": plan.counts}
 
         return jax.lax.scan(step, state, (batches, grads))

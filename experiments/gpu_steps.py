@@ -78,20 +78,38 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(rounds)
 
 
-def train_step(implementation: str, *, is_pooled: bool) -> Callable:
+def embedding_step(state: Any, ids: jax.Array, upstream: jax.Array, *, tx: Any, is_pooled: bool, **pooling: Any) -> tuple:
+    """One step of the embedding alone, by the state's implementation, whatever its model.
+
+    Args:
+      state: to be donated by the caller's jit.
+      ids: global ids.
+      upstream: the gradient of what pool returns.
+      tx: the transformation given to init.
+      is_pooled: end in apply_pooled_gradients, otherwise in the gradients of rows and apply_gradients.
+      pooling: weights and combiner, for pool.
+
+    Returns:
+      The state, the plan, the rows and the pooled vectors.
+    """
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **pooling)
+    vectors, pull_back = jax.vjp(pool, rows)
+    if is_pooled:
+        state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, **pooling, tx=tx)
+    else:
+        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
+    return state, plan, rows, vectors
+
+
+def train_step(*, is_pooled: bool) -> Callable:
     """The jitted step of the embedding, its state donated: prefetch, lookup, pool, then row gradients and apply_gradients,
     or apply_pooled_gradients."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=implementation)
-        vectors, pull_back = jax.vjp(pool, rows)
-        if is_pooled:
-            state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, tx=TX)
-        else:
-            state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX)
+        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=TX, is_pooled=is_pooled)
         # The sum of the vectors stands for a model that reads them.
         return state, (plan.counts, jnp.sum(vectors))
 
@@ -109,7 +127,7 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     batches = [jnp.asarray(ids) for ids in ids_of(case.rows, case.batch, count)]
     upstream = jnp.full((*batches[0].shape, case.dim), 1e-3, jnp.float32)
     state = mpembed.init(jax.random.key(0), case.spec(), TX, implementation=implementation)
-    step, ids = train_step(implementation, is_pooled=case.is_pooled), iter(batches)
+    step, ids = train_step(is_pooled=case.is_pooled), iter(batches)
     begin = time.perf_counter()
     state, _ = step(state, next(ids), upstream)
     jax.block_until_ready(state)

@@ -124,21 +124,17 @@ def apply_pooled_gradients(
         "segment_ids": segment_ids, "num_segments": num_segments, "implementation": state.implementation
     }  # fmt: skip
     _check("apply_pooled_gradients", state, plan, rows=rows)
-    index, _, leaves = pooling.check_gradients(spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options)
+    index, factors, leaves = pooling.check_gradients(spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options)
     is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
     if state.layout is not None or not updating.has_kernel(tx, state) or is_empty:
         _, pull_back = jax.vjp(lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows)
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
-    shape = (rows.shape[0], spec.embedding_dim)
-    positions = pooling.positions(shape, plan.inverse, pooled_grads, *pooling_of, **options)
+    positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
     turn = _begin(state, plan)
-    is_asked = jnp.arange(turn.unique_ids.shape[0], dtype=jnp.int32) < turn.num_ids
-    line = _lines(state, plan, is_asked)
     *changed, is_updated = updating.apply_summed(
-        tx, state, jnp.where(is_asked, turn.unique_ids, NO_ID), line, rows, positions,
-        turn.num_cached, turn.num_ids, plan.step, spec.skip_nonfinite,
-    )  # fmt: skip
-    num_nonfinite = jnp.sum(is_asked & ~is_updated, dtype=jnp.int32)
+        tx, state, turn.unique_ids, plan.line, rows, positions, turn.num_cached, turn.num_ids, plan.step, spec.skip_nonfinite
+    )
+    num_nonfinite = turn.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
     return _finish(state, tuple(changed), _lines(state, plan, is_updated), num_nonfinite, turn)
 
 

@@ -185,40 +185,45 @@ def check_gradients(
 
 
 def positions(
-    shape: tuple[int, int],
-    inverse: Any,
-    pooled_grads: Any,
-    weights: Any = None,
-    combiner: str | None = None,
+    num_rows: int,
+    index: list[jax.Array],
+    weights: list[jax.Array | None],
+    pooled_grads: list[jax.Array],
+    combiner: str | None,
     *,
-    segment_ids: jax.Array | None = None,
-    num_segments: int | None = None,
-    implementation: str | None = None,
+    segment_ids: jax.Array | None,
+    num_segments: int | None,
+    implementation: str | None,
 ) -> Positions:
-    """Lists what the transpose of `pool` adds up, without adding; at least one position and one gradient.
+    """Lists what the transpose of `pool` adds up, without adding: at least one position and one gradient.
 
-    Arguments as for `pool` and `check_gradients`; shape is (U, D), that of rows.
+    Args:
+      num_rows: U.
+      index: this, weights and pooled_grads are what `check_gradients` returned.
+      weights: of each position, or None.
+      pooled_grads: float32.
+      combiner: this and the rest as for `pool`.
+      segment_ids: int32 [N] or None.
+      num_segments: number of bags of segment_ids.
+      implementation: a name from ops.IMPLEMENTATIONS or None.
     """
-    num_rows, dim = shape
-    index, weight, leaves = check_gradients(
-        dim, inverse, pooled_grads, weights, combiner, segment_ids=segment_ids, num_segments=num_segments
-    )
-    grads = jnp.concatenate([g.reshape(-1, dim) for g in leaves])
+    dim = pooled_grads[0].shape[-1]
+    grads = jnp.concatenate([g.reshape(-1, dim) for g in pooled_grads])
     row = jnp.concatenate([i.reshape(-1) for i in index])
     if combiner is None:
         return Positions(grads, row, None, None)
     if segment_ids is not None and num_segments is not None:
-        segment, factors = _segments(num_rows, index[0], weight[0], combiner, segment_ids, num_segments, implementation)
+        segment, factors = _segments(num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation)
         # Positions outside every bag would take a gradient times zero, which may be no number.
         row = jnp.where(segment < num_segments, index[0], num_rows - 1)
         return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
     weighted = source = None
-    if combiner != "sum" or any(w is not None for w in weight):
-        of_leaves = [_coefficients(w, i != num_rows - 1, combiner) for i, w in zip(index, weight, strict=True)]
+    if combiner != "sum" or any(w is not None for w in weights):
+        of_leaves = [_coefficients(w, i != num_rows - 1, combiner) for i, w in zip(index, weights, strict=True)]
         weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])
     lengths = [i.shape[-1] for i in index]
     if len(set(lengths)) > 1:
-        firsts = np.cumsum([0, *[g.size // dim for g in leaves[:-1]]])
+        firsts = np.cumsum([0, *[g.size // dim for g in pooled_grads[:-1]]])
         numbers = [jnp.arange(i.size, dtype=jnp.int32) // max(1, n) for i, n in zip(index, lengths, strict=True)]
         source = jnp.concatenate([jnp.int32(k) + number for k, number in zip(firsts, numbers, strict=True)])
     return Positions(grads, row, source, weighted)

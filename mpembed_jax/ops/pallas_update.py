@@ -17,6 +17,7 @@ from mpembed_jax import numerics
 from mpembed_jax.ops import pallas_rows as rows_
 from mpembed_jax.ops import pallas_sums as sums_
 from mpembed_jax.ops.pallas_rows import Layout
+from mpembed_jax.optim import RowRule
 from mpembed_jax.table import NO_ID, QuantizedTable
 
 _BFLOAT16 = numerics.FLOAT_FORMATS["bfloat16"]
@@ -49,20 +50,14 @@ class _Gradients(NamedTuple):
     places: Callable[[list, jax.Array, jax.Array], list | None]  # (references, row, mask) -> float32 [R, W] by place
 
 
-class _Rule(NamedTuple):
-    """See `optim.RowRule`."""
-
-    learning_rate: float = 0.0
-    eps: float = 0.0
-
-    def apply(self, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
-        """Returns the new rows by place; total float32 [R] is G of row-wise Adagrad, None for SGD."""
-        rate = jnp.float32(-self.learning_rate)
-        if total is None:
-            return [w + rate * g for w, g in zip(rows, grads, strict=True)]
-        root = jnp.sqrt(total) + jnp.float32(self.eps)
-        divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
-        return [w + rate * (g / divisor) for w, g in zip(rows, grads, strict=True)]
+def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
+    """Returns the rows after a step of the rule, all by place; total float32 [R] is G of row-wise Adagrad, None for SGD."""
+    rate = jnp.float32(-rule.learning_rate)
+    if total is None:
+        return [w + rate * g for w, g in zip(rows, grads, strict=True)]
+    root = jnp.sqrt(total) + jnp.float32(rule.eps)
+    divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
+    return [w + rate * (g / divisor) for w, g in zip(rows, grads, strict=True)]
 
 
 def update(
@@ -96,7 +91,7 @@ def update(
     gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
     stored, _ = _launch(
         "mpembed_update", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
-        jnp.stack([num_cached, num_ids]), key, step, _Rule(learning_rate, eps), skip_nonfinite=False,
+        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps), skip_nonfinite=False,
     )  # fmt: skip
     return QuantizedTable(stored.packed, table.format, table.embedding_dim), stored.lines, stored.sums
 
@@ -143,7 +138,8 @@ def update_summed(
     )  # fmt: skip
     stored, is_finite = _launch(
         "mpembed_update_summed", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
-        jnp.stack([num_cached, num_ids]), key, step, _Rule(learning_rate, eps), skip_nonfinite=skip_nonfinite,
+        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps),
+        skip_nonfinite=skip_nonfinite,
     )  # fmt: skip
     is_updated = (jnp.arange(rows.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
     if is_finite is not None:
@@ -162,7 +158,7 @@ def _launch(
     bounds: jax.Array,
     key: jax.Array,
     step: jax.Array,
-    rule: _Rule,
+    rule: RowRule,
     *,
     skip_nonfinite: bool,
 ) -> tuple[_Stored, jax.Array | None]:
@@ -183,14 +179,14 @@ def _launch(
             is_updated = is_row & (here != NO_ID)
             places = [rows_.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
             grads = gradients.places(grad_refs, position, is_updated)
-            if grads is not None and skip_nonfinite:
-                wrong = [jnp.max(jnp.where(jnp.abs(g) < jnp.inf, 0, 1), axis=1) for g in grads]
-                is_finite = functools.reduce(jnp.maximum, wrong) == 0
-                rows_.store(outputs[-1], (position,), is_finite.astype(jnp.int32), is_row)
-                is_updated = is_updated & is_finite
             if grads is not None:
+                if skip_nonfinite:
+                    wrong = [jnp.max(jnp.where(jnp.abs(g) < jnp.inf, 0, 1), axis=1) for g in grads]
+                    is_finite = functools.reduce(jnp.maximum, wrong) == 0
+                    rows_.store(outputs[-1], (position,), is_finite.astype(jnp.int32), is_row)
+                    is_updated = is_updated & is_finite
                 total = None if into.sums is None else _add_squares(into.sums, grads, here, is_updated, seeds, layout)
-                places = rule.apply(places, grads, total)
+                places = _stepped(rule, places, grads, total)
             is_cached = is_updated & (position < num_cached)
             if into.lines is not None:
                 place = rows_.load(line_ref, (position,), is_cached)
