@@ -1,6 +1,6 @@
 """Trains several storages of one recommender side by side: same batches, same seed, same initial parameters.
 
-Every contender is the functional step of DESIGN.md 5: prefetch, lookup, pool, gradients with respect to the gathered
+Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered
 rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
 turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
 on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`.

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpembed_jax import embedding, gradients, pooling
-from mpembed_jax import row_state as row_states
-from mpembed_jax import state as states
-from mpembed_jax.cache import Geometry
+from mpembed_jax.cache.spec import Geometry
+from mpembed_jax.embedding import pooling, step
+from mpembed_jax.embedding.state import init
+from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 
 
@@ -92,7 +92,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
       ValueError: if tx cannot work on gathered rows.
     """
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    state = jax.eval_shape(lambda key: states.init(key, spec, tx), key)
+    state = jax.eval_shape(lambda key: init(key, spec, tx), key)
     cache = state.cache
     components = {
         "table": _nbytes(state.table),
@@ -103,7 +103,7 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
         "counters": _nbytes((state.key, state.step, state.pending, state.counters, state.fingerprint)),
     }
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
-    plain = jax.eval_shape(partial(row_states.init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
+    plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
         components=components,
         geometry=None if cache is None else spec.cache.geometry(spec.num_rows),  # type: ignore[union-attr]
@@ -117,14 +117,14 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
 
 
 def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]) -> int:
-    def step(state: Any, ids: jax.Array, grads: jax.Array) -> Any:
-        state, plan = embedding.prefetch(state, ids)
-        rows = embedding.lookup(state, plan)
+    def train_step(state: Any, ids: jax.Array, grads: jax.Array) -> Any:
+        state, plan = step.prefetch(state, ids)
+        rows = step.lookup(state, plan)
         row_grads = jax.grad(lambda rows: jnp.sum(pooling.pool(rows, plan.inverse) * grads))(rows)
-        return gradients.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
 
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, ids, grads).compile()
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
     sizes: Any = compiled.memory_analysis()
     return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

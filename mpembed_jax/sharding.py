@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mpembed_jax import cache as caching
-from mpembed_jax import evaluation
-from mpembed_jax.cache import CacheState
-from mpembed_jax.layout import Layout
-from mpembed_jax.placement import Placement
-from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState, partition_specs
-from mpembed_jax.table import NO_ID, offsets
+from mpembed_jax.cache import residency
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.embedding import evaluation
+from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import EmbeddingSpec, offsets
 
 
 def relayout(
@@ -74,7 +74,7 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
     if cache is not None:
         geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
         if is_other:
-            cache = caching.init(geometry, cache.policy, state.spec.embedding_dim)
+            cache = residency.init(geometry, cache.policy, state.spec.embedding_dim)
         elif old is not None:
             cache = _in_order(cache, old.shards)
         cache = cache if new is None else _by_shard(cache, new.shards)

@@ -2,17 +2,43 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import access
-from mpembed_jax.cache import CacheSpec
-from mpembed_jax.formats import RowFormat, as_format
-from mpembed_jax.table import NO_ID, TableSpec, offsets
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.spec import CacheSpec
+from mpembed_jax.numerics.formats import RowFormat, as_format
+from mpembed_jax.row_ids import NO_ID
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """One table of a stack.
+
+    Attributes:
+      name: unique within the stack.
+      vocabulary_size: number of rows, at least 1.
+      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style `(key, shape, dtype) -> array`, called on
+        blocks of up to 8,192 rows with the key folded by (table, block); it takes no part in equality and hash.
+    """
+
+    name: str
+    vocabulary_size: int
+    initializer: Callable | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        size = self.vocabulary_size
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size < NO_ID:
+            raise ValueError(f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got {size!r}")
+
+
+def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
+    """Returns int64 [T + 1]: the first global row of each table, and the total."""
+    return np.concatenate([[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +97,7 @@ class EmbeddingSpec:
             raise ValueError(f'out_of_range must be "drop", "clip" or "raise", got {self.out_of_range!r}')
         if self.row_state_dtype not in ("float32", "bfloat16"):
             raise ValueError(f'row_state_dtype must be "float32" or "bfloat16", got {self.row_state_dtype!r}')
-        if self.memory_kind not in (None, *access.HOST_KINDS):
+        if self.memory_kind not in (None, *indexing.HOST_KINDS):
             raise ValueError(f'memory_kind must be None or "pinned_host", got {self.memory_kind!r}')
         features = self.features
         if features is not None:

@@ -4,7 +4,6 @@ This file knows neither caches nor optimizers; what one row looks like is told b
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,34 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpembed_jax import access, numerics, varying
-from mpembed_jax.formats import RowFormat, quantize, row_parameters
-from mpembed_jax.packing import decode, encode, pack
-
-NO_ID = 2**31 - 1  # padding and empty tags: sorts last, and `mode="drop"` discards it
+from mpembed_jax.arrays import carries, indexing
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
+from mpembed_jax.numerics.packing import decode, encode, pack
+from mpembed_jax.spec import TableSpec, offsets
 
 _INIT_BLOCK = 8192  # rows per initializer call: part of the definition, callables see blocks of this size
-
-
-@dataclasses.dataclass(frozen=True)
-class TableSpec:
-    """One table of a stack.
-
-    Attributes:
-      name: unique within the stack.
-      vocabulary_size: number of rows, at least 1.
-      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style `(key, shape, dtype) -> array`, called on
-        blocks of up to 8,192 rows with the key folded by (table, block); it takes no part in equality and hash.
-    """
-
-    name: str
-    vocabulary_size: int
-    initializer: Callable | None = dataclasses.field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        size = self.vocabulary_size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size < NO_ID:
-            raise ValueError(f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got {size!r}")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["format", "embedding_dim"])
@@ -85,7 +63,7 @@ def encode_rows(
     def make_codes(_: jax.Array, codes: jax.Array) -> jax.Array:
         return quantize(rows, scale, bias, fmt, _bits_for(fmt, key, stream, step, ids, dim))
 
-    start = varying.settle(lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32))
+    start = carries.with_final_types(lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32))
     return pack(lax.fori_loop(0, once, make_codes, start), scale, bias, fmt)
 
 
@@ -94,26 +72,21 @@ def _bits_for(
 ) -> jax.Array | None:
     if fmt.rounding == "nearest" or fmt.name == "float32":
         return None
-    return numerics.row_bits(key, stream, jnp.asarray(step, jnp.int32), ids, dim)
+    return random_bits.row_bits(key, stream, jnp.asarray(step, jnp.int32), ids, dim)
 
 
 # --- whole tables
 
 
-def read(table: QuantizedTable, ids: jax.Array) -> jax.Array:
+def read_rows(table: QuantizedTable, ids: jax.Array) -> jax.Array:
     """Returns the float32 rows [.., D] of int32 ids [..]; ids outside the table, NO_ID among them, read as zeros."""
     is_valid = (ids >= 0) & (ids < table.num_rows)
-    packed = access.take(table.rows, jnp.where(is_valid, ids, 0))
+    packed = indexing.take(table.rows, jnp.where(is_valid, ids, 0))
     rows = decode(packed, table.format, table.embedding_dim)
     return jnp.where(is_valid[..., None], rows, jnp.float32(0))
 
 
-def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
-    """Returns int64 [T + 1]: the first global row of each table, and the total."""
-    return np.concatenate([[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)])
-
-
-def init(
+def init_table(
     key: jax.Array,
     tables: tuple[TableSpec, ...],
     fmt: RowFormat,
@@ -142,7 +115,9 @@ def init(
     total = int(starts[-1]) if shard is None else shard.num_rows
     first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
     row_key = key if shard is None else shard.key(key)
-    packed = access.filled((total, fmt.row_words(embedding_dim)), jnp.zeros((), fmt.word_dtype(embedding_dim)), memory_kind)
+    packed = indexing.filled(
+        (total, fmt.row_words(embedding_dim)), jnp.zeros((), fmt.word_dtype(embedding_dim)), memory_kind
+    )
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.
@@ -154,10 +129,12 @@ def init(
             first = jnp.minimum(block.astype(jnp.int32) * size, total - size)
             rows = first + jnp.arange(size, dtype=jnp.int32)
             bound = bounds[jnp.sum((rows[:, None] >= first_rows[1:]).astype(jnp.int32), axis=1)][:, None]
-            unit = numerics.uniform(numerics.row_bits(row_key, numerics.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim))
+            unit = random_bits.uniform(
+                random_bits.row_bits(row_key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim)
+            )
             values = (unit * 2 - 1) * bound
-            bits = _bits_for(fmt, row_key, numerics.INITIAL_ROUNDING, 0, rows, embedding_dim)
-            return access.put_block(packed, first, encode(values, fmt, bits))
+            bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
+            return indexing.put_block(packed, first, encode(values, fmt, bits))
 
         packed = lax.fori_loop(0, -(-total // size), uniform_block, packed)
 
@@ -186,11 +163,11 @@ def init(
             first = jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start  # loop counters are 64 bits wide in x64 mode
             ids = first + jnp.arange(size, dtype=jnp.int32)
             rows = ids if shard is None else shard.rows_of(ids)
-            bits = _bits_for(fmt, row_key, numerics.INITIAL_ROUNDING, 0, rows, embedding_dim)
+            bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
             encoded = encode(values.astype(jnp.float32), fmt, bits)
             if shard is not None:  # every shard computes whole blocks and keeps its own rows
-                return access.put(packed, rows, encoded)
-            return access.put_block(packed, first, encoded)
+                return indexing.put(packed, rows, encoded)
+            return indexing.put_block(packed, first, encoded)
 
         if num_full:
             put_full = partial(put_block, size=_INIT_BLOCK)

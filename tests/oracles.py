@@ -1,4 +1,4 @@
-"""Slow, obvious models of what the package must do, in NumPy and plain Python, written from NUMERICS.md alone.
+"""Slow, obvious models of what the package must do, in NumPy and plain Python, written from DESIGN.md alone.
 
 `DictCache` is a brute-force set-associative LRU / LFU cache, one Python object per line; `ExactLfuCache` replaces its
 sketch by true counts; `DictEmbedding` adds rows to it, so a whole training step has one right answer; `dense_training`
@@ -85,7 +85,7 @@ class Plan:
 
 
 class DictCache:
-    """Residency of a set-associative cache, one step at a time (NUMERICS.md 3)."""
+    """Residency of a set-associative cache, one step at a time (DESIGN.md 7)."""
 
     def __init__(self, num_ids, geo, policy, *, max_unique_ids=None, step=0):
         self.num_ids, self.geo, self.policy, self.max_unique_ids, self.step = num_ids, geo, policy, max_unique_ids, step

@@ -1,4 +1,4 @@
-"""One embedding row at a time, bit by bit: the row formats of NUMERICS.md 1-2 in NumPy and exact fractions.
+"""One embedding row at a time, bit by bit: the row formats of DESIGN.md 6 in NumPy and exact fractions.
 
 A `Codec` encodes a row to its packed words and back; `round_float` rounds to a floating format. Slow and obvious, and
 independent of the package and of jax.

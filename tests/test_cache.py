@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import cache as cache_room
+from mpembed_jax.cache import residency
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
 
 
-locate = jax.jit(cache_room.locate)
+locate = jax.jit(residency.locate)
 
 
 @partial(jax.jit, static_argnames="train")

@@ -12,7 +12,8 @@ import mpembed_jax as mpembed
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
-from mpembed_jax import access, checkpoint
+from mpembed_jax import checkpoint
+from mpembed_jax.arrays import indexing
 from mpembed_jax.checkpoint import digests, host_memory, increments, saving
 
 MOMENTUM = optax.sgd(0.125, momentum=0.5)
@@ -65,7 +66,7 @@ def assert_same(state, other):
         assert a.dtype == b.dtype, path
         assert np.array(a).tobytes() == np.array(b).tobytes(), path
         assert a.sharding.memory_kind == home.sharding.memory_kind, path
-        assert access.is_on_host(a) == access.is_on_host(home), path
+        assert indexing.is_on_host(a) == indexing.is_on_host(home), path
 
 
 @KINDS
@@ -127,7 +128,7 @@ def test_another_format_is_encoded_anew_in_host_memory(tmp_path):
     for kind in (HOST, None):
         target = mpembed.init(jax.random.key(1), stack(kind, "int4"), MOMENTUM)
         restored = checkpoint.restore(tmp_path, {"emb": target})["emb"]
-        assert access.is_on_host(restored.table.rows) == (kind == HOST)
+        assert indexing.is_on_host(restored.table.rows) == (kind == HOST)
         results.append(jax.device_get(jax.tree.leaves(trained(kind, 4, 6, restored)[0])))
     jax.tree.map(np.testing.assert_array_equal, *results)
 
@@ -144,8 +145,8 @@ def test_no_more_than_a_block_is_on_the_device_at_once(monkeypatch):
     assert all(rows.nbytes <= host_memory._BLOCK for _, rows in read)
     assert [at for at, _ in read] == np.cumsum([0, *[len(rows) for _, rows in read]])[:-1].tolist()
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in read]), array)
-    take, sizes = access.take, []
-    monkeypatch.setattr(access, "take", lambda rows, index: sizes.append(index.size) or take(rows, index))
+    take, sizes = indexing.take, []
+    monkeypatch.setattr(indexing, "take", lambda rows, index: sizes.append(index.size) or take(rows, index))
     index = np.arange(500, dtype=np.int32)[::-1]
     np.testing.assert_array_equal(increments.gather(array, index), np.array(array)[index])
     assert max(sizes) * array.nbytes // len(array) <= host_memory._BLOCK
@@ -157,5 +158,5 @@ def test_arrays_outside_of_embedding_states_stay_in_host_memory(shape, tmp_path)
     tree = {"x": host_memory.from_numpy(values, HOST), "step": np.arange(3)}  # orbax writes no tree without entries
     checkpoint.save(tmp_path, 0, tree)
     restored = checkpoint.restore(tmp_path, tree)["x"]
-    assert access.is_on_host(restored)
+    assert indexing.is_on_host(restored)
     np.testing.assert_array_equal(restored, values)

@@ -13,14 +13,15 @@ import row_oracle
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import numerics, table
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.table import read_rows
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
 read = jax.jit(mpembed.read)
 flush = jax.jit(mpembed.flush)
-row_bits = jax.jit(numerics.row_bits, static_argnames=("stream", "num_columns"))
+row_bits = jax.jit(random_bits.row_bits, static_argnames=("stream", "num_columns"))
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnames="state")
@@ -41,7 +42,7 @@ def train(state, batches, grads, tx):
 @jax.jit
 def table_rows(state):
     """What the table holds, whatever the cache does."""
-    return table.read(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
+    return read_rows(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
 
 
 def all_rows(state):
@@ -92,7 +93,7 @@ def test_training_equals_a_dictionary_of_rows(name, dim, policy, lines, ways, bu
     def store(row, stream, step, row_id):
         if rounding == "nearest" or name == "float32":
             return codec.store(row)
-        bits = row_bits(key, getattr(numerics, stream), np.int32(step), np.int32([row_id]), num_columns=dim)
+        bits = row_bits(key, getattr(random_bits, stream), np.int32(step), np.int32([row_id]), num_columns=dim)
         return codec.store(row, np.asarray(bits)[0])
 
     geo = oracles.geometry(num_ids, num_rows=lines, ways=ways) if lines else oracles.NO_CACHE
@@ -155,7 +156,7 @@ def test_freeze_is_the_flushed_table(int4_state):
     assert isinstance(frozen, mpembed.QuantizedTable)
     np.testing.assert_array_equal(frozen.rows, flush(int4_state).table.rows)
     ids = np.array([0, 199, 200, -5, mpembed.NO_ID], np.int32)
-    rows = np.asarray(table.read(frozen, jnp.asarray(ids)))
+    rows = np.asarray(read_rows(frozen, jnp.asarray(ids)))
     np.testing.assert_array_equal(rows[2:], 0)
 
 

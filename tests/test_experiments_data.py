@@ -301,7 +301,7 @@ def test_posts_can_come_in_time_order(posts):
 
 
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
-    # A float32 cache changes nothing (DESIGN.md 6.1), so any difference would come from other batches or initial values.
+    # A float32 cache changes nothing (DESIGN.md 5.1), so any difference would come from other batches or initial values.
     contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
     source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)
     job = training.make_job(source, recipe)

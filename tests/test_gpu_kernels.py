@@ -15,10 +15,12 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import cache, ops, optim
-from mpembed_jax.formats import RowFormat
-from mpembed_jax.packing import encode
-from mpembed_jax.table import NO_ID, QuantizedTable
+from mpembed_jax import ops, optim
+from mpembed_jax.cache import residency
+from mpembed_jax.numerics.formats import RowFormat
+from mpembed_jax.numerics.packing import encode
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import QuantizedTable
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 V, LINES, WIDTH = 200, 64, 70
@@ -97,12 +99,12 @@ def resident(lines):
     """A cache of 8 ways that holds every third id while there is room in its set."""
     geometry = mpembed.CacheSpec(num_rows=LINES, ways=8).geometry(V)
     tags = np.full((geometry.sets, 8), NO_ID, np.int32)
-    sets = np.asarray(cache.set_of(jnp.arange(V, dtype=jnp.int32), geometry))
+    sets = np.asarray(residency.set_of(jnp.arange(V, dtype=jnp.int32), geometry))
     for x in range(0, V, 3):
         free = np.flatnonzero(tags[sets[x]] == NO_ID)
         if free.size:
             tags[sets[x], free[-1]] = x
-    return dataclasses.replace(cache.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines)
+    return dataclasses.replace(residency.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines)
 
 
 def spread(rng, row_grads, num):
@@ -201,7 +203,7 @@ def test_read_matches_the_ways_of_a_set(storage, dim, ways):
     read = jax.jit(ops.read, static_argnames="implementation")
     for cached in (state.cache, None):
         same(read(state.table, cached, ids, implementation=KERNEL), read(state.table, cached, ids, implementation=REFERENCE))
-    lines = cache.locate(state.cache, jnp.arange(300, dtype=jnp.int32))
+    lines = residency.locate(state.cache, jnp.arange(300, dtype=jnp.int32))
     assert 50 < int((lines < state.cache.geometry.lines).sum()) < 130
 
 

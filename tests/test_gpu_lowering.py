@@ -12,7 +12,8 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import ops, update
+from mpembed_jax import ops
+from mpembed_jax.embedding import update
 
 pytestmark = [
     pytest.mark.usefixtures("strict_promotion"),

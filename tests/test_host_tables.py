@@ -10,7 +10,8 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import access, ops
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 CASES = {
@@ -95,15 +96,15 @@ def test_only_rows_that_miss_are_read_from_host_memory(lines, monkeypatch):
     found = []
 
     def spy(array, index, fill=None):
-        if access.is_on_host(array):
+        if indexing.is_on_host(array):
             found.extend(np.asarray(index).tolist())
         return take(array, index, fill)
 
-    take = access.take
+    take = indexing.take
     ids = np.arange(1, 71, dtype=np.int32)
     state = mpembed.init(jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation="xla")
     state, _ = jax.jit(mpembed.prefetch)(state, ids[:40])
-    monkeypatch.setattr(access, "take", spy)
+    monkeypatch.setattr(indexing, "take", spy)
     monkeypatch.setattr(ops, "_HOST_CHUNK", 16)
     with jax.disable_jit():
         state, plan = mpembed.prefetch(state, ids)

@@ -1,4 +1,4 @@
-"""The five invariants of DESIGN.md 6 on training streams, and what the compiled step may not do: copy, retrace, grow."""
+"""The five invariants of DESIGN.md 5 on training streams, and what the compiled step may not do: copy, retrace, grow."""
 
 import dataclasses
 import re
@@ -234,7 +234,7 @@ def compiled_spec(storage, num_rows=ROWS, lines=20_000):
 
 
 def programs(row_tx):
-    """The verbs and the whole step of DESIGN.md 5, each counting its traces."""
+    """The verbs and the whole step of DESIGN.md 4, each counting its traces."""
     traces, tx = Counter(), optax.sgd(1e-3, momentum=0.9)
 
     def prefetch(emb, ids):

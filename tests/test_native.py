@@ -17,9 +17,10 @@ pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 import shapes
 
 import mpembed_jax as mpembed
-from mpembed_jax import access, ops
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
 from mpembed_jax.nn import verbs
-from mpembed_jax.ops import native
+from mpembed_jax.ops import cpu
 
 TX = mpembed.optim.sgd(0.1)
 
@@ -91,8 +92,8 @@ def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim)
     array, values = (rng.integers(0, 1 << 20, (n, dim)).astype(dtype) for n in (rows, num))
     index = rng.permutation(rows)[:num].astype(np.int32)
     index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
-    wanted = access.put(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
-    found = jax.jit(native.put, donate_argnums=0)(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
+    wanted = indexing.put(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
+    found = jax.jit(cpu.rows.put, donate_argnums=0)(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -106,7 +107,7 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
     array = rng.integers(1, 1 << 20, (rows, dim)).astype(dtype)
     index = rng.integers(0, rows, num).astype(np.int32)
     index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
-    found = jax.jit(native.take)(jnp.asarray(array), jnp.asarray(index))
+    found = jax.jit(cpu.rows.take)(jnp.asarray(array), jnp.asarray(index))
     is_inside = (index >= 0) & (index < rows)
     np.testing.assert_array_equal(found, np.where(is_inside[:, None], array[np.where(is_inside, index, 0)], 0))
 

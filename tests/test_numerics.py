@@ -11,32 +11,32 @@ import row_oracle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpembed_jax import numerics
+from mpembed_jax.numerics import random_bits, rounding
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jnp.array([1, 2], jnp.uint32)
 STREAMS = (
-    numerics.INITIAL_VALUE,
-    numerics.INITIAL_ROUNDING,
-    numerics.WRITE_BACK,
-    numerics.BYPASS,
-    numerics.FLUSH,
-    numerics.ROW_STATE,
-    numerics.ROW_STATE + 1,
+    random_bits.INITIAL_VALUE,
+    random_bits.INITIAL_ROUNDING,
+    random_bits.WRITE_BACK,
+    random_bits.BYPASS,
+    random_bits.FLUSH,
+    random_bits.ROW_STATE,
+    random_bits.ROW_STATE + 1,
 )
 FLOATS = tuple(row_oracle.FLOATS)
-row_bits = jax.jit(numerics.row_bits, static_argnames=("stream", "num_columns"))
-stochastic_round = jax.jit(numerics.stochastic_round, static_argnames="dtype")
+row_bits = jax.jit(random_bits.row_bits, static_argnames=("stream", "num_columns"))
+stochastic_round = jax.jit(rounding.stochastic_round, static_argnames="dtype")
 IDS = jnp.arange(4096, dtype=jnp.int32)
 
 
-def bits(key=KEY, stream=numerics.WRITE_BACK, step=0, ids=IDS, num_columns=16):
+def bits(key=KEY, stream=random_bits.WRITE_BACK, step=0, ids=IDS, num_columns=16):
     return np.asarray(row_bits(key, stream, step, ids, num_columns=num_columns))
 
 
 def test_fmix32_is_murmur3s_finalizer():
     x = np.concatenate([[0, 1, 2, 2**31, 2**32 - 1], np.random.default_rng(0).integers(0, 2**32, 100)]).astype(np.uint32)
-    np.testing.assert_array_equal(numerics.fmix32(jnp.asarray(x)), [oracles.fmix32(int(v)) for v in x])
+    np.testing.assert_array_equal(random_bits.fmix32(jnp.asarray(x)), [oracles.fmix32(int(v)) for v in x])
 
 
 def test_bits_do_not_depend_on_the_company_or_place_of_a_row():
@@ -52,7 +52,7 @@ def test_bits_change_with_every_coordinate():
     """n = 65,536 words: equal by chance 2^-16 times; 5 allowed."""
     base = bits()
     others = [bits(key=k) for k in (KEY.at[0].add(1), KEY.at[1].add(1), KEY[::-1])]
-    others += [bits(stream=s) for s in STREAMS if s != numerics.WRITE_BACK]
+    others += [bits(stream=s) for s in STREAMS if s != random_bits.WRITE_BACK]
     others += [bits(step=s) for s in (1, 2, 1 << 20)] + [bits(ids=IDS + 1), np.roll(base, 1, 1)]
     for other in others:
         assert (base == other).sum() <= 5
@@ -161,7 +161,7 @@ def test_rounding_is_unbiased(name, part):
     x = np.concatenate([first + fraction * gap, -(first + fraction * gap)]).astype(np.float32)
     p = np.abs(x.astype(np.float64)) / gap % 1
     n = 65536
-    noise = row_bits(KEY, numerics.WRITE_BACK, 3, jnp.arange(n, dtype=jnp.int32), num_columns=16)
+    noise = row_bits(KEY, random_bits.WRITE_BACK, 3, jnp.arange(n, dtype=jnp.int32), num_columns=16)
     mean = np.asarray(stochastic_round(np.broadcast_to(x, (n, 16)), name, noise), np.float64).mean(0)
     assert (np.abs(mean - x) <= 5 * gap * np.sqrt(p * (1 - p) / n)).all()
 
@@ -173,8 +173,8 @@ def test_a_thousand_small_updates_of_bfloat16(rounding):
     @jax.jit
     def train(x):
         def step(t, x):
-            noise = numerics.row_bits(KEY, numerics.BYPASS, t, IDS, 1)[:, 0] if rounding == "stochastic" else None
-            return numerics.stochastic_round(x - jnp.float32(1e-5), "bfloat16", noise)
+            noise = random_bits.row_bits(KEY, random_bits.BYPASS, t, IDS, 1)[:, 0] if rounding == "stochastic" else None
+            return rounding.stochastic_round(x - jnp.float32(1e-5), "bfloat16", noise)
 
         return jax.lax.fori_loop(0, 1000, step, x)
 
@@ -186,5 +186,5 @@ def test_a_thousand_small_updates_of_bfloat16(rounding):
 
 
 def test_uniform_reaches_zero_and_not_one():
-    u = numerics.uniform(jnp.array([0, 255, 256, 2**32 - 1], jnp.uint32))
+    u = random_bits.uniform(jnp.array([0, 255, 256, 2**32 - 1], jnp.uint32))
     np.testing.assert_array_equal(u, np.float32([0, 0, 2.0**-24, 1 - 2.0**-24]))

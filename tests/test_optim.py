@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, optim, row_state
+from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, optim
+from mpembed_jax.optim.row_state import init_rows, update_rows
 
 NUM_ROWS, DIM, STEPS = 24, 4, 6
 
@@ -343,7 +344,7 @@ def test_what_is_no_transformation_is_refused(tx):
 def test_no_float32_copy_of_the_table_is_made_to_initialize_row_state():
     """Two billion rows: shapes only."""
     spec = stack(num_rows=2**31 - 2, dim=16, storage="int8")
-    shapes = jax.eval_shape(lambda key: row_state.init_rows(optax.adam(0.1), spec.num_rows, 16, "bfloat16"), 0)
+    shapes = jax.eval_shape(lambda key: init_rows(optax.adam(0.1), spec.num_rows, 16, "bfloat16"), 0)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(shapes)) == [(), (2**31 - 2, 16), (2**31 - 2, 16)]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} == {"int32", "uint16"}
 
@@ -619,7 +620,7 @@ def test_another_transformation_than_inits_is_refused(first, second):
     state = jax.eval_shape(lambda key: mpembed.init(key, spec, TRANSFORMATIONS[first]()), jax.random.key(0))
     with pytest.raises(ValueError, match="pass the same tx to init and apply_gradients"):
         jax.eval_shape(
-            lambda held, ids, rows: row_state.update_rows(
+            lambda held, ids, rows: update_rows(
                 TRANSFORMATIONS[second](), held, ids, rows, rows, "float32", jnp.zeros(2, jnp.uint32), ids[0], ids[0] == 0
             ),
             state.row_state,

@@ -11,7 +11,7 @@ import shapes
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from mpembed_jax import update
+from mpembed_jax.embedding import update
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 KERNEL = "pallas_interpret"

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import mpembed_jax as mpembed
-from mpembed_jax import row_locality
+from mpembed_jax.optim import row_locality
 
 LOCAL = {
     "rowwise_adagrad": mpembed.optim.rowwise_adagrad(0.1),

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments.collectives import collectives
 from mpembed_jax import sharding
-from mpembed_jax.state import COUNTERS
+from mpembed_jax.embedding.counters import COUNTERS
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jax.random.key(3)

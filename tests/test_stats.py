@@ -12,7 +12,7 @@ import pytest
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
-from mpembed_jax.state import COUNTERS
+from mpembed_jax.embedding.counters import COUNTERS
 
 TX = optax.sgd(0.5)
 

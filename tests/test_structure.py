@@ -16,51 +16,9 @@ import mpembed_jax as mpembed
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mpembed_jax"
 
-# room: the rooms it may import. DESIGN.md 3, one line per file; an edge that is not here fails.
-CORE = {
-    "numerics": set(),
-    "access": set(),
-    "varying": set(),
-    "placement": set(),
-    "chunks": {"access", "varying"},
-    "formats": {"numerics"},
-    "packing": {"formats"},
-    "table": {"access", "formats", "numerics", "packing", "varying"},
-    "ids": {"table"},
-    "cache": {"access", "numerics", "table"},
-    "optim": {"numerics"},
-    "row_state": {"access", "numerics", "varying"},
-    "ops": {"access", "cache", "chunks", "formats", "numerics", "ops", "optim", "packing", "row_state", "table", "varying"},
-    "rounds": {"access", "cache", "chunks", "numerics", "table", "varying"},
-    "planning": {"access", "cache", "chunks", "ops", "rounds", "table"},
-    "row_sums": {"access", "ops", "varying"},
-    "pooling": {"access", "ops", "row_sums"},
-    "spec": {"access", "cache", "formats", "table"},
-    "shard": {"numerics", "table"},
-    "layout": {"cache", "placement", "shard", "spec", "table"},
-    "requests": {"access", "layout", "ops", "table"},
-    "exchange": {"access", "cache", "layout", "numerics", "ops", "requests", "table"},
-    "row_locality": set(),
-    "state": {"access", "cache", "layout", "ops", "optim", "placement", "row_state", "shard", "spec", "table"},
-    "update": {"access", "chunks", "numerics", "ops", "optim", "pooling", "row_locality", "row_state", "state", "table"},
-    "embedding": {"access", "cache", "exchange", "ids", "ops", "planning", "requests", "state", "table"},
-    "gradients": {"cache", "embedding", "exchange", "ops", "pooling", "state", "table", "update"},
-    "evaluation": {"access", "cache", "exchange", "ids", "ops", "requests", "state", "table"},
-    "stats": {"spec", "state"},
-    "dense": {"access", "evaluation", "layout", "numerics", "ops", "optim", "placement", "spec", "state", "table"},
-}
-CORE["memory"] = set(CORE)
-ADAPTERS = {"nn", "sharding", "checkpoint", "lookahead", "export"}  # import the core and each other's like, never imported
+ADAPTERS = {"sharding", "nn", "checkpoint"}  # the public rooms that the core does not import
 HEAVY = ("flax", "numba", "orbax", "polars", "matplotlib", "sklearn", "torch", "tensorflow", "pandas")
-NUMBA = {
-    "ops/call_frame.py",
-    "ops/native.py",
-    "ops/native_hash.py",
-    "ops/native_plan.py",
-}  # imported only for implementation "numba"
 PUBLIC_MODULES = {"memory", "optim"} | ADAPTERS
-LONGEST = 300  # lines; a longer file must be named here with its reason
-LONG_FILES: dict[str, str] = {}
 
 
 def room_of(path):
@@ -82,7 +40,11 @@ def parse(path):
 
 
 def package_modules():
-    return {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    return {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
+    }
 
 
 def package_imports(tree, package="mpembed_jax"):
@@ -105,27 +67,66 @@ def package_imports(tree, package="mpembed_jax"):
                 yield from (alias.name if alias.name in rooms else "__init__" for alias in node.names)
 
 
+def levels(line):
+    """[{rooms}] of one line of DESIGN.md's import direction, from left to right."""
+    return [{room.strip() for room in level.split(",")} for level in line.split("<-")]
+
+
+def direction():
+    """The two lines of DESIGN.md: rooms of the package, back ends inside ops."""
+    block = (PACKAGE / "DESIGN.md").read_text().split("<!-- import direction -->")[1].split("```")[1]
+    rooms, backends = block.strip().splitlines()
+    return levels(rooms), levels(backends)
+
+
+def level_of(room, order):
+    found = [number for number, level in enumerate(order) if room in level]
+    assert found, f"{room} is a new room: give it a place in DESIGN.md's import direction"
+    return found[0]
+
+
+def test_every_room_has_a_place_in_the_import_direction():
+    rooms, _ = direction()
+    named = set().union(*rooms)
+    assert named == package_modules() - {"__init__"}
+    assert rooms[-1] - {"memory"} == ADAPTERS
+
+
 @pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
     room = room_of(path)
     if room == "__init__":
-        allowed = set(CORE)
-    elif room in ADAPTERS:
-        allowed = set(CORE) | {room, "__init__"}
-    else:
-        assert room in CORE, f"{room} is a new room: say in CORE what it may import, and in DESIGN.md 3 what it holds"
-        allowed = CORE[room]
-    imported = set(package_imports(parse(path)))
-    assert imported <= allowed, f"{path.name} imports {sorted(imported - allowed)}, which {room} may not"
+        return
+    rooms, _ = direction()
+    here = level_of(room, rooms)
+    for imported in set(package_imports(parse(path))) - {room}:
+        if imported == "__init__":
+            assert room in ADAPTERS, f"{path.name} imports the package itself, which only an adapter may"
+            continue
+        there = level_of(imported, rooms)
+        assert there < here or here == there == len(rooms) - 1, f"{path.name} imports {imported}, which {room} may not"
 
 
-def test_the_allowed_imports_have_no_cycle():
-    remaining = {room: needs - {room} for room, needs in CORE.items()}
-    remaining["memory"] = set(CORE) - {"memory"}
-    while remaining:
-        free = [room for room, needs in remaining.items() if not needs & remaining.keys()]
-        assert free, f"cycle among {sorted(remaining)}"
-        remaining = {room: needs for room, needs in remaining.items() if room not in free}
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_back_ends_import_the_reference_and_not_each_other(path):
+    _, backends = direction()
+    here = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
+    for node in ast.walk(parse(path)):
+        module = getattr(node, "module", None) or ""
+        if not isinstance(node, ast.ImportFrom) or not module.startswith("mpembed_jax.ops"):
+            continue
+        rest = module.split(".")[2:3] or [alias.name for alias in node.names]
+        for there in rest:
+            is_own = there == here
+            assert is_own or level_of(f"ops/{there}", backends) < level_of(f"ops/{here}", backends), f"{path}: {there}"
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_module_of_the_package_is_imported_under_another_name(path):
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mpembed_jax":
+            renamed = [f"{alias.name} as {alias.asname}" for alias in node.names if alias.asname]
+            assert not renamed, f"{path.name} imports {', '.join(renamed)}"
 
 
 @pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -138,7 +139,7 @@ def test_the_core_imports_jax_numpy_optax_and_the_standard_library_only(path):
         for name in names:
             top = name.split(".")[0]
             allowed = {"jax", "numpy", "optax", "mpembed_jax"} | sys.stdlib_module_names
-            if str(path.relative_to(PACKAGE)) in NUMBA:
+            if path.parent == PACKAGE / "ops" / "cpu":  # imported only for implementation "numba"
                 allowed |= {"numba", "llvmlite"}
             assert top in allowed, f"{path.name} imports {name}"
 
@@ -254,13 +255,7 @@ def test_fields_of_specs_are_described(name):
     assert not missing, f"the docstring of {name} says nothing about {', '.join(missing)}"
 
 
-# --- size and packaging
-
-
-@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_file_is_one_idea_of_at_most_300_lines(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= LONGEST or path.name in LONG_FILES, f"{path.name} has {lines} lines: split it"
+# --- packaging
 
 
 def test_the_package_is_marked_as_typed_and_ships_the_mark():

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import numerics, table
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.table import init_table, read_rows
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 encode = jax.jit(mpembed.encode, static_argnames="format")
@@ -45,7 +46,7 @@ CASES += [
 ]
 
 
-def random_bits(seed, shape):
+def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
@@ -53,7 +54,7 @@ def random_bits(seed, shape):
 def test_packed_words_equal_the_oracle(codec, fmt, dim):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
-    noise = random_bits(dim, x.shape)
+    noise = draws(dim, x.shape)
     for bits, (packed, decoded) in zip((None, noise), jax.device_get(pass_through(x, fmt, noise)), strict=True):
         assert packed.dtype == codec.word_dtype(dim)
         assert packed.shape == (100, codec.row_words(dim))
@@ -123,7 +124,7 @@ def test_stored_rounding_is_unbiased(name):
     x = x.astype(np.float32)
     key = jnp.array([5, 6], jnp.uint32)
     ids = jnp.arange(6 * n, dtype=jnp.int32)
-    noise = numerics.row_bits(key, numerics.BYPASS, jnp.int32(9), ids, dim).reshape(6, n, dim)
+    noise = random_bits.row_bits(key, random_bits.BYPASS, jnp.int32(9), ids, dim).reshape(6, n, dim)
     stack = np.broadcast_to(x[:, None], (6, n, dim))
     packed = encode(stack, row_format(codec), noise)
     mean = np.asarray(decode(packed, row_format(codec), dim), np.float64).mean(1)
@@ -190,13 +191,13 @@ def test_row_bytes_of_numerics_5():
 
 
 def make(key, tables, fmt="float32", dim=4):
-    make_table = jax.jit(lambda key: table.init(key, tables, mpembed.RowFormat(fmt), dim))
+    make_table = jax.jit(lambda key: init_table(key, tables, mpembed.RowFormat(fmt), dim))
     return make_table(jnp.array([key, 1], jnp.uint32))
 
 
 @jax.jit
 def read_all(made):
-    return table.read(made, jnp.arange(made.num_rows, dtype=jnp.int32))
+    return read_rows(made, jnp.arange(made.num_rows, dtype=jnp.int32))
 
 
 def values(made):
@@ -254,7 +255,7 @@ def test_an_initializer_is_no_part_of_a_specs_identity():
 
 def test_reading_outside_the_table_gives_zeros():
     made = make(0, (mpembed.TableSpec("a", 6),), "int8")
-    x = np.asarray(table.read(made, jnp.array([0, 5, 6, -1, mpembed.NO_ID], jnp.int32)))
+    x = np.asarray(read_rows(made, jnp.array([0, 5, 6, -1, mpembed.NO_ID], jnp.int32)))
     np.testing.assert_array_equal(x[2:], 0)
     assert (x[:2] != 0).any(axis=1).all()
     assert made.nbytes == made.rows.nbytes

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import cache as caching
-from mpembed_jax import numerics
+from mpembed_jax.cache import residency
 from mpembed_jax.checkpoint import digests, leaves, placements
-from mpembed_jax.formats import RowFormat
-from mpembed_jax.packing import decode
-from mpembed_jax.state import EmbeddingState
-from mpembed_jax.table import NO_ID, QuantizedTable, encode_rows
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.numerics import random_bits, rounding
+from mpembed_jax.numerics.formats import RowFormat
+from mpembed_jax.numerics.packing import decode
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _BLOCK = 65536  # rows moved at once
@@ -95,7 +96,7 @@ def convert(
     else:
         cache = {}
         if spec.cache is not None:
-            empty = caching.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
+            empty = residency.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
             cache = {f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()}
         num_flushed = 0
         if entry["cache"] is not None:
@@ -103,7 +104,7 @@ def convert(
             ids, lines = saved["cache.tags"].reshape(-1)[dirty], saved["cache.rows"][dirty]
             rows, num_flushed = rows if rows.flags.writeable else rows.copy(), len(ids)
             for block, block_ids in _blocks(lines, ids):
-                packed = np.asarray(_encode(block, block_ids, key, step, after=spec.storage, stream=numerics.FLUSH))
+                packed = np.asarray(_encode(block, block_ids, key, step, after=spec.storage, stream=random_bits.FLUSH))
                 rows[block_ids[block_ids != NO_ID]] = packed[block_ids != NO_ID]
         _LOG.warning("%s: cache %s -> %s: starts empty, %d dirty lines written to their rows", name, entry["cache"],
                      ours["cache"], num_flushed)  # fmt: skip
@@ -135,7 +136,7 @@ def _row_state(
         elif (array.dtype, leaf.dtype) == (np.uint16, np.float32):
             result[inner] = (array.astype(np.uint32) << 16).view(np.float32)
         elif (array.dtype, leaf.dtype) == (np.float32, np.uint16):
-            narrow = partial(_narrow, key=key, step=step, stream=numerics.ROW_STATE + index)
+            narrow = partial(_narrow, key=key, step=step, stream=random_bits.ROW_STATE + index)
             result[inner] = _by_blocks(narrow, array, leaf)
             _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
         else:
@@ -177,12 +178,14 @@ def _encode(rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, strea
 @partial(jax.jit, static_argnames=("before", "after", "dim"))
 def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int) -> jax.Array:
     """Packs packed rows [n, ..] anew."""
-    return _encode(decode(jnp.asarray(packed), before, dim), ids, key, step, after=after, stream=numerics.INITIAL_ROUNDING)
+    return _encode(
+        decode(jnp.asarray(packed), before, dim), ids, key, step, after=after, stream=random_bits.INITIAL_ROUNDING
+    )
 
 
 @partial(jax.jit, static_argnames="stream")
 def _narrow(values: Any, ids: Any, key: Any, step: Any, *, stream: int) -> jax.Array:
     """Rounds float32 [n, ..] stochastically to bfloat16 bit patterns."""
     columns = int(np.prod(values.shape[1:]))
-    bits = numerics.row_bits(jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns).reshape(values.shape)
-    return numerics.encode_float(jnp.asarray(values), numerics.FLOAT_FORMATS["bfloat16"], bits).astype(jnp.uint16)
+    bits = random_bits.row_bits(jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns).reshape(values.shape)
+    return rounding.encode_float(jnp.asarray(values), rounding.FLOAT_FORMATS["bfloat16"], bits).astype(jnp.uint16)

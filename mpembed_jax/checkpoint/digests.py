@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import numerics
 from mpembed_jax.checkpoint import host_memory, leaves, placements
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.numerics import random_bits
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
 
 _BLOCK = 1 << 20  # rows digested at once where they lie on the host
 
@@ -35,9 +35,9 @@ def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)  # 8 bytes become two words
     words = jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
     row = first.astype(jnp.uint32) + jnp.arange(words.shape[0], dtype=jnp.uint32)[:, None]
-    row = numerics.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
+    row = random_bits.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
     column = jnp.arange(words.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B)
-    mixed = numerics.fmix32(words ^ (row + column))
+    mixed = random_bits.fmix32(words ^ (row + column))
     return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)])
 
 

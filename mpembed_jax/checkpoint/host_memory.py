@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import access
+from mpembed_jax.arrays import indexing
 
 _BLOCK = 1 << 25  # bytes moved at once
 
 
 def is_kept(array: Any) -> bool:
     """Whether an array is one device's, in its host memory."""
-    return isinstance(array, jax.Array) and access.is_on_host(array) and len(array.sharding.device_set) == 1
+    return isinstance(array, jax.Array) and indexing.is_on_host(array) and len(array.sharding.device_set) == 1
 
 
 def _rows_of_block(array: Any) -> int:
@@ -30,17 +30,17 @@ def _rows_of_block(array: Any) -> int:
 
 @partial(jax.jit, static_argnames="size")
 def _read(array: jax.Array, first: jax.Array, size: int) -> jax.Array:
-    return access.take(array, first + jnp.arange(size, dtype=jnp.int32))
+    return indexing.take(array, first + jnp.arange(size, dtype=jnp.int32))
 
 
 @partial(jax.jit, donate_argnums=0)
 def _store(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
-    return access.put_block(array, first, values)
+    return indexing.put_block(array, first, values)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "memory_kind"))
 def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
-    return access.filled(shape, jnp.zeros((), dtype), memory_kind)
+    return indexing.filled(shape, jnp.zeros((), dtype), memory_kind)
 
 
 def blocks(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
@@ -66,7 +66,7 @@ def to_numpy(array: jax.Array) -> np.ndarray:
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     """Returns array[index] on the host, for int32 indices [m] inside; so many rows at once as a block has."""
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
-    take, size = jax.jit(access.take), min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length())
+    take, size = jax.jit(indexing.take), min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length())
     for first in range(0, index.size, size):
         piece = index[first : first + size]
         result[first : first + size] = np.asarray(take(array, np.pad(piece, (0, size - piece.size))))[: piece.size]
@@ -83,7 +83,7 @@ def from_numpy(array: np.ndarray, memory_kind: str, device: Any = None) -> jax.A
     """
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         if array.ndim == 0 or array.size == 0:
-            return jax.jit(access.to_host, static_argnums=1)(array, memory_kind)
+            return jax.jit(indexing.to_host, static_argnums=1)(array, memory_kind)
         size = _rows_of_block(array)
         result = _zeros(array.shape, array.dtype, memory_kind)
         for first in range(0, array.shape[0], size):

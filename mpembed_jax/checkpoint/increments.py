@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpembed_jax import access
-from mpembed_jax import state as states
-from mpembed_jax.cache import CachePlan, Counts
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
-from mpembed_jax.state import EmbeddingState
-from mpembed_jax.table import NO_ID
+from mpembed_jax.embedding.counters import count_step
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.row_ids import NO_ID
 
 _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 
@@ -75,7 +75,7 @@ def track(state: EmbeddingState) -> RowTracker:
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
             raise ValueError(f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it")
-        begin = states.over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
+        begin = over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
     bits, was_dirty = jax.jit(begin)(state)
     return RowTracker(
@@ -120,8 +120,8 @@ def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
     num_words = bits.shape[0]
     word = jnp.where(ids >= 0, ids >> 5, num_words)
     bit = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
-    is_set = (access.take(bits, word) & bit) != 0
-    return access.add(bits, jnp.where(is_set, num_words, word), bit)
+    is_set = (indexing.take(bits, word) & bit) != 0
+    return indexing.add(bits, jnp.where(is_set, num_words, word), bit)
 
 
 def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
@@ -145,7 +145,7 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
         bits=_set_bits(tracker.bits, ids),
         step=plan.step + 1,
         has_gap=tracker.has_gap | (plan.step != tracker.step),
-        counters=states.count_step(tracker.counters, plan.counts),
+        counters=count_step(tracker.counters, plan.counts),
     )
 
 
@@ -272,7 +272,7 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
         return np.zeros((0, *array.shape[1:]), array.dtype)
     if host_memory.is_kept(array):
         return host_memory.gather(array, index)
-    take = jax.jit(access.take, out_shardings=_everywhere(array))
+    take = jax.jit(indexing.take, out_shardings=_everywhere(array))
     return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
 
 

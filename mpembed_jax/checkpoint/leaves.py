@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import access
+from mpembed_jax.arrays import indexing
 from mpembed_jax.checkpoint import host_memory
-from mpembed_jax.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState
 
 _PLAIN = (bool, int, float, str, bytes)
 
@@ -123,7 +123,7 @@ class Place:
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
             return Place("default")
-        if sharding.memory_kind in access.HOST_KINDS and len(sharding.device_set) == 1:
+        if sharding.memory_kind in indexing.HOST_KINDS and len(sharding.device_set) == 1:
             return Place("memory", sharding, sharding.memory_kind)
         return Place("sharding", sharding)
 

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mpembed_jax.checkpoint import leaves
-from mpembed_jax.layout import Layout
-from mpembed_jax.placement import Placement
-from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState, partition_specs
-from mpembed_jax.table import NO_ID, offsets
+from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import EmbeddingSpec, offsets
 
 
 @dataclasses.dataclass(frozen=True)

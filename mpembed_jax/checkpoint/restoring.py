@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpembed_jax import access
+from mpembed_jax.arrays import indexing
 from mpembed_jax.checkpoint import convert, digests, increments, leaves, manifest, placements, saving
 from mpembed_jax.checkpoint.manifest import CheckpointError
 
@@ -237,7 +237,7 @@ def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
         for index, values in reversed(patches):
             array[index] = values
         return array
-    put = jax.jit(access.put, donate_argnums=0, out_shardings=array.sharding)
+    put = jax.jit(indexing.put, donate_argnums=0, out_shardings=array.sharding)
     for index, values in reversed(patches):
         extra = increments.padded(index.size) - index.size
         index = np.pad(index, (0, extra), constant_values=np.iinfo(np.int32).max)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mpembed_jax.nn import features as features_
-from mpembed_jax.nn import verbs
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.stats import CacheStats, stats
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.nn import routing, verbs
 from mpembed_jax.nn.stack import Stack
-from mpembed_jax.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
-from mpembed_jax.stats import CacheStats, stats
 
 
 class CachedEmbedBags(nnx.Module):
@@ -54,11 +53,11 @@ class CachedEmbedBags(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        self.specs = features_.as_specs(specs)
-        self.combiners = features_.as_combiners(combiner, self.specs)
+        self.specs = routing.as_specs(specs)
+        self.combiners = routing.as_combiners(combiner, self.specs)
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
-        transformations = features_.as_transformations(tx, self.specs)
+        transformations = routing.as_transformations(tx, self.specs)
         where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
         self.stacks = nnx.List([Stack(s, t, rngs=rngs, **where) for s, t in zip(self.specs, transformations, strict=True)])
 
@@ -79,7 +78,7 @@ class CachedEmbedBags(nnx.Module):
           ValueError: if an array does not fit the features, in evaluation mode, or if the last prefetch still waits for its
             nn.apply_gradients.
         """
-        for stack, part in zip(self.stacks, features_.route(self.specs, ids), strict=True):
+        for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True):
             stack.prefetch(part, not self.deterministic)
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
@@ -100,10 +99,10 @@ class CachedEmbedBags(nnx.Module):
             weights of another shape or without a combiner.
         """
         parts = [
-            features_.Part(*verbs.read_unpooled(stack.embedding_state(), part)) if self.deterministic else stack.part(part)
-            for stack, part in zip(self.stacks, features_.route(self.specs, ids), strict=True)
+            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part)) if self.deterministic else stack.part(part)
+            for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True)
         ]
-        return features_.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)
+        return routing.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)
 
     def stats(self) -> tuple[CacheStats, ...]:
         """Returns for each spec the counts since init, hit_rate among them, as host numbers; see mpembed_jax.stats."""

@@ -8,16 +8,14 @@ import optax
 from flax import nnx
 
 from mpembed_jax import optim
-from mpembed_jax.cache import CacheSpec
-from mpembed_jax.formats import RowFormat, as_format
-from mpembed_jax.nn import features as features_
-from mpembed_jax.nn import verbs
+from mpembed_jax.cache.spec import CacheSpec
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.stats import CacheStats, stats
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.nn import routing, verbs
 from mpembed_jax.nn.stack import Stack
-from mpembed_jax.placement import Placement
-from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
-from mpembed_jax.stats import CacheStats, stats
-from mpembed_jax.table import TableSpec
+from mpembed_jax.numerics.formats import RowFormat, as_format
+from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
 # One object for all modules: an optimizer is static, and a new one for each model would retrace its step.
 DEFAULT_TX = optim.rowwise_adagrad(0.05)
@@ -100,7 +98,7 @@ class CachedEmbed(nnx.Module):
           TypeError: if ids are not integers.
           ValueError: in evaluation mode, or if the last prefetch still waits for its nn.apply_gradients.
         """
-        self.stack.prefetch(features_.table_ids(self.stack.spec, ids), not self.deterministic)
+        self.stack.prefetch(routing.table_ids(self.stack.spec, ids), not self.deterministic)
 
     def __call__(self, ids: Any) -> Any:
         """Returns the vectors of ids, differentiable with respect to the prefetched rows.
@@ -115,7 +113,7 @@ class CachedEmbed(nnx.Module):
           TypeError: if ids are not integers.
           ValueError: in training, without prefetch or with other ids than it was given.
         """
-        mapped = features_.table_ids(self.stack.spec, ids)
+        mapped = routing.table_ids(self.stack.spec, ids)
         if self.deterministic:
             vectors = verbs.read(self.stack.embedding_state(), mapped)
         else:

@@ -11,12 +11,11 @@ import jax
 import optax
 from flax import nnx
 
-from mpembed_jax import state as states
-from mpembed_jax.cache import CachePlan
+from mpembed_jax.cache.plan import CachePlan
+from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.nn import verbs
-from mpembed_jax.nn.features import Part
+from mpembed_jax.nn.routing import Part
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
 
 
 class EmbeddingVariable(nnx.Variable):
@@ -44,7 +43,7 @@ class Stack(nnx.Module):
     def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any):
         self.spec = spec
         self.tx = tx
-        self.state = EmbeddingVariable(states.init(rngs.params(), spec, tx, **where))
+        self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))
 
     @property
     def is_prefetched(self) -> bool:

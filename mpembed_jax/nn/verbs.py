@@ -17,11 +17,12 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import embedding, evaluation, exchange, gradients
-from mpembed_jax.cache import CachePlan
-from mpembed_jax.pooling import pool
-from mpembed_jax.state import EmbeddingState, over_mesh, partition_specs
-from mpembed_jax.table import NO_ID
+from mpembed_jax.cache.plan import CachePlan
+from mpembed_jax.embedding import evaluation, step
+from mpembed_jax.embedding.pooling import pool
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_specs
+from mpembed_jax.mesh import exchange
+from mpembed_jax.row_ids import NO_ID
 
 _BLOCK = 8192  # rows of the table decoded at once by attend
 
@@ -49,8 +50,8 @@ def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, 
         batch = PartitionSpec(layout.batch_axes)
         result = (partition_specs(state), exchange.plan_specs(layout), batch)
         return over_mesh(_fetch, state, batch, result=result)(state, jax.tree.map(jnp.asarray, ids))
-    state, plan = embedding.prefetch(state, ids)
-    return state, plan, embedding.lookup(state, plan)
+    state, plan = step.prefetch(state, ids)
+    return state, plan, step.lookup(state, plan)
 
 
 def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
@@ -61,7 +62,7 @@ def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, j
 def update(
     state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
 ) -> EmbeddingState:
-    """Returns the state after gradients.apply_gradients."""
+    """Returns the state after step.apply_gradients."""
     return _run(_update, state, plan, rows, row_grads, tx=tx)
 
 
@@ -69,7 +70,7 @@ def _update(
     state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
 ) -> EmbeddingState:
     if not _is_whole(state):
-        return gradients.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
     layout: Any = state.layout
     batch = PartitionSpec(layout.batch_axes)
     run = over_mesh(partial(_update, tx=tx), state, exchange.plan_specs(layout), batch, batch)

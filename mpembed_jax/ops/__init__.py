@@ -21,16 +21,20 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines):
 """
 
 import importlib.util
-from typing import Any, NamedTuple
+from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mpembed_jax import access
-from mpembed_jax.cache import CacheState
-from mpembed_jax.ops import xla, xla_sums, xla_update
-from mpembed_jax.ops.xla import Unique, write_back
-from mpembed_jax.ops.xla_sums import add_duplicates
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache import policy
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.ops import xla
+from mpembed_jax.ops.xla.rows import write_back
+from mpembed_jax.ops.xla.sums import add_duplicates
+from mpembed_jax.ops.xla.unique import Unique
+from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "numba", "pallas_triton", "pallas_interpret")
@@ -48,6 +52,7 @@ __all__ = [
     "compiled",
     "has_kernels",
     "lookup",
+    "plan",
     "read",
     "sum_duplicates",
     "swap",
@@ -102,12 +107,12 @@ def chunk_of(implementation: str) -> int | None:
 def has_kernels(implementation: str | None, table: QuantizedTable | None = None) -> bool:
     """Whether an implementation runs the row movements (of a table, if given) as Pallas kernels."""
     is_named = implementation in ("pallas_triton", "pallas_interpret")
-    return is_named and (table is None or not access.is_on_host(table.rows))
+    return is_named and (table is None or not indexing.is_on_host(table.rows))
 
 
 def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
     chunk = chunk_of(implementation)
-    return _HOST_CHUNK if chunk is None and access.is_on_host(table.rows) else chunk
+    return _HOST_CHUNK if chunk is None and indexing.is_on_host(table.rows) else chunk
 
 
 def compiled(implementation: str | None) -> Any:
@@ -117,29 +122,21 @@ def compiled(implementation: str | None) -> Any:
     """
     if implementation != "numba" or jax.sharding.get_abstract_mesh().manual_axes:
         return None
-    from mpembed_jax.ops import native
+    from mpembed_jax.ops import cpu
 
-    return native
+    return cpu
 
 
-def _gather_of(implementation: str, table: QuantizedTable) -> xla.Gather | None:
+def _gather_of(implementation: str, table: QuantizedTable) -> xla.rows.Gather | None:
     native = compiled(implementation)
-    return None if native is None or access.is_on_host(table.rows) else native.take
+    return None if native is None or indexing.is_on_host(table.rows) else native.rows.take
 
 
-class _Kernels(NamedTuple):
-    """The modules that hold kernels."""
+def _kernels(implementation: str | None) -> tuple[Any, bool]:
+    """Returns the folder of the kernels, imported only where they are used, and whether they are interpreted."""
+    from mpembed_jax.ops import gpu
 
-    rows: Any
-    sums: Any
-    updates: Any
-
-
-def _kernels(implementation: str | None) -> tuple[_Kernels, bool]:
-    """Returns the kernels' modules, imported only where they are used, and whether they are interpreted."""
-    from mpembed_jax.ops import pallas_sums, pallas_triton, pallas_update
-
-    return _Kernels(pallas_triton, pallas_sums, pallas_update), implementation == "pallas_interpret"
+    return gpu, implementation == "pallas_interpret"
 
 
 @jax.named_scope("unique")
@@ -147,8 +144,46 @@ def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: str | 
     """See `xla.unique`."""
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
-        return xla.unique(ids, size, step)
-    return Unique(*native.unique(ids, size, step))
+        return xla.unique.unique(ids, size, step)
+    return Unique(*native.unique.unique(ids, size, step))
+
+
+def plan(
+    cache: CacheState, found: Unique, step: jax.Array, num_positions: Fraction, implementation: str
+) -> tuple[CacheState, xla.plan.Placed]:
+    """Plans a batch (rules: `xla.plan.make_plan`) and brings its unique ids into the order of the plan.
+
+    Args:
+      cache: state before the step; its `rows` are passed through.
+      found: the distinct ids of the batch.
+      step: int32 scalar, number of this prefetch.
+      num_positions: see make_plan.
+      implementation: a name from ops.IMPLEMENTATIONS.
+
+    Returns:
+      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and where everything went.
+    """
+    native = compiled(implementation)
+    if native is not None:
+        halve = policy.is_time_to_halve(cache, step, num_positions)
+        cache, placed = native.plan.plan(cache, found.ids, found.inverse, found.counts, found.num_ids, step, halve)
+        return cache, xla.plan.Placed(*placed)
+    chunk, width = chunk_of(implementation), found.ids.shape[0]
+    cache, placed = xla.plan.make_plan(cache, found.ids, found.counts, found.num_ids, step, num_positions, chunk)
+    position = jnp.arange(width, dtype=jnp.int32)
+    is_live = position < found.num_ids
+    order = jnp.where(is_live, placed.order, width - 1)
+    moved = indexing.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
+    is_hit = position < placed.num_hits
+    return cache, xla.plan.Placed(
+        unique_ids=indexing.take(found.ids, order),
+        inverse=indexing.take(moved, found.inverse),
+        line=jnp.where(is_live, indexing.take(placed.line, order), cache.geometry.lines),
+        victim_ids=jnp.where(is_live, indexing.take(placed.victim_ids, order), NO_ID),
+        num_hits=placed.num_hits,
+        num_cached=placed.num_cached,
+        hit_requests=jnp.sum(jnp.where(is_hit, indexing.take(found.counts, order), 0), dtype=jnp.int32),
+    )
 
 
 @jax.named_scope("swap")
@@ -160,7 +195,7 @@ def swap(
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.swap(table, cache_rows, dirty, *plan, is_interpreted)
     gather = _gather_of(implementation, table)
-    return xla.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
+    return xla.rows.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("lookup")
@@ -170,7 +205,7 @@ def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.lookup(table, cache_rows, *plan, is_interpreted)
     gather = _gather_of(implementation, table)
-    return xla.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
+    return xla.rows.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("read")
@@ -179,7 +214,7 @@ def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, imp
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
-    return xla.read(table, cache, ids, _chunk_for(implementation, table))
+    return xla.rows.read(table, cache, ids, _chunk_for(implementation, table))
 
 
 @jax.named_scope("write")
@@ -190,8 +225,8 @@ def write(
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
         ids, line, new_rows, *rest = plan
-        return kernels.updates.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
-    return xla.write(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
+        return kernels.update.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
+    return xla.rows.write(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("update")
@@ -208,8 +243,8 @@ def update(
     rule = {"learning_rate": learning_rate, "eps": eps}
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.updates.update(table, cache_rows, sums, *plan, is_interpreted, **rule)
-    return xla_update.update(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
+        return kernels.update.update(table, cache_rows, sums, *plan, is_interpreted, **rule)
+    return xla.update.update(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
 
 
 @jax.named_scope("update")
@@ -227,26 +262,26 @@ def update_summed(
     rule = {"learning_rate": learning_rate, "eps": eps, "skip_nonfinite": skip_nonfinite}
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.updates.update_summed(table, cache_rows, sums, *plan, is_interpreted, **rule)
-    return xla_update.update_summed(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
+        return kernels.update.update_summed(table, cache_rows, sums, *plan, is_interpreted, **rule)
+    return xla.update.update_summed(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
 
 
 @jax.custom_batching.custom_vmap  # foreign calls have no batched form
 def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
-    return compiled("numba").take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
+    return compiled("numba").rows.take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
 
 
 @_take_natively.def_vmap
 def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, index: jax.Array) -> tuple[jax.Array, bool]:
     axes = tuple(0 if batched else None for batched in is_batched)
-    return jax.vmap(access.take, axes, axis_size=size)(rows, index), True
+    return jax.vmap(indexing.take, axes, axis_size=size)(rows, index), True
 
 
 def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """See `access.take`, for rows [U, D] and index [N]."""
     # A foreign call takes the types of its operands on trust.
     is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (jnp.float32, jnp.int32)
-    return _take_natively(rows, index) if is_native else access.take(rows, index)
+    return _take_natively(rows, index) if is_native else indexing.take(rows, index)
 
 
 def sum_duplicates(
@@ -263,7 +298,7 @@ def sum_duplicates(
         kernels, is_interpreted = _kernels(implementation)
         wide = values.astype(jnp.float32)
         return kernels.sums.sum_duplicates(wide, index, size, is_interpreted, factors, source).astype(values.dtype)
-    return xla_sums.sum_duplicates(values, index, size, factors, source)
+    return xla.sums.sum_duplicates(values, index, size, factors, source)
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -271,4 +306,4 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.sums.bag(rows, index, factors, is_interpreted)
-    return xla_sums.bag(rows, index, factors)
+    return xla.bag.bag(rows, index, factors)

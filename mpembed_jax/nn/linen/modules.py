@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpembed_jax import state as states
-from mpembed_jax.cache import CachePlan, CacheSpec
-from mpembed_jax.formats import RowFormat
-from mpembed_jax.nn import features as features_
-from mpembed_jax.nn import verbs
+from mpembed_jax.cache.plan import CachePlan
+from mpembed_jax.cache.spec import CacheSpec
+from mpembed_jax.embedding.state import EmbeddingState, init
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.nn import routing, verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
-from mpembed_jax.placement import Placement
+from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.state import EmbeddingState
 
 COLLECTION = "embedding"
 TABLE, STACK = "table", "stack_"  # the name of a CachedEmbed's only stack; what the names of bags' stacks start with
@@ -43,7 +42,7 @@ def _stack(module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransf
 
     def make() -> Stack:
         where = {name: getattr(module, name) for name in ("mesh", "axis_name", "placement", "implementation")}
-        return Stack(states.init(module.make_rng("params"), spec, tx, **where), None, tx)
+        return Stack(init(module.make_rng("params"), spec, tx, **where), None, tx)
 
     return module.variable(COLLECTION, name, make)
 
@@ -52,14 +51,14 @@ def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _planned(stack: Stack, rows: jax.Array, ids: Any) -> features_.Part:
+def _planned(stack: Stack, rows: jax.Array, ids: Any) -> routing.Part:
     if stack.plan is None:
         raise ValueError(
             f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and collections are of different "
             f"steps; take both from one TrainState: state.apply_fn({{'params': params}}, ..), or state.variables"
         )
     verbs.check_prefetched(stack.plan, ids)
-    return features_.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))
+    return routing.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))
 
 
 class CachedEmbed(linen.Module):
@@ -112,7 +111,7 @@ class CachedEmbed(linen.Module):
           ValueError: with other ids than were prefetched.
         """
         stack, rows = self.stack.value, _held_rows(self, TABLE)
-        mapped = features_.table_ids(stack.state.spec, ids)
+        mapped = routing.table_ids(stack.state.spec, ids)
         if rows is None:
             vectors = verbs.read(stack.state, mapped)
         else:
@@ -168,9 +167,9 @@ class CachedEmbedBags(linen.Module):
 
     def setup(self) -> None:
         """Declares one stack per spec."""
-        self.known = features_.as_specs(self.specs)
-        self.combiners = features_.as_combiners(self.combiner, self.known)
-        pairs = zip(self.known, features_.as_transformations(self.tx, self.known), strict=True)
+        self.known = routing.as_specs(self.specs)
+        self.combiners = routing.as_combiners(self.combiner, self.known)
+        pairs = zip(self.known, routing.as_transformations(self.tx, self.known), strict=True)
         self.stacks = [_stack(self, f"{STACK}{i}", spec, tx) for i, (spec, tx) in enumerate(pairs)]
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
@@ -192,11 +191,11 @@ class CachedEmbedBags(linen.Module):
             without a combiner.
         """
         parts = []
-        for i, (held, part) in enumerate(zip(self.stacks, features_.route(self.known, ids), strict=True)):
+        for i, (held, part) in enumerate(zip(self.stacks, routing.route(self.known, ids), strict=True)):
             stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
             if rows is None:
-                parts.append(features_.Part(*verbs.read_unpooled(stack.state, part)))
+                parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
             else:
                 parts.append(_planned(stack, rows, part))
         dtype = jnp.float32 if self.dtype is None else self.dtype
-        return features_.combine(self.known, self.combiners, parts, ids, weights, dtype)
+        return routing.combine(self.known, self.combiners, parts, ids, weights, dtype)

@@ -14,10 +14,9 @@ import optax
 from flax import core, struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mpembed_jax.nn import features as features_
-from mpembed_jax.nn import verbs
+from mpembed_jax.embedding.stats import CacheStats, stats
+from mpembed_jax.nn import routing, verbs
 from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
-from mpembed_jax.stats import CacheStats, stats
 
 
 class TrainState(struct.PyTreeNode):
@@ -123,7 +122,7 @@ class TrainState(struct.PyTreeNode):
             paths = sorted((path for path in stacks if path[:-1] == module), key=lambda path: (len(path[-1]), path[-1]))
             specs = tuple(stacks[path].state.spec for path in paths)
             is_table = paths[0][-1] == TABLE
-            routed = [features_.table_ids(specs[0], value)] if is_table else features_.route(specs, value)
+            routed = [routing.table_ids(specs[0], value)] if is_table else routing.route(specs, value)
             for path, part in zip(paths, routed, strict=True):
                 state, plan, params[path] = verbs.fetch(stacks[path].state, part)
                 held[path] = Stack(state, plan, stacks[path].tx)

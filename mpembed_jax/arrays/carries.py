@@ -1,0 +1,41 @@
+"""Loop carries under `jax.shard_map`, whose type system knows which values differ between devices.
+
+A loop's carry must have one type from beginning to end. A constant that the body replaces by device-dependent values does
+not: it starts equal everywhere and ends varying. Outside a mesh nothing here does anything.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+Carry = TypeVar("Carry")
+
+
+def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """Returns `carry` with every leaf typed as varying over the mesh axes over which `body` makes it vary.
+
+    Args:
+      body: one turn of the loop; it is traced, at most once per mesh axis and more.
+      carry: any pytree.
+
+    Returns:
+      The same values; `body` maps their types to themselves.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return carry
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(carry)
+    while True:
+        results = treedef.flatten_up_to(jax.eval_shape(body, treedef.unflatten(leaves)))
+        missing = [tuple(_axes(new) - _axes(old)) for new, old in zip(results, leaves, strict=True)]
+        if not any(missing):
+            return treedef.unflatten(leaves)
+        leaves = [lax.pcast(leaf, axes, to="varying") if axes else leaf for leaf, axes in zip(leaves, missing, strict=True)]
+
+
+def _axes(value: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    held = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+    kind = held.manual_axis_type
+    return frozenset() if kind is None else frozenset(kind.varying)

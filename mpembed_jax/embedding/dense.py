@@ -1,0 +1,131 @@
+"""Between quantized stacks and plain float32 tables, block by block, so that no float32 copy of a stack is ever made."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
+from mpembed_jax.embedding import evaluation
+from mpembed_jax.embedding.state import EmbeddingState, make, over_mesh
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.table import QuantizedTable, encode_rows
+
+_BLOCK = 65536  # rows moved at once
+
+
+def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Returns float32 tables on the host, equal to `read` of all their ids.
+
+    Args:
+      state: not consumed.
+      tables: names; None for all.
+
+    Returns:
+      {name: float32 [vocabulary_size, D]}.
+
+    Raises:
+      KeyError: on an unknown name.
+    """
+    known = [t.name for t in state.spec.tables]
+    names = known if tables is None else list(tables)
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise KeyError(f"unknown tables {unknown}; this spec has {known}")
+    layout = state.layout
+    if layout is not None and layout.is_paired:
+        raise ValueError(f"a stack of {state.spec.num_rows} rows is too large for dense tables; read rows by pairs")
+    # Over several processes every one of them gets the whole of what it asks for.
+    read = jax.jit(evaluation.read, out_shardings=None if layout is None else NamedSharding(layout.mesh, PartitionSpec()))
+    result = {}
+    for name in names:
+        start, size = state.spec.table_range(name)
+        dense = np.empty((size, state.spec.embedding_dim), np.float32)
+        block = min(_BLOCK, size)
+        for first in range(0, size, block):
+            begin = min(first, size - block)
+            dense[begin : begin + block] = read(state, np.arange(start + begin, start + begin + block, dtype=np.int32))
+        result[name] = dense
+    return result
+
+
+@partial(jax.jit, donate_argnums=0)
+def _store(state: EmbeddingState, first: jax.Array, block: jax.Array) -> EmbeddingState:
+    table, layout = state.table, state.layout
+    if layout is not None and not layout.is_bound:
+        everywhere = PartitionSpec()
+        return over_mesh(_store, state, everywhere, everywhere)(state, first, block)
+    ids = first + jnp.arange(block.shape[0], dtype=jnp.int32)
+    here = ids if layout is None else layout.shard(layout.index()).rows_of(ids)
+    packed = encode_rows(block, here, table, state.row_key, random_bits.INITIAL_ROUNDING, jnp.int32(0))
+    if layout is None:
+        rows = indexing.put_block(table.rows, first, packed)
+    else:
+        rows = indexing.put(table.rows, here, packed)
+    return dataclasses.replace(state, table=dataclasses.replace(table, rows=rows))
+
+
+def from_dense(
+    key: jax.Array,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    tables: Mapping[str, Any],
+    *,
+    mesh: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    placement: Placement | None = None,
+    implementation: str | None = None,
+) -> EmbeddingState:
+    """Makes a state from float32 tables, rounded by the format's rule; memory-mapped arrays are read in blocks.
+
+    Args:
+      key: jax.random.key(..) or uint32 [2].
+      spec: the stack.
+      tx: optax transformation for the rows.
+      tables: {name: [vocabulary_size, D]}, one for every table of the spec; any float dtype.
+      mesh: as in init.
+      axis_name: as in init.
+      placement: as in init.
+      implementation: as in init.
+
+    Returns:
+      The state; its cache is empty.
+
+    Raises:
+      KeyError: if names are missing or unknown.
+      ValueError: if an array has another shape.
+    """
+    names = [t.name for t in spec.tables]
+    if set(tables) != set(names):
+        raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
+    for t in spec.tables:
+        if np.shape(tables[t.name]) != (t.vocabulary_size, spec.embedding_dim):
+            raise ValueError(
+                f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got {list(np.shape(tables[t.name]))}"
+            )
+    layout = Layout.of(spec, mesh, axis_name, placement)
+
+    def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
+        shape = (spec.num_rows if shard is None else shard.num_rows, spec.storage.row_words(spec.embedding_dim))
+        packed = indexing.filled(shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind)
+        return QuantizedTable(packed, spec.storage, spec.embedding_dim)
+
+    state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)
+    for name in names:
+        start, size = spec.table_range(name)
+        block = min(_BLOCK, size)
+        for first in range(0, size, block):
+            begin = min(first, size - block)
+            rows = np.asarray(tables[name][begin : begin + block], dtype=np.float32)
+            state = _store(state, np.int32(start + begin), rows)
+    return state

@@ -1,0 +1,79 @@
+"""The verbs beside the training step: read rows for evaluation, flush the cache, freeze the table."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from mpembed_jax import ops, row_ids
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.mesh import exchange, requests
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import QuantizedTable, read_rows
+
+
+def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
+    """Returns the rows of ids for evaluation: the FP32 line where resident, else the table's row; changes nothing.
+
+    A sharded state is read inside jax.shard_map (each device its own ids) or outside (the ids are divided for it).
+
+    Args:
+      state: not consumed; a frozen table (see freeze) is read as it is.
+      ids: any nest of int32 arrays of global ids.
+
+    Returns:
+      The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
+    """
+    leaves, treedef = row_ids.checked(ids)
+    if isinstance(state, QuantizedTable):
+        return treedef.unflatten([read_rows(state, leaf) for leaf in leaves])
+    state.check_spec()
+    layout = state.layout
+    if layout is None:
+        return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
+    shapes = [layout.shape_of(leaf) for leaf in leaves]
+    width = (2,) if layout.is_paired else ()
+    flat = jnp.concatenate([leaf.reshape(-1, *width) for leaf in leaves]) if leaves else jnp.zeros((0, *width), jnp.int32)
+
+    def read_shards(state: EmbeddingState, ids: jax.Array) -> jax.Array:
+        return exchange.read(layout, requests.masked(layout, ids)[0], partial(_read_rows, state))
+
+    if layout.is_bound:
+        rows = read_shards(state, flat)
+    else:
+        missing = -flat.shape[0] % layout.batch_shards
+        padded = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(width)], constant_values=NO_ID)
+        divided = PartitionSpec(layout.batch_axes)
+        rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
+    ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
+    pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
+    return treedef.unflatten([p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)])
+
+
+def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
+    """Returns the rows of ids (local ones on a shard), zeros for ids outside the table."""
+    return ops.read(state.table, state.cache, ids, implementation=state.implementation)
+
+
+def flush(state: EmbeddingState) -> EmbeddingState:
+    """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
+    state.check_spec()
+    cache = state.cache
+    if cache is None:
+        return state
+    if state.layout is not None and not state.layout.is_bound:
+        return over_mesh(flush, state)(state)
+    tags, dirty = cache.tags.reshape(-1), cache.dirty.reshape(-1)
+    table = ops.write_back(state.table, cache.rows, tags, dirty, state.row_key, state.step)
+    return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
+
+
+def freeze(state: EmbeddingState) -> QuantizedTable:
+    """Returns the flushed rows of `state` as a table that `read` takes without a cache, in the order of global ids."""
+    table, layout = flush(state).table, state.layout
+    return table if layout is None else dataclasses.replace(table, rows=layout.in_order(table.rows))

@@ -1,0 +1,245 @@
+"""From unique rows to the vectors a model wants: one per id, or one per bag (sum, mean, sqrtn), weighted, ragged.
+
+Conventions follow tf.nn.embedding_lookup_sparse. The arithmetic and its gradients are in `row_sums`; `positions` says what
+the gradient of a pooling adds up, for an update that adds it up itself.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
+from mpembed_jax.embedding import row_sums
+
+COMBINERS = ("sum", "mean", "sqrtn")
+
+
+def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
+    """Returns the factor (float32 [.., L]) of each position in its bag; zeros for an empty bag."""
+    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
+    if combiner == "sum":
+        return w
+    total = jnp.sum(w, axis=-1, keepdims=True)
+    if combiner == "sqrtn":
+        squares = jnp.sum(jnp.square(w), axis=-1, keepdims=True)
+        total = jnp.sqrt(jnp.where(squares > 0, squares, jnp.float32(1)))
+        total = jnp.where(squares > 0, total, jnp.float32(0))
+    return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
+
+
+def _checked(
+    inverse: Any,
+    weights: Any,
+    combiner: str | None,
+    segment_ids: jax.Array | None,
+    num_segments: int | None,
+    implementation: str | None,
+) -> tuple[list[jax.Array], list[jax.Array | None], Any]:
+    """Returns the leaves of inverse, the weights of each or None, and the tree; raises as `pool` says."""
+    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}")
+    if combiner is not None and combiner not in COMBINERS:
+        raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
+    if combiner is None and (weights is not None or segment_ids is not None):
+        raise ValueError('weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"')
+    treedef: Any
+    index, treedef = jax.tree.flatten(inverse)
+    factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
+    for i, w in zip(index, factors, strict=True):
+        if w is not None and w.shape != i.shape:
+            raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
+    if segment_ids is not None:
+        if len(index) != 1 or index[0].ndim != 1 or segment_ids.shape != index[0].shape or num_segments is None:
+            raise ValueError(
+                f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
+                f"got {[i.shape for i in index]} and num_segments={num_segments}"
+            )
+    elif combiner is not None and any(i.ndim == 0 for i in index):
+        raise ValueError("a combiner reduces the last axis of inverse, but an inverse is a scalar")
+    return index, factors, treedef
+
+
+@jax.named_scope("pool")
+def pool(
+    rows: jax.Array,
+    inverse: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Turns unique rows into vectors per id or per bag; differentiable (reverse mode) in rows and weights.
+
+    Padding positions count for nothing: not in sums, not in the denominators of mean and sqrtn. An empty bag is zeros.
+    mean divides by the sum of weights, sqrtn by sqrt(sum of squared weights).
+
+    Args:
+      rows: float32 [U, D], from `lookup`; the last row is padding.
+      inverse: nest of int32 [..], from `plan.inverse`.
+      weights: None, or like inverse: float32 factor of each position.
+      combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each inverse.
+      segment_ids: int32 [N], the bag of each position of a flat inverse [N], instead of the last axis.
+      num_segments: number of bags; needed with segment_ids.
+      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation, for what it has; None: plain XLA.
+
+    Returns:
+      Nest of float32: [.., D] without combiner; [.., D] with the last axis of inverse reduced; [num_segments, D].
+
+    Raises:
+      ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
+        unknown implementation.
+    """
+    index, factors, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    if combiner is None:
+        return treedef.unflatten(row_sums.take(implementation, rows, tuple(index)) if index else [])
+    if segment_ids is not None and num_segments is not None:
+        bags = _pool_segments(rows, index[0], factors[0], combiner, segment_ids, num_segments, implementation)
+        return treedef.unflatten([bags])
+    pooled = []
+    for i, w in zip(index, factors, strict=True):
+        pooled.append(row_sums.bag(implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
+    return treedef.unflatten(pooled)
+
+
+def _segments(
+    num_rows: int,
+    index: jax.Array,
+    weights: jax.Array | None,
+    combiner: str,
+    segment_ids: jax.Array,
+    num_segments: int,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the bag of each position, num_segments for those that count for nothing, and its factor float32 [N]."""
+    is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
+    segment = jnp.where(is_real, segment_ids, num_segments)
+    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
+    if combiner == "sum":
+        factors = w
+    else:
+        addend = w if combiner == "mean" else jnp.square(w)
+        total = row_sums.segment_sum(implementation, addend[:, None], segment, num_segments + 1)
+        is_full = total != 0
+        total = jnp.where(is_full, total, jnp.float32(1))
+        total = jnp.sqrt(total) if combiner == "sqrtn" else total
+        (own,) = row_sums.take(implementation, total, (segment,))
+        factors = jnp.where(indexing.take(is_full[:, 0], segment), w / own[:, 0], jnp.float32(0))
+    return segment, factors
+
+
+def _pool_segments(
+    rows: jax.Array,
+    index: jax.Array,
+    weights: jax.Array | None,
+    combiner: str,
+    segment_ids: jax.Array,
+    num_segments: int,
+    implementation: str | None,
+) -> jax.Array:
+    segment, factors = _segments(rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation)
+    return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[:num_segments]
+
+
+class Positions(NamedTuple):
+    """Which gradient each position of a batch takes, and for which row; see `ops.update_summed`."""
+
+    grads: jax.Array  # f32 [M, D]  of all vectors or bags
+    row: jax.Array  # i32 [N]  U - 1 for padding
+    source: jax.Array | None  # i32 [N]  of grads; None: position n takes grads[n // (N / M)]
+    factors: jax.Array | None  # f32 [N]  multiplied with each position's gradient
+
+
+def check_gradients(
+    dim: int,
+    inverse: Any,
+    pooled_grads: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    implementation: str | None = None,
+) -> tuple[list[jax.Array], list[jax.Array | None], list[jax.Array]]:
+    """Checks that gradients are of what `pool` returns for the other arguments and rows of so many elements.
+
+    Returns:
+      The leaves of inverse, of weights (or None for each), and of the gradients.
+
+    Raises:
+      ValueError: as `pool`; on gradients of another tree, shape or dtype than its result.
+    """
+    index, weight, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    leaves, grads_def = jax.tree.flatten(pooled_grads)
+    is_ragged = segment_ids is not None
+    lead = [i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1] for i in index]
+    wanted = [(*of_leaf, dim) for of_leaf in lead]
+    if grads_def != treedef or [g.shape for g in leaves] != wanted or any(g.dtype != jnp.float32 for g in leaves):
+        raise ValueError(
+            f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
+            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
+        )
+    return index, weight, leaves
+
+
+def positions(
+    num_rows: int,
+    index: list[jax.Array],
+    weights: list[jax.Array | None],
+    pooled_grads: list[jax.Array],
+    combiner: str | None,
+    *,
+    segment_ids: jax.Array | None,
+    num_segments: int | None,
+    implementation: str | None,
+) -> Positions:
+    """Lists what the transpose of `pool` adds up, without adding: at least one position and one gradient.
+
+    Args:
+      num_rows: U.
+      index: this, weights and pooled_grads are what `check_gradients` returned.
+      weights: of each position, or None.
+      pooled_grads: float32.
+      combiner: this and the rest as for `pool`.
+      segment_ids: int32 [N] or None.
+      num_segments: number of bags of segment_ids.
+      implementation: a name from ops.IMPLEMENTATIONS or None.
+    """
+    dim = pooled_grads[0].shape[-1]
+    grads = jnp.concatenate([g.reshape(-1, dim) for g in pooled_grads])
+    row = jnp.concatenate([i.reshape(-1) for i in index])
+    if combiner is None:
+        return Positions(grads, row, None, None)
+    if segment_ids is not None and num_segments is not None:
+        segment, factors = _segments(num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation)
+        # Positions outside every bag would take a gradient times zero, which may be no number.
+        row = jnp.where(segment < num_segments, index[0], num_rows - 1)
+        return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
+    weighted = source = None
+    if combiner != "sum" or any(w is not None for w in weights):
+        of_leaves = [_coefficients(w, i != num_rows - 1, combiner) for i, w in zip(index, weights, strict=True)]
+        weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])
+    lengths = [i.shape[-1] for i in index]
+    if len(set(lengths)) > 1:
+        firsts = np.cumsum([0, *[g.size // dim for g in pooled_grads[:-1]]])
+        numbers = [jnp.arange(i.size, dtype=jnp.int32) // max(1, n) for i, n in zip(index, lengths, strict=True)]
+        source = jnp.concatenate([jnp.int32(k) + number for k, number in zip(firsts, numbers, strict=True)])
+    return Positions(grads, row, source, weighted)
+
+
+def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
+    """Returns the segment of each position from bag offsets, as torch.nn.EmbeddingBag takes them.
+
+    Args:
+      offsets: int32 [B], the first position of each bag, ascending, offsets[0] == 0; equal neighbours are empty bags.
+      num_positions: N.
+
+    Returns:
+      int32 [N].
+    """
+    position = jnp.arange(num_positions, dtype=offsets.dtype)
+    return (jnp.searchsorted(offsets, position, side="right") - 1).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""How a stack lies over devices, and what travels between them in a step."""

@@ -1,0 +1,288 @@
+"""What travels between shards in a step: unique ids to the owners of their rows, rows back, gradients home again.
+
+A device deduplicates its ids first, so each of its rows travels once each way, by all_to_all in arrays with a fixed room
+per owner. If any device has more ids for some owner than that, all use arrays of full width in this step: nothing is
+lost, and it is counted. Owners deduplicate what they receive, so every row is planned, gathered and updated once, with its
+occurrences and gradients summed over devices; replicas of a shard gather the same requests and act alike. The scheme is
+that of model-parallel embeddings (FBGEMM / TorchRec row-wise sharding); all_to_all with a fixed room because the ragged
+one does not run on every back end.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.plan import CachePlan, Counts
+from mpembed_jax.mesh import requests
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.ops import Unique
+from mpembed_jax.row_ids import NO_ID
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "num_cached", "num_rows", "asked", "owner", "rank", "is_wide"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How the rows of one step travel. U entries of this device; Q rows of its shard that are asked for, of any device."""
+
+    rows: jax.Array  # i32 [Q]  local rows, in the plan's order, NO_ID after the first num_rows; the last is always NO_ID
+    num_cached: jax.Array  # i32 [1]  of them that sit in lines
+    num_rows: jax.Array  # i32 [1]
+    asked: jax.Array  # i32 [received]  which of the rows each received entry asks for; Q - 1: none
+    owner: jax.Array  # i32 [U]  shard that owns an entry of this device; P: none
+    rank: jax.Array  # i32 [U]  its place among this device's entries for that owner
+    is_wide: jax.Array  # bool []  arrays of full width are used
+
+
+def plan_specs(layout: Layout) -> CachePlan:
+    """Returns the PartitionSpecs of a plan, for taking one out of jax.shard_map and into another; a prefix of its tree."""
+    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)]
+    batch, shard, both = specs
+    everywhere: Any = PartitionSpec()
+    route = Route(shard, shard, shard, shard, both, both, everywhere)
+    return CachePlan(batch, batch, shard, shard, shard, everywhere, everywhere, route)
+
+
+def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
+    """Returns how many entries a device sends to each owner, of num_entries (static)."""
+    if not layout.is_batch_divided:  # devices along the sharding axes hold the same ids and ask for a share each
+        num_entries = -(-num_entries // layout.shards)
+    return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
+
+
+def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable) -> Any:
+    """Returns run(width) of the exchange's ordinary width, or of the full one where the first does not suffice."""
+    narrow, wide = _width(layout, num_entries, False), _width(layout, num_entries, True)
+    if narrow == wide:
+        return run(wide)
+    return lax.cond(is_wide, lambda: run(wide), lambda: run(narrow))
+
+
+def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns owner and local row of each entry, and its rank among the entries of one owner (int32 [U])."""
+    owner, row = layout.place(ids)
+    if not layout.is_batch_divided:
+        is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
+        owner = jnp.where(is_mine, owner, layout.shards)
+    rank = jnp.zeros_like(owner)
+    for shard in range(layout.shards):  # one pass each: a key-value sort is slower for the shards of one machine
+        is_here = owner == shard
+        rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
+    return owner, row, rank
+
+
+def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
+    """Returns where each entry lies in what this device sends; outside the array for entries that are not sent."""
+    is_sent = (owner < layout.shards) & (rank < width)
+    return jnp.where(is_sent, owner * width + rank, layout.shards * width)
+
+
+def _swap(layout: Layout, values: jax.Array) -> jax.Array:
+    """Exchanges [P * width, ..] between shards: block p goes to shard p, block p of the result comes from shard p."""
+    if layout.shards == 1:
+        return values
+    return lax.all_to_all(values, layout.axes, 0, 0, tiled=True)
+
+
+def _gather_replicas(layout: Layout, values: jax.Array) -> jax.Array:
+    """Returns [replicas * n, ..] of [n, ..], alike on all replicas of a shard."""
+    if not layout.replica_axes:
+        return values
+    return lax.all_gather(values, layout.replica_axes, tiled=True, to="invarying")
+
+
+def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
+    """Returns this replica's part [n, ..] of [replicas * n, ..]."""
+    if not layout.replica_axes:
+        return values
+    size = values.shape[0] // layout.replicas
+    return lax.dynamic_slice_in_dim(values, lax.axis_index(layout.replica_axes).astype(jnp.int32) * size, size)
+
+
+def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(value, axes) if axes else value
+
+
+# --- ids to owners
+
+
+@jax.named_scope("exchange_ids")
+def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Unique, Route]:
+    """Sends a device's unique ids to their owners, who deduplicate what arrives.
+
+    Over the budget of distinct ids of the whole batch, the ids smallest by fmix32(id xor step) stay, as on one device.
+
+    Args:
+      layout: of the stack.
+      wanted: the distinct ids of this device's share of the batch; real ones may be followed by NO_ID anywhere.
+      step: int32 scalar.
+
+    Returns:
+      The distinct local rows that this shard is asked for (`inverse` by received entry); `wanted`, with ids over the budget
+      dropped from ids and inverse; and the route, whose `asked`, `rows` and numbers follow the plan once it is made.
+    """
+    num_entries, budget = wanted.ids.shape[0] - 1, layout.spec.max_unique_ids
+    owner, row, rank = _assign(layout, wanted.ids)
+    room = _width(layout, num_entries, False)
+    is_over = jnp.any((owner < layout.shards) & (rank >= room))
+    is_wide = _sum(is_over.astype(jnp.int32), layout.all_axes) > 0
+    num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
+    size = min(num_received, layout.num_rows) + 1
+    entries = jnp.stack([row, wanted.counts], axis=1)
+
+    def send(width: int) -> Unique:
+        place = _place(layout, owner, rank, width)
+        empty = jnp.broadcast_to(jnp.asarray([NO_ID, 0], jnp.int32), (layout.shards * width, 2))
+        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
+        found = ops.unique(received[:, 0], received.shape[0] + 1, step)
+        counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
+        # A shard has no more distinct rows than it has rows, so what is cut off is padding.
+        padding = max(0, size - found.ids.shape[0])
+        return Unique(
+            jnp.pad(found.ids, (0, padding), constant_values=NO_ID)[:size],
+            jnp.pad(
+                jnp.minimum(jnp.where(received[:, 0] == NO_ID, size - 1, found.inverse), size - 1),
+                (0, num_received - received.shape[0]),
+                constant_values=size - 1,
+            ),
+            jnp.pad(counts, (0, padding))[:size],
+            found.num_ids,
+            jnp.int32(0) * found.num_ids,
+        )
+
+    found = Unique(*_either(layout, is_wide, num_entries, lambda width: tuple(send(width))))
+    num_rows = found.num_ids[None]
+    route = Route(found.ids, num_rows, num_rows, found.inverse, owner, rank, is_wide)
+    if budget is not None and budget < min(layout.batch_shards * num_entries, layout.spec.num_rows):
+        found, wanted, route = _keep_budget(layout, found, wanted, route, budget, step)
+    return found, wanted, route
+
+
+def _keep_budget(
+    layout: Layout, found: Unique, wanted: Unique, route: Route, budget: int, step: jax.Array
+) -> tuple[Unique, Unique, Route]:
+    size, shard = found.ids.shape[0], layout.shard(layout.index())
+    is_real = found.ids != NO_ID
+    mixed = random_bits.fmix32(shard.ids_of(found.ids)[0] ^ step.astype(jnp.uint32))
+
+    def drop() -> tuple:
+        # The largest limit below which there are at most `budget` ids, bit by bit.
+        def try_bit(turn: jax.Array, limit: jax.Array) -> jax.Array:
+            candidate = limit | (jnp.uint32(1) << (31 - turn).astype(jnp.uint32))
+            below = jnp.sum(is_real & (mixed < candidate), dtype=jnp.int32)
+            return jnp.where(_sum(below, layout.axes) <= budget, candidate, limit)
+
+        kept = is_real & (mixed < lax.fori_loop(0, 32, try_bit, jnp.uint32(0)))
+        rank = jnp.cumsum(kept.astype(jnp.int32)) - 1
+        place = jnp.where(kept, rank, size)
+        moved = jnp.where(kept, rank, size - 1)
+        inverse = indexing.take(moved, found.inverse)
+        ids = indexing.put(jnp.full_like(found.ids, NO_ID), place, found.ids)
+        counts = indexing.put(jnp.zeros_like(found.counts), place, found.counts)
+        num_ids = jnp.sum(kept, dtype=jnp.int32)
+        answers = (inverse != size - 1).astype(jnp.int32)
+        answer = _return(
+            layout, dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)), answers[:, None]
+        )
+        has_row = answer[:, 0] > 0
+        wanted_inverse = jnp.where(indexing.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1)
+        wanted_ids = jnp.where(has_row.reshape(-1, *[1] * (wanted.ids.ndim - 1)), wanted.ids, NO_ID)
+        return ids, inverse, counts, num_ids, found.num_ids - num_ids, wanted_ids, wanted_inverse
+
+    def keep() -> tuple:
+        return found.ids, found.inverse, found.counts, found.num_ids, found.num_dropped, wanted.ids, wanted.inverse
+
+    result = lax.cond(_sum(found.num_ids, layout.axes) > budget, drop, keep)
+    most = min(size, budget + 1)  # afterwards no shard has more rows than the budget
+    ids, inverse, counts = result[0][:most], jnp.minimum(result[1], most - 1), result[2][:most]
+    found = Unique(ids, inverse, counts, result[3], result[4])
+    wanted = wanted._replace(ids=result[5], inverse=result[6])
+    return found, wanted, dataclasses.replace(route, rows=ids, asked=inverse)
+
+
+# --- rows back, gradients home
+
+
+def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
+    """Returns the rows [U, ..] of this device's entries from the owners' [Q, ..]; zeros for entries without one."""
+
+    def send(width: int) -> jax.Array:
+        asked = _replica_part(layout, route.asked[: layout.replicas * layout.shards * width])
+        answers = _swap(layout, indexing.take(rows, asked))
+        return indexing.take(answers, _place(layout, route.owner, route.rank, width), 0)
+
+    received = _either(layout, route.is_wide, route.owner.shape[0] - 1, send)
+    return received if layout.is_batch_divided else _sum(received, layout.axes)
+
+
+@jax.named_scope("exchange_rows")
+def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
+    """Returns the rows [U, D] of this device's unique ids, from the owners' [Q, D], whose last row is zero."""
+    return _return(layout, route, rows)
+
+
+@jax.named_scope("exchange_gradients")
+def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
+    """Returns the summed gradients [Q, D] of a shard's rows from all devices' [U, D], added in the order of devices."""
+
+    def send(width: int) -> jax.Array:
+        empty = jnp.zeros((layout.shards * width, row_grads.shape[1]), row_grads.dtype)
+        place = _place(layout, route.owner, route.rank, width)
+        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, row_grads)))
+        total = jnp.zeros((route.rows.shape[0], row_grads.shape[1]), row_grads.dtype)
+        return ops.add_duplicates(total, route.asked[: received.shape[0]], received)
+
+    return _either(layout, route.is_wide, route.owner.shape[0] - 1, send)
+
+
+def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]) by asking their owners, who read local rows [n] -> [n, D]."""
+    wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
+    owner, row, rank = _assign(layout, wanted.ids)
+    num_entries = ids.shape[0]
+    is_over = jnp.any((owner < layout.shards) & (rank >= _width(layout, num_entries, False)))
+    is_wide = _sum(is_over.astype(jnp.int32), layout.axes) > 0
+
+    def send(width: int) -> jax.Array:
+        place = _place(layout, owner, rank, width)
+        asked = _swap(layout, indexing.put(jnp.full(layout.shards * width, NO_ID, jnp.int32), place, row))
+        return indexing.take(_swap(layout, read_rows(asked)), place, 0)
+
+    rows = _either(layout, is_wide, num_entries, send)
+    rows = rows if layout.is_batch_divided else _sum(rows, layout.axes)
+    return indexing.take(rows, wanted.inverse)
+
+
+# --- counts
+
+
+def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
+    """Returns the counts of the whole batch, the same on every device, from a device's requests and a shard's rows."""
+    by_device = {name: total_over_batch(layout, getattr(counts, name)) for name in ("requests", "out_of_range")}
+    by_shard = {
+        name: total_over_shards(layout, getattr(counts, name))
+        for name in ("unique", "hits", "hit_requests", "misses", "bypasses", "evictions", "write_backs")
+    }
+    return dataclasses.replace(counts, **by_device, **by_shard, wide_exchanges=route.is_wide.astype(jnp.int32))
+
+
+def total_over_batch(layout: Layout, value: jax.Array) -> jax.Array:
+    """Returns the sum of a device's own scalar over all devices of a batch."""
+    return _sum(value, layout.batch_axes)
+
+
+def total_over_shards(layout: Layout, value: jax.Array) -> jax.Array:
+    """Returns the sum of a shard's scalar over all shards."""
+    return _sum(value, layout.axes)

@@ -1,0 +1,200 @@
+"""How a user's features reach stacks of tables and how their vectors come back in the same nesting; flax-free.
+
+Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a column per feature, over all stacks in order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpembed_jax.embedding.pooling import COMBINERS, pool
+from mpembed_jax.spec import EmbeddingSpec
+
+Combiners = tuple[tuple[str, str | None], ...]
+
+
+class Part(NamedTuple):
+    """What one stack gives to a call."""
+
+    rows: jax.Array  # f32 [U, D]
+    inverse: Any
+    pool: Callable = pool  # pooling.pool, or the same over a mesh
+
+
+def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
+    """Returns specs as a tuple.
+
+    Raises:
+      TypeError: if they are not EmbeddingSpecs.
+      ValueError: if there are none, or two stacks have a feature of one name.
+    """
+    result = (specs,) if isinstance(specs, EmbeddingSpec) else tuple(specs)
+    if not all(isinstance(s, EmbeddingSpec) for s in result):
+        raise TypeError(f"specs must be one EmbeddingSpec or several, got {specs!r}")
+    if not result:
+        raise ValueError("specs must be one EmbeddingSpec or several, got none")
+    names = [f for s in result for f, _ in s.feature_tables]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(
+            f"features {repeated} are in several specs; give each feature one stack (EmbeddingSpec(features=..))"
+        )
+    return result
+
+
+def as_transformations(tx: Any, specs: tuple[EmbeddingSpec, ...]) -> tuple[optax.GradientTransformation, ...]:
+    """Returns one row optimizer per spec.
+
+    Raises:
+      ValueError: if a sequence of them has another length than specs.
+    """
+    # An optax transformation is itself a tuple.
+    if callable(getattr(tx, "update", None)) or not isinstance(tx, Sequence):
+        return (tx,) * len(specs)
+    if len(tx) != len(specs):
+        raise ValueError(f"tx must be one transformation or one per spec, got {len(tx)} for {len(specs)} specs")
+    return tuple(tx)
+
+
+def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
+    """Returns (feature, combiner) pairs, one for each feature.
+
+    Raises:
+      ValueError: on an unknown combiner, or a mapping that does not name exactly the features.
+    """
+    features = [f for s in specs for f, _ in s.feature_tables]
+    chosen = dict(combiner) if isinstance(combiner, Mapping) else dict.fromkeys(features, combiner)
+    if set(chosen) != set(features):
+        raise ValueError(f"combiner must name exactly the features {features}, got {list(chosen)}")
+    for feature, name in chosen.items():
+        if name is not None and name not in COMBINERS:
+            raise ValueError(f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, got {name!r}")
+    return tuple((f, chosen[f]) for f in features)
+
+
+def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
+    """Maps any nest of a single table's ids to global ids, checked against its size."""
+    ((feature, _),) = spec.feature_tables
+    return jax.tree.map(lambda leaf: spec.global_ids({feature: leaf})[feature], ids)
+
+
+def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
+    """Splits the last axis of an array by stacks."""
+    ends = np.cumsum([len(s.feature_tables) for s in specs])
+    return [array[..., e - len(s.feature_tables) : e] for s, e in zip(specs, ends, strict=True)]
+
+
+def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
+    """Returns the global ids of each stack, from ids local to their tables.
+
+    Args:
+      specs: the stacks.
+      ids: {feature: ids [..]} of some or all features, or integers [.., T].
+
+    Returns:
+      For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack].
+
+    Raises:
+      KeyError: on an unknown feature.
+      ValueError: if array ids have another number of columns, or the stacks have several widths.
+    """
+    if isinstance(ids, Mapping):
+        known = {f for s in specs for f, _ in s.feature_tables}
+        unknown = [f for f in ids if f not in known]
+        if unknown:
+            raise KeyError(f"unknown features {unknown}; the specs have {sorted(known)}")
+        return [s.global_ids({f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
+    array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    names = [f for s in specs for f, _ in s.feature_tables]
+    if array.ndim < 1 or array.shape[-1] != len(names):
+        raise ValueError(
+            f"array ids must be [.., {len(names)}], one column per feature {names}, got {list(array.shape)}; "
+            f"for bags pass a dict of features"
+        )
+    widths = [s.embedding_dim for s in specs]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"array ids need one embedding_dim for all features, the specs have {widths}; pass a dict of features"
+        )
+    return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
+
+
+def _as_float(weights: Any) -> jax.Array:
+    return jnp.asarray(weights).astype(jnp.float32)
+
+
+def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+    rows, inverse, pool = part
+    single = {}  # one gather, and one gradient table, for all of them
+    bags = {}
+    for feature, index in inverse.items():
+        combiner, weight = combiners[feature], weights.get(feature)
+        if combiner is None:
+            if weight is not None:
+                raise ValueError(f"weights of feature {feature!r} need a combiner, its combiner is None; leave them out")
+            single[feature] = index
+        elif index.ndim < 2:
+            raise ValueError(
+                f"feature {feature!r} has ids {list(index.shape)}, but combiner {combiner!r} reduces the last axis of "
+                f"[.., L], the bag; pass ids[..., None] for bags of one id, or combiner={{{feature!r}: None, ..}}"
+            )
+        elif index.shape[-1] == 1 and weight is None:
+            single[feature] = index[..., 0]
+        else:
+            bags[feature] = index
+    vectors = pool(rows, single)
+    for feature, index in bags.items():
+        weight = weights.get(feature)
+        vectors[feature] = pool(rows, index, None if weight is None else _as_float(weight), combiners[feature])
+    return vectors
+
+
+def combine(
+    specs: tuple[EmbeddingSpec, ...], combiners: Combiners, parts: Sequence[Part], ids: Any, weights: Any, dtype: Any
+) -> Any:
+    """Pools each stack's rows and returns the vectors in the nesting of ids.
+
+    Args:
+      specs: the stacks.
+      combiners: see as_combiners.
+      parts: each stack's Part, its inverse nested as `route` gave the ids.
+      ids: what the user passed.
+      weights: None, or nested as ids (a mapping may leave features out), of the ids' shapes.
+      dtype: of the result.
+
+    Returns:
+      {feature: [.., D]}, reduced over the last axis of ids where there is a combiner; or [.., T, D] for array ids.
+
+    Raises:
+      TypeError: if weights are nested otherwise.
+      KeyError: if weights name a feature that ids do not.
+      ValueError: on weights of another shape, or without a combiner, or on ids without a bag axis.
+    """
+    by_feature = dict(combiners)
+    if isinstance(ids, Mapping):
+        if weights is not None and not isinstance(weights, Mapping):
+            raise TypeError(f"weights must be a mapping like ids, {{feature: weights}}, got {type(weights).__name__}")
+        stray = [f for f in weights or {} if f not in ids]
+        if stray:
+            raise KeyError(f"weights name features {stray} that ids do not; ids have {list(ids)}")
+        vectors: dict[str, jax.Array] = {}
+        for part in parts:
+            vectors.update(_bags(part, by_feature, weights or {}))
+        ordered = {f: vectors[f].astype(dtype) for f in ids}
+        return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
+    if weights is None:
+        # A column is a bag of one id: every combiner gives its vector.
+        return jnp.concatenate([part.pool(part.rows, part.inverse) for part in parts], axis=-2).astype(dtype)
+    if np.shape(weights) != np.shape(ids):
+        raise ValueError(f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}")
+    stacked: list[jax.Array] = []
+    for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
+        names = [f for f, _ in spec.feature_tables]
+        index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
+        bags = _bags(part._replace(inverse=index), by_feature, {f: factors[..., i, None] for i, f in enumerate(names)})
+        stacked.extend(bags[f] for f in names)
+    return jnp.stack(stacked, axis=-2).astype(dtype)

@@ -1,0 +1,215 @@
+"""Row formats: how one embedding row of float32 becomes packed machine words and back.
+
+A row is `codes * scale + bias` with one scale (and bias) per row, packed as `[codes | scale | bias]` into uint16 or uint32
+words so that one memory access reads all of it. The layout follows FBGEMM's row-wise quantized tables in spirit; the
+symmetric bfloat16-scale formats, the word packing and the rounding rules are ours. Elementwise pieces (quantize,
+dequantize) also trace inside kernel bodies.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpembed_jax.numerics import rounding
+
+_INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
+_CODE_BITS = {**_INT_BITS, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+_SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """How one row is stored.
+
+    Attributes:
+      name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or "int2".
+      symmetric: integer formats only. True: a scale, codes around zero. False: a scale and a bias, codes from the row's
+        minimum. None: symmetric if embedding_dim < 32 and not int2, since metadata decides the ratio of narrow rows.
+      scale_dtype: "bfloat16" (default), "float16" or "float32"; integer and float8 formats only.
+      rounding: "stochastic" or "nearest" when a trained row is written.
+
+    Raises:
+      ValueError: on an unknown name or an option that the format does not have.
+    """
+
+    name: str = "int8"
+    symmetric: bool | None = None
+    scale_dtype: str | None = None
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        if self.name not in _CODE_BITS:
+            raise ValueError(f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}")
+        if self.rounding not in ("stochastic", "nearest"):
+            raise ValueError(f'rounding must be "stochastic" or "nearest", got {self.rounding!r}')
+        if self.symmetric is not None and self.name not in _INT_BITS:
+            raise ValueError(f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out")
+        if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}")
+        if self.scale_dtype is not None and not (self.is_integer or self.name.startswith("float8")):
+            raise ValueError(f"{self.name} rows have no scale; leave scale_dtype out")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are small integers on a per-row grid."""
+        return self.name in _INT_BITS
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per element."""
+        return _CODE_BITS[self.name]
+
+    def resolve(self, embedding_dim: int) -> "RowFormat":
+        """Returns the format with every None replaced by its default for this embedding dim."""
+        if self.is_integer:
+            symmetric = (embedding_dim < 32 and self.name != "int2") if self.symmetric is None else self.symmetric
+            return dataclasses.replace(self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16")
+        if self.name.startswith("float8"):
+            return dataclasses.replace(self, scale_dtype=self.scale_dtype or "bfloat16")
+        return self
+
+    def metadata_halves(self, embedding_dim: int) -> int:
+        """Returns how many 16-bit halves the scale and bias of a row take."""
+        fmt = self.resolve(embedding_dim)
+        if fmt.scale_dtype is None:
+            return 0
+        return (2 if fmt.scale_dtype == "float32" else 1) * (2 if fmt.symmetric is False else 1)
+
+    def word_bits(self, embedding_dim: int) -> int:
+        """Returns 32 if the unpadded row is a multiple of 4 bytes, else 16."""
+        bits = embedding_dim * self.code_bits + 16 * self.metadata_halves(embedding_dim)
+        return 32 if bits % 32 == 0 else 16
+
+    def word_dtype(self, embedding_dim: int) -> np.dtype:
+        """Returns the dtype of a packed row's words."""
+        return np.dtype(np.uint32 if self.word_bits(embedding_dim) == 32 else np.uint16)
+
+    def row_words(self, embedding_dim: int) -> int:
+        """Returns the number of words in a packed row."""
+        return self.row_bytes(embedding_dim) * 8 // self.word_bits(embedding_dim)
+
+    def row_bytes(self, embedding_dim: int) -> int:
+        """Returns the bytes of a packed row, metadata and padding included."""
+        return 2 * (-(-embedding_dim * self.code_bits // 16) + self.metadata_halves(embedding_dim))
+
+
+def as_format(fmt: "RowFormat | str") -> RowFormat:
+    """Accepts a format's name wherever a RowFormat is expected."""
+    if isinstance(fmt, RowFormat):
+        return fmt
+    if isinstance(fmt, str):
+        return RowFormat(fmt)
+    raise TypeError(f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}')
+
+
+def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D]; zeros in a format without them.
+
+    The bias is rounded down first and the scale is taken from the stored bias and rounded up: the other way round, a
+    quarter of the rows would leave their grid.
+    """
+    if fmt.scale_dtype is None:
+        zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
+        return zero, zero
+    low = jnp.min(x, axis=-1, keepdims=True) if fmt.symmetric is False else None
+    return parameters_of(low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt)
+
+
+def parameters_of(low: jax.Array | None, high: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns scale and bias of rows with elements in [low, high]; without a bias (low None) of magnitudes up to high."""
+    dtype = fmt.scale_dtype or "float32"
+    if low is not None:
+        bias = rounding.round_down(low, dtype)
+        return rounding.grid_step(_saturated(high - bias, high), 2**fmt.code_bits - 1, dtype), bias
+    top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else rounding.FLOAT_FORMATS[fmt.name].max_value
+    return rounding.grid_step(_saturated(high, high), top, dtype), jnp.zeros_like(high)
+
+
+def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
+    """Clamps a row's range to what the stored bias and float32 can reach; values that are not finite themselves stay so."""
+    return jnp.where(jnp.isfinite(extreme), jnp.clip(width, 0, 3.3e38), extreme)
+
+
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Returns x / divisor, correctly rounded: as a product with the reciprocal, grid points would leave the grid."""
+    return x / lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
+
+
+def quantize(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    fmt: RowFormat,
+    bits: jax.Array | None,
+    divide: Callable[[jax.Array, jax.Array], jax.Array] = divide,
+) -> jax.Array:
+    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format; clamped, never NaN-valued.
+
+    `divide` is a correctly rounded division: a kernel's own where the compiler's would be approximate.
+    """
+    if fmt.name == "float32":
+        return lax.bitcast_convert_type(x, jnp.uint32)
+    if fmt.scale_dtype is None:
+        return rounding.encode_float(x, rounding.FLOAT_FORMATS[fmt.name], bits)
+    # Scale 0 marks a row of zeros (or, with a bias, of one constant).
+    divisor = jnp.where(scale > 0, scale, jnp.float32(1))
+    if not fmt.is_integer:
+        y = jnp.where(scale > 0, divide(x, divisor), jnp.float32(0))
+        return rounding.encode_float(y, rounding.FLOAT_FORMATS[fmt.name], bits)
+    y = rounding.round_to_grid(jnp.where(scale > 0, x - bias, jnp.float32(0)), divisor, bits)
+    if fmt.symmetric:
+        top = 2 ** (fmt.code_bits - 1) - 1
+        return (jnp.clip(y, -top, top).astype(jnp.int32) + (top + 1)).astype(jnp.uint32)
+    return jnp.clip(y, 0, 2**fmt.code_bits - 1).astype(jnp.int32).astype(jnp.uint32)
+
+
+def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
+    """Returns float32 values of uint32 codes in a resolved format; codes * scale is exact, so contraction is harmless."""
+    if fmt.name == "float32":
+        return lax.bitcast_convert_type(codes, jnp.float32)
+    if not fmt.is_integer:
+        values = rounding.decode_float(codes, rounding.FLOAT_FORMATS[fmt.name])
+        return values if fmt.scale_dtype is None else values * scale
+    signed = codes.astype(jnp.int32)
+    if fmt.symmetric:
+        return (signed - 2 ** (fmt.code_bits - 1)).astype(jnp.float32) * scale
+    return signed.astype(jnp.float32) * scale + bias
+
+
+def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[jax.Array]:
+    """Returns what is stored after the codes: the scale's 16-bit halves (uint32 each), low half first, then the bias's."""
+    dtype = fmt.scale_dtype or "float32"
+    return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])
+
+
+def parameters_from(halves: list[jax.Array], fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale and bias (float32) that `parameter_halves` stored."""
+    dtype = fmt.scale_dtype or "float32"
+    width = 2 if dtype == "float32" else 1
+    scale = _from_halves(halves[:width], dtype)
+    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(scale)
+
+
+def _halves(value: jax.Array, dtype: str) -> list[jax.Array]:
+    raw = lax.bitcast_convert_type(value, jnp.uint32)
+    match dtype:
+        case "float32":
+            return [raw & jnp.uint32(0xFFFF), raw >> 16]
+        case "bfloat16":
+            return [raw >> 16]
+        case _:
+            return [rounding.encode_float(value, rounding.FLOAT_FORMATS["float16"], None)]
+
+
+def _from_halves(halves: list[jax.Array], dtype: str) -> jax.Array:
+    match dtype:
+        case "float32":
+            return lax.bitcast_convert_type(halves[0] | (halves[1] << 16), jnp.float32)
+        case "bfloat16":
+            return lax.bitcast_convert_type(halves[0] << 16, jnp.float32)
+        case _:
+            return rounding.decode_float(halves[0], rounding.FLOAT_FORMATS["float16"])

@@ -1,0 +1,112 @@
+"""Scalar arithmetic of low precision: counter-based random bits, and rounding of float32 to narrow formats.
+
+Everything here is elementwise integer and float32 arithmetic, so the same functions trace inside `jax.jit` and inside a
+kernel body. Rounding knows nothing of rows or tables, and random bits are an argument. Random bits are a hash of
+(key, stream, step, global row id, column) built from Murmur3's 32-bit finalizer, so a draw never depends on batch order,
+cache line, shard or launch shape.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Streams keep the draws for different purposes independent; optimizer state leaf i uses ROW_STATE + i.
+INITIAL_VALUE, INITIAL_ROUNDING, WRITE_BACK, BYPASS, FLUSH, ROW_STATE = 0, 1, 2, 3, 4, 5
+
+_GOLDEN = 0x9E3779B9
+
+
+def fmix32(x: jax.Array) -> jax.Array:
+    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, a bijection."""
+    x = x ^ (x >> 16)
+    x = x * jnp.uint32(0x85EBCA6B)
+    x = x ^ (x >> 13)
+    x = x * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def scale_to(mixed: jax.Array, size: int) -> jax.Array:
+    """Maps mixed uint32 to [0, size) as (mixed * size) div 2^32: as even as a remainder, without a division or 64 bits.
+
+    Args:
+      mixed: uint32 [..], well mixed in its high bits.
+      size: 1 to 2^31.
+
+    Returns:
+      int32 [..].
+    """
+    high, low = mixed >> 16, mixed & jnp.uint32(0xFFFF)
+    size_high, size_low = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
+    middle = high * size_low + ((low * size_low) >> 16)
+    if size < 1 << 16:
+        return (middle >> 16).astype(jnp.int32)
+    other = low * size_high
+    carry = ((middle & jnp.uint32(0xFFFF)) + (other & jnp.uint32(0xFFFF))) >> 16
+    return (high * size_high + (middle >> 16) + (other >> 16) + carry).astype(jnp.int32)
+
+
+def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
+    """Folds (key, stream, step) into the two words that `bits_at` takes.
+
+    Args:
+      key: uint32 [2].
+      stream: one of the stream constants of this module.
+      step: integer scalar.
+
+    Returns:
+      uint32 [2].
+    """
+    mixed = fmix32(jnp.asarray(step).astype(jnp.uint32) ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF)))
+    return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
+
+
+def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
+    """Returns 32 random bits for each (row id, column) pair; `row_ids` and `columns` broadcast against each other.
+
+    Each row walks its own Weyl sequence (an odd, row-dependent increment) and every point of it is mixed again, so
+    the sequences of two rows do not overlap shifted.
+    """
+    ids = row_ids.astype(jnp.uint32)
+    start = fmix32(ids ^ seed[0])
+    increment = fmix32(ids + seed[1]) | jnp.uint32(1)
+    return fmix32(start + columns.astype(jnp.uint32) * increment)
+
+
+def row_bits(key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+    """Returns the random bits of whole rows.
+
+    Args:
+      key: uint32 [2], or shard.RowKey, whose row_ids are local rows.
+      stream: one of the stream constants of this module.
+      step: integer scalar.
+      row_ids: integer [..], global row ids.
+      num_columns: embedding dim.
+
+    Returns:
+      uint32 [.., num_columns].
+    """
+    if hasattr(key, "row_bits"):
+        return key.row_bits(stream, step, row_ids, num_columns)
+    columns = jnp.arange(num_columns, dtype=jnp.uint32)
+    return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Maps uint32 bits to float32 multiples of 2^-24 in [0, 1)."""
+    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def key_words(key: jax.Array) -> jax.Array:
+    """Returns the uint32 [2] words of a jax key, typed or raw.
+
+    Raises:
+      TypeError: if it is neither.
+    """
+    if isinstance(key, jax.Array | np.ndarray) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        words = jax.random.key_data(key)
+        return words if words.shape == (2,) else words[:2] ^ words[2:4]
+    if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.shape == (2,):
+        return jnp.asarray(key)
+    raise TypeError(f"key must be jax.random.key(..) or uint32 [2], got {getattr(key, 'dtype', type(key).__name__)}")

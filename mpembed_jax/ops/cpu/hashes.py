@@ -1,0 +1,32 @@
+"""Hashes of `numerics` and `cache`, compiled by numba: the same numbers."""
+
+import numpy as np
+
+from mpembed_jax.cache import residency
+from mpembed_jax.ops.cpu.call_frame import compiled
+
+_SEEDS = residency.SKETCH_SEEDS
+
+
+@compiled
+def fmix32(x):
+    """See numerics.fmix32."""
+    x = np.uint32(x)
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x85EBCA6B))
+    x = np.uint32(x ^ (x >> np.uint32(13)))
+    x = np.uint32(x * np.uint32(0xC2B2AE35))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@compiled
+def scale_to(mixed, size):
+    """See numerics.scale_to."""
+    return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
+
+
+@compiled
+def cell(depth, x, groups, width):
+    """See cache.sketch_cells."""
+    quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))
+    return (depth * groups + group) * width + scale_to(fmix32(quotient ^ np.uint32(_SEEDS[depth])), width)

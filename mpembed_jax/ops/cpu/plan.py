@@ -1,0 +1,247 @@
+"""Planning a batch on a CPU: the rules of `planning.make_plan` and `rounds.enter`, in loops compiled by numba.
+
+Decisions depend on each other, so plain loops cost half of XLA's passes over arrays, or less. All of it is integer
+arithmetic: the same bits as the reference, the cache's arrays updated in place.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.cache import policy
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.cache.spec import MAX_WAYS
+from mpembed_jax.ops import cpu
+from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
+from mpembed_jax.ops.cpu.hashes import cell, fmix32, scale_to
+from mpembed_jax.row_ids import NO_ID
+
+_NO_ID = np.int32(NO_ID)
+_MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MAX_AGE
+_AHEAD = 16  # ids
+# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+_ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
+
+
+def _find_half(frame, half):
+    """Finds the lines of one half of the ids; pins those that exist, estimates and queues the misses.
+
+    `order` and `queue` are filled from the half's first id on; found[half] and found[2 + half] say how far. Cache lines are
+    asked for well before they are looked at: tags first, then, when the line is known, its priority.
+    """
+    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
+    num_ids, step = np.int64(argument(frame, 3, np.int32)[0]), argument(frame, 3, np.int32)[1]
+    tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
+    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
+    set_of, order, queue = result(frame, 10, np.int32), result(frame, 11, np.int32), result(frame, 12, np.int32)
+    sets, ways, groups, width = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3])
+    is_lfu, begin, end = width > 0, num_ids * half // 2, num_ids * (half + 1) // 2
+    num_hits, num_misses = 0, 0
+    for ahead in range(begin, end + 2 * _AHEAD):
+        if ahead < end:
+            x = np.uint32(ids[ahead])
+            home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
+            set_of[ahead] = home
+            ask_for(tags, home * ways, ways)
+        i = ahead - _AHEAD
+        if begin <= i < end:  # without a branch on what is found: a wrong guess would end the overlap of waits
+            first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
+            for way in range(np.uint64(ways)):
+                place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
+            here = np.int64(first + place - _ONE if place > 0 else first)
+            ask_for(priority, here, 1)
+            line[i] = here if place > 0 else sets * ways
+        i -= _AHEAD
+        if i < begin:
+            continue
+        here = line[i]
+        if here < sets * ways:
+            estimate[i] = min(priority[here] + counts[i], _MAX_ESTIMATE) if is_lfu else 0
+            priority[here] = _PINNED if is_lfu else step
+            order[begin + num_hits] = i
+            num_hits += 1
+        else:
+            estimate[i] = 0
+            queue[begin + num_misses] = i
+            num_misses += 1
+            ask_for(priority, np.int64(set_of[i]) * ways, ways)
+            if is_lfu:
+                ask_for(sketch, cell(0, ids[i], groups, width), 1)
+                ask_for(sketch, cell(1, ids[i], groups, width), 1)
+    if is_lfu:
+        for k in range(begin, begin + num_misses):
+            i = queue[k]
+            seen = min(sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)])
+            estimate[i] = min(np.int32(seen) + counts[i], _MAX_ESTIMATE)
+    found[half], found[2 + half] = num_hits, num_misses
+
+
+_find = cpu.call_frame.halves(_find_half)
+
+
+@compiled
+def _join(values, begin, num_first, num_second):
+    """Moves what stands from `begin` on to behind the first entries."""
+    for k in range(num_second):
+        values[num_first + k] = values[begin + k]
+    return num_first + num_second
+
+
+@compiled
+def _enter(
+    ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
+    num_waiting, best, winner, full,
+):  # fmt: skip
+    """Lets misses enter in the rounds of rounds.enter, and appends them to `order`. Returns the number of cached ids."""
+    last = len(ids)
+    best[:], winner[:], full[:] = -1, _NO_ID, -1
+    while num_waiting > 0:
+        for k in range(num_waiting):  # a bucket's best miss: the largest estimate, then the smallest id
+            i = queue[k]
+            b = bucket_of[i]
+            if estimate[i] > best[b] or (estimate[i] == best[b] and ids[i] < winner[b]):
+                best[b], winner[b] = estimate[i], ids[i]
+        for k in range(num_waiting):  # meets the cheapest way of its set
+            i = queue[k]
+            if winner[bucket_of[i]] != ids[i]:
+                continue
+            first, cheapest = np.uint64(set_of[i] * ways), np.uint64(1) << np.uint64(40)
+            for way in range(np.uint64(ways)):
+                if is_lfu:
+                    rank = np.uint64(priority[first + way] + 1)
+                else:
+                    rank = np.uint64(_MAX_AGE + 1 - min(np.int64(np.int32(step - priority[first + way])), _MAX_AGE))
+                rank = np.uint64(0) if tags[first + way] == _NO_ID else rank
+                cheapest = min(cheapest, rank * _MAX_WAYS + way)
+            here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            if use <= (estimate[i] if is_lfu else _MAX_AGE):
+                victim[i], victim_use[i] = tags[here], use - 1
+                tags[here], priority[here], line[i] = ids[i], _PINNED if is_lfu else step, here
+                order[num_cached] = i
+                num_cached += 1
+            else:
+                full[bucket_of[i]] = set_of[i]
+        num_left = 0
+        for k in range(num_waiting):  # a set that its best miss could not enter is closed; other losers wait
+            i = queue[k]
+            if full[bucket_of[i]] == set_of[i]:
+                last -= 1
+                order[last] = i
+            elif winner[bucket_of[i]] != ids[i]:
+                queue[num_left] = i
+                num_left += 1
+        for k in range(num_left):
+            b = bucket_of[queue[k]]
+            best[b], winner[b], full[b] = -1, _NO_ID, -1
+        num_waiting = num_left
+    return num_cached
+
+
+def _place_half(frame, half):
+    """Brings one half of the ids into the order of the plan; their lines, or the sketch, take their estimates."""
+    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
+    priority, sketch = result(frame, 1, np.int32), result(frame, 2, np.uint16)
+    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
+    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
+    order, moved = result(frame, 11, np.int32), result(frame, 12, np.int32)
+    victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
+    groups, width, num_ids = np.int64(shape[2]), np.int64(shape[3]), np.int64(argument(frame, 3, np.int32)[0])
+    num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
+    is_lfu, hit_requests = width > 0, 0
+    # One of them does all that has to do with the sketch, whose cells several ids share.
+    middle = min(num_ids // 2, num_hits)
+    for k in range(middle * half, num_ids if half else middle):
+        i = order[k]
+        placed_ids[k], placed_line[k], victim_ids[k], moved[i] = ids[i], line[i], _NO_ID, k
+        if k < num_hits:
+            hit_requests += counts[i]
+        else:
+            victim_ids[k] = victim[i]
+        if is_lfu:  # lines of this batch take their estimates; the sketch keeps those of ids without a line
+            if k < num_cached:
+                priority[line[i]] = estimate[i]
+            if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
+                left, use = (ids[i], estimate[i]) if k >= num_cached else (victim[i], victim_use[i])
+                for depth in range(2):
+                    place = cell(depth, left, groups, width)
+                    sketch[place] = max(sketch[place], np.uint16(use))
+    found[2 + half] = hit_requests
+
+
+_place = cpu.call_frame.halves(_place_half)
+
+
+def _plan(frame):
+    ids, inverse = argument(frame, 0, np.int32), argument(frame, 1, np.int32)
+    numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
+    tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
+    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
+    placed_inverse, found = result(frame, 6, np.int32), result(frame, 7, np.int32)
+    line, estimate, set_of = result(frame, 8, np.int32), result(frame, 9, np.int32), result(frame, 10, np.int32)
+    order, queue, bucket_of = result(frame, 11, np.int32), result(frame, 12, np.int32), result(frame, 13, np.int32)
+    victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
+    best, winner, full = result(frame, 16, np.int32), result(frame, 17, np.int32), result(frame, 18, np.int32)
+    num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
+    sets, ways, is_lfu = np.int64(shape[0]), np.int64(shape[1]), shape[3] > 0
+
+    if must_halve:
+        for k in range(len(priority)):
+            priority[k] >>= 1
+        for k in range(len(sketch)):
+            sketch[k] >>= 1
+    _find(frame)
+    num_hits = _join(order, num_ids // 2, found[0], found[1])
+    num_misses = _join(queue, num_ids // 2, found[2], found[3])
+    for k in range(num_misses):
+        i = queue[k]
+        victim[i] = _NO_ID
+        bucket_of[i] = set_of[i] if len(best) == sets else scale_to(fmix32(set_of[i]), len(best))
+    num_cached = num_hits
+    if num_misses > 0:
+        num_cached = _enter(
+            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
+            order, num_hits, queue, num_misses, best, winner, full,
+        )  # fmt: skip
+
+    found[0], found[1] = num_hits, num_cached
+    _place(frame)
+    found[2] += found[3]
+    moved = queue
+    for k in range(num_ids, len(ids)):
+        placed_ids[k], placed_line[k], victim_ids[k], moved[k] = _NO_ID, sets * ways, _NO_ID, len(ids) - 1
+    for position in range(len(inverse)):
+        placed_inverse[position] = moved[inverse[position]]
+
+
+def plan(
+    cache: CacheState,
+    ids: jax.Array,
+    inverse: jax.Array,
+    counts: jax.Array,
+    num_ids: jax.Array,
+    step: jax.Array,
+    must_halve: jax.Array,
+) -> tuple[CacheState, tuple[jax.Array, ...]]:
+    """See `planning.place`, whose Placed has the fields of the second result."""
+    cpu.call_frame.register("mpembed_plan", _plan)
+    sets, ways, groups = cache.geometry
+    width = ids.shape[0]
+    sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
+    held = [cache.tags, cache.priority, sketch]
+    num_buckets = cache.geometry.election_buckets(width)
+    sizes = [width] * 3 + [inverse.shape[0], 4] + [width] * 8 + [num_buckets] * 3
+    results: Any = jax.ffi.ffi_call(
+        "mpembed_plan",
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held] + [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes],
+        input_output_aliases={5: 0, 6: 1, 7: 2},
+    )(
+        ids, inverse, counts, jnp.stack([num_ids, step, must_halve.astype(jnp.int32)]),
+        np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32), *held,
+    )  # fmt: skip
+    tags, priority, sketch, unique_ids, line, victim_ids, inverse, found, *_ = results
+    sketch = sketch if cache.policy == "lfu" else None
+    cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
+    return cache, (unique_ids, inverse, line, victim_ids, *found[:3])

@@ -1,0 +1,97 @@
+"""What a CPU does natively, compiled by numba and called through XLA: deduplication, movements of rows, planning.
+
+A batch's integers are a few hundred kilobytes, so plain loops cost half of XLA's passes over arrays, or less. The same
+bits as the reference. Each function for jax becomes one foreign call.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.ops import cpu
+from mpembed_jax.ops.cpu.call_frame import argument, compiled, result
+from mpembed_jax.ops.cpu.hashes import fmix32
+from mpembed_jax.row_ids import NO_ID
+
+_NO_ID = np.int32(NO_ID)
+
+
+def _unique(frame):
+    ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
+    unique_ids, inverse, counts = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.int32)
+    numbers, table = result(frame, 3, np.int32), result(frame, 4, np.int32)
+    seen, times = result(frame, 5, np.int32), result(frame, 6, np.int32)  # of all distinct ids, over the budget or not
+    size, mask = len(unique_ids), len(table) - 1
+
+    table[:] = -1
+    num_found = 0
+    for position in range(len(ids)):
+        x = ids[position]
+        if x == _NO_ID:
+            inverse[position] = size - 1
+            continue
+        bucket = np.int64(fmix32(x)) & mask
+        while table[bucket] >= 0 and seen[table[bucket]] != x:
+            bucket = (bucket + 1) & mask
+        index = table[bucket]
+        if index < 0:
+            index = num_found
+            table[bucket], seen[index], times[index] = index, x, 0
+            num_found += 1
+        times[index] += 1
+        inverse[position] = index
+
+    num_ids = min(num_found, size - 1)
+    if num_ids < num_found:
+        _keep_smallest(ids, step, seen, times, inverse, num_found, num_ids, size - 1)
+    for index in range(num_ids):
+        unique_ids[index], counts[index] = seen[index], times[index]
+    for index in range(num_ids, size):
+        unique_ids[index], counts[index] = _NO_ID, 0
+    numbers[0], numbers[1] = num_ids, num_found - num_ids
+
+
+@compiled
+def _smallest(values, num):
+    """Returns the num-th smallest uint32 (the smallest for 0), by its upper, then by its lower half: no sort to compile."""
+    found, rest = np.uint32(0), max(num, 1)
+    for shift in (np.uint32(16), np.uint32(0)):
+        counts = np.zeros(1 << 16, np.int64)
+        for value in values:
+            if shift or value >> np.uint32(16) == found:
+                counts[np.int64((value >> shift) & np.uint32(0xFFFF))] += 1
+        digit = 0
+        while counts[digit] < rest:
+            rest -= counts[digit]
+            digit += 1
+        found = np.uint32((found << np.uint32(16)) | np.uint32(digit))
+    return found
+
+
+@compiled
+def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding):
+    """Over the budget: the ids smallest by fmix32(id xor step) stay, in their order."""
+    mixed, moved = np.empty(num_found, np.uint32), np.empty(num_found, np.int32)
+    for index in range(num_found):
+        mixed[index] = fmix32(np.uint32(seen[index]) ^ np.uint32(step))
+    limit = _smallest(mixed, num_kept)
+    kept = 0
+    for index in range(num_found):
+        moved[index] = padding
+        if num_kept > 0 and mixed[index] <= limit:
+            moved[index], seen[kept], times[kept] = kept, seen[index], times[index]
+            kept += 1
+    for position in range(len(ids)):
+        if ids[position] != _NO_ID:
+            inverse[position] = moved[inverse[position]]
+
+
+def unique(ids: jax.Array, size: int, step: jax.Array) -> tuple[jax.Array, ...]:
+    """See `xla.unique`, whose fields are returned; for at least one position."""
+    cpu.call_frame.register("mpembed_unique", _unique)
+    (num_positions,) = ids.shape
+    num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
+    shapes = [size, num_positions, size, 2, num_buckets, num_positions, num_positions]
+    call = jax.ffi.ffi_call("mpembed_unique", [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes])
+    unique_ids, inverse, counts, numbers, *_ = call(ids, step.reshape(1))
+    return unique_ids, inverse, counts, numbers[0], numbers[1]

@@ -1,0 +1,5 @@
+"""GPU kernels by Pallas' Triton back end; each op has the signature of its reference and gives the same bits."""
+
+from mpembed_jax.ops.gpu import kernel, rows, sums, update
+
+__all__ = ["kernel", "rows", "sums", "update"]

@@ -1,0 +1,194 @@
+"""GPU kernels of pooling, by Pallas' Triton back end: sums of duplicates without atomics, and bags without [.., L, D].
+
+Positions are sorted by the row they belong to, so that each row's positions are one segment, and every row is summed by one
+program, which may then do more with it (`pallas_update`). A program takes rows that lie far apart: the rows asked for most
+often stand side by side at the head of a plan, and each should have a program of its own. Short segments are summed side by
+side, one position of each row at a time; a long one by the whole program, thousands of elements at a time. The order of
+additions depends on the sorted positions alone, so results are deterministic.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mpembed_jax.arrays import indexing
+from mpembed_jax.ops import gpu
+
+_MOST_ROWS = 64  # of a program
+_SHORT = 32  # positions of a row that are summed side by side with other rows'
+_WIDE = 4096  # elements of a long segment that are loaded at once: 32 a thread
+_AHEAD = 4  # loads in flight before the first is added
+
+
+class Segments(NamedTuple):
+    """Positions sorted by row, and where each row's are."""
+
+    first: jax.Array  # i32 [size]  sorted position, equal to `stop` for rows without one
+    stop: jax.Array  # i32 [size]
+    source: jax.Array  # i32 [N]  the row of values that each sorted position takes
+    factors: jax.Array | None  # f32 [N]  of each sorted position
+
+    @property
+    def operands(self) -> list[jax.Array]:
+        """What `sum_rows` reads, in the order of its references."""
+        return [self.first, self.stop, self.source, *([] if self.factors is None else [self.factors])]
+
+
+def sort_positions(
+    index: jax.Array, size: int, num_values: int, source: jax.Array | None, factors: jax.Array | None
+) -> Segments:
+    """Sorts positions by row.
+
+    Args:
+      index: int32 [N] in [0, size), N > 0.
+      size: rows; the last one, padding, gets no positions.
+      num_values: M, rows of values.
+      source: int32 [N] in [0, M), or None: position n takes values n // (N / M).
+      factors: float32 [N] or None.
+    """
+    (num,) = index.shape
+    position = jnp.arange(num, dtype=jnp.int32)
+    # Of two arrays XLA's GPU back end sorts by radix; of a third, by comparisons.
+    segment, order = lax.sort_key_val(index, position)
+    is_real = segment != size - 1
+    edge = segment[1:] != segment[:-1]
+    begins = is_real & jnp.concatenate([jnp.ones(1, bool), edge])
+    ends = is_real & jnp.concatenate([edge, jnp.ones(1, bool)])
+    nowhere = jnp.zeros(size, jnp.int32)
+    return Segments(
+        first=indexing.put(nowhere, jnp.where(begins, segment, size), position),
+        stop=indexing.put(nowhere, jnp.where(ends, segment, size), position + 1),
+        source=order // (num // num_values) if source is None else indexing.take(source, order),
+        factors=None if factors is None else indexing.take(factors, order),
+    )
+
+
+def block_rows(num_columns: int) -> int:
+    """Returns how many rows of so many columns (a power of two) one program sums; not many, for long ones come in turn."""
+    return min(_MOST_ROWS, gpu.kernel.block_rows(num_columns))
+
+
+def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows of a program, int32 [block], as far apart as can be, and which of them are rows, bool [block]."""
+    stride = lax.div(jnp.asarray(num_rows, jnp.int32) + (block - 1), jnp.int32(block))
+    row = pl.program_id(0) + stride * jnp.arange(block, dtype=jnp.int32)
+    return row, (row < num_rows) & (pl.program_id(0) < stride)
+
+
+def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: jax.Array, dim: int) -> jax.Array:
+    """Sums the positions of each row of a program -> float32 [R, P]; zeros where masked, without positions, past `dim`.
+
+    Args:
+      refs: of Segments.operands.
+      values: reference of float32 [M, D].
+      row: int32 [R].
+      mask: bool [R].
+      columns: int32 [P], see pallas_rows.columns_of.
+      dim: D.
+    """
+    first_ref, stop_ref, source_ref, *factors_ref = refs
+    first, stop = (gpu.kernel.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
+    length, lane = stop - first, jnp.arange(row.shape[0], dtype=jnp.int32)
+    is_short = length <= _SHORT
+
+    def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
+        found = gpu.kernel.load_row(values, gpu.kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim)
+        return found * gpu.kernel.load(factors_ref[0], (position,), is_inside)[:, None] if factors_ref else found
+
+    def side_by_side(carry: tuple) -> tuple:
+        turn, total = carry
+        loaded = [vectors(first + turn + k, is_short & (turn + k < length)) for k in range(_AHEAD)]
+        for vector in loaded:
+            total = total + vector
+        return turn + _AHEAD, total
+
+    longest = jnp.max(jnp.where(is_short, length, 0))
+    start = (jnp.int32(0), jnp.zeros((row.shape[0], columns.shape[0]), jnp.float32))
+    _, total = lax.while_loop(lambda carry: carry[0] < longest, side_by_side, start)
+
+    width = max(1, _WIDE // columns.shape[0])
+    offset = jnp.arange(width, dtype=jnp.int32)
+
+    def next_long(after: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(~is_short & (lane > after), lane, row.shape[0]))
+
+    def one_long(carry: tuple) -> tuple:
+        here, total = carry
+        is_here = lane == here
+        begin, end = (jnp.sum(jnp.where(is_here, bound, 0), dtype=jnp.int32) for bound in (first, stop))
+
+        def further(carry: tuple) -> tuple:
+            position, sums = carry
+            places = [position + k * width + offset for k in range(_AHEAD)]
+            loaded = [vectors(place, place < end) for place in places]
+            for vector in loaded:
+                sums = sums + vector
+            return position + _AHEAD * width, sums
+
+        start = (begin, jnp.zeros((width, columns.shape[0]), jnp.float32))
+        _, sums = lax.while_loop(lambda carry: carry[0] < end, further, start)
+        own = jnp.sum(sums, axis=0)[None, :]
+        return next_long(here), jnp.where(is_here[:, None], own, total)
+
+    _, total = lax.while_loop(lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total))
+    # A padded column is zero times a factor, which may be infinite.
+    return jnp.where((columns < dim)[None, :], total, jnp.float32(0))
+
+
+def sum_duplicates(
+    values: jax.Array,
+    index: jax.Array,
+    size: int,
+    is_interpreted: bool,
+    factors: jax.Array | None = None,
+    source: jax.Array | None = None,
+) -> jax.Array:
+    """See `xla_sums.sum_duplicates`; values float32 [M, D]."""
+    dim = values.shape[1]
+    if 0 in (index.shape[0], values.shape[0]):
+        return jnp.zeros((size, dim), jnp.float32)
+    segments = sort_positions(index, size, values.shape[0], source, factors)
+    block = block_rows(gpu.kernel.ceil_power(dim))
+
+    def body(*refs: Any) -> None:
+        *segment_refs, values_ref, out = refs
+        (row, is_row), columns = spread_positions(block, size), gpu.kernel.columns_of(dim)
+        gpu.kernel.store_row(out, row, is_row, columns, dim, sum_rows(segment_refs, values_ref, row, is_row, columns, dim))
+
+    (out,) = gpu.kernel.launch(
+        body, pl.cdiv(size, block), [*segments.operands, values], [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
+        name="mpembed_sum", is_interpreted=is_interpreted,
+    )  # fmt: skip
+    return out
+
+
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: bool) -> jax.Array:
+    """See `xla_sums.bag`; each bag is accumulated in registers."""
+    *lead, length = index.shape
+    dim = rows.shape[1]
+    num = index.size // length if length else 0
+    if num == 0:
+        return jnp.zeros((*lead, dim), jnp.float32)
+    block = gpu.kernel.block_rows(dim)
+
+    def body(rows_ref: Any, index_ref: Any, factors_ref: Any, out: Any) -> None:
+        bag = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        is_inside, columns = bag < num, gpu.kernel.columns_of(dim)
+
+        def add(turn: jax.Array, total: jax.Array) -> jax.Array:
+            position = bag * length + turn
+            factor = gpu.kernel.load(factors_ref, (position,), is_inside)
+            row = gpu.kernel.load_row(rows_ref, gpu.kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim)
+            return total + factor[:, None] * row
+
+        total = lax.fori_loop(0, length, add, jnp.zeros((block, columns.shape[0]), jnp.float32))
+        gpu.kernel.store_row(out, bag, is_inside, columns, dim, total)
+
+    (out,) = gpu.kernel.launch(
+        body, pl.cdiv(num, block), [rows, index.reshape(-1), factors.reshape(-1)],
+        [jax.ShapeDtypeStruct((num, dim), jnp.float32)], name="mpembed_bag", is_interpreted=is_interpreted,
+    )  # fmt: skip
+    return out.reshape(*lead, dim)

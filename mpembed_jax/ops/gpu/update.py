@@ -1,0 +1,224 @@
+"""GPU kernels of the row update, by Pallas' Triton back end: from gradients, of rows or of positions, to stored rows.
+
+One kernel runs the optimizer's rule (SGD, row-wise Adagrad) on each unique row of a batch and stores it: to its line in
+float32, or stochastically rounded into the table. `update` is given a gradient per row; `update_summed` sums the gradients
+of a row's positions itself, so that no array of row gradients exists. The references are in `xla_update`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from mpembed_jax.numerics import random_bits, rounding
+from mpembed_jax.ops import gpu
+from mpembed_jax.ops.gpu.kernel import Layout
+from mpembed_jax.optim import RowRule
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import QuantizedTable
+
+_BFLOAT16 = rounding.FLOAT_FORMATS["bfloat16"]
+
+
+class _Stored(NamedTuple):
+    """What an update changes in place: arrays, or a kernel's references to them; None where there is none."""
+
+    packed: Any
+    lines: Any
+    sums: Any
+
+    @property
+    def held(self) -> list:
+        """Those there are."""
+        return [array for array in self if array is not None]
+
+    def holding(self, others: Any) -> "_Stored":
+        """Returns the same fields filled with others."""
+        remaining = iter(others)
+        return _Stored(*(None if array is None else next(remaining) for array in self))
+
+
+class _Gradients(NamedTuple):
+    """Where a kernel takes the gradients of its rows from."""
+
+    operands: list[jax.Array]
+    block: int  # R, rows of a program
+    rows_of: Callable[[Any], tuple]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
+    places: Callable[[list, jax.Array, jax.Array], list | None]  # (references, row, mask) -> float32 [R, W] by place
+
+
+def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
+    """Returns the rows after a step of the rule, all by place; total float32 [R] is G of row-wise Adagrad, None for SGD."""
+    rate = jnp.float32(-rule.learning_rate)
+    if total is None:
+        return [w + rate * g for w, g in zip(rows, grads, strict=True)]
+    root = jnp.sqrt(total) + jnp.float32(rule.eps)
+    divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
+    return [w + rate * (g / divisor) for w, g in zip(rows, grads, strict=True)]
+
+
+def update(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    sums: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    rows: jax.Array,
+    row_grads: jax.Array | None,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    is_interpreted: bool,
+    *,
+    learning_rate: float = 0.0,
+    eps: float = 0.0,
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
+    """See `xla_update.update`, in one pass; with row_grads None, `rows` are stored as they are."""
+    layout, block = Layout(table.format, rows.shape[1], is_interpreted), gpu.kernel.block_rows(rows.shape[1])
+
+    def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        return row, row < num_ids
+
+    def places(refs: list, row: jax.Array, mask: jax.Array) -> list | None:
+        columns = gpu.kernel.place_columns(layout)
+        return [gpu.kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
+
+    gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
+    stored, _ = _launch(
+        "mpembed_update", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
+        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps), skip_nonfinite=False,
+    )  # fmt: skip
+    return QuantizedTable(stored.packed, table.format, table.embedding_dim), stored.lines, stored.sums
+
+
+def update_summed(
+    table: QuantizedTable,
+    cache_rows: jax.Array | None,
+    sums: jax.Array | None,
+    ids: jax.Array,
+    line: jax.Array,
+    rows: jax.Array,
+    grads: jax.Array,
+    index: jax.Array,
+    source: jax.Array | None,
+    factors: jax.Array | None,
+    num_cached: jax.Array,
+    num_ids: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    is_interpreted: bool,
+    *,
+    learning_rate: float,
+    eps: float,
+    skip_nonfinite: bool,
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
+    """See `xla_update.update_summed`: the sums of `pallas_sums` and the update, in one kernel behind XLA's sort."""
+    layout = Layout(table.format, rows.shape[1], is_interpreted)
+    num_columns = layout.padded_words * layout.per_word
+    block = gpu.sums.block_rows(num_columns)
+    segments = gpu.sums.sort_positions(index, rows.shape[0], grads.shape[0], source, factors)
+
+    def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
+        *segment_refs, grads_ref = refs
+        columns = jnp.arange(num_columns, dtype=jnp.int32)
+        total = gpu.sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
+        if layout.per_word == 1:
+            return [total]
+        words, place = total.reshape(block, -1, layout.per_word), jnp.arange(layout.per_word, dtype=jnp.int32)
+        # Picked by a sum with zeros: Triton has no index into registers.
+        return [jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2) for p in range(layout.per_word)]
+
+    gradients = _Gradients(
+        [*segments.operands, grads], block, lambda num_ids: gpu.sums.spread_positions(block, num_ids), places
+    )  # fmt: skip
+    stored, is_finite = _launch(
+        "mpembed_update_summed", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
+        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps),
+        skip_nonfinite=skip_nonfinite,
+    )  # fmt: skip
+    is_updated = (jnp.arange(rows.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
+    if is_finite is not None:
+        is_updated = is_updated & (is_finite != 0)
+    return QuantizedTable(stored.packed, table.format, table.embedding_dim), stored.lines, stored.sums, is_updated
+
+
+def _launch(
+    name: str,
+    stored: _Stored,
+    layout: Layout,
+    ids: jax.Array,
+    line: jax.Array,
+    rows: jax.Array,
+    gradients: _Gradients,
+    bounds: jax.Array,
+    key: jax.Array,
+    step: jax.Array,
+    rule: RowRule,
+    *,
+    skip_nonfinite: bool,
+) -> tuple[_Stored, jax.Array | None]:
+    """Runs the kernel; bounds are (num_cached, num_ids). Returns what is stored and, if asked, int32 [U]: is it finite."""
+    (width, dim), held = rows.shape, stored.held
+
+    def body(*refs: Any) -> None:
+        inputs, outputs = list(refs[: len(operands)]), list(refs[len(operands) :])
+        seeds, bounds_ref, ids_ref, line_ref, rows_ref, *grad_refs = inputs[: len(operands) - len(held)]
+        into = stored.holding(outputs)
+        num_cached, num_ids = bounds_ref[0], bounds_ref[1]
+        position, is_row = gradients.rows_of(num_ids)
+        columns = gpu.kernel.place_columns(layout)
+
+        @pl.when(jnp.max(is_row.astype(jnp.int32)) > 0)
+        def update_block() -> None:
+            here = gpu.kernel.load(ids_ref, (position,), is_row, NO_ID)
+            is_updated = is_row & (here != NO_ID)
+            places = [gpu.kernel.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
+            grads = gradients.places(grad_refs, position, is_updated)
+            if grads is not None:
+                if skip_nonfinite:
+                    wrong = [jnp.max(jnp.where(jnp.abs(g) < jnp.inf, 0, 1), axis=1) for g in grads]
+                    is_finite = functools.reduce(jnp.maximum, wrong) == 0
+                    gpu.kernel.store(outputs[-1], (position,), is_finite.astype(jnp.int32), is_row)
+                    is_updated = is_updated & is_finite
+                total = None if into.sums is None else _add_squares(into.sums, grads, here, is_updated, seeds, layout)
+                places = _stepped(rule, places, grads, total)
+            is_cached = is_updated & (position < num_cached)
+            if into.lines is not None:
+                place = gpu.kernel.load(line_ref, (position,), is_cached)
+                for values, c in zip(places, columns, strict=True):
+                    gpu.kernel.store_row(into.lines, place, is_cached, c, dim, values)
+            gpu.kernel.write_packed(into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1]))
+
+    # The state of row-wise Adagrad is leaf 0 of its tree.
+    seeds = [random_bits.draw_seed(key, stream, step) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
+    operands = [jnp.concatenate(seeds), bounds, ids, line, rows, *gradients.operands, *held]
+    shapes = [gpu.kernel.shape_of(array) for array in held]
+    results = gpu.kernel.launch(
+        body, pl.cdiv(width, gradients.block), operands,
+        shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * skip_nonfinite,
+        name=name, is_interpreted=layout.is_interpreted,
+        aliases={len(operands) - len(held) + i: i for i in range(len(held))},
+    )  # fmt: skip
+    return stored.holding(results), results[-1] if skip_nonfinite else None
+
+
+def _add_squares(sums: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout) -> jax.Array:
+    """Adds each row's mean square to its stored G, float32 or bfloat16 bit patterns; returns it unrounded, float32 [R]."""
+    is_narrow = sums.dtype == jnp.uint16
+    before = gpu.kernel.load(sums, (ids,), mask)
+    if is_narrow:
+        before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
+    squares = sum(jnp.sum(jnp.square(g), axis=1) for g in grads)
+    total = stored = before + squares / jnp.float32(layout.dim)
+    if is_narrow:
+        bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
+        stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
+    # Every thread that keeps a copy of the old sum has read it before one of them stores the new one.
+    gpu.kernel.barrier(layout.is_interpreted)
+    gpu.kernel.store(sums, (ids,), stored, mask)
+    return total

@@ -1,0 +1,30 @@
+"""Bags without an array [.., L, D], in plain jax.numpy: the reference of the op."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax.arrays import carries, indexing
+
+
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+    """Returns float32 [.., D]: sum over l of factors[.., l] * rows[index[.., l]], without an array [.., L, D].
+
+    One position of all bags at a time.
+
+    Args:
+      rows: float32 [U, D].
+      index: int32 [.., L] in [0, U).
+      factors: float32 [.., L].
+    """
+    zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
+    if index.shape[-1] == 0:
+        return zeros
+
+    def body(position: jax.Array, total: jax.Array) -> jax.Array:
+        here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
+        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
+        return total + factor[..., None] * indexing.take(rows, here)
+
+    start = carries.with_final_types(lambda total: body(jnp.int32(0), total), zeros)
+    return lax.fori_loop(0, index.shape[-1], body, start)

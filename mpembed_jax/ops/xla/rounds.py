@@ -1,0 +1,135 @@
+"""How the misses of a batch enter the cache: in rounds, in each of which a set's best waiting miss meets its cheapest way.
+
+The rules are stated at `planning.make_plan`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax.arrays import carries, chunks, indexing
+from mpembed_jax.cache import policy, residency
+from mpembed_jax.cache.spec import MAX_WAYS, Geometry
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.row_ids import NO_ID
+
+
+class Entering(NamedTuple):
+    """What the rounds of `enter` work on."""
+
+    tags: jax.Array  # i32 [C]
+    priority: jax.Array  # i32 [C]  lines of this batch are pinned
+    line: jax.Array  # i32 [U]
+    victim_ids: jax.Array  # i32 [U]
+    victim_uses: jax.Array  # i32 [U]  the victims' priorities; none for LRU
+    order: jax.Array  # i32 [U]  hits and newcomers from the front, bypassed from the back
+    num_cached: jax.Array
+    last: jax.Array  # first of the bypassed in `order`
+    queue: jax.Array  # i32 [U]  positions of the misses that wait
+    num_waiting: jax.Array
+
+
+def enter(
+    carry: Entering,
+    geometry: Geometry,
+    is_lfu: bool,
+    ids: jax.Array,
+    estimates: jax.Array,
+    step: jax.Array,
+    chunk: int | None,
+) -> Entering:
+    """Lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
+
+    Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
+    """
+    width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
+    num_buckets = geometry.election_buckets(width)
+    is_direct = num_buckets == geometry.sets
+
+    def bucket_of(sets: jax.Array) -> jax.Array:
+        if is_direct:
+            return sets
+        return random_bits.scale_to(random_bits.fmix32(sets.astype(jnp.uint32)), num_buckets)
+
+    def waiting(window: chunks.Window, queue: jax.Array) -> tuple[jax.Array, ...]:
+        position = window.take(queue)
+        miss = jnp.where(window.is_live, indexing.take(ids, position), NO_ID)
+        sets = residency.set_of(miss, geometry)
+        return position, miss, sets, bucket_of(sets), indexing.take(estimates, position)
+
+    def meet(sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
+        way = jnp.arange(ways, dtype=jnp.uint32)
+        row_tags, row_priority = indexing.take(tags.reshape(-1, ways), sets), indexing.take(priority.reshape(-1, ways), sets)
+        if is_lfu:
+            rank = row_priority.astype(jnp.uint32) + jnp.uint32(1)
+        else:
+            rank = (policy.MAX_AGE + 1 - jnp.minimum(step - row_priority, policy.MAX_AGE)).astype(jnp.uint32)
+        cost = jnp.where(row_tags == NO_ID, jnp.uint32(0), rank) * jnp.uint32(MAX_WAYS) + way
+        cheapest = jnp.min(cost, axis=-1)
+        rank = (cheapest // jnp.uint32(MAX_WAYS)).astype(jnp.int32)
+        may = rank <= estimate if is_lfu else rank <= policy.MAX_AGE
+        chosen = (cheapest % jnp.uint32(MAX_WAYS)).astype(jnp.int32)
+        # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
+        is_chosen = way == chosen.astype(jnp.uint32)[:, None]
+        victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
+        return sets * ways + chosen, victim, rank - 1, may
+
+    @jax.named_scope("round")
+    def one_round(carry: Entering) -> Entering:
+        queue, num_waiting = carry.queue, carry.num_waiting
+
+        best = jnp.full(num_buckets if is_lfu else 0, -1, jnp.int32)
+        if is_lfu:
+
+            def raise_best(window: chunks.Window, best: jax.Array) -> jax.Array:
+                _, miss, _, bucket, estimate = waiting(window, queue)
+                return indexing.maximum(best, jnp.where(miss != NO_ID, bucket, num_buckets), estimate)
+
+            best = chunks.each(0, num_waiting, width, chunk, raise_best, best)
+
+        def elect(window: chunks.Window, winner: jax.Array) -> jax.Array:
+            _, miss, _, bucket, estimate = waiting(window, queue)
+            stands = (estimate == indexing.take(best, bucket)) if is_lfu else True
+            return indexing.minimum(winner, jnp.where(stands, bucket, num_buckets), miss)
+
+        winner = chunks.each(0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32))
+
+        def settle(window: chunks.Window, both: tuple[Entering, jax.Array]) -> tuple[Entering, jax.Array]:
+            carry, is_full = both
+            position, miss, sets, bucket, estimate = waiting(window, queue)
+            wins = (indexing.take(winner, bucket) == miss) & (miss != NO_ID)
+            place, victim, uses, may = meet(sets, estimate, carry.tags, carry.priority)
+            enters = wins & may
+            target, here = jnp.where(enters, place, lines), jnp.where(enters, position, width)
+            order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
+            carry = carry._replace(
+                tags=indexing.put(carry.tags, target, miss),
+                priority=indexing.put(carry.priority, target, policy.PINNED if is_lfu else step),
+                line=indexing.put(carry.line, here, place),
+                victim_ids=indexing.put(carry.victim_ids, here, victim),
+                victim_uses=indexing.put(carry.victim_uses, here, uses) if is_lfu else carry.victim_uses,
+                order=order,
+                num_cached=num_cached,
+            )
+            return carry, indexing.put(is_full, jnp.where(wins & ~may, bucket, num_buckets), True)
+
+        carry, is_full = chunks.each(0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool)))
+
+        # A set whose best miss could not enter is closed for all others; the rest of the losers wait for the next round.
+        def requeue(window: chunks.Window, carry: tuple) -> tuple:
+            order, last, queue, num_left = carry
+            position, miss, sets, bucket, _ = waiting(window, queue)
+            best_id = indexing.take(winner, bucket)
+            is_closed = indexing.take(is_full, bucket) & (residency.set_of(best_id, geometry) == sets)
+            order, last = chunks.append(order, last, position, window.is_live & is_closed, backwards=True)
+            queue, num_left = chunks.append(queue, num_left, position, window.is_live & ~is_closed & (best_id != miss))
+            return order, last, queue, num_left
+
+        left = (carry.order, carry.last, queue, jnp.int32(0))
+        order, last, queue, num_waiting = chunks.each(0, num_waiting, width, chunk, requeue, left)
+        return carry._replace(order=order, last=last, queue=queue, num_waiting=num_waiting)
+
+    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, carries.with_final_types(one_round, carry))

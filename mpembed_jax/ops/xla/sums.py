@@ -1,0 +1,71 @@
+"""The reference implementation of pooling's ops: sums of duplicates, and bags without [.., L, D]."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax.arrays import indexing
+
+
+def sum_duplicates(
+    values: jax.Array,
+    index: jax.Array,
+    size: int,
+    factors: jax.Array | None = None,
+    source: jax.Array | None = None,
+) -> jax.Array:
+    """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
+
+    Args:
+      values: float32 [M, ..].
+      index: int32 [N] in [0, size).
+      size: rows of the result.
+      factors: float32 [N] or None: multiplied with each position's values.
+      source: int32 [N] in [0, M): position n takes values[source[n]]; None: values[n // (N / M)], N a multiple of M.
+
+    Returns:
+      float32 [size, ..].
+    """
+    if source is not None:
+        values = indexing.take(values, source)
+    elif values.shape[0] != index.shape[0]:
+        values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
+    if factors is not None:
+        values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
+    return add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
+
+
+def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Adds values [n, ..] into total [U, ..] at index [n], duplicates summed; the last row, padding, takes nothing.
+
+    Decided by the platform that is lowered for: a CPU adds in place, in the order of positions; others sort and scan
+    (`add_sorted`), since a float32 scatter-add with duplicate ids is hundreds of times slower on some GPU builds
+    (jax#38806), and its order is not deterministic.
+    """
+    return lax.platform_dependent(total, index, values, cpu=_add_in_order, default=add_sorted)
+
+
+def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    last = total.shape[0] - 1
+    return indexing.add(total, jnp.where(index == last, last + 1, index), values)
+
+
+def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """See `add_duplicates`: a segmented scan over sorted positions, whose last entry of each segment is its sum.
+
+    No scatter sees an index twice, not even a sorted one: XLA's GPU back end adds those atomically, too.
+    """
+    (num,), last = index.shape, total.shape[0] - 1
+    if num == 0:
+        return total
+    segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
+    begins = jnp.concatenate([jnp.ones(1, bool), segment[1:] != segment[:-1]])
+    ends = jnp.concatenate([begins[1:], jnp.ones(1, bool)])
+
+    def join(left: tuple, right: tuple) -> tuple:
+        begins = right[1].reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(begins, right[0], left[0] + right[0]), left[1] | right[1]
+
+    sums, _ = lax.associative_scan(join, (indexing.take(values, order), begins))
+    place = jnp.where(ends & (segment != last), segment, last + 1)
+    return indexing.put(total, place, sums + indexing.take(total, segment))

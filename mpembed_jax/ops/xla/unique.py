@@ -1,0 +1,75 @@
+"""The distinct ids of a batch, in plain jax.numpy: the reference of the op."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax.arrays import carries, indexing
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.row_ids import NO_ID
+
+
+class Unique(NamedTuple):
+    """The distinct ids of a batch; positions without one (padding, over budget) hold U - 1 in `inverse`."""
+
+    ids: jax.Array  # i32 [U]  distinct, NO_ID after the first num_ids
+    inverse: jax.Array  # i32 [N]
+    counts: jax.Array  # i32 [U]  occurrences, 0 for padding
+    num_ids: jax.Array  # i32 []
+    num_dropped: jax.Array  # i32 []  distinct ids over the budget
+
+
+@jax.named_scope("unique")
+def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
+    """Deduplicates by a hashed claim table: positions claim a bucket, verify, and the losers try another hash.
+
+    Over the budget of size - 1, the ids smallest by fmix32(id xor step) stay.
+
+    Args:
+      ids: int32 [N], NO_ID for padding.
+      size: U; the last entry of the result is always NO_ID.
+      step: int32 scalar.
+
+    Returns:
+      The distinct ids, in order of first occurrence.
+    """
+    (num_positions,) = ids.shape
+    if num_positions == 0:
+        zero = jnp.int32(0)
+        return Unique(jnp.full(size, NO_ID, jnp.int32), ids, jnp.zeros(size, jnp.int32), zero, zero)
+    position = jnp.arange(num_positions, dtype=jnp.int32)
+    num_buckets = 1 << max(4, (4 * num_positions - 1).bit_length())
+
+    def claim(carry: tuple) -> tuple:
+        attempt, first, is_open = carry
+        salt = attempt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+        bucket = (random_bits.fmix32(ids.astype(jnp.uint32) + salt) & jnp.uint32(num_buckets - 1)).astype(jnp.int32)
+        owner = jnp.full(num_buckets, num_positions, jnp.int32)
+        owner = indexing.minimum(owner, jnp.where(is_open, bucket, num_buckets), position)
+        candidate = indexing.take(owner, bucket)
+        is_same = is_open & (indexing.take(ids, candidate) == ids)
+        return attempt + 1, jnp.where(is_same, candidate, first), is_open & ~is_same
+
+    is_real = ids != NO_ID
+    start = carries.with_final_types(claim, (jnp.int32(0), position, is_real))
+    _, first, _ = lax.while_loop(lambda carry: jnp.any(carry[2]), claim, start)
+    is_first = is_real & (first == position)
+    rank = jnp.cumsum(is_first.astype(jnp.int32))
+    num_found, num_ids = rank[-1], jnp.minimum(rank[-1], size - 1)
+    rank = rank - 1
+    if size - 1 < num_positions:
+
+        def keep_smallest(_: None) -> tuple[jax.Array, jax.Array]:
+            mixed = random_bits.fmix32(ids.astype(jnp.uint32) ^ step.astype(jnp.uint32))
+            limit = jnp.sort(jnp.where(is_first, mixed, jnp.uint32(0xFFFFFFFF)))[size - 2]
+            kept = is_first & (mixed <= limit)
+            return kept, jnp.cumsum(kept.astype(jnp.int32)) - 1
+
+        is_over = num_found > size - 1
+        is_first, rank = lax.cond(is_over, keep_smallest, lambda _: (is_first, rank), None)
+    unique_ids = indexing.put(jnp.full(size, NO_ID, jnp.int32), jnp.where(is_first, rank, size), ids)
+    inverse = jnp.where(is_real & indexing.take(is_first, first), indexing.take(rank, first), size - 1)
+    counts = indexing.add(jnp.zeros(size, jnp.int32), inverse, 1).at[size - 1].set(0)
+    return Unique(unique_ids, inverse, counts, num_ids, num_found - num_ids)

@@ -1,0 +1,32 @@
+"""Optimizers on rows: row-wise optax transformations, and updates of low-precision parameters."""
+
+from mpembed_jax.optim.rounding import StochasticRoundState, stochastic_round_updates
+from mpembed_jax.optim.rowwise import (
+    RowRule,
+    RowTransformation,
+    ScaleByRowwiseAdagradState,
+    ScaleByRowwiseAdamState,
+    clip_by_row_norm,
+    rowwise_adagrad,
+    rowwise_adam,
+    rule_of,
+    scale_by_rowwise_adagrad,
+    scale_by_rowwise_adam,
+    sgd,
+)
+
+__all__ = [
+    "RowRule",
+    "RowTransformation",
+    "ScaleByRowwiseAdagradState",
+    "ScaleByRowwiseAdamState",
+    "StochasticRoundState",
+    "clip_by_row_norm",
+    "rowwise_adagrad",
+    "rowwise_adam",
+    "rule_of",
+    "scale_by_rowwise_adagrad",
+    "scale_by_rowwise_adam",
+    "sgd",
+    "stochastic_round_updates",
+]

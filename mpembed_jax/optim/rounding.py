@@ -1,0 +1,56 @@
+"""Low-precision parameters of any optax user: the last link of a chain, which rounds the new value stochastically."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpembed_jax.numerics import random_bits, rounding
+from mpembed_jax.numerics.random_bits import key_words
+
+
+class StochasticRoundState(NamedTuple):
+    """Key and count that name the random bits of the next update."""
+
+    key: jax.Array  # u32 [2]
+    count: jax.Array  # type: ignore[assignment]  # i32 [], optax's own name for it
+
+
+def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
+    """Makes the last link of a chain for bfloat16 or float16 parameters: the new value is rounded stochastically.
+
+    It returns SR(p + u) - p in float32, never in the parameter's dtype, so that unmodified `optax.apply_updates` lands on
+    the rounded value: exactly while |new| >= 2^-15 |old|, within 2^-24 |old| otherwise. Leaves of other dtypes pass
+    through. Without it, updates below half a step of the format vanish.
+
+    Args:
+      key: jax.random.key(..) or uint32 [2].
+
+    Returns:
+      An optax transformation whose update needs `params`.
+    """
+
+    def init(params: Any) -> StochasticRoundState:
+        del params
+        return StochasticRoundState(key_words(key), jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: StochasticRoundState, params: Any = None) -> tuple[Any, StochasticRoundState]:
+        if params is None:
+            raise ValueError("stochastic_round_updates needs the parameters: call tx.update(grads, state, params)")
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(updates)
+        rounded = []
+        for index, (u, p) in enumerate(zip(leaves, treedef.flatten_up_to(params), strict=True)):
+            if u is None or p.dtype.name not in rounding.FLOAT_FORMATS:
+                rounded.append(u)
+                continue
+            old = p.astype(jnp.float32)
+            columns = max(1, p.shape[-1]) if p.ndim else 1
+            rows = jnp.arange(p.size // columns, dtype=jnp.int32)
+            bits = random_bits.row_bits(state.key, index, state.count, rows, columns).reshape(p.shape)
+            new = rounding.stochastic_round(old + u.astype(jnp.float32), p.dtype.name, bits)
+            rounded.append(new - old)
+        return treedef.unflatten(rounded), StochasticRoundState(state.key, state.count + 1)
+
+    return optax.GradientTransformation(init, update)

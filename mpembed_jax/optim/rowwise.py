@@ -1,0 +1,207 @@
+"""Optimizers on rows: row-wise optax transformations, the low-precision update, and any optax transform on gathered rows.
+
+State and updates exist for the rows of a batch only; rows absent from it keep their state (lazy semantics: no momentum
+decay, no weight decay). Row-wise Adagrad follows FBGEMM's exact row-wise Adagrad, row-wise Adam its partial row-wise Adam.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+ScalarOrSchedule = Any  # a float, or a callable from the step count
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRule:
+    """What a transformation does to one row, said so that a kernel can do it: w -= learning_rate * g / divisor.
+
+    The divisor is sqrt(G) + eps with G += mean_d(g^2) where `has_sums` (its state: one sum per row), else 1.
+    """
+
+    learning_rate: float
+    has_sums: bool
+    eps: float = 0.0
+
+
+class RowTransformation(optax.GradientTransformation):
+    """An optax transformation of rows that carries its rule; chained with others it is an ordinary transformation."""
+
+    rule: RowRule | None = None  # of a copy by _replace, which may do anything
+
+    def __new__(cls, init: Any, update: Any, rule: RowRule) -> "RowTransformation":
+        """Makes the pair (init, update), which must do what `rule` says."""
+        self = super().__new__(cls, init, update)
+        self.rule = rule
+        return self
+
+
+def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
+    """Returns the rule that `tx` carries, or None: then only plain XLA can run it."""
+    return tx.rule if isinstance(tx, RowTransformation) else None
+
+
+def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
+    """Stochastic gradient descent, w -= lr * g: optax.sgd without momentum, known to kernels if the rate is a number.
+
+    Args:
+      learning_rate: a float or an optax schedule.
+
+    Returns:
+      An optax transformation.
+    """
+    plain = optax.sgd(learning_rate)
+    if callable(learning_rate):
+        return plain
+    return RowTransformation(plain.init, plain.update, RowRule(float(learning_rate), False))
+
+
+class ScaleByRowwiseAdagradState(NamedTuple):
+    """One accumulator per row."""
+
+    sum_of_squares: Any  # f32 [V], for each leaf of the parameters its leading dimensions
+
+
+def scale_by_rowwise_adagrad(eps: float = 1e-8, initial_accumulator_value: float = 0.0) -> optax.GradientTransformation:
+    """Scales gradients by row-wise Adagrad: G += mean_d(g^2); g / (sqrt(G) + eps).
+
+    Args:
+      eps: added to the root.
+      initial_accumulator_value: G before the first update.
+
+    Returns:
+      An optax transformation for parameters [.., D]; its state has one float32 per row.
+    """
+
+    def init(params: Any) -> ScaleByRowwiseAdagradState:
+        return ScaleByRowwiseAdagradState(
+            jax.tree.map(lambda p: jnp.full(p.shape[:-1], initial_accumulator_value, jnp.float32), params)
+        )
+
+    def update(updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        total = jax.tree.map(lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares)
+
+        def scale(g: jax.Array, s: jax.Array) -> jax.Array:
+            root = jnp.sqrt(s) + eps
+            return g / jnp.where(root > 0, root, jnp.float32(1))[..., None]
+
+        return jax.tree.map(scale, updates, total), ScaleByRowwiseAdagradState(total)
+
+    return optax.GradientTransformation(init, update)
+
+
+class ScaleByRowwiseAdamState(NamedTuple):
+    """Full first moments, one second moment per row."""
+
+    count: jax.Array  # type: ignore[assignment]  # i32 [], optax's own name for it
+    mu: Any
+    nu: Any
+
+
+def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+    """Scales gradients by Adam with one second moment per row, nu = b2 nu + (1 - b2) mean_d(g^2); lazy on rows.
+
+    Bias correction counts steps, not a row's own updates, as FBGEMM's partial row-wise Adam does.
+
+    Args:
+      b1: decay of the first moment, which is kept in full.
+      b2: decay of the second moment, one float32 per row.
+      eps: added to the root of the second moment.
+
+    Returns:
+      An optax transformation for parameters [.., D].
+    """
+
+    def init(params: Any) -> ScaleByRowwiseAdamState:
+        mu = jax.tree.map(jnp.zeros_like, params)
+        nu = jax.tree.map(lambda p: jnp.zeros(p.shape[:-1], jnp.float32), params)
+        return ScaleByRowwiseAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(updates: Any, state: ScaleByRowwiseAdamState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        count = state.count + 1
+        steps = count.astype(jnp.float32)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1), updates, state.nu)
+        mu_scale, nu_scale = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
+        scaled = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps)[..., None], mu, nu)
+        return scaled, ScaleByRowwiseAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _with_decay(
+    scaling: optax.GradientTransformation, learning_rate: ScalarOrSchedule, weight_decay: float, decoupled: bool
+) -> optax.GradientTransformation:
+    parts = [scaling]
+    if weight_decay:
+        parts.insert(1 if decoupled else 0, optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def rowwise_adagrad(
+    learning_rate: ScalarOrSchedule,
+    eps: float = 1e-8,
+    initial_accumulator_value: float = 0.0,
+    *,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> optax.GradientTransformation:
+    """Row-wise Adagrad, the field's default for embedding rows: G += mean_d(g^2); w -= lr * g / (sqrt(G) + eps).
+
+    Args:
+      learning_rate: a float or an optax schedule.
+      eps: added to the root.
+      initial_accumulator_value: G before the first update.
+      weight_decay: coefficient; applied to the rows of the batch only.
+      decoupled: False adds the decay to the gradient (L2), True to the scaled update (as AdamW does).
+
+    Returns:
+      An optax transformation.
+    """
+    scaling = scale_by_rowwise_adagrad(eps, initial_accumulator_value)
+    tx = _with_decay(scaling, learning_rate, weight_decay, decoupled)
+    if callable(learning_rate) or weight_decay:
+        return tx
+    return RowTransformation(tx.init, tx.update, RowRule(float(learning_rate), True, eps))
+
+
+def rowwise_adam(
+    learning_rate: ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+) -> optax.GradientTransformation:
+    """Row-wise Adam, lazy: rows absent from a batch keep their moments.
+
+    Args:
+      learning_rate: a float or an optax schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: coefficient; applied to the rows of the batch only.
+      decoupled: False adds the decay to the gradient (L2), True to the scaled update (as AdamW does).
+
+    Returns:
+      An optax transformation.
+    """
+    return _with_decay(scale_by_rowwise_adam(b1, b2, eps), learning_rate, weight_decay, decoupled)
+
+
+def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales every row's gradient down to an L2 norm of at most max_norm; stateless."""
+
+    def clip(g: jax.Array) -> jax.Array:
+        norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=-1, keepdims=True))
+        return g * jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, jnp.float32(1)), jnp.float32(1))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+
+
+# --- low-precision parameters of any optax user
