@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import intervals, paper_report, records
 from experiments.grid import FP32, Case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 
 

@@ -13,14 +13,14 @@ import optax
 import pytest
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 import mpembed_jax as mpembed
 from experiments import baselines, grid, intervals, paper_report, paper_runs, paper_table, records, stacks, training
 from experiments.data import synthetic
 from experiments.grid import FP32, Case
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def small(tmp_path, **changes):

@@ -9,7 +9,7 @@ import pytest
 
 from mpembed_jax import RowFormat
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

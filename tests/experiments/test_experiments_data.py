@@ -14,14 +14,14 @@ from criteo_text import line, random_lines, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import dlrm, stacks, train_dlrm, training
 from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
 from mpembed_jax import NO_ID
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- the synthetic twin
 

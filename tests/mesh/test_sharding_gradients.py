@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 SPEC = mpembed.EmbeddingSpec(
     [mpembed.TableSpec("user", 500), mpembed.TableSpec("item", 900)], 16, "float32", mpembed.CacheSpec(num_rows=256, ways=2)
 )

@@ -12,12 +12,12 @@ import pytest
 import tensorflow_datasets as tfds
 from criteo_text import line, random_lines, write
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import train_dlrm
 from experiments.data import batches, criteo, criteo_format, criteo_kaggle, numbering, prepared
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 
 import mpembed_jax as mpembed
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mpembed_jax"
 
 ADAPTERS = {"sharding", "nn", "checkpoint"}  # the public rooms that the core does not import

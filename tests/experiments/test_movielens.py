@@ -10,7 +10,7 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import train_dlrm
 from experiments.data import movielens

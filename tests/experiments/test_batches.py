@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments.data import batches, synthetic
 from experiments.data.background import in_background
