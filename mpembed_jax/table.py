@@ -5,7 +5,7 @@ This file knows neither caches nor optimizers; what one row looks like is told b
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def encode_rows(
     rows: jax.Array,
     ids: jax.Array,
     table: QuantizedTable,
-    key: jax.Array,
+    key: random_bits.Key,
     stream: int,
     step: jax.Array,
     once: jax.Array | None = None,
@@ -68,7 +68,7 @@ def encode_rows(
 
 
 def _bits_for(
-    fmt: RowFormat, key: jax.Array, stream: int, step: jax.Array | int, ids: jax.Array, dim: int
+    fmt: RowFormat, key: random_bits.Key, stream: int, step: jax.Array | int, ids: jax.Array, dim: int
 ) -> jax.Array | None:
     if fmt.rounding == "nearest" or fmt.name == "float32":
         return None
@@ -86,12 +86,30 @@ def read_rows(table: QuantizedTable, ids: jax.Array) -> jax.Array:
     return jnp.where(is_valid[..., None], rows, jnp.float32(0))
 
 
+class Shard(Protocol):
+    """What making a table needs to know of one shard; see mesh.shard.Shard."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard's arrays, padding included."""
+
+    @property
+    def first_rows(self) -> jax.Array:
+        """i32 [T + 1]: the first local row of each table."""
+
+    def key(self, words: jax.Array) -> random_bits.RowKey:
+        """Returns the key with which local rows draw the bits of their global ids."""
+
+    def rows_of(self, ids: jax.Array) -> jax.Array:
+        """Returns the local rows of global ids, NO_ID for those of other shards."""
+
+
 def init_table(
     key: jax.Array,
     tables: tuple[TableSpec, ...],
     fmt: RowFormat,
     embedding_dim: int,
-    shard: Any = None,
+    shard: Shard | None = None,
     memory_kind: str | None = None,
 ) -> QuantizedTable:
     """Makes a stack of tables block by block, so that no float32 table ever exists; trace it under jit.
@@ -101,7 +119,7 @@ def init_table(
       tables: the stack; its rows follow one another.
       fmt: row format.
       embedding_dim: D.
-      shard: layout.Shard whose rows to make, the same values as in the whole stack; None: all.
+      shard: the rows to make, with the same values as in the whole stack; None: all.
       memory_kind: None, or host memory for the rows.
 
     Returns:

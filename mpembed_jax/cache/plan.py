@@ -30,7 +30,7 @@ class CachePlan:
     victim_ids: jax.Array  # i32 [U]  id displaced from `line`, NO_ID if none
     counts: "Counts"
     step: jax.Array  # i32 []  which prefetch made it
-    route: Any = None  # exchange.Route on a mesh
+    route: "Route | None" = None  # on a mesh
 
     @property
     def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -77,3 +77,21 @@ class Counts:
     def num_cached(self) -> jax.Array:
         """Unique ids that sit in a line during this step; they come first in the plan."""
         return self.unique - self.bypasses
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rows", "num_cached", "num_rows", "asked", "owner", "rank", "is_wide"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """How the rows of one step travel. U entries of this device; Q rows of its shard that are asked for, of any device."""
+
+    rows: jax.Array  # i32 [Q]  local rows, in the plan's order, NO_ID after the first num_rows; the last is always NO_ID
+    num_cached: jax.Array  # i32 [1]  of them that sit in lines
+    num_rows: jax.Array  # i32 [1]
+    asked: jax.Array  # i32 [received]  which of the rows each received entry asks for; Q - 1: none
+    owner: jax.Array  # i32 [U]  shard that owns an entry of this device; P: none
+    rank: jax.Array  # i32 [U]  its place among this device's entries for that owner
+    is_wide: jax.Array  # bool []  arrays of full width are used

@@ -99,3 +99,9 @@ def commit(cache: CacheState, line: jax.Array) -> CacheState:
     """Marks the given lines (int32 [n], C = none) as newer than the table."""
     dirty = indexing.put(cache.dirty.reshape(-1), line, True)
     return dataclasses.replace(cache, dirty=dirty.reshape(cache.dirty.shape))
+
+
+def refilled(cache: CacheState, rows: jax.Array | None, dirty: jax.Array | None) -> CacheState:
+    """Returns the cache with other lines (float32 [C, D]) and dirty bits (bool [C])."""
+    assert rows is not None and dirty is not None
+    return dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))

@@ -68,8 +68,8 @@ def flush(state: EmbeddingState) -> EmbeddingState:
         return state
     if state.layout is not None and not state.layout.is_bound:
         return over_mesh(flush, state)(state)
-    tags, dirty = cache.tags.reshape(-1), cache.dirty.reshape(-1)
-    table = ops.write_back(state.table, cache.rows, tags, dirty, state.row_key, state.step)
+    store = state.store._replace(dirty=cache.dirty.reshape(-1))
+    table = ops.write_back(store, cache.tags.reshape(-1), ops.Draw(state.row_key, state.step))
     return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
 
 

@@ -4,7 +4,7 @@ Conventions follow tf.nn.embedding_lookup_sparse. The arithmetic and its gradien
 the gradient of a pooling adds up, for an update that adds it up itself.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 from mpembed_jax.embedding import row_sums
+from mpembed_jax.ops import Positions
 
 COMBINERS = ("sum", "mean", "sqrtn")
 
@@ -36,7 +37,7 @@ def _checked(
     combiner: str | None,
     segment_ids: jax.Array | None,
     num_segments: int | None,
-    implementation: str | None,
+    implementation: ops.Named | None,
 ) -> tuple[list[jax.Array], list[jax.Array | None], Any]:
     """Returns the leaves of inverse, the weights of each or None, and the tree; raises as `pool` says."""
     if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
@@ -71,7 +72,7 @@ def pool(
     *,
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
-    implementation: str | None = None,
+    implementation: ops.Named | None = None,
 ) -> Any:
     """Turns unique rows into vectors per id or per bag; differentiable (reverse mode) in rows and weights.
 
@@ -113,7 +114,7 @@ def _segments(
     combiner: str,
     segment_ids: jax.Array,
     num_segments: int,
-    implementation: str | None,
+    implementation: ops.Named | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the bag of each position, num_segments for those that count for nothing, and its factor float32 [N]."""
     is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
@@ -139,19 +140,10 @@ def _pool_segments(
     combiner: str,
     segment_ids: jax.Array,
     num_segments: int,
-    implementation: str | None,
+    implementation: ops.Named | None,
 ) -> jax.Array:
     segment, factors = _segments(rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation)
     return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[:num_segments]
-
-
-class Positions(NamedTuple):
-    """Which gradient each position of a batch takes, and for which row; see `ops.update_summed`."""
-
-    grads: jax.Array  # f32 [M, D]  of all vectors or bags
-    row: jax.Array  # i32 [N]  U - 1 for padding
-    source: jax.Array | None  # i32 [N]  of grads; None: position n takes grads[n // (N / M)]
-    factors: jax.Array | None  # f32 [N]  multiplied with each position's gradient
 
 
 def check_gradients(
@@ -163,7 +155,7 @@ def check_gradients(
     *,
     segment_ids: jax.Array | None = None,
     num_segments: int | None = None,
-    implementation: str | None = None,
+    implementation: ops.Named | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array | None], list[jax.Array]]:
     """Checks that gradients are of what `pool` returns for the other arguments and rows of so many elements.
 
@@ -195,7 +187,7 @@ def positions(
     *,
     segment_ids: jax.Array | None,
     num_segments: int | None,
-    implementation: str | None,
+    implementation: ops.Named | None,
 ) -> Positions:
     """Lists what the transpose of `pool` adds up, without adding: at least one position and one gradient.
 

@@ -18,7 +18,7 @@ from mpembed_jax.arrays import carries, indexing
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def take(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def take(implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
     sizes = np.cumsum([i.size for i in index])[:-1]
     flat = ops.take(rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation)
@@ -26,11 +26,11 @@ def take(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ..
     return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
 
 
-def _take_fwd(implementation: str | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
+def _take_fwd(implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
     return take(implementation, rows, index), (rows, index)
 
 
-def _take_bwd(implementation: str | None, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+def _take_bwd(implementation: ops.Named | None, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
     rows, index = saved
     flat_index = jnp.concatenate([i.reshape(-1) for i in index])
     flat_grads = jnp.concatenate([g.reshape(-1, rows.shape[1]) for g in grads])
@@ -41,16 +41,16 @@ take.defvjp(_take_fwd, _take_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def bag(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+def bag(implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
     """Returns sum_l factors[.., l] * rows[index[.., l]]."""
     return ops.bag(rows, index, factors, implementation=implementation)
 
 
-def _bag_fwd(implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
+def _bag_fwd(implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
     return bag(implementation, rows, index, factors), (rows, index, factors)
 
 
-def _bag_bwd(implementation: str | None, saved: tuple, grad: jax.Array) -> tuple:
+def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) -> tuple:
     rows, index, factors = saved
     if index.size == 0:
         return jnp.zeros_like(rows), None, factors
@@ -81,16 +81,18 @@ bag.defvjp(_bag_fwd, _bag_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def segment_sum(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> jax.Array:
+def segment_sum(implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int) -> jax.Array:
     """Sums values [N, ..] by segment -> [size, ..]; the last segment, padding, is zero."""
     return ops.sum_duplicates(values, segment, size, implementation=implementation)
 
 
-def _segment_sum_fwd(implementation: str | None, values: jax.Array, segment: jax.Array, size: int) -> tuple:
+def _segment_sum_fwd(implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int) -> tuple:
     return segment_sum(implementation, values, segment, size), segment
 
 
-def _segment_sum_bwd(implementation: str | None, size: int, segment: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
+def _segment_sum_bwd(
+    implementation: ops.Named | None, size: int, segment: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, None]:
     del implementation
     return indexing.take(grad.at[size - 1].set(0), segment), None
 
@@ -100,19 +102,19 @@ segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def ragged_bag(
-    implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
 ) -> jax.Array:
     """Sums factors[n] * rows[index[n]] by segment [N] -> [size, D]; the last segment, padding, is zero."""
     return ops.sum_duplicates(rows, segment, size, implementation=implementation, factors=factors, source=index)
 
 
 def _ragged_bag_fwd(
-    implementation: str | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
 ) -> tuple:
     return ragged_bag(implementation, rows, index, factors, segment, size), (rows, index, factors, segment)
 
 
-def _ragged_bag_bwd(implementation: str | None, size: int, saved: tuple, grad: jax.Array) -> tuple:
+def _ragged_bag_bwd(implementation: ops.Named | None, size: int, saved: tuple, grad: jax.Array) -> tuple:
     rows, index, factors, segment = saved
     grad = grad.at[size - 1].set(0)
     row_grads = ops.sum_duplicates(

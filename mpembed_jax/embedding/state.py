@@ -20,6 +20,8 @@ from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.mesh.shard import Shard
 from mpembed_jax.numerics import random_bits
+from mpembed_jax.numerics.random_bits import Key
+from mpembed_jax.ops import Store
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, init_table
@@ -43,11 +45,16 @@ class EmbeddingState:
     counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
     fingerprint: jax.Array  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
     spec: EmbeddingSpec
-    implementation: str
+    implementation: str | ops.Implementation
     layout: Layout | None = None  # None: one device; else every array holds the shards' rows one after another
 
     @property
-    def row_key(self) -> Any:
+    def store(self) -> Store:
+        """What the ops change in place, without the dirty bits."""
+        return Store(self.table, None if self.cache is None else self.cache.rows, None)
+
+    @property
+    def row_key(self) -> Key:
         """The key with which rows draw their random bits: `key`, on a shard bound to its local rows."""
         return self.key if self.layout is None else self.layout.shard(self.layout.index()).key(self.key)
 
@@ -118,7 +125,7 @@ def make(
     key: jax.Array,
     spec: EmbeddingSpec,
     tx: optax.GradientTransformation,
-    implementation: str,
+    implementation: str | ops.Implementation,
     layout: Layout | None,
     table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
 ) -> EmbeddingState:
@@ -186,7 +193,7 @@ def assemble(
     key: jax.Array,
     spec: EmbeddingSpec,
     tx: optax.GradientTransformation,
-    implementation: str,
+    implementation: str | ops.Implementation,
     table: QuantizedTable,
     layout: Layout | None = None,
 ) -> EmbeddingState:

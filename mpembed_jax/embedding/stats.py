@@ -30,7 +30,7 @@ _WARNED: set[tuple] = set()
 
 
 class CacheStats(NamedTuple):
-    """Counts since init, as host integers; see cache.Counts for what each means."""
+    """Counts since init, as host integers; see cache.plan.Counts for what each means."""
 
     steps: int
     requests: int

@@ -1,16 +1,15 @@
-"""The verbs that begin a training step: prefetch, lookup. (Those that end it are in `gradients`, those of no step in
-`evaluation`.)
+"""The training step: prefetch, lookup, apply_gradients, and apply_pooled_gradients for who has gradients of vectors.
 
-One `EmbeddingState` holds a stack of tables that share dim, format and cache. A training step plans and swaps (prefetch),
-gathers unique rows (lookup), and after the user's gradient applies one optimizer update per unique row (apply_gradients):
-to the FP32 line where the row is cached, else stochastically rounded into the table. The system follows Yang et al.,
-"Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305). The verbs are pure; jit them with the state donated.
+One `EmbeddingState` holds a stack of tables that share dim, format and cache. prefetch plans and swaps, lookup gathers the
+unique rows, and after the user's gradient apply_gradients updates each unique row once: in its FP32 line where it is cached,
+else stochastically rounded in the table. The system follows Yang et al., "Mixed-Precision Embedding Using a Cache"
+(arXiv 2010.11305). The verbs are pure; jit them with the state donated. What a mesh adds is in `mesh.exchange`.
 """
 
 import dataclasses
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import pooling, update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState
-from mpembed_jax.mesh import exchange, requests
+from mpembed_jax.mesh import exchange
+from mpembed_jax.ops import Draw, Moves, Request
 from mpembed_jax.row_ids import NO_ID
 
 
@@ -45,85 +45,88 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       ValueError: if host ids do not fit int32.
     """
     state.check_spec()
-    spec, layout = state.spec, state.layout
     leaves, treedef = row_ids.checked(ids)
-    route: Any = None
-    if layout is None:
-        flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
-        is_request = row_ids.in_range(flat, spec.num_rows)
-        num_requests = jnp.sum(is_request, dtype=jnp.int32)
-        num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
-        num_positions = flat.shape[0]
-        width = (num_positions if spec.max_unique_ids is None else min(spec.max_unique_ids, num_positions)) + 1
-        found = wanted = ops.unique(
-            jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
-        )
-        num_dropped, share = found.num_dropped, Fraction(num_positions)
-    else:  # `wanted` is what this device's ids are, `found` the rows of its shard that any device asks for
-        layout.check_bound("prefetch")
-        wanted, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, state.step)
-        num_dropped, num_positions = wanted.num_dropped, wanted.inverse.shape[0]
-        found, wanted, route = exchange.request(layout, wanted, state.step)
-        width, share = found.ids.shape[0], layout.positions(num_positions)
-        num_dropped = exchange.total_over_batch(layout, num_dropped) + exchange.total_over_shards(layout, found.num_dropped)
-
-    table, cache = state.table, state.cache
-    zero = jnp.int32(0)
-    if cache is None:
-        unique_ids, inverse = found.ids, found.inverse
-        line, victim_ids = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
-        num_hits = num_cached = evictions = write_backs = hit_requests = zero
-    else:
-        cache, placed = ops.plan(cache, found, state.step, share, state.implementation)
-        unique_ids, inverse, line, victim_ids, num_hits, num_cached, hit_requests = placed
-        evictions = jnp.sum(victim_ids != NO_ID, dtype=jnp.int32)
-        table, rows, dirty, write_backs = ops.swap(
-            table, cache.rows, cache.dirty.reshape(-1), unique_ids, line, victim_ids,
-            num_hits, num_cached, state.row_key, state.step, implementation=state.implementation,
-        )  # fmt: skip
-        cache = dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))
-
-    counts = Counts(
-        requests=num_requests,
-        unique=found.num_ids,
-        hits=num_hits,
-        hit_requests=hit_requests,
-        misses=found.num_ids - num_hits,
-        bypasses=found.num_ids - num_cached,
-        evictions=evictions,
-        write_backs=write_backs,
-        out_of_range=num_out_of_range,
-        dropped=num_dropped,
-        wide_exchanges=zero,
-    )
-    is_hit = jnp.arange(width, dtype=jnp.int32) < num_hits
+    layout = state.layout
+    request = _ask(state, leaves) if layout is None else exchange.ask(layout, leaves, state.step)
+    state, moves, inverse, counts = _place(state, request)
+    unique_ids, route, shapes = moves.ids, None, [leaf.shape for leaf in leaves]
     if layout is not None:
-        route = dataclasses.replace(
-            route, rows=unique_ids, num_cached=num_cached[None], num_rows=found.num_ids[None], asked=inverse
-        )
-        counts = exchange.total_counts(layout, counts, route)
-        unique_ids, inverse = wanted.ids, wanted.inverse
-    shapes = [leaf.shape if layout is None else layout.shape_of(leaf) for leaf in leaves]
-    pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1]) if leaves else []
+        route, counts = exchange.settle(layout, request, moves, inverse, counts)
+        unique_ids, inverse, shapes = request.own.ids, request.own.inverse, [layout.shape_of(leaf) for leaf in leaves]
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten([p.reshape(shape) for p, shape in zip(pieces, shapes, strict=True)]),
-        line=line,
-        is_hit=is_hit,
-        victim_ids=victim_ids,
+        inverse=treedef.unflatten(_divided(inverse, shapes)),
+        line=moves.line,
+        is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
+        victim_ids=moves.victim_ids,
         counts=counts,
         step=state.step,
         route=route,
     )
     state = dataclasses.replace(
         state,
-        table=table,
-        cache=cache,
         step=state.step + 1,
         pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
         counters=count_step(state.counters, counts),
     )
     return state, plan
+
+
+def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
+    """Returns what a batch asks of the one device there is: its distinct ids, within the budget."""
+    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+    is_request = row_ids.in_range(flat, state.spec.num_rows)
+    num_requests = jnp.sum(is_request, dtype=jnp.int32)
+    num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
+    num_positions, budget = flat.shape[0], state.spec.max_unique_ids
+    width = (num_positions if budget is None else min(budget, num_positions)) + 1
+    found = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation)
+    return Request(found, found, num_requests, num_out_of_range, found.num_dropped, Fraction(num_positions), None)
+
+
+def _place(state: EmbeddingState, request: Request) -> tuple[EmbeddingState, Moves, jax.Array, Counts]:
+    """Plans the rows that are asked for and brings them into their lines.
+
+    Returns:
+      The state with its cache and table changed, the moves, where each position went (int32), and the counts.
+    """
+    found, cache, zero = request.rows, state.cache, jnp.int32(0)
+    if cache is None:
+        width = found.ids.shape[0]
+        no_line, no_victim = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
+        moves, inverse = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids), found.inverse
+        evictions = write_backs = hit_requests = zero
+    else:
+        cache, moves, inverse, hit_requests = ops.plan(
+            cache, found, state.step, request.num_positions, implementation=state.implementation
+        )
+        evictions = jnp.sum(moves.victim_ids != NO_ID, dtype=jnp.int32)
+        draw = Draw(state.row_key, state.step)
+        store = state.store._replace(dirty=cache.dirty.reshape(-1))
+        store, write_backs = ops.swap(store, moves, draw, implementation=state.implementation)
+        state = dataclasses.replace(state, table=store.table, cache=residency.refilled(cache, store.lines, store.dirty))
+    counts = Counts(
+        requests=request.num_requests,
+        unique=found.num_ids,
+        hits=moves.num_hits,
+        hit_requests=hit_requests,
+        misses=found.num_ids - moves.num_hits,
+        bypasses=found.num_ids - moves.num_cached,
+        evictions=evictions,
+        write_backs=write_backs,
+        out_of_range=request.num_out_of_range,
+        dropped=request.num_dropped,
+        wide_exchanges=zero,
+    )
+    return state, moves, inverse, counts
+
+
+def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """Returns consecutive pieces of `inverse` in the shapes of the ids."""
+    if not shapes:
+        return []
+    pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -137,26 +140,20 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     Returns:
       [U, D] in dtype.
     """
-    gathered = gather_placed(state, plan)
+    rows = _gather(state, plan)
     if state.layout is not None:
-        gathered = exchange.fetch(state.layout, plan.route, gathered)
-    return gathered.astype(dtype)
+        rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
+    return rows.astype(dtype)
 
 
-def gather_placed(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Gathers the rows that the plan placed; on a mesh those of this device's shard."""
+def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Gathers the planned rows of this device; on a mesh those of its shard."""
+    return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
+
+
+def _moves(plan: CachePlan) -> Moves:
     ids, num_cached, num_ids = plan.placed
-    rows = None if state.cache is None else state.cache.rows
-    return ops.lookup(state.table, rows, ids, plan.line, num_cached, num_ids, implementation=state.implementation)
-
-
-class _Turn(NamedTuple):
-    """Whether a plan may be applied, and what to; nothing where it may not."""
-
-    is_pending: jax.Array  # bool []
-    unique_ids: jax.Array  # i32 [U]
-    num_cached: jax.Array  # i32 []
-    num_ids: jax.Array  # i32 []
+    return Moves(ids, plan.line, plan.victim_ids, jnp.sum(plan.is_hit, dtype=jnp.int32), num_cached, num_ids)
 
 
 def apply_gradients(
@@ -186,29 +183,26 @@ def apply_gradients(
     Raises:
       ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
     """
-    spec, layout = state.spec, state.layout
+    layout = state.layout
     _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
-    turn = _begin(state, plan)
+    moves, is_pending = _pending(state, plan)
     if layout is not None:
         layout.check_bound("apply_gradients")
-        rows, row_grads = gather_placed(state, plan), exchange.collect(layout, plan.route, row_grads)
-    is_updated = jnp.arange(turn.unique_ids.shape[0], dtype=jnp.int32) < turn.num_ids
+        rows, row_grads = _gather(state, plan), exchange.collect(layout, exchange.route_of(plan), row_grads)
+    is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
     num_nonfinite = jnp.int32(0)
-    if spec.skip_nonfinite:
+    if state.spec.skip_nonfinite:
         is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)
         num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
         is_updated = is_updated & is_finite
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
-    line = _lines(state, plan, is_updated)
-    changed = update.apply(
-        tx, state, jnp.where(is_updated, turn.unique_ids, NO_ID), line, rows, row_grads,
-        turn.num_cached, turn.num_ids, plan.step, turn.is_pending,
-    )  # fmt: skip
+    moves = moves._replace(ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated))
+    state = update.apply(tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending)
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return _finish(state, changed, line, num_nonfinite, turn)
+    return _finish(state, moves.line, num_nonfinite, is_pending)
 
 
 def apply_pooled_gradients(
@@ -250,8 +244,10 @@ def apply_pooled_gradients(
     """
     spec, pooling_of = state.spec, (weights, combiner)
     options: dict[str, Any] = {
-        "segment_ids": segment_ids, "num_segments": num_segments, "implementation": state.implementation
-    }  # fmt: skip
+        "segment_ids": segment_ids,
+        "num_segments": num_segments,
+        "implementation": state.implementation,
+    }
     _check("apply_pooled_gradients", state, plan, rows=rows)
     index, factors, leaves = pooling.check_gradients(spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options)
     is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
@@ -259,12 +255,10 @@ def apply_pooled_gradients(
         _, pull_back = jax.vjp(lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows)
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
     positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
-    turn = _begin(state, plan)
-    *changed, is_updated = update.apply_summed(
-        tx, state, turn.unique_ids, plan.line, rows, positions, turn.num_cached, turn.num_ids, plan.step, spec.skip_nonfinite
-    )
-    num_nonfinite = turn.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
-    return _finish(state, tuple(changed), _lines(state, plan, is_updated), num_nonfinite, turn)
+    moves, is_pending = _pending(state, plan)
+    state, is_updated = update.apply_summed(tx, state, moves, rows, positions, step=plan.step)
+    num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
+    return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_pending)
 
 
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
@@ -287,11 +281,13 @@ def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Arra
         )
 
 
-def _begin(state: EmbeddingState, plan: CachePlan) -> _Turn:
+def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
+    """Returns the rows an update may touch, none if the plan is not the state's latest; and whether it is (bool [])."""
     is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
     is_pending = state.pending & is_own & (plan.step == state.step - 1)
-    unique_ids, num_cached, num_ids = plan.placed
-    return _Turn(is_pending, unique_ids, jnp.where(is_pending, num_cached, 0), jnp.where(is_pending, num_ids, 0))
+    moves = _moves(plan)
+    num_cached, num_ids = jnp.where(is_pending, moves.num_cached, 0), jnp.where(is_pending, moves.num_ids, 0)
+    return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 
 def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
@@ -299,17 +295,11 @@ def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax
     return plan.line if state.cache is None else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
 
 
-def _finish(state: EmbeddingState, changed: tuple, line: jax.Array, num_nonfinite: jax.Array, turn: _Turn) -> EmbeddingState:
-    """Returns the state after an update that made (table, cache rows, row state) of it and wrote the lines named."""
-    table, cache_rows, row_state = changed
-    cache = state.cache
-    if cache is not None:
-        cache = residency.commit(dataclasses.replace(cache, rows=cache_rows), line)
+def _finish(state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array) -> EmbeddingState:
+    """Returns the state after an update that wrote the lines named: they are dirty, and the update is counted."""
     return dataclasses.replace(
         state,
-        table=table,
-        cache=cache,
-        row_state=row_state,
+        cache=None if state.cache is None else residency.commit(state.cache, line),
         pending=np.False_,
-        counters=count_updates(state.counters, num_nonfinite, ~turn.is_pending),
+        counters=count_updates(state.counters, num_nonfinite, ~is_pending),
     )

@@ -10,7 +10,6 @@ one does not run on every back end.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,30 +19,23 @@ from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
-from mpembed_jax.cache.plan import CachePlan, Counts
+from mpembed_jax.cache.plan import CachePlan, Counts, Route
 from mpembed_jax.mesh import requests
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.numerics import random_bits
-from mpembed_jax.ops import Unique
+from mpembed_jax.ops import Moves, Request, Unique
 from mpembed_jax.row_ids import NO_ID
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["rows", "num_cached", "num_rows", "asked", "owner", "rank", "is_wide"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """How the rows of one step travel. U entries of this device; Q rows of its shard that are asked for, of any device."""
+def route_of(plan: CachePlan) -> Route:
+    """Returns the route of a plan.
 
-    rows: jax.Array  # i32 [Q]  local rows, in the plan's order, NO_ID after the first num_rows; the last is always NO_ID
-    num_cached: jax.Array  # i32 [1]  of them that sit in lines
-    num_rows: jax.Array  # i32 [1]
-    asked: jax.Array  # i32 [received]  which of the rows each received entry asks for; Q - 1: none
-    owner: jax.Array  # i32 [U]  shard that owns an entry of this device; P: none
-    rank: jax.Array  # i32 [U]  its place among this device's entries for that owner
-    is_wide: jax.Array  # bool []  arrays of full width are used
+    Raises:
+      ValueError: if the plan was made on one device.
+    """
+    if plan.route is None:
+        raise ValueError("this plan was made by a state of one device: pass the plan of the state's own prefetch")
+    return plan.route
 
 
 def plan_specs(layout: Layout) -> CachePlan:
@@ -116,6 +108,43 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 # --- ids to owners
+
+
+def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
+    """Returns what a batch asks of this device, once all devices have sent their distinct ids to the owners.
+
+    Args:
+      layout: of the stack.
+      leaves: the ids of this device, int32 [..] or pairs [.., 2].
+      step: int32 scalar.
+    """
+    layout.check_bound("prefetch")
+    own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step)
+    num_dropped, num_positions = own.num_dropped, own.inverse.shape[0]
+    rows, own, route = request(layout, own, step)
+    num_dropped = total_over_batch(layout, num_dropped) + total_over_shards(layout, rows.num_dropped)
+    return Request(rows, own, num_requests, num_out_of_range, num_dropped, layout.positions(num_positions), route)
+
+
+def settle(layout: Layout, asked: Request, moves: Moves, inverse: jax.Array, counts: Counts) -> tuple[Route, Counts]:
+    """Returns the route to the rows that were planned, and the counts of the whole batch.
+
+    Args:
+      layout: of the stack.
+      asked: see `ask`.
+      moves: the rows of this shard, in the plan's order.
+      inverse: int32 [received], which of them each received entry asks for.
+      counts: of this device's requests and this shard's rows.
+    """
+    assert asked.route is not None
+    route = dataclasses.replace(
+        asked.route,
+        rows=moves.ids,
+        num_cached=moves.num_cached[None],
+        num_rows=moves.num_ids[None],
+        asked=inverse,
+    )
+    return route, total_counts(layout, counts, route)
 
 
 @jax.named_scope("exchange_ids")

@@ -5,7 +5,7 @@ independence), which `RowKey` sees to.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,15 @@ from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import offsets
 
+if TYPE_CHECKING:
+    from mpembed_jax.mesh.layout import Layout
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """One shard of a layout: between its local rows and global ids."""
 
-    layout: Any  # layout.Layout
+    layout: "Layout"
     index: jax.Array  # i32 []
     first_rows: jax.Array  # i32 [T + 1]  its first local row of each table
 
@@ -59,7 +62,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class RowKey:
-    """A key bound to a shard, taken by numerics.row_bits."""
+    """A key bound to a shard, taken by random_bits.row_bits."""
 
     words: jax.Array  # u32 [2]
     shard: Shard

@@ -6,7 +6,7 @@ kernel body. Rounding knows nothing of rows or tables, and random bits are an ar
 cache line, shard or launch shape.
 """
 
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +74,21 @@ def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> 
     return fmix32(start + columns.astype(jnp.uint32) * increment)
 
 
-def row_bits(key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+class RowKey(Protocol):
+    """A key bound to the rows of one shard, which draws for local rows the bits of their global ids."""
+
+    def row_bits(self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int) -> jax.Array:
+        """Returns the random bits (uint32 [.., num_columns]) of local rows."""
+
+
+Key = jax.Array | RowKey  # u32 [2], or bound to a shard
+
+
+def row_bits(key: Key, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
     """Returns the random bits of whole rows.
 
     Args:
-      key: uint32 [2], or shard.RowKey, whose row_ids are local rows.
+      key: uint32 [2], or a RowKey, whose row_ids are local rows.
       stream: one of the stream constants of this module.
       step: integer scalar.
       row_ids: integer [..], global row ids.
@@ -87,7 +97,7 @@ def row_bits(key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_col
     Returns:
       uint32 [.., num_columns].
     """
-    if hasattr(key, "row_bits"):
+    if not isinstance(key, jax.Array | np.ndarray):
         return key.row_bits(stream, step, row_ids, num_columns)
     columns = jnp.arange(num_columns, dtype=jnp.uint32)
     return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)

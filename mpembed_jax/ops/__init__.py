@@ -6,18 +6,19 @@ gathers and scatters of large rows compiled by numba, "pallas_triton" runs the r
 "pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
 A table in host memory is always moved by XLA, in chunks that cover the rows wanted of it: no others cross the bus.
 
-Ops (U unique ids, D embedding dim, V table rows, C cache lines):
-  unique(ids [N], size, step)              -> distinct ids, where each position's id went, occurrences
-  swap(table, rows, dirty, ...)            -> dirty victims quantized into the table, newcomers dequantized into their lines
-  lookup(table, rows, ids, line, ...)      -> f32 [U, D], from the line where there is one, else from the table
-  read(table, cache, ids)                  -> f32 [.., D], from the line whose tag is the id, else from the table
-  write(table, rows, new_rows, ...)        -> new values to lines, or stochastically rounded into the table
-  update(table, rows, sums, ...)           -> SGD or row-wise Adagrad on each row, then write
-  update_summed(table, rows, sums, ...)    -> the same from the gradients of positions or bags, summed on the way
-  write_back(table, rows, tags, dirty ...) -> every dirty line quantized into the table
-  take(rows, index)                        -> f32 [N, D], rows[index]
-  sum_duplicates(values, index, size)      -> f32 [size, D], values of equal index summed
-  bag(rows, index, factors)                -> f32 [.., D], sum over the last axis of factors * rows[index]
+Ops (U unique ids, D embedding dim, V table rows, C cache lines); the records are in `records`:
+  unique(ids [N], size, step)                 -> Unique: distinct ids, where each position's id went, occurrences
+  plan(cache, unique, step, num_positions)    -> the cache, Moves, where each position went, requests that hit
+  swap(store, moves, draw)                    -> dirty victims quantized into the table, newcomers dequantized into lines
+  lookup(store, moves)                        -> f32 [U, D], from the line where there is one, else from the table
+  read(table, cache, ids)                     -> f32 [.., D], from the line whose tag is the id, else from the table
+  write(store, moves, new_rows, draw)         -> new values to lines, or stochastically rounded into the table
+  update(store, accumulator, moves, ..)       -> SGD or row-wise Adagrad on each row, then write
+  update_summed(store, accumulator, ..)       -> the same from the gradients of positions or bags, summed on the way
+  write_back(store, tags, draw)               -> every dirty line quantized into the table
+  take(rows, index)                           -> f32 [N, D], rows[index]
+  sum_duplicates(values, index, size)         -> f32 [size, D], values of equal index summed
+  bag(rows, index, factors)                   -> f32 [.., D], sum over the last axis of factors * rows[index]
 """
 
 import importlib.util
@@ -31,19 +32,35 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.ops import xla
+from mpembed_jax.ops.records import Draw, Implementation, Moves, Positions, Request, Store, Unique
 from mpembed_jax.ops.xla.rows import write_back
 from mpembed_jax.ops.xla.sums import add_duplicates
-from mpembed_jax.ops.xla.unique import Unique
+from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
-IMPLEMENTATIONS = ("xla", "xla_chunked", "numba", "pallas_triton", "pallas_interpret")
 _CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
-_HOST_CHUNK = 16384  # rows of a table in host memory: a third of a megabyte at INT8 and D = 16, some microseconds of the bus
+IMPLEMENTATIONS = {
+    of.name: of
+    for of in (
+        Implementation("xla"),
+        Implementation("xla_chunked", chunk=_CHUNK),
+        Implementation("numba", chunk=_CHUNK, is_native=True),
+        Implementation("pallas_triton", is_kernel=True),
+        Implementation("pallas_interpret", is_kernel=True, is_interpreted=True),
+    )
+}
 _TRITON_CAPABILITY = 8.0  # what Pallas' Triton back end needs
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Draw",
+    "Implementation",
+    "Moves",
+    "Named",
+    "Positions",
+    "Request",
+    "Store",
     "Unique",
     "add_duplicates",
     "bag",
@@ -64,15 +81,17 @@ __all__ = [
     "write_back",
 ]
 
+Named = str | Implementation  # a name of IMPLEMENTATIONS, or one made to measure
 
-def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
+
+def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
     """Returns the named implementation, or for None the best one for the default device.
 
     None never picks a kernel that was not measured to win on hardware: until experiments/bench_gpu.py has run on a GPU, that
     is "xla" on every accelerator, and kernels are used where they are named.
 
     Args:
-      implementation: a name from IMPLEMENTATIONS, or None.
+      implementation: a name from IMPLEMENTATIONS, an Implementation, or None.
       is_abstract: True where only shapes are made, perhaps for another device than this machine's.
 
     Raises:
@@ -82,6 +101,8 @@ def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
         if jax.default_backend() != "cpu":
             return "xla"
         return "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
+    if isinstance(implementation, Implementation):
+        return implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "numba" and importlib.util.find_spec("numba") is None:
@@ -99,118 +120,124 @@ def choose(implementation: str | None, *, is_abstract: bool = False) -> str:
     return implementation
 
 
-def chunk_of(implementation: str) -> int | None:
+def _of(implementation: Named | None) -> Implementation:
+    """Returns the back end of a name; None: the reference."""
+    if isinstance(implementation, Implementation):
+        return implementation
+    return IMPLEMENTATIONS["xla" if implementation is None else implementation]
+
+
+def chunk_of(implementation: Named) -> int | None:
     """Returns the chunk length that an implementation loops with, None for full-width passes."""
-    return _CHUNK if implementation in ("xla_chunked", "numba") else None
+    return _of(implementation).chunk
 
 
-def has_kernels(implementation: str | None, table: QuantizedTable | None = None) -> bool:
+def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
     """Whether an implementation runs the row movements (of a table, if given) as Pallas kernels."""
-    is_named = implementation in ("pallas_triton", "pallas_interpret")
-    return is_named and (table is None or not indexing.is_on_host(table.rows))
+    return _of(implementation).is_kernel and (table is None or not indexing.is_on_host(table.rows))
 
 
-def _chunk_for(implementation: str, table: QuantizedTable) -> int | None:
-    chunk = chunk_of(implementation)
-    return _HOST_CHUNK if chunk is None and indexing.is_on_host(table.rows) else chunk
+def _chunk_for(implementation: Named, table: QuantizedTable) -> int | None:
+    by = _of(implementation)
+    return by.host_chunk if by.chunk is None and indexing.is_on_host(table.rows) else by.chunk
 
 
-def compiled(implementation: str | None) -> Any:
-    """Returns the module of what numba compiles, None for implementations without it and over a mesh.
+def compiled(implementation: Named | None) -> Any:
+    """Returns the folder of what numba compiles, None for implementations without it and over a mesh.
 
     In the body of a shard_map values carry types (over which axes they vary) that foreign calls do not know: XLA alone.
     """
-    if implementation != "numba" or jax.sharding.get_abstract_mesh().manual_axes:
+    if not _of(implementation).is_native or jax.sharding.get_abstract_mesh().manual_axes:
         return None
     from mpembed_jax.ops import cpu
 
     return cpu
 
 
-def _gather_of(implementation: str, table: QuantizedTable) -> xla.rows.Gather | None:
+def _gather_of(implementation: Named, table: QuantizedTable) -> xla.rows.Gather | None:
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.rows.take
 
 
-def _kernels(implementation: str | None) -> tuple[Any, bool]:
+def _kernels(implementation: Named | None) -> tuple[Any, bool]:
     """Returns the folder of the kernels, imported only where they are used, and whether they are interpreted."""
     from mpembed_jax.ops import gpu
 
-    return gpu, implementation == "pallas_interpret"
+    return gpu, _of(implementation).is_interpreted
 
 
 @jax.named_scope("unique")
-def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: str | None = None) -> Unique:
+def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None) -> Unique:
     """See `xla.unique`."""
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
-    return Unique(*native.unique.unique(ids, size, step))
+    return native.unique.unique(ids, size, step)
 
 
 def plan(
-    cache: CacheState, found: Unique, step: jax.Array, num_positions: Fraction, implementation: str
-) -> tuple[CacheState, xla.plan.Placed]:
+    cache: CacheState, unique: Unique, step: jax.Array, num_positions: Fraction, *, implementation: Named
+) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
     """Plans a batch (rules: `xla.plan.make_plan`) and brings its unique ids into the order of the plan.
 
     Args:
       cache: state before the step; its `rows` are passed through.
-      found: the distinct ids of the batch.
+      unique: the distinct ids of the batch.
       step: int32 scalar, number of this prefetch.
       num_positions: see make_plan.
-      implementation: a name from ops.IMPLEMENTATIONS.
+      implementation: a name from IMPLEMENTATIONS.
 
     Returns:
-      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and where everything went.
+      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), the moves, the index of each
+      position's id among them (int32 [N]), and the number of positions whose id was found in the cache.
     """
     native = compiled(implementation)
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
-        cache, placed = native.plan.plan(cache, found.ids, found.inverse, found.counts, found.num_ids, step, halve)
-        return cache, xla.plan.Placed(*placed)
-    chunk, width = chunk_of(implementation), found.ids.shape[0]
-    cache, placed = xla.plan.make_plan(cache, found.ids, found.counts, found.num_ids, step, num_positions, chunk)
+        return native.plan.plan(cache, unique, step, halve)
+    chunk, width = chunk_of(implementation), unique.ids.shape[0]
+    cache, made = xla.plan.make_plan(cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk)
     position = jnp.arange(width, dtype=jnp.int32)
-    is_live = position < found.num_ids
-    order = jnp.where(is_live, placed.order, width - 1)
+    is_live = position < unique.num_ids
+    order = jnp.where(is_live, made.order, width - 1)
     moved = indexing.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
-    is_hit = position < placed.num_hits
-    return cache, xla.plan.Placed(
-        unique_ids=indexing.take(found.ids, order),
-        inverse=indexing.take(moved, found.inverse),
-        line=jnp.where(is_live, indexing.take(placed.line, order), cache.geometry.lines),
-        victim_ids=jnp.where(is_live, indexing.take(placed.victim_ids, order), NO_ID),
-        num_hits=placed.num_hits,
-        num_cached=placed.num_cached,
-        hit_requests=jnp.sum(jnp.where(is_hit, indexing.take(found.counts, order), 0), dtype=jnp.int32),
+    is_hit = position < made.num_hits
+    moves = Moves(
+        ids=indexing.take(unique.ids, order),
+        line=jnp.where(is_live, indexing.take(made.line, order), cache.geometry.lines),
+        victim_ids=jnp.where(is_live, indexing.take(made.victim_ids, order), NO_ID),
+        num_hits=made.num_hits,
+        num_cached=made.num_cached,
+        num_ids=unique.num_ids,
     )
+    inverse = indexing.take(moved, unique.inverse)
+    hit_requests = jnp.sum(jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32)
+    return cache, moves, inverse, hit_requests
 
 
 @jax.named_scope("swap")
-def swap(
-    table: QuantizedTable, cache_rows: jax.Array, dirty: jax.Array, *plan: jax.Array, implementation: str
-) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
-    """See `xla.swap`; `plan` is its arguments from ids to step."""
-    if has_kernels(implementation, table):
+def swap(store: Store, moves: Moves, draw: Draw, *, implementation: Named) -> tuple[Store, jax.Array]:
+    """See `xla.rows.swap`."""
+    if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.rows.swap(table, cache_rows, dirty, *plan, is_interpreted)
-    gather = _gather_of(implementation, table)
-    return xla.rows.swap(table, cache_rows, dirty, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
+        return kernels.rows.swap(store, moves, draw, is_interpreted=is_interpreted)
+    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    return xla.rows.swap(store, moves, draw, chunk=chunk, gather=gather)
 
 
 @jax.named_scope("lookup")
-def lookup(table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str) -> jax.Array:
-    """See `xla.lookup`; `plan` is its arguments from ids to num_ids."""
-    if has_kernels(implementation, table):
+def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
+    """See `xla.rows.lookup`."""
+    if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.rows.lookup(table, cache_rows, *plan, is_interpreted)
-    gather = _gather_of(implementation, table)
-    return xla.rows.lookup(table, cache_rows, *plan, _chunk_for(implementation, table), gather)  # type: ignore[call-arg,arg-type]
+        return kernels.rows.lookup(store, moves, is_interpreted=is_interpreted)
+    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    return xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
 
 
 @jax.named_scope("read")
-def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: str) -> jax.Array:
-    """See `xla.read`."""
+def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named) -> jax.Array:
+    """See `xla.rows.read`."""
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
@@ -218,52 +245,56 @@ def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, imp
 
 
 @jax.named_scope("write")
-def write(
-    table: QuantizedTable, cache_rows: jax.Array | None, *plan: jax.Array, implementation: str
-) -> tuple[QuantizedTable, jax.Array | None]:
-    """See `xla.write`; `plan` is its arguments from ids to step."""
-    if has_kernels(implementation, table):
+def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named) -> Store:
+    """See `xla.rows.write`."""
+    if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        ids, line, new_rows, *rest = plan
-        return kernels.update.update(table, cache_rows, None, ids, line, new_rows, None, *rest, is_interpreted)[:2]
-    return xla.rows.write(table, cache_rows, *plan, _chunk_for(implementation, table))  # type: ignore[call-arg,arg-type]
+        return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
+    return xla.rows.write(store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table))
 
 
 @jax.named_scope("update")
 def update(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    *plan: jax.Array,
-    implementation: str,
-    learning_rate: float,
-    eps: float,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
-    """See `xla_update.update`; `plan` is its arguments from ids to step."""
-    rule = {"learning_rate": learning_rate, "eps": eps}
-    if has_kernels(implementation, table):
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    rule: RowRule,
+    draw: Draw,
+    implementation: Named,
+) -> tuple[Store, jax.Array | None]:
+    """See `xla.update.update`."""
+    given = (store, accumulator, moves, old_rows, row_grads)
+    if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.update.update(table, cache_rows, sums, *plan, is_interpreted, **rule)
-    return xla.update.update(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
+        return kernels.update.update(*given, rule=rule, draw=draw, is_interpreted=is_interpreted)
+    return xla.update.update(*given, rule=rule, draw=draw, chunk=_chunk_for(implementation, store.table))
 
 
 @jax.named_scope("update")
 def update_summed(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    *plan: jax.Array | None,
-    implementation: str,
-    learning_rate: float,
-    eps: float,
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
+    positions: Positions,
+    *,
+    rule: RowRule,
+    draw: Draw,
     skip_nonfinite: bool,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
-    """See `xla_update.update_summed`; `plan` is its arguments from ids to step."""
-    rule = {"learning_rate": learning_rate, "eps": eps, "skip_nonfinite": skip_nonfinite}
-    if has_kernels(implementation, table):
+    implementation: Named,
+) -> tuple[Store, jax.Array | None, jax.Array]:
+    """See `xla.update.update_summed`."""
+    given = (store, accumulator, moves, old_rows, positions)
+    if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.update.update_summed(table, cache_rows, sums, *plan, is_interpreted, **rule)
-    return xla.update.update_summed(table, cache_rows, sums, *plan, _chunk_for(implementation, table), **rule)  # type: ignore[call-arg,arg-type]
+        return kernels.update.update_summed(
+            *given, rule=rule, draw=draw, skip_nonfinite=skip_nonfinite, is_interpreted=is_interpreted
+        )
+    chunk = _chunk_for(implementation, store.table)
+    return xla.update.update_summed(*given, rule=rule, draw=draw, skip_nonfinite=skip_nonfinite, chunk=chunk)
 
 
 @jax.custom_batching.custom_vmap  # foreign calls have no batched form
@@ -277,8 +308,8 @@ def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, ind
     return jax.vmap(indexing.take, axes, axis_size=size)(rows, index), True
 
 
-def take(rows: jax.Array, index: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """See `access.take`, for rows [U, D] and index [N]."""
+def take(rows: jax.Array, index: jax.Array, *, implementation: Named | None = None) -> jax.Array:
+    """See `indexing.take`, for rows [U, D] and index [N]."""
     # A foreign call takes the types of its operands on trust.
     is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (jnp.float32, jnp.int32)
     return _take_natively(rows, index) if is_native else indexing.take(rows, index)
@@ -289,11 +320,11 @@ def sum_duplicates(
     index: jax.Array,
     size: int,
     *,
-    implementation: str | None = None,
+    implementation: Named | None = None,
     factors: jax.Array | None = None,
     source: jax.Array | None = None,
 ) -> jax.Array:
-    """See `xla_sums.sum_duplicates`."""
+    """See `xla.sums.sum_duplicates`."""
     if has_kernels(implementation) and values.ndim == 2:
         kernels, is_interpreted = _kernels(implementation)
         wide = values.astype(jnp.float32)
@@ -301,8 +332,8 @@ def sum_duplicates(
     return xla.sums.sum_duplicates(values, index, size, factors, source)
 
 
-def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """See `xla_sums.bag`."""
+def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: Named | None = None) -> jax.Array:
+    """See `xla.bag.bag`."""
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.sums.bag(rows, index, factors, is_interpreted)

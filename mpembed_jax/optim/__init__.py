@@ -13,6 +13,7 @@ from mpembed_jax.optim.rowwise import (
     scale_by_rowwise_adagrad,
     scale_by_rowwise_adam,
     sgd,
+    transformation_of,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "scale_by_rowwise_adam",
     "sgd",
     "stochastic_round_updates",
+    "transformation_of",
 ]

@@ -137,7 +137,7 @@ def update_rows(
     rows: jax.Array,
     row_grads: jax.Array,
     dtype: str,
-    key: jax.Array,
+    key: random_bits.Key,
     step: jax.Array,
     is_applied: jax.Array,
 ) -> tuple[jax.Array, Any]:

@@ -205,3 +205,10 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 # --- low-precision parameters of any optax user
+
+
+def transformation_of(rule: RowRule) -> optax.GradientTransformation:
+    """Returns the transformation that does what `rule` says."""
+    if rule.has_sums:
+        return rowwise_adagrad(rule.learning_rate, rule.eps)
+    return sgd(rule.learning_rate)

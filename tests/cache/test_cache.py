@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
+from mpembed_jax import ops
 from mpembed_jax.cache import residency
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -85,15 +86,12 @@ def check_plan(plan, wanted, ids, num_lines, what):
     assert counts == wanted.counts, what
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Chunked loops run many turns, the last one partial, on batches that the models can follow."""
-    monkeypatch.setattr("mpembed_jax.ops._CHUNK", 16)
-
-
 @cache
 def initial(spec, implementation=None):
-    return mpembed.init(KEY, spec, SGD, implementation=implementation)
+    """Chunked loops run many turns, the last one partial, on batches that the models can follow."""
+    by = ops.IMPLEMENTATIONS[ops.choose(implementation)]
+    by = by if by.chunk is None else dataclasses.replace(by, chunk=16)
+    return mpembed.init(KEY, spec, SGD, implementation=by)
 
 
 def start(num_ids, lines, ways, policy, implementation=None, **options):

@@ -1,5 +1,6 @@
 """Tables in host memory: the same verbs, the same bits, and nothing but the table changes its place."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -68,12 +69,11 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
-def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation, monkeypatch):
+def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
     """In chunks of rows, here of 16, over the newcomers and over the bypassed: no gather from host memory is wider.
 
     Where kernels are named, the table is moved by XLA all the same.
     """
-    monkeypatch.setattr(ops, "_HOST_CHUNK", 16)
     tx = mpembed.optim.sgd(0.25)
     batches = shapes.skewed_ids(3, 6, 90, 150, drift=1), shapes.dyadic(3, (6, 90, 6))
 
@@ -81,7 +81,8 @@ def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implement
         return jax.lax.scan(lambda state, batch: train_step.__wrapped__(state, *batch, tx=tx), state, batches)
 
     results = []
-    for kind, name in ((None, None), ("pinned_host", implementation)):
+    small = dataclasses.replace(ops.IMPLEMENTATIONS[implementation], host_chunk=16)
+    for kind, name in ((None, None), ("pinned_host", small)):
         state = mpembed.init(jax.random.key(0), stack("int4", 24, kind), tx, implementation=name)
         traced = jax.jit(steps).trace(state, batches)
         if kind is not None:  # newcomers in half chunks, bypassed rows in whole ones
@@ -102,10 +103,10 @@ def test_only_rows_that_miss_are_read_from_host_memory(lines, monkeypatch):
 
     take = indexing.take
     ids = np.arange(1, 71, dtype=np.int32)
-    state = mpembed.init(jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation="xla")
+    by = dataclasses.replace(ops.IMPLEMENTATIONS["xla"], host_chunk=16)
+    state = mpembed.init(jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation=by)
     state, _ = jax.jit(mpembed.prefetch)(state, ids[:40])
     monkeypatch.setattr(indexing, "take", spy)
-    monkeypatch.setattr(ops, "_HOST_CHUNK", 16)
     with jax.disable_jit():
         state, plan = mpembed.prefetch(state, ids)
         unique, num_cached, num_ids = (np.asarray(x) for x in plan.placed)

@@ -183,10 +183,10 @@ ONE_THREAD = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import jax, jax.numpy as jnp
-from mpembed_jax.ops import native
+from mpembed_jax.ops.cpu import rows
 index = jnp.arange(5000, dtype=jnp.int32)[::-1]
 values = jnp.arange(5000.0)[:, None] * jnp.ones(3)
-put = jax.jit(native.put)
+put = jax.jit(rows.put)
 for _ in range(20):
     assert (put(jnp.zeros((5000, 3)), index, values) == values[::-1]).all()
 print("done")

@@ -19,6 +19,7 @@ from mpembed_jax import ops, optim
 from mpembed_jax.cache import residency
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import encode
+from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 V, LINES, WIDTH = 200, 64, 70
 KEY = jnp.asarray([3, 4], jnp.uint32)
 STEP = jnp.int32(5)
+DRAW = Draw(KEY, STEP)
 KERNEL, REFERENCE = "pallas_interpret", "xla"
 
 DIMS = (1, 7, 16, 64, 100, 128)
@@ -72,17 +74,19 @@ def stage(fmt, dim, seed=0):
     return table, jnp.asarray(lines), jnp.asarray(dirty), jnp.asarray(ids), jnp.asarray(line), jnp.asarray(victims)
 
 
+def uncached(ids, line, num_ids):
+    """The moves of a step without a cache."""
+    return Moves(ids, line, jnp.full_like(ids, NO_ID), jnp.int32(0), jnp.int32(0), jnp.int32(num_ids))
+
+
 @partial(jax.jit, static_argnames="implementation")
 def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     """Swap, then lookup, then a write of other rows: all row movements of a step."""
-    begin, end, num_ids = bounds
-    swapped = ops.swap(table, lines, dirty, ids, line, victims, begin, end, KEY, STEP, implementation=implementation)
-    table, lines, dirty, _ = swapped
-    rows = ops.lookup(table, lines, ids, line, end, num_ids, implementation=implementation)
-    stored = ops.write(
-        table, lines, ids, line, rows[::-1] * jnp.float32(1.5), end, num_ids, KEY, STEP, implementation=implementation
-    )
-    return swapped, rows, stored
+    moves = Moves(ids, line, victims, *bounds)
+    store, num_written = ops.swap(Store(table, lines, dirty), moves, DRAW, implementation=implementation)
+    rows = ops.lookup(store, moves, implementation=implementation)
+    stored = ops.write(store, moves, rows[::-1] * jnp.float32(1.5), DRAW, implementation=implementation)
+    return store, num_written, rows, stored
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=name_of)
@@ -92,7 +96,7 @@ def test_swap_lookup_and_write_make_the_same_bits(case):
     bounds = jnp.asarray([11, 57, 66], jnp.int32)
     wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
     same(got, wanted)
-    assert int(wanted[0][3]) > 20
+    assert int(wanted[1]) > 20
 
 
 def resident(lines):
@@ -138,25 +142,29 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
 
     def step(table, held, lines, dirty, ids, implementation):
         read = ops.read(table, held, queries, implementation=implementation)
-        plan = (line, victims, begin, end, KEY, STEP)
-        table, lines, dirty, num = ops.swap(table, lines, dirty, ids, *plan, implementation=implementation)
-        rows = ops.lookup(table, lines, ids, line, end, num_ids, implementation=implementation)
-        rest = (end, num_ids, KEY, STEP)
-        rule = {"learning_rate": 0.25, "eps": 0.0, "implementation": implementation}
-        by_adagrad, by_sgd = ((table, lines, sums, ids, line, rows) for sums in (jnp.zeros(V), None))
-        given, other = (by_adagrad, by_sgd) if DIMS.index(dim) % 2 else (by_sgd, by_adagrad)
-        updated = ops.update(*given, signs * magnitude, *rest, **rule)
-        *summed, is_updated = ops.update_summed(*other, grads, index, None, None, *rest, **rule, skip_nonfinite=False)
+        moves = Moves(ids, line, victims, begin, end, num_ids)
+        store, num = ops.swap(Store(table, lines, dirty), moves, DRAW, implementation=implementation)
+        dirty, lines = store.dirty, store.lines
+        rows = ops.lookup(store, moves, implementation=implementation)
+        options = {"draw": DRAW, "implementation": implementation}
+        rules = optim.RowRule(0.25, True), optim.RowRule(0.25, False)
+        given, other = rules if DIMS.index(dim) % 2 else rules[::-1]
+        accumulators = {rule: jnp.zeros(V) if rule.has_sums else None for rule in rules}
+        updated = ops.update(store, accumulators[given], moves, rows, signs * magnitude, rule=given, **options)
+        positions = Positions(grads, index, None, None)
+        *summed, is_updated = ops.update_summed(
+            store, accumulators[other], moves, rows, positions, rule=other, skip_nonfinite=False, **options
+        )
         if implementation == KERNEL:
             return (read, dirty, num, lines, rows, is_updated), (updated, tuple(summed)), None
         new = {True: rows - jnp.float32(0.25) * signs, False: rows - jnp.float32(0.25) * (signs * magnitude)}
         sums = jnp.zeros(V).at[ids].set(jnp.square(magnitude[:, 0]), mode="drop")
         formulas = [
             (
-                *ops.write(table, lines, ids, line, new[has_sums], *rest, implementation=implementation),
-                sums if has_sums else None,
+                ops.write(store, moves, new[rule.has_sums], **options),
+                sums if rule.has_sums else None,
             )
-            for has_sums in (given[2] is not None, other[2] is not None)
+            for rule in (given, other)
         ]
         return (read, dirty, num, lines, rows, is_updated), (updated, tuple(summed)), tuple(formulas)
 
@@ -185,9 +193,9 @@ def test_without_a_cache():
 
     @partial(jax.jit, static_argnames="implementation")
     def move(implementation):
-        rows = ops.lookup(table, None, ids, line, jnp.int32(0), jnp.int32(66), implementation=implementation)
-        plan = (ids, line, rows + jnp.float32(1), jnp.int32(0), jnp.int32(66), KEY, STEP)
-        return rows, ops.write(table, None, *plan, implementation=implementation)[0]
+        store, moves = Store(table, None, None), uncached(ids, line, 66)
+        rows = ops.lookup(store, moves, implementation=implementation)
+        return rows, ops.write(store, moves, rows + jnp.float32(1), DRAW, implementation=implementation)
 
     same(move(implementation=KERNEL), move(implementation=REFERENCE))
 
@@ -314,27 +322,34 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     num, width, lr = 400, 21, 0.1
     table = QuantizedTable(encode(jnp.asarray(rng.standard_normal((30, dim)), jnp.float32), fmt), fmt, dim)
     ids, line = jnp.asarray([*rng.permutation(30)[: width - 1], NO_ID], jnp.int32), jnp.zeros(width, jnp.int32)
-    rows = ops.lookup(table, None, ids, line, jnp.int32(0), jnp.int32(width - 1), implementation=REFERENCE)
+    moves = uncached(ids, line, width - 1)
+    rows = ops.lookup(Store(table, None, None), moves, implementation=REFERENCE)
     index = np.where(rng.random(num) < 0.5, 3, rng.integers(0, width, num)).astype(np.int32)
     source, factors = rng.integers(0, 9, num).astype(np.int32), rng.standard_normal(num).astype(np.float32)
     grads = rng.standard_normal((9, dim)).astype(np.float32)
 
     @jax.jit
     def update(table, rows):
-        bounds = (jnp.int32(0), jnp.int32(width - 1), KEY, STEP)
         return ops.update_summed(
-            table, None, None, ids, line, rows, grads, index, source, factors, *bounds,
-            implementation=KERNEL, learning_rate=lr, eps=0.0, skip_nonfinite=False,
-        )  # fmt: skip
+            Store(table, None, None),
+            None,
+            moves,
+            rows,
+            Positions(grads, index, source, factors),
+            rule=optim.RowRule(lr, False),
+            draw=DRAW,
+            skip_nonfinite=False,
+            implementation=KERNEL,
+        )
 
-    new, _, _, is_updated = update(table, rows)
+    new, _, is_updated = update(table, rows)
     terms = factors[:, None].astype(np.float64) * grads[source]
     total, size = np.zeros((2, width, dim))
     np.add.at(total, index, terms)
     np.add.at(size, index, np.abs(terms))
     wanted = np.asarray(rows, np.float64) - np.float32(lr) * total
     most = np.bincount(index, minlength=width)[:, None] + 2
-    error = np.abs(np.asarray(new.rows).view(np.float32)[np.asarray(ids[:-1])] - wanted[:-1])
+    error = np.abs(np.asarray(new.table.rows).view(np.float32)[np.asarray(ids[:-1])] - wanted[:-1])
     unit = 2.0**-24 * 1.001
     assert (error <= unit * (np.abs(wanted) + lr * most * size)[:-1]).all()
     assert np.asarray(is_updated).tolist() == [True] * (width - 1) + [False]
@@ -352,17 +367,25 @@ def test_skipped_rows_and_infinite_factors_are_the_reference_s():
 
     @partial(jax.jit, static_argnames=("implementation", "skip_nonfinite"))
     def update(table, implementation, skip_nonfinite):
-        rows = ops.lookup(table, None, ids, line, jnp.int32(0), jnp.int32(8), implementation=REFERENCE)
+        store, moves = Store(table, None, None), uncached(ids, line, 8)
+        rows = ops.lookup(store, moves, implementation=REFERENCE)
         return ops.update_summed(
-            table, None, jnp.ones(20), ids, line, rows, grads, index, None, factors, jnp.int32(0), jnp.int32(8), KEY, STEP,
-            implementation=implementation, learning_rate=0.5, eps=0.0, skip_nonfinite=skip_nonfinite,
-        )  # fmt: skip
+            store,
+            jnp.ones(20),
+            moves,
+            rows,
+            Positions(grads, index, None, factors),
+            rule=optim.RowRule(0.5, True),
+            draw=DRAW,
+            skip_nonfinite=skip_nonfinite,
+            implementation=implementation,
+        )
 
     for skip_nonfinite in (True, False):
         wanted, got = (update(table, name, skip_nonfinite) for name in (REFERENCE, KERNEL))
-        assert np.asarray(got[3]).tolist() == np.asarray(wanted[3]).tolist()
-        assert int(got[3].sum()) == (5 if skip_nonfinite else 8)
-        for one, other in ((wanted[0].rows, got[0].rows), (wanted[2], got[2])):
+        assert np.asarray(got[2]).tolist() == np.asarray(wanted[2]).tolist()
+        assert int(got[2].sum()) == (5 if skip_nonfinite else 8)
+        for one, other in ((wanted[0].table.rows, got[0].table.rows), (wanted[1], got[1])):
             one, other = (np.asarray(x).view(np.float32) for x in (one, other))
             np.testing.assert_allclose(other, one, rtol=1e-6)
 
@@ -382,7 +405,7 @@ INDICES = {
 @partial(jax.jit, static_argnames=("size", "implementation"))
 def summed(values, index, size, implementation):
     if implementation == "sorted":
-        return ops.xla_sums.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
+        return ops.xla.sums.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
     return ops.sum_duplicates(values, index, size, implementation=implementation)
 
 

@@ -10,7 +10,7 @@ _SEEDS = residency.SKETCH_SEEDS
 
 @compiled
 def fmix32(x):
-    """See numerics.fmix32."""
+    """See random_bits.fmix32."""
     x = np.uint32(x)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x85EBCA6B))
@@ -21,12 +21,12 @@ def fmix32(x):
 
 @compiled
 def scale_to(mixed, size):
-    """See numerics.scale_to."""
+    """See random_bits.scale_to."""
     return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
 
 
 @compiled
 def cell(depth, x, groups, width):
-    """See cache.sketch_cells."""
+    """See residency.sketch_cells."""
     quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))
     return (depth * groups + group) * width + scale_to(fmix32(quotient ^ np.uint32(_SEEDS[depth])), width)

@@ -1,4 +1,4 @@
-"""Planning a batch on a CPU: the rules of `planning.make_plan` and `rounds.enter`, in loops compiled by numba.
+"""Planning a batch on a CPU: the rules of `xla.plan.make_plan` and `xla.rounds.enter`, in loops compiled by numba.
 
 Decisions depend on each other, so plain loops cost half of XLA's passes over arrays, or less. All of it is integer
 arithmetic: the same bits as the reference, the cache's arrays updated in place.
@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.cache.spec import MAX_WAYS
-from mpembed_jax.ops import cpu
+from mpembed_jax.ops.cpu import call_frame, policy
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.cpu.hashes import cell, fmix32, scale_to
+from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
-_MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MAX_AGE
 _AHEAD = 16  # ids
 # An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
@@ -59,8 +58,8 @@ def _find_half(frame, half):
             continue
         here = line[i]
         if here < sets * ways:
-            estimate[i] = min(priority[here] + counts[i], _MAX_ESTIMATE) if is_lfu else 0
-            priority[here] = _PINNED if is_lfu else step
+            estimate[i] = policy.estimate(priority[here], counts[i]) if is_lfu else 0
+            priority[here] = policy.pinned(is_lfu, step)
             order[begin + num_hits] = i
             num_hits += 1
         else:
@@ -75,11 +74,11 @@ def _find_half(frame, half):
         for k in range(begin, begin + num_misses):
             i = queue[k]
             seen = min(sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)])
-            estimate[i] = min(np.int32(seen) + counts[i], _MAX_ESTIMATE)
+            estimate[i] = policy.estimate(np.int32(seen), counts[i])
     found[half], found[2 + half] = num_hits, num_misses
 
 
-_find = cpu.call_frame.halves(_find_half)
+_find = call_frame.halves(_find_half)
 
 
 @compiled
@@ -95,7 +94,7 @@ def _enter(
     ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
     num_waiting, best, winner, full,
 ):  # fmt: skip
-    """Lets misses enter in the rounds of rounds.enter, and appends them to `order`. Returns the number of cached ids."""
+    """Lets misses enter in the rounds of xla.rounds.enter, and appends them to `order`. Returns the number of cached ids."""
     last = len(ids)
     best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
@@ -110,16 +109,12 @@ def _enter(
                 continue
             first, cheapest = np.uint64(set_of[i] * ways), np.uint64(1) << np.uint64(40)
             for way in range(np.uint64(ways)):
-                if is_lfu:
-                    rank = np.uint64(priority[first + way] + 1)
-                else:
-                    rank = np.uint64(_MAX_AGE + 1 - min(np.int64(np.int32(step - priority[first + way])), _MAX_AGE))
-                rank = np.uint64(0) if tags[first + way] == _NO_ID else rank
+                rank = policy.rank(is_lfu, tags[first + way], priority[first + way], step)
                 cheapest = min(cheapest, rank * _MAX_WAYS + way)
             here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
-            if use <= (estimate[i] if is_lfu else _MAX_AGE):
+            if policy.may_enter(is_lfu, use, estimate[i]):
                 victim[i], victim_use[i] = tags[here], use - 1
-                tags[here], priority[here], line[i] = ids[i], _PINNED if is_lfu else step, here
+                tags[here], priority[here], line[i] = ids[i], policy.pinned(is_lfu, step), here
                 order[num_cached] = i
                 num_cached += 1
             else:
@@ -171,7 +166,7 @@ def _place_half(frame, half):
     found[2 + half] = hit_requests
 
 
-_place = cpu.call_frame.halves(_place_half)
+_place = call_frame.halves(_place_half)
 
 
 def _plan(frame):
@@ -217,16 +212,11 @@ def _plan(frame):
 
 
 def plan(
-    cache: CacheState,
-    ids: jax.Array,
-    inverse: jax.Array,
-    counts: jax.Array,
-    num_ids: jax.Array,
-    step: jax.Array,
-    must_halve: jax.Array,
-) -> tuple[CacheState, tuple[jax.Array, ...]]:
-    """See `planning.place`, whose Placed has the fields of the second result."""
-    cpu.call_frame.register("mpembed_plan", _plan)
+    cache: CacheState, unique: Unique, step: jax.Array, must_halve: jax.Array
+) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
+    """See `ops.plan`."""
+    ids, inverse, counts, num_ids, _ = unique
+    call_frame.register("mpembed_plan", _plan)
     sets, ways, groups = cache.geometry
     width = ids.shape[0]
     sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
@@ -244,4 +234,6 @@ def plan(
     tags, priority, sketch, unique_ids, line, victim_ids, inverse, found, *_ = results
     sketch = sketch if cache.policy == "lfu" else None
     cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
-    return cache, (unique_ids, inverse, line, victim_ids, *found[:3])
+    num_hits, num_cached, hit_requests = found[:3]
+    moves = Moves(unique_ids, line, victim_ids, num_hits, num_cached, num_ids)
+    return cache, moves, inverse, hit_requests

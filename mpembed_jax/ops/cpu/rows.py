@@ -7,7 +7,7 @@ rows to come while they copy the present one. Only movements: no arithmetic, so 
 import jax
 import numpy as np
 
-from mpembed_jax.ops import cpu
+from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, result, stream
 
 _AHEAD = 8  # rows
@@ -37,12 +37,12 @@ def _put_half(frame, half):
                 array[here * words + word] = values[row * words + word]
 
 
-_put = cpu.call_frame.halves(_put_half)
+_put = call_frame.halves(_put_half)
 
 
 def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """See `access.put`, for rows of float32 or uint32."""
-    cpu.call_frame.register("mpembed_put", _put)
+    """See `indexing.put`, for rows of float32 or uint32."""
+    call_frame.register("mpembed_put", _put)
     out = jax.ShapeDtypeStruct(array.shape, array.dtype)
     return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
 
@@ -72,11 +72,11 @@ def _take_half(frame, half):
         fence()
 
 
-_take = cpu.call_frame.halves(_take_half)
+_take = call_frame.halves(_take_half)
 
 
 def take(array: jax.Array, index: jax.Array) -> jax.Array:
     """Returns rows array[index] (float32 or uint32 [n, m], int32 [k]), zeros outside."""
-    cpu.call_frame.register("mpembed_take", _take)
+    call_frame.register("mpembed_take", _take)
     out = jax.ShapeDtypeStruct((*index.shape, *array.shape[1:]), array.dtype)
     return jax.ffi.ffi_call("mpembed_take", out)(array, index)

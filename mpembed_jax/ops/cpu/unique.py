@@ -1,4 +1,4 @@
-"""What a CPU does natively, compiled by numba and called through XLA: deduplication, movements of rows, planning.
+"""The distinct ids of a batch on a CPU, by a hash table in a loop compiled by numba.
 
 A batch's integers are a few hundred kilobytes, so plain loops cost half of XLA's passes over arrays, or less. The same
 bits as the reference. Each function for jax becomes one foreign call.
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax.ops import cpu
+from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, compiled, result
 from mpembed_jax.ops.cpu.hashes import fmix32
+from mpembed_jax.ops.records import Unique
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
@@ -86,12 +87,12 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
             inverse[position] = moved[inverse[position]]
 
 
-def unique(ids: jax.Array, size: int, step: jax.Array) -> tuple[jax.Array, ...]:
-    """See `xla.unique`, whose fields are returned; for at least one position."""
-    cpu.call_frame.register("mpembed_unique", _unique)
+def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
+    """See `xla.unique`; for at least one position."""
+    call_frame.register("mpembed_unique", _unique)
     (num_positions,) = ids.shape
     num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
     shapes = [size, num_positions, size, 2, num_buckets, num_positions, num_positions]
     call = jax.ffi.ffi_call("mpembed_unique", [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes])
     unique_ids, inverse, counts, numbers, *_ = call(ids, step.reshape(1))
-    return unique_ids, inverse, counts, numbers[0], numbers[1]
+    return Unique(unique_ids, inverse, counts, numbers[0], numbers[1])

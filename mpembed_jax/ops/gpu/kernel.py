@@ -1,7 +1,7 @@
 """Rows inside a Pallas-Triton kernel body: reading packed rows, packing them, and launching.
 
 A kernel sees whole arrays by reference and loads them at index vectors, so it needs no padding: blocks are powers of two, as
-Triton wants them, and masks do the rest. The arithmetic is that of `formats` and `numerics`; only the layout differs. A row
+Triton wants them, and masks do the rest. The arithmetic is that of `numerics`; only the layout differs. A row
 is read by element (every element loads the word that holds it, and its neighbours hit the same cache line) and written by
 word: element `word * per_word + place` is handled in the pass of `place`, so words are made without a reshape.
 

@@ -15,8 +15,9 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.numerics import random_bits
-from mpembed_jax.ops import gpu
+from mpembed_jax.ops.gpu import kernel
 from mpembed_jax.ops.gpu.kernel import Layout
+from mpembed_jax.ops.records import Draw, Moves, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
@@ -25,37 +26,31 @@ def _positions(block: int) -> jax.Array:
     return pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
 
 
-def lookup(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    is_interpreted: bool,
-) -> jax.Array:
-    """See `xla.lookup`: every row from its line or dequantized from the table, in one pass that writes each once."""
+def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
+    """See `xla.rows.lookup`: every row from its line or dequantized from the table, in one pass that writes each once."""
+    table, cache_rows, _ = store
+    ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width, dim = ids.shape[0], table.embedding_dim
-    layout, block = Layout(table.format, dim, is_interpreted), gpu.kernel.block_rows(dim)
+    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
         bounds, ids_ref, line_ref, packed, *lines, out = refs
-        position, columns = _positions(block), gpu.kernel.columns_of(dim)
+        position, columns = _positions(block), kernel.columns_of(dim)
         is_inside = position < width
         from_table = is_inside & (position < bounds[1])
         row = jnp.zeros((block, columns.shape[0]), jnp.float32)
         if lines:
             from_line = is_inside & (position < bounds[0])
-            here = gpu.kernel.load(line_ref, (position,), from_line)
-            row = gpu.kernel.load_row(lines[0], here, from_line, columns, dim)
+            here = kernel.load(line_ref, (position,), from_line)
+            row = kernel.load_row(lines[0], here, from_line, columns, dim)
             from_table = from_table & ~from_line
-        read = gpu.kernel.read_packed(packed, gpu.kernel.load(ids_ref, (position,), from_table), from_table, layout)
-        gpu.kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+        read = kernel.read_packed(packed, kernel.load(ids_ref, (position,), from_table), from_table, layout)
+        kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
 
     # Without a cache num_cached is 0.
     operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
     operands += [] if cache_rows is None else [cache_rows]
-    (out,) = gpu.kernel.launch(
+    (out,) = kernel.launch(
         body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
         name="mpembed_lookup", is_interpreted=is_interpreted,
     )  # fmt: skip
@@ -69,7 +64,7 @@ def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_inte
       table: the stack.
       held: the cache, or None.
       ids: int32 [..]; outside the table reads as zeros.
-      is_interpreted: see pallas_rows.launch.
+      is_interpreted: see kernel.launch.
 
     Returns:
       float32 [.., D].
@@ -78,13 +73,13 @@ def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_inte
     (width,) = flat.shape
     if width == 0:
         return jnp.zeros((*ids.shape, dim), jnp.float32)
-    layout, block = Layout(table.format, dim, is_interpreted), gpu.kernel.block_rows(dim)
+    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
         ids_ref, packed, *cached, out = refs
-        position, columns = _positions(block), gpu.kernel.columns_of(dim)
+        position, columns = _positions(block), kernel.columns_of(dim)
         is_inside = position < width
-        here = gpu.kernel.load(ids_ref, (position,), is_inside)
+        here = kernel.load(ids_ref, (position,), is_inside)
         is_valid = is_inside & (here >= 0) & (here < num_rows)
         here = jnp.where(is_valid, here, 0)
         row = jnp.zeros((block, columns.shape[0]), jnp.float32)
@@ -93,40 +88,32 @@ def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_inte
             tags, lines = cached
             ways = held.geometry.ways
             sets = residency.set_of(here, held.geometry)
-            way = jnp.arange(gpu.kernel.ceil_power(ways), dtype=jnp.int32)
+            way = jnp.arange(kernel.ceil_power(ways), dtype=jnp.int32)
             wide = is_valid[:, None] & (way < ways)[None, :]
-            tag = gpu.kernel.load(tags, (jnp.where(wide, sets[:, None], 0), jnp.where(wide, way[None, :], 0)), wide, NO_ID)
+            tag = kernel.load(tags, (jnp.where(wide, sets[:, None], 0), jnp.where(wide, way[None, :], 0)), wide, NO_ID)
             found = jnp.sum(jnp.where(tag == here[:, None], way[None, :] + 1, 0), axis=1, dtype=jnp.int32)
             from_line = is_valid & (found > 0)
             from_table = is_valid & ~from_line
-            row = gpu.kernel.load_row(lines, sets * ways + found - 1, from_line, columns, dim)
-        read = gpu.kernel.read_packed(packed, here, from_table, layout)
-        gpu.kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+            row = kernel.load_row(lines, sets * ways + found - 1, from_line, columns, dim)
+        read = kernel.read_packed(packed, here, from_table, layout)
+        kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
 
     operands = [flat, table.rows] + ([] if held is None else [held.tags, held.rows])
-    (out,) = gpu.kernel.launch(
+    (out,) = kernel.launch(
         body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
         name="mpembed_read", is_interpreted=is_interpreted,
     )  # fmt: skip
     return out.reshape(*ids.shape, dim)
 
 
-def swap(
-    table: QuantizedTable,
-    cache_rows: jax.Array,
-    dirty: jax.Array,
-    ids: jax.Array,
-    line: jax.Array,
-    victim_ids: jax.Array,
-    begin: jax.Array,
-    end: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    is_interpreted: bool,
-) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
-    """See `xla.swap`: each dirty victim is quantized into the table and its newcomer dequantized into the line, in place."""
+def swap(store: Store, moves: Moves, draw: Draw, *, is_interpreted: bool) -> tuple[Store, jax.Array]:
+    """See `xla.rows.swap`: each dirty victim is quantized into the table and its newcomer dequantized into the line."""
+    table, cache_rows, dirty = store
+    assert cache_rows is not None and dirty is not None
+    ids, line, victim_ids = moves.ids, moves.line, moves.victim_ids
+    begin, end = moves.num_hits, moves.num_cached
     width, dim = ids.shape[0], table.embedding_dim
-    layout, block = Layout(table.format, dim, is_interpreted), gpu.kernel.block_rows(dim)
+    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
     position = jnp.arange(width, dtype=jnp.int32)
     is_live = (position >= begin) & (position < end)
     # Without the barrier XLA reads the bits again after they were cleared, from a copy of all of them.
@@ -140,27 +127,27 @@ def swap(
         @pl.when(_overlaps(bounds, block))
         def exchange() -> None:
             is_live = (position >= bounds[0]) & (position < bounds[1])
-            here = gpu.kernel.load(line_ref, (position,), is_live)
-            victim = gpu.kernel.load(victim_ref, (position,), is_live, -1)
+            here = kernel.load(line_ref, (position,), is_live)
+            victim = kernel.load(victim_ref, (position,), is_live, -1)
             writes = is_live & (victim >= 0)
-            old = [gpu.kernel.load_row(lines, here, writes, c, dim) for c in gpu.kernel.place_columns(layout)]
+            old = [kernel.load_row(lines, here, writes, c, dim) for c in kernel.place_columns(layout)]
             # A batch's rows are never its victims (invariant 2): what is read here no program writes.
-            new = gpu.kernel.read_packed(packed_in, gpu.kernel.load(ids_ref, (position,), is_live), is_live, layout)
-            gpu.kernel.barrier(is_interpreted)
-            gpu.kernel.write_packed(packed, victim, writes, old, layout, (seed[0], seed[1]))
-            gpu.kernel.store_row(lines, here, is_live, gpu.kernel.columns_of(dim), dim, new)
+            new = kernel.read_packed(packed_in, kernel.load(ids_ref, (position,), is_live), is_live, layout)
+            kernel.barrier(is_interpreted)
+            kernel.write_packed(packed, victim, writes, old, layout, (seed[0], seed[1]))
+            kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
 
     operands = [
-        random_bits.draw_seed(key, random_bits.WRITE_BACK, step), jnp.stack([begin, end]), ids, line,
+        draw.seed(random_bits.WRITE_BACK), jnp.stack([begin, end]), ids, line,
         jnp.where(must_write, victim_ids, -1), table.rows, cache_rows,
     ]  # fmt: skip
-    packed, lines = gpu.kernel.launch(
-        body, pl.cdiv(width, block), operands, [gpu.kernel.shape_of(table.rows), gpu.kernel.shape_of(cache_rows)],
+    packed, lines = kernel.launch(
+        body, pl.cdiv(width, block), operands, [kernel.shape_of(table.rows), kernel.shape_of(cache_rows)],
         name="mpembed_swap", is_interpreted=is_interpreted, aliases={5: 0, 6: 1},
     )  # fmt: skip
     dirty = indexing.put(dirty, jnp.where(was_dirty, line, dirty.shape[0]), False)
     num_written = jnp.sum(must_write, dtype=jnp.int32)
-    return QuantizedTable(packed, table.format, dim), lines, dirty, num_written
+    return Store(QuantizedTable(packed, table.format, dim), lines, dirty), num_written
 
 
 def _overlaps(bounds: Any, block: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """GPU kernels of pooling, by Pallas' Triton back end: sums of duplicates without atomics, and bags without [.., L, D].
 
 Positions are sorted by the row they belong to, so that each row's positions are one segment, and every row is summed by one
-program, which may then do more with it (`pallas_update`). A program takes rows that lie far apart: the rows asked for most
+program, which may then do more with it (`update`). A program takes rows that lie far apart: the rows asked for most
 often stand side by side at the head of a plan, and each should have a program of its own. Short segments are summed side by
 side, one position of each row at a time; a long one by the whole program, thousands of elements at a time. The order of
 additions depends on the sorted positions alone, so results are deterministic.
@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mpembed_jax.arrays import indexing
-from mpembed_jax.ops import gpu
+from mpembed_jax.ops.gpu import kernel
 
 _MOST_ROWS = 64  # of a program
 _SHORT = 32  # positions of a row that are summed side by side with other rows'
@@ -68,7 +68,7 @@ def sort_positions(
 
 def block_rows(num_columns: int) -> int:
     """Returns how many rows of so many columns (a power of two) one program sums; not many, for long ones come in turn."""
-    return min(_MOST_ROWS, gpu.kernel.block_rows(num_columns))
+    return min(_MOST_ROWS, kernel.block_rows(num_columns))
 
 
 def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, jax.Array]:
@@ -86,17 +86,17 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
       values: reference of float32 [M, D].
       row: int32 [R].
       mask: bool [R].
-      columns: int32 [P], see pallas_rows.columns_of.
+      columns: int32 [P], see kernel.columns_of.
       dim: D.
     """
     first_ref, stop_ref, source_ref, *factors_ref = refs
-    first, stop = (gpu.kernel.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
+    first, stop = (kernel.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
     length, lane = stop - first, jnp.arange(row.shape[0], dtype=jnp.int32)
     is_short = length <= _SHORT
 
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
-        found = gpu.kernel.load_row(values, gpu.kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim)
-        return found * gpu.kernel.load(factors_ref[0], (position,), is_inside)[:, None] if factors_ref else found
+        found = kernel.load_row(values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim)
+        return found * kernel.load(factors_ref[0], (position,), is_inside)[:, None] if factors_ref else found
 
     def side_by_side(carry: tuple) -> tuple:
         turn, total = carry
@@ -146,19 +146,19 @@ def sum_duplicates(
     factors: jax.Array | None = None,
     source: jax.Array | None = None,
 ) -> jax.Array:
-    """See `xla_sums.sum_duplicates`; values float32 [M, D]."""
+    """See `xla.sums.sum_duplicates`; values float32 [M, D]."""
     dim = values.shape[1]
     if 0 in (index.shape[0], values.shape[0]):
         return jnp.zeros((size, dim), jnp.float32)
     segments = sort_positions(index, size, values.shape[0], source, factors)
-    block = block_rows(gpu.kernel.ceil_power(dim))
+    block = block_rows(kernel.ceil_power(dim))
 
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs
-        (row, is_row), columns = spread_positions(block, size), gpu.kernel.columns_of(dim)
-        gpu.kernel.store_row(out, row, is_row, columns, dim, sum_rows(segment_refs, values_ref, row, is_row, columns, dim))
+        (row, is_row), columns = spread_positions(block, size), kernel.columns_of(dim)
+        kernel.store_row(out, row, is_row, columns, dim, sum_rows(segment_refs, values_ref, row, is_row, columns, dim))
 
-    (out,) = gpu.kernel.launch(
+    (out,) = kernel.launch(
         body, pl.cdiv(size, block), [*segments.operands, values], [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
         name="mpembed_sum", is_interpreted=is_interpreted,
     )  # fmt: skip
@@ -166,28 +166,28 @@ def sum_duplicates(
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: bool) -> jax.Array:
-    """See `xla_sums.bag`; each bag is accumulated in registers."""
+    """See `xla.bag.bag`; each bag is accumulated in registers."""
     *lead, length = index.shape
     dim = rows.shape[1]
     num = index.size // length if length else 0
     if num == 0:
         return jnp.zeros((*lead, dim), jnp.float32)
-    block = gpu.kernel.block_rows(dim)
+    block = kernel.block_rows(dim)
 
     def body(rows_ref: Any, index_ref: Any, factors_ref: Any, out: Any) -> None:
         bag = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
-        is_inside, columns = bag < num, gpu.kernel.columns_of(dim)
+        is_inside, columns = bag < num, kernel.columns_of(dim)
 
         def add(turn: jax.Array, total: jax.Array) -> jax.Array:
             position = bag * length + turn
-            factor = gpu.kernel.load(factors_ref, (position,), is_inside)
-            row = gpu.kernel.load_row(rows_ref, gpu.kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim)
+            factor = kernel.load(factors_ref, (position,), is_inside)
+            row = kernel.load_row(rows_ref, kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim)
             return total + factor[:, None] * row
 
         total = lax.fori_loop(0, length, add, jnp.zeros((block, columns.shape[0]), jnp.float32))
-        gpu.kernel.store_row(out, bag, is_inside, columns, dim, total)
+        kernel.store_row(out, bag, is_inside, columns, dim, total)
 
-    (out,) = gpu.kernel.launch(
+    (out,) = kernel.launch(
         body, pl.cdiv(num, block), [rows, index.reshape(-1), factors.reshape(-1)],
         [jax.ShapeDtypeStruct((num, dim), jnp.float32)], name="mpembed_bag", is_interpreted=is_interpreted,
     )  # fmt: skip

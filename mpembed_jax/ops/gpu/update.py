@@ -2,7 +2,7 @@
 
 One kernel runs the optimizer's rule (SGD, row-wise Adagrad) on each unique row of a batch and stores it: to its line in
 float32, or stochastically rounded into the table. `update` is given a gradient per row; `update_summed` sums the gradients
-of a row's positions itself, so that no array of row gradients exists. The references are in `xla_update`.
+of a row's positions itself, so that no array of row gradients exists. The references are in `xla.update`.
 """
 
 import functools
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mpembed_jax.numerics import random_bits, rounding
-from mpembed_jax.ops import gpu
+from mpembed_jax.ops.gpu import kernel, sums
 from mpembed_jax.ops.gpu.kernel import Layout
+from mpembed_jax.ops.records import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
@@ -28,7 +29,7 @@ class _Stored(NamedTuple):
 
     packed: Any
     lines: Any
-    sums: Any
+    accumulator: Any
 
     @property
     def held(self) -> list:
@@ -61,72 +62,77 @@ def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) ->
 
 
 def update(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    rule: RowRule,
+    draw: Draw,
+    is_interpreted: bool,
+) -> tuple[Store, jax.Array | None]:
+    """See `xla.update.update`, in one pass."""
+    return _update(store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, is_interpreted=is_interpreted)
+
+
+def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, is_interpreted: bool) -> Store:
+    """See `xla.rows.write`: the update's kernel, without gradients."""
+    return _update(store, None, moves, new_rows, None, rule=None, draw=draw, is_interpreted=is_interpreted)[0]
+
+
+def _update(
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
     rows: jax.Array,
     row_grads: jax.Array | None,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    is_interpreted: bool,
     *,
-    learning_rate: float = 0.0,
-    eps: float = 0.0,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
-    """See `xla_update.update`, in one pass; with row_grads None, `rows` are stored as they are."""
-    layout, block = Layout(table.format, rows.shape[1], is_interpreted), gpu.kernel.block_rows(rows.shape[1])
+    rule: RowRule | None,
+    draw: Draw,
+    is_interpreted: bool,
+) -> tuple[Store, jax.Array | None]:
+    layout, block = Layout(store.table.format, rows.shape[1], is_interpreted), kernel.block_rows(rows.shape[1])
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
         return row, row < num_ids
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list | None:
-        columns = gpu.kernel.place_columns(layout)
-        return [gpu.kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
+        columns = kernel.place_columns(layout)
+        return [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
 
     gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
     stored, _ = _launch(
-        "mpembed_update", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
-        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps), skip_nonfinite=False,
+        "mpembed_update", _Stored(store.table.rows, store.lines, accumulator), layout, moves, rows, gradients,
+        rule=rule, draw=draw, skip_nonfinite=False,
     )  # fmt: skip
-    return QuantizedTable(stored.packed, table.format, table.embedding_dim), stored.lines, stored.sums
+    return _restored(store, stored), stored.accumulator
 
 
 def update_summed(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    rows: jax.Array,
-    grads: jax.Array,
-    index: jax.Array,
-    source: jax.Array | None,
-    factors: jax.Array | None,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    is_interpreted: bool,
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
+    positions: Positions,
     *,
-    learning_rate: float,
-    eps: float,
+    rule: RowRule,
+    draw: Draw,
     skip_nonfinite: bool,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
-    """See `xla_update.update_summed`: the sums of `pallas_sums` and the update, in one kernel behind XLA's sort."""
-    layout = Layout(table.format, rows.shape[1], is_interpreted)
+    is_interpreted: bool,
+) -> tuple[Store, jax.Array | None, jax.Array]:
+    """See `xla.update.update_summed`: the sums of `gpu.sums` and the update, in one kernel behind XLA's sort."""
+    width, dim = old_rows.shape
+    layout = Layout(store.table.format, dim, is_interpreted)
     num_columns = layout.padded_words * layout.per_word
-    block = gpu.sums.block_rows(num_columns)
-    segments = gpu.sums.sort_positions(index, rows.shape[0], grads.shape[0], source, factors)
+    block = sums.block_rows(num_columns)
+    segments = sums.sort_positions(positions.row, width, positions.grads.shape[0], positions.source, positions.factors)
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
         *segment_refs, grads_ref = refs
         columns = jnp.arange(num_columns, dtype=jnp.int32)
-        total = gpu.sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
+        total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
         if layout.per_word == 1:
             return [total]
         words, place = total.reshape(block, -1, layout.per_word), jnp.arange(layout.per_word, dtype=jnp.int32)
@@ -134,35 +140,38 @@ def update_summed(
         return [jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2) for p in range(layout.per_word)]
 
     gradients = _Gradients(
-        [*segments.operands, grads], block, lambda num_ids: gpu.sums.spread_positions(block, num_ids), places
+        [*segments.operands, positions.grads], block, lambda num_ids: sums.spread_positions(block, num_ids), places
     )  # fmt: skip
     stored, is_finite = _launch(
-        "mpembed_update_summed", _Stored(table.rows, cache_rows, sums), layout, ids, line, rows, gradients,
-        jnp.stack([num_cached, num_ids]), key, step, RowRule(learning_rate, sums is not None, eps),
-        skip_nonfinite=skip_nonfinite,
+        "mpembed_update_summed", _Stored(store.table.rows, store.lines, accumulator), layout, moves, old_rows, gradients,
+        rule=rule, draw=draw, skip_nonfinite=skip_nonfinite,
     )  # fmt: skip
-    is_updated = (jnp.arange(rows.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
+    is_updated = (jnp.arange(width, dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
     if is_finite is not None:
         is_updated = is_updated & (is_finite != 0)
-    return QuantizedTable(stored.packed, table.format, table.embedding_dim), stored.lines, stored.sums, is_updated
+    return _restored(store, stored), stored.accumulator, is_updated
+
+
+def _restored(store: Store, stored: _Stored) -> Store:
+    """Returns the store with the arrays that a kernel changed."""
+    table = QuantizedTable(stored.packed, store.table.format, store.table.embedding_dim)
+    return store._replace(table=table, lines=stored.lines)
 
 
 def _launch(
     name: str,
     stored: _Stored,
     layout: Layout,
-    ids: jax.Array,
-    line: jax.Array,
+    moves: Moves,
     rows: jax.Array,
     gradients: _Gradients,
-    bounds: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    rule: RowRule,
     *,
+    rule: RowRule | None,
+    draw: Draw,
     skip_nonfinite: bool,
 ) -> tuple[_Stored, jax.Array | None]:
-    """Runs the kernel; bounds are (num_cached, num_ids). Returns what is stored and, if asked, int32 [U]: is it finite."""
+    """Runs the kernel. Returns what is stored and, if asked, int32 [U]: is the row's gradient finite."""
+    bounds = jnp.stack([moves.num_cached, moves.num_ids])
     (width, dim), held = rows.shape, stored.held
 
     def body(*refs: Any) -> None:
@@ -171,34 +180,36 @@ def _launch(
         into = stored.holding(outputs)
         num_cached, num_ids = bounds_ref[0], bounds_ref[1]
         position, is_row = gradients.rows_of(num_ids)
-        columns = gpu.kernel.place_columns(layout)
+        columns = kernel.place_columns(layout)
 
         @pl.when(jnp.max(is_row.astype(jnp.int32)) > 0)
         def update_block() -> None:
-            here = gpu.kernel.load(ids_ref, (position,), is_row, NO_ID)
+            here = kernel.load(ids_ref, (position,), is_row, NO_ID)
             is_updated = is_row & (here != NO_ID)
-            places = [gpu.kernel.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
+            places = [kernel.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
             grads = gradients.places(grad_refs, position, is_updated)
-            if grads is not None:
+            if grads is not None and rule is not None:
                 if skip_nonfinite:
                     wrong = [jnp.max(jnp.where(jnp.abs(g) < jnp.inf, 0, 1), axis=1) for g in grads]
                     is_finite = functools.reduce(jnp.maximum, wrong) == 0
-                    gpu.kernel.store(outputs[-1], (position,), is_finite.astype(jnp.int32), is_row)
+                    kernel.store(outputs[-1], (position,), is_finite.astype(jnp.int32), is_row)
                     is_updated = is_updated & is_finite
-                total = None if into.sums is None else _add_squares(into.sums, grads, here, is_updated, seeds, layout)
+                total = None
+                if into.accumulator is not None:
+                    total = _add_squares(into.accumulator, grads, here, is_updated, seeds, layout)
                 places = _stepped(rule, places, grads, total)
             is_cached = is_updated & (position < num_cached)
             if into.lines is not None:
-                place = gpu.kernel.load(line_ref, (position,), is_cached)
+                place = kernel.load(line_ref, (position,), is_cached)
                 for values, c in zip(places, columns, strict=True):
-                    gpu.kernel.store_row(into.lines, place, is_cached, c, dim, values)
-            gpu.kernel.write_packed(into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1]))
+                    kernel.store_row(into.lines, place, is_cached, c, dim, values)
+            kernel.write_packed(into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1]))
 
     # The state of row-wise Adagrad is leaf 0 of its tree.
-    seeds = [random_bits.draw_seed(key, stream, step) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
-    operands = [jnp.concatenate(seeds), bounds, ids, line, rows, *gradients.operands, *held]
-    shapes = [gpu.kernel.shape_of(array) for array in held]
-    results = gpu.kernel.launch(
+    seeds = [draw.seed(stream) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
+    operands = [jnp.concatenate(seeds), bounds, moves.ids, moves.line, rows, *gradients.operands, *held]
+    shapes = [kernel.shape_of(array) for array in held]
+    results = kernel.launch(
         body, pl.cdiv(width, gradients.block), operands,
         shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * skip_nonfinite,
         name=name, is_interpreted=layout.is_interpreted,
@@ -207,10 +218,10 @@ def _launch(
     return stored.holding(results), results[-1] if skip_nonfinite else None
 
 
-def _add_squares(sums: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout) -> jax.Array:
+def _add_squares(accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout) -> jax.Array:
     """Adds each row's mean square to its stored G, float32 or bfloat16 bit patterns; returns it unrounded, float32 [R]."""
-    is_narrow = sums.dtype == jnp.uint16
-    before = gpu.kernel.load(sums, (ids,), mask)
+    is_narrow = accumulator.dtype == jnp.uint16
+    before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
     squares = sum(jnp.sum(jnp.square(g), axis=1) for g in grads)
@@ -219,6 +230,6 @@ def _add_squares(sums: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
     # Every thread that keeps a copy of the old sum has read it before one of them stores the new one.
-    gpu.kernel.barrier(layout.is_interpreted)
-    gpu.kernel.store(sums, (ids,), stored, mask)
+    kernel.barrier(layout.is_interpreted)
+    kernel.store(accumulator, (ids,), stored, mask)
     return total

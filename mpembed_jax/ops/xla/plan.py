@@ -2,7 +2,7 @@
 
 The misses of every set meet its ways in rounds (`rounds`). The exact rules are stated at `make_plan`; they follow FBGEMM's
 LRU / LFU caches where those are documented, and are ours where not (order inside a set, admission, halving, conservative
-sketch update). `place` is what a step calls: these rules in XLA, or the same compiled by numba (`ops.native`).
+sketch update). `ops.plan` is what a step calls: these rules in XLA, or the same compiled by numba.
 """
 
 import dataclasses
@@ -19,19 +19,7 @@ from mpembed_jax.ops.xla.rounds import Entering, enter
 from mpembed_jax.row_ids import NO_ID
 
 
-class Placed(NamedTuple):
-    """The unique ids of a batch in the order of its plan: hits, newcomers, bypassed, padding."""
-
-    unique_ids: jax.Array  # i32 [U]  NO_ID for padding
-    inverse: jax.Array  # i32 [N]
-    line: jax.Array  # i32 [U]  C for bypassed and padding
-    victim_ids: jax.Array  # i32 [U]  NO_ID where none
-    num_hits: jax.Array
-    num_cached: jax.Array
-    hit_requests: jax.Array
-
-
-class Placement(NamedTuple):
+class Decisions(NamedTuple):
     """What `make_plan` decides about the unique ids of a batch."""
 
     order: jax.Array  # i32 [U]  positions of the given unique ids: hits, newcomers, bypassed
@@ -50,7 +38,7 @@ def make_plan(
     step: jax.Array,
     num_positions: Fraction,
     chunk: int | None,
-) -> tuple[CacheState, Placement]:
+) -> tuple[CacheState, Decisions]:
     """Decides hits, newcomers, victims and bypasses of one batch and updates tags, priorities and the sketch.
 
     Rules. Hits keep their lines and are pinned. The misses of a set, in order (LRU: ascending id; LFU: descending
@@ -71,10 +59,10 @@ def make_plan(
       chunk: see chunks.each.
 
     Returns:
-      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and the placement.
+      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and the decisions.
     """
     geometry, width = cache.geometry, ids.shape[0]
-    is_lfu = cache.policy == "lfu"
+    is_lfu = policy.counts_use(cache.policy)
     cache = policy.age(cache, policy.is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
@@ -88,7 +76,7 @@ def make_plan(
         line = window.fill(line, found)
         if is_lfu:
             used = indexing.take(cache.priority.reshape(-1), found)
-            estimates = window.fill(estimates, jnp.minimum(used + window.take(counts), policy.MAX_ESTIMATE))
+            estimates = window.fill(estimates, policy.estimate(used, window.take(counts)))
         is_hit = window.is_live & (found < geometry.lines)
         order, num_hits = chunks.append(order, num_hits, window.position, is_hit)
         queue, num_misses = chunks.append(queue, num_misses, window.position, window.is_live & ~is_hit)
@@ -107,7 +95,7 @@ def make_plan(
             position = window.take(queue)
             cells = residency.sketch_cells(cache, indexing.take(ids, position))
             seen = jnp.min(indexing.take(cache.sketch.reshape(-1), cells), axis=0).astype(jnp.int32)
-            raised = jnp.minimum(seen + indexing.take(counts, position), policy.MAX_ESTIMATE)
+            raised = policy.estimate(seen, indexing.take(counts, position))
             return indexing.put(estimates, jnp.where(window.is_live, position, width), raised)
 
         estimates = chunks.each(0, num_misses, width, chunk, estimate, estimates)
@@ -117,7 +105,7 @@ def make_plan(
         # No estimate is negative, which XLA cannot know: it reads the priorities before it replaces them, without a copy.
         is_pinned = window.is_live & (window.take(estimates) >= 0)
         here = jnp.where(is_pinned, window.take(line), geometry.lines)
-        return indexing.put(priority, here, policy.PINNED if is_lfu else step)
+        return indexing.put(priority, here, policy.pinned(cache.policy, step))
 
     priority = chunks.each(0, num_ids, width, chunk, pin_hits, cache.priority.reshape(-1))
     carry = Entering(
@@ -132,7 +120,7 @@ def make_plan(
         queue=queue,
         num_waiting=num_misses,
     )
-    entered = enter(carry, geometry, is_lfu, ids, estimates, step, chunk)
+    entered = enter(carry, geometry, cache.policy, ids, estimates, step, chunk)
     priority, sketch = entered.priority, cache.sketch
     if is_lfu:  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
 
@@ -156,4 +144,4 @@ def make_plan(
         sketch = chunks.each(num_hits, num_ids, width, chunk, remember, sketch.reshape(-1)).reshape(sketch.shape)
     shape = cache.tags.shape
     cache = dataclasses.replace(cache, tags=entered.tags.reshape(shape), priority=priority.reshape(shape), sketch=sketch)
-    return cache, Placement(entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached)
+    return cache, Decisions(entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached)

@@ -1,6 +1,6 @@
 """How the misses of a batch enter the cache: in rounds, in each of which a set's best waiting miss meets its cheapest way.
 
-The rules are stated at `planning.make_plan`.
+The rules are stated at `plan.make_plan`.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Entering(NamedTuple):
 def enter(
     carry: Entering,
     geometry: Geometry,
-    is_lfu: bool,
+    by: str,
     ids: jax.Array,
     estimates: jax.Array,
     step: jax.Array,
@@ -44,6 +44,7 @@ def enter(
 
     Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
     """
+    is_lfu = policy.counts_use(by)
     width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
     num_buckets = geometry.election_buckets(width)
     is_direct = num_buckets == geometry.sets
@@ -63,14 +64,10 @@ def enter(
         """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
         way = jnp.arange(ways, dtype=jnp.uint32)
         row_tags, row_priority = indexing.take(tags.reshape(-1, ways), sets), indexing.take(priority.reshape(-1, ways), sets)
-        if is_lfu:
-            rank = row_priority.astype(jnp.uint32) + jnp.uint32(1)
-        else:
-            rank = (policy.MAX_AGE + 1 - jnp.minimum(step - row_priority, policy.MAX_AGE)).astype(jnp.uint32)
-        cost = jnp.where(row_tags == NO_ID, jnp.uint32(0), rank) * jnp.uint32(MAX_WAYS) + way
+        cost = policy.ranks(by, row_tags, row_priority, step) * jnp.uint32(MAX_WAYS) + way
         cheapest = jnp.min(cost, axis=-1)
         rank = (cheapest // jnp.uint32(MAX_WAYS)).astype(jnp.int32)
-        may = rank <= estimate if is_lfu else rank <= policy.MAX_AGE
+        may = policy.may_enter(by, rank, estimate)
         chosen = (cheapest % jnp.uint32(MAX_WAYS)).astype(jnp.int32)
         # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
         is_chosen = way == chosen.astype(jnp.uint32)[:, None]
@@ -107,7 +104,7 @@ def enter(
             order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
             carry = carry._replace(
                 tags=indexing.put(carry.tags, target, miss),
-                priority=indexing.put(carry.priority, target, policy.PINNED if is_lfu else step),
+                priority=indexing.put(carry.priority, target, policy.pinned(by, step)),
                 line=indexing.put(carry.line, here, place),
                 victim_ids=indexing.put(carry.victim_ids, here, victim),
                 victim_uses=indexing.put(carry.victim_uses, here, uses) if is_lfu else carry.victim_uses,

@@ -15,6 +15,7 @@ from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.packing import decode
+from mpembed_jax.ops.records import Draw, Moves, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows, read_rows
 
@@ -23,38 +24,24 @@ Gather = Callable[[jax.Array, jax.Array], jax.Array]  # of rows of 32-bit words 
 
 @jax.named_scope("swap")
 def swap(
-    table: QuantizedTable,
-    cache_rows: jax.Array,
-    dirty: jax.Array,
-    ids: jax.Array,
-    line: jax.Array,
-    victim_ids: jax.Array,
-    begin: jax.Array,
-    end: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    chunk: int | None,
-    gather: Gather | None = None,
-) -> tuple[QuantizedTable, jax.Array, jax.Array, jax.Array]:
-    """Evicts and fills: entries [begin, end) of the plan take their lines.
+    store: Store, moves: Moves, draw: Draw, *, chunk: int | None, gather: Gather | None = None
+) -> tuple[Store, jax.Array]:
+    """Evicts and fills: the newcomers, entries [num_hits, num_cached) of the moves, take their lines.
 
     Args:
-      table: the stack.
-      cache_rows: float32 [C, D].
-      dirty: bool [C], of the victims.
-      ids: int32 [U], newcomers at [begin, end).
-      line: int32 [U].
-      victim_ids: int32 [U], NO_ID where the line was empty.
-      begin: int32 scalar.
-      end: int32 scalar.
-      key: uint32 [2].
-      step: int32 scalar.
+      store: table, lines, and the dirty bits of the victims.
+      moves: the rows of the step.
+      draw: names the random bits of the victims' rounding.
       chunk: see chunks.each.
-      gather: of rows; what it returns for an index outside does not matter. None: XLA's.
+      gather: takes rows; what it returns for an index outside does not matter. None: XLA's.
 
     Returns:
-      Table, cache rows, dirty bits and the number of dirty victims.
+      The store and the number of dirty victims.
     """
+    table, cache_rows, dirty = store
+    assert cache_rows is not None and dirty is not None
+    ids, line, victim_ids = moves.ids, moves.line, moves.victim_ids
+    begin, end = moves.num_hits, moves.num_cached
     once = (end > begin).astype(jnp.int32) if chunk else None
     gather = gather or indexing.take
 
@@ -66,7 +53,7 @@ def swap(
         was_dirty = lax.optimization_barrier(window.is_live & indexing.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
         old = gather(cache_rows, here)
-        packed = encode_rows(old, victims, table, key, random_bits.WRITE_BACK, step, once)
+        packed = encode_rows(old, victims, table, draw.key, random_bits.WRITE_BACK, draw.step, once)
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = indexing.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         take = gather if rows.dtype == jnp.uint32 else indexing.take
@@ -78,35 +65,24 @@ def swap(
     # Newcomers are few and a chunk is worked on as a whole: half a chunk wastes less.
     carry = (table.rows, cache_rows, dirty, jnp.int32(0))
     rows, cache_rows, dirty, num_written = chunks.each(begin, end, ids.shape[0], chunk and chunk // 2, body, carry)
-    return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty, num_written
+    return Store(QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty), num_written
 
 
 @jax.named_scope("lookup")
-def lookup(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    chunk: int | None,
-    gather: Gather | None = None,
-) -> jax.Array:
-    """Gathers the unique rows: entries [0, num_cached) from their lines, [num_cached, num_ids) from the table, rest zeros.
+def lookup(store: Store, moves: Moves, *, chunk: int | None, gather: Gather | None = None) -> jax.Array:
+    """Gathers the unique rows: [0, num_cached) from their lines, [num_cached, num_ids) from the table, zeros for the rest.
 
     Args:
-      table: the stack.
-      cache_rows: float32 [C, D] or None.
-      ids: int32 [U].
-      line: int32 [U].
-      num_cached: int32 scalar.
-      num_ids: int32 scalar.
+      store: table and lines.
+      moves: the rows of the step.
       chunk: see chunks.each.
-      gather: of rows, zeros outside; None: XLA's.
+      gather: takes rows, zeros outside. None: XLA's.
 
     Returns:
       float32 [U, D].
     """
+    table, cache_rows, _ = store
+    ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
     if gather is None:
         zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # counts are not negative, which the compiler cannot know
@@ -177,35 +153,21 @@ def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> j
 
 
 @jax.named_scope("write")
-def write(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    new_rows: jax.Array,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    chunk: int | None,
-) -> tuple[QuantizedTable, jax.Array | None]:
+def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk: int | None) -> Store:
     """Stores updated rows: to their lines in float32, or stochastically rounded into the table.
 
     Args:
-      table: the stack.
-      cache_rows: float32 [C, D] or None.
-      ids: int32 [U]; NO_ID entries are not written.
-      line: int32 [U]; C entries are not written to a line.
+      store: table and lines.
+      moves: the rows of the step; NO_ID entries are not written, C entries not to a line.
       new_rows: float32 [U, D].
-      num_cached: entries [0, num_cached) go to lines.
-      num_ids: entries [num_cached, num_ids) go to the table.
-      key: uint32 [2].
-      step: int32 scalar.
+      draw: names the random bits of the rounding.
       chunk: see chunks.each.
 
     Returns:
-      Table and cache rows.
+      The store.
     """
+    table, cache_rows, _ = store
+    ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
     if cache_rows is not None:  # the whole width at once: lines out of range are dropped, and slices would be copied
         cache_rows = indexing.put(cache_rows, line, new_rows)
@@ -214,22 +176,22 @@ def write(
 
     def to_table(window: chunks.Window, rows: jax.Array) -> jax.Array:
         here = window.take(ids)
-        packed = encode_rows(window.take(new_rows), here, table, key, random_bits.BYPASS, step, once)
+        packed = encode_rows(window.take(new_rows), here, table, draw.key, random_bits.BYPASS, draw.step, once)
         return indexing.put(rows, jnp.where(window.is_live, here, NO_ID), packed)
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
-    return QuantizedTable(rows, table.format, table.embedding_dim), cache_rows
+    return store._replace(table=QuantizedTable(rows, table.format, table.embedding_dim), lines=cache_rows)
 
 
 @jax.named_scope("write_back")
-def write_back(
-    table: QuantizedTable, cache_rows: jax.Array, tags: jax.Array, dirty: jax.Array, key: jax.Array, step: jax.Array
-) -> QuantizedTable:
-    """Quantizes every dirty line (tags int32 [C], dirty bool [C]) into the table, in blocks of lines."""
+def write_back(store: Store, tags: jax.Array, draw: Draw) -> QuantizedTable:
+    """Quantizes every dirty line into the table, in blocks of lines; tags int32 [C]."""
+    table, cache_rows, dirty = store
+    assert cache_rows is not None and dirty is not None
 
     def body(window: chunks.Window, rows: jax.Array) -> jax.Array:
         ids = jnp.where(window.is_live & window.take(dirty), window.take(tags), NO_ID)
-        packed = encode_rows(window.take(cache_rows), ids, table, key, random_bits.FLUSH, step)
+        packed = encode_rows(window.take(cache_rows), ids, table, draw.key, random_bits.FLUSH, draw.step)
         return indexing.put(rows, ids, packed)
 
     rows = chunks.each(0, tags.shape[0], tags.shape[0], 8192, body, table.rows)

@@ -1,24 +1,13 @@
 """The distinct ids of a batch, in plain jax.numpy: the reference of the op."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits
+from mpembed_jax.ops.records import Unique
 from mpembed_jax.row_ids import NO_ID
-
-
-class Unique(NamedTuple):
-    """The distinct ids of a batch; positions without one (padding, over budget) hold U - 1 in `inverse`."""
-
-    ids: jax.Array  # i32 [U]  distinct, NO_ID after the first num_ids
-    inverse: jax.Array  # i32 [N]
-    counts: jax.Array  # i32 [U]  occurrences, 0 for padding
-    num_ids: jax.Array  # i32 []
-    num_dropped: jax.Array  # i32 []  distinct ids over the budget
 
 
 @jax.named_scope("unique")

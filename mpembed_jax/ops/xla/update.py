@@ -1,4 +1,4 @@
-"""The reference implementation of the row update: the rules of `optim` by plain jax.numpy, then `xla.write`."""
+"""The row update in plain jax.numpy: the rules of `optim` on gathered rows, then `rows.write`. The reference of the op."""
 
 from typing import Any
 
@@ -6,115 +6,89 @@ import jax
 import jax.numpy as jnp
 
 from mpembed_jax import optim
-from mpembed_jax.ops import xla
+from mpembed_jax.ops.records import Draw, Moves, Positions, Store
+from mpembed_jax.ops.xla import rows, sums
 from mpembed_jax.optim.row_state import update_rows
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.table import QuantizedTable
+
+
+def is_updated(moves: Moves) -> jax.Array:
+    """Returns bool [U]: which entries are rows to update."""
+    return (jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
 
 
 def update(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    rows: jax.Array,
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
     row_grads: jax.Array,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    chunk: int | None,
     *,
-    learning_rate: float,
-    eps: float,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None]:
+    rule: optim.RowRule,
+    draw: Draw,
+    chunk: int | None,
+) -> tuple[Store, jax.Array | None]:
     """Updates each row once and stores it: w -= lr g (SGD), or w -= lr g / (sqrt(G) + eps), G += mean(g^2).
 
     Args:
-      table: the stack.
-      cache_rows: float32 [C, D] or None.
-      sums: G of row-wise Adagrad, float32 [V] or bfloat16 bit patterns uint16 [V] (rounded stochastically); None: SGD.
-      ids: int32 [U]; NO_ID entries are not updated.
-      line: int32 [U]; C entries are not written to a line.
-      rows: float32 [U, D].
+      store: table and lines.
+      accumulator: G of row-wise Adagrad, float32 [V], or bfloat16 bit patterns uint16 [V], rounded stochastically.
+        None for SGD.
+      moves: the rows of the step; NO_ID entries are not updated, C entries not written to a line.
+      old_rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
-      num_cached: entries [0, num_cached) go to lines.
-      num_ids: entries [num_cached, num_ids) go to the table; the rest are not updated.
-      key: uint32 [2].
-      step: int32 scalar.
-      chunk: see chunks.each; of the stores.
-      learning_rate: of the rule.
-      eps: of Adagrad.
+      rule: the optimizer's.
+      draw: names the random bits of the roundings.
+      chunk: see chunks.each; for the stores.
 
     Returns:
-      Table, cache rows and sums.
+      The store and the accumulator.
     """
-    is_updated = (jnp.arange(ids.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
-    ids = jnp.where(is_updated, ids, NO_ID)
-    if cache_rows is not None:
-        line = jnp.where(is_updated, line, cache_rows.shape[0])
-    tx = optim.sgd(learning_rate) if sums is None else optim.rowwise_adagrad(learning_rate, eps)
-    treedef: Any = jax.tree.structure(jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, rows.shape[1]), jnp.float32)))
-    dtype = "bfloat16" if sums is not None and sums.dtype == jnp.uint16 else "float32"
-    state = treedef.unflatten([] if sums is None else [sums])
-    new_rows, state = update_rows(tx, state, ids, rows, row_grads, dtype, key, step, jnp.bool_(True))
-    table, cache_rows = xla.rows.write(table, cache_rows, ids, line, new_rows, num_cached, num_ids, key, step, chunk)
-    return table, cache_rows, None if sums is None else jax.tree.leaves(state)[0]
+    is_row = is_updated(moves)
+    moves = moves._replace(ids=jnp.where(is_row, moves.ids, NO_ID))
+    if store.lines is not None:
+        moves = moves._replace(line=jnp.where(is_row, moves.line, store.lines.shape[0]))
+    tx = optim.transformation_of(rule)
+    treedef: Any = jax.tree.structure(jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, old_rows.shape[1]), jnp.float32)))
+    dtype = "bfloat16" if accumulator is not None and accumulator.dtype == jnp.uint16 else "float32"
+    state = treedef.unflatten([] if accumulator is None else [accumulator])
+    new_rows, state = update_rows(tx, state, moves.ids, old_rows, row_grads, dtype, draw.key, draw.step, jnp.bool_(True))
+    store = rows.write(store, moves, new_rows, draw, chunk=chunk)
+    return store, None if accumulator is None else jax.tree.leaves(state)[0]
 
 
 def update_summed(
-    table: QuantizedTable,
-    cache_rows: jax.Array | None,
-    sums: jax.Array | None,
-    ids: jax.Array,
-    line: jax.Array,
-    rows: jax.Array,
-    grads: jax.Array,
-    index: jax.Array,
-    source: jax.Array | None,
-    factors: jax.Array | None,
-    num_cached: jax.Array,
-    num_ids: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    chunk: int | None,
+    store: Store,
+    accumulator: jax.Array | None,
+    moves: Moves,
+    old_rows: jax.Array,
+    positions: Positions,
     *,
-    learning_rate: float,
-    eps: float,
+    rule: optim.RowRule,
+    draw: Draw,
     skip_nonfinite: bool,
-) -> tuple[QuantizedTable, jax.Array | None, jax.Array | None, jax.Array]:
+    chunk: int | None,
+) -> tuple[Store, jax.Array | None, jax.Array]:
     """Sums the gradients of each row's positions, then `update`.
 
     Args:
-      table: this and what is not named here, see `update`.
-      cache_rows: see `update`.
-      sums: see `update`.
-      ids: int32 [U].
-      line: int32 [U].
-      rows: float32 [U, D].
-      grads: float32 [M, D], of vectors or bags; M > 0.
-      index: int32 [N] in [0, U), N > 0, the row that each position holds; U - 1 is padding.
-      source: int32 [N] in [0, M), the gradient of each position; None: position n takes grads[n // (N / M)].
-      factors: float32 [N], multiplied with each position's gradient, or None.
-      num_cached: see `update`.
-      num_ids: see `update`.
-      key: uint32 [2].
-      step: int32 scalar.
-      chunk: see `update`.
-      learning_rate: of the rule.
-      eps: of Adagrad.
+      store: this and what is not named here: see `update`.
+      accumulator: see `update`.
+      moves: see `update`.
+      old_rows: float32 [U, D].
+      positions: the gradients.
+      rule: see `update`.
+      draw: see `update`.
       skip_nonfinite: leave rows as they are whose summed gradient is not finite.
+      chunk: see `update`.
 
     Returns:
-      Table, cache rows, sums, and bool [U]: which rows were updated.
+      The store, the accumulator, and bool [U]: which rows were updated.
     """
-    row_grads = xla.sums.sum_duplicates(grads, index, rows.shape[0], factors, source)
-    is_updated = (jnp.arange(ids.shape[0], dtype=jnp.int32) < num_ids) & (ids != NO_ID)
+    row_grads = sums.sum_duplicates(positions.grads, positions.row, old_rows.shape[0], positions.factors, positions.source)
+    is_row = is_updated(moves)
     if skip_nonfinite:
-        is_updated = is_updated & jnp.all(jnp.isfinite(row_grads), axis=1)
-    updated = update(
-        table, cache_rows, sums, jnp.where(is_updated, ids, NO_ID), line, rows, row_grads, num_cached, num_ids, key, step,
-        chunk, learning_rate=learning_rate, eps=eps,
-    )  # fmt: skip
-    return *updated, is_updated
+        is_row = is_row & jnp.all(jnp.isfinite(row_grads), axis=1)
+    moves = moves._replace(ids=jnp.where(is_row, moves.ids, NO_ID))
+    store, accumulator = update(store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, chunk=chunk)
+    return store, accumulator, is_row
