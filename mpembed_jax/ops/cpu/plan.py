@@ -20,6 +20,11 @@ from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
+# The buffers of the call, by position. Tags, priority and sketch are arguments, too, and changed in place.
+_IDS, _INVERSE, _COUNTS, _NUMBERS, _SHAPE = range(5)
+_TAGS, _PRIORITY, _SKETCH, _PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _PLACED_INVERSE, _FOUND = range(8)
+_LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE, _BUCKET_OF, _VICTIM, _VICTIM_USE = range(8, 16)
+_BEST, _WINNER, _FULL = range(16, 19)
 _AHEAD = 16  # ids
 # An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
@@ -31,11 +36,19 @@ def _find_half(frame, half):
     `order` and `queue` are filled from the half's first id on; found[half] and found[2 + half] say how far. Cache lines are
     asked for well before they are looked at: tags first, then, when the line is known, its priority.
     """
-    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
-    num_ids, step = np.int64(argument(frame, 3, np.int32)[0]), argument(frame, 3, np.int32)[1]
-    tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
-    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
-    set_of, order, queue = result(frame, 10, np.int32), result(frame, 11, np.int32), result(frame, 12, np.int32)
+    ids = argument(frame, _IDS, np.int32)
+    counts = argument(frame, _COUNTS, np.int32)
+    shape = argument(frame, _SHAPE, np.int32)
+    num_ids, step = np.int64(argument(frame, _NUMBERS, np.int32)[0]), argument(frame, _NUMBERS, np.int32)[1]
+    tags = result(frame, _TAGS, np.int32)
+    priority = result(frame, _PRIORITY, np.int32)
+    sketch = result(frame, _SKETCH, np.uint16)
+    found = result(frame, _FOUND, np.int32)
+    line = result(frame, _LINE, np.int32)
+    estimate = result(frame, _ESTIMATE, np.int32)
+    set_of = result(frame, _SET_OF, np.int32)
+    order = result(frame, _ORDER, np.int32)
+    queue = result(frame, _QUEUE, np.int32)
     sets, ways, groups, width = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3])
     is_lfu, begin, end = width > 0, num_ids * half // 2, num_ids * (half + 1) // 2
     num_hits, num_misses = 0, 0
@@ -137,13 +150,22 @@ def _enter(
 
 def _place_half(frame, half):
     """Brings one half of the ids into the order of the plan; their lines, or the sketch, take their estimates."""
-    ids, counts, shape = argument(frame, 0, np.int32), argument(frame, 2, np.int32), argument(frame, 4, np.int32)
-    priority, sketch = result(frame, 1, np.int32), result(frame, 2, np.uint16)
-    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
-    found, line, estimate = result(frame, 7, np.int32), result(frame, 8, np.int32), result(frame, 9, np.int32)
-    order, moved = result(frame, 11, np.int32), result(frame, 12, np.int32)
-    victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
-    groups, width, num_ids = np.int64(shape[2]), np.int64(shape[3]), np.int64(argument(frame, 3, np.int32)[0])
+    ids = argument(frame, _IDS, np.int32)
+    counts = argument(frame, _COUNTS, np.int32)
+    shape = argument(frame, _SHAPE, np.int32)
+    priority = result(frame, _PRIORITY, np.int32)
+    sketch = result(frame, _SKETCH, np.uint16)
+    placed_ids = result(frame, _PLACED_IDS, np.int32)
+    placed_line = result(frame, _PLACED_LINE, np.int32)
+    victim_ids = result(frame, _VICTIM_IDS, np.int32)
+    found = result(frame, _FOUND, np.int32)
+    line = result(frame, _LINE, np.int32)
+    estimate = result(frame, _ESTIMATE, np.int32)
+    order = result(frame, _ORDER, np.int32)
+    moved = result(frame, _QUEUE, np.int32)
+    victim = result(frame, _VICTIM, np.int32)
+    victim_use = result(frame, _VICTIM_USE, np.int32)
+    groups, width, num_ids = np.int64(shape[2]), np.int64(shape[3]), np.int64(argument(frame, _NUMBERS, np.int32)[0])
     num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
     is_lfu, hit_requests = width > 0, 0
     # One of them does all that has to do with the sketch, whose cells several ids share.
@@ -170,15 +192,29 @@ _place = call_frame.halves(_place_half)
 
 
 def _plan(frame):
-    ids, inverse = argument(frame, 0, np.int32), argument(frame, 1, np.int32)
-    numbers, shape = argument(frame, 3, np.int32), argument(frame, 4, np.int32)
-    tags, priority, sketch = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.uint16)
-    placed_ids, placed_line, victim_ids = result(frame, 3, np.int32), result(frame, 4, np.int32), result(frame, 5, np.int32)
-    placed_inverse, found = result(frame, 6, np.int32), result(frame, 7, np.int32)
-    line, estimate, set_of = result(frame, 8, np.int32), result(frame, 9, np.int32), result(frame, 10, np.int32)
-    order, queue, bucket_of = result(frame, 11, np.int32), result(frame, 12, np.int32), result(frame, 13, np.int32)
-    victim, victim_use = result(frame, 14, np.int32), result(frame, 15, np.int32)
-    best, winner, full = result(frame, 16, np.int32), result(frame, 17, np.int32), result(frame, 18, np.int32)
+    ids = argument(frame, _IDS, np.int32)
+    inverse = argument(frame, _INVERSE, np.int32)
+    numbers = argument(frame, _NUMBERS, np.int32)
+    shape = argument(frame, _SHAPE, np.int32)
+    tags = result(frame, _TAGS, np.int32)
+    priority = result(frame, _PRIORITY, np.int32)
+    sketch = result(frame, _SKETCH, np.uint16)
+    placed_ids = result(frame, _PLACED_IDS, np.int32)
+    placed_line = result(frame, _PLACED_LINE, np.int32)
+    victim_ids = result(frame, _VICTIM_IDS, np.int32)
+    placed_inverse = result(frame, _PLACED_INVERSE, np.int32)
+    found = result(frame, _FOUND, np.int32)
+    line = result(frame, _LINE, np.int32)
+    estimate = result(frame, _ESTIMATE, np.int32)
+    set_of = result(frame, _SET_OF, np.int32)
+    order = result(frame, _ORDER, np.int32)
+    queue = result(frame, _QUEUE, np.int32)
+    bucket_of = result(frame, _BUCKET_OF, np.int32)
+    victim = result(frame, _VICTIM, np.int32)
+    victim_use = result(frame, _VICTIM_USE, np.int32)
+    best = result(frame, _BEST, np.int32)
+    winner = result(frame, _WINNER, np.int32)
+    full = result(frame, _FULL, np.int32)
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
     sets, ways, is_lfu = np.int64(shape[0]), np.int64(shape[1]), shape[3] > 0
 
@@ -222,18 +258,26 @@ def plan(
     sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
     held = [cache.tags, cache.priority, sketch]
     num_buckets = cache.geometry.election_buckets(width)
-    sizes = [width] * 3 + [inverse.shape[0], 4] + [width] * 8 + [num_buckets] * 3
+    sizes = dict.fromkeys((_PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE), width)
+    sizes |= dict.fromkeys((_BUCKET_OF, _VICTIM, _VICTIM_USE), width)
+    sizes |= dict.fromkeys((_BEST, _WINNER, _FULL), num_buckets)
+    sizes |= {_PLACED_INVERSE: inverse.shape[0], _FOUND: 4}
     results: Any = jax.ffi.ffi_call(
         "mpembed_plan",
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held] + [jax.ShapeDtypeStruct((n,), jnp.int32) for n in sizes],
-        input_output_aliases={5: 0, 6: 1, 7: 2},
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
+        + [jax.ShapeDtypeStruct((sizes[number],), jnp.int32) for number in sorted(sizes)],
+        input_output_aliases={_SHAPE + 1: _TAGS, _SHAPE + 2: _PRIORITY, _SHAPE + 3: _SKETCH},
     )(
-        ids, inverse, counts, jnp.stack([num_ids, step, must_halve.astype(jnp.int32)]),
-        np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32), *held,
-    )  # fmt: skip
-    tags, priority, sketch, unique_ids, line, victim_ids, inverse, found, *_ = results
+        ids,
+        inverse,
+        counts,
+        jnp.stack([num_ids, step, must_halve.astype(jnp.int32)]),
+        np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32),
+        *held,
+    )
+    tags, priority, sketch = results[_TAGS], results[_PRIORITY], results[_SKETCH]
     sketch = sketch if cache.policy == "lfu" else None
     cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
-    num_hits, num_cached, hit_requests = found[:3]
-    moves = Moves(unique_ids, line, victim_ids, num_hits, num_cached, num_ids)
-    return cache, moves, inverse, hit_requests
+    num_hits, num_cached, hit_requests = results[_FOUND][:3]
+    moves = Moves(results[_PLACED_IDS], results[_PLACED_LINE], results[_VICTIM_IDS], num_hits, num_cached, num_ids)
+    return cache, moves, results[_PLACED_INVERSE], hit_requests
