@@ -34,7 +34,9 @@ class Report:
     embedding_dim: int
     float32_bytes: int  # of a plain float32 table
     float32_row_state_bytes: int  # of the same optimizer beside it
-    step_peak_bytes: int | None  # state, batch and temporaries of one compiled step; None without batch_shape
+    step_peak_bytes: (
+        int | None
+    )  # state, batch and temporaries of one compiled step; None without batch_shape
     host_bytes: int = 0  # of the total, in host memory (EmbeddingSpec.memory_kind)
 
     @property
@@ -62,22 +64,34 @@ class Report:
         if self.geometry is not None:
             g = self.geometry
             share = g.lines / self.num_rows
-            lines.append(f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the rows)")
+            lines.append(
+                f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the rows)"
+            )
         width = max(len(name) for name in self.components)
         lines += [f"  {name:<{width}} {size:>18,} B" for name, size in self.components.items()]
-        lines.append(f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)")
+        lines.append(
+            f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)"
+        )
         if self.host_bytes:
-            lines.append(f"of it in host memory: {self.host_bytes:,} B, on the device: {self.total - self.host_bytes:,} B")
+            lines.append(
+                f"of it in host memory: {self.host_bytes:,} B, on the device: {self.total - self.host_bytes:,} B"
+            )
         lines.append(
             f"float32: {self.float32_bytes:,} B, with row state {self.float32_bytes + self.float32_row_state_bytes:,} B"
         )
-        lines.append(f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state")
+        lines.append(
+            f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state"
+        )
         if self.step_peak_bytes is not None:
             lines.append(f"peak of one compiled step: {self.step_peak_bytes:,} B")
         return "\n".join(lines)
 
 
-def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: tuple[int, ...] | None = None) -> Report:
+def report(
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    batch_shape: tuple[int, ...] | None = None,
+) -> Report:
     """Counts the bytes of a stack before it is made.
 
     Args:
@@ -97,10 +111,14 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
     components = {
         "table": _nbytes(state.table),
         "cache rows": _nbytes(cache.rows) if cache is not None else 0,
-        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
+        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty))
+        if cache is not None
+        else 0,
         "sketch": _nbytes(cache.sketch) if cache is not None else 0,
         "row state": _nbytes(state.row_state),
-        "counters": _nbytes((state.key, state.step, state.pending, state.counters, state.fingerprint)),
+        "counters": _nbytes(
+            (state.key, state.step, state.pending, state.counters, state.fingerprint)
+        ),
     }
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
     plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
@@ -127,4 +145,9 @@ def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
     compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
     sizes: Any = compiled.memory_analysis()
-    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )

@@ -103,9 +103,14 @@ def _in_order(cache: CacheState, shards: int) -> CacheState:
         split = sketch.reshape(sketch.shape[0], shards, -1, sketch.shape[2])
         sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
     return dataclasses.replace(
-        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
-        sketch=sketch, groups=cache.groups * shards,
-    )  # fmt: skip
+        cache,
+        tags=by_set(tags),
+        priority=by_set(cache.priority),
+        dirty=by_set(cache.dirty),
+        rows=by_set(cache.rows),
+        sketch=sketch,
+        groups=cache.groups * shards,
+    )
 
 
 def _by_shard(cache: CacheState, shards: int) -> CacheState:
@@ -122,9 +127,14 @@ def _by_shard(cache: CacheState, shards: int) -> CacheState:
         split = sketch.reshape(sketch.shape[0], -1, shards, sketch.shape[2])
         sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
     return dataclasses.replace(
-        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
-        sketch=sketch, groups=cache.groups // shards,
-    )  # fmt: skip
+        cache,
+        tags=by_set(tags),
+        priority=by_set(cache.priority),
+        dirty=by_set(cache.dirty),
+        rows=by_set(cache.rows),
+        sketch=sketch,
+        groups=cache.groups // shards,
+    )
 
 
 def plan(
@@ -159,7 +169,10 @@ def plan(
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
     groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
-    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or groups % num_shards:
+    if (
+        spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes
+        or groups % num_shards
+    ):
         return Placement("replicated")
     candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
     if spec.num_rows < NO_ID:
@@ -181,7 +194,9 @@ def _largest_share(layout: Layout, batch: Any) -> float:
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     devices, spec = layout.shards, layout.spec
     if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):
-        raise ValueError(f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}")
+        raise ValueError(
+            f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}"
+        )
     largest = 0.0
     for parts in zip(*(np.split(leaf, devices) for leaf in leaves), strict=True):
         flat = np.concatenate([part.reshape(-1) for part in parts])
@@ -190,7 +205,9 @@ def _largest_share(layout: Layout, batch: Any) -> float:
         if layout.table_shards is None:
             owner = ids % devices
         else:
-            owner = np.asarray(layout.table_shards)[np.searchsorted(offsets(spec.tables)[1:], ids, side="right")]
+            owner = np.asarray(layout.table_shards)[
+                np.searchsorted(offsets(spec.tables)[1:], ids, side="right")
+            ]
         largest = max(largest, np.bincount(owner, minlength=1).max(initial=0) / max(1, budget))
     return largest
 
@@ -225,5 +242,7 @@ def pairs(state: EmbeddingState, ids: Any) -> Any:
 
     spec = layout.spec
     if not layout.is_paired:
-        raise ValueError(f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them")
+        raise ValueError(
+            f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them"
+        )
     return jax.tree.map(split, spec.global_ids(ids))

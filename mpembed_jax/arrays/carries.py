@@ -32,7 +32,10 @@ def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
         missing = [tuple(_axes(new) - _axes(old)) for new, old in zip(results, leaves, strict=True)]
         if not any(missing):
             return treedef.unflatten(leaves)
-        leaves = [lax.pcast(leaf, axes, to="varying") if axes else leaf for leaf, axes in zip(leaves, missing, strict=True)]
+        leaves = [
+            lax.pcast(leaf, axes, to="varying") if axes else leaf
+            for leaf, axes in zip(leaves, missing, strict=True)
+        ]
 
 
 def _axes(value: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:

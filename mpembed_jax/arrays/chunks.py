@@ -20,7 +20,9 @@ Carry = TypeVar("Carry")
 class Window(NamedTuple):
     """One chunk of an array of `width` entries."""
 
-    first: jax.Array  # i32 []  where the chunk is sliced; earlier than its start for the last, partial one
+    first: (
+        jax.Array
+    )  # i32 []  where the chunk is sliced; earlier than its start for the last, partial one
     position: jax.Array  # i32 [chunk]  positions in the array
     is_live: jax.Array  # bool [chunk]  which of them this chunk is responsible for
 
@@ -48,7 +50,14 @@ class Window(NamedTuple):
         return lax.dynamic_update_slice_in_dim(array, merged, self.first, 0)
 
 
-def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | None, body: Callable, carry: Carry) -> Carry:
+def each(
+    begin: jax.Array | int,
+    end: jax.Array | int,
+    width: int,
+    chunk: int | None,
+    body: Callable,
+    carry: Carry,
+) -> Carry:
     """Folds `carry = body(window, carry)` over the windows that cover positions [begin, end) of arrays of `width`.
 
     Args:
@@ -79,11 +88,18 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
         index = first + jnp.arange(chunk, dtype=jnp.int32)
         return start + chunk, body(Window(first, index, (index >= start) & (index < end)), carry)
 
-    return lax.while_loop(lambda loop: loop[0] < end, step, carries.with_final_types(step, (begin, carry)))[1]
+    return lax.while_loop(
+        lambda loop: loop[0] < end, step, carries.with_final_types(step, (begin, carry))
+    )[1]
 
 
 def append(
-    array: jax.Array, count: jax.Array, values: jax.Array, is_member: jax.Array, *, backwards: bool = False
+    array: jax.Array,
+    count: jax.Array,
+    values: jax.Array,
+    is_member: jax.Array,
+    *,
+    backwards: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the members of `values`, in order, to array[count:], or to array[count - 1], array[count - 2] .. backwards.
 

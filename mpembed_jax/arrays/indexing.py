@@ -39,7 +39,11 @@ def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) ->
         return to_host(jnp.broadcast_to(value, shape), memory_kind)
     block = jnp.broadcast_to(value, (size, *shape[1:]))
     # Without the barrier XLA knows that the first block changes nothing.
-    array = put_block(to_host(jnp.zeros(shape, value.dtype), memory_kind), jnp.int32(0), lax.optimization_barrier(block))
+    array = put_block(
+        to_host(jnp.zeros(shape, value.dtype), memory_kind),
+        jnp.int32(0),
+        lax.optimization_barrier(block),
+    )
 
     def body(turn: jax.Array, array: jax.Array) -> jax.Array:
         return put_block(array, jnp.minimum(turn.astype(jnp.int32) * size, shape[0] - size), block)
@@ -52,11 +56,17 @@ def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Arr
     window = tuple(range(index.ndim, index.ndim + array.ndim - 1))
     dimensions = lax.GatherDimensionNumbers(window, (0,), (0,))
     mode = lax.GatherScatterMode.CLIP if fill is None else lax.GatherScatterMode.FILL_OR_DROP
-    if is_on_host(array):  # jax asks for indices in the same memory; only they and the rows they name cross the bus
+    if is_on_host(
+        array
+    ):  # jax asks for indices in the same memory; only they and the rows they name cross the bus
         index = jax.device_put(index, jax.memory.Space.Host)
-        rows = lax.gather(array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill)
+        rows = lax.gather(
+            array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill
+        )
         return jax.device_put(rows, jax.memory.Space.Device)
-    return lax.gather(array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill)
+    return lax.gather(
+        array, index[..., None], dimensions, (1, *array.shape[1:]), mode=mode, fill_value=fill
+    )
 
 
 def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Array:
@@ -76,7 +86,9 @@ def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Ar
     if not is_unrolled and not is_on_host(array):
         return take(array, index, 0)
     rows = lax.bitcast_convert_type(take(array, index), jnp.uint32)
-    num_turns = max(1, -(-300 // words) - 4) if is_unrolled else 0  # 300 instructions are unrolled, a word's copy has four
+    num_turns = (
+        max(1, -(-300 // words) - 4) if is_unrolled else 0
+    )  # 300 instructions are unrolled, a word's copy has four
     for turn in range(num_turns):
         rows = rows + zero if turn % 2 else rows ^ zero
     is_inside = (index >= 0) & (index < array.shape[0])
@@ -92,10 +104,14 @@ def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Arra
     return lax.dynamic_update_slice(array, values, start)
 
 
-def _scatter(scatter: Callable, array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
+def _scatter(
+    scatter: Callable, array: jax.Array, index: jax.Array, values: jax.Array | int
+) -> jax.Array:
     values = jnp.broadcast_to(jnp.asarray(values, array.dtype), (*index.shape, *array.shape[1:]))
     dimensions = lax.ScatterDimensionNumbers(tuple(range(1, array.ndim + 1)), (), (0,))
-    return scatter(array, index[:, None], values[:, None], dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP)
+    return scatter(
+        array, index[:, None], values[:, None], dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP
+    )
 
 
 def put(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:

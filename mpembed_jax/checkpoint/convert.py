@@ -83,10 +83,16 @@ def convert(
     rows = saved.pop("table.rows")
     is_encoded = entry["storage"] != ours["storage"]
     if is_encoded:
-        recode = partial(_recode, key=key, step=step, before=fmt, after=spec.storage, dim=spec.embedding_dim)
+        recode = partial(
+            _recode, key=key, step=step, before=fmt, after=spec.storage, dim=spec.embedding_dim
+        )
         rows = _by_blocks(recode, rows, wanted["table.rows"])
         _LOG.warning(
-            "%s: %d rows of %s encoded anew as %s", name, len(rows), _name(entry["storage"]), _name(ours["storage"])
+            "%s: %d rows of %s encoded anew as %s",
+            name,
+            len(rows),
+            _name(entry["storage"]),
+            _name(ours["storage"]),
         )
     if same_cache:
         cache = {inner: array for inner, array in saved.items() if inner.startswith("cache.")}
@@ -96,29 +102,58 @@ def convert(
     else:
         cache = {}
         if spec.cache is not None:
-            empty = residency.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
-            cache = {f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()}
+            empty = residency.init(
+                spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim
+            )
+            cache = {
+                f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()
+            }
         num_flushed = 0
         if entry["cache"] is not None:
             dirty = saved["cache.dirty"].reshape(-1)
             ids, lines = saved["cache.tags"].reshape(-1)[dirty], saved["cache.rows"][dirty]
             rows, num_flushed = rows if rows.flags.writeable else rows.copy(), len(ids)
             for block, block_ids in _blocks(lines, ids):
-                packed = np.asarray(_encode(block, block_ids, key, step, after=spec.storage, stream=random_bits.FLUSH))
+                packed = np.asarray(
+                    _encode(
+                        block, block_ids, key, step, after=spec.storage, stream=random_bits.FLUSH
+                    )
+                )
                 rows[block_ids[block_ids != NO_ID]] = packed[block_ids != NO_ID]
-        _LOG.warning("%s: cache %s -> %s: starts empty, %d dirty lines written to their rows", name, entry["cache"],
-                     ours["cache"], num_flushed)  # fmt: skip
+        _LOG.warning(
+            "%s: cache %s -> %s: starts empty, %d dirty lines written to their rows",
+            name,
+            entry["cache"],
+            ours["cache"],
+            num_flushed,
+        )
     result |= cache | {"table.rows": rows}
-    result |= _row_state(name, entry, saved, {n: x for n, x in wanted.items() if n.startswith("row_state")}, key, step)
+    result |= _row_state(
+        name,
+        entry,
+        saved,
+        {n: x for n, x in wanted.items() if n.startswith("row_state")},
+        key,
+        step,
+    )
     return placements.by_shard(result, after, spec)
 
 
 def _name(storage: list) -> str:
-    return " ".join(str(x) for x in (storage[0], {True: "symmetric", False: "asymmetric"}.get(storage[1]), storage[2]) if x)
+    return " ".join(
+        str(x)
+        for x in (storage[0], {True: "symmetric", False: "asymmetric"}.get(storage[1]), storage[2])
+        if x
+    )
 
 
 def _row_state(
-    name: str, entry: dict[str, Any], saved: dict[str, np.ndarray], wanted: dict[str, Any], key: Any, step: Any
+    name: str,
+    entry: dict[str, Any],
+    saved: dict[str, np.ndarray],
+    wanted: dict[str, Any],
+    key: Any,
+    step: Any,
 ) -> dict[str, np.ndarray]:
     """Returns the optimizer's state in the dtypes wanted; bfloat16 bit patterns are uint16."""
     held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
@@ -130,7 +165,9 @@ def _row_state(
     for index, (inner, array) in enumerate(held.items()):
         leaf = wanted[inner]
         if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
-            raise ValueError(f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx")
+            raise ValueError(
+                f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx"
+            )
         if array.dtype == leaf.dtype:
             result[inner] = array
         elif (array.dtype, leaf.dtype) == (np.uint16, np.float32):
@@ -140,7 +177,9 @@ def _row_state(
             result[inner] = _by_blocks(narrow, array, leaf)
             _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
         else:
-            raise ValueError(f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target: another tx")
+            raise ValueError(
+                f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target: another tx"
+            )
     return result
 
 
@@ -156,7 +195,9 @@ def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np
         )
 
 
-def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any) -> np.ndarray:
+def _by_blocks(
+    work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any
+) -> np.ndarray:
     """Returns work(block of rows, their ids) of all rows, with the row shape and dtype of `like`."""
     result = np.empty((len(array), *like.shape[1:]), like.dtype)
     first = 0
@@ -168,7 +209,9 @@ def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.nd
 
 
 @partial(jax.jit, static_argnames=("after", "stream"))
-def _encode(rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int) -> jax.Array:
+def _encode(
+    rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int
+) -> jax.Array:
     """Packs float32 rows [n, D] of ids [n] by a format's own rounding."""
     rows = jnp.asarray(rows)
     table = QuantizedTable(rows, after, rows.shape[1])  # only its format and dim are looked at
@@ -176,10 +219,17 @@ def _encode(rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, strea
 
 
 @partial(jax.jit, static_argnames=("before", "after", "dim"))
-def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int) -> jax.Array:
+def _recode(
+    packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int
+) -> jax.Array:
     """Packs packed rows [n, ..] anew."""
     return _encode(
-        decode(jnp.asarray(packed), before, dim), ids, key, step, after=after, stream=random_bits.INITIAL_ROUNDING
+        decode(jnp.asarray(packed), before, dim),
+        ids,
+        key,
+        step,
+        after=after,
+        stream=random_bits.INITIAL_ROUNDING,
     )
 
 
@@ -187,5 +237,9 @@ def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, af
 def _narrow(values: Any, ids: Any, key: Any, step: Any, *, stream: int) -> jax.Array:
     """Rounds float32 [n, ..] stochastically to bfloat16 bit patterns."""
     columns = int(np.prod(values.shape[1:]))
-    bits = random_bits.row_bits(jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns).reshape(values.shape)
-    return rounding.encode_float(jnp.asarray(values), rounding.FLOAT_FORMATS["bfloat16"], bits).astype(jnp.uint16)
+    bits = random_bits.row_bits(
+        jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns
+    ).reshape(values.shape)
+    return rounding.encode_float(
+        jnp.asarray(values), rounding.FLOAT_FORMATS["bfloat16"], bits
+    ).astype(jnp.uint16)

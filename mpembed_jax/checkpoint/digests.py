@@ -32,13 +32,19 @@ def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
     """Returns u32 [2]: sums over all words, mixed with their row and column, so the order of adding does not matter."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)  # 8 bytes become two words
-    words = jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(
+        array.dtype.itemsize, jnp.uint32
+    )  # 8 bytes become two words
+    words = (
+        jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
+    )
     row = first.astype(jnp.uint32) + jnp.arange(words.shape[0], dtype=jnp.uint32)[:, None]
     row = random_bits.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
     column = jnp.arange(words.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B)
     mixed = random_bits.fmix32(words ^ (row + column))
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)])
+    return jnp.stack(
+        [jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)]
+    )
 
 
 def digest(state_rows: Mapping[str, Any]) -> np.ndarray:

@@ -20,7 +20,11 @@ _BLOCK = 1 << 25  # bytes moved at once
 
 def is_kept(array: Any) -> bool:
     """Whether an array is one device's, in its host memory."""
-    return isinstance(array, jax.Array) and indexing.is_on_host(array) and len(array.sharding.device_set) == 1
+    return (
+        isinstance(array, jax.Array)
+        and indexing.is_on_host(array)
+        and len(array.sharding.device_set) == 1
+    )
 
 
 def _rows_of_block(array: Any) -> int:
@@ -66,10 +70,15 @@ def to_numpy(array: jax.Array) -> np.ndarray:
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     """Returns array[index] on the host, for int32 indices [m] inside; so many rows at once as a block has."""
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
-    take, size = jax.jit(indexing.take), min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length())
+    take, size = (
+        jax.jit(indexing.take),
+        min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length()),
+    )
     for first in range(0, index.size, size):
         piece = index[first : first + size]
-        result[first : first + size] = np.asarray(take(array, np.pad(piece, (0, size - piece.size))))[: piece.size]
+        result[first : first + size] = np.asarray(
+            take(array, np.pad(piece, (0, size - piece.size)))
+        )[: piece.size]
     return result
 
 

@@ -32,7 +32,17 @@ _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["bits", "was_dirty", "step", "has_gap", "counters", "key", "fingerprint", "started", "digest"],
+    data_fields=[
+        "bits",
+        "was_dirty",
+        "step",
+        "has_gap",
+        "counters",
+        "key",
+        "fingerprint",
+        "started",
+        "digest",
+    ],
     meta_fields=["layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +80,15 @@ def track(state: EmbeddingState) -> RowTracker:
     state.check_spec()
     layout = state.layout
     if bool(state.pending):
-        raise ValueError("this state has a prefetch without its apply_gradients; start tracking after apply_gradients")
+        raise ValueError(
+            "this state has a prefetch without its apply_gradients; start tracking after apply_gradients"
+        )
     begin, everywhere = _begin, None
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
-            raise ValueError(f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it")
+            raise ValueError(
+                f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it"
+            )
         begin = over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
     bits, was_dirty = jax.jit(begin)(state)
@@ -103,7 +117,9 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
     """
     axes = () if tracker.layout is None else tracker.layout.axes
     everywhere = jax.tree.map(lambda _: PartitionSpec(), tracker)
-    return dataclasses.replace(everywhere, bits=PartitionSpec(axes or None), was_dirty=PartitionSpec(axes or None))
+    return dataclasses.replace(
+        everywhere, bits=PartitionSpec(axes or None), was_dirty=PartitionSpec(axes or None)
+    )
 
 
 def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +155,9 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     """
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
-    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])  # victims are never in the batch: all distinct
+    ids = jnp.concatenate(
+        [plan.placed[0], plan.victim_ids]
+    )  # victims are never in the batch: all distinct
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),
@@ -161,7 +179,10 @@ class Patch(NamedTuple):
 
 
 def collect(
-    directory: Path, step: int, members: dict[str, leaves.Member], trackers: RowTracker | Mapping[str, RowTracker]
+    directory: Path,
+    step: int,
+    members: dict[str, leaves.Member],
+    trackers: RowTracker | Mapping[str, RowTracker],
 ) -> tuple[dict[str, int], dict[str, Patch]]:
     """Finds the checkpoint to build on, and the rows and lines that changed since.
 
@@ -179,10 +200,14 @@ def collect(
     """
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
-            raise ValueError(f"the tree has {len(members)} embedding states {list(members)}: pass {{name: tracker}}")
+            raise ValueError(
+                f"the tree has {len(members)} embedding states {list(members)}: pass {{name: tracker}}"
+            )
         trackers = dict.fromkeys(members, trackers)
     if unknown := [name for name in trackers if name not in members]:
-        raise ValueError(f"no embedding state is called {unknown[0]!r}; the tree has {list(members)}")
+        raise ValueError(
+            f"no embedding state is called {unknown[0]!r}; the tree has {list(members)}"
+        )
     patches: dict[str, Patch] = {}
     for name, tracker in trackers.items():
         _check_tracker(name, members[name].state, tracker)
@@ -192,7 +217,10 @@ def collect(
 
 def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> None:
     what = f"the tracker of {name!r}" if name else "the tracker"
-    if any((np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any() for f in ("key", "fingerprint")):
+    if any(
+        (np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any()
+        for f in ("key", "fingerprint")
+    ):
         raise ValueError(f"{what} belongs to another embedding state (another key or spec)")
     seen, now = int(tracker.step), int(state.step)
     told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
@@ -207,14 +235,19 @@ def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> Non
 
 def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dict[str, int]:
     wanted = {
-        name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint)) for name, t in trackers.items()
+        name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint))
+        for name, t in trackers.items()
     }
     for candidate in reversed(manifest.steps(directory)):
         try:
             body = manifest.read(directory, candidate)
         except manifest.CheckpointError:
             continue
-        held = {n: (e["digest"], e["step"], e["fingerprint"]) for n, e in body["embeddings"].items() if n in wanted}
+        held = {
+            n: (e["digest"], e["step"], e["fingerprint"])
+            for n, e in body["embeddings"].items()
+            if n in wanted
+        }
         if held == wanted and candidate != step:
             return {"step": candidate, "identity": manifest.identity(body)}
     started = sorted({start for _, start, _ in wanted.values()})
@@ -228,20 +261,28 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
     state = member.state
     shards = 1 if state.layout is None else state.layout.shards
     num_rows, cache = state.table.num_rows // shards, state.cache  # of a shard
-    is_touched, was_dirty = (_unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty))
+    is_touched, was_dirty = (
+        _unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty)
+    )
     lines = np.zeros(0, np.int32)
     if cache is not None:
         tags, dirty = (_on_host(x).reshape(-1) for x in (cache.tags, cache.dirty))
         is_held = (tags >= 0) & (tags < num_rows)
-        first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)  # row of each line's shard
+        first = np.repeat(
+            np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards
+        )  # row of each line's shard
         held = np.where(is_held, tags + first, 0)
-        was_dirty[held[is_held & dirty]] = False  # still waiting in its line, so the table's row is the old one
+        was_dirty[held[is_held & dirty]] = (
+            False  # still waiting in its line, so the table's row is the old one
+        )
         lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""
     named = leaves.named(state)
     patches = {}
-    for inner_names, kind, index in zip(digests.row_names(state), ("rows", "lines"), (rows, lines), strict=True):
+    for inner_names, kind, index in zip(
+        digests.row_names(state), ("rows", "lines"), (rows, lines), strict=True
+    ):
         for inner in inner_names:
             values = gather(named[inner], index)
             patches[member.names[inner]] = Patch(f"{prefix}touched_{kind}", index, values)
@@ -251,7 +292,11 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
 def _unpack(bits: jax.Array, shards: int, num_rows: int) -> np.ndarray:
     """Returns bool [shards * num_rows] of the bitmaps of all shards."""
     words = _on_host(bits).astype("<u4").reshape(shards, -1)
-    return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows].astype(bool).reshape(-1)
+    return (
+        np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows]
+        .astype(bool)
+        .reshape(-1)
+    )
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -263,7 +308,11 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 def _everywhere(array: jax.Array) -> NamedSharding | None:
     sharding = getattr(array, "sharding", None)
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, NamedSharding)
+        else None
+    )
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
@@ -273,7 +322,9 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     if host_memory.is_kept(array):
         return host_memory.gather(array, index)
     take = jax.jit(indexing.take, out_shardings=_everywhere(array))
-    return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
+    return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[
+        : index.size
+    ]
 
 
 def padded(size: int) -> int:

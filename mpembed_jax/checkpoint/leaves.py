@@ -29,12 +29,16 @@ def named(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: if two leaves have the same name.
     """
-    leaves = [(_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = [
+        (_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     result = dict(leaves)
     if len(result) != len(leaves):
         names = [name for name, _ in leaves]
         twice = next(name for at, name in enumerate(names) if name in names[:at])
-        raise ValueError(f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous")
+        raise ValueError(
+            f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous"
+        )
     return result
 
 
@@ -47,13 +51,17 @@ class Member(NamedTuple):
 
 def embeddings(tree: Any) -> dict[str, Member]:
     """Returns every EmbeddingState of a tree by its name ("" if the tree is one)."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, EmbeddingState))
+    found = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, EmbeddingState)
+    )
     result = {}
     for path, state in found:
         if isinstance(state, EmbeddingState):
             prefix = _name(path)
             inner = [_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
-            result[prefix] = Member(state, {name: f"{prefix}.{name}" if prefix else name for name in inner})
+            result[prefix] = Member(
+                state, {name: f"{prefix}.{name}" if prefix else name for name in inner}
+            )
     return result
 
 
@@ -83,13 +91,19 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             values[name] = [type(leaf).__name__, text]
         else:
             what = f"a {type(leaf).__name__}" if not isinstance(leaf, jax.core.Tracer) else "traced"
-            raise TypeError(f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings and bytes")
+            raise TypeError(
+                f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings and bytes"
+            )
     return arrays, values
 
 
 def describe(name: str, leaf: Any, array: Any) -> dict[str, Any]:
     """Returns an array's entry of the manifest."""
-    record = {"key": quote(name, safe=""), "shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+    record = {
+        "key": quote(name, safe=""),
+        "shape": list(array.shape),
+        "dtype": np.dtype(array.dtype).name,
+    }
     if is_key(leaf):
         record["random_key"] = str(jax.random.key_impl(leaf))
     return record
@@ -103,7 +117,9 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
     """
     kind, value = saved
     if type(target).__name__ != kind:
-        raise ValueError(f"leaf {name!r} was saved as a Python {kind}, the target has a {type(target).__name__}")
+        raise ValueError(
+            f"leaf {name!r} was saved as a Python {kind}, the target has a {type(target).__name__}"
+        )
     return base64.b64decode(value) if kind == "bytes" else value
 
 
@@ -113,7 +129,9 @@ class Place:
 
     kind: str  # "host" (NumPy), "default" (no device asked for: uncommitted), "sharding" or "memory" (host memory)
     sharding: Any = None
-    memory_kind: str = ""  # of "memory", whose sharding is one device's, or None for the default device
+    memory_kind: str = (
+        ""  # of "memory", whose sharding is one device's, or None for the default device
+    )
 
     @staticmethod
     def of(leaf: Any) -> "Place":
@@ -138,7 +156,9 @@ class Place:
                 device = None if self.sharding is None else next(iter(self.sharding.device_set))
                 return host_memory.from_numpy(array, self.memory_kind, device)
             case _:
-                return jax.make_array_from_callback(array.shape, self.sharding, lambda index: np.array(array[index]))
+                return jax.make_array_from_callback(
+                    array.shape, self.sharding, lambda index: np.array(array[index])
+                )
 
 
 def finish(leaf: Any, record: dict[str, Any], array: Any) -> Any:
@@ -156,7 +176,11 @@ def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
         return f"{name!r}: the target's leaf is a {type(leaf).__name__}"
     if is_key(leaf) != ("random_key" in record):
         return f"{name!r}: random keys on one side, plain numbers on the other"
-    shape, dtype = (tuple(leaf.shape), None) if is_key(leaf) else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    shape, dtype = (
+        (tuple(leaf.shape), None)
+        if is_key(leaf)
+        else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    )
     saved = tuple(record["shape"][: len(shape)]) if is_key(leaf) else tuple(record["shape"])
     if shape != saved or dtype not in (None, record["dtype"]):
         return f"{name!r} is {record['dtype']} {list(saved)} on disk, the target asks for {leaf.dtype} {list(shape)}"

@@ -45,7 +45,9 @@ def steps(directory: Any) -> list[int]:
     except FileNotFoundError:
         return []
     found = (_STEP.fullmatch(name) for name in names)
-    return sorted(int(m.group(1)) for m in found if m and (Path(directory) / m.group(0) / NAME).is_file())
+    return sorted(
+        int(m.group(1)) for m in found if m and (Path(directory) / m.group(0) / NAME).is_file()
+    )
 
 
 def latest_step(directory: Any) -> int | None:
@@ -77,13 +79,18 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
     for key in keys:
         try:
             layout = json.loads((folder / key / ".zarray").read_bytes())
-            pieces = math.prod(-(-size // chunk) for size, chunk in zip(layout["shape"], layout["chunks"], strict=True))
+            pieces = math.prod(
+                -(-size // chunk)
+                for size, chunk in zip(layout["shape"], layout["chunks"], strict=True)
+            )
             found = len(list((folder / key).iterdir())) - 1
         except OSError as error:
             raise CheckpointError(f"array {key!r} is not in {folder}: {error.strerror}") from error
         if found != pieces:
             raise CheckpointError(f"array {key!r} has {found} of {pieces} files in {folder}")
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _TIMES)
+    names = sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _TIMES
+    )
     sums = _each_file(lambda name: _checksum(folder / name), names)
     body = {**body, "version": VERSION, "files": dict(zip(names, sums, strict=True))}
     text = json.dumps(body, sort_keys=True)
@@ -112,13 +119,19 @@ def read(directory: Path, step: int) -> dict[str, Any]:
             raise CheckpointError(f"step {step}: {path} is damaged (its checksum differs)")
         body = json.loads(text)
     except FileNotFoundError:
-        raise CheckpointError(f"step {step}: {path} is missing, so this checkpoint was never completed") from None
+        raise CheckpointError(
+            f"step {step}: {path} is missing, so this checkpoint was never completed"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"step {step}: {path} cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"step {step}: {path} is damaged ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"step {step}: {path} is damaged ({type(error).__name__}: {error})"
+        ) from error
     if body.get("version") != VERSION:
-        raise CheckpointError(f"step {step}: {path} is of version {body.get('version')}, this library reads {VERSION}")
+        raise CheckpointError(
+            f"step {step}: {path} is of version {body.get('version')}, this library reads {VERSION}"
+        )
     return body
 
 
@@ -141,7 +154,11 @@ def check(directory: Path, step: int, body: dict[str, Any]) -> None:
             return f"{what}: {folder / name} cannot be read: {error.strerror}"
         if found != size:
             return f"{what}: {folder / name} has {found} bytes instead of {size}"
-        return None if value == expected else f"{what}: {folder / name} has changed bytes (its checksum differs)"
+        return (
+            None
+            if value == expected
+            else f"{what}: {folder / name} has changed bytes (its checksum differs)"
+        )
 
     faults = [f for f in _each_file(fault, list(body["files"])) if f]
     if faults:

@@ -44,14 +44,19 @@ class Division:
 
     def record(self) -> dict[str, Any]:
         """Returns it as JSON."""
-        return {"shards": self.shards, "table_shards": self.table_shards and list(self.table_shards)}
+        return {
+            "shards": self.shards,
+            "table_shards": self.table_shards and list(self.table_shards),
+        }
 
     def keeps_sets(self, other: "Division") -> bool:
         """Whether every cache set holds the same rows there: any number of shards by MOD, but the same whole tables."""
         return self == other or (self.table_shards is None and other.table_shards is None)
 
     def __str__(self) -> str:
-        return f"{self.shards} shards" + (f" of whole tables {self.table_shards}" if self.table_shards else "")
+        return f"{self.shards} shards" + (
+            f" of whole tables {self.table_shards}" if self.table_shards else ""
+        )
 
 
 def places(member: leaves.Member) -> dict[str, leaves.Place]:
@@ -62,8 +67,15 @@ def places(member: leaves.Member) -> dict[str, leaves.Place]:
     """
     state = member.state
     if state.layout is None and (kind := state.spec.memory_kind) is not None:
-        held = {inner: leaf for inner, leaf in leaves.named(state).items() if _is_kept_by_spec(inner, leaf)}
-        return {member.names[n]: leaves.Place("memory", leaves.Place.of(leaf).sharding, kind) for n, leaf in held.items()}
+        held = {
+            inner: leaf
+            for inner, leaf in leaves.named(state).items()
+            if _is_kept_by_spec(inner, leaf)
+        }
+        return {
+            member.names[n]: leaves.Place("memory", leaves.Place.of(leaf).sharding, kind)
+            for n, leaf in held.items()
+        }
     if state.layout is None or not isinstance(state.layout.mesh, Mesh):
         return {}
     specs = leaves.named(partition_specs(state))
@@ -95,7 +107,9 @@ def _is_by_row(name: str, array: np.ndarray) -> bool:
     return name.startswith(("table.rows", "row_state")) and array.ndim > 0
 
 
-def by_id(arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec) -> dict[str, np.ndarray]:
+def by_id(
+    arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
+) -> dict[str, np.ndarray]:
     """Returns a state's host arrays ({inner name: array}) as one device holds them.
 
     Args:
@@ -116,11 +130,15 @@ def by_id(arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
             if layout is None:
                 result[name] = _shares(array, shards)[: spec.num_rows]
             else:
-                result[name] = np.concatenate([array[first : first + size] for first, size in layout.table_slices()])
+                result[name] = np.concatenate(
+                    [array[first : first + size] for first, size in layout.table_slices()]
+                )
         elif name == "cache.tags":
             shard = np.repeat(np.arange(shards, dtype=np.int32), len(array) // shards)[:, None]
             if layout is None:
-                result[name] = _shares(np.where(array == NO_ID, NO_ID, array * shards + shard), shards)
+                result[name] = _shares(
+                    np.where(array == NO_ID, NO_ID, array * shards + shard), shards
+                )
             else:
                 result[name] = _shifted(array, shard * layout.num_rows, layout, inverse=True)
         elif layout is None and name.startswith("cache."):
@@ -128,7 +146,9 @@ def by_id(arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
     return result
 
 
-def by_shard(arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec) -> dict[str, np.ndarray]:
+def by_shard(
+    arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
+) -> dict[str, np.ndarray]:
     """Returns one device's host arrays as shards hold them, one after another; padding rows are zero.
 
     Args:
@@ -151,7 +171,9 @@ def by_shard(arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingS
                 result[name] = _merged(padded, shards)
                 continue
             held = np.zeros((shards * layout.num_rows, *array.shape[1:]), array.dtype)
-            for start, (first, size) in zip(offsets(spec.tables), layout.table_slices(), strict=False):
+            for start, (first, size) in zip(
+                offsets(spec.tables), layout.table_slices(), strict=False
+            ):
                 held[first : first + size] = array[start : start + size]
             result[name] = held
         elif name == "cache.tags":
@@ -169,10 +191,14 @@ def _layout(division: Division, spec: EmbeddingSpec) -> Layout | None:
     """Returns where whole tables lie, None by MOD."""
     if division.table_shards is None:
         return None
-    return Layout.bare(spec, Placement("tables", table_shards=division.table_shards), division.shards)
+    return Layout.bare(
+        spec, Placement("tables", table_shards=division.table_shards), division.shards
+    )
 
 
-def _of_sets(reorder: Any, name: str, array: np.ndarray, arrays: dict[str, np.ndarray], shards: int) -> np.ndarray:
+def _of_sets(
+    reorder: Any, name: str, array: np.ndarray, arrays: dict[str, np.ndarray], shards: int
+) -> np.ndarray:
     """Reorders an array of the cache, by group, by line or by set."""
     if name == "cache.sketch":
         return reorder(array, shards, 1)
@@ -181,11 +207,17 @@ def _of_sets(reorder: Any, name: str, array: np.ndarray, arrays: dict[str, np.nd
     return reorder(array, shards)
 
 
-def _shifted(tags: np.ndarray, first_row: np.ndarray, layout: Layout, *, inverse: bool) -> np.ndarray:
+def _shifted(
+    tags: np.ndarray, first_row: np.ndarray, layout: Layout, *, inverse: bool
+) -> np.ndarray:
     """Returns tags of whole tables' rows, from global ids to rows of their shards, or back (`inverse`)."""
     result = np.full_like(tags, NO_ID)
-    for start, (first, size) in zip(offsets(layout.spec.tables), layout.table_slices(), strict=False):
-        local = first - first_row  # the table's first row on this set's shard, if it is the table's own
+    for start, (first, size) in zip(
+        offsets(layout.spec.tables), layout.table_slices(), strict=False
+    ):
+        local = (
+            first - first_row
+        )  # the table's first row on this set's shard, if it is the table's own
         begin, move = (local, int(start) - local) if inverse else (int(start), local - int(start))
         is_on_shard = (local >= 0) & (local < layout.num_rows)
         is_in = is_on_shard & (tags >= begin) & (tags < begin + size)

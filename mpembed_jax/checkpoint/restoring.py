@@ -16,7 +16,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpembed_jax.arrays import indexing
-from mpembed_jax.checkpoint import convert, digests, increments, leaves, manifest, placements, saving
+from mpembed_jax.checkpoint import (
+    convert,
+    digests,
+    increments,
+    leaves,
+    manifest,
+    placements,
+    saving,
+)
 from mpembed_jax.checkpoint.manifest import CheckpointError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -57,7 +65,9 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         if name in held["values"]:
             values[name] = leaves.plain_value(name, held["values"][name], leaf)
     inner = {name for prefix in converted for name in held["embeddings"][prefix]["names"].values()}
-    others = values.keys() | {name for prefix in converted for name in members[prefix].names.values()}
+    others = values.keys() | {
+        name for prefix in converted for name in members[prefix].names.values()
+    }
     places = {name: leaves.Place.of(leaf) for name, leaf in named.items()}
     for member in members.values():
         places |= placements.places(member)
@@ -70,7 +80,10 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         values[name] = leaves.finish(named[name], held["arrays"][name], array)
     for prefix, member in members.items():
         entry = held["embeddings"][prefix]
-        ours = {i: (arrays if prefix in converted else values)[name] for i, name in entry["names"].items()}
+        ours = {
+            i: (arrays if prefix in converted else values)[name]
+            for i, name in entry["names"].items()
+        }
         _check_rows(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
@@ -97,20 +110,28 @@ def _agree(directory: Path, step: int | None) -> list[dict[str, Any]]:
     if failure is not None:
         raise failure
     if size == 0:
-        raise CheckpointError(f"no checkpoint could be restored from {directory}; the first process says why")
+        raise CheckpointError(
+            f"no checkpoint could be restored from {directory}; the first process says why"
+        )
     padded = np.frombuffer(message.ljust(size, b" "), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    return json.loads(
+        np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
+    )
 
 
 def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
     found = manifest.steps(directory)
     if step is not None:
         if not manifest.folder_of(directory, step).exists():
-            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are {found or 'none'}")
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {directory}; there are {found or 'none'}"
+            )
         return _chain(directory, step)
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint in {directory}" + ("" if directory.exists() else ", which does not exist") + "; save one first"
+            f"no checkpoint in {directory}"
+            + ("" if directory.exists() else ", which does not exist")
+            + "; save one first"
         )
     refused = []
     for candidate in reversed(found):
@@ -121,7 +142,9 @@ def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
             _LOG.warning("refused checkpoint: %s", error)
         else:
             if refused:
-                _LOG.warning("using step %d, the newest good checkpoint of %s", candidate, directory)
+                _LOG.warning(
+                    "using step %d, the newest good checkpoint of %s", candidate, directory
+                )
             return chain
     raise CheckpointError(f"no good checkpoint in {directory}: " + "; ".join(refused))
 
@@ -138,16 +161,22 @@ def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
                 raise CheckpointError(f"step {base['step']} is not the checkpoint it was made from")
             manifest.check(directory, base["step"], body)
         except CheckpointError as error:
-            raise CheckpointError(f"step {step} builds on step {base['step']}, which is refused: {error}") from error
+            raise CheckpointError(
+                f"step {step} builds on step {base['step']}, which is refused: {error}"
+            ) from error
         chain.append(body)
     return chain
 
 
-def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, leaves.Member], partial: bool) -> set[str]:
+def _compare(
+    held: dict[str, Any], named: dict[str, Any], members: dict[str, leaves.Member], partial: bool
+) -> set[str]:
     """Checks the target against the manifest; returns the embedding states that must be converted."""
     where = f"step {held['step']}"
     if unknown := [name for name in members if name not in held["embeddings"]]:
-        raise ValueError(f"{where} holds no embedding state {unknown[0]!r}; it holds {list(held['embeddings'])}")
+        raise ValueError(
+            f"{where} holds no embedding state {unknown[0]!r}; it holds {list(held['embeddings'])}"
+        )
     converted = set()
     skip: set[str] = set()
     for prefix, member in members.items():
@@ -158,11 +187,21 @@ def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, lea
     saved = held["arrays"].keys() | held["values"].keys()
     saved -= {record["patch"] for record in held["arrays"].values() if "patch" in record}
     if missing := [name for name in named if name not in saved and name not in skip]:
-        raise ValueError(f"{where} lacks leaves of the target: {missing}; it holds {sorted(saved - skip)}")
+        raise ValueError(
+            f"{where} lacks leaves of the target: {missing}; it holds {sorted(saved - skip)}"
+        )
     if not partial and (extra := sorted(saved - named.keys() - skip)):
-        raise ValueError(f"{where} holds leaves that the target lacks: {extra}; partial=True leaves them out")
-    checked = (n for n in named if n in held["arrays"] and not any(n in members[p].names.values() for p in converted))
-    if wrong := [text for n in checked if (text := leaves.mismatch(n, named[n], held["arrays"][n]))]:
+        raise ValueError(
+            f"{where} holds leaves that the target lacks: {extra}; partial=True leaves them out"
+        )
+    checked = (
+        n
+        for n in named
+        if n in held["arrays"] and not any(n in members[p].names.values() for p in converted)
+    )
+    if wrong := [
+        text for n in checked if (text := leaves.mismatch(n, named[n], held["arrays"][n]))
+    ]:
         raise ValueError(f"{where} does not fit the target: " + "; ".join(wrong))
     return converted
 
@@ -170,7 +209,9 @@ def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, lea
 # --- reading
 
 
-def read_arrays(directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]) -> dict[str, Any]:
+def read_arrays(
+    directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]
+) -> dict[str, Any]:
     """Reads arrays of the newest manifest of a chain, with its patches applied.
 
     Args:
@@ -199,7 +240,10 @@ def read_arrays(directory: Path, chain: list[dict[str, Any]], places: dict[str, 
 
 
 def _read(
-    directory: Path, body: dict[str, Any], places: dict[str, leaves.Place], index_of: dict[str, str | None]
+    directory: Path,
+    body: dict[str, Any],
+    places: dict[str, leaves.Place],
+    index_of: dict[str, str | None],
 ) -> dict[str, Any]:
     """Reads arrays of one folder; those of no entries are not on disk."""
     result: dict[str, Any] = {}
@@ -220,8 +264,12 @@ def _read(
             keys[record["key"]] = name
     if arguments:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        request = ocp.args.PyTreeRestore(item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True)
-        found = handler.restore(epath.Path(manifest.folder_of(directory, body["step"])), args=request)
+        request = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
+        )
+        found = handler.restore(
+            epath.Path(manifest.folder_of(directory, body["step"])), args=request
+        )
         handler.close()
         result |= {keys[key]: array for key, array in found.items()}
     return result
@@ -245,10 +293,16 @@ def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     return array
 
 
-def _check_rows(directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]) -> None:
+def _check_rows(
+    directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
+) -> None:
     """Compares the digest of the rows with the saved state's: no row was lost between disk, increments and here."""
     kept = {i: a for i, a in arrays.items() if i.split(".")[0] in ("table", "row_state", "cache")}
-    rows = {i: a for i, a in kept.items() if i.startswith(("table.rows", "cache.rows")) or (i[:3] == "row" and a.ndim)}
+    rows = {
+        i: a
+        for i, a in kept.items()
+        if i.startswith(("table.rows", "cache.rows")) or (i[:3] == "row" and a.ndim)
+    }
     if digests.digest(rows).tolist() != entry["digest"]:
         raise CheckpointError(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r}, read and put together, "

@@ -67,7 +67,14 @@ class Saving:
       nbytes: bytes of the arrays that are written, before compression.
     """
 
-    def __init__(self, directory: Path, step: int, nbytes: int, checkpointer: ocp.AsyncCheckpointer, keep: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        nbytes: int,
+        checkpointer: ocp.AsyncCheckpointer,
+        keep: int | None,
+    ):
         self.directory, self.step, self.nbytes = directory, step, nbytes
         self._checkpointer: ocp.AsyncCheckpointer | None = checkpointer
         self._keep = keep
@@ -91,7 +98,11 @@ class Saving:
                     try:
                         _prune(self.directory, self._keep, self.step)
                     except (OSError, CheckpointError) as error:
-                        _LOG.warning("step %d is saved, but older ones could not be deleted: %s", self.step, error)
+                        _LOG.warning(
+                            "step %d is saved, but older ones could not be deleted: %s",
+                            self.step,
+                            error,
+                        )
             finally:
                 checkpointer.close()
                 if _PENDING.get(self.directory) is self:
@@ -158,23 +169,37 @@ def save(
     body: dict[str, Any] = {"step": step, "time": time.time(), "values": values, "base": None}
     members = leaves.embeddings(tree)
     body["embeddings"] = {name: digests.record(member) for name, member in members.items()}
-    body["arrays"] = {name: leaves.describe(name, named[name], array) for name, array in arrays.items()}
+    body["arrays"] = {
+        name: leaves.describe(name, named[name], array) for name, array in arrays.items()
+    }
     if tracker is not None:
         base, replaced = increments.collect(folder, step, members, tracker)
-        if sum(p.values.nbytes for p in replaced.values()) >= sum(arrays[n].nbytes for n in replaced):
+        if sum(p.values.nbytes for p in replaced.values()) >= sum(
+            arrays[n].nbytes for n in replaced
+        ):
             replaced = {}  # most rows were touched: a full checkpoint is smaller, and builds on nothing
         body["base"] = base if replaced else None
         for name, patch in replaced.items():
             arrays[name] = patch.values
             arrays[patch.index_name] = patch.where
             body["arrays"][name]["patch"] = patch.index_name
-            body["arrays"][patch.index_name] = leaves.describe(patch.index_name, patch.where, patch.where)
-    written = {body["arrays"][name]["key"]: _snapshot(array) for name, array in arrays.items() if array.size}
+            body["arrays"][patch.index_name] = leaves.describe(
+                patch.index_name, patch.where, patch.where
+            )
+    written = {
+        body["arrays"][name]["key"]: _snapshot(array)
+        for name, array in arrays.items()
+        if array.size
+    }
     nbytes = sum(a.size * a.dtype.itemsize for a in written.values())
     checkpointer = ocp.AsyncCheckpointer(
-        _Handler(body, list(written)), async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        _Handler(body, list(written)),
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
     )
-    pieces = {key: ocp.SaveArgs(chunk_byte_size=_CHUNK if _is_divisible(value) else None) for key, value in written.items()}
+    pieces = {
+        key: ocp.SaveArgs(chunk_byte_size=_CHUNK if _is_divisible(value) else None)
+        for key, value in written.items()
+    }
     try:
         checkpointer.save(manifest.folder_of(folder, step), args=_Save(written, save_args=pieces))
     except Exception as error:
@@ -190,7 +215,9 @@ def _snapshot(array: Any) -> Any:
     """Returns an array that later donation or writing in place cannot change."""
     if isinstance(array, np.ndarray):
         return np.array(array)
-    if host_memory.is_kept(array):  # orbax writes one as it lies, while the next step reuses it, on accelerators too
+    if host_memory.is_kept(
+        array
+    ):  # orbax writes one as it lies, while the next step reuses it, on accelerators too
         return host_memory.to_numpy(array)
     if jax.process_count() > 1 and array.is_fully_addressable:
         return np.array(array)  # of this process alone: the first process writes it
@@ -205,9 +232,13 @@ def _make_room(directory: Path, step: int) -> None:
         os.makedirs(directory, exist_ok=True)
         is_there = final.exists()
         if is_there and not (final / manifest.NAME).exists():
-            raise CheckpointError(f"{final} exists and is none of this library's checkpoints; move it away")
+            raise CheckpointError(
+                f"{final} exists and is none of this library's checkpoints; move it away"
+            )
         if is_there and not _is_damaged(directory, step):
-            raise CheckpointError(f"{final} is a good checkpoint already; save under another step, or delete it first")
+            raise CheckpointError(
+                f"{final} is a good checkpoint already; save under another step, or delete it first"
+            )
         if jax.process_index() == 0:
             if is_there:
                 _remove(final)
@@ -237,7 +268,10 @@ def _remove(folder: Path) -> None:
 def _failure(directory: Path, step: int, error: Exception) -> CheckpointError:
     """Returns the error to raise, after giving back the space of the unfinished folder."""
     if jax.process_index() == 0:
-        shutil.rmtree(manifest.folder_of(directory, step).with_name(f"step_{step}{_TEMPORARY}"), ignore_errors=True)
+        shutil.rmtree(
+            manifest.folder_of(directory, step).with_name(f"step_{step}{_TEMPORARY}"),
+            ignore_errors=True,
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     reason = reason.split(" [tensorstore_spec=")[0]
     return CheckpointError(

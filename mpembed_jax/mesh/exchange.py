@@ -48,7 +48,9 @@ class Route:
 
 def plan_specs(layout: Layout) -> CachePlan:
     """Returns the PartitionSpecs of a plan, for taking one out of jax.shard_map and into another; a prefix of its tree."""
-    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)]
+    specs: Any = [
+        PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)
+    ]
     batch, shard, both = specs
     everywhere: Any = PartitionSpec()
     route = Route(shard, shard, shard, shard, both, both, everywhere)
@@ -57,7 +59,9 @@ def plan_specs(layout: Layout) -> CachePlan:
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
     """Returns how many entries a device sends to each owner, of num_entries (static)."""
-    if not layout.is_batch_divided:  # devices along the sharding axes hold the same ids and ask for a share each
+    if (
+        not layout.is_batch_divided
+    ):  # devices along the sharding axes hold the same ids and ask for a share each
         num_entries = -(-num_entries // layout.shards)
     return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
 
@@ -77,7 +81,9 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
         is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    for shard in range(layout.shards):  # one pass each: a key-value sort is slower for the shards of one machine
+    for shard in range(
+        layout.shards
+    ):  # one pass each: a key-value sort is slower for the shards of one machine
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
     return owner, row, rank
@@ -108,7 +114,9 @@ def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
     if not layout.replica_axes:
         return values
     size = values.shape[0] // layout.replicas
-    return lax.dynamic_slice_in_dim(values, lax.axis_index(layout.replica_axes).astype(jnp.int32) * size, size)
+    return lax.dynamic_slice_in_dim(
+        values, lax.axis_index(layout.replica_axes).astype(jnp.int32) * size, size
+    )
 
 
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -194,15 +202,27 @@ def _keep_budget(
         num_ids = jnp.sum(kept, dtype=jnp.int32)
         answers = (inverse != size - 1).astype(jnp.int32)
         answer = _return(
-            layout, dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)), answers[:, None]
+            layout,
+            dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)),
+            answers[:, None],
         )
         has_row = answer[:, 0] > 0
-        wanted_inverse = jnp.where(indexing.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1)
+        wanted_inverse = jnp.where(
+            indexing.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1
+        )
         wanted_ids = jnp.where(has_row.reshape(-1, *[1] * (wanted.ids.ndim - 1)), wanted.ids, NO_ID)
         return ids, inverse, counts, num_ids, found.num_ids - num_ids, wanted_ids, wanted_inverse
 
     def keep() -> tuple:
-        return found.ids, found.inverse, found.counts, found.num_ids, found.num_dropped, wanted.ids, wanted.inverse
+        return (
+            found.ids,
+            found.inverse,
+            found.counts,
+            found.num_ids,
+            found.num_dropped,
+            wanted.ids,
+            wanted.inverse,
+        )
 
     result = lax.cond(_sum(found.num_ids, layout.axes) > budget, drop, keep)
     most = min(size, budget + 1)  # afterwards no shard has more rows than the budget
@@ -257,7 +277,9 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 
     def send(width: int) -> jax.Array:
         place = _place(layout, owner, rank, width)
-        asked = _swap(layout, indexing.put(jnp.full(layout.shards * width, NO_ID, jnp.int32), place, row))
+        asked = _swap(
+            layout, indexing.put(jnp.full(layout.shards * width, NO_ID, jnp.int32), place, row)
+        )
         return indexing.take(_swap(layout, read_rows(asked)), place, 0)
 
     rows = _either(layout, is_wide, num_entries, send)
@@ -270,12 +292,25 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 
 def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
     """Returns the counts of the whole batch, the same on every device, from a device's requests and a shard's rows."""
-    by_device = {name: total_over_batch(layout, getattr(counts, name)) for name in ("requests", "out_of_range")}
+    by_device = {
+        name: total_over_batch(layout, getattr(counts, name))
+        for name in ("requests", "out_of_range")
+    }
     by_shard = {
         name: total_over_shards(layout, getattr(counts, name))
-        for name in ("unique", "hits", "hit_requests", "misses", "bypasses", "evictions", "write_backs")
+        for name in (
+            "unique",
+            "hits",
+            "hit_requests",
+            "misses",
+            "bypasses",
+            "evictions",
+            "write_backs",
+        )
     }
-    return dataclasses.replace(counts, **by_device, **by_shard, wide_exchanges=route.is_wide.astype(jnp.int32))
+    return dataclasses.replace(
+        counts, **by_device, **by_shard, wide_exchanges=route.is_wide.astype(jnp.int32)
+    )
 
 
 def total_over_batch(layout: Layout, value: jax.Array) -> jax.Array:

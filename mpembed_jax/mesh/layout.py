@@ -38,7 +38,9 @@ class Layout:
     table_shards: tuple[int, ...] | None  # the shard of each table; None: rows by MOD
 
     @staticmethod
-    def of(spec: EmbeddingSpec, mesh: Any, axis_name: Any, placement: Placement | None) -> "Layout | None":
+    def of(
+        spec: EmbeddingSpec, mesh: Any, axis_name: Any, placement: Placement | None
+    ) -> "Layout | None":
         """Returns the layout that `init`'s arguments mean, None for one device without a mesh.
 
         Raises:
@@ -46,7 +48,9 @@ class Layout:
         """
         if mesh is None and axis_name is None:
             if placement is not None:
-                raise ValueError("placement needs mesh= (or axis_name= inside jax.pmap): without one there is one device")
+                raise ValueError(
+                    "placement needs mesh= (or axis_name= inside jax.pmap): without one there is one device"
+                )
             if spec.num_rows >= NO_ID:
                 raise ValueError(
                     f"one device holds at most 2**31 - 2 rows of a stack, these tables have {spec.num_rows}; divide it over "
@@ -60,18 +64,31 @@ class Layout:
         else:
             sizes = dict(mesh.shape)
             if axis_name is None and len(sizes) > 1 and placement.kind != "replicated":
-                raise ValueError(f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, axis_name=..")
-            names = tuple(sizes) if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+                raise ValueError(
+                    f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, axis_name=.."
+                )
+            names = (
+                tuple(sizes)
+                if axis_name is None
+                else (axis_name,)
+                if isinstance(axis_name, str)
+                else tuple(axis_name)
+            )
         batch_axes = tuple(sizes) if placement.batch_axes is None else placement.batch_axes
         unknown = [name for name in (*names, *batch_axes) if name not in sizes]
         if unknown:
             raise ValueError(f"no mesh axis {unknown[0]!r}; the mesh has {tuple(sizes)}")
         axes = () if placement.kind == "replicated" else names
         if len({name in batch_axes for name in axes}) > 1:
-            raise ValueError(f"batch_axes {batch_axes} must name all of the sharding axes {axes} or none")
+            raise ValueError(
+                f"batch_axes {batch_axes} must name all of the sharding axes {axes} or none"
+            )
         shards = math.prod(sizes[name] for name in axes)
         batch_shards = math.prod(sizes[name] for name in batch_axes)
-        if spec.cache is not None and (groups := spec.cache.geometry(spec.num_rows).groups) % shards:
+        if (
+            spec.cache is not None
+            and (groups := spec.cache.geometry(spec.num_rows).groups) % shards
+        ):
             geometry = spec.cache.geometry(spec.num_rows)
             raise ValueError(
                 f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; they can over "
@@ -80,8 +97,13 @@ class Layout:
             )
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
-            raise ValueError(f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch")
-        if blocks is not None and batch_axes != (*(name for name in batch_axes if name not in axes), *axes):
+            raise ValueError(
+                f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch"
+            )
+        if blocks is not None and batch_axes != (
+            *(name for name in batch_axes if name not in axes),
+            *axes,
+        ):
             raise ValueError(
                 f"with summation_blocks the batch must be divided over the sharding axes {axes} last, got batch_axes "
                 f"{batch_axes}"
@@ -111,7 +133,9 @@ class Layout:
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
-        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)
+        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
+            np.uint32
+        )
 
     @property
     def replica_axes(self) -> tuple[str, ...]:
@@ -121,7 +145,9 @@ class Layout:
     @property
     def replicas(self) -> int:
         """Devices along the replica axes."""
-        return self.batch_shards // (self.shards if self.is_batch_divided else 1)  # all or none divide batches
+        return self.batch_shards // (
+            self.shards if self.is_batch_divided else 1
+        )  # all or none divide batches
 
     @property
     def is_batch_divided(self) -> bool:
@@ -215,7 +241,10 @@ class Layout:
             table = jnp.sum((ids[..., None] >= starts[1:]).astype(jnp.int32), axis=-1)
             shards = np.asarray(self.table_shards)
             first = self.first_rows[shards, np.arange(len(shards))]
-            shard, row = jnp.asarray(shards, jnp.int32)[table], ids - starts[table] + jnp.asarray(first)[table]
+            shard, row = (
+                jnp.asarray(shards, jnp.int32)[table],
+                ids - starts[table] + jnp.asarray(first)[table],
+            )
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def in_order(self, rows: jax.Array) -> jax.Array:
@@ -230,9 +259,13 @@ class Layout:
         total = self.shards * self.num_rows
         if self.table_shards is None:
             padded = jnp.pad(rows, [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
-            return jnp.swapaxes(padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1).reshape(padded.shape)
+            return jnp.swapaxes(
+                padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1
+            ).reshape(padded.shape)
         held = jnp.zeros((total, *rows.shape[1:]), rows.dtype)
-        for start, (first, size) in zip(offsets(self.spec.tables), self.table_slices(), strict=False):
+        for start, (first, size) in zip(
+            offsets(self.spec.tables), self.table_slices(), strict=False
+        ):
             held = held.at[first : first + size].set(rows[int(start) : int(start) + size])
         return held
 
@@ -270,15 +303,21 @@ def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tup
     if placement.kind != "tables":
         return None
     if spec.num_rows >= NO_ID:
-        raise ValueError(f"whole tables per shard need a stack of fewer than 2**31 - 1 rows, got {spec.num_rows}")
+        raise ValueError(
+            f"whole tables per shard need a stack of fewer than 2**31 - 1 rows, got {spec.num_rows}"
+        )
     if placement.table_shards is None:
         loads = [0] * shards
         chosen = {}
-        for number in sorted(range(len(spec.tables)), key=lambda n: -spec.tables[n].vocabulary_size):
+        for number in sorted(
+            range(len(spec.tables)), key=lambda n: -spec.tables[n].vocabulary_size
+        ):
             chosen[number] = loads.index(min(loads))
             loads[chosen[number]] += int(spec.tables[number].vocabulary_size)
         return tuple(chosen[n] for n in range(len(spec.tables)))
-    if len(placement.table_shards) != len(spec.tables) or not all(0 <= s < shards for s in placement.table_shards):
+    if len(placement.table_shards) != len(spec.tables) or not all(
+        0 <= s < shards for s in placement.table_shards
+    ):
         raise ValueError(
             f"table_shards must give one shard in [0, {shards}) for each of {len(spec.tables)} tables, got "
             f"{placement.table_shards}"

@@ -38,7 +38,9 @@ class Placement:
         if not self.capacity > 0:
             raise ValueError(f"placement capacity must be above 0, got {self.capacity}")
         if self.summation_blocks is not None and self.summation_blocks < 1:
-            raise ValueError(f"summation_blocks must be at least 1 or None, got {self.summation_blocks}")
+            raise ValueError(
+                f"summation_blocks must be at least 1 or None, got {self.summation_blocks}"
+            )
         if self.table_shards is not None and self.kind != "tables":
             raise ValueError(f'table_shards goes with kind="tables", got kind={self.kind!r}')
         for name in ("batch_axes", "table_shards"):

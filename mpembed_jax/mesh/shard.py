@@ -41,7 +41,9 @@ class Shard:
         """Returns the low and the high words (uint32) of the 64-bit global ids of local rows; high None: all zero."""
         rows = rows.astype(jnp.uint32)
         if self.layout.table_shards is not None:
-            table = jnp.minimum(self.table_of(rows.astype(jnp.int32)), len(self.layout.spec.tables) - 1)
+            table = jnp.minimum(
+                self.table_of(rows.astype(jnp.int32)), len(self.layout.spec.tables) - 1
+            )
             starts = jnp.asarray(offsets(self.layout.spec.tables)[:-1], jnp.uint32)
             return rows - self.first_rows[table].astype(jnp.uint32) + starts[table], None
         shards, index = jnp.uint32(self.layout.shards), self.index.astype(jnp.uint32)
@@ -64,9 +66,14 @@ class RowKey:
     words: jax.Array  # u32 [2]
     shard: Shard
 
-    def row_bits(self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int) -> jax.Array:
+    def row_bits(
+        self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
+    ) -> jax.Array:
         """Returns the random bits (uint32 [.., num_columns]) of local rows: those of their 64-bit global ids."""
-        columns, seed = jnp.arange(num_columns, dtype=jnp.uint32), random_bits.draw_seed(self.words, stream, step)
+        columns, seed = (
+            jnp.arange(num_columns, dtype=jnp.uint32),
+            random_bits.draw_seed(self.words, stream, step),
+        )
         low, high = self.shard.ids_of(rows)
         if high is None:
             return random_bits.bits_at(seed, low[..., None], columns)

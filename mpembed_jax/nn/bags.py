@@ -58,8 +58,18 @@ class CachedEmbedBags(nnx.Module):
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
         transformations = routing.as_transformations(tx, self.specs)
-        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
-        self.stacks = nnx.List([Stack(s, t, rngs=rngs, **where) for s, t in zip(self.specs, transformations, strict=True)])
+        where = {
+            "mesh": mesh,
+            "axis_name": axis_name,
+            "placement": placement,
+            "implementation": implementation,
+        }
+        self.stacks = nnx.List(
+            [
+                Stack(s, t, rngs=rngs, **where)
+                for s, t in zip(self.specs, transformations, strict=True)
+            ]
+        )
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
@@ -99,7 +109,9 @@ class CachedEmbedBags(nnx.Module):
             weights of another shape or without a combiner.
         """
         parts = [
-            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part)) if self.deterministic else stack.part(part)
+            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part))
+            if self.deterministic
+            else stack.part(part)
             for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True)
         ]
         return routing.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)

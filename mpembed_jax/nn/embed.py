@@ -24,10 +24,16 @@ DEFAULT_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out
 
 
 def embed_spec(
-    num_embeddings: int, features: int, storage: RowFormat | str, cache: CacheSpec | None, embedding_init: Any
+    num_embeddings: int,
+    features: int,
+    storage: RowFormat | str,
+    cache: CacheSpec | None,
+    embedding_init: Any,
 ) -> EmbeddingSpec:
     """Returns the stack of one table that a CachedEmbed of these arguments has."""
-    table = TableSpec("embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init)
+    table = TableSpec(
+        "embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init
+    )
     return EmbeddingSpec((table,), features, as_format(storage), cache)
 
 
@@ -79,7 +85,12 @@ class CachedEmbed(nnx.Module):
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
-        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
+        where = {
+            "mesh": mesh,
+            "axis_name": axis_name,
+            "placement": placement,
+            "implementation": implementation,
+        }
         self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **where)
 
     @property

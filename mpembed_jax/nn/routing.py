@@ -46,7 +46,9 @@ def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingS
     return result
 
 
-def as_transformations(tx: Any, specs: tuple[EmbeddingSpec, ...]) -> tuple[optax.GradientTransformation, ...]:
+def as_transformations(
+    tx: Any, specs: tuple[EmbeddingSpec, ...]
+) -> tuple[optax.GradientTransformation, ...]:
     """Returns one row optimizer per spec.
 
     Raises:
@@ -56,7 +58,9 @@ def as_transformations(tx: Any, specs: tuple[EmbeddingSpec, ...]) -> tuple[optax
     if callable(getattr(tx, "update", None)) or not isinstance(tx, Sequence):
         return (tx,) * len(specs)
     if len(tx) != len(specs):
-        raise ValueError(f"tx must be one transformation or one per spec, got {len(tx)} for {len(specs)} specs")
+        raise ValueError(
+            f"tx must be one transformation or one per spec, got {len(tx)} for {len(specs)} specs"
+        )
     return tuple(tx)
 
 
@@ -72,7 +76,9 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
         raise ValueError(f"combiner must name exactly the features {features}, got {list(chosen)}")
     for feature, name in chosen.items():
         if name is not None and name not in COMBINERS:
-            raise ValueError(f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, got {name!r}")
+            raise ValueError(
+                f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, got {name!r}"
+            )
     return tuple((f, chosen[f]) for f in features)
 
 
@@ -127,7 +133,9 @@ def _as_float(weights: Any) -> jax.Array:
     return jnp.asarray(weights).astype(jnp.float32)
 
 
-def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _bags(
+    part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]
+) -> dict[str, jax.Array]:
     rows, inverse, pool = part
     single = {}  # one gather, and one gradient table, for all of them
     bags = {}
@@ -135,7 +143,9 @@ def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, An
         combiner, weight = combiners[feature], weights.get(feature)
         if combiner is None:
             if weight is not None:
-                raise ValueError(f"weights of feature {feature!r} need a combiner, its combiner is None; leave them out")
+                raise ValueError(
+                    f"weights of feature {feature!r} need a combiner, its combiner is None; leave them out"
+                )
             single[feature] = index
         elif index.ndim < 2:
             raise ValueError(
@@ -149,12 +159,19 @@ def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, An
     vectors = pool(rows, single)
     for feature, index in bags.items():
         weight = weights.get(feature)
-        vectors[feature] = pool(rows, index, None if weight is None else _as_float(weight), combiners[feature])
+        vectors[feature] = pool(
+            rows, index, None if weight is None else _as_float(weight), combiners[feature]
+        )
     return vectors
 
 
 def combine(
-    specs: tuple[EmbeddingSpec, ...], combiners: Combiners, parts: Sequence[Part], ids: Any, weights: Any, dtype: Any
+    specs: tuple[EmbeddingSpec, ...],
+    combiners: Combiners,
+    parts: Sequence[Part],
+    ids: Any,
+    weights: Any,
+    dtype: Any,
 ) -> Any:
     """Pools each stack's rows and returns the vectors in the nesting of ids.
 
@@ -177,7 +194,9 @@ def combine(
     by_feature = dict(combiners)
     if isinstance(ids, Mapping):
         if weights is not None and not isinstance(weights, Mapping):
-            raise TypeError(f"weights must be a mapping like ids, {{feature: weights}}, got {type(weights).__name__}")
+            raise TypeError(
+                f"weights must be a mapping like ids, {{feature: weights}}, got {type(weights).__name__}"
+            )
         stray = [f for f in weights or {} if f not in ids]
         if stray:
             raise KeyError(f"weights name features {stray} that ids do not; ids have {list(ids)}")
@@ -188,13 +207,21 @@ def combine(
         return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
     if weights is None:
         # A column is a bag of one id: every combiner gives its vector.
-        return jnp.concatenate([part.pool(part.rows, part.inverse) for part in parts], axis=-2).astype(dtype)
+        return jnp.concatenate(
+            [part.pool(part.rows, part.inverse) for part in parts], axis=-2
+        ).astype(dtype)
     if np.shape(weights) != np.shape(ids):
-        raise ValueError(f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}")
+        raise ValueError(
+            f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}"
+        )
     stacked: list[jax.Array] = []
     for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
         names = [f for f, _ in spec.feature_tables]
         index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
-        bags = _bags(part._replace(inverse=index), by_feature, {f: factors[..., i, None] for i, f in enumerate(names)})
+        bags = _bags(
+            part._replace(inverse=index),
+            by_feature,
+            {f: factors[..., i, None] for i, f in enumerate(names)},
+        )
         stacked.extend(bags[f] for f in names)
     return jnp.stack(stacked, axis=-2).astype(dtype)

@@ -40,7 +40,9 @@ class Stack(nnx.Module):
       where: mesh, axis_name, placement and implementation, as init takes them.
     """
 
-    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any):
+    def __init__(
+        self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any
+    ):
         self.spec = spec
         self.tx = tx
         self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))
@@ -107,7 +109,9 @@ class Stack(nnx.Module):
 
 
 def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
-    found = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Stack)]
+    found = [
+        (path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Stack)
+    ]
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no cached embedding; pass the model that has the CachedEmbed or CachedEmbedBags"

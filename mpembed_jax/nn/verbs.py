@@ -60,14 +60,22 @@ def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, j
 
 
 def update(
-    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
 ) -> EmbeddingState:
     """Returns the state after step.apply_gradients."""
     return _run(_update, state, plan, rows, row_grads, tx=tx)
 
 
 def _update(
-    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
 ) -> EmbeddingState:
     if not _is_whole(state):
         return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
@@ -85,11 +93,15 @@ def pool_of(state: EmbeddingState) -> Callable:
     layout: Any = state.layout
     batch = PartitionSpec(layout.batch_axes)
 
-    def pool_over_mesh(rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None) -> Any:
+    def pool_over_mesh(
+        rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
+    ) -> Any:
         def run(rows: jax.Array, inverse: Any, weights: Any) -> Any:
             return pool_here(rows, inverse, weights, combiner)
 
-        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(rows, inverse, weights)
+        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
+            rows, inverse, weights
+        )
 
     return pool_over_mesh
 
@@ -166,7 +178,9 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
 # --- dense logits
 
 
-def _table_block(state: EmbeddingState, block: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _table_block(
+    state: EmbeddingState, block: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
     """Returns the first row of a block (the last block starts earlier, to be full) and the rows it is responsible for."""
     size = min(_BLOCK, state.spec.num_rows)
     nominal = block * size
@@ -228,7 +242,11 @@ _logits.defvjp(_logits_fwd, _logits_bwd, symbolic_zeros=True)
 
 def _attend(state: EmbeddingState, query: jax.Array, *, dtype: Any, is_training: bool) -> jax.Array:
     flat = query.astype(dtype).reshape(-1, query.shape[-1])
-    return _logits(state, flat, is_training).reshape(*query.shape[:-1], state.spec.num_rows).astype(dtype)
+    return (
+        _logits(state, flat, is_training)
+        .reshape(*query.shape[:-1], state.spec.num_rows)
+        .astype(dtype)
+    )
 
 
 def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: bool) -> jax.Array:
@@ -250,7 +268,11 @@ def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: boo
     dim = state.spec.embedding_dim
     query = jnp.asarray(query)
     if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise TypeError(f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend takes vectors")
+        raise TypeError(
+            f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend takes vectors"
+        )
     if query.ndim < 1 or query.shape[-1] != dim:
-        raise ValueError(f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}")
+        raise ValueError(
+            f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}"
+        )
     return _run(_attend, state, query, dtype=np.dtype(dtype), is_training=is_training)

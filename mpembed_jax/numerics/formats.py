@@ -17,7 +17,14 @@ from jax import lax
 from mpembed_jax.numerics import rounding
 
 _INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
-_CODE_BITS = {**_INT_BITS, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+_CODE_BITS = {
+    **_INT_BITS,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "bfloat16": 16,
+    "float16": 16,
+    "float32": 32,
+}
 _SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -43,13 +50,19 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.name not in _CODE_BITS:
-            raise ValueError(f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}")
+            raise ValueError(
+                f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}"
+            )
         if self.rounding not in ("stochastic", "nearest"):
             raise ValueError(f'rounding must be "stochastic" or "nearest", got {self.rounding!r}')
         if self.symmetric is not None and self.name not in _INT_BITS:
-            raise ValueError(f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out")
+            raise ValueError(
+                f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out"
+            )
         if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}")
+            raise ValueError(
+                f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}"
+            )
         if self.scale_dtype is not None and not (self.is_integer or self.name.startswith("float8")):
             raise ValueError(f"{self.name} rows have no scale; leave scale_dtype out")
 
@@ -66,8 +79,14 @@ class RowFormat:
     def resolve(self, embedding_dim: int) -> "RowFormat":
         """Returns the format with every None replaced by its default for this embedding dim."""
         if self.is_integer:
-            symmetric = (embedding_dim < 32 and self.name != "int2") if self.symmetric is None else self.symmetric
-            return dataclasses.replace(self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16")
+            symmetric = (
+                (embedding_dim < 32 and self.name != "int2")
+                if self.symmetric is None
+                else self.symmetric
+            )
+            return dataclasses.replace(
+                self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16"
+            )
         if self.name.startswith("float8"):
             return dataclasses.replace(self, scale_dtype=self.scale_dtype or "bfloat16")
         return self
@@ -103,7 +122,9 @@ def as_format(fmt: "RowFormat | str") -> RowFormat:
         return fmt
     if isinstance(fmt, str):
         return RowFormat(fmt)
-    raise TypeError(f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}')
+    raise TypeError(
+        f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}'
+    )
 
 
 def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
@@ -116,16 +137,24 @@ def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
         zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
         return zero, zero
     low = jnp.min(x, axis=-1, keepdims=True) if fmt.symmetric is False else None
-    return parameters_of(low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt)
+    return parameters_of(
+        low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt
+    )
 
 
-def parameters_of(low: jax.Array | None, high: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
+def parameters_of(
+    low: jax.Array | None, high: jax.Array, fmt: RowFormat
+) -> tuple[jax.Array, jax.Array]:
     """Returns scale and bias of rows with elements in [low, high]; without a bias (low None) of magnitudes up to high."""
     dtype = fmt.scale_dtype or "float32"
     if low is not None:
         bias = rounding.round_down(low, dtype)
         return rounding.grid_step(_saturated(high - bias, high), 2**fmt.code_bits - 1, dtype), bias
-    top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else rounding.FLOAT_FORMATS[fmt.name].max_value
+    top = (
+        2.0 ** (fmt.code_bits - 1) - 1
+        if fmt.is_integer
+        else rounding.FLOAT_FORMATS[fmt.name].max_value
+    )
     return rounding.grid_step(_saturated(high, high), top, dtype), jnp.zeros_like(high)
 
 
@@ -191,7 +220,9 @@ def parameters_from(halves: list[jax.Array], fmt: RowFormat) -> tuple[jax.Array,
     dtype = fmt.scale_dtype or "float32"
     width = 2 if dtype == "float32" else 1
     scale = _from_halves(halves[:width], dtype)
-    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(scale)
+    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(
+        scale
+    )
 
 
 def _halves(value: jax.Array, dtype: str) -> list[jax.Array]:

@@ -25,12 +25,18 @@ def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
     # XLA:CPU does not vectorize what makes the codes when they are summed over a last axis of 4, and computes it again for
     # each of the terms when there are 8: each form is three times as fast as the other where it is used.
     if per_word <= 4:
-        return reduce(jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)])
+        return reduce(
+            jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
+        )
     shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(code_bits)
-    return jnp.sum(codes.reshape(*codes.shape[:-1], -1, per_word) << shifts, axis=-1, dtype=jnp.uint32)
+    return jnp.sum(
+        codes.reshape(*codes.shape[:-1], -1, per_word) << shifts, axis=-1, dtype=jnp.uint32
+    )
 
 
-def encode(rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | None = None) -> jax.Array:
+def encode(
+    rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | None = None
+) -> jax.Array:
     """Packs float32 rows into a format's machine words.
 
     Args:
@@ -49,8 +55,12 @@ def encode(rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | No
         raise TypeError(f"rows must be float32 [.., D], got {rows.dtype}; cast them before encode")
     if rows.ndim < 1 or rows.shape[-1] < 1:
         raise ValueError(f"rows must be float32 [.., D] with D >= 1, got shape {rows.shape}")
-    if random_bits is not None and (random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape):
-        raise ValueError(f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} {random_bits.shape}")
+    if random_bits is not None and (
+        random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape
+    ):
+        raise ValueError(
+            f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} {random_bits.shape}"
+        )
     fmt = as_format(format).resolve(rows.shape[-1])
     scale, bias = row_parameters(rows, fmt)
     return pack(quantize(rows, scale, bias, fmt, random_bits), scale, bias, fmt)
@@ -69,7 +79,9 @@ def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) ->
     if code_words * per_word != dim:
         codes = jnp.pad(codes, [*lead, (0, code_words * per_word - dim)])
     codes = _packed(codes, fmt.code_bits, per_word)
-    words = jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
+    words = (
+        jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
+    )
     position = jnp.arange(num_words, dtype=jnp.int32)
     first_half = num_words * word_bits // 16 - len(halves)
     for index, half in enumerate(halves, first_half):

@@ -58,7 +58,10 @@ def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
     Returns:
       uint32 [2].
     """
-    mixed = fmix32(jnp.asarray(step).astype(jnp.uint32) ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF)))
+    mixed = fmix32(
+        jnp.asarray(step).astype(jnp.uint32)
+        ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF))
+    )
     return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
 
 
@@ -74,7 +77,9 @@ def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> 
     return fmix32(start + columns.astype(jnp.uint32) * increment)
 
 
-def row_bits(key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+def row_bits(
+    key: Any, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int
+) -> jax.Array:
     """Returns the random bits of whole rows.
 
     Args:
@@ -104,9 +109,15 @@ def key_words(key: jax.Array) -> jax.Array:
     Raises:
       TypeError: if it is neither.
     """
-    if isinstance(key, jax.Array | np.ndarray) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+    if (
+        isinstance(key, jax.Array | np.ndarray)
+        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.ndim == 0
+    ):
         words = jax.random.key_data(key)
         return words if words.shape == (2,) else words[:2] ^ words[2:4]
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.shape == (2,):
         return jnp.asarray(key)
-    raise TypeError(f"key must be jax.random.key(..) or uint32 [2], got {getattr(key, 'dtype', type(key).__name__)}")
+    raise TypeError(
+        f"key must be jax.random.key(..) or uint32 [2], got {getattr(key, 'dtype', type(key).__name__)}"
+    )

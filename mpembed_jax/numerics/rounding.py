@@ -69,7 +69,11 @@ FLOAT_FORMATS = {
     "float8_e5m2": FloatFormat(2, 15, 0x7B, 0x7F, 7),
 }
 _INF = 0x7F800000
-_LARGEST = {"float32": 3.4e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}  # no scale above it
+_LARGEST = {
+    "float32": 3.4e38,
+    "bfloat16": 3.3895313892515355e38,
+    "float16": 65504.0,
+}  # no scale above it
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
@@ -108,7 +112,9 @@ def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.
             whole = jnp.floor(units)
             odd = whole - 2 * jnp.floor(whole * jnp.float32(0.5))
             fraction = units - whole
-            subnormal = whole + ((fraction > 0.5) | ((fraction == 0.5) & (odd == 1))).astype(jnp.float32)
+            subnormal = whole + ((fraction > 0.5) | ((fraction == 0.5) & (odd == 1))).astype(
+                jnp.float32
+            )
         else:
             subnormal = round_to_integer(units, bits)
         is_subnormal = magnitude < jnp.uint32((128 - fmt.bias) << 23)
@@ -126,7 +132,9 @@ def decode_float(code: jax.Array, fmt: FloatFormat) -> jax.Array:
     if fmt.bias == 127:
         return _as_float(code << 16)
     normal = _as_float((magnitude << (23 - fmt.mantissa)) + jnp.uint32((127 - fmt.bias) << 23))
-    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0 ** (1 - fmt.bias - fmt.mantissa))
+    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(
+        2.0 ** (1 - fmt.bias - fmt.mantissa)
+    )
     value = jnp.where(magnitude < jnp.uint32(1 << fmt.mantissa), subnormal, normal)
     value = jnp.where(magnitude > jnp.uint32(fmt.max_code), jnp.float32(jnp.nan), value)
     return _as_float(_as_bits(value) | sign)
@@ -142,11 +150,17 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
         case "float32":  # 16 significant bits: code * scale is exact, whether or not it contracts with an addition
             rounded = _as_float((raw + jnp.uint32(0xFF)) & jnp.uint32(0xFFFFFF00))
         case "bfloat16":
-            rounded = _as_float(jnp.minimum((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000)))
+            rounded = _as_float(
+                jnp.minimum(
+                    (raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000)
+                )
+            )
         case "float16":
             normal = _as_float((raw + jnp.uint32(0x1FFF)) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.ceil(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-            rounded = jnp.minimum(jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
+            rounded = jnp.minimum(
+                jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0)
+            )
     rounded = jnp.where(raw < jnp.uint32(0x00800000), jnp.float32(0), rounded)
     return jnp.where(raw >= jnp.uint32(_INF), jnp.float32(jnp.nan), rounded)
 
@@ -165,14 +179,19 @@ def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
     top = jnp.float32(levels)
     scale = round_up(width / top, dtype)
     ulp = {"float32": 0x100, "bfloat16": 0x10000, "float16": 0x2000}[dtype]
-    below, above = _as_float(_as_bits(scale) - jnp.uint32(ulp)), _as_float(_as_bits(scale) + jnp.uint32(ulp))
+    below, above = (
+        _as_float(_as_bits(scale) - jnp.uint32(ulp)),
+        _as_float(_as_bits(scale) + jnp.uint32(ulp)),
+    )
     if dtype == "float16":
         quantum = jnp.float32(2.0**-24)
         below = jnp.where(scale > jnp.float32(2.0**-14), below, scale - quantum)
         above = jnp.where(scale >= jnp.float32(2.0**-14), above, scale + quantum)
     is_normal = _as_bits(scale) > jnp.uint32(0x00800000 + ulp)
     scale = jnp.where(is_normal & (below * top >= width), below, scale)
-    return jnp.where(is_normal & (scale * top < width) & (scale < jnp.float32(_LARGEST[dtype])), above, scale)
+    return jnp.where(
+        is_normal & (scale * top < width) & (scale < jnp.float32(_LARGEST[dtype])), above, scale
+    )
 
 
 def round_down(x: jax.Array, dtype: str) -> jax.Array:
@@ -190,7 +209,10 @@ def round_down(x: jax.Array, dtype: str) -> jax.Array:
             away = jnp.where(is_negative, jnp.uint32(0x1FFF), jnp.uint32(0))
             normal = _as_float((raw + away) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.floor(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-            rounded = jnp.minimum(jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
+            rounded = jnp.minimum(
+                jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal),
+                jnp.float32(65504.0),
+            )
             lowest = jnp.float32(-65504.0)
     return jnp.where(jnp.isnan(x), x, jnp.maximum(rounded, lowest))
 

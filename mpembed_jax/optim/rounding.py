@@ -35,9 +35,13 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
         del params
         return StochasticRoundState(key_words(key), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: StochasticRoundState, params: Any = None) -> tuple[Any, StochasticRoundState]:
+    def update(
+        updates: Any, state: StochasticRoundState, params: Any = None
+    ) -> tuple[Any, StochasticRoundState]:
         if params is None:
-            raise ValueError("stochastic_round_updates needs the parameters: call tx.update(grads, state, params)")
+            raise ValueError(
+                "stochastic_round_updates needs the parameters: call tx.update(grads, state, params)"
+            )
         treedef: Any
         leaves, treedef = jax.tree.flatten(updates)
         rounded = []
@@ -48,7 +52,9 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
             old = p.astype(jnp.float32)
             columns = max(1, p.shape[-1]) if p.ndim else 1
             rows = jnp.arange(p.size // columns, dtype=jnp.int32)
-            bits = random_bits.row_bits(state.key, index, state.count, rows, columns).reshape(p.shape)
+            bits = random_bits.row_bits(state.key, index, state.count, rows, columns).reshape(
+                p.shape
+            )
             new = rounding.stochastic_round(old + u.astype(jnp.float32), p.dtype.name, bits)
             rounded.append(new - old)
         return treedef.unflatten(rounded), StochasticRoundState(state.key, state.count + 1)

@@ -17,7 +17,9 @@ _ELEMENTWISE = frozenset(
     select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
     """.split()  # noqa: SIM905  one to a line would hide that it is a list of names
 )
-_REDUCTIONS = frozenset(["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"])
+_REDUCTIONS = frozenset(
+    ["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"]
+)
 _ROWS = 7919  # a prime that no other dimension is likely to equal
 
 
@@ -53,12 +55,20 @@ def _is_local(eqn: Any) -> bool:
     name, params = eqn.primitive.name, eqn.params
     inner = params.get("jaxpr") or params.get("call_jaxpr")
     if inner is not None:
-        return name in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat") and _keeps_rows_apart(
-            getattr(inner, "jaxpr", inner)
-        )
+        return name in (
+            "jit",
+            "pjit",
+            "closed_call",
+            "custom_jvp_call",
+            "remat",
+        ) and _keeps_rows_apart(getattr(inner, "jaxpr", inner))
     if name == "broadcast_in_dim":
-        return not operands or (params["broadcast_dimensions"][0] == 0 and params["shape"][0] == _ROWS)
-    if not operands:  # computed from scalars: the same for every row, except where a position is counted
+        return not operands or (
+            params["broadcast_dimensions"][0] == 0 and params["shape"][0] == _ROWS
+        )
+    if (
+        not operands
+    ):  # computed from scalars: the same for every row, except where a position is counted
         return name != "iota" or not _has_rows(eqn.outvars[0]) or params["dimension"] != 0
     if name in _ELEMENTWISE:
         return True

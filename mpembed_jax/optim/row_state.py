@@ -48,22 +48,31 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which cannot be kept by row: noise "
                 f"drawn by position would depend on the order of the batch"
             )
-    small, large = 5, 7  # two sizes no usual state dimension equals: what changes with them is a row dimension
+    small, large = (
+        5,
+        7,
+    )  # two sizes no usual state dimension equals: what changes with them is a row dimension
 
     def initial(rows: int, fill: float) -> Any:
         with jax.ensure_compile_time_eval():
-            return jax.tree.map(np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32)))
+            return jax.tree.map(
+                np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32))
+            )
 
     state = initial(small, 0.0)
     for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.MultiStepsState)):
         if isinstance(node, optax.MultiStepsState):
-            raise ValueError("optax.MultiSteps accumulates dense gradients of the whole table; accumulate batches instead")
+            raise ValueError(
+                "optax.MultiSteps accumulates dense gradients of the whole table; accumulate batches instead"
+            )
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     larger, filled = jax.tree.leaves(initial(large, 0.0)), jax.tree.leaves(initial(small, 3.7))
     leaves = []
     for (path, leaf), other, moved in zip(paths, larger, filled, strict=True):
         name = jax.tree_util.keystr(path) or "the state"
-        is_row = leaf.ndim >= 1 and leaf.shape[0] == small and other.shape == (large, *leaf.shape[1:])
+        is_row = (
+            leaf.ndim >= 1 and leaf.shape[0] == small and other.shape == (large, *leaf.shape[1:])
+        )
         if not is_row and leaf.ndim:
             raise ValueError(
                 f"optimizer state leaf {name} of shape {leaf.shape} (for {small} rows of dim {embedding_dim}) is neither "
@@ -76,8 +85,14 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 f"constant can be kept by row without a float32 copy of the table"
             )
         if is_row and leaf.size and not (leaf == leaf[0]).all():
-            raise ValueError(f"optimizer state leaf {name} starts differently for different rows, which is not supported")
-        leaves.append(RowLeaf(is_row, leaf.shape[1:] if is_row else (), leaf.dtype, leaf[0] if is_row else leaf))
+            raise ValueError(
+                f"optimizer state leaf {name} starts differently for different rows, which is not supported"
+            )
+        leaves.append(
+            RowLeaf(
+                is_row, leaf.shape[1:] if is_row else (), leaf.dtype, leaf[0] if is_row else leaf
+            )
+        )
     rows = jax.ShapeDtypeStruct((small, embedding_dim), jnp.float32)
     names = ", ".join(jax.tree_util.keystr(path) for path, _ in paths)
     try:
@@ -101,7 +116,11 @@ def _is_narrow(leaf: RowLeaf, dtype: str) -> bool:
 
 
 def init_rows(
-    tx: optax.GradientTransformation, num_rows: int, embedding_dim: int, dtype: str, memory_kind: str | None = None
+    tx: optax.GradientTransformation,
+    num_rows: int,
+    embedding_dim: int,
+    dtype: str,
+    memory_kind: str | None = None,
 ) -> Any:
     """Makes the row state of a stack: the tree of tx's state, float32 row leaves in bfloat16 bit patterns (uint16) if asked.
 
@@ -123,7 +142,9 @@ def init_rows(
             return jnp.asarray(leaf.initial)
         value = jnp.asarray(leaf.initial)
         if _is_narrow(leaf, dtype):
-            value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None).astype(jnp.uint16)
+            value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None).astype(
+                jnp.uint16
+            )
         return indexing.filled((num_rows, *leaf.shape), value, memory_kind if leaf.shape else None)
 
     return treedef.unflatten([make(leaf) for leaf in leaves])
@@ -181,7 +202,9 @@ def update_rows(
             return array
         values = indexing.take(array, place)
         if _is_narrow(leaf, dtype):
-            return rounding.decode_float(values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"])
+            return rounding.decode_float(
+                values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"]
+            )
         return values
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
@@ -191,7 +214,9 @@ def update_rows(
     def update(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
         updates, new_state = tx.update(row_grads, old_state, rows)
-        new_state = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state)
+        new_state = jax.tree.map(
+            lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state
+        )
         return rows + updates.astype(jnp.float32), new_state
 
     start = carries.with_final_types(lambda carry: update(jnp.int32(0), carry), (rows, gathered))
@@ -202,11 +227,14 @@ def update_rows(
             return value
         if _is_narrow(leaf, dtype):
             columns = int(np.prod(leaf.shape))
-            bits = random_bits.row_bits(key, random_bits.ROW_STATE + index, step, place, columns).reshape(value.shape)
+            bits = random_bits.row_bits(
+                key, random_bits.ROW_STATE + index, step, place, columns
+            ).reshape(value.shape)
             value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], bits)
         return indexing.put(array, place, value.astype(array.dtype))
 
     scattered = [
-        scatter(i, a, leaf, v) for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))
+        scatter(i, a, leaf, v)
+        for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))
     ]
     return new_rows, treedef.unflatten(scattered)

@@ -64,7 +64,9 @@ class ScaleByRowwiseAdagradState(NamedTuple):
     sum_of_squares: Any  # f32 [V], for each leaf of the parameters its leading dimensions
 
 
-def scale_by_rowwise_adagrad(eps: float = 1e-8, initial_accumulator_value: float = 0.0) -> optax.GradientTransformation:
+def scale_by_rowwise_adagrad(
+    eps: float = 1e-8, initial_accumulator_value: float = 0.0
+) -> optax.GradientTransformation:
     """Scales gradients by row-wise Adagrad: G += mean_d(g^2); g / (sqrt(G) + eps).
 
     Args:
@@ -77,12 +79,18 @@ def scale_by_rowwise_adagrad(eps: float = 1e-8, initial_accumulator_value: float
 
     def init(params: Any) -> ScaleByRowwiseAdagradState:
         return ScaleByRowwiseAdagradState(
-            jax.tree.map(lambda p: jnp.full(p.shape[:-1], initial_accumulator_value, jnp.float32), params)
+            jax.tree.map(
+                lambda p: jnp.full(p.shape[:-1], initial_accumulator_value, jnp.float32), params
+            )
         )
 
-    def update(updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None
+    ) -> tuple[Any, Any]:
         del params
-        total = jax.tree.map(lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares)
+        total = jax.tree.map(
+            lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares
+        )
 
         def scale(g: jax.Array, s: jax.Array) -> jax.Array:
             root = jnp.sqrt(s) + eps
@@ -101,7 +109,9 @@ class ScaleByRowwiseAdamState(NamedTuple):
     nu: Any
 
 
-def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_rowwise_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
     """Scales gradients by Adam with one second moment per row, nu = b2 nu + (1 - b2) mean_d(g^2); lazy on rows.
 
     Bias correction counts steps, not a row's own updates, as FBGEMM's partial row-wise Adam does.
@@ -125,16 +135,23 @@ def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8)
         count = state.count + 1
         steps = count.astype(jnp.float32)
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1), updates, state.nu)
+        nu = jax.tree.map(
+            lambda g, v: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1), updates, state.nu
+        )
         mu_scale, nu_scale = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
-        scaled = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps)[..., None], mu, nu)
+        scaled = jax.tree.map(
+            lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps)[..., None], mu, nu
+        )
         return scaled, ScaleByRowwiseAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def _with_decay(
-    scaling: optax.GradientTransformation, learning_rate: ScalarOrSchedule, weight_decay: float, decoupled: bool
+    scaling: optax.GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    weight_decay: float,
+    decoupled: bool,
 ) -> optax.GradientTransformation:
     parts = [scaling]
     if weight_decay:
@@ -199,7 +216,9 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
 
     def clip(g: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=-1, keepdims=True))
-        return g * jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, jnp.float32(1)), jnp.float32(1))
+        return g * jnp.where(
+            norm > max_norm, max_norm / jnp.where(norm > 0, norm, jnp.float32(1)), jnp.float32(1)
+        )
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 

@@ -24,7 +24,10 @@ from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
 
 COLLECTION = "embedding"
-TABLE, STACK = "table", "stack_"  # the name of a CachedEmbed's only stack; what the names of bags' stacks start with
+TABLE, STACK = (
+    "table",
+    "stack_",
+)  # the name of a CachedEmbed's only stack; what the names of bags' stacks start with
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state", "plan"], meta_fields=["tx"])
@@ -37,11 +40,16 @@ class Stack:
     tx: optax.GradientTransformation
 
 
-def _stack(module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation) -> linen.Variable:
+def _stack(
+    module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation
+) -> linen.Variable:
     """Declares a stack variable; its rows, if prefetched, are the param of the same name."""
 
     def make() -> Stack:
-        where = {name: getattr(module, name) for name in ("mesh", "axis_name", "placement", "implementation")}
+        where = {
+            name: getattr(module, name)
+            for name in ("mesh", "axis_name", "placement", "implementation")
+        }
         return Stack(init(module.make_rng("params"), spec, tx, **where), None, tx)
 
     return module.variable(COLLECTION, name, make)
@@ -94,7 +102,9 @@ class CachedEmbed(linen.Module):
 
     def setup(self) -> None:
         """Declares the stack."""
-        spec = embed_spec(self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init)
+        spec = embed_spec(
+            self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init
+        )
         self.stack = _stack(self, TABLE, spec, DEFAULT_TX if self.tx is None else self.tx)
 
     def __call__(self, ids: Any) -> Any:
@@ -117,7 +127,9 @@ class CachedEmbed(linen.Module):
         else:
             part = _planned(stack, rows, mapped)
             vectors = part.pool(part.rows, part.inverse)
-        return jax.tree.map(lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors)
+        return jax.tree.map(
+            lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors
+        )
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Returns the dot products of queries with every row: dense logits, the table decoded in blocks.
@@ -136,7 +148,12 @@ class CachedEmbed(linen.Module):
           ValueError: if its last axis is not features, or when differentiated in a step with prefetched rows.
         """
         is_training = _held_rows(self, TABLE) is not None
-        return verbs.attend(self.stack.value.state, query, jnp.float32 if self.dtype is None else self.dtype, is_training)
+        return verbs.attend(
+            self.stack.value.state,
+            query,
+            jnp.float32 if self.dtype is None else self.dtype,
+            is_training,
+        )
 
 
 class CachedEmbedBags(linen.Module):
@@ -191,7 +208,9 @@ class CachedEmbedBags(linen.Module):
             without a combiner.
         """
         parts = []
-        for i, (held, part) in enumerate(zip(self.stacks, routing.route(self.known, ids), strict=True)):
+        for i, (held, part) in enumerate(
+            zip(self.stacks, routing.route(self.known, ids), strict=True)
+        ):
             stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))

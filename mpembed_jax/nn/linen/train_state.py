@@ -39,7 +39,9 @@ class TrainState(struct.PyTreeNode):
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
 
     @classmethod
-    def create(cls, *, apply_fn: Callable, variables: Mapping[str, Any], tx: optax.GradientTransformation) -> "TrainState":
+    def create(
+        cls, *, apply_fn: Callable, variables: Mapping[str, Any], tx: optax.GradientTransformation
+    ) -> "TrainState":
         """Makes a state from what `model.init` returned.
 
         Args:
@@ -119,15 +121,21 @@ class TrainState(struct.PyTreeNode):
             by_module = {names[name]: value for name, value in ids.items()}
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         for module, value in by_module.items():
-            paths = sorted((path for path in stacks if path[:-1] == module), key=lambda path: (len(path[-1]), path[-1]))
+            paths = sorted(
+                (path for path in stacks if path[:-1] == module),
+                key=lambda path: (len(path[-1]), path[-1]),
+            )
             specs = tuple(stacks[path].state.spec for path in paths)
             is_table = paths[0][-1] == TABLE
-            routed = [routing.table_ids(specs[0], value)] if is_table else routing.route(specs, value)
+            routed = (
+                [routing.table_ids(specs[0], value)] if is_table else routing.route(specs, value)
+            )
             for path, part in zip(paths, routed, strict=True):
                 state, plan, params[path] = verbs.fetch(stacks[path].state, part)
                 held[path] = Stack(state, plan, stacks[path].tx)
         return self.replace(
-            params=unflatten_dict(params), collections={**self.collections, COLLECTION: unflatten_dict(held)}
+            params=unflatten_dict(params),
+            collections={**self.collections, COLLECTION: unflatten_dict(held)},
         )
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
@@ -159,7 +167,9 @@ class TrainState(struct.PyTreeNode):
                     f"grads have no entry {'/'.join(path)}, the prefetched rows; differentiate with respect to "
                     f"state.params, taken after prefetch, and pass the gradients unchanged"
                 )
-            state = verbs.update(stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx)
+            state = verbs.update(
+                stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx
+            )
             held[path] = Stack(state, None, stack.tx)
         dense = unflatten_dict(params)
         collections = kwargs.pop("collections", self.collections)
