@@ -1,7 +1,8 @@
-"""Any optax transformation on gathered rows: which of its state is kept per row, and one lazy update of a batch's rows.
+"""Per-row optimizer state, and the lazy update of a batch's rows by an optax transformation.
 
-State leaves with one entry per table row are gathered at the batch's unique ids, updated and scattered back; scalars
-advance once per step; whatever is neither is refused at init. Rows absent from a batch keep their state.
+A state leaf with one entry per table row is gathered at the batch's unique ids, updated and
+scattered back. A scalar leaf advances once per step. `init` refuses any other leaf. Rows that are
+not in the batch keep their state.
 """
 
 from typing import Any, NamedTuple
@@ -17,25 +18,30 @@ from mpembed_jax.numerics import random_bits, rounding
 
 
 class RowLeaf(NamedTuple):
-    """What one leaf of a transformation's state is: one entry per table row, or a scalar for the whole stack."""
+    """One leaf of a transformation's state: an entry per table row, or a scalar for the stack."""
 
     is_row: bool
-    shape: tuple[int, ...]  # of one row's entry
+    shape: tuple[int, ...]  # shape of one row's entry
     dtype: Any
-    initial: Any  # numpy value of one row's entry, or of the scalar
+    initial: Any  # NumPy value of one row's entry, or of the scalar
 
 
 def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[list[RowLeaf], Any]:
-    """Classifies the state leaves of `tx`, initialized for float32 rows [V, embedding_dim].
+    """Classifies the state leaves that `tx` makes for float32 rows [V, embedding_dim].
 
-    A leaf is accepted if it is a scalar, or has V leading entries whose initial value does not depend on the parameters.
+    A leaf is accepted if it is a scalar, or if it has V leading entries whose initial value does
+    not depend on the parameters.
+
+    Args:
+      tx: an optax transformation.
+      embedding_dim: D.
 
     Returns:
       The leaves and their tree structure.
 
     Raises:
       TypeError: if tx is not an optax gradient transformation.
-      ValueError: naming the leaf and the reason, if tx cannot work on gathered rows.
+      ValueError: if tx cannot work on gathered rows; the message names the leaf and the reason.
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
@@ -48,10 +54,9 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which cannot be kept by row: noise "
                 f"drawn by position would depend on the order of the batch"
             )
-    small, large = (
-        5,
-        7,
-    )  # two sizes no usual state dimension equals: what changes with them is a row dimension
+    # Other dimensions of a state are unlikely to have these sizes. A dimension that differs between
+    # the two is a row dimension.
+    small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
         with jax.ensure_compile_time_eval():
@@ -122,18 +127,21 @@ def init_rows(
     dtype: str,
     memory_kind: str | None = None,
 ) -> Any:
-    """Makes the row state of a stack: the tree of tx's state, float32 row leaves in bfloat16 bit patterns (uint16) if asked.
+    """Makes the row state of a stack: the tree of tx's state with V entries per row leaf.
+
+    If dtype is "bfloat16", float32 row leaves are stored as bfloat16 bit patterns (uint16).
 
     Args:
       tx: the transformation.
       num_rows: V.
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
-      memory_kind: None, or host memory for leaves of more than one number per row. The others stay on the device: every row
-        of a batch needs its own, cached or not.
+      memory_kind: None, or a host memory kind for leaves with more than one number per row. Other
+        leaves stay on the device, because every row of a batch needs its own entry, whether the row
+        is cached or not.
 
     Returns:
-      A pytree; row leaves have leading dimension V.
+      A pytree whose row leaves have leading dimension V.
     """
     leaves, treedef = row_leaves(tx, embedding_dim)
 
@@ -166,17 +174,17 @@ def update_rows(
 
     Args:
       tx: the transformation that `row_state` was made for.
-      row_state: see `init_rows`.
-      ids: int32 [U]; entries that are not ids of the table keep no state.
+      row_state: as returned by `init_rows`.
+      ids: int32 [U]; entries that are not ids of the table store no state.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
-      dtype: storage of the row state.
+      dtype: storage dtype of the row state.
       key: uint32 [2].
       step: int32 scalar.
-      is_applied: bool scalar; False leaves scalars (schedule counts) where they are.
+      is_applied: bool scalar; if False, scalars (such as schedule counts) do not change.
 
     Returns:
-      New rows [U, D] and the row state.
+      The new rows [U, D] and the new row state.
 
     Raises:
       ValueError: if row_state was made for another transformation.
@@ -209,8 +217,9 @@ def update_rows(
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
 
-    # A loop of one turn (none for a refused update), counted on the device: XLA fuses its body with nothing around it, so
-    # multiplications and additions contract alike in every program, with any cache and without one.
+    # The loop runs once (not at all for a refused update), and its trip count is known only on the
+    # device. XLA therefore fuses nothing outside the loop into its body. Multiplications and
+    # additions then contract in the same way in every program, with any cache or none.
     def update(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
         updates, new_state = tx.update(row_grads, old_state, rows)
