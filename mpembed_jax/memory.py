@@ -1,6 +1,7 @@
-"""Exact byte accounting of a stack: every array of its state, the decided cache geometry, and the compiled step's peak.
+"""Exact byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
 
-Nothing is allocated: shapes come from tracing `init`, the peak from compiling one training step.
+Nothing is allocated. The shapes come from tracing `init`, and the peak comes from compiling one
+training step.
 """
 
 import dataclasses
@@ -20,24 +21,25 @@ from mpembed_jax.spec import EmbeddingSpec
 
 
 def _nbytes(tree: Any) -> int:
-    """Returns the bytes of all arrays (or shapes) of a pytree."""
+    """Returns the total bytes of the arrays (or shapes) of a pytree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Bytes of a stack by component; str() is a readable table."""
+    """Bytes of a stack by component; str() gives a readable table."""
 
-    components: dict[str, int]  # table, cache rows, cache metadata, sketch, row state, counters
+    # Keys: table, cache rows, cache metadata, sketch, row state, counters.
+    components: dict[str, int]
     geometry: Geometry | None
     num_rows: int
     embedding_dim: int
-    float32_bytes: int  # of a plain float32 table
-    float32_row_state_bytes: int  # of the same optimizer beside it
-    step_peak_bytes: (
-        int | None
-    )  # state, batch and temporaries of one compiled step; None without batch_shape
-    host_bytes: int = 0  # of the total, in host memory (EmbeddingSpec.memory_kind)
+    float32_bytes: int  # bytes of a plain float32 table
+    float32_row_state_bytes: int  # bytes of the same optimizer's state for a float32 table
+    # State, batch and temporaries of one compiled step; None without batch_shape.
+    step_peak_bytes: int | None
+    # The part of the total that is in host memory (EmbeddingSpec.memory_kind).
+    host_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -46,17 +48,17 @@ class Report:
 
     @property
     def bytes_per_row(self) -> float:
-        """Bytes of the state per table row, optimizer state left out."""
+        """Bytes of the state per table row, without optimizer state."""
         return (self.total - self.components["row state"]) / self.num_rows
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than float32 the state is, optimizer state left out on both sides."""
+        """The size of a float32 table over the size of the state, both without optimizer state."""
         return self.float32_bytes / (self.total - self.components["row state"])
 
     @property
     def ratio_with_row_state(self) -> float:
-        """How many times smaller than float32 the state is, optimizer state included on both sides."""
+        """The size of a float32 table over the size of the state, both with optimizer state."""
         return (self.float32_bytes + self.float32_row_state_bytes) / self.total
 
     def __str__(self) -> str:
@@ -97,10 +99,11 @@ def report(
     Args:
       spec: the stack.
       tx: optax transformation for the rows.
-      batch_shape: shape of the ids of one batch, (B, T) say; with it one training step is compiled for its peak.
+      batch_shape: shape of the ids of one batch, such as (B, T). If given, one training step is
+        compiled to determine its peak.
 
     Returns:
-      A Report whose total equals the sum of `nbytes` of the live state's arrays.
+      A Report whose total equals the sum of `nbytes` over the arrays of the live state.
 
     Raises:
       ValueError: if tx cannot work on gathered rows.

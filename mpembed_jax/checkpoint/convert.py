@@ -1,8 +1,10 @@
-"""Into another format, cache or number of shards: rows encoded anew, lines carried over or flushed, arrays reordered.
+"""Conversion of a saved embedding state to another format, cache or number of shards.
 
-Everything happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and rounded by
-the new format's rule with the state's own key and step: stream INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines
-of a cache that is not carried over, and the leaf's own stream for optimizer rows.
+Rows are encoded again, cache lines are kept or flushed, and arrays are reordered. Everything
+happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and
+rounded by the new format's rule, with the key and step of the state. The random streams are
+INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines of a cache that is not kept, and the
+leaf's own stream for optimizer rows.
 """
 
 import logging
@@ -24,11 +26,11 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
-_BLOCK = 65536  # rows moved at once
+_BLOCK = 65536  # rows per block
 
 
 def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
-    """Whether the target was made for another spec, or lies otherwise over a mesh, than the saved state.
+    """Whether the target has another spec than the saved state, or another layout over a mesh.
 
     Args:
       prefix: the state's name.
@@ -36,7 +38,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables or dim, which no conversion bridges.
+      ValueError: if the specs differ in tables or dim, for which there is no conversion.
     """
     spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
@@ -51,7 +53,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
 def convert(
     prefix: str, entry: dict[str, Any], saved: dict[str, np.ndarray], target: EmbeddingState
 ) -> dict[str, np.ndarray]:
-    """Makes the target's arrays from saved ones.
+    """Makes the target's arrays from the saved ones.
 
     Args:
       prefix: the state's name, for the log.
@@ -60,10 +62,11 @@ def convert(
       target: concrete or abstract.
 
     Returns:
-      {inner name: host array}, for every leaf of the target.
+      {inner name: host array} for every leaf of the target.
 
     Raises:
-      ValueError: if the optimizer's state has another structure, or a prefetch waits and the cache would change.
+      ValueError: if the optimizer's state has another structure, or if the state was saved between
+        prefetch and apply_gradients and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
     before, after = placements.Division.read(entry), placements.Division.of(target)
@@ -96,7 +99,8 @@ def convert(
         )
     if same_cache:
         cache = {inner: array for inner, array in saved.items() if inner.startswith("cache.")}
-        if is_encoded and cache:  # a clean line no longer equals its row
+        # The rows have changed, so a clean line no longer equals its row.
+        if is_encoded and cache:
             cache["cache.dirty"] = cache["cache.tags"] != NO_ID
             _LOG.warning("%s: %d cache lines carried over", name, int(cache["cache.dirty"].sum()))
     else:
@@ -155,7 +159,7 @@ def _row_state(
     key: Any,
     step: Any,
 ) -> dict[str, np.ndarray]:
-    """Returns the optimizer's state in the dtypes wanted; bfloat16 bit patterns are uint16."""
+    """Returns the optimizer's state in the dtypes of `wanted`; bfloat16 bit patterns are uint16."""
     held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
     if list(held) != list(wanted):
         raise ValueError(
@@ -184,7 +188,10 @@ def _row_state(
 
 
 def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields blocks of equal length of an array and its ids, the last one filled up with zeros and NO_ID."""
+    """Yields blocks of equal length of an array and its ids.
+
+    The last block is filled up with zeros, and its ids with NO_ID.
+    """
     size = min(_BLOCK, max(1, len(array)))
     for first in range(0, len(array), size):
         block, block_ids = array[first : first + size], ids[first : first + size]
@@ -198,7 +205,10 @@ def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np
 def _by_blocks(
     work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any
 ) -> np.ndarray:
-    """Returns work(block of rows, their ids) of all rows, with the row shape and dtype of `like`."""
+    """Applies work(block of rows, their ids) to all rows and returns the results as one array.
+
+    The result has the row shape and dtype of `like`.
+    """
     result = np.empty((len(array), *like.shape[1:]), like.dtype)
     first = 0
     for block, ids in _blocks(array, np.arange(len(array), dtype=np.int32)):
@@ -212,9 +222,10 @@ def _by_blocks(
 def _encode(
     rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int
 ) -> jax.Array:
-    """Packs float32 rows [n, D] of ids [n] by a format's own rounding."""
+    """Packs float32 rows [n, D] of ids [n] with the rounding of the format `after`."""
     rows = jnp.asarray(rows)
-    table = QuantizedTable(rows, after, rows.shape[1])  # only its format and dim are looked at
+    # encode_rows uses only the format and the dim of the table.
+    table = QuantizedTable(rows, after, rows.shape[1])
     return encode_rows(rows, jnp.asarray(ids), table, jnp.asarray(key), stream, jnp.asarray(step))
 
 
@@ -222,7 +233,7 @@ def _encode(
 def _recode(
     packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int
 ) -> jax.Array:
-    """Packs packed rows [n, ..] anew."""
+    """Converts packed rows [n, ..] of one format to another."""
     return _encode(
         decode(jnp.asarray(packed), before, dim),
         ids,

@@ -1,11 +1,14 @@
-"""Incremental checkpoints: which rows a run touched since a checkpoint, kept as a bitmap on the device.
+"""Incremental checkpoints: a bitmap on the device of the rows touched since the last checkpoint.
 
-A step changes a table in two places: victims written back (prefetch) and rows of the batch trained in the table or their
-optimizer state (apply_gradients); both are named by the step's plan. `flush` names none, but it writes only lines that were
-dirty. So the bitmap of a run's plans, and the lines that were dirty at the start and are clean now, hold every changed row.
-A tracker counts what the state counts, so that a step it was not told of is noticed; a digest of all rows ties it to the
-checkpoint it started from, and is compared again after restoring. Over a mesh every shard has a bitmap of its own rows; a
-checkpoint holds arrays as they lie in memory, shard after shard, and so do the entries of an increment.
+A step changes a table in two places. prefetch writes victims back. apply_gradients updates rows of
+the batch that are trained in the table, and optimizer state. The step's plan names all of these
+rows. `flush` has no plan, but it writes only lines that were dirty. Every changed row is therefore
+in the bitmap of the run's plans, or in a line that was dirty at the start and is clean now.
+
+A tracker keeps the same counts as the state, so that a missed step is noticed. A digest of all rows
+ties the tracker to the checkpoint from which it started; the digest is compared again after
+restoring. Over a mesh, every shard has a bitmap of its own rows. A checkpoint holds arrays as they
+lie in memory, shard after shard, and so do the entries of an increment.
 """
 
 import dataclasses
@@ -47,35 +50,43 @@ _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 )
 @dataclasses.dataclass(frozen=True)
 class RowTracker:
-    """Rows of one EmbeddingState touched since it was saved; bit i mod 32 of word i div 32 is row i (of its shard)."""
+    """The rows of one EmbeddingState touched since it was saved.
 
-    bits: jax.Array  # u32 [ceil(V / 32)]  in a plan since the start; over a mesh those of all shards, one after another
-    was_dirty: jax.Array  # u32, same shape  in a dirty line at the start
-    step: jax.Array  # i32 []  of the prefetch that comes next
-    has_gap: jax.Array  # bool []  a plan was left out, or came twice
-    counters: jax.Array  # u32 [len(COUNTERS), 2]  what the state's should be
+    Bit i mod 32 of word i div 32 is row i (over a mesh, row i of its shard).
+    """
+
+    # u32 [ceil(V / 32)]: rows in a plan since the start. Over a mesh, the bitmaps of all shards
+    # follow one another.
+    bits: jax.Array
+    was_dirty: jax.Array  # u32, same shape: rows in a dirty line at the start
+    step: jax.Array  # i32 []: step of the next prefetch
+    has_gap: jax.Array  # bool []: whether a plan was left out or marked twice
+    counters: jax.Array  # u32 [len(COUNTERS), 2]: the counts that the state should have
     key: jax.Array  # u32 [2]
     fingerprint: jax.Array  # u32 [2]
-    started: jax.Array  # i32 []  step at the start
-    digest: jax.Array  # u32 [2]  of all rows at the start
-    layout: Any  # the state's, layout.Layout or None
+    started: jax.Array  # i32 []: the state's step at the start
+    digest: jax.Array  # u32 [2]: digest of all rows at the start
+    layout: Any  # the state's layout.Layout, or None
 
 
 # --- tracking
 
 
 def track(state: EmbeddingState) -> RowTracker:
-    """Starts tracking touched rows from a state that was just saved or restored; no row is touched yet.
+    """Starts to track touched rows of a state that was just saved or restored.
+
+    No row is touched yet.
 
     Args:
-      state: not consumed, between apply_gradients and the next prefetch.
+      state: not consumed; between apply_gradients and the next prefetch.
 
     Returns:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
-      ValueError: if a prefetch waits for its apply_gradients: its rows would change without a plan. Or if the state was
-        made inside jax.pmap, or its shards together have 2**31 - 1 rows or more: save full checkpoints of it.
+      ValueError: if a prefetch has not yet been followed by its apply_gradients, because its rows
+        would change without a plan. Also if the state was made inside jax.pmap, or if its shards
+        together have 2**31 - 1 rows or more; save full checkpoints of such a state.
     """
     state.check_spec()
     layout = state.layout
@@ -107,13 +118,14 @@ def track(state: EmbeddingState) -> RowTracker:
 
 
 def partition_specs(tracker: RowTracker) -> RowTracker:
-    """Returns the tree of PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
+    """Returns the PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
 
     Args:
       tracker: of a state over a mesh.
 
     Returns:
-      A tree like tracker; bitmaps are divided like the state's rows, everything else is on all devices.
+      A tree like tracker. Bitmaps are divided like the state's rows. Everything else is on all
+      devices.
     """
     axes = () if tracker.layout is None else tracker.layout.axes
     everywhere = jax.tree.map(lambda _: PartitionSpec(), tracker)
@@ -123,7 +135,7 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
 
 
 def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
-    """Returns bits and was_dirty of one device."""
+    """Returns the initial bits and was_dirty of one device."""
     none = jnp.zeros(-(-state.table.num_rows // 32), jnp.uint32)
     if state.cache is None:
         return none, none
@@ -132,7 +144,10 @@ def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Sets the bits of distinct int32 ids; ids outside are dropped. Adding is setting where a bit was not set before."""
+    """Sets the bits of distinct int32 ids; ids outside the bitmap are dropped.
+
+    Only bits that were not set before are added, so addition sets them.
+    """
     num_words = bits.shape[0]
     word = jnp.where(ids >= 0, ids >> 5, num_words)
     bit = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
@@ -141,23 +156,25 @@ def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
-    """Marks the rows that a step touches: its unique ids and its victims. Call it once per prefetch, inside the jitted step.
+    """Marks the rows that a step touches: its unique ids and its victims.
+
+    Call it once per prefetch, inside the jitted step.
 
     Args:
-      tracker: consumed where donated; of a state over a mesh, inside jax.shard_map with `partition_specs(tracker)`.
+      tracker: consumed if donated. For a state over a mesh, call mark inside jax.shard_map with
+        `partition_specs(tracker)`.
       plan: from the step's prefetch.
 
     Returns:
       The tracker, one step further.
 
     Raises:
-      ValueError: over a mesh, outside of jax.shard_map.
+      ValueError: for a state over a mesh, outside jax.shard_map.
     """
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
-    ids = jnp.concatenate(
-        [plan.placed[0], plan.victim_ids]
-    )  # victims are never in the batch: all distinct
+    # Victims are never in the batch, so all of these ids are distinct.
+    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),
@@ -167,14 +184,14 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     )
 
 
-# --- what an increment holds
+# --- contents of an increment
 
 
 class Patch(NamedTuple):
-    """New values of some entries of an array."""
+    """The new values of some entries of an array."""
 
     index_name: str
-    where: np.ndarray  # i32 [n]  ascending
+    where: np.ndarray  # i32 [n], ascending
     values: np.ndarray  # [n, ..]
 
 
@@ -184,19 +201,21 @@ def collect(
     members: dict[str, leaves.Member],
     trackers: RowTracker | Mapping[str, RowTracker],
 ) -> tuple[dict[str, int], dict[str, Patch]]:
-    """Finds the checkpoint to build on, and the rows and lines that changed since.
+    """Finds the checkpoint to build on, and the rows and lines that changed since then.
 
     Args:
       directory: of the checkpoints.
-      step: being saved.
+      step: the step that is being saved.
       members: the tree's embedding states.
       trackers: see save.
 
     Returns:
-      The base's step and identity, and {name of an array in the tree: patch}.
+      The step and identity of the checkpoint to build on, and {name of an array in the tree:
+      patch}.
 
     Raises:
-      ValueError: if a tracker does not fit its state, or no checkpoint here is the one it started from.
+      ValueError: if a tracker does not fit its state, or if the directory does not hold the
+        checkpoint from which it started.
     """
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
@@ -260,7 +279,7 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
 def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
     state = member.state
     shards = 1 if state.layout is None else state.layout.shards
-    num_rows, cache = state.table.num_rows // shards, state.cache  # of a shard
+    num_rows, cache = state.table.num_rows // shards, state.cache  # num_rows is per shard
     is_touched, was_dirty = (
         _unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty)
     )
@@ -268,13 +287,11 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
     if cache is not None:
         tags, dirty = (_on_host(x).reshape(-1) for x in (cache.tags, cache.dirty))
         is_held = (tags >= 0) & (tags < num_rows)
-        first = np.repeat(
-            np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards
-        )  # row of each line's shard
+        # The first row of each line's shard.
+        first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)
         held = np.where(is_held, tags + first, 0)
-        was_dirty[held[is_held & dirty]] = (
-            False  # still waiting in its line, so the table's row is the old one
-        )
+        # The line is still dirty, so its row was not written, and the table holds the old value.
+        was_dirty[held[is_held & dirty]] = False
         lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""
@@ -290,7 +307,7 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
 
 
 def _unpack(bits: jax.Array, shards: int, num_rows: int) -> np.ndarray:
-    """Returns bool [shards * num_rows] of the bitmaps of all shards."""
+    """Returns the bitmaps of all shards as bool [shards * num_rows]."""
     words = _on_host(bits).astype("<u4").reshape(shards, -1)
     return (
         np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows]
@@ -300,7 +317,7 @@ def _unpack(bits: jax.Array, shards: int, num_rows: int) -> np.ndarray:
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """Returns a whole array, whichever devices and processes hold it."""
+    """Returns a whole array, even if other devices or processes hold parts of it."""
     if (everywhere := _everywhere(array)) is None:
         return np.asarray(jnp.copy(array))
     return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(array))
@@ -316,7 +333,10 @@ def _everywhere(array: jax.Array) -> NamedSharding | None:
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """Returns array[index] on the host; lengths are padded so that few programs are compiled."""
+    """Returns array[index] on the host.
+
+    Indices are padded to few different lengths, so that few programs are compiled.
+    """
     if index.size == 0:
         return np.zeros((0, *array.shape[1:]), array.dtype)
     if host_memory.is_kept(array):
@@ -328,6 +348,6 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
 
 
 def padded(size: int) -> int:
-    """Returns a length of at least `size` out of few: four per power of two."""
+    """Returns a length of at least `size`; there are only four lengths per power of two."""
     step = 1 << max(0, math.ceil(math.log2(max(1, size))) - 2)
     return -(-size // step) * step

@@ -1,6 +1,7 @@
-"""A pytree as names and values: which leaves become arrays on disk, which go into the manifest, and how they come back.
+"""The named leaves of a pytree: arrays for the disk and plain values for the manifest.
 
-Names are paths through the tree, joined by dots; they appear in messages, and percent-encoded as folder names.
+Names are paths through the tree, joined by dots. They appear in messages and, percent-encoded, as
+folder names.
 """
 
 import base64
@@ -46,11 +47,12 @@ class Member(NamedTuple):
     """An EmbeddingState inside a tree."""
 
     state: EmbeddingState
-    names: dict[str, str]  # path inside the state, "table.rows" say -> name in the tree
+    # From a path inside the state, such as "table.rows", to the name in the tree.
+    names: dict[str, str]
 
 
 def embeddings(tree: Any) -> dict[str, Member]:
-    """Returns every EmbeddingState of a tree by its name ("" if the tree is one)."""
+    """Returns every EmbeddingState of a tree by its name, which is "" if the tree itself is one."""
     found = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: isinstance(x, EmbeddingState)
     )
@@ -74,10 +76,11 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates arrays from plain Python values.
 
     Returns:
-      {name: array}, keys as their data, and {name: value as JSON} of bool, int, float, str and bytes.
+      {name: array}, with random keys as their data, and {name: value as JSON} of bool, int, float,
+      str and bytes.
 
     Raises:
-      TypeError: naming a leaf that is neither.
+      TypeError: if a leaf is neither; the message names it.
     """
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -98,7 +101,7 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def describe(name: str, leaf: Any, array: Any) -> dict[str, Any]:
-    """Returns an array's entry of the manifest."""
+    """Returns an array's entry in the manifest."""
     record = {
         "key": quote(name, safe=""),
         "shape": list(array.shape),
@@ -125,17 +128,22 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a restored array goes."""
+    """The place where a restored array goes."""
 
-    kind: str  # "host" (NumPy), "default" (no device asked for: uncommitted), "sharding" or "memory" (host memory)
+    # "host": NumPy. "default": the default device, uncommitted, because the target names no device.
+    # "sharding": a sharding. "memory": host memory.
+    kind: str
     sharding: Any = None
-    memory_kind: str = (
-        ""  # of "memory", whose sharding is one device's, or None for the default device
-    )
+    # The memory kind, for "memory" only. The sharding is then one device's, or None for the default
+    # device.
+    memory_kind: str = ""
 
     @staticmethod
     def of(leaf: Any) -> "Place":
-        """Reads it off a target's leaf: numpy stays numpy, arrays and shapes tell their sharding."""
+        """Returns the place of a target's leaf.
+
+        NumPy arrays stay NumPy. For jax arrays and shapes, the place is their sharding.
+        """
         if isinstance(leaf, np.ndarray | np.generic):
             return Place("host")
         sharding = getattr(leaf, "sharding", None)
@@ -146,7 +154,7 @@ class Place:
         return Place("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
-        """Puts a host array there; jax owns the copy, so that a step can take it donated."""
+        """Puts a host array there. jax owns the copy, so that a step can take it donated."""
         match self.kind:
             case "host":
                 return array
@@ -162,14 +170,14 @@ class Place:
 
 
 def finish(leaf: Any, record: dict[str, Any], array: Any) -> Any:
-    """Gives a restored array the type of the target's leaf."""
+    """Converts a restored array to the type of the target's leaf."""
     if is_key(leaf):
         return jax.random.wrap_key_data(array, impl=record["random_key"])
     return array[()] if isinstance(leaf, np.generic) else array
 
 
 def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
-    """Says how an array on disk differs from the target's leaf, None if it does not."""
+    """Returns how an array on disk differs from the target's leaf, or None if it does not."""
     if isinstance(leaf, _PLAIN) and not isinstance(leaf, np.generic):
         return f"{name!r} is an array on disk, the target has a Python {type(leaf).__name__}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):

@@ -1,8 +1,9 @@
-"""What a checkpoint folder holds: its manifest, the checksum of every file, and the steps of a directory.
+"""The manifest of a checkpoint folder, the checksums of its files, and the steps of a directory.
 
-A checkpoint is one folder `step_<n>` that orbax writes, plus `manifest.json`, which names every file with size and CRC-32
-and carries what is no array. The manifest is written last, before orbax renames the folder to its final name, so a folder
-with that name was complete once; whatever happened to it later is found by `check`.
+A checkpoint is one folder `step_<n>`, written by orbax, with an additional `manifest.json`. The
+manifest names every file with its size and CRC-32, and holds all values that are not arrays. It is
+written last, before orbax renames the folder to its final name. A folder with that name was
+therefore complete once. `check` finds later damage.
 """
 
 import json
@@ -18,12 +19,17 @@ from typing import Any
 NAME = "manifest.json"
 VERSION = 1
 _STEP = re.compile(r"step_(\d+)")
-_TIMES = "_CHECKPOINT_METADATA"  # orbax's times of begin and end, changed once more after the manifest; nobody reads it here
+# The file in which orbax records when a save began and ended. Orbax changes it after the manifest
+# is written, and this library does not read it.
+_TIMES = "_CHECKPOINT_METADATA"
 _PIECE = 1 << 22  # bytes read at once
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or is incomplete or damaged; the message names the step and what is wrong."""
+    """Raised if a checkpoint could not be written, or is incomplete or damaged.
+
+    The message names the step and the problem.
+    """
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -32,13 +38,15 @@ def folder_of(directory: Path, step: int) -> Path:
 
 
 def steps(directory: Any) -> list[int]:
-    """Lists the steps that were saved completely, ascending; empty if the directory does not exist.
+    """Returns the steps that were saved completely, in ascending order.
+
+    The list is empty if the directory does not exist.
 
     Args:
       directory: as in save.
 
     Returns:
-      Steps. Their files are not read: restore finds out whether one was damaged since.
+      Steps. Their files are not read, so a step may have been damaged since; restore checks this.
     """
     try:
         names = os.listdir(directory)
@@ -51,13 +59,13 @@ def steps(directory: Any) -> list[int]:
 
 
 def latest_step(directory: Any) -> int | None:
-    """Returns the highest step of `steps(directory)`, None if there is none."""
+    """Returns the highest step of `steps(directory)`, or None if there is none."""
     found = steps(directory)
     return found[-1] if found else None
 
 
 def _checksum(path: Path) -> tuple[int, int]:
-    """Returns size and CRC-32 of a file."""
+    """Returns the size and CRC-32 of a file."""
     size = value = 0
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE):
@@ -71,10 +79,11 @@ def _each_file(work: Callable[[str], Any], names: list[str]) -> list[Any]:
 
 
 def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
-    """Checksums every file of `folder` and writes its manifest, the last file of a checkpoint, through to the disk.
+    """Checksums every file of `folder` and writes its manifest durably, as the last file.
 
     Raises:
-      CheckpointError: if files of the arrays `keys` are missing: writers make a folder anew that was moved away under them.
+      CheckpointError: if files of the arrays `keys` are missing. This happens if the folder was
+        moved away during the save, because the writers then make it again.
     """
     for key in keys:
         try:
@@ -101,7 +110,7 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
 
 
 def identity(body: dict[str, Any]) -> int:
-    """Returns a number that tells one checkpoint from another of the same step."""
+    """Returns a number that tells apart different checkpoints of the same step."""
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
@@ -109,7 +118,7 @@ def read(directory: Path, step: int) -> dict[str, Any]:
     """Returns a step's manifest.
 
     Raises:
-      CheckpointError: if there is none, or it is damaged.
+      CheckpointError: if there is none, or if it is damaged.
     """
     path = folder_of(directory, step) / NAME
     try:
@@ -136,10 +145,11 @@ def read(directory: Path, step: int) -> dict[str, Any]:
 
 
 def check(directory: Path, step: int, body: dict[str, Any]) -> None:
-    """Reads every file that the manifest names.
+    """Reads and checks every file that the manifest names.
 
     Raises:
-      CheckpointError: naming the array and the file, if one is missing, has another size or other bytes.
+      CheckpointError: if a file is missing or differs in size or content; the message names the
+        array and the file.
     """
     folder = folder_of(directory, step)
     arrays = {record["key"]: name for name, record in body["arrays"].items()}

@@ -1,7 +1,8 @@
-"""Restoring: choose the newest checkpoint whose every file is as it was written, read it, and place it like the target.
+"""Restoring: finds the newest undamaged checkpoint, reads it, and places it like the target.
 
-orbax reads the arrays, onto the target's shardings where they are on disk what the target asks for. Increments are applied
-to the full checkpoint they build on. Embedding states of another format or cache go through `convert`.
+Orbax reads the arrays, directly onto the target's shardings if the arrays on disk have the target's
+shape and dtype. Increments are applied to the full checkpoint on which they build. Embedding states
+of another format or cache go through `convert`.
 """
 
 import json
@@ -33,25 +34,29 @@ _LOG = logging.getLogger("mpembed_jax.checkpoint")
 def restore(directory: Any, target: Any, *, step: int | None = None, partial: bool = False) -> Any:
     """Restores a tree that `save` wrote.
 
-    Every file is checked before anything is used. A checkpoint with a missing, shortened or changed file is refused; without
-    `step` the next older one is taken, and the log (logger `mpembed_jax.checkpoint`) says what was wrong with which.
+    Every file is checked before anything is used. A checkpoint with a missing, shortened or changed
+    file is refused. Without `step`, the next older checkpoint is then used, and the log (logger
+    `mpembed_jax.checkpoint`) says what was wrong with each refused one.
 
     Args:
       directory: as in save.
-      target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs, not consumed; it gives the structure and the
-        shardings (none, or an array without a device of its own: the mesh of its embedding state, or the default device). An
-        EmbeddingState may have another storage, row state dtype, cache or placement than the saved one: its rows are then
-        encoded anew or moved, and the log says so.
+      target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs; not consumed. It gives
+        the structure and the shardings. A leaf without a sharding, or an array without a device of
+        its own, goes to the mesh of its embedding state or to the default device. An EmbeddingState
+        may have another storage, row state dtype, cache or placement than the saved one. Its rows
+        are then encoded again or moved, and the log says so.
       step: of the checkpoint; None for the newest good one.
-      partial: allow the checkpoint to hold leaves that the target lacks.
+      partial: whether the checkpoint may hold leaves that the target lacks.
 
     Returns:
-      A tree of the target's structure with the saved values. What belongs in an accelerator's host memory is read there
-      first, so that while restoring the host holds it twice and the device a block of it.
+      A tree of the target's structure with the saved values. Arrays for an accelerator's host
+      memory are first read into ordinary host memory. While restoring, the host therefore holds
+      them twice, and the device holds one block of them.
 
     Raises:
       FileNotFoundError: if the directory has no checkpoint (of this step).
-      CheckpointError: if the checkpoint asked for, or every one, is damaged; the message names array and file.
+      CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
+        the array and the file.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
     folder = Path(directory).absolute()
@@ -92,11 +97,14 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in named])
 
 
-# --- which checkpoint
+# --- choice of the checkpoint
 
 
 def _agree(directory: Path, step: int | None) -> list[dict[str, Any]]:
-    """Returns the manifests to restore from, newest first; with several processes the first one reads and decides."""
+    """Returns the manifests to restore from, newest first.
+
+    With several processes, the first one reads the files and decides.
+    """
     if jax.process_count() == 1:
         return _choose(directory, step)
     message = b""
@@ -150,7 +158,7 @@ def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Returns the checked manifests of a step and of those it builds on, newest first."""
+    """Returns the checked manifests of a step and of those on which it builds, newest first."""
     body = manifest.read(directory, step)
     manifest.check(directory, step, body)
     chain = [body]
@@ -171,7 +179,7 @@ def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
 def _compare(
     held: dict[str, Any], named: dict[str, Any], members: dict[str, leaves.Member], partial: bool
 ) -> set[str]:
-    """Checks the target against the manifest; returns the embedding states that must be converted."""
+    """Checks the target against the manifest and returns the embedding states to convert."""
     where = f"step {held['step']}"
     if unknown := [name for name in members if name not in held["embeddings"]]:
         raise ValueError(
@@ -212,15 +220,15 @@ def _compare(
 def read_arrays(
     directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]
 ) -> dict[str, Any]:
-    """Reads arrays of the newest manifest of a chain, with its patches applied.
+    """Reads the arrays of the newest manifest of a chain and applies the patches.
 
     Args:
       directory: of the checkpoints.
       chain: manifests, newest first.
-      places: {name: where to}; only shardings are used here, everything else is read to the host.
+      places: {name: place}. Only shardings are used here; everything else is read to the host.
 
     Returns:
-      {name: array}, jax arrays where a sharding was asked for.
+      {name: array}. The arrays for which a sharding was asked are jax arrays.
     """
     result: dict[str, Any] = {}
     waiting = dict(places)
@@ -245,7 +253,7 @@ def _read(
     places: dict[str, leaves.Place],
     index_of: dict[str, str | None],
 ) -> dict[str, Any]:
-    """Reads arrays of one folder; those of no entries are not on disk."""
+    """Reads arrays of one folder. Arrays without entries are not on disk."""
     result: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     keys = {}
@@ -276,7 +284,7 @@ def _read(
 
 
 def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Returns the array with patches (newest first) written over it."""
+    """Returns the array overwritten with the patches, which are given newest first."""
     patches = [(index, values) for index, values in patches if index.size]
     if not patches:
         return array
@@ -296,7 +304,10 @@ def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
 def _check_rows(
     directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
 ) -> None:
-    """Compares the digest of the rows with the saved state's: no row was lost between disk, increments and here."""
+    """Checks the rows against the digest of the saved state's rows.
+
+    This finds rows lost between the disk, the increments and this process.
+    """
     kept = {i: a for i, a in arrays.items() if i.split(".")[0] in ("table", "row_state", "cache")}
     rows = {
         i: a

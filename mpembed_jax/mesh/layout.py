@@ -1,9 +1,10 @@
-"""How a stack lies over devices: which shard owns an id, which row of it, and how many devices share a batch.
+"""The layout of a stack over devices: the owner of each id, its local row, and the batch axes.
 
-Rows go to shards by MOD (row r to shard r mod P, where it is row r div P), which is the field's convention and keeps every
-cache set and every sketch group whole on one shard; or by whole tables; or everywhere (replicated). Inside a shard all
-arrays, tags included, are indexed by local row; only random bits are drawn for the global id. So the same state of one
-device and the state of P hold the same rows, whatever P.
+There are three layouts. By MOD, row r is row r div P of shard r mod P. This is the usual
+convention, and it keeps every cache set and every sketch group whole on one shard. By tables, each
+table is whole on one shard. Replicated, every device has all rows. Inside a shard, all arrays
+(including tags) are indexed by local row; only random bits are drawn for the global id. The state
+of one device and the state of P devices therefore hold the same rows, for any P.
 """
 
 import dataclasses
@@ -26,25 +27,31 @@ from mpembed_jax.spec import EmbeddingSpec, offsets
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A placement on a given mesh, static and hashable; `Layout.of` makes it."""
+    """A placement on a given mesh, static and hashable; made by `Layout.of`."""
 
     spec: EmbeddingSpec
     placement: Placement
-    axes: tuple[str, ...]  # mesh axes over which rows are divided; none: replicated
-    shards: int  # P, the product of their sizes
+    axes: tuple[str, ...]  # mesh axes over which rows are divided; empty if replicated
+    shards: int  # P, the product of the sizes of `axes`
     batch_axes: tuple[str, ...]  # mesh axes over which batches are divided
-    batch_shards: int  # the product of their sizes
-    mesh: Any  # None: inside jax.pmap
-    table_shards: tuple[int, ...] | None  # the shard of each table; None: rows by MOD
+    batch_shards: int  # the product of the sizes of `batch_axes`
+    mesh: Any  # None inside jax.pmap
+    table_shards: tuple[int, ...] | None  # the shard of each table; None if rows go by MOD
 
     @staticmethod
     def of(
         spec: EmbeddingSpec, mesh: Any, axis_name: Any, placement: Placement | None
     ) -> "Layout | None":
-        """Returns the layout that `init`'s arguments mean, None for one device without a mesh.
+        """Returns the layout for `init`'s arguments, or None for one device without a mesh.
+
+        Args:
+          spec: the stack.
+          mesh: as in init.
+          axis_name: as in init.
+          placement: as in init.
 
         Raises:
-          ValueError: if the mesh has no such axis, or the stack cannot be divided so.
+          ValueError: if the mesh has no such axis, or the stack cannot be divided in this way.
         """
         if mesh is None and axis_name is None:
             if placement is not None:
@@ -123,13 +130,13 @@ class Layout:
 
     @staticmethod
     def bare(spec: EmbeddingSpec, placement: Placement, shards: int) -> "Layout":
-        """Returns a layout over `shards` devices that are not there: for planning what lies where."""
+        """Returns a layout over `shards` hypothetical devices, for planning."""
         tables = _table_shards(spec, placement, shards)
         return Layout(spec, placement, ("shards",), shards, ("shards",), shards, None, tables)
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """uint32 [2]: a hash of which row lies where; zero where rows lie as on one device."""
+        """uint32 [2]: a hash of the positions of rows; zero if they lie as on one device."""
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
@@ -139,24 +146,29 @@ class Layout:
 
     @property
     def replica_axes(self) -> tuple[str, ...]:
-        """Axes that divide batches but not rows: every device along them trains the same shard alike."""
+        """Axes that divide batches but not rows.
+
+        All devices along them hold the same shard and apply the same updates to it.
+        """
         return tuple(name for name in self.batch_axes if name not in self.axes)
 
     @property
     def replicas(self) -> int:
-        """Devices along the replica axes."""
-        return self.batch_shards // (
-            self.shards if self.is_batch_divided else 1
-        )  # all or none divide batches
+        """The number of devices along the replica axes."""
+        # Either all of the sharding axes divide batches, or none does.
+        return self.batch_shards // (self.shards if self.is_batch_divided else 1)
 
     @property
     def is_batch_divided(self) -> bool:
-        """Whether devices that differ in the sharding axes have different batches; else they have the same ids."""
+        """Whether devices that differ in the sharding axes have different parts of the batch.
+
+        If not, they have the same ids.
+        """
         return all(name in self.batch_axes for name in self.axes)
 
     @property
     def all_axes(self) -> tuple[str, ...]:
-        """Every mesh axis the verbs communicate over."""
+        """All mesh axes over which the verbs communicate."""
         return (*self.axes, *self.replica_axes)
 
     @property
@@ -170,19 +182,19 @@ class Layout:
         return max(sizes)
 
     def share(self, geometry: Geometry) -> Geometry:
-        """Returns a shard's cache: its share of the sets and groups of the whole."""
+        """Returns the geometry of one shard's cache: its share of all sets and groups."""
         return Geometry(geometry.sets // self.shards, geometry.ways, geometry.groups // self.shards)
 
     @property
     def is_paired(self) -> bool:
-        """Whether ids do not fit 32 bits and are pairs (shard, local row)."""
+        """Whether ids are pairs (shard, local row) because they do not fit in 32 bits."""
         return self.spec.num_rows >= NO_ID
 
     def shape_of(self, ids: jax.Array) -> tuple[int, ...]:
-        """Returns the shape of ids, the axis of pairs left out.
+        """Returns the shape of ids without the axis of pairs.
 
         Raises:
-          ValueError: if ids should be pairs and are not.
+          ValueError: if ids must be pairs but are not.
         """
         if self.is_paired and (not ids.ndim or ids.shape[-1] != 2):
             raise ValueError(
@@ -193,11 +205,14 @@ class Layout:
 
     @property
     def is_bound(self) -> bool:
-        """Whether the code being traced runs once per device, inside jax.shard_map or jax.pmap over these axes."""
+        """Whether the traced code runs once per device, in jax.shard_map or jax.pmap.
+
+        The mapped axes must include all of this layout's axes.
+        """
         return set(self.all_axes) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def check_bound(self, verb: str) -> None:
-        """Raises ValueError outside of jax.shard_map and jax.pmap."""
+        """Raises ValueError outside jax.shard_map and jax.pmap."""
         if not self.is_bound:
             raise ValueError(
                 f"{verb} of a sharded state runs per device: call it inside jax.shard_map over the mesh axes "
@@ -209,18 +224,24 @@ class Layout:
         return lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def positions(self, num_positions: int) -> Fraction:
-        """Returns a shard's share of the ids of a whole batch of which one device has num_positions: not always whole."""
+        """Returns the number of ids of a whole batch per shard, as a fraction.
+
+        One device has num_positions of the ids.
+        """
         return Fraction(num_positions * self.batch_shards, self.shards)
 
     def room(self, num_ids: int) -> int:
-        """Returns how many of a device's num_ids unique ids the exchange has room for per owner."""
+        """Returns how many of a device's num_ids unique ids the exchange can send to one owner."""
         return max(1, min(num_ids, math.ceil(self.placement.capacity * num_ids / self.shards)))
 
     # --- rows
 
     @property
     def first_rows(self) -> np.ndarray:
-        """int32 [P, T + 1]: the first local row of each table on each shard; equal neighbours: none of its rows."""
+        """int32 [P, T + 1]: the first local row of each table on each shard.
+
+        If a shard has no row of a table, the table's entry equals the next one.
+        """
         if self.table_shards is None:
             starts, shard = offsets(self.spec.tables), np.arange(self.shards)[:, None]
             return ((starts - shard + self.shards - 1) // self.shards).astype(np.int32)
@@ -230,7 +251,10 @@ class Layout:
         return np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1).astype(np.int32)
 
     def place(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the shard and the local row (int32, [..]) of global ids [..], or of pairs [.., 2]; NO_ID: (P, NO_ID)."""
+        """Returns shard and local row (int32 [..] each) of global ids [..] or pairs [.., 2].
+
+        NO_ID gives (P, NO_ID).
+        """
         if self.is_paired:
             return ids[..., 0], ids[..., 1]
         is_id = ids != NO_ID
@@ -248,14 +272,17 @@ class Layout:
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def in_order(self, rows: jax.Array) -> jax.Array:
-        """Returns arrays by row [P * num_rows, ..], shard after shard, in the order of global ids [V, ..]."""
+        """Reorders rows [P * num_rows, ..] of all shards to the order of global ids [V, ..]."""
         if self.table_shards is None:
             shards = rows.reshape(self.shards, self.num_rows, *rows.shape[1:])
             return jnp.swapaxes(shards, 0, 1).reshape(rows.shape)[: self.spec.num_rows]
         return jnp.concatenate([rows[a : a + n] for a, n in self.table_slices()])
 
     def by_shard(self, rows: jax.Array) -> jax.Array:
-        """Returns arrays by global id [V, ..] as the shards hold them [P * num_rows, ..]; padding rows are zero."""
+        """Reorders rows by global id [V, ..] to the order of the shards [P * num_rows, ..].
+
+        Padding rows are zero.
+        """
         total = self.shards * self.num_rows
         if self.table_shards is None:
             padded = jnp.pad(rows, [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
@@ -270,7 +297,10 @@ class Layout:
         return held
 
     def table_slices(self) -> list[tuple[int, int]]:
-        """Returns, for whole tables per shard, where each table begins in the shards' arrays, and its rows."""
+        """Returns the start of each table in the shards' arrays and its number of rows.
+
+        This applies to whole tables per shard.
+        """
         first = self.first_rows
         shards = self.table_shards or ()
         return [
@@ -279,12 +309,12 @@ class Layout:
         ]
 
     def shard(self, index: jax.Array | int) -> Shard:
-        """Returns what shard `index` (may be traced) knows of itself."""
+        """Returns the Shard number `index`, which may be traced."""
         return Shard(self, jnp.asarray(index, jnp.int32), jnp.asarray(self.first_rows)[index])
 
 
 def _alternatives(numbers: list[int]) -> str:
-    """Returns "1, 2 or 4"."""
+    """Returns numbers as text, such as "1, 2 or 4"."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -299,7 +329,7 @@ def _bound_size(name: str) -> int:
 
 
 def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tuple[int, ...] | None:
-    """Returns the shard of each table, or None where rows go by MOD."""
+    """Returns the shard of each table, or None if rows go by MOD."""
     if placement.kind != "tables":
         return None
     if spec.num_rows >= NO_ID:

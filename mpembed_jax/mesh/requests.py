@@ -1,7 +1,8 @@
-"""What one device of a mesh asks for: the distinct ids of its share of a batch.
+"""The requests of one device of a mesh: the distinct ids of its share of a batch.
 
-Ids of a stack of fewer than 2^31 - 1 rows are int32; those of a larger one are pairs (shard, local row), which
-`sharding.pairs` computes on the host in 64 bits. With summation blocks, ids are distinct within a block only.
+Ids of a stack of fewer than 2^31 - 1 rows are int32. Ids of a larger stack are pairs (shard, local
+row), which `sharding.pairs` computes on the host in 64 bits. With summation blocks, ids are
+distinct only within a block.
 """
 
 import jax
@@ -16,10 +17,11 @@ from mpembed_jax.row_ids import NO_ID
 
 
 def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ids [N] (or pairs [N, 2]) with what is no row of the stack made padding, and how many name a row or do not.
+    """Replaces ids [N] (or pairs [N, 2]) outside the stack by padding, and counts them.
 
     Returns:
-      The ids, the number of requests, the number of ids outside the stack (padding is neither).
+      The ids, the number of requests, and the number of ids outside the stack. Padding is in
+      neither number.
     """
     if not layout.is_paired:
         is_row = (ids >= 0) & (ids < layout.spec.num_rows)
@@ -36,10 +38,11 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Returns ops.unique of ids [N] or of pairs [N, 2], with ids [size] or [size, 2]."""
+    """Returns ops.unique of ids [N] or of pairs [N, 2]; its ids are [size] or [size, 2]."""
     if not layout.is_paired:
         return ops.unique(ids, size, step)
-    # Distinct rows first: (which of them, shard) then fits 32 bits.
+    # Local rows are deduplicated first. The pair (number of the distinct row, shard) then fits in
+    # 32 bits.
     num_ids = ids.shape[0]
     if (num_ids + 1) * layout.shards >= NO_ID:
         raise ValueError(
@@ -59,7 +62,7 @@ def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Uniq
 def deduplicate(
     layout: Layout, leaves: list[jax.Array], step: jax.Array
 ) -> tuple[Unique, jax.Array, jax.Array]:
-    """Returns the distinct ids of a device's nest of ids, and the number of requests and of ids outside the stack.
+    """Returns the distinct ids of a device, the number of requests and of ids outside the stack.
 
     Args:
       layout: of the stack.
@@ -81,7 +84,8 @@ def deduplicate(
     )
 
     def find(ids: jax.Array) -> Unique:
-        # A budget is the whole batch's: the ids that stay of it are among the least of every device.
+        # The budget is for the whole batch. The ids that stay within it are the smallest (by hash),
+        # so each of them is among the `budget` smallest of its device.
         most = ids.shape[0] if budget is None or layout.is_paired else min(budget, ids.shape[0])
         return distinct(layout, ids, most + 1, step)
 
@@ -97,9 +101,9 @@ def deduplicate(
         np.arange(end - len(leaf), end).reshape(blocks, -1)
         for leaf, end in zip(flat, ends, strict=True)
     ]
-    position = np.concatenate(members, axis=1)  # of each block
+    position = np.concatenate(members, axis=1)  # one row of positions per block
     parts = [find(ids[position[block]]) for block in range(blocks)]
-    size = parts[0].ids.shape[0] - 1  # of each part, without its padding entry
+    size = parts[0].ids.shape[0] - 1  # of each part, not counting its padding entry
     last = blocks * size
     inverse = jnp.stack(
         [
