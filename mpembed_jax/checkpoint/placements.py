@@ -220,7 +220,7 @@ def _of_sets(
 def _shifted(
     tags: np.ndarray, first_row: np.ndarray, layout: Layout, *, inverse: bool
 ) -> np.ndarray:
-    """Converts tags of whole tables from global ids to rows of their shards, or back if `inverse`."""
+    """Converts tags of whole tables from global ids to local rows, or back if `inverse`."""
     result = np.full_like(tags, NO_ID)
     for start, (first, size) in zip(
         offsets(layout.spec.tables), layout.table_slices(), strict=False

@@ -1,6 +1,7 @@
-"""How a user's features reach stacks of tables and how their vectors come back in the same nesting; flax-free.
+"""Routing of a user's features to stacks of tables, and of their vectors back to the same nesting.
 
-Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a column per feature, over all stacks in order.
+This module does not use flax. Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a
+column per feature, in the order of the stacks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,11 @@ Combiners = tuple[tuple[str, str | None], ...]
 
 
 class Part(NamedTuple):
-    """What one stack gives to a call."""
+    """The contribution of one stack to a call of a module."""
 
     rows: jax.Array  # f32 [U, D]
     inverse: Any
-    pool: Callable = pool  # pooling.pool, or the same over a mesh
+    pool: Callable = pool  # pooling.pool, or the same function over a mesh
 
 
 def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
@@ -30,7 +31,7 @@ def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingS
 
     Raises:
       TypeError: if they are not EmbeddingSpecs.
-      ValueError: if there are none, or two stacks have a feature of one name.
+      ValueError: if there are none, or if two stacks have a feature of the same name.
     """
     result = (specs,) if isinstance(specs, EmbeddingSpec) else tuple(specs)
     if not all(isinstance(s, EmbeddingSpec) for s in result):
@@ -52,9 +53,9 @@ def as_transformations(
     """Returns one row optimizer per spec.
 
     Raises:
-      ValueError: if a sequence of them has another length than specs.
+      ValueError: if tx is a sequence whose length differs from that of specs.
     """
-    # An optax transformation is itself a tuple.
+    # An optax transformation is itself a tuple, so it is recognized by its update.
     if callable(getattr(tx, "update", None)) or not isinstance(tx, Sequence):
         return (tx,) * len(specs)
     if len(tx) != len(specs):
@@ -65,10 +66,10 @@ def as_transformations(
 
 
 def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
-    """Returns (feature, combiner) pairs, one for each feature.
+    """Returns one (feature, combiner) pair for each feature.
 
     Raises:
-      ValueError: on an unknown combiner, or a mapping that does not name exactly the features.
+      ValueError: if a combiner is unknown, or if a mapping does not name exactly the features.
     """
     features = [f for s in specs for f, _ in s.feature_tables]
     chosen = dict(combiner) if isinstance(combiner, Mapping) else dict.fromkeys(features, combiner)
@@ -83,19 +84,19 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
 
 
 def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
-    """Maps any nest of a single table's ids to global ids, checked against its size."""
+    """Maps any nest of a single table's ids to global ids, and checks them against its size."""
     ((feature, _),) = spec.feature_tables
     return jax.tree.map(lambda leaf: spec.global_ids({feature: leaf})[feature], ids)
 
 
 def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
-    """Splits the last axis of an array by stacks."""
+    """Splits the last axis of an array into one part per stack."""
     ends = np.cumsum([len(s.feature_tables) for s in specs])
     return [array[..., e - len(s.feature_tables) : e] for s, e in zip(specs, ends, strict=True)]
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns the global ids of each stack, from ids local to their tables.
+    """Returns the global ids of each stack for ids that are local to their tables.
 
     Args:
       specs: the stacks.
@@ -105,8 +106,8 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
       For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack].
 
     Raises:
-      KeyError: on an unknown feature.
-      ValueError: if array ids have another number of columns, or the stacks have several widths.
+      KeyError: if a feature is unknown.
+      ValueError: if array ids have another number of columns, or if the stacks have several widths.
     """
     if isinstance(ids, Mapping):
         known = {f for s in specs for f, _ in s.feature_tables}
@@ -137,7 +138,8 @@ def _bags(
     part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     rows, inverse, pool = part
-    single = {}  # one gather, and one gradient table, for all of them
+    # These features share one gather, and one table of gradients.
+    single = {}
     bags = {}
     for feature, index in inverse.items():
         combiner, weight = combiners[feature], weights.get(feature)
@@ -178,18 +180,19 @@ def combine(
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's Part, its inverse nested as `route` gave the ids.
-      ids: what the user passed.
-      weights: None, or nested as ids (a mapping may leave features out), of the ids' shapes.
-      dtype: of the result.
+      parts: each stack's Part, its inverse in the nesting that `route` returned.
+      ids: the ids that the user passed.
+      weights: None, or factors in the nesting and shapes of ids; a mapping may leave features out.
+      dtype: dtype of the result.
 
     Returns:
-      {feature: [.., D]}, reduced over the last axis of ids where there is a combiner; or [.., T, D] for array ids.
+      {feature: [.., D]}, reduced over the last axis of ids if there is a combiner; or [.., T, D]
+      for array ids.
 
     Raises:
-      TypeError: if weights are nested otherwise.
+      TypeError: if weights have another nesting.
       KeyError: if weights name a feature that ids do not.
-      ValueError: on weights of another shape, or without a combiner, or on ids without a bag axis.
+      ValueError: if weights have another shape or there is no combiner, or if ids have no bag axis.
     """
     by_feature = dict(combiners)
     if isinstance(ids, Mapping):
@@ -206,7 +209,7 @@ def combine(
         ordered = {f: vectors[f].astype(dtype) for f in ids}
         return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
     if weights is None:
-        # A column is a bag of one id: every combiner gives its vector.
+        # A column is a bag of one id, so every combiner gives its vector.
         return jnp.concatenate(
             [part.pool(part.rows, part.inverse) for part in parts], axis=-2
         ).astype(dtype)
