@@ -67,19 +67,23 @@ class Report:
             g = self.geometry
             share = g.lines / self.num_rows
             lines.append(
-                f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the rows)"
+                f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the "
+                "rows)"
             )
         width = max(len(name) for name in self.components)
         lines += [f"  {name:<{width}} {size:>18,} B" for name, size in self.components.items()]
         lines.append(
-            f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)"
+            f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row "
+            "without row state)"
         )
         if self.host_bytes:
             lines.append(
-                f"of it in host memory: {self.host_bytes:,} B, on the device: {self.total - self.host_bytes:,} B"
+                f"of it in host memory: {self.host_bytes:,} B, on the device: "
+                f"{self.total - self.host_bytes:,} B"
             )
         lines.append(
-            f"float32: {self.float32_bytes:,} B, with row state {self.float32_bytes + self.float32_row_state_bytes:,} B"
+            f"float32: {self.float32_bytes:,} B, with row state "
+            f"{self.float32_bytes + self.float32_row_state_bytes:,} B"
         )
         lines.append(
             f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state"

@@ -44,8 +44,9 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
     if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
         raise ValueError(
-            f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the target has {tables} of "
-            f"dim {spec.embedding_dim}; only storage, cache and row_state_dtype may differ (see to_dense and from_dense)"
+            f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "
+            f"target has {tables} of dim {spec.embedding_dim}; only storage, cache and "
+            "row_state_dtype may differ (see to_dense and from_dense)"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
@@ -80,7 +81,8 @@ def convert(
     same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:
         raise ValueError(
-            f"{name} was saved between prefetch and apply_gradients: restore it with the cache and placement it had then"
+            f"{name} was saved between prefetch and apply_gradients: restore it with the cache "
+            "and placement it had then"
         )
 
     rows = saved.pop("table.rows")
@@ -163,14 +165,16 @@ def _row_state(
     held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
     if list(held) != list(wanted):
         raise ValueError(
-            f"{name}: the optimizer's state on disk is {list(held)}, the target's is {list(wanted)}: pass the same tx"
+            f"{name}: the optimizer's state on disk is {list(held)}, the target's is "
+            f"{list(wanted)}: pass the same tx"
         )
     result = {}
     for index, (inner, array) in enumerate(held.items()):
         leaf = wanted[inner]
         if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
             raise ValueError(
-                f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx"
+                f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the "
+                "target: another tx"
             )
         if array.dtype == leaf.dtype:
             result[inner] = array

@@ -92,13 +92,15 @@ def track(state: EmbeddingState) -> RowTracker:
     layout = state.layout
     if bool(state.pending):
         raise ValueError(
-            "this state has a prefetch without its apply_gradients; start tracking after apply_gradients"
+            "this state has a prefetch without its apply_gradients; start tracking after "
+            "apply_gradients"
         )
     begin, everywhere = _begin, None
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
             raise ValueError(
-                f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it"
+                f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints "
+                "of it"
             )
         begin = over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
@@ -220,7 +222,8 @@ def collect(
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
             raise ValueError(
-                f"the tree has {len(members)} embedding states {list(members)}: pass {{name: tracker}}"
+                f"the tree has {len(members)} embedding states {list(members)}: pass {{name: "
+                f"tracker}}"
             )
         trackers = dict.fromkeys(members, trackers)
     if unknown := [name for name in trackers if name not in members]:
@@ -245,10 +248,11 @@ def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> Non
     told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
     if bool(tracker.has_gap) or seen != now or not np.array_equal(told, held):
         raise ValueError(
-            f"{what} did not see every step: it was told of prefetches up to step {seen}, the state is at step {now}, "
-            f"{'a plan was left out or marked twice' if bool(tracker.has_gap) else 'their counts differ'}; an incremental "
-            f"checkpoint could lose rows. Call mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
-            f"checkpoint now, without tracker="
+            f"{what} did not see every step: it was told of prefetches up to step {seen}, the "
+            f"state is at step {now}, "
+            f"{'a plan was left out or marked twice' if bool(tracker.has_gap) else 'their counts differ'}; "
+            "an incremental checkpoint could lose rows. Call mark(tracker, plan) exactly once "
+            "per prefetch, with its plan; save a full checkpoint now, without tracker="
         )
 
 
@@ -272,7 +276,8 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
     started = sorted({start for _, start, _ in wanted.values()})
     raise ValueError(
         f"no checkpoint in {directory} holds the rows that the tracker started from (state step "
-        f"{', '.join(map(str, started))}); call track on a state right after saving it here, or save without tracker="
+        f"{', '.join(map(str, started))}); call track on a state right after saving it here, or "
+        "save without tracker="
     )
 
 

@@ -38,7 +38,8 @@ def named(tree: Any) -> dict[str, Any]:
         names = [name for name, _ in leaves]
         twice = next(name for at, name in enumerate(names) if name in names[:at])
         raise ValueError(
-            f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous"
+            f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are "
+            "ambiguous"
         )
     return result
 
@@ -95,7 +96,8 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         else:
             what = f"a {type(leaf).__name__}" if not isinstance(leaf, jax.core.Tracer) else "traced"
             raise TypeError(
-                f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings and bytes"
+                f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings "
+                "and bytes"
             )
     return arrays, values
 

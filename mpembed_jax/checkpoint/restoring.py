@@ -316,6 +316,7 @@ def _check_rows(
     }
     if digests.digest(rows).tolist() != entry["digest"]:
         raise CheckpointError(
-            f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r}, read and put together, "
-            f"are not those that were saved, though every file is as written; restore an older step and report this"
+            f"step {step} of {directory}: the rows of embedding state "
+            f"{prefix or 'in the tree'!r}, read and put together, are not those that were saved, "
+            "though every file is as written; restore an older step and report this"
         )

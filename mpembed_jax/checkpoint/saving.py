@@ -299,7 +299,8 @@ def _failure(directory: Path, step: int, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     reason = reason.split(" [tensorstore_spec=")[0]
     return CheckpointError(
-        f"step {step} could not be saved in {directory}: {reason}; checkpoints saved before are unchanged"
+        f"step {step} could not be saved in {directory}: {reason}; checkpoints saved before are "
+        "unchanged"
     )
 
 

@@ -56,12 +56,13 @@ class Layout:
         if mesh is None and axis_name is None:
             if placement is not None:
                 raise ValueError(
-                    "placement needs mesh= (or axis_name= inside jax.pmap): without one there is one device"
+                    "placement needs mesh= (or axis_name= inside jax.pmap): without one there is "
+                    "one device"
                 )
             if spec.num_rows >= NO_ID:
                 raise ValueError(
-                    f"one device holds at most 2**31 - 2 rows of a stack, these tables have {spec.num_rows}; divide it over "
-                    f"a mesh, or make two stacks"
+                    "one device holds at most 2**31 - 2 rows of a stack, these tables have "
+                    f"{spec.num_rows}; divide it over a mesh, or make two stacks"
                 )
             return None
         placement = Placement() if placement is None else placement
@@ -72,7 +73,8 @@ class Layout:
             sizes = dict(mesh.shape)
             if axis_name is None and len(sizes) > 1 and placement.kind != "replicated":
                 raise ValueError(
-                    f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, axis_name=.."
+                    f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, "
+                    "axis_name=.."
                 )
             names = (
                 tuple(sizes)
@@ -98,33 +100,38 @@ class Layout:
         ):
             geometry = spec.cache.geometry(spec.num_rows)
             raise ValueError(
-                f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; they can over "
-                f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. Replicate this stack, "
-                f'Placement("replicated"), or take a power of two up to 64 of shards and a cache of at least 8 sets for each'
+                f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; "
+                "they can over "
+                f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. "
+                "Replicate this stack, "
+                'Placement("replicated"), or take a power of two up to 64 of shards and a cache '
+                "of at least 8 sets for each"
             )
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
             raise ValueError(
-                f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch"
+                f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a "
+                "batch"
             )
         if blocks is not None and batch_axes != (
             *(name for name in batch_axes if name not in axes),
             *axes,
         ):
             raise ValueError(
-                f"with summation_blocks the batch must be divided over the sharding axes {axes} last, got batch_axes "
-                f"{batch_axes}"
+                f"with summation_blocks the batch must be divided over the sharding axes {axes} "
+                f"last, got batch_axes {batch_axes}"
             )
         if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
             raise ValueError(
-                f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole tables' blocks"
+                f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole "
+                "tables' blocks"
             )
         tables = _table_shards(spec, placement, shards)
         layout = Layout(spec, placement, axes, shards, batch_axes, batch_shards, mesh, tables)
         if layout.num_rows >= NO_ID:
             raise ValueError(
-                f"a shard holds at most 2**31 - 2 rows, {spec.num_rows} rows on {shards} shards make {layout.num_rows}: "
-                f"use more shards or several stacks"
+                f"a shard holds at most 2**31 - 2 rows, {spec.num_rows} rows on {shards} shards "
+                f"make {layout.num_rows}: use more shards or several stacks"
             )
         return layout
 
@@ -198,8 +205,8 @@ class Layout:
         """
         if self.is_paired and (not ids.ndim or ids.shape[-1] != 2):
             raise ValueError(
-                f"ids of a stack of {self.spec.num_rows} rows must be pairs int32 [.., 2], got {list(ids.shape)}; "
-                f"make them with sharding.pairs(state, ids)"
+                f"ids of a stack of {self.spec.num_rows} rows must be pairs int32 [.., 2], got "
+                f"{list(ids.shape)}; make them with sharding.pairs(state, ids)"
             )
         return ids.shape[:-1] if self.is_paired else ids.shape
 
@@ -215,8 +222,9 @@ class Layout:
         """Raises ValueError outside jax.shard_map and jax.pmap."""
         if not self.is_bound:
             raise ValueError(
-                f"{verb} of a sharded state runs per device: call it inside jax.shard_map over the mesh axes "
-                f"{self.all_axes}, with in_specs and out_specs partition_specs(state) for the state"
+                f"{verb} of a sharded state runs per device: call it inside jax.shard_map over "
+                f"the mesh axes {self.all_axes}, with in_specs and out_specs "
+                "partition_specs(state) for the state"
             )
 
     def index(self) -> jax.Array:
@@ -324,7 +332,8 @@ def _bound_size(name: str) -> int:
         return lax.axis_size(name)
     except NameError:
         raise ValueError(
-            f"axis_name={name!r} without mesh= is for calling init inside jax.pmap(.., axis_name={name!r}); pass mesh="
+            f"axis_name={name!r} without mesh= is for calling init inside jax.pmap(.., "
+            f"axis_name={name!r}); pass mesh="
         ) from None
 
 
@@ -349,7 +358,7 @@ def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tup
         0 <= s < shards for s in placement.table_shards
     ):
         raise ValueError(
-            f"table_shards must give one shard in [0, {shards}) for each of {len(spec.tables)} tables, got "
-            f"{placement.table_shards}"
+            f"table_shards must give one shard in [0, {shards}) for each of {len(spec.tables)} "
+            f"tables, got {placement.table_shards}"
         )
     return placement.table_shards

@@ -46,7 +46,8 @@ def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Uniq
     num_ids = ids.shape[0]
     if (num_ids + 1) * layout.shards >= NO_ID:
         raise ValueError(
-            f"{num_ids} ids on each of many devices, for {layout.shards} shards, are too many for one batch"
+            f"{num_ids} ids on each of many devices, for {layout.shards} shards, are too many for "
+            "one batch"
         )
     rows = ops.unique(ids[:, 1], num_ids + 1, step)
     is_real = ids[:, 1] != NO_ID
@@ -94,7 +95,8 @@ def deduplicate(
     bad = [leaf.shape for leaf in leaves if not leaf.ndim or leaf.shape[0] % blocks]
     if bad:
         raise ValueError(
-            f"{blocks} summation blocks per device must divide the leading axis of all ids, got {bad[0]}"
+            f"{blocks} summation blocks per device must divide the leading axis of all ids, got "
+            f"{bad[0]}"
         )
     ends = np.cumsum([len(leaf) for leaf in flat])
     members = [

@@ -42,7 +42,8 @@ def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingS
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise ValueError(
-            f"features {repeated} are in several specs; give each feature one stack (EmbeddingSpec(features=..))"
+            f"features {repeated} are in several specs; give each feature one stack "
+            "(EmbeddingSpec(features=..))"
         )
     return result
 
@@ -78,7 +79,8 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
     for feature, name in chosen.items():
         if name is not None and name not in COMBINERS:
             raise ValueError(
-                f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, got {name!r}"
+                f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, "
+                f"got {name!r}"
             )
     return tuple((f, chosen[f]) for f in features)
 
@@ -119,13 +121,14 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     names = [f for s in specs for f, _ in s.feature_tables]
     if array.ndim < 1 or array.shape[-1] != len(names):
         raise ValueError(
-            f"array ids must be [.., {len(names)}], one column per feature {names}, got {list(array.shape)}; "
-            f"for bags pass a dict of features"
+            f"array ids must be [.., {len(names)}], one column per feature {names}, got "
+            f"{list(array.shape)}; for bags pass a dict of features"
         )
     widths = [s.embedding_dim for s in specs]
     if len(set(widths)) > 1:
         raise ValueError(
-            f"array ids need one embedding_dim for all features, the specs have {widths}; pass a dict of features"
+            f"array ids need one embedding_dim for all features, the specs have {widths}; pass a "
+            "dict of features"
         )
     return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
@@ -146,13 +149,15 @@ def _bags(
         if combiner is None:
             if weight is not None:
                 raise ValueError(
-                    f"weights of feature {feature!r} need a combiner, its combiner is None; leave them out"
+                    f"weights of feature {feature!r} need a combiner, its combiner is None; leave "
+                    "them out"
                 )
             single[feature] = index
         elif index.ndim < 2:
             raise ValueError(
-                f"feature {feature!r} has ids {list(index.shape)}, but combiner {combiner!r} reduces the last axis of "
-                f"[.., L], the bag; pass ids[..., None] for bags of one id, or combiner={{{feature!r}: None, ..}}"
+                f"feature {feature!r} has ids {list(index.shape)}, but combiner {combiner!r} "
+                "reduces the last axis of [.., L], the bag; pass ids[..., None] for bags of one "
+                f"id, or combiner={{{feature!r}: None, ..}}"
             )
         elif index.shape[-1] == 1 and weight is None:
             single[feature] = index[..., 0]
@@ -198,7 +203,8 @@ def combine(
     if isinstance(ids, Mapping):
         if weights is not None and not isinstance(weights, Mapping):
             raise TypeError(
-                f"weights must be a mapping like ids, {{feature: weights}}, got {type(weights).__name__}"
+                f"weights must be a mapping like ids, {{feature: weights}}, got "
+                f"{type(weights).__name__}"
             )
         stray = [f for f in weights or {} if f not in ids]
         if stray:
@@ -215,7 +221,8 @@ def combine(
         ).astype(dtype)
     if np.shape(weights) != np.shape(ids):
         raise ValueError(
-            f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}"
+            f"weights must have the shape of ids {list(np.shape(ids))}, got "
+            f"{list(np.shape(weights))}"
         )
     stacked: list[jax.Array] = []
     for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):

@@ -73,14 +73,15 @@ class Stack(nnx.Module):
         """
         if not is_training:
             raise ValueError(
-                "prefetch was called in evaluation mode, where calls only read and rows get no gradient; call model.train() "
-                "before training, and no prefetch in evaluation"
+                "prefetch was called in evaluation mode, where calls only read and rows get no "
+                "gradient; call model.train() before training, and no prefetch in evaluation"
             )
         if self.is_prefetched:
             raise ValueError(
-                "prefetch was called twice without nn.apply_gradients in between, which would lose the first batch's "
-                "update; call grads = nn.apply_gradients(model, grads) after each prefetch (several inputs in one step: "
-                "prefetch one nest of them), or nn.discard(model) to give up a step"
+                "prefetch was called twice without nn.apply_gradients in between, which would "
+                "lose the first batch's update; call grads = nn.apply_gradients(model, grads) "
+                "after each prefetch (several inputs in one step: prefetch one nest of them), or "
+                "nn.discard(model) to give up a step"
             )
         state, plan, rows = verbs.fetch(self.state.get_value(), ids)
         self.state.set_value(state)
@@ -98,8 +99,9 @@ class Stack(nnx.Module):
         """
         if not self.is_prefetched:
             raise ValueError(
-                "a cached embedding in training mode was called without prefetch, which would leave it untrained; call "
-                "module.prefetch(ids) before nnx.value_and_grad, or model.eval() if this is evaluation"
+                "a cached embedding in training mode was called without prefetch, which would "
+                "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
+                "model.eval() if this is evaluation"
             )
         plan: CachePlan = self.plan.get_value()
         verbs.check_prefetched(plan, ids)
@@ -122,7 +124,8 @@ def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
     ]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no cached embedding; pass the model that has the CachedEmbed or CachedEmbedBags"
+            f"{type(model).__name__} holds no cached embedding; pass the model that has the "
+            "CachedEmbed or CachedEmbedBags"
         )
     return found
 
@@ -148,8 +151,9 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     waiting = [(path, stack) for path, stack in _stacks(model) if stack.is_prefetched]
     if not waiting:
         raise ValueError(
-            "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) once before each "
-            "nnx.value_and_grad (a step that leaves every embedding alone needs no nn.apply_gradients)"
+            "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) "
+            "once before each nnx.value_and_grad (a step that leaves every embedding alone needs "
+            "no nn.apply_gradients)"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
     row_grads = []
@@ -157,8 +161,9 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
         name = (*path, "rows")
         if name not in flat:
             raise ValueError(
-                f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; differentiate this model with "
-                f"respect to all nnx.Param (the default of nnx.grad and nnx.value_and_grad) and pass the gradients unchanged"
+                f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; "
+                "differentiate this model with respect to all nnx.Param (the default of nnx.grad "
+                "and nnx.value_and_grad) and pass the gradients unchanged"
             )
         held = flat.pop(name)
         row_grads.append(held.get_value() if isinstance(held, nnx.Variable) else held)

@@ -175,8 +175,9 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
     called, called_def = jax.tree.flatten(ids)
     if planned_def != called_def or [p.shape for p in planned] != [np.shape(c) for c in called]:
         raise ValueError(
-            f"called with ids of shapes {shapes(ids)}, but prefetch was given {shapes(plan.inverse)}; "
-            f"give prefetch and the call the same ids (several inputs: one nest of them, in one call)"
+            f"called with ids of shapes {shapes(ids)}, but prefetch was given "
+            f"{shapes(plan.inverse)}; give prefetch and the call the same ids (several inputs: "
+            "one nest of them, in one call)"
         )
     # Over a mesh, each device's inverse refers to its own rows.
     if plan.route is not None:
@@ -190,8 +191,9 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
         if is_other.any():
             where = tuple(int(i) for i in np.argwhere(is_other)[0])
             raise ValueError(
-                f"called with other ids than prefetch: at {list(where)} row {int(np.asarray(given)[where])}, prefetched "
-                f"was row {int(found[where])}; give prefetch and the call the same ids"
+                f"called with other ids than prefetch: at {list(where)} row "
+                f"{int(np.asarray(given)[where])}, prefetched was row {int(found[where])}; give "
+                "prefetch and the call the same ids"
             )
 
 
@@ -236,11 +238,12 @@ def _logits_fwd(state: Any, query: CustomVJPPrimal, is_training: bool) -> tuple[
     is_table_trained = any(leaf.perturbed for leaf in jax.tree.leaves(state, is_leaf=is_primal))
     if is_training or is_table_trained:
         raise ValueError(
-            "attend gives the table no gradient, so training through it would silently not train the table. To train it, "
-            "use sampled softmax over prefetched rows: prefetch the inputs' ids together with the positive and sampled "
-            "negative ids, call the module with the same nest, and take the dot products of its vectors. To differentiate "
-            "with respect to the query only, switch the module to evaluation first: module.eval() (linen: an apply without "
-            "prefetched rows)"
+            "attend gives the table no gradient, so training through it would silently not train "
+            "the table. To train it, use sampled softmax over prefetched rows: prefetch the "
+            "inputs' ids together with the positive and sampled negative ids, call the module "
+            "with the same nest, and take the dot products of its vectors. To differentiate with "
+            "respect to the query only, switch the module to evaluation first: module.eval() "
+            "(linen: an apply without prefetched rows)"
         )
     held = jax.tree.map(lambda leaf: leaf.value, state, is_leaf=is_primal)
     return _logits(held, query.value, is_training), (held, query.value)
@@ -292,7 +295,8 @@ def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: boo
     query = jnp.asarray(query)
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise TypeError(
-            f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend takes vectors"
+            f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend "
+            "takes vectors"
         )
     if query.ndim < 1 or query.shape[-1] != dim:
         raise ValueError(

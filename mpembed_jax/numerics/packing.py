@@ -62,7 +62,8 @@ def encode(
         random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape
     ):
         raise ValueError(
-            f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} {random_bits.shape}"
+            f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} "
+            f"{random_bits.shape}"
         )
     fmt = as_format(format).resolve(rows.shape[-1])
     scale, bias = row_parameters(rows, fmt)

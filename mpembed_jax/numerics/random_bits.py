@@ -122,5 +122,6 @@ def key_words(key: jax.Array) -> jax.Array:
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.shape == (2,):
         return jnp.asarray(key)
     raise TypeError(
-        f"key must be jax.random.key(..) or uint32 [2], got {getattr(key, 'dtype', type(key).__name__)}"
+        "key must be jax.random.key(..) or uint32 [2], got "
+        f"{getattr(key, 'dtype', type(key).__name__)}"
     )

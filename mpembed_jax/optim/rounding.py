@@ -45,7 +45,8 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
     ) -> tuple[Any, StochasticRoundState]:
         if params is None:
             raise ValueError(
-                "stochastic_round_updates needs the parameters: call tx.update(grads, state, params)"
+                "stochastic_round_updates needs the parameters: call tx.update(grads, state, "
+                "params)"
             )
         treedef: Any
         leaves, treedef = jax.tree.flatten(updates)

@@ -45,14 +45,16 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
-            f"tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), got {type(tx).__name__}"
+            "tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), "
+            f"got {type(tx).__name__}"
         )
     abstract = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((5, embedding_dim), jnp.float32))
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise ValueError(
-                f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which cannot be kept by row: noise "
-                f"drawn by position would depend on the order of the batch"
+                f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which "
+                "cannot be kept by row: noise drawn by position would depend on the order of the "
+                "batch"
             )
     # Other dimensions of a state are unlikely to have these sizes. A dimension that differs between
     # the two is a row dimension.
@@ -68,7 +70,8 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
     for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.MultiStepsState)):
         if isinstance(node, optax.MultiStepsState):
             raise ValueError(
-                "optax.MultiSteps accumulates dense gradients of the whole table; accumulate batches instead"
+                "optax.MultiSteps accumulates dense gradients of the whole table; accumulate "
+                "batches instead"
             )
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     larger, filled = jax.tree.leaves(initial(large, 0.0)), jax.tree.leaves(initial(small, 3.7))
@@ -80,18 +83,21 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
         )
         if not is_row and leaf.ndim:
             raise ValueError(
-                f"optimizer state leaf {name} of shape {leaf.shape} (for {small} rows of dim {embedding_dim}) is neither "
-                f"one entry per row nor a scalar, so it cannot be kept by row; use for example optim.rowwise_adagrad, "
-                f"optax.adagrad, optax.adam or optax.sgd"
+                f"optimizer state leaf {name} of shape {leaf.shape} (for {small} rows of dim "
+                f"{embedding_dim}) is neither one entry per row nor a scalar, so it cannot be "
+                "kept by row; use for example optim.rowwise_adagrad, optax.adagrad, optax.adam "
+                "or optax.sgd"
             )
         if moved.shape != leaf.shape or not np.array_equal(moved, leaf):
             raise ValueError(
-                f"optimizer state leaf {name} starts from the parameters' values; only states that start from a "
-                f"constant can be kept by row without a float32 copy of the table"
+                f"optimizer state leaf {name} starts from the parameters' values; only states "
+                "that start from a constant can be kept by row without a float32 copy of the "
+                "table"
             )
         if is_row and leaf.size and not (leaf == leaf[0]).all():
             raise ValueError(
-                f"optimizer state leaf {name} starts differently for different rows, which is not supported"
+                f"optimizer state leaf {name} starts differently for different rows, which is not "
+                "supported"
             )
         leaves.append(
             RowLeaf(
@@ -104,14 +110,15 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
         updates, new_state = jax.eval_shape(tx.update, rows, state, rows)
     except Exception as error:
         raise ValueError(
-            f"tx.update(row_grads, state, params) fails on plain float32 rows, so tx cannot train them (state leaves: "
-            f"{names}): {type(error).__name__}: {str(error).splitlines()[0]}"
+            "tx.update(row_grads, state, params) fails on plain float32 rows, so tx cannot train "
+            f"them (state leaves: {names}): {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     after: Any = jax.tree.structure(new_state)
     is_kept = after == treedef and getattr(updates, "shape", None) == rows.shape
     if not is_kept:
         raise ValueError(
-            f"tx.update changes the structure of its state {treedef} or of the updates, so it cannot train rows"
+            f"tx.update changes the structure of its state {treedef} or of the updates, so it "
+            "cannot train rows"
         )
     return leaves, treedef
 
@@ -198,8 +205,9 @@ def update_rows(
     )
     if not is_same:
         raise ValueError(
-            f"tx does not match the row state: init was called with a transformation whose state is {held_def} "
-            f"{[a.shape for a in held]}, this one's is {treedef}; pass the same tx to init and apply_gradients"
+            "tx does not match the row state: init was called with a transformation whose state "
+            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
+            "to init and apply_gradients"
         )
     num_rows = next((a.shape[0] for a, leaf in zip(held, leaves, strict=True) if leaf.is_row), 0)
     is_row_id = (ids >= 0) & (ids < num_rows)

@@ -64,8 +64,9 @@ def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
 def _planned(stack: Stack, rows: jax.Array, ids: Any) -> routing.Part:
     if stack.plan is None:
         raise ValueError(
-            f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and collections are of different "
-            f"steps; take both from one TrainState: state.apply_fn({{'params': params}}, ..), or state.variables"
+            f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and "
+            "collections are of different steps; take both from one TrainState: "
+            f"state.apply_fn({{'params': params}}, ..), or state.variables"
         )
     verbs.check_prefetched(stack.plan, ids)
     return routing.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))

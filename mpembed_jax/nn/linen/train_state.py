@@ -63,8 +63,9 @@ class TrainState(struct.PyTreeNode):
         others = {name: value for name, value in variables.items() if name != "params"}
         if COLLECTION not in others:
             raise ValueError(
-                f"variables have no collection {COLLECTION!r}, only {list(variables)}; pass variables=model.init(..) of a "
-                f"model that holds a CachedEmbed or CachedEmbedBags, not only its params"
+                f"variables have no collection {COLLECTION!r}, only {list(variables)}; pass "
+                "variables=model.init(..) of a model that holds a CachedEmbed or "
+                "CachedEmbedBags, not only its params"
             )
         params = variables.get("params", {})
         return cls(jnp.zeros((), jnp.int32), params, tx.init(params), others, apply_fn, tx)
@@ -113,8 +114,9 @@ class TrainState(struct.PyTreeNode):
         modules = sorted({path[:-1] for path in stacks})
         if any(stack.plan is not None for stack in stacks.values()):
             raise ValueError(
-                "prefetch was called twice without apply_gradients in between, which would lose the first batch's update; "
-                "call state = state.apply_gradients(grads=grads) after each prefetch"
+                "prefetch was called twice without apply_gradients in between, which would lose "
+                "the first batch's update; call state = state.apply_gradients(grads=grads) after "
+                "each prefetch"
             )
         if len(modules) == 1:
             by_module = {modules[0]: ids}
@@ -123,7 +125,8 @@ class TrainState(struct.PyTreeNode):
             if not isinstance(ids, Mapping) or not set(ids) <= set(names) or not ids:
                 got = list(ids) if isinstance(ids, Mapping) else type(ids).__name__
                 raise KeyError(
-                    f"the model has several cached embeddings; prefetch takes {{path: ids}} for {list(names)}, got {got}"
+                    f"the model has several cached embeddings; prefetch takes {{path: ids}} for "
+                    f"{list(names)}, got {got}"
                 )
             by_module = {names[name]: value for name, value in ids.items()}
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
@@ -163,16 +166,17 @@ class TrainState(struct.PyTreeNode):
         waiting = {path: stack for path, stack in self._stacks().items() if stack.plan is not None}
         if not waiting:
             raise ValueError(
-                "apply_gradients found no prefetched rows, so the embeddings would stay untrained; call "
-                "state = state.prefetch(ids) once before jax.value_and_grad"
+                "apply_gradients found no prefetched rows, so the embeddings would stay "
+                "untrained; call state = state.prefetch(ids) once before jax.value_and_grad"
             )
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         gradients = flatten_dict(grads)
         for path, stack in waiting.items():
             if path not in gradients or stack.plan is None:
                 raise ValueError(
-                    f"grads have no entry {'/'.join(path)}, the prefetched rows; differentiate with respect to "
-                    f"state.params, taken after prefetch, and pass the gradients unchanged"
+                    f"grads have no entry {'/'.join(path)}, the prefetched rows; differentiate "
+                    "with respect to state.params, taken after prefetch, and pass the gradients "
+                    "unchanged"
                 )
             state = verbs.update(
                 stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx
