@@ -241,7 +241,9 @@ def pairs(state: EmbeddingState, ids: Any) -> Any:
     """
     layout = state.layout
     if layout is None:
-        raise ValueError("pairs are ids of a stack that is divided over a mesh; this state is not")
+        raise ValueError(
+            "pairs makes ids for a stack that is divided over a mesh, but this state is not divided"
+        )
 
     def split(rows: np.ndarray) -> np.ndarray:
         is_row = (rows >= 0) & (rows < spec.num_rows)

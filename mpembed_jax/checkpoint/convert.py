@@ -81,8 +81,8 @@ def convert(
     same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:
         raise ValueError(
-            f"{name} was saved between prefetch and apply_gradients: restore it with the cache "
-            "and placement it had then"
+            f"{name} was saved between prefetch and apply_gradients; restore it with the cache "
+            "and placement that it had"
         )
 
     rows = saved.pop("table.rows")
@@ -166,7 +166,7 @@ def _row_state(
     if list(held) != list(wanted):
         raise ValueError(
             f"{name}: the optimizer's state on disk is {list(held)}, the target's is "
-            f"{list(wanted)}: pass the same tx"
+            f"{list(wanted)}; pass the same tx"
         )
     result = {}
     for index, (inner, array) in enumerate(held.items()):
@@ -174,7 +174,7 @@ def _row_state(
         if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
             raise ValueError(
                 f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the "
-                "target: another tx"
+                "target; pass the same tx"
             )
         if array.dtype == leaf.dtype:
             result[inner] = array
@@ -186,7 +186,8 @@ def _row_state(
             _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
         else:
             raise ValueError(
-                f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target: another tx"
+                f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target; pass the "
+                "same tx"
             )
     return result
 

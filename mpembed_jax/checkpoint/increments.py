@@ -99,8 +99,8 @@ def track(state: EmbeddingState) -> RowTracker:
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
             raise ValueError(
-                f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints "
-                "of it"
+                f"rows of a stack of {state.spec.num_rows} rows cannot be tracked; save full "
+                "checkpoints of it"
             )
         begin = over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
@@ -247,12 +247,16 @@ def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> Non
     seen, now = int(tracker.step), int(state.step)
     told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
     if bool(tracker.has_gap) or seen != now or not np.array_equal(told, held):
+        fault = (
+            "a plan was left out or marked twice"
+            if bool(tracker.has_gap)
+            else "their counts differ"
+        )
         raise ValueError(
-            f"{what} did not see every step: it was told of prefetches up to step {seen}, the "
-            f"state is at step {now}, "
-            f"{'a plan was left out or marked twice' if bool(tracker.has_gap) else 'their counts differ'}; "
-            "an incremental checkpoint could lose rows. Call mark(tracker, plan) exactly once "
-            "per prefetch, with its plan; save a full checkpoint now, without tracker="
+            f"{what} did not see every step: it saw prefetches up to step {seen}, the state is at "
+            f"step {now}, and {fault}; an incremental checkpoint could lose rows. Call "
+            "mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
+            "checkpoint now, without tracker="
         )
 
 

@@ -38,8 +38,8 @@ def named(tree: Any) -> dict[str, Any]:
         names = [name for name, _ in leaves]
         twice = next(name for at, name in enumerate(names) if name in names[:at])
         raise ValueError(
-            f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are "
-            "ambiguous"
+            f"two leaves of the tree are both called {twice!r}: rename a key, because dots in "
+            "keys are ambiguous"
         )
     return result
 
@@ -193,5 +193,8 @@ def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
     )
     saved = tuple(record["shape"][: len(shape)]) if is_key(leaf) else tuple(record["shape"])
     if shape != saved or dtype not in (None, record["dtype"]):
-        return f"{name!r} is {record['dtype']} {list(saved)} on disk, the target asks for {leaf.dtype} {list(shape)}"
+        return (
+            f"{name!r} is {record['dtype']} {list(saved)} on disk, but {leaf.dtype} {list(shape)} "
+            "in the target"
+        )
     return None

@@ -166,7 +166,9 @@ def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
         try:
             body = manifest.read(directory, base["step"])
             if manifest.identity(body) != base["identity"]:
-                raise CheckpointError(f"step {base['step']} is not the checkpoint it was made from")
+                raise CheckpointError(
+                    f"step {base['step']} is no longer the checkpoint that it builds on"
+                )
             manifest.check(directory, base["step"], body)
         except CheckpointError as error:
             raise CheckpointError(
@@ -316,7 +318,7 @@ def _check_rows(
     }
     if digests.digest(rows).tolist() != entry["digest"]:
         raise CheckpointError(
-            f"step {step} of {directory}: the rows of embedding state "
-            f"{prefix or 'in the tree'!r}, read and put together, are not those that were saved, "
-            "though every file is as written; restore an older step and report this"
+            f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
+            "differ from the saved ones, although no file is damaged; restore an older step and "
+            "report this"
         )

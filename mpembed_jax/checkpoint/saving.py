@@ -253,11 +253,11 @@ def _make_room(directory: Path, step: int) -> None:
         is_there = final.exists()
         if is_there and not (final / manifest.NAME).exists():
             raise CheckpointError(
-                f"{final} exists and is none of this library's checkpoints; move it away"
+                f"{final} exists but was not written by mpembed_jax; move it away"
             )
         if is_there and not _is_damaged(directory, step):
             raise CheckpointError(
-                f"{final} is a good checkpoint already; save under another step, or delete it first"
+                f"{final} is already a good checkpoint; save under another step, or delete it first"
             )
         if jax.process_index() == 0:
             if is_there:

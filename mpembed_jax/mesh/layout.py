@@ -56,13 +56,13 @@ class Layout:
         if mesh is None and axis_name is None:
             if placement is not None:
                 raise ValueError(
-                    "placement needs mesh= (or axis_name= inside jax.pmap): without one there is "
-                    "one device"
+                    "placement needs mesh= (or axis_name= inside jax.pmap): without a mesh there "
+                    "is only one device"
                 )
             if spec.num_rows >= NO_ID:
                 raise ValueError(
-                    "one device holds at most 2**31 - 2 rows of a stack, these tables have "
-                    f"{spec.num_rows}; divide it over a mesh, or make two stacks"
+                    "one device holds at most 2**31 - 2 rows of a stack, but these tables have "
+                    f"{spec.num_rows}; divide the stack over a mesh, or make two stacks"
                 )
             return None
         placement = Placement() if placement is None else placement
@@ -100,12 +100,12 @@ class Layout:
         ):
             geometry = spec.cache.geometry(spec.num_rows)
             raise ValueError(
-                f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; "
-                "they can over "
+                f"the cache's {geometry.sets} sets cannot be divided evenly over {shards} shards; "
+                "possible numbers of shards are "
                 f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. "
                 "Replicate this stack, "
-                'Placement("replicated"), or take a power of two up to 64 of shards and a cache '
-                "of at least 8 sets for each"
+                'Placement("replicated"), or use a power of two of at most 64 shards, with at '
+                "least 8 sets for each"
             )
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
@@ -123,15 +123,15 @@ class Layout:
             )
         if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
             raise ValueError(
-                f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole "
-                "tables' blocks"
+                f"a stack of {spec.num_rows} rows cannot use initializer functions, because they "
+                "are called on blocks of whole tables"
             )
         tables = _table_shards(spec, placement, shards)
         layout = Layout(spec, placement, axes, shards, batch_axes, batch_shards, mesh, tables)
         if layout.num_rows >= NO_ID:
             raise ValueError(
-                f"a shard holds at most 2**31 - 2 rows, {spec.num_rows} rows on {shards} shards "
-                f"make {layout.num_rows}: use more shards or several stacks"
+                f"a shard holds at most 2**31 - 2 rows, but {spec.num_rows} rows on {shards} "
+                f"shards give each {layout.num_rows}; use more shards or several stacks"
             )
         return layout
 
@@ -332,7 +332,7 @@ def _bound_size(name: str) -> int:
         return lax.axis_size(name)
     except NameError:
         raise ValueError(
-            f"axis_name={name!r} without mesh= is for calling init inside jax.pmap(.., "
+            f"axis_name={name!r} without mesh= is only for calling init inside jax.pmap(.., "
             f"axis_name={name!r}); pass mesh="
         ) from None
 

@@ -48,7 +48,7 @@ class Placement:
                 f"summation_blocks must be at least 1 or None, got {self.summation_blocks}"
             )
         if self.table_shards is not None and self.kind != "tables":
-            raise ValueError(f'table_shards goes with kind="tables", got kind={self.kind!r}')
+            raise ValueError(f'table_shards needs kind="tables", got kind={self.kind!r}')
         for name in ("batch_axes", "table_shards"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

@@ -46,8 +46,8 @@ def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Uniq
     num_ids = ids.shape[0]
     if (num_ids + 1) * layout.shards >= NO_ID:
         raise ValueError(
-            f"{num_ids} ids on each of many devices, for {layout.shards} shards, are too many for "
-            "one batch"
+            f"{num_ids} ids per device are too many for one batch over {layout.shards} shards; "
+            "use smaller batches"
         )
     rows = ops.unique(ids[:, 1], num_ids + 1, step)
     is_real = ids[:, 1] != NO_ID

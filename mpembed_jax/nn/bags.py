@@ -81,11 +81,13 @@ class CachedEmbedBags(nnx.Module):
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
-        """The EmbeddingState of each spec, for mpembed_jax.to_dense, freeze, read and the other verbs."""
+        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
         return tuple(stack.embedding_state() for stack in self.stacks)
 
     def prefetch(self, ids: Any) -> None:
-        """Plans a batch and holds its rows for one step; call it outside the differentiated function.
+        """Plans a batch and holds its rows for one step.
+
+        Call it outside the differentiated function.
 
         Args:
           ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; local to
@@ -135,6 +137,6 @@ class CachedEmbedBags(nnx.Module):
         return tuple(stats(state) for state in self.states)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode of a view, for nnx.view(model, deterministic=True); True means evaluation."""
+        """Sets the mode of a view, for nnx.view; `deterministic=True` means evaluation."""
         if deterministic is not None:
             self.deterministic = deterministic

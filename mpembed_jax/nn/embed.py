@@ -105,7 +105,9 @@ class CachedEmbed(nnx.Module):
         return self.stack.embedding_state()
 
     def prefetch(self, ids: Any) -> None:
-        """Plans a batch and holds its rows for one step; call it outside the differentiated function.
+        """Plans a batch and holds its rows for one step.
+
+        Call it outside the differentiated function.
 
         Args:
           ids: integers [..] in [0, num_embeddings), or any nest of such arrays. NO_ID is padding.
@@ -162,10 +164,13 @@ class CachedEmbed(nnx.Module):
         return verbs.attend(self.stack.embedding_state(), query, self.dtype, not self.deterministic)
 
     def stats(self) -> CacheStats:
-        """Returns the counts since init (hit_rate and others) as host numbers; see mpembed_jax.stats."""
+        """Returns the counts since init (hit_rate and others) as host numbers.
+
+        See mpembed_jax.stats.
+        """
         return stats(self.state)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode of a view, for nnx.view(model, deterministic=True); True means evaluation."""
+        """Sets the mode of a view, for nnx.view; `deterministic=True` means evaluation."""
         if deterministic is not None:
             self.deterministic = deterministic

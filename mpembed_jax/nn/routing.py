@@ -127,8 +127,8 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     widths = [s.embedding_dim for s in specs]
     if len(set(widths)) > 1:
         raise ValueError(
-            f"array ids need one embedding_dim for all features, the specs have {widths}; pass a "
-            "dict of features"
+            f"array ids need one embedding_dim for all features, but the specs have {widths}; "
+            "pass a dict of features"
         )
     return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
@@ -149,8 +149,8 @@ def _bags(
         if combiner is None:
             if weight is not None:
                 raise ValueError(
-                    f"weights of feature {feature!r} need a combiner, its combiner is None; leave "
-                    "them out"
+                    f"weights of feature {feature!r} need a combiner, but its combiner is None; "
+                    "leave the weights out"
                 )
             single[feature] = index
         elif index.ndim < 2:
@@ -208,7 +208,9 @@ def combine(
             )
         stray = [f for f in weights or {} if f not in ids]
         if stray:
-            raise KeyError(f"weights name features {stray} that ids do not; ids have {list(ids)}")
+            raise KeyError(
+                f"weights name features {stray} that ids do not name; ids have {list(ids)}"
+            )
         vectors: dict[str, jax.Array] = {}
         for part in parts:
             vectors.update(_bags(part, by_feature, weights or {}))

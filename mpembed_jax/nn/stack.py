@@ -73,8 +73,9 @@ class Stack(nnx.Module):
         """
         if not is_training:
             raise ValueError(
-                "prefetch was called in evaluation mode, where calls only read and rows get no "
-                "gradient; call model.train() before training, and no prefetch in evaluation"
+                "prefetch was called in evaluation mode, in which calls only read and rows get "
+                "no gradient; call model.train() before training, and do not call prefetch in "
+                "evaluation"
             )
         if self.is_prefetched:
             raise ValueError(
@@ -152,8 +153,8 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     if not waiting:
         raise ValueError(
             "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) "
-            "once before each nnx.value_and_grad (a step that leaves every embedding alone needs "
-            "no nn.apply_gradients)"
+            "once before each nnx.value_and_grad (a step that trains no embedding needs no "
+            "nn.apply_gradients)"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
     row_grads = []

@@ -191,9 +191,9 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
         if is_other.any():
             where = tuple(int(i) for i in np.argwhere(is_other)[0])
             raise ValueError(
-                f"called with other ids than prefetch: at {list(where)} row "
-                f"{int(np.asarray(given)[where])}, prefetched was row {int(found[where])}; give "
-                "prefetch and the call the same ids"
+                f"called with other ids than prefetch: at {list(where)} the call names row "
+                f"{int(np.asarray(given)[where])}, and prefetch named row {int(found[where])}; "
+                "give prefetch and the call the same ids"
             )
 
 

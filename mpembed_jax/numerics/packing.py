@@ -71,7 +71,7 @@ def encode(
 
 
 def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
-    """Packs codes (uint32 [.., D]), scale and bias (float32 [.., 1]) of a resolved format's rows."""
+    """Packs codes (uint32 [.., D]), scale and bias (float32 [.., 1]) in a resolved format."""
     dim = codes.shape[-1]
     halves = []
     if fmt.scale_dtype is not None:

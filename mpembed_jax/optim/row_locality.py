@@ -13,9 +13,10 @@ import optax
 
 _ELEMENTWISE = frozenset(
     """
-    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt
-    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
+    pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
     """.split()  # noqa: SIM905  a list literal with one name per line would take a page
 )
 _REDUCTIONS = frozenset(

@@ -26,10 +26,7 @@ from mpembed_jax.spec import EmbeddingSpec
 
 COLLECTION = "embedding"
 # The name of a CachedEmbed's only stack, and the prefix of the names of a CachedEmbedBags's stacks.
-TABLE, STACK = (
-    "table",
-    "stack_",
-)
+TABLE, STACK = "table", "stack_"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state", "plan"], meta_fields=["tx"])
@@ -64,8 +61,8 @@ def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
 def _planned(stack: Stack, rows: jax.Array, ids: Any) -> routing.Part:
     if stack.plan is None:
         raise ValueError(
-            f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and "
-            "collections are of different steps; take both from one TrainState: "
+            f"params hold prefetched rows, but collection {COLLECTION!r} holds no plan: params "
+            "and collections are of different steps; take both from one TrainState: "
             f"state.apply_fn({{'params': params}}, ..), or state.variables"
         )
     verbs.check_prefetched(stack.plan, ids)

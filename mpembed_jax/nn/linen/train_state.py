@@ -72,7 +72,10 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """All collections, for `model.apply(state.variables, ..)`; outside a step, this evaluates."""
+        """All collections, for `model.apply(state.variables, ..)`.
+
+        Outside a step, this is an evaluation.
+        """
         return {**self.collections, "params": self.params}
 
     def apply_fn(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +152,7 @@ class TrainState(struct.PyTreeNode):
         )
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
-        """Updates the prefetched rows and the model's parameters, and removes the rows from `params`.
+        """Updates the prefetched rows and the model's parameters, and removes the rows.
 
         To clip by the global norm of dense and row gradients together, clip grads before this call.
 
