@@ -350,8 +350,8 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
     cases = {
         "lacks leaves of the target: ['v']": dict(tree, v=jnp.zeros(1)),
         "holds leaves that the target lacks: ['n']": {k: v for k, v in tree.items() if k != "n"},
-        "'w' is float32 [2, 3] on disk, the target asks for float32 [3, 2]": dict(tree, w=jnp.zeros((3, 2))),
-        "'w' is float32 [2, 3] on disk, the target asks for int32 [2, 3]": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
+        "'w' is float32 [2, 3] on disk, but float32 [3, 2] in the target": dict(tree, w=jnp.zeros((3, 2))),
+        "'w' is float32 [2, 3] on disk, but int32 [2, 3] in the target": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
         "'n' was saved as a Python int, the target has a float": dict(tree, n=1.0),
         "'key': random keys on one side": dict(tree, key=jax.random.key_data(tree["key"])),
         "no embedding state 'w'": dict(tree, w=tree["emb"]),
