@@ -2,8 +2,8 @@
 
 The type system of `jax.shard_map` records which values differ between devices. A loop's carry must
 have the same type at the beginning and at the end. This fails for a constant that the body replaces
-by values that depend on the device: it starts equal on all devices and ends varying. Outside a
-mesh, this module does nothing.
+by values that depend on the device: it is equal on all devices at the beginning, and differs
+between them at the end. Outside a mesh, this module does nothing.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Loops over chunks of an array, with a trip count that is known only on the device.
 
-The number of unique ids, misses or evictions of a batch is data, while array widths are static. On
-a CPU, a `while_loop` over chunks does only the necessary work, stays in the processor's cache,
-needs no bound, and updates its carry in place. On a GPU, one pass over the full width is better;
-for this, the chunk is as wide as the array, and there is no loop.
+The number of unique ids, misses or evictions depends on the batch, while array widths are static.
+On a CPU, a `while_loop` over chunks does only the necessary work, stays in the processor's cache,
+needs no bound, and updates its carry in place. On a GPU, one pass over the full width is better.
+For this, `chunk` is None, and there is no loop.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class Window(NamedTuple):
     def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with this chunk's positions, live or not, set to `values` [chunk, ..].
 
-        Use it if a position's value is the same in every chunk that computes it. Otherwise use
-        `put`, which must read and merge.
+        Chunks may overlap, so this is only for values that are the same in every chunk that
+        computes them. `put` is for other values; it must read the array and merge.
         """
         if self.position.shape[0] == array.shape[0]:
             return values

@@ -78,9 +78,9 @@ def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Ar
     """Returns rows array[index], with zeros for indices outside; fast for rows in cold memory.
 
     XLA:CPU unrolls the copy of a row of fewer than about 80 words into scalar moves. The moves fill
-    the processor's store queue, so that the cache misses of successive rows do not overlap. With m
-    = 64, the gather takes four times as long. A few operations with a zero that the compiler cannot
-    see keep the loop over the row, which is then vectorized.
+    the processor's store queue, so that the cache misses of successive rows do not overlap. At 64
+    words, the gather takes four times as long. A few operations with a zero whose value the
+    compiler cannot see keep the loop over the row, which is then vectorized.
 
     Args:
       array: float32 or uint32 [n, m].

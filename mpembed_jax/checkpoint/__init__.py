@@ -2,8 +2,7 @@
 
 This module needs the `[checkpoint]` extra. `save` and `restore` take any tree that holds embedding
 states. Each checkpoint has a checksum of every file. A checkpoint that was cut short or changed is
-never used. Orbax moves the arrays between disk and devices, also from many processes; this module
-does not do that itself.
+never used. Moving arrays between disk and devices, also from many processes, is left to orbax.
 """
 
 from mpembed_jax.checkpoint.increments import RowTracker, mark, partition_specs, track

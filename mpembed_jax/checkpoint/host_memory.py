@@ -1,4 +1,4 @@
-"""Block-wise reading and making of arrays in an accelerator's host memory.
+"""Block-wise reading and creation of arrays in an accelerator's host memory.
 
 The device never holds such an array whole. Orbax cannot restore them: if the sharding names host
 memory, it returns an array whose type says device memory, and a step compiled for that array
@@ -97,7 +97,7 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
 def from_numpy(array: np.ndarray, memory_kind: str, device: Any = None) -> jax.Array:
     """Returns a jax-owned array in host memory with a copy of the values.
 
-    Because jax owns it, a step can take it donated.
+    Because jax owns it, it can be donated to a step.
 
     Args:
       array: any shape.

@@ -132,8 +132,8 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
 class Place:
     """The place where a restored array goes."""
 
-    # "host": NumPy. "default": the default device, uncommitted, because the target names no device.
-    # "sharding": a sharding. "memory": host memory.
+    # "host": NumPy. "default": the default device, uncommitted, because the target names no
+    # device. "sharding": the target's sharding. "memory": host memory.
     kind: str
     sharding: Any = None
     # The memory kind, for "memory" only. The sharding is then one device's, or None for the default
@@ -156,7 +156,7 @@ class Place:
         return Place("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
-        """Puts a host array there. jax owns the copy, so that a step can take it donated."""
+        """Puts a host array there. jax owns the copy, so it can be donated to a step."""
         match self.kind:
             case "host":
                 return array

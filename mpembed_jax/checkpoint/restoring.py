@@ -230,7 +230,7 @@ def read_arrays(
       places: {name: place}. Only shardings are used here; everything else is read to the host.
 
     Returns:
-      {name: array}. The arrays for which a sharding was asked are jax arrays.
+      {name: array}. Arrays whose place is a sharding are jax arrays.
     """
     result: dict[str, Any] = {}
     waiting = dict(places)

@@ -140,7 +140,7 @@ def save(
 ) -> Saving:
     """Saves a tree of embedding states, parameters, optimizer states and other arrays and numbers.
 
-    The values are copied before this function returns, so the next step may take the tree donated.
+    The values are copied before this function returns, so the tree may be donated to the next step.
     A checkpoint is either complete or absent, because its folder gets its name last. With several
     processes, call it in all of them.
 
@@ -155,7 +155,7 @@ def save(
         which the tracker was started (see track). If that would be larger than a full checkpoint, a
         full one is saved.
       wait: if False, return while the files are being written; call `wait()` on the result. The
-        next save and restore wait without being asked.
+        next save or restore waits by itself.
       keep: once this checkpoint is complete, keep only this many of the newest checkpoints up to
         this step, and those on which they build; delete the others. Later steps (damaged, or rolled
         back) are not deleted.

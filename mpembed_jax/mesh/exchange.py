@@ -40,8 +40,8 @@ from mpembed_jax.row_ids import NO_ID
 class Route:
     """How the rows of one step travel between this device and the owners of the rows.
 
-    U is the number of entries of this device. Q is the size of the array of rows of this device's
-    shard that any device asks for.
+    U is the number of entries of this device. Q is the length of `rows`, which holds the rows of
+    this device's shard that any device asks for.
     """
 
     # i32 [Q]: local rows in the plan's order. NO_ID follows the first num_rows; the last entry is
@@ -183,7 +183,7 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
         received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
         found = ops.unique(received[:, 0], received.shape[0] + 1, step)
         counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
-        # The entries cut off here are padding: a shard cannot have more distinct rows than rows.
+        # The entries cut off here are padding: there are at most `size - 1` distinct rows.
         padding = max(0, size - found.ids.shape[0])
         return Unique(
             jnp.pad(found.ids, (0, padding), constant_values=NO_ID)[:size],

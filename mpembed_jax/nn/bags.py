@@ -34,9 +34,8 @@ class CachedEmbedBags(nnx.Module):
       combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id;
         or {feature: combiner}.
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
-      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. The
-        model is called in the same way with and without a mesh, on whole arrays. Their leading axis
-        is divided.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
+        a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
@@ -44,8 +43,8 @@ class CachedEmbedBags(nnx.Module):
 
     Raises:
       TypeError: if an argument has another type.
-      ValueError: if two specs have a feature of the same name, or if combiner does not fit the
-        features, or tx the specs.
+      ValueError: if two specs have a feature of the same name, if combiner does not fit the
+        features, or if tx does not fit the specs.
     """
 
     def __init__(

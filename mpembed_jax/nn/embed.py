@@ -57,9 +57,8 @@ class CachedEmbed(nnx.Module):
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
       embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None for
         nnx.Embed's default.
-      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. The
-        model is called in the same way with and without a mesh, on whole arrays. Their leading axis
-        is divided.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
+        a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.

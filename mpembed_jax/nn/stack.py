@@ -135,8 +135,9 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     """Updates every prefetched embedding of a model and removes its rows from model and gradients.
 
     To clip by the global norm of dense and row gradients together, as dense training does, clip
-    before this call, while grads hold both: `grads, _ =
-    optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`.
+    before this call. Until then, grads hold both kinds of gradients:
+
+      `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`
 
     Args:
       model: the nnx model, differentiated with its rows prefetched.

@@ -2,8 +2,8 @@
 
 Outside jit, the loops of a verb would be compiled again at every call. Arithmetic outside jit also
 differs from jitted arithmetic in the last bit. This module also holds what the modules add to the
-verbs, without using flax: the check that a call sees the ids that were prefetched, reading rows and
-inverse for evaluation, and dense logits over a whole table.
+verbs, without using flax: the check that a call sees the ids that were prefetched, a read for
+evaluation that returns rows and inverse like a plan's, and dense logits over a whole table.
 """
 
 from collections.abc import Callable
@@ -288,7 +288,8 @@ def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: boo
       [.., V] in `dtype`.
 
     Raises:
-      ValueError: if the last axis of query is not D, or if it is differentiated while training.
+      ValueError: if the last axis of query is not D, or if the products are differentiated while
+        training.
       TypeError: if query is not floating.
     """
     dim = state.spec.embedding_dim

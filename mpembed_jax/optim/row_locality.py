@@ -17,7 +17,7 @@ _ELEMENTWISE = frozenset(
     floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
     pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-    """.split()  # noqa: SIM905  a list literal with one name per line would take a page
+    """.split()  # noqa: SIM905  one name per line would hide that this is a list of names
 )
 _REDUCTIONS = frozenset(
     ["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"]
