@@ -35,9 +35,9 @@ def relayout(
 
     Training continues with the same rows. Between rows by MOD, replicated rows and one device,
     everything moves: packed rows, lines, tags, sketches and row state. Training then continues
-    exactly as it would have without the move. Whole tables per shard have other cache sets. When a
-    state moves to or from such a placement, dirty lines are first written to the table (rounded, as
-    by `flush`), and the cache starts empty.
+    exactly as it would have without the move. With whole tables per shard, the cache sets hold
+    other rows. When a state moves to or from such a placement, dirty lines are therefore first
+    written to the table (rounded, as by `flush`), and the cache starts empty.
 
     Args:
       state: concrete; not consumed.

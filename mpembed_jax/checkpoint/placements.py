@@ -68,8 +68,9 @@ class Division:
 def places(member: leaves.Member) -> dict[str, leaves.Place]:
     """Returns {name in the tree: place} of the leaves whose place the state's spec or mesh decides.
 
-    These are leaves without devices of a state over a mesh, and leaves that the spec keeps in host
-    memory (which shapes, for example from jax.eval_shape, do not show).
+    These are leaves that name no devices although their state lies over a mesh, and leaves that the
+    spec keeps in host memory. The shapes of the latter (for example from jax.eval_shape) do not
+    show the memory.
     """
     state = member.state
     if state.layout is None and (kind := state.spec.memory_kind) is not None:

@@ -1,10 +1,14 @@
 """The layout of a stack over devices: the owner of each id, its local row, and the batch axes.
 
-There are three layouts. By MOD, row r is row r div P of shard r mod P. This is the usual
-convention, and it keeps every cache set and every sketch group whole on one shard. By tables, each
-table is whole on one shard. Replicated, every device has all rows. Inside a shard, all arrays
-(including tags) are indexed by local row; only random bits are drawn for the global id. The state
-of one device and the state of P devices therefore hold the same rows, for any P.
+A stack is laid out in one of three ways:
+- By MOD, row r of the stack is row r div P of shard r mod P. This is the usual convention. It keeps
+  every cache set and every sketch group whole on one shard.
+- By tables, each table is whole on one shard.
+- If the stack is replicated, every device has all rows.
+
+Inside a shard, all arrays (including tags) are indexed by local row. Only random bits are drawn for
+the global id. The state of one device and the state of P devices therefore hold the same rows, for
+any P.
 """
 
 import dataclasses
@@ -232,9 +236,10 @@ class Layout:
         return lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def positions(self, num_positions: int) -> Fraction:
-        """Returns the number of ids of a whole batch per shard, as a fraction.
+        """Returns the number of ids of a whole batch divided by the number of shards.
 
-        One device has num_positions of the ids.
+        num_positions is the number of ids of one device. The result is a fraction and need not be
+        whole.
         """
         return Fraction(num_positions * self.batch_shards, self.shards)
 

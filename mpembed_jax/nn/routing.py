@@ -196,8 +196,9 @@ def combine(
 
     Raises:
       TypeError: if weights have another nesting.
-      KeyError: if weights name a feature that ids do not.
-      ValueError: if weights have another shape or there is no combiner, or if ids have no bag axis.
+      KeyError: if weights name a feature that ids do not name.
+      ValueError: if weights have another shape, if there are weights without a combiner, or if ids
+        have no bag axis.
     """
     by_feature = dict(combiners)
     if isinstance(ids, Mapping):
