@@ -148,7 +148,7 @@ def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
 def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
     """Sets the bits of distinct int32 ids; ids outside the bitmap are dropped.
 
-    Only bits that were not set before are added, so addition sets them.
+    A bit is set by addition, so only bits that were not set before are added.
     """
     num_words = bits.shape[0]
     word = jnp.where(ids >= 0, ids >> 5, num_words)

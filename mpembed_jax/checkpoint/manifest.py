@@ -83,7 +83,7 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
 
     Raises:
       CheckpointError: if files of the arrays `keys` are missing. This happens if the folder was
-        moved away during the save, because the writers then make it again.
+        moved away during the save, because the writers then create a new one.
     """
     for key in keys:
         try:

@@ -158,7 +158,8 @@ class CachedEmbed(nnx.Module):
 
         Raises:
           TypeError: if query is not floating.
-          ValueError: if its last axis is not features, or if attend is differentiated in training mode.
+          ValueError: if its last axis is not features, or if attend is differentiated in training
+            mode.
         """
         return verbs.attend(self.stack.embedding_state(), query, self.dtype, not self.deterministic)
 

@@ -1,8 +1,8 @@
 """CachedEmbed and CachedEmbedBags for linen.
 
-A module keeps each stack of tables, with its row optimizer, in the collection "embedding". If an
-apply finds rows among the params (see train_state.py), it is a training step and uses them.
-Otherwise it reads the table, as in evaluation.
+A module keeps each stack of tables, with its row optimizer, in the collection "embedding". If
+the params of a call contain rows (see train_state.py), the call is part of a training step and uses
+them. Otherwise it reads the table, as in evaluation.
 """
 
 import dataclasses
@@ -150,8 +150,8 @@ class CachedEmbed(linen.Module):
 
         Raises:
           TypeError: if query is not floating.
-          ValueError: if its last axis is not features, or if it is differentiated in a step with
-            prefetched rows.
+          ValueError: if its last axis is not features, or if attend is differentiated in a step
+            with prefetched rows.
         """
         is_training = _held_rows(self, TABLE) is not None
         return verbs.attend(
