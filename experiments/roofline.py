@@ -130,7 +130,9 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=60, help="steps before the counted one, of 65,536 samples' ids each")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json"))
     options = parser.parse_args()
-    from experiments import reporting  # needs more packages than bench_gpu, which imports this file, may ask for
+    from experiments import (
+        reporting,  # needs more packages than bench_gpu, which imports this file, may ask for
+    )
 
     found, runs = reporting.environment(), []
     for batch in (65536, 16384):

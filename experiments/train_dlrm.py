@@ -92,7 +92,9 @@ def make_source(settings: Settings, log: Any = print) -> Any:
         case "reddit":
             return reddit.RedditPosts(settings.path, settings.num_rows, in_time_order=settings.in_time_order)
         case "movielens":
-            from experiments.data import movielens  # tensorflow-datasets is needed for these two only
+            from experiments.data import (
+                movielens,  # tensorflow-datasets is needed for these two only
+            )
 
             return movielens.MovielensRatings(settings.cache_dir, settings.num_rows, settings.data_seed, log)
         case "criteo":

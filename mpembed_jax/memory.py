@@ -1,6 +1,7 @@
-"""Exact byte accounting of a stack: every array of its state, the decided cache geometry, and the compiled step's peak.
+"""Exact byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
 
-Nothing is allocated: shapes come from tracing `init`, the peak from compiling one training step.
+Nothing is allocated. The shapes come from tracing `init`, and the peak comes from compiling one
+training step.
 """
 
 import dataclasses
@@ -20,22 +21,25 @@ from mpembed_jax.spec import EmbeddingSpec
 
 
 def _nbytes(tree: Any) -> int:
-    """Returns the bytes of all arrays (or shapes) of a pytree."""
+    """Returns the total bytes of the arrays (or shapes) of a pytree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Bytes of a stack by component; str() is a readable table."""
+    """Bytes of a stack by component; str() gives a readable table."""
 
-    components: dict[str, int]  # table, cache rows, cache metadata, sketch, row state, counters
+    # Keys: table, cache rows, cache metadata, sketch, row state, counters.
+    components: dict[str, int]
     geometry: Geometry | None
     num_rows: int
     embedding_dim: int
-    float32_bytes: int  # of a plain float32 table
-    float32_row_state_bytes: int  # of the same optimizer beside it
-    step_peak_bytes: int | None  # state, batch and temporaries of one compiled step; None without batch_shape
-    host_bytes: int = 0  # of the total, in host memory (EmbeddingSpec.memory_kind)
+    float32_bytes: int  # bytes of a plain float32 table
+    float32_row_state_bytes: int  # bytes of the same optimizer's state for a float32 table
+    # State, batch and temporaries of one compiled step; None without batch_shape.
+    step_peak_bytes: int | None
+    # The part of the total that is in host memory (EmbeddingSpec.memory_kind).
+    host_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -44,17 +48,17 @@ class Report:
 
     @property
     def bytes_per_row(self) -> float:
-        """Bytes of the state per table row, optimizer state left out."""
+        """Bytes of the state per table row, without optimizer state."""
         return (self.total - self.components["row state"]) / self.num_rows
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than float32 the state is, optimizer state left out on both sides."""
+        """The size of a float32 table over the size of the state, both without optimizer state."""
         return self.float32_bytes / (self.total - self.components["row state"])
 
     @property
     def ratio_with_row_state(self) -> float:
-        """How many times smaller than float32 the state is, optimizer state included on both sides."""
+        """The size of a float32 table over the size of the state, both with optimizer state."""
         return (self.float32_bytes + self.float32_row_state_bytes) / self.total
 
     def __str__(self) -> str:
@@ -62,31 +66,48 @@ class Report:
         if self.geometry is not None:
             g = self.geometry
             share = g.lines / self.num_rows
-            lines.append(f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the rows)")
+            lines.append(
+                f"cache: {g.sets:,} sets of {g.ways} ways = {g.lines:,} lines ({share:.2%} of the "
+                "rows)"
+            )
         width = max(len(name) for name in self.components)
         lines += [f"  {name:<{width}} {size:>18,} B" for name, size in self.components.items()]
-        lines.append(f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row without row state)")
-        if self.host_bytes:
-            lines.append(f"of it in host memory: {self.host_bytes:,} B, on the device: {self.total - self.host_bytes:,} B")
         lines.append(
-            f"float32: {self.float32_bytes:,} B, with row state {self.float32_bytes + self.float32_row_state_bytes:,} B"
+            f"  {'total':<{width}} {self.total:>18,} B  ({self.bytes_per_row:.2f} B per row "
+            "without row state)"
         )
-        lines.append(f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state")
+        if self.host_bytes:
+            lines.append(
+                f"of it in host memory: {self.host_bytes:,} B, on the device: "
+                f"{self.total - self.host_bytes:,} B"
+            )
+        lines.append(
+            f"float32: {self.float32_bytes:,} B, with row state "
+            f"{self.float32_bytes + self.float32_row_state_bytes:,} B"
+        )
+        lines.append(
+            f"ratio: {self.ratio:.2f}x without, {self.ratio_with_row_state:.2f}x with row state"
+        )
         if self.step_peak_bytes is not None:
             lines.append(f"peak of one compiled step: {self.step_peak_bytes:,} B")
         return "\n".join(lines)
 
 
-def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: tuple[int, ...] | None = None) -> Report:
+def report(
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    batch_shape: tuple[int, ...] | None = None,
+) -> Report:
     """Counts the bytes of a stack before it is made.
 
     Args:
       spec: the stack.
       tx: optax transformation for the rows.
-      batch_shape: shape of the ids of one batch, (B, T) say; with it one training step is compiled for its peak.
+      batch_shape: shape of the ids of one batch, such as (B, T). If given, one training step is
+        compiled to determine its peak.
 
     Returns:
-      A Report whose total equals the sum of `nbytes` of the live state's arrays.
+      A Report whose total equals the sum of `nbytes` over the arrays of the live state.
 
     Raises:
       ValueError: if tx cannot work on gathered rows.
@@ -97,16 +118,20 @@ def report(spec: EmbeddingSpec, tx: optax.GradientTransformation, batch_shape: t
     components = {
         "table": _nbytes(state.table),
         "cache rows": _nbytes(cache.rows) if cache is not None else 0,
-        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty)) if cache is not None else 0,
+        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty))
+        if cache is not None
+        else 0,
         "sketch": _nbytes(cache.sketch) if cache is not None else 0,
         "row state": _nbytes(state.row_state),
-        "counters": _nbytes((state.key, state.step, state.pending, state.counters, state.fingerprint)),
+        "counters": _nbytes(
+            (state.key, state.step, state.pending, state.counters, state.fingerprint)
+        ),
     }
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
     plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
         components=components,
-        geometry=None if cache is None else spec.cache.geometry(spec.num_rows),  # type: ignore[union-attr]
+        geometry=None if cache is None else spec.cache.geometry(spec.num_rows),  # type: ignore
         num_rows=spec.num_rows,
         embedding_dim=spec.embedding_dim,
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,
@@ -127,4 +152,9 @@ def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
     compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
     sizes: Any = compiled.memory_analysis()
-    return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )

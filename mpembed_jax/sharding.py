@@ -1,6 +1,7 @@
-"""Beside the verbs over a mesh: choosing a placement, moving a state between layouts, ids of very large stacks.
+"""Tools for stacks over a mesh: placements, moves between layouts, ids of very large stacks.
 
-The verbs themselves (prefetch, lookup, apply_gradients, read, flush) take sharded states as they take others; see `init`.
+The verbs (prefetch, lookup, apply_gradients, read, flush) take sharded states like any others; see
+`init`.
 """
 
 import dataclasses
@@ -30,28 +31,31 @@ def relayout(
     axis_name: str | tuple[str, ...] | None = None,
     placement: Placement | None = None,
 ) -> EmbeddingState:
-    """Moves a state to another number of devices or another placement; training goes on with the same rows.
+    """Moves a state to another number of devices or another placement.
 
-    Between rows by MOD, replicated and one device everything moves: packed rows, lines, tags, sketches, row state, and
-    training goes on as it would have. To or from whole tables per shard, whose cache sets are others, dirty lines are
-    written to the table first (rounded, as by `flush`) and the cache starts empty.
+    Training continues with the same rows. Between rows by MOD, replicated rows and one device,
+    everything moves: packed rows, lines, tags, sketches and row state. Training then continues
+    exactly as it would have without the move. With whole tables per shard, the cache sets hold
+    other rows. When a state moves to or from such a placement, dirty lines are therefore first
+    written to the table (rounded, as by `flush`), and the cache starts empty.
 
     Args:
       state: concrete; not consumed.
-      mesh: as in init; None: one device.
+      mesh: as in init; None for one device.
       axis_name: as in init.
       placement: as in init.
 
     Returns:
-      The state, over the new mesh.
+      The state over the new mesh.
 
     Raises:
-      ValueError: if the stack cannot be divided so.
+      ValueError: if the stack cannot be divided in this way.
     """
     new = Layout.of(state.spec, mesh, axis_name, placement)
     if new is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        # Gathered by a program over the old mesh, then taken from it: one program runs on one set of devices.
+        # One program runs on one set of devices. A program over the old mesh therefore gathers the
+        # arrays before they are copied to one device.
         return jax.device_put(_moved(state, new), here)
     abstract = jax.eval_shape(partial(_moved, new=new), state)
     shardings = jax.tree.map(partial(NamedSharding, mesh), partition_specs(abstract))
@@ -89,7 +93,7 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
 
 
 def _in_order(cache: CacheState, shards: int) -> CacheState:
-    """Returns the cache of one device that the caches of `shards` shards are together."""
+    """Merges the caches of `shards` shards into the cache of one device."""
     sets = cache.geometry.sets
 
     def by_set(array: jax.Array) -> jax.Array:
@@ -103,13 +107,18 @@ def _in_order(cache: CacheState, shards: int) -> CacheState:
         split = sketch.reshape(sketch.shape[0], shards, -1, sketch.shape[2])
         sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
     return dataclasses.replace(
-        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
-        sketch=sketch, groups=cache.groups * shards,
-    )  # fmt: skip
+        cache,
+        tags=by_set(tags),
+        priority=by_set(cache.priority),
+        dirty=by_set(cache.dirty),
+        rows=by_set(cache.rows),
+        sketch=sketch,
+        groups=cache.groups * shards,
+    )
 
 
 def _by_shard(cache: CacheState, shards: int) -> CacheState:
-    """Returns the caches of `shards` shards, one after another, that the cache of one device is together."""
+    """Splits the cache of one device into the caches of `shards` shards, one after another."""
     sets = cache.geometry.sets
 
     def by_set(array: jax.Array) -> jax.Array:
@@ -122,9 +131,14 @@ def _by_shard(cache: CacheState, shards: int) -> CacheState:
         split = sketch.reshape(sketch.shape[0], -1, shards, sketch.shape[2])
         sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
     return dataclasses.replace(
-        cache, tags=by_set(tags), priority=by_set(cache.priority), dirty=by_set(cache.dirty), rows=by_set(cache.rows),
-        sketch=sketch, groups=cache.groups // shards,
-    )  # fmt: skip
+        cache,
+        tags=by_set(tags),
+        priority=by_set(cache.priority),
+        dirty=by_set(cache.dirty),
+        rows=by_set(cache.rows),
+        sketch=sketch,
+        groups=cache.groups // shards,
+    )
 
 
 def plan(
@@ -137,18 +151,21 @@ def plan(
 ) -> Placement:
     """Chooses a placement for a stack from its size and the skew of sample batches.
 
-    A stack of few bytes is replicated, and so is one whose cache cannot be divided: every device then does all of its
-    work, but nothing but ids and gradients travels. Else rows go by MOD, unless whole tables on shards, filled largest
-    first, would leave the busiest owner fewer ids to serve at no more than a tenth of unused rows. The exchange gets the
-    room that the fullest (device, owner) pair of the samples needed, times `margin`.
+    A small stack (at most replicate_bytes) is replicated. So is a stack whose cache cannot be
+    divided. Every device then does all of the work on the table, but only ids and gradients travel.
+    Other stacks are divided by rows (MOD), with one exception: whole tables are placed on shards,
+    from the largest to the smallest, if the busiest owner then has fewer ids to serve and at most a
+    tenth more rows are allocated than used. The exchange gets the room that the fullest (device,
+    owner) pair of the samples needed, times `margin`.
 
     Args:
       spec: the stack.
-      num_shards: P, devices along the sharding axis; batches are divided over the same devices.
-      batches: nests of int32 host arrays of global ids, whole batches; none: no skew is known, rows by MOD with the
-        default room.
-      replicate_bytes: largest table to replicate.
-      margin: room over what was measured, at least 1.
+      num_shards: P, the number of devices along the sharding axis. Batches are divided over the
+        same devices.
+      batches: nests of int32 host arrays of global ids, whole batches. Without any, the skew is
+        unknown, and rows go by MOD with the default room.
+      replicate_bytes: size of the largest table to replicate.
+      margin: factor on the measured room, at least 1.
 
     Returns:
       A Placement.
@@ -159,7 +176,10 @@ def plan(
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
     groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
-    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or groups % num_shards:
+    if (
+        spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes
+        or groups % num_shards
+    ):
         return Placement("replicated")
     candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
     if spec.num_rows < NO_ID:
@@ -177,11 +197,13 @@ def plan(
 
 
 def _largest_share(layout: Layout, batch: Any) -> float:
-    """Returns the largest number of distinct ids a device has for one owner, over its budget of unique ids."""
+    """Returns the largest share of a device's budget that its distinct ids for one owner take."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     devices, spec = layout.shards, layout.spec
     if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):
-        raise ValueError(f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}")
+        raise ValueError(
+            f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}"
+        )
     largest = 0.0
     for parts in zip(*(np.split(leaf, devices) for leaf in leaves), strict=True):
         flat = np.concatenate([part.reshape(-1) for part in parts])
@@ -190,32 +212,38 @@ def _largest_share(layout: Layout, batch: Any) -> float:
         if layout.table_shards is None:
             owner = ids % devices
         else:
-            owner = np.asarray(layout.table_shards)[np.searchsorted(offsets(spec.tables)[1:], ids, side="right")]
+            owner = np.asarray(layout.table_shards)[
+                np.searchsorted(offsets(spec.tables)[1:], ids, side="right")
+            ]
         largest = max(largest, np.bincount(owner, minlength=1).max(initial=0) / max(1, budget))
     return largest
 
 
 def pairs(state: EmbeddingState, ids: Any) -> Any:
-    """Returns ids of a stack of any size as pairs (shard, local row), computed on the host in 64 bits.
+    """Returns ids of a stack of any size as pairs (shard, local row).
 
-    They are what prefetch and read take for a sharded stack of 2**31 - 1 rows or more.
+    They are computed on the host in 64 bits. prefetch and read take them for a sharded stack of
+    2**31 - 1 rows or more.
 
     Args:
       state: sharded; concrete or abstract.
-      ids: {feature: integers [..]} or integers [.., T], local to their tables, on the host; NO_ID is padding.
+      ids: {feature: integers [..]} or integers [.., T], local to their tables, on the host. NO_ID
+        is padding.
 
     Returns:
-      int32 [.., 2] for each array, same nesting.
+      int32 [.., 2] for each array, in the same nesting.
 
     Raises:
-      KeyError: on an unknown feature.
+      KeyError: if a feature is unknown.
       TypeError: if ids are not integers.
-      ValueError: if the last axis is not T; with out_of_range="raise", on ids outside their table; or if the stack takes
-        plain ids.
+      ValueError: if the last axis is not T; if ids lie outside their table and out_of_range is
+        "raise"; or if the stack takes plain ids.
     """
     layout = state.layout
     if layout is None:
-        raise ValueError("pairs are ids of a stack that is divided over a mesh; this state is not")
+        raise ValueError(
+            "pairs makes ids for a stack that is divided over a mesh, but this state is not divided"
+        )
 
     def split(rows: np.ndarray) -> np.ndarray:
         is_row = (rows >= 0) & (rows < spec.num_rows)
@@ -225,5 +253,7 @@ def pairs(state: EmbeddingState, ids: Any) -> Any:
 
     spec = layout.spec
     if not layout.is_paired:
-        raise ValueError(f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them")
+        raise ValueError(
+            f"a stack of {spec.num_rows} rows takes plain int32 ids, as spec.global_ids makes them"
+        )
     return jax.tree.map(split, spec.global_ids(ids))

@@ -14,7 +14,14 @@ from typing import Literal
 import numpy as np
 
 from experiments.data import batches, criteo_format, criteo_kaggle, numbering
-from experiments.data.criteo_kaggle import CATEGORIES, BadLinesError, CriteoKaggle, find, fingerprint, quote
+from experiments.data.criteo_kaggle import (
+    CATEGORIES,
+    BadLinesError,
+    CriteoKaggle,
+    find,
+    fingerprint,
+    quote,
+)
 from experiments.data.prepared import BlockSplit, prepared
 
 HOLDOUTS = {"test": ("test",), "validation": ("validation",), "day": ("validation", "test")}

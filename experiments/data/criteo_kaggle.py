@@ -26,7 +26,14 @@ import tensorflow_datasets as tfds
 
 from experiments.data import criteo_format, numbering
 from experiments.data.batches import Arrays, in_order, rebatched
-from experiments.data.prepared import BLOCK_ROWS, BLOCKS_PER_FILE, BlockSplit, block_features, is_whole, prepared
+from experiments.data.prepared import (
+    BLOCK_ROWS,
+    BLOCKS_PER_FILE,
+    BlockSplit,
+    block_features,
+    is_whole,
+    prepared,
+)
 
 NAMES = ("train.txt", "train.txt.gz")
 NUM_DAYS = 7

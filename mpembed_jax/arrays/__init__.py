@@ -1,1 +1,1 @@
-"""The jax idioms that everything stands on: gathers and scatters, loops over chunks, loop carries over a mesh."""
+"""Array operations that the package builds on: gathers, scatters, chunked loops, loop carries."""

@@ -1,7 +1,9 @@
-"""Loop carries under `jax.shard_map`, whose type system knows which values differ between devices.
+"""Loop carries under `jax.shard_map`, typed by the mesh axes over which they vary.
 
-A loop's carry must have one type from beginning to end. A constant that the body replaces by device-dependent values does
-not: it starts equal everywhere and ends varying. Outside a mesh nothing here does anything.
+The type system of `jax.shard_map` records which values differ between devices. A loop's carry must
+have the same type at the beginning and at the end. This fails for a constant that the body replaces
+by values that depend on the device: it is equal on all devices at the beginning, and differs
+between them at the end. Outside a mesh, this module does nothing.
 """
 
 from collections.abc import Callable
@@ -14,14 +16,15 @@ Carry = TypeVar("Carry")
 
 
 def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Returns `carry` with every leaf typed as varying over the mesh axes over which `body` makes it vary.
+    """Returns `carry`, typed as varying over the mesh axes over which `body` makes it vary.
 
     Args:
-      body: one turn of the loop; it is traced, at most once per mesh axis and more.
+      body: one iteration of the loop. It is traced at least once, and at most once more per mesh
+        axis.
       carry: any pytree.
 
     Returns:
-      The same values; `body` maps their types to themselves.
+      The same values, with types that `body` preserves.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return carry
@@ -32,7 +35,10 @@ def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
         missing = [tuple(_axes(new) - _axes(old)) for new, old in zip(results, leaves, strict=True)]
         if not any(missing):
             return treedef.unflatten(leaves)
-        leaves = [lax.pcast(leaf, axes, to="varying") if axes else leaf for leaf, axes in zip(leaves, missing, strict=True)]
+        leaves = [
+            lax.pcast(leaf, axes, to="varying") if axes else leaf
+            for leaf, axes in zip(leaves, missing, strict=True)
+        ]
 
 
 def _axes(value: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:

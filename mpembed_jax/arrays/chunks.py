@@ -1,8 +1,9 @@
-"""Loops over chunks of an array with a trip count known only on the device.
+"""Loops over chunks of an array, with a trip count that is known only on the device.
 
-A batch's number of unique ids, misses or evictions is data, while array widths are static. On a CPU a `while_loop` over
-chunks does only the work that is there, stays in cache, needs no bound and updates its carry in place; on a GPU one
-full-width pass is better, which is what a chunk as wide as the array gives, without any loop.
+The number of unique ids, misses or evictions depends on the batch, while array widths are static.
+On a CPU, a `while_loop` over chunks does only the necessary work, stays in the processor's cache,
+needs no bound, and updates its carry in place. On a GPU, one pass over the full width is better.
+For this, `chunk` is None, and there is no loop.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,12 @@ Carry = TypeVar("Carry")
 class Window(NamedTuple):
     """One chunk of an array of `width` entries."""
 
-    first: jax.Array  # i32 []  where the chunk is sliced; earlier than its start for the last, partial one
-    position: jax.Array  # i32 [chunk]  positions in the array
-    is_live: jax.Array  # bool [chunk]  which of them this chunk is responsible for
+    # i32 []: where the slice begins. The last chunk may be partial; its slice begins earlier, so
+    # that all slices have the same length.
+    first: jax.Array
+    position: jax.Array  # i32 [chunk]: positions in the array
+    # bool [chunk]: the positions that this chunk is responsible for.
+    is_live: jax.Array
 
     def take(self, array: jax.Array) -> jax.Array:
         """Returns the chunk of `array` [width, ..]."""
@@ -31,16 +35,17 @@ class Window(NamedTuple):
         return lax.dynamic_slice_in_dim(array, self.first, self.position.shape[0])
 
     def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
-        """Returns `array` with all positions of this chunk replaced by `values` [chunk, ..], live or not.
+        """Returns `array` with this chunk's positions, live or not, set to `values` [chunk, ..].
 
-        For values that come out the same for a position whichever chunk computes them; `put` must read and merge.
+        Chunks may overlap, so this is only for values that are the same in every chunk that
+        computes them. `put` is for other values; it must read the array and merge.
         """
         if self.position.shape[0] == array.shape[0]:
             return values
         return lax.dynamic_update_slice_in_dim(array, values, self.first, 0)
 
     def put(self, array: jax.Array, values: jax.Array) -> jax.Array:
-        """Returns `array` with its live positions of this chunk replaced by `values` [chunk, ..]."""
+        """Returns `array` with this chunk's live positions set to `values` [chunk, ..]."""
         mask = self.is_live.reshape(-1, *[1] * (array.ndim - 1))
         merged = jnp.where(mask, values, self.take(array))
         if self.position.shape[0] == array.shape[0]:
@@ -48,19 +53,26 @@ class Window(NamedTuple):
         return lax.dynamic_update_slice_in_dim(array, merged, self.first, 0)
 
 
-def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | None, body: Callable, carry: Carry) -> Carry:
-    """Folds `carry = body(window, carry)` over the windows that cover positions [begin, end) of arrays of `width`.
+def each(
+    begin: jax.Array | int,
+    end: jax.Array | int,
+    width: int,
+    chunk: int | None,
+    body: Callable,
+    carry: Carry,
+) -> Carry:
+    """Folds `carry = body(window, carry)` over the windows that cover positions [begin, end).
 
     Args:
       begin: first position, i32 scalar.
-      end: past the last position, i32 scalar, at most width.
+      end: position after the last, i32 scalar, at most width.
       width: static length of the arrays that the windows slice.
-      chunk: entries per window, at most width are used; None: one window, no loop.
+      chunk: entries per window, limited to width. None: one window and no loop.
       body: called with a Window and the carry.
       carry: any pytree.
 
     Returns:
-      The last carry.
+      The final carry.
     """
     if width == 0:
         return carry
@@ -69,8 +81,9 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
         index = jnp.arange(width, dtype=jnp.int32)
         return body(Window(jnp.int32(0), index, (index >= begin) & (index < end)), carry)
 
-    # A loop even where one window is enough: XLA fuses a body with nothing outside it, so results do not depend on the
-    # program around it (a multiply-add contracted with a neighbour differs in the last bit).
+    # The loop stays even if one window covers everything. XLA fuses nothing outside a loop into its
+    # body, so the results do not depend on the surrounding program. (A multiply-add contracted with
+    # a neighbouring operation differs in the last bit.)
     chunk = min(chunk, width)
 
     def step(loop: tuple) -> tuple:
@@ -79,16 +92,30 @@ def each(begin: jax.Array | int, end: jax.Array | int, width: int, chunk: int | 
         index = first + jnp.arange(chunk, dtype=jnp.int32)
         return start + chunk, body(Window(first, index, (index >= start) & (index < end)), carry)
 
-    return lax.while_loop(lambda loop: loop[0] < end, step, carries.with_final_types(step, (begin, carry)))[1]
+    return lax.while_loop(
+        lambda loop: loop[0] < end, step, carries.with_final_types(step, (begin, carry))
+    )[1]
 
 
 def append(
-    array: jax.Array, count: jax.Array, values: jax.Array, is_member: jax.Array, *, backwards: bool = False
+    array: jax.Array,
+    count: jax.Array,
+    values: jax.Array,
+    is_member: jax.Array,
+    *,
+    backwards: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes the members of `values`, in order, to array[count:], or to array[count - 1], array[count - 2] .. backwards.
+    """Writes the members of `values`, in order, to array[count], array[count + 1] and so on.
+
+    Args:
+      array: any [n, ..].
+      count: i32 scalar.
+      values: [m, ..].
+      is_member: bool [m]; the other values are not written.
+      backwards: if True, write to array[count - 1], array[count - 2] and so on.
 
     Returns:
-      The array and the moved count.
+      The array and the new count.
     """
     rank = jnp.cumsum(is_member.astype(jnp.int32))
     place = count - rank if backwards else count + rank - 1

@@ -86,12 +86,19 @@ class Counts:
 )
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """How the rows of one step travel. U entries of this device; Q rows of its shard that are asked for, of any device."""
+    """How the rows of one step travel between this device and the owners of the rows.
 
-    rows: jax.Array  # i32 [Q]  local rows, in the plan's order, NO_ID after the first num_rows; the last is always NO_ID
-    num_cached: jax.Array  # i32 [1]  of them that sit in lines
+    U is the number of entries of this device. Q is the length of `rows`, which holds the rows of
+    this device's shard that any device asks for.
+    """
+
+    # i32 [Q]: local rows in the plan's order. NO_ID follows the first num_rows; the last entry is
+    # always NO_ID.
+    rows: jax.Array
+    num_cached: jax.Array  # i32 [1]: the number of these rows that are in cache lines
     num_rows: jax.Array  # i32 [1]
-    asked: jax.Array  # i32 [received]  which of the rows each received entry asks for; Q - 1: none
-    owner: jax.Array  # i32 [U]  shard that owns an entry of this device; P: none
-    rank: jax.Array  # i32 [U]  its place among this device's entries for that owner
-    is_wide: jax.Array  # bool []  arrays of full width are used
+    # i32 [received]: the position in `rows` that each received entry asks for; Q - 1 for no row.
+    asked: jax.Array
+    owner: jax.Array  # i32 [U]: the shard that owns each entry of this device; P for no shard
+    rank: jax.Array  # i32 [U]: the entry's position among this device's entries for the same owner
+    is_wide: jax.Array  # bool []: whether the step uses full-width arrays

@@ -1,8 +1,8 @@
-"""Checkpoints of whole training states on orbax: exact, asynchronous, incremental, and refused when damaged.
+"""Checkpoints of whole training states: exact, asynchronous and incremental, written by orbax.
 
-Needs the `[checkpoint]` extra. `save` and `restore` take any tree that holds embedding states; each checkpoint carries a
-checksum of every file, and one that was cut short or changed is never used. What orbax does (moving arrays between disk and
-devices, from many processes) is left to it.
+This module needs the `[checkpoint]` extra. `save` and `restore` take any tree that holds embedding
+states. Each checkpoint has a checksum of every file. A checkpoint that was cut short or changed is
+never used. Moving arrays between disk and devices, also from many processes, is left to orbax.
 """
 
 from mpembed_jax.checkpoint.increments import RowTracker, mark, partition_specs, track

@@ -1,8 +1,10 @@
-"""Into another format, cache or number of shards: rows encoded anew, lines carried over or flushed, arrays reordered.
+"""Conversion of a saved embedding state to another format, cache or number of shards.
 
-Everything happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and rounded by
-the new format's rule with the state's own key and step: stream INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines
-of a cache that is not carried over, and the leaf's own stream for optimizer rows.
+Rows are encoded again, cache lines are kept or flushed, and arrays are reordered. Everything
+happens on host arrays in blocks, so that no float32 table ever exists. Rows are decoded exactly and
+rounded by the new format's rule, with the key and step of the state. The random streams are
+INITIAL_ROUNDING for rows of the table, FLUSH for dirty lines of a cache that is not kept, and the
+leaf's own stream for optimizer rows.
 """
 
 import logging
@@ -24,11 +26,11 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
-_BLOCK = 65536  # rows moved at once
+_BLOCK = 65536  # rows per block
 
 
 def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
-    """Whether the target was made for another spec, or lies otherwise over a mesh, than the saved state.
+    """Whether the target has another spec than the saved state, or another layout over a mesh.
 
     Args:
       prefix: the state's name.
@@ -36,14 +38,15 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables or dim, which no conversion bridges.
+      ValueError: if the specs differ in tables or dim, for which there is no conversion.
     """
     spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
     if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
         raise ValueError(
-            f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the target has {tables} of "
-            f"dim {spec.embedding_dim}; only storage, cache and row_state_dtype may differ (see to_dense and from_dense)"
+            f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "
+            f"target has {tables} of dim {spec.embedding_dim}; only storage, cache and "
+            "row_state_dtype may differ (see to_dense and from_dense)"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
@@ -51,7 +54,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
 def convert(
     prefix: str, entry: dict[str, Any], saved: dict[str, np.ndarray], target: EmbeddingState
 ) -> dict[str, np.ndarray]:
-    """Makes the target's arrays from saved ones.
+    """Makes the target's arrays from the saved ones.
 
     Args:
       prefix: the state's name, for the log.
@@ -60,10 +63,11 @@ def convert(
       target: concrete or abstract.
 
     Returns:
-      {inner name: host array}, for every leaf of the target.
+      {inner name: host array} for every leaf of the target.
 
     Raises:
-      ValueError: if the optimizer's state has another structure, or a prefetch waits and the cache would change.
+      ValueError: if the optimizer's state has another structure, or if the state was saved between
+        prefetch and apply_gradients and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
     before, after = placements.Division.read(entry), placements.Division.of(target)
@@ -77,60 +81,101 @@ def convert(
     same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:
         raise ValueError(
-            f"{name} was saved between prefetch and apply_gradients: restore it with the cache and placement it had then"
+            f"{name} was saved between prefetch and apply_gradients; restore it with the cache "
+            "and placement that it had"
         )
 
     rows = saved.pop("table.rows")
     is_encoded = entry["storage"] != ours["storage"]
     if is_encoded:
-        recode = partial(_recode, key=key, step=step, before=fmt, after=spec.storage, dim=spec.embedding_dim)
+        recode = partial(
+            _recode, key=key, step=step, before=fmt, after=spec.storage, dim=spec.embedding_dim
+        )
         rows = _by_blocks(recode, rows, wanted["table.rows"])
         _LOG.warning(
-            "%s: %d rows of %s encoded anew as %s", name, len(rows), _name(entry["storage"]), _name(ours["storage"])
+            "%s: %d rows of %s encoded anew as %s",
+            name,
+            len(rows),
+            _name(entry["storage"]),
+            _name(ours["storage"]),
         )
     if same_cache:
         cache = {inner: array for inner, array in saved.items() if inner.startswith("cache.")}
-        if is_encoded and cache:  # a clean line no longer equals its row
+        # The rows have changed, so a clean line no longer equals its row.
+        if is_encoded and cache:
             cache["cache.dirty"] = cache["cache.tags"] != NO_ID
             _LOG.warning("%s: %d cache lines carried over", name, int(cache["cache.dirty"].sum()))
     else:
         cache = {}
         if spec.cache is not None:
-            empty = residency.init(spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim)
-            cache = {f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()}
+            empty = residency.init(
+                spec.cache.geometry(spec.num_rows), spec.cache.policy, spec.embedding_dim
+            )
+            cache = {
+                f"cache.{inner}": np.asarray(array) for inner, array in leaves.named(empty).items()
+            }
         num_flushed = 0
         if entry["cache"] is not None:
             dirty = saved["cache.dirty"].reshape(-1)
             ids, lines = saved["cache.tags"].reshape(-1)[dirty], saved["cache.rows"][dirty]
             rows, num_flushed = rows if rows.flags.writeable else rows.copy(), len(ids)
             for block, block_ids in _blocks(lines, ids):
-                packed = np.asarray(_encode(block, block_ids, key, step, after=spec.storage, stream=random_bits.FLUSH))
+                packed = np.asarray(
+                    _encode(
+                        block, block_ids, key, step, after=spec.storage, stream=random_bits.FLUSH
+                    )
+                )
                 rows[block_ids[block_ids != NO_ID]] = packed[block_ids != NO_ID]
-        _LOG.warning("%s: cache %s -> %s: starts empty, %d dirty lines written to their rows", name, entry["cache"],
-                     ours["cache"], num_flushed)  # fmt: skip
+        _LOG.warning(
+            "%s: cache %s -> %s: starts empty, %d dirty lines written to their rows",
+            name,
+            entry["cache"],
+            ours["cache"],
+            num_flushed,
+        )
     result |= cache | {"table.rows": rows}
-    result |= _row_state(name, entry, saved, {n: x for n, x in wanted.items() if n.startswith("row_state")}, key, step)
+    result |= _row_state(
+        name,
+        entry,
+        saved,
+        {n: x for n, x in wanted.items() if n.startswith("row_state")},
+        key,
+        step,
+    )
     return placements.by_shard(result, after, spec)
 
 
 def _name(storage: list) -> str:
-    return " ".join(str(x) for x in (storage[0], {True: "symmetric", False: "asymmetric"}.get(storage[1]), storage[2]) if x)
+    return " ".join(
+        str(x)
+        for x in (storage[0], {True: "symmetric", False: "asymmetric"}.get(storage[1]), storage[2])
+        if x
+    )
 
 
 def _row_state(
-    name: str, entry: dict[str, Any], saved: dict[str, np.ndarray], wanted: dict[str, Any], key: Any, step: Any
+    name: str,
+    entry: dict[str, Any],
+    saved: dict[str, np.ndarray],
+    wanted: dict[str, Any],
+    key: Any,
+    step: Any,
 ) -> dict[str, np.ndarray]:
-    """Returns the optimizer's state in the dtypes wanted; bfloat16 bit patterns are uint16."""
+    """Returns the optimizer's state in the dtypes of `wanted`; bfloat16 bit patterns are uint16."""
     held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
     if list(held) != list(wanted):
         raise ValueError(
-            f"{name}: the optimizer's state on disk is {list(held)}, the target's is {list(wanted)}: pass the same tx"
+            f"{name}: the optimizer's state on disk is {list(held)}, the target's is "
+            f"{list(wanted)}; pass the same tx"
         )
     result = {}
     for index, (inner, array) in enumerate(held.items()):
         leaf = wanted[inner]
         if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
-            raise ValueError(f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the target: another tx")
+            raise ValueError(
+                f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the "
+                "target; pass the same tx"
+            )
         if array.dtype == leaf.dtype:
             result[inner] = array
         elif (array.dtype, leaf.dtype) == (np.uint16, np.float32):
@@ -140,12 +185,18 @@ def _row_state(
             result[inner] = _by_blocks(narrow, array, leaf)
             _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
         else:
-            raise ValueError(f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target: another tx")
+            raise ValueError(
+                f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target; pass the "
+                "same tx"
+            )
     return result
 
 
 def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields blocks of equal length of an array and its ids, the last one filled up with zeros and NO_ID."""
+    """Yields blocks of equal length of an array and its ids.
+
+    The last block is filled up with zeros, and its ids with NO_ID.
+    """
     size = min(_BLOCK, max(1, len(array)))
     for first in range(0, len(array), size):
         block, block_ids = array[first : first + size], ids[first : first + size]
@@ -156,8 +207,13 @@ def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np
         )
 
 
-def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any) -> np.ndarray:
-    """Returns work(block of rows, their ids) of all rows, with the row shape and dtype of `like`."""
+def _by_blocks(
+    work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.ndarray, like: Any
+) -> np.ndarray:
+    """Applies work(block of rows, their ids) to all rows and returns the results as one array.
+
+    The result has the row shape and dtype of `like`.
+    """
     result = np.empty((len(array), *like.shape[1:]), like.dtype)
     first = 0
     for block, ids in _blocks(array, np.arange(len(array), dtype=np.int32)):
@@ -168,18 +224,28 @@ def _by_blocks(work: Callable[[np.ndarray, np.ndarray], jax.Array], array: np.nd
 
 
 @partial(jax.jit, static_argnames=("after", "stream"))
-def _encode(rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int) -> jax.Array:
-    """Packs float32 rows [n, D] of ids [n] by a format's own rounding."""
+def _encode(
+    rows: Any, ids: Any, key: Any, step: Any, *, after: RowFormat, stream: int
+) -> jax.Array:
+    """Packs float32 rows [n, D] of ids [n] with the rounding of the format `after`."""
     rows = jnp.asarray(rows)
-    table = QuantizedTable(rows, after, rows.shape[1])  # only its format and dim are looked at
+    # encode_rows uses only the format and the dim of the table.
+    table = QuantizedTable(rows, after, rows.shape[1])
     return encode_rows(rows, jnp.asarray(ids), table, jnp.asarray(key), stream, jnp.asarray(step))
 
 
 @partial(jax.jit, static_argnames=("before", "after", "dim"))
-def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int) -> jax.Array:
-    """Packs packed rows [n, ..] anew."""
+def _recode(
+    packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, after: RowFormat, dim: int
+) -> jax.Array:
+    """Converts packed rows [n, ..] of one format to another."""
     return _encode(
-        decode(jnp.asarray(packed), before, dim), ids, key, step, after=after, stream=random_bits.INITIAL_ROUNDING
+        decode(jnp.asarray(packed), before, dim),
+        ids,
+        key,
+        step,
+        after=after,
+        stream=random_bits.INITIAL_ROUNDING,
     )
 
 
@@ -187,5 +253,9 @@ def _recode(packed: Any, ids: Any, key: Any, step: Any, *, before: RowFormat, af
 def _narrow(values: Any, ids: Any, key: Any, step: Any, *, stream: int) -> jax.Array:
     """Rounds float32 [n, ..] stochastically to bfloat16 bit patterns."""
     columns = int(np.prod(values.shape[1:]))
-    bits = random_bits.row_bits(jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns).reshape(values.shape)
-    return rounding.encode_float(jnp.asarray(values), rounding.FLOAT_FORMATS["bfloat16"], bits).astype(jnp.uint16)
+    bits = random_bits.row_bits(
+        jnp.asarray(key), stream, jnp.asarray(step), jnp.asarray(ids), columns
+    ).reshape(values.shape)
+    return rounding.encode_float(
+        jnp.asarray(values), rounding.FLOAT_FORMATS["bfloat16"], bits
+    ).astype(jnp.uint16)

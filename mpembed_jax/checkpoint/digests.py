@@ -1,4 +1,4 @@
-"""What identifies the rows of an embedding state: a digest over all of them, and the record of a state in the manifest."""
+"""Digests and manifest records that identify the rows of an embedding state."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,11 +13,14 @@ from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.spec import EmbeddingSpec
 
-_BLOCK = 1 << 20  # rows digested at once where they lie on the host
+_BLOCK = 1 << 20  # rows of a host array digested at once
 
 
 def row_names(state: EmbeddingState) -> tuple[list[str], list[str]]:
-    """Returns the inner names of a state's arrays with one entry per table row, and of those with one per cache line."""
+    """Returns the inner names of a state's arrays by row, and of those by cache line.
+
+    An array by row has one entry per table row. An array by line has one entry per cache line.
+    """
     rows, lines = [], []
     for name, leaf in leaves.named(state).items():
         if name.startswith("table.rows") or (name.startswith("row_state") and leaf.ndim):
@@ -29,20 +32,32 @@ def row_names(state: EmbeddingState) -> tuple[list[str], list[str]]:
 
 @partial(jax.jit, static_argnames="salt")
 def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
-    """Returns u32 [2]: sums over all words, mixed with their row and column, so the order of adding does not matter."""
+    """Returns u32 [2]: two sums over all words, each mixed with its row and column.
+
+    The order of the additions does not matter.
+    """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)  # 8 bytes become two words
-    words = jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
+    # Elements of 8 bytes become two words.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    words = (
+        jax.lax.bitcast_convert_type(array, unsigned).reshape(array.shape[0], -1).astype(jnp.uint32)
+    )
     row = first.astype(jnp.uint32) + jnp.arange(words.shape[0], dtype=jnp.uint32)[:, None]
     row = random_bits.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
     column = jnp.arange(words.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B)
     mixed = random_bits.fmix32(words ^ (row + column))
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)])
+    return jnp.stack(
+        [jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)]
+    )
 
 
 def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
-    """Returns u32 [2] that tells the rows of a state ({inner name: array}) from any other; on the host they go in blocks."""
+    """Returns a u32 [2] digest of the rows of a state, given as {inner name: array}.
+
+    Two states with different rows have different digests, except by chance. Host arrays are
+    digested in blocks.
+    """
     total = np.zeros(2, np.uint32)
     for salt, name in enumerate(sorted(state_rows)):
         array = state_rows[name]
@@ -60,14 +75,14 @@ def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
 
 
 def digest_of(state: EmbeddingState) -> np.ndarray:
-    """Returns the digest of a state's rows and lines."""
+    """Returns the digest of a state's rows and cache lines."""
     rows, lines = row_names(state)
     named = leaves.named(state)
     return digest({name: named[name] for name in rows + lines})
 
 
 def describe(spec: EmbeddingSpec) -> dict[str, Any]:
-    """Returns what the arrays of a state of this spec mean, as JSON."""
+    """Returns JSON that describes the arrays of a state with this spec."""
     storage, cache = spec.storage, None
     if spec.cache is not None:
         cache = {**spec.cache.geometry(spec.num_rows)._asdict(), "policy": spec.cache.policy}
@@ -81,7 +96,7 @@ def describe(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def record(member: leaves.Member) -> dict[str, Any]:
-    """Returns what the manifest says of an EmbeddingState."""
+    """Returns the manifest's record of an EmbeddingState."""
     state = member.state
     return {
         **describe(state.spec),

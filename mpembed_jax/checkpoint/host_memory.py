@@ -1,7 +1,9 @@
-"""Arrays in an accelerator's host memory, read and made block by block: the device never holds one of them whole.
+"""Block-wise reading and creation of arrays in an accelerator's host memory.
 
-orbax restores onto a sharding of host memory an array whose type says device memory, and a step compiled for it aborts. So
-such arrays pass through NumPy here: read by the gathers that a step uses, written by the stores that fill them at first.
+The device never holds such an array whole. Orbax cannot restore them: if the sharding names host
+memory, it returns an array whose type says device memory, and a step compiled for that array
+aborts. The arrays therefore pass through NumPy here. They are read by the same gathers as in a
+step, and written by the same block stores that fill them at first.
 """
 
 import contextlib
@@ -15,16 +17,20 @@ import numpy as np
 
 from mpembed_jax.arrays import indexing
 
-_BLOCK = 1 << 25  # bytes moved at once
+_BLOCK = 1 << 25  # bytes per block
 
 
 def is_kept(array: Any) -> bool:
-    """Whether an array is one device's, in its host memory."""
-    return isinstance(array, jax.Array) and indexing.is_on_host(array) and len(array.sharding.device_set) == 1
+    """Whether an array is in one device's host memory."""
+    return (
+        isinstance(array, jax.Array)
+        and indexing.is_on_host(array)
+        and len(array.sharding.device_set) == 1
+    )
 
 
 def _rows_of_block(array: Any) -> int:
-    """Returns how many rows of an array [n, ..] are moved at once: at most n, at least one."""
+    """Returns the number of rows of an array [n, ..] per block: at least one and at most n."""
     return max(1, min(array.shape[0], _BLOCK // max(1, array.nbytes // array.shape[0])))
 
 
@@ -44,17 +50,24 @@ def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
 
 
 def blocks(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
-    """Yields (first row, rows on the device) of an array [n, ..] in host memory, every row once."""
+    """Yields (first row, rows on the device) of an array [n, ..] in host memory.
+
+    Every row is in exactly one block.
+    """
     if array.size == 0:
         return
     size = _rows_of_block(array)
     for first in range(0, array.shape[0], size):
-        begin = min(first, array.shape[0] - size)  # blocks of one length: one program
+        # All slices have the same length, so that one compiled program reads them all.
+        begin = min(first, array.shape[0] - size)
         yield first, _read(array, np.int32(begin), size)[first - begin :]
 
 
 def to_numpy(array: jax.Array) -> np.ndarray:
-    """Returns a copy that later donation cannot change; unlike np.array, jax keeps no second one beside it."""
+    """Returns a NumPy copy of the array that later donation cannot change.
+
+    With np.array, jax would keep a second copy next to the array.
+    """
     if array.ndim == 0:
         return np.array(array)
     result = np.empty(array.shape, array.dtype)
@@ -64,22 +77,32 @@ def to_numpy(array: jax.Array) -> np.ndarray:
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """Returns array[index] on the host, for int32 indices [m] inside; so many rows at once as a block has."""
+    """Returns array[index] on the host, for int32 indices [m] inside the array.
+
+    Rows are read one block at a time.
+    """
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
-    take, size = jax.jit(indexing.take), min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length())
+    take, size = (
+        jax.jit(indexing.take),
+        min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length()),
+    )
     for first in range(0, index.size, size):
         piece = index[first : first + size]
-        result[first : first + size] = np.asarray(take(array, np.pad(piece, (0, size - piece.size))))[: piece.size]
+        result[first : first + size] = np.asarray(
+            take(array, np.pad(piece, (0, size - piece.size)))
+        )[: piece.size]
     return result
 
 
 def from_numpy(array: np.ndarray, memory_kind: str, device: Any = None) -> jax.Array:
-    """Returns an array of jax's own in host memory, with a copy of the values, so that a step can take it donated.
+    """Returns a jax-owned array in host memory with a copy of the values.
+
+    Because jax owns it, it can be donated to a step.
 
     Args:
       array: any shape.
-      memory_kind: of the host.
-      device: whose host memory; None: the default device's.
+      memory_kind: a memory kind of the host.
+      device: the device whose host memory is used; None for the default device.
     """
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         if array.ndim == 0 or array.size == 0:

@@ -1,11 +1,14 @@
-"""Incremental checkpoints: which rows a run touched since a checkpoint, kept as a bitmap on the device.
+"""Incremental checkpoints: a bitmap on the device of the rows touched since the last checkpoint.
 
-A step changes a table in two places: victims written back (prefetch) and rows of the batch trained in the table or their
-optimizer state (apply_gradients); both are named by the step's plan. `flush` names none, but it writes only lines that were
-dirty. So the bitmap of a run's plans, and the lines that were dirty at the start and are clean now, hold every changed row.
-A tracker counts what the state counts, so that a step it was not told of is noticed; a digest of all rows ties it to the
-checkpoint it started from, and is compared again after restoring. Over a mesh every shard has a bitmap of its own rows; a
-checkpoint holds arrays as they lie in memory, shard after shard, and so do the entries of an increment.
+A step changes a table in two places. prefetch writes victims back. apply_gradients updates rows of
+the batch that are trained in the table, and optimizer state. The step's plan names all of these
+rows. `flush` has no plan, but it writes only lines that were dirty. Every changed row is therefore
+in the bitmap of the run's plans, or in a line that was dirty at the start and is clean now.
+
+A tracker keeps the same counts as the state, so that a missed step is noticed. A digest of all rows
+ties the tracker to the checkpoint from which it started; the digest is compared again after
+restoring. Over a mesh, every shard has a bitmap of its own rows. A checkpoint holds arrays as they
+lie in memory, shard after shard, and so do the entries of an increment.
 """
 
 import dataclasses
@@ -32,49 +35,73 @@ _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["bits", "was_dirty", "step", "has_gap", "counters", "key", "fingerprint", "started", "digest"],
+    data_fields=[
+        "bits",
+        "was_dirty",
+        "step",
+        "has_gap",
+        "counters",
+        "key",
+        "fingerprint",
+        "started",
+        "digest",
+    ],
     meta_fields=["layout"],
 )
 @dataclasses.dataclass(frozen=True)
 class RowTracker:
-    """Rows of one EmbeddingState touched since it was saved; bit i mod 32 of word i div 32 is row i (of its shard)."""
+    """The rows of one EmbeddingState touched since it was saved.
 
-    bits: jax.Array  # u32 [ceil(V / 32)]  in a plan since the start; over a mesh those of all shards, one after another
-    was_dirty: jax.Array  # u32, same shape  in a dirty line at the start
-    step: jax.Array  # i32 []  of the prefetch that comes next
-    has_gap: jax.Array  # bool []  a plan was left out, or came twice
-    counters: jax.Array  # u32 [len(COUNTERS), 2]  what the state's should be
+    Bit i mod 32 of word i div 32 is row i (over a mesh, row i of its shard).
+    """
+
+    # u32 [ceil(V / 32)]: rows in a plan since the start. Over a mesh, the bitmaps of all shards
+    # follow one another.
+    bits: jax.Array
+    was_dirty: jax.Array  # u32, same shape: rows in a dirty line at the start
+    step: jax.Array  # i32 []: step of the next prefetch
+    has_gap: jax.Array  # bool []: whether a plan was left out or marked twice
+    counters: jax.Array  # u32 [len(COUNTERS), 2]: the counts that the state should have
     key: jax.Array  # u32 [2]
     fingerprint: jax.Array  # u32 [2]
-    started: jax.Array  # i32 []  step at the start
-    digest: jax.Array  # u32 [2]  of all rows at the start
-    layout: Any  # the state's, layout.Layout or None
+    started: jax.Array  # i32 []: the state's step at the start
+    digest: jax.Array  # u32 [2]: digest of all rows at the start
+    layout: Any  # the state's layout.Layout, or None
 
 
 # --- tracking
 
 
 def track(state: EmbeddingState) -> RowTracker:
-    """Starts tracking touched rows from a state that was just saved or restored; no row is touched yet.
+    """Starts to track touched rows of a state that was just saved or restored.
+
+    No row is touched yet.
 
     Args:
-      state: not consumed, between apply_gradients and the next prefetch.
+      state: not consumed; between apply_gradients and the next prefetch.
 
     Returns:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
-      ValueError: if a prefetch waits for its apply_gradients: its rows would change without a plan. Or if the state was
-        made inside jax.pmap, or its shards together have 2**31 - 1 rows or more: save full checkpoints of it.
+      ValueError: if a prefetch has not yet been followed by its apply_gradients, because its rows
+        would change without a plan. Also if the state was made inside jax.pmap, or if its shards
+        together have 2**31 - 1 rows or more; save full checkpoints of such a state.
     """
     state.check_spec()
     layout = state.layout
     if bool(state.pending):
-        raise ValueError("this state has a prefetch without its apply_gradients; start tracking after apply_gradients")
+        raise ValueError(
+            "this state has a prefetch without its apply_gradients; start tracking after "
+            "apply_gradients"
+        )
     begin, everywhere = _begin, None
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
-            raise ValueError(f"rows of a stack of {state.spec.num_rows} are not tracked; save full checkpoints of it")
+            raise ValueError(
+                f"rows of a stack of {state.spec.num_rows} rows cannot be tracked; save full "
+                "checkpoints of it"
+            )
         begin = over_mesh(_begin, state, result=PartitionSpec(layout.axes or None))
         everywhere = NamedSharding(layout.mesh, PartitionSpec())
     bits, was_dirty = jax.jit(begin)(state)
@@ -93,21 +120,24 @@ def track(state: EmbeddingState) -> RowTracker:
 
 
 def partition_specs(tracker: RowTracker) -> RowTracker:
-    """Returns the tree of PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
+    """Returns the PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
 
     Args:
       tracker: of a state over a mesh.
 
     Returns:
-      A tree like tracker; bitmaps are divided like the state's rows, everything else is on all devices.
+      A tree like tracker. Bitmaps are divided like the state's rows. Everything else is on all
+      devices.
     """
     axes = () if tracker.layout is None else tracker.layout.axes
     everywhere = jax.tree.map(lambda _: PartitionSpec(), tracker)
-    return dataclasses.replace(everywhere, bits=PartitionSpec(axes or None), was_dirty=PartitionSpec(axes or None))
+    return dataclasses.replace(
+        everywhere, bits=PartitionSpec(axes or None), was_dirty=PartitionSpec(axes or None)
+    )
 
 
 def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
-    """Returns bits and was_dirty of one device."""
+    """Returns the initial bits and was_dirty of one device."""
     none = jnp.zeros(-(-state.table.num_rows // 32), jnp.uint32)
     if state.cache is None:
         return none, none
@@ -116,7 +146,10 @@ def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Sets the bits of distinct int32 ids; ids outside are dropped. Adding is setting where a bit was not set before."""
+    """Sets the bits of distinct int32 ids; ids outside the bitmap are dropped.
+
+    A bit is set by addition, so only bits that were not set before are added.
+    """
     num_words = bits.shape[0]
     word = jnp.where(ids >= 0, ids >> 5, num_words)
     bit = jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
@@ -125,21 +158,25 @@ def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
-    """Marks the rows that a step touches: its unique ids and its victims. Call it once per prefetch, inside the jitted step.
+    """Marks the rows that a step touches: its unique ids and its victims.
+
+    Call it once per prefetch, inside the jitted step.
 
     Args:
-      tracker: consumed where donated; of a state over a mesh, inside jax.shard_map with `partition_specs(tracker)`.
+      tracker: consumed if donated. For a state over a mesh, call mark inside jax.shard_map with
+        `partition_specs(tracker)`.
       plan: from the step's prefetch.
 
     Returns:
       The tracker, one step further.
 
     Raises:
-      ValueError: over a mesh, outside of jax.shard_map.
+      ValueError: for a state over a mesh, outside jax.shard_map.
     """
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
-    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])  # victims are never in the batch: all distinct
+    # Victims are never in the batch, so all of these ids are distinct.
+    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),
@@ -149,40 +186,50 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     )
 
 
-# --- what an increment holds
+# --- contents of an increment
 
 
 class Patch(NamedTuple):
-    """New values of some entries of an array."""
+    """The new values of some entries of an array."""
 
     index_name: str
-    where: np.ndarray  # i32 [n]  ascending
+    where: np.ndarray  # i32 [n], ascending
     values: np.ndarray  # [n, ..]
 
 
 def collect(
-    directory: Path, step: int, members: dict[str, leaves.Member], trackers: RowTracker | Mapping[str, RowTracker]
+    directory: Path,
+    step: int,
+    members: dict[str, leaves.Member],
+    trackers: RowTracker | Mapping[str, RowTracker],
 ) -> tuple[dict[str, int], dict[str, Patch]]:
-    """Finds the checkpoint to build on, and the rows and lines that changed since.
+    """Finds the checkpoint to build on, and the rows and lines that changed since then.
 
     Args:
       directory: of the checkpoints.
-      step: being saved.
+      step: the step that is being saved.
       members: the tree's embedding states.
       trackers: see save.
 
     Returns:
-      The base's step and identity, and {name of an array in the tree: patch}.
+      The step and identity of the checkpoint to build on, and {name of an array in the tree:
+      patch}.
 
     Raises:
-      ValueError: if a tracker does not fit its state, or no checkpoint here is the one it started from.
+      ValueError: if a tracker does not fit its state, or if the directory does not hold the
+        checkpoint from which it started.
     """
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
-            raise ValueError(f"the tree has {len(members)} embedding states {list(members)}: pass {{name: tracker}}")
+            raise ValueError(
+                f"the tree has {len(members)} embedding states {list(members)}: pass {{name: "
+                f"tracker}}"
+            )
         trackers = dict.fromkeys(members, trackers)
     if unknown := [name for name in trackers if name not in members]:
-        raise ValueError(f"no embedding state is called {unknown[0]!r}; the tree has {list(members)}")
+        raise ValueError(
+            f"no embedding state is called {unknown[0]!r}; the tree has {list(members)}"
+        )
     patches: dict[str, Patch] = {}
     for name, tracker in trackers.items():
         _check_tracker(name, members[name].state, tracker)
@@ -192,56 +239,76 @@ def collect(
 
 def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> None:
     what = f"the tracker of {name!r}" if name else "the tracker"
-    if any((np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any() for f in ("key", "fingerprint")):
+    if any(
+        (np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any()
+        for f in ("key", "fingerprint")
+    ):
         raise ValueError(f"{what} belongs to another embedding state (another key or spec)")
     seen, now = int(tracker.step), int(state.step)
     told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
     if bool(tracker.has_gap) or seen != now or not np.array_equal(told, held):
+        fault = (
+            "a plan was left out or marked twice"
+            if bool(tracker.has_gap)
+            else "their counts differ"
+        )
         raise ValueError(
-            f"{what} did not see every step: it was told of prefetches up to step {seen}, the state is at step {now}, "
-            f"{'a plan was left out or marked twice' if bool(tracker.has_gap) else 'their counts differ'}; an incremental "
-            f"checkpoint could lose rows. Call mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
-            f"checkpoint now, without tracker="
+            f"{what} did not see every step: it saw prefetches up to step {seen}, the state is at "
+            f"step {now}, and {fault}; an incremental checkpoint could lose rows. Call "
+            "mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
+            "checkpoint now, without tracker="
         )
 
 
 def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dict[str, int]:
     wanted = {
-        name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint)) for name, t in trackers.items()
+        name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint))
+        for name, t in trackers.items()
     }
     for candidate in reversed(manifest.steps(directory)):
         try:
             body = manifest.read(directory, candidate)
         except manifest.CheckpointError:
             continue
-        held = {n: (e["digest"], e["step"], e["fingerprint"]) for n, e in body["embeddings"].items() if n in wanted}
+        held = {
+            n: (e["digest"], e["step"], e["fingerprint"])
+            for n, e in body["embeddings"].items()
+            if n in wanted
+        }
         if held == wanted and candidate != step:
             return {"step": candidate, "identity": manifest.identity(body)}
     started = sorted({start for _, start, _ in wanted.values()})
     raise ValueError(
         f"no checkpoint in {directory} holds the rows that the tracker started from (state step "
-        f"{', '.join(map(str, started))}); call track on a state right after saving it here, or save without tracker="
+        f"{', '.join(map(str, started))}); call track on a state right after saving it here, or "
+        "save without tracker="
     )
 
 
 def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
     state = member.state
     shards = 1 if state.layout is None else state.layout.shards
-    num_rows, cache = state.table.num_rows // shards, state.cache  # of a shard
-    is_touched, was_dirty = (_unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty))
+    num_rows, cache = state.table.num_rows // shards, state.cache  # num_rows is per shard
+    is_touched, was_dirty = (
+        _unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty)
+    )
     lines = np.zeros(0, np.int32)
     if cache is not None:
         tags, dirty = (_on_host(x).reshape(-1) for x in (cache.tags, cache.dirty))
         is_held = (tags >= 0) & (tags < num_rows)
-        first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)  # row of each line's shard
+        # The first row of each line's shard.
+        first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)
         held = np.where(is_held, tags + first, 0)
-        was_dirty[held[is_held & dirty]] = False  # still waiting in its line, so the table's row is the old one
+        # The line is still dirty, so its row was not written, and the table holds the old value.
+        was_dirty[held[is_held & dirty]] = False
         lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""
     named = leaves.named(state)
     patches = {}
-    for inner_names, kind, index in zip(digests.row_names(state), ("rows", "lines"), (rows, lines), strict=True):
+    for inner_names, kind, index in zip(
+        digests.row_names(state), ("rows", "lines"), (rows, lines), strict=True
+    ):
         for inner in inner_names:
             values = gather(named[inner], index)
             patches[member.names[inner]] = Patch(f"{prefix}touched_{kind}", index, values)
@@ -249,13 +316,17 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
 
 
 def _unpack(bits: jax.Array, shards: int, num_rows: int) -> np.ndarray:
-    """Returns bool [shards * num_rows] of the bitmaps of all shards."""
+    """Returns the bitmaps of all shards as bool [shards * num_rows]."""
     words = _on_host(bits).astype("<u4").reshape(shards, -1)
-    return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows].astype(bool).reshape(-1)
+    return (
+        np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :num_rows]
+        .astype(bool)
+        .reshape(-1)
+    )
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    """Returns a whole array, whichever devices and processes hold it."""
+    """Returns a whole array, even if other devices or processes hold parts of it."""
     if (everywhere := _everywhere(array)) is None:
         return np.asarray(jnp.copy(array))
     return np.asarray(jax.jit(lambda x: x, out_shardings=everywhere)(array))
@@ -263,20 +334,29 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 def _everywhere(array: jax.Array) -> NamedSharding | None:
     sharding = getattr(array, "sharding", None)
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return (
+        NamedSharding(sharding.mesh, PartitionSpec())
+        if isinstance(sharding, NamedSharding)
+        else None
+    )
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """Returns array[index] on the host; lengths are padded so that few programs are compiled."""
+    """Returns array[index] on the host.
+
+    Indices are padded to few different lengths, so that few programs are compiled.
+    """
     if index.size == 0:
         return np.zeros((0, *array.shape[1:]), array.dtype)
     if host_memory.is_kept(array):
         return host_memory.gather(array, index)
     take = jax.jit(indexing.take, out_shardings=_everywhere(array))
-    return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[: index.size]
+    return np.asarray(take(array, np.pad(index, (0, padded(index.size) - index.size))))[
+        : index.size
+    ]
 
 
 def padded(size: int) -> int:
-    """Returns a length of at least `size` out of few: four per power of two."""
+    """Returns a length of at least `size`; there are only four lengths per power of two."""
     step = 1 << max(0, math.ceil(math.log2(max(1, size))) - 2)
     return -(-size // step) * step

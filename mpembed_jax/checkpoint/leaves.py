@@ -1,6 +1,7 @@
-"""A pytree as names and values: which leaves become arrays on disk, which go into the manifest, and how they come back.
+"""The named leaves of a pytree: arrays for the disk and plain values for the manifest.
 
-Names are paths through the tree, joined by dots; they appear in messages, and percent-encoded as folder names.
+Names are paths through the tree, joined by dots. They appear in messages and, percent-encoded, as
+folder names.
 """
 
 import base64
@@ -29,12 +30,17 @@ def named(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: if two leaves have the same name.
     """
-    leaves = [(_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = [
+        (_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     result = dict(leaves)
     if len(result) != len(leaves):
         names = [name for name, _ in leaves]
         twice = next(name for at, name in enumerate(names) if name in names[:at])
-        raise ValueError(f"two leaves of the tree are both called {twice!r}: rename a key, dots in keys are ambiguous")
+        raise ValueError(
+            f"two leaves of the tree are both called {twice!r}: rename a key, because dots in "
+            "keys are ambiguous"
+        )
     return result
 
 
@@ -42,18 +48,23 @@ class Member(NamedTuple):
     """An EmbeddingState inside a tree."""
 
     state: EmbeddingState
-    names: dict[str, str]  # path inside the state, "table.rows" say -> name in the tree
+    # From a path inside the state, such as "table.rows", to the name in the tree.
+    names: dict[str, str]
 
 
 def embeddings(tree: Any) -> dict[str, Member]:
-    """Returns every EmbeddingState of a tree by its name ("" if the tree is one)."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, EmbeddingState))
+    """Returns every EmbeddingState of a tree by its name, which is "" if the tree itself is one."""
+    found = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, EmbeddingState)
+    )
     result = {}
     for path, state in found:
         if isinstance(state, EmbeddingState):
             prefix = _name(path)
             inner = [_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
-            result[prefix] = Member(state, {name: f"{prefix}.{name}" if prefix else name for name in inner})
+            result[prefix] = Member(
+                state, {name: f"{prefix}.{name}" if prefix else name for name in inner}
+            )
     return result
 
 
@@ -66,10 +77,11 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates arrays from plain Python values.
 
     Returns:
-      {name: array}, keys as their data, and {name: value as JSON} of bool, int, float, str and bytes.
+      {name: array}, with random keys as their data, and {name: value as JSON} of bool, int, float,
+      str and bytes.
 
     Raises:
-      TypeError: naming a leaf that is neither.
+      TypeError: if a leaf is neither; the message names it.
     """
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -83,13 +95,20 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             values[name] = [type(leaf).__name__, text]
         else:
             what = f"a {type(leaf).__name__}" if not isinstance(leaf, jax.core.Tracer) else "traced"
-            raise TypeError(f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings and bytes")
+            raise TypeError(
+                f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings "
+                "and bytes"
+            )
     return arrays, values
 
 
 def describe(name: str, leaf: Any, array: Any) -> dict[str, Any]:
-    """Returns an array's entry of the manifest."""
-    record = {"key": quote(name, safe=""), "shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+    """Returns an array's entry in the manifest."""
+    record = {
+        "key": quote(name, safe=""),
+        "shape": list(array.shape),
+        "dtype": np.dtype(array.dtype).name,
+    }
     if is_key(leaf):
         record["random_key"] = str(jax.random.key_impl(leaf))
     return record
@@ -103,21 +122,30 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
     """
     kind, value = saved
     if type(target).__name__ != kind:
-        raise ValueError(f"leaf {name!r} was saved as a Python {kind}, the target has a {type(target).__name__}")
+        raise ValueError(
+            f"leaf {name!r} was saved as a Python {kind}, the target has a {type(target).__name__}"
+        )
     return base64.b64decode(value) if kind == "bytes" else value
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a restored array goes."""
+    """The place where a restored array goes."""
 
-    kind: str  # "host" (NumPy), "default" (no device asked for: uncommitted), "sharding" or "memory" (host memory)
+    # "host": NumPy. "default": the default device, uncommitted, because the target names no
+    # device. "sharding": the target's sharding. "memory": host memory.
+    kind: str
     sharding: Any = None
-    memory_kind: str = ""  # of "memory", whose sharding is one device's, or None for the default device
+    # The memory kind, for "memory" only. The sharding is then one device's, or None for the default
+    # device.
+    memory_kind: str = ""
 
     @staticmethod
     def of(leaf: Any) -> "Place":
-        """Reads it off a target's leaf: numpy stays numpy, arrays and shapes tell their sharding."""
+        """Returns the place of a target's leaf.
+
+        NumPy arrays stay NumPy. For jax arrays and shapes, the place is their sharding.
+        """
         if isinstance(leaf, np.ndarray | np.generic):
             return Place("host")
         sharding = getattr(leaf, "sharding", None)
@@ -128,7 +156,7 @@ class Place:
         return Place("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
-        """Puts a host array there; jax owns the copy, so that a step can take it donated."""
+        """Puts a host array there. jax owns the copy, so it can be donated to a step."""
         match self.kind:
             case "host":
                 return array
@@ -138,26 +166,35 @@ class Place:
                 device = None if self.sharding is None else next(iter(self.sharding.device_set))
                 return host_memory.from_numpy(array, self.memory_kind, device)
             case _:
-                return jax.make_array_from_callback(array.shape, self.sharding, lambda index: np.array(array[index]))
+                return jax.make_array_from_callback(
+                    array.shape, self.sharding, lambda index: np.array(array[index])
+                )
 
 
 def finish(leaf: Any, record: dict[str, Any], array: Any) -> Any:
-    """Gives a restored array the type of the target's leaf."""
+    """Converts a restored array to the type of the target's leaf."""
     if is_key(leaf):
         return jax.random.wrap_key_data(array, impl=record["random_key"])
     return array[()] if isinstance(leaf, np.generic) else array
 
 
 def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
-    """Says how an array on disk differs from the target's leaf, None if it does not."""
+    """Returns how an array on disk differs from the target's leaf, or None if it does not."""
     if isinstance(leaf, _PLAIN) and not isinstance(leaf, np.generic):
         return f"{name!r} is an array on disk, the target has a Python {type(leaf).__name__}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"{name!r}: the target's leaf is a {type(leaf).__name__}"
     if is_key(leaf) != ("random_key" in record):
         return f"{name!r}: random keys on one side, plain numbers on the other"
-    shape, dtype = (tuple(leaf.shape), None) if is_key(leaf) else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    shape, dtype = (
+        (tuple(leaf.shape), None)
+        if is_key(leaf)
+        else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    )
     saved = tuple(record["shape"][: len(shape)]) if is_key(leaf) else tuple(record["shape"])
     if shape != saved or dtype not in (None, record["dtype"]):
-        return f"{name!r} is {record['dtype']} {list(saved)} on disk, the target asks for {leaf.dtype} {list(shape)}"
+        return (
+            f"{name!r} is {record['dtype']} {list(saved)} on disk, but {leaf.dtype} {list(shape)} "
+            "in the target"
+        )
     return None

@@ -1,7 +1,8 @@
-"""Restoring: choose the newest checkpoint whose every file is as it was written, read it, and place it like the target.
+"""Restoring: finds the newest undamaged checkpoint, reads it, and places it like the target.
 
-orbax reads the arrays, onto the target's shardings where they are on disk what the target asks for. Increments are applied
-to the full checkpoint they build on. Embedding states of another format or cache go through `convert`.
+Orbax reads the arrays, directly onto the target's shardings if the arrays on disk have the target's
+shape and dtype. Increments are applied to the full checkpoint on which they build. Embedding states
+of another format or cache go through `convert`.
 """
 
 import json
@@ -16,7 +17,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mpembed_jax.arrays import indexing
-from mpembed_jax.checkpoint import convert, digests, increments, leaves, manifest, placements, saving
+from mpembed_jax.checkpoint import (
+    convert,
+    digests,
+    increments,
+    leaves,
+    manifest,
+    placements,
+    saving,
+)
 from mpembed_jax.checkpoint.manifest import CheckpointError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -25,25 +34,29 @@ _LOG = logging.getLogger("mpembed_jax.checkpoint")
 def restore(directory: Any, target: Any, *, step: int | None = None, partial: bool = False) -> Any:
     """Restores a tree that `save` wrote.
 
-    Every file is checked before anything is used. A checkpoint with a missing, shortened or changed file is refused; without
-    `step` the next older one is taken, and the log (logger `mpembed_jax.checkpoint`) says what was wrong with which.
+    Every file is checked before anything is used. A checkpoint with a missing, shortened or changed
+    file is refused. Without `step`, the next older checkpoint is then used, and the log (logger
+    `mpembed_jax.checkpoint`) says what was wrong with each refused one.
 
     Args:
       directory: as in save.
-      target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs, not consumed; it gives the structure and the
-        shardings (none, or an array without a device of its own: the mesh of its embedding state, or the default device). An
-        EmbeddingState may have another storage, row state dtype, cache or placement than the saved one: its rows are then
-        encoded anew or moved, and the log says so.
+      target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs; not consumed. It gives
+        the structure and the shardings. A leaf without a sharding, or an array without a device of
+        its own, goes to the mesh of its embedding state or to the default device. An EmbeddingState
+        may have another storage, row state dtype, cache or placement than the saved one. Its rows
+        are then encoded again or moved, and the log says so.
       step: of the checkpoint; None for the newest good one.
-      partial: allow the checkpoint to hold leaves that the target lacks.
+      partial: whether the checkpoint may hold leaves that the target lacks.
 
     Returns:
-      A tree of the target's structure with the saved values. What belongs in an accelerator's host memory is read there
-      first, so that while restoring the host holds it twice and the device a block of it.
+      A tree of the target's structure with the saved values. Arrays for an accelerator's host
+      memory are first read into ordinary host memory. While restoring, the host therefore holds
+      them twice, and the device holds one block of them.
 
     Raises:
       FileNotFoundError: if the directory has no checkpoint (of this step).
-      CheckpointError: if the checkpoint asked for, or every one, is damaged; the message names array and file.
+      CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
+        the array and the file.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
     folder = Path(directory).absolute()
@@ -57,7 +70,9 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         if name in held["values"]:
             values[name] = leaves.plain_value(name, held["values"][name], leaf)
     inner = {name for prefix in converted for name in held["embeddings"][prefix]["names"].values()}
-    others = values.keys() | {name for prefix in converted for name in members[prefix].names.values()}
+    others = values.keys() | {
+        name for prefix in converted for name in members[prefix].names.values()
+    }
     places = {name: leaves.Place.of(leaf) for name, leaf in named.items()}
     for member in members.values():
         places |= placements.places(member)
@@ -70,7 +85,10 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
         values[name] = leaves.finish(named[name], held["arrays"][name], array)
     for prefix, member in members.items():
         entry = held["embeddings"][prefix]
-        ours = {i: (arrays if prefix in converted else values)[name] for i, name in entry["names"].items()}
+        ours = {
+            i: (arrays if prefix in converted else values)[name]
+            for i, name in entry["names"].items()
+        }
         _check_rows(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
@@ -79,11 +97,14 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in named])
 
 
-# --- which checkpoint
+# --- choice of the checkpoint
 
 
 def _agree(directory: Path, step: int | None) -> list[dict[str, Any]]:
-    """Returns the manifests to restore from, newest first; with several processes the first one reads and decides."""
+    """Returns the manifests to restore from, newest first.
+
+    With several processes, the first one reads the files and decides.
+    """
     if jax.process_count() == 1:
         return _choose(directory, step)
     message = b""
@@ -97,20 +118,28 @@ def _agree(directory: Path, step: int | None) -> list[dict[str, Any]]:
     if failure is not None:
         raise failure
     if size == 0:
-        raise CheckpointError(f"no checkpoint could be restored from {directory}; the first process says why")
+        raise CheckpointError(
+            f"no checkpoint could be restored from {directory}; the first process says why"
+        )
     padded = np.frombuffer(message.ljust(size, b" "), np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    return json.loads(
+        np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
+    )
 
 
 def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
     found = manifest.steps(directory)
     if step is not None:
         if not manifest.folder_of(directory, step).exists():
-            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}; there are {found or 'none'}")
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {directory}; there are {found or 'none'}"
+            )
         return _chain(directory, step)
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint in {directory}" + ("" if directory.exists() else ", which does not exist") + "; save one first"
+            f"no checkpoint in {directory}"
+            + ("" if directory.exists() else ", which does not exist")
+            + "; save one first"
         )
     refused = []
     for candidate in reversed(found):
@@ -121,13 +150,15 @@ def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
             _LOG.warning("refused checkpoint: %s", error)
         else:
             if refused:
-                _LOG.warning("using step %d, the newest good checkpoint of %s", candidate, directory)
+                _LOG.warning(
+                    "using step %d, the newest good checkpoint of %s", candidate, directory
+                )
             return chain
     raise CheckpointError(f"no good checkpoint in {directory}: " + "; ".join(refused))
 
 
 def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Returns the checked manifests of a step and of those it builds on, newest first."""
+    """Returns the checked manifests of a step and of those on which it builds, newest first."""
     body = manifest.read(directory, step)
     manifest.check(directory, step, body)
     chain = [body]
@@ -135,19 +166,27 @@ def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
         try:
             body = manifest.read(directory, base["step"])
             if manifest.identity(body) != base["identity"]:
-                raise CheckpointError(f"step {base['step']} is not the checkpoint it was made from")
+                raise CheckpointError(
+                    f"step {base['step']} is no longer the checkpoint that it builds on"
+                )
             manifest.check(directory, base["step"], body)
         except CheckpointError as error:
-            raise CheckpointError(f"step {step} builds on step {base['step']}, which is refused: {error}") from error
+            raise CheckpointError(
+                f"step {step} builds on step {base['step']}, which is refused: {error}"
+            ) from error
         chain.append(body)
     return chain
 
 
-def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, leaves.Member], partial: bool) -> set[str]:
-    """Checks the target against the manifest; returns the embedding states that must be converted."""
+def _compare(
+    held: dict[str, Any], named: dict[str, Any], members: dict[str, leaves.Member], partial: bool
+) -> set[str]:
+    """Checks the target against the manifest and returns the embedding states to convert."""
     where = f"step {held['step']}"
     if unknown := [name for name in members if name not in held["embeddings"]]:
-        raise ValueError(f"{where} holds no embedding state {unknown[0]!r}; it holds {list(held['embeddings'])}")
+        raise ValueError(
+            f"{where} holds no embedding state {unknown[0]!r}; it holds {list(held['embeddings'])}"
+        )
     converted = set()
     skip: set[str] = set()
     for prefix, member in members.items():
@@ -158,11 +197,21 @@ def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, lea
     saved = held["arrays"].keys() | held["values"].keys()
     saved -= {record["patch"] for record in held["arrays"].values() if "patch" in record}
     if missing := [name for name in named if name not in saved and name not in skip]:
-        raise ValueError(f"{where} lacks leaves of the target: {missing}; it holds {sorted(saved - skip)}")
+        raise ValueError(
+            f"{where} lacks leaves of the target: {missing}; it holds {sorted(saved - skip)}"
+        )
     if not partial and (extra := sorted(saved - named.keys() - skip)):
-        raise ValueError(f"{where} holds leaves that the target lacks: {extra}; partial=True leaves them out")
-    checked = (n for n in named if n in held["arrays"] and not any(n in members[p].names.values() for p in converted))
-    if wrong := [text for n in checked if (text := leaves.mismatch(n, named[n], held["arrays"][n]))]:
+        raise ValueError(
+            f"{where} holds leaves that the target lacks: {extra}; partial=True leaves them out"
+        )
+    checked = (
+        n
+        for n in named
+        if n in held["arrays"] and not any(n in members[p].names.values() for p in converted)
+    )
+    if wrong := [
+        text for n in checked if (text := leaves.mismatch(n, named[n], held["arrays"][n]))
+    ]:
         raise ValueError(f"{where} does not fit the target: " + "; ".join(wrong))
     return converted
 
@@ -170,16 +219,18 @@ def _compare(held: dict[str, Any], named: dict[str, Any], members: dict[str, lea
 # --- reading
 
 
-def read_arrays(directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]) -> dict[str, Any]:
-    """Reads arrays of the newest manifest of a chain, with its patches applied.
+def read_arrays(
+    directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]
+) -> dict[str, Any]:
+    """Reads the arrays of the newest manifest of a chain and applies the patches.
 
     Args:
       directory: of the checkpoints.
       chain: manifests, newest first.
-      places: {name: where to}; only shardings are used here, everything else is read to the host.
+      places: {name: place}. Only shardings are used here; everything else is read to the host.
 
     Returns:
-      {name: array}, jax arrays where a sharding was asked for.
+      {name: array}. Arrays whose place is a sharding are jax arrays.
     """
     result: dict[str, Any] = {}
     waiting = dict(places)
@@ -199,9 +250,12 @@ def read_arrays(directory: Path, chain: list[dict[str, Any]], places: dict[str, 
 
 
 def _read(
-    directory: Path, body: dict[str, Any], places: dict[str, leaves.Place], index_of: dict[str, str | None]
+    directory: Path,
+    body: dict[str, Any],
+    places: dict[str, leaves.Place],
+    index_of: dict[str, str | None],
 ) -> dict[str, Any]:
-    """Reads arrays of one folder; those of no entries are not on disk."""
+    """Reads arrays of one folder. Arrays without entries are not on disk."""
     result: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     keys = {}
@@ -220,15 +274,19 @@ def _read(
             keys[record["key"]] = name
     if arguments:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        request = ocp.args.PyTreeRestore(item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True)
-        found = handler.restore(epath.Path(manifest.folder_of(directory, body["step"])), args=request)
+        request = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
+        )
+        found = handler.restore(
+            epath.Path(manifest.folder_of(directory, body["step"])), args=request
+        )
         handler.close()
         result |= {keys[key]: array for key, array in found.items()}
     return result
 
 
 def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
-    """Returns the array with patches (newest first) written over it."""
+    """Returns the array overwritten with the patches, which are given newest first."""
     patches = [(index, values) for index, values in patches if index.size]
     if not patches:
         return array
@@ -245,12 +303,22 @@ def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
     return array
 
 
-def _check_rows(directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]) -> None:
-    """Compares the digest of the rows with the saved state's: no row was lost between disk, increments and here."""
+def _check_rows(
+    directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
+) -> None:
+    """Checks the rows against the digest of the saved state's rows.
+
+    This finds rows lost between the disk, the increments and this process.
+    """
     kept = {i: a for i, a in arrays.items() if i.split(".")[0] in ("table", "row_state", "cache")}
-    rows = {i: a for i, a in kept.items() if i.startswith(("table.rows", "cache.rows")) or (i[:3] == "row" and a.ndim)}
+    rows = {
+        i: a
+        for i, a in kept.items()
+        if i.startswith(("table.rows", "cache.rows")) or (i[:3] == "row" and a.ndim)
+    }
     if digests.digest(rows).tolist() != entry["digest"]:
         raise CheckpointError(
-            f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r}, read and put together, "
-            f"are not those that were saved, though every file is as written; restore an older step and report this"
+            f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
+            "differ from the saved ones, although no file is damaged; restore an older step and "
+            "report this"
         )

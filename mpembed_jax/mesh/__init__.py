@@ -1,1 +1,1 @@
-"""How a stack lies over devices, and what travels between them in a step."""
+"""Stacks over a mesh of devices: the layout of rows and the exchange between shards in a step."""

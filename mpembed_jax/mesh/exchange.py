@@ -1,11 +1,14 @@
-"""What travels between shards in a step: unique ids to the owners of their rows, rows back, gradients home again.
+"""The exchange between shards in one step: ids to their owners, rows back, gradients to the owners.
 
-A device deduplicates its ids first, so each of its rows travels once each way, by all_to_all in arrays with a fixed room
-per owner. If any device has more ids for some owner than that, all use arrays of full width in this step: nothing is
-lost, and it is counted. Owners deduplicate what they receive, so every row is planned, gathered and updated once, with its
-occurrences and gradients summed over devices; replicas of a shard gather the same requests and act alike. The scheme is
-that of model-parallel embeddings (FBGEMM / TorchRec row-wise sharding); all_to_all with a fixed room because the ragged
-one does not run on every back end.
+A device deduplicates its ids first, so each of its rows travels once in each direction. all_to_all
+moves fixed-size arrays with the same room for each owner. If any device has more ids for an owner
+than fit, all devices use full-width arrays in that step; nothing is lost, and the step is counted.
+Owners deduplicate what they receive. Every row is therefore planned, gathered and updated once,
+with its occurrences and gradients summed over devices. Replicas of a shard gather the same requests
+and compute the same results.
+
+The scheme follows model-parallel embeddings (the row-wise sharding of FBGEMM / TorchRec). It does
+not use ragged_all_to_all, which some back ends cannot run.
 """
 
 import dataclasses
@@ -39,8 +42,14 @@ def route_of(plan: CachePlan) -> Route:
 
 
 def plan_specs(layout: Layout) -> CachePlan:
-    """Returns the PartitionSpecs of a plan, for taking one out of jax.shard_map and into another; a prefix of its tree."""
-    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)]
+    """Returns the PartitionSpecs of a plan, as a prefix of its tree.
+
+    They are the out_specs and in_specs with which a plan leaves one jax.shard_map and enters
+    another.
+    """
+    specs: Any = [
+        PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)
+    ]
     batch, shard, both = specs
     everywhere: Any = PartitionSpec()
     route = Route(shard, shard, shard, shard, both, both, everywhere)
@@ -48,14 +57,15 @@ def plan_specs(layout: Layout) -> CachePlan:
 
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
-    """Returns how many entries a device sends to each owner, of num_entries (static)."""
-    if not layout.is_batch_divided:  # devices along the sharding axes hold the same ids and ask for a share each
+    """Returns how many entries a device sends to each owner; num_entries is static."""
+    # Devices along the sharding axes have the same ids, so each asks for a share of them.
+    if not layout.is_batch_divided:
         num_entries = -(-num_entries // layout.shards)
     return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
 
 
 def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable) -> Any:
-    """Returns run(width) of the exchange's ordinary width, or of the full one where the first does not suffice."""
+    """Returns run(width) for the exchange's ordinary width, or the full width if is_wide."""
     narrow, wide = _width(layout, num_entries, False), _width(layout, num_entries, True)
     if narrow == wide:
         return run(wide)
@@ -63,33 +73,46 @@ def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable)
 
 
 def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns owner and local row of each entry, and its rank among the entries of one owner (int32 [U])."""
+    """Returns the owner, the local row and the rank of each entry (int32 [U] each).
+
+    The rank is the entry's position among the entries with the same owner.
+    """
     owner, row = layout.place(ids)
     if not layout.is_batch_divided:
         is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    for shard in range(layout.shards):  # one pass each: a key-value sort is slower for the shards of one machine
+    # One pass per shard: for the number of shards in one machine, a key-value sort is slower.
+    for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
     return owner, row, rank
 
 
 def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
-    """Returns where each entry lies in what this device sends; outside the array for entries that are not sent."""
+    """Returns the position of each entry in the array that this device sends.
+
+    The position of an entry that is not sent lies outside the array.
+    """
     is_sent = (owner < layout.shards) & (rank < width)
     return jnp.where(is_sent, owner * width + rank, layout.shards * width)
 
 
 def _swap(layout: Layout, values: jax.Array) -> jax.Array:
-    """Exchanges [P * width, ..] between shards: block p goes to shard p, block p of the result comes from shard p."""
+    """Exchanges blocks of [P * width, ..] between the shards.
+
+    Block p goes to shard p. Block p of the result comes from shard p.
+    """
     if layout.shards == 1:
         return values
     return lax.all_to_all(values, layout.axes, 0, 0, tiled=True)
 
 
 def _gather_replicas(layout: Layout, values: jax.Array) -> jax.Array:
-    """Returns [replicas * n, ..] of [n, ..], alike on all replicas of a shard."""
+    """Returns [replicas * n, ..], the concatenation of [n, ..] over the replicas of a shard.
+
+    All replicas of a shard get the same result.
+    """
     if not layout.replica_axes:
         return values
     return lax.all_gather(values, layout.replica_axes, tiled=True, to="invarying")
@@ -100,7 +123,9 @@ def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
     if not layout.replica_axes:
         return values
     size = values.shape[0] // layout.replicas
-    return lax.dynamic_slice_in_dim(values, lax.axis_index(layout.replica_axes).astype(jnp.int32) * size, size)
+    return lax.dynamic_slice_in_dim(
+        values, lax.axis_index(layout.replica_axes).astype(jnp.int32) * size, size
+    )
 
 
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -149,18 +174,21 @@ def settle(layout: Layout, asked: Request, moves: Moves, inverse: jax.Array, cou
 
 @jax.named_scope("exchange_ids")
 def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Unique, Route]:
-    """Sends a device's unique ids to their owners, who deduplicate what arrives.
+    """Sends a device's unique ids to their owners, who deduplicate what they receive.
 
-    Over the budget of distinct ids of the whole batch, the ids smallest by fmix32(id xor step) stay, as on one device.
+    If the whole batch has more distinct ids than the budget, the ids with the smallest fmix32(id
+    xor step) stay, as on one device.
 
     Args:
       layout: of the stack.
-      wanted: the distinct ids of this device's share of the batch; real ones may be followed by NO_ID anywhere.
+      wanted: the distinct ids of this device's share of the batch. NO_ID may appear anywhere among
+        them.
       step: int32 scalar.
 
     Returns:
-      The distinct local rows that this shard is asked for (`inverse` by received entry); `wanted`, with ids over the budget
-      dropped from ids and inverse; and the route, whose `asked`, `rows` and numbers follow the plan once it is made.
+      A tuple of the distinct local rows that this shard is asked for (its `inverse` has one entry
+      per received entry); `wanted` without the ids over the budget, in `ids` and in `inverse`; and
+      the route. The route's `asked`, `rows` and numbers are replaced once the plan is made.
     """
     num_entries, budget = wanted.ids.shape[0] - 1, layout.spec.max_unique_ids
     owner, row, rank = _assign(layout, wanted.ids)
@@ -177,7 +205,7 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
         received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
         found = ops.unique(received[:, 0], received.shape[0] + 1, step)
         counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
-        # A shard has no more distinct rows than it has rows, so what is cut off is padding.
+        # The entries cut off here are padding: there are at most `size - 1` distinct rows.
         padding = max(0, size - found.ids.shape[0])
         return Unique(
             jnp.pad(found.ids, (0, padding), constant_values=NO_ID)[:size],
@@ -207,7 +235,7 @@ def _keep_budget(
     mixed = random_bits.fmix32(shard.ids_of(found.ids)[0] ^ step.astype(jnp.uint32))
 
     def drop() -> tuple:
-        # The largest limit below which there are at most `budget` ids, bit by bit.
+        # Finds the largest limit with at most `budget` ids below it, one bit at a time.
         def try_bit(turn: jax.Array, limit: jax.Array) -> jax.Array:
             candidate = limit | (jnp.uint32(1) << (31 - turn).astype(jnp.uint32))
             below = jnp.sum(is_real & (mixed < candidate), dtype=jnp.int32)
@@ -223,29 +251,44 @@ def _keep_budget(
         num_ids = jnp.sum(kept, dtype=jnp.int32)
         answers = (inverse != size - 1).astype(jnp.int32)
         answer = _return(
-            layout, dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)), answers[:, None]
+            layout,
+            dataclasses.replace(route, asked=jnp.arange(len(answers), dtype=jnp.int32)),
+            answers[:, None],
         )
         has_row = answer[:, 0] > 0
-        wanted_inverse = jnp.where(indexing.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1)
+        wanted_inverse = jnp.where(
+            indexing.take(has_row, wanted.inverse), wanted.inverse, wanted.ids.shape[0] - 1
+        )
         wanted_ids = jnp.where(has_row.reshape(-1, *[1] * (wanted.ids.ndim - 1)), wanted.ids, NO_ID)
         return ids, inverse, counts, num_ids, found.num_ids - num_ids, wanted_ids, wanted_inverse
 
     def keep() -> tuple:
-        return found.ids, found.inverse, found.counts, found.num_ids, found.num_dropped, wanted.ids, wanted.inverse
+        return (
+            found.ids,
+            found.inverse,
+            found.counts,
+            found.num_ids,
+            found.num_dropped,
+            wanted.ids,
+            wanted.inverse,
+        )
 
     result = lax.cond(_sum(found.num_ids, layout.axes) > budget, drop, keep)
-    most = min(size, budget + 1)  # afterwards no shard has more rows than the budget
+    most = min(size, budget + 1)  # From here on, no shard has more rows than the budget.
     ids, inverse, counts = result[0][:most], jnp.minimum(result[1], most - 1), result[2][:most]
     found = Unique(ids, inverse, counts, result[3], result[4])
     wanted = wanted._replace(ids=result[5], inverse=result[6])
     return found, wanted, dataclasses.replace(route, rows=ids, asked=inverse)
 
 
-# --- rows back, gradients home
+# --- rows to the devices, gradients to the owners
 
 
 def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
-    """Returns the rows [U, ..] of this device's entries from the owners' [Q, ..]; zeros for entries without one."""
+    """Returns the rows [U, ..] of this device's entries, taken from the owners' rows [Q, ..].
+
+    Entries without a row get zeros.
+    """
 
     def send(width: int) -> jax.Array:
         asked = _replica_part(layout, route.asked[: layout.replicas * layout.shards * width])
@@ -258,13 +301,19 @@ def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
 
 @jax.named_scope("exchange_rows")
 def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
-    """Returns the rows [U, D] of this device's unique ids, from the owners' [Q, D], whose last row is zero."""
+    """Returns the rows [U, D] of this device's unique ids, taken from the owners' rows [Q, D].
+
+    The last of the owners' rows must be zero.
+    """
     return _return(layout, route, rows)
 
 
 @jax.named_scope("exchange_gradients")
 def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
-    """Returns the summed gradients [Q, D] of a shard's rows from all devices' [U, D], added in the order of devices."""
+    """Returns the summed gradients [Q, D] of a shard's rows, from all devices' gradients [U, D].
+
+    They are added in the order of the devices.
+    """
 
     def send(width: int) -> jax.Array:
         empty = jnp.zeros((layout.shards * width, row_grads.shape[1]), row_grads.dtype)
@@ -277,7 +326,10 @@ def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
 
 
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]) by asking their owners, who read local rows [n] -> [n, D]."""
+    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]), as read by their owners.
+
+    `read_rows` reads local rows: [n] -> [n, D].
+    """
     wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
     owner, row, rank = _assign(layout, wanted.ids)
     num_entries = ids.shape[0]
@@ -286,7 +338,9 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 
     def send(width: int) -> jax.Array:
         place = _place(layout, owner, rank, width)
-        asked = _swap(layout, indexing.put(jnp.full(layout.shards * width, NO_ID, jnp.int32), place, row))
+        asked = _swap(
+            layout, indexing.put(jnp.full(layout.shards * width, NO_ID, jnp.int32), place, row)
+        )
         return indexing.take(_swap(layout, read_rows(asked)), place, 0)
 
     rows = _either(layout, is_wide, num_entries, send)
@@ -298,20 +352,36 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 
 
 def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
-    """Returns the counts of the whole batch, the same on every device, from a device's requests and a shard's rows."""
-    by_device = {name: total_over_batch(layout, getattr(counts, name)) for name in ("requests", "out_of_range")}
+    """Returns the counts of the whole batch, which are the same on every device.
+
+    They are sums over the requests of all devices and the rows of all shards.
+    """
+    by_device = {
+        name: total_over_batch(layout, getattr(counts, name))
+        for name in ("requests", "out_of_range")
+    }
     by_shard = {
         name: total_over_shards(layout, getattr(counts, name))
-        for name in ("unique", "hits", "hit_requests", "misses", "bypasses", "evictions", "write_backs")
+        for name in (
+            "unique",
+            "hits",
+            "hit_requests",
+            "misses",
+            "bypasses",
+            "evictions",
+            "write_backs",
+        )
     }
-    return dataclasses.replace(counts, **by_device, **by_shard, wide_exchanges=route.is_wide.astype(jnp.int32))
+    return dataclasses.replace(
+        counts, **by_device, **by_shard, wide_exchanges=route.is_wide.astype(jnp.int32)
+    )
 
 
 def total_over_batch(layout: Layout, value: jax.Array) -> jax.Array:
-    """Returns the sum of a device's own scalar over all devices of a batch."""
+    """Returns the sum of a scalar that each device has of its own, over the devices of a batch."""
     return _sum(value, layout.batch_axes)
 
 
 def total_over_shards(layout: Layout, value: jax.Array) -> jax.Array:
-    """Returns the sum of a shard's scalar over all shards."""
+    """Returns the sum of a scalar that each shard has, over all shards."""
     return _sum(value, layout.axes)

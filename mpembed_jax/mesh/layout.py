@@ -1,9 +1,14 @@
-"""How a stack lies over devices: which shard owns an id, which row of it, and how many devices share a batch.
+"""The layout of a stack over devices: the owner of each id, its local row, and the batch axes.
 
-Rows go to shards by MOD (row r to shard r mod P, where it is row r div P), which is the field's convention and keeps every
-cache set and every sketch group whole on one shard; or by whole tables; or everywhere (replicated). Inside a shard all
-arrays, tags included, are indexed by local row; only random bits are drawn for the global id. So the same state of one
-device and the state of P hold the same rows, whatever P.
+A stack is laid out in one of three ways:
+- By MOD, row r of the stack is row r div P of shard r mod P. This is the usual convention. It keeps
+  every cache set and every sketch group whole on one shard.
+- By tables, each table is whole on one shard.
+- If the stack is replicated, every device has all rows.
+
+Inside a shard, all arrays (including tags) are indexed by local row. Only random bits are drawn for
+the global id. The state of one device and the state of P devices therefore hold the same rows, for
+any P.
 """
 
 import dataclasses
@@ -26,31 +31,42 @@ from mpembed_jax.spec import EmbeddingSpec, offsets
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A placement on a given mesh, static and hashable; `Layout.of` makes it."""
+    """A placement on a given mesh, static and hashable; made by `Layout.of`."""
 
     spec: EmbeddingSpec
     placement: Placement
-    axes: tuple[str, ...]  # mesh axes over which rows are divided; none: replicated
-    shards: int  # P, the product of their sizes
+    axes: tuple[str, ...]  # mesh axes over which rows are divided; empty if replicated
+    shards: int  # P, the product of the sizes of `axes`
     batch_axes: tuple[str, ...]  # mesh axes over which batches are divided
-    batch_shards: int  # the product of their sizes
-    mesh: Any  # None: inside jax.pmap
-    table_shards: tuple[int, ...] | None  # the shard of each table; None: rows by MOD
+    batch_shards: int  # the product of the sizes of `batch_axes`
+    mesh: Any  # None inside jax.pmap
+    table_shards: tuple[int, ...] | None  # the shard of each table; None if rows go by MOD
 
     @staticmethod
-    def of(spec: EmbeddingSpec, mesh: Any, axis_name: Any, placement: Placement | None) -> "Layout | None":
-        """Returns the layout that `init`'s arguments mean, None for one device without a mesh.
+    def of(
+        spec: EmbeddingSpec, mesh: Any, axis_name: Any, placement: Placement | None
+    ) -> "Layout | None":
+        """Returns the layout for `init`'s arguments, or None for one device without a mesh.
+
+        Args:
+          spec: the stack.
+          mesh: as in init.
+          axis_name: as in init.
+          placement: as in init.
 
         Raises:
-          ValueError: if the mesh has no such axis, or the stack cannot be divided so.
+          ValueError: if the mesh has no such axis, or the stack cannot be divided in this way.
         """
         if mesh is None and axis_name is None:
             if placement is not None:
-                raise ValueError("placement needs mesh= (or axis_name= inside jax.pmap): without one there is one device")
+                raise ValueError(
+                    "placement needs mesh= (or axis_name= inside jax.pmap): without a mesh there "
+                    "is only one device"
+                )
             if spec.num_rows >= NO_ID:
                 raise ValueError(
-                    f"one device holds at most 2**31 - 2 rows of a stack, these tables have {spec.num_rows}; divide it over "
-                    f"a mesh, or make two stacks"
+                    "one device holds at most 2**31 - 2 rows of a stack, but these tables have "
+                    f"{spec.num_rows}; divide the stack over a mesh, or make two stacks"
                 )
             return None
         placement = Placement() if placement is None else placement
@@ -60,77 +76,110 @@ class Layout:
         else:
             sizes = dict(mesh.shape)
             if axis_name is None and len(sizes) > 1 and placement.kind != "replicated":
-                raise ValueError(f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, axis_name=..")
-            names = tuple(sizes) if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+                raise ValueError(
+                    f"the mesh has several axes {tuple(sizes)}: name the one that divides rows, "
+                    "axis_name=.."
+                )
+            names = (
+                tuple(sizes)
+                if axis_name is None
+                else (axis_name,)
+                if isinstance(axis_name, str)
+                else tuple(axis_name)
+            )
         batch_axes = tuple(sizes) if placement.batch_axes is None else placement.batch_axes
         unknown = [name for name in (*names, *batch_axes) if name not in sizes]
         if unknown:
             raise ValueError(f"no mesh axis {unknown[0]!r}; the mesh has {tuple(sizes)}")
         axes = () if placement.kind == "replicated" else names
         if len({name in batch_axes for name in axes}) > 1:
-            raise ValueError(f"batch_axes {batch_axes} must name all of the sharding axes {axes} or none")
+            raise ValueError(
+                f"batch_axes {batch_axes} must name all of the sharding axes {axes} or none"
+            )
         shards = math.prod(sizes[name] for name in axes)
         batch_shards = math.prod(sizes[name] for name in batch_axes)
-        if spec.cache is not None and (groups := spec.cache.geometry(spec.num_rows).groups) % shards:
+        if (
+            spec.cache is not None
+            and (groups := spec.cache.geometry(spec.num_rows).groups) % shards
+        ):
             geometry = spec.cache.geometry(spec.num_rows)
             raise ValueError(
-                f"the cache's {geometry.sets} sets cannot be divided whole over {shards} shards; they can over "
-                f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. Replicate this stack, "
-                f'Placement("replicated"), or take a power of two up to 64 of shards and a cache of at least 8 sets for each'
+                f"the cache's {geometry.sets} sets cannot be divided evenly over {shards} shards; "
+                "possible numbers of shards are "
+                f"{_alternatives([n for n in range(1, groups + 1) if groups % n == 0])}. "
+                "Replicate this stack, "
+                'Placement("replicated"), or use a power of two of at most 64 shards, with at '
+                "least 8 sets for each"
             )
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
-            raise ValueError(f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a batch")
-        if blocks is not None and batch_axes != (*(name for name in batch_axes if name not in axes), *axes):
             raise ValueError(
-                f"with summation_blocks the batch must be divided over the sharding axes {axes} last, got batch_axes "
-                f"{batch_axes}"
+                f"summation_blocks={blocks} must be a multiple of the {batch_shards} devices of a "
+                "batch"
+            )
+        if blocks is not None and batch_axes != (
+            *(name for name in batch_axes if name not in axes),
+            *axes,
+        ):
+            raise ValueError(
+                f"with summation_blocks the batch must be divided over the sharding axes {axes} "
+                f"last, got batch_axes {batch_axes}"
             )
         if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
             raise ValueError(
-                f"a stack of {spec.num_rows} rows takes no initializer functions, which see whole tables' blocks"
+                f"a stack of {spec.num_rows} rows cannot use initializer functions, because they "
+                "are called on blocks of whole tables"
             )
         tables = _table_shards(spec, placement, shards)
         layout = Layout(spec, placement, axes, shards, batch_axes, batch_shards, mesh, tables)
         if layout.num_rows >= NO_ID:
             raise ValueError(
-                f"a shard holds at most 2**31 - 2 rows, {spec.num_rows} rows on {shards} shards make {layout.num_rows}: "
-                f"use more shards or several stacks"
+                f"a shard holds at most 2**31 - 2 rows, but {spec.num_rows} rows on {shards} "
+                f"shards give each {layout.num_rows}; use more shards or several stacks"
             )
         return layout
 
     @staticmethod
     def bare(spec: EmbeddingSpec, placement: Placement, shards: int) -> "Layout":
-        """Returns a layout over `shards` devices that are not there: for planning what lies where."""
+        """Returns a layout over `shards` hypothetical devices, for planning."""
         tables = _table_shards(spec, placement, shards)
         return Layout(spec, placement, ("shards",), shards, ("shards",), shards, None, tables)
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """uint32 [2]: a hash of which row lies where; zero where rows lie as on one device."""
+        """uint32 [2]: a hash of the positions of rows; zero if they lie as on one device."""
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
-        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)
+        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
+            np.uint32
+        )
 
     @property
     def replica_axes(self) -> tuple[str, ...]:
-        """Axes that divide batches but not rows: every device along them trains the same shard alike."""
+        """Axes that divide batches but not rows.
+
+        All devices along them hold the same shard and apply the same updates to it.
+        """
         return tuple(name for name in self.batch_axes if name not in self.axes)
 
     @property
     def replicas(self) -> int:
-        """Devices along the replica axes."""
-        return self.batch_shards // (self.shards if self.is_batch_divided else 1)  # all or none divide batches
+        """The number of devices along the replica axes."""
+        # Either all of the sharding axes divide batches, or none does.
+        return self.batch_shards // (self.shards if self.is_batch_divided else 1)
 
     @property
     def is_batch_divided(self) -> bool:
-        """Whether devices that differ in the sharding axes have different batches; else they have the same ids."""
+        """Whether devices that differ in the sharding axes have different parts of the batch.
+
+        If not, they have the same ids.
+        """
         return all(name in self.batch_axes for name in self.axes)
 
     @property
     def all_axes(self) -> tuple[str, ...]:
-        """Every mesh axis the verbs communicate over."""
+        """All mesh axes over which the verbs communicate."""
         return (*self.axes, *self.replica_axes)
 
     @property
@@ -144,38 +193,42 @@ class Layout:
         return max(sizes)
 
     def share(self, geometry: Geometry) -> Geometry:
-        """Returns a shard's cache: its share of the sets and groups of the whole."""
+        """Returns the geometry of one shard's cache: its share of all sets and groups."""
         return Geometry(geometry.sets // self.shards, geometry.ways, geometry.groups // self.shards)
 
     @property
     def is_paired(self) -> bool:
-        """Whether ids do not fit 32 bits and are pairs (shard, local row)."""
+        """Whether ids are pairs (shard, local row) because they do not fit in 32 bits."""
         return self.spec.num_rows >= NO_ID
 
     def shape_of(self, ids: jax.Array) -> tuple[int, ...]:
-        """Returns the shape of ids, the axis of pairs left out.
+        """Returns the shape of ids without the axis of pairs.
 
         Raises:
-          ValueError: if ids should be pairs and are not.
+          ValueError: if ids must be pairs but are not.
         """
         if self.is_paired and (not ids.ndim or ids.shape[-1] != 2):
             raise ValueError(
-                f"ids of a stack of {self.spec.num_rows} rows must be pairs int32 [.., 2], got {list(ids.shape)}; "
-                f"make them with sharding.pairs(state, ids)"
+                f"ids of a stack of {self.spec.num_rows} rows must be pairs int32 [.., 2], got "
+                f"{list(ids.shape)}; make them with sharding.pairs(state, ids)"
             )
         return ids.shape[:-1] if self.is_paired else ids.shape
 
     @property
     def is_bound(self) -> bool:
-        """Whether the code being traced runs once per device, inside jax.shard_map or jax.pmap over these axes."""
+        """Whether the traced code runs once per device, in jax.shard_map or jax.pmap.
+
+        The mapped axes must include all of this layout's axes.
+        """
         return set(self.all_axes) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def check_bound(self, verb: str) -> None:
-        """Raises ValueError outside of jax.shard_map and jax.pmap."""
+        """Raises ValueError outside jax.shard_map and jax.pmap."""
         if not self.is_bound:
             raise ValueError(
-                f"{verb} of a sharded state runs per device: call it inside jax.shard_map over the mesh axes "
-                f"{self.all_axes}, with in_specs and out_specs partition_specs(state) for the state"
+                f"{verb} of a sharded state runs per device: call it inside jax.shard_map over "
+                f"the mesh axes {self.all_axes}, with in_specs and out_specs "
+                "partition_specs(state) for the state"
             )
 
     def index(self) -> jax.Array:
@@ -183,18 +236,25 @@ class Layout:
         return lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def positions(self, num_positions: int) -> Fraction:
-        """Returns a shard's share of the ids of a whole batch of which one device has num_positions: not always whole."""
+        """Returns the number of ids of a whole batch divided by the number of shards.
+
+        num_positions is the number of ids of one device. The result is a fraction and need not be
+        whole.
+        """
         return Fraction(num_positions * self.batch_shards, self.shards)
 
     def room(self, num_ids: int) -> int:
-        """Returns how many of a device's num_ids unique ids the exchange has room for per owner."""
+        """Returns how many of a device's num_ids unique ids the exchange can send to one owner."""
         return max(1, min(num_ids, math.ceil(self.placement.capacity * num_ids / self.shards)))
 
     # --- rows
 
     @property
     def first_rows(self) -> np.ndarray:
-        """int32 [P, T + 1]: the first local row of each table on each shard; equal neighbours: none of its rows."""
+        """int32 [P, T + 1]: the first local row of each table on each shard.
+
+        If a shard has no row of a table, the table's entry equals the next one.
+        """
         if self.table_shards is None:
             starts, shard = offsets(self.spec.tables), np.arange(self.shards)[:, None]
             return ((starts - shard + self.shards - 1) // self.shards).astype(np.int32)
@@ -204,7 +264,10 @@ class Layout:
         return np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1).astype(np.int32)
 
     def place(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the shard and the local row (int32, [..]) of global ids [..], or of pairs [.., 2]; NO_ID: (P, NO_ID)."""
+        """Returns shard and local row (int32 [..] each) of global ids [..] or pairs [.., 2].
+
+        NO_ID gives (P, NO_ID).
+        """
         if self.is_paired:
             return ids[..., 0], ids[..., 1]
         is_id = ids != NO_ID
@@ -215,29 +278,42 @@ class Layout:
             table = jnp.sum((ids[..., None] >= starts[1:]).astype(jnp.int32), axis=-1)
             shards = np.asarray(self.table_shards)
             first = self.first_rows[shards, np.arange(len(shards))]
-            shard, row = jnp.asarray(shards, jnp.int32)[table], ids - starts[table] + jnp.asarray(first)[table]
+            shard, row = (
+                jnp.asarray(shards, jnp.int32)[table],
+                ids - starts[table] + jnp.asarray(first)[table],
+            )
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def in_order(self, rows: jax.Array) -> jax.Array:
-        """Returns arrays by row [P * num_rows, ..], shard after shard, in the order of global ids [V, ..]."""
+        """Reorders rows [P * num_rows, ..] of all shards to the order of global ids [V, ..]."""
         if self.table_shards is None:
             shards = rows.reshape(self.shards, self.num_rows, *rows.shape[1:])
             return jnp.swapaxes(shards, 0, 1).reshape(rows.shape)[: self.spec.num_rows]
         return jnp.concatenate([rows[a : a + n] for a, n in self.table_slices()])
 
     def by_shard(self, rows: jax.Array) -> jax.Array:
-        """Returns arrays by global id [V, ..] as the shards hold them [P * num_rows, ..]; padding rows are zero."""
+        """Reorders rows by global id [V, ..] to the order of the shards [P * num_rows, ..].
+
+        Padding rows are zero.
+        """
         total = self.shards * self.num_rows
         if self.table_shards is None:
             padded = jnp.pad(rows, [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
-            return jnp.swapaxes(padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1).reshape(padded.shape)
+            return jnp.swapaxes(
+                padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1
+            ).reshape(padded.shape)
         held = jnp.zeros((total, *rows.shape[1:]), rows.dtype)
-        for start, (first, size) in zip(offsets(self.spec.tables), self.table_slices(), strict=False):
+        for start, (first, size) in zip(
+            offsets(self.spec.tables), self.table_slices(), strict=False
+        ):
             held = held.at[first : first + size].set(rows[int(start) : int(start) + size])
         return held
 
     def table_slices(self) -> list[tuple[int, int]]:
-        """Returns, for whole tables per shard, where each table begins in the shards' arrays, and its rows."""
+        """Returns the start of each table in the shards' arrays and its number of rows.
+
+        This applies to whole tables per shard.
+        """
         first = self.first_rows
         shards = self.table_shards or ()
         return [
@@ -246,12 +322,12 @@ class Layout:
         ]
 
     def shard(self, index: jax.Array | int) -> Shard:
-        """Returns what shard `index` (may be traced) knows of itself."""
+        """Returns the Shard number `index`, which may be traced."""
         return Shard(self, jnp.asarray(index, jnp.int32), jnp.asarray(self.first_rows)[index])
 
 
 def _alternatives(numbers: list[int]) -> str:
-    """Returns "1, 2 or 4"."""
+    """Returns numbers as text, such as "1, 2 or 4"."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -261,26 +337,33 @@ def _bound_size(name: str) -> int:
         return lax.axis_size(name)
     except NameError:
         raise ValueError(
-            f"axis_name={name!r} without mesh= is for calling init inside jax.pmap(.., axis_name={name!r}); pass mesh="
+            f"axis_name={name!r} without mesh= is only for calling init inside jax.pmap(.., "
+            f"axis_name={name!r}); pass mesh="
         ) from None
 
 
 def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tuple[int, ...] | None:
-    """Returns the shard of each table, or None where rows go by MOD."""
+    """Returns the shard of each table, or None if rows go by MOD."""
     if placement.kind != "tables":
         return None
     if spec.num_rows >= NO_ID:
-        raise ValueError(f"whole tables per shard need a stack of fewer than 2**31 - 1 rows, got {spec.num_rows}")
+        raise ValueError(
+            f"whole tables per shard need a stack of fewer than 2**31 - 1 rows, got {spec.num_rows}"
+        )
     if placement.table_shards is None:
         loads = [0] * shards
         chosen = {}
-        for number in sorted(range(len(spec.tables)), key=lambda n: -spec.tables[n].vocabulary_size):
+        for number in sorted(
+            range(len(spec.tables)), key=lambda n: -spec.tables[n].vocabulary_size
+        ):
             chosen[number] = loads.index(min(loads))
             loads[chosen[number]] += int(spec.tables[number].vocabulary_size)
         return tuple(chosen[n] for n in range(len(spec.tables)))
-    if len(placement.table_shards) != len(spec.tables) or not all(0 <= s < shards for s in placement.table_shards):
+    if len(placement.table_shards) != len(spec.tables) or not all(
+        0 <= s < shards for s in placement.table_shards
+    ):
         raise ValueError(
-            f"table_shards must give one shard in [0, {shards}) for each of {len(spec.tables)} tables, got "
-            f"{placement.table_shards}"
+            f"table_shards must give one shard in [0, {shards}) for each of {len(spec.tables)} "
+            f"tables, got {placement.table_shards}"
         )
     return placement.table_shards

@@ -1,4 +1,4 @@
-"""What a user may say about how a stack lies over a mesh of devices."""
+"""The user's choice of how a stack lies over a mesh of devices."""
 
 import dataclasses
 
@@ -7,23 +7,29 @@ KINDS = ("rows", "tables", "replicated")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How one stack is placed over a mesh; `sharding.plan` fills it in from sizes and measured skew.
+    """The placement of one stack over a mesh.
+
+    `sharding.plan` chooses one from sizes and measured skew.
 
     Attributes:
-      kind: "rows" (row r on shard r mod P), "tables" (each table whole on one shard) or "replicated" (all rows everywhere).
-      capacity: room of the exchange, as a multiple of an even share of a device's unique-id budget per owner; in a step in
-        which any device has more, all exchange arrays of full width instead, and that is counted.
-      batch_axes: mesh axes over which batches are divided; None: all axes of the mesh. A sharding axis that is not among
-        them sees the same ids on all its devices.
-      table_shards: with "tables": the shard of each table; None: filled largest first onto the emptiest shard.
-      summation_blocks: None: gradients are summed per device, then over devices. A number: the batch is cut into as many
-        equal blocks along the leading axis of its ids, sums are taken within blocks and then over blocks in order, so the
-        result has the same bits for every number of devices that divides it (from the same gradients of the vectors:
-        dense layers may round otherwise in batches of another size); slower, since a row used by several blocks of one
-        device travels once for each.
+      kind: "rows" (row r on shard r mod P), "tables" (each table whole on one shard) or
+        "replicated" (all rows on every device).
+      capacity: the room of the exchange for each owner, as a multiple of an even share of a
+        device's budget of unique ids. In a step in which any device needs more, all devices
+        exchange full-width arrays instead, and the step is counted.
+      batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. All
+        devices along a sharding axis that is not among them have the same ids.
+      table_shards: for "tables", the shard of each table. None: tables are placed from the largest
+        to the smallest, each on the shard with the fewest rows.
+      summation_blocks: None: gradients are summed per device, then over devices. A number: the
+        batch is cut into this many equal blocks along the leading axis of its ids. Gradients are
+        summed within blocks, then over blocks in order. The result then has the same bits for every
+        number of devices that divides the number of blocks, provided the gradients of the vectors
+        are the same (dense layers may round differently in batches of another size). This is
+        slower, because a row used by several blocks of one device travels once for each of them.
 
     Raises:
-      ValueError: on an unknown kind or a number out of range.
+      ValueError: if the kind is unknown or a number is out of range.
     """
 
     kind: str = "rows"
@@ -38,9 +44,11 @@ class Placement:
         if not self.capacity > 0:
             raise ValueError(f"placement capacity must be above 0, got {self.capacity}")
         if self.summation_blocks is not None and self.summation_blocks < 1:
-            raise ValueError(f"summation_blocks must be at least 1 or None, got {self.summation_blocks}")
+            raise ValueError(
+                f"summation_blocks must be at least 1 or None, got {self.summation_blocks}"
+            )
         if self.table_shards is not None and self.kind != "tables":
-            raise ValueError(f'table_shards goes with kind="tables", got kind={self.kind!r}')
+            raise ValueError(f'table_shards needs kind="tables", got kind={self.kind!r}')
         for name in ("batch_axes", "table_shards"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))

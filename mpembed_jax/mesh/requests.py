@@ -1,7 +1,8 @@
-"""What one device of a mesh asks for: the distinct ids of its share of a batch.
+"""The requests of one device of a mesh: the distinct ids of its share of a batch.
 
-Ids of a stack of fewer than 2^31 - 1 rows are int32; those of a larger one are pairs (shard, local row), which
-`sharding.pairs` computes on the host in 64 bits. With summation blocks, ids are distinct within a block only.
+Ids of a stack of fewer than 2^31 - 1 rows are int32. Ids of a larger stack are pairs (shard, local
+row), which `sharding.pairs` computes on the host in 64 bits. With summation blocks, ids are
+distinct only within a block.
 """
 
 import jax
@@ -16,10 +17,11 @@ from mpembed_jax.row_ids import NO_ID
 
 
 def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ids [N] (or pairs [N, 2]) with what is no row of the stack made padding, and how many name a row or do not.
+    """Replaces ids [N] (or pairs [N, 2]) outside the stack by padding, and counts them.
 
     Returns:
-      The ids, the number of requests, the number of ids outside the stack (padding is neither).
+      The ids, the number of requests, and the number of ids outside the stack. Padding is in
+      neither number.
     """
     if not layout.is_paired:
         is_row = (ids >= 0) & (ids < layout.spec.num_rows)
@@ -28,29 +30,40 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
         shard, row = ids[:, 0], ids[:, 1]
         rows = jnp.asarray(layout.first_rows[:, -1])[jnp.clip(shard, 0, layout.shards - 1)]
         is_row = (shard >= 0) & (shard < layout.shards) & (row >= 0) & (row < rows)
-        is_padding, masked = row == NO_ID, jnp.where(is_row[:, None], ids, jnp.asarray([layout.shards, NO_ID], jnp.int32))
+        is_padding, masked = (
+            row == NO_ID,
+            jnp.where(is_row[:, None], ids, jnp.asarray([layout.shards, NO_ID], jnp.int32)),
+        )
     return masked, jnp.sum(is_row, dtype=jnp.int32), jnp.sum(~is_row & ~is_padding, dtype=jnp.int32)
 
 
 def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Returns ops.unique of ids [N] or of pairs [N, 2], with ids [size] or [size, 2]."""
+    """Returns ops.unique of ids [N] or of pairs [N, 2]; its ids are [size] or [size, 2]."""
     if not layout.is_paired:
         return ops.unique(ids, size, step)
-    # Distinct rows first: (which of them, shard) then fits 32 bits.
+    # Local rows are deduplicated first. The pair (number of the distinct row, shard) then fits in
+    # 32 bits.
     num_ids = ids.shape[0]
     if (num_ids + 1) * layout.shards >= NO_ID:
-        raise ValueError(f"{num_ids} ids on each of many devices, for {layout.shards} shards, are too many for one batch")
+        raise ValueError(
+            f"{num_ids} ids per device are too many for one batch over {layout.shards} shards; "
+            "use smaller batches"
+        )
     rows = ops.unique(ids[:, 1], num_ids + 1, step)
     is_real = ids[:, 1] != NO_ID
-    found = ops.unique(jnp.where(is_real, rows.inverse * layout.shards + ids[:, 0], NO_ID), num_ids + 1, step)
+    found = ops.unique(
+        jnp.where(is_real, rows.inverse * layout.shards + ids[:, 0], NO_ID), num_ids + 1, step
+    )
     is_id = found.ids != NO_ID
     shard = jnp.where(is_id, found.ids % layout.shards, layout.shards)
     row = indexing.take(rows.ids, jnp.where(is_id, found.ids // layout.shards, num_ids))
     return found._replace(ids=jnp.stack([shard, row], axis=1))
 
 
-def deduplicate(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> tuple[Unique, jax.Array, jax.Array]:
-    """Returns the distinct ids of a device's nest of ids, and the number of requests and of ids outside the stack.
+def deduplicate(
+    layout: Layout, leaves: list[jax.Array], step: jax.Array
+) -> tuple[Unique, jax.Array, jax.Array]:
+    """Returns the distinct ids of a device, the number of requests and of ids outside the stack.
 
     Args:
       layout: of the stack.
@@ -65,10 +78,15 @@ def deduplicate(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> tup
     ids = jnp.concatenate(flat) if flat else jnp.zeros((0, *width), jnp.int32)
     ids, num_requests, num_out_of_range = masked(layout, ids)
     num_ids, budget = ids.shape[0], layout.spec.max_unique_ids
-    blocks = 1 if layout.placement.summation_blocks is None else layout.placement.summation_blocks // layout.batch_shards
+    blocks = (
+        1
+        if layout.placement.summation_blocks is None
+        else layout.placement.summation_blocks // layout.batch_shards
+    )
 
     def find(ids: jax.Array) -> Unique:
-        # A budget is the whole batch's: the ids that stay of it are among the least of every device.
+        # The budget is for the whole batch. The ids that stay within it are the smallest (by hash),
+        # so each of them is among the `budget` smallest of its device.
         most = ids.shape[0] if budget is None or layout.is_paired else min(budget, ids.shape[0])
         return distinct(layout, ids, most + 1, step)
 
@@ -76,14 +94,25 @@ def deduplicate(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> tup
         return find(ids), num_requests, num_out_of_range
     bad = [leaf.shape for leaf in leaves if not leaf.ndim or leaf.shape[0] % blocks]
     if bad:
-        raise ValueError(f"{blocks} summation blocks per device must divide the leading axis of all ids, got {bad[0]}")
+        raise ValueError(
+            f"{blocks} summation blocks per device must divide the leading axis of all ids, got "
+            f"{bad[0]}"
+        )
     ends = np.cumsum([len(leaf) for leaf in flat])
-    members = [np.arange(end - len(leaf), end).reshape(blocks, -1) for leaf, end in zip(flat, ends, strict=True)]
-    position = np.concatenate(members, axis=1)  # of each block
+    members = [
+        np.arange(end - len(leaf), end).reshape(blocks, -1)
+        for leaf, end in zip(flat, ends, strict=True)
+    ]
+    position = np.concatenate(members, axis=1)  # one row of positions per block
     parts = [find(ids[position[block]]) for block in range(blocks)]
-    size = parts[0].ids.shape[0] - 1  # of each part, without its padding entry
+    size = parts[0].ids.shape[0] - 1  # of each part, not counting its padding entry
     last = blocks * size
-    inverse = jnp.stack([jnp.where(part.inverse == size, last, part.inverse + n * size) for n, part in enumerate(parts)])
+    inverse = jnp.stack(
+        [
+            jnp.where(part.inverse == size, last, part.inverse + n * size)
+            for n, part in enumerate(parts)
+        ]
+    )
     back = np.argsort(position.reshape(-1))
     found = Unique(
         jnp.concatenate([*[part.ids[:-1] for part in parts], parts[-1].ids[-1:]]),

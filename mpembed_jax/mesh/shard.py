@@ -1,7 +1,7 @@
-"""What one shard of a stack knows of itself: which rows of which tables it holds, and the global ids behind them.
+"""One shard of a stack: the rows of each table that it holds, and their global ids.
 
-Everything a shard does is indexed by its local rows; only random bits are drawn for the global id (invariant 3: position
-independence), which `RowKey` sees to.
+Everything in a shard is indexed by local rows. Only random bits are drawn for the global id
+(invariant 3: position independence); `RowKey` does this.
 """
 
 import dataclasses
@@ -20,43 +20,51 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard of a layout: between its local rows and global ids."""
+    """One shard of a layout, with the conversions between its local rows and global ids."""
 
     layout: "Layout"
     index: jax.Array  # i32 []
-    first_rows: jax.Array  # i32 [T + 1]  its first local row of each table
+    first_rows: jax.Array  # i32 [T + 1]: the first local row of each table
 
     @property
     def num_rows(self) -> int:
-        """Rows of its arrays, padding included."""
+        """Number of rows of the shard's arrays, padding included."""
         return self.layout.num_rows
 
     def table_of(self, rows: jax.Array) -> jax.Array:
-        """Returns the table (int32, shape of rows) of local rows; T for padding."""
+        """Returns the table (int32, shape of rows) of each local row; T for padding."""
         return jnp.sum((rows[..., None] >= self.first_rows[1:]).astype(jnp.int32), axis=-1)
 
     def rows_of(self, ids: jax.Array) -> jax.Array:
-        """Returns the local rows of global ids (int32), NO_ID for those of other shards."""
+        """Returns the local rows of global ids (int32), and NO_ID for ids of other shards."""
         shard, row = self.layout.place(ids)
         return jnp.where(shard == self.index, row, NO_ID)
 
     def ids_of(self, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the low and the high words (uint32) of the 64-bit global ids of local rows; high None: all zero."""
+        """Returns the low and high words (uint32) of the 64-bit global ids of local rows.
+
+        If high is None, all high words are zero.
+        """
         rows = rows.astype(jnp.uint32)
         if self.layout.table_shards is not None:
-            table = jnp.minimum(self.table_of(rows.astype(jnp.int32)), len(self.layout.spec.tables) - 1)
+            table = jnp.minimum(
+                self.table_of(rows.astype(jnp.int32)), len(self.layout.spec.tables) - 1
+            )
             starts = jnp.asarray(offsets(self.layout.spec.tables)[:-1], jnp.uint32)
             return rows - self.first_rows[table].astype(jnp.uint32) + starts[table], None
         shards, index = jnp.uint32(self.layout.shards), self.index.astype(jnp.uint32)
         low = rows * shards + index
         if self.layout.spec.num_rows <= 2**32:
             return low, None
-        # rows * shards in two words, from halves of rows: shards is far below 2^16.
+        # Computes rows * shards in two words from the halves of rows; shards is far below 2^16.
         upper = (rows >> 16) * shards + (((rows & jnp.uint32(0xFFFF)) * shards) >> 16)
         return low, (upper >> 16) + (low < index).astype(jnp.uint32)
 
     def key(self, words: jax.Array) -> "RowKey":
-        """Returns the key (of uint32 [2]) with which its local rows draw the bits of their global ids."""
+        """Returns the key with which local rows draw the bits of their global ids.
+
+        `words` is uint32 [2].
+        """
         return RowKey(words, self)
 
 
@@ -67,13 +75,21 @@ class RowKey:
     words: jax.Array  # u32 [2]
     shard: Shard
 
-    def row_bits(self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int) -> jax.Array:
-        """Returns the random bits (uint32 [.., num_columns]) of local rows: those of their 64-bit global ids."""
-        columns, seed = jnp.arange(num_columns, dtype=jnp.uint32), random_bits.draw_seed(self.words, stream, step)
+    def row_bits(
+        self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
+    ) -> jax.Array:
+        """Returns the random bits (uint32 [.., num_columns]) of local rows.
+
+        They are the bits of the rows' 64-bit global ids.
+        """
+        columns, seed = (
+            jnp.arange(num_columns, dtype=jnp.uint32),
+            random_bits.draw_seed(self.words, stream, step),
+        )
         low, high = self.shard.ids_of(rows)
         if high is None:
             return random_bits.bits_at(seed, low[..., None], columns)
-        # The mixer maps 0 to 0: ids below 2^32 draw what they draw in a smaller stack.
+        # The mixer maps 0 to 0, so ids below 2^32 draw the same bits as in a smaller stack.
         mixed = random_bits.fmix32(high), random_bits.fmix32(high * jnp.uint32(0x9E3779B9))
         seeds = seed[0] ^ mixed[0][..., None], seed[1] + mixed[1][..., None]
         return random_bits.bits_at(seeds, low[..., None], columns)

@@ -1,4 +1,7 @@
-"""Flax modules over the verbs: cached embeddings that train inside an nnx loop by five changed lines, and for linen."""
+"""Flax modules for cached embeddings, for nnx and linen.
+
+Changing five lines of a plain nnx training loop is enough to use them.
+"""
 
 from mpembed_jax.nn import linen
 from mpembed_jax.nn.bags import CachedEmbedBags

@@ -1,4 +1,7 @@
-"""CachedEmbedBags: many tables, shared or of several widths, as one module from features to pooled vectors."""
+"""CachedEmbedBags: an nnx module that turns features into pooled vectors, with many tables.
+
+Features may share tables, and the tables may have several widths.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,28 +19,32 @@ from mpembed_jax.spec import EmbeddingSpec
 
 
 class CachedEmbedBags(nnx.Module):
-    """Turns features into one vector per bag; tables are quantized, rows in use cached and trained in float32.
+    """Turns features into one vector per bag, with quantized tables and a float32 cache.
 
-    A training step calls `prefetch(ids)` before nnx.value_and_grad and `grads = nn.apply_gradients(model, grads)` after it,
-    under nnx.jit with the model donated. After `model.eval()` calls need no prefetch. Ids are local to their tables:
-    {feature: ids [.., L]} with NO_ID padding ragged bags, or an array [.., T] with one column per feature.
+    The rows in use are cached and trained in float32. A training step runs under nnx.jit with the
+    model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
+    `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
+    prefetch. Ids are local to their tables. They are {feature: ids [.., L]} with NO_ID as padding
+    of ragged bags, or an array [.., T] with one column per feature.
 
     Args:
-      specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features that name one table in
-        `EmbeddingSpec(features=..)` share it.
-      tx: optax transformation for the rows, one for all specs or one per spec.
-      combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id; or {feature: combiner}.
-      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
-      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device; the model is called as without, on
-        whole arrays whose leading axis is divided.
+      specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features
+        that name the same table in `EmbeddingSpec(features=..)` share it.
+      tx: optax transformation for the rows; one for all specs, or one per spec.
+      combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id;
+        or {feature: combiner}.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
+        a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; the pooling follows it.
-      rngs: the initial values and the embedding's own randomness derive from its `params` stream.
+      implementation: see mpembed_jax.init; it also selects the pooling.
+      rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
       TypeError: if an argument has another type.
-      ValueError: if two specs have a feature of one name, combiner does not fit the features, or tx the specs.
+      ValueError: if two specs have a feature of the same name, if combiner does not fit the
+        features, or if tx does not fit the specs.
     """
 
     def __init__(
@@ -58,57 +65,77 @@ class CachedEmbedBags(nnx.Module):
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
         transformations = routing.as_transformations(tx, self.specs)
-        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
-        self.stacks = nnx.List([Stack(s, t, rngs=rngs, **where) for s, t in zip(self.specs, transformations, strict=True)])
+        where = {
+            "mesh": mesh,
+            "axis_name": axis_name,
+            "placement": placement,
+            "implementation": implementation,
+        }
+        self.stacks = nnx.List(
+            [
+                Stack(s, t, rngs=rngs, **where)
+                for s, t in zip(self.specs, transformations, strict=True)
+            ]
+        )
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
-        """The EmbeddingState of each spec, for mpembed_jax.to_dense, freeze, read and the other verbs."""
+        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
         return tuple(stack.embedding_state() for stack in self.stacks)
 
     def prefetch(self, ids: Any) -> None:
-        """Plans a batch and holds its rows for one step; call it outside the differentiated function.
+        """Plans a batch and holds its rows for one step.
+
+        Call it outside the differentiated function.
 
         Args:
-          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; local to their tables.
+          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; local to
+            their tables.
 
         Raises:
-          KeyError: on an unknown feature.
+          KeyError: if a feature is unknown.
           TypeError: if ids are not integers.
-          ValueError: if an array does not fit the features, in evaluation mode, or if the last prefetch still waits for its
-            nn.apply_gradients.
+          ValueError: if an array does not fit the features, in evaluation mode, or if
+            nn.apply_gradients was not called after the last prefetch.
         """
         for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True):
             stack.prefetch(part, not self.deterministic)
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
-        """Returns the vectors of bags, differentiable with respect to the prefetched rows and the weights.
+        """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
 
         Args:
-          ids: what prefetch was given, in training; any ids, after eval().
-          weights: None, or the factor of each id, nested and shaped as ids; a mapping may leave features out.
+          ids: in training, the ids that prefetch was given; after eval(), any ids.
+          weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
+            leave features out.
 
         Returns:
-          {feature: [.., D]} with the last axis of ids reduced ([.., L, D] where the combiner is None), or [.., T, D] for
-          array ids; in dtype. Empty bags are zeros.
+          {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
+          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros.
 
         Raises:
-          KeyError: on an unknown feature.
-          TypeError: if ids are not integers, or weights are nested otherwise.
-          ValueError: in training, without prefetch or with other ids than it was given; on ids without a bag axis, or
-            weights of another shape or without a combiner.
+          KeyError: if a feature is unknown.
+          TypeError: if ids are not integers, or if weights have another nesting.
+          ValueError: in training, if prefetch was not called or was given other ids. Also if ids
+            have no bag axis, if weights have another shape, or if there are weights without a
+            combiner.
         """
         parts = [
-            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part)) if self.deterministic else stack.part(part)
+            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part))
+            if self.deterministic
+            else stack.part(part)
             for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True)
         ]
         return routing.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)
 
     def stats(self) -> tuple[CacheStats, ...]:
-        """Returns for each spec the counts since init, hit_rate among them, as host numbers; see mpembed_jax.stats."""
+        """Returns the counts since init for each spec (hit_rate and others) as host numbers.
+
+        See mpembed_jax.stats.
+        """
         return tuple(stats(state) for state in self.states)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode of a view, as nnx.view(model, deterministic=True) asks; True is evaluation."""
+        """Sets the mode of a view, for nnx.view; `deterministic=True` means evaluation."""
         if deterministic is not None:
             self.deterministic = deterministic

@@ -1,4 +1,4 @@
-"""CachedEmbed: nnx.Embed whose table is quantized, cached and trained by row."""
+"""CachedEmbed: an nnx module like nnx.Embed, whose table is quantized and cached."""
 
 from typing import Any
 
@@ -17,41 +17,52 @@ from mpembed_jax.nn.stack import Stack
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
-# One object for all modules: an optimizer is static, and a new one for each model would retrace its step.
+# All modules share one object. An optimizer is a static argument, so a new one for each model would
+# retrace its step.
 DEFAULT_TX = optim.rowwise_adagrad(0.05)
-# What nnx.Embed and linen.Embed start from: normal with variance 1 / features, whatever the block of rows.
+# The default of nnx.Embed and linen.Embed: normal with variance 1 / features, for any block of
+# rows.
 DEFAULT_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
 def embed_spec(
-    num_embeddings: int, features: int, storage: RowFormat | str, cache: CacheSpec | None, embedding_init: Any
+    num_embeddings: int,
+    features: int,
+    storage: RowFormat | str,
+    cache: CacheSpec | None,
+    embedding_init: Any,
 ) -> EmbeddingSpec:
-    """Returns the stack of one table that a CachedEmbed of these arguments has."""
-    table = TableSpec("embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init)
+    """Returns the spec of the one-table stack of a CachedEmbed with these arguments."""
+    table = TableSpec(
+        "embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init
+    )
     return EmbeddingSpec((table,), features, as_format(storage), cache)
 
 
 class CachedEmbed(nnx.Module):
-    """Turns ids into vectors like nnx.Embed; the table is quantized, the rows in use are cached and trained in float32.
+    """Turns ids into vectors like nnx.Embed, with a quantized table and a float32 cache.
 
-    A training step calls `prefetch(ids)` before nnx.value_and_grad and `grads = nn.apply_gradients(model, grads)` after it,
-    under nnx.jit with the model donated. After `model.eval()` calls need no prefetch.
+    The rows in use are cached and trained in float32. A training step runs under nnx.jit with the
+    model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
+    `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
+    prefetch.
 
     Args:
-      num_embeddings: rows V of the table.
-      features: width D of a row.
-      tx: optax transformation for the rows; None: optim.rowwise_adagrad(0.05), which suits the default initial values.
-        The model's own optimizer never sees the table.
-      storage: RowFormat or its name, how rows outside the cache are stored.
+      num_embeddings: V, the number of rows of the table.
+      features: D, the width of a row.
+      tx: optax transformation for the rows. None: optim.rowwise_adagrad(0.05), which suits the
+        default initial values. The model's own optimizer never sees the table.
+      storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
-      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
-      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: nnx.Embed's default.
-      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device; the model is called as without, on
-        whole arrays whose leading axis is divided.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None for
+        nnx.Embed's default.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
+        a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; the pooling follows it.
-      rngs: the initial values and the embedding's own randomness derive from its `params` stream.
+      implementation: see mpembed_jax.init; it also selects the pooling.
+      rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
       TypeError: if an argument has another type.
@@ -79,7 +90,12 @@ class CachedEmbed(nnx.Module):
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
         self.deterministic = False
-        where = {"mesh": mesh, "axis_name": axis_name, "placement": placement, "implementation": implementation}
+        where = {
+            "mesh": mesh,
+            "axis_name": axis_name,
+            "placement": placement,
+            "implementation": implementation,
+        }
         self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **where)
 
     @property
@@ -88,30 +104,35 @@ class CachedEmbed(nnx.Module):
         return self.stack.embedding_state()
 
     def prefetch(self, ids: Any) -> None:
-        """Plans a batch and holds its rows for one step; call it outside the differentiated function.
+        """Plans a batch and holds its rows for one step.
+
+        Call it outside the differentiated function.
 
         Args:
-          ids: integers [..] in [0, num_embeddings), or any nest of such arrays; NO_ID is padding, ids outside the table
-            read as zeros and are counted. Host arrays of 64 bits are checked before jax would truncate them.
+          ids: integers [..] in [0, num_embeddings), or any nest of such arrays. NO_ID is padding.
+            Ids outside the table read as zeros and are counted. 64-bit host arrays are checked
+            before jax would truncate them.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: in evaluation mode, or if the last prefetch still waits for its nn.apply_gradients.
+          ValueError: in evaluation mode, or if nn.apply_gradients was not called after the last
+            prefetch.
         """
         self.stack.prefetch(routing.table_ids(self.stack.spec, ids), not self.deterministic)
 
     def __call__(self, ids: Any) -> Any:
-        """Returns the vectors of ids, differentiable with respect to the prefetched rows.
+        """Returns the vectors of ids, differentiable in the prefetched rows.
 
         Args:
-          ids: what prefetch was given, in training; any ids, after eval().
+          ids: in training, the ids that prefetch was given; after eval(), any ids.
 
         Returns:
-          [.., features] in dtype, nested as ids; padding and ids outside the table are zeros.
+          [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
+          zeros.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: in training, without prefetch or with other ids than it was given.
+          ValueError: in training, if prefetch was not called or was given other ids.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         if self.deterministic:
@@ -122,29 +143,34 @@ class CachedEmbed(nnx.Module):
         return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
 
     def attend(self, query: jax.Array) -> jax.Array:
-        """Returns the dot products of queries with every row: dense logits, the table decoded in blocks.
+        """Returns the dot products of queries with every row (dense logits).
 
-        It differentiates with respect to the query only, and only after eval(): in training it would silently not train
-        the table. Sampled softmax over prefetched rows does: prefetch the positive and sampled negative ids with the
-        inputs, as one nest, and take dot products with the vectors of the call.
+        The table is decoded in blocks. The result is differentiable only in the query, and only
+        after eval(): in training, the table would silently not be trained. To train it, use sampled
+        softmax over prefetched rows. Prefetch the positive and the sampled negative ids together
+        with the inputs, as one nest, and take dot products with the vectors of the call.
 
         Args:
           query: float [.., features].
 
         Returns:
-          [.., num_embeddings] in dtype.
+          [.., num_embeddings] in `dtype`.
 
         Raises:
           TypeError: if query is not floating.
-          ValueError: if its last axis is not features, or when differentiated in training mode.
+          ValueError: if its last axis is not features, or if attend is differentiated in training
+            mode.
         """
         return verbs.attend(self.stack.embedding_state(), query, self.dtype, not self.deterministic)
 
     def stats(self) -> CacheStats:
-        """Returns the counts since init, hit_rate among them, as host numbers; see mpembed_jax.stats."""
+        """Returns the counts since init (hit_rate and others) as host numbers.
+
+        See mpembed_jax.stats.
+        """
         return stats(self.state)
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Sets the mode of a view, as nnx.view(model, deterministic=True) asks; True is evaluation."""
+        """Sets the mode of a view, for nnx.view; `deterministic=True` means evaluation."""
         if deterministic is not None:
             self.deterministic = deterministic

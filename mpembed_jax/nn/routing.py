@@ -1,6 +1,7 @@
-"""How a user's features reach stacks of tables and how their vectors come back in the same nesting; flax-free.
+"""Routing of a user's features to stacks of tables, and of their vectors back to the same nesting.
 
-Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a column per feature, over all stacks in order.
+This module does not use flax. Ids are a mapping {feature: ids [.., L]}, or one array [.., T] with a
+column per feature, in the order of the stacks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,11 @@ Combiners = tuple[tuple[str, str | None], ...]
 
 
 class Part(NamedTuple):
-    """What one stack gives to a call."""
+    """The contribution of one stack to a call of a module."""
 
     rows: jax.Array  # f32 [U, D]
     inverse: Any
-    pool: Callable = pool  # pooling.pool, or the same over a mesh
+    pool: Callable = pool  # pooling.pool, or the same function over a mesh
 
 
 def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
@@ -30,7 +31,7 @@ def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingS
 
     Raises:
       TypeError: if they are not EmbeddingSpecs.
-      ValueError: if there are none, or two stacks have a feature of one name.
+      ValueError: if there are none, or if two stacks have a feature of the same name.
     """
     result = (specs,) if isinstance(specs, EmbeddingSpec) else tuple(specs)
     if not all(isinstance(s, EmbeddingSpec) for s in result):
@@ -41,30 +42,35 @@ def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingS
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise ValueError(
-            f"features {repeated} are in several specs; give each feature one stack (EmbeddingSpec(features=..))"
+            f"features {repeated} are in several specs; give each feature one stack "
+            "(EmbeddingSpec(features=..))"
         )
     return result
 
 
-def as_transformations(tx: Any, specs: tuple[EmbeddingSpec, ...]) -> tuple[optax.GradientTransformation, ...]:
+def as_transformations(
+    tx: Any, specs: tuple[EmbeddingSpec, ...]
+) -> tuple[optax.GradientTransformation, ...]:
     """Returns one row optimizer per spec.
 
     Raises:
-      ValueError: if a sequence of them has another length than specs.
+      ValueError: if tx is a sequence whose length differs from that of specs.
     """
-    # An optax transformation is itself a tuple.
+    # An optax transformation is itself a tuple, so it is recognized by its update.
     if callable(getattr(tx, "update", None)) or not isinstance(tx, Sequence):
         return (tx,) * len(specs)
     if len(tx) != len(specs):
-        raise ValueError(f"tx must be one transformation or one per spec, got {len(tx)} for {len(specs)} specs")
+        raise ValueError(
+            f"tx must be one transformation or one per spec, got {len(tx)} for {len(specs)} specs"
+        )
     return tuple(tx)
 
 
 def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
-    """Returns (feature, combiner) pairs, one for each feature.
+    """Returns one (feature, combiner) pair for each feature.
 
     Raises:
-      ValueError: on an unknown combiner, or a mapping that does not name exactly the features.
+      ValueError: if a combiner is unknown, or if a mapping does not name exactly the features.
     """
     features = [f for s in specs for f, _ in s.feature_tables]
     chosen = dict(combiner) if isinstance(combiner, Mapping) else dict.fromkeys(features, combiner)
@@ -72,24 +78,27 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
         raise ValueError(f"combiner must name exactly the features {features}, got {list(chosen)}")
     for feature, name in chosen.items():
         if name is not None and name not in COMBINERS:
-            raise ValueError(f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, got {name!r}")
+            raise ValueError(
+                f"combiner of feature {feature!r} must be one of {', '.join(COMBINERS)} or None, "
+                f"got {name!r}"
+            )
     return tuple((f, chosen[f]) for f in features)
 
 
 def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
-    """Maps any nest of a single table's ids to global ids, checked against its size."""
+    """Maps any nest of a single table's ids to global ids, and checks them against its size."""
     ((feature, _),) = spec.feature_tables
     return jax.tree.map(lambda leaf: spec.global_ids({feature: leaf})[feature], ids)
 
 
 def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
-    """Splits the last axis of an array by stacks."""
+    """Splits the last axis of an array into one part per stack."""
     ends = np.cumsum([len(s.feature_tables) for s in specs])
     return [array[..., e - len(s.feature_tables) : e] for s, e in zip(specs, ends, strict=True)]
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns the global ids of each stack, from ids local to their tables.
+    """Returns the global ids of each stack for ids that are local to their tables.
 
     Args:
       specs: the stacks.
@@ -99,8 +108,8 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
       For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack].
 
     Raises:
-      KeyError: on an unknown feature.
-      ValueError: if array ids have another number of columns, or the stacks have several widths.
+      KeyError: if a feature is unknown.
+      ValueError: if array ids have another number of columns, or if the stacks have several widths.
     """
     if isinstance(ids, Mapping):
         known = {f for s in specs for f, _ in s.feature_tables}
@@ -112,13 +121,14 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     names = [f for s in specs for f, _ in s.feature_tables]
     if array.ndim < 1 or array.shape[-1] != len(names):
         raise ValueError(
-            f"array ids must be [.., {len(names)}], one column per feature {names}, got {list(array.shape)}; "
-            f"for bags pass a dict of features"
+            f"array ids must be [.., {len(names)}], one column per feature {names}, got "
+            f"{list(array.shape)}; for bags pass a dict of features"
         )
     widths = [s.embedding_dim for s in specs]
     if len(set(widths)) > 1:
         raise ValueError(
-            f"array ids need one embedding_dim for all features, the specs have {widths}; pass a dict of features"
+            f"array ids need one embedding_dim for all features, but the specs have {widths}; "
+            "pass a dict of features"
         )
     return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
@@ -127,20 +137,27 @@ def _as_float(weights: Any) -> jax.Array:
     return jnp.asarray(weights).astype(jnp.float32)
 
 
-def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _bags(
+    part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]
+) -> dict[str, jax.Array]:
     rows, inverse, pool = part
-    single = {}  # one gather, and one gradient table, for all of them
+    # These features share one gather, and one table of gradients.
+    single = {}
     bags = {}
     for feature, index in inverse.items():
         combiner, weight = combiners[feature], weights.get(feature)
         if combiner is None:
             if weight is not None:
-                raise ValueError(f"weights of feature {feature!r} need a combiner, its combiner is None; leave them out")
+                raise ValueError(
+                    f"weights of feature {feature!r} need a combiner, but its combiner is None; "
+                    "leave the weights out"
+                )
             single[feature] = index
         elif index.ndim < 2:
             raise ValueError(
-                f"feature {feature!r} has ids {list(index.shape)}, but combiner {combiner!r} reduces the last axis of "
-                f"[.., L], the bag; pass ids[..., None] for bags of one id, or combiner={{{feature!r}: None, ..}}"
+                f"feature {feature!r} has ids {list(index.shape)}, but combiner {combiner!r} "
+                "reduces the last axis of [.., L], the bag; pass ids[..., None] for bags of one "
+                f"id, or combiner={{{feature!r}: None, ..}}"
             )
         elif index.shape[-1] == 1 and weight is None:
             single[feature] = index[..., 0]
@@ -149,52 +166,75 @@ def _bags(part: Part, combiners: dict[str, str | None], weights: Mapping[str, An
     vectors = pool(rows, single)
     for feature, index in bags.items():
         weight = weights.get(feature)
-        vectors[feature] = pool(rows, index, None if weight is None else _as_float(weight), combiners[feature])
+        vectors[feature] = pool(
+            rows, index, None if weight is None else _as_float(weight), combiners[feature]
+        )
     return vectors
 
 
 def combine(
-    specs: tuple[EmbeddingSpec, ...], combiners: Combiners, parts: Sequence[Part], ids: Any, weights: Any, dtype: Any
+    specs: tuple[EmbeddingSpec, ...],
+    combiners: Combiners,
+    parts: Sequence[Part],
+    ids: Any,
+    weights: Any,
+    dtype: Any,
 ) -> Any:
     """Pools each stack's rows and returns the vectors in the nesting of ids.
 
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's Part, its inverse nested as `route` gave the ids.
-      ids: what the user passed.
-      weights: None, or nested as ids (a mapping may leave features out), of the ids' shapes.
-      dtype: of the result.
+      parts: each stack's Part, its inverse in the nesting that `route` returned.
+      ids: the ids that the user passed.
+      weights: None, or factors in the nesting and shapes of ids; a mapping may leave features out.
+      dtype: dtype of the result.
 
     Returns:
-      {feature: [.., D]}, reduced over the last axis of ids where there is a combiner; or [.., T, D] for array ids.
+      {feature: [.., D]}, reduced over the last axis of ids if there is a combiner; or [.., T, D]
+      for array ids.
 
     Raises:
-      TypeError: if weights are nested otherwise.
-      KeyError: if weights name a feature that ids do not.
-      ValueError: on weights of another shape, or without a combiner, or on ids without a bag axis.
+      TypeError: if weights have another nesting.
+      KeyError: if weights name a feature that ids do not name.
+      ValueError: if weights have another shape, if there are weights without a combiner, or if ids
+        have no bag axis.
     """
     by_feature = dict(combiners)
     if isinstance(ids, Mapping):
         if weights is not None and not isinstance(weights, Mapping):
-            raise TypeError(f"weights must be a mapping like ids, {{feature: weights}}, got {type(weights).__name__}")
+            raise TypeError(
+                f"weights must be a mapping like ids, {{feature: weights}}, got "
+                f"{type(weights).__name__}"
+            )
         stray = [f for f in weights or {} if f not in ids]
         if stray:
-            raise KeyError(f"weights name features {stray} that ids do not; ids have {list(ids)}")
+            raise KeyError(
+                f"weights name features {stray} that ids do not name; ids have {list(ids)}"
+            )
         vectors: dict[str, jax.Array] = {}
         for part in parts:
             vectors.update(_bags(part, by_feature, weights or {}))
         ordered = {f: vectors[f].astype(dtype) for f in ids}
         return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
     if weights is None:
-        # A column is a bag of one id: every combiner gives its vector.
-        return jnp.concatenate([part.pool(part.rows, part.inverse) for part in parts], axis=-2).astype(dtype)
+        # A column is a bag of one id, so every combiner gives its vector.
+        return jnp.concatenate(
+            [part.pool(part.rows, part.inverse) for part in parts], axis=-2
+        ).astype(dtype)
     if np.shape(weights) != np.shape(ids):
-        raise ValueError(f"weights must have the shape of ids {list(np.shape(ids))}, got {list(np.shape(weights))}")
+        raise ValueError(
+            f"weights must have the shape of ids {list(np.shape(ids))}, got "
+            f"{list(np.shape(weights))}"
+        )
     stacked: list[jax.Array] = []
     for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
         names = [f for f, _ in spec.feature_tables]
         index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
-        bags = _bags(part._replace(inverse=index), by_feature, {f: factors[..., i, None] for i, f in enumerate(names)})
+        bags = _bags(
+            part._replace(inverse=index),
+            by_feature,
+            {f: factors[..., i, None] for i, f in enumerate(names)},
+        )
         stacked.extend(bags[f] for f in names)
     return jnp.stack(stacked, axis=-2).astype(dtype)

@@ -1,8 +1,9 @@
-"""One stack of tables inside an nnx model: its state, and for the length of one step the gathered rows and their plan.
+"""One stack of tables inside an nnx model: its state, and its rows and plan during a step.
 
-Between steps a stack holds one variable, the EmbeddingState, which is no Param: gradients and optimizers do not see it. In
-a step `prefetch` adds the plan and the rows, the latter as a Param, so that an unchanged nnx.value_and_grad differentiates
-with respect to them, and `apply_gradients` takes both out again.
+Between steps, a stack holds one variable, the EmbeddingState. It is not a Param, so gradients and
+optimizers do not see it. In a step, `prefetch` adds the plan and the rows. The rows are a Param, so
+that an unchanged nnx.value_and_grad differentiates with respect to them. `apply_gradients` removes
+both again.
 """
 
 from typing import Any
@@ -19,35 +20,40 @@ from mpembed_jax.spec import EmbeddingSpec
 
 
 class EmbeddingVariable(nnx.Variable):
-    """Holds the EmbeddingState of a stack; saved and restored with the model."""
+    """Holds the EmbeddingState of a stack; it is saved and restored with the model."""
 
 
 class CachedRows(nnx.Param):
-    """The gathered rows (float32 [U, D]) of one step, between prefetch and nn.apply_gradients."""
+    """Holds the gathered rows (float32 [U, D]) of one step.
+
+    It exists between prefetch and nn.apply_gradients.
+    """
 
 
 class PlanVariable(nnx.Variable):
-    """Holds the CachePlan of one step, between prefetch and nn.apply_gradients."""
+    """Holds the CachePlan of one step; it exists between prefetch and nn.apply_gradients."""
 
 
 class Stack(nnx.Module):
-    """A stack of tables; CachedEmbed has one, CachedEmbedBags one per spec.
+    """A stack of tables; CachedEmbed has one, and CachedEmbedBags has one per spec.
 
     Args:
       spec: the stack.
       tx: optax transformation for its rows.
-      rngs: the key of the embedding's randomness comes from its `params` stream.
-      where: mesh, axis_name, placement and implementation, as init takes them.
+      rngs: its `params` stream gives the key of the embedding's randomness.
+      where: mesh, axis_name, placement and implementation, as in init.
     """
 
-    def __init__(self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any):
+    def __init__(
+        self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any
+    ):
         self.spec = spec
         self.tx = tx
         self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))
 
     @property
     def is_prefetched(self) -> bool:
-        """Whether a step is under way: rows are held."""
+        """Whether rows are held, that is, a step is in progress."""
         return hasattr(self, "rows")
 
     def embedding_state(self) -> EmbeddingState:
@@ -55,25 +61,28 @@ class Stack(nnx.Module):
         return self.state.get_value()
 
     def prefetch(self, ids: Any, is_training: bool) -> None:
-        """Plans a batch, brings its rows into the cache and holds them, for one step.
+        """Plans a batch, brings its rows into the cache and holds them for one step.
 
         Args:
           ids: nest of int32 arrays of global ids.
-          is_training: whether the module that asks is in training mode.
+          is_training: whether the calling module is in training mode.
 
         Raises:
-          ValueError: if it is not, or if the last prefetch still waits for its nn.apply_gradients.
+          ValueError: if is_training is False, or if nn.apply_gradients was not called after the
+            last prefetch.
         """
         if not is_training:
             raise ValueError(
-                "prefetch was called in evaluation mode, where calls only read and rows get no gradient; call model.train() "
-                "before training, and no prefetch in evaluation"
+                "prefetch was called in evaluation mode, in which calls only read and rows get "
+                "no gradient; call model.train() before training, and do not call prefetch in "
+                "evaluation"
             )
         if self.is_prefetched:
             raise ValueError(
-                "prefetch was called twice without nn.apply_gradients in between, which would lose the first batch's "
-                "update; call grads = nn.apply_gradients(model, grads) after each prefetch (several inputs in one step: "
-                "prefetch one nest of them), or nn.discard(model) to give up a step"
+                "prefetch was called twice without nn.apply_gradients in between, which would "
+                "lose the first batch's update; call grads = nn.apply_gradients(model, grads) "
+                "after each prefetch (several inputs in one step: prefetch one nest of them), or "
+                "nn.discard(model) to give up a step"
             )
         state, plan, rows = verbs.fetch(self.state.get_value(), ids)
         self.state.set_value(state)
@@ -81,15 +90,19 @@ class Stack(nnx.Module):
         self.rows = CachedRows(rows)
 
     def part(self, ids: Any) -> Part:
-        """Returns the held rows, the plan's inverse and the pool for them, after checking that ids are those prefetched.
+        """Returns the held rows, the plan's inverse and the pool function for them.
+
+        Args:
+          ids: nest of int32 arrays of global ids; they are compared with the prefetched ones.
 
         Raises:
-          ValueError: if nothing is prefetched, or other ids.
+          ValueError: if nothing was prefetched, or if other ids were.
         """
         if not self.is_prefetched:
             raise ValueError(
-                "a cached embedding in training mode was called without prefetch, which would leave it untrained; call "
-                "module.prefetch(ids) before nnx.value_and_grad, or model.eval() if this is evaluation"
+                "a cached embedding in training mode was called without prefetch, which would "
+                "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
+                "model.eval() if this is evaluation"
             )
         plan: CachePlan = self.plan.get_value()
         verbs.check_prefetched(plan, ids)
@@ -102,40 +115,47 @@ class Stack(nnx.Module):
         self.drop()
 
     def drop(self) -> None:
-        """Forgets the held rows and their plan."""
+        """Drops the held rows and their plan."""
         del self.plan, self.rows
 
 
 def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
-    found = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Stack)]
+    found = [
+        (path, module) for path, module in nnx.iter_modules(model) if isinstance(module, Stack)
+    ]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no cached embedding; pass the model that has the CachedEmbed or CachedEmbedBags"
+            f"{type(model).__name__} holds no cached embedding; pass the model that has the "
+            "CachedEmbed or CachedEmbedBags"
         )
     return found
 
 
 def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
-    """Updates every prefetched embedding of a model and takes its rows out of model and gradients.
+    """Updates every prefetched embedding of a model and removes its rows from model and gradients.
 
-    To clip by the global norm of dense and row gradients together, as dense training does, clip before this call:
-    `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`. Until then grads hold both.
+    To clip by the global norm of dense and row gradients together, as dense training does, clip
+    before this call. Until then, grads hold both kinds of gradients:
+
+      `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`
 
     Args:
       model: the nnx model, differentiated with its rows prefetched.
       grads: nnx.State of gradients from nnx.grad or nnx.value_and_grad over that model.
 
     Returns:
-      The other gradients: what nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads) takes.
+      The other gradients, for nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads).
 
     Raises:
-      ValueError: if the model has no cached embedding, none was prefetched, or grads miss the rows of one that was.
+      ValueError: if the model has no cached embedding, if none was prefetched, or if grads lack the
+        rows of one that was.
     """
     waiting = [(path, stack) for path, stack in _stacks(model) if stack.is_prefetched]
     if not waiting:
         raise ValueError(
-            "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) once before each "
-            "nnx.value_and_grad (a step that leaves every embedding alone needs no nn.apply_gradients)"
+            "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) "
+            "once before each nnx.value_and_grad (a step that trains no embedding needs no "
+            "nn.apply_gradients)"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
     row_grads = []
@@ -143,22 +163,23 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
         name = (*path, "rows")
         if name not in flat:
             raise ValueError(
-                f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; differentiate this model with "
-                f"respect to all nnx.Param (the default of nnx.grad and nnx.value_and_grad) and pass the gradients unchanged"
+                f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; "
+                "differentiate this model with respect to all nnx.Param (the default of nnx.grad "
+                "and nnx.value_and_grad) and pass the gradients unchanged"
             )
         held = flat.pop(name)
         row_grads.append(held.get_value() if isinstance(held, nnx.Variable) else held)
-    # All are found before any is applied: an error leaves the model as it was.
+    # All gradients were found before any is applied, so an error leaves the model unchanged.
     for (_, stack), gradient in zip(waiting, row_grads, strict=True):
         stack.update(gradient)
     return nnx.from_flat_state(flat)
 
 
 def discard(model: nnx.Module) -> None:
-    """Gives up a step: drops the prefetched rows of every embedding in the model, which are then not trained.
+    """Abandons a step: drops the prefetched rows of every embedding in the model without an update.
 
     Args:
-      model: the nnx model; nothing happens where nothing is prefetched.
+      model: the nnx model; nothing happens if nothing is prefetched.
 
     Raises:
       ValueError: if the model has no cached embedding.

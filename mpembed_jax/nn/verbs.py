@@ -1,8 +1,9 @@
-"""The verbs as a module calls them: traced as they are inside jit, compiled once and reused outside.
+"""The verbs as the flax modules call them: traced inside jit, and compiled once outside it.
 
-Outside jit the loops of a verb would compile anew at every call, and unjitted arithmetic differs from jitted in the last
-bit. What a module adds to the verbs is here too, without flax: the check that a call sees the ids that were prefetched,
-the evaluation counterpart of (rows, inverse), and dense logits over a whole table.
+Outside jit, the loops of a verb would be compiled again at every call. Arithmetic outside jit also
+differs from jitted arithmetic in the last bit. This module also holds what the modules add to the
+verbs, without using flax: the check that a call sees the ids that were prefetched, a read for
+evaluation that returns rows and inverse like a plan's, and dense logits over a whole table.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_spe
 from mpembed_jax.mesh import exchange
 from mpembed_jax.row_ids import NO_ID
 
-_BLOCK = 8192  # rows of the table decoded at once by attend
+_BLOCK = 8192  # rows of the table that attend decodes at once
 
 
 @cache
@@ -35,12 +36,15 @@ def _jitted(verb: Callable, static: tuple[str, ...]) -> Callable:
 def _run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any:
     if isinstance(state.step, jax.core.Tracer):
         return verb(state, *args, **static)
-    # Not donated: whoever calls outside jit may hold the old state.
+    # The state is not donated, because a caller outside jit may still hold it.
     return _jitted(verb, tuple(static))(state, *args, **static)
 
 
 def _is_whole(state: EmbeddingState) -> bool:
-    """Whether a sharded state is held as whole arrays, outside jax.shard_map: the verbs then run over its mesh."""
+    """Whether a sharded state is held as whole arrays, outside jax.shard_map.
+
+    The verbs then run over its mesh.
+    """
     return state.layout is not None and not state.layout.is_bound
 
 
@@ -55,19 +59,27 @@ def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, 
 
 
 def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
-    """Returns embedding.prefetch's state and plan, and the plan's rows (float32 [U, D])."""
+    """Returns the state and plan of step.prefetch, and the plan's rows (float32 [U, D])."""
     return _run(_fetch, state, ids)
 
 
 def update(
-    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
 ) -> EmbeddingState:
     """Returns the state after step.apply_gradients."""
     return _run(_update, state, plan, rows, row_grads, tx=tx)
 
 
 def _update(
-    state: EmbeddingState, plan: CachePlan, rows: jax.Array, row_grads: jax.Array, tx: optax.GradientTransformation
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
 ) -> EmbeddingState:
     if not _is_whole(state):
         return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
@@ -78,24 +90,39 @@ def _update(
 
 
 def pool_of(state: EmbeddingState) -> Callable:
-    """Returns the `pool` for fetch's rows and inverse: by the state's implementation, over the mesh if they lie over one."""
+    """Returns the `pool` function for the rows and inverse of fetch.
+
+    It uses the state's implementation, and runs over the mesh if the rows lie over one.
+    """
     pool_here = partial(pool, implementation=state.implementation)
     if not _is_whole(state):
         return pool_here
     layout: Any = state.layout
     batch = PartitionSpec(layout.batch_axes)
 
-    def pool_over_mesh(rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None) -> Any:
+    def pool_over_mesh(
+        rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
+    ) -> Any:
         def run(rows: jax.Array, inverse: Any, weights: Any) -> Any:
             return pool_here(rows, inverse, weights, combiner)
 
-        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(rows, inverse, weights)
+        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
+            rows, inverse, weights
+        )
 
     return pool_over_mesh
 
 
 def read(state: EmbeddingState, ids: Any) -> Any:
-    """Returns the nest of rows (float32 [.., D]) of global ids, for evaluation; changes nothing."""
+    """Reads the rows of global ids for evaluation; the state does not change.
+
+    Args:
+      state: not changed.
+      ids: nest of int32 arrays.
+
+    Returns:
+      float32 [.., D] for each array, in the same nesting.
+    """
     return _run(evaluation.read, state, ids)
 
 
@@ -115,22 +142,26 @@ def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
 
 
 def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Callable]:
-    """Returns rows and inverse as a plan's would be, read for evaluation: one row per position, zeros last; and the `pool`.
+    """Reads rows for evaluation and returns them like those of a plan: rows, inverse and `pool`.
+
+    There is one row per position, and a row of zeros at the end.
 
     Args:
       state: not changed.
       ids: nest of int32 arrays of global ids.
 
     Returns:
-      float32 [N + 1, D], the nest of int32 positions in it, and `pool` by the state's implementation, but without foreign
-      calls: jax.export takes an evaluation.
+      float32 [N + 1, D]; the nest of int32 positions in it; and `pool` with the state's
+      implementation, but without foreign calls, so that jax.export can export an evaluation.
     """
     implementation = None if state.implementation == "numba" else state.implementation
     return *_run(_read_unpooled, state, ids), partial(pool, implementation=implementation)
 
 
 def check_prefetched(plan: CachePlan, ids: Any) -> None:
-    """Checks that a call's global ids are those of the plan: always their nesting and shapes, their values where concrete.
+    """Checks that a call's global ids are those of the plan.
+
+    Nesting and shapes are always compared, and values if they are concrete.
 
     Raises:
       ValueError: if they differ.
@@ -144,10 +175,12 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
     called, called_def = jax.tree.flatten(ids)
     if planned_def != called_def or [p.shape for p in planned] != [np.shape(c) for c in called]:
         raise ValueError(
-            f"called with ids of shapes {shapes(ids)}, but prefetch was given {shapes(plan.inverse)}; "
-            f"give prefetch and the call the same ids (several inputs: one nest of them, in one call)"
+            f"called with ids of shapes {shapes(ids)}, but prefetch was given "
+            f"{shapes(plan.inverse)}; give prefetch and the call the same ids (several inputs: "
+            "one nest of them, in one call)"
         )
-    if plan.route is not None:  # each device's inverse counts its own rows
+    # Over a mesh, each device's inverse refers to its own rows.
+    if plan.route is not None:
         return
     if any(isinstance(leaf, jax.core.Tracer) for leaf in (plan.unique_ids, *planned, *called)):
         return
@@ -158,16 +191,22 @@ def check_prefetched(plan: CachePlan, ids: Any) -> None:
         if is_other.any():
             where = tuple(int(i) for i in np.argwhere(is_other)[0])
             raise ValueError(
-                f"called with other ids than prefetch: at {list(where)} row {int(np.asarray(given)[where])}, prefetched "
-                f"was row {int(found[where])}; give prefetch and the call the same ids"
+                f"called with other ids than prefetch: at {list(where)} the call names row "
+                f"{int(np.asarray(given)[where])}, and prefetch named row {int(found[where])}; "
+                "give prefetch and the call the same ids"
             )
 
 
 # --- dense logits
 
 
-def _table_block(state: EmbeddingState, block: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the first row of a block (the last block starts earlier, to be full) and the rows it is responsible for."""
+def _table_block(
+    state: EmbeddingState, block: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the first row of a block and the rows that the block is responsible for.
+
+    The last block starts earlier, so that it is full. Rows before its nominal start are zero.
+    """
     size = min(_BLOCK, state.spec.num_rows)
     nominal = block * size
     first = jnp.minimum(nominal, state.spec.num_rows - size)
@@ -182,7 +221,7 @@ def _num_blocks(state: EmbeddingState) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _logits(state: EmbeddingState, query: jax.Array, is_training: bool) -> jax.Array:
-    """Returns query [N, D] times the transposed table, float32 [N, V]."""
+    """Returns the product of query [N, D] and the transposed table, float32 [N, V]."""
 
     def body(block: jax.Array, logits: jax.Array) -> jax.Array:
         first, rows = _table_block(state, block, query.dtype)
@@ -199,11 +238,12 @@ def _logits_fwd(state: Any, query: CustomVJPPrimal, is_training: bool) -> tuple[
     is_table_trained = any(leaf.perturbed for leaf in jax.tree.leaves(state, is_leaf=is_primal))
     if is_training or is_table_trained:
         raise ValueError(
-            "attend gives the table no gradient, so training through it would silently not train the table. To train it, "
-            "use sampled softmax over prefetched rows: prefetch the inputs' ids together with the positive and sampled "
-            "negative ids, call the module with the same nest, and take the dot products of its vectors. To differentiate "
-            "with respect to the query only, switch the module to evaluation first: module.eval() (linen: an apply without "
-            "prefetched rows)"
+            "attend gives the table no gradient, so training through it would silently not train "
+            "the table. To train it, use sampled softmax over prefetched rows: prefetch the "
+            "inputs' ids together with the positive and sampled negative ids, call the module "
+            "with the same nest, and take the dot products of its vectors. To differentiate with "
+            "respect to the query only, switch the module to evaluation first: module.eval() "
+            "(linen: an apply without prefetched rows)"
         )
     held = jax.tree.map(lambda leaf: leaf.value, state, is_leaf=is_primal)
     return _logits(held, query.value, is_training), (held, query.value)
@@ -228,29 +268,39 @@ _logits.defvjp(_logits_fwd, _logits_bwd, symbolic_zeros=True)
 
 def _attend(state: EmbeddingState, query: jax.Array, *, dtype: Any, is_training: bool) -> jax.Array:
     flat = query.astype(dtype).reshape(-1, query.shape[-1])
-    return _logits(state, flat, is_training).reshape(*query.shape[:-1], state.spec.num_rows).astype(dtype)
+    return (
+        _logits(state, flat, is_training)
+        .reshape(*query.shape[:-1], state.spec.num_rows)
+        .astype(dtype)
+    )
 
 
 def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: bool) -> jax.Array:
-    """Returns the dot products of queries with every row of a stack, decoding the table in blocks.
+    """Returns the dot products of queries with every row of a stack; decodes the table in blocks.
 
     Args:
       state: not changed; no gradient flows into it.
       query: float [.., D].
-      dtype: of the products; they are accumulated in float32.
-      is_training: whether differentiating raises.
+      dtype: dtype of the products; they are accumulated in float32.
+      is_training: whether differentiation raises an error.
 
     Returns:
-      [.., V] in dtype.
+      [.., V] in `dtype`.
 
     Raises:
-      ValueError: if the last axis of query is not D, or on differentiation while training.
+      ValueError: if the last axis of query is not D, or if the products are differentiated while
+        training.
       TypeError: if query is not floating.
     """
     dim = state.spec.embedding_dim
     query = jnp.asarray(query)
     if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise TypeError(f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend takes vectors")
+        raise TypeError(
+            f"query must be floating [.., {dim}], got {query.dtype} {list(query.shape)}; attend "
+            "takes vectors"
+        )
     if query.ndim < 1 or query.shape[-1] != dim:
-        raise ValueError(f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}")
+        raise ValueError(
+            f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}"
+        )
     return _run(_attend, state, query, dtype=np.dtype(dtype), is_training=is_training)

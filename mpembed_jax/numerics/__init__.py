@@ -1,1 +1,1 @@
-"""How a row of float32 becomes packed words: random bits, rounding, row formats, packing."""
+"""Numerics of low-precision rows: random bits, rounding, row formats and packing into words."""

@@ -1,9 +1,10 @@
-"""Row formats: how one embedding row of float32 becomes packed machine words and back.
+"""Row formats: the scale, bias and codes that represent one float32 embedding row.
 
-A row is `codes * scale + bias` with one scale (and bias) per row, packed as `[codes | scale | bias]` into uint16 or uint32
-words so that one memory access reads all of it. The layout follows FBGEMM's row-wise quantized tables in spirit; the
-symmetric bfloat16-scale formats, the word packing and the rounding rules are ours. Elementwise pieces (quantize,
-dequantize) also trace inside kernel bodies.
+A row is `codes * scale + bias` with one scale (and, in some formats, one bias) per row. `packing`
+stores it as `[codes | scale | bias]` in uint16 or uint32 words, so that one memory access reads the
+whole row. The layout resembles FBGEMM's row-wise quantized tables. The symmetric formats with a
+bfloat16 scale, the packing into words and the rounding rules are this library's own. Elementwise
+functions (quantize, dequantize) can also be traced inside kernel bodies.
 """
 
 import dataclasses
@@ -17,23 +18,33 @@ from jax import lax
 from mpembed_jax.numerics import rounding
 
 _INT_BITS = {"int8": 8, "int4": 4, "int2": 2}
-_CODE_BITS = {**_INT_BITS, "float8_e4m3fn": 8, "float8_e5m2": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+_CODE_BITS = {
+    **_INT_BITS,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "bfloat16": 16,
+    "float16": 16,
+    "float32": 32,
+}
 _SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How one row is stored.
+    """The storage format of one row.
 
     Attributes:
-      name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or "int2".
-      symmetric: integer formats only. True: a scale, codes around zero. False: a scale and a bias, codes from the row's
-        minimum. None: symmetric if embedding_dim < 32 and not int2, since metadata decides the ratio of narrow rows.
-      scale_dtype: "bfloat16" (default), "float16" or "float32"; integer and float8 formats only.
-      rounding: "stochastic" or "nearest" when a trained row is written.
+      name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or
+        "int2".
+      symmetric: for integer formats only. True: a scale, and codes around zero. False: a scale and
+        a bias, and codes that count from the row's minimum. None: symmetric if embedding_dim < 32
+        and the format is not int2, because a bias takes a large part of a narrow row.
+      scale_dtype: "bfloat16" (default), "float16" or "float32"; for integer and float8 formats
+        only.
+      rounding: "stochastic" or "nearest", applied when a trained row is written.
 
     Raises:
-      ValueError: on an unknown name or an option that the format does not have.
+      ValueError: if the name is unknown or the format does not have the option.
     """
 
     name: str = "int8"
@@ -43,19 +54,25 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.name not in _CODE_BITS:
-            raise ValueError(f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}")
+            raise ValueError(
+                f"unknown row format {self.name!r}; choose one of {', '.join(_CODE_BITS)}"
+            )
         if self.rounding not in ("stochastic", "nearest"):
             raise ValueError(f'rounding must be "stochastic" or "nearest", got {self.rounding!r}')
         if self.symmetric is not None and self.name not in _INT_BITS:
-            raise ValueError(f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out")
+            raise ValueError(
+                f"symmetric= applies to int8, int4 and int2 only, not to {self.name}; leave it out"
+            )
         if self.scale_dtype is not None and self.scale_dtype not in _SCALE_DTYPES:
-            raise ValueError(f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}")
+            raise ValueError(
+                f"scale_dtype must be one of {', '.join(_SCALE_DTYPES)}, got {self.scale_dtype!r}"
+            )
         if self.scale_dtype is not None and not (self.is_integer or self.name.startswith("float8")):
             raise ValueError(f"{self.name} rows have no scale; leave scale_dtype out")
 
     @property
     def is_integer(self) -> bool:
-        """Whether codes are small integers on a per-row grid."""
+        """Whether the codes are integers on a grid with one step per row."""
         return self.name in _INT_BITS
 
     @property
@@ -64,23 +81,29 @@ class RowFormat:
         return _CODE_BITS[self.name]
 
     def resolve(self, embedding_dim: int) -> "RowFormat":
-        """Returns the format with every None replaced by its default for this embedding dim."""
+        """Returns the format with each None replaced by its default for this embedding dim."""
         if self.is_integer:
-            symmetric = (embedding_dim < 32 and self.name != "int2") if self.symmetric is None else self.symmetric
-            return dataclasses.replace(self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16")
+            symmetric = (
+                (embedding_dim < 32 and self.name != "int2")
+                if self.symmetric is None
+                else self.symmetric
+            )
+            return dataclasses.replace(
+                self, symmetric=symmetric, scale_dtype=self.scale_dtype or "bfloat16"
+            )
         if self.name.startswith("float8"):
             return dataclasses.replace(self, scale_dtype=self.scale_dtype or "bfloat16")
         return self
 
     def metadata_halves(self, embedding_dim: int) -> int:
-        """Returns how many 16-bit halves the scale and bias of a row take."""
+        """Returns the number of 16-bit halves that the scale and bias of a row take."""
         fmt = self.resolve(embedding_dim)
         if fmt.scale_dtype is None:
             return 0
         return (2 if fmt.scale_dtype == "float32" else 1) * (2 if fmt.symmetric is False else 1)
 
     def word_bits(self, embedding_dim: int) -> int:
-        """Returns 32 if the unpadded row is a multiple of 4 bytes, else 16."""
+        """Returns 32 if the size of the unpadded row is a multiple of 4 bytes, else 16."""
         bits = embedding_dim * self.code_bits + 16 * self.metadata_halves(embedding_dim)
         return 32 if bits % 32 == 0 else 16
 
@@ -93,49 +116,69 @@ class RowFormat:
         return self.row_bytes(embedding_dim) * 8 // self.word_bits(embedding_dim)
 
     def row_bytes(self, embedding_dim: int) -> int:
-        """Returns the bytes of a packed row, metadata and padding included."""
+        """Returns the number of bytes in a packed row, including metadata and padding."""
         return 2 * (-(-embedding_dim * self.code_bits // 16) + self.metadata_halves(embedding_dim))
 
 
 def as_format(fmt: "RowFormat | str") -> RowFormat:
-    """Accepts a format's name wherever a RowFormat is expected."""
+    """Returns the RowFormat for a RowFormat or a format's name."""
     if isinstance(fmt, RowFormat):
         return fmt
     if isinstance(fmt, str):
         return RowFormat(fmt)
-    raise TypeError(f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}')
+    raise TypeError(
+        f'a row format is a RowFormat or a name such as "int8", got {type(fmt).__name__}'
+    )
 
 
 def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
-    """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D]; zeros in a format without them.
+    """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D].
 
-    The bias is rounded down first and the scale is taken from the stored bias and rounded up: the other way round, a
-    quarter of the rows would leave their grid.
+    Both are zero in a format without them. The bias is rounded down first. The scale is then
+    computed from the rounded bias and rounded up. In the opposite order, a quarter of the rows
+    would not fit their grid.
     """
     if fmt.scale_dtype is None:
         zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
         return zero, zero
     low = jnp.min(x, axis=-1, keepdims=True) if fmt.symmetric is False else None
-    return parameters_of(low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt)
+    return parameters_of(
+        low, jnp.max(x if low is not None else jnp.abs(x), axis=-1, keepdims=True), fmt
+    )
 
 
-def parameters_of(low: jax.Array | None, high: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
-    """Returns scale and bias of rows with elements in [low, high]; without a bias (low None) of magnitudes up to high."""
+def parameters_of(
+    low: jax.Array | None, high: jax.Array, fmt: RowFormat
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scale and bias of rows whose elements lie in [low, high].
+
+    If low is None, there is no bias, and the elements have magnitudes of at most high.
+    """
     dtype = fmt.scale_dtype or "float32"
     if low is not None:
         bias = rounding.round_down(low, dtype)
         return rounding.grid_step(_saturated(high - bias, high), 2**fmt.code_bits - 1, dtype), bias
-    top = 2.0 ** (fmt.code_bits - 1) - 1 if fmt.is_integer else rounding.FLOAT_FORMATS[fmt.name].max_value
+    top = (
+        2.0 ** (fmt.code_bits - 1) - 1
+        if fmt.is_integer
+        else rounding.FLOAT_FORMATS[fmt.name].max_value
+    )
     return rounding.grid_step(_saturated(high, high), top, dtype), jnp.zeros_like(high)
 
 
 def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
-    """Clamps a row's range to what the stored bias and float32 can reach; values that are not finite themselves stay so."""
+    """Clamps a row's range to what the stored bias and float32 can represent.
+
+    If the row's extreme is infinite or NaN, the result is that extreme.
+    """
     return jnp.where(jnp.isfinite(extreme), jnp.clip(width, 0, 3.3e38), extreme)
 
 
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Returns x / divisor, correctly rounded: as a product with the reciprocal, grid points would leave the grid."""
+    """Returns x / divisor, correctly rounded.
+
+    Without the barrier, XLA multiplies by the reciprocal, which moves grid points off the grid.
+    """
     return x / lax.optimization_barrier(jnp.broadcast_to(divisor, x.shape))
 
 
@@ -147,15 +190,16 @@ def quantize(
     bits: jax.Array | None,
     divide: Callable[[jax.Array, jax.Array], jax.Array] = divide,
 ) -> jax.Array:
-    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format; clamped, never NaN-valued.
+    """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format.
 
-    `divide` is a correctly rounded division: a kernel's own where the compiler's would be approximate.
+    Codes are clamped and never NaN. `divide` must be a correctly rounded division; a kernel passes
+    its own if its compiler's division is approximate.
     """
     if fmt.name == "float32":
         return lax.bitcast_convert_type(x, jnp.uint32)
     if fmt.scale_dtype is None:
         return rounding.encode_float(x, rounding.FLOAT_FORMATS[fmt.name], bits)
-    # Scale 0 marks a row of zeros (or, with a bias, of one constant).
+    # A scale of 0 means that all elements of the row are zero (or equal to the bias).
     divisor = jnp.where(scale > 0, scale, jnp.float32(1))
     if not fmt.is_integer:
         y = jnp.where(scale > 0, divide(x, divisor), jnp.float32(0))
@@ -168,7 +212,11 @@ def quantize(
 
 
 def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
-    """Returns float32 values of uint32 codes in a resolved format; codes * scale is exact, so contraction is harmless."""
+    """Returns the float32 values of uint32 codes in a resolved format.
+
+    The product codes * scale is exact, so contraction into a multiply-add does not change the
+    result.
+    """
     if fmt.name == "float32":
         return lax.bitcast_convert_type(codes, jnp.float32)
     if not fmt.is_integer:
@@ -181,7 +229,10 @@ def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowForm
 
 
 def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[jax.Array]:
-    """Returns what is stored after the codes: the scale's 16-bit halves (uint32 each), low half first, then the bias's."""
+    """Returns the 16-bit halves (uint32 each) that are stored after the codes.
+
+    The halves of the scale come first, then those of the bias, each with the low half first.
+    """
     dtype = fmt.scale_dtype or "float32"
     return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])
 
@@ -191,7 +242,9 @@ def parameters_from(halves: list[jax.Array], fmt: RowFormat) -> tuple[jax.Array,
     dtype = fmt.scale_dtype or "float32"
     width = 2 if dtype == "float32" else 1
     scale = _from_halves(halves[:width], dtype)
-    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(scale)
+    return scale, _from_halves(halves[width:], dtype) if fmt.symmetric is False else jnp.zeros_like(
+        scale
+    )
 
 
 def _halves(value: jax.Array, dtype: str) -> list[jax.Array]:

@@ -1,7 +1,8 @@
-"""Packing: how the codes, scale and bias of one embedding row become machine words and back.
+"""Packing of a row's codes, scale and bias into machine words, and unpacking.
 
-A row is `[codes | scale | bias]` in uint16 or uint32 words, little-endian, element 0 in the lowest bits, so that one memory
-access reads all of it. The layout follows FBGEMM's row-wise quantized tables in spirit; word packing is ours.
+A row is `[codes | scale | bias]` in uint16 or uint32 words, little-endian, with element 0 in the
+lowest bits. One memory access reads the whole row. The layout resembles FBGEMM's row-wise quantized
+tables; the packing into words is this library's own.
 """
 
 from functools import reduce
@@ -21,16 +22,23 @@ from mpembed_jax.numerics.formats import (
 
 
 def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
-    """Packs each `per_word` neighbours of uint32 codes [.., n] into one word, the first in the lowest bits."""
-    # XLA:CPU does not vectorize what makes the codes when they are summed over a last axis of 4, and computes it again for
-    # each of the terms when there are 8: each form is three times as fast as the other where it is used.
+    """Packs every `per_word` adjacent uint32 codes [.., n] into one word, lowest bits first."""
+    # XLA:CPU needs two forms. When codes are summed over a last axis of 4, it does not vectorize
+    # the computation of the codes. When 8 slices are combined by OR, it computes the codes again
+    # for each slice. Each form is three times as fast as the other where it is used.
     if per_word <= 4:
-        return reduce(jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)])
+        return reduce(
+            jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
+        )
     shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(code_bits)
-    return jnp.sum(codes.reshape(*codes.shape[:-1], -1, per_word) << shifts, axis=-1, dtype=jnp.uint32)
+    return jnp.sum(
+        codes.reshape(*codes.shape[:-1], -1, per_word) << shifts, axis=-1, dtype=jnp.uint32
+    )
 
 
-def encode(rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | None = None) -> jax.Array:
+def encode(
+    rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | None = None
+) -> jax.Array:
     """Packs float32 rows into a format's machine words.
 
     Args:
@@ -39,25 +47,31 @@ def encode(rows: jax.Array, format: RowFormat | str, random_bits: jax.Array | No
       random_bits: uint32 [.., D] for stochastic rounding; None rounds to nearest.
 
     Returns:
-      uint16 or uint32 [.., row_words]: `[codes | scale | bias]`, little-endian, element 0 in the lowest bits.
+      uint16 or uint32 [.., row_words]: `[codes | scale | bias]`, little-endian, with element 0 in
+      the lowest bits.
 
     Raises:
-      TypeError: if rows are not float32 or random_bits not uint32.
-      ValueError: if random_bits and rows differ in shape, or rows have no columns.
+      TypeError: if rows are not float32.
+      ValueError: if random_bits are not uint32 of the shape of rows, or rows have no columns.
     """
     if rows.dtype != jnp.float32:
         raise TypeError(f"rows must be float32 [.., D], got {rows.dtype}; cast them before encode")
     if rows.ndim < 1 or rows.shape[-1] < 1:
         raise ValueError(f"rows must be float32 [.., D] with D >= 1, got shape {rows.shape}")
-    if random_bits is not None and (random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape):
-        raise ValueError(f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} {random_bits.shape}")
+    if random_bits is not None and (
+        random_bits.dtype != jnp.uint32 or random_bits.shape != rows.shape
+    ):
+        raise ValueError(
+            f"random_bits must be uint32 {rows.shape} like rows, got {random_bits.dtype} "
+            f"{random_bits.shape}"
+        )
     fmt = as_format(format).resolve(rows.shape[-1])
     scale, bias = row_parameters(rows, fmt)
     return pack(quantize(rows, scale, bias, fmt, random_bits), scale, bias, fmt)
 
 
 def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
-    """Packs the codes (uint32 [.., D]), scale and bias (float32 [.., 1]) of rows in a resolved format into machine words."""
+    """Packs codes (uint32 [.., D]), scale and bias (float32 [.., 1]) in a resolved format."""
     dim = codes.shape[-1]
     halves = []
     if fmt.scale_dtype is not None:
@@ -69,7 +83,9 @@ def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) ->
     if code_words * per_word != dim:
         codes = jnp.pad(codes, [*lead, (0, code_words * per_word - dim)])
     codes = _packed(codes, fmt.code_bits, per_word)
-    words = jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
+    words = (
+        jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
+    )
     position = jnp.arange(num_words, dtype=jnp.int32)
     first_half = num_words * word_bits // 16 - len(halves)
     for index, half in enumerate(halves, first_half):
@@ -82,7 +98,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
     """Unpacks machine words into float32 rows.
 
     Args:
-      packed: uint16 or uint32 [.., row_words], as `encode` made them.
+      packed: uint16 or uint32 [.., row_words], as returned by `encode`.
       format: a RowFormat or its name.
       embedding_dim: D.
 
@@ -90,7 +106,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
       float32 [.., D].
 
     Raises:
-      ValueError: if the words' dtype or number do not belong to this format and dim.
+      ValueError: if the words' dtype or number does not match the format and dim.
     """
     fmt = as_format(format).resolve(embedding_dim)
     dtype, num_words = fmt.word_dtype(embedding_dim), fmt.row_words(embedding_dim)

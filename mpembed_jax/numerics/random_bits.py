@@ -1,9 +1,9 @@
-"""Scalar arithmetic of low precision: counter-based random bits, and rounding of float32 to narrow formats.
+"""Counter-based random bits for stochastic rounding and initial values.
 
-Everything here is elementwise integer and float32 arithmetic, so the same functions trace inside `jax.jit` and inside a
-kernel body. Rounding knows nothing of rows or tables, and random bits are an argument. Random bits are a hash of
-(key, stream, step, global row id, column) built from Murmur3's 32-bit finalizer, so a draw never depends on batch order,
-cache line, shard or launch shape.
+The bits are a hash of (key, stream, step, global row id, column), built from Murmur3's 32-bit
+finalizer. A draw therefore does not depend on batch order, cache line, shard or launch shape.
+Everything is elementwise integer and float32 arithmetic, so the same functions can be traced inside
+`jax.jit` and inside a kernel body.
 """
 
 from typing import Protocol
@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Streams keep the draws for different purposes independent; optimizer state leaf i uses ROW_STATE + i.
+# Different purposes use different streams, so their draws are independent. Leaf i of the optimizer
+# state uses stream ROW_STATE + i.
 INITIAL_VALUE, INITIAL_ROUNDING, WRITE_BACK, BYPASS, FLUSH, ROW_STATE = 0, 1, 2, 3, 4, 5
 
 _GOLDEN = 0x9E3779B9
 
 
 def fmix32(x: jax.Array) -> jax.Array:
-    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, a bijection."""
+    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, which is a bijection."""
     x = x ^ (x >> 16)
     x = x * jnp.uint32(0x85EBCA6B)
     x = x ^ (x >> 13)
@@ -28,10 +29,12 @@ def fmix32(x: jax.Array) -> jax.Array:
 
 
 def scale_to(mixed: jax.Array, size: int) -> jax.Array:
-    """Maps mixed uint32 to [0, size) as (mixed * size) div 2^32: as even as a remainder, without a division or 64 bits.
+    """Maps mixed uint32 to [0, size) as (mixed * size) div 2^32.
+
+    The result is as uniform as a remainder, but needs no division and no 64-bit arithmetic.
 
     Args:
-      mixed: uint32 [..], well mixed in its high bits.
+      mixed: uint32 [..]; its high bits must be well mixed.
       size: 1 to 2^31.
 
     Returns:
@@ -58,15 +61,18 @@ def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
     Returns:
       uint32 [2].
     """
-    mixed = fmix32(jnp.asarray(step).astype(jnp.uint32) ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF)))
+    mixed = fmix32(
+        jnp.asarray(step).astype(jnp.uint32)
+        ^ fmix32(key[0] ^ jnp.uint32(stream * _GOLDEN & 0xFFFFFFFF))
+    )
     return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
 
 
 def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
-    """Returns 32 random bits for each (row id, column) pair; `row_ids` and `columns` broadcast against each other.
+    """Returns 32 random bits per (row id, column) pair; `row_ids` and `columns` are broadcast.
 
-    Each row walks its own Weyl sequence (an odd, row-dependent increment) and every point of it is mixed again, so
-    the sequences of two rows do not overlap shifted.
+    Each row has its own Weyl sequence, whose odd increment depends on the row. Each point of the
+    sequence is mixed again, so that the sequence of one row is not a shifted copy of another row's.
     """
     ids = row_ids.astype(jnp.uint32)
     start = fmix32(ids ^ seed[0])
@@ -112,11 +118,18 @@ def key_words(key: jax.Array) -> jax.Array:
     """Returns the uint32 [2] words of a jax key, typed or raw.
 
     Raises:
-      TypeError: if it is neither.
+      TypeError: if `key` is neither.
     """
-    if isinstance(key, jax.Array | np.ndarray) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+    if (
+        isinstance(key, jax.Array | np.ndarray)
+        and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        and key.ndim == 0
+    ):
         words = jax.random.key_data(key)
         return words if words.shape == (2,) else words[:2] ^ words[2:4]
     if isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32 and key.shape == (2,):
         return jnp.asarray(key)
-    raise TypeError(f"key must be jax.random.key(..) or uint32 [2], got {getattr(key, 'dtype', type(key).__name__)}")
+    raise TypeError(
+        "key must be jax.random.key(..) or uint32 [2], got "
+        f"{getattr(key, 'dtype', type(key).__name__)}"
+    )

@@ -1,7 +1,8 @@
-"""Rounding of float32 to narrow formats: stochastic or to nearest, to grids, floats and stored scales.
+"""Stochastic and nearest rounding of float32 to integer grids, narrow floats and stored scales.
 
-Everything is elementwise integer and float32 arithmetic, so the same functions trace inside `jax.jit` and inside a kernel
-body. Rounding knows nothing of rows or tables. Random bits are an argument.
+Everything is elementwise integer and float32 arithmetic, so the same functions can be traced inside
+`jax.jit` and inside a kernel body. Rounding does not depend on rows or tables. Random bits are an
+argument.
 """
 
 from typing import NamedTuple
@@ -14,10 +15,11 @@ from mpembed_jax.numerics.random_bits import uniform
 
 
 def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """Rounds float32 to an integral float32: floor(x + u) with u from `bits`, or to nearest (ties up) without bits.
+    """Rounds float32 to an integral float32.
 
-    The fraction is split off first: x + u in float32 would round, and would now and then move a value that is an
-    integer already.
+    With `bits`, the result is floor(x + u), where u is computed from the bits. Without bits, it is
+    the nearest integer (ties round up). The fraction is split off first: in float32, x + u would
+    itself be rounded and would sometimes change an x that is already an integer.
     """
     whole = jnp.floor(x)
     fraction = x - whole
@@ -26,15 +28,16 @@ def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
 
 
 def round_to_grid(x: jax.Array, step: jax.Array, bits: jax.Array | None) -> jax.Array:
-    """Rounds x / step to an integral float32, exactly: no value of the grid k * step ever moves.
+    """Rounds x / step to an integral float32, exactly: a grid value `k * step` always gives k.
 
-    Compilers turn the division of an array by a broadcast into a multiplication with the reciprocal, which is off by an
-    ulp. So the product is only a guess of the whole part, and the remainder is taken from x - k * step, which is exact
-    where k * step is: |k| < 2^8 and a step of at most 16 significant bits.
+    Compilers turn the division of an array by a broadcast value into a multiplication by the
+    reciprocal, which may be off by one ulp. The product is therefore only a guess of the integer
+    part k, and the fraction comes from the remainder `x - k * step`. The remainder is exact because
+    `k * step` is exact: |k| < 2^8, and step has at most 16 significant bits.
 
     Args:
       x: float32 [..].
-      step: float32, broadcasting against x, positive.
+      step: float32, broadcast against x, positive.
       bits: uint32 [..] or None, see round_to_integer.
     """
     reciprocal = jnp.float32(1) / step
@@ -47,11 +50,14 @@ def round_to_grid(x: jax.Array, step: jax.Array, bits: jax.Array | None) -> jax.
 
 
 class FloatFormat(NamedTuple):
-    """A narrow IEEE-like format: a sign, exponents biased by `bias`, `mantissa` stored bits, subnormals."""
+    """A narrow IEEE-like format with subnormals.
+
+    It has a sign, an exponent with offset `bias`, and `mantissa` stored bits.
+    """
 
     mantissa: int
     bias: int
-    max_code: int  # magnitude of the largest finite value
+    max_code: int  # code of the largest finite value
     nan_code: int
     sign_bit: int
 
@@ -69,7 +75,11 @@ FLOAT_FORMATS = {
     "float8_e5m2": FloatFormat(2, 15, 0x7B, 0x7F, 7),
 }
 _INF = 0x7F800000
-_LARGEST = {"float32": 3.4e38, "bfloat16": 3.3895313892515355e38, "float16": 65504.0}  # no scale above it
+_LARGEST = {
+    "float32": 3.4e38,
+    "bfloat16": 3.3895313892515355e38,
+    "float16": 65504.0,
+}  # largest scale of each dtype
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
@@ -83,12 +93,14 @@ def _as_float(bits: jax.Array) -> jax.Array:
 def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.Array:
     """Rounds float32 to the codes of a narrow float format.
 
-    Stochastic rounding picks one of the two neighbours in that format, subnormals included, with probability
-    proportional to nearness; without bits, to nearest, ties to even. Saturates at the largest finite value; NaN stays.
+    Stochastic rounding picks one of the two neighbours in the format, subnormals included. The
+    nearer a neighbour is, the more likely it is picked (linearly, so that the mean is x). Without
+    bits, rounding is to nearest, ties to even. Larger values saturate at the largest finite value.
+    NaN stays NaN.
 
     Args:
       x: float32 [..].
-      fmt: the target.
+      fmt: the target format.
       bits: uint32 [..] or None.
 
     Returns:
@@ -102,13 +114,16 @@ def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.
     else:
         noise = bits >> (32 - drop)
     code = ((magnitude + noise) >> drop) - jnp.uint32((127 - fmt.bias) << fmt.mantissa)
-    if fmt.bias < 127:  # bfloat16 shares float32's exponents, its subnormals round like its normals
+    # bfloat16 has the exponents of float32, so its subnormals round like its normals.
+    if fmt.bias < 127:
         units = _as_float(magnitude) * jnp.float32(2.0 ** (fmt.bias - 1 + fmt.mantissa))
         if bits is None:
             whole = jnp.floor(units)
             odd = whole - 2 * jnp.floor(whole * jnp.float32(0.5))
             fraction = units - whole
-            subnormal = whole + ((fraction > 0.5) | ((fraction == 0.5) & (odd == 1))).astype(jnp.float32)
+            subnormal = whole + ((fraction > 0.5) | ((fraction == 0.5) & (odd == 1))).astype(
+                jnp.float32
+            )
         else:
             subnormal = round_to_integer(units, bits)
         is_subnormal = magnitude < jnp.uint32((128 - fmt.bias) << 23)
@@ -120,63 +135,82 @@ def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.
 
 
 def decode_float(code: jax.Array, fmt: FloatFormat) -> jax.Array:
-    """Returns the float32 values of a narrow float format's bit patterns (uint32 [..]); exact."""
+    """Returns the exact float32 values of a narrow float format's bit patterns (uint32 [..])."""
     sign = (code >> fmt.sign_bit) << 31
     magnitude = code & jnp.uint32((1 << fmt.sign_bit) - 1)
     if fmt.bias == 127:
         return _as_float(code << 16)
     normal = _as_float((magnitude << (23 - fmt.mantissa)) + jnp.uint32((127 - fmt.bias) << 23))
-    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0 ** (1 - fmt.bias - fmt.mantissa))
+    subnormal = magnitude.astype(jnp.int32).astype(jnp.float32) * jnp.float32(
+        2.0 ** (1 - fmt.bias - fmt.mantissa)
+    )
     value = jnp.where(magnitude < jnp.uint32(1 << fmt.mantissa), subnormal, normal)
     value = jnp.where(magnitude > jnp.uint32(fmt.max_code), jnp.float32(jnp.nan), value)
     return _as_float(_as_bits(value) | sign)
 
 
 def round_up(x: jax.Array, dtype: str) -> jax.Array:
-    """Rounds non-negative float32 up to a stored scale: bfloat16, float16, or 16 significant bits of float32.
+    """Rounds non-negative float32 up to a stored scale of `dtype`; returns float32.
 
-    Returns float32; values below the smallest normal float32 become 0, infinities and NaN become NaN.
+    A stored scale is a bfloat16, a float16, or a float32 with 16 significant bits. Values below the
+    smallest normal float32 become 0. Infinities and NaN become NaN.
     """
     raw = _as_bits(x)
     match dtype:
-        case "float32":  # 16 significant bits: code * scale is exact, whether or not it contracts with an addition
+        # With 16 significant bits, code * scale is exact, so contraction with an addition is
+        # harmless.
+        case "float32":
             rounded = _as_float((raw + jnp.uint32(0xFF)) & jnp.uint32(0xFFFFFF00))
         case "bfloat16":
-            rounded = _as_float(jnp.minimum((raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000)))
+            rounded = _as_float(
+                jnp.minimum(
+                    (raw + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.uint32(0x7F7F0000)
+                )
+            )
         case "float16":
             normal = _as_float((raw + jnp.uint32(0x1FFF)) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.ceil(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-            rounded = jnp.minimum(jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
+            rounded = jnp.minimum(
+                jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0)
+            )
     rounded = jnp.where(raw < jnp.uint32(0x00800000), jnp.float32(0), rounded)
     return jnp.where(raw >= jnp.uint32(_INF), jnp.float32(jnp.nan), rounded)
 
 
 def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
-    """Returns the smallest scale that `dtype` stores with scale * levels >= width, exactly.
+    """Returns the smallest scale stored by `dtype` with scale * levels >= width.
 
-    The quotient is only a first guess, repaired by exact products: compilers may turn a division by a constant into a
-    multiplication, and GPUs divide approximately.
+    The quotient is only a first guess, which exact products correct. The reason is that compilers
+    may turn a division by a constant into a multiplication, and GPUs divide approximately.
 
     Args:
       width: float32 [..], not negative.
-      levels: integer of at most 8 bits, or the largest value of a float8 format.
+      levels: an integer of at most 8 bits, or the largest value of a float8 format.
       dtype: "float32" (16 significant bits), "bfloat16" or "float16".
     """
     top = jnp.float32(levels)
     scale = round_up(width / top, dtype)
     ulp = {"float32": 0x100, "bfloat16": 0x10000, "float16": 0x2000}[dtype]
-    below, above = _as_float(_as_bits(scale) - jnp.uint32(ulp)), _as_float(_as_bits(scale) + jnp.uint32(ulp))
+    below, above = (
+        _as_float(_as_bits(scale) - jnp.uint32(ulp)),
+        _as_float(_as_bits(scale) + jnp.uint32(ulp)),
+    )
     if dtype == "float16":
         quantum = jnp.float32(2.0**-24)
         below = jnp.where(scale > jnp.float32(2.0**-14), below, scale - quantum)
         above = jnp.where(scale >= jnp.float32(2.0**-14), above, scale + quantum)
     is_normal = _as_bits(scale) > jnp.uint32(0x00800000 + ulp)
     scale = jnp.where(is_normal & (below * top >= width), below, scale)
-    return jnp.where(is_normal & (scale * top < width) & (scale < jnp.float32(_LARGEST[dtype])), above, scale)
+    return jnp.where(
+        is_normal & (scale * top < width) & (scale < jnp.float32(_LARGEST[dtype])), above, scale
+    )
 
 
 def round_down(x: jax.Array, dtype: str) -> jax.Array:
-    """Rounds float32 of any sign down (towards minus infinity) to a stored bias of `dtype`; returns float32."""
+    """Rounds float32 of any sign down (towards minus infinity) to a stored bias of `dtype`.
+
+    The result is float32.
+    """
     raw = _as_bits(x)
     is_negative = (raw >> 31) == 1
     match dtype:
@@ -190,13 +224,18 @@ def round_down(x: jax.Array, dtype: str) -> jax.Array:
             away = jnp.where(is_negative, jnp.uint32(0x1FFF), jnp.uint32(0))
             normal = _as_float((raw + away) & jnp.uint32(0xFFFFE000))
             subnormal = jnp.floor(x * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-            rounded = jnp.minimum(jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0))
+            rounded = jnp.minimum(
+                jnp.where(jnp.abs(x) < jnp.float32(2.0**-14), subnormal, normal),
+                jnp.float32(65504.0),
+            )
             lowest = jnp.float32(-65504.0)
     return jnp.where(jnp.isnan(x), x, jnp.maximum(rounded, lowest))
 
 
 def stochastic_round(x: jax.Array, dtype: str, bits: jax.Array | None) -> jax.Array:
-    """Rounds float32 to the values of `dtype`, unbiased (E[result] = x inside the range), to nearest without bits.
+    """Rounds float32 to the values of `dtype`: stochastically with bits, to nearest without.
+
+    Stochastic rounding is unbiased: E[result] = x inside the range of the dtype.
 
     Args:
       x: float32 [..].
@@ -204,7 +243,7 @@ def stochastic_round(x: jax.Array, dtype: str, bits: jax.Array | None) -> jax.Ar
       bits: uint32 [..] or None.
 
     Returns:
-      float32 [..] holding values that `dtype` represents exactly.
+      float32 [..] with values that `dtype` represents exactly.
     """
     if dtype == "float32":
         return x

@@ -1,4 +1,4 @@
-"""Optimizers on rows: row-wise optax transformations, and updates of low-precision parameters."""
+"""Optimizers for rows, and stochastically rounded updates for low-precision parameters."""
 
 from mpembed_jax.optim.rounding import StochasticRoundState, stochastic_round_updates
 from mpembed_jax.optim.rowwise import (

@@ -1,4 +1,7 @@
-"""Low-precision parameters of any optax user: the last link of a chain, which rounds the new value stochastically."""
+"""An optax transformation that rounds updates of low-precision parameters stochastically.
+
+It is the last link of an optax chain and works for the parameters of any model.
+"""
 
 from typing import Any, NamedTuple
 
@@ -11,18 +14,20 @@ from mpembed_jax.numerics.random_bits import key_words
 
 
 class StochasticRoundState(NamedTuple):
-    """Key and count that name the random bits of the next update."""
+    """The key and count that determine the random bits of the next update."""
 
     key: jax.Array  # u32 [2]
-    count: jax.Array  # type: ignore[assignment]  # i32 [], optax's own name for it
+    count: jax.Array  # type: ignore[assignment]  # i32 [], the name that optax uses
 
 
 def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
-    """Makes the last link of a chain for bfloat16 or float16 parameters: the new value is rounded stochastically.
+    """Makes the last link of a chain for bfloat16 or float16 parameters; it rounds stochastically.
 
-    It returns SR(p + u) - p in float32, never in the parameter's dtype, so that unmodified `optax.apply_updates` lands on
-    the rounded value: exactly while |new| >= 2^-15 |old|, within 2^-24 |old| otherwise. Leaves of other dtypes pass
-    through. Without it, updates below half a step of the format vanish.
+    The update is SR(p + u) - p, where SR rounds to the parameter's dtype. It is float32, never in
+    the parameter's dtype, so that an unmodified `optax.apply_updates` yields the rounded value. The
+    result is exact if |new| >= 2^-15 |old|, and otherwise within 2^-24 |old|. Leaves of other
+    dtypes pass through unchanged. Without this link, updates smaller than half a step of the format
+    are lost.
 
     Args:
       key: jax.random.key(..) or uint32 [2].
@@ -35,9 +40,14 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
         del params
         return StochasticRoundState(key_words(key), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: StochasticRoundState, params: Any = None) -> tuple[Any, StochasticRoundState]:
+    def update(
+        updates: Any, state: StochasticRoundState, params: Any = None
+    ) -> tuple[Any, StochasticRoundState]:
         if params is None:
-            raise ValueError("stochastic_round_updates needs the parameters: call tx.update(grads, state, params)")
+            raise ValueError(
+                "stochastic_round_updates needs the parameters: call tx.update(grads, state, "
+                "params)"
+            )
         treedef: Any
         leaves, treedef = jax.tree.flatten(updates)
         rounded = []
@@ -48,7 +58,9 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
             old = p.astype(jnp.float32)
             columns = max(1, p.shape[-1]) if p.ndim else 1
             rows = jnp.arange(p.size // columns, dtype=jnp.int32)
-            bits = random_bits.row_bits(state.key, index, state.count, rows, columns).reshape(p.shape)
+            bits = random_bits.row_bits(state.key, index, state.count, rows, columns).reshape(
+                p.shape
+            )
             new = rounding.stochastic_round(old + u.astype(jnp.float32), p.dtype.name, bits)
             rounded.append(new - old)
         return treedef.unflatten(rounded), StochasticRoundState(state.key, state.count + 1)

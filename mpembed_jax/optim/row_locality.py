@@ -1,7 +1,8 @@
-"""Whether an optimizer treats every row by itself, read off what it computes.
+"""A static test for optimizers that treat each row independently of the others.
 
-Row-local transformations (SGD, Adagrad, Adam and their row-wise kin) may be applied to any part of a batch's rows at a time
-and give the same values; one that mixes rows (clipping by the global norm, say) needs all of them at once.
+The test inspects the jaxpr of an optax update. Row-local transformations (SGD, Adagrad, Adam and
+their row-wise variants) give the same values when a batch's rows are updated in parts. A
+transformation that mixes rows, such as clipping by the global norm, needs all rows at once.
 """
 
 from typing import Any
@@ -12,26 +13,31 @@ import optax
 
 _ELEMENTWISE = frozenset(
     """
-    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt
-    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
-    """.split()  # noqa: SIM905  one to a line would hide that it is a list of names
+    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
+    pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    """.split()  # noqa: SIM905  one name per line would hide that this is a list of names
 )
-_REDUCTIONS = frozenset(["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"])
-_ROWS = 7919  # a prime that no other dimension is likely to equal
+_REDUCTIONS = frozenset(
+    ["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"]
+)
+_ROWS = 7919  # a prime that other dimensions are unlikely to equal
 
 
 def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
-    """Returns whether each row's update depends on that row, its gradient, its state and scalars only.
+    """Whether each row's update depends only on that row, its gradient and state, and scalars.
 
-    True is a proof; False may mean that the transformation uses an operation this analysis does not know.
+    True is a proof. False may also mean that the transformation uses an operation this analysis
+    does not know.
 
     Args:
       tx: an optax transformation.
       embedding_dim: D.
     """
     if not callable(getattr(tx, "update", None)):
-        return False  # nothing that could be applied in parts; whoever applies it says what it should have been
+        # Not an optax transformation. The caller that applies it raises an error.
+        return False
     rows = jax.ShapeDtypeStruct((_ROWS, embedding_dim), jnp.float32)
     traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)
     return embedding_dim != _ROWS and not traced.consts and _keeps_rows_apart(traced.jaxpr)
@@ -42,7 +48,7 @@ def _has_rows(variable: Any) -> bool:
 
 
 def _keeps_rows_apart(jaxpr: Any) -> bool:
-    """Whether every row of every value depends on the same row alone: rows are always dimension 0."""
+    """Whether row i of every value depends only on row i of the inputs; rows are dimension 0."""
     return all(_is_local(eqn) for eqn in jaxpr.eqns)
 
 
@@ -53,12 +59,19 @@ def _is_local(eqn: Any) -> bool:
     name, params = eqn.primitive.name, eqn.params
     inner = params.get("jaxpr") or params.get("call_jaxpr")
     if inner is not None:
-        return name in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat") and _keeps_rows_apart(
-            getattr(inner, "jaxpr", inner)
-        )
+        return name in (
+            "jit",
+            "pjit",
+            "closed_call",
+            "custom_jvp_call",
+            "remat",
+        ) and _keeps_rows_apart(getattr(inner, "jaxpr", inner))
     if name == "broadcast_in_dim":
-        return not operands or (params["broadcast_dimensions"][0] == 0 and params["shape"][0] == _ROWS)
-    if not operands:  # computed from scalars: the same for every row, except where a position is counted
+        return not operands or (
+            params["broadcast_dimensions"][0] == 0 and params["shape"][0] == _ROWS
+        )
+    # A value computed from scalars is the same for every row, unless an iota counts the rows.
+    if not operands:
         return name != "iota" or not _has_rows(eqn.outvars[0]) or params["dimension"] != 0
     if name in _ELEMENTWISE:
         return True

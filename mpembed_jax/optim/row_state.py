@@ -1,7 +1,8 @@
-"""Any optax transformation on gathered rows: which of its state is kept per row, and one lazy update of a batch's rows.
+"""Per-row optimizer state, and the lazy update of a batch's rows by an optax transformation.
 
-State leaves with one entry per table row are gathered at the batch's unique ids, updated and scattered back; scalars
-advance once per step; whatever is neither is refused at init. Rows absent from a batch keep their state.
+A state leaf with one entry per table row is gathered at the batch's unique ids, updated and
+scattered back. A scalar leaf advances once per step. `init` refuses any other leaf. Rows that are
+not in the batch keep their state.
 """
 
 from typing import Any, NamedTuple
@@ -17,81 +18,107 @@ from mpembed_jax.numerics import random_bits, rounding
 
 
 class RowLeaf(NamedTuple):
-    """What one leaf of a transformation's state is: one entry per table row, or a scalar for the whole stack."""
+    """One leaf of a transformation's state: an entry per table row, or a scalar for the stack."""
 
     is_row: bool
-    shape: tuple[int, ...]  # of one row's entry
+    shape: tuple[int, ...]  # shape of one row's entry
     dtype: Any
-    initial: Any  # numpy value of one row's entry, or of the scalar
+    initial: Any  # NumPy value of one row's entry, or of the scalar
 
 
 def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[list[RowLeaf], Any]:
-    """Classifies the state leaves of `tx`, initialized for float32 rows [V, embedding_dim].
+    """Classifies the state leaves that `tx` makes for float32 rows [V, embedding_dim].
 
-    A leaf is accepted if it is a scalar, or has V leading entries whose initial value does not depend on the parameters.
+    A leaf is accepted if it is a scalar, or if it has V leading entries whose initial value does
+    not depend on the parameters.
+
+    Args:
+      tx: an optax transformation.
+      embedding_dim: D.
 
     Returns:
       The leaves and their tree structure.
 
     Raises:
       TypeError: if tx is not an optax gradient transformation.
-      ValueError: naming the leaf and the reason, if tx cannot work on gathered rows.
+      ValueError: if tx cannot work on gathered rows; the message names the leaf and the reason.
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
-            f"tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), got {type(tx).__name__}"
+            "tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), "
+            f"got {type(tx).__name__}"
         )
     abstract = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((5, embedding_dim), jnp.float32))
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise ValueError(
-                f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which cannot be kept by row: noise "
-                f"drawn by position would depend on the order of the batch"
+                f"optimizer state leaf {jax.tree_util.keystr(path)} is a {leaf.dtype}, which "
+                "cannot be kept by row: noise drawn by position would depend on the order of the "
+                "batch"
             )
-    small, large = 5, 7  # two sizes no usual state dimension equals: what changes with them is a row dimension
+    # Other dimensions of a state are unlikely to have these sizes. A dimension that differs between
+    # the two is a row dimension.
+    small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
         with jax.ensure_compile_time_eval():
-            return jax.tree.map(np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32)))
+            return jax.tree.map(
+                np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32))
+            )
 
     state = initial(small, 0.0)
     for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.MultiStepsState)):
         if isinstance(node, optax.MultiStepsState):
-            raise ValueError("optax.MultiSteps accumulates dense gradients of the whole table; accumulate batches instead")
+            raise ValueError(
+                "optax.MultiSteps accumulates dense gradients of the whole table; accumulate "
+                "batches instead"
+            )
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     larger, filled = jax.tree.leaves(initial(large, 0.0)), jax.tree.leaves(initial(small, 3.7))
     leaves = []
     for (path, leaf), other, moved in zip(paths, larger, filled, strict=True):
         name = jax.tree_util.keystr(path) or "the state"
-        is_row = leaf.ndim >= 1 and leaf.shape[0] == small and other.shape == (large, *leaf.shape[1:])
+        is_row = (
+            leaf.ndim >= 1 and leaf.shape[0] == small and other.shape == (large, *leaf.shape[1:])
+        )
         if not is_row and leaf.ndim:
             raise ValueError(
-                f"optimizer state leaf {name} of shape {leaf.shape} (for {small} rows of dim {embedding_dim}) is neither "
-                f"one entry per row nor a scalar, so it cannot be kept by row; use for example optim.rowwise_adagrad, "
-                f"optax.adagrad, optax.adam or optax.sgd"
+                f"optimizer state leaf {name} of shape {leaf.shape} (for {small} rows of dim "
+                f"{embedding_dim}) is neither one entry per row nor a scalar, so it cannot be "
+                "kept by row; use for example optim.rowwise_adagrad, optax.adagrad, optax.adam "
+                "or optax.sgd"
             )
         if moved.shape != leaf.shape or not np.array_equal(moved, leaf):
             raise ValueError(
-                f"optimizer state leaf {name} starts from the parameters' values; only states that start from a "
-                f"constant can be kept by row without a float32 copy of the table"
+                f"optimizer state leaf {name} starts from the parameters' values; only states "
+                "that start from a constant can be kept by row without a float32 copy of the "
+                "table"
             )
         if is_row and leaf.size and not (leaf == leaf[0]).all():
-            raise ValueError(f"optimizer state leaf {name} starts differently for different rows, which is not supported")
-        leaves.append(RowLeaf(is_row, leaf.shape[1:] if is_row else (), leaf.dtype, leaf[0] if is_row else leaf))
+            raise ValueError(
+                f"optimizer state leaf {name} starts differently for different rows, which is not "
+                "supported"
+            )
+        leaves.append(
+            RowLeaf(
+                is_row, leaf.shape[1:] if is_row else (), leaf.dtype, leaf[0] if is_row else leaf
+            )
+        )
     rows = jax.ShapeDtypeStruct((small, embedding_dim), jnp.float32)
     names = ", ".join(jax.tree_util.keystr(path) for path, _ in paths)
     try:
         updates, new_state = jax.eval_shape(tx.update, rows, state, rows)
     except Exception as error:
         raise ValueError(
-            f"tx.update(row_grads, state, params) fails on plain float32 rows, so tx cannot train them (state leaves: "
-            f"{names}): {type(error).__name__}: {str(error).splitlines()[0]}"
+            "tx.update(row_grads, state, params) fails on plain float32 rows, so tx cannot train "
+            f"them (state leaves: {names}): {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     after: Any = jax.tree.structure(new_state)
     is_kept = after == treedef and getattr(updates, "shape", None) == rows.shape
     if not is_kept:
         raise ValueError(
-            f"tx.update changes the structure of its state {treedef} or of the updates, so it cannot train rows"
+            f"tx.update changes the structure of its state {treedef} or of the updates, so it "
+            "cannot train rows"
         )
     return leaves, treedef
 
@@ -101,20 +128,27 @@ def _is_narrow(leaf: RowLeaf, dtype: str) -> bool:
 
 
 def init_rows(
-    tx: optax.GradientTransformation, num_rows: int, embedding_dim: int, dtype: str, memory_kind: str | None = None
+    tx: optax.GradientTransformation,
+    num_rows: int,
+    embedding_dim: int,
+    dtype: str,
+    memory_kind: str | None = None,
 ) -> Any:
-    """Makes the row state of a stack: the tree of tx's state, float32 row leaves in bfloat16 bit patterns (uint16) if asked.
+    """Makes the row state of a stack: the tree of tx's state with V entries per row leaf.
+
+    If dtype is "bfloat16", float32 row leaves are stored as bfloat16 bit patterns (uint16).
 
     Args:
       tx: the transformation.
       num_rows: V.
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
-      memory_kind: None, or host memory for leaves of more than one number per row. The others stay on the device: every row
-        of a batch needs its own, cached or not.
+      memory_kind: None, or a host memory kind for leaves with more than one number per row. Other
+        leaves stay on the device, because every row of a batch needs its own entry, whether the row
+        is cached or not.
 
     Returns:
-      A pytree; row leaves have leading dimension V.
+      A pytree whose row leaves have leading dimension V.
     """
     leaves, treedef = row_leaves(tx, embedding_dim)
 
@@ -123,7 +157,9 @@ def init_rows(
             return jnp.asarray(leaf.initial)
         value = jnp.asarray(leaf.initial)
         if _is_narrow(leaf, dtype):
-            value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None).astype(jnp.uint16)
+            value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None).astype(
+                jnp.uint16
+            )
         return indexing.filled((num_rows, *leaf.shape), value, memory_kind if leaf.shape else None)
 
     return treedef.unflatten([make(leaf) for leaf in leaves])
@@ -145,17 +181,17 @@ def update_rows(
 
     Args:
       tx: the transformation that `row_state` was made for.
-      row_state: see `init_rows`.
-      ids: int32 [U]; entries that are not ids of the table keep no state.
+      row_state: as returned by `init_rows`.
+      ids: int32 [U]; entries that are not ids of the table store no state.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
-      dtype: storage of the row state.
+      dtype: storage dtype of the row state.
       key: uint32 [2].
       step: int32 scalar.
-      is_applied: bool scalar; False leaves scalars (schedule counts) where they are.
+      is_applied: bool scalar; if False, scalars (such as schedule counts) do not change.
 
     Returns:
-      New rows [U, D] and the row state.
+      The new rows [U, D] and the new row state.
 
     Raises:
       ValueError: if row_state was made for another transformation.
@@ -169,8 +205,9 @@ def update_rows(
     )
     if not is_same:
         raise ValueError(
-            f"tx does not match the row state: init was called with a transformation whose state is {held_def} "
-            f"{[a.shape for a in held]}, this one's is {treedef}; pass the same tx to init and apply_gradients"
+            "tx does not match the row state: init was called with a transformation whose state "
+            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
+            "to init and apply_gradients"
         )
     num_rows = next((a.shape[0] for a, leaf in zip(held, leaves, strict=True) if leaf.is_row), 0)
     is_row_id = (ids >= 0) & (ids < num_rows)
@@ -181,17 +218,22 @@ def update_rows(
             return array
         values = indexing.take(array, place)
         if _is_narrow(leaf, dtype):
-            return rounding.decode_float(values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"])
+            return rounding.decode_float(
+                values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"]
+            )
         return values
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
 
-    # A loop of one turn (none for a refused update), counted on the device: XLA fuses its body with nothing around it, so
-    # multiplications and additions contract alike in every program, with any cache and without one.
+    # The loop runs once (not at all for a refused update), and its trip count is known only on the
+    # device. XLA therefore fuses nothing outside the loop into its body. Multiplications and
+    # additions then contract in the same way in every program, with any cache or none.
     def update(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
         updates, new_state = tx.update(row_grads, old_state, rows)
-        new_state = jax.tree.map(lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state)
+        new_state = jax.tree.map(
+            lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state
+        )
         return rows + updates.astype(jnp.float32), new_state
 
     start = carries.with_final_types(lambda carry: update(jnp.int32(0), carry), (rows, gathered))
@@ -202,11 +244,14 @@ def update_rows(
             return value
         if _is_narrow(leaf, dtype):
             columns = int(np.prod(leaf.shape))
-            bits = random_bits.row_bits(key, random_bits.ROW_STATE + index, step, place, columns).reshape(value.shape)
+            bits = random_bits.row_bits(
+                key, random_bits.ROW_STATE + index, step, place, columns
+            ).reshape(value.shape)
             value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], bits)
         return indexing.put(array, place, value.astype(array.dtype))
 
     scattered = [
-        scatter(i, a, leaf, v) for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))
+        scatter(i, a, leaf, v)
+        for i, (a, leaf, v) in enumerate(zip(held, leaves, jax.tree.leaves(new_state), strict=True))
     ]
     return new_rows, treedef.unflatten(scattered)

@@ -1,7 +1,8 @@
-"""Optimizers on rows: row-wise optax transformations, the low-precision update, and any optax transform on gathered rows.
+"""Row-wise optax transformations: SGD, Adagrad, Adam, and clipping by row norm.
 
-State and updates exist for the rows of a batch only; rows absent from it keep their state (lazy semantics: no momentum
-decay, no weight decay). Row-wise Adagrad follows FBGEMM's exact row-wise Adagrad, row-wise Adam its partial row-wise Adam.
+State and updates exist only for the rows of a batch. Rows that are not in it keep their state (lazy
+semantics: no momentum decay, no weight decay). Row-wise Adagrad follows FBGEMM's exact row-wise
+Adagrad. Row-wise Adam follows FBGEMM's partial row-wise Adam.
 """
 
 import dataclasses
@@ -11,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ScalarOrSchedule = Any  # a float, or a callable from the step count
+ScalarOrSchedule = Any  # a float, or a function of the step count
 
 
 @dataclasses.dataclass(frozen=True)
 class RowRule:
-    """What a transformation does to one row, said so that a kernel can do it: w -= learning_rate * g / divisor.
+    """A transformation's update of one row, in a form that a kernel can run.
 
-    The divisor is sqrt(G) + eps with G += mean_d(g^2) where `has_sums` (its state: one sum per row), else 1.
+    The update is w -= learning_rate * g / divisor. If `has_sums`, the state has one sum G per row,
+    G += mean_d(g^2), and the divisor is sqrt(G) + eps. Otherwise the divisor is 1.
     """
 
     learning_rate: float
@@ -27,9 +29,13 @@ class RowRule:
 
 
 class RowTransformation(optax.GradientTransformation):
-    """An optax transformation of rows that carries its rule; chained with others it is an ordinary transformation."""
+    """An optax transformation of rows that carries its rule.
 
-    rule: RowRule | None = None  # of a copy by _replace, which may do anything
+    If it is chained with others, the chain is an ordinary transformation without a rule.
+    """
+
+    # None for a copy made by _replace, whose functions may do anything.
+    rule: RowRule | None = None
 
     def __new__(cls, init: Any, update: Any, rule: RowRule) -> "RowTransformation":
         """Makes the pair (init, update), which must do what `rule` says."""
@@ -39,12 +45,17 @@ class RowTransformation(optax.GradientTransformation):
 
 
 def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
-    """Returns the rule that `tx` carries, or None: then only plain XLA can run it."""
+    """Returns the rule that `tx` carries, or None.
+
+    Without a rule, only plain XLA can run the update.
+    """
     return tx.rule if isinstance(tx, RowTransformation) else None
 
 
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
-    """Stochastic gradient descent, w -= lr * g: optax.sgd without momentum, known to kernels if the rate is a number.
+    """Stochastic gradient descent, w -= lr * g, like optax.sgd without momentum.
+
+    If the learning rate is a number, kernels can run it.
 
     Args:
       learning_rate: a float or an optax schedule.
@@ -61,28 +72,36 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
 class ScaleByRowwiseAdagradState(NamedTuple):
     """One accumulator per row."""
 
-    sum_of_squares: Any  # f32 [V], for each leaf of the parameters its leading dimensions
+    sum_of_squares: Any  # f32 [V]; for each leaf of the parameters, its shape without the last axis
 
 
-def scale_by_rowwise_adagrad(eps: float = 1e-8, initial_accumulator_value: float = 0.0) -> optax.GradientTransformation:
+def scale_by_rowwise_adagrad(
+    eps: float = 1e-8, initial_accumulator_value: float = 0.0
+) -> optax.GradientTransformation:
     """Scales gradients by row-wise Adagrad: G += mean_d(g^2); g / (sqrt(G) + eps).
 
     Args:
-      eps: added to the root.
+      eps: added to the square root.
       initial_accumulator_value: G before the first update.
 
     Returns:
-      An optax transformation for parameters [.., D]; its state has one float32 per row.
+      An optax transformation for parameters [.., D]. Its state has one float32 per row.
     """
 
     def init(params: Any) -> ScaleByRowwiseAdagradState:
         return ScaleByRowwiseAdagradState(
-            jax.tree.map(lambda p: jnp.full(p.shape[:-1], initial_accumulator_value, jnp.float32), params)
+            jax.tree.map(
+                lambda p: jnp.full(p.shape[:-1], initial_accumulator_value, jnp.float32), params
+            )
         )
 
-    def update(updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None
+    ) -> tuple[Any, Any]:
         del params
-        total = jax.tree.map(lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares)
+        total = jax.tree.map(
+            lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares
+        )
 
         def scale(g: jax.Array, s: jax.Array) -> jax.Array:
             root = jnp.sqrt(s) + eps
@@ -94,22 +113,25 @@ def scale_by_rowwise_adagrad(eps: float = 1e-8, initial_accumulator_value: float
 
 
 class ScaleByRowwiseAdamState(NamedTuple):
-    """Full first moments, one second moment per row."""
+    """Full first moments, and one second moment per row."""
 
-    count: jax.Array  # type: ignore[assignment]  # i32 [], optax's own name for it
+    count: jax.Array  # type: ignore[assignment]  # i32 [], the name that optax uses
     mu: Any
     nu: Any
 
 
-def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Scales gradients by Adam with one second moment per row, nu = b2 nu + (1 - b2) mean_d(g^2); lazy on rows.
+def scale_by_rowwise_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Scales gradients by Adam with one second moment per row: nu = b2 nu + (1 - b2) mean_d(g^2).
 
-    Bias correction counts steps, not a row's own updates, as FBGEMM's partial row-wise Adam does.
+    Rows that are not in a batch keep their moments. Bias correction counts steps rather than the
+    updates of a row, as in FBGEMM's partial row-wise Adam.
 
     Args:
-      b1: decay of the first moment, which is kept in full.
-      b2: decay of the second moment, one float32 per row.
-      eps: added to the root of the second moment.
+      b1: decay of the first moment, which has D entries per row.
+      b2: decay of the second moment, which has one float32 per row.
+      eps: added to the square root of the second moment.
 
     Returns:
       An optax transformation for parameters [.., D].
@@ -125,16 +147,23 @@ def scale_by_rowwise_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8)
         count = state.count + 1
         steps = count.astype(jnp.float32)
         mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1), updates, state.nu)
+        nu = jax.tree.map(
+            lambda g, v: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1), updates, state.nu
+        )
         mu_scale, nu_scale = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
-        scaled = jax.tree.map(lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps)[..., None], mu, nu)
+        scaled = jax.tree.map(
+            lambda m, v: m * mu_scale / (jnp.sqrt(v * nu_scale) + eps)[..., None], mu, nu
+        )
         return scaled, ScaleByRowwiseAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
 def _with_decay(
-    scaling: optax.GradientTransformation, learning_rate: ScalarOrSchedule, weight_decay: float, decoupled: bool
+    scaling: optax.GradientTransformation,
+    learning_rate: ScalarOrSchedule,
+    weight_decay: float,
+    decoupled: bool,
 ) -> optax.GradientTransformation:
     parts = [scaling]
     if weight_decay:
@@ -150,14 +179,17 @@ def rowwise_adagrad(
     weight_decay: float = 0.0,
     decoupled: bool = False,
 ) -> optax.GradientTransformation:
-    """Row-wise Adagrad, the field's default for embedding rows: G += mean_d(g^2); w -= lr * g / (sqrt(G) + eps).
+    """Row-wise Adagrad, the usual optimizer for embedding rows.
+
+    The update is G += mean_d(g^2); w -= lr * g / (sqrt(G) + eps).
 
     Args:
       learning_rate: a float or an optax schedule.
-      eps: added to the root.
+      eps: added to the square root.
       initial_accumulator_value: G before the first update.
-      weight_decay: coefficient; applied to the rows of the batch only.
-      decoupled: False adds the decay to the gradient (L2), True to the scaled update (as AdamW does).
+      weight_decay: coefficient of the decay, which applies only to the rows of the batch.
+      decoupled: False adds the decay to the gradient (L2 regularization). True adds it to the
+        scaled update (as AdamW does).
 
     Returns:
       An optax transformation.
@@ -178,15 +210,16 @@ def rowwise_adam(
     weight_decay: float = 0.0,
     decoupled: bool = False,
 ) -> optax.GradientTransformation:
-    """Row-wise Adam, lazy: rows absent from a batch keep their moments.
+    """Row-wise Adam. Rows that are not in a batch keep their moments.
 
     Args:
       learning_rate: a float or an optax schedule.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: coefficient; applied to the rows of the batch only.
-      decoupled: False adds the decay to the gradient (L2), True to the scaled update (as AdamW does).
+      eps: added to the square root of the second moment.
+      weight_decay: coefficient of the decay, which applies only to the rows of the batch.
+      decoupled: False adds the decay to the gradient (L2 regularization). True adds it to the
+        scaled update (as AdamW does).
 
     Returns:
       An optax transformation.
@@ -195,16 +228,15 @@ def rowwise_adam(
 
 
 def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales every row's gradient down to an L2 norm of at most max_norm; stateless."""
+    """Scales each row's gradient down to an L2 norm of at most max_norm. It has no state."""
 
     def clip(g: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=-1, keepdims=True))
-        return g * jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, jnp.float32(1)), jnp.float32(1))
+        return g * jnp.where(
+            norm > max_norm, max_norm / jnp.where(norm > 0, norm, jnp.float32(1)), jnp.float32(1)
+        )
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
-
-
-# --- low-precision parameters of any optax user
 
 
 def transformation_of(rule: RowRule) -> optax.GradientTransformation:

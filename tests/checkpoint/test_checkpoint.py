@@ -303,7 +303,7 @@ def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplo
     assert "step 11 builds on step 10" in caplog.text
     assert "using step 5" in caplog.text
     checkpoint.save(tmp_path, 10, first_tree("int8-lfu")["emb"])
-    with pytest.raises(checkpoint.CheckpointError, match="step 10 is not the checkpoint it was made from"):
+    with pytest.raises(checkpoint.CheckpointError, match="step 10 is no longer the checkpoint that it builds on"):
         checkpoint.restore(tmp_path, emb, step=11)
 
 
@@ -350,8 +350,8 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
     cases = {
         "lacks leaves of the target: ['v']": dict(tree, v=jnp.zeros(1)),
         "holds leaves that the target lacks: ['n']": {k: v for k, v in tree.items() if k != "n"},
-        "'w' is float32 [2, 3] on disk, the target asks for float32 [3, 2]": dict(tree, w=jnp.zeros((3, 2))),
-        "'w' is float32 [2, 3] on disk, the target asks for int32 [2, 3]": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
+        "'w' is float32 [2, 3] on disk, but float32 [3, 2] in the target": dict(tree, w=jnp.zeros((3, 2))),
+        "'w' is float32 [2, 3] on disk, but int32 [2, 3] in the target": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
         "'n' was saved as a Python int, the target has a float": dict(tree, n=1.0),
         "'key': random keys on one side": dict(tree, key=jax.random.key_data(tree["key"])),
         "no embedding state 'w'": dict(tree, w=tree["emb"]),
@@ -367,7 +367,7 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
         checkpoint.save(tmp_path, 2, {"a": {"b": 1}, "a.b": 2})
     with pytest.raises(ValueError, match="step must be at least 0"):
         checkpoint.save(tmp_path, -1, tree)
-    with pytest.raises(checkpoint.CheckpointError, match="is a good checkpoint already"):
+    with pytest.raises(checkpoint.CheckpointError, match="is already a good checkpoint"):
         checkpoint.save(tmp_path, 1, tree)
 
 

@@ -16,7 +16,17 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 import mpembed_jax as mpembed
-from experiments import baselines, grid, intervals, paper_report, paper_runs, paper_table, records, stacks, training
+from experiments import (
+    baselines,
+    grid,
+    intervals,
+    paper_report,
+    paper_runs,
+    paper_table,
+    records,
+    stacks,
+    training,
+)
 from experiments.data import synthetic
 from experiments.grid import FP32, Case
 

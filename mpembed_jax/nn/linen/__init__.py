@@ -1,4 +1,4 @@
-"""Cached embeddings for flax.linen: the modules and the train state that trains them."""
+"""Cached embeddings for flax.linen: the modules, and the train state that trains them."""
 
 from mpembed_jax.nn.linen.modules import CachedEmbed, CachedEmbedBags
 from mpembed_jax.nn.linen.train_state import TrainState

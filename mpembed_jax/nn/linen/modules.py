@@ -1,7 +1,8 @@
 """CachedEmbed and CachedEmbedBags for linen.
 
-A module keeps each stack of tables, with its row optimizer, in the collection "embedding". An apply with rows among the
-params (see train_state.py) is a training step and uses them; one without reads, as evaluation does.
+A module keeps each stack of tables, with its row optimizer, in the collection "embedding". If
+the params of a call contain rows (see train_state.py), the call is part of a training step and uses
+them. Otherwise it reads the table, as in evaluation.
 """
 
 import dataclasses
@@ -24,24 +25,30 @@ from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
 
 COLLECTION = "embedding"
-TABLE, STACK = "table", "stack_"  # the name of a CachedEmbed's only stack; what the names of bags' stacks start with
+# The name of a CachedEmbed's only stack, and the prefix of the names of a CachedEmbedBags's stacks.
+TABLE, STACK = "table", "stack_"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["state", "plan"], meta_fields=["tx"])
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """What the collection holds for one stack of tables."""
+    """The contents of the collection for one stack of tables."""
 
     state: EmbeddingState
-    plan: CachePlan | None  # of the step under way
+    plan: CachePlan | None  # the plan of the step in progress
     tx: optax.GradientTransformation
 
 
-def _stack(module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation) -> linen.Variable:
-    """Declares a stack variable; its rows, if prefetched, are the param of the same name."""
+def _stack(
+    module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation
+) -> linen.Variable:
+    """Declares a stack variable. Its prefetched rows are the param of the same name."""
 
     def make() -> Stack:
-        where = {name: getattr(module, name) for name in ("mesh", "axis_name", "placement", "implementation")}
+        where = {
+            name: getattr(module, name)
+            for name in ("mesh", "axis_name", "placement", "implementation")
+        }
         return Stack(init(module.make_rng("params"), spec, tx, **where), None, tx)
 
     return module.variable(COLLECTION, name, make)
@@ -54,30 +61,33 @@ def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
 def _planned(stack: Stack, rows: jax.Array, ids: Any) -> routing.Part:
     if stack.plan is None:
         raise ValueError(
-            f"params hold prefetched rows, but collection {COLLECTION!r} no plan: params and collections are of different "
-            f"steps; take both from one TrainState: state.apply_fn({{'params': params}}, ..), or state.variables"
+            f"params hold prefetched rows, but collection {COLLECTION!r} holds no plan: params "
+            "and collections are of different steps; take both from one TrainState: "
+            f"state.apply_fn({{'params': params}}, ..), or state.variables"
         )
     verbs.check_prefetched(stack.plan, ids)
     return routing.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))
 
 
 class CachedEmbed(linen.Module):
-    """Turns ids into vectors like linen.Embed; the table is quantized, the rows in use are cached and trained in float32.
+    """Turns ids into vectors like linen.Embed, with a quantized table and a float32 cache.
 
-    Train it with `nn.linen.TrainState`, which prefetches and updates the rows.
+    The rows in use are cached and trained in float32. Train the module with `nn.linen.TrainState`,
+    which prefetches and updates the rows.
 
     Attributes:
-      num_embeddings: rows V of the table.
-      features: width D of a row.
-      tx: optax transformation for the rows; None: optim.rowwise_adagrad(0.05).
-      storage: RowFormat or its name, how rows outside the cache are stored.
+      num_embeddings: V, the number of rows of the table.
+      features: D, the width of a row.
+      tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
+      storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
-      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
-      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None: linen.Embed's default.
-      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      embedding_init: `(key, shape, dtype) -> array`, called on blocks of up to 8,192 rows; None for
+        linen.Embed's default.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; the pooling follows it.
+      implementation: see mpembed_jax.init; it also selects the pooling.
     """
 
     num_embeddings: int
@@ -94,21 +104,25 @@ class CachedEmbed(linen.Module):
 
     def setup(self) -> None:
         """Declares the stack."""
-        spec = embed_spec(self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init)
+        spec = embed_spec(
+            self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init
+        )
         self.stack = _stack(self, TABLE, spec, DEFAULT_TX if self.tx is None else self.tx)
 
     def __call__(self, ids: Any) -> Any:
-        """Returns the vectors of ids, differentiable with respect to the prefetched rows.
+        """Returns the vectors of ids, differentiable in the prefetched rows.
 
         Args:
-          ids: integers [..] in [0, num_embeddings) or a nest of such arrays; with prefetched rows, what was prefetched.
+          ids: integers [..] in [0, num_embeddings) or a nest of such arrays. If rows were
+            prefetched, they must be the prefetched ids.
 
         Returns:
-          [.., features] in dtype, nested as ids; padding and ids outside the table are zeros.
+          [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
+          zeros.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: with other ids than were prefetched.
+          ValueError: if other ids were prefetched.
         """
         stack, rows = self.stack.value, _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
@@ -117,43 +131,54 @@ class CachedEmbed(linen.Module):
         else:
             part = _planned(stack, rows, mapped)
             vectors = part.pool(part.rows, part.inverse)
-        return jax.tree.map(lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors)
+        return jax.tree.map(
+            lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors
+        )
 
     def attend(self, query: jax.Array) -> jax.Array:
-        """Returns the dot products of queries with every row: dense logits, the table decoded in blocks.
+        """Returns the dot products of queries with every row (dense logits).
 
-        It differentiates with respect to the query only, and only without prefetched rows: training through it would
-        silently not train the table. Sampled softmax over prefetched rows does.
+        The table is decoded in blocks. The result is differentiable only in the query, and only
+        without prefetched rows: in training, the table would silently not be trained. To train it,
+        use sampled softmax over prefetched rows.
 
         Args:
           query: float [.., features].
 
         Returns:
-          [.., num_embeddings] in dtype.
+          [.., num_embeddings] in `dtype`.
 
         Raises:
           TypeError: if query is not floating.
-          ValueError: if its last axis is not features, or when differentiated in a step with prefetched rows.
+          ValueError: if its last axis is not features, or if attend is differentiated in a step
+            with prefetched rows.
         """
         is_training = _held_rows(self, TABLE) is not None
-        return verbs.attend(self.stack.value.state, query, jnp.float32 if self.dtype is None else self.dtype, is_training)
+        return verbs.attend(
+            self.stack.value.state,
+            query,
+            jnp.float32 if self.dtype is None else self.dtype,
+            is_training,
+        )
 
 
 class CachedEmbedBags(linen.Module):
-    """Turns features into one vector per bag; tables are quantized, rows in use cached and trained in float32.
+    """Turns features into one vector per bag, with quantized tables and a float32 cache.
 
-    Train it with `nn.linen.TrainState`, which prefetches and updates the rows. Ids are local to their tables:
-    {feature: ids [.., L]} with NO_ID padding ragged bags, or an array [.., T] with one column per feature.
+    The rows in use are cached and trained in float32. Train the module with `nn.linen.TrainState`,
+    which prefetches and updates the rows. Ids are local to their tables. They are {feature: ids
+    [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per feature.
 
     Attributes:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer.
-      tx: optax transformation for the rows, one for all specs or one per spec.
-      combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id; or {feature: combiner}.
-      dtype: of the vectors; None: float32. Rows are trained in float32 whatever it is.
-      mesh: jax.sharding.Mesh to divide tables and batches over, None for one device.
+      tx: optax transformation for the rows; one for all specs, or one per spec.
+      combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id;
+        or {feature: combiner}.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; the pooling follows it.
+      implementation: see mpembed_jax.init; it also selects the pooling.
     """
 
     specs: Any
@@ -173,25 +198,28 @@ class CachedEmbedBags(linen.Module):
         self.stacks = [_stack(self, f"{STACK}{i}", spec, tx) for i, (spec, tx) in enumerate(pairs)]
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
-        """Returns the vectors of bags, differentiable with respect to the prefetched rows and the weights.
+        """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
 
         Args:
-          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; with prefetched rows, what was
-            prefetched.
-          weights: None, or the factor of each id, nested and shaped as ids; a mapping may leave features out.
+          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]. If rows
+            were prefetched, they must be the prefetched ids.
+          weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
+            leave features out.
 
         Returns:
-          {feature: [.., D]} with the last axis of ids reduced ([.., L, D] where the combiner is None), or [.., T, D] for
-          array ids; in dtype. Empty bags are zeros.
+          {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
+          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros.
 
         Raises:
-          KeyError: on an unknown feature.
-          TypeError: if ids are not integers, or weights are nested otherwise.
-          ValueError: with other ids than were prefetched; on ids without a bag axis, or weights of another shape or
-            without a combiner.
+          KeyError: if a feature is unknown.
+          TypeError: if ids are not integers, or if weights have another nesting.
+          ValueError: if other ids were prefetched, if ids have no bag axis, if weights have another
+            shape, or if there are weights without a combiner.
         """
         parts = []
-        for i, (held, part) in enumerate(zip(self.stacks, routing.route(self.known, ids), strict=True)):
+        for i, (held, part) in enumerate(
+            zip(self.stacks, routing.route(self.known, ids), strict=True)
+        ):
             stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
