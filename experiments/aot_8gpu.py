@@ -86,7 +86,11 @@ def compile_step(settings: Settings, mesh: Any) -> tuple[Any, Any]:
     tables = [mpembed.TableSpec(f"C{k + 1}", size) for k, size in enumerate(workload.KAGGLE_SIZES)]
     positions = settings.batch * len(tables)
     spec = mpembed.EmbeddingSpec(
-        tables, settings.dim, "int8", mpembed.CacheSpec(0.05), max_unique_ids=int(settings.unique_share * positions)
+        tables,
+        settings.dim,
+        "int8",
+        mpembed.CacheSpec(0.05),
+        max_unique_ids=int(settings.unique_share * positions),
     )
     tx = mpembed.optim.rowwise_adagrad(0.05)
     placement = mpembed.Placement(capacity=settings.capacity)
@@ -104,14 +108,24 @@ def compile_step(settings: Settings, mesh: Any) -> tuple[Any, Any]:
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
         vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors, plan.counts
+        return (
+            mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx),
+            vectors,
+            plan.counts,
+        )
 
     specs = mpembed.partition_specs(state)
-    run = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x"), P("x")), out_specs=(specs, P("x"), P()))
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, P("x"), P("x")), out_specs=(specs, P("x"), P())
+    )
 
     shardings = jax.tree.map(partial(NamedSharding, mesh), specs)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    return jax.jit(run, donate_argnums=0).lower(state, *abstract_batch(settings, mesh)).compile(), state
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+    )
+    return jax.jit(run, donate_argnums=0).lower(
+        state, *abstract_batch(settings, mesh)
+    ).compile(), state
 
 
 def abstract_batch(settings: Settings, mesh: Any) -> tuple[Any, Any]:
@@ -124,25 +138,37 @@ def abstract_batch(settings: Settings, mesh: Any) -> tuple[Any, Any]:
 def compile_all_gather(settings: Settings, mesh: Any) -> Any:
     """Returns the compiled step over a divided float32 table."""
     rows = -(-sum(workload.KAGGLE_SIZES) // settings.devices) * settings.devices
-    table = jax.ShapeDtypeStruct((rows, settings.dim), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    table = jax.ShapeDtypeStruct(
+        (rows, settings.dim), jnp.float32, sharding=NamedSharding(mesh, P("x"))
+    )
     step = partial(all_gather_step, learning_rate=0.05)
-    run = jax.shard_map(step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x")))
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x"))
+    )
     return jax.jit(run, donate_argnums=0).lower(table, *abstract_batch(settings, mesh)).compile()
 
 
 def main(settings: Settings) -> None:
     """Compiles, prints and writes what the program exchanges."""
     if util.find_spec("jax_cuda12_plugin") is None:
-        print(f"not compiled: needs jax-cuda12-plugin and jax-cuda12-pjrt {jax.__version__} (pip install --no-deps)")
+        print(
+            f"not compiled: needs jax-cuda12-plugin and jax-cuda12-pjrt {jax.__version__} (pip install --no-deps)"
+        )
         return
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{settings.devices}")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x1x{settings.devices}"
+    )
     mesh = jax.sharding.Mesh(topology.devices, ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     compiled, state = compile_step(settings, mesh)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     arrays = {"table": state.table.rows, "cache rows": state.cache.rows, "tags": state.cache.tags}
-    arrays |= {f"row state {k}": leaf for k, leaf in enumerate(jax.tree.leaves(state.row_state)) if leaf.ndim}
+    arrays |= {
+        f"row state {k}": leaf
+        for k, leaf in enumerate(jax.tree.leaves(state.row_state))
+        if leaf.ndim
+    }
     shard_rows = {name: leaf.shape[0] // settings.devices for name, leaf in arrays.items()}
     copied = re.findall(r"= \w+\[(\d+)[\d,]*\]\S* copy\(", text)
     copies = {name: sum(int(n) == rows for n in copied) for name, rows in shard_rows.items()}
@@ -150,20 +176,27 @@ def main(settings: Settings) -> None:
         "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
         "compiled_for": f"{settings.devices} x NVIDIA H200, ahead of time; not run",
         "num_rows": state.spec.num_rows,
-        "shard_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // settings.devices,
+        "shard_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        // settings.devices,
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "copies_of_a_shard_s_array": copies,
     }
     plain = compile_all_gather(settings, mesh).as_text()
-    for name, program, is_wide in (("ordinary", text, False), ("full_width", text, True), ("all_gather", plain, False)):
+    for name, program, is_wide in (
+        ("ordinary", text, False),
+        ("full_width", text, True),
+        ("all_gather", plain, False),
+    ):
         found = collectives(program, settings.devices, is_wide=is_wide)
         sent = sum(c.sent_bytes for c in found)
         record[name] = {"sent_bytes": sent, "collectives": [c._asdict() for c in found]}
         print(f"{name}: {len(found)} collectives, {sent / 1e6:.1f} MB sent per device and step")
         for c in found:
             print(f"  {c.kind:<15} {c.sent_bytes:>14,} B  {c.shape[:80]}")
-    print(f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB")
+    print(
+        f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB"
+    )
     settings.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -26,7 +26,9 @@ REFRESH_PERIOD = 200  # steps
 
 def count_ids(source: Any, batch_size: int) -> dict[str, np.ndarray]:
     """Returns how often each id of each table occurs in training: {table: i64 [vocabulary_size]}, by one pass."""
-    counts = {name: np.zeros(size + 1, np.int64) for name, size in source.tables.items()}  # the last one: padding
+    counts = {
+        name: np.zeros(size + 1, np.int64) for name, size in source.tables.items()
+    }  # the last one: padding
     for batch in source.train(batch_size, 0):
         for name, ids in _by_table(batch["ids"], source.tables):
             np.add.at(counts[name], np.minimum(ids, source.tables[name]).reshape(-1), 1)
@@ -69,15 +71,23 @@ class Pruned:
             kept = is_kept[start : start + size]
             start += size
             self.tables[name] = int(kept.sum()) + 1
-            self.new_ids[name] = np.where(kept, np.cumsum(kept) - 1, self.tables[name] - 1).astype(np.int32)
+            self.new_ids[name] = np.where(kept, np.cumsum(kept) - 1, self.tables[name] - 1).astype(
+                np.int32
+            )
 
     def _map(self, batches: Iterable[dict]) -> Iterator[dict]:
         for batch in batches:
             new = {}
             for name, ids in _by_table(batch["ids"], self.tables):
                 is_id = ids != mpembed.NO_ID
-                new[name] = np.where(is_id, self.new_ids[name][np.where(is_id, ids, 0)], mpembed.NO_ID)
-            yield batch | {"ids": new if isinstance(batch["ids"], dict) else np.stack(list(new.values()), axis=1)}
+                new[name] = np.where(
+                    is_id, self.new_ids[name][np.where(is_id, ids, 0)], mpembed.NO_ID
+                )
+            yield batch | {
+                "ids": new
+                if isinstance(batch["ids"], dict)
+                else np.stack(list(new.values()), axis=1)
+            }
 
     def train(self, batch_size: int, seed: int = 0) -> Iterator[dict]:
         """Yields the source's training batches in the new numbers."""
@@ -106,7 +116,9 @@ def fake_quantize(rows: jax.Array, scale: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames="sizes")
 def table_scales(state: mpembed.EmbeddingState, sizes: tuple[int, ...]) -> jax.Array:
     """Returns absmax / 7 of each table, f32 [T]; of a table of zeros the least normal float."""
-    row_absmax = jnp.max(jnp.abs(mpembed.read(state, jnp.arange(sum(sizes), dtype=jnp.int32))), axis=1)
+    row_absmax = jnp.max(
+        jnp.abs(mpembed.read(state, jnp.arange(sum(sizes), dtype=jnp.int32))), axis=1
+    )
     splits = np.cumsum(sizes)[:-1]
     absmax = jnp.stack([jnp.max(part) for part in jnp.split(row_absmax, splits)])
     return jnp.maximum(absmax / INT4_LEVELS, jnp.finfo(jnp.float32).tiny)
@@ -133,7 +145,9 @@ def int4_served_bytes(tables: dict[str, int], embedding_dim: int) -> int:
     return sum(tables.values()) * -(-embedding_dim // 2) + 4 * len(tables)
 
 
-def quantize_after(state: mpembed.EmbeddingState, storage: str, tx: optax.GradientTransformation) -> mpembed.EmbeddingState:
+def quantize_after(
+    state: mpembed.EmbeddingState, storage: str, tx: optax.GradientTransformation
+) -> mpembed.EmbeddingState:
     """Stores a trained state's rows in another format, rounded to nearest, without a cache.
 
     Args:

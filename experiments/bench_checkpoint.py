@@ -60,11 +60,17 @@ def main(settings: Settings) -> None:
     sizes = workload.sizes_for(settings.rows)
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
     positions = settings.batch * len(sizes)
-    spec = mpembed.EmbeddingSpec(tables, settings.dim, settings.storage, max_unique_ids=int(0.4 * positions))
+    spec = mpembed.EmbeddingSpec(
+        tables, settings.dim, settings.storage, max_unique_ids=int(0.4 * positions)
+    )
     tx = mpembed.optim.rowwise_adagrad(0.05)
     emb = mpembed.init(jax.random.key(0), spec, tx)
     state_bytes = sum(a.nbytes for a in jax.tree.leaves(emb))
-    upstream = np.random.default_rng(2).normal(size=(settings.batch, len(sizes), settings.dim)).astype(np.float32)
+    upstream = (
+        np.random.default_rng(2)
+        .normal(size=(settings.batch, len(sizes), settings.dim))
+        .astype(np.float32)
+    )
     upstream = jnp.asarray(upstream)
 
     def step(emb, ids, upstream, tracker):
@@ -75,7 +81,9 @@ def main(settings: Settings) -> None:
         return emb, None if tracker is None else checkpoint.mark(tracker, plan)
 
     train = jax.jit(step, donate_argnums=(0, 3))
-    drawn = [workload.to_global(b, sizes) for b in workload.batches(1, 64, settings.batch, sizes, 1.05)]
+    drawn = [
+        workload.to_global(b, sizes) for b in workload.batches(1, 64, settings.batch, sizes, 1.05)
+    ]
     batches = iter(range(10**9))
 
     def steps(emb, num, tracker=None, until=None):
@@ -124,7 +132,10 @@ def main(settings: Settings) -> None:
         result["step_ms"] = 1e3 * statistics.median(before + after)
         result["step_ms_during_save"] = 1e3 * statistics.median(during)
         result["steps_during_save"] = len(during)
-        result["slowest_step_ms"] = {"without": 1e3 * max(before + after), "during": 1e3 * max(during)}
+        result["slowest_step_ms"] = {
+            "without": 1e3 * max(before + after),
+            "during": 1e3 * max(during),
+        }
 
         # An increment, and what tracking costs a step.
         checkpoint.save(directory, 3, emb, keep=1)
@@ -132,7 +143,9 @@ def main(settings: Settings) -> None:
         emb, tracker, _ = steps(emb, 1, tracker)  # compiles
         emb, tracker, tracked = steps(emb, settings.steps - 1, tracker)
         result["step_ms_tracked"] = 1e3 * statistics.median(tracked)
-        saving, result["increment_save_s"] = timed(checkpoint.save, directory, 4, emb, tracker=tracker)
+        saving, result["increment_save_s"] = timed(
+            checkpoint.save, directory, 4, emb, tracker=tracker
+        )
         result["increment_steps"] = settings.steps
         result["increment_rows"] = int(np.bitwise_count(np.array(tracker.bits)).sum())
         result["increment_disk_bytes"] = bytes_on_disk(directory / "step_4")
@@ -141,7 +154,10 @@ def main(settings: Settings) -> None:
         assert is_equal(restored, emb)
     result["resident_peak_bytes"] = workload.peak_bytes()
     for name, value in result.items():
-        print(f"{name:<24} {value if not isinstance(value, float) else format(value, '.4g')}", flush=True)
+        print(
+            f"{name:<24} {value if not isinstance(value, float) else format(value, '.4g')}",
+            flush=True,
+        )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(reporting.environment() | result, indent=1) + "\n")
 

@@ -57,7 +57,9 @@ def write_text(path: Path, settings: Settings) -> None:
         for batch in (*twin.train(1000), *twin.test(1000)):
             integers = np.rint(np.expm1(batch["dense"])).astype(np.int64).tolist()
             categories = fmix32(batch["ids"].astype(np.uint32) ^ salts).tolist()
-            for label, dense, ids in zip(batch["label"].tolist(), integers, categories, strict=True):
+            for label, dense, ids in zip(
+                batch["label"].tolist(), integers, categories, strict=True
+            ):
                 cells = [str(int(label)), *map(str, dense), *(f"{value:08x}" for value in ids)]
                 file.write("\t".join(cells) + "\n")
 
@@ -73,7 +75,12 @@ def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, flo
         cores.append((time.process_time() - busy) / seconds)
     rates, cores = rates[1:], cores[1:]  # the first one opens the files
     middle = statistics.median(rates)
-    return {"rows_per_second": middle, "least": min(rates), "most": max(rates), "cores": statistics.median(cores)}
+    return {
+        "rows_per_second": middle,
+        "least": min(rates),
+        "most": max(rates),
+        "cores": statistics.median(cores),
+    }
 
 
 def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
@@ -84,15 +91,24 @@ def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
 def main(settings: Settings) -> dict[str, Any]:
     """Measures, prints and saves; returns what the JSON file holds."""
     console = reporting.make_console()
-    record: dict[str, Any] = {**reporting.environment(), "target_rows_per_second": TARGET, "rates": {}}
-    record["versions"] |= {package: metadata.version(package) for package in ("tensorflow-datasets", "array-record")}
+    record: dict[str, Any] = {
+        **reporting.environment(),
+        "target_rows_per_second": TARGET,
+        "rates": {},
+    }
+    record["versions"] |= {
+        package: metadata.version(package) for package in ("tensorflow-datasets", "array-record")
+    }
     record["settings"] = {**dataclasses.asdict(settings), "out": str(settings.out)}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "train.txt"
         write_text(text, settings)
         record["text_bytes"] = text.stat().st_size
         sources = {}
-        for mapping in ("hash", "dictionary"):  # the dictionary's dataset is made from what the hash reads
+        for mapping in (
+            "hash",
+            "dictionary",
+        ):  # the dictionary's dataset is made from what the hash reads
             start = time.perf_counter()
             sources[mapping] = criteo.CriteoLog(text, mapping=mapping, log=lambda text: None)
             record[f"prepare_{mapping}_seconds"] = time.perf_counter() - start
@@ -100,7 +116,9 @@ def main(settings: Settings) -> dict[str, Any]:
         record["raw_dataset_bytes"] = sum(path.stat().st_size for path in records)
         for mapping, source in sources.items():
             blocks = source.train_blocks
-            record["rates"][f"{mapping}: blocks in order"] = rate(lambda b=blocks: batches.in_order(b, 4096), settings)
+            record["rates"][f"{mapping}: blocks in order"] = rate(
+                lambda b=blocks: batches.in_order(b, 4096), settings
+            )
             for size in settings.batch_sizes:
 
                 def train(source: Any = source, size: int = size) -> Iterator[batches.Arrays]:
@@ -108,16 +126,22 @@ def main(settings: Settings) -> dict[str, Any]:
 
                 name = f"{mapping}: batches of {size:,}"
                 record["rates"][f"{name}, numpy"] = rate(train, settings)
-                record["rates"][f"{name}, on the device"] = rate(lambda t=train: arrived(t()), settings)
+                record["rates"][f"{name}, on the device"] = rate(
+                    lambda t=train: arrived(t()), settings
+                )
                 steps = settings.num_epochs * (source.num_train // size)
                 seek = time.perf_counter()
                 next(source.train(size, 0, steps - 1, settings.num_epochs))
-                record["rates"][f"{name}, numpy"]["resume_at_the_end_seconds"] = time.perf_counter() - seek
+                record["rates"][f"{name}, numpy"]["resume_at_the_end_seconds"] = (
+                    time.perf_counter() - seek
+                )
     record["peak_resident_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     slowest = min(r["least"] for name, r in record["rates"].items() if "device" in name)
     record["slowest_on_the_device"] = slowest
     for name, measured in record["rates"].items():
-        console.print(f"{name}: {measured['rows_per_second']:,.0f} rows/s, {measured['cores']:.1f} cores")
+        console.print(
+            f"{name}: {measured['rows_per_second']:,.0f} rows/s, {measured['cores']:.1f} cores"
+        )
     console.print(f"slowest on the device: {slowest:,.0f} rows/s; target {TARGET:,}")
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -37,7 +37,9 @@ MARK = "ROW "  # what a part's process prints before each row
 
 def rows_of(name: str, bench: Bench) -> Iterator[dict]:
     """Runs one part in this process: its rows, and as the last one the error if it raised."""
-    warnings.filterwarnings("ignore", message="The Pallas Triton backend", category=DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", message="The Pallas Triton backend", category=DeprecationWarning
+    )
     try:
         yield from PARTS[name].run(bench)
     except Exception as error:
@@ -46,14 +48,26 @@ def rows_of(name: str, bench: Bench) -> Iterator[dict]:
 
 def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
     """Runs one part in a process of its own, ended after so many seconds: its rows, and as the last one how it failed."""
-    command = [sys.executable, "-m", "experiments.bench_gpu", "--part", name, "--bandwidth", str(bench.bandwidth)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.bench_gpu",
+        "--part",
+        name,
+        "--bandwidth",
+        str(bench.bandwidth),
+    ]
     command += ["--interpret"] if bench.is_tiny else []
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    )
     if name == "torch sparse":  # jax would take three quarters of the memory first
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
     ):
         timer, has_error = threading.Timer(seconds, process.kill), False
         timer.start()
@@ -66,7 +80,11 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
         timer.cancel()
         if process.wait() and not has_error:
             errors.seek(0)
-            why = f"ended after {seconds:.1f} seconds" if is_late else f"its process ended with {process.returncode}"
+            why = (
+                f"ended after {seconds:.1f} seconds"
+                if is_late
+                else f"its process ended with {process.returncode}"
+            )
             yield {"error": why, "where": errors.read()[-2000:]}
 
 
@@ -82,23 +100,38 @@ def commit() -> str | None:
 def main(arguments: list[str] | None = None) -> dict:
     """Runs the parts and returns what was written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--interpret", action="store_true", help="tiny sizes, interpreted kernels, any device")
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds after which everything ends")
+    parser.add_argument(
+        "--interpret", action="store_true", help="tiny sizes, interpreted kernels, any device"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=450.0, help="seconds after which everything ends"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/bench_gpu.json"))
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a part's process is told
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/bench_gpu.json")
+    )
+    parser.add_argument(
+        "--part", choices=PARTS, help=argparse.SUPPRESS
+    )  # what a part's process is told
     parser.add_argument("--bandwidth", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     bench = Bench(options.interpret, options.bandwidth)
     if options.part is not None:
         if not options.interpret and jax.default_backend() != "gpu":
-            raise SystemExit(f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny on any device")
+            raise SystemExit(
+                f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny on any device"
+            )
         rows = list(_print_rows(rows_of(options.part, bench)))
         return {"parts": {options.part: rows}}
 
     # Nothing here touches a device: jax would keep most of its memory from the parts.
     begin, parts, left_out = time.perf_counter(), {}, []
-    results: dict[str, Any] = {"commit": commit(), "is_smoke_test": options.interpret, "parts": parts, "left_out": left_out}
+    results: dict[str, Any] = {
+        "commit": commit(),
+        "is_smoke_test": options.interpret,
+        "parts": parts,
+        "left_out": left_out,
+    }
     for name in dict.fromkeys(["copy bandwidth", *options.parts]):  # floors need the bandwidth
         rows, remaining = parts.setdefault(name, []), options.budget - (time.perf_counter() - begin)
         if remaining < 15:  # less than a process needs to begin
@@ -110,7 +143,9 @@ def main(arguments: list[str] | None = None) -> dict:
                 _write(options.out, results, begin)
         if name == "copy bandwidth" and name not in left_out:
             if "error" in rows[-1]:
-                parser.error(f"the copy bandwidth could not be measured: {rows[-1]['error']}\n{rows[-1]['where']}")
+                parser.error(
+                    f"the copy bandwidth could not be measured: {rows[-1]['error']}\n{rows[-1]['where']}"
+                )
             bench = bench._replace(bandwidth=rows[-1]["bytes_per_second"])
     _write(options.out, results, begin)
     return results

@@ -46,7 +46,12 @@ class Worker:
         environment = os.environ | {"OMP_NUM_THREADS": str(case.threads)}
         self.name = case.worker
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         line = self.process.stdout.readline()
         again = f"the worker ended; see why with: {' '.join(command[:3])} '{command[3]}'"
@@ -70,9 +75,15 @@ class Worker:
 def start(name, dim, args):
     """Starts a worker and waits until it is warm; None, with a line that says why, where it cannot run."""
     is_ours, is_dense = name.startswith("ours"), name == "flax-dense"
-    warm = args.warm if is_ours and name != "ours-float32" else min(args.warm, 5 if is_dense else 40)
-    case = Case(name, args.task, dim, args.batch, args.skew, args.rows, args.distinct, warm, args.threads)
-    worker = Worker(case, args.peers_python if name.startswith(("fbgemm", "torch")) else sys.executable)
+    warm = (
+        args.warm if is_ours and name != "ours-float32" else min(args.warm, 5 if is_dense else 40)
+    )
+    case = Case(
+        name, args.task, dim, args.batch, args.skew, args.rows, args.distinct, warm, args.threads
+    )
+    worker = Worker(
+        case, args.peers_python if name.startswith(("fbgemm", "torch")) else sys.executable
+    )
     if "missing" not in worker.facts:
         return worker
     print(f"{name}: left out, {worker.facts['missing']} (pip install 'mpembed_jax[peers]')")
@@ -96,7 +107,9 @@ def alternate(names, dim, args):
             "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
             "samples_per_s": args.batch / statistics.median(theirs), **worker.facts,
         }  # fmt: skip
-        if "state_bytes" in row:  # P6: what the process took beyond its state, batch temporaries and compiler included
+        if (
+            "state_bytes" in row
+        ):  # P6: what the process took beyond its state, batch temporaries and compiler included
             row["peak_over_state"] = (row["peak"] - row["before_init"]) / row["state_bytes"]
         results.append(row)
         print(
@@ -123,9 +136,14 @@ def run(args):
     losses = [r for r in results if r["ours_over_peer"] > 1 and not r["peer"].startswith("ours")]
     print(
         "we lose against: "
-        + (", ".join(f"{r['peer']} at D={r['dim']} ({r['ours_over_peer']:.2f})" for r in losses) or "nobody")
+        + (
+            ", ".join(f"{r['peer']} at D={r['dim']} ({r['ours_over_peer']:.2f})" for r in losses)
+            or "nobody"
+        )
     )
-    words = [w for w in sys.argv[1:] if w not in ("--peers-python", args.peers_python)]  # no path of one machine
+    words = [
+        w for w in sys.argv[1:] if w not in ("--peers-python", args.peers_python)
+    ]  # no path of one machine
     command = shlex.join(["python", "-m", "experiments.bench_peers", *words])
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,20 +152,42 @@ def run(args):
 
 def main():
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=None, help="rows of all tables together; default Kaggle's 33.76 M")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=None,
+        help="rows of all tables together; default Kaggle's 33.76 M",
+    )
     parser.add_argument("--skew", type=float, default=1.05)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--distinct", type=int, default=70, help="batches that the timed steps cycle through")
-    parser.add_argument("--warm", type=int, default=700, help="steps that fill our cache; peers without one take 40")
+    parser.add_argument(
+        "--distinct", type=int, default=70, help="batches that the timed steps cycle through"
+    )
+    parser.add_argument(
+        "--warm", type=int, default=700, help="steps that fill our cache; peers without one take 40"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--together", type=int, default=2, help="processes alternated at once (their tables share the memory)"
+        "--together",
+        type=int,
+        default=2,
+        help="processes alternated at once (their tables share the memory)",
     )
-    parser.add_argument("--peers", nargs="+", help=f"some of {', '.join(PEERS)}; the first is compared with the others")
-    parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has torch and fbgemm-gpu-cpu")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        help=f"some of {', '.join(PEERS)}; the first is compared with the others",
+    )
+    parser.add_argument(
+        "--peers-python",
+        default=sys.executable,
+        help="interpreter that has torch and fbgemm-gpu-cpu",
+    )
     parser.add_argument("--task", choices=("embedding", "dlrm"), default="embedding")
     parser.add_argument("--out", default="experiments/results/bench_peers.json")
     run(parser.parse_args())

@@ -13,7 +13,9 @@ machine's cores. Results must not change: the rows after all steps are compared 
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import dataclasses
 import hashlib
@@ -60,7 +62,11 @@ def exchange_step(tx: Any) -> Any:
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
         vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors, plan.counts
+        return (
+            mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx),
+            vectors,
+            plan.counts,
+        )
 
     return step
 
@@ -76,7 +82,9 @@ def timed(compiled: Any, state: Any, batches: list, warm: int) -> tuple[Any, lis
     return state, results, statistics.median(seconds[warm:])
 
 
-def measure(settings: Settings, dim: int, devices: int, ids: list[np.ndarray], samples: list[np.ndarray]) -> dict[str, Any]:
+def measure(
+    settings: Settings, dim: int, devices: int, ids: list[np.ndarray], samples: list[np.ndarray]
+) -> dict[str, Any]:
     """Runs both ways on one number of devices."""
     sizes = workload.sizes_for(settings.rows)
     tables = [mpembed.TableSpec(f"C{k + 1}", size) for k, size in enumerate(sizes)]
@@ -91,18 +99,27 @@ def measure(settings: Settings, dim: int, devices: int, ids: list[np.ndarray], s
     upstream = jax.device_put(upstream, divided)
     batches = [(jax.device_put(i, divided), upstream) for i in ids]
 
-    run = jax.shard_map(exchange_step(tx), mesh=mesh, in_specs=(specs, P("x"), P("x")), out_specs=(specs, P("x"), P()))
+    run = jax.shard_map(
+        exchange_step(tx),
+        mesh=mesh,
+        in_specs=(specs, P("x"), P("x")),
+        out_specs=(specs, P("x"), P()),
+    )
     compiled = jax.jit(run, donate_argnums=0).lower(state, *batches[0]).compile()
     text = compiled.as_text()
     state, results, seconds = timed(compiled, state, batches, settings.warm)
     counts = [jax.device_get(counts) for _, counts in results]
-    digest = hashlib.sha256(b"".join(t.tobytes() for t in mpembed.to_dense(state).values())).hexdigest()[:16]
+    digest = hashlib.sha256(
+        b"".join(t.tobytes() for t in mpembed.to_dense(state).values())
+    ).hexdigest()[:16]
     ordinary, wide = collectives(text, devices), collectives(text, devices, is_wide=True)
 
     rows = -(-spec.num_rows // devices) * devices
     table = jax.device_put(np.zeros((rows, dim), np.float32), divided)
     step = partial(all_gather_step, learning_rate=0.25)
-    plain = jax.shard_map(step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x")))
+    plain = jax.shard_map(
+        step, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=(P("x"), P("x"))
+    )
     plain_compiled = jax.jit(plain, donate_argnums=0).lower(table, *batches[0]).compile()
     plain_collectives = collectives(plain_compiled.as_text(), devices)
     _, _, plain_seconds = timed(plain_compiled, table, batches, settings.warm)
@@ -137,7 +154,9 @@ def main(settings: Settings) -> None:
         for devices in settings.devices:
             result = measure(settings, dim, devices, ids, samples)
             results.append(result)
-            is_same = result["rows_digest"] == next(r["rows_digest"] for r in results if r["dim"] == dim)
+            is_same = result["rows_digest"] == next(
+                r["rows_digest"] for r in results if r["dim"] == dim
+            )
             result["same_rows_as_first"] = is_same
             print(
                 f"D={dim} devices={devices}: sent {result['sent_bytes_mean'] / 1e6:.3f} MB per device and step, all-gather "
@@ -149,7 +168,9 @@ def main(settings: Settings) -> None:
                 "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
                 "results": results,
             }
-            settings.out.write_text(json.dumps(record, indent=1) + "\n")  # after each case: a cut run leaves what it has
+            settings.out.write_text(
+                json.dumps(record, indent=1) + "\n"
+            )  # after each case: a cut run leaves what it has
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class Case:
 def copy_bandwidth() -> float:
     """Returns bytes per second, read and written, of a large jitted pass in place."""
     x = jnp.zeros(64 << 20, jnp.float32)
-    step = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: fresh pages would time the kernel, not the memory
+    step = jax.jit(
+        lambda x: x + 1, donate_argnums=0
+    )  # in place: fresh pages would time the kernel, not the memory
     x = jax.block_until_ready(step(x))
     times = []
     for _ in range(5):
@@ -94,9 +96,15 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     """Times one case; returns medians in milliseconds, spread, counts and the bytes floor."""
     sizes = workload.sizes_for(case.rows)
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
-    cache = None if case.fraction is None else mpembed.CacheSpec(case.fraction, case.lines, case.ways, case.policy)
+    cache = (
+        None
+        if case.fraction is None
+        else mpembed.CacheSpec(case.fraction, case.lines, case.ways, case.policy)
+    )
     positions = case.batch * len(sizes) * case.bag
-    budget = min(positions, max(12_000, int(0.4 * positions)))  # a small batch repeats few of its ids
+    budget = min(
+        positions, max(12_000, int(0.4 * positions))
+    )  # a small batch repeats few of its ids
     spec = mpembed.EmbeddingSpec(tables, case.dim, case.storage, cache, max_unique_ids=budget)
     tx = mpembed.optim.rowwise_adagrad(0.05)
     state = mpembed.init(jax.random.key(0), spec, tx)
@@ -106,7 +114,9 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     if case.fold:
         local = [b % np.asarray(sizes) for b in local]
     ids = [workload.to_global(b, sizes) for b in local]
-    upstream = np.random.default_rng(2).normal(size=(case.batch, len(sizes), case.dim)).astype(np.float32)
+    upstream = (
+        np.random.default_rng(2).normal(size=(case.batch, len(sizes), case.dim)).astype(np.float32)
+    )
     upstream = jnp.asarray(upstream)
     abstract = (jax.ShapeDtypeStruct(ids[0].shape, jnp.int32), upstream)
     start = time.perf_counter()
@@ -125,8 +135,14 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     timed, after = times[first:], mpembed.stats(state)
     unique = (after.unique - before.unique) / steps
     hits = (after.hits - before.hits) / steps
-    moved = spec.storage.row_bytes(case.dim) * (unique - hits) * 2 + 4 * case.dim * hits * 2 + 8 * unique
-    moved += 2 * 4 * case.dim * case.batch * len(sizes) * 2  # vectors written and read, gradients written and read
+    moved = (
+        spec.storage.row_bytes(case.dim) * (unique - hits) * 2
+        + 4 * case.dim * hits * 2
+        + 8 * unique
+    )
+    moved += (
+        2 * 4 * case.dim * case.batch * len(sizes) * 2
+    )  # vectors written and read, gradients written and read
     result = dataclasses.asdict(case) | {
         "num_rows": spec.num_rows, "unique": unique, "unique_hit_rate": hits / unique, "dropped": after.dropped,
         "ms": 1e3 * statistics.median(timed), "ms_p10": 1e3 * float(np.percentile(timed, 10)),
@@ -139,7 +155,9 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     return result
 
 
-def phases(state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array) -> dict[str, float]:
+def phases(
+    state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array
+) -> dict[str, float]:
     """Times the phases as separate jitted calls; medians in milliseconds."""
     prefetch, lookup = jax.jit(mpembed.prefetch, donate_argnums=0), jax.jit(mpembed.lookup)
     pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
@@ -168,13 +186,23 @@ def cases(quick: bool) -> list[Case]:
     base = Case()
     grid = [dataclasses.replace(base, dim=d) for d in ((16, 64) if quick else (16, 64, 128))]
     formats = (("float32", None), ("int8", 0.05), ("int4", 0.01), ("bfloat16", None))
-    grid += [dataclasses.replace(base, dim=d, storage=s, fraction=f) for d in (16, 64) for s, f in formats]
+    grid += [
+        dataclasses.replace(base, dim=d, storage=s, fraction=f)
+        for d in (16, 64)
+        for s, f in formats
+    ]
     # Cost follows the batch: the same ids in small and large tables, without a cache, with the same lines, with 5 %.
     for options in ({"fraction": None}, {"lines": 50_000}, {}):
         grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
     if not quick:
-        grid += [dataclasses.replace(base, dim=d, batch=b) for d, b in itertools.product((16, 64, 128), (512, 16_384))]
-        grid += [dataclasses.replace(base, policy=p, ways=w) for p, w in itertools.product(("lfu", "lru"), (8, 32))]
+        grid += [
+            dataclasses.replace(base, dim=d, batch=b)
+            for d, b in itertools.product((16, 64, 128), (512, 16_384))
+        ]
+        grid += [
+            dataclasses.replace(base, policy=p, ways=w)
+            for p, w in itertools.product(("lfu", "lru"), (8, 32))
+        ]
         grid += [dataclasses.replace(base, skew=s) for s in workload.SKEWS]
         grid += [dataclasses.replace(base, dim=d, bag=10, batch=512) for d in (16, 64)]
         grid += [dataclasses.replace(base, dim=d, cold=True) for d in (16, 64)]
@@ -190,7 +218,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     def name(r: dict[str, Any]) -> str:
         cache = (
-            "" if r["fraction"] is None else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
+            ""
+            if r["fraction"] is None
+            else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
         )
         marks = (" bags" if r["bag"] > 1 else "") + (" cold" if r["cold"] else "")
         return f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} V={r['num_rows'] / 1e6:.1f}M{marks}"
@@ -198,7 +228,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(results) + 1.2))
     place = np.arange(len(results))[::-1]
     axes.barh(place, [r["ms"] for r in results], color="#4477aa", label="step")
-    axes.barh(place, [r["floor_ms"] for r in results], color="#ee6677", height=0.35, label="bytes floor")
+    axes.barh(
+        place, [r["floor_ms"] for r in results], color="#ee6677", height=0.35, label="bytes floor"
+    )
     axes.set(xscale="log", xlabel="ms")
     axes.set_yticks(place, [name(r) for r in results], fontsize=6)
     axes.legend()
@@ -211,15 +243,26 @@ def main(settings: Settings) -> None:
     workload.keep_freed_memory()
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    facts = reporting.environment() | {"bandwidth": bandwidth, "settings": {"steps": settings.steps, "warm": settings.warm}}
-    held = json.loads(settings.out.read_text())["results"] if settings.only and settings.out.exists() else []
-    measured = {Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held}
+    facts = reporting.environment() | {
+        "bandwidth": bandwidth,
+        "settings": {"steps": settings.steps, "warm": settings.warm},
+    }
+    held = (
+        json.loads(settings.out.read_text())["results"]
+        if settings.only and settings.out.exists()
+        else []
+    )
+    measured = {
+        Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held
+    }
     grid = cases(settings.quick)
     for case in grid:
         values = {f"{name}={value}" for name, value in dataclasses.asdict(case).items()}
         if not values.issuperset(settings.only):
             continue
-        result = measure(case, settings.steps, settings.warm, bandwidth) | {"commit": facts["commit"]}
+        result = measure(case, settings.steps, settings.warm, bandwidth) | {
+            "commit": facts["commit"]
+        }
         measured[case] = result
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(

@@ -51,7 +51,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _nbytes(shape: str) -> int:
     sizes = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(ITEMSIZE[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in sizes)
+    return sum(
+        ITEMSIZE[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in sizes
+    )
 
 
 def _group_size(line: str, devices: int) -> int:
@@ -100,7 +102,9 @@ def collectives(text: str, devices: int, *, is_wide: bool = False) -> list[Colle
             names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
             yield names
         else:
-            for name in re.findall(r"(?:body|calls|to_apply|called_computation)=%?([\w.\-]+)", line):
+            for name in re.findall(
+                r"(?:body|calls|to_apply|called_computation)=%?([\w.\-]+)", line
+            ):
                 yield [name]
 
     def run(name: str) -> list[Collective]:
@@ -111,7 +115,9 @@ def collectives(text: str, devices: int, *, is_wide: bool = False) -> list[Colle
                 continue
             for alternatives in called(line):
                 runs = [run(other) for other in alternatives]
-                result += (max if is_wide else min)(runs, key=lambda r: sum(c.sent_bytes for c in r), default=[])
+                result += (max if is_wide else min)(
+                    runs, key=lambda r: sum(c.sent_bytes for c in r), default=[]
+                )
         return result
 
     return run(entry)

@@ -123,13 +123,17 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
     from jaxlib import _jax, xla_client
 
     config = _TARGET.format(**dataclasses.asdict(TARGETS[target]))
-    description = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    description = topologies.get_topology_desc(
+        platform="cuda", target_config=config, topology="1x1x1"
+    )
     mesh = topologies.make_mesh(description, (1,), ("x",))
 
     def placed(leaf: Any) -> Any:
         if is_on_host(leaf):
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        )
 
     args = jax.tree.map(placed, args)
     # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11 assumes sm_90): what tracing
@@ -150,17 +154,23 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
     return Compiled(executable.hlo_modules()[0].to_string(), executable.get_compiled_memory_stats())
 
 
-def abstract_state(spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.GradientTransformation) -> Any:
+def abstract_state(
+    spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.GradientTransformation
+) -> Any:
     """Returns the shapes of a state, of its arrays in host memory as `jax.core.ShapedArray`: eval_shape forgets where."""
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    traced = jax.jit(lambda key: mpembed.init(key, spec, tx, implementation=implementation)).trace(key)
+    traced = jax.jit(lambda key: mpembed.init(key, spec, tx, implementation=implementation)).trace(
+        key
+    )
 
     def shape_of(aval: Any) -> Any:
         if is_on_host(aval):
             return jax.core.ShapedArray(aval.shape, aval.dtype, memory_space=aval.memory_space)
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
-    return jax.tree.unflatten(jax.tree.structure(traced.out_info), [shape_of(aval) for aval in traced.jaxpr.out_avals])
+    return jax.tree.unflatten(
+        jax.tree.structure(traced.out_info), [shape_of(aval) for aval in traced.jaxpr.out_avals]
+    )
 
 
 def step_and_arguments(
@@ -175,7 +185,9 @@ def step_and_arguments(
     is donated."""
 
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
-        state, _, _, vectors = gpu_steps.embedding_step(state, ids, upstream, tx=tx, is_pooled=is_pooled)
+        state, _, _, vectors = gpu_steps.embedding_step(
+            state, ids, upstream, tx=tx, is_pooled=is_pooled
+        )
         return state, vectors
 
     state = abstract_state(spec, implementation, tx)
@@ -184,7 +196,10 @@ def step_and_arguments(
 
 
 def host_verbs(
-    spec: mpembed.EmbeddingSpec, batch_shape: tuple[int, ...], tx: optax.GradientTransformation, implementation: str = "xla"
+    spec: mpembed.EmbeddingSpec,
+    batch_shape: tuple[int, ...],
+    tx: optax.GradientTransformation,
+    implementation: str = "xla",
 ) -> dict:
     """Returns {verb: (function, abstract arguments, donated ones)}: the verbs that touch a table in host memory."""
     step, arguments = step_and_arguments(spec, implementation, batch_shape, tx)
@@ -193,7 +208,11 @@ def host_verbs(
         "step": (step, arguments, 0),
         "read": (mpembed.read, arguments[:2], ()),
         "flush": (mpembed.flush, arguments[:1], 0),
-        "init": (lambda key: mpembed.init(key, spec, tx, implementation=implementation), (key,), ()),
+        "init": (
+            lambda key: mpembed.init(key, spec, tx, implementation=implementation),
+            (key,),
+            (),
+        ),
     }
 
 
@@ -208,8 +227,12 @@ def figures(compiled: Compiled, state: Any) -> dict:
       Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the device and in host memory.
     """
     text, sizes = compiled.text, compiled.sizes
-    large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(range(1000))
-    copies = [_elements(shape) for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", text)]
+    large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(
+        range(1000)
+    )
+    copies = [
+        _elements(shape) for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", text)
+    ]
     return {
         "fusions": len(re.findall(r"= .* fusion\(", text)),
         "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
@@ -244,7 +267,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=33_762_577)
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/compile_gpu.json"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/compile_gpu.json")
+    )
     options = parser.parse_args()
     if reason := missing_compiler():
         raise SystemExit(reason)
@@ -253,26 +278,59 @@ def main() -> None:
     table = [mpembed.TableSpec("ids", options.rows)]
     for target in options.targets:
         for dim in options.dims:
-            for implementation, is_pooled in (("xla", False), ("pallas_triton", False), ("pallas_triton", True)):
+            for implementation, is_pooled in (
+                ("xla", False),
+                ("pallas_triton", False),
+                ("pallas_triton", True),
+            ):
                 if implementation != "xla" and not TARGETS[target].has_kernels:
                     continue
                 spec = mpembed.EmbeddingSpec(table, dim)
-                step, arguments = step_and_arguments(spec, implementation, shape, tx, is_pooled=is_pooled)
-                case = {"target": target, "dim": dim, "implementation": implementation, "is_pooled": is_pooled}
+                step, arguments = step_and_arguments(
+                    spec, implementation, shape, tx, is_pooled=is_pooled
+                )
+                case = {
+                    "target": target,
+                    "dim": dim,
+                    "implementation": implementation,
+                    "is_pooled": is_pooled,
+                }
                 case |= measure(target, step, arguments, 0, arguments[0])
-                case["temporaries_per_vector_array"] = case["temporary_bytes"] / (4 * dim * options.batch * 26)
+                case["temporaries_per_vector_array"] = case["temporary_bytes"] / (
+                    4 * dim * options.batch * 26
+                )
                 runs.append(case)
                 print(json.dumps(case), flush=True)
         dim = options.dims[-1]
         spec = mpembed.EmbeddingSpec(table, dim, memory_kind="pinned_host")
         state = abstract_state(spec, "xla", tx)
         for verb, (function, arguments, donated) in host_verbs(spec, shape, tx).items():
-            case = {"target": target, "dim": dim, "verb": verb, "table_bytes": spec.storage.row_bytes(dim) * options.rows}
+            case = {
+                "target": target,
+                "dim": dim,
+                "verb": verb,
+                "table_bytes": spec.storage.row_bytes(dim) * options.rows,
+            }
             host_runs.append(case | measure(target, function, arguments, donated, state))
             print("host tables", json.dumps(host_runs[-1]), flush=True)
-    settings = {"batch": options.batch, "features": 26, "rows": options.rows, "storage": "int8", "cache": "5 %, 32 ways"}
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "jax-cuda12-plugin")}
-    found = {"commit": commit, "settings": settings, "versions": versions, "runs": runs, "host_tables": host_runs}
+    settings = {
+        "batch": options.batch,
+        "features": 26,
+        "rows": options.rows,
+        "storage": "int8",
+        "cache": "5 %, 32 ways",
+    }
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "optax", "jax-cuda12-plugin")
+    }
+    found = {
+        "commit": commit,
+        "settings": settings,
+        "versions": versions,
+        "runs": runs,
+        "host_tables": host_runs,
+    }
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

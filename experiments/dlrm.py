@@ -30,8 +30,15 @@ def init_mlp(key: jax.Array, widths: Sequence[int]) -> Params:
     layers = []
     for wide_in, wide_out in itertools.pairwise(widths):
         key, kernel_key, bias_key = jax.random.split(key, 3)
-        kernel = jax.random.normal(kernel_key, (wide_in, wide_out)) * np.sqrt(2 / (wide_in + wide_out))
-        layers.append({"kernel": kernel, "bias": jax.random.normal(bias_key, (wide_out,)) * np.sqrt(1 / wide_out)})
+        kernel = jax.random.normal(kernel_key, (wide_in, wide_out)) * np.sqrt(
+            2 / (wide_in + wide_out)
+        )
+        layers.append(
+            {
+                "kernel": kernel,
+                "bias": jax.random.normal(bias_key, (wide_out,)) * np.sqrt(1 / wide_out),
+            }
+        )
     return layers
 
 
@@ -48,7 +55,9 @@ def mlp(layers: Params, x: jax.Array, *, relu_last: bool) -> jax.Array:
 def _triangle(num_vectors: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the strict lower triangle in a flat [T, T] square, and for each cell of the square its pair."""
     row, column = np.tril_indices(num_vectors, -1)
-    pair = np.full((num_vectors, num_vectors), len(row), np.int32)  # the diagonal points past the last pair
+    pair = np.full(
+        (num_vectors, num_vectors), len(row), np.int32
+    )  # the diagonal points past the last pair
     pair[row, column] = pair[column, row] = np.arange(len(row))
     return row * num_vectors + column, pair.reshape(-1)
 
@@ -103,7 +112,9 @@ def dlrm(params: dict[str, Params], dense: jax.Array, vectors: jax.Array) -> jax
     return mlp(params["top"], jnp.concatenate([bottom, pairs], axis=1), relu_last=False)[:, 0]
 
 
-def init_small(key: jax.Array, num_vectors: int, embedding_dim: int, *, hidden: int = 64) -> dict[str, Params]:
+def init_small(
+    key: jax.Array, num_vectors: int, embedding_dim: int, *, hidden: int = 64
+) -> dict[str, Params]:
     """Draws the small model's parameters: {"top": layers}."""
     return {"top": init_mlp(key, (num_vectors * embedding_dim, hidden, 1))}
 

@@ -18,7 +18,10 @@ from experiments import killing
 from experiments.fault_run import bits_of, first_tree, ids_at, saved_part, train_step
 from mpembed_jax import checkpoint
 
-_NOT_NEEDED = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax's times and mark: no restore depends on them
+_NOT_NEEDED = (
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+)  # orbax's times and mark: no restore depends on them
 
 
 def damage(fallback_every: int = 1) -> dict[str, Any]:
@@ -56,7 +59,9 @@ def damage(fallback_every: int = 1) -> dict[str, Any]:
                     if fault in ("truncate", "flip") and number % fallback_every == 0:
                         restored = checkpoint.restore(directory, part)
                         good = step - 1  # an increment falls with its base
-                        assert bits_of(restored) == wanted[good], f"{path} damaged ({fault}): not step {good}'s bits"
+                        assert bits_of(restored) == wanted[good], (
+                            f"{path} damaged ({fault}): not step {good}'s bits"
+                        )
                         counts["fallbacks"] += 1
                     path.write_bytes(content)
             assert bits_of(checkpoint.restore(directory, part)) == wanted[2]
@@ -93,7 +98,14 @@ def _expect_refusal(directory: Path, step: int, target: Any, path: Path) -> None
 def _fill_a_device() -> dict[str, str] | None:
     """Runs `fill` on a tmpfs of 4 MB in a mount namespace of its own; None where the system does not allow that."""
     with tempfile.TemporaryDirectory() as folder:
-        mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"', folder]
+        mount = [
+            "unshare",
+            "-rm",
+            "sh",
+            "-c",
+            'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"',
+            folder,
+        ]
         try:
             subprocess.run([*mount, "true"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError):
@@ -117,7 +129,9 @@ def fill(directory: Path) -> dict[str, str]:
         wanted[step] = bits_of(part)
     else:
         raise AssertionError("the device never filled up")
-    assert wanted and checkpoint.steps(directory) == list(wanted), "a checkpoint is lost, or a part of one counts"
+    assert wanted and checkpoint.steps(directory) == list(wanted), (
+        "a checkpoint is lost, or a part of one counts"
+    )
 
     def check() -> None:
         for step, bits in wanted.items():
@@ -129,7 +143,10 @@ def fill(directory: Path) -> dict[str, str]:
     checkpoint.save(directory, step, part)
     wanted[step] = bits_of(part)
     check()
-    return {"disk full": message, "disk full by": f"a device of 4 MB, full after {step - 1} checkpoints"}
+    return {
+        "disk full": message,
+        "disk full by": f"a device of 4 MB, full after {step - 1} checkpoints",
+    }
 
 
 def _limit_file_size(failing: Any) -> dict[str, str]:
@@ -187,14 +204,18 @@ def disks() -> dict[str, str]:
             try:
                 saving.wait()
             except checkpoint.CheckpointError as error:
-                messages["folder vanished during a save"] = str(error).replace(str(directory), "DIRECTORY")
+                messages["folder vanished during a save"] = str(error).replace(
+                    str(directory), "DIRECTORY"
+                )
             shutil.rmtree(directory, ignore_errors=True)
             away.rename(directory)
             assert bits_of(checkpoint.restore(directory, part, step=1)) == wanted
             if "folder vanished during a save" in messages:
                 break
             # It was complete before the folder vanished.
-            assert checkpoint.steps(directory) == [1, step], "a save into a folder that vanished neither failed nor is there"
+            assert checkpoint.steps(directory) == [1, step], (
+                "a save into a folder that vanished neither failed nor is there"
+            )
             shutil.rmtree(directory / f"step_{step}")
         checkpoint.save(directory, step + 1, part)
         assert bits_of(checkpoint.restore(directory, part)) == wanted

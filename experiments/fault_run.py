@@ -46,7 +46,12 @@ def train_step(tree: dict[str, Any], ids: jax.Array) -> dict[str, Any]:
     grads, row_grads = jax.grad(loss_fn, argnums=(0, 1))(tree["params"], rows)
     emb = mpembed.apply_gradients(emb, plan, rows, row_grads * WIDTH, tx=ROW_TX)
     updates, opt_state = TX.update(grads, tree["opt_state"], tree["params"])
-    return dict(emb=emb, tracker=tracker, params=optax.apply_updates(tree["params"], updates), opt_state=opt_state)
+    return dict(
+        emb=emb,
+        tracker=tracker,
+        params=optax.apply_updates(tree["params"], updates),
+        opt_state=opt_state,
+    )
 
 
 def first_tree() -> dict[str, Any]:
@@ -86,7 +91,9 @@ def work(directory: Path, steps: int) -> str:
         print(f"step {step + 1}", flush=True)
         if (step + 1) % SAVE_EVERY == 0:
             print(f"save {step + 1}", flush=True)
-            is_full = (step + 1) % (5 * SAVE_EVERY) == 0 or checkpoint.latest_step(directory) is None
+            is_full = (step + 1) % (5 * SAVE_EVERY) == 0 or checkpoint.latest_step(
+                directory
+            ) is None
             part, tracker = saved_part(tree, step + 1), None if is_full else tree["tracker"]
             checkpoint.save(directory, step + 1, part, tracker=tracker, wait=False, keep=3)
             tree["tracker"] = checkpoint.track(tree["emb"])

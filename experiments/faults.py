@@ -66,10 +66,17 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
         for done in range(kills):
             # Aimed so that the run advances a little between kills and is not over before the last one.
             latest = checkpoint.latest_step(directory) or 0
-            until = min(steps - 1, latest + rng.randint(1, max(2, 2 * (steps - latest) // (kills - done + 1))))
-            resumed_at.append(_run_and_kill(directory, steps, "save" if done % 2 else "step", until, rng))
+            until = min(
+                steps - 1,
+                latest + rng.randint(1, max(2, 2 * (steps - latest) // (kills - done + 1))),
+            )
+            resumed_at.append(
+                _run_and_kill(directory, steps, "save" if done % 2 else "step", until, rng)
+            )
             unfinished += killing.has_unfinished(directory)
-        assert _run(directory, steps) == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
+        assert _run(directory, steps) == wanted, (
+            f"after {kills} kills the state differs from the uninterrupted run's"
+        )
         return {
             "kills": kills, "aimed at saves": kills // 2, "unfinished folders left behind": unfinished,
             "resumed at steps": resumed_at, "steps": steps, "bits equal": True,
@@ -77,9 +84,19 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
 
 
 def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "experiments.faults", "--worker", str(directory), "--steps", str(steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.faults",
+        "--worker",
+        str(directory),
+        "--steps",
+        str(steps),
+    ]
     pipe, environment = subprocess.PIPE, killing.environment(directory)
-    return subprocess.Popen(command, cwd=killing.ROOT, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=killing.ROOT, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def _run(directory: Path, steps: int) -> str:
@@ -136,7 +153,11 @@ def main(settings: Settings) -> None:
     for name in settings.only or parts:
         start = time.perf_counter()
         found = parts[name]()
-        report["parts"][name] = {**found, "seconds": round(time.perf_counter() - start, 1), "commit": environment["commit"]}
+        report["parts"][name] = {
+            **found,
+            "seconds": round(time.perf_counter() - start, 1),
+            "commit": environment["commit"],
+        }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -54,10 +54,14 @@ FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
 def dense_step_ms(num_rows: int, dim: int) -> float:
     """Times flax's own way, donated: gradient of the whole table, optax.adagrad on the whole table."""
     sizes = workload.sizes_for(num_rows)
-    ids = [jnp.asarray(workload.to_global(b, sizes)) for b in workload.batches(1, 8, 2048, sizes, 1.05)]
+    ids = [
+        jnp.asarray(workload.to_global(b, sizes)) for b in workload.batches(1, 8, 2048, sizes, 1.05)
+    ]
     model = nnx.Embed(sum(sizes), dim, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adagrad(0.05), wrt=nnx.Param)
-    upstream = jnp.asarray(np.random.default_rng(2).normal(size=(2048, len(sizes), dim)).astype(np.float32))
+    upstream = jnp.asarray(
+        np.random.default_rng(2).normal(size=(2048, len(sizes), dim)).astype(np.float32)
+    )
 
     @nnx.jit(donate_argnums=(0, 1))
     def step(model: Any, optimizer: Any, ids: jax.Array, upstream: jax.Array) -> None:
@@ -85,7 +89,9 @@ def measure(settings: Settings) -> dict[str, Any]:
             print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
     curves["dense flax FP32"] = []
     for rows in settings.dense_rows:
-        curves["dense flax FP32"].append((sum(workload.sizes_for(rows)), dense_step_ms(rows, settings.dim)))
+        curves["dense flax FP32"].append(
+            (sum(workload.sizes_for(rows)), dense_step_ms(rows, settings.dim))
+        )
         print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
     return curves
 
@@ -106,7 +112,9 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
         spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
         report = mpembed.memory.report(spec, tx)
         without = report.total - report.components["row state"]
-        difference = "" if quality is None else str(quality.difference(Case(storage, fraction), "auc"))
+        difference = (
+            "" if quality is None else str(quality.difference(Case(storage, fraction), "auc"))
+        )
         rows.append(
             f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
             f"| {curves[name][-1][1]:.1f} | {difference} |"
@@ -142,10 +150,19 @@ def _draw_family(axis: Any, quality: paper_report.Group, family: str, look: dict
     for case, x, y in zip(cases, size, lost, strict=True):
         if case.method == "trained":
             share = f"{100 * case.cache:.3g} %" if case.cache else "no cache"
-            axis.annotate(share, (x, -y.mean), fontsize=6.5, color=look["color"], xytext=(4, 3), textcoords="offset points")
+            axis.annotate(
+                share,
+                (x, -y.mean),
+                fontsize=6.5,
+                color=look["color"],
+                xytext=(4, 3),
+                textcoords="offset points",
+            )
 
 
-def draw(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path) -> None:
+def draw(
+    settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path
+) -> None:
     """Draws the picture of README's first screen."""
     import matplotlib
 
@@ -153,7 +170,9 @@ def draw(settings: Settings, curves: dict[str, Any], quality: paper_report.Group
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for (name, points), colour in zip(curves.items(), ("#4477aa", "#228833", "#ee6677"), strict=True):
+    for (name, points), colour in zip(
+        curves.items(), ("#4477aa", "#228833", "#ee6677"), strict=True
+    ):
         left.plot(*zip(*points, strict=True), "o-", label=name, color=colour)
     left.set(
         xscale="log",
@@ -192,14 +211,31 @@ def main(settings: Settings) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    facts = {"jax": jax.__version__, "python": platform.python_version(), "device": str(jax.devices()[0]), "commit": commit}
-    (settings.out / "first_screen.json").write_text(json.dumps(facts | {"curves": curves}, indent=1) + "\n")
+    facts = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": str(jax.devices()[0]),
+        "commit": commit,
+    }
+    (settings.out / "first_screen.json").write_text(
+        json.dumps(facts | {"curves": curves}, indent=1) + "\n"
+    )
     draw(settings, curves, quality, settings.out / "first_screen.png")
     markdown = table(settings, curves, quality)
     readme = Path("README.md")
-    begin, end = "<!-- first screen table: python -m experiments.first_screen -->", "<!-- end of table -->"
+    begin, end = (
+        "<!-- first screen table: python -m experiments.first_screen -->",
+        "<!-- end of table -->",
+    )
     text = readme.read_text()
-    readme.write_text(re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", f"{begin}\n{markdown}\n{end}", text, flags=re.DOTALL))
+    readme.write_text(
+        re.sub(
+            f"{re.escape(begin)}.*?{re.escape(end)}",
+            f"{begin}\n{markdown}\n{end}",
+            text,
+            flags=re.DOTALL,
+        )
+    )
     print(markdown)
 
 

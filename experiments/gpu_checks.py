@@ -18,7 +18,9 @@ from experiments.gpu_steps import Bench, embedding_step, failure
 def differences(one: Any, other: Any) -> dict[str, int]:
     """Returns for each leaf of two trees how many of its elements are unequal, any NaN equal to NaN; only where some are."""
     found = {}
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
         is_unequal = (a != b) & ~((a != a) & (b != b))
         if is_unequal.any():
             found[jax.tree_util.keystr(path)] = int(is_unequal.sum())
@@ -32,7 +34,8 @@ def largest_difference(one: Any, other: Any) -> float:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         is_number = np.isfinite(a) & np.isfinite(b)
         return float(
-            np.max(np.abs(a - b), where=is_number, initial=0) / max(1e-30, np.max(np.abs(a), where=is_number, initial=0))
+            np.max(np.abs(a - b), where=is_number, initial=0)
+            / max(1e-30, np.max(np.abs(a), where=is_number, initial=0))
         )
 
     return max(jax.tree.leaves(jax.tree.map(apart, one, other)))
@@ -63,13 +66,19 @@ class Small(NamedTuple):
         grads = (rng.integers(-16, 17, (12, 60, self.dim)) / 64).astype(np.float32)
         cache = mpembed.CacheSpec(num_rows=128, ways=8)
         spec = mpembed.EmbeddingSpec(
-            [mpembed.TableSpec("t", 3000)], self.dim, self.storage, cache, memory_kind=self.memory_kind
+            [mpembed.TableSpec("t", 3000)],
+            self.dim,
+            self.storage,
+            cache,
+            memory_kind=self.memory_kind,
         )
         state = mpembed.init(jax.random.key(1), spec, self.tx, implementation=self.implementation)
         state, seen = self.run(state, batches, grads)
         read = jax.jit(mpembed.read)(state, jnp.arange(-1, 3001, dtype=jnp.int32))
         seen = jax.device_get({"state": state, "read": read, "steps": seen})
-        return seen | {"flushed": jax.device_get(jax.jit(mpembed.flush, donate_argnums=0)(state).table)}
+        return seen | {
+            "flushed": jax.device_get(jax.jit(mpembed.flush, donate_argnums=0)(state).table)
+        }
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def run(self, state: Any, batches: jax.Array, grads: jax.Array) -> Any:
@@ -91,12 +100,23 @@ def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         runs = {small: pool.submit(small.train) for small in dict.fromkeys(itertools.chain(*pairs))}
         for one, small in pairs:
-            row = {"format": small.storage, "dim": small.dim, "implementation": small.implementation}
-            row |= {"memory_kind": small.memory_kind, "is_pooled": small.is_pooled, "rule": small.rule}
+            row = {
+                "format": small.storage,
+                "dim": small.dim,
+                "implementation": small.implementation,
+            }
+            row |= {
+                "memory_kind": small.memory_kind,
+                "is_pooled": small.is_pooled,
+                "rule": small.rule,
+            }
             try:
                 seen = runs[one].result(), runs[small].result()
                 row["unequal_elements"] = differences(*seen)
-                floats = [(x["read"], x["steps"]["rows"], x["steps"]["bags"], x["state"].row_state) for x in seen]
+                floats = [
+                    (x["read"], x["steps"]["rows"], x["steps"]["bags"], x["state"].row_state)
+                    for x in seen
+                ]
                 row["largest_difference"] = largest_difference(*floats)
             except Exception as error:  # other formats may still do
                 row |= failure(error)
@@ -109,22 +129,48 @@ def kernels_against_xla(bench: Bench) -> Iterator[dict]:
     Row-wise Adagrad divides and takes roots, which Triton does not round correctly: its rows are float32 and its sums too,
     so that nothing amplifies that, and the largest difference is to be of the size of rounding errors.
     """
-    cases = [("int8", 16), ("int8", 64), ("int4", 128), ("float32", 100), ("int2", 7), ("bfloat16", 1)]
-    cases += [("float16", 16), ("float8_e4m3fn", 7), ("float8_e5m2", 64), ("int8", 7), ("int4", 16), ("int8", 128)]
+    cases = [
+        ("int8", 16),
+        ("int8", 64),
+        ("int4", 128),
+        ("float32", 100),
+        ("int2", 7),
+        ("bfloat16", 1),
+    ]
+    cases += [
+        ("float16", 16),
+        ("float8_e4m3fn", 7),
+        ("float8_e5m2", 64),
+        ("int8", 7),
+        ("int4", 16),
+        ("int8", 128),
+    ]
     tx = mpembed.optim.sgd(0.25)
     chosen = [("int8", 7)] if bench.is_tiny else cases
     pairs = [(Small(*case, "xla", tx), Small(*case, bench.kernels, tx)) for case in chosen]
     for rule, storage, dim in (("adagrad", "float32", 64), ("momentum", "int8", 16)):
-        other = mpembed.optim.rowwise_adagrad(0.25) if rule == "adagrad" else optax.sgd(0.25, momentum=0.5)
+        other = (
+            mpembed.optim.rowwise_adagrad(0.25)
+            if rule == "adagrad"
+            else optax.sgd(0.25, momentum=0.5)
+        )
         size = 7 if bench.is_tiny else dim
-        pairs.append((Small(storage, size, "xla", other), Small(storage, size, bench.kernels, other)))
-    pooled = [(one, other._replace(is_pooled=True)) for one, other in pairs if other.rule != "momentum"]
+        pairs.append(
+            (Small(storage, size, "xla", other), Small(storage, size, bench.kernels, other))
+        )
+    pooled = [
+        (one, other._replace(is_pooled=True)) for one, other in pairs if other.rule != "momentum"
+    ]
     yield from compared(pairs + pooled)
 
 
 def host_against_device(bench: Bench) -> Iterator[dict]:
     """Tables in pinned host memory, by plain XLA and with the kernels that remain: the bits of tables on the device."""
     momentum, sgd = optax.sgd(0.25, momentum=0.5), mpembed.optim.sgd(0.25)
-    cases = [("int8", 16, "xla", sgd), ("float32", 64, "xla", momentum), ("int4", 7, bench.kernels, sgd)]
+    cases = [
+        ("int8", 16, "xla", sgd),
+        ("float32", 64, "xla", momentum),
+        ("int4", 7, bench.kernels, sgd),
+    ]
     chosen = cases[:1] if bench.is_tiny else cases
     yield from compared([(Small(*case), Small(*case, "pinned_host")) for case in chosen])

@@ -39,16 +39,25 @@ def gather_alone(bench: Bench) -> Iterator[dict]:
     dims, size, batch = ((8,), 100, 64) if bench.is_tiny else ((64, 128, 16), 200_000, 65536)
     rows = 40_000 if bench.is_tiny else None
     rng = np.random.default_rng(0)
-    drawn = [rng.permutation(np.unique(ids))[:size] for ids in ids_of(rows, batch, 8)]  # together more than a GPU's L2
+    drawn = [
+        rng.permutation(np.unique(ids))[:size] for ids in ids_of(rows, batch, 8)
+    ]  # together more than a GPU's L2
     for implementation, dim in itertools.product(("xla", bench.kernels), dims):
         row = {"implementation": implementation, "dim": dim, "rows": size}
         try:
             spec = Case(dim, batch, fraction=None, rows=rows).spec()
             state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
             read, ids = jax.jit(mpembed.read), itertools.cycle([jnp.asarray(ids) for ids in drawn])
-            seconds = seconds_of(lambda read=read, state=state, ids=ids: read(state, next(ids)), 1 if bench.is_tiny else 16)
+            seconds = seconds_of(
+                lambda read=read, state=state, ids=ids: read(state, next(ids)),
+                1 if bench.is_tiny else 16,
+            )
             floor = size * (4 + spec.storage.row_bytes(dim) + 4 * dim) / bench.bandwidth
-            row |= {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": seconds / floor}
+            row |= {
+                "milliseconds": seconds * 1e3,
+                "floor_milliseconds": floor * 1e3,
+                "times_floor": seconds / floor,
+            }
         except Exception as error:
             row |= failure(error)
         yield row
@@ -65,11 +74,16 @@ def bags_alone(bench: Bench) -> Iterator[dict]:
         pool = functools.partial(mpembed.pool, combiner="sum", implementation=implementation)
 
         @jax.jit
-        def gradients(rows: jax.Array, index: jax.Array, grads: jax.Array, pool: Callable = pool) -> jax.Array:
+        def gradients(
+            rows: jax.Array, index: jax.Array, grads: jax.Array, pool: Callable = pool
+        ) -> jax.Array:
             return jax.vjp(lambda rows: pool(rows, index), rows)[1](grads)[0]
 
         try:
-            rows, grads = jnp.ones((len(unique) + 1, dim)), jnp.ones((batch, dim))  # the last row is padding
+            rows, grads = (
+                jnp.ones((len(unique) + 1, dim)),
+                jnp.ones((batch, dim)),
+            )  # the last row is padding
             floor = (4 * dim * (len(unique) + batch) + 4 * index.size) / bench.bandwidth
             for name, call in (
                 ("bags", functools.partial(jax.jit(pool), rows, index)),
@@ -91,7 +105,9 @@ def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
 
     def part(bench: Bench) -> Iterator[dict]:
         # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to measure with.
-        for implementation, case in itertools.product(("xla", bench.kernels), cases[:1] if bench.is_tiny else cases):
+        for implementation, case in itertools.product(
+            ("xla", bench.kernels), cases[:1] if bench.is_tiny else cases
+        ):
             if case.is_pooled and implementation == "xla":
                 continue
             if bench.is_tiny:
@@ -111,8 +127,13 @@ def torch_sparse(bench: Bench) -> Iterator[dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dim in (16,) if bench.is_tiny else (64, 16, 128):
         case = Case(dim, 8, rows=40_000) if bench.is_tiny else Case(dim, 65536)
-        batches = [torch.from_numpy(ids).to(device) for ids in ids_of(case.rows, case.batch, 2 if bench.is_tiny else 16)]
-        table = torch.nn.EmbeddingBag(case.spec().num_rows, dim, mode="sum", sparse=True, device=device)
+        batches = [
+            torch.from_numpy(ids).to(device)
+            for ids in ids_of(case.rows, case.batch, 2 if bench.is_tiny else 16)
+        ]
+        table = torch.nn.EmbeddingBag(
+            case.spec().num_rows, dim, mode="sum", sparse=True, device=device
+        )
         optimizer = torch.optim.SGD(table.parameters(), lr=0.05)
         upstream = torch.full((batches[0].numel(), dim), 1e-3, device=device)
         ids = itertools.cycle(batches)
@@ -174,6 +195,10 @@ PARTS: dict[str, Part] = {
     "bags alone": Part(bags_alone, 40),
     "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
     "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
-    "step, float32 without cache": Part(steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60),
-    "step, 120 M rows": Part(steps(tuple(Case(dim, 65536, rows=120_000_000) for dim in (64, 128, 16))), 60),
+    "step, float32 without cache": Part(
+        steps(tuple(Case(dim, 65536, "float32", None) for dim in (64, 128, 16))), 60
+    ),
+    "step, 120 M rows": Part(
+        steps(tuple(Case(dim, 65536, rows=120_000_000) for dim in (64, 128, 16))), 60
+    ),
 }

@@ -78,7 +78,9 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(rounds)
 
 
-def embedding_step(state: Any, ids: jax.Array, upstream: jax.Array, *, tx: Any, is_pooled: bool, **pooling: Any) -> tuple:
+def embedding_step(
+    state: Any, ids: jax.Array, upstream: jax.Array, *, tx: Any, is_pooled: bool, **pooling: Any
+) -> tuple:
     """One step of the embedding alone, by the state's implementation, whatever its model.
 
     Args:
@@ -94,7 +96,9 @@ def embedding_step(state: Any, ids: jax.Array, upstream: jax.Array, *, tx: Any, 
     """
     state, plan = mpembed.prefetch(state, ids)
     rows = mpembed.lookup(state, plan)
-    pool = functools.partial(mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **pooling)
+    pool = functools.partial(
+        mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **pooling
+    )
     vectors, pull_back = jax.vjp(pool, rows)
     if is_pooled:
         state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, **pooling, tx=tx)
@@ -121,7 +125,9 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
 
     The device's peak is that of the process so far: a part's largest case comes to stand in the rows after it, too.
     """
-    warm, repeats = (2, 1) if bench.is_tiny else (max(32, 32 * 65536 // case.batch), 8)  # as many ids, whatever the batch
+    warm, repeats = (
+        (2, 1) if bench.is_tiny else (max(32, 32 * 65536 // case.batch), 8)
+    )  # as many ids, whatever the batch
     # One for compiling, one before the rounds, five rounds; the verbs one by one.
     count = 1 + warm + 1 + 5 * repeats + (1 + 2 * repeats if by_verb else 0)
     batches = [jnp.asarray(ids) for ids in ids_of(case.rows, case.batch, count)]
@@ -158,7 +164,9 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
         "counts": counts,
     }
     if by_verb:
-        row["verbs"] = measure_verbs(bench, held, ids, upstream, implementation, floors, repeats, is_pooled=case.is_pooled)
+        row["verbs"] = measure_verbs(
+            bench, held, ids, upstream, implementation, floors, repeats, is_pooled=case.is_pooled
+        )
     return row
 
 
@@ -172,7 +180,10 @@ def measured(bench: Bench, case: Case, implementation: str, *, by_verb: bool) ->
 
 def failure(error: Exception) -> dict:
     """Returns the row of a measurement that raised."""
-    return {"error": f"{type(error).__name__}: {str(error)[:2000]}", "where": traceback.format_exc()[-2000:]}
+    return {
+        "error": f"{type(error).__name__}: {str(error)[:2000]}",
+        "where": traceback.format_exc()[-2000:],
+    }
 
 
 def measure_verbs(
@@ -190,7 +201,9 @@ def measure_verbs(
     prefetch = jax.jit(mpembed.prefetch, donate_argnums=0)
     lookup = jax.jit(mpembed.lookup)
     apply = jax.jit(functools.partial(mpembed.apply_gradients, tx=TX), donate_argnums=0)
-    apply_pooled = jax.jit(functools.partial(mpembed.apply_pooled_gradients, tx=TX), donate_argnums=0)
+    apply_pooled = jax.jit(
+        functools.partial(mpembed.apply_pooled_gradients, tx=TX), donate_argnums=0
+    )
     pool = functools.partial(mpembed.pool, implementation=implementation)
 
     @jax.jit
@@ -220,5 +233,9 @@ def measure_verbs(
     for name, seconds in times.items():
         best = statistics.median(seconds[1:])  # the first call compiled
         floor = floors[name] / bench.bandwidth
-        result[name] = {"milliseconds": best * 1e3, "floor_milliseconds": floor * 1e3, "times_floor": best / floor}
+        result[name] = {
+            "milliseconds": best * 1e3,
+            "floor_milliseconds": floor * 1e3,
+            "times_floor": best / floor,
+        }
     return result

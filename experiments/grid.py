@@ -18,7 +18,13 @@ CACHES = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2)
 POLICIES: tuple[Literal["lfu", "lru"], ...] = ("lfu", "lru")
 ROUNDINGS: tuple[Literal["stochastic", "nearest"], ...] = ("stochastic", "nearest")
 WAYS = (32, 1)
-SHORT = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16", "float8_e4m3fn": "FP8", "float8_e5m2": "FP8 e5m2"}
+SHORT = {
+    "float32": "FP32",
+    "bfloat16": "BF16",
+    "float16": "FP16",
+    "float8_e4m3fn": "FP8",
+    "float8_e5m2": "FP8 e5m2",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,9 @@ class Case:
             return stored
         words = [f"{stored} + {100 * self.cache:.3g} %" if self.cache else f"{stored} no cache"]
         words += ["LRU"] if self.cache and self.policy == "lru" else []
-        words += [f"{self.ways} way{'s' * (self.ways > 1)}"] if self.cache and self.ways != 32 else []
+        words += (
+            [f"{self.ways} way{'s' * (self.ways > 1)}"] if self.cache and self.ways != 32 else []
+        )
         words += [self.rounding] if self.rounding != "stochastic" else []
         words += [f"{100 * self.small:.3g} % in small FP32 tables"] if self.small else []
         return ", ".join(words)
@@ -80,7 +88,11 @@ class Case:
         stored = SHORT.get(self.storage, self.storage.upper())
         if self == Case(self.storage, self.cache):
             return stored
-        return f"{stored} + small FP32 tables" if self == Case(self.storage, self.cache, small=self.small) else None
+        return (
+            f"{stored} + small FP32 tables"
+            if self == Case(self.storage, self.cache, small=self.small)
+            else None
+        )
 
     def contender(self) -> Contender:
         """Returns how training stores it; of "post-training" and the FP32 baselines, what is trained."""
@@ -94,7 +106,13 @@ class Case:
 
 
 FP32 = Case()
-SHARES = (0.5, 0.34, 0.22, 0.16, 0.1)  # about the bytes of INT8 + 5 %, INT4 + 5 %, INT4 + 1 %, INT2 + 2 %
+SHARES = (
+    0.5,
+    0.34,
+    0.22,
+    0.16,
+    0.1,
+)  # about the bytes of INT8 + 5 %, INT4 + 5 %, INT4 + 1 %, INT2 + 2 %
 CORE = (
     FP32,
     Case("int8", 0.05), Case("int8"), Case("int8", rounding="nearest"),
@@ -111,7 +129,12 @@ CORE = (
     Case("int8", method="post-training"), Case("int4", method="post-training"), Case("int2", method="post-training"),
     Case("int4", method="quantization-aware"),
 )  # fmt: skip
-FLOATS = (Case("bfloat16"), Case("float16"), Case("float8_e4m3fn"), Case("float8_e4m3fn", rounding="nearest"))
+FLOATS = (
+    Case("bfloat16"),
+    Case("float16"),
+    Case("float8_e4m3fn"),
+    Case("float8_e4m3fn", rounding="nearest"),
+)
 TARGETS = (
     FP32, Case("int8", 0.05), Case("int4", 0.01), Case("int4"), Case("int4", rounding="nearest"),
     Case("int2", 0.05), Case("int2", 0.02), Case("int2", 0.01, small=0.01),
@@ -120,7 +143,11 @@ TARGETS = (
 
 
 # Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a ratio above ten.
-WIDE = (Case("int4", 0.01, symmetric=True), Case("int2", 0.02, small=0.01), Case("int2", 0.015, small=0.01))
+WIDE = (
+    Case("int4", 0.01, symmetric=True),
+    Case("int2", 0.02, small=0.01),
+    Case("int2", 0.015, small=0.01),
+)
 
 
 def headline(embedding_dim: int) -> tuple[Case, ...]:
@@ -137,8 +164,11 @@ def full(embedding_dim: int) -> tuple[Case, ...]:
     """Returns every storage, cache, policy, rounding and number of ways, and the baselines; FP32 with a cache is FP32."""
     product = (
         Case(storage, cache, policy, rounding, ways)
-        for storage, cache, policy, rounding, ways in itertools.product(STORAGES, CACHES, POLICIES, ROUNDINGS, WAYS)
-        if (cache or (policy, ways) == ("lfu", 32)) and (storage != "float32" or rounding == "stochastic")
+        for storage, cache, policy, rounding, ways in itertools.product(
+            STORAGES, CACHES, POLICIES, ROUNDINGS, WAYS
+        )
+        if (cache or (policy, ways) == ("lfu", 32))
+        and (storage != "float32" or rounding == "stochastic")
     )
     return tuple(dict.fromkeys((*headline(embedding_dim), *FLOATS, *product)))
 
@@ -158,8 +188,19 @@ def choose(
     Raises:
       ValueError: if nothing but FP32 is left.
     """
-    wanted = {"storage": storage, "cache": cache, "policy": policy, "rounding": rounding, "ways": ways, "method": method}
-    kept = [c for c in cases if all(v is None or getattr(c, field) in v for field, v in wanted.items())]
+    wanted = {
+        "storage": storage,
+        "cache": cache,
+        "policy": policy,
+        "rounding": rounding,
+        "ways": ways,
+        "method": method,
+    }
+    kept = [
+        c for c in cases if all(v is None or getattr(c, field) in v for field, v in wanted.items())
+    ]
     if not [c for c in kept if c != FP32]:
-        raise ValueError(f"no case of the grid has { ({k: v for k, v in wanted.items() if v is not None}) }")
+        raise ValueError(
+            f"no case of the grid has { ({k: v for k, v in wanted.items() if v is not None}) }"
+        )
     return tuple(dict.fromkeys((FP32, *kept)))

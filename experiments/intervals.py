@@ -25,7 +25,9 @@ class Interval(NamedTuple):
         return abs(self.mean) > self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f}" if math.isnan(self.half) else f"{self.mean:+.4f} ± {self.half:.4f}"
+        return (
+            f"{self.mean:+.4f}" if math.isnan(self.half) else f"{self.mean:+.4f} ± {self.half:.4f}"
+        )
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -70,7 +72,9 @@ def bytes_needed(points: Sequence[tuple[float, float]], limit: float) -> Needed:
       measured already stays within; ">": the largest one does not.
     """
     ordered = sorted(points)
-    failing = [i for i, (_, difference) in enumerate(ordered) if not difference >= -limit]  # NaN fails
+    failing = [
+        i for i, (_, difference) in enumerate(ordered) if not difference >= -limit
+    ]  # NaN fails
     if not failing:
         return Needed(ordered[0][0], "<=")
     last = failing[-1]

@@ -37,10 +37,17 @@ def check_state(state: Any, steps: int | None = None) -> None:
     Raises:
       AssertionError: saying what does not hold.
     """
-    counters = {n: int(low) + (int(high) << 32) for n, (low, high) in zip(_names(), np.array(state.counters), strict=False)}
+    counters = {
+        n: int(low) + (int(high) << 32)
+        for n, (low, high) in zip(_names(), np.array(state.counters), strict=False)
+    }
     assert counters["hits"] + counters["misses"] == counters["unique"], counters
     assert counters["bypasses"] <= counters["misses"], counters
-    assert counters["write_backs"] <= counters["evictions"] <= counters["misses"] - counters["bypasses"], counters
+    assert (
+        counters["write_backs"]
+        <= counters["evictions"]
+        <= counters["misses"] - counters["bypasses"]
+    ), counters
     assert counters["unique"] <= counters["requests"], counters
     assert not bool(state.pending)
     if steps is not None:
@@ -55,12 +62,20 @@ def check_state(state: Any, steps: int | None = None) -> None:
     assert ((held >= 0) & (held < state.table.num_rows)).all(), "a tag is no row"
     assert not (dirty & (tags == mpembed.NO_ID)).any(), "an empty line is dirty"
     place = np.where(tags == mpembed.NO_ID, 0, tags)
-    own = place % groups + groups * ((_mix(place // groups).astype(np.uint64) * np.uint64(sets // groups)) >> np.uint64(32))
-    assert ((own == np.arange(sets)[:, None]) | (tags == mpembed.NO_ID)).all(), "a tag is not in its own set"
-    probe = np.unique(np.concatenate([held[:500], np.linspace(0, state.table.num_rows - 1, 500).astype(np.int32)]))
+    own = place % groups + groups * (
+        (_mix(place // groups).astype(np.uint64) * np.uint64(sets // groups)) >> np.uint64(32)
+    )
+    assert ((own == np.arange(sets)[:, None]) | (tags == mpembed.NO_ID)).all(), (
+        "a tag is not in its own set"
+    )
+    probe = np.unique(
+        np.concatenate([held[:500], np.linspace(0, state.table.num_rows - 1, 500).astype(np.int32)])
+    )
     probe = np.pad(probe, (0, 1000 - len(probe)), constant_values=mpembed.NO_ID).astype(np.int32)
     before, after = _read_and_flushed(state, probe)
-    assert np.array_equal(np.array(before), np.array(after), equal_nan=True), "flushing changed what is read"
+    assert np.array_equal(np.array(before), np.array(after), equal_nan=True), (
+        "flushing changed what is read"
+    )
 
 
 @jax.jit
@@ -93,7 +108,11 @@ _AWKWARD += [2**31 - 2, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 2**62, 2*
 def _hell_spec(policy: str, storage: str) -> mpembed.EmbeddingSpec:
     tables = [mpembed.TableSpec(f"t{i}", size) for i, size in enumerate(_SIZES)]
     return mpembed.EmbeddingSpec(
-        tables, _DIM, storage, mpembed.CacheSpec(num_rows=32, ways=4, policy=policy), max_unique_ids=12
+        tables,
+        _DIM,
+        storage,
+        mpembed.CacheSpec(num_rows=32, ways=4, policy=policy),
+        max_unique_ids=12,
     )
 
 
@@ -107,18 +126,35 @@ def ids_from_hell(examples: int) -> dict[str, Any]:
 
     seen = {"examples": 0, "out of range": 0, "over the budget": 0, "padding": 0}
     states = {("lfu", "int8"): None, ("lru", "float32"): None}
-    one_id = st.one_of(st.sampled_from(_AWKWARD), st.integers(-(2**63), 2**63 - 1), st.just(mpembed.NO_ID))
+    one_id = st.one_of(
+        st.sampled_from(_AWKWARD), st.integers(-(2**63), 2**63 - 1), st.just(mpembed.NO_ID)
+    )
     pool = st.one_of(st.lists(one_id, min_size=1, max_size=8), one_id.map(lambda i: [i]))
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(sorted(states)), pool, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        st.sampled_from(sorted(states)),
+        pool,
+        st.integers(0, 2**32 - 1),
+        st.sampled_from([0.0, 0.5, 1.0]),
+        st.booleans(),
+    )
     def example(which, pool, seed, share, is_raw):
         spec = _hell_spec(*which)
         if states[which] is None:
             states[which] = mpembed.init(jax.random.key(1), spec, _SGD)
         state: Any = states[which]
         rng = np.random.default_rng(seed)
-        awkward, usual = rng.choice(np.asarray(pool, np.int64), (_WIDTH, 3)), rng.integers(0, _SIZES, (_WIDTH, 3))
+        awkward, usual = (
+            rng.choice(np.asarray(pool, np.int64), (_WIDTH, 3)),
+            rng.integers(0, _SIZES, (_WIDTH, 3)),
+        )
         local = np.where(rng.random((_WIDTH, 3)) < share, awkward, usual)
         if is_raw:  # straight to prefetch: global ids that anything may have mangled to 32 bits
             ids = local.astype(np.int32)
@@ -128,7 +164,9 @@ def ids_from_hell(examples: int) -> dict[str, Any]:
             starts, sizes = np.cumsum([0, *_SIZES[:-1]]), np.asarray(_SIZES)
             is_real = (local >= 0) & (local < sizes) & (local != mpembed.NO_ID)
             assert (ids[is_real] == (local + starts)[is_real]).all()
-            assert ((ids[~is_real] >= spec.num_rows) | (ids[~is_real] < 0)).all()  # never a row of another table
+            assert (
+                (ids[~is_real] >= spec.num_rows) | (ids[~is_real] < 0)
+            ).all()  # never a row of another table
             try:
                 spec.global_ids({"no such table": local[:, 0]})
             except KeyError as error:
@@ -157,9 +195,14 @@ def ids_from_hell(examples: int) -> dict[str, Any]:
         changed = np.flatnonzero((before != after).any(axis=1))
         moved = np.array(plan.victim_ids)
         assert set(changed) <= set(trained) | set(moved), "a row changed that nobody asked for"
-        if which[1] == "float32":  # exactly one update per row, of the summed gradient: the values are dyadic
+        if (
+            which[1] == "float32"
+        ):  # exactly one update per row, of the summed gradient: the values are dyadic
             times = np.asarray([(flat == i).sum() for i in trained])
-            assert (after[trained] == (before[trained] - np.float32(0.25) * times[:, None]).astype(np.float32)).all()
+            assert (
+                after[trained]
+                == (before[trained] - np.float32(0.25) * times[:, None]).astype(np.float32)
+            ).all()
         seen["examples"] += 1
         seen["out of range"] += int(counts.out_of_range)
         seen["over the budget"] += int(counts.dropped)
@@ -184,7 +227,9 @@ def _all_rows(state: Any) -> np.ndarray:
 # --- gradients that are no numbers
 
 
-def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "float32")) -> dict[str, int]:
+def bad_gradients(
+    steps: int, storages: tuple[str, ...] = ("int8", "int4", "float32")
+) -> dict[str, int]:
     """Trains with NaN and inf among the gradients: skipped and counted (int8), else never beyond their own rows."""
     rng = np.random.default_rng(0)
     result = {"steps": steps, "rows skipped": 0, "rows that became no number": 0}
@@ -192,7 +237,11 @@ def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "floa
     for storage in storages:
         skips = storage == "int8"
         spec = mpembed.EmbeddingSpec(
-            [mpembed.TableSpec("t", 400)], _DIM, storage, mpembed.CacheSpec(num_rows=64, ways=8), skip_nonfinite=skips
+            [mpembed.TableSpec("t", 400)],
+            _DIM,
+            storage,
+            mpembed.CacheSpec(num_rows=64, ways=8),
+            skip_nonfinite=skips,
         )
         state = mpembed.init(jax.random.key(2), spec, tx)
         poisoned: set[int] = set()
@@ -213,7 +262,9 @@ def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "floa
             bad_rows += len(bad_ids)
             if skips:
                 assert np.isfinite(after).all()
-                assert (before[sorted(bad_ids)] == after[sorted(bad_ids)]).all() if bad_ids else True
+                assert (
+                    (before[sorted(bad_ids)] == after[sorted(bad_ids)]).all() if bad_ids else True
+                )
             else:
                 poisoned |= bad_ids
                 overflown = np.flatnonzero(~np.isfinite(after).all(axis=1))
@@ -221,11 +272,15 @@ def bad_gradients(steps: int, storages: tuple[str, ...] = ("int8", "int4", "floa
                 assert set(overflown) <= poisoned, "a bad gradient spread to another row"
         if skips:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a cache as small as this bypasses much, and stats says so
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # a cache as small as this bypasses much, and stats says so
                 assert mpembed.stats(state).nonfinite_rows == bad_rows
             result["rows skipped"] += bad_rows
         else:
-            result["rows that became no number"] += int((~np.isfinite(_all_rows(state))).any(axis=1).sum())
+            result["rows that became no number"] += int(
+                (~np.isfinite(_all_rows(state))).any(axis=1).sum()
+            )
         with tempfile.TemporaryDirectory() as folder:  # NaNs keep their bits on disk
             checkpoint.save(folder, 0, state)
             restored = checkpoint.restore(folder, state)
@@ -253,7 +308,11 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
     }
     tx = mpembed.optim.rowwise_adagrad(0.05)
     states = {
-        name: mpembed.init(jax.random.key(3), mpembed.EmbeddingSpec([mpembed.TableSpec("t", num_rows)], dim, *options), tx)
+        name: mpembed.init(
+            jax.random.key(3),
+            mpembed.EmbeddingSpec([mpembed.TableSpec("t", num_rows)], dim, *options),
+            tx,
+        )
         for name, options in specs.items()
     }
 
@@ -272,7 +331,9 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
                 def loss(rows, plan=plan):
                     return jnp.sum((mpembed.pool(rows, plan.inverse) - target) ** 2)
 
-                trained[name] = mpembed.apply_gradients(state, plan, rows, jax.grad(loss)(rows), tx=tx)
+                trained[name] = mpembed.apply_gradients(
+                    state, plan, rows, jax.grad(loss)(rows), tx=tx
+                )
             return (trained, tracker), None
 
         return jax.lax.scan(step, (states, tracker), (ids, targets))[0]
@@ -290,10 +351,16 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
             states, tracker = chunk(states, tracker, ids, wanted[ids])
             for state in states.values():
                 check_state(state, done)
-            with_cache, without = (_all_rows(states[name]) for name in ("float32", "float32 without cache"))
+            with_cache, without = (
+                _all_rows(states[name]) for name in ("float32", "float32 without cache")
+            )
             assert np.array_equal(with_cache, without), f"the cache shows after {done} steps"
             saving = checkpoint.save(
-                folder, done, states["int8"], tracker=tracker if done % (5 * check_every) else None, keep=2
+                folder,
+                done,
+                states["int8"],
+                tracker=tracker if done % (5 * check_every) else None,
+                keep=2,
             )
             increments.append(saving.nbytes)
             tracker = checkpoint.track(states["int8"])
@@ -306,11 +373,17 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
     del restored
     assert arrays[-1] <= arrays[0], f"live arrays grew from {arrays[0]} to {arrays[-1]}"
     quarter = max(1, len(memory) // 4)
-    growth = int(np.median(memory[-quarter:]) - np.median(memory[quarter : 2 * quarter])) if len(memory) >= 8 else 0
+    growth = (
+        int(np.median(memory[-quarter:]) - np.median(memory[quarter : 2 * quarter]))
+        if len(memory) >= 8
+        else 0
+    )
     limit = 20 << 20
     assert growth < limit, f"memory grew by {growth / 1e6:.1f} MB: {[m >> 20 for m in memory]}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a cache of four batches bypasses much, and says so
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # a cache of four batches bypasses much, and says so
         evictions = {name: mpembed.stats(state).evictions for name, state in states.items()}
     return {
         "steps": steps, "checks": len(memory), "states": len(states), "evictions": evictions,

@@ -70,24 +70,37 @@ def work(settings: Settings) -> str:
         rows = mpembed.lookup(emb, plan)
 
         def loss_fn(w, rows):
-            return jax.lax.pmean(jnp.mean(jnp.sin(30 * mpembed.pool(rows, plan.inverse) @ w) + w @ w), "x")
+            return jax.lax.pmean(
+                jnp.mean(jnp.sin(30 * mpembed.pool(rows, plan.inverse) @ w) + w @ w), "x"
+            )
 
         grad, row_grads = jax.grad(loss_fn, argnums=(0, 1))(tree["w"], rows)
-        return {"emb": mpembed.apply_gradients(emb, plan, rows, row_grads * BATCH, tx=TX), "w": tree["w"] - 0.01 * grad}
+        return {
+            "emb": mpembed.apply_gradients(emb, plan, rows, row_grads * BATCH, tx=TX),
+            "w": tree["w"] - 0.01 * grad,
+        }
 
-    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs), donate_argnums=0)
+    run = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs), donate_argnums=0
+    )
     begin, saving = 0, None
     if checkpoint.latest_step(settings.directory) is not None:
         restored = checkpoint.restore(settings.directory, {**tree, "position": 0})
         begin, tree = restored.pop("position"), restored
     print(f"resume {begin}", flush=True)
     for number in range(begin, settings.steps):
-        ids = workload.zipf_ids(np.random.default_rng([7, number]), SPEC.num_rows, (BATCH,), 1.05).astype(np.int32)
-        tree = jax.block_until_ready(run(tree, jax.make_array_from_callback(ids.shape, divided, ids.__getitem__)))
+        ids = workload.zipf_ids(
+            np.random.default_rng([7, number]), SPEC.num_rows, (BATCH,), 1.05
+        ).astype(np.int32)
+        tree = jax.block_until_ready(
+            run(tree, jax.make_array_from_callback(ids.shape, divided, ids.__getitem__))
+        )
         print(f"step {number + 1}", flush=True)
         if (number + 1) % SAVE_EVERY == 0:
             print(f"save {number + 1}", flush=True)
-            saving = checkpoint.save(settings.directory, number + 1, {**tree, "position": number + 1}, wait=False, keep=3)
+            saving = checkpoint.save(
+                settings.directory, number + 1, {**tree, "position": number + 1}, wait=False, keep=3
+            )
     print(f"end {settings.steps}", flush=True)
     sys.stdin.read()
     whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
@@ -118,13 +131,18 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
             # unless the end of the run leaves no room.
             ahead = 2 * SAVE_EVERY + 1
             latest = checkpoint.latest_step(directory) or 0
-            until = min(steps - SAVE_EVERY, latest + rng.randint(ahead, max(ahead, (steps - latest) // (kills - done))))
+            until = min(
+                steps - SAVE_EVERY,
+                latest + rng.randint(ahead, max(ahead, (steps - latest) // (kills - done))),
+            )
             victims.append(rng.randrange(PROCESSES))
             aim = "save" if done % 2 else "step"
             resumed_at.append(_run_and_kill(directory, steps, victims[-1], aim, until, rng))
             unfinished += killing.has_unfinished(directory)
         final, begin = _run(directory, steps)
-        assert final == wanted, f"after {kills} kills the state differs from the uninterrupted run's"
+        assert final == wanted, (
+            f"after {kills} kills the state differs from the uninterrupted run's"
+        )
         return {
             "kills": kills, "killed worker": victims, "unfinished folders left behind": unfinished,
             "resumed at steps": [*resumed_at, begin], "steps": steps, "processes": PROCESSES, "bits equal": True,
@@ -134,18 +152,33 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
 def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subprocess.Popen]:
     options = [f"--port={port}", f"--directory={directory}", f"--steps={steps}"]
     one_device = f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1"
-    environment = {**killing.environment(directory), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device}
+    environment = {
+        **killing.environment(directory),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": one_device,
+    }
     command = [sys.executable, "-m", "experiments.killed_worker", *options]
     workers = []
     for index in range(PROCESSES):
         with open(directory.parent / f"errors_{index}", "w") as errors:
-            streams: dict[str, Any] = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-            workers.append(subprocess.Popen([*command, f"--worker={index}"], cwd=killing.ROOT, env=environment, **streams))
+            streams: dict[str, Any] = {
+                "stdin": stdin,
+                "stdout": subprocess.PIPE,
+                "stderr": errors,
+                "text": True,
+            }
+            workers.append(
+                subprocess.Popen(
+                    [*command, f"--worker={index}"], cwd=killing.ROOT, env=environment, **streams
+                )
+            )
     return workers
 
 
 def _errors(directory: Path) -> str:
-    return "\n".join((directory.parent / f"errors_{index}").read_text()[-3000:] for index in range(PROCESSES))
+    return "\n".join(
+        (directory.parent / f"errors_{index}").read_text()[-3000:] for index in range(PROCESSES)
+    )
 
 
 def _run(directory: Path, steps: int) -> tuple[str, int]:
@@ -154,7 +187,10 @@ def _run(directory: Path, steps: int) -> tuple[str, int]:
         workers = _start(directory, steps, held.getsockname()[1], subprocess.DEVNULL)
         try:
             # gloo, too, writes to stdout; what a worker says fits a pipe that is not read yet.
-            outputs = [killing.SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0]) for worker in workers]
+            outputs = [
+                killing.SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0])
+                for worker in workers
+            ]
         finally:
             for worker in workers:
                 worker.kill()
@@ -163,7 +199,9 @@ def _run(directory: Path, steps: int) -> tuple[str, int]:
     return outputs[0][-1][1], int(outputs[0][0][1])
 
 
-def _run_and_kill(directory: Path, steps: int, victim: int, aim: str, until: int, rng: random.Random) -> int:
+def _run_and_kill(
+    directory: Path, steps: int, victim: int, aim: str, until: int, rng: random.Random
+) -> int:
     """Starts both and kills one just after a step, or a save that begins, at or after step `until`, or at its end.
 
     Then ends the other. Returns the step they resumed at.
@@ -177,7 +215,9 @@ def _run_and_kill(directory: Path, steps: int, victim: int, aim: str, until: int
             if is_there:
                 time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
             workers[victim].kill()
-            time.sleep(rng.uniform(0, 1))  # the other one notices, waits, or goes on with what needs no partner
+            time.sleep(
+                rng.uniform(0, 1)
+            )  # the other one notices, waits, or goes on with what needs no partner
         finally:
             for worker in workers:
                 worker.kill()

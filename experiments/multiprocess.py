@@ -33,7 +33,8 @@ import mpembed_jax as mpembed
 # Workers that share one machine may be busy or stopped for long: nothing but the launcher's own limit ends them.
 PATIENCE_S = 3600
 XLA_FLAGS = (
-    f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} --xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
+    f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} "
+    f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
 )
 
 
@@ -55,7 +56,14 @@ class Settings:
     port: int = 0
 
 
-TRAINING = ("devices", "rows", "dim", "batch", "features", "steps")  # the settings that workers share
+TRAINING = (
+    "devices",
+    "rows",
+    "dim",
+    "batch",
+    "features",
+    "steps",
+)  # the settings that workers share
 
 
 def reserve_port() -> socket.socket:
@@ -73,12 +81,17 @@ def reserve_port() -> socket.socket:
 def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
     """Joins the other workers and returns the mesh of all devices."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    limits = dict.fromkeys(("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds"), PATIENCE_S)
+    limits = dict.fromkeys(
+        ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds"),
+        PATIENCE_S,
+    )
     jax.distributed.initialize(f"localhost:{port}", processes, worker, **limits)
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     # gloo connects at the first collective and waits 30 seconds for the others, whatever one sets: here, where all of them
     # come from initialize, and not after each has compiled its step.
-    met = jax.shard_map(lambda: jax.lax.psum(jax.lax.axis_index("x"), "x"), mesh=mesh, in_specs=(), out_specs=P())
+    met = jax.shard_map(
+        lambda: jax.lax.psum(jax.lax.axis_index("x"), "x"), mesh=mesh, in_specs=(), out_specs=P()
+    )
     jax.block_until_ready(jax.jit(met)())
     return mesh
 
@@ -101,10 +114,14 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
     sharding = everywhere = None
     if mesh is not None:
         specs = mpembed.partition_specs(state)
-        step = jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x"))))
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x")))
+        )
         sharding, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
     run = jax.jit(step, donate_argnums=0)
-    gather = partial(jax.device_get) if mesh is None else jax.jit(lambda x: x, out_shardings=everywhere)
+    gather = (
+        partial(jax.device_get) if mesh is None else jax.jit(lambda x: x, out_shardings=everywhere)
+    )
     rng, digest, totals = np.random.default_rng(0), hashlib.sha256(), []
     for _ in range(settings.steps):
         local = np.minimum(rng.zipf(1.2, (settings.batch, settings.features)), settings.rows) - 1
@@ -115,10 +132,14 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
         else:  # every process gives its part
             share = settings.batch // jax.process_count()
             mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-            batch = tuple(jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream))
+            batch = tuple(
+                jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream)
+            )
         state, (counts, vectors) = run(state, batch)
         digest.update(np.asarray(gather(vectors)).tobytes())
-        totals.append({name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"})
+        totals.append(
+            {name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"}
+        )
     rows = hashlib.sha256(b"".join(table.tobytes() for table in mpembed.to_dense(state).values()))
     return {
         "counts": totals,
@@ -147,16 +168,30 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
     options = [f"--{name}={getattr(settings, name)}" for name in TRAINING]
     workers: list[subprocess.Popen] = []
     with reserve_port() as held, tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.multiprocess", *options, f"--port={held.getsockname()[1]}"]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.multiprocess",
+            *options,
+            f"--port={held.getsockname()[1]}",
+        ]
         # Files, not pipes, which a worker nobody reads yet could fill.
         said = [Path(folder) / f"{index}" for index in range(max(1, processes))]
         try:
             for index, path in enumerate(said):
-                which = ["--processes", str(max(1, processes)), f"--worker={index if processes else -1}"]
+                which = [
+                    "--processes",
+                    str(max(1, processes)),
+                    f"--worker={index if processes else -1}",
+                ]
                 with path.open("w") as file:
                     workers.append(
                         subprocess.Popen(
-                            [*command, *which], env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
+                            [*command, *which],
+                            env=environment,
+                            stdout=file,
+                            stderr=subprocess.STDOUT,
+                            text=True,
                         )
                     )
             for index, worker in enumerate(workers):
@@ -178,14 +213,25 @@ def main(settings: Settings) -> None:
     for processes in settings.processes:
         if settings.devices % processes:
             raise ValueError(f"{settings.devices} devices do not divide over {processes} processes")
-    record = reporting.environment() | {"settings": {name: getattr(settings, name) for name in TRAINING}, "runs": []}
+    record = reporting.environment() | {
+        "settings": {name: getattr(settings, name) for name in TRAINING},
+        "runs": [],
+    }
     expected = launch(settings, 0)
     for processes in (0, *settings.processes):
         result = launch(settings, processes) if processes else expected
         is_same = result == expected
-        totals = {name: sum(step[name] for step in result["counts"]) for name in result["counts"][0]}
+        totals = {
+            name: sum(step[name] for step in result["counts"]) for name in result["counts"][0]
+        }
         record["runs"].append(
-            {**result, "processes": processes or 1, "mesh": bool(processes), "counts": totals, "same_bits": is_same}
+            {
+                **result,
+                "processes": processes or 1,
+                "mesh": bool(processes),
+                "counts": totals,
+                "same_bits": is_same,
+            }
         )
         name = f"{processes} processes" if processes else "1 process, no mesh"
         print(

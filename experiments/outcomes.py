@@ -55,18 +55,26 @@ def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> di
     for batch in in_background(map(jax.device_put, padded())):
         scores.append(job.predict(learner, batch))
     label = np.concatenate(labels)
-    score = np.concatenate([np.asarray(s)[: len(y)] for s, y in zip(scores, labels, strict=True)]).astype(np.float64)
+    score = np.concatenate(
+        [np.asarray(s)[: len(y)] for s, y in zip(scores, labels, strict=True)]
+    ).astype(np.float64)
     if label.min() == label.max():
-        raise ValueError(f"all {len(label)} test labels are {label[0]:g}: AUC is not defined; use more rows")
+        raise ValueError(
+            f"all {len(label)} test labels are {label[0]:g}: AUC is not defined; use more rows"
+        )
     if not np.isfinite(score).all():
-        return dict.fromkeys(("auc", "log_loss", "normalized_entropy"), float("nan"))  # a run that diverged
+        return dict.fromkeys(
+            ("auc", "log_loss", "normalized_entropy"), float("nan")
+        )  # a run that diverged
     log_loss, rate = float(metrics.log_loss(label, score)), float(label.mean())
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
     auc = float(metrics.roc_auc_score(label, score))
     return {"auc": auc, "log_loss": log_loss, "normalized_entropy": log_loss / float(entropy)}
 
 
-def measure(job: "Job", fitted: "Fitted", source: Any, plain: mpembed.EmbeddingSpec, batch_size: int) -> Outcome:
+def measure(
+    job: "Job", fitted: "Fitted", source: Any, plain: mpembed.EmbeddingSpec, batch_size: int
+) -> Outcome:
     """Evaluates a fitted contender and counts its bytes.
 
     Args:

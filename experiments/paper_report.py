@@ -90,19 +90,33 @@ def table(group: Group) -> str:
     )
 
     def place(case: Case) -> tuple:
-        return case != FP32, case.method != "trained", case.method, STORAGES.index(case.storage), -case.share, -case.cache
+        return (
+            case != FP32,
+            case.method != "trained",
+            case.method,
+            STORAGES.index(case.storage),
+            -case.share,
+            -case.cache,
+        )
 
     lines = [head]
     for case in sorted(group.cases, key=place):
         if not _is_paired(group, case):
             continue
         cells = [case.name, f"{group.mean(case, 'auc'):.4f}"]
-        cells += ["", ""] if case == FP32 else [str(group.difference(case, field)) for field in ("auc", "log_loss")]
+        cells += (
+            ["", ""]
+            if case == FP32
+            else [str(group.difference(case, field)) for field in ("auc", "log_loss")]
+        )
         cells += [f"{group.mean(case, 'bytes_per_row'):.1f}", f"{group.mean(case, 'ratio'):.2f}x"]
         cells += [f"{group.mean(case, 'ratio_with_row_state'):.2f}x"]
         cached = case.cache > 0
         cells += [f"{group.mean(case, 'hit_rate'):.3f}" if cached else ""]
-        cells += [f"{group.mean(case, 'evictions_per_step'):.0f}" if cached else "", str(len(group.cases[case]))]
+        cells += [
+            f"{group.mean(case, 'evictions_per_step'):.0f}" if cached else "",
+            str(len(group.cases[case])),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -115,15 +129,24 @@ def needed(group: Group) -> str:
             point = (group.mean(case, "bytes_per_row"), group.difference(case, "auc").mean)
             families.setdefault(case.family, []).append(point)
     full = group.mean(FP32, "bytes_per_row")
-    lines = [f"| method | bytes per row to lose at most {LIMIT} AUC | smaller than FP32 |", "|---|---|---|"]
-    for name, points in sorted(families.items(), key=lambda item: intervals.bytes_needed(item[1], LIMIT).bytes_per_row):
+    lines = [
+        f"| method | bytes per row to lose at most {LIMIT} AUC | smaller than FP32 |",
+        "|---|---|---|",
+    ]
+    for name, points in sorted(
+        families.items(), key=lambda item: intervals.bytes_needed(item[1], LIMIT).bytes_per_row
+    ):
         found = intervals.bytes_needed(points, LIMIT)
         if found.relation == ">":
-            lines.append(f"| {name} | more than {found.bytes_per_row:.1f} | less than {full / found.bytes_per_row:.1f}x |")
+            lines.append(
+                f"| {name} | more than {found.bytes_per_row:.1f} | less than {full / found.bytes_per_row:.1f}x |"
+            )
         else:
             most = "at most " if found.relation == "<=" else ""
             least = "at least " if found.relation == "<=" else ""
-            lines.append(f"| {name} | {most}{found.bytes_per_row:.1f} | {least}{full / found.bytes_per_row:.1f}x |")
+            lines.append(
+                f"| {name} | {most}{found.bytes_per_row:.1f} | {least}{full / found.bytes_per_row:.1f}x |"
+            )
     return "\n".join(lines)
 
 
@@ -132,11 +155,19 @@ def text(groups: list[Group]) -> str:
     parts = [
         "Made by `python -m experiments.paper_table --report` from paper_table.jsonl. ± is the half 95 % interval (t) of"
     ]
-    parts[0] += " the mean over paired seeds; evictions and hits (share of requests) are of training."
+    parts[0] += (
+        " the mean over paired seeds; evictions and hits (share of requests) are of training."
+    )
     for g in groups:
-        sizes = f"{g.data['train']:,} training and {g.data['test']:,} test rows, {g.data['ids']:,} ids"
-        commits = sorted({r["environment"]["commit"][:10] for runs in g.cases.values() for r in runs.values()})
-        parts.append(f"## {g.title}\n\n{sizes}; commit {', '.join(commits)}\n\n{table(g)}\n\n{needed(g)}")
+        sizes = (
+            f"{g.data['train']:,} training and {g.data['test']:,} test rows, {g.data['ids']:,} ids"
+        )
+        commits = sorted(
+            {r["environment"]["commit"][:10] for runs in g.cases.values() for r in runs.values()}
+        )
+        parts.append(
+            f"## {g.title}\n\n{sizes}; commit {', '.join(commits)}\n\n{table(g)}\n\n{needed(g)}"
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -163,7 +194,9 @@ def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], N
             axis.set_title(g.title)
             axis.grid(alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+                axis.legend(
+                    fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
+                )
     figure.savefig(path, dpi=90)
 
 
@@ -186,7 +219,10 @@ def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_yscale("symlog", linthresh=1e-3)
-        axis.set(xlabel="bytes per row, optimizer state left out", ylabel=f"{label} against FP32, 95 % intervals")
+        axis.set(
+            xlabel="bytes per row, optimizer state left out",
+            ylabel=f"{label} against FP32, 95 % intervals",
+        )
 
     return panel
 
@@ -197,7 +233,9 @@ def _hits(axis: Any, group: Group) -> None:
     for case in group.cases:
         if case.cache and case.rounding == "stochastic":
             name = f"{case.policy.upper()}, {case.ways} way{'s' * (case.ways > 1)}"
-            lines.setdefault(name, {}).setdefault(100 * case.cache, []).extend(group.values(case, "hit_rate").values())
+            lines.setdefault(name, {}).setdefault(100 * case.cache, []).extend(
+                group.values(case, "hit_rate").values()
+            )
     for name, points in sorted(lines.items()):
         x = sorted(points)
         y = [np.mean(points[at]) for at in x]

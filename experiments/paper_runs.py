@@ -26,7 +26,9 @@ def _changed(value: Any) -> dict[str, Any]:
     return {name: v for name, v in dataclasses.asdict(value).items() if v != defaults[name]}
 
 
-def depends_on(data: dict[str, Any], recipe: training.Recipe, case: Case, seed: int) -> dict[str, Any]:
+def depends_on(
+    data: dict[str, Any], recipe: training.Recipe, case: Case, seed: int
+) -> dict[str, Any]:
     """Returns everything a run depends on but the code, ready for JSON; records.key_of makes its key."""
     shared = {k: list(v) if isinstance(v, tuple) else v for k, v in _changed(recipe).items()}
     return {"data": data, "recipe": shared, "case": _changed(case), "seed": seed}
@@ -55,12 +57,18 @@ class Workbench:
 
     def _setup(self, case: Case) -> tuple[Any, training.Recipe, training.Job]:
         """Returns source, recipe and compiled functions of a case."""
-        own = (case.method, case.share) if case.method in ("narrow", "pruned", "quantization-aware") else None
+        own = (
+            (case.method, case.share)
+            if case.method in ("narrow", "pruned", "quantization-aware")
+            else None
+        )
         if own not in self.jobs:
             source, recipe, view = self.source, self.recipe, None
             match case.method:
                 case "narrow":
-                    recipe = dataclasses.replace(recipe, embedding_dim=max(1, round(case.share * recipe.embedding_dim)))
+                    recipe = dataclasses.replace(
+                        recipe, embedding_dim=max(1, round(case.share * recipe.embedding_dim))
+                    )
                 case "pruned":
                     self.counts = self.counts or baselines.count_ids(source, recipe.batch_size)
                     num_kept = baselines.rows_to_keep(
@@ -74,14 +82,18 @@ class Workbench:
 
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:
         """Replaces the bytes of an outcome; the optimizer's stay, as does what FP32 takes with it."""
-        with_row_state = outcome.ratio_with_row_state * (outcome.embedding_bytes + outcome.row_state_bytes)
+        with_row_state = outcome.ratio_with_row_state * (
+            outcome.embedding_bytes + outcome.row_state_bytes
+        )
         return dataclasses.replace(
             outcome, embedding_bytes=embedding_bytes, bytes_per_row=embedding_bytes / self.plain.num_rows,
             ratio=self.plain_bytes / embedding_bytes,
             ratio_with_row_state=with_row_state / (embedding_bytes + outcome.row_state_bytes),
         )  # fmt: skip
 
-    def run(self, group: Sequence[Case], seed: int, on_chunk: Callable[..., None]) -> Iterator[Result]:
+    def run(
+        self, group: Sequence[Case], seed: int, on_chunk: Callable[..., None]
+    ) -> Iterator[Result]:
         """Trains the cases of one of `groups` once and yields a Result for each.
 
         Args:
@@ -90,13 +102,19 @@ class Workbench:
           on_chunk: see training.fit.
         """
         source, recipe, job = self._setup(group[0])
-        [fitted] = training.fit(source, [group[0].contender()], recipe, job, seed=seed, on_chunk=on_chunk)
+        [fitted] = training.fit(
+            source, [group[0].contender()], recipe, job, seed=seed, on_chunk=on_chunk
+        )
         for case in group:
             now = fitted
             if case.method == "post-training":
                 emb = baselines.quantize_after(fitted.learner.emb[0], case.storage, job.row_tx)
-                now = fitted._replace(specs=(emb.spec,), learner=fitted.learner._replace(emb=(emb,)))
-            outcome = outcomes.measure(job, now._replace(contender=case.contender()), source, self.plain, recipe.batch_size)
+                now = fitted._replace(
+                    specs=(emb.spec,), learner=fitted.learner._replace(emb=(emb,))
+                )
+            outcome = outcomes.measure(
+                job, now._replace(contender=case.contender()), source, self.plain, recipe.batch_size
+            )
             fp32 = self.plain_bytes / self.plain.num_rows
             match case.method:
                 case "pruned":

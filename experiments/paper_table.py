@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/paper_table.py` works too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that `python experiments/paper_table.py` works too
 
 from experiments import grid, paper_report, paper_runs, records, reporting, train_dlrm, training
 from experiments.grid import Case, Method
@@ -69,7 +71,11 @@ class Settings:
 
 def task_of(settings: Settings, embedding_dim: int) -> train_dlrm.Settings:
     """Returns the settings of the main job with the same data and model."""
-    rows = 2_100_000 if settings.num_rows is None and settings.data == "synthetic" else settings.num_rows
+    rows = (
+        2_100_000
+        if settings.num_rows is None and settings.data == "synthetic"
+        else settings.num_rows
+    )
     return train_dlrm.Settings(
         data=settings.data, path=settings.path, embedding_dim=embedding_dim, batch_size=settings.batch_size,
         hidden=settings.hidden, scale=settings.scale, num_rows=rows, data_seed=settings.data_seed,
@@ -84,13 +90,20 @@ def data_of(task: train_dlrm.Settings, source: Any) -> dict[str, Any]:
         case "synthetic":
             return {"name": task.data, **sizes, "seed": task.data_seed}
         case "criteo":
-            return {"name": task.data, **sizes, "min_count": task.min_count, "holdout": task.holdout}
+            return {
+                "name": task.data,
+                **sizes,
+                "min_count": task.min_count,
+                "holdout": task.holdout,
+            }
     return {"name": task.data, **sizes} | ({"order": "time"} if task.in_time_order else {})
 
 
 def cases_of(settings: Settings, embedding_dim: int) -> tuple[Case, ...]:
     """Returns the cases that the settings ask for, FP32 first."""
-    cases = {"headline": grid.headline, "targets": grid.targets, "full": grid.full}[settings.grid](embedding_dim)
+    cases = {"headline": grid.headline, "targets": grid.targets, "full": grid.full}[settings.grid](
+        embedding_dim
+    )
     return grid.choose(
         cases, storage=settings.storage, cache=settings.cache, policy=settings.policy, rounding=settings.rounding,
         ways=settings.ways, method=settings.method,
@@ -104,7 +117,9 @@ def thinned(losses: list[tuple[int, float]], most: int = 40) -> list[tuple[int, 
     return [(part[-1][0], round(sum(loss for _, loss in part) / len(part), 5)) for part in parts]
 
 
-def record_of(depends: dict[str, Any], result: paper_runs.Result, environment: dict[str, Any]) -> dict[str, Any]:
+def record_of(
+    depends: dict[str, Any], result: paper_runs.Result, environment: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the line of a finished run."""
     outcome = dataclasses.asdict(result.outcome)
     outcome["losses"] = thinned(outcome["losses"])
@@ -159,7 +174,9 @@ def main(settings: Settings) -> None:
         run(settings, console)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     if not found:
-        raise SystemExit(f"no results in {settings.out / 'paper_table.jsonl'}; run without --report first")
+        raise SystemExit(
+            f"no results in {settings.out / 'paper_table.jsonl'}; run without --report first"
+        )
     paper_report.write(found, settings.out)
     console.print((settings.out / "paper_table.md").read_text(), soft_wrap=True, highlight=False)
     console.print(f"paper_table.jsonl, .md and pictures are in {settings.out}")

@@ -30,7 +30,9 @@ class Case:
     dim: int
     batch: int
     skew: float
-    rows: int | None  # of all tables together; None: Kaggle's 33.76 M, for dense flax DENSE_FLAX_ROWS
+    rows: (
+        int | None
+    )  # of all tables together; None: Kaggle's 33.76 M, for dense flax DENSE_FLAX_ROWS
     distinct: int  # batches that the timed steps cycle through
     warm: int  # batches trained before them, each drawn afresh: they fill a cache
     threads: int
@@ -43,12 +45,18 @@ class Case:
 
     def upstream(self):
         """Returns the gradient of the pooled vectors, float32 [B, T, D]."""
-        return np.random.default_rng(2).normal(size=(self.batch, len(self.sizes), self.dim)).astype(np.float32)
+        return (
+            np.random.default_rng(2)
+            .normal(size=(self.batch, len(self.sizes), self.dim))
+            .astype(np.float32)
+        )
 
     def dense_and_label(self):
         """Returns DLRM's dense features float32 [B, 13] and labels float32 [B]."""
         rng = np.random.default_rng(3)
-        return rng.normal(size=(self.batch, 13)).astype(np.float32), (rng.random(self.batch) < 0.25).astype(np.float32)
+        return rng.normal(size=(self.batch, 13)).astype(np.float32), (
+            rng.random(self.batch) < 0.25
+        ).astype(np.float32)
 
 
 def _make_ours(case):
@@ -61,14 +69,23 @@ def _make_ours(case):
 
     storage = case.worker.split("-")[1]
     ways = 8 if case.worker.endswith("w8") else 32
-    cache = None if storage == "float32" else mpembed.CacheSpec(0.01 if storage == "int4" else 0.05, ways=ways)
+    cache = (
+        None
+        if storage == "float32"
+        else mpembed.CacheSpec(0.01 if storage == "int4" else 0.05, ways=ways)
+    )
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(case.sizes)]
-    spec = mpembed.EmbeddingSpec(tables, case.dim, storage, cache, max_unique_ids=case.batch * len(tables) // 3)
+    spec = mpembed.EmbeddingSpec(
+        tables, case.dim, storage, cache, max_unique_ids=case.batch * len(tables) // 3
+    )
     tx = mpembed.optim.rowwise_adagrad(LEARNING_RATE)
     facts = {"before_init": workload.resident_bytes()}
     start = time.perf_counter()
     state = jax.block_until_ready(mpembed.init(jax.random.key(0), spec, tx))
-    facts |= {"state_bytes": sum(a.nbytes for a in jax.tree.leaves(state)), "init_s": time.perf_counter() - start}
+    facts |= {
+        "state_bytes": sum(a.nbytes for a in jax.tree.leaves(state)),
+        "init_s": time.perf_counter() - start,
+    }
 
     if case.task == "embedding":
         grads = jnp.asarray(case.upstream())
@@ -77,10 +94,15 @@ def _make_ours(case):
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
             vectors, pull_back = jax.vjp(
-                lambda rows: mpembed.pool(rows, plan.inverse, implementation=state.implementation), rows
+                lambda rows: mpembed.pool(rows, plan.inverse, implementation=state.implementation),
+                rows,
             )
             (row_grads,) = pull_back(grads)
-            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), vectors, plan.counts.dropped
+            return (
+                mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx),
+                vectors,
+                plan.counts.dropped,
+            )
 
         train_embedding = jax.jit(train_embedding, donate_argnums=0)
 
@@ -166,7 +188,9 @@ def _make_torch(case):
 
     torch.set_num_threads(case.threads)
     facts = {"before_init": workload.resident_bytes()}
-    bags = torch.nn.ModuleList([torch.nn.EmbeddingBag(v, case.dim, mode="sum", sparse=True) for v in case.sizes])
+    bags = torch.nn.ModuleList(
+        [torch.nn.EmbeddingBag(v, case.dim, mode="sum", sparse=True) for v in case.sizes]
+    )
     offsets = torch.arange(case.batch)
 
     def prepare(local):
@@ -242,7 +266,10 @@ def _make_flax(case):
 
     from experiments import dlrm
 
-    params = {"table": model.embedding[...], "dense": dlrm.init_dlrm(jax.random.key(1), 13, len(case.sizes), case.dim)}
+    params = {
+        "table": model.embedding[...],
+        "dense": dlrm.init_dlrm(jax.random.key(1), 13, len(case.sizes), case.dim),
+    }
     label_of = {"table": "table", "dense": "dense"}
     both = optax.multi_transform({"table": tx, "dense": optax.sgd(LEARNING_RATE)}, label_of)
     opt_state = both.init(params)
@@ -302,7 +329,9 @@ def serve(case):
             start = time.perf_counter()
             step(batch)
             times.append(time.perf_counter() - start)
-        answer({"times": times, "peak": workload.peak_bytes(), "resident": workload.resident_bytes()})
+        answer(
+            {"times": times, "peak": workload.peak_bytes(), "resident": workload.resident_bytes()}
+        )
 
 
 if __name__ == "__main__":

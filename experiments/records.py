@@ -36,7 +36,9 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             records[record["key"]] = record
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a record of a run ({error}); delete or mend the line") from error
+            raise ValueError(
+                f"{path}:{number}: not a record of a run ({error}); delete or mend the line"
+            ) from error
     return records
 
 

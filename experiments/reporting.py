@@ -50,11 +50,15 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         # Results of earlier runs may lie there uncommitted; anything else makes this another tree.
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+        changes = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"
+        )
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -71,7 +75,9 @@ def environment() -> dict[str, Any]:
     """Says where and with what a run took place: device, cores, versions, commit, command."""
     device = jax.devices()[0]
     return {
-        "command": shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
         "commit": _commit(),
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -98,19 +104,27 @@ class Bars:
     """Feeds `training.train`'s on_chunk to one bar per contender; the rate is over a contender's own turns."""
 
     def __init__(self, progress: Progress, names: list[str], num_rows: int):
-        self.progress, self.rows, self.seconds = progress, dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+        self.progress, self.rows, self.seconds = (
+            progress,
+            dict.fromkeys(names, 0),
+            dict.fromkeys(names, 0.0),
+        )
         self.compiled = dict.fromkeys(names, False)
         nothing = {"rate": 0.0, "loss": float("nan"), "hits": 0.0}
         self.tasks = {name: progress.add_task(name, total=num_rows, **nothing) for name in names}
 
-    def __call__(self, name: str, num_rows: int, loss: float, hit_rate: float, seconds: float) -> None:
+    def __call__(
+        self, name: str, num_rows: int, loss: float, hit_rate: float, seconds: float
+    ) -> None:
         """Advances a contender's bar."""
         if self.compiled[name]:  # the first turn compiles and does not count
             self.rows[name] += num_rows
             self.seconds[name] += seconds
         self.compiled[name] = True
         rate = self.rows[name] / self.seconds[name] if self.rows[name] else num_rows / seconds
-        self.progress.update(self.tasks[name], advance=num_rows, rate=rate, loss=loss, hits=hit_rate)
+        self.progress.update(
+            self.tasks[name], advance=num_rows, rate=rate, loss=loss, hits=hit_rate
+        )
 
 
 def make_table(outcomes: list[Outcome], title: str) -> Table:
@@ -165,20 +179,37 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
         look = {"color": colormaps["tab20"](number * 2 % 20 + number // 10), "label": name}
         steps, losses = np.array(group[0].losses).T
         width = max(1, len(losses) // 40)
-        left.plot(steps[width - 1 :], np.convolve(losses, np.ones(width) / width, "valid"), linewidth=1.2, **look)
+        left.plot(
+            steps[width - 1 :],
+            np.convolve(losses, np.ones(width) / width, "valid"),
+            linewidth=1.2,
+            **look,
+        )
         lost = [-d for d in differences[name]]
         mark = "osD^vPX*<>"[number % 10]
-        right.scatter([group[0].bytes_per_row] * len(lost), lost, s=26, marker=mark, alpha=0.8, **look)
+        right.scatter(
+            [group[0].bytes_per_row] * len(lost), lost, s=26, marker=mark, alpha=0.8, **look
+        )
     left.set(xlabel="step", ylabel="training loss", title="Training loss of the first seed")
-    right.set(xlabel="bytes per row, optimizer state left out", ylabel="AUC lost against FP32", title="AUC against memory")
+    right.set(
+        xlabel="bytes per row, optimizer state left out",
+        ylabel="AUC lost against FP32",
+        title="AUC against memory",
+    )
     right.axhline(0, color="grey", linewidth=0.8)
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
     right.set_yscale("symlog", linthresh=1e-3)
-    most = [sign * max(sign * -d for group in differences.values() for d in group) for sign in (-1, 1)]
+    most = [
+        sign * max(sign * -d for group in differences.values() for d in group) for sign in (-1, 1)
+    ]
     right.set_ylim(min(-5e-4, 1.3 * most[0]), max(1e-3, 1.3 * most[1]))
     left.set_ylim(
-        top=1.02 * max(group[0].losses[len(group[0].losses) // 16][1] for group in by_contender(outcomes).values())
+        top=1.02
+        * max(
+            group[0].losses[len(group[0].losses) // 16][1]
+            for group in by_contender(outcomes).values()
+        )
     )
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
@@ -193,10 +224,13 @@ def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) 
     """Writes and returns environment, settings, paired AUC differences, every outcome, and `extra`."""
     record = {
         **environment(),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "settings": {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
+        },
         **extra,
         "auc_differences": {
-            name: {"mean": float(np.mean(d)), "per_seed": d} for name, d in auc_differences(outcomes).items()
+            name: {"mean": float(np.mean(d)), "per_seed": d}
+            for name, d in auc_differences(outcomes).items()
         },
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }

@@ -68,7 +68,11 @@ class Work:
     def lookup(self) -> int:
         """Lines and packed rows are read, the unique rows written."""
         bypassed = self.unique - self.cached
-        return self.cached * self.vector_bytes + bypassed * self.row_bytes + self.unique * self.vector_bytes
+        return (
+            self.cached * self.vector_bytes
+            + bypassed * self.row_bytes
+            + self.unique * self.vector_bytes
+        )
 
     @property
     def pool(self) -> int:
@@ -116,7 +120,9 @@ def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
         rows = mpembed.lookup(state, plan)
         return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx), plan.counts
 
-    for turn in range(warm):  # all different: of repeated batches the cache would soon hold every row
+    for turn in range(
+        warm
+    ):  # all different: of repeated batches the cache would soon hold every row
         ids = workload.to_global(workload.batches(turn, 1, batch, sizes, skew)[0], sizes)
         state, counts = step(state, ids)
     return {name: int(value) for name, value in dataclasses.asdict(jax.device_get(counts)).items()}
@@ -125,10 +131,22 @@ def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
 def main() -> None:
     """Writes the floors of each verb for three dims and two batch sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second; an H200 copies at about 4.3e12")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=4.3e12,
+        help="bytes a second; an H200 copies at about 4.3e12",
+    )
     parser.add_argument("--skew", type=float, default=1.05)
-    parser.add_argument("--warm", type=int, default=60, help="steps before the counted one, of 65,536 samples' ids each")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json"))
+    parser.add_argument(
+        "--warm",
+        type=int,
+        default=60,
+        help="steps before the counted one, of 65,536 samples' ids each",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json")
+    )
     options = parser.parse_args()
     from experiments import (
         reporting,  # needs more packages than bench_gpu, which imports this file, may ask for
@@ -136,16 +154,32 @@ def main() -> None:
 
     found, runs = reporting.environment(), []
     for batch in (65536, 16384):
-        counts = counts_of(batch, options.skew, options.warm * 65536 // batch)  # the cache is filled by ids, not by steps
+        counts = counts_of(
+            batch, options.skew, options.warm * 65536 // batch
+        )  # the cache is filled by ids, not by steps
         for dim in (16, 64, 128):
             tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
             work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)
             verbs = work.by_verb() | work.by_verb(is_pooled=True)
-            micros = {verb: round(size / options.bandwidth * 1e6, 1) for verb, size in verbs.items()}
-            run = {"batch": batch, "dim": dim, "megabytes": round(work.step / 1e6, 1), "counts": counts}
-            runs.append(run | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}})
+            micros = {
+                verb: round(size / options.bandwidth * 1e6, 1) for verb, size in verbs.items()
+            }
+            run = {
+                "batch": batch,
+                "dim": dim,
+                "megabytes": round(work.step / 1e6, 1),
+                "counts": counts,
+            }
+            runs.append(
+                run
+                | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}}
+            )
             print(json.dumps(runs[-1]), flush=True)
-    settings = {"bytes_per_second": options.bandwidth, "skew": options.skew, "warm_steps": options.warm}
+    settings = {
+        "bytes_per_second": options.bandwidth,
+        "skew": options.skew,
+        "warm_steps": options.warm,
+    }
     found |= {"settings": settings, "storage": "int8, 5 % cache", "runs": runs}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -40,7 +40,9 @@ def smallest(tables: dict[str, int], share: float) -> set[str]:
     return names
 
 
-def make_specs(source: Any, contender: "Contender", recipe: "Recipe") -> tuple[mpembed.EmbeddingSpec, ...]:
+def make_specs(
+    source: Any, contender: "Contender", recipe: "Recipe"
+) -> tuple[mpembed.EmbeddingSpec, ...]:
     """Returns the source's tables as the contender stores them: one stack, or a second one of its smallest tables.
 
     The cache's fraction is of the first stack's rows.
@@ -49,9 +51,15 @@ def make_specs(source: Any, contender: "Contender", recipe: "Recipe") -> tuple[m
     sizes = table_sizes(source.tables, contender.hashed_to)
     kept = smallest(sizes, contender.float32_share)
     rows = mpembed.RowFormat(contender.storage, contender.symmetric, rounding=contender.rounding)
-    cache = mpembed.CacheSpec(fraction, ways=contender.ways, policy=contender.policy) if fraction else None
+    cache = (
+        mpembed.CacheSpec(fraction, ways=contender.ways, policy=contender.policy)
+        if fraction
+        else None
+    )
     stacks = [({n: v for n, v in sizes.items() if n not in kept}, rows, cache)]
-    stacks.append(({n: v for n, v in sizes.items() if n in kept}, mpembed.RowFormat("float32"), None))
+    stacks.append(
+        ({n: v for n, v in sizes.items() if n in kept}, mpembed.RowFormat("float32"), None)
+    )
     return tuple(
         mpembed.EmbeddingSpec(
             tables=tuple(mpembed.TableSpec(name, size) for name, size in tables.items()),
@@ -62,7 +70,10 @@ def make_specs(source: Any, contender: "Contender", recipe: "Recipe") -> tuple[m
 
 
 def init(
-    key: jax.Array, source: Any, specs: Sequence[mpembed.EmbeddingSpec], tx: optax.GradientTransformation
+    key: jax.Array,
+    source: Any,
+    specs: Sequence[mpembed.EmbeddingSpec],
+    tx: optax.GradientTransformation,
 ) -> tuple[mpembed.EmbeddingState, ...]:
     """Makes one state per stack; a row's initial value does not depend on how the tables are divided over stacks."""
     if len(specs) == 1:
@@ -70,8 +81,15 @@ def init(
     # Initial values are drawn by the row's number in its stack: draw them in one FP32 stack of all tables.
     by_name = {table.name: table for spec in specs for table in spec.tables}
     tables = tuple(by_name[name] for name in source.tables)
-    dense = mpembed.to_dense(mpembed.init(key, mpembed.EmbeddingSpec(tables, specs[0].embedding_dim, "float32", None), tx))
-    return tuple(mpembed.from_dense(key, spec, tx, {t.name: dense[t.name] for t in spec.tables}) for spec in specs)
+    dense = mpembed.to_dense(
+        mpembed.init(
+            key, mpembed.EmbeddingSpec(tables, specs[0].embedding_dim, "float32", None), tx
+        )
+    )
+    return tuple(
+        mpembed.from_dense(key, spec, tx, {t.name: dense[t.name] for t in spec.tables})
+        for spec in specs
+    )
 
 
 def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
@@ -94,7 +112,9 @@ def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) ->
         return jnp.where((size < full) & (ids != mpembed.NO_ID), hashed, ids)
 
     if isinstance(ids, dict):
-        return spec.global_ids({name: shrink(ids[name], full[at], size[at]) for at, name in enumerate(names)})
+        return spec.global_ids(
+            {name: shrink(ids[name], full[at], size[at]) for at, name in enumerate(names)}
+        )
     if len(names) < len(tables):
         at = {name: number for number, name in enumerate(tables)}
         ids = ids[:, np.array([at[name] for name in names])]
@@ -106,7 +126,9 @@ def _split(ids: Any, bags: Sequence[str]) -> tuple[list[Any], list[Any]]:
     if not isinstance(ids, dict):
         return [ids], []
     singles = [ids[name] for name in sorted(ids) if name not in bags]
-    return [jnp.stack(singles, axis=-1)] if singles else [], [ids[name] for name in sorted(bags) if name in ids]
+    return [jnp.stack(singles, axis=-1)] if singles else [], [
+        ids[name] for name in sorted(bags) if name in ids
+    ]
 
 
 def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str], implementation: str) -> jax.Array:
@@ -114,7 +136,9 @@ def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str], implementation: s
     singles, bagged = _split(inverse, bags)
     parts = [mpembed.pool(rows, ids, implementation=implementation) for ids in singles]
     if bagged:
-        parts.append(jnp.stack(mpembed.pool(rows, bagged, combiner="mean", implementation=implementation), 1))
+        parts.append(
+            jnp.stack(mpembed.pool(rows, bagged, combiner="mean", implementation=implementation), 1)
+        )
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -128,7 +152,9 @@ def read(rows_of: Callable[[jax.Array], jax.Array], ids: Any, bags: Sequence[str
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def merged(parts: Sequence[jax.Array], states: Sequence[mpembed.EmbeddingState], source: Any, is_dict: bool) -> jax.Array:
+def merged(
+    parts: Sequence[jax.Array], states: Sequence[mpembed.EmbeddingState], source: Any, is_dict: bool
+) -> jax.Array:
     """Joins the vectors of all stacks, f32 [B, T, D], in the order in which a single stack has them."""
     if len(parts) == 1:
         return parts[0]
@@ -140,5 +166,7 @@ def merged(parts: Sequence[jax.Array], states: Sequence[mpembed.EmbeddingState],
 
     by_name = {}
     for part, state in zip(parts, states, strict=True):
-        by_name |= {name: part[:, at] for at, name in enumerate(order([t.name for t in state.spec.tables]))}
+        by_name |= {
+            name: part[:, at] for at, name in enumerate(order([t.name for t in state.spec.tables]))
+        }
     return jnp.stack([by_name[name] for name in order(list(source.tables))], axis=1)

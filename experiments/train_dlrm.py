@@ -22,7 +22,9 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `python experiments/train_dlrm.py` works too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that `python experiments/train_dlrm.py` works too
 
 from experiments import reporting, training
 from experiments.data import reddit, synthetic
@@ -90,18 +92,24 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             rows = 800_000 if settings.num_rows is None else settings.num_rows
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
-            return reddit.RedditPosts(settings.path, settings.num_rows, in_time_order=settings.in_time_order)
+            return reddit.RedditPosts(
+                settings.path, settings.num_rows, in_time_order=settings.in_time_order
+            )
         case "movielens":
             from experiments.data import (
                 movielens,  # tensorflow-datasets is needed for these two only
             )
 
-            return movielens.MovielensRatings(settings.cache_dir, settings.num_rows, settings.data_seed, log)
+            return movielens.MovielensRatings(
+                settings.cache_dir, settings.num_rows, settings.data_seed, log
+            )
         case "criteo":
             from experiments.data import criteo
 
             if settings.path is None:
-                raise ValueError("data=criteo needs path: the folder that holds train.txt or train.txt.gz")
+                raise ValueError(
+                    "data=criteo needs path: the folder that holds train.txt or train.txt.gz"
+                )
             return criteo.CriteoLog(
                 settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping, min_count=settings.min_count,
                 hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines, max_rows=settings.num_rows,
@@ -128,8 +136,12 @@ def main(settings: Settings) -> dict[str, Any]:
     console = reporting.make_console()
     source = make_source(settings, console.print)
     recipe = make_recipe(settings)
-    has_kaggle_day = source.num_dense > 0  # reddit and movielens: no epoch of Criteo's to project to
-    cached = f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
+    has_kaggle_day = (
+        source.num_dense > 0
+    )  # reddit and movielens: no epoch of Criteo's to project to
+    cached = (
+        f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
+    )
     ours = training.Contender(
         f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction, settings.rounding,
         settings.policy, settings.ways,
@@ -148,10 +160,15 @@ def main(settings: Settings) -> dict[str, Any]:
             rows = source.num_train // recipe.batch_size * recipe.batch_size
             bars = reporting.Bars(progress, [c.name for c in contenders], rows)
             outcomes += training.train(source, contenders, recipe, job, seed=seed, on_chunk=bars)
-    table = reporting.make_table(outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass")
+    table = reporting.make_table(
+        outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass"
+    )
     console.print(table)
     reporting.print_advice(console, outcomes)
-    seconds = {o.contender.name: reporting.projection(o, recipe.batch_size) for o in outcomes[-len(contenders) :]}
+    seconds = {
+        o.contender.name: reporting.projection(o, recipe.batch_size)
+        for o in outcomes[-len(contenders) :]
+    }
     projected = ", ".join(f"{name} {s / 60:.0f} min" for name, s in seconds.items())
     settings.out.mkdir(parents=True, exist_ok=True)
     reporting.save_picture(outcomes, settings.out / f"{source.name}.png")

@@ -23,7 +23,9 @@ from experiments.data.background import in_background
 from experiments.outcomes import Outcome, measure
 
 CHUNK = 16  # batches a contender trains on before the next one's turn
-Storage = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"]
+Storage = Literal[
+    "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Contender:
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     policy: Literal["lfu", "lru"] = "lfu"
     ways: int = 32
-    hashed_to: float = 1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
+    hashed_to: float = (
+        1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
+    )
     symmetric: bool | None = None  # of an integer format; None: the library's choice for the dim
     float32_share: float = 0.0  # the smallest tables, with at most this share of all rows, stay FP32 in a stack of their own
 
@@ -71,7 +75,9 @@ class View(NamedTuple):
     `refresh` runs on the host before every `period`-th step, and once at the end.
     """
 
-    see: Callable[[Learner, jax.Array, jax.Array], jax.Array]  # (learner, rows f32 [.., D], ids i32 [..]) -> f32 [.., D]
+    see: Callable[
+        [Learner, jax.Array, jax.Array], jax.Array
+    ]  # (learner, rows f32 [.., D], ids i32 [..]) -> f32 [.., D]
     refresh: Callable[[Learner], Learner]
     period: int
 
@@ -102,7 +108,10 @@ class Fitted(NamedTuple):
 
 def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> Contender:
     """Returns the FP32 contender whose tables, ids hashed into fewer rows, take as many bytes as another's state."""
-    sizes = [mpembed.memory.report(spec, optax.identity()) for spec in stacks.make_specs(source, contender, recipe)]
+    sizes = [
+        mpembed.memory.report(spec, optax.identity())
+        for spec in stacks.make_specs(source, contender, recipe)
+    ]
     share = sum(size.total for size in sizes) / sum(size.float32_bytes for size in sizes)
     return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=share)
 
@@ -123,7 +132,9 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
         )  # fmt: skip
     else:
         model = dlrm.small
-        init_params = partial(dlrm.init_small, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim)
+        init_params = partial(
+            dlrm.init_small, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim
+        )
 
     def see(learner: Learner, rows: jax.Array, ids: jax.Array) -> jax.Array:
         return rows if view is None else view.see(learner, rows, ids)
@@ -147,15 +158,23 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
         embs = tuple(map(partial(mpembed.apply_gradients, tx=row_tx), embs, plans, rows, row_grads))
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
         counts = plans[0].counts
-        log = jnp.stack([loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)])
-        return Learner(embs, optax.apply_updates(learner.params, updates), opt_state, learner.extra), log
+        log = jnp.stack(
+            [loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)]
+        )
+        return Learner(
+            embs, optax.apply_updates(learner.params, updates), opt_state, learner.extra
+        ), log
 
     @jax.jit
     def predict(learner: Learner, batch: dict) -> jax.Array:
         parts = []
         for emb in learner.emb:
             ids = stacks.global_ids(batch["ids"], source.tables, emb.spec)
-            parts.append(stacks.read(lambda ids, emb=emb: see(learner, mpembed.read(emb, ids), ids), ids, bags))
+            parts.append(
+                stacks.read(
+                    lambda ids, emb=emb: see(learner, mpembed.read(emb, ids), ids), ids, bags
+                )
+            )
         vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
         return jax.nn.sigmoid(model(learner.params, batch["dense"], vectors))
 
@@ -174,7 +193,13 @@ def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def fit(
-    source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int, on_chunk: Callable[..., None]
+    source: Any,
+    contenders: list[Contender],
+    recipe: Recipe,
+    job: Job,
+    *,
+    seed: int,
+    on_chunk: Callable[..., None],
 ) -> list[Fitted]:
     """Trains every contender for one pass.
 
@@ -194,7 +219,9 @@ def fit(
     learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
     for several in specs:
         params = job.init_params(dense_key)
-        learners.append(Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params)))
+        learners.append(
+            Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params))
+        )
     num_steps, first_chunks = 0, [0.0] * len(contenders)
     for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
         for i, contender in enumerate(contenders):
@@ -209,20 +236,36 @@ def fit(
             times[i].append(seconds / len(chunk))
             first_chunks[i] = first_chunks[i] or seconds
             curves[i].append((num_steps + len(chunk), float(loss)))
-            on_chunk(contender.name, len(chunk) * recipe.batch_size, float(loss), float(hits / max(requests, 1)), seconds)
+            on_chunk(
+                contender.name,
+                len(chunk) * recipe.batch_size,
+                float(loss),
+                float(hits / max(requests, 1)),
+                seconds,
+            )
         num_steps += len(chunk)
     if not num_steps:
-        raise ValueError(f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size")
+        raise ValueError(
+            f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size"
+        )
     if job.view is not None:
         learners = [job.view.refresh(learner) for learner in learners]
     return [
         Fitted(*parts, seed, num_steps, curve, seconds, first)
-        for *parts, curve, seconds, first in zip(contenders, specs, learners, curves, times, first_chunks, strict=True)
+        for *parts, curve, seconds, first in zip(
+            contenders, specs, learners, curves, times, first_chunks, strict=True
+        )
     ]
 
 
 def train(
-    source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int, on_chunk: Callable[..., None]
+    source: Any,
+    contenders: list[Contender],
+    recipe: Recipe,
+    job: Job,
+    *,
+    seed: int,
+    on_chunk: Callable[..., None],
 ) -> list[Outcome]:
     """Trains every contender for one pass (see `fit`) and evaluates it."""
     fitted = fit(source, contenders, recipe, job, seed=seed, on_chunk=on_chunk)

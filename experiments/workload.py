@@ -24,7 +24,9 @@ def sizes_for(num_rows: int | None) -> tuple[int, ...]:
     return tuple(v if v < 20_000 else max(1000, int(v * factor)) for v in KAGGLE_SIZES)
 
 
-def zipf_ids(rng: np.random.Generator, vocabulary_size: int, shape: tuple[int, ...], exponent: float) -> np.ndarray:
+def zipf_ids(
+    rng: np.random.Generator, vocabulary_size: int, shape: tuple[int, ...], exponent: float
+) -> np.ndarray:
     """Draws int64 ids by bounded Zipf popularity; popular ids are spread over the table by a multiplicative permutation."""
     v = vocabulary_size
     if v == 1:
@@ -46,7 +48,9 @@ def batches(
     """Returns `count` batches of local ids, int64 [B, T] for bag 1, else [B, T, bag]."""
     rng = np.random.default_rng(seed)
     shape = (batch_size,) if bag == 1 else (batch_size, bag)
-    return [np.stack([zipf_ids(rng, v, shape, exponent) for v in sizes], axis=1) for _ in range(count)]
+    return [
+        np.stack([zipf_ids(rng, v, shape, exponent) for v in sizes], axis=1) for _ in range(count)
+    ]
 
 
 def to_global(local: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:

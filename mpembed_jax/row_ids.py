@@ -32,7 +32,9 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
             what = f"{dtype} {list(leaf.shape)}" if dtype is not None else type(leaf).__name__
-            raise TypeError(f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before prefetch")
+            raise TypeError(
+                f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before prefetch"
+            )
         checked.append(leaf.astype(jnp.int32))
     return checked, treedef
 

@@ -32,13 +32,21 @@ class TableSpec:
 
     def __post_init__(self) -> None:
         size = self.vocabulary_size
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size < NO_ID:
-            raise ValueError(f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got {size!r}")
+        if (
+            isinstance(size, bool)
+            or not isinstance(size, int | np.integer)
+            or not 1 <= size < NO_ID
+        ):
+            raise ValueError(
+                f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got {size!r}"
+            )
 
 
 def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     """Returns int64 [T + 1]: the first global row of each table, and the total."""
-    return np.concatenate([[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)])
+    return np.concatenate(
+        [[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +89,9 @@ class EmbeddingSpec:
     def __post_init__(self) -> None:
         tables = (self.tables,) if isinstance(self.tables, TableSpec) else tuple(self.tables)
         if not tables or not all(isinstance(t, TableSpec) for t in tables):
-            raise TypeError(f"tables must be a non-empty sequence of TableSpec, got {self.tables!r}")
+            raise TypeError(
+                f"tables must be a non-empty sequence of TableSpec, got {self.tables!r}"
+            )
         names = [t.name for t in tables]
         if len(set(names)) != len(names):
             raise ValueError(f"table names must be distinct, got {names}")
@@ -91,12 +101,20 @@ class EmbeddingSpec:
         if self.cache is not None and not isinstance(self.cache, CacheSpec):
             raise TypeError(f"cache must be a CacheSpec or None, got {self.cache!r}")
         budget = self.max_unique_ids
-        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1):
-            raise ValueError(f"max_unique_ids must be at least 1 or None, an integer, got {budget!r}")
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1
+        ):
+            raise ValueError(
+                f"max_unique_ids must be at least 1 or None, an integer, got {budget!r}"
+            )
         if self.out_of_range not in ("drop", "clip", "raise"):
-            raise ValueError(f'out_of_range must be "drop", "clip" or "raise", got {self.out_of_range!r}')
+            raise ValueError(
+                f'out_of_range must be "drop", "clip" or "raise", got {self.out_of_range!r}'
+            )
         if self.row_state_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'row_state_dtype must be "float32" or "bfloat16", got {self.row_state_dtype!r}')
+            raise ValueError(
+                f'row_state_dtype must be "float32" or "bfloat16", got {self.row_state_dtype!r}'
+            )
         if self.memory_kind not in (None, *indexing.HOST_KINDS):
             raise ValueError(f'memory_kind must be None or "pinned_host", got {self.memory_kind!r}')
         features = self.features
@@ -106,7 +124,9 @@ class EmbeddingSpec:
             if len({f for f, _ in features}) != len(features):
                 raise ValueError(f"feature names must be distinct, got {[f for f, _ in features]}")
             if unknown or not features:
-                raise ValueError(f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}")
+                raise ValueError(
+                    f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}"
+                )
         object.__setattr__(self, "tables", tables)
         object.__setattr__(self, "embedding_dim", int(dim))
         object.__setattr__(self, "storage", as_format(self.storage).resolve(int(dim)))
@@ -133,11 +153,15 @@ class EmbeddingSpec:
     @property
     def fingerprint(self) -> np.ndarray:
         """uint32 [2]: a hash of what a state's arrays mean (tables, dim, format, cache, row state), kept in every state."""
-        cache = None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
+        cache = (
+            None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
+        )
         tables = [(t.name, int(t.vocabulary_size)) for t in self.tables]
         storage = (self.storage.name, self.storage.symmetric, self.storage.scale_dtype)
         text = repr((tables, self.embedding_dim, storage, cache, self.row_state_dtype))
-        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(np.uint32)
+        return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
+            np.uint32
+        )
 
     def global_ids(self, ids: Any) -> Any:
         """Maps ids local to their tables to global row ids, with each id checked against its own table.
@@ -177,23 +201,37 @@ class EmbeddingSpec:
     def _map(self, ids: Any, names: list[str], start: Any, size: Any) -> Any:
         if isinstance(ids, jax.Array):
             if not jnp.issubdtype(ids.dtype, jnp.integer):
-                raise TypeError(f"ids must be integers, got {ids.dtype} {list(ids.shape)}; cast them first")
+                raise TypeError(
+                    f"ids must be integers, got {ids.dtype} {list(ids.shape)}; cast them first"
+                )
             if self.num_rows >= NO_ID:
-                raise TypeError(f"ids of a stack of {self.num_rows} rows are mapped on the host: pass numpy arrays")
+                raise TypeError(
+                    f"ids of a stack of {self.num_rows} rows are mapped on the host: pass numpy arrays"
+                )
             if not isinstance(ids, jax.core.Tracer) and self.out_of_range == "raise":
                 return jnp.asarray(self._map(np.asarray(ids), names, start, size))
             if ids.dtype.itemsize < 4:
                 ids = ids.astype(jnp.int32)
-            most = jnp.asarray(size, ids.dtype)  # compared in the ids' own dtype: casting first could wrap
+            most = jnp.asarray(
+                size, ids.dtype
+            )  # compared in the ids' own dtype: casting first could wrap
             is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < most)
             if self.out_of_range == "clip":
                 ids, is_inside = jnp.clip(ids, 0, most - 1), jnp.ones_like(is_inside)
             moved = jnp.where(is_inside, ids, 0).astype(jnp.int32) + jnp.asarray(start, jnp.int32)
-            return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(jnp.int32)
+            return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(
+                jnp.int32
+            )
         host: Any = np.asarray(ids)
         if host.dtype.kind not in "iu" and host.size:
-            raise TypeError(f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first")
-        host = np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64) if host.dtype == np.uint64 else host.astype(np.int64)
+            raise TypeError(
+                f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first"
+            )
+        host = (
+            np.minimum(host, np.uint64(2**63 - 1)).astype(np.int64)
+            if host.dtype == np.uint64
+            else host.astype(np.int64)
+        )
         is_padding, is_inside = host == NO_ID, (host >= 0) & (host < size)
         bad = ~is_padding & ~is_inside
         if self.out_of_range == "raise" and bad.any():

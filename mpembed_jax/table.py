@@ -18,10 +18,14 @@ from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
 from mpembed_jax.spec import TableSpec, offsets
 
-_INIT_BLOCK = 8192  # rows per initializer call: part of the definition, callables see blocks of this size
+_INIT_BLOCK = (
+    8192  # rows per initializer call: part of the definition, callables see blocks of this size
+)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["format", "embedding_dim"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["format", "embedding_dim"]
+)
 @dataclasses.dataclass(frozen=True)
 class QuantizedTable:
     """A table of packed rows; `row = codes * scale + bias`. `format` is resolved and static, as is `embedding_dim`."""
@@ -63,12 +67,19 @@ def encode_rows(
     def make_codes(_: jax.Array, codes: jax.Array) -> jax.Array:
         return quantize(rows, scale, bias, fmt, _bits_for(fmt, key, stream, step, ids, dim))
 
-    start = carries.with_final_types(lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32))
+    start = carries.with_final_types(
+        lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32)
+    )
     return pack(lax.fori_loop(0, once, make_codes, start), scale, bias, fmt)
 
 
 def _bits_for(
-    fmt: RowFormat, key: random_bits.Key, stream: int, step: jax.Array | int, ids: jax.Array, dim: int
+    fmt: RowFormat,
+    key: random_bits.Key,
+    stream: int,
+    step: jax.Array | int,
+    ids: jax.Array,
+    dim: int,
 ) -> jax.Array | None:
     if fmt.rounding == "nearest" or fmt.name == "float32":
         return None
@@ -134,21 +145,29 @@ def init_table(
     first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
     row_key = key if shard is None else shard.key(key)
     packed = indexing.filled(
-        (total, fmt.row_words(embedding_dim)), jnp.zeros((), fmt.word_dtype(embedding_dim)), memory_kind
+        (total, fmt.row_words(embedding_dim)),
+        jnp.zeros((), fmt.word_dtype(embedding_dim)),
+        memory_kind,
     )
 
     if any(t.initializer is None for t in tables):
         # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.
         # Padding at the end of a shard belongs to no table and is zero.
-        bounds = jnp.asarray([1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32)
+        bounds = jnp.asarray(
+            [1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32
+        )
         size = min(_INIT_BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
             first = jnp.minimum(block.astype(jnp.int32) * size, total - size)
             rows = first + jnp.arange(size, dtype=jnp.int32)
-            bound = bounds[jnp.sum((rows[:, None] >= first_rows[1:]).astype(jnp.int32), axis=1)][:, None]
+            bound = bounds[jnp.sum((rows[:, None] >= first_rows[1:]).astype(jnp.int32), axis=1)][
+                :, None
+            ]
             unit = random_bits.uniform(
-                random_bits.row_bits(row_key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim)
+                random_bits.row_bits(
+                    row_key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim
+                )
             )
             values = (unit * 2 - 1) * bound
             bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
@@ -178,7 +197,9 @@ def init_table(
                 raise ValueError(
                     f"initializer of table {name!r} returned {values.shape} when asked for {(size, embedding_dim)}"
                 )
-            first = jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start  # loop counters are 64 bits wide in x64 mode
+            first = (
+                jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start
+            )  # loop counters are 64 bits wide in x64 mode
             ids = first + jnp.arange(size, dtype=jnp.int32)
             rows = ids if shard is None else shard.rows_of(ids)
             bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)

@@ -15,7 +15,11 @@ from hypothesis import HealthCheck, settings
 
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
-    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    "tests",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
 
@@ -32,4 +36,6 @@ def pytest_xdist_make_scheduler(config, log):
     """Each worker begins with a part of the files in one piece, which share compiled programs; who is done first helps."""
     from xdist.scheduler import WorkStealingScheduling
 
-    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None  # load: what -n asks for
+    return (
+        WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+    )  # load: what -n asks for

@@ -12,24 +12,42 @@ from jaxlib.triton import dialect as triton
 def lowered_for(platform, function, *args, donate_argnums=()):
     """The lowered `function` for "cuda" (an H200) or "tpu"; args are arrays or their shape structs."""
     context = contextlib.nullcontext()
-    if platform == "cuda" and tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11):
+    if platform == "cuda" and tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (
+        0,
+        11,
+    ):
         # From jax 0.11 kernels are lowered for the device of the mesh; before, sm_90 is assumed.
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-        context = use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda")))
+        context = use_abstract_mesh(
+            AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", 132, "cuda"))
+        )
     with context:
-        return jax.jit(function, donate_argnums=donate_argnums).trace(*args).lower(lowering_platforms=(platform,))
+        return (
+            jax.jit(function, donate_argnums=donate_argnums)
+            .trace(*args)
+            .lower(lowering_platforms=(platform,))
+        )
 
 
 def float_scatters(text):
     """(combiner, are indices unique) of every scatter of floats in a lowered module."""
     found = []
     for match in re.finditer(
-        r'"stablehlo\.scatter"\(.*?unique_indices = (true|false).*?\}\) : \(([^)]*)\)', text, re.DOTALL
+        r'"stablehlo\.scatter"\(.*?unique_indices = (true|false).*?\}\) : \(([^)]*)\)',
+        text,
+        re.DOTALL,
     ):
         body = match.group(0)
         if re.search(r"tensor<(\d+x)*(f32|bf16|f16)>", match.group(2)):
-            combiner = next((op for op in ("add", "maximum", "minimum", "multiply") if f"stablehlo.{op} " in body), "set")
+            combiner = next(
+                (
+                    op
+                    for op in ("add", "maximum", "minimum", "multiply")
+                    if f"stablehlo.{op} " in body
+                ),
+                "set",
+            )
             found.append((combiner, match.group(1) == "true"))
     return found
 
@@ -45,7 +63,9 @@ def kernel_modules(lowered):
 
     def look(operation):
         attributes = operation.attributes
-        if "mhlo.backend_config" in attributes and "ir" in (config := attributes["mhlo.backend_config"]):
+        if "mhlo.backend_config" in attributes and "ir" in (
+            config := attributes["mhlo.backend_config"]
+        ):
             with ir.Context() as context:
                 triton.register_dialect(context)
                 context.allow_unregistered_dialects = True  # the barrier is of another one
@@ -59,4 +79,7 @@ def kernel_modules(lowered):
 def address_widths(lowered):
     """{kernel: {"i32" or "i64": number of address computations}} of the Triton kernels that a lowered module calls."""
     kernels = kernel_modules(lowered).items()
-    return {name: collections.Counter(re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", text)) for name, text in kernels}
+    return {
+        name: collections.Counter(re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", text))
+        for name, text in kernels
+    }

@@ -23,7 +23,9 @@ SMALL = {"storage": "int4", "cache": None}  # compiles in a quarter of the time
 
 def code_changes(before: str, after: str) -> list[str]:
     """Returns the lines of code that were changed or added."""
-    lines = difflib.ndiff((SNIPPETS / before).read_text().splitlines(), (SNIPPETS / after).read_text().splitlines())
+    lines = difflib.ndiff(
+        (SNIPPETS / before).read_text().splitlines(), (SNIPPETS / after).read_text().splitlines()
+    )
     changed = list(lines)
     num_removed = sum(line.startswith("- ") for line in changed)
     added = [line[2:] for line in changed if line.startswith("+ ") and line[2:].strip()]
@@ -80,7 +82,10 @@ class Model(nnx.Module):
 @functools.cache
 def build_model(options: tuple) -> Model:
     rngs = nnx.Rngs(0)
-    return Model(rngs, nn.CachedEmbed(ROWS, DIM, rngs=rngs, **{"cache": CACHE, "tx": ROW_TX, **dict(options)}))
+    return Model(
+        rngs,
+        nn.CachedEmbed(ROWS, DIM, rngs=rngs, **{"cache": CACHE, "tx": ROW_TX, **dict(options)}),
+    )
 
 
 def cached_model(**options) -> tuple[Model, nnx.Optimizer]:
@@ -126,7 +131,9 @@ def bag_specs(**options) -> list[EmbeddingSpec]:
     """Two widths; features `seen` and `bought` share a table. Without a cache unless asked: it compiles faster."""
     options = {"cache": None, **options}
     features = {"seen": "items", "bought": "items", "user": "users"}
-    items = EmbeddingSpec((TableSpec("items", 50), TableSpec("users", 20)), 4, features=features, **options)
+    items = EmbeddingSpec(
+        (TableSpec("items", 50), TableSpec("users", 20)), 4, features=features, **options
+    )
     return [items, EmbeddingSpec((TableSpec("shop", 7),), 3, **options)]
 
 
@@ -134,5 +141,7 @@ BAG_IDS = {
     "shop": np.array([[0], [6], [7]]),  # 7 is no shop
     "seen": np.array([[1, 2, mpembed.NO_ID], [2, 2, 49], [mpembed.NO_ID] * 3]),
     "user": np.array([[3], [19], [3]]),
-    "bought": np.array([[2, 1], [50, 0], [4, mpembed.NO_ID]]),  # 50 is no item, and not the first user either
+    "bought": np.array(
+        [[2, 1], [50, 0], [4, mpembed.NO_ID]]
+    ),  # 50 is no item, and not the first user either
 }

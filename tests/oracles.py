@@ -46,7 +46,9 @@ class Geometry:
         """The two counters (sketch row, group, column) of an id."""
         group, rest = row_id % self.groups, row_id // self.groups
         width = 2 * self.lines // self.groups
-        return [(d, group, fmix32(rest ^ seed) * width >> 32) for d, seed in enumerate(SKETCH_SEEDS)]
+        return [
+            (d, group, fmix32(rest ^ seed) * width >> 32) for d, seed in enumerate(SKETCH_SEEDS)
+        ]
 
 
 NO_CACHE = Geometry(num_sets=1, ways=0, groups=1)
@@ -68,7 +70,16 @@ class Line:
     row: object = None
 
 
-COUNTS = ("requests", "unique", "hits", "hit_requests", "misses", "bypasses", "evictions", "write_backs")
+COUNTS = (
+    "requests",
+    "unique",
+    "hits",
+    "hit_requests",
+    "misses",
+    "bypasses",
+    "evictions",
+    "write_backs",
+)
 COUNTS += ("out_of_range", "dropped")
 
 
@@ -88,7 +99,13 @@ class DictCache:
     """Residency of a set-associative cache, one step at a time (DESIGN.md 7)."""
 
     def __init__(self, num_ids, geo, policy, *, max_unique_ids=None, step=0):
-        self.num_ids, self.geo, self.policy, self.max_unique_ids, self.step = num_ids, geo, policy, max_unique_ids, step
+        self.num_ids, self.geo, self.policy, self.max_unique_ids, self.step = (
+            num_ids,
+            geo,
+            policy,
+            max_unique_ids,
+            step,
+        )
         self.sets = [[None] * geo.ways for _ in range(geo.num_sets)]
         self.sketch = {}  # (sketch row, group, column) -> count
         self.halvings = 0
@@ -98,7 +115,9 @@ class DictCache:
         ids = [int(i) for i in np.asarray(ids).reshape(-1)]
         occurrences = Counter(i for i in ids if 0 <= i < self.num_ids)
         kept = sorted(occurrences, key=lambda i: fmix32(i ^ t))
-        kept = sorted(kept[: self.max_unique_ids]) if self.max_unique_ids is not None else sorted(kept)
+        kept = (
+            sorted(kept[: self.max_unique_ids]) if self.max_unique_ids is not None else sorted(kept)
+        )
         dropped = set(occurrences) - set(kept)
 
         estimate = {}
@@ -122,7 +141,11 @@ class DictCache:
 
         for s, wanted in misses.items():
             wanted.sort(key=lambda i: (-estimate[i], i) if self.policy == "lfu" else i)
-            free = [w for w, line in enumerate(self.sets[s]) if line is None or line.row_id not in plan.hits]
+            free = [
+                w
+                for w, line in enumerate(self.sets[s])
+                if line is None or line.row_id not in plan.hits
+            ]
             free.sort(key=lambda w: self.cost(self.sets[s][w], w, t))
             for rank, i in enumerate(wanted):
                 plan.line[i] = geo.lines
@@ -161,10 +184,17 @@ class DictCache:
         """The order in which ways are given away."""
         if line is None:
             return (0, 0, way)
-        return (1, -min(t - line.priority, 2**25 - 1) if self.policy == "lru" else line.priority, way)
+        return (
+            1,
+            -min(t - line.priority, 2**25 - 1) if self.policy == "lru" else line.priority,
+            way,
+        )
 
     def line_of(self, row_id):
-        return next((x for x in self.sets[self.geo.set_of(row_id)] if x is not None and x.row_id == row_id), None)
+        return next(
+            (x for x in self.sets[self.geo.set_of(row_id)] if x is not None and x.row_id == row_id),
+            None,
+        )
 
     def mark_dirty(self, plan):
         for i, line in plan.line.items():
@@ -181,7 +211,9 @@ class DictCache:
         """Estimates after this batch: a resident's use is counted at its line, everybody else's in the sketch."""
         lines = {i: self.line_of(i) for i in occurrences}
         used = {
-            i: min(self.sketch.get(k, 0) for k in self.geo.columns(i)) if line is None else line.priority
+            i: min(self.sketch.get(k, 0) for k in self.geo.columns(i))
+            if line is None
+            else line.priority
             for i, line in lines.items()
         }
         return {i: min(65535, used[i] + c) for i, c in occurrences.items()}
@@ -196,7 +228,8 @@ class DictCache:
         """tags, priority, dirty as [S, W]; priority and dirty of empty ways are zero."""
         lines = [[line or Line(NO_ID, 0) for line in ways] for ways in self.sets]
         return tuple(
-            np.array([[getattr(x, name) for x in ways] for ways in lines]) for name in ("row_id", "priority", "dirty")
+            np.array([[getattr(x, name) for x in ways] for ways in lines])
+            for name in ("row_id", "priority", "dirty")
         )
 
 
@@ -248,7 +281,9 @@ class DictEmbedding(DictCache):
         return self.table[row_id] if line is None else line.row
 
     def flush(self):
-        for line in (line for ways in self.sets for line in ways if line is not None and line.dirty):
+        for line in (
+            line for ways in self.sets for line in ways if line is not None and line.dirty
+        ):
             self.table[line.row_id] = self.store(line.row, "FLUSH", self.step, line.row_id)
             line.dirty = False
 

@@ -78,7 +78,9 @@ class Codec:
         return DTYPES[self.scale].itemsize * (1 if self.symmetric or not self.is_int else 2)
 
     def word_dtype(self, dim):
-        return np.dtype(np.uint32 if (dim * self.bits + 8 * self.metadata_bytes) % 32 == 0 else np.uint16)
+        return np.dtype(
+            np.uint32 if (dim * self.bits + 8 * self.metadata_bytes) % 32 == 0 else np.uint16
+        )
 
     def row_words(self, dim):
         halves = -(-dim * self.bits // 16) + self.metadata_bytes // 2
@@ -115,23 +117,33 @@ class Codec:
         if self.symmetric:
             high = 2 ** (self.bits - 1) - 1
             low, zero = -high, 2 ** (self.bits - 1)
-        code = np.floor((row - bias).astype(np.float64) / scale + u) if scale else np.zeros_like(row)
+        code = (
+            np.floor((row - bias).astype(np.float64) / scale + u) if scale else np.zeros_like(row)
+        )
         return (np.clip(code, low, high) + zero).astype(np.uint32)
 
     def pack(self, codes, scale, bias):
         """codes u32 [D] -> words."""
         stream = sum(int(c) << i * self.bits for i, c in enumerate(codes))
         size = -(-len(codes) * self.bits // 16) * 16
-        for value in [scale, bias][: 2 if self.is_int and not self.symmetric else 1] if self.metadata_bytes else []:
+        for value in (
+            [scale, bias][: 2 if self.is_int and not self.symmetric else 1]
+            if self.metadata_bytes
+            else []
+        ):
             stored = np.array(value, DTYPES[self.scale])
             stream |= int(stored.view(f"u{stored.itemsize}")) << size
             size += 8 * stored.itemsize
-        return np.frombuffer(stream.to_bytes(size // 8, "little"), self.word_dtype(len(codes)).newbyteorder("<"))
+        return np.frombuffer(
+            stream.to_bytes(size // 8, "little"), self.word_dtype(len(codes)).newbyteorder("<")
+        )
 
     def unpack(self, words, dim):
         """words -> (codes u32 [D], scale, bias)."""
         stream = int.from_bytes(np.ascontiguousarray(words).tobytes(), "little")
-        codes = np.array([stream >> i * self.bits & (1 << self.bits) - 1 for i in range(dim)], np.uint32)
+        codes = np.array(
+            [stream >> i * self.bits & (1 << self.bits) - 1 for i in range(dim)], np.uint32
+        )
         at = -(-dim * self.bits // 16) * 16
         values = [F32(1), F32(0)]
         dtype = DTYPES[self.scale]

@@ -14,12 +14,18 @@ POLICIES = ("lru", "lfu")
 
 # Every codec a RowFormat can name: 18 integer, 6 float8, 3 unscaled.
 CODECS = {
-    f"{name}-{'symmetric' if symmetric else 'asymmetric'}-{scale}": row_oracle.Codec(name, symmetric, scale)
+    f"{name}-{'symmetric' if symmetric else 'asymmetric'}-{scale}": row_oracle.Codec(
+        name, symmetric, scale
+    )
     for name in ("int8", "int4", "int2")
     for symmetric in (True, False)
     for scale in SCALES
 }
-CODECS |= {f"{name}-{s}": row_oracle.Codec(name, True, s) for name in ("float8_e4m3fn", "float8_e5m2") for s in SCALES}
+CODECS |= {
+    f"{name}-{s}": row_oracle.Codec(name, True, s)
+    for name in ("float8_e4m3fn", "float8_e5m2")
+    for s in SCALES
+}
 CODECS |= {name: row_oracle.Codec(name) for name in ("float32", "bfloat16", "float16")}
 
 # name: (number of ids, cache lines asked, ways). `groups` truncates: 550 sets become 512 in 64 groups.
@@ -75,13 +81,17 @@ def rows(seed, num, dim):
     return out
 
 
-def stack(num_ids, dim=4, *, storage="float32", lines=None, ways=8, policy="lfu", max_unique_ids=None):
+def stack(
+    num_ids, dim=4, *, storage="float32", lines=None, ways=8, policy="lfu", max_unique_ids=None
+):
     """A spec of one or more tables; `num_ids` is a vocabulary or a tuple of them, `lines=None` means no cache."""
     sizes = num_ids if isinstance(num_ids, tuple) else (num_ids,)
     return mpembed.EmbeddingSpec(
         tuple(mpembed.TableSpec(f"table{k}", size) for k, size in enumerate(sizes)),
         dim,
         storage=storage,
-        cache=None if lines is None else mpembed.CacheSpec(num_rows=lines, ways=ways, policy=policy),
+        cache=None
+        if lines is None
+        else mpembed.CacheSpec(num_rows=lines, ways=ways, policy=policy),
         max_unique_ids=max_unique_ids,
     )

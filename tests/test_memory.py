@@ -17,8 +17,12 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"])
-@pytest.mark.parametrize(("dim", "policy", "fraction"), [(16, "lfu", 0.05), (7, "lru", 0.3), (64, None, None)])
+@pytest.mark.parametrize(
+    "storage", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"]
+)
+@pytest.mark.parametrize(
+    ("dim", "policy", "fraction"), [(16, "lfu", 0.05), (7, "lru", 0.3), (64, None, None)]
+)
 def test_the_report_is_the_sum_of_the_live_arrays(storage, dim, policy, fraction):
     cache = None if policy is None else mpembed.CacheSpec(fraction, policy=policy)
     dtype = "bfloat16" if storage == "int4" else "float32"
@@ -26,7 +30,11 @@ def test_the_report_is_the_sum_of_the_live_arrays(storage, dim, policy, fraction
     tx = mpembed.optim.rowwise_adagrad(0.1) if dim != 7 else optax.adam(0.1)
     report, state = mpembed.memory.report(spec, tx), live(spec, tx)
     assert report.total == sum(report.components.values()) == nbytes(state)
-    assert report.components["table"] == state.table.rows.nbytes == spec.num_rows * spec.storage.row_bytes(dim)
+    assert (
+        report.components["table"]
+        == state.table.rows.nbytes
+        == spec.num_rows * spec.storage.row_bytes(dim)
+    )
     assert report.components["row state"] == nbytes(state.row_state)
     if cache is None:
         assert report.geometry is None

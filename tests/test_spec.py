@@ -29,7 +29,11 @@ def stack(**options):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: TableSpec("t", 0), ValueError, r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]"),
+        (
+            lambda: TableSpec("t", 0),
+            ValueError,
+            r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]",
+        ),
         (lambda: TableSpec("t", 2**31 - 1), ValueError, "vocabulary_size"),
         (lambda: TableSpec("t", 2.5), ValueError, "vocabulary_size"),
         (lambda: TableSpec("t", True), ValueError, "vocabulary_size"),
@@ -45,17 +49,33 @@ def stack(**options):
         (lambda: RowFormat("int7"), ValueError, "unknown row format .int7.; choose one of"),
         (lambda: RowFormat("int8", rounding="up"), ValueError, '"stochastic" or "nearest"'),
         (lambda: RowFormat("bfloat16", symmetric=True), ValueError, "int8, int4 and int2 only"),
-        (lambda: RowFormat("int8", scale_dtype="float64"), ValueError, "scale_dtype must be one of"),
+        (
+            lambda: RowFormat("int8", scale_dtype="float64"),
+            ValueError,
+            "scale_dtype must be one of",
+        ),
         (lambda: RowFormat("float16", scale_dtype="float32"), ValueError, "leave scale_dtype out"),
         (lambda: EmbeddingSpec((), 8), TypeError, "non-empty sequence of TableSpec"),
         (lambda: EmbeddingSpec(("users",), 8), TypeError, "non-empty sequence of TableSpec"),
-        (lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8), ValueError, "names must be distinct"),
         (
-            lambda: mpembed.init(KEY, EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8), optax.sgd(0.1)),
+            lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8),
+            ValueError,
+            "names must be distinct",
+        ),
+        (
+            lambda: mpembed.init(
+                KEY,
+                EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8),
+                optax.sgd(0.1),
+            ),
             ValueError,
             "one device holds at most .* over a mesh, or make two stacks",
         ),
-        (lambda: EmbeddingSpec(USERS, 0), ValueError, "embedding_dim must be an integer of at least 1"),
+        (
+            lambda: EmbeddingSpec(USERS, 0),
+            ValueError,
+            "embedding_dim must be an integer of at least 1",
+        ),
         (lambda: EmbeddingSpec(USERS, 8.0), ValueError, "embedding_dim"),
         (lambda: stack(storage="fp8"), ValueError, "unknown row format 'fp8'; choose one of"),
         (lambda: stack(storage=8), TypeError, 'a RowFormat or a name such as "int8"'),
@@ -65,7 +85,11 @@ def stack(**options):
         (lambda: stack(row_state_dtype="float16"), ValueError, '"float32" or "bfloat16"'),
         (lambda: stack(features={"author": "person"}), ValueError, "'author' -> 'person'"),
         (lambda: stack(features={}), ValueError, "features must map feature names to tables"),
-        (lambda: stack(features=(("author", "users"), ("author", "items"))), ValueError, "distinct"),
+        (
+            lambda: stack(features=(("author", "users"), ("author", "items"))),
+            ValueError,
+            "distinct",
+        ),
     ],
 )
 def test_a_value_that_means_nothing_is_refused_with_its_fix(make, error, message):
@@ -81,7 +105,9 @@ def test_the_largest_stack_is_accepted():
 
 
 def test_specs_compare_and_hash_by_value_and_ignore_initializers():
-    same = EmbeddingSpec([TableSpec("users", np.int64(100), jax.nn.initializers.zeros), ITEMS, TAGS], np.int32(8))
+    same = EmbeddingSpec(
+        [TableSpec("users", np.int64(100), jax.nn.initializers.zeros), ITEMS, TAGS], np.int32(8)
+    )
     assert same == stack()
     assert hash(same) == hash(stack())
     assert stack(features={"a": "users"}) == stack(features=(("a", "users"),))
@@ -111,7 +137,9 @@ def test_an_equal_spec_built_anew_does_not_retrace():
         return state.table.rows[0]
 
     for _ in range(2):
-        spec = EmbeddingSpec((TableSpec("t", 5, lambda key, shape, dtype: jnp.zeros(shape, dtype)),), 2, cache=None)
+        spec = EmbeddingSpec(
+            (TableSpec("t", 5, lambda key, shape, dtype: jnp.zeros(shape, dtype)),), 2, cache=None
+        )
         num_rows(mpembed.init(jax.random.key(0), spec, mpembed.optim.clip_by_row_norm(1.0)))
     assert len(traces) == 1
 
@@ -119,7 +147,9 @@ def test_an_equal_spec_built_anew_does_not_retrace():
 def test_defaults_are_filled_in_from_the_embedding_dim():
     """Symmetric codes where metadata decides the ratio: D < 32 and not int2."""
     assert stack().storage == RowFormat("int8", symmetric=True, scale_dtype="bfloat16")
-    assert EmbeddingSpec(USERS, 32, storage="int4").storage == RowFormat("int4", symmetric=False, scale_dtype="bfloat16")
+    assert EmbeddingSpec(USERS, 32, storage="int4").storage == RowFormat(
+        "int4", symmetric=False, scale_dtype="bfloat16"
+    )
     assert stack(storage="int2").storage.symmetric is False
     assert EmbeddingSpec(USERS, 8).tables == (USERS,)
     assert stack().table_range("items") == SIZES["items"]
@@ -144,7 +174,26 @@ def expected_ids(ids, start, size, out_of_range):
     return out
 
 
-INTERESTING = [0, 1, 2, 3, 39, 40, 99, 100, 142, 143, -1, -(2**31), NO_ID, NO_ID - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5]
+INTERESTING = [
+    0,
+    1,
+    2,
+    3,
+    39,
+    40,
+    99,
+    100,
+    142,
+    143,
+    -1,
+    -(2**31),
+    NO_ID,
+    NO_ID - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**32 + 5,
+]
 INTERESTING += [2**63 - 1, -(2**63), 2**63, 2**64 - 1]
 DTYPES = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
 
@@ -171,7 +220,11 @@ def test_host_ids_of_every_integer_dtype_are_checked_in_64_bits(dtype, out_of_ra
 @pytest.mark.parametrize("out_of_range", ["drop", "clip", "raise"])
 @pytest.mark.parametrize(
     ("where", "dtype"),
-    [("device", np.int32), ("device", np.uint32), *(("traced", d) for d in (np.int32, np.int8, np.uint16, np.uint32))],
+    [
+        ("device", np.int32),
+        ("device", np.uint32),
+        *(("traced", d) for d in (np.int32, np.int8, np.uint16, np.uint32)),
+    ],
 )
 def test_device_and_traced_ids_are_mapped_as_host_ids_are(dtype, out_of_range, where):
     """ "raise" cannot raise on traced ids: it drops them, prefetch counts them and stats raises."""
@@ -205,7 +258,9 @@ def test_64_bit_device_ids_are_not_truncated_under_x64(where):
 
 @given(
     ids=st.lists(
-        st.tuples(*[st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 150) | st.just(NO_ID)] * 3), min_size=1, max_size=8
+        st.tuples(*[st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 150) | st.just(NO_ID)] * 3),
+        min_size=1,
+        max_size=8,
     ),
     out_of_range=st.sampled_from(["drop", "clip"]),
 )
@@ -218,7 +273,9 @@ def test_array_columns_follow_the_order_of_the_features(ids, out_of_range):
     assert mapped.dtype == np.int32
     by_name = spec.global_ids({feature: array[:, t] for t, feature in enumerate(features)})
     for t, (feature, name) in enumerate(features.items()):
-        np.testing.assert_array_equal(mapped[:, t], expected_ids(array[:, t], *SIZES[name], out_of_range))
+        np.testing.assert_array_equal(
+            mapped[:, t], expected_ids(array[:, t], *SIZES[name], out_of_range)
+        )
         np.testing.assert_array_equal(mapped[:, t], by_name[feature])
     np.testing.assert_array_equal(spec.global_ids(array[None]), mapped[None])
     np.testing.assert_array_equal(spec.global_ids(array.tolist()), mapped)
@@ -236,7 +293,9 @@ def test_features_may_share_a_table_and_any_subset_may_come():
     assert spec.global_ids({"who": 7})["who"] == 7
 
 
-@pytest.mark.parametrize("ids", [[], np.zeros((0, 3), np.int64), np.zeros((4, 0), np.int32), jnp.zeros(0, jnp.int32)])
+@pytest.mark.parametrize(
+    "ids", [[], np.zeros((0, 3), np.int64), np.zeros((4, 0), np.int32), jnp.zeros(0, jnp.int32)]
+)
 def test_empty_ids_of_a_feature_just_work(ids):
     mapped = stack(out_of_range="raise").global_ids({"items": ids})["items"]
     assert mapped.dtype == np.int32
@@ -248,7 +307,17 @@ def test_empty_arrays_of_columns_just_work():
 
 
 @pytest.mark.parametrize(
-    "ids", [np.ones(3), np.ones(3, np.float32), np.ones(3, bool), jnp.ones(3), jnp.ones(3, bool), 1.0, ["a"], 2**70]
+    "ids",
+    [
+        np.ones(3),
+        np.ones(3, np.float32),
+        np.ones(3, bool),
+        jnp.ones(3),
+        jnp.ones(3, bool),
+        1.0,
+        ["a"],
+        2**70,
+    ],
 )
 def test_ids_that_are_no_integers_are_refused(ids):
     with pytest.raises(TypeError, match="ids must be integers, got"):
@@ -257,10 +326,15 @@ def test_ids_that_are_no_integers_are_refused(ids):
 
 def test_raise_names_feature_id_place_table_size_and_ways_out():
     spec = stack(out_of_range="raise")
-    with pytest.raises(ValueError, match=r"'items': id 3 at \[1, 0\] is outside its table of 3 rows \(2 such ids\)") as info:
+    with pytest.raises(
+        ValueError, match=r"'items': id 3 at \[1, 0\] is outside its table of 3 rows \(2 such ids\)"
+    ) as info:
         spec.global_ids({"users": np.array([99]), "items": np.array([[0, 1], [3, -1]])})
     assert 'out_of_range="drop" or "clip"' in str(info.value)
-    with pytest.raises(ValueError, match=r"'tags': id 4294967301 at \[1, 2\] is outside its table of 40 rows \(1 such"):
+    with pytest.raises(
+        ValueError,
+        match=r"'tags': id 4294967301 at \[1, 2\] is outside its table of 40 rows \(1 such",
+    ):
         spec.global_ids(np.array([[0, 0, 0], [1, 1, 2**32 + 5]]))
     np.testing.assert_array_equal(spec.global_ids(np.array([99, 2, NO_ID])), [99, 102, NO_ID])
 

@@ -37,7 +37,10 @@ def row_format(codec):
 
 
 # Every codec at an odd dim, and what a bare name means at the other dims.
-CASES = [pytest.param(codec, row_format(codec), 7, id=f"{name}-7") for name, codec in shapes.CODECS.items()]
+CASES = [
+    pytest.param(codec, row_format(codec), 7, id=f"{name}-7")
+    for name, codec in shapes.CODECS.items()
+]
 CASES += [
     pytest.param(shapes.default_codec(name, dim), name, dim, id=f"{name}-default-{dim}")
     for name in shapes.FORMATS
@@ -55,7 +58,9 @@ def test_packed_words_equal_the_oracle(codec, fmt, dim):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
     noise = draws(dim, x.shape)
-    for bits, (packed, decoded) in zip((None, noise), jax.device_get(pass_through(x, fmt, noise)), strict=True):
+    for bits, (packed, decoded) in zip(
+        (None, noise), jax.device_get(pass_through(x, fmt, noise)), strict=True
+    ):
         assert packed.dtype == codec.word_dtype(dim)
         assert packed.shape == (100, codec.row_words(dim))
         assert np.isfinite(decoded).all()
@@ -64,8 +69,12 @@ def test_packed_words_equal_the_oracle(codec, fmt, dim):
             if codec.metadata_bytes:
                 assert (scale, bias) == codec.grid(row)
             row_bits = None if bits is None else bits[k]
-            np.testing.assert_array_equal(codes, codec.codes(row, row_bits, scale, bias), err_msg=f"row {k}: {row}")
-            np.testing.assert_array_equal(packed[k], codec.pack(codes, scale, bias))  # zero padding included
+            np.testing.assert_array_equal(
+                codes, codec.codes(row, row_bits, scale, bias), err_msg=f"row {k}: {row}"
+            )
+            np.testing.assert_array_equal(
+                packed[k], codec.pack(codes, scale, bias)
+            )  # zero padding included
             np.testing.assert_array_equal(decoded[k], codec.decode(packed[k], dim))
 
 
@@ -86,7 +95,8 @@ def errors_allowed(codec, row, scale, bias):
 @pytest.mark.parametrize("name", scaled_codecs())
 @given(
     row=st.lists(
-        st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False) | st.sampled_from([0.0, 1.0, -1e-3]),
+        st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False)
+        | st.sampled_from([0.0, 1.0, -1e-3]),
         min_size=7,
         max_size=7,
     ),
@@ -96,21 +106,29 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
     """Clamping never bites beyond float32 rounding: every element, extremes too, decodes within one gap."""
     codec = shapes.CODECS[name]
     if codec.scale == "float16":
-        row = np.clip(row, -60000, 60000)  # a float16 bias and scale have no more range than float16
+        row = np.clip(
+            row, -60000, 60000
+        )  # a float16 bias and scale have no more range than float16
     row = np.asarray(row, np.float32)
-    _, (packed, decoded) = jax.device_get(pass_through(row[None], row_format(codec), random_bits(seed, (1, 7))))
+    _, (packed, decoded) = jax.device_get(
+        pass_through(row[None], row_format(codec), random_bits(seed, (1, 7)))
+    )
     decoded = decoded[0]
     _, scale, bias = codec.unpack(packed[0], 7)
     assert np.isfinite(decoded).all()
     span = np.max(np.abs(row)) if codec.symmetric else np.max(row) - bias
-    if scale == 0:  # a constant row that is its own bias, or one whose gap would be a subnormal float32
+    if (
+        scale == 0
+    ):  # a constant row that is its own bias, or one whose gap would be a subnormal float32
         assert span <= 2.0**-126 * 2**codec.bits * row_oracle.FLOATS.get(codec.name, (0, 0, 1))[2]
         assert (np.abs(decoded - row) <= span).all()
     else:
         assert (np.abs(decoded - row) <= errors_allowed(codec, row, scale, bias)).all()
 
 
-@pytest.mark.parametrize("name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")])
+@pytest.mark.parametrize(
+    "name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")]
+)
 def test_stored_rounding_is_unbiased(name):
     """6 rows x 8,192 draws of row_bits: each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).
 
@@ -206,7 +224,11 @@ def values(made):
 
 def test_default_initial_values_are_uniform_in_each_tables_bound():
     """Vocabularies 1, 3 and 20,000: bounds 1/sqrt(V); mean and variance of n = 80,000 within 5 sigma."""
-    specs = [mpembed.TableSpec("one", 1), mpembed.TableSpec("three", 3), mpembed.TableSpec("big", 20000)]
+    specs = [
+        mpembed.TableSpec("one", 1),
+        mpembed.TableSpec("three", 3),
+        mpembed.TableSpec("big", 20000),
+    ]
     x = values(make(0, tuple(specs)))
     assert x.shape == (20004, 4)
     for start, spec in zip((0, 1, 4), specs, strict=True):
@@ -244,7 +266,9 @@ def test_callables_see_blocks_and_do_not_depend_on_other_tables_shapes():
     np.testing.assert_array_equal(x[5 : 5 + 16384], other[77 : 77 + 16384])
     assert np.unique(x[5:]).size > 0.99 * x[5:].size  # no block repeats another
     swapped = values(make(0, (mpembed.TableSpec("b", 20000, normal), mpembed.TableSpec("a", 5))))
-    assert not np.array_equal(swapped[:20000], x[5:])  # the table's place in the stack is part of the key
+    assert not np.array_equal(
+        swapped[:20000], x[5:]
+    )  # the table's place in the stack is part of the key
 
 
 def test_an_initializer_is_no_part_of_a_specs_identity():

@@ -26,7 +26,9 @@ class Blocks(Protocol):
         ...
 
 
-def rebatched(parts: Iterable[Arrays], batch_size: int, *, skip: int = 0, keep_rest: bool = False) -> Iterator[Arrays]:
+def rebatched(
+    parts: Iterable[Arrays], batch_size: int, *, skip: int = 0, keep_rest: bool = False
+) -> Iterator[Arrays]:
     """Yields the rows of `parts` after the first `skip` in batches; fewer rows at the end only with `keep_rest`."""
     rest: Arrays = {}
     for part in parts:
@@ -43,7 +45,9 @@ def rebatched(parts: Iterable[Arrays], batch_size: int, *, skip: int = 0, keep_r
         yield rest
 
 
-def epochs(num_rows: int, batch_size: int, start: int, num_epochs: int) -> Iterator[tuple[int, int]]:
+def epochs(
+    num_rows: int, batch_size: int, start: int, num_epochs: int
+) -> Iterator[tuple[int, int]]:
     """Yields (epoch, batches of it already taken) from the batch `start` on; every epoch has its full batches.
 
     Raises:
@@ -56,7 +60,9 @@ def epochs(num_rows: int, batch_size: int, start: int, num_epochs: int) -> Itera
             yield epoch, max(start - epoch * per_epoch, 0)
 
 
-def permuted(num_rows: int, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1) -> Iterator[np.ndarray]:
+def permuted(
+    num_rows: int, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1
+) -> Iterator[np.ndarray]:
     """Yields the row numbers of each batch: a permutation of all rows per epoch, its last incomplete batch left out.
 
     Args:
@@ -72,7 +78,9 @@ def permuted(num_rows: int, batch_size: int, *, seed: int, start: int = 0, num_e
             yield order[at : at + batch_size]
 
 
-def shuffled(blocks: Blocks, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1) -> Iterator[Arrays]:
+def shuffled(
+    blocks: Blocks, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1
+) -> Iterator[Arrays]:
     """Yields full batches: blocks in random order, rows shuffled within `BLOCKS_TOGETHER` of them; arguments as `permuted`.
 
     The rows left over at the end of an epoch, fewer than a batch and others in each epoch, are left out.
@@ -93,7 +101,9 @@ def shuffled(blocks: Blocks, batch_size: int, *, seed: int, start: int = 0, num_
 def _mixed(blocks: Blocks, order: np.ndarray, group: int, seed: list[int]) -> Arrays:
     """Reads a group of blocks and shuffles its rows."""
     read = blocks.read(order[group * BLOCKS_TOGETHER : (group + 1) * BLOCKS_TOGETHER].tolist())
-    mixed = np.random.default_rng(seed).permutation(sum(len(next(iter(block.values()))) for block in read))
+    mixed = np.random.default_rng(seed).permutation(
+        sum(len(next(iter(block.values()))) for block in read)
+    )
     return {k: np.concatenate([block[k] for block in read])[mixed] for k in read[0]}
 
 

@@ -42,7 +42,10 @@ class Hashed:
     def read(self, numbers: Sequence[int]) -> list[batches.Arrays]:
         """Returns the blocks with these numbers."""
         read = self._blocks.read(numbers)
-        return [{**b, "ids": numbering.number_by_hash(b.pop("categories"), self._hash_size)} for b in read]
+        return [
+            {**b, "ids": numbering.number_by_hash(b.pop("categories"), self._hash_size)}
+            for b in read
+        ]
 
 
 class CriteoLog:
@@ -88,7 +91,9 @@ class CriteoLog:
                 f"got {mapping!r}, min_count={min_count}, hash_size={hash_size}"
             )
         file = find(path)
-        key = hashlib.sha256(" ".join(map(str, [*fingerprint(file), max_rows])).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            " ".join(map(str, [*fingerprint(file), max_rows])).encode()
+        ).hexdigest()[:16]
         folder = Path(cache_dir or file.parent / "mpembed_cache") / key
         config = criteo_kaggle.RAW if mapping == "hash" else criteo_kaggle.by_dictionary(min_count)
 
@@ -97,7 +102,9 @@ class CriteoLog:
             return CriteoKaggle(text=file, data_dir=folder, config=config, **options)
 
         builder = prepared(make)
-        self.bad_lines = [criteo_format.BadLine(*line) for line in builder.info.metadata["bad_lines"]]
+        self.bad_lines = [
+            criteo_format.BadLine(*line) for line in builder.info.metadata["bad_lines"]
+        ]
         if len(self.bad_lines) > max_bad_lines:
             raise BadLinesError(
                 f"{file} has {len(self.bad_lines)} bad lines, more than {max_bad_lines} (max_bad_lines):\n"
@@ -107,16 +114,32 @@ class CriteoLog:
             log(f"{len(self.bad_lines)} bad lines skipped:\n{quote(file, self.bad_lines)}")
 
         def blocks(split: str) -> batches.Blocks:
-            return Hashed(BlockSplit(builder, split), hash_size) if mapping == "hash" else BlockSplit(builder, split)
+            return (
+                Hashed(BlockSplit(builder, split), hash_size)
+                if mapping == "hash"
+                else BlockSplit(builder, split)
+            )
 
-        self.train_blocks, self._held_out = blocks("train"), [blocks(split) for split in HOLDOUTS[holdout]]
-        self.num_train, self.num_test = self.train_blocks.num_rows, sum(b.num_rows for b in self._held_out)
+        self.train_blocks, self._held_out = (
+            blocks("train"),
+            [blocks(split) for split in HOLDOUTS[holdout]],
+        )
+        self.num_train, self.num_test = (
+            self.train_blocks.num_rows,
+            sum(b.num_rows for b in self._held_out),
+        )
         hashed = dict.fromkeys(CATEGORIES, hash_size)
-        self.tables: dict[str, int] = hashed if mapping == "hash" else dict(builder.info.metadata["tables"])
+        self.tables: dict[str, int] = (
+            hashed if mapping == "hash" else dict(builder.info.metadata["tables"])
+        )
 
-    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[batches.Arrays]:
+    def train(
+        self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
+    ) -> Iterator[batches.Arrays]:
         """Yields full batches of the first six days, shuffled as `batches.shuffled` says, from batch `start` on."""
-        taken = batches.shuffled(self.train_blocks, batch_size, seed=seed, start=start, num_epochs=num_epochs)
+        taken = batches.shuffled(
+            self.train_blocks, batch_size, seed=seed, start=start, num_epochs=num_epochs
+        )
         return map(_as_batch, taken)
 
     def test(self, batch_size: int) -> Iterator[batches.Arrays]:

@@ -32,7 +32,9 @@ class Rows(NamedTuple):
     """The good lines of a block, in order."""
 
     label: np.ndarray  # u8 [n]
-    dense: np.ndarray  # f32 [n, 13]  log(x + 1) of the integers as DLRM reads them; missing and negative are 0
+    dense: (
+        np.ndarray
+    )  # f32 [n, 13]  log(x + 1) of the integers as DLRM reads them; missing and negative are 0
     categories: np.ndarray  # u32 [n, 26]  the hex number; missing is 0, and so is 00000000
     num_lines: int
     bad: list[BadLine]
@@ -61,7 +63,9 @@ def read_blocks(file: BinaryIO, num_bytes: int = BLOCK_BYTES) -> Iterator[bytes]
         else:
             rest += data
             if len(rest) > num_bytes:
-                raise ValueError(f"a line is longer than {num_bytes:,} bytes: this is not Criteo's text format")
+                raise ValueError(
+                    f"a line is longer than {num_bytes:,} bytes: this is not Criteo's text format"
+                )
     if rest:
         yield rest + b"\n"
 
@@ -78,7 +82,9 @@ def parse(block: bytes, first_line: int = 1) -> Rows:
     """
     padded = b"\0" * 8 + block + b"\0" * 8
     data = np.frombuffer(padded, np.uint8)[8:]
-    text = np.ndarray((len(block) + 9,), "<u8", padded, strides=(1,))  # the eight bytes before each byte of the block
+    text = np.ndarray(
+        (len(block) + 9,), "<u8", padded, strides=(1,)
+    )  # the eight bytes before each byte of the block
     ends = np.flatnonzero(data == _LF)
     starts = np.concatenate([[0], ends[:-1] + 1])
     stops = ends - ((ends > starts) & (data[ends - 1] == _CR))
@@ -107,9 +113,15 @@ def parse(block: bytes, first_line: int = 1) -> Rows:
     for row in np.flatnonzero(~is_good):
         column = int(np.argmax(wrong[row]))
         at = left[row, column]
-        text = block[at : at + min(int(length[row, column]), 40)].decode("utf-8", "backslashreplace")
-        expected = "0 or 1" if column == 0 else "an integer" if column <= NUM_DENSE else "8 hex digits"
-        bad[int(line_of[row])] = f"{COLUMNS[column]} is {text!r}; expected {expected}" + (" or nothing" if column else "")
+        text = block[at : at + min(int(length[row, column]), 40)].decode(
+            "utf-8", "backslashreplace"
+        )
+        expected = (
+            "0 or 1" if column == 0 else "an integer" if column <= NUM_DENSE else "8 hex digits"
+        )
+        bad[int(line_of[row])] = f"{COLUMNS[column]} is {text!r}; expected {expected}" + (
+            " or nothing" if column else ""
+        )
     return Rows(
         label=digit[is_good],
         dense=np.log1p(np.maximum(values[is_good], 0).astype(np.float32)),
@@ -123,7 +135,9 @@ def _each(byte: int) -> np.uint64:
     return np.uint64(byte * 0x0101010101010101)
 
 
-def _integers(text: np.ndarray, block: bytes, left: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _integers(
+    text: np.ndarray, block: bytes, left: np.ndarray, length: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads decimal integers at left [n, 13]: i64 [n, 13] (0 where empty) and whether each is malformed.
 
     The eight bytes that end a number are one u64, whose digits are checked and summed in parallel; `text` [i] holds the
@@ -157,7 +171,9 @@ def _hexes(text: np.ndarray, left: np.ndarray, length: np.ndarray) -> tuple[np.n
     digits = text[left + 8]
     is_letter = (digits >> np.uint64(6)) & _each(1)
     nibble = (digits & _each(15)) + np.uint64(9) * is_letter
-    spelled = nibble + _each(48) + np.uint64(39) * (((nibble + _each(6)) >> np.uint64(4)) & _each(1))
+    spelled = (
+        nibble + _each(48) + np.uint64(39) * (((nibble + _each(6)) >> np.uint64(4)) & _each(1))
+    )
     wrong = (spelled != (digits | is_letter << np.uint64(5))) | ((nibble & _each(0xF0)) != 0)
     x = nibble.byteswap()
     x = (x | x >> np.uint64(4)) & np.uint64(0x00FF00FF00FF00FF)

@@ -79,7 +79,9 @@ def split_lines(num_lines: int) -> dict[str, tuple[int, int]]:
     day_7 = num_lines - num_lines // NUM_DAYS
     half = (day_7 + num_lines + 1) // 2
     if not 0 < day_7 < half < num_lines:
-        raise ValueError(f"{num_lines} lines are too few: both halves of day 7 need one each, so 14 in all")
+        raise ValueError(
+            f"{num_lines} lines are too few: both halves of day 7 need one each, so 14 in all"
+        )
     return {"train": (0, day_7), "validation": (day_7, half), "test": (half, num_lines)}
 
 
@@ -97,7 +99,9 @@ class TextRows:
         self.bad: list[criteo_format.BadLine] = []
         self.line = 0  # lines that were given out
         self._blocks = self._read()
-        self._rows: criteo_format.Rows | None = None  # parsed, from line `_first` on, not all given out
+        self._rows: criteo_format.Rows | None = (
+            None  # parsed, from line `_first` on, not all given out
+        )
         self._first = 0
 
     def _read(self) -> Generator[bytes, None, None]:
@@ -113,7 +117,9 @@ class TextRows:
                     yield block
                     num_lines += block.count(b"\n")
         except (EOFError, gzip.BadGzipFile) as error:
-            raise BadLinesError(f"{self.file}:{num_lines + 1}: the gzip file is cut short or damaged: {error}") from error
+            raise BadLinesError(
+                f"{self.file}:{num_lines + 1}: the gzip file is cut short or damaged: {error}"
+            ) from error
         except BadLinesError:
             raise
         except ValueError as error:
@@ -130,7 +136,9 @@ class TextRows:
     def _parse(self) -> criteo_format.Rows:
         block = next(self._blocks, None)
         if block is None:
-            raise BadLinesError(f"{self.file} ends after {self.line} lines: it was cut while it was read")
+            raise BadLinesError(
+                f"{self.file} ends after {self.line} lines: it was cut while it was read"
+            )
         rows = criteo_format.parse(block, self.line + 1)
         self.bad += rows.bad
         if len(self.bad) > self.max_bad_lines:
@@ -146,9 +154,15 @@ class TextRows:
             if self._rows is None:
                 self._rows, self._first = self._parse(), self.line
             bad = [b.number - 1 for b in self._rows.bad]
-            good = np.setdiff1d(np.arange(self._first, self._first + self._rows.num_lines), bad, assume_unique=True)
+            good = np.setdiff1d(
+                np.arange(self._first, self._first + self._rows.num_lines), bad, assume_unique=True
+            )
             taken = slice(*np.searchsorted(good, [self.line, last]))
-            piece = {"label": self._rows.label, "dense": self._rows.dense, "categories": self._rows.categories}
+            piece = {
+                "label": self._rows.label,
+                "dense": self._rows.dense,
+                "categories": self._rows.categories,
+            }
             end = self._first + self._rows.num_lines
             if self.line // 5_000_000 < min(last, end) // 5_000_000:
                 self.log(f"{self.file.name}: {min(last, end):,} lines read")
@@ -166,13 +180,17 @@ class CriteoConfig(tfds.core.BuilderConfig):
     min_count: int | None = None
 
 
-RAW = CriteoConfig(name="raw", description="categories as the u32 they are written as, 0 for missing")
+RAW = CriteoConfig(
+    name="raw", description="categories as the u32 they are written as, 0 for missing"
+)
 
 
 @functools.cache  # a registered config has to be given as the same object
 def by_dictionary(min_count: int) -> CriteoConfig:
     """Returns the config of ids numbered by a dictionary."""
-    description = f"ids: 0 missing, 1 fewer than {min_count} times in training, then values in order"
+    description = (
+        f"ids: 0 missing, 1 fewer than {min_count} times in training, then values in order"
+    )
     return CriteoConfig(name=f"min_count_{min_count}", description=description, min_count=min_count)
 
 
@@ -192,7 +210,9 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: tuple = (RAW, by_dictionary(1), by_dictionary(10))
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put train.txt or train.txt.gz of Criteo's Display Advertising Challenge there."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Put train.txt or train.txt.gz of Criteo's Display Advertising Challenge there."
+    )
 
     def __init__(
         self,
@@ -203,14 +223,21 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         log: Callable[[str], None] = print,
         **kwargs: Any,
     ):
-        self._text, self._max_bad_lines, self._max_rows, self._log = text, max_bad_lines, max_rows, log
+        self._text, self._max_bad_lines, self._max_rows, self._log = (
+            text,
+            max_bad_lines,
+            max_rows,
+            log,
+        )
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         categories: dict = {"categories": ((len(CATEGORIES),), np.uint32)}
         if self.builder_config.min_count is not None:
             categories = {"ids": ((len(CATEGORIES),), np.int32)}
-        dense = {"dense": ((criteo_format.NUM_DENSE,), np.float32)}  # log(x + 1), missing and negative 0
+        dense = {
+            "dense": ((criteo_format.NUM_DENSE,), np.float32)
+        }  # log(x + 1), missing and negative 0
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
@@ -220,7 +247,9 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             metadata=tfds.core.MetadataDict(block_rows=BLOCK_ROWS),
         )
 
-    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Callable]]:
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable]]:
         """Lists for each split one function per file that yields its blocks; they have to be called in order."""
         if self.builder_config.min_count is None:
             return self._from_text(self._text or find(dl_manager.manual_dir))
@@ -265,11 +294,18 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             if last == num_lines:
                 rows.close()
 
-        return {name: self._files(name, last - first, checked(last)) for name, (first, last) in lines.items()}
+        return {
+            name: self._files(name, last - first, checked(last))
+            for name, (first, last) in lines.items()
+        }
 
     def _from_raw(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Callable]]:
         """Numbers the categories of config `raw`, which is prepared first if it is not there."""
-        options = {"max_bad_lines": self._max_bad_lines, "max_rows": self._max_rows, "log": self._log}
+        options = {
+            "max_bad_lines": self._max_bad_lines,
+            "max_rows": self._max_rows,
+            "log": self._log,
+        }
         text = self._text
 
         def make() -> CriteoKaggle:
@@ -284,13 +320,21 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         for block in in_order(splits["train"], BLOCK_ROWS):
             counts.add(block["categories"])
         dictionaries = counts.dictionaries(self.builder_config.min_count)
-        tables = {n: numbering.vocabulary_size(d) for n, d in zip(CATEGORIES, dictionaries, strict=True)}
+        tables = {
+            n: numbering.vocabulary_size(d) for n, d in zip(CATEGORIES, dictionaries, strict=True)
+        }
         copied = {k: raw.info.metadata[k] for k in ("num_lines", "source", "bad_lines")}
         self.info.metadata.update(copied, tables=tables)
 
         def numbered(split: BlockSplit) -> Iterator[Arrays]:
             for block in in_order(split, BLOCK_ROWS):
                 columns = zip(block.pop("categories").T, dictionaries, strict=True)
-                yield {**block, "ids": np.stack([numbering.number_by_dictionary(*c) for c in columns], axis=1)}
+                yield {
+                    **block,
+                    "ids": np.stack([numbering.number_by_dictionary(*c) for c in columns], axis=1),
+                }
 
-        return {name: self._files(name, split.num_rows, numbered(split)) for name, split in splits.items()}
+        return {
+            name: self._files(name, split.num_rows, numbered(split))
+            for name, split in splits.items()
+        }

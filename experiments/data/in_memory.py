@@ -37,16 +37,28 @@ class InMemory:
     num_dense = 0
 
     def __init__(self, label: np.ndarray, ids: dict[str, np.ndarray], num_train: int):
-        self.label, self.ids, self.num_train, self.num_test = label, ids, num_train, len(label) - num_train
+        self.label, self.ids, self.num_train, self.num_test = (
+            label,
+            ids,
+            num_train,
+            len(label) - num_train,
+        )
 
     def _batch(self, rows: np.ndarray | slice) -> dict:
         label = self.label[rows]
         ids = {name: ids[rows] for name, ids in self.ids.items()}
         return {"dense": np.zeros((len(label), 0), np.float32), "ids": ids, "label": label}
 
-    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[dict]:
+    def train(
+        self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
+    ) -> Iterator[dict]:
         """Yields the full batches of the training rows in random order, from batch `start` on."""
-        return map(self._batch, batches.permuted(self.num_train, batch_size, seed=seed, start=start, num_epochs=num_epochs))
+        return map(
+            self._batch,
+            batches.permuted(
+                self.num_train, batch_size, seed=seed, start=start, num_epochs=num_epochs
+            ),
+        )
 
     def test(self, batch_size: int) -> Iterator[dict]:
         """Yields the test rows in their order, the last batch possibly short."""

@@ -46,16 +46,22 @@ def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print)
     Raises:
       ConnectionError: if the ratings are not there and cannot be downloaded.
     """
-    make = functools.partial(tfds.builder, "movielens/1m-ratings", data_dir=data_dir, file_format="array_record")
+    make = functools.partial(
+        tfds.builder, "movielens/1m-ratings", data_dir=data_dir, file_format="array_record"
+    )
     try:
         with mock.patch.object(movielens_parsing, "tf", FILES):
             builder = prepared(make)
     except OSError as error:
         # Errors of requests are OSErrors of its own.
-        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("requests"):
+        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith(
+            "requests"
+        ):
             raise
         place = make().data_dir
-        raise ConnectionError(f"MovieLens-1M is not in {place} and could not be downloaded: {error}") from error
+        raise ConnectionError(
+            f"MovieLens-1M is not in {place} and could not be downloaded: {error}"
+        ) from error
     kept = Path(builder.data_dir) / "ratings.parquet"
     if kept.is_file():
         return pl.read_parquet(kept)

@@ -44,7 +44,9 @@ class Counts:
         """Returns for each column the values, sorted u32, that occurred at least `min_count` times, without 0."""
         if self._waiting:
             self._merge()
-        return [v[(c >= min_count) & (v != 0)] for v, c in zip(self._values, self._counts, strict=True)]
+        return [
+            v[(c >= min_count) & (v != 0)] for v, c in zip(self._values, self._counts, strict=True)
+        ]
 
 
 def vocabulary_size(dictionary: np.ndarray) -> int:
@@ -64,4 +66,6 @@ def number_by_dictionary(raw: np.ndarray, dictionary: np.ndarray) -> np.ndarray:
 def number_by_hash(raw: np.ndarray, hash_size: int) -> np.ndarray:
     """Hashes u32 [n, T] to ids i32 [n, T] in [1, hash_size), a different hash per column, and keeps 0 for missing."""
     salts = np.arange(1, raw.shape[1] + 1, dtype=np.uint32) * np.uint32(0x9E3779B1)
-    return np.where(raw == 0, 0, 1 + fmix32(raw ^ salts) % np.uint32(hash_size - 1)).astype(np.int32)
+    return np.where(raw == 0, 0, 1 + fmix32(raw ^ salts) % np.uint32(hash_size - 1)).astype(
+        np.int32
+    )

@@ -28,7 +28,9 @@ def block_features(features: dict[str, tuple[tuple[int, ...], type]]) -> tfds.fe
     """Describes a record that is a block: {feature: (shape of one row, dtype)}."""
     return tfds.features.FeaturesDict(
         {
-            name: tfds.features.Tensor(shape=(None, *shape), dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+            name: tfds.features.Tensor(
+                shape=(None, *shape), dtype=dtype, encoding=tfds.features.Encoding.BYTES
+            )
             for name, (shape, dtype) in features.items()
         }
     )
@@ -51,7 +53,9 @@ class BlockSplit:
         self.folder = Path(builder.data_dir)
         self._records = builder.as_data_source(split)
         if len(self._records) != -(-self.num_rows // self.block_rows):
-            raise self._damaged(f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} rows")
+            raise self._damaged(
+                f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} rows"
+            )
 
     def _damaged(self, reason: object) -> "DamagedError":
         return DamagedError(f"{self.folder} is damaged ({reason}); delete it and prepare it again")
@@ -64,7 +68,10 @@ class BlockSplit:
         """
         try:
             blocks = self._records.__getitems__(numbers)
-        except (RuntimeError, ValueError) as error:  # what array_record raises for its files, the decoding for their records
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # what array_record raises for its files, the decoding for their records
             raise self._damaged(error) from error
         for number, block in zip(numbers, blocks, strict=True):
             num_rows = min(self.block_rows, self.num_rows - number * self.block_rows)
@@ -79,7 +86,8 @@ def is_whole(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def prepared(
-    make: Callable[[], tfds.core.DatasetBuilder], download_config: tfds.download.DownloadConfig | None = None
+    make: Callable[[], tfds.core.DatasetBuilder],
+    download_config: tfds.download.DownloadConfig | None = None,
 ) -> tfds.core.DatasetBuilder:
     """Returns a builder whose dataset is on disk, after writing it if need be.
 
@@ -99,13 +107,19 @@ def prepared(
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = (place.parent / ".lock").open("w")
     except OSError as error:
-        raise PermissionError(f"cannot write {place.parent} ({error}); name a writable folder with cache_dir") from error
+        raise PermissionError(
+            f"cannot write {place.parent} ({error}); name a writable folder with cache_dir"
+        ) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the file is closed, or the process dies
         if not is_whole(builder):
             if place.exists():
-                raise FileExistsError(f"{place} is there but holds no whole dataset ({INFO} is missing); delete it")
-            for left_over in place.parent.glob(f"incomplete.*_{place.name}"):  # of a process that was killed
+                raise FileExistsError(
+                    f"{place} is there but holds no whole dataset ({INFO} is missing); delete it"
+                )
+            for left_over in place.parent.glob(
+                f"incomplete.*_{place.name}"
+            ):  # of a process that was killed
                 shutil.rmtree(left_over)
             builder.download_and_prepare(download_config=download_config)
     return make()

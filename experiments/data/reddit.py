@@ -59,12 +59,20 @@ class RedditPosts(InMemory):
     name = "reddit"
     bags: tuple[str, ...] = ("title",)
 
-    def __init__(self, path: Path | str | None = None, num_rows: int | None = None, *, in_time_order: bool = False):
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        num_rows: int | None = None,
+        *,
+        in_time_order: bool = False,
+    ):
         self.in_time_order = in_time_order
         posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
         if num_rows is not None:
             is_train = pl.col("created_utc") < TEST_FROM
-            posts = pl.concat([posts.filter(is_train).tail(num_rows), posts.filter(~is_train).head(num_rows)])
+            posts = pl.concat(
+                [posts.filter(is_train).tail(num_rows), posts.filter(~is_train).head(num_rows)]
+            )
         created = pl.from_epoch(pl.col("created_utc"), time_unit="s")
         posts = posts.with_columns(
             hour=created.dt.hour(),
@@ -81,7 +89,9 @@ class RedditPosts(InMemory):
         label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
         super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()))
 
-    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[dict]:
+    def train(
+        self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
+    ) -> Iterator[dict]:
         """Yields the full batches of the training posts, from batch `start` on; in random order unless `in_time_order`."""
         if not self.in_time_order:
             yield from super().train(batch_size, seed, start, num_epochs)

@@ -61,10 +61,18 @@ FEATURES: dict[str, FeatureLaw] = {
     "C25": FeatureLaw(105, 1.3, 0.0, 0.44),
     "C26": FeatureLaw(142572, 1.35, 15.0, 0.44),
 }
-DENSE_MISSING = np.array([0.451, 0, 0.21, 0.22, 0.03, 0.22, 0.04, 0, 0.04, 0.45, 0.04, 0.765, 0.22], np.float32)
-DENSE_MEAN = np.array([0.9, 2.0, 1.8, 1.6, 8.0, 3.5, 1.6, 2.0, 3.9, 0.4, 0.9, 0.3, 1.7], np.float32)  # of log counts
-DENSE_SPREAD = np.array([1.0, 1.5, 1.2, 0.9, 1.9, 1.4, 1.2, 1.1, 1.3, 0.5, 0.8, 0.6, 1.0], np.float32)
-DENSE_WEIGHT = np.array([0.7, 0.15, 0.3, -0.15, -0.35, -0.3, 0.5, 0, -0.15, 0.3, 0.4, 0.3, -0.3], np.float32)
+DENSE_MISSING = np.array(
+    [0.451, 0, 0.21, 0.22, 0.03, 0.22, 0.04, 0, 0.04, 0.45, 0.04, 0.765, 0.22], np.float32
+)
+DENSE_MEAN = np.array(
+    [0.9, 2.0, 1.8, 1.6, 8.0, 3.5, 1.6, 2.0, 3.9, 0.4, 0.9, 0.3, 1.7], np.float32
+)  # of log counts
+DENSE_SPREAD = np.array(
+    [1.0, 1.5, 1.2, 0.9, 1.9, 1.4, 1.2, 1.1, 1.3, 0.5, 0.8, 0.6, 1.0], np.float32
+)
+DENSE_WEIGHT = np.array(
+    [0.7, 0.15, 0.3, -0.15, -0.35, -0.3, 0.5, 0, -0.15, 0.3, 0.4, 0.3, -0.3], np.float32
+)
 # Pairs whose hidden factors multiply: large with small and large with large, so that rows must be trained to see them.
 PAIRS = (
     ("C3", "C14"), ("C4", "C17"), ("C12", "C9"), ("C16", "C23"),
@@ -81,7 +89,10 @@ def scaled_sizes(scale: float) -> dict[str, int]:
     if not 0.0 < scale <= 1.0:
         raise ValueError(f"scale must be in (0, 1], got {scale}; 1 is Criteo-Kaggle's 33.76 M ids")
     sizes = {name: law.vocabulary_size for name, law in FEATURES.items()}
-    return {name: size if size <= 1000 else max(1000, round(size * scale)) for name, size in sizes.items()}
+    return {
+        name: size if size <= 1000 else max(1000, round(size * scale))
+        for name, size in sizes.items()
+    }
 
 
 class FeatureIds:
@@ -107,7 +118,9 @@ class FeatureIds:
             tail = np.geomspace(exact, self.size, 4096)[1:]
             s, shift = law.exponent - 1.0, law.offset + 0.5
             start = exact + shift
-            area = np.log((tail + shift) / start) if s == 0 else (start**-s - (tail + shift) ** -s) / s
+            area = (
+                np.log((tail + shift) / start) if s == 0 else (start**-s - (tail + shift) ** -s) / s
+            )
             knots, total = np.concatenate([knots, tail]), np.concatenate([total, total[-1] + area])
         grid = np.interp(np.linspace(0.0, total[-1], (1 << 16) + 1), total, knots)
         self.left = grid[:-1].astype(np.float32)  # f32 [65536]
@@ -117,25 +130,33 @@ class FeatureIds:
             stride += 2
         self.stride = stride % max(self.size, 1) or 1
 
-    def draw(self, rng: np.random.Generator, num_rows: int, day: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(
+        self, rng: np.random.Generator, num_rows: int, day: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns ids i32 [n], effects f32 [n] and hidden factors f32 [n], both of mean 0 and variance 1 over ids."""
         bits = rng.integers(0, 1 << 32, num_rows, dtype=np.uint32)
         cell = (bits >> np.uint32(16)).astype(np.intp)
-        index = (self.left[cell] + self.width[cell] * (bits & np.uint32(0xFFFF)).astype(np.float32)).astype(np.uint32)
+        index = (
+            self.left[cell] + self.width[cell] * (bits & np.uint32(0xFFFF)).astype(np.float32)
+        ).astype(np.uint32)
         np.minimum(index, np.uint32(self.size - 1), out=index)  # f32 can round the last rank up
         if day and self.size > 1000:
             moved = (index * np.uint32(2654435761)) >> np.uint32(24) < DRIFT_PER_DAY * day
             moved &= index >= STEADY_RANKS
             index += moved * np.uint32(self.size // 2)
             index -= (index >= self.size) * np.uint32(self.size)
-        ids = ((index.astype(np.uint64) * np.uint64(self.stride)) % np.uint64(self.size)).astype(np.int32)
+        ids = ((index.astype(np.uint64) * np.uint64(self.stride)) % np.uint64(self.size)).astype(
+            np.int32
+        )
         if self.first:
             is_missing = rng.random(num_rows, dtype=np.float32) < self.missing
             ids = np.where(is_missing, 0, ids + 1).astype(np.int32)
             index[is_missing] = self.size
         # Two sums of two bytes of one hash: triangular laws, independent of each other.
         bits = fmix32(index * np.uint32(0x9E3779B1) ^ self.salt)
-        halves = [(bits >> np.uint32(k) & np.uint32(255)).astype(np.float32) for k in (0, 8, 16, 24)]
+        halves = [
+            (bits >> np.uint32(k) & np.uint32(255)).astype(np.float32) for k in (0, 8, 16, 24)
+        ]
         return ids, (halves[0] + halves[1] - 255) / 104.5, (halves[2] + halves[3] - 255) / 104.5
 
 
@@ -155,10 +176,14 @@ class CriteoTwin:
 
     def __init__(self, num_rows: int = 800_000, scale: float = 0.02, seed: int = 0):
         if num_rows < self.num_days:
-            raise ValueError(f"num_rows must be at least {self.num_days}, one per day, got {num_rows}")
+            raise ValueError(
+                f"num_rows must be at least {self.num_days}, one per day, got {num_rows}"
+            )
         self.seed = seed
         self.tables = scaled_sizes(scale)
-        salts = np.random.default_rng([seed, 1]).integers(0, 1 << 32, len(FEATURES), dtype=np.uint32)
+        salts = np.random.default_rng([seed, 1]).integers(
+            0, 1 << 32, len(FEATURES), dtype=np.uint32
+        )
         self.features = {
             name: FeatureIds(law, self.tables[name], int(salt))
             for (name, law), salt in zip(FEATURES.items(), salts, strict=True)
@@ -170,7 +195,11 @@ class CriteoTwin:
         low, high = -20.0, 20.0
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if np.mean(1 / (1 + np.exp(-logits - middle))) < CLICK_RATE else (low, middle)
+            low, high = (
+                (middle, high)
+                if np.mean(1 / (1 + np.exp(-logits - middle))) < CLICK_RATE
+                else (low, middle)
+            )
         self.bias = middle
 
     def _rows(self, num_rows: int, *, day: int, key: int, block: int) -> tuple[np.ndarray, ...]:
@@ -180,7 +209,9 @@ class CriteoTwin:
         is_missing = rng.random((num_rows, NUM_DENSE), dtype=np.float32) < DENSE_MISSING
         counts = np.floor(np.exp(DENSE_MEAN + DENSE_SPREAD * z))
         z[is_missing] = 0.0
-        dense = np.where(is_missing, np.float32(0), np.log1p(counts))  # DLRM reads log(x + 1), missing as 0
+        dense = np.where(
+            is_missing, np.float32(0), np.log1p(counts)
+        )  # DLRM reads log(x + 1), missing as 0
         logits = self.bias + z @ DENSE_WEIGHT + 0.25 * z[:, 6] * z[:, 10] + 0.1 * is_missing[:, 0]
         ids = np.empty((len(self.features), num_rows), np.int32)
         factors = {}
@@ -201,14 +232,18 @@ class CriteoTwin:
             blocks += [(day, b, min(BLOCK, left - b * BLOCK)) for b in range(-(-left // BLOCK))]
         return blocks
 
-    def train(self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1) -> Iterator[batches.Arrays]:
+    def train(
+        self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
+    ) -> Iterator[batches.Arrays]:
         """Yields the full training batches: blocks in an order given by the seed, rows shuffled within a block.
 
         Rows of a day are exchangeable, so this is as good as a shuffle of all rows. From batch `start` on, counted through
         all epochs; only blocks with rows of later batches are made.
         """
         for epoch, taken in batches.epochs(self.num_train, batch_size, start, num_epochs):
-            yield from batches.rebatched(self._epoch([self.seed, seed, 3, epoch], taken * batch_size), batch_size)
+            yield from batches.rebatched(
+                self._epoch([self.seed, seed, 3, epoch], taken * batch_size), batch_size
+            )
 
     def _epoch(self, key: list[int], skip: int) -> Iterator[batches.Arrays]:
         """Yields the blocks of one epoch without its first `skip` rows."""
@@ -224,7 +259,9 @@ class CriteoTwin:
 
     def test(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields the last day in batches, some of them short."""
-        for day, block, num_rows in self._blocks(range(self.num_days - 1, self.num_days), self.num_test):
+        for day, block, num_rows in self._blocks(
+            range(self.num_days - 1, self.num_days), self.num_test
+        ):
             dense, ids, label, _ = self._rows(num_rows, day=day, key=0, block=block)
             for at in range(0, num_rows, batch_size):
                 piece = slice(at, at + batch_size)

@@ -9,7 +9,16 @@ import jax
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["unique_ids", "inverse", "line", "is_hit", "victim_ids", "counts", "step", "route"],
+    data_fields=[
+        "unique_ids",
+        "inverse",
+        "line",
+        "is_hit",
+        "victim_ids",
+        "counts",
+        "step",
+        "route",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +79,12 @@ class Counts:
     evictions: jax.Array  # residents displaced
     write_backs: jax.Array  # of these, dirty ones, quantized and written
     out_of_range: jax.Array  # positions outside the table
-    dropped: jax.Array  # unique ids over the budget; on a mesh, one that several devices drop counts for each
-    wide_exchanges: jax.Array  # 1 if ids exceeded the exchange's room and travelled in full-width arrays; 0 on one device
+    dropped: (
+        jax.Array
+    )  # unique ids over the budget; on a mesh, one that several devices drop counts for each
+    wide_exchanges: (
+        jax.Array
+    )  # 1 if ids exceeded the exchange's room and travelled in full-width arrays; 0 on one device
 
     @property
     def num_cached(self) -> jax.Array:

@@ -49,7 +49,9 @@ def is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
     period = max(1, 30 * cache.geometry.lines // num_positions)
-    return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)  # as an unsigned number it passes 2^31
+    return (step != 0) & (
+        step.astype(jnp.uint32) % jnp.uint32(period) == 0
+    )  # as an unsigned number it passes 2^31
 
 
 def age(cache: CacheState, halve: jax.Array) -> CacheState:
@@ -61,5 +63,7 @@ def age(cache: CacheState, halve: jax.Array) -> CacheState:
     def halve_both(_: jax.Array, both: tuple) -> tuple:
         return both[0] >> 1, both[1] >> 1
 
-    sketch, priority = lax.fori_loop(0, halve.astype(jnp.int32), halve_both, (cache.sketch, cache.priority))
+    sketch, priority = lax.fori_loop(
+        0, halve.astype(jnp.int32), halve_both, (cache.sketch, cache.priority)
+    )
     return dataclasses.replace(cache, sketch=sketch, priority=priority)

@@ -31,7 +31,9 @@ class CacheState:
     """The cache of one stack. Each id is in at most one line, and only in a line of its own set."""
 
     tags: jax.Array  # i32 [S, W]  id held, NO_ID if empty
-    priority: jax.Array  # i32 [S, W]  lru: step of last use; lfu: estimated use, halved with the sketch
+    priority: (
+        jax.Array
+    )  # i32 [S, W]  lru: step of last use; lfu: estimated use, halved with the sketch
     dirty: jax.Array  # bool [S, W]  newer than the table
     rows: Any  # f32 [C, D]
     sketch: Any  # u16 [2, G, 2 C // G]  None for lru
@@ -55,7 +57,9 @@ def init(geometry: Geometry, policy: str, embedding_dim: int) -> CacheState:
     shape = (geometry.sets, geometry.ways)
     sketch = None
     if policy == "lfu":
-        sketch = jnp.zeros((len(SKETCH_SEEDS), geometry.groups, 2 * geometry.lines // geometry.groups), jnp.uint16)
+        sketch = jnp.zeros(
+            (len(SKETCH_SEEDS), geometry.groups, 2 * geometry.lines // geometry.groups), jnp.uint16
+        )
     return CacheState(
         tags=jnp.full(shape, NO_ID, jnp.int32),
         priority=jnp.zeros(shape, jnp.int32),
@@ -71,7 +75,9 @@ def set_of(ids: jax.Array, geometry: Geometry) -> jax.Array:
     """Returns the set (int32 [..]) of each id: (id mod G) + G * (fmix32(id div G) scaled to S / G)."""
     ids = ids.astype(jnp.uint32)
     groups = jnp.uint32(geometry.groups)
-    mixed = random_bits.scale_to(random_bits.fmix32(ids // groups), geometry.sets // geometry.groups)
+    mixed = random_bits.scale_to(
+        random_bits.fmix32(ids // groups), geometry.sets // geometry.groups
+    )
     return (ids % groups).astype(jnp.int32) + geometry.groups * mixed
 
 
@@ -79,7 +85,11 @@ def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
     """Returns the line (int32, shape of ids) that holds each id, C where none does; NO_ID is nowhere."""
     sets = set_of(ids, cache.geometry)
     place = jnp.arange(1, cache.geometry.ways + 1, dtype=jnp.int32)
-    way = jnp.sum(jnp.where(indexing.take(cache.tags, sets) == ids[..., None], place, 0), axis=-1, dtype=jnp.int32)
+    way = jnp.sum(
+        jnp.where(indexing.take(cache.tags, sets) == ids[..., None], place, 0),
+        axis=-1,
+        dtype=jnp.int32,
+    )
     is_there = (way > 0) & (ids != NO_ID)
     return jnp.where(is_there, sets * cache.geometry.ways + way - 1, cache.geometry.lines)
 

@@ -46,12 +46,18 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         if self.num_rows is None and not 0 < self.fraction <= 1:
-            raise ValueError(f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no cache")
+            raise ValueError(
+                f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no cache"
+            )
         for name, value in (("num_rows", self.num_rows), ("ways", self.ways)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | np.integer)
+            ):
                 raise ValueError(f"cache {name} must be an integer, got {value!r}")
         if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"cache num_rows must be at least 1, got {self.num_rows}; use cache=None for no cache")
+            raise ValueError(
+                f"cache num_rows must be at least 1, got {self.num_rows}; use cache=None for no cache"
+            )
         if not 1 <= self.ways <= MAX_WAYS:
             raise ValueError(f"cache ways must be in [1, {MAX_WAYS}], got {self.ways}")
         if self.policy not in ("lru", "lfu"):

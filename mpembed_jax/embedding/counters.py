@@ -24,7 +24,9 @@ def count_step(counters: jax.Array, counts: Counts) -> jax.Array:
     return _add(counters, amounts + [jnp.int32(0)] * (len(COUNTERS) - len(amounts)))
 
 
-def count_updates(counters: jax.Array, num_nonfinite: jax.Array, is_refused: jax.Array) -> jax.Array:
+def count_updates(
+    counters: jax.Array, num_nonfinite: jax.Array, is_refused: jax.Array
+) -> jax.Array:
     """Returns the counters with one update's skipped rows and refusal added."""
     tail = [num_nonfinite, is_refused.astype(jnp.int32)]
     return _add(counters, [jnp.int32(0)] * (len(COUNTERS) - len(tail)) + tail)

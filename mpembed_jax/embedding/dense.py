@@ -44,9 +44,14 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
         raise KeyError(f"unknown tables {unknown}; this spec has {known}")
     layout = state.layout
     if layout is not None and layout.is_paired:
-        raise ValueError(f"a stack of {state.spec.num_rows} rows is too large for dense tables; read rows by pairs")
+        raise ValueError(
+            f"a stack of {state.spec.num_rows} rows is too large for dense tables; read rows by pairs"
+        )
     # Over several processes every one of them gets the whole of what it asks for.
-    read = jax.jit(evaluation.read, out_shardings=None if layout is None else NamedSharding(layout.mesh, PartitionSpec()))
+    read = jax.jit(
+        evaluation.read,
+        out_shardings=None if layout is None else NamedSharding(layout.mesh, PartitionSpec()),
+    )
     result = {}
     for name in names:
         start, size = state.spec.table_range(name)
@@ -54,7 +59,9 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
         block = min(_BLOCK, size)
         for first in range(0, size, block):
             begin = min(first, size - block)
-            dense[begin : begin + block] = read(state, np.arange(start + begin, start + begin + block, dtype=np.int32))
+            dense[begin : begin + block] = read(
+                state, np.arange(start + begin, start + begin + block, dtype=np.int32)
+            )
         result[name] = dense
     return result
 
@@ -67,7 +74,9 @@ def _store(state: EmbeddingState, first: jax.Array, block: jax.Array) -> Embeddi
         return over_mesh(_store, state, everywhere, everywhere)(state, first, block)
     ids = first + jnp.arange(block.shape[0], dtype=jnp.int32)
     here = ids if layout is None else layout.shard(layout.index()).rows_of(ids)
-    packed = encode_rows(block, here, table, state.row_key, random_bits.INITIAL_ROUNDING, jnp.int32(0))
+    packed = encode_rows(
+        block, here, table, state.row_key, random_bits.INITIAL_ROUNDING, jnp.int32(0)
+    )
     if layout is None:
         rows = indexing.put_block(table.rows, first, packed)
     else:
@@ -116,8 +125,13 @@ def from_dense(
     layout = Layout.of(spec, mesh, axis_name, placement)
 
     def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
-        shape = (spec.num_rows if shard is None else shard.num_rows, spec.storage.row_words(spec.embedding_dim))
-        packed = indexing.filled(shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind)
+        shape = (
+            spec.num_rows if shard is None else shard.num_rows,
+            spec.storage.row_words(spec.embedding_dim),
+        )
+        packed = indexing.filled(
+            shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind
+        )
         return QuantizedTable(packed, spec.storage, spec.embedding_dim)
 
     state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)

@@ -38,7 +38,11 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
         return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
     shapes = [layout.shape_of(leaf) for leaf in leaves]
     width = (2,) if layout.is_paired else ()
-    flat = jnp.concatenate([leaf.reshape(-1, *width) for leaf in leaves]) if leaves else jnp.zeros((0, *width), jnp.int32)
+    flat = (
+        jnp.concatenate([leaf.reshape(-1, *width) for leaf in leaves])
+        if leaves
+        else jnp.zeros((0, *width), jnp.int32)
+    )
 
     def read_shards(state: EmbeddingState, ids: jax.Array) -> jax.Array:
         return exchange.read(layout, requests.masked(layout, ids)[0], partial(_read_rows, state))
@@ -52,7 +56,9 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
         rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
     pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
-    return treedef.unflatten([p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)])
+    return treedef.unflatten(
+        [p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
+    )
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
@@ -70,7 +76,9 @@ def flush(state: EmbeddingState) -> EmbeddingState:
         return over_mesh(flush, state)(state)
     store = state.store._replace(dirty=cache.dirty.reshape(-1))
     table = ops.write_back(store, cache.tags.reshape(-1), ops.Draw(state.row_key, state.step))
-    return dataclasses.replace(state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty)))
+    return dataclasses.replace(
+        state, table=table, cache=dataclasses.replace(cache, dirty=jnp.zeros_like(cache.dirty))
+    )
 
 
 def freeze(state: EmbeddingState) -> QuantizedTable:

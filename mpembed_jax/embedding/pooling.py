@@ -20,7 +20,11 @@ COMBINERS = ("sum", "mean", "sqrtn")
 
 def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
     """Returns the factor (float32 [.., L]) of each position in its bag; zeros for an empty bag."""
-    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
+    w = (
+        is_real.astype(jnp.float32)
+        if weights is None
+        else jnp.where(is_real, weights, jnp.float32(0))
+    )
     if combiner == "sum":
         return w
     total = jnp.sum(w, axis=-1, keepdims=True)
@@ -41,11 +45,15 @@ def _checked(
 ) -> tuple[list[jax.Array], list[jax.Array | None], Any]:
     """Returns the leaves of inverse, the weights of each or None, and the tree; raises as `pool` says."""
     if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
+        )
     if combiner is not None and combiner not in COMBINERS:
         raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
     if combiner is None and (weights is not None or segment_ids is not None):
-        raise ValueError('weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"')
+        raise ValueError(
+            'weights and segment_ids need a combiner: pass combiner="sum", "mean" or "sqrtn"'
+        )
     treedef: Any
     index, treedef = jax.tree.flatten(inverse)
     factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
@@ -53,7 +61,12 @@ def _checked(
         if w is not None and w.shape != i.shape:
             raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
     if segment_ids is not None:
-        if len(index) != 1 or index[0].ndim != 1 or segment_ids.shape != index[0].shape or num_segments is None:
+        if (
+            len(index) != 1
+            or index[0].ndim != 1
+            or segment_ids.shape != index[0].shape
+            or num_segments is None
+        ):
             raise ValueError(
                 f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
                 f"got {[i.shape for i in index]} and num_segments={num_segments}"
@@ -95,15 +108,23 @@ def pool(
       ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
         unknown implementation.
     """
-    index, factors, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    index, factors, treedef = _checked(
+        inverse, weights, combiner, segment_ids, num_segments, implementation
+    )
     if combiner is None:
         return treedef.unflatten(row_sums.take(implementation, rows, tuple(index)) if index else [])
     if segment_ids is not None and num_segments is not None:
-        bags = _pool_segments(rows, index[0], factors[0], combiner, segment_ids, num_segments, implementation)
+        bags = _pool_segments(
+            rows, index[0], factors[0], combiner, segment_ids, num_segments, implementation
+        )
         return treedef.unflatten([bags])
     pooled = []
     for i, w in zip(index, factors, strict=True):
-        pooled.append(row_sums.bag(implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)))
+        pooled.append(
+            row_sums.bag(
+                implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)
+            )
+        )
     return treedef.unflatten(pooled)
 
 
@@ -119,7 +140,11 @@ def _segments(
     """Returns the bag of each position, num_segments for those that count for nothing, and its factor float32 [N]."""
     is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
     segment = jnp.where(is_real, segment_ids, num_segments)
-    w = is_real.astype(jnp.float32) if weights is None else jnp.where(is_real, weights, jnp.float32(0))
+    w = (
+        is_real.astype(jnp.float32)
+        if weights is None
+        else jnp.where(is_real, weights, jnp.float32(0))
+    )
     if combiner == "sum":
         factors = w
     else:
@@ -142,8 +167,12 @@ def _pool_segments(
     num_segments: int,
     implementation: ops.Named | None,
 ) -> jax.Array:
-    segment, factors = _segments(rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation)
-    return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[:num_segments]
+    segment, factors = _segments(
+        rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation
+    )
+    return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[
+        :num_segments
+    ]
 
 
 def check_gradients(
@@ -165,12 +194,21 @@ def check_gradients(
     Raises:
       ValueError: as `pool`; on gradients of another tree, shape or dtype than its result.
     """
-    index, weight, treedef = _checked(inverse, weights, combiner, segment_ids, num_segments, implementation)
+    index, weight, treedef = _checked(
+        inverse, weights, combiner, segment_ids, num_segments, implementation
+    )
     leaves, grads_def = jax.tree.flatten(pooled_grads)
     is_ragged = segment_ids is not None
-    lead = [i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1] for i in index]
+    lead = [
+        i.shape if combiner is None else (num_segments,) if is_ragged else i.shape[:-1]
+        for i in index
+    ]
     wanted = [(*of_leaf, dim) for of_leaf in lead]
-    if grads_def != treedef or [g.shape for g in leaves] != wanted or any(g.dtype != jnp.float32 for g in leaves):
+    if (
+        grads_def != treedef
+        or [g.shape for g in leaves] != wanted
+        or any(g.dtype != jnp.float32 for g in leaves)
+    ):
         raise ValueError(
             f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
             f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
@@ -207,19 +245,29 @@ def positions(
     if combiner is None:
         return Positions(grads, row, None, None)
     if segment_ids is not None and num_segments is not None:
-        segment, factors = _segments(num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation)
+        segment, factors = _segments(
+            num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation
+        )
         # Positions outside every bag would take a gradient times zero, which may be no number.
         row = jnp.where(segment < num_segments, index[0], num_rows - 1)
         return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
     weighted = source = None
     if combiner != "sum" or any(w is not None for w in weights):
-        of_leaves = [_coefficients(w, i != num_rows - 1, combiner) for i, w in zip(index, weights, strict=True)]
+        of_leaves = [
+            _coefficients(w, i != num_rows - 1, combiner)
+            for i, w in zip(index, weights, strict=True)
+        ]
         weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])
     lengths = [i.shape[-1] for i in index]
     if len(set(lengths)) > 1:
         firsts = np.cumsum([0, *[g.size // dim for g in pooled_grads[:-1]]])
-        numbers = [jnp.arange(i.size, dtype=jnp.int32) // max(1, n) for i, n in zip(index, lengths, strict=True)]
-        source = jnp.concatenate([jnp.int32(k) + number for k, number in zip(firsts, numbers, strict=True)])
+        numbers = [
+            jnp.arange(i.size, dtype=jnp.int32) // max(1, n)
+            for i, n in zip(index, lengths, strict=True)
+        ]
+        source = jnp.concatenate(
+            [jnp.int32(k) + number for k, number in zip(firsts, numbers, strict=True)]
+        )
     return Positions(grads, row, source, weighted)
 
 

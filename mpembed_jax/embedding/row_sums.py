@@ -18,35 +18,51 @@ from mpembed_jax.arrays import carries, indexing
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def take(implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def take(
+    implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
     """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
     sizes = np.cumsum([i.size for i in index])[:-1]
-    flat = ops.take(rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation)
+    flat = ops.take(
+        rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation
+    )
     parts = jnp.split(flat, sizes)
-    return tuple(part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True))
+    return tuple(
+        part.reshape(*i.shape, rows.shape[1]) for part, i in zip(parts, index, strict=True)
+    )
 
 
-def _take_fwd(implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]) -> tuple:
+def _take_fwd(
+    implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]
+) -> tuple:
     return take(implementation, rows, index), (rows, index)
 
 
-def _take_bwd(implementation: ops.Named | None, saved: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+def _take_bwd(
+    implementation: ops.Named | None, saved: tuple, grads: tuple[jax.Array, ...]
+) -> tuple[jax.Array, None]:
     rows, index = saved
     flat_index = jnp.concatenate([i.reshape(-1) for i in index])
     flat_grads = jnp.concatenate([g.reshape(-1, rows.shape[1]) for g in grads])
-    return ops.sum_duplicates(flat_grads, flat_index, rows.shape[0], implementation=implementation), None
+    return ops.sum_duplicates(
+        flat_grads, flat_index, rows.shape[0], implementation=implementation
+    ), None
 
 
 take.defvjp(_take_fwd, _take_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def bag(implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
+def bag(
+    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array
+) -> jax.Array:
     """Returns sum_l factors[.., l] * rows[index[.., l]]."""
     return ops.bag(rows, index, factors, implementation=implementation)
 
 
-def _bag_fwd(implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array) -> tuple:
+def _bag_fwd(
+    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array
+) -> tuple:
     return bag(implementation, rows, index, factors), (rows, index, factors)
 
 
@@ -56,7 +72,9 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
         return jnp.zeros_like(rows), None, factors
 
     # One position of all bags at a time, as in the forward pass: no [.., L, D] array.
-    def body(position: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(
+        position: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         row_grads, factor_grads = carry
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
         if not ops.has_kernels(implementation):
@@ -64,7 +82,9 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
             addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
             row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
         along = jnp.sum(grad * indexing.take(rows, here), axis=-1)
-        return row_grads, lax.dynamic_update_index_in_dim(factor_grads, along, position, factors.ndim - 1)
+        return row_grads, lax.dynamic_update_index_in_dim(
+            factor_grads, along, position, factors.ndim - 1
+        )
 
     row_grads = jnp.zeros_like(rows)
     if ops.has_kernels(implementation):
@@ -72,7 +92,9 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
             grad.reshape(-1, rows.shape[1]), index.reshape(-1), rows.shape[0],
             implementation=implementation, factors=factors.reshape(-1),
         )  # fmt: skip
-    start = carries.with_final_types(lambda carry: body(jnp.int32(0), carry), (row_grads, jnp.zeros_like(factors)))
+    start = carries.with_final_types(
+        lambda carry: body(jnp.int32(0), carry), (row_grads, jnp.zeros_like(factors))
+    )
     row_grads, factor_grads = lax.fori_loop(0, index.shape[-1], body, start)
     return row_grads, None, factor_grads
 
@@ -81,12 +103,16 @@ bag.defvjp(_bag_fwd, _bag_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def segment_sum(implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int) -> jax.Array:
+def segment_sum(
+    implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int
+) -> jax.Array:
     """Sums values [N, ..] by segment -> [size, ..]; the last segment, padding, is zero."""
     return ops.sum_duplicates(values, segment, size, implementation=implementation)
 
 
-def _segment_sum_fwd(implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int) -> tuple:
+def _segment_sum_fwd(
+    implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int
+) -> tuple:
     return segment_sum(implementation, values, segment, size), segment
 
 
@@ -102,19 +128,38 @@ segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 5))
 def ragged_bag(
-    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+    implementation: ops.Named | None,
+    rows: jax.Array,
+    index: jax.Array,
+    factors: jax.Array,
+    segment: jax.Array,
+    size: int,
 ) -> jax.Array:
     """Sums factors[n] * rows[index[n]] by segment [N] -> [size, D]; the last segment, padding, is zero."""
-    return ops.sum_duplicates(rows, segment, size, implementation=implementation, factors=factors, source=index)
+    return ops.sum_duplicates(
+        rows, segment, size, implementation=implementation, factors=factors, source=index
+    )
 
 
 def _ragged_bag_fwd(
-    implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array, segment: jax.Array, size: int
+    implementation: ops.Named | None,
+    rows: jax.Array,
+    index: jax.Array,
+    factors: jax.Array,
+    segment: jax.Array,
+    size: int,
 ) -> tuple:
-    return ragged_bag(implementation, rows, index, factors, segment, size), (rows, index, factors, segment)
+    return ragged_bag(implementation, rows, index, factors, segment, size), (
+        rows,
+        index,
+        factors,
+        segment,
+    )
 
 
-def _ragged_bag_bwd(implementation: ops.Named | None, size: int, saved: tuple, grad: jax.Array) -> tuple:
+def _ragged_bag_bwd(
+    implementation: ops.Named | None, size: int, saved: tuple, grad: jax.Array
+) -> tuple:
     rows, index, factors, segment = saved
     grad = grad.at[size - 1].set(0)
     row_grads = ops.sum_duplicates(

@@ -29,7 +29,16 @@ from mpembed_jax.table import QuantizedTable, init_table
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["table", "cache", "row_state", "key", "step", "pending", "counters", "fingerprint"],
+    data_fields=[
+        "table",
+        "cache",
+        "row_state",
+        "key",
+        "step",
+        "pending",
+        "counters",
+        "fingerprint",
+    ],
     meta_fields=["spec", "implementation", "layout"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +47,21 @@ class EmbeddingState:
 
     table: QuantizedTable
     cache: CacheState | None
-    row_state: Any  # optimizer state; row leaves [V, ..] float32, or uint16 bit patterns of bfloat16
+    row_state: (
+        Any  # optimizer state; row leaves [V, ..] float32, or uint16 bit patterns of bfloat16
+    )
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []  number of prefetches so far
     pending: Any  # bool []  a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
-    fingerprint: jax.Array  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
+    fingerprint: (
+        jax.Array
+    )  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
-    layout: Layout | None = None  # None: one device; else every array holds the shards' rows one after another
+    layout: Layout | None = (
+        None  # None: one device; else every array holds the shards' rows one after another
+    )
 
     @property
     def store(self) -> Store:
@@ -56,7 +71,11 @@ class EmbeddingState:
     @property
     def row_key(self) -> Key:
         """The key with which rows draw their random bits: `key`, on a shard bound to its local rows."""
-        return self.key if self.layout is None else self.layout.shard(self.layout.index()).key(self.key)
+        return (
+            self.key
+            if self.layout is None
+            else self.layout.shard(self.layout.index()).key(self.key)
+        )
 
     @property
     def expected_fingerprint(self) -> np.ndarray:
@@ -112,11 +131,15 @@ def init(
       ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
         over the mesh so.
     """
-    chosen = ops.choose(implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct))
+    chosen = ops.choose(
+        implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
+    )
     layout = Layout.of(spec, mesh, axis_name, placement)
 
     def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
-        return init_table(key, spec.tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind)
+        return init_table(
+            key, spec.tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
+        )
 
     return make(random_bits.key_words(key), spec, tx, chosen, layout, table_of)
 
@@ -148,7 +171,11 @@ def make(
     # A host value is the same on every process; an array is one device's.
     words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
-    return jax.jit(jax.shard_map(build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False))(words)
+    return jax.jit(
+        jax.shard_map(
+            build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False
+        )
+    )(words)
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:
@@ -171,11 +198,15 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
         everywhere,
         table=jax.tree.map(lambda _: rows, state.table),
         cache=cache,
-        row_state=jax.tree.map(lambda leaf: rows if leaf.ndim else PartitionSpec(), state.row_state),
+        row_state=jax.tree.map(
+            lambda leaf: rows if leaf.ndim else PartitionSpec(), state.row_state
+        ),
     )
 
 
-def over_mesh(function: Callable, state: EmbeddingState, *specs: Any, result: Any = None) -> Callable:
+def over_mesh(
+    function: Callable, state: EmbeddingState, *specs: Any, result: Any = None
+) -> Callable:
     """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; result None: another state.
 
     Raises:
@@ -183,10 +214,14 @@ def over_mesh(function: Callable, state: EmbeddingState, *specs: Any, result: An
     """
     mesh = state.layout.mesh  # type: ignore[union-attr]
     if mesh is None:
-        raise ValueError("this state was made inside jax.pmap and has no mesh: call the verbs inside jax.pmap, too")
+        raise ValueError(
+            "this state was made inside jax.pmap and has no mesh: call the verbs inside jax.pmap, too"
+        )
     of_state = partition_specs(state)
     result = of_state if result is None else result
-    return jax.shard_map(function, mesh=mesh, in_specs=(of_state, *specs), out_specs=result, check_vma=False)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(of_state, *specs), out_specs=result, check_vma=False
+    )
 
 
 def assemble(
@@ -201,8 +236,14 @@ def assemble(
     cache = None
     if spec.cache is not None:
         geometry = spec.cache.geometry(spec.num_rows)
-        cache = residency.init(geometry if layout is None else layout.share(geometry), spec.cache.policy, spec.embedding_dim)
-    row_state = init_rows(tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype, spec.memory_kind)
+        cache = residency.init(
+            geometry if layout is None else layout.share(geometry),
+            spec.cache.policy,
+            spec.embedding_dim,
+        )
+    row_state = init_rows(
+        tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype, spec.memory_kind
+    )
     state = EmbeddingState(
         table=dataclasses.replace(table, rows=indexing.to_host(table.rows, spec.memory_kind)),
         cache=cache,

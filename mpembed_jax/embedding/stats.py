@@ -11,7 +11,9 @@ from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
 
-_BYPASS_LIMIT = 0.2  # share of unique ids trained outside the cache above which a larger one would pay
+_BYPASS_LIMIT = (
+    0.2  # share of unique ids trained outside the cache above which a larger one would pay
+)
 _MIN_UNIQUE = 1000  # too few to judge the cache by
 _MIN_STEPS = 100  # too few to judge the exchange by
 
@@ -73,11 +75,16 @@ def stats(state: EmbeddingState) -> CacheStats:
         updates were refused.
     """
     if isinstance(state.counters, jax.core.Tracer):
-        raise TypeError("stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars")
+        raise TypeError(
+            "stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars"
+        )
     state.check_spec()
     words = np.asarray(state.counters).astype(np.uint64)
     totals = [int(low) + (int(high) << 32) for low, high in words]
-    result = CacheStats(steps=int(np.asarray(state.step).astype(np.uint32)), **dict(zip(COUNTERS, totals, strict=True)))
+    result = CacheStats(
+        steps=int(np.asarray(state.step).astype(np.uint32)),
+        **dict(zip(COUNTERS, totals, strict=True)),
+    )
     spec = state.spec
     if result.refused_updates:
         raise ValueError(
@@ -96,7 +103,11 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"{result.dropped} unique ids exceeded max_unique_ids={spec.max_unique_ids} and were not trained; "
             f"raise max_unique_ids in the EmbeddingSpec (None never drops)",
         )
-    if state.cache is not None and result.unique >= _MIN_UNIQUE and result.bypasses > _BYPASS_LIMIT * result.unique:
+    if (
+        state.cache is not None
+        and result.unique >= _MIN_UNIQUE
+        and result.bypasses > _BYPASS_LIMIT * result.unique
+    ):
         per_step = result.unique // max(1, result.steps)
         _warn_once(
             state,

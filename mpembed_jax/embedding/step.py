@@ -52,7 +52,11 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     unique_ids, route, shapes = moves.ids, None, [leaf.shape for leaf in leaves]
     if layout is not None:
         route, counts = exchange.settle(layout, request, moves, inverse, counts)
-        unique_ids, inverse, shapes = request.own.ids, request.own.inverse, [layout.shape_of(leaf) for leaf in leaves]
+        unique_ids, inverse, shapes = (
+            request.own.ids,
+            request.own.inverse,
+            [layout.shape_of(leaf) for leaf in leaves],
+        )
     plan = CachePlan(
         unique_ids=unique_ids,
         inverse=treedef.unflatten(_divided(inverse, shapes)),
@@ -74,17 +78,33 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 
 def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
     """Returns what a batch asks of the one device there is: its distinct ids, within the budget."""
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+    flat = (
+        jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+        if leaves
+        else jnp.zeros(0, jnp.int32)
+    )
     is_request = row_ids.in_range(flat, state.spec.num_rows)
     num_requests = jnp.sum(is_request, dtype=jnp.int32)
     num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
     num_positions, budget = flat.shape[0], state.spec.max_unique_ids
     width = (num_positions if budget is None else min(budget, num_positions)) + 1
-    found = ops.unique(jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation)
-    return Request(found, found, num_requests, num_out_of_range, found.num_dropped, Fraction(num_positions), None)
+    found = ops.unique(
+        jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
+    )
+    return Request(
+        found,
+        found,
+        num_requests,
+        num_out_of_range,
+        found.num_dropped,
+        Fraction(num_positions),
+        None,
+    )
 
 
-def _place(state: EmbeddingState, request: Request) -> tuple[EmbeddingState, Moves, jax.Array, Counts]:
+def _place(
+    state: EmbeddingState, request: Request
+) -> tuple[EmbeddingState, Moves, jax.Array, Counts]:
     """Plans the rows that are asked for and brings them into their lines.
 
     Returns:
@@ -94,7 +114,10 @@ def _place(state: EmbeddingState, request: Request) -> tuple[EmbeddingState, Mov
     if cache is None:
         width = found.ids.shape[0]
         no_line, no_victim = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
-        moves, inverse = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids), found.inverse
+        moves, inverse = (
+            Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids),
+            found.inverse,
+        )
         evictions = write_backs = hit_requests = zero
     else:
         cache, moves, inverse, hit_requests = ops.plan(
@@ -104,7 +127,9 @@ def _place(state: EmbeddingState, request: Request) -> tuple[EmbeddingState, Mov
         draw = Draw(state.row_key, state.step)
         store = state.store._replace(dirty=cache.dirty.reshape(-1))
         store, write_backs = ops.swap(store, moves, draw, implementation=state.implementation)
-        state = dataclasses.replace(state, table=store.table, cache=residency.refilled(cache, store.lines, store.dirty))
+        state = dataclasses.replace(
+            state, table=store.table, cache=residency.refilled(cache, store.lines, store.dirty)
+        )
     counts = Counts(
         requests=request.num_requests,
         unique=found.num_ids,
@@ -153,7 +178,9 @@ def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
 
 def _moves(plan: CachePlan) -> Moves:
     ids, num_cached, num_ids = plan.placed
-    return Moves(ids, plan.line, plan.victim_ids, jnp.sum(plan.is_hit, dtype=jnp.int32), num_cached, num_ids)
+    return Moves(
+        ids, plan.line, plan.victim_ids, jnp.sum(plan.is_hit, dtype=jnp.int32), num_cached, num_ids
+    )
 
 
 def apply_gradients(
@@ -188,7 +215,10 @@ def apply_gradients(
     moves, is_pending = _pending(state, plan)
     if layout is not None:
         layout.check_bound("apply_gradients")
-        rows, row_grads = _gather(state, plan), exchange.collect(layout, exchange.route_of(plan), row_grads)
+        rows, row_grads = (
+            _gather(state, plan),
+            exchange.collect(layout, exchange.route_of(plan), row_grads),
+        )
     is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
     num_nonfinite = jnp.int32(0)
     if state.spec.skip_nonfinite:
@@ -198,7 +228,9 @@ def apply_gradients(
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
-    moves = moves._replace(ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated))
+    moves = moves._replace(
+        ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
+    )
     state = update.apply(tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending)
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
@@ -249,10 +281,14 @@ def apply_pooled_gradients(
         "implementation": state.implementation,
     }
     _check("apply_pooled_gradients", state, plan, rows=rows)
-    index, factors, leaves = pooling.check_gradients(spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options)
+    index, factors, leaves = pooling.check_gradients(
+        spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
+    )
     is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
     if state.layout is not None or not update.has_kernel(tx, state) or is_empty:
-        _, pull_back = jax.vjp(lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows)
+        _, pull_back = jax.vjp(
+            lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows
+        )
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
     positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
     moves, is_pending = _pending(state, plan)
@@ -286,16 +322,25 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
     is_pending = state.pending & is_own & (plan.step == state.step - 1)
     moves = _moves(plan)
-    num_cached, num_ids = jnp.where(is_pending, moves.num_cached, 0), jnp.where(is_pending, moves.num_ids, 0)
+    num_cached, num_ids = (
+        jnp.where(is_pending, moves.num_cached, 0),
+        jnp.where(is_pending, moves.num_ids, 0),
+    )
     return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 
 def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
     """Returns the line of each row, past the last one where it is not updated."""
-    return plan.line if state.cache is None else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
+    return (
+        plan.line
+        if state.cache is None
+        else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
+    )
 
 
-def _finish(state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array) -> EmbeddingState:
+def _finish(
+    state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array
+) -> EmbeddingState:
     """Returns the state after an update that wrote the lines named: they are dirty, and the update is counted."""
     return dataclasses.replace(
         state,

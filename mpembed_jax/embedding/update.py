@@ -112,7 +112,9 @@ def apply_summed(
     return _stored(state, store, _with_accumulator(state, accumulator)), is_updated
 
 
-def _accumulator(tx: optax.GradientTransformation, rule: RowRule, state: EmbeddingState) -> jax.Array | None:
+def _accumulator(
+    tx: optax.GradientTransformation, rule: RowRule, state: EmbeddingState
+) -> jax.Array | None:
     """Returns G, which an update by the rule changes; None if it has none."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(state.row_state)
@@ -159,7 +161,9 @@ def _apply_any(
     cache_rows = None if state.cache is None else state.cache.rows
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
 
-    def update(row_state: Any, ids: jax.Array, rows: jax.Array, row_grads: jax.Array) -> tuple[jax.Array, Any]:
+    def update(
+        row_state: Any, ids: jax.Array, rows: jax.Array, row_grads: jax.Array
+    ) -> tuple[jax.Array, Any]:
         dtype = state.spec.row_state_dtype
         return update_rows(tx, row_state, ids, rows, row_grads, dtype, draw.key, step, is_applied)
 
@@ -185,20 +189,33 @@ def _apply_any(
         return row_state, put(cache_rows, here, new_rows)
 
     if cache_rows is not None:
-        row_state, cache_rows = chunks.each(0, num_cached, width, chunk, to_lines, (row_state, cache_rows))
+        row_state, cache_rows = chunks.each(
+            0, num_cached, width, chunk, to_lines, (row_state, cache_rows)
+        )
     once = (num_ids > num_cached).astype(jnp.int32)
 
     def to_table(window: chunks.Window, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         row_state, packed = carry
         here, new_rows, row_state = update_window(window, row_state)
         return row_state, indexing.put(
-            packed, here, encode_rows(new_rows, here, table, draw.key, random_bits.BYPASS, step, once)
+            packed,
+            here,
+            encode_rows(new_rows, here, table, draw.key, random_bits.BYPASS, step, once),
         )
 
-    row_state, packed = chunks.each(num_cached, num_ids, width, chunk, to_table, (row_state, table.rows))
+    row_state, packed = chunks.each(
+        num_cached, num_ids, width, chunk, to_table, (row_state, table.rows)
+    )
     if old_scalars:  # schedule counts move once per step, whether or not a chunk ran
-        _, advanced = update(_with_scalars(row_state, old_scalars), jnp.full(1, NO_ID, jnp.int32), rows[:1], row_grads[:1])
-        row_state = _with_scalars(row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim])
+        _, advanced = update(
+            _with_scalars(row_state, old_scalars),
+            jnp.full(1, NO_ID, jnp.int32),
+            rows[:1],
+            row_grads[:1],
+        )
+        row_state = _with_scalars(
+            row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim]
+        )
     table = QuantizedTable(packed, table.format, table.embedding_dim)
     return _stored(state, Store(table, cache_rows, None), row_state)
 

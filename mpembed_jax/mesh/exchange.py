@@ -37,7 +37,9 @@ def route_of(plan: CachePlan) -> Route:
       ValueError: if the plan was made on one device.
     """
     if plan.route is None:
-        raise ValueError("this plan was made by a state of one device: pass the plan of the state's own prefetch")
+        raise ValueError(
+            "this plan was made by a state of one device: pass the plan of the state's own prefetch"
+        )
     return plan.route
 
 
@@ -147,11 +149,23 @@ def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
     own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step)
     num_dropped, num_positions = own.num_dropped, own.inverse.shape[0]
     rows, own, route = request(layout, own, step)
-    num_dropped = total_over_batch(layout, num_dropped) + total_over_shards(layout, rows.num_dropped)
-    return Request(rows, own, num_requests, num_out_of_range, num_dropped, layout.positions(num_positions), route)
+    num_dropped = total_over_batch(layout, num_dropped) + total_over_shards(
+        layout, rows.num_dropped
+    )
+    return Request(
+        rows,
+        own,
+        num_requests,
+        num_out_of_range,
+        num_dropped,
+        layout.positions(num_positions),
+        route,
+    )
 
 
-def settle(layout: Layout, asked: Request, moves: Moves, inverse: jax.Array, counts: Counts) -> tuple[Route, Counts]:
+def settle(
+    layout: Layout, asked: Request, moves: Moves, inverse: jax.Array, counts: Counts
+) -> tuple[Route, Counts]:
     """Returns the route to the rows that were planned, and the counts of the whole batch.
 
     Args:

@@ -83,14 +83,18 @@ def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> 
 class RowKey(Protocol):
     """A key bound to the rows of one shard, which draws for local rows the bits of their global ids."""
 
-    def row_bits(self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int) -> jax.Array:
+    def row_bits(
+        self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
+    ) -> jax.Array:
         """Returns the random bits (uint32 [.., num_columns]) of local rows."""
 
 
 Key = jax.Array | RowKey  # u32 [2], or bound to a shard
 
 
-def row_bits(key: Key, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int) -> jax.Array:
+def row_bits(
+    key: Key, stream: int, step: jax.Array, row_ids: jax.Array, num_columns: int
+) -> jax.Array:
     """Returns the random bits of whole rows.
 
     Args:

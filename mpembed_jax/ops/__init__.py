@@ -104,9 +104,13 @@ def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
     if isinstance(implementation, Implementation):
         return implementation
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(
+            f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if implementation == "numba" and importlib.util.find_spec("numba") is None:
-        raise ValueError('implementation "numba" needs the package numba: pip install numba, or leave implementation out')
+        raise ValueError(
+            'implementation "numba" needs the package numba: pip install numba, or leave implementation out'
+        )
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]
         # Not an attribute of CPU and TPU devices, "8.0" or "gfx90a" elsewhere.
@@ -167,7 +171,9 @@ def _kernels(implementation: Named | None) -> tuple[Any, bool]:
 
 
 @jax.named_scope("unique")
-def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None) -> Unique:
+def unique(
+    ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None
+) -> Unique:
     """See `xla.unique`."""
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
@@ -176,7 +182,12 @@ def unique(ids: jax.Array, size: int, step: jax.Array, *, implementation: Named 
 
 
 def plan(
-    cache: CacheState, unique: Unique, step: jax.Array, num_positions: Fraction, *, implementation: Named
+    cache: CacheState,
+    unique: Unique,
+    step: jax.Array,
+    num_positions: Fraction,
+    *,
+    implementation: Named,
 ) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
     """Plans a batch (rules: `xla.plan.make_plan`) and brings its unique ids into the order of the plan.
 
@@ -196,11 +207,15 @@ def plan(
         halve = policy.is_time_to_halve(cache, step, num_positions)
         return native.plan.plan(cache, unique, step, halve)
     chunk, width = chunk_of(implementation), unique.ids.shape[0]
-    cache, made = xla.plan.make_plan(cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk)
+    cache, made = xla.plan.make_plan(
+        cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk
+    )
     position = jnp.arange(width, dtype=jnp.int32)
     is_live = position < unique.num_ids
     order = jnp.where(is_live, made.order, width - 1)
-    moved = indexing.put(jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position)
+    moved = indexing.put(
+        jnp.full(width, width - 1, jnp.int32), jnp.where(is_live, order, width), position
+    )
     is_hit = position < made.num_hits
     moves = Moves(
         ids=indexing.take(unique.ids, order),
@@ -211,12 +226,16 @@ def plan(
         num_ids=unique.num_ids,
     )
     inverse = indexing.take(moved, unique.inverse)
-    hit_requests = jnp.sum(jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32)
+    hit_requests = jnp.sum(
+        jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32
+    )
     return cache, moves, inverse, hit_requests
 
 
 @jax.named_scope("swap")
-def swap(store: Store, moves: Moves, draw: Draw, *, implementation: Named) -> tuple[Store, jax.Array]:
+def swap(
+    store: Store, moves: Moves, draw: Draw, *, implementation: Named
+) -> tuple[Store, jax.Array]:
     """See `xla.rows.swap`."""
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
@@ -236,7 +255,9 @@ def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
 
 
 @jax.named_scope("read")
-def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named) -> jax.Array:
+def read(
+    table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named
+) -> jax.Array:
     """See `xla.rows.read`."""
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
@@ -245,12 +266,16 @@ def read(table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, imp
 
 
 @jax.named_scope("write")
-def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named) -> Store:
+def write(
+    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named
+) -> Store:
     """See `xla.rows.write`."""
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
-    return xla.rows.write(store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table))
+    return xla.rows.write(
+        store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table)
+    )
 
 
 @jax.named_scope("update")
@@ -270,7 +295,9 @@ def update(
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.update.update(*given, rule=rule, draw=draw, is_interpreted=is_interpreted)
-    return xla.update.update(*given, rule=rule, draw=draw, chunk=_chunk_for(implementation, store.table))
+    return xla.update.update(
+        *given, rule=rule, draw=draw, chunk=_chunk_for(implementation, store.table)
+    )
 
 
 @jax.named_scope("update")
@@ -291,10 +318,16 @@ def update_summed(
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.update.update_summed(
-            *given, rule=rule, draw=draw, skip_nonfinite=skip_nonfinite, is_interpreted=is_interpreted
+            *given,
+            rule=rule,
+            draw=draw,
+            skip_nonfinite=skip_nonfinite,
+            is_interpreted=is_interpreted,
         )
     chunk = _chunk_for(implementation, store.table)
-    return xla.update.update_summed(*given, rule=rule, draw=draw, skip_nonfinite=skip_nonfinite, chunk=chunk)
+    return xla.update.update_summed(
+        *given, rule=rule, draw=draw, skip_nonfinite=skip_nonfinite, chunk=chunk
+    )
 
 
 @jax.custom_batching.custom_vmap  # foreign calls have no batched form
@@ -303,7 +336,9 @@ def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @_take_natively.def_vmap
-def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, index: jax.Array) -> tuple[jax.Array, bool]:
+def _take_batches(
+    size: int, is_batched: tuple[bool, bool], rows: jax.Array, index: jax.Array
+) -> tuple[jax.Array, bool]:
     axes = tuple(0 if batched else None for batched in is_batched)
     return jax.vmap(indexing.take, axes, axis_size=size)(rows, index), True
 
@@ -311,7 +346,10 @@ def _take_batches(size: int, is_batched: tuple[bool, bool], rows: jax.Array, ind
 def take(rows: jax.Array, index: jax.Array, *, implementation: Named | None = None) -> jax.Array:
     """See `indexing.take`, for rows [U, D] and index [N]."""
     # A foreign call takes the types of its operands on trust.
-    is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (jnp.float32, jnp.int32)
+    is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (
+        jnp.float32,
+        jnp.int32,
+    )
     return _take_natively(rows, index) if is_native else indexing.take(rows, index)
 
 
@@ -328,11 +366,15 @@ def sum_duplicates(
     if has_kernels(implementation) and values.ndim == 2:
         kernels, is_interpreted = _kernels(implementation)
         wide = values.astype(jnp.float32)
-        return kernels.sums.sum_duplicates(wide, index, size, is_interpreted, factors, source).astype(values.dtype)
+        return kernels.sums.sum_duplicates(
+            wide, index, size, is_interpreted, factors, source
+        ).astype(values.dtype)
     return xla.sums.sum_duplicates(values, index, size, factors, source)
 
 
-def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: Named | None = None) -> jax.Array:
+def bag(
+    rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: Named | None = None
+) -> jax.Array:
     """See `xla.bag.bag`."""
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)

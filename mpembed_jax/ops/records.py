@@ -94,7 +94,9 @@ class Implementation:
 
     name: str
     chunk: int | None = None
-    host_chunk: int = 16384  # a third of a megabyte at INT8 and D = 16, some microseconds of the bus
+    host_chunk: int = (
+        16384  # a third of a megabyte at INT8 and D = 16, some microseconds of the bus
+    )
     is_native: bool = False
     is_kernel: bool = False
     is_interpreted: bool = False

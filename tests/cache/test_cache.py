@@ -51,7 +51,9 @@ def check(model, state, batches, *, train=True):
         check_plan(plan, wanted, ids, model.geo.lines, f"batch {t}")
         model_tags, model_priority, model_dirty = model.arrays()
         np.testing.assert_array_equal(tags, model_tags, f"tags after batch {t}")
-        np.testing.assert_array_equal(np.where(tags == mpembed.NO_ID, 0, priority), model_priority, f"batch {t}")
+        np.testing.assert_array_equal(
+            np.where(tags == mpembed.NO_ID, 0, priority), model_priority, f"batch {t}"
+        )
         np.testing.assert_array_equal(dirty, model_dirty, f"dirty after batch {t}")
         for name in totals:
             totals[name] += wanted.counts[name]
@@ -61,9 +63,15 @@ def check(model, state, batches, *, train=True):
             sketch[cell] = count
         np.testing.assert_array_equal(state.cache.sketch, sketch)
     found = np.asarray(locate(state.cache, np.arange(-1, model.num_ids, dtype=np.int32)))
-    lines = {i: s * model.geo.ways + w for s, ways in enumerate(model_tags.tolist()) for w, i in enumerate(ways)}
+    lines = {
+        i: s * model.geo.ways + w
+        for s, ways in enumerate(model_tags.tolist())
+        for w, i in enumerate(ways)
+    }
     lines.pop(mpembed.NO_ID, None)
-    assert {i - 1: line for i, line in enumerate(found.tolist()) if line != model.geo.lines} == lines
+    assert {
+        i - 1: line for i, line in enumerate(found.tolist()) if line != model.geo.lines
+    } == lines
     return totals
 
 
@@ -75,7 +83,9 @@ def check_plan(plan, wanted, ids, num_lines, what):
     line = dict(zip(unique[real].tolist(), plan.line[real].tolist(), strict=True))
     assert line == wanted.line, what
     assert set(unique[plan.is_hit].tolist()) == wanted.hits, what
-    victims = {int(i): int(v) for i, v in zip(unique, plan.victim_ids, strict=True) if v != mpembed.NO_ID}
+    victims = {
+        int(i): int(v) for i, v in zip(unique, plan.victim_ids, strict=True) if v != mpembed.NO_ID
+    }
     assert victims == {i: v.row_id for i, v in wanted.victims.items()}, what
     assert (plan.line[~real] == num_lines).all()
     assert not plan.is_hit[~real].any()
@@ -122,17 +132,33 @@ def test_residency_in_full_width_passes(policy):
 
 @pytest.mark.parametrize(
     ("geometry", "policy"),
-    [("one-line", "lru"), ("one-line", "lfu"), ("larger-than-table", "lfu"), ("groups", "lru"), ("groups", "lfu")],
+    [
+        ("one-line", "lru"),
+        ("one-line", "lfu"),
+        ("larger-than-table", "lfu"),
+        ("groups", "lru"),
+        ("groups", "lfu"),
+    ],
 )
 def test_residency_at_the_geometries_ends(policy, geometry):
     """One line; more lines than rows; 512 sets in 64 groups of id mod 64."""
     num_ids, lines, ways = shapes.GEOMETRIES[geometry]
     state, model = start(num_ids, lines, ways, policy)
-    check(model, state, shapes.skewed_ids(3, 60, 400 if geometry == "groups" else 30, num_ids, exponent=0.8, ragged=True))
+    check(
+        model,
+        state,
+        shapes.skewed_ids(
+            3, 60, 400 if geometry == "groups" else 30, num_ids, exponent=0.8, ragged=True
+        ),
+    )
 
 
 ID_LISTS = st.lists(
-    st.lists(st.integers(0, 30) | st.sampled_from([-1, 31, -(2**31), 2**31 - 2, mpembed.NO_ID]), min_size=0, max_size=12),
+    st.lists(
+        st.integers(0, 30) | st.sampled_from([-1, 31, -(2**31), 2**31 - 2, mpembed.NO_ID]),
+        min_size=0,
+        max_size=12,
+    ),
     min_size=1,
     max_size=12,
 )
@@ -193,7 +219,9 @@ def test_lfu_without_collisions_equals_exact_counts():
     """Ids that own a cell of the sketch each: true counts, halved alike, decide the same; collisions would differ."""
     geo = oracles.geometry(5000, num_rows=64, ways=4)
     owners, ids = {}, []
-    for i in range(5000):  # an id is taken if it owns a cell that nobody uses, and disturbs no owner of one
+    for i in range(
+        5000
+    ):  # an id is taken if it owns a cell that nobody uses, and disturbs no owner of one
         cells = geo.columns(i)
         free = [cell for cell in cells if cell not in owners]
         if free and not any(owners.get(cell) for cell in cells) and geo.set_of(i) < 4:
@@ -203,7 +231,9 @@ def test_lfu_without_collisions_equals_exact_counts():
     assert len(ids) > 16 + 4  # more than the four sets hold
     state, _ = start(5000, 64, 4, "lfu")
     rng = np.random.default_rng(0)
-    chosen = np.asarray(ids, np.int32)[shapes.skewed_ids(0, 300, 24, len(ids), exponent=0.7, drift=40)]
+    chosen = np.asarray(ids, np.int32)[
+        shapes.skewed_ids(0, 300, 24, len(ids), exponent=0.7, drift=40)
+    ]
     batches = np.where(rng.random(chosen.shape) < 0.2, mpembed.NO_ID, chosen).astype(np.int32)
     totals = check(oracles.ExactLfuCache(5000, geo, "lfu"), state, batches)
     assert totals["evictions"] > 20

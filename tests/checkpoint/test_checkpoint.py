@@ -30,8 +30,14 @@ DENSE = optax.adam(1e-2)
 SMALL = dict(num_rows=128, ways=8)
 CASES = {
     "int8-lfu": (dict(storage="int8", cache=CacheSpec(**SMALL)), ADAGRAD),
-    "int4-lru-bf16-state": (dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"), ADAM),
-    "int2-none": (dict(storage="int2", cache=None, skip_nonfinite=True), optax.sgd(0.1, momentum=0.9)),
+    "int4-lru-bf16-state": (
+        dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"),
+        ADAM,
+    ),
+    "int2-none": (
+        dict(storage="int2", cache=None, skip_nonfinite=True),
+        optax.sgd(0.1, momentum=0.9),
+    ),
 }
 
 
@@ -70,7 +76,9 @@ def trainer(case):
         updates, opt = DENSE.update(grads, tree["opt"], tree["params"])
         params = optax.apply_updates(tree["params"], updates)
         tracker = checkpoint.mark(tree["tracker"], plan)
-        return dict(emb=emb, params=params, opt=opt, key=jax.random.split(tree["key"])[0], tracker=tracker)
+        return dict(
+            emb=emb, params=params, opt=opt, key=jax.random.split(tree["key"])[0], tracker=tracker
+        )
 
     return step
 
@@ -80,7 +88,13 @@ def first_tree(case, seed=0):
     options, tx = CASES[case]
     params = {"w": jnp.ones((DIM, 3), jnp.float32), "b": jnp.zeros(3, jnp.bfloat16)}
     emb = mpembed.init(jax.random.key(seed), stack(**options), tx)
-    return dict(emb=emb, params=params, opt=DENSE.init(params), key=jax.random.key(5), tracker=checkpoint.track(emb))
+    return dict(
+        emb=emb,
+        params=params,
+        opt=DENSE.init(params),
+        key=jax.random.key(5),
+        tracker=checkpoint.track(emb),
+    )
 
 
 def trained(case, begin, end, tree=None):
@@ -93,7 +107,9 @@ def trained(case, begin, end, tree=None):
 def assert_same(first, second):
     """Structure, types, dtypes and every bit."""
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
+    ):
         assert type(a) is type(b), path
         if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
@@ -119,7 +135,13 @@ def test_training_goes_on_after_a_restore_bit_for_bit(case, tmp_path):
         assert restored["emb"].spec == target["emb"].spec
         assert_same(trained(case, 30, 60, restored), uninterrupted)
     assert int(uninterrupted["emb"].step) == 60
-    counters = dict(zip(("requests", "unique", "hits"), np.asarray(uninterrupted["emb"].counters)[:3, 0], strict=True))
+    counters = dict(
+        zip(
+            ("requests", "unique", "hits"),
+            np.asarray(uninterrupted["emb"].counters)[:3, 0],
+            strict=True,
+        )
+    )
     assert counters["unique"] > 1000
     if uninterrupted["emb"].cache is not None:
         assert bool(uninterrupted["emb"].cache.dirty.any())
@@ -131,9 +153,24 @@ def test_everything_a_tree_may_hold_comes_back_as_it_was(tmp_path):
         "emb": first_tree("int8-lfu")["emb"],
         "opt": (optax.EmptyState(), [jnp.float32(0.1), None]),
         "keys": jax.random.split(jax.random.key(3, impl="rbg"), 3),
-        "numpy": {"position": np.int64(2**40 + 1), "order": np.arange(5)[::2], "half": np.float16([0.1, np.nan])},
-        "odd": {"a/b c": jnp.ones((2, 0, 3)), "flags": jnp.asarray([True, False]), "wide": jnp.float8_e4m3fn(3.0)},
-        "plain": {"step": 2**70, "loss": 0.1, "nan": float("nan"), "on": True, "name": "é", "iterator": b"\x00\xff"},
+        "numpy": {
+            "position": np.int64(2**40 + 1),
+            "order": np.arange(5)[::2],
+            "half": np.float16([0.1, np.nan]),
+        },
+        "odd": {
+            "a/b c": jnp.ones((2, 0, 3)),
+            "flags": jnp.asarray([True, False]),
+            "wide": jnp.float8_e4m3fn(3.0),
+        },
+        "plain": {
+            "step": 2**70,
+            "loss": 0.1,
+            "nan": float("nan"),
+            "on": True,
+            "name": "é",
+            "iterator": b"\x00\xff",
+        },
     }
     checkpoint.save(tmp_path, 0, tree)
     restored = checkpoint.restore(tmp_path, tree)
@@ -146,7 +183,9 @@ def test_everything_a_tree_may_hold_comes_back_as_it_was(tmp_path):
     checkpoint.save(tmp_path / "emb", 0, tree["emb"])
     assert_same(checkpoint.restore(tmp_path / "emb", tree["emb"]), tree["emb"])
     checkpoint.save(tmp_path / "one", 0, jnp.arange(3))
-    assert_same(checkpoint.restore(tmp_path / "one", jax.ShapeDtypeStruct((3,), jnp.int32)), jnp.arange(3))
+    assert_same(
+        checkpoint.restore(tmp_path / "one", jax.ShapeDtypeStruct((3,), jnp.int32)), jnp.arange(3)
+    )
 
 
 def test_training_with_donation_goes_on_during_a_save(tmp_path):
@@ -184,7 +223,10 @@ def test_keeping_few_never_deletes_the_last_good_one(tmp_path):
     for step in (10, 20, 30):
         checkpoint.save(tmp_path, step, {"x": np.full(1000, step)})
     for step in (20, 30):
-        largest = max((f for f in (tmp_path / f"step_{step}").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        largest = max(
+            (f for f in (tmp_path / f"step_{step}").rglob("*") if f.is_file()),
+            key=lambda f: f.stat().st_size,
+        )
         largest.write_bytes(largest.read_bytes()[:10])
     target = {"x": np.zeros(1000, int)}
     assert checkpoint.restore(tmp_path, target)["x"][0] == 10
@@ -223,12 +265,17 @@ def test_a_chain_of_increments_restores_exactly(case, tmp_path):
         tree = trained(case, step, step + 4, tree)
         tree["emb"] = jax.jit(mpembed.flush, donate_argnums=0)(tree["emb"])
         tree = trained(case, step + 4, step + 8, tree)
-        saving = checkpoint.save(tmp_path, step + 8, only(tree, "emb", "params"), tracker=tree["tracker"])
+        saving = checkpoint.save(
+            tmp_path, step + 8, only(tree, "emb", "params"), tracker=tree["tracker"]
+        )
         assert saving.nbytes < 0.6 * full.nbytes
         live = only(tree, "emb", "params")
         assert_same(checkpoint.restore(tmp_path, live), live)
     for step in (40, 48, 56):
-        assert int(checkpoint.restore(tmp_path, only(tree, "emb", "params"), step=step)["emb"].step) == step
+        assert (
+            int(checkpoint.restore(tmp_path, only(tree, "emb", "params"), step=step)["emb"].step)
+            == step
+        )
 
 
 def test_a_flush_alone_is_in_the_increment(tmp_path):
@@ -273,9 +320,13 @@ def test_a_tracker_that_missed_something_is_refused(tmp_path):
     right = mark(mark(start, plan_10), plan_11)
     with pytest.raises(ValueError, match="another embedding state"):
         checkpoint.save(tmp_path, 12, first_tree("int8-lfu", 1)["emb"], tracker=right)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* holds the rows that the tracker started from"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* holds the rows that the tracker started from"
+    ):
         checkpoint.save(tmp_path / "other", 12, second, tracker=right)
-    with pytest.raises(ValueError, match=r"no embedding state is called 'x'; the tree has \['emb'\]"):
+    with pytest.raises(
+        ValueError, match=r"no embedding state is called 'x'; the tree has \['emb'\]"
+    ):
         checkpoint.save(tmp_path, 12, {"emb": second}, tracker={"x": right})
     with pytest.raises(ValueError, match="2 embedding states"):
         checkpoint.save(tmp_path, 12, {"a": second, "b": second}, tracker=right)
@@ -283,7 +334,9 @@ def test_a_tracker_that_missed_something_is_refused(tmp_path):
         checkpoint.track(pending)
     # A run of other values, though of the same key, spec and counts, is not the one in the directory.
     checkpoint.save(tmp_path, 11, first)
-    changed = dataclasses.replace(first, table=dataclasses.replace(first.table, rows=first.table.rows.at[7, 0].add(1)))
+    changed = dataclasses.replace(
+        first, table=dataclasses.replace(first.table, rows=first.table.rows.at[7, 0].add(1))
+    )
     with pytest.raises(ValueError, match=r"no checkpoint in .* holds the rows"):
         checkpoint.save(tmp_path, 12, changed, tracker=checkpoint.track(changed))
     checkpoint.save(tmp_path, 12, second, tracker=right)
@@ -303,7 +356,9 @@ def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplo
     assert "step 11 builds on step 10" in caplog.text
     assert "using step 5" in caplog.text
     checkpoint.save(tmp_path, 10, first_tree("int8-lfu")["emb"])
-    with pytest.raises(checkpoint.CheckpointError, match="step 10 is no longer the checkpoint that it builds on"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="step 10 is no longer the checkpoint that it builds on"
+    ):
         checkpoint.restore(tmp_path, emb, step=11)
 
 
@@ -319,7 +374,9 @@ def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
     def sharding(num, array, spec):
         mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:num]), "x")
         is_split = array.ndim and array.shape[0] % num == 0 and array.shape[0] >= 128
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[spec] * bool(is_split)))
+        return jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*[spec] * bool(is_split))
+        )
 
     for num, spec in ((8, "x"), (2, "x"), (4, None)):
         shapes = jax.tree.map(
@@ -335,7 +392,9 @@ def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
             folder = tmp_path / f"{num}"
             checkpoint.save(folder, 30, spread)
             tracker = checkpoint.track(spread["emb"])
-            after = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), flushed, shapes)
+            after = jax.tree.map(
+                lambda x, shape: jax.device_put(x, shape.sharding), flushed, shapes
+            )
             checkpoint.save(folder, 31, after, tracker=tracker)
             assert_same(checkpoint.restore(folder, tree), flushed)
             assert_same(checkpoint.restore(folder, shapes), flushed)
@@ -345,13 +404,22 @@ def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
 
 
 def test_a_target_that_does_not_fit_is_named(tmp_path):
-    tree = {"emb": first_tree("int8-lfu")["emb"], "w": jnp.zeros((2, 3)), "n": 1, "key": jax.random.key(0)}
+    tree = {
+        "emb": first_tree("int8-lfu")["emb"],
+        "w": jnp.zeros((2, 3)),
+        "n": 1,
+        "key": jax.random.key(0),
+    }
     checkpoint.save(tmp_path, 1, tree)
     cases = {
         "lacks leaves of the target: ['v']": dict(tree, v=jnp.zeros(1)),
         "holds leaves that the target lacks: ['n']": {k: v for k, v in tree.items() if k != "n"},
-        "'w' is float32 [2, 3] on disk, but float32 [3, 2] in the target": dict(tree, w=jnp.zeros((3, 2))),
-        "'w' is float32 [2, 3] on disk, but int32 [2, 3] in the target": dict(tree, w=jnp.zeros((2, 3), jnp.int32)),
+        "'w' is float32 [2, 3] on disk, but float32 [3, 2] in the target": dict(
+            tree, w=jnp.zeros((3, 2))
+        ),
+        "'w' is float32 [2, 3] on disk, but int32 [2, 3] in the target": dict(
+            tree, w=jnp.zeros((2, 3), jnp.int32)
+        ),
         "'n' was saved as a Python int, the target has a float": dict(tree, n=1.0),
         "'key': random keys on one side": dict(tree, key=jax.random.key_data(tree["key"])),
         "no embedding state 'w'": dict(tree, w=tree["emb"]),
@@ -375,7 +443,9 @@ def test_a_directory_without_checkpoints_says_so(tmp_path):
     target = jnp.zeros(1)
     assert checkpoint.steps(tmp_path / "none") == []
     assert checkpoint.latest_step(tmp_path) is None
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*none, which does not exist; save one first"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint in .*none, which does not exist; save one first"
+    ):
         checkpoint.restore(tmp_path / "none", target)
     checkpoint.save(tmp_path, 3, target)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .*; there are \[3\]"):
@@ -393,7 +463,11 @@ print(json.dumps([before, "orbax" in sys.modules]))
 
 def test_orbax_is_imported_by_this_adapter_only(request):
     done = subprocess.run(
-        [sys.executable, "-c", IMPORTS], cwd=request.path.parents[1], capture_output=True, text=True, env=dict(os.environ)
+        [sys.executable, "-c", IMPORTS],
+        cwd=request.path.parents[1],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [False, True], done.stderr
 
@@ -460,7 +534,9 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
         after = all_rows(other)
         np.testing.assert_array_equal(after[sorted(held)], before[sorted(held)])
         assert np.array(other.cache.dirty).sum() == len(held)  # each is newer than its row
-        np.testing.assert_array_equal(np.array(other.row_state[0].sum_of_squares), np.array(emb.row_state[0].sum_of_squares))
+        np.testing.assert_array_equal(
+            np.array(other.row_state[0].sum_of_squares), np.array(emb.row_state[0].sum_of_squares)
+        )
         if bits is None:
             np.testing.assert_array_equal(after, before)
             continue
@@ -474,7 +550,9 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
         assert "cache lines carried over" in caplog.text
 
 
-@pytest.mark.parametrize("new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")])
+@pytest.mark.parametrize(
+    "new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")]
+)
 def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     """The same bits as `flush` leaves in the table; the rest of the state is carried over."""
     folder, emb = saved
@@ -487,7 +565,9 @@ def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     assert f"{int(emb.cache.dirty.sum())} dirty lines written to their rows" in caplog.text
     if new is not None:
         assert (np.array(other.cache.tags) == mpembed.NO_ID).all()
-    narrow = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new, "storage": "int4"})
+    narrow = restored_into(
+        folder, caplog, **{**CASES["int8-lfu"][0], "cache": new, "storage": "int4"}
+    )
     assert np.abs(all_rows(narrow) - all_rows(emb)).max() < 0.5
 
 
@@ -509,25 +589,39 @@ def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
 def test_what_cannot_be_converted_is_refused(saved, tmp_path):
     folder, emb = saved
     options = CASES["int8-lfu"][0]
-    with pytest.raises(ValueError, match=r"saved with tables .*'a', 3000.* the target has .*'a', 3001"):
-        other = EmbeddingSpec([TableSpec("a", SIZES[0] + 1), TableSpec("b", SIZES[1])], DIM, **options)
-        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD)))
+    with pytest.raises(
+        ValueError, match=r"saved with tables .*'a', 3000.* the target has .*'a', 3001"
+    ):
+        other = EmbeddingSpec(
+            [TableSpec("a", SIZES[0] + 1), TableSpec("b", SIZES[1])], DIM, **options
+        )
+        checkpoint.restore(
+            folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD))
+        )
     narrow = stack(**{**options, "storage": "int4"})
     with pytest.raises(ValueError, match="pass the same tx"):
-        checkpoint.restore(folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), narrow, ADAM)))
+        checkpoint.restore(
+            folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), narrow, ADAM))
+        )
     pending, _ = jax.jit(mpembed.prefetch)(emb, batch(40))
     checkpoint.save(tmp_path, 0, pending)
     with pytest.raises(ValueError, match="between prefetch and apply_gradients"):
         without = stack(**{**options, "cache": None})
-        checkpoint.restore(tmp_path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), without, ADAGRAD)))
+        checkpoint.restore(
+            tmp_path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), without, ADAGRAD))
+        )
 
 
 def test_an_increment_is_converted_too(saved, caplog):
     folder, emb = saved
     flushed = jax.jit(mpembed.flush)(emb)
     checkpoint.save(folder, 41, flushed, tracker=checkpoint.track(emb))
-    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None})
-    np.testing.assert_array_equal(all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None)))
+    other = restored_into(
+        folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None}
+    )
+    np.testing.assert_array_equal(
+        all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None))
+    )
 
 
 # --- over shards
@@ -540,14 +634,17 @@ def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
     spec = EmbeddingSpec([TableSpec("a", num_rows)], DIM)
     arrays = {name: np.array(leaf) for name, leaf in leaves.named(emb).items()}
     arrays["table.rows"] = arrays["table.rows"][:num_rows]
-    arrays["cache.tags"] = np.where(arrays["cache.tags"] >= num_rows, mpembed.NO_ID, arrays["cache.tags"])
+    arrays["cache.tags"] = np.where(
+        arrays["cache.tags"] >= num_rows, mpembed.NO_ID, arrays["cache.tags"]
+    )
     sets, ways = arrays["cache.tags"].shape
     for shards in (1, 2):
         spread = placements.by_shard(arrays, placements.Division(shards), spec)
         local = -(-num_rows // shards)
         for row in (0, 1, 2, 77, num_rows - 1):
             np.testing.assert_array_equal(
-                spread["table.rows"][row % shards * local + row // shards], arrays["table.rows"][row]
+                spread["table.rows"][row % shards * local + row // shards],
+                arrays["table.rows"][row],
             )
         share = sets // shards
         for line, tag in enumerate(arrays["cache.tags"].ravel()):
@@ -557,12 +654,16 @@ def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
                 assert spread["cache.tags"][place] == tag
             else:
                 assert spread["cache.tags"][place] * shards + number % shards == tag
-            np.testing.assert_array_equal(spread["cache.rows"][place[0] * ways + way], arrays["cache.rows"][line])
+            np.testing.assert_array_equal(
+                spread["cache.rows"][place[0] * ways + way], arrays["cache.rows"][line]
+            )
             assert spread["cache.dirty"][place] == arrays["cache.dirty"][number, way]
         groups = arrays["cache.sketch"].shape[1]
         for group in range(groups):
             place = group % shards * (groups // shards) + group // shards
-            np.testing.assert_array_equal(spread["cache.sketch"][:, place], arrays["cache.sketch"][:, group])
+            np.testing.assert_array_equal(
+                spread["cache.sketch"][:, place], arrays["cache.sketch"][:, group]
+            )
         back = placements.by_id(spread, placements.Division(shards), spec)
         for name, array in arrays.items():
             if not name.startswith("row_state"):

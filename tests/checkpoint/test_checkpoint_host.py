@@ -47,7 +47,9 @@ def batch(step):
 def train_step(state, tracker, ids):
     state, plan = mpembed.prefetch(state, ids)
     rows = mpembed.lookup(state, plan)
-    return mpembed.apply_gradients(state, plan, rows, rows * 8, tx=MOMENTUM), checkpoint.mark(tracker, plan)
+    return mpembed.apply_gradients(state, plan, rows, rows * 8, tx=MOMENTUM), checkpoint.mark(
+        tracker, plan
+    )
 
 
 def trained(kind, begin, end, state=None, tracker=None):
@@ -62,7 +64,9 @@ def trained(kind, begin, end, state=None, tracker=None):
 def assert_same(state, other):
     """Every bit; and every array where a state of its spec keeps it, in its type as in its sharding."""
     named = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
-    for ((path, a), b), home in zip(named, jax.tree.leaves(first(state.spec.memory_kind)), strict=True):
+    for ((path, a), b), home in zip(
+        named, jax.tree.leaves(first(state.spec.memory_kind)), strict=True
+    ):
         assert a.dtype == b.dtype, path
         assert np.array(a).tobytes() == np.array(b).tobytes(), path
         assert a.sharding.memory_kind == home.sharding.memory_kind, path
@@ -89,7 +93,10 @@ def test_increments_restore_from_either_memory_to_either(kinds, tmp_path):
     full = checkpoint.save(tmp_path, 4, {"emb": state})
     for step in (4, 6):
         state, tracker = trained(before, step, step + 2, state)
-        assert checkpoint.save(tmp_path, step + 2, {"emb": state}, tracker=tracker).nbytes < full.nbytes
+        assert (
+            checkpoint.save(tmp_path, step + 2, {"emb": state}, tracker=tracker).nbytes
+            < full.nbytes
+        )
     restored = checkpoint.restore(tmp_path, {"emb": first(after, 1)})["emb"]
     assert_same(restored, state)
     assert_same(trained(after, 8, 10, restored)[0], trained(before, 8, 10, state)[0])
@@ -111,7 +118,9 @@ def test_a_damaged_file_is_refused_and_the_older_checkpoint_taken(tmp_path):
     older, _ = trained(HOST, 0, 2)
     checkpoint.save(tmp_path, 2, {"emb": older})
     checkpoint.save(tmp_path, 4, {"emb": trained(HOST, 2, 4, older)[0]})
-    file = max((f for f in (tmp_path / "step_4").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file = max(
+        (f for f in (tmp_path / "step_4").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -146,7 +155,9 @@ def test_no_more_than_a_block_is_on_the_device_at_once(monkeypatch):
     assert [at for at, _ in read] == np.cumsum([0, *[len(rows) for _, rows in read]])[:-1].tolist()
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in read]), array)
     take, sizes = indexing.take, []
-    monkeypatch.setattr(indexing, "take", lambda rows, index: sizes.append(index.size) or take(rows, index))
+    monkeypatch.setattr(
+        indexing, "take", lambda rows, index: sizes.append(index.size) or take(rows, index)
+    )
     index = np.arange(500, dtype=np.int32)[::-1]
     np.testing.assert_array_equal(increments.gather(array, index), np.array(array)[index])
     assert max(sizes) * array.nbytes // len(array) <= host_memory._BLOCK
@@ -155,7 +166,10 @@ def test_no_more_than_a_block_is_on_the_device_at_once(monkeypatch):
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (700,), (700, 3)])
 def test_arrays_outside_of_embedding_states_stay_in_host_memory(shape, tmp_path):
     values = np.random.default_rng(0).integers(0, 99, shape).astype(np.int16)
-    tree = {"x": host_memory.from_numpy(values, HOST), "step": np.arange(3)}  # orbax writes no tree without entries
+    tree = {
+        "x": host_memory.from_numpy(values, HOST),
+        "step": np.arange(3),
+    }  # orbax writes no tree without entries
     checkpoint.save(tmp_path, 0, tree)
     restored = checkpoint.restore(tmp_path, tree)["x"]
     assert indexing.is_on_host(restored)

@@ -48,7 +48,9 @@ def trainer(shards, placement=None):
         abstract = jax.eval_shape(lambda: init(shards, placement=placement))
         specs = mpembed.partition_specs(abstract)
         batch = P(None, abstract.layout.batch_axes)
-        run = jax.shard_map(run, mesh=abstract.layout.mesh, in_specs=(specs, (batch, batch)), out_specs=(specs, P()))
+        run = jax.shard_map(
+            run, mesh=abstract.layout.mesh, in_specs=(specs, (batch, batch)), out_specs=(specs, P())
+        )
     return jax.jit(run)
 
 
@@ -70,7 +72,9 @@ def all_rows(state):
 def assert_same(state, expected):
     """Every array of two states of one layout, bit for bit, and where they lie."""
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
         name = jax.tree_util.keystr(path)
         assert got.dtype == want.dtype, name
         np.testing.assert_array_equal(got, want, err_msg=name)
@@ -106,9 +110,15 @@ def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(before, after
     assert ("placed on" in caplog.text) == (before != after)
     np.testing.assert_array_equal(all_rows(state), all_rows(states[before]))
     layout = target["emb"].layout
-    moved = states[before] if before == after else sharding.relayout(states[before], mesh=layout and layout.mesh)
+    moved = (
+        states[before]
+        if before == after
+        else sharding.relayout(states[before], mesh=layout and layout.mesh)
+    )
     assert_same(state, moved)
-    if before == after:  # elsewhere it is the state that relayout makes, which test_sharding trains on
+    if (
+        before == after
+    ):  # elsewhere it is the state that relayout makes, which test_sharding trains on
         assert_same(train(state, 1), train(states[before], 1))
 
 
@@ -129,7 +139,9 @@ def test_a_target_of_shapes_is_placed_by_its_layout(saved):
 
 
 @pytest.mark.parametrize("after", [None, 4])
-def test_whole_tables_move_with_their_dirty_lines_written(after, saved, of_tables, tmp_path, caplog):
+def test_whole_tables_move_with_their_dirty_lines_written(
+    after, saved, of_tables, tmp_path, caplog
+):
     """From whole tables per shard to rows by MOD and back: as `relayout`, which flushes and begins with an empty cache."""
     state = of_tables
     checkpoint.save(tmp_path, 1, state)
@@ -151,7 +163,13 @@ def test_a_format_is_changed_on_whole_tables_with_their_lines(of_tables, tmp_pat
     state = of_tables
     checkpoint.save(tmp_path, 1, state)
     mesh = state.layout.mesh
-    target = mpembed.init(jax.random.key(0), dataclasses.replace(SPEC, storage="float32"), TX, mesh=mesh, placement=TABLES)
+    target = mpembed.init(
+        jax.random.key(0),
+        dataclasses.replace(SPEC, storage="float32"),
+        TX,
+        mesh=mesh,
+        placement=TABLES,
+    )
     wide = checkpoint.restore(tmp_path, target)
     np.testing.assert_array_equal(all_rows(wide), all_rows(state))
     for name in ("tags", "rows", "priority", "sketch"):
@@ -173,7 +191,10 @@ def marked_trainer(shards, placement=None):
             tracker = checkpoint.mark(tracker, plan)
             rows = mpembed.lookup(state, plan)
             _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-            return (mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX), tracker), None
+            return (
+                mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX),
+                tracker,
+            ), None
 
         return jax.lax.scan(marked, (state, tracker), batches)[0]
 
@@ -195,7 +216,9 @@ def marked(state, steps):
     """Trains a copy of the state over some steps of stream 1; returns it with its tracker."""
     layout, batches = state.layout, jax.tree.map(lambda a: a[steps], stream(1))
     tracker, state = checkpoint.track(state), jax.tree.map(jax.numpy.copy, state)
-    return marked_trainer(layout and layout.mesh.size, layout and layout.placement)(state, tracker, batches)
+    return marked_trainer(layout and layout.mesh.size, layout and layout.placement)(
+        state, tracker, batches
+    )
 
 
 def manifest_of(folder, step):
@@ -208,13 +231,17 @@ def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables,
     _, states = saved
     state = states[4]
     if kind == "replicated":
-        state = sharding.relayout(state, mesh=state.layout.mesh, placement=mpembed.Placement("replicated"))
+        state = sharding.relayout(
+            state, mesh=state.layout.mesh, placement=mpembed.Placement("replicated")
+        )
     state = of_tables if kind == "tables" else state
     full = checkpoint.save(tmp_path, 0, {"emb": state})
     for link, steps in ((1, slice(0, 2)), (2, slice(2, 4))):
         after, tracker = marked(state, steps)
         if link == 1:
-            after = jax.jit(mpembed.flush)(after)  # writes lines that were dirty, of rows that no step named
+            after = jax.jit(mpembed.flush)(
+                after
+            )  # writes lines that were dirty, of rows that no step named
             assert (np.asarray(tracker.was_dirty) & ~np.asarray(tracker.bits)).any()
         part = checkpoint.save(tmp_path, link, {"emb": after}, tracker=tracker)
         assert part.nbytes < 0.7 * full.nbytes
@@ -228,7 +255,10 @@ def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables,
         checkpoint.save(tmp_path / "one", 0, {"emb": states[None]})
         checkpoint.save(tmp_path / "one", 1, {"emb": jax.jit(mpembed.flush)(one)}, tracker=tracker)
         rows, lines = (
-            [manifest_of(folder, 1)["arrays"][f"emb.touched_{kind}"]["shape"] for folder in (tmp_path, tmp_path / "one")]
+            [
+                manifest_of(folder, 1)["arrays"][f"emb.touched_{kind}"]["shape"]
+                for folder in (tmp_path, tmp_path / "one")
+            ]
             for kind in ("rows", "lines")
         )
         assert rows[0] == rows[1]

@@ -28,12 +28,18 @@ def standard_promotion():
 NUM_ROWS, DIM = 300, 8
 SMALL = dict(num_rows=96, ways=8)
 CASES = {
-    "int8-lfu": (dict(storage="int8", cache=CacheSpec(**SMALL)), mpembed.optim.rowwise_adagrad(0.1)),
+    "int8-lfu": (
+        dict(storage="int8", cache=CacheSpec(**SMALL)),
+        mpembed.optim.rowwise_adagrad(0.1),
+    ),
     "int4-lru-bf16-state": (
         dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"),
         optax.adam(optax.exponential_decay(0.05, 10, 0.9)),
     ),
-    "float32-none": (dict(storage="float32", cache=None, skip_nonfinite=True), optax.sgd(0.1, momentum=0.9)),
+    "float32-none": (
+        dict(storage="float32", cache=None, skip_nonfinite=True),
+        optax.sgd(0.1, momentum=0.9),
+    ),
 }
 
 
@@ -54,7 +60,9 @@ def training(tx):
     def step(state, ids):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        grads = jax.grad(lambda rows: jnp.sum(jnp.sin(3 * mpembed.pool(rows, plan.inverse)) + 0.1))(rows)
+        grads = jax.grad(lambda rows: jnp.sum(jnp.sin(3 * mpembed.pool(rows, plan.inverse)) + 0.1))(
+            rows
+        )
         return mpembed.apply_gradients(state, plan, rows, grads, tx=tx), None
 
     return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches)[0])
@@ -75,11 +83,15 @@ def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     state = mpembed.init(jax.random.key(0), spec, tx)
     train = training(tx)
     batches = ids_of(100)
-    state = train(state, batches)  # 100 steps before: the cache is full, lines are dirty, counters have moved
+    state = train(
+        state, batches
+    )  # 100 steps before: the cache is full, lines are dirty, counters have moved
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
         restored = checkpointer.restore(tmp_path / "state", shapes)
         other = checkpointer.restore(tmp_path / "state", mpembed.init(jax.random.key(1), spec, tx))
     assert type(restored) is mpembed.EmbeddingState
@@ -92,7 +104,9 @@ def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     assert int(resumed.step) == 200
     if spec.cache is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a cache this small bypasses a fifth of its ids, and stats says so
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # a cache this small bypasses a fifth of its ids, and stats says so
             stats = mpembed.stats(resumed)
         assert stats.write_backs > 0 or spec.cache.policy == "lfu"
         assert 0 < stats.hits < stats.unique
@@ -162,8 +176,14 @@ def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
 
 
 EQUAL_SHAPES = {
-    "policy": (dict(storage="int8", cache=CacheSpec(**SMALL)), dict(storage="int8", cache=CacheSpec(**SMALL, policy="lru"))),
-    "row state dtype": (dict(storage="int8", cache=None), dict(storage="int8", cache=None, row_state_dtype="bfloat16")),
+    "policy": (
+        dict(storage="int8", cache=CacheSpec(**SMALL)),
+        dict(storage="int8", cache=CacheSpec(**SMALL, policy="lru")),
+    ),
+    "row state dtype": (
+        dict(storage="int8", cache=None),
+        dict(storage="int8", cache=None, row_state_dtype="bfloat16"),
+    ),
     "format": (dict(storage="bfloat16", cache=None), dict(storage="float16", cache=None)),
 }
 
@@ -177,7 +197,11 @@ def test_restoring_into_another_spec_of_equal_shapes_does_not_go_unnoticed(case,
         checkpointer.save(tmp_path / "state", mpembed.init(jax.random.key(0), saved, tx))
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match="spec"):
-            mpembed.stats(checkpointer.restore(tmp_path / "state", mpembed.init(jax.random.key(0), target, tx)))
+            mpembed.stats(
+                checkpointer.restore(
+                    tmp_path / "state", mpembed.init(jax.random.key(0), target, tx)
+                )
+            )
 
 
 def test_a_checkpoint_needs_no_flush_and_holds_every_array_of_the_state(tmp_path):
@@ -191,7 +215,9 @@ def test_a_checkpoint_needs_no_flush_and_holds_every_array_of_the_state(tmp_path
 
     def by_name(tree):
         leaves = jax.tree.leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
+        }
 
     stored, held = by_name(on_disk), by_name(state)
     assert stored.keys() == held.keys()

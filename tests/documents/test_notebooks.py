@@ -45,10 +45,14 @@ def test_relative_links_lead_to_files(path):
 
 def run(name, **environment):
     """Runs a notebook in small, with a pip that reaches no index; returns what it printed."""
-    quiet = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "CRITEO_FOLDER")}
+    quiet = {
+        key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "CRITEO_FOLDER")
+    }
     settings = {"MPEMBED_SMALL": "1", "PIP_NO_INDEX": "1", "JAX_PLATFORMS": "cpu", **environment}
     command = [sys.executable, str(ROOT / "tests/run_notebook.py"), f"{name}.ipynb"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "colab", env={**quiet, **settings})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT / "colab", env={**quiet, **settings}
+    )
     assert done.returncode == 0, done.stderr + done.stdout[-2000:]
     return done.stdout
 
@@ -62,7 +66,9 @@ def test_the_quickstart_finds_items_in_less_time_and_memory():
     assert "figures: 1" in printed
     recall = number(r"recall@100 among 50,000 items: ([\d.]+)%", printed)
     assert recall > 1.5 * number(r"popular items: ([\d.]+)%", printed)
-    plain, cached = (number(rf"{name}: .* take ([\d.]+) GB", printed) for name in ("nnx.Embed", "nn.CachedEmbed"))
+    plain, cached = (
+        number(rf"{name}: .* take ([\d.]+) GB", printed) for name in ("nnx.Embed", "nn.CachedEmbed")
+    )
     assert cached < plain / 4
 
 
@@ -81,7 +87,10 @@ def test_the_dlrm_notebook_compares_runs_and_reads_a_train_txt(tmp_path):
         rows = dict(re.findall(r"^((?:FP32|INT)[\w %+]*?) {2,}(0\.\d{4}) ", table, re.MULTILINE))
         assert list(rows) == ["FP32", "INT8 + 5 %", "FP32 hashed as INT8 + 5 %"]
         assert all(0.3 < float(auc) < 0.9 for auc in rows.values())
-    assert "12,000 training and 2,000 test rows" in printed and "2,400 training and 200 test rows" in printed
+    assert (
+        "12,000 training and 2,000 test rows" in printed
+        and "2,400 training and 200 test rows" in printed
+    )
 
 
 def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
@@ -89,7 +98,9 @@ def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     assert "figures: 1" in printed
     assert "33,762,577 rows" in printed and "204,184,588 rows" in printed
     int8 = re.search(r"^int8 .*$", printed, re.MULTILINE)[0].split()
-    assert float(int8[1]) == pytest.approx(33_762_577 * (68 + 4) / 1e9, abs=0.06)  # row of D = 64, optimizer's number
+    assert float(int8[1]) == pytest.approx(
+        33_762_577 * (68 + 4) / 1e9, abs=0.06
+    )  # row of D = 64, optimizer's number
     assert re.search(r"^int4 \+ 5% cache .* fits in 12.0 GB", printed, re.MULTILINE)
     assert re.search(r"^float32, no cache .* does not fit", printed, re.MULTILINE)
 
@@ -189,12 +200,21 @@ def test_pip_is_asked_for_a_jax_that_fits(cell, cuda, versions, platform, wanted
 
 def test_extras_of_the_project_itself_are_asked_for_by_what_they_need(cell):
     """The project is on no index, so pip cannot be asked for "mpembed_jax[cpu]"."""
-    own = {"name": "p_q", "optional-dependencies": {"all": ["p_q[a,b]", "c>=1"], "a": ["x"], "b": ["p_q[a]", "p_q_more[z]"]}}
+    own = {
+        "name": "p_q",
+        "optional-dependencies": {
+            "all": ["p_q[a,b]", "c>=1"],
+            "a": ["x"],
+            "b": ["p_q[a]", "p_q_more[z]"],
+        },
+    }
     assert cell["requirements"](own, "all") == ["x", "x", "p_q_more[z]", "c>=1"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = cell["requirements"](project, "experiments")
     assert not [requirement for requirement in wanted if requirement.startswith(project["name"])]
-    assert {"numba", "tensorflow-datasets", "matplotlib"} <= {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+    assert {"numba", "tensorflow-datasets", "matplotlib"} <= {
+        re.match(r"[\w-]+", requirement)[0] for requirement in wanted
+    }
 
 
 def test_an_old_jax_on_a_tpu_is_the_users_to_replace(cell):
@@ -248,6 +268,17 @@ def test_the_citation_names_the_software_and_the_paper():
     assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
     assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
     (paper,) = citation["references"]
-    assert paper["title"] == "Mixed-Precision Embedding Using a Cache" and paper["type"] == "article"
-    assert [author["family-names"] for author in paper["authors"]] == ["Yang", "Huang", "Park", "Tang", "Tulloch"]
-    assert paper["url"] == "https://arxiv.org/abs/2010.11305" and "arXiv 2010.11305" in (ROOT / "README.md").read_text()
+    assert (
+        paper["title"] == "Mixed-Precision Embedding Using a Cache" and paper["type"] == "article"
+    )
+    assert [author["family-names"] for author in paper["authors"]] == [
+        "Yang",
+        "Huang",
+        "Park",
+        "Tang",
+        "Tulloch",
+    ]
+    assert (
+        paper["url"] == "https://arxiv.org/abs/2010.11305"
+        and "arXiv 2010.11305" in (ROOT / "README.md").read_text()
+    )

@@ -19,7 +19,9 @@ def blocks(language):
 
 def test_every_python_snippet_runs(tmp_path, capsys):
     code = "\n".join(blocks("python"))
-    with jax.numpy_dtype_promotion("standard"):  # optax.adam itself does not hold under strict promotion
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # optax.adam itself does not hold under strict promotion
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
     assert "hit rate" in printed
@@ -29,7 +31,11 @@ def test_every_python_snippet_runs(tmp_path, capsys):
 def test_the_five_lines_are_the_difference_of_two_working_scripts():
     plain = (ROOT / "tests/snippets/nnx_plain.py").read_text().splitlines()
     cached = (ROOT / "tests/snippets/nnx_cached.py").read_text().splitlines()
-    changed = [line for line in difflib.ndiff(plain, cached) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    changed = [
+        line
+        for line in difflib.ndiff(plain, cached)
+        if line[:2] in ("+ ", "- ") and line[2:].strip()
+    ]
     (diff,) = blocks("diff")
     assert [block.rstrip() for block in blocks("py")] == ["\n".join(plain), "\n".join(cached)]
     shown = [line for line in diff.splitlines() if line[:1] in "+-" and line[1:].strip()]
@@ -40,7 +46,9 @@ def test_the_five_lines_are_the_difference_of_two_working_scripts():
             assert line[1:] in plain
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\| ((?:float32|bfloat16|int|float8).*?) \|$", README, re.MULTILINE))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^\| ((?:float32|bfloat16|int|float8).*?) \|$", README, re.MULTILINE)
+)
 def test_bytes_per_row_are_the_formats_own(line):
     names, *sizes = line.split(" | ")
     for name in names.split(", "):
@@ -51,7 +59,11 @@ def test_bytes_per_row_are_the_formats_own(line):
 def test_the_linen_lines_are_the_difference_of_two_working_scripts():
     plain = (ROOT / "tests/snippets/linen_plain.py").read_text().splitlines()
     cached = (ROOT / "tests/snippets/linen_cached.py").read_text().splitlines()
-    changed = [line for line in difflib.ndiff(plain, cached) if line[:2] in ("+ ", "- ") and line[2:].strip()]
+    changed = [
+        line
+        for line in difflib.ndiff(plain, cached)
+        if line[:2] in ("+ ", "- ") and line[2:].strip()
+    ]
     (diff,) = blocks("diff linen")
     assert [line[0] + line[2:] for line in changed] == diff.splitlines()
     assert len([line for line in changed if line[0] == "+"]) == 5
@@ -60,4 +72,6 @@ def test_the_linen_lines_are_the_difference_of_two_working_scripts():
 def test_the_two_commands_install_what_they_need():
     commands = blocks("sh")
     assert len(commands) == 2
-    assert all(command.startswith("pip install") and " && python -m " in command for command in commands)
+    assert all(
+        command.startswith("pip install") and " && python -m " in command for command in commands
+    )

@@ -17,7 +17,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mpembed_jax"
 
 ADAPTERS = {"sharding", "nn", "checkpoint"}  # the public rooms that the core does not import
-HEAVY = ("flax", "numba", "orbax", "polars", "matplotlib", "sklearn", "torch", "tensorflow", "pandas")
+HEAVY = (
+    "flax",
+    "numba",
+    "orbax",
+    "polars",
+    "matplotlib",
+    "sklearn",
+    "torch",
+    "tensorflow",
+    "pandas",
+)
 PUBLIC_MODULES = {"memory", "optim"} | ADAPTERS
 
 
@@ -34,8 +44,15 @@ def parse(path):
     """The syntax tree of a module, or of a notebook's code cells without shell lines."""
     text = path.read_text()
     if path.suffix == ".ipynb":
-        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-        text = "\n".join(line if line.lstrip()[:1] not in ("%", "!") else "" for line in "\n".join(cells).splitlines())
+        cells = [
+            "".join(cell["source"])
+            for cell in json.loads(text)["cells"]
+            if cell["cell_type"] == "code"
+        ]
+        text = "\n".join(
+            line if line.lstrip()[:1] not in ("%", "!") else ""
+            for line in "\n".join(cells).splitlines()
+        )
     return ast.parse(text, str(path))
 
 
@@ -64,7 +81,9 @@ def package_imports(tree, package="mpembed_jax"):
             if len(parts) > 1:
                 yield parts[1]
             else:
-                yield from (alias.name if alias.name in rooms else "__init__" for alias in node.names)
+                yield from (
+                    alias.name if alias.name in rooms else "__init__" for alias in node.names
+                )
 
 
 def levels(line):
@@ -74,7 +93,9 @@ def levels(line):
 
 def direction():
     """The two lines of DESIGN.md: rooms of the package, back ends inside ops."""
-    block = (PACKAGE / "DESIGN.md").read_text().split("<!-- import direction -->")[1].split("```")[1]
+    block = (
+        (PACKAGE / "DESIGN.md").read_text().split("<!-- import direction -->")[1].split("```")[1]
+    )
     rooms, backends = block.strip().splitlines()
     return levels(rooms), levels(backends)
 
@@ -101,13 +122,19 @@ def test_imports_point_one_way(path):
     here = level_of(room, rooms)
     for imported in set(package_imports(parse(path))) - {room}:
         if imported == "__init__":
-            assert room in ADAPTERS, f"{path.name} imports the package itself, which only an adapter may"
+            assert room in ADAPTERS, (
+                f"{path.name} imports the package itself, which only an adapter may"
+            )
             continue
         there = level_of(imported, rooms)
-        assert there < here or here == there == len(rooms) - 1, f"{path.name} imports {imported}, which {room} may not"
+        assert there < here or here == there == len(rooms) - 1, (
+            f"{path.name} imports {imported}, which {room} may not"
+        )
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_back_ends_import_the_reference_and_not_each_other(path):
     _, backends = direction()
     here = path.relative_to(PACKAGE).parts[1].removesuffix(".py")
@@ -118,7 +145,9 @@ def test_back_ends_import_the_reference_and_not_each_other(path):
         rest = module.split(".")[2:3] or [alias.name for alias in node.names]
         for there in rest:
             is_own = there == here
-            assert is_own or level_of(f"ops/{there}", backends) < level_of(f"ops/{here}", backends), f"{path}: {there}"
+            assert is_own or level_of(f"ops/{there}", backends) < level_of(
+                f"ops/{here}", backends
+            ), f"{path}: {there}"
 
 
 @pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -155,7 +184,9 @@ def dotted(node):
 
 def outside_files():
     found = (p for folder in ("experiments", "colab") for p in (ROOT / folder).rglob("*"))
-    return sorted(p for p in found if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts)
+    return sorted(
+        p for p in found if p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts
+    )
 
 
 @pytest.mark.parametrize("path", outside_files(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -166,9 +197,13 @@ def test_experiments_use_public_names_only(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "mpembed_jax":
-                    aliases[alias.asname or "mpembed_jax"] = alias.name if alias.asname else "mpembed_jax"
+                    aliases[alias.asname or "mpembed_jax"] = (
+                        alias.name if alias.asname else "mpembed_jax"
+                    )
                     check_public(alias.name, path, node.lineno)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mpembed_jax":
+        elif (
+            isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mpembed_jax"
+        ):
             for alias in node.names:
                 check_public(f"{node.module}.{alias.name}", path, node.lineno)
                 aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
@@ -183,7 +218,9 @@ def check_public(name, path, line):
     _, *parts = name.split(".")
     place = f"{path.name}:{line}: {name}"
     assert not any(part.startswith("_") for part in parts), f"{place} is private"
-    assert not parts or parts[0] in {*mpembed.__all__, *PUBLIC_MODULES}, f"{place} is not a public name"
+    assert not parts or parts[0] in {*mpembed.__all__, *PUBLIC_MODULES}, (
+        f"{place} is not a public name"
+    )
 
 
 # --- documentation
@@ -218,7 +255,9 @@ def test_every_public_name_exists_and_has_a_docstring():
         value = getattr(mpembed, name)
         if name != "NO_ID":
             assert (value.__doc__ or "").strip(), f"{name} has no docstring"
-            assert not re.match(rf"{name}\(", value.__doc__), f"{name} has only its signature for a docstring"
+            assert not re.match(rf"{name}\(", value.__doc__), (
+                f"{name} has only its signature for a docstring"
+            )
 
 
 def public_callables(module):
@@ -230,7 +269,9 @@ def public_callables(module):
         if inspect.isfunction(value):
             yield name, value
         elif inspect.isclass(value):
-            methods = {k: m for k, m in vars(value).items() if is_public(k) and inspect.isfunction(m)}
+            methods = {
+                k: m for k, m in vars(value).items() if is_public(k) and inspect.isfunction(m)
+            }
             yield from ((f"{name}.{k}", m) for k, m in methods.items())
 
 
@@ -245,13 +286,19 @@ def test_arguments_of_public_functions_are_described(name):
         missing = [a for a in arguments if not re.search(rf"\b{re.escape(a)}\b", text)]
         if missing and ("." not in qualified or len(arguments) > 1):
             undescribed.append(f"{qualified}: {', '.join(missing)}")
-    assert not undescribed, "docstrings say nothing about these arguments:\n" + "\n".join(undescribed)
+    assert not undescribed, "docstrings say nothing about these arguments:\n" + "\n".join(
+        undescribed
+    )
 
 
 @pytest.mark.parametrize("name", ["EmbeddingSpec", "CacheSpec", "TableSpec", "RowFormat"])
 def test_fields_of_specs_are_described(name):
     cls = getattr(mpembed, name)
-    missing = [f for f in inspect.signature(cls).parameters if not re.search(rf"^\s+{f}: ", cls.__doc__, re.MULTILINE)]
+    missing = [
+        f
+        for f in inspect.signature(cls).parameters
+        if not re.search(rf"^\s+{f}: ", cls.__doc__, re.MULTILINE)
+    ]
     assert not missing, f"the docstring of {name} says nothing about {', '.join(missing)}"
 
 
@@ -264,7 +311,9 @@ def test_the_package_is_marked_as_typed_and_ships_the_mark():
 
 
 def test_no_tracked_file_names_a_place_on_one_machine():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     # Spelled in pieces, or this file would find itself.
@@ -279,7 +328,11 @@ def test_no_tracked_file_names_a_place_on_one_machine():
             text = path.read_text()
         except UnicodeDecodeError:
             continue
-        found += [f"{name}:{n}: {line.strip()[:100]}" for n, line in enumerate(text.splitlines(), 1) if places.search(line)]
+        found += [
+            f"{name}:{n}: {line.strip()[:100]}"
+            for n, line in enumerate(text.splitlines(), 1)
+            if places.search(line)
+        ]
     assert not found, "\n".join(found)
 
 
@@ -305,11 +358,15 @@ print(json.dumps(dict(
 
 def test_import_is_cheap_loads_no_adapter_and_changes_no_configuration():
     """At most half of the processor's time for jax, numpy and optax (it is a fifth); importing starts no back end."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)
     assert run["share"] < 0.5
     assert run["changed"] == []
     assert not [name for name in HEAVY if name in run["loaded"]]
-    assert not [n for n in run["third_party"] if n not in sys.stdlib_module_names and n != "mpembed_jax"]
+    assert not [
+        n for n in run["third_party"] if n not in sys.stdlib_module_names and n != "mpembed_jax"
+    ]
     assert run["backends"] == 0

@@ -16,19 +16,27 @@ POSITIONS = BATCH * FEATURES
 
 def compiled_step(storage, policy, budget, implementation):
     cache = None if policy is None else mpembed.CacheSpec(0.05, policy=policy)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("items", ROWS)], DIM, storage, cache, max_unique_ids=budget)
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("items", ROWS)], DIM, storage, cache, max_unique_ids=budget
+    )
     tx = mpembed.optim.rowwise_adagrad(0.05)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids, upstream):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(partial(mpembed.pool, inverse=plan.inverse, implementation=implementation), rows)
+        vectors, pull_back = jax.vjp(
+            partial(mpembed.pool, inverse=plan.inverse, implementation=implementation), rows
+        )
         return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
 
-    state = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), spec, tx, implementation=implementation))
+    state = jax.eval_shape(
+        lambda: mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+    )
     ids = jax.ShapeDtypeStruct((BATCH, FEATURES), jnp.int32)
-    return state, step.lower(state, ids, jax.ShapeDtypeStruct((*ids.shape, DIM), jnp.float32)).compile()
+    return state, step.lower(
+        state, ids, jax.ShapeDtypeStruct((*ids.shape, DIM), jnp.float32)
+    ).compile()
 
 
 @pytest.mark.parametrize("implementation", ["xla_chunked", "numba"])
@@ -52,4 +60,9 @@ def test_a_step_passes_over_nothing_larger_than_its_batch(storage, policy, budge
 
 
 def math_prod(shape):
-    return int(np.prod([int(n) for n in (shape.split(",") if isinstance(shape, str) else shape)], dtype=np.int64))
+    return int(
+        np.prod(
+            [int(n) for n in (shape.split(",") if isinstance(shape, str) else shape)],
+            dtype=np.int64,
+        )
+    )

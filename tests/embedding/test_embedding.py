@@ -93,11 +93,15 @@ def test_training_equals_a_dictionary_of_rows(name, dim, policy, lines, ways, bu
     def store(row, stream, step, row_id):
         if rounding == "nearest" or name == "float32":
             return codec.store(row)
-        bits = row_bits(key, getattr(random_bits, stream), np.int32(step), np.int32([row_id]), num_columns=dim)
+        bits = row_bits(
+            key, getattr(random_bits, stream), np.int32(step), np.int32([row_id]), num_columns=dim
+        )
         return codec.store(row, np.asarray(bits)[0])
 
     geo = oracles.geometry(num_ids, num_rows=lines, ways=ways) if lines else oracles.NO_CACHE
-    model = oracles.DictEmbedding(np.asarray(table_rows(state)), geo, policy or "lru", store, max_unique_ids=budget)
+    model = oracles.DictEmbedding(
+        np.asarray(table_rows(state)), geo, policy or "lru", store, max_unique_ids=budget
+    )
     batches, grads = stream(dim, 40, 24, num_ids, dim)
     twin = jax.tree.map(jnp.copy, state)
     state, (unique_ids, rows, _) = train(state, batches, grads, SGD)
@@ -145,7 +149,9 @@ def test_flush_keeps_what_read_returns_and_writes_only_dirty_lines(int4_state):
     old, new = np.asarray(int4_state.table.rows), np.asarray(flushed.table.rows)
     np.testing.assert_array_equal(new[clean], old[clean])
     stored = np.asarray(table_rows(flushed))
-    gap = np.abs(before).max(1, keepdims=True) / 7 * 1.01  # int4 symmetric: scale <= absmax / 7, up to bfloat16
+    gap = (
+        np.abs(before).max(1, keepdims=True) / 7 * 1.01
+    )  # int4 symmetric: scale <= absmax / 7, up to bfloat16
     assert (np.abs(stored - before)[dirty_ids] <= gap[dirty_ids]).all()
     again = flush(flushed)
     np.testing.assert_array_equal(again.table.rows, flushed.table.rows)
@@ -161,7 +167,10 @@ def test_freeze_is_the_flushed_table(int4_state):
 
 
 def test_read_takes_any_nest_and_gives_zeros_outside(int4_state):
-    ids = {"a": np.array([[0, 5], [199, -1]], np.int32), "b": (np.int32(3), np.array([mpembed.NO_ID, 200], np.int32))}
+    ids = {
+        "a": np.array([[0, 5], [199, -1]], np.int32),
+        "b": (np.int32(3), np.array([mpembed.NO_ID, 200], np.int32)),
+    }
     rows = read(int4_state, ids)
     whole = all_rows(int4_state)
     np.testing.assert_array_equal(rows["a"].reshape(4, 6)[:3], whole[[0, 5, 199]])
@@ -174,7 +183,9 @@ def test_read_takes_any_nest_and_gives_zeros_outside(int4_state):
 def test_lookup_casts_only_its_result(int4_state):
     state, plan = jax.jit(mpembed.prefetch)(int4_state, np.arange(24, dtype=np.int32))
     rows = mpembed.lookup(state, plan)
-    np.testing.assert_array_equal(mpembed.lookup(state, plan, dtype=jnp.bfloat16), rows.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        mpembed.lookup(state, plan, dtype=jnp.bfloat16), rows.astype(jnp.bfloat16)
+    )
 
 
 def test_the_same_state_makes_the_same_next_state():
@@ -195,7 +206,11 @@ def test_the_same_state_makes_the_same_next_state():
 def test_to_dense_is_read_of_all_ids(storage):
     state = trained(storage)
     dense = mpembed.to_dense(state)
-    assert {name: x.shape for name, x in dense.items()} == {"table0": (70, 6), "table1": (1, 6), "table2": (129, 6)}
+    assert {name: x.shape for name, x in dense.items()} == {
+        "table0": (70, 6),
+        "table1": (1, 6),
+        "table2": (129, 6),
+    }
     np.testing.assert_array_equal(np.concatenate(list(dense.values())), all_rows(state))
     np.testing.assert_array_equal(mpembed.to_dense(state, ["table2"])["table2"], dense["table2"])
 
@@ -226,7 +241,9 @@ def test_from_dense_rounds_each_row_with_its_own_bits_and_reads_memory_maps(tmp_
     assert (np.abs(error) <= gap).all()
     assert abs((error / gap).mean()) < 5 * 0.5 / np.sqrt(error.size)
     near = dataclasses.replace(spec, storage=mpembed.RowFormat("int4", rounding="nearest"))
-    packed = np.asarray(mpembed.from_dense(KEY, near, SGD, {"table0": first, "table1": x}).table.rows)
+    packed = np.asarray(
+        mpembed.from_dense(KEY, near, SGD, {"table0": first, "table1": x}).table.rows
+    )
     codec = row_oracle.Codec("int4", True, "bfloat16")
     for i in (0, 65_535, 65_536, 131_072, 150_002):
         np.testing.assert_array_equal(packed[5 + i], codec.encode(x[i]))
@@ -250,7 +267,10 @@ def test_a_budget_above_the_batch_is_no_budget():
 
 
 def test_nested_ids_keep_their_nesting(int4_state):
-    ids = {"a": np.array([[1, 2], [2, 150]], np.int32), "b": [np.array([199, 1, mpembed.NO_ID], np.int32)]}
+    ids = {
+        "a": np.array([[1, 2], [2, 150]], np.int32),
+        "b": [np.array([199, 1, mpembed.NO_ID], np.int32)],
+    }
     _, plan = jax.jit(mpembed.prefetch)(int4_state, ids)
     unique = np.asarray(plan.unique_ids)
     jax.tree.map(lambda i, x: np.testing.assert_array_equal(unique[i], x), plan.inverse, ids)
@@ -260,8 +280,12 @@ def test_nested_ids_keep_their_nesting(int4_state):
 def test_counters_pass_the_limits_of_32_bits():
     """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits; what 20 steps add must arrive, no more, no less."""
     state = mpembed.init(KEY, shapes.stack(200, 2, lines=150, ways=4, policy="lru"), SGD)
-    begin = np.resize([2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)).astype(np.uint64)
-    begin[[oracles.COUNTS.index("dropped"), oracles.COUNTS.index("bypasses")]] = 0  # these would warn
+    begin = np.resize(
+        [2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)
+    ).astype(np.uint64)
+    begin[[oracles.COUNTS.index("dropped"), oracles.COUNTS.index("bypasses")]] = (
+        0  # these would warn
+    )
     words = np.zeros(state.counters.shape, np.uint32)
     words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
     state = dataclasses.replace(state, counters=jnp.asarray(words))

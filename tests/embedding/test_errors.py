@@ -18,7 +18,13 @@ DIM = 4
 
 def stack(sizes=(20,), *, storage="float32", cache=None, **options):
     """Tables t0, t1, .. of these sizes."""
-    return EmbeddingSpec([TableSpec(f"t{k}", n) for k, n in enumerate(sizes)], DIM, storage=storage, cache=cache, **options)
+    return EmbeddingSpec(
+        [TableSpec(f"t{k}", n) for k, n in enumerate(sizes)],
+        DIM,
+        storage=storage,
+        cache=cache,
+        **options,
+    )
 
 
 def start(spec, tx=TX, seed=0):
@@ -29,7 +35,11 @@ def run(state, ids, scale=1.0):
     state, plan = mpembed.prefetch(state, ids)
     rows = mpembed.lookup(state, plan)
     vectors = mpembed.pool(rows, plan.inverse)
-    return mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, scale), tx=TX), vectors, plan
+    return (
+        mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, scale), tx=TX),
+        vectors,
+        plan,
+    )
 
 
 train = jax.jit(run, donate_argnums=0)
@@ -39,7 +49,9 @@ read = jax.jit(mpembed.read)
 
 def all_rows(state):
     if state.cache is None and state.spec.storage.name == "float32":
-        return np.array(state.table.rows).view(np.float32)  # the packed layout of float32, without a compilation
+        return np.array(state.table.rows).view(
+            np.float32
+        )  # the packed layout of float32, without a compilation
     return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
 
 
@@ -52,12 +64,17 @@ def assert_only_these_rows_moved(before, after, moved):
 
 
 @pytest.mark.parametrize(
-    "ids", [np.array([2**32 + 5]), np.array([3, 2**63], np.uint64), [1, 2**32 + 5], -(2**31) - 1], ids=str
+    "ids",
+    [np.array([2**32 + 5]), np.array([3, 2**63], np.uint64), [1, 2**32 + 5], -(2**31) - 1],
+    ids=str,
 )
 def test_ids_beyond_32_bits_are_refused_before_jax_truncates_them(ids):
     """jax would read 2**32 + 5 as 5."""
     for call in (mpembed.prefetch, mpembed.read):
-        with pytest.raises(ValueError, match=r"ids must fit int32.*spec\.global_ids, which checks ranges before jax trunc"):
+        with pytest.raises(
+            ValueError,
+            match=r"ids must fit int32.*spec\.global_ids, which checks ranges before jax trunc",
+        ):
             call(start(stack()), ids)
 
 
@@ -70,7 +87,10 @@ def test_ids_beyond_32_bits_pass_global_ids_without_becoming_another_row():
     assert_only_these_rows_moved(before, all_rows(state), {7})
     np.testing.assert_array_equal(vectors[0], 0.0)
     assert int(plan.counts.out_of_range) == 1
-    with pytest.raises(ValueError, match=r'id 4294967301 at \[0\] is outside its table of 20 rows.*"drop" or "clip"'):
+    with pytest.raises(
+        ValueError,
+        match=r'id 4294967301 at \[0\] is outside its table of 20 rows.*"drop" or "clip"',
+    ):
         stack(out_of_range="raise").global_ids({"t0": np.array([2**32 + 5, 7])})
 
 
@@ -78,11 +98,16 @@ def test_ids_beyond_32_bits_pass_global_ids_without_becoming_another_row():
 
 
 @pytest.mark.parametrize(
-    "ids", [np.ones(3), jnp.ones((2, 2)), 1.0, [1, 2.0], np.ones(3, bool), {"a": jnp.ones(2, bool)}], ids=str
+    "ids",
+    [np.ones(3), jnp.ones((2, 2)), 1.0, [1, 2.0], np.ones(3, bool), {"a": jnp.ones(2, bool)}],
+    ids=str,
 )
 def test_ids_that_are_no_integers_are_refused_with_their_dtype(ids):
     for call in (mpembed.prefetch, mpembed.read):
-        with pytest.raises(TypeError, match=r"ids must be int32 \[..\], got .*(float|bool).*cast them .*before prefetch"):
+        with pytest.raises(
+            TypeError,
+            match=r"ids must be int32 \[..\], got .*(float|bool).*cast them .*before prefetch",
+        ):
             call(start(stack()), ids)
 
 
@@ -108,7 +133,9 @@ def test_negative_ids_do_not_wrap_to_the_last_rows():
         stack(out_of_range="raise").global_ids({"t0": np.array([0, -1])})
 
 
-@pytest.mark.parametrize(("out_of_range", "moved", "num_out"), [("drop", {0}, 2), ("clip", {0, 2}, 0)])
+@pytest.mark.parametrize(
+    ("out_of_range", "moved", "num_out"), [("drop", {0}, 2), ("clip", {0, 2}, 0)]
+)
 def test_an_id_past_its_table_never_reaches_the_next_table(out_of_range, moved, num_out):
     """Tables of 3 and 5 rows: id 3 of the first is row 0 of the second in a naive stack."""
     spec = stack((3, 5), out_of_range=out_of_range)
@@ -117,7 +144,9 @@ def test_an_id_past_its_table_never_reaches_the_next_table(out_of_range, moved, 
     state, _, plan = train(state, spec.global_ids({"t0": np.array([3, 7, 0])})["t0"])
     assert_only_these_rows_moved(before, all_rows(state), moved)
     assert int(plan.counts.out_of_range) == num_out
-    with pytest.raises(ValueError, match=r"'t0': id 3 at \[0\] is outside its table of 3 rows \(2 such ids\)"):
+    with pytest.raises(
+        ValueError, match=r"'t0': id 3 at \[0\] is outside its table of 3 rows \(2 such ids\)"
+    ):
         stack((3, 5), out_of_range="raise").global_ids({"t0": np.array([3, 7, 0])})
 
 
@@ -157,7 +186,9 @@ def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
         jax.eval_shape(twice_in_one_step, state, jax.ShapeDtypeStruct((2,), jnp.int32))
 
     twice = apply(once, plan, rows, jnp.ones_like(rows))
-    jax.tree.map(np.testing.assert_array_equal, (twice.table, twice.cache), (once.table, once.cache))
+    jax.tree.map(
+        np.testing.assert_array_equal, (twice.table, twice.cache), (once.table, once.cache)
+    )
     with pytest.raises(ValueError, match=f"1 apply_gradients calls.*{FIX} and pass its plan"):
         mpembed.stats(twice)
 
@@ -205,15 +236,25 @@ def test_another_tx_than_inits_is_refused():
     state = start(stack(), optax.adam(0.1))
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
-    for tx in (optax.sgd(0.1), mpembed.optim.rowwise_adagrad(0.1), optax.chain(optax.adam(0.1), optax.clip(1.0))):
+    for tx in (
+        optax.sgd(0.1),
+        mpembed.optim.rowwise_adagrad(0.1),
+        optax.chain(optax.adam(0.1), optax.clip(1.0)),
+    ):
         with pytest.raises(ValueError, match="pass the same tx to init and apply_gradients"):
             mpembed.apply_gradients(state, plan, rows, rows, tx=tx)
-    with pytest.raises(TypeError, match=r"tx must be an optax gradient transformation such as optim\.rowwise_adagrad"):
+    with pytest.raises(
+        TypeError,
+        match=r"tx must be an optax gradient transformation such as optim\.rowwise_adagrad",
+    ):
         mpembed.apply_gradients(state, plan, rows, rows, tx=0.1)
 
 
 def test_an_optimizer_that_cannot_be_kept_by_row_is_refused_at_init():
-    with pytest.raises(ValueError, match=r"leaf .*v_row.* cannot be kept by row; use for example optim\.rowwise_adagrad"):
+    with pytest.raises(
+        ValueError,
+        match=r"leaf .*v_row.* cannot be kept by row; use for example optim\.rowwise_adagrad",
+    ):
         start(stack(), optax.adafactor(0.1))
 
 
@@ -236,7 +277,9 @@ def test_a_checkpoint_of_another_spec_is_refused_even_where_all_shapes_agree(cas
     """A checkpointer puts saved arrays into the tree of a target; equal shapes pass it (test_checkpoint_stock.py), so the
     state itself must tell that its arrays were made for another spec."""
     saved, target = (stack(**options) for options in OTHER_SPECS[case])
-    structure = jax.tree.structure(jax.eval_shape(lambda key: mpembed.init(key, target, TX), jax.random.key(0)))
+    structure = jax.tree.structure(
+        jax.eval_shape(lambda key: mpembed.init(key, target, TX), jax.random.key(0))
+    )
     restored = jax.tree.unflatten(structure, jax.tree.leaves(start(saved)))
     if case == "same":
         mpembed.stats(restored)
@@ -263,7 +306,10 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
     is_kept = np.isin(ids, list(kept))
     np.testing.assert_array_equal(np.asarray(vectors)[~is_kept], 0.0)
     np.testing.assert_array_equal(np.asarray(vectors)[is_kept], before[ids[is_kept]])
-    with pytest.warns(UserWarning, match=r"6 unique ids exceeded max_unique_ids=4.*raise max_unique_ids in the Embedding"):
+    with pytest.warns(
+        UserWarning,
+        match=r"6 unique ids exceeded max_unique_ids=4.*raise max_unique_ids in the Embedding",
+    ):
         assert mpembed.stats(state).dropped == 6
 
 
@@ -272,12 +318,17 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
 
 def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of():
     """Six lines, 100 unique ids a batch: the values are those of no cache at all; the warning names both numbers."""
-    ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(np.int32)
+    ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(
+        np.int32
+    )
     small, none = start(stack((120,), cache=CacheSpec(num_rows=6))), start(stack((120,)))
     for batch in ids:
         (small, _, _), (none, _, _) = train(small, batch), train(none, batch)
     np.testing.assert_array_equal(all_rows(small), all_rows(none))
-    with pytest.warns(UserWarning, match=r"about 100 unique ids, the cache 6 lines: raise CacheSpec\(fraction=\.\.\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"about 100 unique ids, the cache 6 lines: raise CacheSpec\(fraction=\.\.\)",
+    ):
         stats = mpembed.stats(small)
     assert stats.bypasses > 0.9 * stats.unique
 
@@ -289,14 +340,22 @@ def test_rows_and_gradients_of_another_shape_or_dtype_are_refused():
     state = start(stack())
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
-    with pytest.raises(ValueError, match=r"row_grads must be float32 \(3, 4\).*differentiate with respect to the rows that"):
+    with pytest.raises(
+        ValueError,
+        match=r"row_grads must be float32 \(3, 4\).*differentiate with respect to the rows that",
+    ):
         mpembed.apply_gradients(state, plan, rows, rows[plan.inverse], tx=TX)
-    with pytest.raises(ValueError, match=r"rows must be float32 \(3, 4\), got bfloat16; keep the rows in float32"):
-        mpembed.apply_gradients(state, plan, mpembed.lookup(state, plan, dtype=jnp.bfloat16), rows, tx=TX)
+    with pytest.raises(
+        ValueError, match=r"rows must be float32 \(3, 4\), got bfloat16; keep the rows in float32"
+    ):
+        mpembed.apply_gradients(
+            state, plan, mpembed.lookup(state, plan, dtype=jnp.bfloat16), rows, tx=TX
+        )
 
 
 @pytest.mark.parametrize(
-    "key", [0, np.zeros(2, np.int32), jnp.zeros((2, 2), jnp.uint32), jax.random.split(jax.random.key(0))]
+    "key",
+    [0, np.zeros(2, np.int32), jnp.zeros((2, 2), jnp.uint32), jax.random.split(jax.random.key(0))],
 )
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(TypeError, match=r"key must be jax\.random\.key\(\.\.\) or uint32 \[2\]"):
@@ -309,7 +368,9 @@ def test_typed_and_raw_keys_are_the_same_key():
 
 
 def test_an_unknown_implementation_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of xla, xla_chunked"):
+    with pytest.raises(
+        ValueError, match="unknown implementation 'cuda'; choose one of xla, xla_chunked"
+    ):
         mpembed.init(jax.random.key(0), stack(), TX, implementation="cuda")
 
 
@@ -344,7 +405,9 @@ def test_batches_without_ids_just_work(ids, lines):
     assert (stats.steps, stats.requests, stats.unique, stats.refused_updates) == (3, 6, 4, 0)
 
 
-@pytest.mark.parametrize("cache", [None, CacheSpec(), CacheSpec(policy="lru")], ids=["table", "lfu", "lru"])
+@pytest.mark.parametrize(
+    "cache", [None, CacheSpec(), CacheSpec(policy="lru")], ids=["table", "lfu", "lru"]
+)
 def test_a_user_in_x64_mode_gets_the_same_state(cache):
     """Traced only: no index or count widens, and the state keeps its dtypes from step to step."""
     with jax.enable_x64(True):

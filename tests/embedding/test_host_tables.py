@@ -35,7 +35,10 @@ def train_step(state, ids, upstream, tx):
 
 
 def stack(storage, lines, memory_kind):
-    tables = [mpembed.TableSpec("a", 120), mpembed.TableSpec("b", 30, jax.nn.initializers.normal(0.1))]
+    tables = [
+        mpembed.TableSpec("a", 120),
+        mpembed.TableSpec("b", 30, jax.nn.initializers.normal(0.1)),
+    ]
     cache = None if lines is None else mpembed.CacheSpec(num_rows=lines, ways=4)
     return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
 
@@ -78,7 +81,9 @@ def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implement
     batches = shapes.skewed_ids(3, 6, 90, 150, drift=1), shapes.dyadic(3, (6, 90, 6))
 
     def steps(state, batches):
-        return jax.lax.scan(lambda state, batch: train_step.__wrapped__(state, *batch, tx=tx), state, batches)
+        return jax.lax.scan(
+            lambda state, batch: train_step.__wrapped__(state, *batch, tx=tx), state, batches
+        )
 
     results = []
     small = dataclasses.replace(ops.IMPLEMENTATIONS[implementation], host_chunk=16)
@@ -104,7 +109,9 @@ def test_only_rows_that_miss_are_read_from_host_memory(lines, monkeypatch):
     take = indexing.take
     ids = np.arange(1, 71, dtype=np.int32)
     by = dataclasses.replace(ops.IMPLEMENTATIONS["xla"], host_chunk=16)
-    state = mpembed.init(jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation=by)
+    state = mpembed.init(
+        jax.random.key(0), stack("int8", lines, "pinned_host"), optax.sgd(0.25), implementation=by
+    )
     state, _ = jax.jit(mpembed.prefetch)(state, ids[:40])
     monkeypatch.setattr(indexing, "take", spy)
     with jax.disable_jit():
@@ -128,9 +135,14 @@ def host_gathers(jaxpr):
     """Rows of the result of every gather from host memory, in a jaxpr and in those within it."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive is jax.lax.gather_p and eqn.invars[0].aval.memory_space == jax.memory.Space.Host:
+        if (
+            eqn.primitive is jax.lax.gather_p
+            and eqn.invars[0].aval.memory_space == jax.memory.Space.Host
+        ):
             found.append(eqn.outvars[0].aval.shape[0])
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 found += host_gathers(getattr(inner, "jaxpr", inner))
     return found
@@ -139,7 +151,9 @@ def host_gathers(jaxpr):
 def test_the_report_says_what_is_in_host_memory():
     spec, tx = stack("int8", 24, "pinned_host"), optax.sgd(0.25, momentum=0.5)
     state = mpembed.init(jax.random.key(0), spec, tx)
-    held = [leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host"]
+    held = [
+        leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host"
+    ]
     report = mpembed.memory.report(spec, tx)
     assert report.host_bytes == sum(held) > report.components["table"]
     assert f"in host memory: {sum(held):,} B" in str(report)
@@ -147,7 +161,9 @@ def test_the_report_says_what_is_in_host_memory():
 
 
 def test_tables_loaded_from_dense_arrays_go_to_host_memory_too():
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 50)], 4, "float32", None, memory_kind="pinned_host")
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 50)], 4, "float32", None, memory_kind="pinned_host"
+    )
     rows = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
     state = mpembed.from_dense(jax.random.key(0), spec, optax.sgd(0.1), {"t": rows})
     assert kinds(state.table) == {"pinned_host"}

@@ -50,7 +50,9 @@ def options_for(name, ids):
     options = dict(options)
     if options.pop("weights", False):
         options["weights"] = jax.tree.map(lambda i: shapes.dyadic(2, i.shape), ids)
-    if kind == "ragged":  # bags of 0, 1, 2, 4, .. positions, one position before all bags and one after
+    if (
+        kind == "ragged"
+    ):  # bags of 0, 1, 2, 4, .. positions, one position before all bags and one after
         sizes = [0, 1, 2, 4, 8, 16, 0, 31]
         segments = np.repeat(np.arange(len(sizes)), sizes)
         options |= {"segment_ids": np.int32([-1, *segments, 99]), "num_segments": len(sizes)}
@@ -72,7 +74,9 @@ def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for)
     def step(state):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        pool = partial(mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **options)
+        pool = partial(
+            mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **options
+        )
         vectors, pull_back = jax.vjp(pool, rows)
         grads = jax.tree.map(lambda v: upstream(v.shape), vectors)
         if is_pooled:
@@ -113,20 +117,36 @@ def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
 def test_without_kernels_it_is_that_pair(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
     ids = ids_for(POOLS[name][0])
-    same(*by_both_ways(spec, ids, options_for(name, ids), mpembed.optim.rowwise_adagrad(0.1), implementation))
+    same(
+        *by_both_ways(
+            spec, ids, options_for(name, ids), mpembed.optim.rowwise_adagrad(0.1), implementation
+        )
+    )
 
 
-@pytest.mark.parametrize("tx", [mpembed.optim.rowwise_adagrad(0.25, eps=0.0), optax.sgd(0.25, momentum=0.5)])
+@pytest.mark.parametrize(
+    "tx", [mpembed.optim.rowwise_adagrad(0.25, eps=0.0), optax.sgd(0.25, momentum=0.5)]
+)
 def test_transformations_with_and_without_a_rule(tx):
     """Adagrad's arithmetic is exact: each row's first gradient is one bag's, all of one magnitude."""
     ids = np.arange(48, dtype=np.int32).reshape(12, 4)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 60)], 8, "bfloat16", None, row_state_dtype="bfloat16")
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 60)], 8, "bfloat16", None, row_state_dtype="bfloat16"
+    )
     results = []
     for is_pooled in (True, False):
         state = mpembed.init(jax.random.key(0), spec, tx, implementation=KERNEL)
         assert update.has_kernel(tx, state) == isinstance(tx, mpembed.optim.RowTransformation)
         results.append(
-            train(state, ids, {"combiner": "sum"}, tx, is_pooled=is_pooled, steps=1, upstream=half_or_its_negative)
+            train(
+                state,
+                ids,
+                {"combiner": "sum"},
+                tx,
+                is_pooled=is_pooled,
+                steps=1,
+                upstream=half_or_its_negative,
+            )
         )
     same(*results)
 
@@ -136,14 +156,18 @@ def test_ids_over_the_budget_and_host_tables():
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4, max_unique_ids=12)
     one, other = by_both_ways(spec, ids, {"combiner": "sum"})
     same(one, other)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_IDS)], 6, "int8", memory_kind="pinned_host")
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", NUM_IDS)], 6, "int8", memory_kind="pinned_host"
+    )
     same(*by_both_ways(spec, ids, {"combiner": "sum"}))
 
 
 def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     """A cached and a bypassed row; the line of a skipped row stays clean."""
     cache = mpembed.CacheSpec(num_rows=16, ways=4)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 80)], 4, "int8", cache, skip_nonfinite=True)
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 80)], 4, "int8", cache, skip_nonfinite=True
+    )
     ids = np.arange(40, dtype=np.int32)
     grads = np.full((40, 4), 0.5, np.float32)
     results = []
@@ -179,7 +203,9 @@ def test_a_second_call_changes_nothing_and_is_counted():
         rows = mpembed.lookup(state, plan)
         grads = jnp.ones((BAGS, LENGTH, 6))
         once = mpembed.apply_pooled_gradients(state, plan, rows, grads, tx=SGD)
-        return once, mpembed.apply_pooled_gradients(jax.lax.optimization_barrier(once), plan, rows, grads, tx=SGD)
+        return once, mpembed.apply_pooled_gradients(
+            jax.lax.optimization_barrier(once), plan, rows, grads, tx=SGD
+        )
 
     once, again = twice(state)
     same((once.table, once.cache), (again.table, again.cache))
@@ -188,7 +214,9 @@ def test_a_second_call_changes_nothing_and_is_counted():
     with pytest.raises(ValueError, match="needs a prefetch of its own"):
         eager, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(eager, plan)
-        eager = mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
+        eager = mpembed.apply_pooled_gradients(
+            eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD
+        )
         mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
 
 
@@ -219,7 +247,9 @@ def test_a_gradient_that_is_no_number_stays_in_its_bag():
         state, plan = mpembed.prefetch(state, ids)
         grads = jnp.ones((2, 6)).at[1].set(jnp.nan)
         options = {"combiner": "sum", "segment_ids": segments, "num_segments": 2}
-        return mpembed.apply_pooled_gradients(state, plan, mpembed.lookup(state, plan), grads, **options, tx=SGD)
+        return mpembed.apply_pooled_gradients(
+            state, plan, mpembed.lookup(state, plan), grads, **options, tx=SGD
+        )
 
     before, after = (np.asarray(mpembed.read(s, ids)) for s in (state, step(state)))
     np.testing.assert_array_equal(after[2:], before[2:])
@@ -233,7 +263,9 @@ def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     ids = ids_for(POOLS[name][0])
     with jax.enable_x64(True):
-        state = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL))
+        state = jax.eval_shape(
+            lambda: mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+        )
         for is_pooled in (True, False):
             after = jax.eval_shape(
                 lambda state, is_pooled=is_pooled: train(
@@ -256,10 +288,16 @@ def test_over_a_mesh_it_is_that_pair():
         def step(state, ids):
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
-            bags, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse, combiner="sum"), rows)
+            bags, pull_back = jax.vjp(
+                lambda rows: mpembed.pool(rows, plan.inverse, combiner="sum"), rows
+            )
             if is_pooled:  # noqa: B023 -- traced at once
-                return mpembed.apply_pooled_gradients(state, plan, rows, jnp.ones_like(bags), combiner="sum", tx=SGD)
-            return mpembed.apply_gradients(state, plan, rows, pull_back(jnp.ones_like(bags))[0], tx=SGD)
+                return mpembed.apply_pooled_gradients(
+                    state, plan, rows, jnp.ones_like(bags), combiner="sum", tx=SGD
+                )
+            return mpembed.apply_gradients(
+                state, plan, rows, pull_back(jnp.ones_like(bags))[0], tx=SGD
+            )
 
         run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs))
         results.append(jax.device_get(run(state, ids)))

@@ -14,7 +14,13 @@ from mpembed_jax import NO_ID
 NUM_ROWS, DIM = 7, 3  # unique rows, the last one padding
 PAD = NUM_ROWS - 1
 # Bags of up to four: full with duplicates, ragged, of one, padding in the middle, empty, ragged.
-BAGS = np.array([[[0, 1, 1, 3], [2, 5, PAD, PAD]], [[4, PAD, PAD, PAD], [0, PAD, 0, 2]], [[PAD] * 4, [3, 5, 4, PAD]]])
+BAGS = np.array(
+    [
+        [[0, 1, 1, 3], [2, 5, PAD, PAD]],
+        [[4, PAD, PAD, PAD], [0, PAD, 0, 2]],
+        [[PAD] * 4, [3, 5, 4, PAD]],
+    ]
+)
 BAGS = BAGS.astype(np.int32)
 # The same bags and one more empty one, out of order, with positions of no bag.
 FLAT = np.array([3, 0, PAD, 2, 1, 5, 1, 4, 2, 0, 5], np.int32)
@@ -31,7 +37,9 @@ def unique_rows(seed=0, num=NUM_ROWS, dim=DIM):
 def factors(seed, shape):
     """Weights of both signs, none near zero in sum."""
     rng = np.random.default_rng(seed)
-    return (rng.uniform(0.5, 2.0, shape) * np.where(rng.random(shape) < 0.2, -0.25, 1.0)).astype(np.float32)
+    return (rng.uniform(0.5, 2.0, shape) * np.where(rng.random(shape) < 0.2, -0.25, 1.0)).astype(
+        np.float32
+    )
 
 
 def pool_bag(rows, members, combiner):
@@ -60,7 +68,11 @@ def pool_segments(rows, index, weights, combiner, segment_ids, num_segments):
     rows, weights = rows.astype(np.float64), weights.astype(np.float64)
     return np.stack(
         [
-            pool_bag(rows, [(i, w) for i, w, s in zip(index, weights, segment_ids, strict=True) if s == bag], combiner)
+            pool_bag(
+                rows,
+                [(i, w) for i, w, s in zip(index, weights, segment_ids, strict=True) if s == bag],
+                combiner,
+            )
             for bag in range(num_segments)
         ]
     )
@@ -110,7 +122,9 @@ def test_values_and_gradients_equal_a_loop(combiner, layout, weighted):
     out, (row_grads, weight_grads) = value_and_slopes(rows, weights)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(np.asarray(out)[(expected == 0).all(-1)], 0.0)  # empty bags: exactly zero
+    np.testing.assert_array_equal(
+        np.asarray(out)[(expected == 0).all(-1)], 0.0
+    )  # empty bags: exactly zero
 
     numeric = slopes(lambda r: np.sum(oracle(r, index, weights, combiner) * cotangent), rows)
     np.testing.assert_allclose(row_grads[:PAD], numeric[:PAD], rtol=1e-4, atol=1e-5)
@@ -133,7 +147,9 @@ def test_a_zero_denominator_gives_zeros_and_zero_gradients(combiner):
         out = mpembed.pool(rows, index, weights, combiner)
         return jnp.sum(out), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(unique_rows(), weights)
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+        unique_rows(), weights
+    )
     for array in (out, *grads):
         np.testing.assert_array_equal(array, 0.0)
 
@@ -155,7 +171,9 @@ def test_padding_and_offsets_describe_the_same_bags():
         rows = mpembed.lookup(state, plan)
         segments = mpembed.segments_from_offsets(jnp.asarray(offsets), len(flat))
         by_padding = mpembed.pool(rows, plan.inverse["padded"], None, "mean")
-        by_offsets = mpembed.pool(rows, plan.inverse["flat"], None, "mean", segment_ids=segments, num_segments=5)
+        by_offsets = mpembed.pool(
+            rows, plan.inverse["flat"], None, "mean", segment_ids=segments, num_segments=5
+        )
         return by_padding, by_offsets, mpembed.read(state, np.arange(12, dtype=np.int32))
 
     by_padding, by_offsets, table = pooled(jax.random.key(0))
@@ -168,7 +186,11 @@ def test_padding_and_offsets_describe_the_same_bags():
 def test_segments_from_offsets_equals_a_loop(offsets):
     """Equal neighbours are empty bags, the last bag runs to the end: torch.nn.EmbeddingBag's convention."""
     ends = [*offsets[1:], 6]
-    expected = [bag for bag, (begin, end) in enumerate(zip(offsets, ends, strict=True)) for _ in range(begin, end)]
+    expected = [
+        bag
+        for bag, (begin, end) in enumerate(zip(offsets, ends, strict=True))
+        for _ in range(begin, end)
+    ]
     segments = mpembed.segments_from_offsets(jnp.asarray(offsets, jnp.int32), 6)
     assert segments.dtype == jnp.int32
     np.testing.assert_array_equal(segments, expected)
@@ -191,7 +213,9 @@ def test_a_nest_of_features_is_pooled_feature_by_feature(combiner):
     """Same nesting out; row gradients add up over features."""
     rows = unique_rows()
     inverse = {"user": FLAT[:6].reshape(2, 3), "items": (BAGS[0], BAGS[1:])}
-    cotangent = jax.tree.map(lambda i: factors(i.size, (*i.shape[: None if combiner is None else -1], DIM)), inverse)
+    cotangent = jax.tree.map(
+        lambda i: factors(i.size, (*i.shape[: None if combiner is None else -1], DIM)), inverse
+    )
 
     @jax.jit
     def together(rows):
@@ -215,7 +239,10 @@ def test_a_nest_of_features_is_pooled_feature_by_feature(combiner):
 
 
 def test_weights_are_a_nest_like_the_ids():
-    inverse, weights = {"a": BAGS[0], "b": BAGS[1]}, {"a": factors(4, BAGS[0].shape), "b": factors(5, BAGS[1].shape)}
+    inverse, weights = (
+        {"a": BAGS[0], "b": BAGS[1]},
+        {"a": factors(4, BAGS[0].shape), "b": factors(5, BAGS[1].shape)},
+    )
     out = jax.jit(lambda rows: mpembed.pool(rows, inverse, weights, "sum"))(unique_rows())
     for name in inverse:
         expected = pool_bags(unique_rows(), inverse[name], weights[name], "sum")
@@ -225,8 +252,14 @@ def test_weights_are_a_nest_like_the_ids():
 def sizes_in(jaxpr):
     """Number of elements of everything a jaxpr computes, sub-jaxprs included."""
     for equation in jaxpr.eqns:
-        yield from (math.prod(v.aval.shape) for v in equation.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating))
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        yield from (
+            math.prod(v.aval.shape)
+            for v in equation.outvars
+            if jnp.issubdtype(v.aval.dtype, jnp.floating)
+        )
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from sizes_in(inner)
@@ -247,7 +280,9 @@ def test_bags_of_ten_make_no_array_of_all_positions(combiner):
     assert len(sizes) > 20  # the walk does see inside
     assert max(sizes) == num_bags * dim
     if combiner == "mean":
-        temporary = jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        temporary = (
+            jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        )
         assert temporary < 4 * num_bags * length * dim
 
 
@@ -257,7 +292,9 @@ def test_empty_batches_and_empty_bags_just_work(shape):
     assert mpembed.pool(rows, index).shape == (*shape, DIM)
     assert mpembed.pool(rows, {}) == {}
     assert mpembed.pool(rows, index, None, "mean").shape == (*shape[:-1], DIM)
-    value, grads = jax.value_and_grad(lambda rows: jnp.sum(mpembed.pool(rows, index, None, "mean")))(rows)
+    value, grads = jax.value_and_grad(
+        lambda rows: jnp.sum(mpembed.pool(rows, index, None, "mean"))
+    )(rows)
     assert value == 0
     np.testing.assert_array_equal(grads, 0.0)
 
@@ -267,7 +304,10 @@ def test_empty_batches_and_empty_bags_just_work(shape):
     [
         ((BAGS, None, "average"), 'combiner must be None, "sum", "mean" or "sqrtn"'),
         ((BAGS, np.ones(BAGS.shape, np.float32)), "need a combiner"),
-        ((BAGS, np.ones(BAGS.shape[:-1], np.float32), "sum"), "weights must have the shape of inverse"),
+        (
+            (BAGS, np.ones(BAGS.shape[:-1], np.float32), "sum"),
+            "weights must have the shape of inverse",
+        ),
         ((np.int32(3), None, "sum"), "reduces the last axis"),
     ],
 )
@@ -276,7 +316,11 @@ def test_wrong_arguments_say_what_to_do(arguments, message):
         mpembed.pool(unique_rows(), *arguments)
 
 
-@pytest.mark.parametrize(("index", "num_segments"), [(BAGS, 3), (FLAT, None), ({"a": FLAT, "b": FLAT}, 3)])
+@pytest.mark.parametrize(
+    ("index", "num_segments"), [(BAGS, 3), (FLAT, None), ({"a": FLAT, "b": FLAT}, 3)]
+)
 def test_segments_need_one_flat_inverse_and_their_number(index, num_segments):
     with pytest.raises(ValueError, match="one flat inverse"):
-        mpembed.pool(unique_rows(), index, None, "sum", segment_ids=SEGMENT, num_segments=num_segments)
+        mpembed.pool(
+            unique_rows(), index, None, "sum", segment_ids=SEGMENT, num_segments=num_segments
+        )

@@ -52,7 +52,9 @@ def test_counts_and_rates_of_two_known_batches():
         for name in totals.keys() & {f.name for f in dataclasses.fields(plan.counts)}:
             totals[name] += int(getattr(plan.counts, name))
     stats = mpembed.stats(state)
-    expected = dict(steps=2, requests=8, unique=6, hits=3, hit_requests=4, misses=3, out_of_range=6, dropped=0)
+    expected = dict(
+        steps=2, requests=8, unique=6, hits=3, hit_requests=4, misses=3, out_of_range=6, dropped=0
+    )
     assert {name: getattr(stats, name) for name in expected} == expected
     assert stats._asdict() == {"steps": 2, **totals}
     assert stats.hit_rate == 0.5
@@ -127,7 +129,9 @@ def test_more_than_a_fifth_of_bypasses_names_the_cache_setting():
 
 
 def test_without_a_cache_bypasses_are_no_reason_to_warn():
-    state = with_counts(start(stack(name="no cache")), unique=10_000, misses=10_000, bypasses=10_000)
+    state = with_counts(
+        start(stack(name="no cache")), unique=10_000, misses=10_000, bypasses=10_000
+    )
     assert messages(lambda: mpembed.stats(state)) == []
 
 
@@ -147,7 +151,14 @@ def test_a_loop_that_asks_every_step_is_warned_once(kind):
 
     def loop():
         for step in range(1, 6):
-            mpembed.stats(with_counts(state, unique=2_000 * step, bypasses=1_500 * step, dropped=step * (kind == "dropped")))
+            mpembed.stats(
+                with_counts(
+                    state,
+                    unique=2_000 * step,
+                    bypasses=1_500 * step,
+                    dropped=step * (kind == "dropped"),
+                )
+            )
 
     assert len(messages(loop)) == 1
 
@@ -180,5 +191,7 @@ def test_raise_mode_raises_from_stats_after_traced_ids_were_out_of_range():
     state = step(start(spec), np.array([1, 99, NO_ID], np.int32))
     assert mpembed.stats(state).out_of_range == 0
     state = step(state, np.array([1, 100, -1], np.int32))
-    with pytest.raises(ValueError, match=r"2 ids were outside their tables .*spec\.global_ids.*out_of_range="):
+    with pytest.raises(
+        ValueError, match=r"2 ids were outside their tables .*spec\.global_ids.*out_of_range="
+    ):
         mpembed.stats(state)

@@ -24,7 +24,9 @@ class Counted:
 
     def read(self, numbers):
         self.was_read += numbers
-        ends = [(n * self.block_rows, min((n + 1) * self.block_rows, self.num_rows)) for n in numbers]
+        ends = [
+            (n * self.block_rows, min((n + 1) * self.block_rows, self.num_rows)) for n in numbers
+        ]
         return [{"row": np.arange(*end), "twice": 2 * np.arange(*end)} for end in ends]
 
 
@@ -97,10 +99,15 @@ def in_memory():
     return InMemory(np.arange(100, dtype=np.float32), ids, num_train=90)
 
 
-@pytest.mark.parametrize("make", [in_memory, lambda: synthetic.CriteoTwin(40_000, 0.001)], ids=["in memory", "twin"])
+@pytest.mark.parametrize(
+    "make", [in_memory, lambda: synthetic.CriteoTwin(40_000, 0.001)], ids=["in memory", "twin"]
+)
 def test_sources_resume_in_any_epoch(make):
     def labels(start=0):
-        return [(b["label"], b["ids"]["a"] if isinstance(b["ids"], dict) else b["ids"]) for b in take(start)]
+        return [
+            (b["label"], b["ids"]["a"] if isinstance(b["ids"], dict) else b["ids"])
+            for b in take(start)
+        ]
 
     def take(start):
         return source.train(size, seed=5, start=start, num_epochs=2)
@@ -120,13 +127,18 @@ def test_sources_resume_in_any_epoch(make):
 
 def test_test_rows_come_in_order_and_are_not_trained():
     source = in_memory()
-    assert [b["label"].tolist() for b in source.test(6)] == [list(range(90, 96)), list(range(96, 100))]
+    assert [b["label"].tolist() for b in source.test(6)] == [
+        list(range(90, 96)),
+        list(range(96, 100)),
+    ]
     assert max(b["label"].max() for b in source.train(9)) < 90
 
 
 def test_batches_reach_the_device_in_order_and_unchanged():
     host = list(batches.shuffled(Counted(203), 7, seed=3))
-    sent = list(in_background(map(jax.device_put, batches.shuffled(Counted(203), 7, seed=3)), depth=2))
+    sent = list(
+        in_background(map(jax.device_put, batches.shuffled(Counted(203), 7, seed=3)), depth=2)
+    )
     assert len(sent) == len(host)
     for there, here in zip(sent, host, strict=True):
         assert isinstance(there["row"], jax.Array)

@@ -26,10 +26,18 @@ def test_the_kernels_part_and_a_step_run_tiny():
         assert row["rule"] == "adagrad" or row["unequal_elements"] == {}
     assert {row["implementation"] for row in checked} == {"pallas_interpret"}
     for row in bench_gpu.rows_of("step", TINY):
-        assert set(row["verbs"]) == {"prefetch", "lookup", "pool", "row gradients", "apply_gradients"}
+        assert set(row["verbs"]) == {
+            "prefetch",
+            "lookup",
+            "pool",
+            "row gradients",
+            "apply_gradients",
+        }
     for name, count in (("host memory", 4), ("host tables against device", 1)):
         found = list(bench_gpu.rows_of(name, TINY))
-        assert len(found) == count and not [row for row in found if "error" in row or row.get("unequal_elements")]
+        assert len(found) == count and not [
+            row for row in found if "error" in row or row.get("unequal_elements")
+        ]
     (pooled,) = bench_gpu.rows_of("step, pooled gradients", TINY)
     assert set(pooled["verbs"]) == {"prefetch", "lookup", "pool", "apply_pooled_gradients"}
     rows = list(bench_gpu.rows_of("step, float32 without cache", TINY))
@@ -37,7 +45,10 @@ def test_the_kernels_part_and_a_step_run_tiny():
     for row in bench_gpu.rows_of("gather alone", TINY):
         assert row["floor_milliseconds"] == pytest.approx(100 * (4 + 10 + 4 * 8) / 1e9 * 1e3)
     for row in bench_gpu.rows_of("bags alone", TINY):
-        assert row["bags"]["floor_milliseconds"] == (4 * 8 * (row["rows"] + 16) + 4 * 16 * 26) / 1e9 * 1e3
+        assert (
+            row["bags"]["floor_milliseconds"]
+            == (4 * 8 * (row["rows"] + 16) + 4 * 16 * 26) / 1e9 * 1e3
+        )
         assert row["gradients"]["times_floor"] > 0
     for row in rows:
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / row["floor_milliseconds"])
@@ -48,7 +59,9 @@ def test_bits_that_differ_are_counted_by_name():
     nan = np.float32(np.nan)
     one = {"a": np.array([1, nan, 0], np.float32), "b": np.arange(3)}
     assert gpu_checks.differences(one, one) == {}
-    assert gpu_checks.differences(one, {"a": np.array([1, 2, 5], np.float32), "b": np.arange(3)}) == {"['a']": 2}
+    assert gpu_checks.differences(
+        one, {"a": np.array([1, 2, 5], np.float32), "b": np.arange(3)}
+    ) == {"['a']": 2}
 
 
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
@@ -60,9 +73,13 @@ def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     assert json.loads(out.read_text()) == written and written["is_smoke_test"]
     assert written["parts"]["copy bandwidth"][0]["bytes_per_second"] > 0
     assert written["parts"]["step"][-1]["error"] == "ended after 0.2 seconds"
-    rows = list(bench_gpu.rows_of("step", TINY._replace(bandwidth=0.0)))  # divided by: both cases raise, and both are tried
+    rows = list(
+        bench_gpu.rows_of("step", TINY._replace(bandwidth=0.0))
+    )  # divided by: both cases raise, and both are tried
     assert [row["implementation"] for row in rows] == ["xla", "pallas_interpret"]
-    assert all("ZeroDivisionError" in row["error"] and "measure_step" in row["where"] for row in rows)
+    assert all(
+        "ZeroDivisionError" in row["error"] and "measure_step" in row["where"] for row in rows
+    )
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):
@@ -79,9 +96,20 @@ def test_without_a_gpu_it_says_what_to_do():
 
 def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
     code = "import sys; from experiments import bench_gpu; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=bench_gpu.ROOT, capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=bench_gpu.ROOT, capture_output=True, text=True, check=True
+    )
     assert "optax" in loaded.stdout.split()
-    assert not {*loaded.stdout.split()} & {"flax", "matplotlib", "numba", "polars", "rich", "sklearn", "torch", "tyro"}
+    assert not {*loaded.stdout.split()} & {
+        "flax",
+        "matplotlib",
+        "numba",
+        "polars",
+        "rich",
+        "sklearn",
+        "torch",
+        "tyro",
+    }
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -97,7 +125,9 @@ def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
 
 def test_the_floor_of_a_step_by_hand():
     """10 positions, 6 unique rows of D = 16: 5 cached, 2 of them new, 1 written back; INT8 rows of 18 bytes."""
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 1000)], 16, "int8", mpembed.CacheSpec(num_rows=64, ways=8))
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 1000)], 16, "int8", mpembed.CacheSpec(num_rows=64, ways=8)
+    )
     work = roofline.Work.of(spec, 10, {"unique": 6, "bypasses": 1, "hits": 3, "write_backs": 1})
     assert work.by_verb() == {
         "prefetch": 8 * 10 + 6 * (4 * 8 + 16 + 8) + 3 * (64 + 18),

@@ -45,7 +45,8 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(
-    "name, newline, end", [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)]
+    "name, newline, end",
+    [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)],
 )
 def test_a_folder_becomes_batches(tmp_path, name, newline, end):
     text, label, dense, categories = random_lines(700)
@@ -61,10 +62,14 @@ def test_a_folder_becomes_batches(tmp_path, name, newline, end):
         sizes, column = list(source.tables.values()), categories[:, t]
         known = np.unique(column[:600][column[:600] != 0])
         assert sizes[t] == len(known) + 2
-        expected = np.where(column == 0, 0, np.where(np.isin(column, known), np.searchsorted(known, column) + 2, 1))
+        expected = np.where(
+            column == 0, 0, np.where(np.isin(column, known), np.searchsorted(known, column) + 2, 1)
+        )
         np.testing.assert_array_equal(test["ids"][:, t], expected[600:])
     seen = joined(train)
-    assert seen["dense"].dtype == seen["label"].dtype == np.float32 and seen["ids"].dtype == np.int32
+    assert (
+        seen["dense"].dtype == seen["label"].dtype == np.float32 and seen["ids"].dtype == np.int32
+    )
     rows = [r.tobytes() for r in seen["dense"]]
     assert len(set(rows)) == len(rows) and set(rows) <= {r.tobytes() for r in dense[:600]}
 
@@ -74,7 +79,9 @@ def test_halves_of_the_last_day(tmp_path):
     write(tmp_path, text)
     halves = [criteo.CriteoLog(tmp_path, holdout=h) for h in ("validation", "test")]
     assert [h.num_test for h in halves] == [6, 5]
-    np.testing.assert_array_equal(np.concatenate([next(h.test(100))["label"] for h in halves]), label[66:])
+    np.testing.assert_array_equal(
+        np.concatenate([next(h.test(100))["label"] for h in halves]), label[66:]
+    )
 
 
 @pytest.mark.parametrize("num_lines", [14, 15, 20, 21, 700, 701])
@@ -96,7 +103,9 @@ def test_day_7_of_the_real_file_is_as_long_as_in_dlrm():
 @pytest.mark.parametrize("num_lines", [1, 13])
 def test_a_file_too_short_for_its_splits_is_refused(tmp_path, num_lines):
     path = write(tmp_path, random_lines(num_lines)[0])
-    with pytest.raises(criteo.BadLinesError, match=rf"{path}: {num_lines} lines are too few.*14 in all"):
+    with pytest.raises(
+        criteo.BadLinesError, match=rf"{path}: {num_lines} lines are too few.*14 in all"
+    ):
         criteo.CriteoLog(tmp_path)
 
 
@@ -130,7 +139,10 @@ def test_bad_lines_are_tolerated_up_to_the_limit_with_file_and_line(tmp_path):
     source = criteo.CriteoLog(tmp_path, max_bad_lines=2, log=said.append)
     assert [b.number for b in source.bad_lines] == [11, 22]
     report = "\n".join(said)
-    assert f"{path}:11: label is '2'; expected 0 or 1" in report and f"{path}:22: the line is empty" in report
+    assert (
+        f"{path}:11: label is '2'; expected 0 or 1" in report
+        and f"{path}:22: the line is empty" in report
+    )
     for cache_dir in (None, tmp_path / "elsewhere"):  # what was prepared before, and a fresh one
         with pytest.raises(criteo.BadLinesError, match=r"more than 1 .*max_bad_lines") as error:
             criteo.CriteoLog(tmp_path, max_bad_lines=1, cache_dir=cache_dir)
@@ -143,9 +155,15 @@ def test_files_that_are_not_criteo(tmp_path, monkeypatch):
     text, *_ = random_lines(700)
     cut = write(tmp_path, text, name="train.txt.gz")
     cut.write_bytes(cut.read_bytes()[:-5000])
-    with pytest.raises(criteo.BadLinesError, match=r"train\.txt\.gz:\d+: the gzip file is cut short"):
+    with pytest.raises(
+        criteo.BadLinesError, match=r"train\.txt\.gz:\d+: the gzip file is cut short"
+    ):
         criteo.CriteoLog(tmp_path)
-    for content, message in ((b"", "0 lines are too few"), (b"x" * 40_000, "longer than"), (b"\n" * 200, "bad lines")):
+    for content, message in (
+        (b"", "0 lines are too few"),
+        (b"x" * 40_000, "longer than"),
+        (b"\n" * 200, "bad lines"),
+    ):
         (tmp_path / "train.txt").write_bytes(content)
         with pytest.raises(criteo.BadLinesError, match=message):
             criteo.CriteoLog(tmp_path)
@@ -232,7 +250,9 @@ def test_a_damaged_file_is_noticed_when_it_is_read(tmp_path, damage):
     data[1000] ^= 1
     file.unlink()
     if damage != "deleted":
-        file.write_bytes({"cut": data[: len(data) // 2], "emptied": b"", "a bit flipped": data}[damage])
+        file.write_bytes(
+            {"cut": data[: len(data) // 2], "emptied": b"", "a bit flipped": data}[damage]
+        )
     with pytest.raises(prepared.DamagedError, match=r"min_count_1.* is damaged \(.*\); delete it"):
         list(criteo.CriteoLog(tmp_path).train(8))
 
@@ -273,9 +293,16 @@ def test_two_processes_prepare_at_once_without_tensorflow(tmp_path):
     write(tmp_path, random_lines(1400)[0])
     command = [sys.executable, "-W", "error", "-c", PREPARE, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in running]
-    assert [process.returncode for process in running] == [0, 0] and said[0] == said[1] and said[0].startswith("1200 ")
+    assert (
+        [process.returncode for process in running] == [0, 0]
+        and said[0] == said[1]
+        and said[0].startswith("1200 ")
+    )
 
 
 # --- as tensorflow-datasets' own users would
@@ -291,7 +318,10 @@ def test_the_builder_reads_the_manual_folder(tmp_path):
     write(tmp_path / "manual", text, name="train.txt.gz")
     builder.download_and_prepare(download_config=manual)
     assert builder.info.metadata["num_rows"] == {"train": 600, "validation": 50, "test": 50}
-    assert builder.info.metadata["source"][0] == "train.txt.gz" and builder.info.splits["train"].num_shards == 9
+    assert (
+        builder.info.metadata["source"][0] == "train.txt.gz"
+        and builder.info.splits["train"].num_shards == 9
+    )
     records = list(builder.as_data_source("train"))
     assert [len(r["label"]) for r in records] == [16] * 37 + [8]
     np.testing.assert_array_equal(joined(records)["categories"], categories[:600])
@@ -309,7 +339,9 @@ def number(raw, num_train, min_count):
     for at in range(0, num_train, 2):
         counts.add(raw[at : min(at + 2, num_train), None])
     (dictionary,) = counts.dictionaries(min_count)
-    return numbering.number_by_dictionary(raw, dictionary).tolist(), numbering.vocabulary_size(dictionary)
+    return numbering.number_by_dictionary(raw, dictionary).tolist(), numbering.vocabulary_size(
+        dictionary
+    )
 
 
 @pytest.mark.parametrize("rows_together", [1, 3, 1000])
@@ -325,7 +357,9 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
     ids = numbering.number_by_hash(raw, 1001)
     assert not ids[0].any() and ids[1:].min() == 1 and ids.max() == 1000
     counts = np.bincount(ids[1:, 0], minlength=1001)[1:]
-    assert 0.8 < counts.var() / counts.mean() < 1.2  # Poisson: variance equals mean, up to 5 sigma of n = 1000
+    assert (
+        0.8 < counts.var() / counts.mean() < 1.2
+    )  # Poisson: variance equals mean, up to 5 sigma of n = 1000
     assert np.mean(ids[:, 0] == ids[:, 1]) < 0.01
 
 

@@ -53,7 +53,9 @@ def test_ids_are_skewed_as_in_criteo(name):
 
 def test_hot_ids_are_not_neighbours():
     law = synthetic.FEATURES["C3"]
-    ids, _, _ = synthetic.FeatureIds(law, law.vocabulary_size, salt=1).draw(np.random.default_rng(0), 50_000, day=0)
+    ids, _, _ = synthetic.FeatureIds(law, law.vocabulary_size, salt=1).draw(
+        np.random.default_rng(0), 50_000, day=0
+    )
     values, counts = np.unique(ids, return_counts=True)
     hot = np.sort(values[np.argsort(counts)[-100:]])
     assert np.min(np.diff(hot)) > 1000
@@ -74,7 +76,12 @@ def test_rates_and_sizes():
     assert twin.tables["C9"] == 3 and twin.tables["C3"] == 101_312
     batches = [b for source in (twin.train(1000), twin.test(1000)) for b in source]
     dense, ids, label = (np.concatenate([b[k] for b in batches]) for k in ("dense", "ids", "label"))
-    assert dense.dtype == np.float32 and dense.shape[1] == 13 and ids.dtype == np.int32 and label.dtype == np.float32
+    assert (
+        dense.dtype == np.float32
+        and dense.shape[1] == 13
+        and ids.dtype == np.int32
+        and label.dtype == np.float32
+    )
     assert np.isfinite(dense).all() and (dense >= 0).all()
     assert (ids.min(axis=0) >= 0).all() and (ids.max(axis=0) < list(twin.tables.values())).all()
     assert len(label) == 300_000 - twin.num_train % 1000
@@ -106,7 +113,9 @@ def test_the_seed_fixes_the_data_and_only_the_batch_seed_the_order():
         np.testing.assert_array_equal(one[k][:5500], longer[k][:5500])
     assert not np.array_equal(one["ids"], other_order["ids"])
     assert not np.array_equal(one["ids"], other_data["ids"])
-    everything = [{tuple(map(float, r)) for r in rows(batch_seed=s, batch_size=6)["dense"]} for s in (0, 1)]
+    everything = [
+        {tuple(map(float, r)) for r in rows(batch_seed=s, batch_size=6)["dense"]} for s in (0, 1)
+    ]
     assert everything[0] == everything[1] and len(everything[0]) == 6000
 
 
@@ -131,10 +140,17 @@ def test_parsing_gives_back_what_was_written(newline):
 
 def test_a_line_of_missing_values_is_good():
     rows = criteo_format.parse((line(0, [""] * 13, [""] * 26) + "\n").encode())
-    assert rows.bad == [] and rows.label.tolist() == [0] and not rows.dense.any() and not rows.categories.any()
+    assert (
+        rows.bad == []
+        and rows.label.tolist() == [0]
+        and not rows.dense.any()
+        and not rows.categories.any()
+    )
 
 
-@pytest.mark.parametrize("text, value", [("0", 0), ("-1", 0), ("12345678", 12345678), ("1234567890123", 1234567890123)])
+@pytest.mark.parametrize(
+    "text, value", [("0", 0), ("-1", 0), ("12345678", 12345678), ("1234567890123", 1234567890123)]
+)
 def test_integers_of_any_length(text, value):
     rows = criteo_format.parse((line(1, [text] * 13) + "\n").encode())
     np.testing.assert_array_equal(rows.dense, np.log1p(np.full((1, 13), value, np.float32)))
@@ -154,14 +170,20 @@ BAD = {
     "many columns": (line() + "\t7", "41 columns instead of 40"),
     "empty": ("", "the line is empty"),
     "spaces": (line().replace("\t", " "), "1 columns instead of 40"),
-    "float": (line(1, ["1"] * 4 + ["1.5"] + ["1"] * 8), "I5 is '1.5'; expected an integer or nothing"),
+    "float": (
+        line(1, ["1"] * 4 + ["1.5"] + ["1"] * 8),
+        "I5 is '1.5'; expected an integer or nothing",
+    ),
     "minus": (line(1, ["-"] + ["1"] * 12), "I1 is '-'"),
     "two minus": (line(1, ["--5"] + ["1"] * 12), "I1 is '--5'"),
     "slash": (line(1, ["1/2"] + ["1"] * 12), "I1 is '1/2'"),
     "space in front": (line(1, [" 5"] + ["1"] * 12), "I1 is ' 5'"),
     "too long": (line(1, ["9" * 19] + ["1"] * 12), "I1 is '9999999999999999999'"),
     "long and wrong": (line(1, ["123456789x"] + ["1"] * 12), "I1 is '123456789x'"),
-    "bad hex": (line(1, categories=["0000000a"] * 25 + ["0000000g"]), "C26 is '0000000g'; expected 8 hex digits"),
+    "bad hex": (
+        line(1, categories=["0000000a"] * 25 + ["0000000g"]),
+        "C26 is '0000000g'; expected 8 hex digits",
+    ),
     "short hex": (line(1, categories=["a"] + ["0000000a"] * 25), "C1 is 'a'"),
     "long hex": (line(1, categories=["0000000aa"] + ["0000000a"] * 25), "C1 is '0000000aa'"),
     "signed hex": (line(1, categories=["+000000a"] + ["0000000a"] * 25), "C1 is '+000000a'"),
@@ -173,7 +195,9 @@ BAD = {
 def test_a_bad_line_is_found_and_the_others_kept(name):
     text, label, _, categories = random_lines(6)
     bad, reason = BAD[name]
-    rows = criteo_format.parse(("\n".join([*text[:4], bad, *text[4:]]) + "\n").encode(), first_line=101)
+    rows = criteo_format.parse(
+        ("\n".join([*text[:4], bad, *text[4:]]) + "\n").encode(), first_line=101
+    )
     assert len(rows.bad) == 1 and rows.bad[0].number == 105 and reason in rows.bad[0].reason
     np.testing.assert_array_equal(rows.label, label)
     np.testing.assert_array_equal(rows.categories, categories)
@@ -185,7 +209,10 @@ def test_every_wrong_byte_in_a_number_is_noticed():
         if char in (b"\t", b"\n"):
             continue
         good_hex, good_int = char in b"0123456789abcdefABCDEF", char in b"0123456789"
-        for column, template, is_good in (("C1", b"12345%b78", good_hex), ("I1", b"1%b2", good_int)):
+        for column, template, is_good in (
+            ("C1", b"12345%b78", good_hex),
+            ("I1", b"1%b2", good_int),
+        ):
             field = template.replace(b"%b", char)
             cells = line().encode().split(b"\t")
             cells[criteo_format.COLUMNS.index(column)] = field
@@ -217,7 +244,10 @@ def posts():
 def test_reddit_is_the_task_of_its_readme(posts):
     assert (posts.num_train, posts.num_test) == (404_537, 183_601)
     assert abs(posts.label.mean() - 0.46) < 0.01
-    assert list(posts.tables) == [*reddit.SINGLES, "title"] and 220_000 < sum(posts.tables.values()) < 235_000
+    assert (
+        list(posts.tables) == [*reddit.SINGLES, "title"]
+        and 220_000 < sum(posts.tables.values()) < 235_000
+    )
     batch = next(posts.train(256, seed=1))
     assert batch["dense"].shape == (256, 0) and batch["label"].dtype == np.float32
     assert batch["ids"]["title"].shape == (256, 16)
@@ -225,7 +255,9 @@ def test_reddit_is_the_task_of_its_readme(posts):
         real = ids[ids != NO_ID]
         assert ids.dtype == np.int32 and real.min() >= 0 and real.max() < posts.tables[name]
     is_padding = posts.ids["title"] == NO_ID
-    assert (np.diff(is_padding.astype(int), axis=1) >= 0).all() and 9 < (~is_padding).sum(axis=1).mean() < 11
+    assert (np.diff(is_padding.astype(int), axis=1) >= 0).all() and 9 < (~is_padding).sum(
+        axis=1
+    ).mean() < 11
     assert not np.array_equal(batch["label"], next(posts.train(256, seed=2))["label"])
     assert sum(len(b["label"]) for b in posts.test(1000)) == posts.num_test
 
@@ -243,11 +275,16 @@ def test_interaction_is_all_pairs_of_dot_products_and_so_is_its_gradient():
     weights = jax.random.normal(jax.random.key(1), (10,))
 
     def slowly(vectors):
-        pairs = [jnp.sum(vectors[:, i] * vectors[:, j], axis=-1) for i in range(5) for j in range(i)]
+        pairs = [
+            jnp.sum(vectors[:, i] * vectors[:, j], axis=-1) for i in range(5) for j in range(i)
+        ]
         return jnp.stack(pairs, axis=-1)
 
     np.testing.assert_allclose(dlrm.interact(vectors), slowly(vectors), rtol=1e-5, atol=1e-6)
-    grads = [jax.grad(lambda v, f=f: jnp.sum(jnp.sin(f(v)) @ weights))(vectors) for f in (dlrm.interact, slowly)]
+    grads = [
+        jax.grad(lambda v, f=f: jnp.sum(jnp.sin(f(v)) @ weights))(vectors)
+        for f in (dlrm.interact, slowly)
+    ]
     np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-5)
 
 
@@ -273,29 +310,46 @@ def optax_adam():
 
 
 def small_settings(tmp_path, **changes):
-    settings = {"num_rows": 14_000, "scale": 0.002, "batch_size": 256, "hidden": (32, 16), "cache_fraction": 0.3}
+    settings = {
+        "num_rows": 14_000,
+        "scale": 0.002,
+        "batch_size": 256,
+        "hidden": (32, 16),
+        "cache_fraction": 0.3,
+    }
     return train_dlrm.Settings(out=tmp_path / "out", **{**settings, **changes})
 
 
 def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
     record = train_dlrm.main(small_settings(tmp_path, seeds=(0, 1)))
-    assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(json.dumps(record))
+    assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(
+        json.dumps(record)
+    )
     assert (tmp_path / "out" / "synthetic.png").stat().st_size > 10_000
     assert "INT8 + 30 %" in (tmp_path / "out" / "synthetic.txt").read_text()
     assert {"commit", "device", "versions", "settings", "command"} <= set(record)
     full, ours, hashed = record["outcomes"][:3]
-    assert full["num_steps"] == ours["num_steps"] == 46 and [o["seed"] for o in record["outcomes"]] == [0] * 3 + [1] * 3
+    assert (
+        full["num_steps"] == ours["num_steps"] == 46
+        and [o["seed"] for o in record["outcomes"]] == [0] * 3 + [1] * 3
+    )
     assert full["losses"][0][1] == pytest.approx(ours["losses"][0][1], abs=0.02)
     assert full["losses"][-1][1] < full["losses"][0][1]
     assert full["auc"] > 0.6 and abs(full["auc"] - ours["auc"]) < 0.02
-    assert 0.3 < full["normalized_entropy"] < 1.1 and 0 < ours["hit_rate"] < 1 and full["hit_rate"] == 0
+    assert (
+        0.3 < full["normalized_entropy"] < 1.1
+        and 0 < ours["hit_rate"] < 1
+        and full["hit_rate"] == 0
+    )
     assert full["ratio"] == pytest.approx(1, abs=0.01) and ours["ratio"] > 1.5
     assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
 
 
 def test_posts_can_come_in_time_order(posts):
     ordered = reddit.RedditPosts(num_rows=2_000, in_time_order=True)
-    batches = [np.concatenate([b["ids"]["domain"] for b in ordered.train(500, seed)]) for seed in (0, 1)]
+    batches = [
+        np.concatenate([b["ids"]["domain"] for b in ordered.train(500, seed)]) for seed in (0, 1)
+    ]
     np.testing.assert_array_equal(*batches)
     np.testing.assert_array_equal(batches[0], ordered.ids["domain"][:2_000])
 
@@ -305,7 +359,9 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts)
     contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
     source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)
     job = training.make_job(source, recipe)
-    plain, cached = training.train(source, contenders, recipe, job, seed=0, on_chunk=lambda *_: None)
+    plain, cached = training.train(
+        source, contenders, recipe, job, seed=0, on_chunk=lambda *_: None
+    )
     assert cached.auc == pytest.approx(plain.auc, abs=1e-5)
     assert plain.auc > 0.6 and cached.hit_rate > 0.5
 
@@ -320,6 +376,11 @@ def test_hashing_caps_the_largest_tables():
 def test_the_script_runs_as_a_file_and_shows_its_settings():
     command = [sys.executable, str(ROOT / "experiments" / "train_dlrm.py"), "--help"]
     shown = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "120"}, check=True
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "120"},
+        check=True,
     )
     assert "--cache-fraction" in shown.stdout and "--max-bad-lines" in shown.stdout

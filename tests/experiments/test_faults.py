@@ -47,7 +47,15 @@ def test_every_array_cut_or_changed_is_refused_by_name(caplog):
 
 def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     """In a process of its own: orbax leaves unfinished writes behind when one fails, which would be reported elsewhere."""
-    command = [sys.executable, "-m", "experiments.faults", "--only", "disks", "--out", str(tmp_path / "report.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.faults",
+        "--only",
+        "disks",
+        "--out",
+        str(tmp_path / "report.json"),
+    ]
     done = subprocess.run(command, cwd=request.path.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     messages = json.loads((tmp_path / "report.json").read_text())["parts"]["disks"]
@@ -80,10 +88,14 @@ def test_a_soak_of_a_thousand_steps():
 @pytest.mark.parametrize("broken", ["duplicate", "foreign set", "dirty and empty", "counts"])
 def test_the_invariants_notice_a_broken_state(broken):
     state = mpembed.init(jax.random.key(1), invariants._hell_spec("lfu", "int8"), invariants._SGD)
-    ids = np.broadcast_to(np.arange(24, dtype=np.int32)[:, None], (24, 3))  # as in the test above: compiled once
+    ids = np.broadcast_to(
+        np.arange(24, dtype=np.int32)[:, None], (24, 3)
+    )  # as in the test above: compiled once
     state, _, _ = invariants._train(state, ids, np.ones((24, 3, 4), np.float32), invariants._SGD)
     invariants.check_state(state, 1)
-    tags, dirty, counters = (np.array(x) for x in (state.cache.tags, state.cache.dirty, state.counters))
+    tags, dirty, counters = (
+        np.array(x) for x in (state.cache.tags, state.cache.dirty, state.counters)
+    )
     held = np.argwhere(tags != mpembed.NO_ID)
     empty = tuple(np.argwhere(tags == mpembed.NO_ID)[0])
     match broken:
@@ -98,7 +110,12 @@ def test_the_invariants_notice_a_broken_state(broken):
             counters[2, 0] += 1
     cache = {**vars(state.cache), "tags": tags, "dirty": dirty}
     with pytest.raises(AssertionError):
-        invariants.check_state(type(state)(**{**vars(state), "cache": mpembed.CacheState(**cache), "counters": counters}), 1)
+        invariants.check_state(
+            type(state)(
+                **{**vars(state), "cache": mpembed.CacheState(**cache), "counters": counters}
+            ),
+            1,
+        )
 
 
 def test_steps_of_a_directory_ignore_what_is_unfinished(tmp_path):

@@ -26,9 +26,14 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     download = tmp_path_factory.mktemp("download") / "ml-1m"
     download.mkdir()
-    genres = ["|".join(rng.choice(GENRES, rng.integers(1, 9), replace=False)) for _ in range(NUM_MOVIES)]
+    genres = [
+        "|".join(rng.choice(GENRES, rng.integers(1, 9), replace=False)) for _ in range(NUM_MOVIES)
+    ]
     movies = [f"{m + 1}::Film é {m} (1999)::{genres[m]}" for m in range(NUM_MOVIES)]
-    users = [f"{u + 1}::{'MF'[u % 2]}::{[1, 18, 25][u % 3]}::{u % 21}::{10000 + u % 7}" for u in range(NUM_USERS)]
+    users = [
+        f"{u + 1}::{'MF'[u % 2]}::{[1, 18, 25][u % 3]}::{u % 21}::{10000 + u % 7}"
+        for u in range(NUM_USERS)
+    ]
     pairs = rng.choice(NUM_USERS * NUM_MOVIES, NUM_RATINGS, replace=False)
     stars = rng.integers(1, 6, NUM_RATINGS)
     rated = [
@@ -49,14 +54,24 @@ def folder(tmp_path_factory):
         movielens.read(data, log=lambda text: None)
     assert asked == ["https://files.grouplens.org/datasets/movielens/ml-1m.zip"]
     assert "tensorflow" not in sys.modules
-    return data, {(str(p // NUM_MOVIES + 1), str(p % NUM_MOVIES + 1)): s for p, s in zip(pairs, stars, strict=True)}, genres
+    return (
+        data,
+        {
+            (str(p // NUM_MOVIES + 1), str(p % NUM_MOVIES + 1)): s
+            for p, s in zip(pairs, stars, strict=True)
+        },
+        genres,
+    )
 
 
 def test_ratings_are_read_whole_and_in_one_order(folder):
     data, stars, genres = folder
     ratings = movielens.read(data)
     assert len(ratings) == NUM_RATINGS
-    got = {(user, movie): rating for user, movie, rating in ratings.select("user_id", "movie_id", "user_rating").iter_rows()}
+    got = {
+        (user, movie): rating
+        for user, movie, rating in ratings.select("user_id", "movie_id", "user_rating").iter_rows()
+    }
     assert got == stars and list(got) == sorted(got)
     first = ratings.row(0, named=True)
     assert len(first["movie_genres"]) == len(genres[int(first["movie_id"]) - 1].split("|"))
@@ -74,7 +89,9 @@ def test_threes_are_left_out_and_a_tenth_is_held_out_by_the_seed(folder):
     for name, ids in source.ids.items():
         real = ids[ids != NO_ID]
         assert ids.dtype == np.int32 and real.min() >= 0 and real.max() < source.tables[name]
-    assert source.ids["genres"].shape == (len(kept), 6) and (source.ids["genres"][:, 0] != NO_ID).all()
+    assert (
+        source.ids["genres"].shape == (len(kept), 6) and (source.ids["genres"][:, 0] != NO_ID).all()
+    )
     again, other = movielens.MovielensRatings(data), movielens.MovielensRatings(data, split_seed=1)
     np.testing.assert_array_equal(again.ids["movie"], source.ids["movie"])
     assert not np.array_equal(other.ids["movie"], source.ids["movie"])
@@ -89,15 +106,24 @@ def test_without_network_the_reason_is_said(tmp_path, monkeypatch):
         raise requests.exceptions.ConnectionError("no route to host")
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", unreachable)
-    with pytest.raises(ConnectionError, match=r"MovieLens-1M is not in .*1m-ratings.* no route to host"):
+    with pytest.raises(
+        ConnectionError, match=r"MovieLens-1M is not in .*1m-ratings.* no route to host"
+    ):
         movielens.MovielensRatings(tmp_path)
 
 
 def test_the_main_job_trains_on_movielens(folder, tmp_path):
     settings = train_dlrm.Settings(
-        data="movielens", cache_dir=folder[0], batch_size=64, hashed_baseline=False, cache_fraction=0.3, out=tmp_path
+        data="movielens",
+        cache_dir=folder[0],
+        batch_size=64,
+        hashed_baseline=False,
+        cache_fraction=0.3,
+        out=tmp_path,
     )
     with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a float to an int32 power
         record = train_dlrm.main(settings)
-    assert record["outcomes"][0]["num_steps"] > 5 and record["projected_kaggle_epoch_seconds"] is None
+    assert (
+        record["outcomes"][0]["num_steps"] > 5 and record["projected_kaggle_epoch_seconds"] is None
+    )
     assert json.loads((tmp_path / "movielens.json").read_text())["settings"]["data"] == "movielens"

@@ -30,7 +30,10 @@ def groups(found):
 def test_recorded_runs_are_found_again(found):
     """A change of keys, names or defaults would run everything once more."""
     for record in found:
-        assert records.key_of({name: record[name] for name in ("data", "recipe", "case", "seed")}) == record["key"]
+        assert (
+            records.key_of({name: record[name] for name in ("data", "recipe", "case", "seed")})
+            == record["key"]
+        )
         assert Case(**record["case"]).name == record["name"]
 
 
@@ -65,7 +68,11 @@ def test_the_page_copies_its_differences_from_the_runs(groups):
             if case is None:
                 assert (cell, ratio) == ("", "")
                 continue
-            auc = f"AUC {group.mean(FP32, 'auc'):.4f}" if case == FP32 else difference(group.difference(case, "auc"))
+            auc = (
+                f"AUC {group.mean(FP32, 'auc'):.4f}"
+                if case == FP32
+                else difference(group.difference(case, "auc"))
+            )
             assert (cell, ratio) == (auc, f"{group.mean(case, 'ratio'):.2f}"), (name, column)
             num_filled += 1
     assert num_filled > 50
@@ -82,7 +89,9 @@ def test_targets_called_met_are_met(groups):
         group = groups[title]
         ratio = 3.0 if group.dim >= 64 else 2.9
         found = lost(group, int8)
-        assert abs(found.mean) <= 0.0003 and abs(found.mean) + found.half <= 0.0006 and found.num >= 5
+        assert (
+            abs(found.mean) <= 0.0003 and abs(found.mean) + found.half <= 0.0006 and found.num >= 5
+        )
         assert group.mean(int8, "ratio") >= ratio
         hashed = Case(method="hashed", share=0.34)  # more bytes than INT8 + 5 % at D = 64 and 128
         ahead = intervals.paired(group.values(int8, "auc"), group.values(hashed, "auc"))
@@ -92,7 +101,11 @@ def test_targets_called_met_are_met(groups):
         ("reddit, D = 128", Case("int4", 0.01), 7.0),
         ("reddit, D = 128", Case("int4", 0.01, symmetric=True), 7.0),
     ):
-        assert lost(groups[title], case).mean >= -0.0005 and groups[title].mean(case, "ratio") >= ratio
+        assert (
+            lost(groups[title], case).mean >= -0.0005 and groups[title].mean(case, "ratio") >= ratio
+        )
     wide = groups["reddit, D = 128"]
-    int2 = [case for case in wide.cases if case.storage == "int2" and wide.mean(case, "ratio") >= 10]
+    int2 = [
+        case for case in wide.cases if case.storage == "int2" and wide.mean(case, "ratio") >= 10
+    ]
     assert any(lost(wide, case).mean >= -0.001 for case in int2)

@@ -34,7 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def small(tmp_path, **changes):
-    settings = {"num_rows": 7_000, "scale": 0.001, "batch_size": 256, "hidden": (16, 8), "dims": (4,), "seeds": (0,)}
+    settings = {
+        "num_rows": 7_000,
+        "scale": 0.001,
+        "batch_size": 256,
+        "hidden": (16, 8),
+        "dims": (4,),
+        "seeds": (0,),
+    }
     return paper_table.Settings(out=tmp_path, **{**settings, **changes})
 
 
@@ -48,15 +55,28 @@ def lines(tmp_path):
 def test_names_and_settings_of_cases_are_distinct():
     cases = grid.full(64)
     assert len(cases) == len({c.name for c in cases}) > 250
-    keys = {records.key_of(paper_runs.depends_on({}, training.Recipe(), c, s)) for c in cases for s in (0, 1)}
+    keys = {
+        records.key_of(paper_runs.depends_on({}, training.Recipe(), c, s))
+        for c in cases
+        for s in (0, 1)
+    }
     assert len(keys) == 2 * len(cases)
-    assert all(len(set(cs)) == len(cs) and cs[0] == FP32 for cs in (grid.headline(16), grid.headline(64), cases))
+    assert all(
+        len(set(cs)) == len(cs) and cs[0] == FP32
+        for cs in (grid.headline(16), grid.headline(64), cases)
+    )
 
 
 def test_the_full_grid_is_the_product_it_says():
-    cases = {c for c in grid.full(16) if c.method == "trained" and c.storage == "int4" and not c.small}
-    assert len(cases) == 2 + 5 * 2 * 2 * 2  # no cache: two roundings; five sizes x policies x roundings x ways
-    chosen = grid.choose(grid.full(16), storage=["int4"], cache=[0.01], ways=[1], method=["trained"])
+    cases = {
+        c for c in grid.full(16) if c.method == "trained" and c.storage == "int4" and not c.small
+    }
+    assert (
+        len(cases) == 2 + 5 * 2 * 2 * 2
+    )  # no cache: two roundings; five sizes x policies x roundings x ways
+    chosen = grid.choose(
+        grid.full(16), storage=["int4"], cache=[0.01], ways=[1], method=["trained"]
+    )
     assert [c.small for c in chosen] == [0.0] * 5 and chosen[0] == FP32
     with pytest.raises(ValueError, match="no case of the grid has"):
         grid.choose(grid.full(16), cache=[0.33])
@@ -67,7 +87,10 @@ def test_a_field_added_later_does_not_change_the_key_of_older_runs():
     assert paper_runs.depends_on({"name": "x"}, recipe, FP32, 3) == {
         "data": {"name": "x"}, "recipe": {}, "case": {}, "seed": 3,
     }  # fmt: skip
-    assert paper_runs.depends_on({}, recipe, Case("int4", 0.01), 0)["case"] == {"storage": "int4", "cache": 0.01}
+    assert paper_runs.depends_on({}, recipe, Case("int4", 0.01), 0)["case"] == {
+        "storage": "int4",
+        "cache": 0.01,
+    }
 
 
 # --- the file of finished runs
@@ -90,7 +113,11 @@ def test_a_line_cut_short_is_removed_and_any_other_damage_is_named(tmp_path):
 
 
 def test_the_key_is_of_the_content():
-    assert records.key_of({"a": 1, "b": [2]}) == records.key_of({"b": [2], "a": 1}) != records.key_of({"a": 1, "b": [3]})
+    assert (
+        records.key_of({"a": 1, "b": [2]})
+        == records.key_of({"b": [2], "a": 1})
+        != records.key_of({"a": 1, "b": [3]})
+    )
 
 
 # --- intervals
@@ -102,12 +129,16 @@ def test_intervals_are_students_and_cover():
     for _ in range(2000):
         found = intervals.interval(rng.normal(1.0, 2.0, 5))
         covered += abs(found.mean - 1.0) <= found.half
-    assert abs(covered / 2000 - 0.95) < 0.015  # three standard errors of a share of .95 over 2,000 are .0146
+    assert (
+        abs(covered / 2000 - 0.95) < 0.015
+    )  # three standard errors of a share of .95 over 2,000 are .0146
     values = [0.1, 0.3, 0.2]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     found = intervals.interval(values)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
-    assert math.isnan(intervals.interval([1.0]).half) and not intervals.interval([1.0]).excludes_zero
+    assert (
+        math.isnan(intervals.interval([1.0]).half) and not intervals.interval([1.0]).excludes_zero
+    )
     with pytest.raises(ValueError, match="at least one"):
         intervals.interval([])
 
@@ -145,7 +176,10 @@ class Tiny:
         a, b = np.array([3, 3, 1, 0], np.int32), np.array([2, 2, 2, 0], np.int32)
         ids = np.stack([a, b], axis=1)
         if self.as_dict:
-            ids = {"a": a, "b": np.stack([b, [mpembed.NO_ID, 2, 0, mpembed.NO_ID]], axis=1).astype(np.int32)}
+            ids = {
+                "a": a,
+                "b": np.stack([b, [mpembed.NO_ID, 2, 0, mpembed.NO_ID]], axis=1).astype(np.int32),
+            }
         yield {"dense": np.zeros((4, 0), np.float32), "ids": ids, "label": np.zeros(4, np.float32)}
 
     test = train
@@ -181,7 +215,9 @@ def test_pruned_rows_fill_their_share_with_the_index_counted():
 
 def test_fake_quantization_rounds_clips_and_passes_gradients_straight_through():
     rows, scale = jnp.array([[0.14, -0.26, 9.0], [0.0, 1.0, -3.0]]), jnp.array([0.1, 1.0])
-    np.testing.assert_allclose(baselines.fake_quantize(rows, scale), [[0.1, -0.3, 0.7], [0, 1, -3]], rtol=1e-5)
+    np.testing.assert_allclose(
+        baselines.fake_quantize(rows, scale), [[0.1, -0.3, 0.7], [0, 1, -3]], rtol=1e-5
+    )
     upstream = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     grads = jax.grad(lambda r: jnp.sum(baselines.fake_quantize(r, scale) * upstream))(rows)
     np.testing.assert_array_equal(grads, upstream)
@@ -201,7 +237,9 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
 
     job = training.make_job(source, recipe, view._replace(refresh=refresh))
     with jax.numpy_dtype_promotion("standard"):
-        [fitted] = training.fit(source, [FP32.contender()], recipe, job, seed=0, on_chunk=lambda *_: None)
+        [fitted] = training.fit(
+            source, [FP32.contender()], recipe, job, seed=0, on_chunk=lambda *_: None
+        )
     assert fitted.num_steps == 6000 // 256 and refreshed == [0, 5, 10, 15, 20, 23]
     # What is predicted with is on the grid of the table, 15 levels at most.
     ids = jnp.arange(source.tables["C5"]) + sum(list(source.tables.values())[:4])
@@ -209,7 +247,10 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     codes = np.asarray(seen / fitted.learner.extra[4])
     np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
     assert np.abs(codes).max() == pytest.approx(7, abs=1e-4) and len(np.unique(np.round(codes))) > 3
-    assert np.abs(fitted.learner.extra[4] * 7 - np.abs(mpembed.read(fitted.learner.emb[0], ids)).max()) < 1e-6
+    assert (
+        np.abs(fitted.learner.extra[4] * 7 - np.abs(mpembed.read(fitted.learner.emb[0], ids)).max())
+        < 1e-6
+    )
 
 
 def test_post_training_quantization_is_the_nearest_row_of_the_format():
@@ -219,7 +260,9 @@ def test_post_training_quantization_is_the_nearest_row_of_the_format():
     after = baselines.quantize_after(state, "int4", tx)
     assert after.spec.storage.name == "int4" and after.spec.cache is None and after.cache is None
     ids = jnp.arange(57)
-    want = mpembed.decode(mpembed.encode(mpembed.read(state, ids), after.spec.storage), after.spec.storage, 8)
+    want = mpembed.decode(
+        mpembed.encode(mpembed.read(state, ids), after.spec.storage), after.spec.storage, 8
+    )
     np.testing.assert_array_equal(mpembed.read(after, ids), want)
 
 
@@ -276,7 +319,10 @@ def test_two_stacks_of_fp32_train_as_one(as_dict):
     scores = [job.predict(f.learner, batch) for f in fitted]
     np.testing.assert_allclose(*scores, rtol=1e-5)
     assert np.ptp(scores[0]) > 1e-3
-    sizes = [sum(mpembed.memory.report(spec, job.row_tx).components["table"] for spec in f.specs) for f in fitted]
+    sizes = [
+        sum(mpembed.memory.report(spec, job.row_tx).components["table"] for spec in f.specs)
+        for f in fitted
+    ]
     assert sizes[0] == sizes[1] == 52 * 4 * 4
 
 
@@ -288,11 +334,17 @@ def finished(tmp_path_factory):
     """A tiny grid: the cases of the paper's claim and every kind of baseline, two seeds, killed once on the way."""
     out = tmp_path_factory.mktemp("grid")
     kinds = ("trained", "hashed", "narrow", "pruned", "post-training", "quantization-aware")
-    settings = small(out, cache=(0.0, 0.05), storage=("float32", "int4"), rounding=("stochastic",), method=kinds)
+    settings = small(
+        out, cache=(0.0, 0.05), storage=("float32", "int4"), rounding=("stochastic",), method=kinds
+    )
     with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid, "SHARES", ())
         patch.setattr(
-            grid, "CORE", tuple(c for c in grid.CORE if c.policy == "lfu" and c.share in (1.0, 0.5) and not c.small)
+            grid,
+            "CORE",
+            tuple(
+                c for c in grid.CORE if c.policy == "lfu" and c.share in (1.0, 0.5) and not c.small
+            ),
         )
         append, calls = records.append, []
 
@@ -339,15 +391,21 @@ def test_bytes_of_every_method_are_what_they_keep(finished):
     assert size("FP32 hashed to 0.5") == pytest.approx(full / 2, rel=0.01)
     assert size("FP32 pruned to 0.5") == pytest.approx(full / 2, rel=0.01)
     assert size("FP32 narrow to 0.5") == pytest.approx(full / 2, rel=0.01)
-    assert size("INT4 no cache") == pytest.approx(4, rel=0.02) == size("INT4 post-training")  # D / 2 and a 2-byte scale
+    assert (
+        size("INT4 no cache") == pytest.approx(4, rel=0.02) == size("INT4 post-training")
+    )  # D / 2 and a 2-byte scale
     assert size("INT4 + 5 %") > 4 + 0.045 * (16 + 9)
     assert size("INT4 quantization-aware") == pytest.approx(2 + 4 * 26 / num_ids)
     for name, record in by_name.items():
         outcome = record["outcome"]
         master = "post" in name or "aware" in name
-        assert record["training_bytes_per_row"] == pytest.approx(full if master else size(name), rel=0.01)
+        assert record["training_bytes_per_row"] == pytest.approx(
+            full if master else size(name), rel=0.01
+        )
         assert outcome["ratio"] == pytest.approx(full / size(name)) and 0.5 < outcome["auc"] < 1
-        total = outcome["embedding_bytes"] + outcome["row_state_bytes"]  # row-wise Adagrad: one float32 per row
+        total = (
+            outcome["embedding_bytes"] + outcome["row_state_bytes"]
+        )  # row-wise Adagrad: one float32 per row
         with_row_state = 1.0 if master else num_ids * (full + 4) / total
         assert outcome["ratio_with_row_state"] == pytest.approx(with_row_state)
         assert {"commit", "device", "versions", "command"} <= set(record["environment"])
@@ -360,26 +418,40 @@ def test_the_report_pairs_and_draws(finished):
     assert group.title == "synthetic, D = 4" and set(group.cases) >= {FP32, Case("int4", 0.05)}
     found = group.difference(Case("int4", 0.05), "auc")
     assert found.mean == group.values(Case("int4", 0.05), "auc")[0] - group.values(FP32, "auc")[0]
-    assert f"| INT4 + 5 % | {group.mean(Case('int4', 0.05), 'auc'):.4f} | {found.mean:+.4f} |" in text
+    assert (
+        f"| INT4 + 5 % | {group.mean(Case('int4', 0.05), 'auc'):.4f} | {found.mean:+.4f} |" in text
+    )
     for name in ("accuracy", "hits", "losses"):
         assert (settings.out / f"paper_table_{name}.png").stat().st_size > 10_000
 
 
 def test_criteos_own_file_goes_the_same_way(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    rows = np.concatenate([rng.integers(0, 2, (1400, 1)), rng.integers(0, 50, (1400, 13))], axis=1).astype(str)
+    rows = np.concatenate(
+        [rng.integers(0, 2, (1400, 1)), rng.integers(0, 50, (1400, 13))], axis=1
+    ).astype(str)
     categories = [[f"{value:08x}" for value in row] for row in rng.integers(1, 40, (1400, 26))]
     text = ["\t".join([*row, *more]) for row, more in zip(rows, categories, strict=True)]
     (tmp_path / "train.txt").write_text("\n".join(text) + "\n")
     monkeypatch.setattr(grid, "TARGETS", (FP32, Case("int4", 0.3)))
     settings = small(
-        tmp_path / "out", data="criteo", path=tmp_path, num_rows=None, grid="targets", batch_size=200, min_count=2
+        tmp_path / "out",
+        data="criteo",
+        path=tmp_path,
+        num_rows=None,
+        grid="targets",
+        batch_size=200,
+        min_count=2,
     )
     with jax.numpy_dtype_promotion("standard"):
         paper_table.main(settings)
     found = lines(tmp_path / "out")
     assert [r["name"] for r in found] == ["FP32", "INT4 + 30 %"]
-    assert found[0]["data"]["name"] == "criteo" and found[0]["data"]["train"] == 1200 and found[0]["data"]["min_count"] == 2
+    assert (
+        found[0]["data"]["name"] == "criteo"
+        and found[0]["data"]["train"] == 1200
+        and found[0]["data"]["min_count"] == 2
+    )
 
 
 def test_without_results_the_report_says_so(tmp_path):

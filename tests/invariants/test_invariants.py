@@ -24,7 +24,10 @@ SGD = optax.sgd(0.25)
 OPTIMIZERS = {
     "sgd": (optax.sgd(0.1), None),
     "rowwise_adagrad": (optim.rowwise_adagrad(0.1, eps=1e-3), (1e-3, 0.0, True)),
-    "adagrad": (optax.adagrad(0.1, initial_accumulator_value=0.1, eps=1e-6), (0, 0.1 + 1e-6, False)),
+    "adagrad": (
+        optax.adagrad(0.1, initial_accumulator_value=0.1, eps=1e-6),
+        (0, 0.1 + 1e-6, False),
+    ),
 }
 
 
@@ -36,7 +39,11 @@ def train(state, batches, grads, tx, feedback=0.0):
         ids, g = batch
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        row_grads = jnp.zeros_like(rows).at[plan.inverse].add(g + jnp.float32(feedback) * rows[plan.inverse])
+        row_grads = (
+            jnp.zeros_like(rows)
+            .at[plan.inverse]
+            .add(g + jnp.float32(feedback) * rows[plan.inverse])
+        )
         return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), plan
 
     return jax.lax.scan(step, state, (batches, grads))
@@ -50,7 +57,9 @@ def all_rows(state):
 # --- 1. transparency
 
 
-@pytest.mark.parametrize(("optimizer", "skip"), [(name, False) for name in OPTIMIZERS] + [("adagrad", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "skip"), [(name, False) for name in OPTIMIZERS] + [("adagrad", True)]
+)
 def test_a_float32_cache_is_invisible(optimizer, skip):
     """Bit for bit the table and row state of cache=None, over geometries; dense float64 training within rounding.
 
@@ -62,9 +71,16 @@ def test_a_float32_cache_is_invisible(optimizer, skip):
     batches = shapes.skewed_ids(0, 60, 32, 150, drift=20, ragged=True)
     grads = np.random.default_rng(0).standard_normal((60, 32, 5)).astype(np.float32) / 4
     results = []
-    caches = [{"lines": None}, {"lines": 24, "ways": 1, "policy": "lru"}, {"lines": 24, "ways": 8, "policy": "lfu"}]
+    caches = [
+        {"lines": None},
+        {"lines": 24, "ways": 1, "policy": "lru"},
+        {"lines": 24, "ways": 8, "policy": "lfu"},
+    ]
     if optimizer == "sgd":
-        caches += [{"lines": 24, "ways": 32, "policy": "lru"}, {"lines": 400, "ways": 2, "policy": "lfu"}]
+        caches += [
+            {"lines": 24, "ways": 32, "policy": "lru"},
+            {"lines": 400, "ways": 2, "policy": "lfu"},
+        ]
     for options in caches:
         spec = dataclasses.replace(shapes.stack(150, 5, **options), skip_nonfinite=skip)
         state, _ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
@@ -72,7 +88,9 @@ def test_a_float32_cache_is_invisible(optimizer, skip):
     _, table_only, row_state = results[0]
     for options, rows, other_row_state in results[1:]:
         np.testing.assert_array_equal(rows, table_only, err_msg=str(options))
-        jax.tree.map(partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state)
+        jax.tree.map(
+            partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state
+        )
     start = np.asarray(all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx)))
     wanted = oracles.dense_training(start, batches, grads, 0.1, feedback=0.1, adagrad=adagrad)
     np.testing.assert_allclose(table_only, wanted, rtol=0, atol=7e-5)
@@ -84,12 +102,18 @@ def test_a_float32_cache_is_invisible(optimizer, skip):
 
 @pytest.mark.parametrize("policy", shapes.POLICIES)
 @settings(max_examples=15)
-@given(seed=st.integers(0, 2**31), exponent=st.sampled_from([0.0, 0.6, 1.05, 2.0]), drift=st.sampled_from([0, 3]))
+@given(
+    seed=st.integers(0, 2**31),
+    exponent=st.sampled_from([0.0, 0.6, 1.05, 2.0]),
+    drift=st.sampled_from([0, 3]),
+)
 def test_victims_are_never_in_the_batch_and_lines_are_never_shared(policy, seed, exponent, drift):
     """24 batches of 20 ids, 16 lines; nothing here but the definitions."""
     state = first_state(policy)
     batches = shapes.skewed_ids(seed, 24, 20, 60, exponent=exponent, drift=drift)
-    final, plans = jax.device_get(train(jax.tree.map(jnp.copy, state), batches, np.zeros((24, 20, 2), np.float32), SGD))
+    final, plans = jax.device_get(
+        train(jax.tree.map(jnp.copy, state), batches, np.zeros((24, 20, 2), np.float32), SGD)
+    )
     for t, ids in enumerate(batches):
         plan = jax.tree.map(lambda x: x[t], plans)  # noqa: B023
         victims = plan.victim_ids[plan.victim_ids != mpembed.NO_ID]
@@ -143,8 +167,14 @@ def test_implementations_agree_bit_for_bit():
     grads = shapes.dyadic(2, (6, 6000, 4))
     spec = shapes.stack(30_000, 4, storage="int8", lines=2500, ways=8)
     results = []
-    for implementation in ("xla", "xla_chunked", "numba"):  # kernels: test_gpu_kernels; numba: test_native
-        state, plans = train(mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx)
+    for implementation in (
+        "xla",
+        "xla_chunked",
+        "numba",
+    ):  # kernels: test_gpu_kernels; numba: test_native
+        state, plans = train(
+            mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx
+        )
         results.append(jax.device_get((jax.tree.leaves(state), plans.counts)))
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
@@ -178,7 +208,11 @@ def test_clean_lines_are_never_written_back(policy, turns):
 
     @jax.jit
     def browse(state, batches):
-        return jax.lax.scan(lambda s, ids: (lambda s, plan: (s, plan.counts))(*mpembed.prefetch(s, ids)), state, batches)
+        return jax.lax.scan(
+            lambda s, ids: (lambda s, plan: (s, plan.counts))(*mpembed.prefetch(s, ids)),
+            state,
+            batches,
+        )
 
     batches = shapes.skewed_ids(5, 40, 32, 200, drift=4)
     for turn in range(turns):
@@ -215,7 +249,9 @@ def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
 
     for rounding in ("stochastic",) if cached else ("stochastic", "nearest"):
         storage = mpembed.RowFormat("bfloat16", rounding=rounding)
-        spec = shapes.stack(256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru")
+        spec = shapes.stack(
+            256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru"
+        )
         mean = np.asarray(all_rows(run(mpembed.from_dense(KEY, spec, tx, start)))).mean()
         if rounding == "stochastic":
             assert abs(mean - 0.99) < 0.00099
@@ -276,13 +312,18 @@ def programs(row_tx):
 def batch(spec, seed):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.integers(0, t.vocabulary_size, BATCH) for t in spec.tables], 1)
-    return {"ids": jnp.asarray(spec.global_ids(ids)), "label": jnp.asarray(rng.random(BATCH) < 0.5, jnp.float32)}
+    return {
+        "ids": jnp.asarray(spec.global_ids(ids)),
+        "label": jnp.asarray(rng.random(BATCH) < 0.5, jnp.float32),
+    }
 
 
 def check_compiled(compiled, num_rows):
     """No float table, no operation that makes a table-sized array, and temporaries far below a table."""
     text = compiled.as_text()
-    assert not re.search(rf"\b(f32|bf16|f16|f8\w*)\[{num_rows},", text), "a float array with a row per id"
+    assert not re.search(rf"\b(f32|bf16|f16|f8\w*)\[{num_rows},", text), (
+        "a float array with a row per id"
+    )
     makes_table = {
         m.group(1)
         for m in re.finditer(rf"= \S*\[{num_rows}[,\]]\S* (\S+)\(", text)
@@ -294,7 +335,17 @@ def check_compiled(compiled, num_rows):
 
 
 # Operations that pass an array on or write into it; XLA:CPU writes scatters as loops of dynamic-update-slice.
-ALLOWED = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "fusion", "scatter"}
+ALLOWED = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "fusion",
+    "scatter",
+}
 ALLOWED |= {"dynamic-update-slice", "optimization-barrier"}
 
 
@@ -329,7 +380,9 @@ def test_steps_work_in_place_and_compile_once(storage):
         emb, plan = jitted["prefetch"](emb, data["ids"])
         assert is_consumed(before)
         before = emb
-        emb = jitted["apply_gradients"](emb, plan, np.zeros(rows.shape, np.float32), np.ones(rows.shape, np.float32))
+        emb = jitted["apply_gradients"](
+            emb, plan, np.zeros(rows.shape, np.float32), np.ones(rows.shape, np.float32)
+        )
         assert is_consumed(before)
         before = emb
         emb, params, opt_state, loss = jitted["train_step"](emb, params, opt_state, data)
@@ -348,7 +401,9 @@ def is_consumed(emb):
 def large_buffers(emb):
     """Addresses of the state's arrays of 64 KB or more, by place."""
     leaves = jax.tree_util.tree_leaves_with_path(emb)
-    return {jax.tree_util.keystr(k): x.unsafe_buffer_pointer() for k, x in leaves if x.nbytes >= 2**16}
+    return {
+        jax.tree_util.keystr(k): x.unsafe_buffer_pointer() for k, x in leaves if x.nbytes >= 2**16
+    }
 
 
 def test_the_step_does_not_grow_with_the_table():
@@ -362,7 +417,13 @@ def test_the_step_does_not_grow_with_the_table():
         compiled = jitted["train_step"].lower(abstract, params, opt_state, batch(spec, 0)).compile()
         check_compiled(compiled, num_rows)
         operations = Counter(re.findall(r"= \S+ ([a-z-]+)\(", compiled.as_text()))
-        seen.append((operations, compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes))
+        seen.append(
+            (
+                operations,
+                compiled.cost_analysis()["flops"],
+                compiled.memory_analysis().temp_size_in_bytes,
+            )
+        )
     assert seen[0] == seen[1]
 
 
@@ -372,7 +433,9 @@ def test_flush_and_read_copy_no_table(name):
     abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, SGD))
     if name == "flush":
         compiled = jax.jit(mpembed.flush, donate_argnums=0).lower(abstract).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes < 3_000_000  # blocks of 8,192 lines of 16 floats
+        assert (
+            compiled.memory_analysis().temp_size_in_bytes < 3_000_000
+        )  # blocks of 8,192 lines of 16 floats
     else:
         compiled = jax.jit(mpembed.read).lower(abstract, batch(spec, 0)["ids"]).compile()
         check_compiled(compiled, ROWS)

@@ -10,7 +10,15 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     """Counts of every step, vectors and rows, in every bit."""
-    command = [sys.executable, "-m", "experiments.multiprocess", "--processes", "2", "--devices", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.multiprocess",
+        "--processes",
+        "2",
+        "--devices",
+        "2",
+    ]
     command += ["--rows", "3000", "--dim", "4", "--batch", "32", "--features", "2", "--steps", "4"]
     command += ["--out", str(tmp_path / "results.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

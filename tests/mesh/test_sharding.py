@@ -30,7 +30,15 @@ def mesh_of(*sizes, names=("x", "y")):
 
 
 def spec_of(policy="lfu", storage="int8", **options):
-    return shapes.stack(SIZES, DIM, storage=storage, lines=None if policy is None else 256, ways=2, policy=policy, **options)
+    return shapes.stack(
+        SIZES,
+        DIM,
+        storage=storage,
+        lines=None if policy is None else 256,
+        ways=2,
+        policy=policy,
+        **options,
+    )
 
 
 def step(tx, state, batch):
@@ -57,11 +65,20 @@ def trainer(layout, tx):
         return jax.jit(run)
     abstract = jax.eval_shape(
         lambda: mpembed.init(
-            KEY, layout.spec, tx, mesh=layout.mesh, axis_name=layout.axes or None, placement=layout.placement
+            KEY,
+            layout.spec,
+            tx,
+            mesh=layout.mesh,
+            axis_name=layout.axes or None,
+            placement=layout.placement,
         )
     )
     specs, batch = mpembed.partition_specs(abstract), P(None, layout.batch_axes)
-    return jax.jit(jax.shard_map(run, mesh=layout.mesh, in_specs=(specs, (batch, batch)), out_specs=(specs, (P(), batch))))
+    return jax.jit(
+        jax.shard_map(
+            run, mesh=layout.mesh, in_specs=(specs, (batch, batch)), out_specs=(specs, (P(), batch))
+        )
+    )
 
 
 def train(state, ids, upstream, tx=SGD):
@@ -84,7 +101,9 @@ def assert_same_state(state, expected):
     """Every array of the state, brought to one device, bit for bit."""
     state = jax.device_get(sharding.relayout(state))
     assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    for (path, got), want in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
         if "counters" not in str(path):  # the wide exchanges of one device are none
             np.testing.assert_array_equal(got, want, err_msg=jax.tree_util.keystr(path))
 
@@ -100,7 +119,13 @@ def assert_same_counts(counts, expected):
 
 @pytest.mark.parametrize(
     ("policy", "storage", "shards"),
-    [("lfu", "int8", 1), ("lfu", "int8", 2), ("lru", "int4", 4), (None, "int2", 4), ("lfu", "int8", 8)],
+    [
+        ("lfu", "int8", 1),
+        ("lfu", "int8", 2),
+        ("lru", "int4", 4),
+        (None, "int2", 4),
+        ("lfu", "int8", 8),
+    ],
 )
 def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, shards):
     """Tags, priorities, sketches, packed rows, lines, counts, vectors: gradients whose sums are exact, so every bit."""
@@ -153,7 +178,9 @@ def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
     state, (got_counts, _) = train(state, ids, upstream)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, jax.device_get(expected))
-    assert STEPS >= mpembed.stats(state).wide_exchanges == got_counts.wide_exchanges.sum() > STEPS // 2
+    assert (
+        STEPS >= mpembed.stats(state).wide_exchanges == got_counts.wide_exchanges.sum() > STEPS // 2
+    )
 
 
 @pytest.mark.parametrize(("budget", "policy"), [(60, None), (12, "lfu")])
@@ -185,7 +212,10 @@ def test_float_sums_in_a_fixed_order_have_the_same_bits_on_any_number_of_devices
     first = jax.device_get(sharding.relayout(states[0]))
     for state in states[1:4]:
         assert_same_state(state, first)
-    rows, wanted = (np.asarray(mpembed.read(s, np.arange(V, dtype=np.int32))) for s in (states[4], jax.device_put(first)))
+    rows, wanted = (
+        np.asarray(mpembed.read(s, np.arange(V, dtype=np.int32)))
+        for s in (states[4], jax.device_put(first))
+    )
     assert (rows != wanted).any()
     # STEPS updates of a quarter of a sum of at most BATCH terms, whose magnitudes add up to less than BATCH.
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=STEPS * 0.25 * BATCH * 2**-24 * BATCH)
@@ -213,7 +243,10 @@ def assert_same_rows(state, tables):
 
 def test_initial_rows_are_those_of_one_device():
     """Uniform ones and those of an initializer function, rows by MOD and whole tables."""
-    tables = [mpembed.TableSpec("a", 9000, jax.nn.initializers.normal(0.1)), mpembed.TableSpec("b", 1001)]
+    tables = [
+        mpembed.TableSpec("a", 9000, jax.nn.initializers.normal(0.1)),
+        mpembed.TableSpec("b", 1001),
+    ]
     tables.append(mpembed.TableSpec("c", 10, jax.nn.initializers.ones))
     spec = mpembed.EmbeddingSpec(tables, DIM, "int4", None)
     wanted = mpembed.to_dense(mpembed.init(KEY, spec, SGD))
@@ -226,7 +259,9 @@ def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
     spec = dataclasses.replace(spec_of("lru"), row_state_dtype="bfloat16", skip_nonfinite=True)
     tx = mpembed.optim.rowwise_adagrad(optax.linear_schedule(0.5, 0.25, 8), 1e-3)
     ids, upstream = stream()
-    upstream = np.where(np.random.default_rng(5).random((STEPS, BATCH, 1)) < 0.02, np.float32(np.nan), upstream)
+    upstream = np.where(
+        np.random.default_rng(5).random((STEPS, BATCH, 1)) < 0.02, np.float32(np.nan), upstream
+    )
     expected = train(initial(spec, tx=tx), ids, upstream, tx)[0]
     state = train(initial(spec, 4, tx=tx), ids, upstream, tx)[0]
     assert mpembed.stats(state).nonfinite_rows == mpembed.stats(expected).nonfinite_rows > 10
@@ -242,18 +277,30 @@ def test_read_flush_freeze_and_dense_tables_of_a_sharded_state():
     expected = jax.device_put(expected)
     mesh = mesh_of(4)
     state, _ = train(initial(spec, 4), *stream())
-    ids = {"a": np.asarray([[0, 7, V - 1], [mpembed.NO_ID, V, -1]], np.int32), "b": np.arange(9, dtype=np.int32)}
+    ids = {
+        "a": np.asarray([[0, 7, V - 1], [mpembed.NO_ID, V, -1]], np.int32),
+        "b": np.arange(9, dtype=np.int32),
+    }
     wanted = mpembed.read(expected, ids)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(mpembed.read)(state, ids), wanted)
     specs = mpembed.partition_specs(state)
-    inside = jax.jit(jax.shard_map(mpembed.read, mesh=mesh, in_specs=(specs, P("x")), out_specs=P("x")))
+    inside = jax.jit(
+        jax.shard_map(mpembed.read, mesh=mesh, in_specs=(specs, P("x")), out_specs=P("x"))
+    )
     every = jnp.arange(V, dtype=jnp.int32)
     np.testing.assert_array_equal(inside(state, every), mpembed.read(expected, every))
-    assert_same_state(jax.jit(mpembed.flush)(state), jax.device_get(jax.jit(mpembed.flush)(expected)))
-    np.testing.assert_array_equal(jax.jit(mpembed.freeze)(state).rows, jax.jit(mpembed.freeze)(expected).rows)
+    assert_same_state(
+        jax.jit(mpembed.flush)(state), jax.device_get(jax.jit(mpembed.flush)(expected))
+    )
+    np.testing.assert_array_equal(
+        jax.jit(mpembed.freeze)(state).rows, jax.jit(mpembed.freeze)(expected).rows
+    )
     tables = mpembed.to_dense(expected)
     assert_same_rows(state, tables)
-    again, one = mpembed.from_dense(KEY, spec, SGD, tables, mesh=mesh), mpembed.from_dense(KEY, spec, SGD, tables)
+    again, one = (
+        mpembed.from_dense(KEY, spec, SGD, tables, mesh=mesh),
+        mpembed.from_dense(KEY, spec, SGD, tables),
+    )
     assert_same_state(again, jax.device_get(one))
     got, want = mpembed.stats(state), mpembed.stats(expected)
     assert got._replace(wide_exchanges=0) == want
@@ -262,7 +309,9 @@ def test_read_flush_freeze_and_dense_tables_of_a_sharded_state():
 def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
     spec = spec_of("lfu")
     ids, upstream = stream(1, 2 * STEPS)
-    expected = train(train(initial(spec), ids[:STEPS], upstream[:STEPS])[0], ids[STEPS:], upstream[STEPS:])[0]
+    expected = train(
+        train(initial(spec), ids[:STEPS], upstream[:STEPS])[0], ids[STEPS:], upstream[STEPS:]
+    )[0]
     state = train(initial(spec, 8), ids[:STEPS], upstream[:STEPS])[0]
     state = sharding.relayout(state, mesh=mesh_of(2))
     assert_same_state(train(state, ids[STEPS:], upstream[STEPS:])[0], jax.device_get(expected))
@@ -273,37 +322,60 @@ def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
 
 def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
     """The compiled step: no copy of an array of a shard; all_to_all of ids, rows and gradients, narrow and wide."""
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("items", 400_000)], 32, "int8", max_unique_ids=2048)
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("items", 400_000)], 32, "int8", max_unique_ids=2048
+    )
     mesh, tx = mesh_of(4), mpembed.optim.rowwise_adagrad(0.05)
     state = jax.eval_shape(lambda: mpembed.init(KEY, spec, tx, mesh=mesh))
     specs = mpembed.partition_specs(state)
-    run = jax.shard_map(partial(step, tx), mesh=mesh, in_specs=(specs, (P("x"), P("x"))), out_specs=(specs, (P(), P("x"))))
+    run = jax.shard_map(
+        partial(step, tx),
+        mesh=mesh,
+        in_specs=(specs, (P("x"), P("x"))),
+        out_specs=(specs, (P(), P("x"))),
+    )
     shardings = jax.tree.map(partial(jax.sharding.NamedSharding, mesh), specs)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
-    batch = jax.ShapeDtypeStruct((512, 4), jnp.int32), jax.ShapeDtypeStruct((512, 4, 32), jnp.float32)
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings
+    )
+    batch = (
+        jax.ShapeDtypeStruct((512, 4), jnp.int32),
+        jax.ShapeDtypeStruct((512, 4, 32), jnp.float32),
+    )
     compiled = jax.jit(run, donate_argnums=0).lower(state, batch).compile()
     text = compiled.as_text()
-    rows = {leaf.shape[0] // 4 for leaf in jax.tree.leaves((state.table, state.row_state, state.cache.rows))}
+    rows = {
+        leaf.shape[0] // 4
+        for leaf in jax.tree.leaves((state.table, state.row_state, state.cache.rows))
+    }
     copies = [int(n) for n in re.findall(r"= \w+\[(\d+)[\d,]*\]\S* copy\(", text)]
     assert not rows & set(copies), "an array of a shard is copied"
     entries = 512  # a device's ids, fewer than the budget
     narrow, wide = -(-5 * entries // 16), entries
     for width, is_wide in ((narrow, False), (wide, True)):
         found = [c for c in collectives(text, 4, is_wide=is_wide) if c.kind != "all-reduce"]
-        assert [(c.kind, c.sent_bytes) for c in found] == [("all-to-all", 3 * width * size) for size in (8, 128, 128)]
+        assert [(c.kind, c.sent_bytes) for c in found] == [
+            ("all-to-all", 3 * width * size) for size in (8, 128, 128)
+        ]
 
 
 def test_a_sharded_step_is_traced_once_and_keeps_its_buffers():
     spec, mesh = spec_of("lfu"), mesh_of(2)
     state = mpembed.init(KEY, spec, SGD, mesh=mesh)
     specs = mpembed.partition_specs(state)
-    run = jax.shard_map(partial(step, SGD), mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x"))))
+    run = jax.shard_map(
+        partial(step, SGD), mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x")))
+    )
     run = jax.jit(run, donate_argnums=0)
     ids, upstream = stream()
     buffers = set()
     for batch in zip(ids[:3], upstream[:3], strict=True):
         state, _ = run(state, batch)
-        buffers.add(tuple(shard.data.unsafe_buffer_pointer() for shard in state.table.rows.addressable_shards))
+        buffers.add(
+            tuple(
+                shard.data.unsafe_buffer_pointer() for shard in state.table.rows.addressable_shards
+            )
+        )
     assert run._cache_size() == 1
     assert len(buffers) == 1
 
@@ -314,7 +386,8 @@ def test_a_sharded_step_is_traced_once_and_keeps_its_buffers():
 def test_what_cannot_be_sharded_is_refused_with_its_fix():
     spec, mesh = spec_of("lfu"), mesh_of(4)
     with pytest.raises(
-        ValueError, match=r'over 3 shards; .* 1, 2, 4, 8 or 16\. Replicate this stack, Placement\("replicated"\)'
+        ValueError,
+        match=r'over 3 shards; .* 1, 2, 4, 8 or 16\. Replicate this stack, Placement\("replicated"\)',
     ):
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(3))
     with pytest.raises(ValueError, match=r"several axes \('x', 'y'\)"):
@@ -329,17 +402,26 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
         mpembed.init(KEY, spec, SGD, mesh=mesh, placement=mpembed.Placement(summation_blocks=6))
     with pytest.raises(ValueError, match="all of the sharding axes"):
         mpembed.init(
-            KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name=("x", "y"), placement=mpembed.Placement(batch_axes=("x",))
+            KEY,
+            spec,
+            SGD,
+            mesh=mesh_of(2, 2),
+            axis_name=("x", "y"),
+            placement=mpembed.Placement(batch_axes=("x",)),
         )
     with pytest.raises(ValueError, match=r"sharding axes .* last"):
         placement = mpembed.Placement(batch_axes=("x", "y"), summation_blocks=4)
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(2, 2), axis_name="x", placement=placement)
     with pytest.raises(ValueError, match="one shard in"):
-        mpembed.init(KEY, spec, SGD, mesh=mesh, placement=mpembed.Placement("tables", table_shards=(0, 4, 1)))
+        mpembed.init(
+            KEY, spec, SGD, mesh=mesh, placement=mpembed.Placement("tables", table_shards=(0, 4, 1))
+        )
     with pytest.raises(ValueError, match="one of rows, tables, replicated"):
         mpembed.Placement("columns")
     state = initial(spec, 4)
-    with pytest.raises(ValueError, match=r"call it inside jax.shard_map over the mesh axes \('x',\)"):
+    with pytest.raises(
+        ValueError, match=r"call it inside jax.shard_map over the mesh axes \('x',\)"
+    ):
         mpembed.prefetch(state, jnp.zeros(8, jnp.int32))
     other = dataclasses.replace(state, layout=initial(spec, 2).layout)
     with pytest.raises(ValueError, match="another spec"):
@@ -390,10 +472,19 @@ def test_a_step_over_ten_to_the_eleven_rows_on_64_shards_traces():
     mesh, state = huge(64, mpembed.CacheSpec(num_rows=64 * 1024))
     assert state.table.rows.shape[0] == 64 * 1_562_500_000
     specs = mpembed.partition_specs(state)
-    run = jax.shard_map(partial(step, SGD), mesh=mesh, in_specs=(specs, (P("x"), P("x"))), out_specs=(specs, (P(), P("x"))))
+    run = jax.shard_map(
+        partial(step, SGD),
+        mesh=mesh,
+        in_specs=(specs, (P("x"), P("x"))),
+        out_specs=(specs, (P(), P("x"))),
+    )
     ids = jax.ShapeDtypeStruct((128, 50, 2), jnp.int32)
-    after, (_, vectors) = jax.eval_shape(run, state, (ids, jax.ShapeDtypeStruct((128, 50, 8), jnp.float32)))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    after, (_, vectors) = jax.eval_shape(
+        run, state, (ids, jax.ShapeDtypeStruct((128, 50, 8), jnp.float32))
+    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
     assert vectors.shape == (128, 50, 8)
 
 
@@ -412,7 +503,9 @@ def test_pairs_are_the_rows_of_64_bit_ids():
     low, high = shard.ids_of(jnp.asarray(pairs[..., 1], jnp.int32))
     ids = np.asarray(low, np.uint64) + (np.asarray(high, np.uint64) << np.uint64(32))
     np.testing.assert_array_equal(ids[1:], (pairs[..., 1] * 64 + 63)[1:].astype(np.uint64))
-    bits = shard.key(jnp.asarray([1, 2], jnp.uint32)).row_bits(1, jnp.int32(3), jnp.asarray(pairs[1:, 0, 1], jnp.int32), 8)
+    bits = shard.key(jnp.asarray([1, 2], jnp.uint32)).row_bits(
+        1, jnp.int32(3), jnp.asarray(pairs[1:, 0, 1], jnp.int32), 8
+    )
     assert len(np.unique(np.asarray(bits))) > 0.99 * bits.size
     with pytest.raises(ValueError, match="must be pairs"):
         state.layout.shape_of(jnp.zeros((3,), jnp.int32))
@@ -427,7 +520,9 @@ def test_pairs_train_as_plain_ids_do(monkeypatch):
     monkeypatch.setattr(type(state.layout), "is_paired", True)
     is_row = ids != mpembed.NO_ID
     as_pairs = np.stack([np.where(is_row, ids % 4, 4), np.where(is_row, ids // 4, ids)], axis=-1)
-    state, (got_counts, got_vectors) = trainer.__wrapped__(state.layout, SGD)(state, (as_pairs, upstream))
+    state, (got_counts, got_vectors) = trainer.__wrapped__(state.layout, SGD)(
+        state, (as_pairs, upstream)
+    )
     monkeypatch.undo()
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
@@ -441,7 +536,9 @@ def test_the_verbs_run_inside_pmap():
     """Without a typed mesh a loss of one device has no pmean inside; here gradients are given, so nothing changes."""
     spec = spec_of("lfu")
     expected, _, vectors = on_one_device(spec)
-    ids, upstream = (np.moveaxis(a.reshape(STEPS, 4, BATCH // 4, *a.shape[2:]), 1, 0) for a in stream())
+    ids, upstream = (
+        np.moveaxis(a.reshape(STEPS, 4, BATCH // 4, *a.shape[2:]), 1, 0) for a in stream()
+    )
 
     def run(ids, upstream):
         state = mpembed.init(KEY, spec, SGD, axis_name="x")
@@ -451,5 +548,7 @@ def test_the_verbs_run_inside_pmap():
     got, rows, tags = jax.pmap(run, axis_name="x", devices=jax.devices()[:4])(ids, upstream)
     np.testing.assert_array_equal(np.moveaxis(got, 0, 1).reshape(vectors.shape), vectors)
     for device in rows:
-        np.testing.assert_array_equal(device, mpembed.read(jax.device_put(expected), jnp.arange(V, dtype=jnp.int32)))
+        np.testing.assert_array_equal(
+            device, mpembed.read(jax.device_put(expected), jnp.arange(V, dtype=jnp.int32))
+        )
     assert tags.shape == (4, 128 // 4, 2)

@@ -16,7 +16,10 @@ import mpembed_jax as mpembed
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SPEC = mpembed.EmbeddingSpec(
-    [mpembed.TableSpec("user", 500), mpembed.TableSpec("item", 900)], 16, "float32", mpembed.CacheSpec(num_rows=256, ways=2)
+    [mpembed.TableSpec("user", 500), mpembed.TableSpec("item", 900)],
+    16,
+    "float32",
+    mpembed.CacheSpec(num_rows=256, ways=2),
 )
 UNCACHED = dataclasses.replace(SPEC, cache=None)  # the same float32 rows, and less to compile
 SGD = optax.sgd(1.0)  # what moves is minus the gradient
@@ -26,7 +29,9 @@ DEVICES = 4
 def step_of(name, replace=()):
     """The function `name` of README's snippets, without its decorators, after (old, new) replacements in its text."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    (found,) = [n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and n.name == name]
+    (found,) = [
+        n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and n.name == name
+    ]
     found.decorator_list = []
     text = ast.unparse(found)
     for old, new in replace:
@@ -40,7 +45,9 @@ def step_of(name, replace=()):
 def first_batch():
     rng = np.random.default_rng(0)
     batch = {
-        "ids": SPEC.global_ids(np.stack([rng.zipf(1.3, 64) % 500, rng.zipf(1.3, 64) % 900], axis=1)),
+        "ids": SPEC.global_ids(
+            np.stack([rng.zipf(1.3, 64) % 500, rng.zipf(1.3, 64) % 900], axis=1)
+        ),
         "label": rng.integers(0, 2, 64).astype(np.float32),
     }
     return batch, {"w": jnp.asarray(rng.standard_normal((32, 1)), jnp.float32), "b": jnp.zeros(1)}
@@ -54,11 +61,17 @@ def gradients(step, mesh=None, check_vma=True, spec=UNCACHED):
     if mesh is not None:
         specs = mpembed.partition_specs(emb)
         step = jax.shard_map(
-            step, mesh=mesh, in_specs=(specs, P(), P(), P("x")), out_specs=(specs, P(), P(), P()), check_vma=check_vma
+            step,
+            mesh=mesh,
+            in_specs=(specs, P(), P(), P("x")),
+            out_specs=(specs, P(), P(), P()),
+            check_vma=check_vma,
         )
     emb, moved, _, _ = jax.jit(step)(emb, params, SGD.init(params), batch)
     after = mpembed.to_dense(emb)
-    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), (params, before), (moved, after))
+    return jax.tree.map(
+        lambda a, b: np.asarray(a) - np.asarray(b), (params, before), (moved, after)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +79,15 @@ def one_device():
     return gradients(step_of("train_step"))
 
 
-def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_recipes_do_not(one_device):
+def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_recipes_do_not(
+    one_device,
+):
     """Sums of 64 terms of at most 1, in another order: 64 x 2^-24 = 4e-6."""
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     dense, rows = one_device
-    for wanted, got in zip((dense, rows), gradients(step_of("sharded_step"), mesh, spec=SPEC), strict=True):
+    for wanted, got in zip(
+        (dense, rows), gradients(step_of("sharded_step"), mesh, spec=SPEC), strict=True
+    ):
         jax.tree.map(lambda w, g: np.testing.assert_allclose(g, w, rtol=0, atol=4e-6), wanted, got)
     assert max(np.abs(r).max() for r in rows.values()) > 1e-2
 
@@ -83,9 +100,13 @@ def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_re
         ),
     ]
     late_dense, late = gradients(step_of("sharded_step", averaged_late), mesh)
-    jax.tree.map(lambda w, g: np.testing.assert_allclose(g, w, rtol=0, atol=4e-6), dense, late_dense)
+    jax.tree.map(
+        lambda w, g: np.testing.assert_allclose(g, w, rtol=0, atol=4e-6), dense, late_dense
+    )
     for wrong in (unchecked, late):
-        jax.tree.map(lambda w, g: np.testing.assert_allclose(g, DEVICES * w, rtol=0, atol=2e-5), rows, wrong)
+        jax.tree.map(
+            lambda w, g: np.testing.assert_allclose(g, DEVICES * w, rtol=0, atol=2e-5), rows, wrong
+        )
         with pytest.raises(AssertionError):
             np.testing.assert_allclose(wrong["item"], rows["item"], rtol=0.5, atol=1e-5)
 
@@ -94,7 +115,10 @@ def test_readmes_recipe_for_pmap_has_the_gradients_of_one_device(one_device):
     """The loss divided by the number of devices, dense gradients summed; no other change to the sharded step."""
     recipe = [
         ("return jax.lax.pmean(loss, 'x')", "return loss / jax.lax.axis_size('x')"),
-        ("updates, opt_state = tx", "grads = jax.lax.psum(grads, 'x')\n    updates, opt_state = tx"),
+        (
+            "updates, opt_state = tx",
+            "grads = jax.lax.psum(grads, 'x')\n    updates, opt_state = tx",
+        ),
     ]
     step, (batch, params) = step_of("sharded_step", recipe), first_batch()
 
@@ -103,12 +127,24 @@ def test_readmes_recipe_for_pmap_has_the_gradients_of_one_device(one_device):
         every = jnp.arange(SPEC.num_rows, dtype=jnp.int32)
         before = mpembed.read(emb, every)
         emb, moved, _, loss = step(emb, params, SGD.init(params), batch)
-        return jax.tree.map(jnp.subtract, params, moved), before - mpembed.read(emb, every), jax.lax.psum(loss, "x")
+        return (
+            jax.tree.map(jnp.subtract, params, moved),
+            before - mpembed.read(emb, every),
+            jax.lax.psum(loss, "x"),
+        )
 
     divided = jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), batch)
-    got_dense, got_rows, losses = jax.pmap(run, axis_name="x", devices=jax.devices()[:DEVICES])(divided)
+    got_dense, got_rows, losses = jax.pmap(run, axis_name="x", devices=jax.devices()[:DEVICES])(
+        divided
+    )
     dense, rows = one_device
     for device in range(DEVICES):
-        np.testing.assert_allclose(got_rows[device], np.concatenate([rows["user"], rows["item"]]), rtol=0, atol=4e-6)
-        jax.tree.map(lambda w, g, d=device: np.testing.assert_allclose(g[d], w, rtol=0, atol=4e-6), dense, got_dense)
+        np.testing.assert_allclose(
+            got_rows[device], np.concatenate([rows["user"], rows["item"]]), rtol=0, atol=4e-6
+        )
+        jax.tree.map(
+            lambda w, g, d=device: np.testing.assert_allclose(g[d], w, rtol=0, atol=4e-6),
+            dense,
+            got_dense,
+        )
     assert (losses == losses[0]).all()

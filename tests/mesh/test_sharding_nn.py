@@ -15,7 +15,10 @@ from mpembed_jax import nn
 from mpembed_jax.nn.linen import CachedEmbed, CachedEmbedBags, TrainState
 
 TX = optax.sgd(1.0)
-TABLES, CACHE = [mpembed.TableSpec("user", 700), mpembed.TableSpec("item", 900)], mpembed.CacheSpec(num_rows=128, ways=2)
+TABLES, CACHE = (
+    [mpembed.TableSpec("user", 700), mpembed.TableSpec("item", 900)],
+    mpembed.CacheSpec(num_rows=128, ways=2),
+)
 SPECS = (
     mpembed.EmbeddingSpec(TABLES, 4, "int8", CACHE),
     mpembed.EmbeddingSpec(mpembed.TableSpec("tags", 600), 8, "int8", None),
@@ -32,7 +35,9 @@ class Model(nnx.Module):
         self.words = nn.CachedEmbed(500, 4, tx=TX, cache=None, mesh=mesh, rngs=nnx.Rngs(1))
 
     def __call__(self, ids):
-        bags = self.bags({name: ids[name] for name in ("user", "item", "tags")}, {"tags": ids["weights"]})
+        bags = self.bags(
+            {name: ids[name] for name in ("user", "item", "tags")}, {"tags": ids["weights"]}
+        )
         return jnp.concatenate([*bags.values(), self.words(ids["words"])], axis=-1)
 
 
@@ -53,7 +58,13 @@ def batch(seed):
 
     tags = np.where(rng.random((16, 3)) < 0.3, mpembed.NO_ID, draw(600, 3))
     weights = rng.integers(0, 5, (16, 3)).astype(np.float32) / 4
-    ids = {"user": draw(700, 1), "item": draw(900, 2), "tags": tags, "words": draw(500, 1)[:, 0], "weights": weights}
+    ids = {
+        "user": draw(700, 1),
+        "item": draw(900, 2),
+        "tags": tags,
+        "words": draw(500, 1)[:, 0],
+        "weights": weights,
+    }
     return ids, rng.integers(-8, 9, (16, 20)).astype(np.float32) / 64
 
 
@@ -76,7 +87,11 @@ def test_modules_over_a_mesh_train_as_on_one_device(one_device):
     wanted, wanted_losses, wanted_vectors = one_device
     assert losses == pytest.approx(wanted_losses, rel=1e-5)
     np.testing.assert_array_equal(vectors, wanted_vectors)
-    for got, want in zip((*model.bags.states, model.words.state), (*wanted.bags.states, wanted.words.state), strict=True):
+    for got, want in zip(
+        (*model.bags.states, model.words.state),
+        (*wanted.bags.states, wanted.words.state),
+        strict=True,
+    ):
         jax.tree.map(np.testing.assert_array_equal, mpembed.to_dense(got), mpembed.to_dense(want))
     assert len(model.words.state.table.rows.sharding.device_set) == 4
 
@@ -86,7 +101,9 @@ class LinenModel(linen.Module):
 
     @linen.compact
     def __call__(self, ids):
-        bags = CachedEmbedBags(SPECS[1], TX, mesh=self.mesh, name="bags")({"tags": ids["tags"]}, {"tags": ids["weights"]})
+        bags = CachedEmbedBags(SPECS[1], TX, mesh=self.mesh, name="bags")(
+            {"tags": ids["tags"]}, {"tags": ids["weights"]}
+        )
         words = CachedEmbed(500, 4, TX, cache=CACHE, mesh=self.mesh, name="words")(ids["words"])
         return jnp.concatenate([bags["tags"], words], axis=-1)
 
@@ -94,19 +111,26 @@ class LinenModel(linen.Module):
 @jax.jit(donate_argnums=0)
 def linen_step(state, ids, upstream):
     state = state.prefetch({"bags": {"tags": ids["tags"]}, "words": ids["words"]})
-    loss, grads = jax.value_and_grad(lambda params: (state.apply_fn({"params": params}, ids) * upstream).sum())(state.params)
+    loss, grads = jax.value_and_grad(
+        lambda params: (state.apply_fn({"params": params}, ids) * upstream).sum()
+    )(state.params)
     return state.apply_gradients(grads=grads), loss
 
 
 def linen_trained(mesh):
     model = LinenModel(mesh)
-    state = TrainState.create(apply_fn=model.apply, variables=model.init(jax.random.key(0), batch(0)[0]), tx=TX)
+    state = TrainState.create(
+        apply_fn=model.apply, variables=model.init(jax.random.key(0), batch(0)[0]), tx=TX
+    )
     losses = []
     for seed in range(3):
         ids, upstream = batch(seed)
         state, loss = linen_step(state, ids, upstream[:, :12])
         losses.append(float(loss))
-    states = [state.collections["embedding"][m][s].state for m, s in (("bags", "stack_0"), ("words", "table"))]
+    states = [
+        state.collections["embedding"][m][s].state
+        for m, s in (("bags", "stack_0"), ("words", "table"))
+    ]
     return states, losses, np.asarray(model.apply(state.variables, batch(9)[0]))
 
 

@@ -41,7 +41,9 @@ class Model(linen.Module):
     def __call__(self, ids, train=False):
         vectors = CachedEmbed(ROWS, DIM, ROW_TX, cache=self.cache, name="embed")(ids).mean(axis=1)
         if self.with_norm:
-            vectors = linen.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(vectors)
+            vectors = linen.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(
+                vectors
+            )
         return linen.Dense(1, name="head")(vectors)[:, 0]
 
 
@@ -114,11 +116,15 @@ def test_a_restored_state_with_batch_statistics_takes_the_same_next_step(tmp_pat
         state = state.prefetch(ids)
 
         def loss_fn(params):
-            logits, updates = state.apply_fn({"params": params}, ids, train=True, mutable=["batch_stats"])
+            logits, updates = state.apply_fn(
+                {"params": params}, ids, train=True, mutable=["batch_stats"]
+            )
             return jnp.mean(jnp.square(logits - labels)), updates
 
         (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads, collections={**state.collections, **updates}), loss
+        return state.apply_gradients(
+            grads=grads, collections={**state.collections, **updates}
+        ), loss
 
     state, _ = step(created(model), IDS, LABELS)
     assert (np.asarray(state.collections["batch_stats"]["norm"]["mean"]) != 0).any()
@@ -211,4 +217,6 @@ def test_misuse_raises_and_says_what_to_do():
     with pytest.raises(TypeError, match="ids must be integers"):
         state.prefetch(IDS.astype(np.float32))
     with pytest.raises(ValueError, match="variables have no collection 'embedding'"):
-        TrainState.create(apply_fn=Model().apply, variables={"params": state.params}, tx=optax.sgd(0.1))
+        TrainState.create(
+            apply_fn=Model().apply, variables={"params": state.params}, tx=optax.sgd(0.1)
+        )

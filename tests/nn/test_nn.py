@@ -42,7 +42,9 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     # optax's adam itself promotes a Python float and an int32.
     with jax.numpy_dtype_promotion("standard"):
         plain, plain_traces, *_ = run_snippet("nnx_plain.py", lambda names: None)
-        cached, traces, before, after = run_snippet("nnx_cached.py", lambda names: address(names["model"].items.state))
+        cached, traces, before, after = run_snippet(
+            "nnx_cached.py", lambda names: address(names["model"].items.state)
+        )
     assert plain_traces == traces == 1
     assert before == after, "the step copies the table"
     for names in (plain, cached):
@@ -63,7 +65,9 @@ def test_importing_the_package_loads_no_flax():
 def test_a_step_equals_the_functional_verbs_bit_for_bit(options):
     model, optimizer = cached_model(**options)
     step, _ = jitted_step()
-    state, head = jax.tree.map(jnp.copy, (model.embed.state, nnx.to_pure_dict(nnx.state(model.head))))
+    state, head = jax.tree.map(
+        jnp.copy, (model.embed.state, nnx.to_pure_dict(nnx.state(model.head)))
+    )
 
     @jax.jit
     def verbs_step(state, head, ids, labels):
@@ -100,7 +104,9 @@ def test_float32_storage_equals_nnx_embed_with_sgd_clipped_by_the_global_norm():
     plain = plain_twin(cached)
     step, _ = jitted_step(clip=clip)
     optimizer = nnx.Optimizer(cached, ROW_TX, wrt=nnx.Param)
-    plain_optimizer = nnx.Optimizer(plain, optax.chain(optax.clip_by_global_norm(clip), optax.sgd(0.5)), wrt=nnx.Param)
+    plain_optimizer = nnx.Optimizer(
+        plain, optax.chain(optax.clip_by_global_norm(clip), optax.sgd(0.5)), wrt=nnx.Param
+    )
 
     @nnx.jit
     def plain_step(model, optimizer, ids, labels):
@@ -129,7 +135,9 @@ def test_one_trace_and_no_copied_table_and_no_rows_between_steps():
     before = address(model.embed.state)
     for ids, labels in batches(4):
         step(model, optimizer, ids, labels)
-        assert not any(isinstance(v, nn.CachedRows) for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param)))
+        assert not any(
+            isinstance(v, nn.CachedRows) for _, v in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        )
         assert jax.tree.structure(nnx.state(model)) == structure
     assert len(traces) <= num_traces + 1  # one, here or in an earlier test
     assert address(model.embed.state) == before
@@ -191,7 +199,10 @@ def test_a_scan_over_batches_makes_one_step_of_each():
         optimizer.update(model, nn.apply_gradients(model, grads))
         return carry, loss
 
-    scanned((model, nnx.Optimizer(model, HEAD_TX, wrt=nnx.Param)), *(np.stack(part) for part in zip(*given, strict=True)))
+    scanned(
+        (model, nnx.Optimizer(model, HEAD_TX, wrt=nnx.Param)),
+        *(np.stack(part) for part in zip(*given, strict=True)),
+    )
     assert_same_bits(model.embed.state.counters, looped.embed.state.counters)
     one, other = (mpembed.to_dense(m.embed.state)["embedding"] for m in (model, looped))
     # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its largest value.
@@ -225,7 +236,9 @@ class Towers(nnx.Module):
     """Cached modules in a list, nested, and one module at two places."""
 
     def __init__(self, rngs):
-        self.embeds = nnx.List([nn.CachedEmbed(ROWS, DIM, tx=ROW_TX, rngs=rngs, **SMALL) for _ in range(2)])
+        self.embeds = nnx.List(
+            [nn.CachedEmbed(ROWS, DIM, tx=ROW_TX, rngs=rngs, **SMALL) for _ in range(2)]
+        )
         self.again = self.embeds[0]
         self.tower = cached_model(**SMALL)[0]
 
@@ -268,9 +281,13 @@ def test_initial_values_follow_nnx_embed_and_a_given_initializer():
     table = mpembed.to_dense(embed.state)["embedding"]
     # n = 320,000 normal values: the standard deviation of their spread is 1 / sqrt(2 n) relative; 5 sigma.
     assert abs(table.std() * 4 - 1) < 5 / np.sqrt(2 * table.size)
-    ones = nn.CachedEmbed(10, 3, storage="bfloat16", embedding_init=jax.nn.initializers.ones, rngs=nnx.Rngs(0))
+    ones = nn.CachedEmbed(
+        10, 3, storage="bfloat16", embedding_init=jax.nn.initializers.ones, rngs=nnx.Rngs(0)
+    )
     ones.eval()
-    np.testing.assert_array_equal(ones(np.array([0, 9, 10, -1, mpembed.NO_ID]))[:, 0], [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(
+        ones(np.array([0, 9, 10, -1, mpembed.NO_ID]))[:, 0], [1, 1, 0, 0, 0]
+    )
 
 
 def test_evaluation_reads_and_changes_nothing_and_views_switch_mode():
@@ -299,7 +316,9 @@ def test_attend_equals_the_product_with_the_dense_table_and_differentiates_in_th
     embed.eval()
     weights = jax.random.normal(jax.random.key(2), logits.shape)
     gradient = jax.jit(jax.grad(lambda query: jnp.sum(embed.attend(query) * weights)))(query)
-    np.testing.assert_allclose(gradient, np.einsum("abv,vd->abd", weights, table), rtol=1e-4, atol=1e-4 * num_rows**0.5)
+    np.testing.assert_allclose(
+        gradient, np.einsum("abv,vd->abd", weights, table), rtol=1e-4, atol=1e-4 * num_rows**0.5
+    )
 
 
 def test_training_through_attend_raises_and_names_sampled_softmax_which_trains():

@@ -30,7 +30,11 @@ def test_bags_pool_each_feature_from_its_own_table(is_weighted):
     combiner = {"seen": "mean", "bought": "sum", "user": "sqrtn", "shop": "sum"}
     model = nn.CachedEmbedBags(bag_specs(), optax.sgd(0.1), combiner=combiner, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
-    weights = {f: rng.uniform(0.5, 2, ids.shape).astype(np.float32) for f, ids in BAG_IDS.items() if f != "user"}
+    weights = {
+        f: rng.uniform(0.5, 2, ids.shape).astype(np.float32)
+        for f, ids in BAG_IDS.items()
+        if f != "user"
+    }
     given = weights if is_weighted else None
     tables = {**mpembed.to_dense(model.states[0]), **mpembed.to_dense(model.states[1])}
 
@@ -44,7 +48,12 @@ def test_bags_pool_each_feature_from_its_own_table(is_weighted):
     trained, read = both(model)
     assert set(trained) == set(BAG_IDS)
     assert_same_bits(trained, read)
-    for feature, table in {"seen": "items", "bought": "items", "user": "users", "shop": "shop"}.items():
+    for feature, table in {
+        "seen": "items",
+        "bought": "items",
+        "user": "users",
+        "shop": "shop",
+    }.items():
         factors = weights.get(feature) if is_weighted else None
         factors = np.ones(BAG_IDS[feature].shape, np.float32) if factors is None else factors
         by_hand = pooled_by_hand(tables[table], BAG_IDS[feature], factors, combiner[feature])
@@ -75,7 +84,12 @@ def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
 
     def dense_loss(tables, ids):
         vectors = {}
-        for feature, table in {"seen": "items", "bought": "items", "user": "users", "shop": "shop"}.items():
+        for feature, table in {
+            "seen": "items",
+            "bought": "items",
+            "user": "users",
+            "shop": "shop",
+        }.items():
             is_real = (ids[feature] >= 0) & (ids[feature] < len(tables[table]))
             factor = jnp.where(is_real, weights.get(feature, np.float32(1)), np.float32(0))
             rows = tables[table][jnp.where(is_real, ids[feature], 0)]
@@ -85,13 +99,19 @@ def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
     dense_step = jax.jit(jax.value_and_grad(dense_loss))
     before = [address(state) for state in bags.states]
     for shift in range(3):
-        ids = {f: np.where(v == mpembed.NO_ID, v, (v + shift) % 51).astype(np.int32) for f, v in BAG_IDS.items()}
+        ids = {
+            f: np.where(v == mpembed.NO_ID, v, (v + shift) % 51).astype(np.int32)
+            for f, v in BAG_IDS.items()
+        }
         loss, grads = dense_step(tables, ids)
         np.testing.assert_allclose(step(bags, ids), loss, rtol=1e-5, atol=1e-6)
         tables = {n: t - (0.25 if n == "shop" else 0.5) * grads[n] for n, t in tables.items()}
     assert len(traces) == 1
     assert [address(state) for state in bags.states] == before
-    for name, table in {**mpembed.to_dense(bags.states[0]), **mpembed.to_dense(bags.states[1])}.items():
+    for name, table in {
+        **mpembed.to_dense(bags.states[0]),
+        **mpembed.to_dense(bags.states[1]),
+    }.items():
         np.testing.assert_allclose(table, tables[name], rtol=1e-5, atol=1e-6)
     assert [s.steps for s in bags.stats()] == [3, 3]
 
@@ -120,7 +140,9 @@ def test_array_ids_give_the_vectors_of_bags_of_one(num_specs):
     def vectors_of_bags(bags):
         bags = nnx.view(bags, deterministic=True)
         by_name = bags(columns(ids)), bags(columns(ids), columns(weights))
-        return jax.tree.map(lambda *parts: jnp.stack(parts, axis=-2), *([v[n] for v in by_name] for n in "abc"))
+        return jax.tree.map(
+            lambda *parts: jnp.stack(parts, axis=-2), *([v[n] for v in by_name] for n in "abc")
+        )
 
     vectors = vectors_in_training(bags)
     assert vectors[0].shape == (2, 5, 3, 4)
@@ -151,15 +173,39 @@ def bags_of(**options):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: bags_of(combiner="max"), ValueError, "combiner of feature 'seen' must be one of sum, mean"),
-        (lambda: bags_of(combiner={"seen": "sum"}), ValueError, "combiner must name exactly the features"),
+        (
+            lambda: bags_of(combiner="max"),
+            ValueError,
+            "combiner of feature 'seen' must be one of sum, mean",
+        ),
+        (
+            lambda: bags_of(combiner={"seen": "sum"}),
+            ValueError,
+            "combiner must name exactly the features",
+        ),
         (lambda: bags_of(tx=[optax.sgd(0.1)] * 3), ValueError, "got 3 for 2 specs"),
-        (lambda: nn.CachedEmbedBags([], optax.sgd(0.1), rngs=nnx.Rngs(0)), ValueError, "one EmbeddingSpec or several"),
-        (lambda: nn.CachedEmbedBags(["x"], optax.sgd(0.1), rngs=nnx.Rngs(0)), TypeError, "one EmbeddingSpec or several"),
-        (lambda: nn.CachedEmbedBags(bag_specs() * 2, optax.sgd(0.1), rngs=nnx.Rngs(0)), ValueError, "are in several specs"),
+        (
+            lambda: nn.CachedEmbedBags([], optax.sgd(0.1), rngs=nnx.Rngs(0)),
+            ValueError,
+            "one EmbeddingSpec or several",
+        ),
+        (
+            lambda: nn.CachedEmbedBags(["x"], optax.sgd(0.1), rngs=nnx.Rngs(0)),
+            TypeError,
+            "one EmbeddingSpec or several",
+        ),
+        (
+            lambda: nn.CachedEmbedBags(bag_specs() * 2, optax.sgd(0.1), rngs=nnx.Rngs(0)),
+            ValueError,
+            "are in several specs",
+        ),
         (lambda: _built_bags().prefetch({"sean": IDS}), KeyError, "unknown features.*sean"),
         (lambda: _built_bags().prefetch(IDS), ValueError, r"array ids must be \[.., 4\]"),
-        (lambda: _built_bags().prefetch(np.zeros((2, 4), np.int32)), ValueError, "one embedding_dim for all features"),
+        (
+            lambda: _built_bags().prefetch(np.zeros((2, 4), np.int32)),
+            ValueError,
+            "one embedding_dim for all features",
+        ),
         (lambda: _built_bags()({"seen": IDS}), ValueError, "without prefetch"),
     ],
 )
@@ -171,7 +217,12 @@ def test_misuse_of_bags_raises_and_says_what_to_do(call, error, message):
 @pytest.mark.parametrize(
     ("ids", "weights", "error", "message"),
     [
-        ({"seen": IDS[0]}, None, ValueError, r"ids \[3\], but combiner 'sum' reduces the last axis"),
+        (
+            {"seen": IDS[0]},
+            None,
+            ValueError,
+            r"ids \[3\], but combiner 'sum' reduces the last axis",
+        ),
         ({"seen": IDS}, {"seen": np.ones((2, 2))}, ValueError, r"weights must have the shape"),
         ({"seen": IDS}, {"user": IDS}, KeyError, "weights name features.*user"),
         ({"seen": IDS}, np.ones((16, 3)), TypeError, "weights must be a mapping like ids"),
@@ -201,5 +252,8 @@ def test_pooling_follows_the_implementation_of_the_state():
         return str(traced.jaxpr).count("name=mpembed_bag"), traced.lower().compile()(held)
 
     (none, plain), (found, kernels) = vectors(None), vectors("pallas_interpret")
-    assert (none, found) == (0, 4)  # two features have bags of more than one id; each is pooled twice
+    assert (none, found) == (
+        0,
+        4,
+    )  # two features have bags of more than one id; each is pooled twice
     assert_same_bits(kernels, plain)

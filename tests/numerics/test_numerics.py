@@ -35,8 +35,12 @@ def bits(key=KEY, stream=random_bits.WRITE_BACK, step=0, ids=IDS, num_columns=16
 
 
 def test_fmix32_is_murmur3s_finalizer():
-    x = np.concatenate([[0, 1, 2, 2**31, 2**32 - 1], np.random.default_rng(0).integers(0, 2**32, 100)]).astype(np.uint32)
-    np.testing.assert_array_equal(random_bits.fmix32(jnp.asarray(x)), [oracles.fmix32(int(v)) for v in x])
+    x = np.concatenate(
+        [[0, 1, 2, 2**31, 2**32 - 1], np.random.default_rng(0).integers(0, 2**32, 100)]
+    ).astype(np.uint32)
+    np.testing.assert_array_equal(
+        random_bits.fmix32(jnp.asarray(x)), [oracles.fmix32(int(v)) for v in x]
+    )
 
 
 def test_bits_do_not_depend_on_the_company_or_place_of_a_row():
@@ -99,7 +103,10 @@ def patterns(name):
     mantissa, least, limit = row_oracle.FLOATS[name]
     rng = np.random.default_rng(0)
     exponents = np.concatenate(
-        [rng.uniform(least - mantissa - 3, least + 2, 2000), rng.uniform(least, np.log2(limit), 2000)]
+        [
+            rng.uniform(least - mantissa - 3, least + 2, 2000),
+            rng.uniform(least, np.log2(limit), 2000),
+        ]
     )
     sizes = 2.0 ** np.clip(exponents, -125.5, 127)
     borders = np.array([2.0**least, 2.0 ** (least - 1), limit, limit * 0.999, 1.0, 1.5, 0.0])
@@ -112,18 +119,24 @@ def patterns(name):
 def test_rounding_equals_the_oracle(name):
     x = patterns(name)
     noise = np.random.default_rng(1).integers(0, 2**32, x.size, dtype=np.uint32)
-    np.testing.assert_array_equal(stochastic_round(x, name, noise), row_oracle.round_float(x, name, noise))
+    np.testing.assert_array_equal(
+        stochastic_round(x, name, noise), row_oracle.round_float(x, name, noise)
+    )
     np.testing.assert_array_equal(stochastic_round(x, name, None), row_oracle.round_float(x, name))
 
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_values_of_the_format_never_move(name):
     """Every finite value of the format, whatever the bits; subnormal float32 is the platform's to flush."""
-    bits_of = np.arange(2 ** row_oracle.CODE_BITS[name], dtype=f"u{row_oracle.DTYPES[name].itemsize}")
+    bits_of = np.arange(
+        2 ** row_oracle.CODE_BITS[name], dtype=f"u{row_oracle.DTYPES[name].itemsize}"
+    )
     x = bits_of.view(row_oracle.DTYPES[name]).astype(np.float32)
     x = x[np.isfinite(x) & ((np.abs(x) >= 2.0**-126) | (x == 0))]
     for word in (0, 1, 2**31, 2**32 - 1):
-        np.testing.assert_array_equal(stochastic_round(x, name, np.full(x.size, word, np.uint32)), x)
+        np.testing.assert_array_equal(
+            stochastic_round(x, name, np.full(x.size, word, np.uint32)), x
+        )
     np.testing.assert_array_equal(stochastic_round(x, name, None), x)
 
 
@@ -137,7 +150,9 @@ def test_rounding_picks_a_neighbour_and_never_overflows(name, value, word):
     got = float(np.asarray(stochastic_round(x, name, np.full(1, word, np.uint32)))[0])
     limit = row_oracle.FLOATS[name][2]
     dtype = row_oracle.DTYPES[name]
-    low, high = (float(row_oracle.towards(np.clip(value, -limit, limit), dtype, s)) for s in (-1, 1))
+    low, high = (
+        float(row_oracle.towards(np.clip(value, -limit, limit), dtype, s)) for s in (-1, 1)
+    )
     assert got in (low, high)
 
 
@@ -155,14 +170,20 @@ def test_rounding_is_unbiased(name, part):
     """16 values x 65,536 draws from row_bits: each mean within 5 sigma, sigma = gap sqrt(p (1 - p) / n)."""
     mantissa, least, limit = row_oracle.FLOATS[name]
     gap = 2.0 ** (least - mantissa)
-    first = {"subnormal": gap, "normal": 2.0**least * 2, "large": 2.0 ** np.floor(np.log2(limit) - 1)}[part]
+    first = {
+        "subnormal": gap,
+        "normal": 2.0**least * 2,
+        "large": 2.0 ** np.floor(np.log2(limit) - 1),
+    }[part]
     gap = gap if part == "subnormal" else first * 2.0**-mantissa
     fraction = np.array([0.01, 0.1, 0.25, 0.4, 0.5, 0.6, 0.77, 0.99])
     x = np.concatenate([first + fraction * gap, -(first + fraction * gap)]).astype(np.float32)
     p = np.abs(x.astype(np.float64)) / gap % 1
     n = 65536
     noise = row_bits(KEY, random_bits.WRITE_BACK, 3, jnp.arange(n, dtype=jnp.int32), num_columns=16)
-    mean = np.asarray(stochastic_round(np.broadcast_to(x, (n, 16)), name, noise), np.float64).mean(0)
+    mean = np.asarray(stochastic_round(np.broadcast_to(x, (n, 16)), name, noise), np.float64).mean(
+        0
+    )
     assert (np.abs(mean - x) <= 5 * gap * np.sqrt(p * (1 - p) / n)).all()
 
 
@@ -173,7 +194,11 @@ def test_a_thousand_small_updates_of_bfloat16(rounding):
     @jax.jit
     def train(x):
         def step(t, x):
-            noise = random_bits.row_bits(KEY, random_bits.BYPASS, t, IDS, 1)[:, 0] if rounding == "stochastic" else None
+            noise = (
+                random_bits.row_bits(KEY, random_bits.BYPASS, t, IDS, 1)[:, 0]
+                if rounding == "stochastic"
+                else None
+            )
             return rounding.stochastic_round(x - jnp.float32(1e-5), "bfloat16", noise)
 
         return jax.lax.fori_loop(0, 1000, step, x)

@@ -29,7 +29,9 @@ TX = mpembed.optim.sgd(0.1)
 def plan_batches(state, batches):
     def step(state, ids):
         state, plan = mpembed.prefetch(state, ids)
-        return mpembed.apply_gradients(state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX), plan
+        return mpembed.apply_gradients(
+            state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX
+        ), plan
 
     return jax.lax.scan(step, state, batches)
 
@@ -41,7 +43,12 @@ def plan_batches(state, batches):
         {"rows": 5000, "lines": 480, "ways": 32, "width": 700, "policy": "lru"},
         {"rows": 5000, "lines": 3000, "ways": 8, "width": 700, "budget": 300},
         {"rows": 5000, "lines": 64, "ways": 1, "width": 700, "budget": 40, "policy": "lru"},
-        {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80},  # more sets than election buckets
+        {
+            "rows": 70_000,
+            "lines": 60_000,
+            "ways": 1,
+            "width": 80,
+        },  # more sets than election buckets
         {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80, "policy": "lru"},
         {"rows": 10, "lines": 1, "ways": 1, "width": 3, "budget": 1},
     ],
@@ -51,7 +58,9 @@ def test_plans_and_states_equal_the_references(case):
     """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
     rng = np.random.default_rng(0)
     rows, width = case["rows"], case["width"]
-    batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(np.int32)
+    batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(
+        np.int32
+    )
     batches[::5] = rng.integers(-2, rows + 2, batches[::5].shape)
     batches[rng.random(batches.shape) < 0.1] = mpembed.NO_ID
     batches[7] = mpembed.NO_ID
@@ -64,42 +73,63 @@ def test_plans_and_states_equal_the_references(case):
         )  # fmt: skip
         state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
         state, plans = plan_batches(state, batches)
-        results.append(jax.device_get((jax.tree.leaves(state.cache), state.table.rows, jax.tree.leaves(plans))))
+        results.append(
+            jax.device_get((jax.tree.leaves(state.cache), state.table.rows, jax.tree.leaves(plans)))
+        )
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_the_cache_is_updated_in_place():
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 400_000)], 2, "int8", mpembed.CacheSpec(num_rows=200_000))
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("a", 400_000)], 2, "int8", mpembed.CacheSpec(num_rows=200_000)
+    )
     state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
-    compiled = jax.jit(mpembed.prefetch, donate_argnums=0).lower(state, jnp.zeros(64, jnp.int32)).compile()
-    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and "[200000]" in line.replace(",32", "")]
+    compiled = (
+        jax.jit(mpembed.prefetch, donate_argnums=0).lower(state, jnp.zeros(64, jnp.int32)).compile()
+    )
+    copies = [
+        line
+        for line in compiled.as_text().splitlines()
+        if " copy(" in line and "[200000]" in line.replace(",32", "")
+    ]
     assert not copies
     assert compiled.memory_analysis().temp_size_in_bytes < 100_000
 
 
 def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "numba" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "numba" else find(name, *rest),
+    )
     assert ops.choose(None) == "xla_chunked"
-    with pytest.raises(ValueError, match='implementation "numba" needs the package numba: pip install'):
+    with pytest.raises(
+        ValueError, match='implementation "numba" needs the package numba: pip install'
+    ):
         ops.choose("numba")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
-@pytest.mark.parametrize(("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 40, 1)])
+@pytest.mark.parametrize(
+    ("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 40, 1)]
+)
 def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim):
     rng = np.random.default_rng(num)
     array, values = (rng.integers(0, 1 << 20, (n, dim)).astype(dtype) for n in (rows, num))
     index = rng.permutation(rows)[:num].astype(np.int32)
     index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
     wanted = indexing.put(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
-    found = jax.jit(cpu.rows.put, donate_argnums=0)(jnp.asarray(array), jnp.asarray(index), jnp.asarray(values))
+    found = jax.jit(cpu.rows.put, donate_argnums=0)(
+        jnp.asarray(array), jnp.asarray(index), jnp.asarray(values)
+    )
     np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
-    ("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 1, 1), (53_000, 900, 64), (50_000, 300, 65)]
+    ("num", "rows", "dim"),
+    [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 1, 1), (53_000, 900, 64), (50_000, 300, 65)],
 )
 def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
     """The last two are past 12 MiB: the first of them is written past the caches, the other is not aligned for it."""
@@ -109,7 +139,9 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
     index[::7] = np.resize([-1, rows, -rows, 2**31 - 1, -(2**31)], len(index[::7]))
     found = jax.jit(cpu.rows.take)(jnp.asarray(array), jnp.asarray(index))
     is_inside = (index >= 0) & (index < rows)
-    np.testing.assert_array_equal(found, np.where(is_inside[:, None], array[np.where(is_inside, index, 0)], 0))
+    np.testing.assert_array_equal(
+        found, np.where(is_inside[:, None], array[np.where(is_inside, index, 0)], 0)
+    )
 
 
 @pytest.mark.parametrize("combiner", [None, "mean"])
@@ -123,17 +155,30 @@ def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(c
 
     def results(implementation):
         def loss(rows, index):
-            return jnp.sum(jnp.sin(mpembed.pool(rows, index, combiner=combiner, implementation=implementation)))
+            return jnp.sum(
+                jnp.sin(mpembed.pool(rows, index, combiner=combiner, implementation=implementation))
+            )
 
         def squared(rows):
             return jnp.sum(jax.grad(loss)(rows, index) ** 2)
 
         by_index = jax.vmap(jax.value_and_grad(loss), (None, 0))(rows, index)
         by_rows = jax.vmap(loss, (0, None))(jnp.stack([rows, 2 * rows]), index)
-        return loss(rows, index), jax.grad(loss)(rows, index), jax.grad(squared)(rows), by_index, by_rows
+        return (
+            loss(rows, index),
+            jax.grad(loss)(rows, index),
+            jax.grad(squared)(rows),
+            by_index,
+            by_rows,
+        )
 
-    native_results, plain = jax.jit(results, static_argnums=0)("numba"), jax.jit(results, static_argnums=0)("xla")
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), native_results, plain)
+    native_results, plain = (
+        jax.jit(results, static_argnums=0)("numba"),
+        jax.jit(results, static_argnums=0)("xla"),
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), native_results, plain
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
@@ -141,15 +186,28 @@ def test_indices_of_other_dtypes_are_pooled_right(dtype):
     """The foreign call reads int32: others go to XLA."""
     rows = jnp.arange(80, dtype=jnp.float32).reshape(40, 2)
     index, segments = np.asarray([3, 1, 4, 1, 5, 9], dtype), np.asarray([0, 0, 1, 1, 2, 2], dtype)
-    np.testing.assert_array_equal(mpembed.pool(rows, index, implementation="numba"), rows[index.astype(np.int32)])
-    pool = partial(mpembed.pool, rows, index.astype(np.int32), None, "mean", num_segments=3, implementation="numba")
+    np.testing.assert_array_equal(
+        mpembed.pool(rows, index, implementation="numba"), rows[index.astype(np.int32)]
+    )
+    pool = partial(
+        mpembed.pool,
+        rows,
+        index.astype(np.int32),
+        None,
+        "mean",
+        num_segments=3,
+        implementation="numba",
+    )
     bags = [pool(segment_ids=jnp.asarray(s)) for s in (segments, segments.astype(np.int32))]
     np.testing.assert_array_equal(*bags)
 
 
 def test_over_a_mesh_xla_pools():
     rows, index = jnp.ones((4, 2)), jnp.zeros(3, jnp.int32)
-    mesh, whole = jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
+    mesh, whole = (
+        jax.make_mesh((1,), ("d",), devices=jax.devices()[:1]),
+        jax.sharding.PartitionSpec(),
+    )
 
     def pool(rows):
         return mpembed.pool(rows, index, implementation="numba")
@@ -161,7 +219,9 @@ def test_over_a_mesh_xla_pools():
 
 def test_lookup_and_pool_are_foreign_calls_and_evaluation_is_not():
     """Evaluation stays plain XLA: jax.export takes no foreign call."""
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 500)], 8, "int8", mpembed.CacheSpec(num_rows=64))
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("a", 500)], 8, "int8", mpembed.CacheSpec(num_rows=64)
+    )
     state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
     state, plan = mpembed.prefetch(state, jnp.arange(9, dtype=jnp.int32))
     rows = mpembed.lookup(state, plan)
@@ -193,10 +253,14 @@ print("done")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core"
+)
 def test_both_halves_are_done_where_xla_has_no_thread_to_spare():
     """XLA's pool has one thread then, which may be the one that calls and waits."""
-    path = os.pathsep.join([str(Path(mpembed.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(Path(mpembed.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-c", ONE_THREAD],
         env={**os.environ, "PYTHONPATH": path},

@@ -17,23 +17,35 @@ from experiments import compile_gpu, gpu_checks
 REASON = compile_gpu.missing_compiler()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.filterwarnings("ignore"),  # of the plugin and of Pallas' Triton back end, which is deprecated
+    pytest.mark.filterwarnings(
+        "ignore"
+    ),  # of the plugin and of Pallas' Triton back end, which is deprecated
 ]
 BATCH, DIM = (65536, 26), 16
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
 CASES = [("h200", "xla", False), ("t4", "xla", False)]
-CASES += [(target, "pallas_triton", is_pooled) for target in ("h200", "a100", "l4") for is_pooled in (False, True)]
+CASES += [
+    (target, "pallas_triton", is_pooled)
+    for target in ("h200", "a100", "l4")
+    for is_pooled in (False, True)
+]
 
 
 @pytest.mark.parametrize(("target", "implementation", "is_pooled"), CASES)
-def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(target, implementation, is_pooled):
+def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(
+    target, implementation, is_pooled
+):
     """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most six times that.
 
     Where gradients are applied as they are summed, there is one array of that size less: at most 2.5 times.
     """
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8")
-    step, arguments = compile_gpu.step_and_arguments(spec, implementation, BATCH, ADAGRAD, is_pooled=is_pooled)
-    found = compile_gpu.figures(compile_gpu.compile_for(target, step, *arguments, donate_argnums=0), arguments[0])
+    step, arguments = compile_gpu.step_and_arguments(
+        spec, implementation, BATCH, ADAGRAD, is_pooled=is_pooled
+    )
+    found = compile_gpu.figures(
+        compile_gpu.compile_for(target, step, *arguments, donate_argnums=0), arguments[0]
+    )
     assert found["state_sized_copies"] == 0
     assert found["temporary_bytes"] < (2.5 if is_pooled else 6) * 4 * DIM * BATCH[0] * BATCH[1]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
@@ -46,7 +58,9 @@ def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(target, 
 def test_a_copy_of_the_state_would_be_seen(implementation):
     """A step whose state is not donated must copy what it changes."""
     spec = shapes.stack(100_000, DIM, storage="int8", lines=1024)
-    step, arguments = compile_gpu.step_and_arguments(spec, implementation, (64, 4), mpembed.optim.rowwise_adagrad(0.05))
+    step, arguments = compile_gpu.step_and_arguments(
+        spec, implementation, (64, 4), mpembed.optim.rowwise_adagrad(0.05)
+    )
     found = compile_gpu.figures(compile_gpu.compile_for("h200", step, *arguments), arguments[0])
     assert found["state_sized_copies"] >= 2 and found["aliased_bytes"] == 0
 
@@ -63,7 +77,9 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(target, ve
     the program is handed to the host's processor, although XLA warns that it might be.
     """
     tx = mpembed.optim.rowwise_adagrad(0.05)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8", memory_kind="pinned_host")
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("ids", 33_762_577)], DIM, "int8", memory_kind="pinned_host"
+    )
     function, arguments, donated = compile_gpu.host_verbs(spec, BATCH, tx, implementation)[verb]
     state = compile_gpu.abstract_state(spec, implementation, tx)
     assert compile_gpu.is_on_host(state.table.rows)
@@ -73,29 +89,41 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(target, ve
     assert found["host_argument_bytes"] == (0 if verb == "init" else table_bytes)
     assert found["host_aliased_bytes"] == (table_bytes if donated == 0 else 0)
     assert found["host_temporary_bytes"] < 18 * 3 * 16384 + 65536
-    assert found["temporary_bytes"] < (6 * 4 * DIM * BATCH[0] * BATCH[1] if verb in ("step", "read") else 2**24)
+    assert found["temporary_bytes"] < (
+        6 * 4 * DIM * BATCH[0] * BATCH[1] if verb in ("step", "read") else 2**24
+    )
     assert 'execution_thread="host"' not in compiled.text and "HostExecute" not in compiled.text
 
 
 def test_wide_optimizer_state_is_made_in_host_memory():
     """Momentum of 16 floats for each of 10 M rows, and a float32 table: no array of their size on the device."""
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 10_000_000)], DIM, "float32", None, memory_kind="pinned_host")
-    function, arguments, _ = compile_gpu.host_verbs(spec, (64, 4), optax.sgd(0.1, momentum=0.9))["init"]
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("ids", 10_000_000)], DIM, "float32", None, memory_kind="pinned_host"
+    )
+    function, arguments, _ = compile_gpu.host_verbs(spec, (64, 4), optax.sgd(0.1, momentum=0.9))[
+        "init"
+    ]
     compiled = compile_gpu.compile_for("h200", function, *arguments)
     assert compiled.sizes.host_output_size_in_bytes == 2 * 4 * DIM * 10_000_000
     assert compiled.sizes.temp_size_in_bytes < 2**24
 
 
-@pytest.mark.parametrize(("storage", "dim"), [("float8_e4m3fn", 7), ("int4", 100), ("int2", 64), ("bfloat16", 1)])
+@pytest.mark.parametrize(
+    ("storage", "dim"), [("float8_e4m3fn", 7), ("int4", 100), ("int2", 64), ("bfloat16", 1)]
+)
 def test_kernels_of_other_formats_compile_to_machine_code(storage, dim):
     spec = shapes.stack(100_000, dim, storage=storage, lines=1024)
     for is_pooled in (False, True):
         tx = mpembed.optim.sgd(0.1)
-        step, arguments = compile_gpu.step_and_arguments(spec, "pallas_triton", (64, 4), tx, is_pooled=is_pooled)
+        step, arguments = compile_gpu.step_and_arguments(
+            spec, "pallas_triton", (64, 4), tx, is_pooled=is_pooled
+        )
         compiled = compile_gpu.compile_for("a100", step, *arguments, donate_argnums=0)
         assert compile_gpu.figures(compiled, arguments[0])["kernels"] == (3 if is_pooled else 4)
     for target in ("h200", "a100", "l4"):
-        read = compile_gpu.compile_for(target, mpembed.read, arguments[0], jax.ShapeDtypeStruct((64,), jnp.int32))
+        read = compile_gpu.compile_for(
+            target, mpembed.read, arguments[0], jax.ShapeDtypeStruct((64,), jnp.int32)
+        )
         assert compile_gpu.figures(read, arguments[0])["kernels"] == 1
 
 
@@ -105,9 +133,14 @@ def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(stor
     tx = optax.sgd(0.25, momentum=0.5) if storage == "float32" else mpembed.optim.sgd(0.25)
     small = gpu_checks.Small(storage, dim, "xla", tx, "pinned_host")
     cache = mpembed.CacheSpec(num_rows=128, ways=8)
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 3_000_000)], dim, storage, cache, memory_kind="pinned_host")
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 3_000_000)], dim, storage, cache, memory_kind="pinned_host"
+    )
     state = compile_gpu.abstract_state(spec, "xla", tx)
-    batches = jax.ShapeDtypeStruct((12, 60, 6), jnp.int32), jax.ShapeDtypeStruct((12, 60, dim), jnp.float32)
+    batches = (
+        jax.ShapeDtypeStruct((12, 60, 6), jnp.int32),
+        jax.ShapeDtypeStruct((12, 60, dim), jnp.float32),
+    )
     compiled = compile_gpu.compile_for(
         "h200", partial(gpu_checks.Small.run.__wrapped__, small), state, *batches, donate_argnums=0
     )
@@ -123,20 +156,34 @@ def test_what_was_chosen_for_a_cpu_is_refused_by_the_compiler():
     spec = shapes.stack(3000, DIM, storage="int8", lines=256)
     assert mpembed.init(jax.random.key(0), spec, mpembed.optim.sgd(0.1)).implementation == "numba"
     step, arguments = compile_gpu.step_and_arguments(spec, "numba", (64, 4), mpembed.optim.sgd(0.1))
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"No FFI handler registered for mpembed_.* on a platform CUDA"):
+    with pytest.raises(
+        jax.errors.JaxRuntimeError,
+        match=r"No FFI handler registered for mpembed_.* on a platform CUDA",
+    ):
         compile_gpu.compile_for("h200", step, *arguments)
 
 
-@pytest.mark.parametrize(("target", "is_ragged"), [("h200", False), ("a100", False), ("l4", False), ("h200", True)])
+@pytest.mark.parametrize(
+    ("target", "is_ragged"), [("h200", False), ("a100", False), ("l4", False), ("h200", True)]
+)
 def test_bags_and_their_gradients_compile_to_kernels_alone(target, is_ragged):
     """Ragged ones too, weighted: there is no array of all positions' vectors."""
     shape = (64 * 20,) if is_ragged else (64, 20)
     rows = jax.ShapeDtypeStruct((1000, 100), jnp.float32)
-    index, factors = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    index, factors = (
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    )
 
     def pooled(rows, index, factors):
-        extra = {"segment_ids": jnp.arange(64 * 20, dtype=jnp.int32) // 20, "num_segments": 64} if is_ragged else {}
-        pool = partial(mpembed.pool, inverse=index, combiner="sum", implementation="pallas_triton", **extra)
+        extra = (
+            {"segment_ids": jnp.arange(64 * 20, dtype=jnp.int32) // 20, "num_segments": 64}
+            if is_ragged
+            else {}
+        )
+        pool = partial(
+            mpembed.pool, inverse=index, combiner="sum", implementation="pallas_triton", **extra
+        )
         bags, pull_back = jax.vjp(lambda rows, factors: pool(rows, weights=factors), rows, factors)
         return bags, pull_back(bags)
 

@@ -71,21 +71,34 @@ def stage(fmt, dim, seed=0):
     ids = permuted[:WIDTH].copy()
     ids[66:] = NO_ID
     dirty = rng.random(LINES) < 0.7
-    return table, jnp.asarray(lines), jnp.asarray(dirty), jnp.asarray(ids), jnp.asarray(line), jnp.asarray(victims)
+    return (
+        table,
+        jnp.asarray(lines),
+        jnp.asarray(dirty),
+        jnp.asarray(ids),
+        jnp.asarray(line),
+        jnp.asarray(victims),
+    )
 
 
 def uncached(ids, line, num_ids):
     """The moves of a step without a cache."""
-    return Moves(ids, line, jnp.full_like(ids, NO_ID), jnp.int32(0), jnp.int32(0), jnp.int32(num_ids))
+    return Moves(
+        ids, line, jnp.full_like(ids, NO_ID), jnp.int32(0), jnp.int32(0), jnp.int32(num_ids)
+    )
 
 
 @partial(jax.jit, static_argnames="implementation")
 def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     """Swap, then lookup, then a write of other rows: all row movements of a step."""
     moves = Moves(ids, line, victims, *bounds)
-    store, num_written = ops.swap(Store(table, lines, dirty), moves, DRAW, implementation=implementation)
+    store, num_written = ops.swap(
+        Store(table, lines, dirty), moves, DRAW, implementation=implementation
+    )
     rows = ops.lookup(store, moves, implementation=implementation)
-    stored = ops.write(store, moves, rows[::-1] * jnp.float32(1.5), DRAW, implementation=implementation)
+    stored = ops.write(
+        store, moves, rows[::-1] * jnp.float32(1.5), DRAW, implementation=implementation
+    )
     return store, num_written, rows, stored
 
 
@@ -108,19 +121,26 @@ def resident(lines):
         free = np.flatnonzero(tags[sets[x]] == NO_ID)
         if free.size:
             tags[sets[x], free[-1]] = x
-    return dataclasses.replace(residency.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines)
+    return dataclasses.replace(
+        residency.init(geometry, "lru", lines.shape[1]), tags=jnp.asarray(tags), rows=lines
+    )
 
 
 def spread(rng, row_grads, num):
     """Gradients and positions whose sums are row_grads: an odd number for each row, all but one cancelling in pairs."""
     index, grads = [], []
     for row, wanted in enumerate(row_grads[:num]):
-        pairs = 50 if row in (2, 60) else rng.integers(0, 3)  # two rows are long, a cached and a bypassed one
+        pairs = (
+            50 if row in (2, 60) else rng.integers(0, 3)
+        )  # two rows are long, a cached and a bypassed one
         noise = rng.choice(np.float32([-0.5, 0.25, 2]), (pairs, wanted.size))
         grads += [wanted, *noise, *-noise]
         index += [row] * (2 * pairs + 1)
     order = rng.permutation(len(index) + 7)  # some padding
-    index, grads = np.int32(index + [WIDTH - 1] * 7), np.stack([*grads, *np.full((7, row_grads.shape[1]), np.nan)])
+    index, grads = (
+        np.int32(index + [WIDTH - 1] * 7),
+        np.stack([*grads, *np.full((7, row_grads.shape[1]), np.nan)]),
+    )
     return index[order], grads[order].astype(np.float32)
 
 
@@ -143,21 +163,35 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     def step(table, held, lines, dirty, ids, implementation):
         read = ops.read(table, held, queries, implementation=implementation)
         moves = Moves(ids, line, victims, begin, end, num_ids)
-        store, num = ops.swap(Store(table, lines, dirty), moves, DRAW, implementation=implementation)
+        store, num = ops.swap(
+            Store(table, lines, dirty), moves, DRAW, implementation=implementation
+        )
         dirty, lines = store.dirty, store.lines
         rows = ops.lookup(store, moves, implementation=implementation)
         options = {"draw": DRAW, "implementation": implementation}
         rules = optim.RowRule(0.25, True), optim.RowRule(0.25, False)
         given, other = rules if DIMS.index(dim) % 2 else rules[::-1]
         accumulators = {rule: jnp.zeros(V) if rule.has_sums else None for rule in rules}
-        updated = ops.update(store, accumulators[given], moves, rows, signs * magnitude, rule=given, **options)
+        updated = ops.update(
+            store, accumulators[given], moves, rows, signs * magnitude, rule=given, **options
+        )
         positions = Positions(grads, index, None, None)
         *summed, is_updated = ops.update_summed(
-            store, accumulators[other], moves, rows, positions, rule=other, skip_nonfinite=False, **options
+            store,
+            accumulators[other],
+            moves,
+            rows,
+            positions,
+            rule=other,
+            skip_nonfinite=False,
+            **options,
         )
         if implementation == KERNEL:
             return (read, dirty, num, lines, rows, is_updated), (updated, tuple(summed)), None
-        new = {True: rows - jnp.float32(0.25) * signs, False: rows - jnp.float32(0.25) * (signs * magnitude)}
+        new = {
+            True: rows - jnp.float32(0.25) * signs,
+            False: rows - jnp.float32(0.25) * (signs * magnitude),
+        }
         sums = jnp.zeros(V).at[ids].set(jnp.square(magnitude[:, 0]), mode="drop")
         formulas = [
             (
@@ -166,11 +200,17 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
             )
             for rule in (given, other)
         ]
-        return (read, dirty, num, lines, rows, is_updated), (updated, tuple(summed)), tuple(formulas)
+        return (
+            (read, dirty, num, lines, rows, is_updated),
+            (updated, tuple(summed)),
+            tuple(formulas),
+        )
 
     operands = (table, resident(lines), lines, dirty, ids)
     (wanted, updates, formulas), (got, got_updates, _) = (
-        jax.jit(partial(step, implementation=name)).lower(*operands).compile(compiler_options=FAST_COMPILE)(*operands)
+        jax.jit(partial(step, implementation=name))
+        .lower(*operands)
+        .compile(compiler_options=FAST_COMPILE)(*operands)
         for name in (REFERENCE, KERNEL)
     )
     same(got, wanted)
@@ -183,7 +223,10 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
 def test_empty_parts_of_a_plan(bounds):
     """Nothing at all; no cache line; no hit and no bypass."""
     *staged, line, victims = stage(RowFormat("int8"), 16)
-    staged += [jnp.where(jnp.arange(WIDTH) < bounds[1], line, LINES), victims]  # only cached rows have a line
+    staged += [
+        jnp.where(jnp.arange(WIDTH) < bounds[1], line, LINES),
+        victims,
+    ]  # only cached rows have a line
     bounds = jnp.asarray(bounds, jnp.int32)
     same(move(KERNEL, *staged, bounds), move(REFERENCE, *staged, bounds))
 
@@ -195,12 +238,16 @@ def test_without_a_cache():
     def move(implementation):
         store, moves = Store(table, None, None), uncached(ids, line, 66)
         rows = ops.lookup(store, moves, implementation=implementation)
-        return rows, ops.write(store, moves, rows + jnp.float32(1), DRAW, implementation=implementation)
+        return rows, ops.write(
+            store, moves, rows + jnp.float32(1), DRAW, implementation=implementation
+        )
 
     same(move(implementation=KERNEL), move(implementation=REFERENCE))
 
 
-@pytest.mark.parametrize(("storage", "dim", "ways"), [("int8", 16, 8), ("int4", 7, 5), ("float32", 100, 64)])
+@pytest.mark.parametrize(
+    ("storage", "dim", "ways"), [("int8", 16, 8), ("int4", 7, 5), ("float32", 100, 64)]
+)
 def test_read_matches_the_ways_of_a_set(storage, dim, ways):
     """Ids below zero, past the table and NO_ID among them; ways that are no power of two."""
     spec = shapes.stack(300, dim, storage=storage, lines=128, ways=ways)
@@ -210,7 +257,10 @@ def test_read_matches_the_ways_of_a_set(storage, dim, ways):
     ids = jnp.asarray([[-1, 0, 3, 300], [299, NO_ID, 4, 7], [6, 9, -(2**31), 12]], jnp.int32)
     read = jax.jit(ops.read, static_argnames="implementation")
     for cached in (state.cache, None):
-        same(read(state.table, cached, ids, implementation=KERNEL), read(state.table, cached, ids, implementation=REFERENCE))
+        same(
+            read(state.table, cached, ids, implementation=KERNEL),
+            read(state.table, cached, ids, implementation=REFERENCE),
+        )
     lines = residency.locate(state.cache, jnp.arange(300, dtype=jnp.int32))
     assert 50 < int((lines < state.cache.geometry.lines).sum()) < 130
 
@@ -236,17 +286,26 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
 
 
 # Every format and every dim once, the row state in each dtype.
-UPDATES = [(name, DIMS[i % len(DIMS)], ("float32", "bfloat16")[i % 2]) for i, name in enumerate(shapes.FORMATS)]
+UPDATES = [
+    (name, DIMS[i % len(DIMS)], ("float32", "bfloat16")[i % 2])
+    for i, name in enumerate(shapes.FORMATS)
+]
 
 
 @pytest.mark.parametrize(("storage", "dim", "row_state_dtype"), UPDATES)
-def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(storage, dim, row_state_dtype):
+def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(
+    storage, dim, row_state_dtype
+):
     """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
     is +-lr, all exact; with bypassed rows, padding and a cache."""
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     spec = mpembed.EmbeddingSpec(
-        [mpembed.TableSpec("t", 150)], dim, storage, mpembed.CacheSpec(num_rows=24, ways=4), row_state_dtype=row_state_dtype
+        [mpembed.TableSpec("t", 150)],
+        dim,
+        storage,
+        mpembed.CacheSpec(num_rows=24, ways=4),
+        row_state_dtype=row_state_dtype,
     )
     ids = np.concatenate([rng.permutation(150)[:60], [NO_ID] * 5]).astype(np.int32)
     signs = rng.choice(np.float32([-1, 1]), (65, dim))
@@ -271,19 +330,27 @@ def test_row_wise_adagrad_within_its_rounding_errors(dim):
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
     spec = shapes.stack(150, dim, storage="float32", lines=24)
     ids = rng.permutation(150)[:60].astype(np.int32)
-    (one, before), (other, _) = update_both(tx, spec, ids, rng.standard_normal((60, dim)).astype(np.float32))
+    (one, before), (other, _) = update_both(
+        tx, spec, ids, rng.standard_normal((60, dim)).astype(np.float32)
+    )
     for a, b in ((one.table.rows, other.table.rows), (one.cache.rows, other.cache.rows)):
         a, b = (np.asarray(x).view(np.float32) for x in (a, b))
         bound = 2.0**-23 * (np.abs(a) + 0.1 * np.sqrt(dim) * (dim / 2 + 5))
         assert (np.abs(a - b) <= bound).all()
-    np.testing.assert_allclose(*(jax.tree.leaves(s.row_state)[0] for s in (one, other)), rtol=(dim + 2) * 2.0**-23)
+    np.testing.assert_allclose(
+        *(jax.tree.leaves(s.row_state)[0] for s in (one, other)), rtol=(dim + 2) * 2.0**-23
+    )
     assert before.shape == (61, dim)
 
 
 def test_skipped_and_refused_updates_change_nothing():
     """A row with a gradient that is not finite, and a plan that was applied before."""
     spec = mpembed.EmbeddingSpec(
-        [mpembed.TableSpec("t", 90)], 4, "int8", mpembed.CacheSpec(num_rows=16, ways=4), skip_nonfinite=True
+        [mpembed.TableSpec("t", 90)],
+        4,
+        "int8",
+        mpembed.CacheSpec(num_rows=16, ways=4),
+        skip_nonfinite=True,
     )
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     ids = np.arange(0, 80, 2, dtype=np.int32)
@@ -320,12 +387,20 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     rng = np.random.default_rng(dim)
     fmt = RowFormat("float32").resolve(dim)
     num, width, lr = 400, 21, 0.1
-    table = QuantizedTable(encode(jnp.asarray(rng.standard_normal((30, dim)), jnp.float32), fmt), fmt, dim)
-    ids, line = jnp.asarray([*rng.permutation(30)[: width - 1], NO_ID], jnp.int32), jnp.zeros(width, jnp.int32)
+    table = QuantizedTable(
+        encode(jnp.asarray(rng.standard_normal((30, dim)), jnp.float32), fmt), fmt, dim
+    )
+    ids, line = (
+        jnp.asarray([*rng.permutation(30)[: width - 1], NO_ID], jnp.int32),
+        jnp.zeros(width, jnp.int32),
+    )
     moves = uncached(ids, line, width - 1)
     rows = ops.lookup(Store(table, None, None), moves, implementation=REFERENCE)
     index = np.where(rng.random(num) < 0.5, 3, rng.integers(0, width, num)).astype(np.int32)
-    source, factors = rng.integers(0, 9, num).astype(np.int32), rng.standard_normal(num).astype(np.float32)
+    source, factors = (
+        rng.integers(0, 9, num).astype(np.int32),
+        rng.standard_normal(num).astype(np.float32),
+    )
     grads = rng.standard_normal((9, dim)).astype(np.float32)
 
     @jax.jit
@@ -362,7 +437,15 @@ def test_skipped_rows_and_infinite_factors_are_the_reference_s():
     table = QuantizedTable(encode(jnp.asarray(shapes.dyadic(0, (20, dim))), fmt), fmt, dim)
     ids, line = jnp.asarray([*range(2, 10), NO_ID], jnp.int32), jnp.zeros(width, jnp.int32)
     index = jnp.asarray([0, 0, 1, 2, 2, 3, 4, 8], jnp.int32)
-    grads = jnp.asarray(shapes.dyadic(1, (8, dim))).at[2, 3].set(jnp.nan).at[4, 0].set(-jnp.inf).at[5].set(0.5)
+    grads = (
+        jnp.asarray(shapes.dyadic(1, (8, dim)))
+        .at[2, 3]
+        .set(jnp.nan)
+        .at[4, 0]
+        .set(-jnp.inf)
+        .at[5]
+        .set(0.5)
+    )
     factors = jnp.ones(8).at[5].set(jnp.inf)
 
     @partial(jax.jit, static_argnames=("implementation", "skip_nonfinite"))
@@ -397,7 +480,9 @@ INDICES = {
     "uniform": lambda rng, num, size: rng.integers(0, size, num),
     "distinct": lambda rng, num, size: rng.permutation(num) % size,
     "one row": lambda rng, num, size: np.zeros(num, int),
-    "mostly one row": lambda rng, num, size: np.where(rng.random(num) < 0.9, 1, rng.integers(0, size, num)),
+    "mostly one row": lambda rng, num, size: np.where(
+        rng.random(num) < 0.9, 1, rng.integers(0, size, num)
+    ),
     "padding": lambda rng, num, size: np.full(num, size - 1),
 }
 
@@ -405,12 +490,16 @@ INDICES = {
 @partial(jax.jit, static_argnames=("size", "implementation"))
 def summed(values, index, size, implementation):
     if implementation == "sorted":
-        return ops.xla.sums.add_sorted(jnp.ones((size, values.shape[1])), index, values) - jnp.float32(1)
+        return ops.xla.sums.add_sorted(
+            jnp.ones((size, values.shape[1])), index, values
+        ) - jnp.float32(1)
     return ops.sum_duplicates(values, index, size, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", [KERNEL, "sorted"])
-@pytest.mark.parametrize(("num", "size", "dim"), [(96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1), (150, 30, 100)])
+@pytest.mark.parametrize(
+    ("num", "size", "dim"), [(96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1), (150, 30, 100)]
+)
 def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
     """Rows of up to 32 positions, which are summed side by side, and longer ones; dyadic, so sums are exact."""
     for kind, draw in INDICES.items():
@@ -419,7 +508,9 @@ def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
         wanted = np.zeros((size, dim), np.float32)
         np.add.at(wanted, index, values)
         wanted[-1] = 0
-        np.testing.assert_array_equal(summed(values, index, size, implementation), wanted, err_msg=kind)
+        np.testing.assert_array_equal(
+            summed(values, index, size, implementation), wanted, err_msg=kind
+        )
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -430,17 +521,28 @@ def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
     gather = jax.jit(partial(ops.bag, implementation=KERNEL))
     spread = jax.jit(lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f))
     for is_dyadic in (True, False):
-        draw = partial(shapes.dyadic, dim) if is_dyadic else lambda shape: rng.standard_normal(shape).astype(np.float32)
+        draw = (
+            partial(shapes.dyadic, dim)
+            if is_dyadic
+            else lambda shape: rng.standard_normal(shape).astype(np.float32)
+        )
         rows, factors, grads = draw((12, dim)), draw((37, 5)), draw((37, dim))
         terms = factors[..., None].astype(np.float64) * rows[index]
-        close(gather(rows, index, factors), terms.sum(1), np.abs(terms).sum(1), 0 if is_dyadic else 5)
+        close(
+            gather(rows, index, factors), terms.sum(1), np.abs(terms).sum(1), 0 if is_dyadic else 5
+        )
         terms = (factors[..., None].astype(np.float64) * grads[:, None]).reshape(-1, dim)
         wanted, size = np.zeros((2, 13, dim))
         np.add.at(wanted, index.reshape(-1), terms)
         np.add.at(size, index.reshape(-1), np.abs(terms))
         most = np.bincount(index.reshape(-1)).max()
         assert most > 13
-        close(spread(grads, index.reshape(-1), factors.reshape(-1)), wanted, size, 0 if is_dyadic else most)
+        close(
+            spread(grads, index.reshape(-1), factors.reshape(-1)),
+            wanted,
+            size,
+            0 if is_dyadic else most,
+        )
 
 
 def close(got, wanted, size, num_terms):
@@ -453,8 +555,15 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)
     rows = jnp.asarray(shapes.dyadic(0, (30, 7)))
-    index = {"a": rng.integers(0, 30, (5, 4)).astype(np.int32), "b": rng.integers(0, 30, (3, 2, 3)).astype(np.int32)}
-    weights = None if combiner is None else jax.tree.map(lambda i: jnp.asarray(shapes.dyadic(2, i.shape)), index)
+    index = {
+        "a": rng.integers(0, 30, (5, 4)).astype(np.int32),
+        "b": rng.integers(0, 30, (3, 2, 3)).astype(np.int32),
+    }
+    weights = (
+        None
+        if combiner is None
+        else jax.tree.map(lambda i: jnp.asarray(shapes.dyadic(2, i.shape)), index)
+    )
 
     @partial(jax.jit, static_argnames="implementation")
     def value_and_grads(rows, weights, implementation):
@@ -462,11 +571,17 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
             out = mpembed.pool(rows, index, weights, combiner, implementation=implementation)
             return sum(jnp.sum(x * jnp.float32(0.5)) for x in jax.tree.leaves(out)), out
 
-        return jax.value_and_grad(loss, argnums=(0, 1) if combiner else (0,), has_aux=True)(rows, weights)
+        return jax.value_and_grad(loss, argnums=(0, 1) if combiner else (0,), has_aux=True)(
+            rows, weights
+        )
 
     (_, wanted), wanted_grads = value_and_grads(rows, weights, REFERENCE)
     (_, got), got_grads = value_and_grads(rows, weights, KERNEL)
-    check = np.testing.assert_array_equal if combiner in (None, "sum") else partial(np.testing.assert_allclose, atol=2e-6)
+    check = (
+        np.testing.assert_array_equal
+        if combiner in (None, "sum")
+        else partial(np.testing.assert_allclose, atol=2e-6)
+    )
     jax.tree.map(check, got, wanted)
     jax.tree.map(check, got_grads, wanted_grads)
 
@@ -487,9 +602,17 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
             ids, upstream = batch
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
-            pool = partial(mpembed.pool, inverse=plan.inverse, combiner="sum", implementation=state.implementation)
+            pool = partial(
+                mpembed.pool,
+                inverse=plan.inverse,
+                combiner="sum",
+                implementation=state.implementation,
+            )
             bags, pull_back = jax.vjp(pool, rows)
-            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (bags, plan.counts)
+            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (
+                bags,
+                plan.counts,
+            )
 
         return jax.lax.scan(step, state, (batches, grads))
 

@@ -31,7 +31,15 @@ POOLS = {
 
 
 def step_and_arguments(
-    implementation, pooling, *, spec=None, tx=ADAGRAD, num_rows=3000, dim=16, storage="int8", is_pooled=False
+    implementation,
+    pooling,
+    *,
+    spec=None,
+    tx=ADAGRAD,
+    num_rows=3000,
+    dim=16,
+    storage="int8",
+    is_pooled=False,
 ):
     """A training step with its abstract arguments: ids [24, 3], or flat ones in 24 ragged bags.
 
@@ -51,7 +59,9 @@ def step_and_arguments(
 
         def pool(rows, weights):
             given = extra | ({"weights": weights} if is_weighted else {})
-            return mpembed.pool(rows, plan.inverse, implementation=implementation, **options, **given)
+            return mpembed.pool(
+                rows, plan.inverse, implementation=implementation, **options, **given
+            )
 
         def loss(rows, weights):
             return jnp.sum(jnp.square(pool(rows, weights) - target))
@@ -64,7 +74,9 @@ def step_and_arguments(
         return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), weight_grads
 
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    state = jax.eval_shape(lambda key: mpembed.init(key, spec, tx, implementation=implementation), key)
+    state = jax.eval_shape(
+        lambda key: mpembed.init(key, spec, tx, implementation=implementation), key
+    )
     arguments = (
         state,
         jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -80,7 +92,9 @@ def step_and_arguments(
 def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
     """jax#38806. A CPU's lowering of the same step has such scatters, so the test would see one."""
     step, arguments = step_and_arguments("xla", pooling)
-    found = lowering.float_scatters(lowering.lowered_for(platform, step, *arguments, donate_argnums=0).as_text())
+    found = lowering.float_scatters(
+        lowering.lowered_for(platform, step, *arguments, donate_argnums=0).as_text()
+    )
     assert found, "rows are scattered at least"
     assert [combiner for combiner, _ in found if combiner != "set"] == []
     on_cpu = lowering.float_scatters(jax.jit(step).lower(*arguments).as_text())
@@ -92,7 +106,9 @@ def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
     step, arguments = step_and_arguments("pallas_triton", pooling)
     text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
     wanted = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum"}
-    assert wanted | ({"mpembed_bag"} if pooling != "vectors" else set()) == set(lowering.kernels(text))
+    assert wanted | ({"mpembed_bag"} if pooling != "vectors" else set()) == set(
+        lowering.kernels(text)
+    )
     assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
 
 
@@ -112,7 +128,9 @@ def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
 def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
     """Odd dims too; Triton's front end refuses unsupported primitives and shapes here, without a GPU."""
     for is_pooled in (False, True):
-        step, arguments = step_and_arguments("pallas_triton", "sum", storage=storage, dim=dim, is_pooled=is_pooled)
+        step, arguments = step_and_arguments(
+            "pallas_triton", "sum", storage=storage, dim=dim, is_pooled=is_pooled
+        )
         lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
     read = partial(lowering.lowered_for, "cuda", mpembed.read)
     assert "mpembed_read" in lowering.kernels(read(arguments[0], arguments[1]).as_text())
@@ -121,25 +139,43 @@ def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
 def test_other_optimizers_take_the_xla_update_and_say_so():
     for tx in (ADAGRAD, mpembed.optim.sgd(0.1)):
         assert mpembed.optim.rule_of(tx) is not None
-    for tx in (optax.sgd(0.1, momentum=0.9), optax.chain(ADAGRAD), mpembed.optim.rowwise_adagrad(0.1, weight_decay=0.1)):
+    for tx in (
+        optax.sgd(0.1, momentum=0.9),
+        optax.chain(ADAGRAD),
+        mpembed.optim.rowwise_adagrad(0.1, weight_decay=0.1),
+    ):
         assert mpembed.optim.rule_of(tx) is None
-    step, arguments = step_and_arguments("pallas_triton", "vectors", tx=optax.sgd(0.1, momentum=0.9))
+    step, arguments = step_and_arguments(
+        "pallas_triton", "vectors", tx=optax.sgd(0.1, momentum=0.9)
+    )
     lowered = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
     # Rows are still stored by the kernel; only the arithmetic is XLA's.
     assert "mpembed_update" in lowering.kernels(lowered.as_text())
 
 
-@pytest.mark.parametrize(("num_rows", "lines"), [(100_000_000, 1024), (10_000_000, 10_000_000), (3000, 256)])
+@pytest.mark.parametrize(
+    ("num_rows", "lines"), [(100_000_000, 1024), (10_000_000, 10_000_000), (3000, 256)]
+)
 def test_arrays_past_32_bits_are_addressed_with_64(num_rows, lines):
     """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB; 3,000 rows need none of it."""
     spec = shapes.stack(num_rows, 128, storage="int8", lines=lines)
     widths = {}
     for is_pooled in (False, True):
-        step, arguments = step_and_arguments("pallas_triton", "vectors", spec=spec, is_pooled=is_pooled)
-        widths |= lowering.address_widths(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
+        step, arguments = step_and_arguments(
+            "pallas_triton", "vectors", spec=spec, is_pooled=is_pooled
+        )
+        widths |= lowering.address_widths(
+            lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+        )
     read = lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1])
     widths |= lowering.address_widths(read)
-    moving_rows = {"mpembed_read", "mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_update_summed"}
+    moving_rows = {
+        "mpembed_read",
+        "mpembed_swap",
+        "mpembed_lookup",
+        "mpembed_update",
+        "mpembed_update_summed",
+    }
     assert set(widths) == moving_rows | {"mpembed_sum"}
     moving_rows = moving_rows if num_rows > 3000 else set()
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
@@ -150,9 +186,15 @@ def test_kernels_have_no_atomics():
     modules = {}
     for is_pooled in (False, True):
         step, arguments = step_and_arguments("pallas_triton", "weighted mean", is_pooled=is_pooled)
-        modules |= lowering.kernel_modules(lowering.lowered_for("cuda", step, *arguments, donate_argnums=0))
-    modules |= lowering.kernel_modules(lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1]))
-    assert set(modules) == {f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")}
+        modules |= lowering.kernel_modules(
+            lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+        )
+    modules |= lowering.kernel_modules(
+        lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1])
+    )
+    assert set(modules) == {
+        f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")
+    }
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
     # A thread must not store what another one has yet to read: victims before newcomers, old sums of squares before new.
     waiting = {name for name, text in modules.items() if "gpu.barrier" in text}
@@ -163,10 +205,16 @@ DEVICES = {
     "cpu": types.SimpleNamespace(platform="cpu", device_kind="cpu"),
     "tpu": types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite"),
     "T4": types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5"),
-    "MI300": types.SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942"),
+    "MI300": types.SimpleNamespace(
+        platform="gpu", device_kind="AMD Instinct MI300X", compute_capability="gfx942"
+    ),
     "L4": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9"),
-    "H200": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0"),
-    "B200": types.SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0"),
+    "H200": types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0"
+    ),
+    "B200": types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0"
+    ),
 }
 
 
@@ -180,7 +228,10 @@ def test_the_choice_follows_the_device_and_its_compute_capability(name, monkeypa
     if name in ("L4", "H200", "B200"):
         assert ops.choose("pallas_triton") == "pallas_triton"
     else:
-        with pytest.raises(ValueError, match=f"compute capability 8.0 or more, this device is {DEVICES[name].device_kind}"):
+        with pytest.raises(
+            ValueError,
+            match=f"compute capability 8.0 or more, this device is {DEVICES[name].device_kind}",
+        ):
             ops.choose("pallas_triton")
 
 
@@ -188,8 +239,14 @@ def test_the_choice_is_made_once_at_init_and_never_by_failing():
     spec = shapes.stack(100, 4, lines=8)
     with pytest.raises(ValueError, match=r"pallas_triton needs an NVIDIA GPU.*this device is cpu"):
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="pallas_triton")
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of xla, xla_chunked"):
+    with pytest.raises(
+        ValueError, match="unknown implementation 'cuda'; choose one of xla, xla_chunked"
+    ):
         mpembed.init(jax.random.key(0), spec, ADAGRAD, implementation="cuda")
     with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
         mpembed.pool(jnp.zeros((3, 2)), jnp.zeros(4, jnp.int32), implementation="cuda")
-    assert mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation == ops.choose(None) == BEST_ON_CPU
+    assert (
+        mpembed.init(jax.random.key(0), spec, ADAGRAD).implementation
+        == ops.choose(None)
+        == BEST_ON_CPU
+    )

@@ -81,11 +81,21 @@ def decaying(init_value):
 TRANSFORMATIONS = {
     "sgd": lambda: optax.sgd(0.1),
     "sgd momentum scheduled": lambda: optax.sgd(decaying(0.1), momentum=0.9, nesterov=True),
-    "rmsprop centered momentum": lambda: optax.rmsprop(0.05, centered=True, momentum=0.5, initial_scale=0.1),
-    "chain of global norm and adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(decaying(0.05))),
-    "chain of row norm and adagrad": lambda: optax.chain(optim.clip_by_row_norm(0.5), optax.adagrad(0.1)),
-    "injected hyperparameters": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=decaying(0.05), b1=0.8),
-    "decay in the gradient": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+    "rmsprop centered momentum": lambda: optax.rmsprop(
+        0.05, centered=True, momentum=0.5, initial_scale=0.1
+    ),
+    "chain of global norm and adam": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adam(decaying(0.05))
+    ),
+    "chain of row norm and adagrad": lambda: optax.chain(
+        optim.clip_by_row_norm(0.5), optax.adagrad(0.1)
+    ),
+    "injected hyperparameters": lambda: optax.inject_hyperparams(optax.adam)(
+        learning_rate=decaying(0.05), b1=0.8
+    ),
+    "decay in the gradient": lambda: optax.chain(
+        optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)
+    ),
     "decoupled decay": lambda: optax.adamw(0.05, weight_decay=0.1),
     "rowwise adagrad": lambda: optim.rowwise_adagrad(decaying(0.1), weight_decay=0.1),
     "rowwise adam": lambda: optim.rowwise_adam(0.05, weight_decay=0.1),
@@ -108,16 +118,22 @@ def test_training_equals_dense_training_of_the_touched_rows(name):
         is_touched = np.isin(np.arange(NUM_ROWS), ids[t])
         before, before_leaves = np.array(state.table.rows), row_leaves_of(state)
         state = step(state, ids[t], grads[t])
-        np.testing.assert_array_equal(np.asarray(state.table.rows)[~is_touched], before[~is_touched])
+        np.testing.assert_array_equal(
+            np.asarray(state.table.rows)[~is_touched], before[~is_touched]
+        )
         for new, old in zip(row_leaves_of(state), before_leaves, strict=True):
             np.testing.assert_array_equal(new[~is_touched], old[~is_touched])
-        expected, expected_state = oracle(expected, expected_state, summed(ids[t], grads[t]), is_touched)
+        expected, expected_state = oracle(
+            expected, expected_state, summed(ids[t], grads[t]), is_touched
+        )
     trained = np.asarray(state.table.rows).view(np.float32)
     assert np.abs(trained - table)[:5].max(axis=1).min() > 1e-3  # it did train
     np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-6)
     # The state too: same tree, scalars advanced once per step.
     assert jax.tree.structure(state.row_state) == jax.tree.structure(expected_state)
-    for ours, dense in zip(jax.tree.leaves(state.row_state), jax.tree.leaves(expected_state), strict=True):
+    for ours, dense in zip(
+        jax.tree.leaves(state.row_state), jax.tree.leaves(expected_state), strict=True
+    ):
         assert ours.dtype == jnp.asarray(dense).dtype
         np.testing.assert_allclose(ours, dense, rtol=1e-5, atol=1e-6)
 
@@ -125,13 +141,17 @@ def test_training_equals_dense_training_of_the_touched_rows(name):
 def test_row_state_does_not_care_whether_its_row_is_cached():
     """Adam with a cache of 8 lines that evicts all the time: values equal those of the lazy oracle."""
     tx, (ids, grads) = optax.adam(0.05), batches(1, 8)
-    state = mpembed.init(jax.random.key(0), stack(cache=CacheSpec(num_rows=8, ways=4, policy="lru")), tx)
+    state = mpembed.init(
+        jax.random.key(0), stack(cache=CacheSpec(num_rows=8, ways=4, policy="lru")), tx
+    )
     expected = mpembed.to_dense(state)["t"]
     step, oracle, expected_state = step_of(tx), lazy_dense_step(tx), tx.init(jnp.asarray(expected))
     for t in range(len(ids)):
         state = step(state, ids[t], grads[t])
         is_touched = np.isin(np.arange(NUM_ROWS), ids[t])
-        expected, expected_state = oracle(expected, expected_state, summed(ids[t], grads[t]), is_touched)
+        expected, expected_state = oracle(
+            expected, expected_state, summed(ids[t], grads[t]), is_touched
+        )
     assert mpembed.stats(state).write_backs > 0
     np.testing.assert_allclose(mpembed.to_dense(state)["t"], expected, rtol=1e-5, atol=1e-6)
 
@@ -147,7 +167,9 @@ def test_transformations_across_rows_see_the_touched_rows_only():
     updates, _ = tx.update(jnp.asarray(summed(ids[0], grads[0])[touched]), tx.init(rows), rows)
     expected[touched] += np.asarray(updates)
     state = step_of(tx)(state, ids[0], grads[0])
-    np.testing.assert_allclose(np.asarray(state.table.rows).view(np.float32), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(state.table.rows).view(np.float32), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_injected_hyperparameters_can_be_changed_in_the_state():
@@ -179,7 +201,9 @@ def test_a_refused_update_leaves_schedules_where_they_are():
 # --- our own transformations against NumPy
 
 
-def rowwise_oracle(kind, w, grads, rates, *, decay, decoupled, initial=0.0, b1=0.9, b2=0.999, eps=1e-8):
+def rowwise_oracle(
+    kind, w, grads, rates, *, decay, decoupled, initial=0.0, b1=0.9, b2=0.999, eps=1e-8
+):
     w = w.astype(np.float64)
     total, mu, nu = np.full(w.shape[:-1], initial), np.zeros_like(w), np.zeros(w.shape[:-1])
     for t, (g, rate) in enumerate(zip(grads.astype(np.float64), rates, strict=True), 1):
@@ -217,7 +241,9 @@ def test_rowwise_transformations_equal_numpy(kind, decay, decoupled):
     renamed = {"initial": 0.3} if kind == "adagrad" else extra
     rates = [float(schedule(t)) for t in range(5)]
     for k in shapes:
-        expected = rowwise_oracle(kind, params[k], grads[k], rates, decay=decay, decoupled=decoupled, eps=1e-3, **renamed)
+        expected = rowwise_oracle(
+            kind, params[k], grads[k], rates, decay=decay, decoupled=decoupled, eps=1e-3, **renamed
+        )
         np.testing.assert_allclose(trained[k], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -234,7 +260,9 @@ def test_clip_by_row_norm_scales_long_rows_to_the_norm_and_leaves_others():
     tx = optim.clip_by_row_norm(1.0)
     updates, _ = jax.jit(tx.update)({"x": g, "y": g[:, None]}, tx.init({"x": g, "y": g[:, None]}))
     updates = jax.tree.map(np.asarray, updates)
-    np.testing.assert_allclose(updates["x"], [[0.6, 0.8], [0.3, 0.4], [0, 0], [-0.6, 0.8], [1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["x"], [[0.6, 0.8], [0.3, 0.4], [0, 0], [-0.6, 0.8], [1, 0]], rtol=1e-6
+    )
     np.testing.assert_array_equal(updates["y"][:, 0], updates["x"])
     np.testing.assert_array_equal(updates["x"][[1, 2, 4]], g[[1, 2, 4]])
 
@@ -257,7 +285,9 @@ def test_clipping_by_the_global_norm_of_dense_and_row_gradients_equals_dense_tra
     def ours(state, weights, ids, label):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-        grads = jax.grad(lambda w, r: loss_of(w, mpembed.pool(r, plan.inverse), label), argnums=(0, 1))(weights, rows)
+        grads = jax.grad(
+            lambda w, r: loss_of(w, mpembed.pool(r, plan.inverse), label), argnums=(0, 1)
+        )(weights, rows)
         (weight_grads, row_grads), _ = clip.update(grads, clip.init(grads))
         state = mpembed.apply_gradients(state, plan, rows, row_grads, tx=sgd)
         return state, weights - 0.25 * weight_grads, norm_of(grads)
@@ -278,7 +308,9 @@ def test_clipping_by_the_global_norm_of_dense_and_row_gradients_equals_dense_tra
     np.testing.assert_allclose(*zip(*norms, strict=True), rtol=1e-5)
     assert min(n for n, _ in norms) > 0.5  # clipping did act
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.asarray(state.table.rows).view(np.float32), table, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(state.table.rows).view(np.float32), table, rtol=1e-5, atol=1e-6
+    )
 
 
 # --- what cannot be kept by row
@@ -286,7 +318,8 @@ def test_clipping_by_the_global_norm_of_dense_and_row_gradients_equals_dense_tra
 
 def shampoo_like():
     return optax.GradientTransformation(
-        lambda params: {"preconditioner": jnp.zeros((params.shape[1], params.shape[1]))}, lambda g, s, p=None: (g, s)
+        lambda params: {"preconditioner": jnp.zeros((params.shape[1], params.shape[1]))},
+        lambda g, s, p=None: (g, s),
     )
 
 
@@ -299,31 +332,58 @@ def averaging_parameters():
 
 def unequal_rows():
     return optax.GradientTransformation(
-        lambda params: {"rank": jnp.arange(params.shape[0], dtype=jnp.float32)}, lambda g, s, p=None: (g, s)
+        lambda params: {"rank": jnp.arange(params.shape[0], dtype=jnp.float32)},
+        lambda g, s, p=None: (g, s),
     )
 
 
 REFUSED = {
-    "adafactor": (lambda: optax.adafactor(0.1), r"leaf .*v_row.* neither one entry per row nor a scalar.*rowwise_adagrad"),
+    "adafactor": (
+        lambda: optax.adafactor(0.1),
+        r"leaf .*v_row.* neither one entry per row nor a scalar.*rowwise_adagrad",
+    ),
     "sm3": (lambda: optax.sm3(0.1), r"leaf .*mu.* neither one entry per row nor a scalar"),
     "shampoo": (shampoo_like, r"leaf .*preconditioner.* of shape \(4, 4\)"),
     "lbfgs": (lambda: optax.lbfgs(), r"leaf .*params_memory.* neither one entry"),
     "muon": (lambda: optax.contrib.muon(0.1), r"leaf .*ns_coeffs"),
-    "multi-steps": (lambda: optax.MultiSteps(optax.sgd(0.1), 2), "MultiSteps.*accumulate batches instead"),
+    "multi-steps": (
+        lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+        "MultiSteps.*accumulate batches instead",
+    ),
     "multi-steps in a chain": (
-        lambda: optax.chain(optax.clip(1.0), optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()),
+        lambda: optax.chain(
+            optax.clip(1.0), optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+        ),
         "MultiSteps",
     ),
-    "average of parameters": (averaging_parameters, r"leaf .*average.* starts from the parameters' values"),
-    "schedule free": (lambda: optax.contrib.schedule_free_sgd(), r"leaf .*z.* starts from the parameters' values"),
-    "prodigy": (lambda: optax.contrib.prodigy(), r"leaf .*params0.* starts from the parameters' values"),
+    "average of parameters": (
+        averaging_parameters,
+        r"leaf .*average.* starts from the parameters' values",
+    ),
+    "schedule free": (
+        lambda: optax.contrib.schedule_free_sgd(),
+        r"leaf .*z.* starts from the parameters' values",
+    ),
+    "prodigy": (
+        lambda: optax.contrib.prodigy(),
+        r"leaf .*params0.* starts from the parameters' values",
+    ),
     "rows that start apart": (unequal_rows, r"leaf .*rank.* starts differently for different rows"),
-    "stochastic rounding": (lambda: optim.stochastic_round_updates(jax.random.key(0)), r"leaf .*key"),
+    "stochastic rounding": (
+        lambda: optim.stochastic_round_updates(jax.random.key(0)),
+        r"leaf .*key",
+    ),
     # These keep scalars only, or a typed key, and cannot be updated with gathered rows alone.
-    "lookahead": (lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5), "lookahead|LookaheadParams|params"),
+    "lookahead": (
+        lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5),
+        "lookahead|LookaheadParams|params",
+    ),
     "noise": (lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)), r"leaf .*(rng_)?key"),
     "polyak": (lambda: optax.polyak_sgd(), "value"),
-    "reduce on plateau": (lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), "value"),
+    "reduce on plateau": (
+        lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        "value",
+    ),
 }
 
 
@@ -337,15 +397,24 @@ def test_what_cannot_be_kept_by_row_is_refused_at_init(name):
 
 @pytest.mark.parametrize("tx", [0.1, None, optax.adam, "sgd"])
 def test_what_is_no_transformation_is_refused(tx):
-    with pytest.raises(TypeError, match=r"tx must be an optax gradient transformation such as optim\.rowwise_adagrad"):
+    with pytest.raises(
+        TypeError,
+        match=r"tx must be an optax gradient transformation such as optim\.rowwise_adagrad",
+    ):
         mpembed.init(jax.random.key(0), stack(), tx)
 
 
 def test_no_float32_copy_of_the_table_is_made_to_initialize_row_state():
     """Two billion rows: shapes only."""
     spec = stack(num_rows=2**31 - 2, dim=16, storage="int8")
-    shapes = jax.eval_shape(lambda key: init_rows(optax.adam(0.1), spec.num_rows, 16, "bfloat16"), 0)
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(shapes)) == [(), (2**31 - 2, 16), (2**31 - 2, 16)]
+    shapes = jax.eval_shape(
+        lambda key: init_rows(optax.adam(0.1), spec.num_rows, 16, "bfloat16"), 0
+    )
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(shapes)) == [
+        (),
+        (2**31 - 2, 16),
+        (2**31 - 2, 16),
+    ]
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(shapes)} == {"int32", "uint16"}
 
 
@@ -370,7 +439,9 @@ def test_bfloat16_row_state_is_rounded_without_bias_and_each_leaf_by_its_own_bit
     """8,192 rows x 2, one Adam step from zero: both moments round up as often as they should, within 5 sigma."""
     num, dim = 8192, 2
     tx = optax.adam(0.1, b1=0.5, b2=0.5)
-    state = mpembed.init(jax.random.key(3), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx)
+    state = mpembed.init(
+        jax.random.key(3), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx
+    )
     ids = np.arange(num, dtype=np.int32)
     # b = 0.5 makes both moments half of g and g^2; bfloat16 steps are 2^-7 at 1.
     g = 2 * (1 + 2**-9)  # mu = 1 + step / 4;  nu = g^2 / 2 = 2 (1 + 2^-8 + 2^-18)
@@ -389,7 +460,9 @@ def test_bfloat16_row_state_is_rounded_without_bias_and_each_leaf_by_its_own_bit
     both, expected = (is_up["mu"] & is_up["nu"]).mean(), is_up["mu"].mean() * is_up["nu"].mean()
     assert abs(both - expected) < 5 * np.sqrt(expected * (1 - expected) / mu.size)
     # Another order of the batch draws the same bits for the same rows.
-    state = mpembed.init(jax.random.key(3), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx)
+    state = mpembed.init(
+        jax.random.key(3), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx
+    )
     again = step(state, ids[::-1].copy(), jnp.full((num, dim), g, jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, again.row_state, trained.row_state)
 
@@ -398,8 +471,14 @@ def test_small_increments_accumulate_in_bfloat16_row_state():
     """100 increments of 2^-11 to an accumulator of 1, an eighth of a half step: nearest rounding would stay at 1."""
     num, dim, steps = 4096, 1, 100
     tx = optim.rowwise_adagrad(0.0, initial_accumulator_value=1.0)
-    state = mpembed.init(jax.random.key(0), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx)
-    step, ids, g = step_of(tx), np.arange(num, dtype=np.int32), np.full((num, dim), 2.0**-5.5, np.float32)
+    state = mpembed.init(
+        jax.random.key(0), stack(num_rows=num, dim=dim, row_state_dtype="bfloat16"), tx
+    )
+    step, ids, g = (
+        step_of(tx),
+        np.arange(num, dtype=np.int32),
+        np.full((num, dim), 2.0**-5.5, np.float32),
+    )
     for _ in range(steps):
         state = step(state, ids, g)
     (total,) = [bf16(leaf) for leaf in jax.tree.leaves(state.row_state) if leaf.ndim]
@@ -416,8 +495,12 @@ def test_bfloat16_row_state_of_untouched_rows_does_not_move():
         is_touched = np.isin(np.arange(NUM_ROWS), ids[t])
         before, (accumulator,) = np.array(state.table.rows), row_leaves_of(state)
         state = step(state, ids[t], grads[t])
-        np.testing.assert_array_equal(np.asarray(state.table.rows)[~is_touched], before[~is_touched])
-        np.testing.assert_array_equal(row_leaves_of(state)[0][~is_touched], accumulator[~is_touched])
+        np.testing.assert_array_equal(
+            np.asarray(state.table.rows)[~is_touched], before[~is_touched]
+        )
+        np.testing.assert_array_equal(
+            row_leaves_of(state)[0][~is_touched], accumulator[~is_touched]
+        )
         assert (row_leaves_of(state)[0][is_touched] != accumulator[is_touched]).all()
 
 
@@ -433,7 +516,9 @@ def test_rows_with_nonfinite_gradients_are_skipped_and_counted():
     bad[1, 2], bad[3, 0] = np.nan, np.inf  # rows 5 and 3
     good = grads.copy()
     good[[0, 1, 3]] = 0  # what the rest of the batch should see of them
-    spec = stack(cache=CacheSpec(num_rows=2, ways=2), skip_nonfinite=True)  # both ways: lines and bypassed rows
+    spec = stack(
+        cache=CacheSpec(num_rows=2, ways=2), skip_nonfinite=True
+    )  # both ways: lines and bypassed rows
 
     def start():
         return step(mpembed.init(jax.random.key(0), spec, tx), ids, grads)
@@ -462,8 +547,12 @@ def neighbours(x, dtype):
     """The values of a format just below and above float32 x, as float64; equal where the format holds x."""
     with np.errstate(over="ignore"):
         nearest = x.astype(dtype)
-        other = np.nextafter(nearest, np.where(nearest.astype(np.float32) > x, -np.inf, np.inf).astype(dtype))
-    other = np.where(nearest.astype(np.float32) == x, nearest.astype(np.float64), other.astype(np.float64))
+        other = np.nextafter(
+            nearest, np.where(nearest.astype(np.float32) > x, -np.inf, np.inf).astype(dtype)
+        )
+    other = np.where(
+        nearest.astype(np.float32) == x, nearest.astype(np.float64), other.astype(np.float64)
+    )
     low, high = np.sort([nearest.astype(np.float64), other], axis=0)
     return low, high
 
@@ -537,7 +626,11 @@ def test_a_thousand_tiny_updates_move_a_bfloat16_parameter_and_nearest_never_doe
         def body(carry, _):
             rounded, nearest, tx_state = carry
             updates, tx_state = tx.update(small, tx_state, rounded)
-            return (optax.apply_updates(rounded, updates), optax.apply_updates(nearest, small), tx_state), None
+            return (
+                optax.apply_updates(rounded, updates),
+                optax.apply_updates(nearest, small),
+                tx_state,
+            ), None
 
         return jax.lax.scan(body, (params, params, tx_state), None, 1000)[0]
 
@@ -617,11 +710,21 @@ TOLD_APART = ["sgd momentum scheduled", "chain of global norm and adam", "rowwis
 def test_another_transformation_than_inits_is_refused(first, second):
     """Where the state tells them apart; the message says to pass the same one."""
     spec = stack()
-    state = jax.eval_shape(lambda key: mpembed.init(key, spec, TRANSFORMATIONS[first]()), jax.random.key(0))
+    state = jax.eval_shape(
+        lambda key: mpembed.init(key, spec, TRANSFORMATIONS[first]()), jax.random.key(0)
+    )
     with pytest.raises(ValueError, match="pass the same tx to init and apply_gradients"):
         jax.eval_shape(
             lambda held, ids, rows: update_rows(
-                TRANSFORMATIONS[second](), held, ids, rows, rows, "float32", jnp.zeros(2, jnp.uint32), ids[0], ids[0] == 0
+                TRANSFORMATIONS[second](),
+                held,
+                ids,
+                rows,
+                rows,
+                "float32",
+                jnp.zeros(2, jnp.uint32),
+                ids[0],
+                ids[0] == 0,
             ),
             state.row_state,
             jax.ShapeDtypeStruct((3,), jnp.int32),

@@ -11,7 +11,9 @@ from mpembed_jax.optim import row_locality
 
 LOCAL = {
     "rowwise_adagrad": mpembed.optim.rowwise_adagrad(0.1),
-    "scheduled": mpembed.optim.rowwise_adagrad(optax.cosine_decay_schedule(0.1, 100), weight_decay=0.1),
+    "scheduled": mpembed.optim.rowwise_adagrad(
+        optax.cosine_decay_schedule(0.1, 100), weight_decay=0.1
+    ),
     "rowwise_adam": mpembed.optim.rowwise_adam(0.1),
     "sgd": optax.sgd(0.1, momentum=0.9),
     "adagrad": optax.adagrad(0.1),
@@ -34,7 +36,9 @@ MIXING = {
     "clipped by global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
     "lamb": optax.lamb(0.1),
     "normalized": optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
-    "centralized over rows": optax.stateless(lambda updates, _: updates - jnp.mean(updates, axis=0)),
+    "centralized over rows": optax.stateless(
+        lambda updates, _: updates - jnp.mean(updates, axis=0)
+    ),
     "shifted rows": optax.stateless(lambda updates, _: jnp.roll(updates, 1, axis=0)),
     "counting rows": counting_rows(),
 }

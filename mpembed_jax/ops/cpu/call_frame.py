@@ -63,7 +63,9 @@ def _call_half(context, function, frame, half):
 
     def codegen(target, builder, signature, arguments):
         word = ir.IntType(64)
-        pointer = builder.inttoptr(arguments[0], ir.FunctionType(ir.VoidType(), [word, word]).as_pointer())
+        pointer = builder.inttoptr(
+            arguments[0], ir.FunctionType(ir.VoidType(), [word, word]).as_pointer()
+        )
         builder.call(pointer, arguments[1:])
         return target.get_dummy_value()
 
@@ -89,9 +91,13 @@ def _prefetch(context, array, index):
         data = target.make_array(signature.args[0])(target, builder, arguments[0]).data
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         types_ = [byte, number, number, number]
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_))
+        fetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_)
+        )
         place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(fetch, [place, number(0), number(3), number(1)])  # for reading, to all levels, data
+        builder.call(
+            fetch, [place, number(0), number(3), number(1)]
+        )  # for reading, to all levels, data
         return target.get_dummy_value()
 
     return types.void(array, types.int64), codegen
@@ -111,7 +117,10 @@ def stream(context, array, index, source, source_index):
             data = target.make_array(kind)(target, builder, value).data
             return builder.bitcast(builder.gep(data, [index]), vector)
 
-        here, there = place(array, arguments[0], arguments[1]), place(source, arguments[2], arguments[3])
+        here, there = (
+            place(array, arguments[0], arguments[1]),
+            place(source, arguments[2], arguments[3]),
+        )
         store = builder.store(builder.load(there, align=4), here, align=32)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return target.get_dummy_value()
@@ -224,7 +233,9 @@ def halves(half: Callable[[int, int], None]) -> Callable:
       half: a Python function that numba compiles here; it must not raise, and its two parts must not write what the other
         one touches.
     """
-    part = numba.cfunc(types.void(types.int64, types.int64))(half)  # compiled once, and called by its address
+    part = numba.cfunc(types.void(types.int64, types.int64))(
+        half
+    )  # compiled once, and called by its address
     address = part.address
     _handlers[f"half {address}"] = part
 
@@ -254,6 +265,11 @@ def register(name: str, body: Callable[[int], None]) -> None:
         return 0  # no error
 
     make_capsule = ctypes.pythonapi.PyCapsule_New
-    make_capsule.restype, make_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    jax.ffi.register_ffi_target(name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu")
+    make_capsule.restype, make_capsule.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
+    jax.ffi.register_ffi_target(
+        name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu"
+    )
     _handlers[name] = (handler, whole)

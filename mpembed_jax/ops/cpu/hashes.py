@@ -29,4 +29,6 @@ def scale_to(mixed, size):
 def cell(depth, x, groups, width):
     """See residency.sketch_cells."""
     quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))
-    return (depth * groups + group) * width + scale_to(fmix32(quotient ^ np.uint32(_SEEDS[depth])), width)
+    return (depth * groups + group) * width + scale_to(
+        fmix32(quotient ^ np.uint32(_SEEDS[depth])), width
+    )

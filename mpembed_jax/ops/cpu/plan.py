@@ -22,7 +22,9 @@ from mpembed_jax.row_ids import NO_ID
 _NO_ID = np.int32(NO_ID)
 # The buffers of the call, by position. Tags, priority and sketch are arguments, too, and changed in place.
 _IDS, _INVERSE, _COUNTS, _NUMBERS, _SHAPE = range(5)
-_TAGS, _PRIORITY, _SKETCH, _PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _PLACED_INVERSE, _FOUND = range(8)
+_TAGS, _PRIORITY, _SKETCH, _PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _PLACED_INVERSE, _FOUND = range(
+    8
+)
 _LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE, _BUCKET_OF, _VICTIM, _VICTIM_USE = range(8, 16)
 _BEST, _WINNER, _FULL = range(16, 19)
 _AHEAD = 16  # ids
@@ -39,7 +41,10 @@ def _find_half(frame, half):
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
     shape = argument(frame, _SHAPE, np.int32)
-    num_ids, step = np.int64(argument(frame, _NUMBERS, np.int32)[0]), argument(frame, _NUMBERS, np.int32)[1]
+    num_ids, step = (
+        np.int64(argument(frame, _NUMBERS, np.int32)[0]),
+        argument(frame, _NUMBERS, np.int32)[1],
+    )
     tags = result(frame, _TAGS, np.int32)
     priority = result(frame, _PRIORITY, np.int32)
     sketch = result(frame, _SKETCH, np.uint16)
@@ -49,17 +54,26 @@ def _find_half(frame, half):
     set_of = result(frame, _SET_OF, np.int32)
     order = result(frame, _ORDER, np.int32)
     queue = result(frame, _QUEUE, np.int32)
-    sets, ways, groups, width = np.int64(shape[0]), np.int64(shape[1]), np.int64(shape[2]), np.int64(shape[3])
+    sets, ways, groups, width = (
+        np.int64(shape[0]),
+        np.int64(shape[1]),
+        np.int64(shape[2]),
+        np.int64(shape[3]),
+    )
     is_lfu, begin, end = width > 0, num_ids * half // 2, num_ids * (half + 1) // 2
     num_hits, num_misses = 0, 0
     for ahead in range(begin, end + 2 * _AHEAD):
         if ahead < end:
             x = np.uint32(ids[ahead])
-            home = np.int64(x % np.uint32(groups)) + groups * scale_to(fmix32(x // np.uint32(groups)), sets // groups)
+            home = np.int64(x % np.uint32(groups)) + groups * scale_to(
+                fmix32(x // np.uint32(groups)), sets // groups
+            )
             set_of[ahead] = home
             ask_for(tags, home * ways, ways)
         i = ahead - _AHEAD
-        if begin <= i < end:  # without a branch on what is found: a wrong guess would end the overlap of waits
+        if (
+            begin <= i < end
+        ):  # without a branch on what is found: a wrong guess would end the overlap of waits
             first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
             for way in range(np.uint64(ways)):
                 place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
@@ -86,7 +100,9 @@ def _find_half(frame, half):
     if is_lfu:
         for k in range(begin, begin + num_misses):
             i = queue[k]
-            seen = min(sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)])
+            seen = min(
+                sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)]
+            )
             estimate[i] = policy.estimate(np.int32(seen), counts[i])
     found[half], found[2 + half] = num_hits, num_misses
 
@@ -111,7 +127,9 @@ def _enter(
     last = len(ids)
     best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
-        for k in range(num_waiting):  # a bucket's best miss: the largest estimate, then the smallest id
+        for k in range(
+            num_waiting
+        ):  # a bucket's best miss: the largest estimate, then the smallest id
             i = queue[k]
             b = bucket_of[i]
             if estimate[i] > best[b] or (estimate[i] == best[b] and ids[i] < winner[b]):
@@ -133,7 +151,9 @@ def _enter(
             else:
                 full[bucket_of[i]] = set_of[i]
         num_left = 0
-        for k in range(num_waiting):  # a set that its best miss could not enter is closed; other losers wait
+        for k in range(
+            num_waiting
+        ):  # a set that its best miss could not enter is closed; other losers wait
             i = queue[k]
             if full[bucket_of[i]] == set_of[i]:
                 last -= 1
@@ -165,7 +185,11 @@ def _place_half(frame, half):
     moved = result(frame, _QUEUE, np.int32)
     victim = result(frame, _VICTIM, np.int32)
     victim_use = result(frame, _VICTIM_USE, np.int32)
-    groups, width, num_ids = np.int64(shape[2]), np.int64(shape[3]), np.int64(argument(frame, _NUMBERS, np.int32)[0])
+    groups, width, num_ids = (
+        np.int64(shape[2]),
+        np.int64(shape[3]),
+        np.int64(argument(frame, _NUMBERS, np.int32)[0]),
+    )
     num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
     is_lfu, hit_requests = width > 0, 0
     # One of them does all that has to do with the sketch, whose cells several ids share.
@@ -177,7 +201,9 @@ def _place_half(frame, half):
             hit_requests += counts[i]
         else:
             victim_ids[k] = victim[i]
-        if is_lfu:  # lines of this batch take their estimates; the sketch keeps those of ids without a line
+        if (
+            is_lfu
+        ):  # lines of this batch take their estimates; the sketch keeps those of ids without a line
             if k < num_cached:
                 priority[line[i]] = estimate[i]
             if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
@@ -242,7 +268,12 @@ def _plan(frame):
     found[2] += found[3]
     moved = queue
     for k in range(num_ids, len(ids)):
-        placed_ids[k], placed_line[k], victim_ids[k], moved[k] = _NO_ID, sets * ways, _NO_ID, len(ids) - 1
+        placed_ids[k], placed_line[k], victim_ids[k], moved[k] = (
+            _NO_ID,
+            sets * ways,
+            _NO_ID,
+            len(ids) - 1,
+        )
     for position in range(len(inverse)):
         placed_inverse[position] = moved[inverse[position]]
 
@@ -258,7 +289,9 @@ def plan(
     sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
     held = [cache.tags, cache.priority, sketch]
     num_buckets = cache.geometry.election_buckets(width)
-    sizes = dict.fromkeys((_PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE), width)
+    sizes = dict.fromkeys(
+        (_PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE), width
+    )
     sizes |= dict.fromkeys((_BUCKET_OF, _VICTIM, _VICTIM_USE), width)
     sizes |= dict.fromkeys((_BEST, _WINNER, _FULL), num_buckets)
     sizes |= {_PLACED_INVERSE: inverse.shape[0], _FOUND: 4}
@@ -279,5 +312,12 @@ def plan(
     sketch = sketch if cache.policy == "lfu" else None
     cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
     num_hits, num_cached, hit_requests = results[_FOUND][:3]
-    moves = Moves(results[_PLACED_IDS], results[_PLACED_LINE], results[_VICTIM_IDS], num_hits, num_cached, num_ids)
+    moves = Moves(
+        results[_PLACED_IDS],
+        results[_PLACED_LINE],
+        results[_VICTIM_IDS],
+        num_hits,
+        num_cached,
+        num_ids,
+    )
     return cache, moves, results[_PLACED_INVERSE], hit_requests

@@ -11,7 +11,9 @@ from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, result, stream
 
 _AHEAD = 8  # rows
-_STREAMED = 3 << 20  # words: 12 MiB, more than a core's share of the last cache is likely to hold until it is read
+_STREAMED = (
+    3 << 20
+)  # words: 12 MiB, more than a core's share of the last cache is likely to hold until it is read
 
 
 @compiled
@@ -24,7 +26,11 @@ def _row_at(index, i, end, array, words, num_rows):
 
 
 def _put_half(frame, half):
-    index, values, array = argument(frame, 0, np.int32), argument(frame, 1, np.uint32), result(frame, 0, np.uint32)
+    index, values, array = (
+        argument(frame, 0, np.int32),
+        argument(frame, 1, np.uint32),
+        result(frame, 0, np.uint32),
+    )
     num = len(index)
     if num == 0:
         return
@@ -48,7 +54,11 @@ def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _take_half(frame, half):
-    array, index, out = argument(frame, 0, np.uint32), argument(frame, 1, np.int32), result(frame, 0, np.uint32)
+    array, index, out = (
+        argument(frame, 0, np.uint32),
+        argument(frame, 1, np.int32),
+        result(frame, 0, np.uint32),
+    )
     num = len(index)
     if num == 0:
         return

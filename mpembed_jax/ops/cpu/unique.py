@@ -19,9 +19,16 @@ _NO_ID = np.int32(NO_ID)
 
 def _unique(frame):
     ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
-    unique_ids, inverse, counts = result(frame, 0, np.int32), result(frame, 1, np.int32), result(frame, 2, np.int32)
+    unique_ids, inverse, counts = (
+        result(frame, 0, np.int32),
+        result(frame, 1, np.int32),
+        result(frame, 2, np.int32),
+    )
     numbers, table = result(frame, 3, np.int32), result(frame, 4, np.int32)
-    seen, times = result(frame, 5, np.int32), result(frame, 6, np.int32)  # of all distinct ids, over the budget or not
+    seen, times = (
+        result(frame, 5, np.int32),
+        result(frame, 6, np.int32),
+    )  # of all distinct ids, over the budget or not
     size, mask = len(unique_ids), len(table) - 1
 
     table[:] = -1
@@ -93,6 +100,8 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     (num_positions,) = ids.shape
     num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
     shapes = [size, num_positions, size, 2, num_buckets, num_positions, num_positions]
-    call = jax.ffi.ffi_call("mpembed_unique", [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes])
+    call = jax.ffi.ffi_call(
+        "mpembed_unique", [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes]
+    )
     unique_ids, inverse, counts, numbers, *_ = call(ids, step.reshape(1))
     return Unique(unique_ids, inverse, counts, numbers[0], numbers[1])

@@ -60,7 +60,9 @@ class Layout(NamedTuple):
         """Returns (word, shift) of each 16-bit half of the row's scale and bias."""
         halves = self.format.word_bits(self.dim) // 16
         total = self.format.row_words(self.dim) * halves
-        places = (divmod(i, halves) for i in range(total - self.format.metadata_halves(self.dim), total))
+        places = (
+            divmod(i, halves) for i in range(total - self.format.metadata_halves(self.dim), total)
+        )
         return [(word, 16 * place) for word, place in places]
 
     def divide(self, x: jax.Array, divisor: jax.Array) -> jax.Array:
@@ -70,7 +72,11 @@ class Layout(NamedTuple):
         divisor = jnp.broadcast_to(divisor, x.shape)
         shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
         [quotient] = plgpu.elementwise_inline_asm(
-            "div.rn.f32 $0, $1, $2;", args=[x, divisor], constraints="=f,f,f", pack=1, result_shape_dtypes=[shape]
+            "div.rn.f32 $0, $1, $2;",
+            args=[x, divisor],
+            constraints="=f,f,f",
+            pack=1,
+            result_shape_dtypes=[shape],
         )
         return quotient
 
@@ -95,14 +101,18 @@ def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
     plgpu.store(ref.at[(jnp.where(mask, first, ref.shape[0]), *others)], values, mask=mask)
 
 
-def load_row(ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int) -> jax.Array:
+def load_row(
+    ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int
+) -> jax.Array:
     """Loads float32 elements ref[index [R], columns [P]] -> [R, P]; zeros where masked or past `dim`."""
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(jnp.where(mask, index, 0)[:, None], wide.shape)
     return load(ref, (rows, jnp.broadcast_to(columns[None, :], wide.shape)), wide)
 
 
-def store_row(ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int, values: jax.Array) -> None:
+def store_row(
+    ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int, values: jax.Array
+) -> None:
     """Stores float32 values [R, P] to ref[index [R], columns [P]] but where masked or past `dim`."""
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(index[:, None], wide.shape)
@@ -118,7 +128,10 @@ def place_columns(layout: Layout) -> list[jax.Array]:
     """Returns the column numbers (int32, padded to a power of two) of each place in the words of a row."""
     words = jnp.arange(layout.padded_words, dtype=jnp.int32)
     # Words past the codes would name columns of no row for every place but the last.
-    return [jnp.where(words < layout.code_words, words * layout.per_word + p, layout.dim) for p in range(layout.per_word)]
+    return [
+        jnp.where(words < layout.code_words, words * layout.per_word + p, layout.dim)
+        for p in range(layout.per_word)
+    ]
 
 
 def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
@@ -133,7 +146,11 @@ def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, layout: Layout) -> ja
     scale = bias = jnp.zeros((ids.shape[0], 1), jnp.float32)
     if layout.format.scale_dtype is not None:
         halves = [
-            (load(ref, (ids, jnp.full(ids.shape, word, jnp.int32)), mask).astype(jnp.uint32) >> shift) & jnp.uint32(0xFFFF)
+            (
+                load(ref, (ids, jnp.full(ids.shape, word, jnp.int32)), mask).astype(jnp.uint32)
+                >> shift
+            )
+            & jnp.uint32(0xFFFF)
             for word, shift in layout.half_places()
         ]
         scale, bias = (x[:, None] for x in formats.parameters_from(halves, layout.format))
@@ -142,7 +159,12 @@ def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, layout: Layout) -> ja
 
 
 def write_packed(
-    ref: Any, ids: jax.Array, mask: jax.Array, places: list[jax.Array], layout: Layout, seed: tuple[jax.Array, jax.Array]
+    ref: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    places: list[jax.Array],
+    layout: Layout,
+    seed: tuple[jax.Array, jax.Array],
 ) -> None:
     """Quantizes rows, given by place (see place_columns) as float32 [R, W], and stores them to the table's rows ids [R].
 
@@ -182,10 +204,14 @@ def write_packed(
         store(ref, index, jnp.sum(value, axis=1, dtype=jnp.uint32).astype(ref.dtype), mask)
 
 
-def _parameters(places: list[jax.Array], columns: list[jax.Array], layout: Layout) -> tuple[jax.Array, jax.Array]:
+def _parameters(
+    places: list[jax.Array], columns: list[jax.Array], layout: Layout
+) -> tuple[jax.Array, jax.Array]:
     """Returns the stored scale and bias [R, 1]; a NaN anywhere in a row makes both its bounds NaN."""
 
-    def across(values: list[jax.Array], outside: float, combine: Callable, reduce: Callable) -> jax.Array:
+    def across(
+        values: list[jax.Array], outside: float, combine: Callable, reduce: Callable
+    ) -> jax.Array:
         total = None
         for x, column in zip(values, columns, strict=True):
             x = jnp.where((column < layout.dim)[None, :], x, jnp.float32(outside))
@@ -238,7 +264,9 @@ def launch(
         out_shape=tuple(outputs),
         input_output_aliases=aliases or {},
         interpret=is_interpreted,
-        compiler_params=None if is_interpreted else plgpu.CompilerParams(num_warps=_WARPS, num_stages=2),
+        compiler_params=None
+        if is_interpreted
+        else plgpu.CompilerParams(num_warps=_WARPS, num_stages=2),
         name=name,
     )
     return call(*operands)

@@ -44,8 +44,12 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
             here = kernel.load(line_ref, (position,), from_line)
             row = kernel.load_row(lines[0], here, from_line, columns, dim)
             from_table = from_table & ~from_line
-        read = kernel.read_packed(packed, kernel.load(ids_ref, (position,), from_table), from_table, layout)
-        kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+        read = kernel.read_packed(
+            packed, kernel.load(ids_ref, (position,), from_table), from_table, layout
+        )
+        kernel.store_row(
+            out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row)
+        )
 
     # Without a cache num_cached is 0.
     operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
@@ -57,7 +61,9 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
     return out
 
 
-def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_interpreted: bool) -> jax.Array:
+def read(
+    table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_interpreted: bool
+) -> jax.Array:
     """See `xla.read`: matches the ways of each id's set and reads the line that holds it, else the table's row, in one pass.
 
     Args:
@@ -90,13 +96,22 @@ def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_inte
             sets = residency.set_of(here, held.geometry)
             way = jnp.arange(kernel.ceil_power(ways), dtype=jnp.int32)
             wide = is_valid[:, None] & (way < ways)[None, :]
-            tag = kernel.load(tags, (jnp.where(wide, sets[:, None], 0), jnp.where(wide, way[None, :], 0)), wide, NO_ID)
-            found = jnp.sum(jnp.where(tag == here[:, None], way[None, :] + 1, 0), axis=1, dtype=jnp.int32)
+            tag = kernel.load(
+                tags,
+                (jnp.where(wide, sets[:, None], 0), jnp.where(wide, way[None, :], 0)),
+                wide,
+                NO_ID,
+            )
+            found = jnp.sum(
+                jnp.where(tag == here[:, None], way[None, :] + 1, 0), axis=1, dtype=jnp.int32
+            )
             from_line = is_valid & (found > 0)
             from_table = is_valid & ~from_line
             row = kernel.load_row(lines, sets * ways + found - 1, from_line, columns, dim)
         read = kernel.read_packed(packed, here, from_table, layout)
-        kernel.store_row(out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row))
+        kernel.store_row(
+            out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row)
+        )
 
     operands = [flat, table.rows] + ([] if held is None else [held.tags, held.rows])
     (out,) = kernel.launch(
@@ -106,7 +121,9 @@ def read(table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_inte
     return out.reshape(*ids.shape, dim)
 
 
-def swap(store: Store, moves: Moves, draw: Draw, *, is_interpreted: bool) -> tuple[Store, jax.Array]:
+def swap(
+    store: Store, moves: Moves, draw: Draw, *, is_interpreted: bool
+) -> tuple[Store, jax.Array]:
     """See `xla.rows.swap`: each dirty victim is quantized into the table and its newcomer dequantized into the line."""
     table, cache_rows, dirty = store
     assert cache_rows is not None and dirty is not None
@@ -130,9 +147,13 @@ def swap(store: Store, moves: Moves, draw: Draw, *, is_interpreted: bool) -> tup
             here = kernel.load(line_ref, (position,), is_live)
             victim = kernel.load(victim_ref, (position,), is_live, -1)
             writes = is_live & (victim >= 0)
-            old = [kernel.load_row(lines, here, writes, c, dim) for c in kernel.place_columns(layout)]
+            old = [
+                kernel.load_row(lines, here, writes, c, dim) for c in kernel.place_columns(layout)
+            ]
             # A batch's rows are never its victims (invariant 2): what is read here no program writes.
-            new = kernel.read_packed(packed_in, kernel.load(ids_ref, (position,), is_live), is_live, layout)
+            new = kernel.read_packed(
+                packed_in, kernel.load(ids_ref, (position,), is_live), is_live, layout
+            )
             kernel.barrier(is_interpreted)
             kernel.write_packed(packed, victim, writes, old, layout, (seed[0], seed[1]))
             kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)

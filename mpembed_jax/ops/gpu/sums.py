@@ -34,11 +34,20 @@ class Segments(NamedTuple):
     @property
     def operands(self) -> list[jax.Array]:
         """What `sum_rows` reads, in the order of its references."""
-        return [self.first, self.stop, self.source, *([] if self.factors is None else [self.factors])]
+        return [
+            self.first,
+            self.stop,
+            self.source,
+            *([] if self.factors is None else [self.factors]),
+        ]
 
 
 def sort_positions(
-    index: jax.Array, size: int, num_values: int, source: jax.Array | None, factors: jax.Array | None
+    index: jax.Array,
+    size: int,
+    num_values: int,
+    source: jax.Array | None,
+    factors: jax.Array | None,
 ) -> Segments:
     """Sorts positions by row.
 
@@ -78,7 +87,9 @@ def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, 
     return row, (row < num_rows) & (pl.program_id(0) < stride)
 
 
-def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: jax.Array, dim: int) -> jax.Array:
+def sum_rows(
+    refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: jax.Array, dim: int
+) -> jax.Array:
     """Sums the positions of each row of a program -> float32 [R, P]; zeros where masked, without positions, past `dim`.
 
     Args:
@@ -95,8 +106,14 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
     is_short = length <= _SHORT
 
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
-        found = kernel.load_row(values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim)
-        return found * kernel.load(factors_ref[0], (position,), is_inside)[:, None] if factors_ref else found
+        found = kernel.load_row(
+            values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim
+        )
+        return (
+            found * kernel.load(factors_ref[0], (position,), is_inside)[:, None]
+            if factors_ref
+            else found
+        )
 
     def side_by_side(carry: tuple) -> tuple:
         turn, total = carry
@@ -118,7 +135,9 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
     def one_long(carry: tuple) -> tuple:
         here, total = carry
         is_here = lane == here
-        begin, end = (jnp.sum(jnp.where(is_here, bound, 0), dtype=jnp.int32) for bound in (first, stop))
+        begin, end = (
+            jnp.sum(jnp.where(is_here, bound, 0), dtype=jnp.int32) for bound in (first, stop)
+        )
 
         def further(carry: tuple) -> tuple:
             position, sums = carry
@@ -133,7 +152,9 @@ def sum_rows(refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: 
         own = jnp.sum(sums, axis=0)[None, :]
         return next_long(here), jnp.where(is_here[:, None], own, total)
 
-    _, total = lax.while_loop(lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total))
+    _, total = lax.while_loop(
+        lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total)
+    )
     # A padded column is zero times a factor, which may be infinite.
     return jnp.where((columns < dim)[None, :], total, jnp.float32(0))
 
@@ -156,7 +177,14 @@ def sum_duplicates(
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs
         (row, is_row), columns = spread_positions(block, size), kernel.columns_of(dim)
-        kernel.store_row(out, row, is_row, columns, dim, sum_rows(segment_refs, values_ref, row, is_row, columns, dim))
+        kernel.store_row(
+            out,
+            row,
+            is_row,
+            columns,
+            dim,
+            sum_rows(segment_refs, values_ref, row, is_row, columns, dim),
+        )
 
     (out,) = kernel.launch(
         body, pl.cdiv(size, block), [*segments.operands, values], [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
@@ -181,7 +209,9 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
         def add(turn: jax.Array, total: jax.Array) -> jax.Array:
             position = bag * length + turn
             factor = kernel.load(factors_ref, (position,), is_inside)
-            row = kernel.load_row(rows_ref, kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim)
+            row = kernel.load_row(
+                rows_ref, kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim
+            )
             return total + factor[:, None] * row
 
         total = lax.fori_loop(0, length, add, jnp.zeros((block, columns.shape[0]), jnp.float32))

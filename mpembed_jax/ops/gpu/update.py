@@ -47,8 +47,12 @@ class _Gradients(NamedTuple):
 
     operands: list[jax.Array]
     block: int  # R, rows of a program
-    rows_of: Callable[[Any], tuple]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
-    places: Callable[[list, jax.Array, jax.Array], list | None]  # (references, row, mask) -> float32 [R, W] by place
+    rows_of: Callable[
+        [Any], tuple
+    ]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
+    places: Callable[
+        [list, jax.Array, jax.Array], list | None
+    ]  # (references, row, mask) -> float32 [R, W] by place
 
 
 def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
@@ -73,12 +77,25 @@ def update(
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None]:
     """See `xla.update.update`, in one pass."""
-    return _update(store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, is_interpreted=is_interpreted)
+    return _update(
+        store,
+        accumulator,
+        moves,
+        old_rows,
+        row_grads,
+        rule=rule,
+        draw=draw,
+        is_interpreted=is_interpreted,
+    )
 
 
-def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, is_interpreted: bool) -> Store:
+def write(
+    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, is_interpreted: bool
+) -> Store:
     """See `xla.rows.write`: the update's kernel, without gradients."""
-    return _update(store, None, moves, new_rows, None, rule=None, draw=draw, is_interpreted=is_interpreted)[0]
+    return _update(
+        store, None, moves, new_rows, None, rule=None, draw=draw, is_interpreted=is_interpreted
+    )[0]
 
 
 def _update(
@@ -92,7 +109,10 @@ def _update(
     draw: Draw,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None]:
-    layout, block = Layout(store.table.format, rows.shape[1], is_interpreted), kernel.block_rows(rows.shape[1])
+    layout, block = (
+        Layout(store.table.format, rows.shape[1], is_interpreted),
+        kernel.block_rows(rows.shape[1]),
+    )
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
@@ -100,7 +120,9 @@ def _update(
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list | None:
         columns = kernel.place_columns(layout)
-        return [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
+        return (
+            [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
+        )
 
     gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
     stored, _ = _launch(
@@ -127,7 +149,9 @@ def update_summed(
     layout = Layout(store.table.format, dim, is_interpreted)
     num_columns = layout.padded_words * layout.per_word
     block = sums.block_rows(num_columns)
-    segments = sums.sort_positions(positions.row, width, positions.grads.shape[0], positions.source, positions.factors)
+    segments = sums.sort_positions(
+        positions.row, width, positions.grads.shape[0], positions.source, positions.factors
+    )
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
         *segment_refs, grads_ref = refs
@@ -135,9 +159,15 @@ def update_summed(
         total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
         if layout.per_word == 1:
             return [total]
-        words, place = total.reshape(block, -1, layout.per_word), jnp.arange(layout.per_word, dtype=jnp.int32)
+        words, place = (
+            total.reshape(block, -1, layout.per_word),
+            jnp.arange(layout.per_word, dtype=jnp.int32),
+        )
         # Picked by a sum with zeros: Triton has no index into registers.
-        return [jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2) for p in range(layout.per_word)]
+        return [
+            jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2)
+            for p in range(layout.per_word)
+        ]
 
     gradients = _Gradients(
         [*segments.operands, positions.grads], block, lambda num_ids: sums.spread_positions(block, num_ids), places
@@ -176,7 +206,9 @@ def _launch(
 
     def body(*refs: Any) -> None:
         inputs, outputs = list(refs[: len(operands)]), list(refs[len(operands) :])
-        seeds, bounds_ref, ids_ref, line_ref, rows_ref, *grad_refs = inputs[: len(operands) - len(held)]
+        seeds, bounds_ref, ids_ref, line_ref, rows_ref, *grad_refs = inputs[
+            : len(operands) - len(held)
+        ]
         into = stored.holding(outputs)
         num_cached, num_ids = bounds_ref[0], bounds_ref[1]
         position, is_row = gradients.rows_of(num_ids)
@@ -203,11 +235,21 @@ def _launch(
                 place = kernel.load(line_ref, (position,), is_cached)
                 for values, c in zip(places, columns, strict=True):
                     kernel.store_row(into.lines, place, is_cached, c, dim, values)
-            kernel.write_packed(into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1]))
+            kernel.write_packed(
+                into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1])
+            )
 
     # The state of row-wise Adagrad is leaf 0 of its tree.
     seeds = [draw.seed(stream) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
-    operands = [jnp.concatenate(seeds), bounds, moves.ids, moves.line, rows, *gradients.operands, *held]
+    operands = [
+        jnp.concatenate(seeds),
+        bounds,
+        moves.ids,
+        moves.line,
+        rows,
+        *gradients.operands,
+        *held,
+    ]
     shapes = [kernel.shape_of(array) for array in held]
     results = kernel.launch(
         body, pl.cdiv(width, gradients.block), operands,
@@ -218,7 +260,9 @@ def _launch(
     return stored.holding(results), results[-1] if skip_nonfinite else None
 
 
-def _add_squares(accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout) -> jax.Array:
+def _add_squares(
+    accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout
+) -> jax.Array:
     """Adds each row's mean square to its stored G, float32 or bfloat16 bit patterns; returns it unrounded, float32 [R]."""
     is_narrow = accumulator.dtype == jnp.uint16
     before = kernel.load(accumulator, (ids,), mask)

@@ -79,7 +79,9 @@ def make_plan(
             estimates = window.fill(estimates, policy.estimate(used, window.take(counts)))
         is_hit = window.is_live & (found < geometry.lines)
         order, num_hits = chunks.append(order, num_hits, window.position, is_hit)
-        queue, num_misses = chunks.append(queue, num_misses, window.position, window.is_live & ~is_hit)
+        queue, num_misses = chunks.append(
+            queue, num_misses, window.position, window.is_live & ~is_hit
+        )
         return line, estimates, order, num_hits, queue, num_misses
 
     line = jnp.full(width, geometry.lines, jnp.int32)
@@ -122,7 +124,9 @@ def make_plan(
     )
     entered = enter(carry, geometry, cache.policy, ids, estimates, step, chunk)
     priority, sketch = entered.priority, cache.sketch
-    if is_lfu:  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
+    if (
+        is_lfu
+    ):  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
 
         @jax.named_scope("unpin")
         def unpin(window: chunks.Window, priority: jax.Array) -> jax.Array:
@@ -133,15 +137,29 @@ def make_plan(
         def remember(window: chunks.Window, sketch: jax.Array) -> jax.Array:
             position = window.take(entered.order)
             is_bypassed = window.position >= entered.num_cached
-            left = jnp.where(is_bypassed, indexing.take(ids, position), indexing.take(entered.victim_ids, position))
-            uses = jnp.where(is_bypassed, indexing.take(estimates, position), indexing.take(entered.victim_uses, position))
+            left = jnp.where(
+                is_bypassed,
+                indexing.take(ids, position),
+                indexing.take(entered.victim_ids, position),
+            )
+            uses = jnp.where(
+                is_bypassed,
+                indexing.take(estimates, position),
+                indexing.take(entered.victim_uses, position),
+            )
             is_left = window.is_live & (left != NO_ID)
             cells = jnp.where(is_left, residency.sketch_cells(cache, left), sketch.size)
             raised = jnp.broadcast_to(uses.astype(jnp.uint16), cells.shape)
             return indexing.maximum(sketch, cells.reshape(-1), raised.reshape(-1))
 
         priority = chunks.each(0, num_ids, width, chunk, unpin, priority)
-        sketch = chunks.each(num_hits, num_ids, width, chunk, remember, sketch.reshape(-1)).reshape(sketch.shape)
+        sketch = chunks.each(num_hits, num_ids, width, chunk, remember, sketch.reshape(-1)).reshape(
+            sketch.shape
+        )
     shape = cache.tags.shape
-    cache = dataclasses.replace(cache, tags=entered.tags.reshape(shape), priority=priority.reshape(shape), sketch=sketch)
-    return cache, Decisions(entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached)
+    cache = dataclasses.replace(
+        cache, tags=entered.tags.reshape(shape), priority=priority.reshape(shape), sketch=sketch
+    )
+    return cache, Decisions(
+        entered.order, entered.line, entered.victim_ids, num_hits, entered.num_cached
+    )

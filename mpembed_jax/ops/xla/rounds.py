@@ -60,10 +60,15 @@ def enter(
         sets = residency.set_of(miss, geometry)
         return position, miss, sets, bucket_of(sets), indexing.take(estimates, position)
 
-    def meet(sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array) -> tuple[jax.Array, ...]:
+    def meet(
+        sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array
+    ) -> tuple[jax.Array, ...]:
         """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
         way = jnp.arange(ways, dtype=jnp.uint32)
-        row_tags, row_priority = indexing.take(tags.reshape(-1, ways), sets), indexing.take(priority.reshape(-1, ways), sets)
+        row_tags, row_priority = (
+            indexing.take(tags.reshape(-1, ways), sets),
+            indexing.take(priority.reshape(-1, ways), sets),
+        )
         cost = policy.ranks(by, row_tags, row_priority, step) * jnp.uint32(MAX_WAYS) + way
         cheapest = jnp.min(cost, axis=-1)
         rank = (cheapest // jnp.uint32(MAX_WAYS)).astype(jnp.int32)
@@ -83,7 +88,9 @@ def enter(
 
             def raise_best(window: chunks.Window, best: jax.Array) -> jax.Array:
                 _, miss, _, bucket, estimate = waiting(window, queue)
-                return indexing.maximum(best, jnp.where(miss != NO_ID, bucket, num_buckets), estimate)
+                return indexing.maximum(
+                    best, jnp.where(miss != NO_ID, bucket, num_buckets), estimate
+                )
 
             best = chunks.each(0, num_waiting, width, chunk, raise_best, best)
 
@@ -92,9 +99,13 @@ def enter(
             stands = (estimate == indexing.take(best, bucket)) if is_lfu else True
             return indexing.minimum(winner, jnp.where(stands, bucket, num_buckets), miss)
 
-        winner = chunks.each(0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32))
+        winner = chunks.each(
+            0, num_waiting, width, chunk, elect, jnp.full(num_buckets, NO_ID, jnp.int32)
+        )
 
-        def settle(window: chunks.Window, both: tuple[Entering, jax.Array]) -> tuple[Entering, jax.Array]:
+        def settle(
+            window: chunks.Window, both: tuple[Entering, jax.Array]
+        ) -> tuple[Entering, jax.Array]:
             carry, is_full = both
             position, miss, sets, bucket, estimate = waiting(window, queue)
             wins = (indexing.take(winner, bucket) == miss) & (miss != NO_ID)
@@ -107,26 +118,38 @@ def enter(
                 priority=indexing.put(carry.priority, target, policy.pinned(by, step)),
                 line=indexing.put(carry.line, here, place),
                 victim_ids=indexing.put(carry.victim_ids, here, victim),
-                victim_uses=indexing.put(carry.victim_uses, here, uses) if is_lfu else carry.victim_uses,
+                victim_uses=indexing.put(carry.victim_uses, here, uses)
+                if is_lfu
+                else carry.victim_uses,
                 order=order,
                 num_cached=num_cached,
             )
             return carry, indexing.put(is_full, jnp.where(wins & ~may, bucket, num_buckets), True)
 
-        carry, is_full = chunks.each(0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool)))
+        carry, is_full = chunks.each(
+            0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool))
+        )
 
         # A set whose best miss could not enter is closed for all others; the rest of the losers wait for the next round.
         def requeue(window: chunks.Window, carry: tuple) -> tuple:
             order, last, queue, num_left = carry
             position, miss, sets, bucket, _ = waiting(window, queue)
             best_id = indexing.take(winner, bucket)
-            is_closed = indexing.take(is_full, bucket) & (residency.set_of(best_id, geometry) == sets)
-            order, last = chunks.append(order, last, position, window.is_live & is_closed, backwards=True)
-            queue, num_left = chunks.append(queue, num_left, position, window.is_live & ~is_closed & (best_id != miss))
+            is_closed = indexing.take(is_full, bucket) & (
+                residency.set_of(best_id, geometry) == sets
+            )
+            order, last = chunks.append(
+                order, last, position, window.is_live & is_closed, backwards=True
+            )
+            queue, num_left = chunks.append(
+                queue, num_left, position, window.is_live & ~is_closed & (best_id != miss)
+            )
             return order, last, queue, num_left
 
         left = (carry.order, carry.last, queue, jnp.int32(0))
         order, last, queue, num_waiting = chunks.each(0, num_waiting, width, chunk, requeue, left)
         return carry._replace(order=order, last=last, queue=queue, num_waiting=num_waiting)
 
-    return lax.while_loop(lambda carry: carry.num_waiting > 0, one_round, carries.with_final_types(one_round, carry))
+    return lax.while_loop(
+        lambda carry: carry.num_waiting > 0, one_round, carries.with_final_types(one_round, carry)
+    )

@@ -19,7 +19,9 @@ from mpembed_jax.ops.records import Draw, Moves, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows, read_rows
 
-Gather = Callable[[jax.Array, jax.Array], jax.Array]  # of rows of 32-bit words [n, m] by index i32 [k]
+Gather = Callable[
+    [jax.Array, jax.Array], jax.Array
+]  # of rows of 32-bit words [n, m] by index i32 [k]
 
 
 @jax.named_scope("swap")
@@ -57,19 +59,29 @@ def swap(
         # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
         rows = indexing.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         take = gather if rows.dtype == jnp.uint32 else indexing.take
-        new = decode(lax.optimization_barrier(take(rows, _wanted(window, ids, rows))), table.format, table.embedding_dim)
+        new = decode(
+            lax.optimization_barrier(take(rows, _wanted(window, ids, rows))),
+            table.format,
+            table.embedding_dim,
+        )
         cache_rows = indexing.put(cache_rows, here, new)
         dirty = indexing.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
 
     # Newcomers are few and a chunk is worked on as a whole: half a chunk wastes less.
     carry = (table.rows, cache_rows, dirty, jnp.int32(0))
-    rows, cache_rows, dirty, num_written = chunks.each(begin, end, ids.shape[0], chunk and chunk // 2, body, carry)
-    return Store(QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty), num_written
+    rows, cache_rows, dirty, num_written = chunks.each(
+        begin, end, ids.shape[0], chunk and chunk // 2, body, carry
+    )
+    return Store(
+        QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty
+    ), num_written
 
 
 @jax.named_scope("lookup")
-def lookup(store: Store, moves: Moves, *, chunk: int | None, gather: Gather | None = None) -> jax.Array:
+def lookup(
+    store: Store, moves: Moves, *, chunk: int | None, gather: Gather | None = None
+) -> jax.Array:
     """Gathers the unique rows: [0, num_cached) from their lines, [num_cached, num_ids) from the table, zeros for the rest.
 
     Args:
@@ -85,8 +97,12 @@ def lookup(store: Store, moves: Moves, *, chunk: int | None, gather: Gather | No
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
     if gather is None:
-        zero = jnp.minimum(num_ids, 0).astype(jnp.uint32)  # counts are not negative, which the compiler cannot know
-        gather = partial(indexing.take_or_zeros, zero=zero) if chunk else partial(indexing.take, fill=0)
+        zero = jnp.minimum(num_ids, 0).astype(
+            jnp.uint32
+        )  # counts are not negative, which the compiler cannot know
+        gather = (
+            partial(indexing.take_or_zeros, zero=zero) if chunk else partial(indexing.take, fill=0)
+        )
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
@@ -111,7 +127,9 @@ def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array
     return jnp.where(window.is_live, here, 0) if indexing.is_on_host(rows) else here
 
 
-def read(table: QuantizedTable, held: residency.CacheState | None, ids: jax.Array, chunk: int | None) -> jax.Array:
+def read(
+    table: QuantizedTable, held: residency.CacheState | None, ids: jax.Array, chunk: int | None
+) -> jax.Array:
     """Reads rows for evaluation: the line where resident, else the table's row.
 
     Args:
@@ -127,7 +145,9 @@ def read(table: QuantizedTable, held: residency.CacheState | None, ids: jax.Arra
     line, lines = (None, 0) if held is None else (residency.locate(held, ids), held.geometry.lines)
     from_table = ids if line is None else jnp.where(line < lines, NO_ID, ids)
     if indexing.is_on_host(table.rows):
-        rows = _read_missing(table, from_table.reshape(-1), chunk).reshape(*ids.shape, table.embedding_dim)
+        rows = _read_missing(table, from_table.reshape(-1), chunk).reshape(
+            *ids.shape, table.embedding_dim
+        )
     else:
         rows = read_rows(table, from_table)
     if held is None or line is None:
@@ -141,7 +161,9 @@ def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> j
     if width == 0:
         return jnp.zeros((0, table.embedding_dim), jnp.float32)
     position = jnp.arange(width, dtype=jnp.int32)
-    missing, count = chunks.append(jnp.zeros(width, jnp.int32), jnp.int32(0), position, ids != NO_ID)
+    missing, count = chunks.append(
+        jnp.zeros(width, jnp.int32), jnp.int32(0), position, ids != NO_ID
+    )
 
     def body(window: chunks.Window, out: jax.Array) -> jax.Array:
         here = window.take(missing)
@@ -149,11 +171,15 @@ def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> j
         values = decode(indexing.take(table.rows, row), table.format, table.embedding_dim)
         return indexing.put(out, jnp.where(window.is_live, here, width), values)
 
-    return chunks.each(0, count, width, chunk, body, jnp.zeros((width, table.embedding_dim), jnp.float32))
+    return chunks.each(
+        0, count, width, chunk, body, jnp.zeros((width, table.embedding_dim), jnp.float32)
+    )
 
 
 @jax.named_scope("write")
-def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk: int | None) -> Store:
+def write(
+    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk: int | None
+) -> Store:
     """Stores updated rows: to their lines in float32, or stochastically rounded into the table.
 
     Args:
@@ -169,18 +195,24 @@ def write(store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk:
     table, cache_rows, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
-    if cache_rows is not None:  # the whole width at once: lines out of range are dropped, and slices would be copied
+    if (
+        cache_rows is not None
+    ):  # the whole width at once: lines out of range are dropped, and slices would be copied
         cache_rows = indexing.put(cache_rows, line, new_rows)
 
     once = (num_ids > num_cached).astype(jnp.int32) if chunk else None
 
     def to_table(window: chunks.Window, rows: jax.Array) -> jax.Array:
         here = window.take(ids)
-        packed = encode_rows(window.take(new_rows), here, table, draw.key, random_bits.BYPASS, draw.step, once)
+        packed = encode_rows(
+            window.take(new_rows), here, table, draw.key, random_bits.BYPASS, draw.step, once
+        )
         return indexing.put(rows, jnp.where(window.is_live, here, NO_ID), packed)
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
-    return store._replace(table=QuantizedTable(rows, table.format, table.embedding_dim), lines=cache_rows)
+    return store._replace(
+        table=QuantizedTable(rows, table.format, table.embedding_dim), lines=cache_rows
+    )
 
 
 @jax.named_scope("write_back")
@@ -191,7 +223,9 @@ def write_back(store: Store, tags: jax.Array, draw: Draw) -> QuantizedTable:
 
     def body(window: chunks.Window, rows: jax.Array) -> jax.Array:
         ids = jnp.where(window.is_live & window.take(dirty), window.take(tags), NO_ID)
-        packed = encode_rows(window.take(cache_rows), ids, table, draw.key, random_bits.FLUSH, draw.step)
+        packed = encode_rows(
+            window.take(cache_rows), ids, table, draw.key, random_bits.FLUSH, draw.step
+        )
         return indexing.put(rows, ids, packed)
 
     rows = chunks.each(0, tags.shape[0], tags.shape[0], 8192, body, table.rows)

@@ -34,7 +34,9 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     def claim(carry: tuple) -> tuple:
         attempt, first, is_open = carry
         salt = attempt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-        bucket = (random_bits.fmix32(ids.astype(jnp.uint32) + salt) & jnp.uint32(num_buckets - 1)).astype(jnp.int32)
+        bucket = (
+            random_bits.fmix32(ids.astype(jnp.uint32) + salt) & jnp.uint32(num_buckets - 1)
+        ).astype(jnp.int32)
         owner = jnp.full(num_buckets, num_positions, jnp.int32)
         owner = indexing.minimum(owner, jnp.where(is_open, bucket, num_buckets), position)
         candidate = indexing.take(owner, bucket)
@@ -58,7 +60,11 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
 
         is_over = num_found > size - 1
         is_first, rank = lax.cond(is_over, keep_smallest, lambda _: (is_first, rank), None)
-    unique_ids = indexing.put(jnp.full(size, NO_ID, jnp.int32), jnp.where(is_first, rank, size), ids)
-    inverse = jnp.where(is_real & indexing.take(is_first, first), indexing.take(rank, first), size - 1)
+    unique_ids = indexing.put(
+        jnp.full(size, NO_ID, jnp.int32), jnp.where(is_first, rank, size), ids
+    )
+    inverse = jnp.where(
+        is_real & indexing.take(is_first, first), indexing.take(rank, first), size - 1
+    )
     counts = indexing.add(jnp.zeros(size, jnp.int32), inverse, 1).at[size - 1].set(0)
     return Unique(unique_ids, inverse, counts, num_ids, num_found - num_ids)

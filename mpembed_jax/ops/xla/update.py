@@ -49,10 +49,14 @@ def update(
     if store.lines is not None:
         moves = moves._replace(line=jnp.where(is_row, moves.line, store.lines.shape[0]))
     tx = optim.transformation_of(rule)
-    treedef: Any = jax.tree.structure(jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, old_rows.shape[1]), jnp.float32)))
+    treedef: Any = jax.tree.structure(
+        jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, old_rows.shape[1]), jnp.float32))
+    )
     dtype = "bfloat16" if accumulator is not None and accumulator.dtype == jnp.uint16 else "float32"
     state = treedef.unflatten([] if accumulator is None else [accumulator])
-    new_rows, state = update_rows(tx, state, moves.ids, old_rows, row_grads, dtype, draw.key, draw.step, jnp.bool_(True))
+    new_rows, state = update_rows(
+        tx, state, moves.ids, old_rows, row_grads, dtype, draw.key, draw.step, jnp.bool_(True)
+    )
     store = rows.write(store, moves, new_rows, draw, chunk=chunk)
     return store, None if accumulator is None else jax.tree.leaves(state)[0]
 
@@ -85,10 +89,14 @@ def update_summed(
     Returns:
       The store, the accumulator, and bool [U]: which rows were updated.
     """
-    row_grads = sums.sum_duplicates(positions.grads, positions.row, old_rows.shape[0], positions.factors, positions.source)
+    row_grads = sums.sum_duplicates(
+        positions.grads, positions.row, old_rows.shape[0], positions.factors, positions.source
+    )
     is_row = is_updated(moves)
     if skip_nonfinite:
         is_row = is_row & jnp.all(jnp.isfinite(row_grads), axis=1)
     moves = moves._replace(ids=jnp.where(is_row, moves.ids, NO_ID))
-    store, accumulator = update(store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, chunk=chunk)
+    store, accumulator = update(
+        store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, chunk=chunk
+    )
     return store, accumulator, is_row
