@@ -131,7 +131,7 @@ def report(
     plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
         components=components,
-        geometry=None if cache is None else spec.cache.geometry(spec.num_rows),  # type: ignore
+        geometry=None if spec.cache is None else spec.cache.geometry(spec.num_rows),
         num_rows=spec.num_rows,
         embedding_dim=spec.embedding_dim,
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,

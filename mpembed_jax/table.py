@@ -1,6 +1,6 @@
 """Quantized tables: a stack of packed rows, how it is initialized block by block, and how rows are read from it.
 
-This file knows neither caches nor optimizers; what one row looks like is told by `formats`.
+It knows neither caches nor optimizers. `numerics.formats` defines a row.
 """
 
 import dataclasses
@@ -56,8 +56,9 @@ def encode_rows(
 ) -> jax.Array:
     """Packs rows [n, D] of global ids [n] in the table's format, with its rounding, drawing the ids' own random bits.
 
-    With `once`, an int32 one that is known on the device only, the codes are made in a loop of one turn: fused with their
-    packing, XLA:CPU does not vectorize them (six times slower). The values are the same.
+    If `once` is given (an int32 1 whose value the compiler cannot see), quantization runs in a
+    one-iteration loop. That keeps XLA:CPU from fusing it with packing, which is six times slower.
+    The values are the same.
     """
     fmt, dim = table.format, table.embedding_dim
     if once is None or not fmt.is_integer:

@@ -2,7 +2,7 @@
 
 Integers only; no row is ever touched here. Policies are LRU and LFU with admission, the latter estimated by a count-min
 sketch sized by the cache. The structure follows FBGEMM's table-batched embedding cache (32-way sets, LRU / LFU); the exact
-rules (order inside a set, admission, halving, conservative sketch update) are ours and are stated at `make_plan`.
+rules (order inside a set, admission, halving, conservative sketch update) are ours; `ops.xla.plan` states them.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.row_ids import NO_ID
 
 _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
@@ -66,7 +67,7 @@ class RowTracker:
     fingerprint: jax.Array  # u32 [2]
     started: jax.Array  # i32 []: the state's step at the start
     digest: jax.Array  # u32 [2]: digest of all rows at the start
-    layout: Any  # the state's layout.Layout, or None
+    layout: Layout | None  # the state's
 
 
 # --- tracking

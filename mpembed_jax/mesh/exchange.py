@@ -79,7 +79,7 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
 
     The rank is the entry's position among the entries with the same owner.
     """
-    owner, row = layout.place(ids)
+    owner, row = layout.home_of(ids)
     if not layout.is_batch_divided:
         is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)

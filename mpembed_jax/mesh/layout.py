@@ -263,7 +263,7 @@ class Layout:
             sizes[self.table_shards[number], number] = table.vocabulary_size
         return np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1).astype(np.int32)
 
-    def place(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def home_of(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns shard and local row (int32 [..] each) of global ids [..] or pairs [.., 2].
 
         NO_ID gives (P, NO_ID).

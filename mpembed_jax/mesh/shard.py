@@ -37,7 +37,7 @@ class Shard:
 
     def rows_of(self, ids: jax.Array) -> jax.Array:
         """Returns the local rows of global ids (int32), and NO_ID for ids of other shards."""
-        shard, row = self.layout.place(ids)
+        shard, row = self.layout.home_of(ids)
         return jnp.where(shard == self.index, row, NO_ID)
 
     def ids_of(self, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -1,4 +1,6 @@
-"""The reference implementation of every op, in plain jax.numpy; with a chunk length it is also the fast path on a CPU.
+"""Row movements in plain jax.numpy: swap, lookup, read, write, write_back. The reference of these ops.
+
+With a chunk length they are also the fast path on a CPU.
 
 Reads and writes of the same array are ordered by data: a write's values depend on the read they must follow. Without that
 XLA copies the whole table to keep the old one alive.

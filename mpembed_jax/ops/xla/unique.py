@@ -12,7 +12,9 @@ from mpembed_jax.row_ids import NO_ID
 
 @jax.named_scope("unique")
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Deduplicates by a hashed claim table: positions claim a bucket, verify, and the losers try another hash.
+    """Deduplicates by a hashed claim table.
+
+    Each position claims a bucket and checks what it holds; the losers try another hash.
 
     Over the budget of size - 1, the ids smallest by fmix32(id xor step) stay.
 
