@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.training import Outcome
+from experiments.dlrm.training import Outcome
 
 KAGGLE_ROWS = 45_840_617
 PACKAGES = ("mpembed_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
@@ -71,13 +71,19 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
+def _module(script: Path) -> str:
+    """Returns the name under which `python -m` runs a script of this folder."""
+    here = Path(__file__).resolve().parent
+    if script.resolve().is_relative_to(here):
+        return ".".join(("experiments", *script.resolve().relative_to(here).with_suffix("").parts))
+    return script.stem
+
+
 def environment() -> dict[str, Any]:
     """Says where and with what a run took place: device, cores, versions, commit, command."""
     device = jax.devices()[0]
     return {
-        "command": shlex.join(
-            ["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": shlex.join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": _commit(),
         "device": f"{device.platform}: {device.device_kind}",
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}",

@@ -26,8 +26,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that `python experiments/train_dlrm.py` works too
 
-from experiments import reporting, training
+from experiments import reporting
 from experiments.data import reddit, synthetic
+from experiments.dlrm import training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,8 +87,9 @@ Named = str | Implementation  # a name of IMPLEMENTATIONS, or one made to measur
 def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
     """Returns the named implementation, or for None the best one for the default device.
 
-    None never picks a kernel that was not measured to win on hardware: until experiments/bench_gpu.py has run on a GPU, that
-    is "xla" on every accelerator, and kernels are used where they are named.
+    None never picks a kernel that was not measured to win on hardware. Until
+    experiments/gpu/bench_gpu.py has run on a GPU, None means "xla" on every accelerator, and
+    kernels are used where they are named.
 
     Args:
       implementation: a name from IMPLEMENTATIONS, an Implementation, or None.

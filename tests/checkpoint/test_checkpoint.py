@@ -464,7 +464,7 @@ print(json.dumps([before, "orbax" in sys.modules]))
 def test_orbax_is_imported_by_this_adapter_only(request):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS],
-        cwd=request.path.parents[1],
+        cwd=request.path.parents[2],
         capture_output=True,
         text=True,
         env=dict(os.environ),

@@ -157,8 +157,8 @@ def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
     """In a process of its own: orbax leaves unfinished reads behind when it refuses, which would be reported elsewhere."""
     done = subprocess.run(
         [sys.executable, "-c", MISMATCHES, str(tmp_path / "state")],
-        cwd=request.path.parent,
-        env=dict(os.environ, PYTHONPATH=f"{request.path.parent}:{request.path.parent.parent}"),
+        cwd=request.path.parents[1],
+        env=dict(os.environ, PYTHONPATH=":".join(map(str, request.path.parents[:3]))),
         capture_output=True,
         text=True,
     )

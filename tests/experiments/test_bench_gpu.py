@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
-from experiments import bench_gpu, gpu_checks, gpu_parts, gpu_steps, roofline, workload
+from experiments.gpu import bench_gpu, checks, parts, roofline, steps
+from experiments.speed import workload
 
-MODULES = [bench_gpu, gpu_checks, gpu_parts, gpu_steps, roofline, workload]
-TINY = gpu_steps.Bench(is_tiny=True, bandwidth=1e9)
+MODULES = [bench_gpu, checks, parts, steps, roofline, workload]
+TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
 def test_the_kernels_part_and_a_step_run_tiny():
@@ -58,10 +59,10 @@ def test_the_kernels_part_and_a_step_run_tiny():
 def test_bits_that_differ_are_counted_by_name():
     nan = np.float32(np.nan)
     one = {"a": np.array([1, nan, 0], np.float32), "b": np.arange(3)}
-    assert gpu_checks.differences(one, one) == {}
-    assert gpu_checks.differences(
-        one, {"a": np.array([1, 2, 5], np.float32), "b": np.arange(3)}
-    ) == {"['a']": 2}
+    assert checks.differences(one, one) == {}
+    assert checks.differences(one, {"a": np.array([1, 2, 5], np.float32), "b": np.arange(3)}) == {
+        "['a']": 2
+    }
 
 
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
@@ -117,10 +118,13 @@ def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
     """jax, numpy, the standard library and this repository; torch where it is installed."""
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    ours = {"experiments", *(module.__name__ for module in MODULES)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            is_ours = node.module.startswith("experiments")
+            names += [f"{node.module}.{a.name}" for a in node.names] if is_ours else [node.module]
+    ours = tuple(module.__name__ for module in MODULES)
     allowed = {"jax", "numpy", "optax", "torch", "mpembed_jax"} | sys.stdlib_module_names
-    assert not [n for n in names if n.split(".")[0] not in allowed and n not in ours]
+    assert not [n for n in names if n.split(".")[0] not in allowed and not n.startswith(ours)]
 
 
 def test_the_floor_of_a_step_by_hand():

@@ -16,9 +16,10 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import dlrm, stacks, train_dlrm, training
+from experiments import train_dlrm
 from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
+from experiments.dlrm import models, stacks, training
 from mpembed_jax import NO_ID
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,10 +281,10 @@ def test_interaction_is_all_pairs_of_dot_products_and_so_is_its_gradient():
         ]
         return jnp.stack(pairs, axis=-1)
 
-    np.testing.assert_allclose(dlrm.interact(vectors), slowly(vectors), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(models.interact(vectors), slowly(vectors), rtol=1e-5, atol=1e-6)
     grads = [
         jax.grad(lambda v, f=f: jnp.sum(jnp.sin(f(v)) @ weights))(vectors)
-        for f in (dlrm.interact, slowly)
+        for f in (models.interact, slowly)
     ]
     np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: the parts of experiments/faults.py, in small."""
+"""Nothing is lost: the parts of experiments/faults/run.py, in small."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not in
 pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 
 import mpembed_jax as mpembed
-from experiments import fault_files, faults, invariants, killed_worker
+from experiments.faults import files, invariants, killed_worker, run
 from mpembed_jax import checkpoint
 
 
@@ -25,7 +25,7 @@ def standard_promotion():
 
 
 def test_a_run_killed_three_times_ends_in_the_same_bits():
-    found = faults.kill_and_resume(kills=3, steps=50)
+    found = run.kill_and_resume(kills=3, steps=50)
     assert found["kills"] == 3
     assert found["bits equal"]
     assert sorted(found["resumed at steps"]) == found["resumed at steps"]
@@ -40,7 +40,7 @@ def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
 
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):
     with caplog.at_level(logging.CRITICAL):
-        found = fault_files.damage(fallback_every=8)
+        found = files.damage(fallback_every=8)
     assert found["files"] >= found["arrays"] >= 40
     assert found["refusals"] == 4 * (found["files"] - 4)
 
@@ -50,13 +50,13 @@ def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     command = [
         sys.executable,
         "-m",
-        "experiments.faults",
+        "experiments.faults.run",
         "--only",
         "disks",
         "--out",
         str(tmp_path / "report.json"),
     ]
-    done = subprocess.run(command, cwd=request.path.parents[1], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=request.path.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     messages = json.loads((tmp_path / "report.json").read_text())["parts"]["disks"]
     messages = {name: text for name, text in messages.items() if name not in ("seconds", "commit")}

@@ -8,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import intervals, paper_report, records
-from experiments.grid import FP32, Case
+from experiments.accuracy import intervals, paper_report, records
+from experiments.accuracy.grid import FP32, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -48,7 +48,7 @@ def difference(found):
 
 def page_rows():
     """Yields {column: cell} of the page's table of differences."""
-    lines = (ROOT / "experiments" / "README.md").read_text().splitlines()
+    lines = (ROOT / "experiments" / "accuracy" / "README.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| rows | Reddit, D = 16"))
     columns = [cell.strip() for cell in lines[first].strip("|").split("|")]
     for line in lines[first + 2 :]:

@@ -16,7 +16,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 import mpembed_jax as mpembed
-from experiments import (
+from experiments.accuracy import (
     baselines,
     grid,
     intervals,
@@ -24,11 +24,10 @@ from experiments import (
     paper_runs,
     paper_table,
     records,
-    stacks,
-    training,
 )
+from experiments.accuracy.grid import FP32, Case
 from experiments.data import synthetic
-from experiments.grid import FP32, Case
+from experiments.dlrm import stacks, training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -460,6 +459,6 @@ def test_without_results_the_report_says_so(tmp_path):
 
 
 def test_the_script_runs_as_a_file_and_shows_its_settings():
-    command = [sys.executable, str(ROOT / "experiments" / "paper_table.py"), "--help"]
+    command = [sys.executable, str(ROOT / "experiments" / "accuracy" / "paper_table.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--report" in shown.stdout and "--dims" in shown.stdout

@@ -13,7 +13,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "experiments.multiprocess",
+        "experiments.scaling.multiprocess",
         "--processes",
         "2",
         "--devices",

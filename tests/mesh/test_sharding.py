@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments.collectives import collectives
+from experiments.scaling.collectives import collectives
 from mpembed_jax import sharding
 from mpembed_jax.embedding.counters import COUNTERS
 

@@ -12,7 +12,7 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from experiments import compile_gpu, gpu_checks
+from experiments.gpu import checks, compile_gpu
 
 REASON = compile_gpu.missing_compiler()
 pytestmark = [
@@ -131,7 +131,7 @@ def test_kernels_of_other_formats_compile_to_machine_code(storage, dim):
 def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(storage, dim):
     """Twelve steps in one scan, the table in host memory, momentum too: nothing of their size on the device."""
     tx = optax.sgd(0.25, momentum=0.5) if storage == "float32" else mpembed.optim.sgd(0.25)
-    small = gpu_checks.Small(storage, dim, "xla", tx, "pinned_host")
+    small = checks.Small(storage, dim, "xla", tx, "pinned_host")
     cache = mpembed.CacheSpec(num_rows=128, ways=8)
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 3_000_000)], dim, storage, cache, memory_kind="pinned_host"
@@ -142,7 +142,7 @@ def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(stor
         jax.ShapeDtypeStruct((12, 60, dim), jnp.float32),
     )
     compiled = compile_gpu.compile_for(
-        "h200", partial(gpu_checks.Small.run.__wrapped__, small), state, *batches, donate_argnums=0
+        "h200", partial(checks.Small.run.__wrapped__, small), state, *batches, donate_argnums=0
     )
     found = compile_gpu.figures(compiled, state)
     assert found["state_sized_copies"] == 0

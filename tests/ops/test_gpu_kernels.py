@@ -1,7 +1,7 @@
 """The GPU kernels, interpreted: the same bits as the reference for every format, at odd dims and edges of a plan.
 
 Interpreting shows values; that they compile for a GPU is shown by test_gpu_lowering and test_gpu_compile, that they run
-fast by experiments/bench_gpu.py.
+fast by experiments/gpu/bench_gpu.py.
 """
 
 import dataclasses

@@ -1,0 +1,206 @@
+"""The paper's grid: which storages, caches and baselines are compared, and what each is called.
+
+A `Case` is one line of the table and depends on nothing but itself, so that its name and its settings say what was run.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+from experiments.dlrm.training import Contender, Storage
+
+Method = Literal["trained", "hashed", "narrow", "pruned", "post-training", "quantization-aware"]
+STORAGES: tuple[Storage, ...] = (
+    "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2",
+)  # fmt: skip
+CACHES = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2)
+POLICIES: tuple[Literal["lfu", "lru"], ...] = ("lfu", "lru")
+ROUNDINGS: tuple[Literal["stochastic", "nearest"], ...] = ("stochastic", "nearest")
+WAYS = (32, 1)
+SHORT = {
+    "float32": "FP32",
+    "bfloat16": "BF16",
+    "float16": "FP16",
+    "float8_e4m3fn": "FP8",
+    "float8_e5m2": "FP8 e5m2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+      method: "trained": rows are trained as they are stored, the system itself. The others are baselines: "hashed": FP32
+        tables into which ids are hashed; "narrow": FP32 of a smaller dim; "pruned": FP32 rows of the most frequent ids,
+        the others share one row per table; "post-training": trained in FP32, quantized at the end;
+        "quantization-aware": an FP32 master seen through INT4 with one scale per table, as DQRM does.
+      storage: of the rows, for "trained" and "post-training".
+      cache: share of rows held in FP32 lines; 0: no cache.
+      policy: of the cache.
+      rounding: of every write to the table.
+      ways: lines per set.
+      symmetric: of an integer format; None: the library's choice for the dim.
+      share: of FP32's bytes, for "hashed" and "pruned"; of the dim, for "narrow".
+      small: the smallest tables, as many as have this share of all rows together, stay in FP32.
+    """
+
+    storage: Storage = "float32"
+    cache: float = 0.0
+    policy: Literal["lfu", "lru"] = "lfu"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    ways: int = 32
+    symmetric: bool | None = None
+    method: Method = "trained"
+    share: float = 1.0
+    small: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What tables and pictures call it."""
+        stored = SHORT.get(self.storage, self.storage.upper())
+        match self.method:
+            case "hashed" | "narrow" | "pruned":
+                return f"FP32 {self.method} to {self.share:.3g}"
+            case "post-training":
+                return f"{stored} post-training"
+            case "quantization-aware":
+                return f"{stored} quantization-aware"
+        if self.symmetric is not None:
+            stored += " symmetric" if self.symmetric else " asymmetric"
+        if self == Case():
+            return stored
+        words = [f"{stored} + {100 * self.cache:.3g} %" if self.cache else f"{stored} no cache"]
+        words += ["LRU"] if self.cache and self.policy == "lru" else []
+        words += (
+            [f"{self.ways} way{'s' * (self.ways > 1)}"] if self.cache and self.ways != 32 else []
+        )
+        words += [self.rounding] if self.rounding != "stochastic" else []
+        words += [f"{100 * self.small:.3g} % in small FP32 tables"] if self.small else []
+        return ", ".join(words)
+
+    @property
+    def family(self) -> str | None:
+        """The method whose bytes this case is a point of; None for variants (nearest, LRU, other ways, symmetric)."""
+        if self.method != "trained":
+            return self.name.split(" to ")[0]
+        stored = SHORT.get(self.storage, self.storage.upper())
+        if self == Case(self.storage, self.cache):
+            return stored
+        return (
+            f"{stored} + small FP32 tables"
+            if self == Case(self.storage, self.cache, small=self.small)
+            else None
+        )
+
+    def contender(self) -> Contender:
+        """Returns how training stores it; of "post-training" and the FP32 baselines, what is trained."""
+        if self.method != "trained":
+            hashed_to = self.share if self.method == "hashed" else 1.0
+            return Contender(self.name, "float32", 0.0, hashed_to=hashed_to)
+        return Contender(
+            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways, symmetric=self.symmetric,
+            float32_share=self.small,
+        )  # fmt: skip
+
+
+FP32 = Case()
+SHARES = (
+    0.5,
+    0.34,
+    0.22,
+    0.16,
+    0.1,
+)  # about the bytes of INT8 + 5 %, INT4 + 5 %, INT4 + 1 %, INT2 + 2 %
+CORE = (
+    FP32,
+    Case("int8", 0.05), Case("int8"), Case("int8", rounding="nearest"),
+    Case("int4", 0.1), Case("int4", 0.05), Case("int4", 0.01), Case("int4", 0.005), Case("int4"),
+    Case("int4", rounding="nearest"), Case("int4", 0.01, rounding="nearest"),
+    Case("int4", 0.05, "lru"), Case("int4", 0.01, "lru"), Case("int4", 0.01, ways=1),
+    Case("int2", 0.1), Case("int2", 0.05), Case("int2", 0.02), Case("int2", 0.01), Case("int2"),
+    Case("int2", 0.05, "lru"), Case("int2", 0.05, ways=1),
+    *(Case("int4", cache, small=0.01) for cache in (0.0, 0.01)),
+    *(Case("int2", cache, small=0.01) for cache in (0.0, 0.01, 0.02)),
+    *(Case(method="hashed", share=share) for share in SHARES),
+    *(Case(method="pruned", share=share) for share in SHARES),
+    *(Case(method="narrow", share=share) for share in (0.5, 0.25)),
+    Case("int8", method="post-training"), Case("int4", method="post-training"), Case("int2", method="post-training"),
+    Case("int4", method="quantization-aware"),
+)  # fmt: skip
+FLOATS = (
+    Case("bfloat16"),
+    Case("float16"),
+    Case("float8_e4m3fn"),
+    Case("float8_e4m3fn", rounding="nearest"),
+)
+TARGETS = (
+    FP32, Case("int8", 0.05), Case("int4", 0.01), Case("int4"), Case("int4", rounding="nearest"),
+    Case("int2", 0.05), Case("int2", 0.02), Case("int2", 0.01, small=0.01),
+    Case("int4", small=0.01), Case(method="hashed", share=0.34), Case(method="hashed", share=0.16),
+)  # fmt: skip
+
+
+# Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a ratio above ten.
+WIDE = (
+    Case("int4", 0.01, symmetric=True),
+    Case("int2", 0.02, small=0.01),
+    Case("int2", 0.015, small=0.01),
+)
+
+
+def headline(embedding_dim: int) -> tuple[Case, ...]:
+    """Returns the lines that answer the question, some forty."""
+    return tuple(dict.fromkeys(CORE if embedding_dim < 32 else (*CORE, *WIDE)))
+
+
+def targets(embedding_dim: int) -> tuple[Case, ...]:
+    """Returns the few lines of the paper's own claim, for data where a run takes long."""
+    return TARGETS if embedding_dim < 32 else (*TARGETS, *WIDE)
+
+
+def full(embedding_dim: int) -> tuple[Case, ...]:
+    """Returns every storage, cache, policy, rounding and number of ways, and the baselines; FP32 with a cache is FP32."""
+    product = (
+        Case(storage, cache, policy, rounding, ways)
+        for storage, cache, policy, rounding, ways in itertools.product(
+            STORAGES, CACHES, POLICIES, ROUNDINGS, WAYS
+        )
+        if (cache or (policy, ways) == ("lfu", 32))
+        and (storage != "float32" or rounding == "stochastic")
+    )
+    return tuple(dict.fromkeys((*headline(embedding_dim), *FLOATS, *product)))
+
+
+def choose(
+    cases: Sequence[Case],
+    *,
+    storage: Sequence[str] | None = None,
+    cache: Sequence[float] | None = None,
+    policy: Sequence[str] | None = None,
+    rounding: Sequence[str] | None = None,
+    ways: Sequence[int] | None = None,
+    method: Sequence[str] | None = None,
+) -> tuple[Case, ...]:
+    """Keeps the cases whose fields are among those named (None: all), and always FP32, to which differences are taken.
+
+    Raises:
+      ValueError: if nothing but FP32 is left.
+    """
+    wanted = {
+        "storage": storage,
+        "cache": cache,
+        "policy": policy,
+        "rounding": rounding,
+        "ways": ways,
+        "method": method,
+    }
+    kept = [
+        c for c in cases if all(v is None or getattr(c, field) in v for field, v in wanted.items())
+    ]
+    if not [c for c in kept if c != FP32]:
+        raise ValueError(
+            f"no case of the grid has { ({k: v for k, v in wanted.items() if v is not None}) }"
+        )
+    return tuple(dict.fromkeys((FP32, *kept)))

@@ -1,0 +1,167 @@
+"""Does anything get lost? Kills, damaged files, full and vanished disks, ids from hell, NaN gradients and a long soak.
+
+Every part works by itself and returns counts; a part that finds anything wrong raises. The training is that of README's
+step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense parameters, checkpoints in the background, full and
+incremental in turns. Kills are SIGKILL in a process of its own (`--worker`), at random moments of training and of saving;
+the bits at the end are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that train
+together is killed. Writes experiments/results/faults.json.
+"""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.faults import files, invariants, killed_worker, killing
+from experiments.faults.training import work
+from mpembed_jax import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much of each."""
+
+    kills: int = 24
+    """SIGKILLs, half of them aimed at saves."""
+    steps: int = 400
+    """Steps of the killed run."""
+    worker_kills: int = 4
+    """SIGKILLs of one of two workers."""
+    examples: int = 4000
+    """Batches of ids from hell."""
+    gradients: int = 300
+    """Steps with NaN and inf gradients."""
+    soak: int = 20_000
+    """Steps of the soak."""
+    check_every: int = 1000
+    """Steps between checks of the invariants in the soak."""
+    only: tuple[str, ...] = ()
+    """Parts to run; none: all."""
+    worker: Path | None = None
+    """Internal: train in this directory, resuming from what is there."""
+    fill: Path | None = None
+    """Internal: save into this directory until its device is full."""
+    out: Path = Path("experiments/results/faults.json")
+
+
+def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Kills a worker again and again at random moments, lets the last one finish, and compares the bits.
+
+    Raises:
+      AssertionError: if they differ, or a worker fails by itself.
+    """
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = _run(Path(folder) / "uninterrupted", steps)
+        directory = Path(folder) / "killed"
+        unfinished, resumed_at = 0, []
+        for done in range(kills):
+            # Aimed so that the run advances a little between kills and is not over before the last one.
+            latest = checkpoint.latest_step(directory) or 0
+            until = min(
+                steps - 1,
+                latest + rng.randint(1, max(2, 2 * (steps - latest) // (kills - done + 1))),
+            )
+            resumed_at.append(
+                _run_and_kill(directory, steps, "save" if done % 2 else "step", until, rng)
+            )
+            unfinished += killing.has_unfinished(directory)
+        assert _run(directory, steps) == wanted, (
+            f"after {kills} kills the state differs from the uninterrupted run's"
+        )
+        return {
+            "kills": kills, "aimed at saves": kills // 2, "unfinished folders left behind": unfinished,
+            "resumed at steps": resumed_at, "steps": steps, "bits equal": True,
+        }  # fmt: skip
+
+
+def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.faults.run",
+        "--worker",
+        str(directory),
+        "--steps",
+        str(steps),
+    ]
+    pipe, environment = subprocess.PIPE, killing.environment(directory)
+    return subprocess.Popen(
+        command, cwd=killing.ROOT, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def _run(directory: Path, steps: int) -> str:
+    """Runs a worker to its end; returns its hash."""
+    process = _start(directory, steps, subprocess.DEVNULL)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    word, bits = killing.SAID.findall(out)[-1]
+    assert word == "bits"
+    return bits
+
+
+def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random.Random) -> int:
+    """Starts a worker and kills it just after a step, or a save that begins, at or after step `until`, or at its end.
+
+    Returns the step it resumed at.
+    """
+    with _start(directory, steps, subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        resume, is_there = killing.listen(process.stdout, aim, until)
+        if is_there:
+            time.sleep(rng.uniform(0, 0.08 if aim == "save" else 0.02))
+            process.kill()
+        errors = process.stderr.read()
+    assert is_there and process.returncode == -signal.SIGKILL, errors[-3000:]
+    return resume
+
+
+def main(settings: Settings) -> None:
+    """Runs every part and writes the report."""
+    if settings.worker is not None:
+        print(f"bits {work(settings.worker, settings.steps)}")
+        return
+    if settings.fill is not None:
+        print(json.dumps(files.fill(settings.fill)))
+        return
+    from experiments import reporting  # draws pictures: workers start without it
+
+    parts = {
+        "kills": lambda: kill_and_resume(settings.kills, settings.steps),
+        "killed worker": lambda: killed_worker.kill_and_resume(settings.worker_kills),
+        "damaged files": files.damage,
+        "disks": files.disks,
+        "ids from hell": lambda: invariants.ids_from_hell(settings.examples),
+        "gradients": lambda: invariants.bad_gradients(settings.gradients),
+        "soak": lambda: invariants.soak(settings.soak, settings.check_every),
+    }
+    environment = reporting.environment()
+    report: dict[str, Any] = {**environment, "parts": {}}
+    if settings.only and settings.out.exists():  # parts that run again replace their own
+        report["parts"] = json.loads(settings.out.read_text())["parts"]
+    if unknown := [name for name in settings.only if name not in parts]:
+        raise SystemExit(f"no part {unknown[0]!r}; there are {', '.join(parts)}")
+    for name in settings.only or parts:
+        start = time.perf_counter()
+        found = parts[name]()
+        report["parts"][name] = {
+            **found,
+            "seconds": round(time.perf_counter() - start, 1),
+            "commit": environment["commit"],
+        }
+        print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

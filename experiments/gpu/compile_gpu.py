@@ -1,0 +1,338 @@
+"""What does a step compile to on a GPU? Ahead of time, on a machine that has none: fusions, kernels, copies, temporaries.
+
+    pip install -e .[aot]
+    JAX_PLATFORMS=cpu python -m experiments.gpu.compile_gpu            # writes results/compile_gpu.json
+
+The plugin wheels hold XLA's whole GPU compiler; a target is described by its hardware figures, no driver is needed. What
+the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs no more than jax, optax and numpy.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mpembed_jax as mpembed
+from experiments.gpu import bench_gpu, steps
+
+# XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this compiler accepts.
+_TARGET = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {per_core} shared_memory_per_block_optin: {optin}
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} device_memory_size: {memory} pcie_bandwidth: 34359738368
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.{minor}" name: "{name}"
+  device_address_bits: 64 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A GPU to compile for."""
+
+    name: str
+    major: int
+    minor: int
+    cores: int
+    fpus: int
+    per_core: int  # bytes of shared memory
+    optin: int
+    bandwidth: int  # bytes a second
+    l2: int
+    clock: float
+    memory: int
+    extension: str = "NONE"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Pallas' Triton back end supports it."""
+        return self.major >= 8
+
+
+TARGETS = {
+    "h200": Target("NVIDIA H200", 9, 0, 132, 128, 233472, 232448, 4800000000000, 52428800, 1.98, 151397597184,
+                   "ACCELERATED_FEATURES"),
+    "a100": Target("NVIDIA A100-SXM4-40GB", 8, 0, 108, 64, 167936, 166912, 1555200000000, 41943040, 1.41, 42331013120),
+    "l4": Target("NVIDIA L4", 8, 9, 58, 128, 102400, 101376, 300000000000, 50331648, 2.04, 24000000000),
+    "t4": Target("Tesla T4", 7, 5, 40, 64, 65536, 65536, 320000000000, 4194304, 1.59, 15800000000),
+}  # fmt: skip
+
+
+def missing_compiler() -> str | None:
+    """Says why nothing can be compiled here for a GPU, None if it can."""
+    version = importlib.metadata.version("jaxlib")
+    for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} is not installed (pip install -e .[aot])"
+        if found != version:
+            return f"{name} is {found}, jaxlib is {version}: install the same version"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler made: its optimized module as text, and XLA's account of memory."""
+
+    text: str
+    sizes: Any
+
+
+# What XLA calls the dtypes of a state and a batch.
+_HLO_DTYPES = {"bool": "pred", "int32": "s32", "uint16": "u16", "uint32": "u32", "float32": "f32"}
+
+
+def is_on_host(leaf: Any) -> bool:
+    """Whether an abstract array is one in host memory."""
+    return getattr(leaf, "memory_space", None) == jax.memory.Space.Host
+
+
+def _layout(aval: Any) -> str:
+    """Returns an array's shape as XLA writes it, in row-major order, host memory being its memory space 5."""
+    order = ",".join(str(axis) for axis in reversed(range(len(aval.shape))))
+    layout = f"{{{order}{':S(5)' if is_on_host(aval) else ''}}}" if aval.shape else ""
+    return f"{_HLO_DTYPES[str(aval.dtype)]}[{','.join(map(str, aval.shape))}]{layout}"
+
+
+def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()) -> Compiled:
+    """Compiles a function of shape structs, or of `jax.core.ShapedArray` in host memory, for one of TARGETS.
+
+    Through jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target have no memory kinds, so
+    that way drops those of the arguments without a word, and compiles for a table on the device. On a real device jax passes
+    them as layouts, which is what is done here.
+    """
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
+    from jaxlib import _jax, xla_client
+
+    config = _TARGET.format(**dataclasses.asdict(TARGETS[target]))
+    description = topologies.get_topology_desc(
+        platform="cuda", target_config=config, topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(description, (1,), ("x",))
+
+    def placed(leaf: Any) -> Any:
+        if is_on_host(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        )
+
+    args = jax.tree.map(placed, args)
+    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11 assumes sm_90): what tracing
+    # evaluates (initial optimizer states) runs on this machine's device.
+    with use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True).trace(*args)
+    with jax.set_mesh(mesh):
+        module = traced.lower().compiler_ir()
+    options = xla_client.CompileOptions()
+    options.num_replicas = options.num_partitions = 1
+    options.argument_layouts = [xla_client.Shape(_layout(leaf)) for leaf in jax.tree.leaves(args)]
+    results = [_layout(aval) for aval in traced.jaxpr.out_avals]
+    result = results[0] if len(results) == 1 else f"({', '.join(results)})"
+    options.executable_build_options.result_layout = xla_client.Shape(result)
+    (device,) = description.devices
+    devices = _jax.DeviceList((device,))
+    executable = device.client.compile(module, executable_devices=devices, compile_options=options)
+    return Compiled(executable.hlo_modules()[0].to_string(), executable.get_compiled_memory_stats())
+
+
+def abstract_state(
+    spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.GradientTransformation
+) -> Any:
+    """Returns the shapes of a state, of its arrays in host memory as `jax.core.ShapedArray`: eval_shape forgets where."""
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    traced = jax.jit(lambda key: mpembed.init(key, spec, tx, implementation=implementation)).trace(
+        key
+    )
+
+    def shape_of(aval: Any) -> Any:
+        if is_on_host(aval):
+            return jax.core.ShapedArray(aval.shape, aval.dtype, memory_space=aval.memory_space)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    return jax.tree.unflatten(
+        jax.tree.structure(traced.out_info), [shape_of(aval) for aval in traced.jaxpr.out_avals]
+    )
+
+
+def step_and_arguments(
+    spec: mpembed.EmbeddingSpec,
+    implementation: str,
+    batch_shape: tuple[int, ...],
+    tx: optax.GradientTransformation,
+    *,
+    is_pooled: bool = False,
+) -> tuple[Any, tuple]:
+    """Returns the embedding's training step, which may end in apply_pooled_gradients, and its abstract arguments; the first
+    is donated."""
+
+    def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
+        state, _, _, vectors = steps.embedding_step(
+            state, ids, upstream, tx=tx, is_pooled=is_pooled
+        )
+        return state, vectors
+
+    state = abstract_state(spec, implementation, tx)
+    ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+    return step, (state, ids, jax.ShapeDtypeStruct((*batch_shape, spec.embedding_dim), jnp.float32))
+
+
+def host_verbs(
+    spec: mpembed.EmbeddingSpec,
+    batch_shape: tuple[int, ...],
+    tx: optax.GradientTransformation,
+    implementation: str = "xla",
+) -> dict:
+    """Returns {verb: (function, abstract arguments, donated ones)}: the verbs that touch a table in host memory."""
+    step, arguments = step_and_arguments(spec, implementation, batch_shape, tx)
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return {
+        "step": (step, arguments, 0),
+        "read": (mpembed.read, arguments[:2], ()),
+        "flush": (mpembed.flush, arguments[:1], 0),
+        "init": (
+            lambda key: mpembed.init(key, spec, tx, implementation=implementation),
+            (key,),
+            (),
+        ),
+    }
+
+
+def figures(compiled: Compiled, state: Any) -> dict:
+    """Counts what a compiled step does.
+
+    Args:
+      compiled: from compile_for.
+      state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000 elements) may be copied.
+
+    Returns:
+      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the device and in host memory.
+    """
+    text, sizes = compiled.text, compiled.sizes
+    large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(
+        range(1000)
+    )
+    copies = [
+        _elements(shape) for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(", text)
+    ]
+    return {
+        "fusions": len(re.findall(r"= .* fusion\(", text)),
+        "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
+        "sorts": len(re.findall(r" sort\(|cub|custom_call_target=\"[^\"]*[Ss]ort", text)),
+        "loops": len(re.findall(r" while\(", text)),
+        "state_sized_copies": sum(elements in large for elements in copies),
+        "argument_bytes": sizes.argument_size_in_bytes,
+        "aliased_bytes": sizes.alias_size_in_bytes,
+        "temporary_bytes": sizes.temp_size_in_bytes,
+        "host_argument_bytes": sizes.host_argument_size_in_bytes,
+        "host_aliased_bytes": sizes.host_alias_size_in_bytes,
+        "host_temporary_bytes": sizes.host_temp_size_in_bytes,
+    }
+
+
+def _elements(shape: str) -> int:
+    return int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64))
+
+
+def measure(target: str, function: Any, arguments: tuple, donated: Any, state: Any) -> dict:
+    """Compiles for a target and returns the figures, and the seconds it took."""
+    begin = time.perf_counter()
+    compiled = compile_for(target, function, *arguments, donate_argnums=donated)
+    seconds = time.perf_counter() - begin
+    return figures(compiled, state) | {"compile_seconds": round(seconds, 2)}
+
+
+def main() -> None:
+    """Compiles the step for every target and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=65536)
+    parser.add_argument("--rows", type=int, default=33_762_577)
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/compile_gpu.json")
+    )
+    options = parser.parse_args()
+    if reason := missing_compiler():
+        raise SystemExit(reason)
+    commit = bench_gpu.commit()
+    tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (options.batch, 26), [], []
+    table = [mpembed.TableSpec("ids", options.rows)]
+    for target in options.targets:
+        for dim in options.dims:
+            for implementation, is_pooled in (
+                ("xla", False),
+                ("pallas_triton", False),
+                ("pallas_triton", True),
+            ):
+                if implementation != "xla" and not TARGETS[target].has_kernels:
+                    continue
+                spec = mpembed.EmbeddingSpec(table, dim)
+                step, arguments = step_and_arguments(
+                    spec, implementation, shape, tx, is_pooled=is_pooled
+                )
+                case = {
+                    "target": target,
+                    "dim": dim,
+                    "implementation": implementation,
+                    "is_pooled": is_pooled,
+                }
+                case |= measure(target, step, arguments, 0, arguments[0])
+                case["temporaries_per_vector_array"] = case["temporary_bytes"] / (
+                    4 * dim * options.batch * 26
+                )
+                runs.append(case)
+                print(json.dumps(case), flush=True)
+        dim = options.dims[-1]
+        spec = mpembed.EmbeddingSpec(table, dim, memory_kind="pinned_host")
+        state = abstract_state(spec, "xla", tx)
+        for verb, (function, arguments, donated) in host_verbs(spec, shape, tx).items():
+            case = {
+                "target": target,
+                "dim": dim,
+                "verb": verb,
+                "table_bytes": spec.storage.row_bytes(dim) * options.rows,
+            }
+            host_runs.append(case | measure(target, function, arguments, donated, state))
+            print("host tables", json.dumps(host_runs[-1]), flush=True)
+    settings = {
+        "batch": options.batch,
+        "features": 26,
+        "rows": options.rows,
+        "storage": "int8",
+        "cache": "5 %, 32 ways",
+    }
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "optax", "jax-cuda12-plugin")
+    }
+    found = {
+        "commit": commit,
+        "settings": settings,
+        "versions": versions,
+        "runs": runs,
+        "host_tables": host_runs,
+    }
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

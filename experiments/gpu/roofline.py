@@ -1,0 +1,188 @@
+"""The bytes floor of a step: what must pass through memory at least once, by verb, from a spec and a step's own counts.
+
+Counted is each row of the batch once per verb that must read or write it (positions share the cache), every vector and
+gradient of the batch, and the words of integer bookkeeping per id; not counted is anything that an implementation adds.
+Divide by the measured copy bandwidth, bytes read plus bytes written per second.
+
+    python -m experiments.gpu.roofline        # the Kaggle step on paper, for an H200's bandwidth: results/roofline.json
+
+The counts come from training the same batches on this machine, in rows of one element: the cache's decisions do not depend
+on the width.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import mpembed_jax as mpembed
+from experiments.speed import workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much one step has to do; all fields are numbers of rows, positions or bytes per row."""
+
+    positions: int  # ids of the batch, N
+    unique: int
+    cached: int  # unique rows that sit in a line
+    filled: int  # newcomers
+    write_backs: int  # dirty victims
+    row_bytes: int  # of a packed row
+    vector_bytes: int  # of a float32 row
+    ways: int  # 0: no cache
+
+    @classmethod
+    def of(cls, spec: mpembed.EmbeddingSpec, positions: int, counts: Mapping[str, int]) -> "Work":
+        """Takes the counts of a step's plan."""
+        has_cache = spec.cache is not None
+        cached = counts["unique"] - counts["bypasses"] if has_cache else 0
+        return cls(
+            positions=positions,
+            unique=counts["unique"],
+            cached=cached,
+            filled=max(0, cached - counts["hits"]) if has_cache else 0,
+            write_backs=counts["write_backs"],
+            row_bytes=spec.storage.row_bytes(spec.embedding_dim),
+            vector_bytes=4 * spec.embedding_dim,
+            ways=spec.cache.geometry(spec.num_rows).ways if has_cache else 0,
+        )
+
+    @property
+    def bookkeeping(self) -> int:
+        """Ids in, inverse out; per unique id the tags of its set, two words of priority, four 16-bit counters."""
+        return 8 * self.positions + self.unique * (4 * self.ways + (16 if self.ways else 0) + 8)
+
+    @property
+    def swap(self) -> int:
+        """A victim's line is read and packed; a newcomer's packed row is read and its line written."""
+        return (self.write_backs + self.filled) * (self.vector_bytes + self.row_bytes)
+
+    @property
+    def lookup(self) -> int:
+        """Lines and packed rows are read, the unique rows written."""
+        bypassed = self.unique - self.cached
+        return (
+            self.cached * self.vector_bytes
+            + bypassed * self.row_bytes
+            + self.unique * self.vector_bytes
+        )
+
+    @property
+    def pool(self) -> int:
+        """Unique rows are read, one vector per position written."""
+        return (self.unique + self.positions) * self.vector_bytes + 4 * self.positions
+
+    @property
+    def row_gradients(self) -> int:
+        """One gradient per position is read, one per unique row written."""
+        return (self.positions + self.unique) * self.vector_bytes + 4 * self.positions
+
+    @property
+    def update(self) -> int:
+        """Rows, gradients and one float of row state are read; lines or packed rows and the state written."""
+        stored = self.cached * self.vector_bytes + (self.unique - self.cached) * self.row_bytes
+        return self.unique * (2 * self.vector_bytes + 8 + 8) + stored
+
+    @property
+    def pooled_update(self) -> int:
+        """Row gradients and update in one pass: no gradient of a row is written, none read again."""
+        return self.row_gradients + self.update - 2 * self.unique * self.vector_bytes
+
+    @property
+    def step(self) -> int:
+        """All of it."""
+        return sum(self.by_verb().values())
+
+    def by_verb(self, *, is_pooled: bool = False) -> dict[str, int]:
+        """Bytes of each verb, of the step that ends in apply_gradients or of the one that ends in apply_pooled_gradients."""
+        verbs = {"prefetch": self.bookkeeping + self.swap, "lookup": self.lookup, "pool": self.pool}
+        if is_pooled:
+            return verbs | {"apply_pooled_gradients": self.pooled_update}
+        return verbs | {"row gradients": self.row_gradients, "apply_gradients": self.update}
+
+
+def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
+    """Trains on Kaggle's 26 tables (INT8, 5 % cache) until warm and returns the counts of the last step."""
+    tx, sizes = mpembed.optim.sgd(0.25), workload.sizes_for(None)
+    tables = [mpembed.TableSpec(f"table{k}", size) for k, size in enumerate(sizes)]
+    state = mpembed.init(jax.random.key(0), mpembed.EmbeddingSpec(tables, 1), tx)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: Any, ids: jax.Array) -> Any:
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx), plan.counts
+
+    for turn in range(
+        warm
+    ):  # all different: of repeated batches the cache would soon hold every row
+        ids = workload.to_global(workload.batches(turn, 1, batch, sizes, skew)[0], sizes)
+        state, counts = step(state, ids)
+    return {name: int(value) for name, value in dataclasses.asdict(jax.device_get(counts)).items()}
+
+
+def main() -> None:
+    """Writes the floors of each verb for three dims and two batch sizes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=4.3e12,
+        help="bytes a second; an H200 copies at about 4.3e12",
+    )
+    parser.add_argument("--skew", type=float, default=1.05)
+    parser.add_argument(
+        "--warm",
+        type=int,
+        default=60,
+        help="steps before the counted one, of 65,536 samples' ids each",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json")
+    )
+    options = parser.parse_args()
+    from experiments import (
+        reporting,  # needs more packages than bench_gpu, which imports this file, may ask for
+    )
+
+    found, runs = reporting.environment(), []
+    for batch in (65536, 16384):
+        counts = counts_of(
+            batch, options.skew, options.warm * 65536 // batch
+        )  # the cache is filled by ids, not by steps
+        for dim in (16, 64, 128):
+            tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
+            work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)
+            verbs = work.by_verb() | work.by_verb(is_pooled=True)
+            micros = {
+                verb: round(size / options.bandwidth * 1e6, 1) for verb, size in verbs.items()
+            }
+            run = {
+                "batch": batch,
+                "dim": dim,
+                "megabytes": round(work.step / 1e6, 1),
+                "counts": counts,
+            }
+            runs.append(
+                run
+                | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}}
+            )
+            print(json.dumps(runs[-1]), flush=True)
+    settings = {
+        "bytes_per_second": options.bandwidth,
+        "skew": options.skew,
+        "warm_steps": options.warm,
+    }
+    found |= {"settings": settings, "storage": "int8, 5 % cache", "runs": runs}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

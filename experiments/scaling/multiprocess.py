@@ -1,0 +1,250 @@
+"""Does training over several processes give the numbers of one process?
+
+    python -m experiments.scaling.multiprocess --processes 2 4      # about half a minute on 2 cores
+
+Starts a training of one process without a mesh, then for each number of processes as many workers on this machine, joined by
+jax.distributed (gloo collectives on CPUs), each with an equal share of devices, rows and batch. Gradients are small
+multiples of a power of two, whose sums are exact in any order, so everything must agree in every bit: the counts of every
+step, the vectors, the final rows. Prints one line per run, writes experiments/results/multiprocess.json, and fails if two
+differ.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import mpembed_jax as mpembed
+
+# Workers that share one machine may be busy or stopped for long: nothing but the launcher's own limit ends them.
+PATIENCE_S = 3600
+XLA_FLAGS = (
+    f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} "
+    f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train."""
+
+    processes: tuple[int, ...] = (2, 4)
+    devices: int = 4
+    """Devices of all processes together; forced CPU devices."""
+    rows: int = 20_000
+    dim: int = 16
+    batch: int = 512
+    features: int = 4
+    steps: int = 20
+    out: Path = Path("experiments/results/multiprocess.json")
+    worker: int | None = None
+    """Set by the launcher: which worker this is, -1 for the run without a mesh."""
+    port: int = 0
+
+
+TRAINING = (
+    "devices",
+    "rows",
+    "dim",
+    "batch",
+    "features",
+    "steps",
+)  # the settings that workers share
+
+
+def reserve_port() -> socket.socket:
+    """Returns a socket that keeps a free port of localhost from everybody but the workers until it is closed.
+
+    It does not listen. The coordinator's gRPC server binds the same port beside it: both allow that (SO_REUSEPORT), which
+    programs that ask for any free port do not. A port that is only probed may be another program's a second later.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("localhost", 0))
+    return held
+
+
+def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
+    """Joins the other workers and returns the mesh of all devices."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    limits = dict.fromkeys(
+        ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds"),
+        PATIENCE_S,
+    )
+    jax.distributed.initialize(f"localhost:{port}", processes, worker, **limits)
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    # gloo connects at the first collective and waits 30 seconds for the others, whatever one sets: here, where all of them
+    # come from initialize, and not after each has compiled its step.
+    met = jax.shard_map(
+        lambda: jax.lax.psum(jax.lax.axis_index("x"), "x"), mesh=mesh, in_specs=(), out_specs=P()
+    )
+    jax.block_until_ready(jax.jit(met)())
+    return mesh
+
+
+def train(settings: Settings, mesh: Any) -> dict[str, Any]:
+    """Trains, over the mesh if there is one; returns counts and digests of the vectors and the rows."""
+    tables = [mpembed.TableSpec(f"feature{k}", settings.rows) for k in range(settings.features)]
+    spec = mpembed.EmbeddingSpec(tables, settings.dim, "int8", mpembed.CacheSpec(0.05, ways=8))
+    tx = mpembed.optim.rowwise_adagrad(0.5)
+    state = mpembed.init(jax.random.key(0), spec, tx, mesh=mesh)
+
+    def step(state: Any, batch: Any) -> Any:
+        ids, upstream = batch
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
+        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
+        return state, (plan.counts, vectors)
+
+    sharding = everywhere = None
+    if mesh is not None:
+        specs = mpembed.partition_specs(state)
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x")))
+        )
+        sharding, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    run = jax.jit(step, donate_argnums=0)
+    gather = (
+        partial(jax.device_get) if mesh is None else jax.jit(lambda x: x, out_shardings=everywhere)
+    )
+    rng, digest, totals = np.random.default_rng(0), hashlib.sha256(), []
+    for _ in range(settings.steps):
+        local = np.minimum(rng.zipf(1.2, (settings.batch, settings.features)), settings.rows) - 1
+        ids = spec.global_ids(local)
+        upstream = rng.integers(-8, 9, (*ids.shape, settings.dim)).astype(np.float32) / 256
+        if sharding is None:
+            batch = jnp.asarray(ids), jnp.asarray(upstream)
+        else:  # every process gives its part
+            share = settings.batch // jax.process_count()
+            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+            batch = tuple(
+                jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream)
+            )
+        state, (counts, vectors) = run(state, batch)
+        digest.update(np.asarray(gather(vectors)).tobytes())
+        totals.append(
+            {name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"}
+        )
+    rows = hashlib.sha256(b"".join(table.tobytes() for table in mpembed.to_dense(state).values()))
+    return {
+        "counts": totals,
+        "vectors": digest.hexdigest()[:16],
+        "rows": rows.hexdigest()[:16],
+        "hit_rate": mpembed.stats(state).hit_rate,
+    }
+
+
+def work(settings: Settings) -> None:
+    """Is one worker: joins the others, trains, prints the result if it is the first."""
+    mesh = None
+    if settings.worker >= 0:
+        (processes,) = settings.processes
+        mesh = join(settings.port, processes, settings.worker)
+    result = train(settings, mesh)
+    if settings.worker <= 0:
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def launch(settings: Settings, processes: int) -> dict[str, Any]:
+    """Runs one training over `processes` workers (0: one process without a mesh) and returns its result."""
+    share = max(1, settings.devices // max(1, processes))
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={share}"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    options = [f"--{name}={getattr(settings, name)}" for name in TRAINING]
+    workers: list[subprocess.Popen] = []
+    with reserve_port() as held, tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.scaling.multiprocess",
+            *options,
+            f"--port={held.getsockname()[1]}",
+        ]
+        # Files, not pipes, which a worker nobody reads yet could fill.
+        said = [Path(folder) / f"{index}" for index in range(max(1, processes))]
+        try:
+            for index, path in enumerate(said):
+                which = [
+                    "--processes",
+                    str(max(1, processes)),
+                    f"--worker={index if processes else -1}",
+                ]
+                with path.open("w") as file:
+                    workers.append(
+                        subprocess.Popen(
+                            [*command, *which],
+                            env=environment,
+                            stdout=file,
+                            stderr=subprocess.STDOUT,
+                            text=True,
+                        )
+                    )
+            for index, worker in enumerate(workers):
+                if worker.wait(PATIENCE_S):
+                    raise RuntimeError(
+                        f"worker {index} of {processes} ended with an error:\n{said[index].read_text()[-3000:]}"
+                    )
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        return json.loads(said[0].read_text().split("RESULT ", 1)[1].splitlines()[0])
+
+
+def main(settings: Settings) -> None:
+    """Launches every run, compares, writes the results."""
+    from experiments import reporting  # draws pictures: workers start without it
+
+    for processes in settings.processes:
+        if settings.devices % processes:
+            raise ValueError(f"{settings.devices} devices do not divide over {processes} processes")
+    record = reporting.environment() | {
+        "settings": {name: getattr(settings, name) for name in TRAINING},
+        "runs": [],
+    }
+    expected = launch(settings, 0)
+    for processes in (0, *settings.processes):
+        result = launch(settings, processes) if processes else expected
+        is_same = result == expected
+        totals = {
+            name: sum(step[name] for step in result["counts"]) for name in result["counts"][0]
+        }
+        record["runs"].append(
+            {
+                **result,
+                "processes": processes or 1,
+                "mesh": bool(processes),
+                "counts": totals,
+                "same_bits": is_same,
+            }
+        )
+        name = f"{processes} processes" if processes else "1 process, no mesh"
+        print(
+            f"{name}: rows {result['rows']}, vectors {result['vectors']}, hit rate {result['hit_rate']:.3f}, "
+            f"{'same' if is_same else 'OTHER'}",
+            flush=True,
+        )
+        if not is_same:
+            raise SystemExit(f"{processes} processes gave other numbers than one")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Settings)
+    work(chosen) if chosen.worker is not None else main(chosen)

@@ -1,0 +1,1 @@
+"""What a step, a batch of data and a checkpoint cost, alone and beside the field."""

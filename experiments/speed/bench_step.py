@@ -1,0 +1,284 @@
+"""What a training step of the embedding costs: whole and by phase, over dims, batches, formats, policies, ways, skews and V.
+
+    python -m experiments.speed.bench_step                    # the full grid, 9 minutes on 2 cores
+    python -m experiments.speed.bench_step --quick            # D = 16 and 64 at B = 2,048
+
+A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on Kaggle's vocabularies (see
+workload.py). Phases are timed as separate calls, so their sum exceeds the whole, jitted step. The bytes floor counts what
+must move once (table rows and lines touched, the batch's vectors and gradients) at the copy bandwidth measured first.
+Writes experiments/results/bench_step.json and bench_step.png.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import mpembed_jax as mpembed
+from experiments import reporting
+from experiments.speed import workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure."""
+
+    quick: bool = False
+    steps: int = 30
+    """Timed steps per case, after as many warm ones as make the cache warm."""
+    warm: int = 40
+    only: tuple[str, ...] = ()
+    """Only cases that have all of these, batch=512 or cold=True say; they replace theirs in the file."""
+    out: Path = Path("experiments/results/bench_step.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measured configuration."""
+
+    dim: int = 16
+    batch: int = 2048
+    storage: str = "int8"
+    fraction: float | None = 0.05
+    """None: no cache."""
+    lines: int | None = None
+    """Cache lines instead of a fraction."""
+    policy: str = "lfu"
+    ways: int = 32
+    skew: float = 1.05
+    rows: int | None = None
+    """None: Kaggle's 33.76 M."""
+    bag: int = 1
+    fold: bool = False
+    """Draw ids for Kaggle's own sizes and take them modulo the tables' sizes, so that every V sees the same ids."""
+    cold: bool = False
+    """Time the first steps, from an empty cache."""
+
+
+def copy_bandwidth() -> float:
+    """Returns bytes per second, read and written, of a large jitted pass in place."""
+    x = jnp.zeros(64 << 20, jnp.float32)
+    step = jax.jit(
+        lambda x: x + 1, donate_argnums=0
+    )  # in place: fresh pages would time the kernel, not the memory
+    x = jax.block_until_ready(step(x))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x = jax.block_until_ready(step(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / statistics.median(times)
+
+
+def make_step(tx: Any, combiner: str | None) -> Any:
+    """Returns the jitted step (state, ids, upstream gradient) -> (state, vectors, counts)."""
+
+    def step(state, ids, upstream):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
+        vectors, pull_back = jax.vjp(lambda rows: pool(rows, plan.inverse), rows)
+        (row_grads,) = pull_back(upstream)
+        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), vectors, plan.counts
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, Any]:
+    """Times one case; returns medians in milliseconds, spread, counts and the bytes floor."""
+    sizes = workload.sizes_for(case.rows)
+    tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
+    cache = (
+        None
+        if case.fraction is None
+        else mpembed.CacheSpec(case.fraction, case.lines, case.ways, case.policy)
+    )
+    positions = case.batch * len(sizes) * case.bag
+    budget = min(
+        positions, max(12_000, int(0.4 * positions))
+    )  # a small batch repeats few of its ids
+    spec = mpembed.EmbeddingSpec(tables, case.dim, case.storage, cache, max_unique_ids=budget)
+    tx = mpembed.optim.rowwise_adagrad(0.05)
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    combiner = None if case.bag == 1 else "sum"
+    drawn = workload.KAGGLE_SIZES if case.fold else sizes
+    local = workload.batches(1, warm + 2 * steps, case.batch, drawn, case.skew, case.bag)
+    if case.fold:
+        local = [b % np.asarray(sizes) for b in local]
+    ids = [workload.to_global(b, sizes) for b in local]
+    upstream = (
+        np.random.default_rng(2).normal(size=(case.batch, len(sizes), case.dim)).astype(np.float32)
+    )
+    upstream = jnp.asarray(upstream)
+    abstract = (jax.ShapeDtypeStruct(ids[0].shape, jnp.int32), upstream)
+    start = time.perf_counter()
+    compiled = make_step(tx, combiner).lower(state, *abstract).compile()
+    compile_s = time.perf_counter() - start
+    times, first = [], 1 if case.cold else warm
+    before = mpembed.stats(state)
+    for i in range(first + steps):
+        batch = jnp.asarray(ids[i])
+        if i == first:
+            before = mpembed.stats(state)
+        start = time.perf_counter()
+        state, vectors, _ = compiled(state, batch, upstream)
+        jax.block_until_ready((state, vectors))
+        times.append(time.perf_counter() - start)
+    timed, after = times[first:], mpembed.stats(state)
+    unique = (after.unique - before.unique) / steps
+    hits = (after.hits - before.hits) / steps
+    moved = (
+        spec.storage.row_bytes(case.dim) * (unique - hits) * 2
+        + 4 * case.dim * hits * 2
+        + 8 * unique
+    )
+    moved += (
+        2 * 4 * case.dim * case.batch * len(sizes) * 2
+    )  # vectors written and read, gradients written and read
+    result = dataclasses.asdict(case) | {
+        "num_rows": spec.num_rows, "unique": unique, "unique_hit_rate": hits / unique, "dropped": after.dropped,
+        "ms": 1e3 * statistics.median(timed), "ms_p10": 1e3 * float(np.percentile(timed, 10)),
+        "ms_p90": 1e3 * float(np.percentile(timed, 90)), "floor_ms": 1e3 * moved / bandwidth, "compile_s": compile_s,
+        "state_bytes": sum(a.nbytes for a in jax.tree.leaves(state)),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }  # fmt: skip
+    if not case.cold:
+        result["phases_ms"] = phases(state, tx, combiner, ids[warm + steps :], upstream)
+    return result
+
+
+def phases(
+    state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array
+) -> dict[str, float]:
+    """Times the phases as separate jitted calls; medians in milliseconds."""
+    prefetch, lookup = jax.jit(mpembed.prefetch, donate_argnums=0), jax.jit(mpembed.lookup)
+    pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
+    pull_back = jax.jit(lambda rows, inverse, g: jax.vjp(lambda r: pool(r, inverse), rows)[1](g)[0])
+    pool_alone = jax.jit(pool)
+    apply = jax.jit(partial(mpembed.apply_gradients, tx=tx), donate_argnums=0)
+    times: dict[str, list[float]] = {}
+
+    def timed(name, fn, *args):
+        start = time.perf_counter()
+        result = jax.block_until_ready(fn(*args))
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    for batch in ids:
+        state, plan = timed("prefetch", prefetch, state, jnp.asarray(batch))
+        rows = timed("lookup", lookup, state, plan)
+        timed("pool", pool_alone, rows, plan.inverse)
+        row_grads = timed("row gradients", pull_back, rows, plan.inverse, upstream)
+        state = timed("apply_gradients", apply, state, plan, rows, row_grads)
+    return {name: 1e3 * statistics.median(values[2:]) for name, values in times.items()}
+
+
+def cases(quick: bool) -> list[Case]:
+    """Returns the grid: every axis varied around D = 16, B = 2,048, INT8 + 5 % LFU, 32 ways, skew 1.05."""
+    base = Case()
+    grid = [dataclasses.replace(base, dim=d) for d in ((16, 64) if quick else (16, 64, 128))]
+    formats = (("float32", None), ("int8", 0.05), ("int4", 0.01), ("bfloat16", None))
+    grid += [
+        dataclasses.replace(base, dim=d, storage=s, fraction=f)
+        for d in (16, 64)
+        for s, f in formats
+    ]
+    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same lines, with 5 %.
+    for options in ({"fraction": None}, {"lines": 50_000}, {}):
+        grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
+    if not quick:
+        grid += [
+            dataclasses.replace(base, dim=d, batch=b)
+            for d, b in itertools.product((16, 64, 128), (512, 16_384))
+        ]
+        grid += [
+            dataclasses.replace(base, policy=p, ways=w)
+            for p, w in itertools.product(("lfu", "lru"), (8, 32))
+        ]
+        grid += [dataclasses.replace(base, skew=s) for s in workload.SKEWS]
+        grid += [dataclasses.replace(base, dim=d, bag=10, batch=512) for d in (16, 64)]
+        grid += [dataclasses.replace(base, dim=d, cold=True) for d in (16, 64)]
+    return list(dict.fromkeys(grid))
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws the step time of each case beside its bytes floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def name(r: dict[str, Any]) -> str:
+        cache = (
+            ""
+            if r["fraction"] is None
+            else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
+        )
+        marks = (" bags" if r["bag"] > 1 else "") + (" cold" if r["cold"] else "")
+        return f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} V={r['num_rows'] / 1e6:.1f}M{marks}"
+
+    figure, axes = plt.subplots(figsize=(9, 0.24 * len(results) + 1.2))
+    place = np.arange(len(results))[::-1]
+    axes.barh(place, [r["ms"] for r in results], color="#4477aa", label="step")
+    axes.barh(
+        place, [r["floor_ms"] for r in results], color="#ee6677", height=0.35, label="bytes floor"
+    )
+    axes.set(xscale="log", xlabel="ms")
+    axes.set_yticks(place, [name(r) for r in results], fontsize=6)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(settings: Settings) -> None:
+    """Measures the grid and writes the results."""
+    workload.keep_freed_memory()
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    facts = reporting.environment() | {
+        "bandwidth": bandwidth,
+        "settings": {"steps": settings.steps, "warm": settings.warm},
+    }
+    held = (
+        json.loads(settings.out.read_text())["results"]
+        if settings.only and settings.out.exists()
+        else []
+    )
+    measured = {
+        Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held
+    }
+    grid = cases(settings.quick)
+    for case in grid:
+        values = {f"{name}={value}" for name, value in dataclasses.asdict(case).items()}
+        if not values.issuperset(settings.only):
+            continue
+        result = measure(case, settings.steps, settings.warm, bandwidth) | {
+            "commit": facts["commit"]
+        }
+        measured[case] = result
+        parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
+        print(
+            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.lines or case.fraction} "
+            f"{case.policy} W={case.ways} "
+            f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M bag={case.bag}{' cold' if case.cold else ''}: "
+            f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
+            f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
+            flush=True,
+        )
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    results = [measured[case] for case in grid if case in measured]
+    settings.out.write_text(json.dumps(facts | {"results": results}, indent=1))
+    draw(results, settings.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

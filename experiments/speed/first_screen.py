@@ -1,0 +1,245 @@
+"""README's picture and table: step time against vocabulary, AUC loss against bytes per row, and what 33.8 M rows of 64 cost.
+
+    python -m experiments.speed.first_screen
+
+Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing tables, ours and a dense
+flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/paper_table.jsonl for accuracy and
+memory.report for bytes. Writes experiments/results/first_screen.json and .png, and the table between README's markers.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+import mpembed_jax as mpembed
+from experiments.accuracy import paper_report, records
+from experiments.accuracy.grid import FP32, Case
+from experiments.speed import bench_step, workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure and where to write."""
+
+    dim: int = 64
+    rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 33_762_577)
+    dense_rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000)
+    """The dense gradient's cost grows with the table; beyond this it is extrapolated in the table, and labelled."""
+    out: Path = Path("experiments/results")
+
+
+FAMILIES = {
+    "INT8": {"fmt": "o-", "color": "#4477aa"},
+    "INT4": {"fmt": "s-", "color": "#228833"},
+    "INT2": {"fmt": "D-", "color": "#aa3377"},
+    "FP32 hashed": {"fmt": "x:", "color": "#888888"},
+    "FP32 pruned": {"fmt": "+:", "color": "#888888"},
+    "FP32 narrow": {"fmt": "1:", "color": "#888888"},
+}
+FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
+
+
+def dense_step_ms(num_rows: int, dim: int) -> float:
+    """Times flax's own way, donated: gradient of the whole table, optax.adagrad on the whole table."""
+    sizes = workload.sizes_for(num_rows)
+    ids = [
+        jnp.asarray(workload.to_global(b, sizes)) for b in workload.batches(1, 8, 2048, sizes, 1.05)
+    ]
+    model = nnx.Embed(sum(sizes), dim, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adagrad(0.05), wrt=nnx.Param)
+    upstream = jnp.asarray(
+        np.random.default_rng(2).normal(size=(2048, len(sizes), dim)).astype(np.float32)
+    )
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model: Any, optimizer: Any, ids: jax.Array, upstream: jax.Array) -> None:
+        grads = nnx.grad(lambda model: jnp.sum(model(ids) * upstream))(model)
+        optimizer.update(model, grads)
+
+    times = []
+    for batch in ids:
+        start = time.perf_counter()
+        step(model, optimizer, batch, upstream)
+        jax.block_until_ready(nnx.state(model))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[2:])
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Returns step times by number of rows."""
+    bandwidth, curves = bench_step.copy_bandwidth(), {}
+    for name, storage, fraction in FORMATS:
+        curves[name] = []
+        for rows in settings.rows:
+            case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
+            result = bench_step.measure(case, 30, 40, bandwidth)
+            curves[name].append((result["num_rows"], result["ms"]))
+            print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
+    curves["dense flax FP32"] = []
+    for rows in settings.dense_rows:
+        curves["dense flax FP32"].append(
+            (sum(workload.sizes_for(rows)), dense_step_ms(rows, settings.dim))
+        )
+        print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
+    return curves
+
+
+def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None) -> str:
+    """Returns README's table in Markdown."""
+    tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.KAGGLE_SIZES)]
+    tx = mpembed.optim.rowwise_adagrad(0.05)
+    plain = 4 * sum(workload.KAGGLE_SIZES) * settings.dim
+    dense = curves["dense flax FP32"]
+    slope = (dense[-1][1] - dense[0][1]) / (dense[-1][0] - dense[0][0])
+    projected = dense[-1][1] + slope * (sum(workload.KAGGLE_SIZES) - dense[-1][0])
+    rows = [
+        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | {projected:,.0f} "
+        f"(extrapolated from {dense[-1][0] / 1e6:.0f} M rows: {dense[-1][1]:.0f}) | 0 |"
+    ]
+    for name, storage, fraction in FORMATS:
+        spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
+        report = mpembed.memory.report(spec, tx)
+        without = report.total - report.components["row state"]
+        difference = (
+            "" if quality is None else str(quality.difference(Case(storage, fraction), "auc"))
+        )
+        rows.append(
+            f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
+            f"| {curves[name][-1][1]:.1f} | {difference} |"
+        )
+    head = [
+        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 (D = 16) |",
+        "|---|---|---|---|---|",
+    ]
+    note = """
+Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores,
+`python -m experiments.speed.first_screen`.
+The AUC column is another system of the same formats: the Reddit task at D = 16, paired seeds with the 95 % interval,
+`python -m experiments.accuracy.paper_table --data reddit`. Device and commit: `experiments/results/*.json`."""
+    return "\n".join([*head, *rows, note])
+
+
+def _draw_family(axis: Any, quality: paper_report.Group, family: str, look: dict[str, Any]) -> None:
+    """Draws what each case of a family loses against its bytes, ours with the cache's share beside each point."""
+    cases = [case for case in quality.cases if case != FP32 and case.family == family]
+    cases.sort(key=lambda case: quality.mean(case, "bytes_per_row"))
+    lost = [quality.difference(case, "auc") for case in cases]
+    size = [quality.mean(case, "bytes_per_row") for case in cases]
+    axis.errorbar(
+        size,
+        [-x.mean for x in lost],
+        [x.half for x in lost],
+        label=family,
+        capsize=2,
+        lw=1.2,
+        ms=4.5,
+        elinewidth=0.8,
+        **look,
+    )
+    for case, x, y in zip(cases, size, lost, strict=True):
+        if case.method == "trained":
+            share = f"{100 * case.cache:.3g} %" if case.cache else "no cache"
+            axis.annotate(
+                share,
+                (x, -y.mean),
+                fontsize=6.5,
+                color=look["color"],
+                xytext=(4, 3),
+                textcoords="offset points",
+            )
+
+
+def draw(
+    settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path
+) -> None:
+    """Draws the picture of README's first screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for (name, points), colour in zip(
+        curves.items(), ("#4477aa", "#228833", "#ee6677"), strict=True
+    ):
+        left.plot(*zip(*points, strict=True), "o-", label=name, color=colour)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="table rows",
+        ylabel="ms per step",
+        title=f"step time, D = {settings.dim}, 2 CPU cores",
+    )
+    left.legend()
+    left.grid(alpha=0.3)
+    if quality is not None:
+        for family, look in FAMILIES.items():
+            _draw_family(right, quality, family, look)
+        right.legend(fontsize=7, loc="lower left")
+        right.set_yscale("symlog", linthresh=2e-4)
+        right.axhline(0, color="black", lw=0.5)
+        right.set(
+            xscale="log",
+            xticks=(8, 12, 16, 24, 32),
+            xticklabels=("8", "12", "16", "24", "32"),
+            xlabel="bytes per row (64 in FP32), all metadata counted",
+            ylabel="AUC lost against FP32",
+            title="Reddit, D = 16, paired seeds, 95 % intervals",
+        )
+        right.minorticks_off()
+        right.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+def main(settings: Settings) -> None:
+    """Measures, draws and writes."""
+    groups = paper_report.group(records.load(settings.out / "paper_table.jsonl").values())
+    quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
+    workload.keep_freed_memory()
+    curves = measure(settings)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    facts = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": str(jax.devices()[0]),
+        "commit": commit,
+    }
+    (settings.out / "first_screen.json").write_text(
+        json.dumps(facts | {"curves": curves}, indent=1) + "\n"
+    )
+    draw(settings, curves, quality, settings.out / "first_screen.png")
+    markdown = table(settings, curves, quality)
+    readme = Path("README.md")
+    begin, end = (
+        "<!-- first screen table: python -m experiments.speed.first_screen -->",
+        "<!-- end of table -->",
+    )
+    text = readme.read_text()
+    readme.write_text(
+        re.sub(
+            f"{re.escape(begin)}.*?{re.escape(end)}",
+            f"{begin}\n{markdown}\n{end}",
+            text,
+            flags=re.DOTALL,
+        )
+    )
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
