@@ -111,7 +111,7 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
         )  # a float16 bias and scale have no more range than float16
     row = np.asarray(row, np.float32)
     _, (packed, decoded) = jax.device_get(
-        pass_through(row[None], row_format(codec), random_bits(seed, (1, 7)))
+        pass_through(row[None], row_format(codec), draws(seed, (1, 7)))
     )
     decoded = decoded[0]
     _, scale, bias = codec.unpack(packed[0], 7)
