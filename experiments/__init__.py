@@ -1,4 +1,4 @@
-"""Experiments: one script per question, run from the repository root as `python -m experiments.<name>`.
+"""Experiments: a folder per question, run from the repository root as `python -m experiments.<folder>.<name>`.
 
 They use the public names of `mpembed_jax` only and need the extra `[experiments]`.
 """

@@ -26,9 +26,8 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that `python experiments/train_dlrm.py` works too
 
-from experiments import reporting
 from experiments.data import reddit, synthetic
-from experiments.dlrm import training
+from experiments.dlrm import reporting, training
 
 
 @dataclasses.dataclass(frozen=True)

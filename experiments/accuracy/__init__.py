@@ -1,1 +1,1 @@
-"""What each format, cache, policy and rounding costs in AUC, beside baselines of equal bytes."""
+"""What does each format, cache, policy and rounding cost in AUC, per byte?"""

@@ -153,11 +153,10 @@ def needed(group: Group) -> str:
 def text(groups: list[Group]) -> str:
     """Returns the Markdown of all tables."""
     parts = [
-        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. "
-        "± is the half 95 % interval (t) of"
+        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. ± is the half 95 %"
     ]
     parts[0] += (
-        " the mean over paired seeds; evictions and hits (share of requests) are of training."
+        " interval (t) of the mean over paired seeds; evictions and hits (share of requests) are of training."
     )
     for g in groups:
         sizes = (

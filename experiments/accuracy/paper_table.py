@@ -6,11 +6,11 @@ sees the same batches in the same order and starts from the same values (a small
 shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
 not run again, so a killed grid continues. Tables and pictures are made from all lines of the file.
 
-    python -m experiments.accuracy.paper_table  # synthetic twin of Criteo: no file, no network
-    python -m experiments.accuracy.paper_table --data reddit --dims 16 64             # Reddit posts
+    python -m experiments.accuracy.paper_table                               # synthetic twin of Criteo: no file, no network
+    python -m experiments.accuracy.paper_table --data reddit --dims 16 64    # Reddit posts
     python -m experiments.accuracy.paper_table --data criteo --path ~/criteo --grid targets
     python -m experiments.accuracy.paper_table --data reddit --grid full --storage int4 --cache 0.01 0.05 --ways 1 32
-    python -m experiments.accuracy.paper_table --report  # only tables and pictures
+    python -m experiments.accuracy.paper_table --report                      # only tables and pictures
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ import tyro
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
-)  # so that `python experiments/accuracy/paper_table.py` works too
+)  # so that `python PATH/paper_table.py` works too
 
-from experiments import reporting, train_dlrm
+from experiments import provenance, train_dlrm
 from experiments.accuracy import grid, paper_report, paper_runs, records
 from experiments.accuracy.grid import Case, Method
-from experiments.dlrm import training
+from experiments.dlrm import reporting, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def record_of(
 def run(settings: Settings, console: Any) -> None:
     """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    path, environment = settings.out / "paper_table.jsonl", reporting.environment()
+    path, environment = settings.out / "paper_table.jsonl", provenance.environment()
     done, source = records.load(path), None
     for dim in settings.dims:
         task = task_of(settings, dim)

@@ -1,1 +1,1 @@
-"""The recommender that experiments train: dense models, the step and the loop, what a run gave."""
+"""The recommender: its models, its tables as stacks, the loop that trains it, and what a run reports."""

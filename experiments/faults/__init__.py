@@ -1,1 +1,1 @@
-"""Whether anything is lost when runs are killed, files damaged, disks full, ids and gradients mad."""
+"""Is anything lost when runs are killed, files damaged, disks full, ids and gradients mad?"""

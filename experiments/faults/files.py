@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.faults import killing
+from experiments import provenance
 from experiments.faults.training import bits_of, first_tree, ids_at, saved_part, train_step
 from mpembed_jax import checkpoint
 
@@ -118,7 +118,7 @@ def _fill_a_device() -> dict[str, str] | None:
             "--fill",
             f"{folder}/run",
         ]
-        done = subprocess.run(command, cwd=killing.ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

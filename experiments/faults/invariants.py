@@ -1,6 +1,6 @@
 """What must hold of a state whatever it is fed: ids from hell, NaN and inf gradients, and a long soak with drift.
 
-`check_state` is written from the definitions, in NumPy, independent of the package. Used by `faults` and, in small, by the
+`check_state` is written from the definitions, in NumPy, independent of the package. Used by `run` and, in small, by the
 tests.
 """
 

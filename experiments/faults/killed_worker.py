@@ -1,4 +1,4 @@
-"""A worker of a run of two processes is killed: does the run resume with the same bits? A part of `faults`.
+"""A worker of a run of two processes is killed: does the run resume with the same bits? A part of `faults.run`.
 
     python -m experiments.faults.run --only "killed worker"
 
@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
+from experiments import provenance
 from experiments.faults import killing
 from experiments.scaling import multiprocess
 from experiments.speed import workload
@@ -171,7 +172,7 @@ def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subproces
             }
             workers.append(
                 subprocess.Popen(
-                    [*command, f"--worker={index}"], cwd=killing.ROOT, env=environment, **streams
+                    [*command, f"--worker={index}"], cwd=provenance.ROOT, env=environment, **streams
                 )
             )
     return workers

@@ -1,4 +1,4 @@
-"""What the launchers of `faults` and `killed_worker` share: where a worker runs, what it says, what a kill leaves behind.
+"""What the launchers of `run` and `killed_worker` share: where a worker runs, what it says, what a kill leaves behind.
 
 A worker says on stdout "resume N", "step N", "save N" (one begins), "end N" and "bits HASH", so that its launcher can aim.
 """
@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from experiments import provenance
+
 SAID = re.compile(r"^(resume|step|save|end|bits) (\w+)$", re.MULTILINE)
 
 
 def environment(directory: Path) -> dict[str, str]:
     """Returns the environment of a worker that saves in `directory`; the first one beside it compiles for all."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(provenance.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     cached = {
         "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

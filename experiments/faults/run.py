@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from experiments import provenance
 from experiments.faults import files, invariants, killed_worker, killing
 from experiments.faults.training import work
 from mpembed_jax import checkpoint
@@ -95,7 +96,13 @@ def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
     ]
     pipe, environment = subprocess.PIPE, killing.environment(directory)
     return subprocess.Popen(
-        command, cwd=killing.ROOT, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True
+        command,
+        cwd=provenance.ROOT,
+        env=environment,
+        stdin=stdin,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
     )
 
 
@@ -133,8 +140,6 @@ def main(settings: Settings) -> None:
     if settings.fill is not None:
         print(json.dumps(files.fill(settings.fill)))
         return
-    from experiments import reporting  # draws pictures: workers start without it
-
     parts = {
         "kills": lambda: kill_and_resume(settings.kills, settings.steps),
         "killed worker": lambda: killed_worker.kill_and_resume(settings.worker_kills),
@@ -144,7 +149,7 @@ def main(settings: Settings) -> None:
         "gradients": lambda: invariants.bad_gradients(settings.gradients),
         "soak": lambda: invariants.soak(settings.soak, settings.check_every),
     }
-    environment = reporting.environment()
+    environment = provenance.environment()
     report: dict[str, Any] = {**environment, "parts": {}}
     if settings.only and settings.out.exists():  # parts that run again replace their own
         report["parts"] = json.loads(settings.out.read_text())["parts"]

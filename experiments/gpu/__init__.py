@@ -1,1 +1,1 @@
-"""Kernels and steps on a GPU: checked and timed on one, compiled ahead of time without one, floors on paper."""
+"""What does a step compile to on a GPU, are its kernels right, and how fast is it?"""

@@ -28,10 +28,10 @@ from typing import Any
 
 import jax
 
+from experiments import provenance
 from experiments.gpu.parts import PARTS
 from experiments.gpu.steps import Bench, failure
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 MARK = "ROW "  # what a part's process prints before each row
 
 
@@ -59,7 +59,8 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
     ]
     command += ["--interpret"] if bench.is_tiny else []
     environment = dict(
-        os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        os.environ,
+        PYTHONPATH=os.pathsep.join([str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]),
     )
     if name == "torch sparse":  # jax would take three quarters of the memory first
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -86,15 +87,6 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
                 else f"its process ended with {process.returncode}"
             )
             yield {"error": why, "where": errors.read()[-2000:]}
-
-
-def commit() -> str | None:
-    """Returns the commit this runs from, None outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -127,7 +119,7 @@ def main(arguments: list[str] | None = None) -> dict:
     # Nothing here touches a device: jax would keep most of its memory from the parts.
     begin, parts, left_out = time.perf_counter(), {}, []
     results: dict[str, Any] = {
-        "commit": commit(),
+        "commit": provenance.commit(),
         "is_smoke_test": options.interpret,
         "parts": parts,
         "left_out": left_out,

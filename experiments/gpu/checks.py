@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments.gpu.steps import Bench, embedding_step, failure
+from experiments.gpu.steps import Bench, failure
+from experiments.speed.step import embedding_step
 
 
 def differences(one: Any, other: Any) -> dict[str, int]:

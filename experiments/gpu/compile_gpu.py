@@ -9,7 +9,6 @@ the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs no 
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import re
@@ -22,69 +21,9 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments.gpu import bench_gpu, steps
-
-# XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this compiler accepts.
-_TARGET = """gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: {per_core} shared_memory_per_block_optin: {optin}
-  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: {bandwidth} l2_cache_size: {l2} device_memory_size: {memory} pcie_bandwidth: 34359738368
-  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability {major}.{minor}" name: "{name}"
-  device_address_bits: 64 ecc_enabled: true
-  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A GPU to compile for."""
-
-    name: str
-    major: int
-    minor: int
-    cores: int
-    fpus: int
-    per_core: int  # bytes of shared memory
-    optin: int
-    bandwidth: int  # bytes a second
-    l2: int
-    clock: float
-    memory: int
-    extension: str = "NONE"
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether Pallas' Triton back end supports it."""
-        return self.major >= 8
-
-
-TARGETS = {
-    "h200": Target("NVIDIA H200", 9, 0, 132, 128, 233472, 232448, 4800000000000, 52428800, 1.98, 151397597184,
-                   "ACCELERATED_FEATURES"),
-    "a100": Target("NVIDIA A100-SXM4-40GB", 8, 0, 108, 64, 167936, 166912, 1555200000000, 41943040, 1.41, 42331013120),
-    "l4": Target("NVIDIA L4", 8, 9, 58, 128, 102400, 101376, 300000000000, 50331648, 2.04, 24000000000),
-    "t4": Target("Tesla T4", 7, 5, 40, 64, 65536, 65536, 320000000000, 4194304, 1.59, 15800000000),
-}  # fmt: skip
-
-
-def missing_compiler() -> str | None:
-    """Says why nothing can be compiled here for a GPU, None if it can."""
-    version = importlib.metadata.version("jaxlib")
-    for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{name} is not installed (pip install -e .[aot])"
-        if found != version:
-            return f"{name} is {found}, jaxlib is {version}: install the same version"
-    return None
+from experiments import provenance
+from experiments.gpu.targets import TARGETS, description, missing_compiler
+from experiments.speed.step import embedding_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +61,10 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
     from jaxlib import _jax, xla_client
 
-    config = _TARGET.format(**dataclasses.asdict(TARGETS[target]))
-    description = topologies.get_topology_desc(
-        platform="cuda", target_config=config, topology="1x1x1"
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=description(target), topology="1x1x1"
     )
-    mesh = topologies.make_mesh(description, (1,), ("x",))
+    mesh = topologies.make_mesh(topology, (1,), ("x",))
 
     def placed(leaf: Any) -> Any:
         if is_on_host(leaf):
@@ -148,7 +86,7 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
     results = [_layout(aval) for aval in traced.jaxpr.out_avals]
     result = results[0] if len(results) == 1 else f"({', '.join(results)})"
     options.executable_build_options.result_layout = xla_client.Shape(result)
-    (device,) = description.devices
+    (device,) = topology.devices
     devices = _jax.DeviceList((device,))
     executable = device.client.compile(module, executable_devices=devices, compile_options=options)
     return Compiled(executable.hlo_modules()[0].to_string(), executable.get_compiled_memory_stats())
@@ -185,9 +123,7 @@ def step_and_arguments(
     is donated."""
 
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
-        state, _, _, vectors = steps.embedding_step(
-            state, ids, upstream, tx=tx, is_pooled=is_pooled
-        )
+        state, _, _, vectors = embedding_step(state, ids, upstream, tx=tx, is_pooled=is_pooled)
         return state, vectors
 
     state = abstract_state(spec, implementation, tx)
@@ -273,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := missing_compiler():
         raise SystemExit(reason)
-    commit = bench_gpu.commit()
+    found = provenance.environment()
     tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (options.batch, 26), [], []
     table = [mpembed.TableSpec("ids", options.rows)]
     for target in options.targets:
@@ -320,17 +256,8 @@ def main() -> None:
         "storage": "int8",
         "cache": "5 %, 32 ways",
     }
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("jax", "jaxlib", "optax", "jax-cuda12-plugin")
-    }
-    found = {
-        "commit": commit,
-        "settings": settings,
-        "versions": versions,
-        "runs": runs,
-        "host_tables": host_runs,
-    }
+    found["versions"] |= provenance.versions(("jax-cuda12-plugin",))
+    found |= {"settings": settings, "runs": runs, "host_tables": host_runs}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import statistics
 import time
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mpembed_jax as mpembed
+from experiments import provenance
 from experiments.gpu import checks
 from experiments.gpu.steps import TX, Bench, Case, failure, ids_of, measured, seconds_of
 
@@ -24,10 +24,9 @@ def copy_bandwidth(bench: Bench) -> Iterator[dict]:
     copy = jax.jit(lambda x: x + jnp.float32(1))
     source = jnp.zeros(size, jnp.float32)
     seconds = seconds_of(lambda: copy(source), 1 if bench.is_tiny else 10)
-    device = jax.devices()[0]
     yield {
-        "device": f"{device.platform}: {device.device_kind}",
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "optax", "numpy")},
+        "device": provenance.device(),
+        "versions": provenance.versions(("jax", "jaxlib", "optax", "numpy")),
         "bytes": 2 * source.nbytes,
         "milliseconds": seconds * 1e3,
         "bytes_per_second": 2 * source.nbytes / seconds,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import mpembed_jax as mpembed
+from experiments import provenance
 from experiments.speed import workload
 
 
@@ -148,11 +149,7 @@ def main() -> None:
         "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json")
     )
     options = parser.parse_args()
-    from experiments import (
-        reporting,  # needs more packages than bench_gpu, which imports this file, may ask for
-    )
-
-    found, runs = reporting.environment(), []
+    found, runs = provenance.environment(), []
     for batch in (65536, 16384):
         counts = counts_of(
             batch, options.skew, options.warm * 65536 // batch

@@ -16,6 +16,7 @@ import numpy as np
 import mpembed_jax as mpembed
 from experiments.gpu import roofline
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 
 TX = mpembed.optim.rowwise_adagrad(0.05)
 SKEW = 1.05
@@ -77,35 +78,6 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
         jax.block_until_ready(out)
         rounds.append((time.perf_counter() - begin) / repeats)
     return statistics.median(rounds)
-
-
-def embedding_step(
-    state: Any, ids: jax.Array, upstream: jax.Array, *, tx: Any, is_pooled: bool, **pooling: Any
-) -> tuple:
-    """One step of the embedding alone, by the state's implementation, whatever its model.
-
-    Args:
-      state: to be donated by the caller's jit.
-      ids: global ids.
-      upstream: the gradient of what pool returns.
-      tx: the transformation given to init.
-      is_pooled: end in apply_pooled_gradients, otherwise in the gradients of rows and apply_gradients.
-      pooling: weights and combiner, for pool.
-
-    Returns:
-      The state, the plan, the rows and the pooled vectors.
-    """
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    pool = functools.partial(
-        mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **pooling
-    )
-    vectors, pull_back = jax.vjp(pool, rows)
-    if is_pooled:
-        state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, **pooling, tx=tx)
-    else:
-        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
-    return state, plan, rows, vectors
 
 
 def train_step(*, is_pooled: bool) -> Callable:

@@ -1,1 +1,1 @@
-"""What several devices and processes exchange in a step, and whether the result changes."""
+"""What do several devices exchange, and do they give the numbers of one?"""

@@ -33,10 +33,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import reporting
+from experiments import provenance
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 from mpembed_jax import sharding
 
 
@@ -60,14 +61,8 @@ def exchange_step(tx: Any) -> Any:
     """Returns the step of mpembed_jax: (state, ids, upstream) -> (state, vectors, counts)."""
 
     def step(state, ids, upstream):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        return (
-            mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx),
-            vectors,
-            plan.counts,
-        )
+        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=tx)
+        return state, vectors, plan.counts
 
     return step
 
@@ -165,7 +160,7 @@ def main(settings: Settings) -> None:
                 f"{result['wide_steps']}, {result['ms']:.1f} ms against {result['all_gather_ms']:.1f}, same rows: {is_same}",
                 flush=True,
             )
-            record = reporting.environment() | {
+            record = provenance.environment() | {
                 "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
                 "results": results,
             }

@@ -29,13 +29,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
+from experiments import provenance
 
 # Workers that share one machine may be busy or stopped for long: nothing but the launcher's own limit ends them.
 PATIENCE_S = 3600
-XLA_FLAGS = (
-    f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} "
-    f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
-)
+XLA_FLAGS = f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} --xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +206,10 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
 
 def main(settings: Settings) -> None:
     """Launches every run, compares, writes the results."""
-    from experiments import reporting  # draws pictures: workers start without it
-
     for processes in settings.processes:
         if settings.devices % processes:
             raise ValueError(f"{settings.devices} devices do not divide over {processes} processes")
-    record = reporting.environment() | {
+    record = provenance.environment() | {
         "settings": {name: getattr(settings, name) for name in TRAINING},
         "runs": [],
     }

@@ -1,1 +1,1 @@
-"""What a step, a batch of data and a checkpoint cost, alone and beside the field."""
+"""What does a step, a batch and a checkpoint cost on a CPU, beside the field?"""

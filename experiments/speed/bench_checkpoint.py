@@ -21,8 +21,9 @@ import numpy as np
 import tyro
 
 import mpembed_jax as mpembed
-from experiments import reporting
+from experiments import provenance
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 from mpembed_jax import checkpoint
 
 
@@ -75,10 +76,7 @@ def main(settings: Settings) -> None:
     upstream = jnp.asarray(upstream)
 
     def step(emb, ids, upstream, tracker):
-        emb, plan = mpembed.prefetch(emb, ids)
-        rows = mpembed.lookup(emb, plan)
-        _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        emb = mpembed.apply_gradients(emb, plan, rows, pull_back(upstream)[0], tx=tx)
+        emb, plan, _, _ = embedding_step(emb, ids, upstream, tx=tx)
         return emb, None if tracker is None else checkpoint.mark(tracker, plan)
 
     train = jax.jit(step, donate_argnums=(0, 3))
@@ -160,7 +158,7 @@ def main(settings: Settings) -> None:
             flush=True,
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(reporting.environment() | result, indent=1) + "\n")
+    settings.out.write_text(json.dumps(provenance.environment() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

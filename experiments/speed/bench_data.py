@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments import reporting
+from experiments import provenance
 from experiments.data import batches, criteo, synthetic
 from experiments.data.background import in_background
 from experiments.data.hashing import fmix32
+from experiments.dlrm import reporting
 
 TARGET = 300_000  # rows/s
 
@@ -92,13 +92,11 @@ def main(settings: Settings) -> dict[str, Any]:
     """Measures, prints and saves; returns what the JSON file holds."""
     console = reporting.make_console()
     record: dict[str, Any] = {
-        **reporting.environment(),
+        **provenance.environment(),
         "target_rows_per_second": TARGET,
         "rates": {},
     }
-    record["versions"] |= {
-        package: metadata.version(package) for package in ("tensorflow-datasets", "array-record")
-    }
+    record["versions"] |= provenance.versions(("tensorflow-datasets", "array-record"))
     record["settings"] = {**dataclasses.asdict(settings), "out": str(settings.out)}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "train.txt"

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.reporting import environment
+from experiments import provenance
 from experiments.speed.peers import Case
 
 PEERS = (
@@ -147,7 +147,9 @@ def run(args):
     command = shlex.join(["python", "-m", "experiments.speed.bench_peers", *words])
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(environment() | {"command": command, "results": results}, indent=1))
+    out.write_text(
+        json.dumps(provenance.environment() | {"command": command, "results": results}, indent=1)
+    )
 
 
 def main():

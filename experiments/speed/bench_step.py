@@ -24,8 +24,9 @@ import numpy as np
 import tyro
 
 import mpembed_jax as mpembed
-from experiments import reporting
+from experiments import provenance
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +84,8 @@ def make_step(tx: Any, combiner: str | None) -> Any:
     """Returns the jitted step (state, ids, upstream gradient) -> (state, vectors, counts)."""
 
     def step(state, ids, upstream):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
-        vectors, pull_back = jax.vjp(lambda rows: pool(rows, plan.inverse), rows)
-        (row_grads,) = pull_back(upstream)
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), vectors, plan.counts
+        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=tx, combiner=combiner)
+        return state, vectors, plan.counts
 
     return jax.jit(step, donate_argnums=0)
 
@@ -244,7 +241,7 @@ def main(settings: Settings) -> None:
     workload.keep_freed_memory()
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    facts = reporting.environment() | {
+    facts = provenance.environment() | {
         "bandwidth": bandwidth,
         "settings": {"steps": settings.steps, "warm": settings.warm},
     }

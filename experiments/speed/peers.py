@@ -66,6 +66,7 @@ def _make_ours(case):
     import optax
 
     import mpembed_jax as mpembed
+    from experiments.speed.step import embedding_step
 
     storage = case.worker.split("-")[1]
     ways = 8 if case.worker.endswith("w8") else 32
@@ -91,18 +92,8 @@ def _make_ours(case):
         grads = jnp.asarray(case.upstream())
 
         def train_embedding(state, ids, grads):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            vectors, pull_back = jax.vjp(
-                lambda rows: mpembed.pool(rows, plan.inverse, implementation=state.implementation),
-                rows,
-            )
-            (row_grads,) = pull_back(grads)
-            return (
-                mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx),
-                vectors,
-                plan.counts.dropped,
-            )
+            state, plan, _, vectors = embedding_step(state, ids, grads, tx=tx)
+            return state, vectors, plan.counts.dropped
 
         train_embedding = jax.jit(train_embedding, donate_argnums=0)
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
+from experiments import provenance
 from experiments.gpu import bench_gpu, checks, parts, roofline, steps
-from experiments.speed import workload
+from experiments.speed import step, workload
 
-MODULES = [bench_gpu, checks, parts, steps, roofline, workload]
+MODULES = [bench_gpu, checks, parts, steps, roofline, workload, step, provenance]
 TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
@@ -96,9 +97,13 @@ def test_without_a_gpu_it_says_what_to_do():
 
 
 def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
-    code = "import sys; from experiments import bench_gpu; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys; from experiments.gpu import bench_gpu; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=bench_gpu.ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=provenance.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "optax" in loaded.stdout.split()
     assert not {*loaded.stdout.split()} & {
@@ -118,16 +123,15 @@ def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
     """jax, numpy, the standard library and this repository; torch where it is installed."""
     tree = ast.parse(pathlib.Path(module.__file__).read_text())
     names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            is_ours = node.module.startswith("experiments")
-            names += [f"{node.module}.{a.name}" for a in node.names] if is_ours else [node.module]
-    ours = (
-        "experiments.reporting",
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    ours = {
+        "experiments",
+        "experiments.gpu",
+        "experiments.speed",
         *(module.__name__ for module in MODULES),
-    )  # where run as a command
+    }
     allowed = {"jax", "numpy", "optax", "torch", "mpembed_jax"} | sys.stdlib_module_names
-    assert not [n for n in names if n.split(".")[0] not in allowed and not n.startswith(ours)]
+    assert not [n for n in names if n.split(".")[0] not in allowed and n not in ours]
 
 
 def test_the_floor_of_a_step_by_hand():

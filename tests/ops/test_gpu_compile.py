@@ -12,9 +12,9 @@ import pytest
 import shapes
 
 import mpembed_jax as mpembed
-from experiments.gpu import checks, compile_gpu
+from experiments.gpu import checks, compile_gpu, targets
 
-REASON = compile_gpu.missing_compiler()
+REASON = targets.missing_compiler()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.filterwarnings(

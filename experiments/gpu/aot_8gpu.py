@@ -1,7 +1,7 @@
 """What would eight GPUs exchange in a step? Compiled ahead of time, without one.
 
     pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX       # of the installed jax's version, without dependencies
-    JAX_PLATFORMS=cpu python -m experiments.scaling.aot_8gpu              # about a minute
+    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu              # about a minute
 
 Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows, INT8 + 5 % cache, 65,536
 x 26 ids) from shapes alone, and lists the collectives in the program, the bytes each device sends, the temporaries, and
@@ -13,7 +13,6 @@ import dataclasses
 import json
 import re
 from functools import partial
-from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +23,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import reporting
+from experiments import provenance
+from experiments.gpu import targets
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
 from experiments.speed import workload
-
-# XLA's description of the device to compile for (GpuTargetConfigProto); figures of NVIDIA's data sheet and CUDA's tables.
-H200 = """gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 151397597184
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024
-  thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation"
-  platform_version: "Compute Capability 9.0"
-  device_address_bits: 64
-  pcie_bandwidth: 34359738368
-  ecc_enabled: true
-  name: "NVIDIA H200"
-  driver_version: "13.0.0"
-  runtime_version: "12.8.0"
-  compile_time_toolkit_version: "12.8.0"
-  dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
+from experiments.speed.step import embedding_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +68,8 @@ def compile_step(settings: Settings, mesh: Any) -> tuple[Any, Any]:
     state = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
 
     def step(state, ids, upstream):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        return (
-            mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx),
-            vectors,
-            plan.counts,
-        )
+        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=tx)
+        return state, vectors, plan.counts
 
     specs = mpembed.partition_specs(state)
     run = jax.shard_map(
@@ -151,15 +107,15 @@ def compile_all_gather(settings: Settings, mesh: Any) -> Any:
 
 def main(settings: Settings) -> None:
     """Compiles, prints and writes what the program exchanges."""
-    if util.find_spec("jax_cuda12_plugin") is None:
-        print(
-            f"not compiled: needs jax-cuda12-plugin and jax-cuda12-pjrt {jax.__version__} (pip install --no-deps)"
-        )
+    if reason := targets.missing_compiler():
+        print(f"not compiled: {reason}")
         return
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology=f"1x1x{settings.devices}"
+        platform="cuda",
+        target_config=targets.description("h200"),
+        topology=f"1x1x{settings.devices}",
     )
     mesh = jax.sharding.Mesh(topology.devices, ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     compiled, state = compile_step(settings, mesh)
@@ -173,7 +129,7 @@ def main(settings: Settings) -> None:
     shard_rows = {name: leaf.shape[0] // settings.devices for name, leaf in arrays.items()}
     copied = re.findall(r"= \w+\[(\d+)[\d,]*\]\S* copy\(", text)
     copies = {name: sum(int(n) == rows for n in copied) for name, rows in shard_rows.items()}
-    record = reporting.environment() | {
+    record = provenance.environment() | {
         "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
         "compiled_for": f"{settings.devices} x NVIDIA H200, ahead of time; not run",
         "num_rows": state.spec.num_rows,

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: a table, a picture, and a file that says what ran where.
+"""What a training leaves behind: a table, a picture, and a file that says what ran where.
 
 Works on lists of `training.Outcome`, several contenders times several seeds, the first contender being the FP32 baseline.
 AUC differences are paired: a contender against the baseline of the same seed. It runs nothing itself.
@@ -6,16 +6,10 @@ AUC differences are paired: a contender against the baseline of the same seed. I
 
 import dataclasses
 import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -24,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments import provenance
 from experiments.dlrm.training import Outcome
 
 KAGGLE_ROWS = 45_840_617
-PACKAGES = ("mpembed_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 
 
 def by_contender(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
@@ -43,53 +37,6 @@ def auc_differences(outcomes: list[Outcome]) -> dict[str, list[float]]:
     groups = by_contender(outcomes)
     baseline = {o.seed: o.auc for o in next(iter(groups.values()))}
     return {name: [o.auc - baseline[o.seed] for o in group] for name, group in groups.items()}
-
-
-def _commit() -> str | None:
-    """Returns the commit this runs from, marked if files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        # Results of earlier runs may lie there uncommitted; anything else makes this another tree.
-        changes = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"
-        )
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed as a package"
-
-
-def _module(script: Path) -> str:
-    """Returns the name under which `python -m` runs a script of this folder."""
-    here = Path(__file__).resolve().parent
-    if script.resolve().is_relative_to(here):
-        return ".".join(("experiments", *script.resolve().relative_to(here).with_suffix("").parts))
-    return script.stem
-
-
-def environment() -> dict[str, Any]:
-    """Says where and with what a run took place: device, cores, versions, commit, command."""
-    device = jax.devices()[0]
-    return {
-        "command": shlex.join(["python", "-m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-    }
 
 
 def make_console() -> Console:
@@ -229,7 +176,7 @@ def projection(outcome: Outcome, batch_size: int) -> float:
 def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) -> dict[str, Any]:
     """Writes and returns environment, settings, paired AUC differences, every outcome, and `extra`."""
     record = {
-        **environment(),
+        **provenance.environment(),
         "settings": {
             k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
         },

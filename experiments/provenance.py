@@ -1,0 +1,71 @@
+"""Where and with what an experiment ran: command, commit, device, versions. Every results file holds it."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mpembed_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+def commit() -> str | None:
+    """Returns the commit this runs from, marked if files differ from it; None outside a git checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # Results of earlier runs may lie there uncommitted; anything else makes this another tree.
+        changes = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results"
+        )
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device() -> str:
+    """Returns platform and kind of the first device."""
+    first = jax.devices()[0]
+    return f"{first.platform}: {first.device_kind}"
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Returns the version of each package."""
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
+def _module() -> str:
+    """Returns the module that runs, as `python -m` takes it, also where a file was run."""
+    path = Path(sys.argv[0]).resolve()
+    if path.is_relative_to(ROOT / "experiments"):
+        return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return f"experiments.{path.stem}"
+
+
+def environment() -> dict[str, Any]:
+    """Says where and with what a run took place: device, cores, versions, commit, command."""
+    return {
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "commit": commit(),
+        "device": device(),
+        "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
