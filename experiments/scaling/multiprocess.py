@@ -33,7 +33,10 @@ from experiments import provenance
 
 # Workers that share one machine may be busy or stopped for long: nothing but the launcher's own limit ends them.
 PATIENCE_S = 3600
-XLA_FLAGS = f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} --xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
+XLA_FLAGS = (
+    f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} "
+    f"--xla_cpu_collective_call_terminate_timeout_seconds={PATIENCE_S}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
