@@ -125,6 +125,6 @@ def test_steps_of_a_directory_ignore_what_is_unfinished(tmp_path):
     checkpoint.save(tmp_path, 3, np.arange(2))
     assert checkpoint.steps(tmp_path) == [3]
     assert not (tmp_path / "step_3.orbax-checkpoint-tmp").exists()
-    with pytest.raises(checkpoint.CheckpointError, match="none of this library's checkpoints"):
+    with pytest.raises(checkpoint.CheckpointError, match="was not written by mpembed_jax"):
         checkpoint.save(tmp_path, 4, np.arange(2))
     assert (tmp_path / "step_4").exists()
