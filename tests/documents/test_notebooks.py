@@ -61,6 +61,7 @@ def number(pattern, text):
     return float(re.search(pattern, text)[1].replace(",", ""))
 
 
+@pytest.mark.slow
 def test_the_quickstart_finds_items_in_less_time_and_memory():
     printed = run("quickstart")
     assert "figures: 1" in printed
@@ -78,6 +79,7 @@ def criteo_line(rng):
     return "\t".join([str(rng.integers(2)), *integers, *categories])
 
 
+@pytest.mark.slow
 def test_the_dlrm_notebook_compares_runs_and_reads_a_train_txt(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "train.txt").write_text("".join(criteo_line(rng) + "\n" for _ in range(2800)))
@@ -93,6 +95,7 @@ def test_the_dlrm_notebook_compares_runs_and_reads_a_train_txt(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     printed = run("memory")
     assert "figures: 1" in printed

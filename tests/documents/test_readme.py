@@ -17,6 +17,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_python_snippet_runs(tmp_path, capsys):
     code = "\n".join(blocks("python"))
     with jax.numpy_dtype_promotion(

@@ -102,6 +102,7 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POOLS)
 def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
     """With hits, evictions and bypassed rows; padding, ids outside the table and empty bags where sums stay exact."""
@@ -151,6 +152,7 @@ def test_transformations_with_and_without_a_rule(tx):
     same(*results)
 
 
+@pytest.mark.slow
 def test_ids_over_the_budget_and_host_tables():
     ids = ids_for("dense")
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4, max_unique_ids=12)
@@ -192,6 +194,7 @@ def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     assert int(np.sum(results[0].cache.dirty)) == 15
 
 
+@pytest.mark.slow
 def test_a_second_call_changes_nothing_and_is_counted():
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
@@ -220,6 +223,7 @@ def test_a_second_call_changes_nothing_and_is_counted():
         mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
 
 
+@pytest.mark.slow
 def test_a_batch_without_ids_or_bags():
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     for ids, options, grads in (

@@ -18,6 +18,7 @@ MODULES = [bench_gpu, checks, parts, steps, roofline, workload, step, provenance
 TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
+@pytest.mark.slow
 def test_the_kernels_part_and_a_step_run_tiny():
     checked = list(bench_gpu.rows_of("kernels against xla", TINY))
     assert [(row["is_pooled"], row["rule"]) for row in checked] == [

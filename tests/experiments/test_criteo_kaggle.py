@@ -366,6 +366,7 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
 # --- the main job
 
 
+@pytest.mark.slow
 def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
     settings = train_dlrm.Settings(

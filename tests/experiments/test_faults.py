@@ -24,6 +24,7 @@ def standard_promotion():
         yield
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_in_the_same_bits():
     found = run.kill_and_resume(kills=3, steps=50)
     assert found["kills"] == 3
@@ -32,6 +33,7 @@ def test_a_run_killed_three_times_ends_in_the_same_bits():
     assert found["resumed at steps"][-1] > 0  # from a checkpoint, not from the beginning again
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
     found = killed_worker.kill_and_resume(kills=1, steps=20)
     assert found["bits equal"]
@@ -45,6 +47,7 @@ def test_every_array_cut_or_changed_is_refused_by_name(caplog):
     assert found["refusals"] == 4 * (found["files"] - 4)
 
 
+@pytest.mark.slow
 def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     """In a process of its own: orbax leaves unfinished writes behind when one fails, which would be reported elsewhere."""
     command = [

@@ -364,6 +364,7 @@ def finished(tmp_path_factory):
     return settings, before, calls
 
 
+@pytest.mark.slow
 def test_a_killed_grid_continues_where_it_was(finished):
     settings, before, calls = finished
     after = (settings.out / "paper_table.jsonl").read_bytes()

@@ -199,6 +199,7 @@ def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(budget, policy):
     assert_same_state(state, expected)
 
 
+@pytest.mark.slow
 def test_float_sums_in_a_fixed_order_have_the_same_bits_on_any_number_of_devices():
     """Eight summation blocks; gradients are not dyadic. Without blocks the sums differ, within rounding."""
     spec, (ids, _) = spec_of(None, "float32"), stream()  # sums are made before any cache is asked
@@ -221,6 +222,7 @@ def test_float_sums_in_a_fixed_order_have_the_same_bits_on_any_number_of_devices
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=STEPS * 0.25 * BATCH * 2**-24 * BATCH)
 
 
+@pytest.mark.slow
 def test_whole_tables_per_shard_train_the_same_float32_rows():
     """Their cache sets are others, so only what a float32 stack guarantees: the rows."""
     spec = spec_of("lfu", "float32")
@@ -241,6 +243,7 @@ def assert_same_rows(state, tables):
         np.testing.assert_array_equal(rows, tables[name])
 
 
+@pytest.mark.slow
 def test_initial_rows_are_those_of_one_device():
     """Uniform ones and those of an initializer function, rows by MOD and whole tables."""
     tables = [
@@ -271,6 +274,7 @@ def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
 # --- the verbs beside training
 
 
+@pytest.mark.slow
 def test_read_flush_freeze_and_dense_tables_of_a_sharded_state():
     spec = spec_of("lfu")
     expected, _, _ = on_one_device(spec)

@@ -79,6 +79,7 @@ def one_device():
     return gradients(step_of("train_step"))
 
 
+@pytest.mark.slow
 def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_recipes_do_not(
     one_device,
 ):

@@ -81,6 +81,7 @@ def trained(mesh):
     return model, losses, np.asarray(model(batch(9)[0]))
 
 
+@pytest.mark.slow
 def test_modules_over_a_mesh_train_as_on_one_device(one_device):
     """Gradients with exact sums: every row in every bit, evaluation too."""
     model, losses, vectors = trained(mesh_of(4))
@@ -134,6 +135,7 @@ def linen_trained(mesh):
     return states, losses, np.asarray(model.apply(state.variables, batch(9)[0]))
 
 
+@pytest.mark.slow
 def test_linen_modules_over_a_mesh_train_as_on_one_device():
     """As above: every row in every bit, evaluation too."""
     states, losses, vectors = linen_trained(mesh_of(4))

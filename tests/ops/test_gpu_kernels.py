@@ -292,6 +292,7 @@ UPDATES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "dim", "row_state_dtype"), UPDATES)
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(
     storage, dim, row_state_dtype
@@ -343,6 +344,7 @@ def test_row_wise_adagrad_within_its_rounding_errors(dim):
     assert before.shape == (61, dim)
 
 
+@pytest.mark.slow
 def test_skipped_and_refused_updates_change_nothing():
     """A row with a gradient that is not finite, and a plan that was applied before."""
     spec = mpembed.EmbeddingSpec(
