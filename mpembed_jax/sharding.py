@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mpembed_jax.cache import residency
-from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.embedding import evaluation
 from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
@@ -71,17 +71,21 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
         state = evaluation.flush(state)
 
     def by_row(rows: jax.Array) -> jax.Array:
-        rows = rows if old is None else old.in_order(rows)
-        return rows if new is None else new.by_shard(rows)
+        rows = rows if old is None else order.rows_by_id(old, rows)
+        return rows if new is None else order.rows_by_shard(new, rows)
 
     cache = state.cache
     if cache is not None:
         geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
         if is_other:
             cache = residency.init(geometry, cache.policy, state.spec.embedding_dim)
-        elif old is not None:
-            cache = _in_order(cache, old.shards)
-        cache = cache if new is None else _by_shard(cache, new.shards)
+        fields = {name: getattr(cache, name) for name in order.CACHE_FIELDS}
+        if old is not None and not is_other:
+            fields = order.cache_by_id(old, fields)
+        if new is not None:
+            fields = order.cache_by_shard(new, fields)
+        groups = (geometry if new is None else new.share(geometry)).groups
+        cache = dataclasses.replace(cache, **fields, groups=groups)
     moved = dataclasses.replace(
         state,
         table=dataclasses.replace(state.table, rows=by_row(state.table.rows)),
@@ -90,55 +94,6 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
         layout=new,
     )
     return dataclasses.replace(moved, fingerprint=jnp.asarray(moved.expected_fingerprint))
-
-
-def _in_order(cache: CacheState, shards: int) -> CacheState:
-    """Merges the caches of `shards` shards into the cache of one device."""
-    sets = cache.geometry.sets
-
-    def by_set(array: jax.Array) -> jax.Array:
-        split = array.reshape(shards, sets // shards, -1, *array.shape[1:])
-        return jnp.swapaxes(split, 0, 1).reshape(array.shape)
-
-    shard = jnp.repeat(jnp.arange(shards, dtype=jnp.int32), sets // shards)[:, None]
-    tags = jnp.where(cache.tags == NO_ID, NO_ID, cache.tags * shards + shard)
-    sketch = cache.sketch
-    if sketch is not None:
-        split = sketch.reshape(sketch.shape[0], shards, -1, sketch.shape[2])
-        sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
-    return dataclasses.replace(
-        cache,
-        tags=by_set(tags),
-        priority=by_set(cache.priority),
-        dirty=by_set(cache.dirty),
-        rows=by_set(cache.rows),
-        sketch=sketch,
-        groups=cache.groups * shards,
-    )
-
-
-def _by_shard(cache: CacheState, shards: int) -> CacheState:
-    """Splits the cache of one device into the caches of `shards` shards, one after another."""
-    sets = cache.geometry.sets
-
-    def by_set(array: jax.Array) -> jax.Array:
-        split = array.reshape(sets // shards, shards, -1, *array.shape[1:])
-        return jnp.swapaxes(split, 0, 1).reshape(array.shape)
-
-    tags = jnp.where(cache.tags == NO_ID, NO_ID, cache.tags // shards)
-    sketch = cache.sketch
-    if sketch is not None:
-        split = sketch.reshape(sketch.shape[0], -1, shards, sketch.shape[2])
-        sketch = jnp.swapaxes(split, 1, 2).reshape(sketch.shape)
-    return dataclasses.replace(
-        cache,
-        tags=by_set(tags),
-        priority=by_set(cache.priority),
-        dirty=by_set(cache.dirty),
-        rows=by_set(cache.rows),
-        sketch=sketch,
-        groups=cache.groups // shards,
-    )
 
 
 def plan(

@@ -65,13 +65,11 @@ def encode_rows(
         return encode(rows, fmt, _bits_for(fmt, key, stream, step, ids, dim))
     scale, bias = row_parameters(rows, fmt)
 
-    def make_codes(_: jax.Array, codes: jax.Array) -> jax.Array:
+    def make_codes(_: jax.Array) -> jax.Array:
         return quantize(rows, scale, bias, fmt, _bits_for(fmt, key, stream, step, ids, dim))
 
-    start = carries.with_final_types(
-        lambda codes: make_codes(jnp.int32(0), codes), jnp.zeros(rows.shape, jnp.uint32)
-    )
-    return pack(lax.fori_loop(0, once, make_codes, start), scale, bias, fmt)
+    codes = carries.at_most_once(make_codes, once, jnp.zeros(rows.shape, jnp.uint32))
+    return pack(codes, scale, bias, fmt)
 
 
 def _bits_for(

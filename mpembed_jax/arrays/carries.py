@@ -41,6 +41,22 @@ def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
         ]
 
 
+def at_most_once(body: Callable[[Carry], Carry], count: jax.Array, carry: Carry) -> Carry:
+    """Returns body(carry) if `count` is 1, and carry if it is 0, through a loop of one iteration.
+
+    XLA fuses nothing outside a loop into its body. The body's multiplications and additions
+    therefore contract in the same way in every program, and XLA:CPU does not fuse what follows
+    with it.
+
+    Args:
+      body: one call.
+      count: int32 scalar, 0 or 1, whose value the compiler cannot see.
+      carry: any pytree.
+    """
+    start = with_final_types(body, carry)
+    return lax.fori_loop(0, count, lambda _, carry: body(carry), start)
+
+
 def _axes(value: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     held = value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
     kind = held.manual_axis_type

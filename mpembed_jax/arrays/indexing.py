@@ -74,36 +74,6 @@ def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Arr
     )
 
 
-def take_or_zeros(array: jax.Array, index: jax.Array, zero: jax.Array) -> jax.Array:
-    """Returns rows array[index], with zeros for indices outside; fast for rows in cold memory.
-
-    XLA:CPU unrolls the copy of a row of fewer than about 80 words into scalar moves. The moves fill
-    the processor's store queue, so that the cache misses of successive rows do not overlap. At 64
-    words, the gather takes four times as long. A few operations with a zero whose value the
-    compiler cannot see keep the loop over the row, which is then vectorized.
-
-    Args:
-      array: float32 or uint32 [n, m].
-      index: int32 [k], row numbers.
-      zero: uint32 scalar with value 0, computed from data.
-
-    Returns:
-      [k, m] of the array's dtype.
-    """
-    words = array.shape[1]
-    is_unrolled = 24 <= words < 80
-    if not is_unrolled and not is_on_host(array):
-        return take(array, index, 0)
-    rows = lax.bitcast_convert_type(take(array, index), jnp.uint32)
-    # XLA unrolls up to 300 instructions, and the copy of a word has four.
-    num_turns = max(1, -(-300 // words) - 4) if is_unrolled else 0
-    for turn in range(num_turns):
-        rows = rows + zero if turn % 2 else rows ^ zero
-    is_inside = (index >= 0) & (index < array.shape[0])
-    rows = jnp.where(is_inside[:, None], rows, jnp.uint32(0))
-    return lax.bitcast_convert_type(rows, array.dtype)
-
-
 def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `array` [n, ..] with rows [first, first + k) replaced by values [k, ..].
 

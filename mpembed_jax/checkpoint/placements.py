@@ -1,16 +1,13 @@
-"""Reordering of host arrays between the order of global ids and the order of shards.
-
-A stack divided by MOD over P shards holds its arrays shard after shard. Row r is row r div P of
-shard r mod P. Set s is set s div P of shard s mod P, and groups of the sketch are divided in the
-same way. Tags are rows of their own shard. Whole tables per shard lie as `Layout.table_slices`
-says. Their cache sets differ from one device's, so a cache is kept only if the placement stays the
-same.
+"""The division of saved arrays over shards, and their reordering for another division.
 
 A checkpoint holds the arrays as they are in memory and records the placement. When it is restored
-onto another placement, the arrays are first brought into the order of one device.
+onto another placement, the arrays are first brought into the order of one device (see
+`mesh.order`). The cache sets of whole tables differ from one device's, so such a cache is kept only
+if the placement stays the same.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from mpembed_jax.checkpoint import leaves
 from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.spec import EmbeddingSpec, offsets
+from mpembed_jax.spec import EmbeddingSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +99,6 @@ def _is_kept_by_spec(inner: str, leaf: Any) -> bool:
     return inner.startswith("table.rows") or (inner.startswith("row_state") and leaf.ndim > 1)
 
 
-def _shares(array: np.ndarray, shards: int, axis: int = 0) -> np.ndarray:
-    """Reorders an axis from the order of shards to the order of one device."""
-    split = array.reshape(*array.shape[:axis], shards, -1, *array.shape[axis + 1 :])
-    return np.swapaxes(split, axis, axis + 1).reshape(array.shape)
-
-
-def _merged(array: np.ndarray, shards: int, axis: int = 0) -> np.ndarray:
-    """Reorders an axis from the order of one device to the order of shards."""
-    return _shares(array, array.shape[axis] // shards, axis)
-
-
 def _is_by_row(name: str, array: np.ndarray) -> bool:
     return name.startswith(("table.rows", "row_state")) and array.ndim > 0
 
@@ -131,30 +117,7 @@ def by_id(
       {inner name: array}. Arrays by row are [V, ..], and tags are global ids. The cache sets of
       whole tables stay in their order.
     """
-    shards = division.shards
-    if shards == 1:
-        return arrays
-    result = dict(arrays)
-    layout = _layout(division, spec)
-    for name, array in arrays.items():
-        if _is_by_row(name, array):
-            if layout is None:
-                result[name] = _shares(array, shards)[: spec.num_rows]
-            else:
-                result[name] = np.concatenate(
-                    [array[first : first + size] for first, size in layout.table_slices()]
-                )
-        elif name == "cache.tags":
-            shard = np.repeat(np.arange(shards, dtype=np.int32), len(array) // shards)[:, None]
-            if layout is None:
-                result[name] = _shares(
-                    np.where(array == NO_ID, NO_ID, array * shards + shard), shards
-                )
-            else:
-                result[name] = _shifted(array, shard * layout.num_rows, layout, inverse=True)
-        elif layout is None and name.startswith("cache."):
-            result[name] = _of_sets(_shares, name, array, arrays, shards)
-    return result
+    return _reordered(arrays, division, spec, order.rows_by_id, order.cache_by_id)
 
 
 def by_shard(
@@ -170,66 +133,24 @@ def by_shard(
     Returns:
       {inner name: array}. Arrays by row are [P * rows of a shard, ..].
     """
-    shards = division.shards
-    if shards == 1:
+    return _reordered(arrays, division, spec, order.rows_by_shard, order.cache_by_shard)
+
+
+def _reordered(
+    arrays: dict[str, np.ndarray],
+    division: Division,
+    spec: EmbeddingSpec,
+    reorder_rows: Callable,
+    reorder_cache: Callable,
+) -> dict[str, np.ndarray]:
+    if division.shards == 1:
         return arrays
-    result = dict(arrays)
-    layout = _layout(division, spec)
-    for name, array in arrays.items():
-        if _is_by_row(name, array):
-            if layout is None:
-                padded = np.pad(array, [(0, -len(array) % shards), *[(0, 0)] * (array.ndim - 1)])
-                result[name] = _merged(padded, shards)
-                continue
-            held = np.zeros((shards * layout.num_rows, *array.shape[1:]), array.dtype)
-            for start, (first, size) in zip(
-                offsets(spec.tables), layout.table_slices(), strict=False
-            ):
-                held[first : first + size] = array[start : start + size]
-            result[name] = held
-        elif name == "cache.tags":
-            if layout is None:
-                result[name] = _merged(np.where(array == NO_ID, NO_ID, array // shards), shards)
-            else:
-                shard = np.repeat(np.arange(shards, dtype=np.int32), len(array) // shards)[:, None]
-                result[name] = _shifted(array, shard * layout.num_rows, layout, inverse=False)
-        elif layout is None and name.startswith("cache."):
-            result[name] = _of_sets(_merged, name, array, arrays, shards)
-    return result
-
-
-def _layout(division: Division, spec: EmbeddingSpec) -> Layout | None:
-    """Returns the layout of whole tables, or None for MOD."""
-    if division.table_shards is None:
-        return None
-    return Layout.bare(
-        spec, Placement("tables", table_shards=division.table_shards), division.shards
-    )
-
-
-def _of_sets(
-    reorder: Any, name: str, array: np.ndarray, arrays: dict[str, np.ndarray], shards: int
-) -> np.ndarray:
-    """Reorders an array of the cache by group, by line or by set."""
-    if name == "cache.sketch":
-        return reorder(array, shards, 1)
-    if name == "cache.rows":
-        return reorder(array.reshape(len(arrays["cache.tags"]), -1), shards).reshape(array.shape)
-    return reorder(array, shards)
-
-
-def _shifted(
-    tags: np.ndarray, first_row: np.ndarray, layout: Layout, *, inverse: bool
-) -> np.ndarray:
-    """Converts tags of whole tables from global ids to local rows, or back if `inverse`."""
-    result = np.full_like(tags, NO_ID)
-    for start, (first, size) in zip(
-        offsets(layout.spec.tables), layout.table_slices(), strict=False
-    ):
-        # The table's first row on the shard of this set, if the shard holds the table.
-        local = first - first_row
-        begin, move = (local, int(start) - local) if inverse else (int(start), local - int(start))
-        is_on_shard = (local >= 0) & (local < layout.num_rows)
-        is_in = is_on_shard & (tags >= begin) & (tags < begin + size)
-        result = np.where(is_in, tags + move, result)
-    return result.astype(tags.dtype)
+    tables = division.table_shards
+    placement = Placement() if tables is None else Placement("tables", table_shards=tables)
+    layout = Layout.bare(spec, placement, division.shards)
+    rows = {n: reorder_rows(layout, a) for n, a in arrays.items() if _is_by_row(n, a)}
+    prefix = "cache."
+    cache = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    if cache:
+        cache = reorder_cache(layout, cache)
+    return arrays | rows | {prefix + name: array for name, array in cache.items()}

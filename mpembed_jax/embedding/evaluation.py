@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
-from mpembed_jax.mesh import exchange, requests
+from mpembed_jax.mesh import exchange, order, requests
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, read_rows
 
@@ -84,4 +84,8 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 def freeze(state: EmbeddingState) -> QuantizedTable:
     """Returns the flushed rows of `state` as a table that `read` takes without a cache, in the order of global ids."""
     table, layout = flush(state).table, state.layout
-    return table if layout is None else dataclasses.replace(table, rows=layout.in_order(table.rows))
+    return (
+        table
+        if layout is None
+        else dataclasses.replace(table, rows=order.rows_by_id(layout, table.rows))
+    )

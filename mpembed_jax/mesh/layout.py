@@ -284,31 +284,6 @@ class Layout:
             )
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
-    def in_order(self, rows: jax.Array) -> jax.Array:
-        """Reorders rows [P * num_rows, ..] of all shards to the order of global ids [V, ..]."""
-        if self.table_shards is None:
-            shards = rows.reshape(self.shards, self.num_rows, *rows.shape[1:])
-            return jnp.swapaxes(shards, 0, 1).reshape(rows.shape)[: self.spec.num_rows]
-        return jnp.concatenate([rows[a : a + n] for a, n in self.table_slices()])
-
-    def by_shard(self, rows: jax.Array) -> jax.Array:
-        """Reorders rows by global id [V, ..] to the order of the shards [P * num_rows, ..].
-
-        Padding rows are zero.
-        """
-        total = self.shards * self.num_rows
-        if self.table_shards is None:
-            padded = jnp.pad(rows, [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)])
-            return jnp.swapaxes(
-                padded.reshape(self.num_rows, self.shards, *rows.shape[1:]), 0, 1
-            ).reshape(padded.shape)
-        held = jnp.zeros((total, *rows.shape[1:]), rows.dtype)
-        for start, (first, size) in zip(
-            offsets(self.spec.tables), self.table_slices(), strict=False
-        ):
-            held = held.at[first : first + size].set(rows[int(start) : int(start) + size])
-        return held
-
     def table_slices(self) -> list[tuple[int, int]]:
         """Returns the start of each table in the shards' arrays and its number of rows.
 

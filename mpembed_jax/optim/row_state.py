@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits, rounding
@@ -225,10 +224,7 @@ def update_rows(
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
 
-    # The loop runs once (not at all for a refused update), and its trip count is known only on the
-    # device. XLA therefore fuses nothing outside the loop into its body. Multiplications and
-    # additions then contract in the same way in every program, with any cache or none.
-    def update(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def update(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
         updates, new_state = tx.update(row_grads, old_state, rows)
         new_state = jax.tree.map(
@@ -236,8 +232,9 @@ def update_rows(
         )
         return rows + updates.astype(jnp.float32), new_state
 
-    start = carries.with_final_types(lambda carry: update(jnp.int32(0), carry), (rows, gathered))
-    new_rows, new_state = lax.fori_loop(0, is_applied.astype(jnp.int32), update, start)
+    new_rows, new_state = carries.at_most_once(
+        update, is_applied.astype(jnp.int32), (rows, gathered)
+    )
 
     def scatter(index: int, array: jax.Array, leaf: RowLeaf, value: jax.Array) -> jax.Array:
         if not leaf.is_row:

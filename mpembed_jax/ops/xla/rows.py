@@ -7,7 +7,6 @@ XLA copies the whole table to keep the old one alive.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,23 +97,15 @@ def lookup(
     table, cache_rows, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
-    if gather is None:
-        zero = jnp.minimum(num_ids, 0).astype(
-            jnp.uint32
-        )  # counts are not negative, which the compiler cannot know
-        gather = (
-            partial(indexing.take_or_zeros, zero=zero) if chunk else partial(indexing.take, fill=0)
-        )
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
-        out = gather(cache_rows, line)
+        out = indexing.take(cache_rows, line, 0) if gather is None else gather(cache_rows, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
         here = _wanted(window, ids, table.rows)
-        is_wide = chunk and table.rows.dtype == jnp.uint32
-        packed = gather(table.rows, here) if is_wide else indexing.take(table.rows, here)
-        packed = lax.optimization_barrier(packed)
+        take = gather if gather and table.rows.dtype == jnp.uint32 else indexing.take
+        packed = lax.optimization_barrier(take(table.rows, here))
         return window.put(out, decode(packed, table.format, table.embedding_dim))
 
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)

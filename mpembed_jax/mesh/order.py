@@ -1,0 +1,137 @@
+"""Reordering of a stack's arrays between the order of global ids and the order of shards.
+
+A stack divided by MOD over P shards holds its arrays shard after shard. Row r is row r div P of
+shard r mod P. Cache set s is set s div P of shard s mod P, and the groups of the sketch are divided
+in the same way. Tags are rows of their own shard. Whole tables per shard lie as
+`Layout.table_slices` says. Their cache sets hold other rows than the sets of one device, so only
+their tags are renumbered.
+
+The functions take NumPy arrays (checkpoints) or jax arrays (`sharding.relayout`), and return the
+same kind.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import offsets
+
+Array = Any  # np.ndarray or jax.Array
+
+CACHE_FIELDS = ("tags", "priority", "dirty", "rows", "sketch")  # the arrays of a CacheState
+
+
+def rows_by_id(layout: Layout, rows: Array) -> Array:
+    """Reorders rows [P * num_rows, ..] of all shards to the order of global ids [V, ..]."""
+    if layout.table_shards is None:
+        return _transposed(rows, layout.shards, 0)[: layout.spec.num_rows]
+    parts = [rows[first : first + size] for first, size in layout.table_slices()]
+    return _library(rows).concatenate(parts)
+
+
+def rows_by_shard(layout: Layout, rows: Array) -> Array:
+    """Reorders rows [V, ..] to the order of the shards [P * num_rows, ..]; padding is zero."""
+    library = _library(rows)
+    total = layout.shards * layout.num_rows
+    if layout.table_shards is None:
+        widths = [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)]
+        return _transposed(library.pad(rows, widths), layout.num_rows, 0)
+    starts = offsets(layout.spec.tables)
+    # Shards are padded to the longest, so the parts between tables are zero.
+    parts, end = [], 0
+    for start, (first, size) in sorted(
+        zip(starts, layout.table_slices(), strict=False), key=lambda pair: pair[1]
+    ):
+        parts.append(library.zeros((first - end, *rows.shape[1:]), rows.dtype))
+        parts.append(rows[int(start) : int(start) + size])
+        end = first + size
+    parts.append(library.zeros((total - end, *rows.shape[1:]), rows.dtype))
+    return library.concatenate(parts)
+
+
+def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
+    """Merges the caches of all shards into the cache of one device.
+
+    Args:
+      layout: of the stack.
+      cache: {field of CacheState: array}. Tags must be among them.
+
+    Returns:
+      The same fields. Tags are global ids.
+    """
+    tags = cache["tags"]
+    shard = _shard_of_sets(layout, tags)
+    if layout.table_shards is not None:
+        return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=True)}
+    global_tags = _library(tags).where(tags == NO_ID, NO_ID, tags * layout.shards + shard)
+    cache = cache | {"tags": global_tags}
+    return {name: _sets(name, array, layout.shards, tags.shape[0]) for name, array in cache.items()}
+
+
+def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
+    """Splits the cache of one device into the caches of all shards, one after another.
+
+    Arguments and result are as in `cache_by_id`; tags become local rows.
+    """
+    tags = cache["tags"]
+    if layout.table_shards is not None:
+        shard = _shard_of_sets(layout, tags)
+        return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=False)}
+    local_tags = _library(tags).where(tags == NO_ID, NO_ID, tags // layout.shards)
+    cache = cache | {"tags": local_tags}
+    return {
+        name: _sets(name, array, -layout.shards, tags.shape[0]) for name, array in cache.items()
+    }
+
+
+def _library(array: Array) -> Any:
+    return np if isinstance(array, np.ndarray) else jnp
+
+
+def _transposed(array: Array, count: int, axis: int) -> Array:
+    """Reads an axis as a matrix [count, n / count] and reorders it to the matrix's transpose."""
+    if not array.shape[axis]:
+        return array
+    matrix = array.reshape(*array.shape[:axis], count, -1, *array.shape[axis + 1 :])
+    return matrix.swapaxes(axis, axis + 1).reshape(array.shape)
+
+
+def _sets(name: str, array: Array, shards: int, num_sets: int) -> Array:
+    """Reorders a field of a cache by set, by line or by group.
+
+    The shards are merged if `shards` is positive, and made if it is negative.
+    """
+    if array is None or not array.ndim:
+        return array
+    axis = 1 if name == "sketch" else 0
+    lined = array.reshape(num_sets, -1) if name == "rows" else array
+    count = shards if shards > 0 else lined.shape[axis] // -shards
+    return _transposed(lined, count, axis).reshape(array.shape)
+
+
+def _shard_of_sets(layout: Layout, tags: Array) -> Array:
+    """Returns the shard (int32 [S, 1]) of each set of tags [S, W] in the order of shards."""
+    library = _library(tags)
+    shards = library.arange(layout.shards, dtype=np.int32)
+    return library.repeat(shards, tags.shape[0] // layout.shards)[:, None]
+
+
+def _renumbered(layout: Layout, tags: Array, shard: Array, *, is_to_ids: bool) -> Array:
+    """Converts tags of whole tables from local rows to global ids, or from ids to local rows."""
+    library = _library(tags)
+    result = library.full_like(tags, NO_ID)
+    first_row = shard * layout.num_rows
+    for start, (first, size) in zip(
+        offsets(layout.spec.tables), layout.table_slices(), strict=False
+    ):
+        # The table's first row on the shard of this set, if the shard holds the table.
+        local = first - first_row
+        begin = local if is_to_ids else int(start)
+        move = int(start) - local if is_to_ids else local - int(start)
+        is_on_shard = (local >= 0) & (local < layout.num_rows)
+        is_in = is_on_shard & (tags >= begin) & (tags < begin + size)
+        result = library.where(is_in, tags + move, result)
+    return result.astype(tags.dtype)
