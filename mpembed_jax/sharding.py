@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mpembed_jax.arrays import huge_pages
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import evaluation
 from mpembed_jax.embedding.state import EmbeddingState, partition_specs
@@ -56,10 +57,10 @@ def relayout(
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         # One program runs on one set of devices. A program over the old mesh therefore gathers the
         # arrays before they are copied to one device.
-        return jax.device_put(_moved(state, new), here)
+        return huge_pages.place(jax.device_put(_moved(state, new), here))
     abstract = jax.eval_shape(partial(_moved, new=new), state)
     shardings = jax.tree.map(partial(NamedSharding, mesh), partition_specs(abstract))
-    return jax.device_put(_moved(state, new), shardings)
+    return huge_pages.place(jax.device_put(_moved(state, new), shardings))
 
 
 @partial(jax.jit, static_argnames="new")

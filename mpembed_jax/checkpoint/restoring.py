@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mpembed_jax.arrays import indexing
+from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.checkpoint import (
     convert,
     digests,
@@ -94,7 +94,8 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
                 name = member.names[inner_name]
                 values[name] = leaves.finish(named[name], {}, places[name].put(array))
-    return jax.tree.unflatten(jax.tree.structure(target), [values[name] for name in named])
+    leaves_ = [values[name] for name in named]
+    return huge_pages.place(jax.tree.unflatten(jax.tree.structure(target), leaves_))
 
 
 # --- choice of the checkpoint

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops
-from mpembed_jax.arrays import indexing
+from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.embedding.counters import COUNTERS
@@ -165,17 +165,16 @@ def make(
         return assemble(key, spec, tx, implementation, table_of(key, shard), layout)
 
     if layout is None:
-        return jax.jit(build)(key)
+        return huge_pages.place(jax.jit(build)(key))
     if layout.mesh is None:
         return build(key)
     # A host value is the same on every process; an array is one device's.
     words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
-    return jax.jit(
-        jax.shard_map(
-            build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False
-        )
-    )(words)
+    per_device = jax.shard_map(
+        build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False
+    )
+    return huge_pages.place(jax.jit(per_device)(words))
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:

@@ -12,6 +12,7 @@ version of the interface it speaks, and answers with the one it was asked in.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from mpembed_jax.ops.cpu import machine_code
+
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 _SCHEDULE = 17  # place of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
 _LINE = 16  # words of 32 bits in a cache line
 _handlers: dict[str, Any] = {}  # compiled code must live as long as the process
+_lock = threading.Lock()
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
 _yield = types.ExternalFunction("sched_yield", types.int32())
@@ -43,6 +47,34 @@ def _pointer(context, address):
         return builder.inttoptr(arguments[0], target.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def _address_of(context, function):
+    """Returns the address of a C function that calls a compiled function of int64 arguments.
+
+    The C function is part of the code that asks for it, so the code may be kept on disk.
+    """
+    made = function.dispatcher
+    count = len(made.py_func.__code__.co_varnames[: made.py_func.__code__.co_argcount])
+
+    def codegen(target, builder, signature, arguments):
+        kinds = (types.int64,) * count
+        compiled_ = made.get_compile_result(types.void(*kinds))
+        target.active_code_library.add_linking_library(compiled_.library)
+        word, name = ir.IntType(64), f"c.{compiled_.fndesc.mangled_name}"
+        outer = builder.module.globals.get(name)
+        if outer is None:
+            kind = ir.FunctionType(ir.VoidType(), [word] * count)
+            outer = ir.Function(builder.module, kind, name)
+            outer.linkage = "internal"
+            inside = ir.IRBuilder(outer.append_basic_block())
+            callee = target.declare_function(builder.module, compiled_.fndesc)
+            target.call_conv.call_function(inside, callee, types.void, kinds, outer.args)
+            inside.ret_void()
+        return builder.ptrtoint(outer, word)
+
+    return types.int64(function), codegen
 
 
 @intrinsic
@@ -192,15 +224,12 @@ def _release(block):
         _free(block)
 
 
-@numba.cfunc(types.void(types.int64))
+@compiled
 def _task(block):
     if _add(block, 1) == 0:
         _call_half(_word(block, 4), _word(block, 3), 1)
         _add(block + 8, 1)
     _release(block)
-
-
-_task_address = _task.address
 
 
 @compiled
@@ -210,7 +239,13 @@ def _run_halves(frame, half):
     block = _malloc(80)
     words = numba.carray(_pointer(block), 10, np.int64)
     words[0], words[1], words[2], words[3], words[4] = 0, 0, 2, frame, half
-    words[5], words[6], words[7], words[8], words[9] = 40, 0, _word(frame, 3), _task_address, block
+    words[5], words[6], words[7], words[8], words[9] = (
+        40,
+        0,
+        _word(frame, 3),
+        _address_of(_task),
+        block,
+    )
     is_refused = _call(_word(_word(frame, 2), _SCHEDULE), block + 40) != 0
     _call_half(half, frame, 0)
     if _add(block, 1) == 0:
@@ -233,15 +268,11 @@ def halves(half: Callable[[int, int], None]) -> Callable:
       half: a Python function that numba compiles here; it must not raise, and its two parts must not write what the other
         one touches.
     """
-    part = numba.cfunc(types.void(types.int64, types.int64))(
-        half
-    )  # compiled once, and called by its address
-    address = part.address
-    _handlers[f"half {address}"] = part
+    part = compiled(half)
 
     @compiled
     def run(frame):
-        _run_halves(frame, address)
+        _run_halves(frame, _address_of(part))
 
     return run
 
@@ -253,23 +284,26 @@ def register(name: str, body: Callable[[int], None]) -> None:
       name: of the target, for `jax.ffi.ffi_call`.
       body: reads and writes the buffers of its frame; it must not raise.
     """
-    if name in _handlers:
-        return
-    whole = numba.cfunc(types.void(types.int64))(getattr(body, "py_func", body))
-    address = whole.address
+    with _lock:  # two threads may trace a step for the first time at the same moment
+        if name not in _handlers:
+            _handlers[name] = _register(name, body)
 
-    @numba.cfunc(types.int64(types.int64))
+
+def _register(name: str, body: Callable[[int], None]) -> Any:
+    """Registers a target and returns what owns its code."""
+    run = compiled(getattr(body, "py_func", body))
+
     def handler(frame):
         if not _is_query(frame):
-            _call(address, frame)
+            run(frame)
         return 0  # no error
 
+    code, address = machine_code.load(name, handler, types.int64(types.int64))
     make_capsule = ctypes.pythonapi.PyCapsule_New
     make_capsule.restype, make_capsule.argtypes = (
         ctypes.py_object,
         [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
     )
-    jax.ffi.register_ffi_target(
-        name, make_capsule(handler.address, b"xla._CUSTOM_CALL_TARGET", None), platform="cpu"
-    )
-    _handlers[name] = (handler, whole)
+    capsule = make_capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
+    jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return code

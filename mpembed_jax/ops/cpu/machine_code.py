@@ -1,0 +1,123 @@
+"""Machine code of foreign functions: compiled by numba once, and kept on disk for later processes.
+
+Compilation takes seconds, loading takes milliseconds. A file is named after the function and a
+digest of everything that its code depends on: the sources of this folder, the versions of numba,
+llvmlite, jaxlib and Python, and the processor with its features. A file that is missing, broken or
+not ours is compiled anew. Where no folder can be written, every process compiles for itself.
+
+The environment variable MPEMBED_JAX_CACHE_DIR names the folder. If it is set but empty, nothing is
+kept. By default it is `mpembed_jax` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
+
+_LOG = logging.getLogger("mpembed_jax")
+_MAGIC = b"mpembed_jax machine code 1\n"
+
+
+def load(name: str, function: Callable, signature: Any) -> tuple[Any, int]:
+    """Returns the compiled form of a function and its address.
+
+    Args:
+      name: of the file. Functions of different code need different names.
+      function: a Python function that numba can compile as a C callback.
+      signature: numba's.
+
+    Returns:
+      An object that owns the code, and the address (valid while the object lives).
+    """
+    path = _path(name)
+    found = None if path is None else _read(path)
+    if found is not None:
+        return found
+    made: Any = numba.cfunc(signature)(function)
+    if path is not None:
+        _write(path, made)
+    return made, made.address
+
+
+def _folder() -> pathlib.Path | None:
+    chosen = os.environ.get("MPEMBED_JAX_CACHE_DIR")
+    if chosen is not None:
+        return pathlib.Path(chosen) if chosen else None
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # no home folder
+        return None
+    return pathlib.Path(base) / "mpembed_jax"
+
+
+@functools.cache
+def _digest() -> str:
+    """Hashes what the machine code of this folder's functions depends on."""
+    parts = [numba.__version__, llvmlite.__version__, importlib.metadata.version("jaxlib")]
+    parts += [platform.python_version(), *map(str, _codegen().magic_tuple())]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _codegen() -> Any:
+    return cpu_target.target_context.codegen()
+
+
+def _path(name: str) -> pathlib.Path | None:
+    folder = _folder()
+    return None if folder is None else folder / f"{name}-{_digest()}.bin"
+
+
+def _read(path: pathlib.Path) -> tuple[Any, int] | None:
+    """Loads a file; None if it is missing, broken or owned by another user."""
+    try:
+        with path.open("rb") as file:
+            if hasattr(os, "getuid") and os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            whole = file.read()
+    except OSError:
+        return None
+    start = len(_MAGIC)
+    rest = whole[start + 32 :]
+    if whole[:start] != _MAGIC or whole[start : start + 32] != hashlib.sha256(rest).digest():
+        _LOG.debug("%s is no machine code of this library; compiling", path)
+        return None
+    header, _, body = rest.partition(b"\n")
+    entry = json.loads(header)
+    rtsys.initialize(cpu_target.target_context)  # what allocates numba's arrays
+    code, shared = body[: entry["size"]], body[entry["size"] :]
+    library = _codegen().unserialize_library((entry["library"], "object", (code, shared)))
+    return library, library.get_pointer_to_function(entry["symbol"])
+
+
+def _write(path: pathlib.Path, made: Any) -> None:
+    """Stores compiled code: a complete file or none."""
+    library, _, (code, shared) = made._library.serialize_using_object_code()
+    entry = {"library": library, "symbol": made._wrapper_name, "size": len(code)}
+    rest = json.dumps(entry).encode() + b"\n" + code + shared
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + hashlib.sha256(rest).digest() + rest)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        _LOG.debug("machine code is not kept: %s", error)

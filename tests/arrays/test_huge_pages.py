@@ -1,0 +1,78 @@
+"""Large arrays of a CPU on huge pages, and the values that they keep."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpembed_jax as mpembed
+from mpembed_jax import EmbeddingSpec, TableSpec, checkpoint, optim
+from mpembed_jax.arrays import huge_pages
+from mpembed_jax.sharding import relayout
+
+NUM_ROWS, DIM = 1 << 20, 16  # 20 MiB of INT8 rows
+TX = optim.rowwise_adagrad(0.1)
+
+
+def bytes_on_huge_pages(array):
+    """Bytes on huge pages of the mapping that holds an array's middle."""
+    address = array.unsafe_buffer_pointer() + array.nbytes // 2
+    is_inside, size = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif is_inside and line.startswith("AnonHugePages:"):
+            size += 1024 * int(line.split()[1])
+    return size
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return EmbeddingSpec([TableSpec("t", NUM_ROWS)], DIM, cache=None)
+
+
+def kernel_collapses():
+    if sys.platform != "linux" or not Path("/proc/self/smaps").exists():
+        return False
+    array = jnp.ones(16 << 20, jnp.uint8)
+    huge_pages.place(array)
+    return bytes_on_huge_pages(array) > 0
+
+
+@pytest.mark.skipif(not kernel_collapses(), reason="this kernel gives no huge pages on request")
+@pytest.mark.parametrize("way", ["init", "from_dense", "restore", "relayout"])
+def test_tables_of_every_new_state_are_on_huge_pages(spec, way, tmp_path):
+    state = mpembed.init(jax.random.key(0), spec, TX)
+    if way == "from_dense":
+        dense = {"t": np.zeros((NUM_ROWS, DIM), np.float32)}
+        state = mpembed.from_dense(jax.random.key(0), spec, TX, dense)
+    elif way == "restore":
+        checkpoint.save(tmp_path, 1, state)
+        state = checkpoint.restore(tmp_path, state)
+    elif way == "relayout":
+        state = relayout(state)
+    assert bytes_on_huge_pages(state.table.rows) > state.table.rows.nbytes // 2
+
+
+def test_it_can_be_turned_off(spec, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huge_pages, "_advise", asked.append)
+    monkeypatch.setenv("MPEMBED_JAX_HUGE_PAGES", "0")
+    mpembed.init(jax.random.key(0), spec, TX)
+    assert not asked
+    monkeypatch.delenv("MPEMBED_JAX_HUGE_PAGES")
+    mpembed.init(jax.random.key(0), spec, TX)
+    assert len(asked) == (1 if sys.platform == "linux" else 0)
+
+
+def test_abstract_and_traced_states_are_left_alone(spec):
+    abstract = jax.eval_shape(lambda key: mpembed.init(key, spec, TX), jax.random.key(0))
+    assert abstract.table.rows.shape[0] == NUM_ROWS
+    jitted = jax.jit(lambda key: mpembed.init(key, spec, TX))(jax.random.key(0))
+    np.testing.assert_array_equal(
+        jitted.table.rows, mpembed.init(jax.random.key(0), spec, TX).table.rows
+    )
