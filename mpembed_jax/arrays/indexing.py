@@ -86,21 +86,32 @@ def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Arra
 
 
 def _scatter(
-    scatter: Callable, array: jax.Array, index: jax.Array, values: jax.Array | int
+    scatter: Callable,
+    array: jax.Array,
+    index: jax.Array,
+    values: jax.Array | int,
+    *,
+    are_distinct: bool = False,
 ) -> jax.Array:
     values = jnp.broadcast_to(jnp.asarray(values, array.dtype), (*index.shape, *array.shape[1:]))
     dimensions = lax.ScatterDimensionNumbers(tuple(range(1, array.ndim + 1)), (), (0,))
     return scatter(
-        array, index[:, None], values[:, None], dimensions, mode=lax.GatherScatterMode.FILL_OR_DROP
+        array,
+        index[:, None],
+        values[:, None],
+        dimensions,
+        unique_indices=are_distinct,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
     )
 
 
 def put(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
     """Returns `array` [n, ..] with rows `index` (int32 [m], distinct) set to values [m, ..].
 
-    The values may also be a scalar.
+    The values may also be a scalar. Only indices inside the array must be distinct. XLA is told so:
+    on a GPU, stores of types narrower than 32 bits would otherwise be compare-and-swap loops.
     """
-    return _scatter(lax.scatter, array, index, values)
+    return _scatter(lax.scatter, array, index, values, are_distinct=True)
 
 
 def add(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:

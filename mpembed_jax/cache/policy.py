@@ -48,7 +48,8 @@ def is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction
     """Whether all LFU estimates are halved in this step: every 30 C / N steps."""
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
-    period = max(1, 30 * cache.geometry.lines // num_positions)
+    # A step number has 31 bits. A longer period (small batches beside a huge cache) never ends.
+    period = min(max(1, 30 * cache.geometry.lines // num_positions), 2**32 - 1)
     return (step != 0) & (
         step.astype(jnp.uint32) % jnp.uint32(period) == 0
     )  # as an unsigned number it passes 2^31

@@ -1,6 +1,7 @@
 """Residency equals a brute-force LRU / LFU model, id by id: lines, victims, bypasses, priorities, sketch and counts."""
 
 import dataclasses
+from fractions import Fraction
 from functools import cache, partial
 
 import jax
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
-from mpembed_jax.cache import residency
+from mpembed_jax.cache import policy, residency
+from mpembed_jax.cache.spec import Geometry
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
@@ -213,6 +215,15 @@ def test_lfu_estimates_saturate():
     assert twin.line_of(7).priority == 65535
     check(model, state, batches)
     assert model.halvings == 1
+
+
+@pytest.mark.parametrize("step", [1, 2**31 - 1])
+def test_a_period_longer_than_32_bits_never_halves(step):
+    """2**29 lines and one position a step: 30 C / N is 16 times 2**30."""
+    huge = jax.eval_shape(lambda: residency.init(Geometry(2**24, 32, 64), "lfu", 4))
+    assert not policy.is_time_to_halve(huge, jnp.int32(step), Fraction(1))
+    few = residency.init(Geometry(8, 4, 8), "lfu", 4)
+    assert policy.is_time_to_halve(few, jnp.int32(960), Fraction(1))
 
 
 def test_lfu_without_collisions_equals_exact_counts():
