@@ -28,7 +28,7 @@ _BLOCK = 65536  # rows converted at once
 
 
 def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Returns float32 tables on the host, whose rows equal the result of `read` for all their ids.
+    """Returns float32 tables on the host, with the rows that `read` returns for their ids.
 
     Args:
       state: not consumed.

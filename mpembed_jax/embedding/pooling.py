@@ -110,7 +110,7 @@ def pool(
     Args:
       rows: float32 [U, D], from `lookup`; the last row is padding.
       inverse: nest of int32 [..], from `plan.inverse`.
-      weights: a nest like inverse with a float32 factor for each position. None: all factors are 1.
+      weights: a nest like inverse with a float32 weight for each position. None: all weights are 1.
       combiner: None for one vector per id. "sum", "mean" or "sqrtn" reduces the last axis of each
         inverse.
       segment_ids: int32 [N], the bag of each position of one flat inverse [N]. They define the bags
@@ -120,14 +120,15 @@ def pool(
         what this implementation does not provide. None: plain XLA.
 
     Returns:
-      A nest of float32 arrays like inverse. Without combiner, each has the shape of its inverse,
-      followed by D. With a combiner, the last axis of inverse is missing. With segment_ids, the
-      shape is [num_segments, D].
+      A nest of float32 arrays like inverse. Without combiner, inverse [..] gives [.., D]. With a
+      combiner, inverse [.., L] gives [.., D]. With segment_ids, inverse [N] gives
+      [num_segments, D].
 
     Raises:
       ValueError: if the combiner or the implementation is unknown; if weights or segment_ids come
         without a combiner or in another shape than inverse; if segment_ids come without
-        num_segments or with several inverses; or if a combiner meets a scalar inverse.
+        num_segments or with several inverses; or if a combiner is given and an inverse is a
+        scalar.
     """
     index, factors, treedef = _checked(
         inverse, weights, combiner, segment_ids, num_segments, implementation
@@ -210,7 +211,17 @@ def check_gradients(
     num_segments: int | None = None,
     implementation: ops.Named | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array | None], list[jax.Array]]:
-    """Checks that gradients match what `pool` returns for rows [U, dim] and the other arguments.
+    """Checks that gradients match what `pool` returns for rows [U, D] and the other arguments.
+
+    Args:
+      dim: D.
+      inverse: as for `pool`.
+      pooled_grads: nest of float32, the gradient with respect to pool's result.
+      weights: as for `pool`.
+      combiner: as for `pool`.
+      segment_ids: as for `pool`.
+      num_segments: as for `pool`.
+      implementation: as for `pool`.
 
     Returns:
       The leaves of inverse, the weights of each leaf (or None), and the leaves of the gradients.

@@ -58,7 +58,7 @@ class EmbeddingState:
     fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
-    # None: one device. Otherwise, every array that is divided holds one shard after another.
+    # None for one device. With a layout, a divided array holds the parts of the shards in a row.
     layout: Layout | None = None
 
     @property
@@ -181,8 +181,7 @@ def make(
         return jax.jit(build)(key)
     if layout.mesh is None:
         return build(key)
-    # A NumPy value is taken as the same on every process. A jax array belongs to the devices of one
-    # process.
+    # A NumPy key counts as the same value in every process. A jax key would belong to one device.
     words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
     return jax.jit(

@@ -16,8 +16,8 @@ from mpembed_jax.spec import EmbeddingSpec
 
 # A larger cache pays if more than this share of the unique ids bypasses the cache.
 _BYPASS_LIMIT = 0.2
-_MIN_UNIQUE = 1000  # unique ids that it takes to judge the cache
-_MIN_STEPS = 100  # steps that it takes to judge the exchange
+_MIN_UNIQUE = 1000  # unique ids needed to judge the cache
+_MIN_STEPS = 100  # steps needed to judge the exchange
 
 
 class _Look(NamedTuple):
@@ -29,7 +29,7 @@ class _Look(NamedTuple):
 
 
 # The last look at each run, and the warnings already given. A run is identified by (spec, key),
-# because its state holds no other identity.
+# because its state holds nothing else that could identify it.
 _LOOKS: dict[tuple, _Look] = {}
 _WARNED: set[tuple] = set()
 
@@ -37,9 +37,10 @@ _WARNED: set[tuple] = set()
 class CacheStats(NamedTuple):
     """Counts since init, as Python integers.
 
-    cache.plan.Counts explains them, except two. `nonfinite_rows` counts the rows that were skipped
-    because their gradients were not finite. `refused_updates` counts the apply_gradients calls that
-    changed nothing, because they had no prefetch of their own or an old plan.
+    cache.plan.Counts explains most of them. `steps` counts prefetches. `nonfinite_rows` counts the
+    rows that were skipped because their gradients were not finite. `refused_updates` counts the
+    apply_gradients calls that changed nothing, because they had no prefetch of their own or an old
+    plan.
     """
 
     steps: int
@@ -80,7 +81,7 @@ def stats(state: EmbeddingState) -> CacheStats:
       The counts.
 
     Raises:
-      TypeError: if the state is traced; log `plan.counts` there.
+      TypeError: if the state is traced; log `plan.counts` instead.
       ValueError: if the state was made for another spec, if ids were out of range under
         out_of_range="raise", or if updates were refused.
     """
@@ -127,7 +128,8 @@ def stats(state: EmbeddingState) -> CacheStats:
             "bypasses",
             f"{result.bypasses / result.unique:.0%} of the unique ids found no place in the cache "
             f"and were trained in {spec.storage.name}; a batch has about {per_step} unique ids, "
-            f"the cache {state.cache.geometry.lines} lines: raise CacheSpec(fraction=..) or num_rows",
+            f"the cache {state.cache.geometry.lines} lines: raise CacheSpec(fraction=..) or "
+            "num_rows",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(

@@ -207,8 +207,8 @@ def apply_gradients(
 
     A cached row is written to its line in float32. A bypassed row is stochastically rounded into
     the table. Donate the state. A plan that is not the state's latest, or was already applied,
-    changes nothing and is counted in `stats`. If this can be seen without running the step, the
-    call raises an error instead.
+    changes nothing and is counted in `stats`. If this is known before the step runs, the call
+    raises an error instead.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -267,10 +267,10 @@ def apply_pooled_gradients(
     """Applies exactly one optimizer update to each unique row, from gradients of pooled vectors.
 
     The result is the same as differentiating `pool(rows, plan.inverse, weights, combiner, ..)` with
-    respect to rows and passing the gradient to `apply_gradients`. If kernels can run the
-    transformation, one kernel sums the gradients of each row, updates the row and stores it, and no
-    array of row gradients exists. Otherwise, and over a mesh, those two steps run. For gradients
-    with respect to weights, use jax.grad.
+    respect to rows and passing the gradient to `apply_gradients`. If a kernel can run the
+    transformation, this kernel sums the gradients of each row, updates the row and stores it. No
+    array of row gradients then exists. Otherwise, and over a mesh, the function runs the gradient
+    of pool and `apply_gradients`. For gradients with respect to weights, use jax.grad.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -317,7 +317,7 @@ def apply_pooled_gradients(
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
     """Checks the shapes and dtypes of `arrays` (one row per unique id) and that a prefetch waits.
 
-    If the state is traced, the second check is left to the device.
+    If state.pending is traced, `_pending` makes the second check on the device.
 
     Raises:
       ValueError: if a check fails.
