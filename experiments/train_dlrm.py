@@ -1,10 +1,11 @@
 """Trains a recommender with cached low-precision embeddings, and the same one in FP32 beside it.
 
-DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own train.txt from a folder,
-or a small model on Reddit posts or MovieLens ratings. A third run, FP32 with ids hashed into as many bytes as ours, is the
-baseline that any compression has to beat. All runs see the same batches, seeds and initial dense parameters. At the end: a
-table, a picture and a JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the repository
-root:
+DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own
+train.txt from a folder, or a small model on Reddit posts or MovieLens ratings. A third run, FP32
+with ids hashed into as many bytes as ours, is the baseline that any compression has to beat. All
+runs see the same batches, seeds and initial dense parameters. At the end: a table, a picture and a
+JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the
+repository root:
 
     python -m experiments.train_dlrm
     python -m experiments.train_dlrm --storage int4 --cache-fraction 0.01 --embedding-dim 64
@@ -150,8 +151,10 @@ def main(settings: Settings) -> dict[str, Any]:
     if settings.hashed_baseline:
         contenders.append(training.hashed_of_equal_bytes(source, ours, recipe))
     console.print(
-        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, {len(source.tables)} tables "
-        f"with {sum(source.tables.values()):,} ids, D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
+        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, "
+        f"{len(source.tables)} tables "
+        f"with {sum(source.tables.values()):,} ids, D = {recipe.embedding_dim}, batches of "
+        f"{recipe.batch_size:,}"
     )
     job, outcomes = training.make_job(source, recipe), []
     for seed in settings.seeds:
@@ -181,7 +184,8 @@ def main(settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     if has_kaggle_day:
         console.print(
-            f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these steps: {projected} "
+            "PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these "
+            f"steps: {projected} "
             f"(evaluation, and reading the text once, not included)"
         )
     console.print(f"{total:.0f} s in all; {source.name}.json, .txt and .png are in {settings.out}")

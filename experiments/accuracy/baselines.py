@@ -1,9 +1,10 @@
 """What the cached tables are compared with at equal bytes, each as a source, a view of rows, or a change after training.
 
-Pruning keeps an FP32 row for each of the most frequent training ids; all other ids of a table share one row. Post-training
-quantization trains in FP32 and stores the result. Quantization-aware training follows DQRM (arXiv 2410.20046): the model
-sees an FP32 master through INT4 with one scale per table, absmax / 7, refreshed every 200 steps; gradients pass straight
-through to the master's touched rows. Both need FP32 tables while they train: their bytes are those served afterwards.
+Pruning keeps an FP32 row for each of the most frequent training ids; all other ids of a table share
+one row. Post-training quantization trains in FP32 and stores the result. Quantization-aware
+training follows DQRM (arXiv 2410.20046): the model sees an FP32 master through INT4 with one scale
+per table, absmax / 7, refreshed every 200 steps; gradients pass straight through to the master's
+touched rows. Both need FP32 tables while they train: their bytes are those served afterwards.
 Hashing and a smaller dim need nothing here: see training.make_spec and the recipe.
 """
 

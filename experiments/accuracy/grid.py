@@ -1,6 +1,7 @@
 """The paper's grid: which storages, caches and baselines are compared, and what each is called.
 
-A `Case` is one line of the table and depends on nothing but itself, so that its name and its settings say what was run.
+A `Case` is one line of the table and depends on nothing but itself, so that its name and its
+settings say what was run.
 """
 
 import dataclasses
@@ -32,10 +33,11 @@ class Case:
     """One line of the table.
 
     Attributes:
-      method: "trained": rows are trained as they are stored, the system itself. The others are baselines: "hashed": FP32
-        tables into which ids are hashed; "narrow": FP32 of a smaller dim; "pruned": FP32 rows of the most frequent ids,
-        the others share one row per table; "post-training": trained in FP32, quantized at the end;
-        "quantization-aware": an FP32 master seen through INT4 with one scale per table, as DQRM does.
+      method: "trained": rows are trained as they are stored, the system itself. The others are
+        baselines: "hashed": FP32 tables into which ids are hashed; "narrow": FP32 of a smaller dim;
+        "pruned": FP32 rows of the most frequent ids, the others share one row per table;
+        "post-training": trained in FP32, quantized at the end; "quantization-aware": an FP32 master
+        seen through INT4 with one scale per table, as DQRM does.
       storage: of the rows, for "trained" and "post-training".
       cache: share of rows held in FP32 lines; 0: no cache.
       policy: of the cache.
@@ -142,7 +144,8 @@ TARGETS = (
 )  # fmt: skip
 
 
-# Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a ratio above ten.
+# Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a
+# ratio above ten.
 WIDE = (
     Case("int4", 0.01, symmetric=True),
     Case("int2", 0.02, small=0.01),

@@ -1,7 +1,8 @@
 """Paired differences over seeds with their 95 % intervals, and the bytes a method needs to lose less than a limit.
 
-The interval is Student's t of the differences by seed: it says how well the mean over seeds is known on this data, and
-nothing about other data. Two runs that differ by less than it are called equal.
+The interval is Student's t of the differences by seed: it says how well the mean over seeds is
+known on this data, and nothing about other data. Two runs that differ by less than it are called
+equal.
 """
 
 import math

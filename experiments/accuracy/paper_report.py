@@ -1,7 +1,8 @@
 """Tables and pictures of the paper's grid, from the lines of its results file; it runs nothing.
 
-Every comparison is paired: a case minus FP32 on the same data, of the same dim and seed, as a mean with the 95 % interval of
-the mean over seeds (`intervals`). Bytes per row count every array of the embedding state but the optimizer's.
+Every comparison is paired: a case minus FP32 on the same data, of the same dim and seed, as a mean
+with the 95 % interval of the mean over seeds (`intervals`). Bytes per row count every array of the
+embedding state but the optimizer's.
 """
 
 import json
@@ -85,7 +86,8 @@ def _is_paired(group: Group, case: Case) -> bool:
 def table(group: Group) -> str:
     """Returns the Markdown table of a group: FP32 first, then by method and bytes."""
     head = (
-        "| rows | AUC | AUC difference | log loss difference | bytes per row | smaller than FP32 | with row state | hits | "
+        "| rows | AUC | AUC difference | log loss difference | bytes per row | smaller than FP32 "
+        "| with row state | hits | "
         "evictions a step | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
     )
 
@@ -139,13 +141,15 @@ def needed(group: Group) -> str:
         found = intervals.bytes_needed(points, LIMIT)
         if found.relation == ">":
             lines.append(
-                f"| {name} | more than {found.bytes_per_row:.1f} | less than {full / found.bytes_per_row:.1f}x |"
+                f"| {name} | more than {found.bytes_per_row:.1f} | less than "
+                f"{full / found.bytes_per_row:.1f}x |"
             )
         else:
             most = "at most " if found.relation == "<=" else ""
             least = "at least " if found.relation == "<=" else ""
             lines.append(
-                f"| {name} | {most}{found.bytes_per_row:.1f} | {least}{full / found.bytes_per_row:.1f}x |"
+                f"| {name} | {most}{found.bytes_per_row:.1f} | "
+                f"{least}{full / found.bytes_per_row:.1f}x |"
             )
     return "\n".join(lines)
 
@@ -153,10 +157,12 @@ def needed(group: Group) -> str:
 def text(groups: list[Group]) -> str:
     """Returns the Markdown of all tables."""
     parts = [
-        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. ± is the half 95 %"
+        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. ± "
+        "is the half 95 %"
     ]
     parts[0] += (
-        " interval (t) of the mean over paired seeds; evictions and hits (share of requests) are of training."
+        " interval (t) of the mean over paired seeds; evictions and hits (share of requests) are "
+        "of training."
     )
     for g in groups:
         sizes = (

@@ -1,6 +1,7 @@
 """Trains one case of the grid for one seed, baselines included, and says what a run depends on.
 
-Cases that differ only in what happens after training (FP32 and its post-training quantizations) share one training.
+Cases that differ only in what happens after training (FP32 and its post-training quantizations)
+share one training.
 """
 
 import dataclasses
@@ -99,7 +100,8 @@ class Workbench:
 
         Args:
           group: cases that share a training.
-          seed: of parameters, rows and batch order; the same for all cases, which is what makes them paired.
+          seed: of parameters, rows and batch order; the same for all cases, which is what makes
+            them paired.
           on_chunk: see training.fit.
         """
         source, recipe, job = self._setup(group[0])

@@ -1,9 +1,10 @@
 """The paper's experiment as one grid: what does a row cost in bytes, and what does that cost in AUC?
 
-Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a smaller dim, pruned by
-frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware training), with paired seeds: every case of a seed
-sees the same batches in the same order and starts from the same values (a smaller dim excepted, whose layers have other
-shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
+Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a
+smaller dim, pruned by frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware
+training), with paired seeds: every case of a seed sees the same batches in the same order and
+starts from the same values (a smaller dim excepted, whose layers have other shapes). A finished run
+is one line of the results file with its settings, commit and environment; what is there already is
 not run again, so a killed grid continues. Tables and pictures are made from all lines of the file.
 
     python -m experiments.accuracy.paper_table                               # synthetic twin of Criteo: no file, no network
@@ -149,7 +150,8 @@ def run(settings: Settings, console: Any) -> None:
         }
         missing = sum(key not in done for key in keys.values())
         console.print(
-            f"{source.name}, D = {dim}: {len(cases)} cases x {len(settings.seeds)} seeds, {missing} of {len(keys)} to run; "
+            f"{source.name}, D = {dim}: {len(cases)} cases x {len(settings.seeds)} seeds, "
+            f"{missing} of {len(keys)} to run; "
             f"{source.num_train:,} training and {source.num_test:,} test rows, {data['ids']:,} ids"
         )
         for seed in settings.seeds:
@@ -163,8 +165,10 @@ def run(settings: Settings, console: Any) -> None:
                         records.append(path, record_of(depends, result, environment))
                         missing -= 1
                         console.print(
-                            f"seed {seed}  {result.case.name:<28} AUC {result.outcome.auc:.4f}  log loss "
-                            f"{result.outcome.log_loss:.4f}  {result.outcome.bytes_per_row:6.1f} B/row  "
+                            f"seed {seed}  {result.case.name:<28} AUC {result.outcome.auc:.4f}  "
+                            "log loss "
+                            f"{result.outcome.log_loss:.4f}  {result.outcome.bytes_per_row:6.1f} "
+                            "B/row  "
                             f"{time.perf_counter() - start:5.1f} s, {missing} left"
                         )
 

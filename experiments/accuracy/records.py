@@ -1,7 +1,8 @@
 """Finished runs as JSON lines: one line each, found again by what the run depends on, so that a killed grid continues.
 
-A line is written in one call when its run has ended. A process killed in the middle of that leaves a line without an
-end, which `load` cuts off; any other line that does not parse is an error, not skipped.
+A line is written in one call when its run has ended. A process killed in the middle of that leaves
+a line without an end, which `load` cuts off; any other line that does not parse is an error, not
+skipped.
 """
 
 import hashlib

@@ -1,9 +1,10 @@
 """Batches in an order that a seed fixes and a number of steps resumes.
 
-An epoch of rows in memory is a permutation of them. An epoch of a file of blocks, too large for that, takes the blocks in
-random order and shuffles the rows of `BLOCKS_TOGETHER` blocks at a time: two rows far apart in the file can meet in a batch,
-two of one block are likelier to. The order depends on the seed and the epoch only, so whoever has taken `start` batches goes
-on with exactly the next one: only the blocks it lies in are read for that. Nothing here knows what a row holds.
+An epoch of rows in memory is a permutation of them. An epoch of a file of blocks, too large for
+that, takes the blocks in random order and shuffles the rows of `BLOCKS_TOGETHER` blocks at a time:
+two rows far apart in the file can meet in a batch, two of one block are likelier to. The order
+depends on the seed and the epoch only, so whoever has taken `start` batches goes on with exactly
+the next one: only the blocks it lies in are read for that. Nothing here knows what a row holds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,7 +84,8 @@ def shuffled(
 ) -> Iterator[Arrays]:
     """Yields full batches: blocks in random order, rows shuffled within `BLOCKS_TOGETHER` of them; arguments as `permuted`.
 
-    The rows left over at the end of an epoch, fewer than a batch and others in each epoch, are left out.
+    The rows left over at the end of an epoch, fewer than a batch and others in each epoch, are left
+    out.
     """
     num_blocks = -(-blocks.num_rows // blocks.block_rows)
     lengths = np.full(num_blocks, blocks.block_rows)

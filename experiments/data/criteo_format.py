@@ -1,8 +1,9 @@
 """The line format of Criteo's Display Advertising Challenge `train.txt`, parsed in blocks with exact line numbers.
 
-A line has 40 tab-separated columns: a label 0 or 1, thirteen integers, twenty-six categories of 8 hex digits; any but the
-label may be empty, which means missing. Lines end with LF or CRLF. Everything is array arithmetic on the bytes of a block,
-so a bad value is found by its line without a second, slower parser. It knows nothing of ids, splits or batches.
+A line has 40 tab-separated columns: a label 0 or 1, thirteen integers, twenty-six categories of 8
+hex digits; any but the label may be empty, which means missing. Lines end with LF or CRLF.
+Everything is array arithmetic on the bytes of a block, so a bad value is found by its line without
+a second, slower parser. It knows nothing of ids, splits or batches.
 """
 
 import gzip
@@ -140,8 +141,9 @@ def _integers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Reads decimal integers at left [n, 13]: i64 [n, 13] (0 where empty) and whether each is malformed.
 
-    The eight bytes that end a number are one u64, whose digits are checked and summed in parallel; `text` [i] holds the
-    eight bytes before position i. Longer numbers, which are few, go one by one.
+    The eight bytes that end a number are one u64, whose digits are checked and summed in parallel;
+    `text` [i] holds the eight bytes before position i. Longer numbers, which are few, go one by
+    one.
     """
     is_negative = (length > 1) & (text[left + 1] >> np.uint64(56) == _MINUS)
     num_digits = length - is_negative
@@ -165,8 +167,9 @@ def _integers(
 def _hexes(text: np.ndarray, left: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reads 8 hex digits at left [n, 26]: u32 [n, 26] (0 where empty) and whether each is malformed.
 
-    All eight bytes are one u64, decoded in parallel: nibble = low 4 bits + 9 for letters, and a byte is a hex digit if
-    spelling the nibble in lower case gives it back. `text` [i] holds the eight bytes before position i.
+    All eight bytes are one u64, decoded in parallel: nibble = low 4 bits + 9 for letters, and a
+    byte is a hex digit if spelling the nibble in lower case gives it back. `text` [i] holds the
+    eight bytes before position i.
     """
     digits = text[left + 8]
     is_letter = (digits >> np.uint64(6)) & _each(1)

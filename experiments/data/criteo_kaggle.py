@@ -1,16 +1,18 @@
 """The tensorflow-datasets builder of Criteo-Kaggle (Display Advertising Challenge 2014).
 
-`train.txt` or `train.txt.gz` lies in the manual download folder (Criteo's terms forbid passing it on). Config `raw` holds
-the categories as the u32 they are written as; `min_count_N` holds ids, numbered by a dictionary of the training rows, and is
-made from `raw`. Records are blocks of 4,096 rows in the order of the file; array_record is the format.
+`train.txt` or `train.txt.gz` lies in the manual download folder (Criteo's terms forbid passing it
+on). Config `raw` holds the categories as the u32 they are written as; `min_count_N` holds ids,
+numbered by a dictionary of the training rows, and is made from `raw`. Records are blocks of 4,096
+rows in the order of the file; array_record is the format.
 
-Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1 + 7 i // n, as DLRM's own
-reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the longer one if they are odd, is `validation`, the
-rest `test`. So a file cut off anywhere still has all three, down to 14 lines. Bad lines belong to the split they stand in
-and are skipped, up to a limit.
+Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1
++ 7 i // n, as DLRM's own reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the
+longer one if they are odd, is `validation`, the rest `test`. So a file cut off anywhere still has
+all three, down to 14 lines. Bad lines belong to the split they stand in and are skipped, up to a
+limit.
 
-It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in memory and spills to disk
-through TensorFlow from 1 GB on, even where nothing is shuffled.
+It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in
+memory and spills to disk through TensorFlow from 1 GB on, even where nothing is shuffled.
 """
 
 import dataclasses
@@ -143,7 +145,8 @@ class TextRows:
         self.bad += rows.bad
         if len(self.bad) > self.max_bad_lines:
             raise BadLinesError(
-                f"{self.file} has more than {self.max_bad_lines} bad lines (max_bad_lines) among its first "
+                f"{self.file} has more than {self.max_bad_lines} bad lines (max_bad_lines) among "
+                "its first "
                 f"{self.line + rows.num_lines}:\n{quote(self.file, self.bad)}"
             )
         return rows
@@ -197,8 +200,9 @@ def by_dictionary(min_count: int) -> CriteoConfig:
 class CriteoKaggle(tfds.core.ShardBasedBuilder):
     """Criteo-Kaggle in blocks of rows.
 
-    As every builder it takes a dataset that is there for what it would make; whether the text has changed since is asked by
-    `criteo.CriteoLog`, which gives each state of a file a data_dir of its own.
+    As every builder it takes a dataset that is there for what it would make; whether the text has
+    changed since is asked by `criteo.CriteoLog`, which gives each state of a file a data_dir of its
+    own.
 
     Args:
       text: the file; None: train.txt or train.txt.gz in the manual download folder.

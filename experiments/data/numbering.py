@@ -1,8 +1,8 @@
 """Numbers the values of categorical columns: by a dictionary of the training rows, or by hashing.
 
-Values are u32, 0 meaning missing. A dictionary gives 0 to missing, 1 to values that training rows have fewer than
-`min_count` times or never, and 2 and up to the others in order of value. Counts are gathered in pieces, so that no column
-is ever in memory as a whole.
+Values are u32, 0 meaning missing. A dictionary gives 0 to missing, 1 to values that training rows
+have fewer than `min_count` times or never, and 2 and up to the others in order of value. Counts are
+gathered in pieces, so that no column is ever in memory as a whole.
 """
 
 import numpy as np

@@ -1,10 +1,11 @@
 """Reddit posts as a click-through task: does a post get at least 11 comments?
 
-Features: subreddit, domain, hour, weekday, is_self, and the title's words as a bag of at most 16. Posts before 2012-04
-train, 2012-04 to 06 test, so the test set has new words, domains and subreddits. Every distinct value has its own id, no
-minimum count; ids of values that only test posts have are never trained. The file (posts_before_2012-07.parquet, PDDL
-1.0, public domain) is not part of the project: its folder is given, or named by MPEMBED_DATA, or ../shared/data beside
-the repository. Links, scores and authors are not used.
+Features: subreddit, domain, hour, weekday, is_self, and the title's words as a bag of at most 16.
+Posts before 2012-04 train, 2012-04 to 06 test, so the test set has new words, domains and
+subreddits. Every distinct value has its own id, no minimum count; ids of values that only test
+posts have are never trained. The file (posts_before_2012-07.parquet, PDDL 1.0, public domain) is
+not part of the project: its folder is given, or named by MPEMBED_DATA, or ../shared/data beside the
+repository. Links, scores and authors are not used.
 """
 
 import datetime
@@ -43,7 +44,8 @@ def find(path: Path | str | None = None) -> Path:
         if place.is_file():
             return place
     raise FileNotFoundError(
-        f"no {FILE.name} at {', '.join(map(str, places))}; pass its folder, or set MPEMBED_DATA to the data folder"
+        f"no {FILE.name} at {', '.join(map(str, places))}; pass its folder, or set MPEMBED_DATA "
+        "to the data folder"
     )
 
 
@@ -52,8 +54,10 @@ class RedditPosts(InMemory):
 
     Args:
       path: the parquet file or its folder; None looks in the default places.
-      num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None keeps all.
-      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while training.
+      num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None
+        keeps all.
+      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while
+        training.
     """
 
     name = "reddit"

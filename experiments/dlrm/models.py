@@ -1,8 +1,9 @@
 """The dense halves of two recommenders, as pure functions over lists of arrays: DLRM and a small MLP.
 
-Both take what the embedding side hands over, `vectors` f32 [B, T, D], so neither knows how rows are stored. DLRM follows
-Naumov et al. 2019 (arXiv 1906.00091) in its Criteo-Kaggle setting: bottom MLP 13-512-256-64-D, dot products of all pairs
-of the T + 1 vectors, top MLP 512-256-1. Dropout, batch norm and other interactions are not here.
+Both take what the embedding side hands over, `vectors` f32 [B, T, D], so neither knows how rows are
+stored. DLRM follows Naumov et al. 2019 (arXiv 1906.00091) in its Criteo-Kaggle setting: bottom MLP
+13-512-256-64-D, dot products of all pairs of the T + 1 vectors, top MLP 512-256-1. Dropout, batch
+norm and other interactions are not here.
 """
 
 import functools
@@ -66,8 +67,9 @@ def _triangle(num_vectors: int) -> tuple[np.ndarray, np.ndarray]:
 def interact(vectors: jax.Array) -> jax.Array:
     """Dot products of all pairs of different vectors: f32 [B, T, D] -> [B, T (T - 1) / 2].
 
-    One batched matmul, then a static gather of the lower triangle. The gradient is a gather and one more matmul: the
-    transposed gather would be a scatter-add, and the square's gradient is symmetric, so one product serves both sides.
+    One batched matmul, then a static gather of the lower triangle. The gradient is a gather and one
+    more matmul: the transposed gather would be a scatter-add, and the square's gradient is
+    symmetric, so one product serves both sides.
     """
     square = jnp.einsum("btd,bsd->bts", vectors, vectors)
     return square.reshape(len(vectors), -1)[:, _triangle(vectors.shape[1])[0]]

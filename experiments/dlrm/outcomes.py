@@ -48,7 +48,8 @@ def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> di
     def padded() -> Iterator[dict]:
         for batch in source.test(batch_size):
             labels.append(batch["label"])
-            # One shape for all: a short batch repeats its last row, and the scores of the repeats are cut off.
+            # One shape for all: a short batch repeats its last row, and the scores of the repeats
+            # are cut off.
             rows = np.minimum(np.arange(batch_size), len(batch["label"]) - 1)
             yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
 

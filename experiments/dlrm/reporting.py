@@ -1,7 +1,8 @@
 """What a training leaves behind: a table, a picture, and a file that says what ran where.
 
-Works on lists of `training.Outcome`, several contenders times several seeds, the first contender being the FP32 baseline.
-AUC differences are paired: a contender against the baseline of the same seed. It runs nothing itself.
+Works on lists of `training.Outcome`, several contenders times several seeds, the first contender
+being the FP32 baseline. AUC differences are paired: a contender against the baseline of the same
+seed. It runs nothing itself.
 """
 
 import dataclasses
@@ -110,8 +111,10 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
             cells.append(" ".join(f"{d:+.4f}" for d in differences[name]) if number else "")
         table.add_row(name, *cells)
     table.caption = (
-        "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state without the optimizer's; "
-        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both sides. ms: per step."
+        "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state "
+        "without the optimizer's; "
+        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both "
+        "sides. ms: per step."
     )
     return table
 

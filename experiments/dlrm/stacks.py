@@ -1,7 +1,7 @@
 """A source's tables as one or two stacks of mpembed_jax: their specs, ids, and the vectors a model sees.
 
-Usually one stack holds everything. A contender may keep its smallest tables in FP32; they are then a second stack, and
-the model sees its vectors in the same order as before.
+Usually one stack holds everything. A contender may keep its smallest tables in FP32; they are then
+a second stack, and the model sees its vectors in the same order as before.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +78,8 @@ def init(
     """Makes one state per stack; a row's initial value does not depend on how the tables are divided over stacks."""
     if len(specs) == 1:
         return (mpembed.init(key, specs[0], tx),)
-    # Initial values are drawn by the row's number in its stack: draw them in one FP32 stack of all tables.
+    # Initial values are drawn by the row's number in its stack: draw them in one FP32 stack of all
+    # tables.
     by_name = {table.name: table for spec in specs for table in spec.tables}
     tables = tuple(by_name[name] for name in source.tables)
     dense = mpembed.to_dense(

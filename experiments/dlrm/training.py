@@ -1,9 +1,10 @@
 """Trains several storages of one recommender side by side: same batches, same seed, same initial parameters.
 
-Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered
-rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
-turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
-on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`.
+Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with
+respect to the gathered rows, apply_gradients for them and optax for the dense part, in one jitted
+call with everything donated. Contenders take turns on chunks of batches, so the host waits for the
+device once per chunk and times them alternately. Batches are made on a background thread. One pass,
+no early stopping, no learning-rate schedule. What a run reached is in `outcomes`.
 """
 
 import dataclasses
@@ -119,7 +120,8 @@ def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> 
 def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
     """Builds the step, the prediction and the optimizers: DLRM where there are dense inputs, else the small MLP.
 
-    With a `view` the model sees its result instead of the rows, in training (gradients flow through it) and prediction.
+    With a `view` the model sees its result instead of the rows, in training (gradients flow through
+    it) and prediction.
     """
     num_vectors, bags = len(source.tables), source.bags
     row_tx = mpembed.optim.rowwise_adagrad(recipe.row_learning_rate)
@@ -209,7 +211,8 @@ def fit(
       recipe: what they share.
       job: from make_job.
       seed: of parameters, rows and batch order.
-      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate, seconds).
+      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate,
+        seconds).
 
     Returns:
       One Fitted per contender, in order.
@@ -246,7 +249,8 @@ def fit(
         num_steps += len(chunk)
     if not num_steps:
         raise ValueError(
-            f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size"
+            f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower "
+            "batch_size"
         )
     if job.view is not None:
         learners = [job.view.refresh(learner) for learner in learners]

@@ -27,8 +27,9 @@ _NOT_NEEDED = (
 def damage(fallback_every: int = 1) -> dict[str, Any]:
     """Cuts, empties, deletes and flips a bit of every file of a full checkpoint and of an increment, one at a time.
 
-    Each must be refused by name with `step=`, and replaced by the last good checkpoint without it. Without the two files
-    that hold nothing, the checkpoint must restore all the same. `fallback_every` files restores from the last good one.
+    Each must be refused by name with `step=`, and replaced by the last good checkpoint without it.
+    Without the two files that hold nothing, the checkpoint must restore all the same.
+    `fallback_every` files restores from the last good one.
     """
     rng = random.Random(0)
     counts: dict[str, int] = {"files": 0, "arrays": 0, "refusals": 0, "fallbacks": 0}
@@ -204,7 +205,8 @@ def disks() -> dict[str, str]:
 
         away = Path(folder) / "away"
         for step in range(4, 10):
-            # 160 MB and more: longer to write than a folder to rename, if this thread is not kept waiting meanwhile.
+            # 160 MB and more: longer to write than a folder to rename, if this thread is not kept
+            # waiting meanwhile.
             ballast = np.random.default_rng(0).random(20_000_000 * (step - 3))
             saving = checkpoint.save(directory, step, part | {"ballast": ballast}, wait=False)
             directory.rename(away)

@@ -1,7 +1,7 @@
 """What must hold of a state whatever it is fed: ids from hell, NaN and inf gradients, and a long soak with drift.
 
-`check_state` is written from the definitions, in NumPy, independent of the package. Used by `run` and, in small, by the
-tests.
+`check_state` is written from the definitions, in NumPy, independent of the package. Used by `run`
+and, in small, by the tests.
 """
 
 import dataclasses
@@ -119,7 +119,8 @@ def _hell_spec(policy: str, storage: str) -> mpembed.EmbeddingSpec:
 def ids_from_hell(examples: int) -> dict[str, Any]:
     """Trains on `examples` batches drawn by hypothesis; every row that was not asked for keeps its bits.
 
-    Negative, huge and 64-bit ids, all the same, all padding, features that do not exist; more unique ids than the budget.
+    Negative, huge and 64-bit ids, all the same, all padding, features that do not exist; more
+    unique ids than the budget.
     """
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -268,7 +269,8 @@ def bad_gradients(
             else:
                 poisoned |= bad_ids
                 overflown = np.flatnonzero(~np.isfinite(after).all(axis=1))
-                # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is touched.
+                # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is
+                # touched.
                 assert set(overflown) <= poisoned, "a bad gradient spread to another row"
         if skips:
             with warnings.catch_warnings():
@@ -295,8 +297,8 @@ def bad_gradients(
 def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) -> dict[str, Any]:
     """Trains `steps` steps with drift; every `check_every` checks the invariants, saves an increment, and weighs memory.
 
-    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit for bit. `others`
-    train in int4 under the policy they name.
+    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit
+    for bit. `others` train in int4 under the policy they name.
     """
     num_rows, width, dim = 20_000, 256, 8
     cache = mpembed.CacheSpec(num_rows=1024, ways=16)

@@ -2,10 +2,11 @@
 
     python -m experiments.faults.run --only "killed worker"
 
-Two processes, joined by jax.distributed, train one stack whose rows are divided over them, and save together in the
-background every few steps. One of the two, drawn at random, gets SIGKILL at a random moment of training or of saving; the
-other is ended, as a job scheduler would; both start again, and resume from the last good checkpoint. The bits of the whole
-state at the end are compared with those of a run nobody interrupted.
+Two processes, joined by jax.distributed, train one stack whose rows are divided over them, and save
+together in the background every few steps. One of the two, drawn at random, gets SIGKILL at a
+random moment of training or of saving; the other is ended, as a job scheduler would; both start
+again, and resume from the last good checkpoint. The bits of the whole state at the end are compared
+with those of a run nobody interrupted.
 """
 
 import dataclasses
@@ -59,8 +60,8 @@ class Settings:
 def work(settings: Settings) -> str:
     """Joins the other worker, resumes, trains, saves; returns the hash of the whole state at the end.
 
-    Says on stdout what it does, so that the launcher can aim, and ends when stdin does: a launcher that is late still finds
-    it.
+    Says on stdout what it does, so that the launcher can aim, and ends when stdin does: a launcher
+    that is late still finds it.
     """
     mesh = multiprocess.join(settings.port, PROCESSES, settings.worker)
     divided, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
@@ -130,8 +131,8 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         directory = Path(folder) / "killed"
         victims, resumed_at, unfinished = [], [], 0
         for done in range(kills):
-            # Past the second save after the latest, which waits for the end of the first: the next run resumes further on,
-            # unless the end of the run leaves no room.
+            # Past the second save after the latest, which waits for the end of the first: the next
+            # run resumes further on, unless the end of the run leaves no room.
             ahead = 2 * SAVE_EVERY + 1
             latest = checkpoint.latest_step(directory) or 0
             until = min(

@@ -1,6 +1,7 @@
 """What the launchers of `run` and `killed_worker` share: where a worker runs, what it says, what a kill leaves behind.
 
-A worker says on stdout "resume N", "step N", "save N" (one begins), "end N" and "bits HASH", so that its launcher can aim.
+A worker says on stdout "resume N", "step N", "save N" (one begins), "end N" and "bits HASH", so
+that its launcher can aim.
 """
 
 import os
@@ -26,7 +27,8 @@ def environment(directory: Path) -> dict[str, str]:
 def listen(lines: Iterable[str], aim: str, until: int) -> tuple[int, bool]:
     """Listens to a worker until it says `aim` ("step" or "save") of step `until` or later, or its end.
 
-    Returns the step it resumed at, -1 if it did not say, and whether the moment came before its stdout closed.
+    Returns the step it resumed at, -1 if it did not say, and whether the moment came before its
+    stdout closed.
     """
     resume = -1
     for line in lines:

@@ -1,10 +1,11 @@
 """Does anything get lost? Kills, damaged files, full and vanished disks, ids from hell, NaN gradients and a long soak.
 
-Every part works by itself and returns counts; a part that finds anything wrong raises. The training is that of README's
-step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense parameters, checkpoints in the background, full and
-incremental in turns. Kills are SIGKILL in a process of its own (`--worker`), at random moments of training and of saving;
-the bits at the end are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that train
-together is killed. Writes experiments/results/faults.json.
+Every part works by itself and returns counts; a part that finds anything wrong raises. The training
+is that of README's step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense
+parameters, checkpoints in the background, full and incremental in turns. Kills are SIGKILL in a
+process of its own (`--worker`), at random moments of training and of saving; the bits at the end
+are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that
+train together is killed. Writes experiments/results/faults.json.
 """
 
 import dataclasses
@@ -65,7 +66,8 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
         directory = Path(folder) / "killed"
         unfinished, resumed_at = 0, []
         for done in range(kills):
-            # Aimed so that the run advances a little between kills and is not over before the last one.
+            # Aimed so that the run advances a little between kills and is not over before the last
+            # one.
             latest = checkpoint.latest_step(directory) or 0
             until = min(
                 steps - 1,

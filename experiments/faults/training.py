@@ -77,8 +77,8 @@ def bits_of(tree: Any) -> str:
 def work(directory: Path, steps: int) -> str:
     """Trains to `steps`, saving in the background every SAVE_EVERY steps; resumes from what is there.
 
-    Says on stdout what it does, so that a parent can aim, and ends when stdin does: a parent that is late still finds it.
-    Returns the hash of the last state.
+    Says on stdout what it does, so that a parent can aim, and ends when stdin does: a parent that
+    is late still finds it. Returns the hash of the last state.
     """
     tree, begin = first_tree(), 0
     if checkpoint.latest_step(directory) is not None:

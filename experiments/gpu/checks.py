@@ -127,8 +127,9 @@ def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
 def kernels_against_xla(bench: Bench) -> Iterator[dict]:
     """Lookup, read, swap, both updates, bags and sums of duplicates take part: with SGD the same bits in every format.
 
-    Row-wise Adagrad divides and takes roots, which Triton does not round correctly: its rows are float32 and its sums too,
-    so that nothing amplifies that, and the largest difference is to be of the size of rounding errors.
+    Row-wise Adagrad divides and takes roots, which Triton does not round correctly: its rows are
+    float32 and its sums too, so that nothing amplifies that, and the largest difference is to be of
+    the size of rounding errors.
     """
     cases = [
         ("int8", 16),

@@ -3,8 +3,9 @@
     pip install -e .[aot]
     JAX_PLATFORMS=cpu python -m experiments.gpu.compile_gpu            # writes results/compile_gpu.json
 
-The plugin wheels hold XLA's whole GPU compiler; a target is described by its hardware figures, no driver is needed. What
-the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs no more than jax, optax and numpy.
+The plugin wheels hold XLA's whole GPU compiler; a target is described by its hardware figures, no
+driver is needed. What the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs
+no more than jax, optax and numpy.
 """
 
 import argparse
@@ -53,9 +54,9 @@ def _layout(aval: Any) -> str:
 def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()) -> Compiled:
     """Compiles a function of shape structs, or of `jax.core.ShapedArray` in host memory, for one of TARGETS.
 
-    Through jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target have no memory kinds, so
-    that way drops those of the arguments without a word, and compiles for a table on the device. On a real device jax passes
-    them as layouts, which is what is done here.
+    Through jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target
+    have no memory kinds, so that way drops those of the arguments without a word, and compiles for
+    a table on the device. On a real device jax passes them as layouts, which is what is done here.
     """
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
@@ -74,8 +75,9 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
         )
 
     args = jax.tree.map(placed, args)
-    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11 assumes sm_90): what tracing
-    # evaluates (initial optimizer states) runs on this machine's device.
+    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11
+    # assumes sm_90): what tracing evaluates (initial optimizer states) runs on this machine's
+    # device.
     with use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True).trace(*args)
     with jax.set_mesh(mesh):
@@ -157,10 +159,12 @@ def figures(compiled: Compiled, state: Any) -> dict:
 
     Args:
       compiled: from compile_for.
-      state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000 elements) may be copied.
+      state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000
+        elements) may be copied.
 
     Returns:
-      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the device and in host memory.
+      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the
+        device and in host memory.
     """
     text, sizes = compiled.text, compiled.sizes
     large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(

@@ -103,7 +103,8 @@ def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
     """Makes a part of step measurements, XLA against kernels; XLA ends both kinds of step alike and runs one."""
 
     def part(bench: Bench) -> Iterator[dict]:
-        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to measure with.
+        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to
+        # measure with.
         for implementation, case in itertools.product(
             ("xla", bench.kernels), cases[:1] if bench.is_tiny else cases
         ):

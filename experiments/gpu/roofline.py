@@ -1,13 +1,14 @@
 """The bytes floor of a step: what must pass through memory at least once, by verb, from a spec and a step's own counts.
 
-Counted is each row of the batch once per verb that must read or write it (positions share the cache), every vector and
-gradient of the batch, and the words of integer bookkeeping per id; not counted is anything that an implementation adds.
-Divide by the measured copy bandwidth, bytes read plus bytes written per second.
+Counted is each row of the batch once per verb that must read or write it (positions share the
+cache), every vector and gradient of the batch, and the words of integer bookkeeping per id; not
+counted is anything that an implementation adds. Divide by the measured copy bandwidth, bytes read
+plus bytes written per second.
 
     python -m experiments.gpu.roofline        # the Kaggle step on paper, for an H200's bandwidth: results/roofline.json
 
-The counts come from training the same batches on this machine, in rows of one element: the cache's decisions do not depend
-on the width.
+The counts come from training the same batches on this machine, in rows of one element: the cache's
+decisions do not depend on the width.
 """
 
 import argparse

@@ -96,7 +96,8 @@ def train_step(*, is_pooled: bool) -> Callable:
 def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
     """Times a warm step, whole and, if asked, by verb, beside the floors of its own counts.
 
-    The device's peak is that of the process so far: a part's largest case comes to stand in the rows after it, too.
+    The device's peak is that of the process so far: a part's largest case comes to stand in the
+    rows after it, too.
     """
     warm, repeats = (
         (2, 1) if bench.is_tiny else (max(32, 32 * 65536 // case.batch), 8)

@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.metadata
 
-# XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this compiler accepts.
+# XLA's GpuTargetConfigProto. Figures of the hardware; versions of a driver and a toolkit that this
+# compiler accepts.
 _TARGET = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_core: {per_core} shared_memory_per_block_optin: {optin}

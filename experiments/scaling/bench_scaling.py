@@ -2,13 +2,15 @@
 
     python -m experiments.scaling.bench_scaling             # about ten minutes on 2 cores
 
-One global batch of the Kaggle step (2,048 x 26 ids) is divided over 1, 2, 4, 8 forced CPU devices. Two ways:
+One global batch of the Kaggle step (2,048 x 26 ids) is divided over 1, 2, 4, 8 forced CPU devices.
+Two ways:
   exchange    mpembed_jax: ids deduplicated, then all_to_all of ids, rows and gradients with measured room
   all-gather  a float32 table divided by rows without a cache: every device gathers all ids, sends every position's row
               and gathers every position's gradient (divided_table.py)
-Bytes are exact: the collectives of the compiled program, per device and step. Times are indicative: all devices share the
-machine's cores. Results must not change: the rows after all steps are compared with those of one device, bit for bit
-(gradients are small multiples of a power of two, whose sums are exact).
+Bytes are exact: the collectives of the compiled program, per device and step. Times are indicative:
+all devices share the machine's cores. Results must not change: the rows after all steps are
+compared with those of one device, bit for bit (gradients are small multiples of a power of two,
+whose sums are exact).
 """
 
 import os
@@ -155,9 +157,12 @@ def main(settings: Settings) -> None:
             )
             result["same_rows_as_first"] = is_same
             print(
-                f"D={dim} devices={devices}: sent {result['sent_bytes_mean'] / 1e6:.3f} MB per device and step, all-gather "
-                f"{result['all_gather_sent_bytes'] / 1e6:.3f} MB ({result['fewer'] or 0:.1f}x), wide steps "
-                f"{result['wide_steps']}, {result['ms']:.1f} ms against {result['all_gather_ms']:.1f}, same rows: {is_same}",
+                f"D={dim} devices={devices}: sent {result['sent_bytes_mean'] / 1e6:.3f} MB per "
+                "device and step, all-gather "
+                f"{result['all_gather_sent_bytes'] / 1e6:.3f} MB ({result['fewer'] or 0:.1f}x), "
+                "wide steps "
+                f"{result['wide_steps']}, {result['ms']:.1f} ms against "
+                f"{result['all_gather_ms']:.1f}, same rows: {is_same}",
                 flush=True,
             )
             record = provenance.environment() | {

@@ -1,7 +1,8 @@
 """Which collectives a compiled program contains, and how many bytes each device sends in one run: read off its HLO text.
 
-A conditional counts the branch that is taken: the cheaper one ordinarily, the dearer one where `is_wide` (the exchange of
-mpembed_jax has one branch of ordinary room and one of full width). A loop's body counts once.
+A conditional counts the branch that is taken: the cheaper one ordinarily, the dearer one where
+`is_wide` (the exchange of mpembed_jax has one branch of ordinary room and one of full width). A
+loop's body counts once.
 """
 
 import math
@@ -90,7 +91,8 @@ def collectives(text: str, devices: int, *, is_wide: bool = False) -> list[Colle
     Args:
       text: `compiled.as_text()`.
       devices: number of devices the program runs on.
-      is_wide: which branch of conditionals with collectives is taken: the one that sends most bytes, or the least.
+      is_wide: which branch of conditionals with collectives is taken: the one that sends most
+        bytes, or the least.
     """
     blocks, entry = _computations(text)
 

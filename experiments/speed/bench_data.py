@@ -1,9 +1,10 @@
 """How fast do batches of Criteo-shaped data reach a device, read from array_record?
 
-Writes the synthetic twin as a train.txt, has the builder of Criteo-Kaggle prepare it, and measures rows per second at each
-station: blocks in order, shuffled numpy batches with ids by dictionary and by hashing, batches on the device through a
-background thread. What preparing costs is in the file too. The data is small enough to stay in the system's memory: a disk
-is not measured. Target: 300,000 rows/s on 2 cores. From the repository root:
+Writes the synthetic twin as a train.txt, has the builder of Criteo-Kaggle prepare it, and measures
+rows per second at each station: blocks in order, shuffled numpy batches with ids by dictionary and
+by hashing, batches on the device through a background thread. What preparing costs is in the file
+too. The data is small enough to stay in the system's memory: a disk is not measured. Target:
+300,000 rows/s on 2 cores. From the repository root:
 
     python -m experiments.speed.bench_data
 """

@@ -3,11 +3,12 @@
     python -m experiments.speed.bench_peers --dims 16 64 128 --batch 2048
     python -m experiments.speed.bench_peers --task dlrm --dims 16
 
-Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wise Adagrad), torch.nn.EmbeddingBag with
-sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient, donated). They need
-`pip install "mpembed_jax[peers]"`; one that cannot be imported is named and left out. Rounds of all workers alternate while
-only one of them computes; a ratio is the median over rounds of ours to the peer's. Our cache is warm: the steps before the
-timed ones have filled its lines, so that the timed ones evict. --task dlrm times the whole training: host batch to device,
+Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wise Adagrad),
+torch.nn.EmbeddingBag with sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient,
+donated). They need `pip install "mpembed_jax[peers]"`; one that cannot be imported is named and
+left out. Rounds of all workers alternate while only one of them computes; a ratio is the median
+over rounds of ours to the peer's. Our cache is warm: the steps before the timed ones have filled
+its lines, so that the timed ones evict. --task dlrm times the whole training: host batch to device,
 dense part, embedding, optimizers.
 """
 
@@ -113,8 +114,10 @@ def alternate(names, dim, args):
             row["peak_over_state"] = (row["peak"] - row["before_init"]) / row["state_bytes"]
         results.append(row)
         print(
-            f"D={dim:<4} {worker.name:<14} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, {row['ms_max']:.2f}]   "
-            f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]   "
+            f"D={dim:<4} {worker.name:<14} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, "
+            f"{row['ms_max']:.2f}]   "
+            f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, "
+            f"{row['ratio_max']:.3f}]   "
             f"resident {row['resident'] / 1e9:.2f} GB, first step {row['first_step_s']:.1f} s"
             + (f"   ({row['rows']:,} rows)" if "rows" in row else ""),
             flush=True,
@@ -128,7 +131,8 @@ def run(args):
     results = []
     peers = args.peers or (PEERS if args.task == "embedding" else DLRM_PEERS)
     for dim in args.dims:
-        # Tables of several gigabytes do not fit side by side: groups that do are alternated, ours in each of them.
+        # Tables of several gigabytes do not fit side by side: groups that do are alternated, ours
+        # in each of them.
         first, others = peers[0], peers[1:]
         size = max(1, args.together - 1)
         for group in [others[i : i + size] for i in range(0, len(others), size)]:

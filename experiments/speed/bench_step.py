@@ -3,10 +3,11 @@
     python -m experiments.speed.bench_step                    # the full grid, 9 minutes on 2 cores
     python -m experiments.speed.bench_step --quick            # D = 16 and 64 at B = 2,048
 
-A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on Kaggle's vocabularies (see
-workload.py). Phases are timed as separate calls, so their sum exceeds the whole, jitted step. The bytes floor counts what
-must move once (table rows and lines touched, the batch's vectors and gradients) at the copy bandwidth measured first.
-Writes experiments/results/bench_step.json and bench_step.png.
+A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on
+Kaggle's vocabularies (see workload.py). Phases are timed as separate calls, so their sum exceeds
+the whole, jitted step. The bytes floor counts what must move once (table rows and lines touched,
+the batch's vectors and gradients) at the copy bandwidth measured first. Writes
+experiments/results/bench_step.json and bench_step.png.
 """
 
 import dataclasses
@@ -189,7 +190,8 @@ def cases(quick: bool) -> list[Case]:
         for d in (16, 64)
         for s, f in formats
     ]
-    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same lines, with 5 %.
+    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same
+    # lines, with 5 %.
     for options in ({"fraction": None}, {"lines": 50_000}, {}):
         grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
     if not quick:
@@ -264,9 +266,11 @@ def main(settings: Settings) -> None:
         measured[case] = result
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(
-            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.lines or case.fraction} "
+            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} "
+            f"cache={case.lines or case.fraction} "
             f"{case.policy} W={case.ways} "
-            f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M bag={case.bag}{' cold' if case.cold else ''}: "
+            f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M "
+            f"bag={case.bag}{' cold' if case.cold else ''}: "
             f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
             f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
             flush=True,

@@ -2,9 +2,10 @@
 
     python -m experiments.speed.first_screen
 
-Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing tables, ours and a dense
-flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/paper_table.jsonl for accuracy and
-memory.report for bytes. Writes experiments/results/first_screen.json and .png, and the table between README's markers.
+Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing
+tables, ours and a dense flax nnx.Embed with optax.adagrad as far as it is bearable; reads
+experiments/results/paper_table.jsonl for accuracy and memory.report for bytes. Writes
+experiments/results/first_screen.json and .png, and the table between README's markers.
 """
 
 import dataclasses
@@ -106,7 +107,8 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
     slope = (dense[-1][1] - dense[0][1]) / (dense[-1][0] - dense[0][0])
     projected = dense[-1][1] + slope * (sum(workload.KAGGLE_SIZES) - dense[-1][0])
     rows = [
-        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | {projected:,.0f} "
+        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | "
+        f"{projected:,.0f} "
         f"(extrapolated from {dense[-1][0] / 1e6:.0f} M rows: {dense[-1][1]:.0f}) | 0 |"
     ]
     for name, storage, fraction in FORMATS:
@@ -121,7 +123,8 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
             f"| {curves[name][-1][1]:.1f} | {difference} |"
         )
     head = [
-        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 (D = 16) |",
+        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC "
+        "against FP32 (D = 16) |",
         "|---|---|---|---|---|",
     ]
     note = """

@@ -1,9 +1,10 @@
 """The workers of bench_peers: one training step of ours and of each peer, served over a pipe from a process of its own.
 
-A maker builds tables for a `Case` and returns `(prepare, step, facts)`: prepare(local ids int64 [B, T]) makes what the
-framework reads, step(prepared) trains on it and waits for the result. In the embedding task ids are prepared before the
-clock starts, as a data pipeline would have done; in the DLRM task the whole way from host arrays is inside it. A worker
-answers each line `round K` on its standard input with a JSON line of K step times.
+A maker builds tables for a `Case` and returns `(prepare, step, facts)`: prepare(local ids int64 [B,
+T]) makes what the framework reads, step(prepared) trains on it and waits for the result. In the
+embedding task ids are prepared before the clock starts, as a data pipeline would have done; in the
+DLRM task the whole way from host arrays is inside it. A worker answers each line `round K` on its
+standard input with a JSON line of K step times.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """The workload "Kaggle step": id batches with Criteo-Kaggle's 26 vocabularies and bounded Zipf popularity, in plain NumPy.
 
-The exponents bracket the skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 / 5 / 10 % of C3's distinct
-ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the middle of the six largest tables, 1.15 is C24's.
-Imports neither jax nor torch, so that every peer in a benchmark reads the same ids.
+The exponents bracket the skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 /
+5 / 10 % of C3's distinct ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the
+middle of the six largest tables, 1.15 is C24's. Imports neither jax nor torch, so that every peer
+in a benchmark reads the same ids.
 """
 
 import math
@@ -78,8 +79,9 @@ def peak_bytes() -> int:
 def keep_freed_memory() -> None:
     """Tells glibc's allocator to keep freed blocks up to 1 GB for reuse; does nothing elsewhere.
 
-    By default a block above 32 MB is returned to the kernel when it is freed, so a step whose temporaries are larger pays
-    for zeroed pages again and again: seen to take 3 to 10 ms a step at D = 128.
+    By default a block above 32 MB is returned to the kernel when it is freed, so a step whose
+    temporaries are larger pays for zeroed pages again and again: seen to take 3 to 10 ms a step at
+    D = 128.
     """
     import ctypes
     import platform
