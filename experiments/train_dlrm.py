@@ -61,7 +61,7 @@ class Settings:
     scale: float = 0.02
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
-    """Rows in all. None: 800,000 synthetic ones; all rows of a file. Criteo: lines of it. Reddit: per split."""
+    """Rows in all. None: 800,000 synthetic ones; a whole file. Criteo: lines. Reddit: per split."""
     in_time_order: bool = False
     """Reddit: train on the posts as they came, so that ids drift."""
     data_seed: int = 0
@@ -77,7 +77,7 @@ class Settings:
     holdout: Literal["test", "validation", "day"] = "test"
     """Criteo: which part of the last day to evaluate on."""
     cache_dir: Path | None = None
-    """Where datasets go. Criteo: None is mpembed_cache beside the text. Movielens: None is ~/tensorflow_datasets."""
+    """Where datasets go. None: mpembed_cache beside Criteo's text, or ~/tensorflow_datasets."""
     out: Path = Path("results/train_dlrm")
     """Folder for the table, the picture and the JSON file."""
 
@@ -112,14 +112,19 @@ def make_source(settings: Settings, log: Any = print) -> Any:
                     "data=criteo needs path: the folder that holds train.txt or train.txt.gz"
                 )
             return criteo.CriteoLog(
-                settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping, min_count=settings.min_count,
-                hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines, max_rows=settings.num_rows,
+                settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping,
+                min_count=settings.min_count,
+                hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines,
+                max_rows=settings.num_rows,
                 holdout=settings.holdout, log=log,
             )  # fmt: skip
 
 
 def make_recipe(settings: Settings) -> training.Recipe:
-    """Returns what all contenders share, with the defaults of the data where the settings say None."""
+    """Returns what all contenders share.
+
+    If a setting is None, the data's default is taken.
+    """
     is_small = settings.data in ("reddit", "movielens")  # another model
     return training.Recipe(
         embedding_dim=settings.embedding_dim,
@@ -144,7 +149,8 @@ def main(settings: Settings) -> dict[str, Any]:
         f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     )
     ours = training.Contender(
-        f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction, settings.rounding,
+        f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction,
+        settings.rounding,
         settings.policy, settings.ways,
     )  # fmt: skip
     contenders = [training.FP32, ours]

@@ -84,7 +84,10 @@ class Case:
 
     @property
     def family(self) -> str | None:
-        """The method whose bytes this case is a point of; None for variants (nearest, LRU, other ways, symmetric)."""
+        """The method on whose curve this case is a point.
+
+        None for variants (nearest, LRU, other ways, symmetric).
+        """
         if self.method != "trained":
             return self.name.split(" to ")[0]
         stored = SHORT.get(self.storage, self.storage.upper())
@@ -97,12 +100,16 @@ class Case:
         )
 
     def contender(self) -> Contender:
-        """Returns how training stores it; of "post-training" and the FP32 baselines, what is trained."""
+        """Returns how training stores the rows.
+
+        For "post-training" and the FP32 baselines, this is the form before any later change.
+        """
         if self.method != "trained":
             hashed_to = self.share if self.method == "hashed" else 1.0
             return Contender(self.name, "float32", 0.0, hashed_to=hashed_to)
         return Contender(
-            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways, symmetric=self.symmetric,
+            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways,
+            symmetric=self.symmetric,
             float32_share=self.small,
         )  # fmt: skip
 
@@ -128,7 +135,8 @@ CORE = (
     *(Case(method="hashed", share=share) for share in SHARES),
     *(Case(method="pruned", share=share) for share in SHARES),
     *(Case(method="narrow", share=share) for share in (0.5, 0.25)),
-    Case("int8", method="post-training"), Case("int4", method="post-training"), Case("int2", method="post-training"),
+    Case("int8", method="post-training"), Case("int4", method="post-training"),
+    Case("int2", method="post-training"),
     Case("int4", method="quantization-aware"),
 )  # fmt: skip
 FLOATS = (
@@ -164,7 +172,10 @@ def targets(embedding_dim: int) -> tuple[Case, ...]:
 
 
 def full(embedding_dim: int) -> tuple[Case, ...]:
-    """Returns every storage, cache, policy, rounding and number of ways, and the baselines; FP32 with a cache is FP32."""
+    """Returns every storage, cache, policy, rounding and number of ways, and the baselines.
+
+    FP32 with a cache is the same as FP32, so it appears once.
+    """
     product = (
         Case(storage, cache, policy, rounding, ways)
         for storage, cache, policy, rounding, ways in itertools.product(
@@ -186,7 +197,9 @@ def choose(
     ways: Sequence[int] | None = None,
     method: Sequence[str] | None = None,
 ) -> tuple[Case, ...]:
-    """Keeps the cases whose fields are among those named (None: all), and always FP32, to which differences are taken.
+    """Keeps the cases whose fields are among those named (None: all).
+
+    FP32 is always kept, because differences are taken to it.
 
     Raises:
       ValueError: if nothing but FP32 is left.

@@ -21,7 +21,8 @@ from experiments.accuracy.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
 MARKS = {
-    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*", "quantization": "<",
+    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*",
+    "quantization": "<",
     "hashed": "^", "narrow": ">", "pruned": "h",
 }  # fmt: skip
 COLOURS = {"INT8": "#4477aa", "INT4": "#228833", "INT2": "#ee6677", "FP32": "#888888"}
@@ -65,7 +66,10 @@ class Group(NamedTuple):
 
 
 def group(found: Iterable[dict[str, Any]]) -> list[Group]:
-    """Sorts records into groups by everything but case and seed; groups without an FP32 run are left out."""
+    """Sorts records into groups by everything but case and seed.
+
+    Groups without an FP32 run are left out.
+    """
     groups: dict[str, Group] = {}
     for record in found:
         recipe = record["recipe"]
@@ -178,7 +182,7 @@ def text(groups: list[Group]) -> str:
 
 
 def write(found: list[dict[str, Any]], out: Path) -> None:
-    """Writes paper_table.md, and paper_table_accuracy.png, _hits.png and _losses.png, into `out`."""
+    """Writes paper_table.md and paper_table_{accuracy,hits,losses}.png into `out`."""
     groups = group(found)
     (out / "paper_table.md").write_text(text(groups))
     _draw(
@@ -207,7 +211,10 @@ def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], N
 
 
 def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]:
-    """Returns the panel of a field's loss against bytes per row: a line per method, single marks for variants."""
+    """Returns the panel of a field's loss against bytes per row.
+
+    A method is a line, a variant is a single mark.
+    """
 
     def panel(axis: Any, group: Group) -> None:
         lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -234,7 +241,10 @@ def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]
 
 
 def _hits(axis: Any, group: Group) -> None:
-    """Hit rate against the size of the cache, by policy and ways; it does not depend on the format."""
+    """Draws the hit rate against the size of the cache, by policy and ways.
+
+    The hit rate does not depend on the format.
+    """
     lines: dict[str, dict[float, list[float]]] = {}
     for case in group.cases:
         if case.cache and case.rounding == "stochastic":

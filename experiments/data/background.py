@@ -1,4 +1,4 @@
-"""Runs an iterator of batches on a thread, so that the next batches are made while the device computes."""
+"""A thread that makes the next batches while the device computes."""
 
 import queue
 import threading

@@ -44,7 +44,7 @@ CATEGORIES = criteo_format.COLUMNS[1 + criteo_format.NUM_DENSE :]
 
 
 class BadLinesError(ValueError):
-    """More lines are bad than the limit tolerates, or the file as a whole is not in Criteo's format."""
+    """More lines are bad than the limit allows, or the file is not in Criteo's format."""
 
 
 def find(path: Path | str) -> Path:
@@ -61,7 +61,7 @@ def find(path: Path | str) -> Path:
 
 
 def fingerprint(file: Path) -> list:
-    """Returns what changes with the contents of a file: name, bytes and time of the last change in ns."""
+    """Returns the identity of a file's contents: name, bytes and time of the last change in ns."""
     seen = file.stat()
     return [file.name, seen.st_size, seen.st_mtime_ns]
 
@@ -73,7 +73,9 @@ def quote(file: Path | str, bad: list) -> str:
 
 
 def split_lines(num_lines: int) -> dict[str, tuple[int, int]]:
-    """Returns the first line (from 0) of each split and the one after its last: days 1 to 6, and day 7 in halves.
+    """Returns the first line (from 0) of each split, and the line after its last.
+
+    The splits are days 1 to 6, and the two halves of day 7.
 
     Raises:
       ValueError: if one of them would have no line.
@@ -152,7 +154,10 @@ class TextRows:
         return rows
 
     def until(self, last: int) -> Iterator[Arrays]:
-        """Yields the good rows from where it stopped before up to line `last` (from 0, not included), in pieces."""
+        """Yields the good rows up to line `last` (from 0, not included), in pieces.
+
+        It begins where the previous call stopped.
+        """
         while self.line < last:
             if self._rows is None:
                 self._rows, self._first = self._parse(), self.line
@@ -178,7 +183,10 @@ class TextRows:
 
 @dataclasses.dataclass
 class CriteoConfig(tfds.core.BuilderConfig):
-    """A config: raw categories, or ids by a dictionary of values that training has at least `min_count` times."""
+    """A config: raw categories, or ids by a dictionary.
+
+    The dictionary has the values that occur at least `min_count` times in training.
+    """
 
     min_count: int | None = None
 
@@ -254,13 +262,19 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[Callable]]:
-        """Lists for each split one function per file that yields its blocks; they have to be called in order."""
+        """Lists for each split one function per file that yields its blocks.
+
+        The functions must be called in order.
+        """
         if self.builder_config.min_count is None:
             return self._from_text(self._text or find(dl_manager.manual_dir))
         return self._from_raw(dl_manager)
 
     def _files(self, split: str, num_rows: int, parts: Iterator[Arrays]) -> list[Callable]:
-        """Divides what `parts` will yield, about `num_rows` rows, into files; the last one takes what is left."""
+        """Divides the rows that `parts` will yield, about `num_rows`, into files.
+
+        The last file takes the remaining rows.
+        """
         counts = self.info.metadata.setdefault("num_rows", {})
         counts[split] = 0
         blocks = rebatched(parts, BLOCK_ROWS, keep_rest=True)

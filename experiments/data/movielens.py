@@ -40,7 +40,9 @@ FILES = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespa
 
 
 def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print) -> pl.DataFrame:
-    """Returns all ratings, one row each, in the order of user and movie; downloads and prepares them if need be.
+    """Returns all ratings, one row each, in the order of user and movie.
+
+    It downloads and prepares them if needed.
 
     Args:
       data_dir: folder of tensorflow-datasets; None: its own default, ~/tensorflow_datasets.

@@ -1,10 +1,11 @@
-"""Datasets of tensorflow-datasets on disk: prepared once, by one process, whole or not at all; rows in blocks of thousands.
+"""Datasets of tensorflow-datasets on disk, with rows in blocks of thousands.
 
-tensorflow-datasets (4.9.10) writes and reads array_record files without TensorFlow, at some 30,000
-records/s whatever their size, which is why a record of ours is a block of rows: one array per
-feature, stored as its bytes. It prepares a dataset in a folder of another name and renames that at
-the end, so a folder with the right name is whole. Two processes that prepare the same dataset at
-once would collide in the renaming: here the second waits for the first and uses its result.
+One process prepares a dataset once. It is there whole or not at all. tensorflow-datasets (4.9.10)
+writes and reads array_record files without TensorFlow, at some 30,000 records/s whatever their
+size, which is why a record of ours is a block of rows: one array per feature, stored as its bytes.
+It prepares a dataset in a folder of another name and renames that at the end, so a folder with the
+right name is whole. Two processes that prepare the same dataset at once would collide in the
+renaming: here the second waits for the first and uses its result.
 """
 
 import fcntl

@@ -28,7 +28,9 @@ WORD = r"[\w']+"
 
 
 def find(path: Path | str | None = None) -> Path:
-    """Returns the parquet file: `path` (file or folder), else under MPEMBED_DATA, else under ../shared/data.
+    """Returns the parquet file.
+
+    It is `path` (file or folder), else under MPEMBED_DATA, else under ../shared/data.
 
     Raises:
       FileNotFoundError: naming every place looked at.
@@ -96,7 +98,10 @@ class RedditPosts(InMemory):
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[dict]:
-        """Yields the full batches of the training posts, from batch `start` on; in random order unless `in_time_order`."""
+        """Yields the full batches of the training posts, from batch `start` on.
+
+        The order is random unless `in_time_order`.
+        """
         if not self.in_time_order:
             yield from super().train(batch_size, seed, start, num_epochs)
             return

@@ -1,4 +1,4 @@
-"""A synthetic twin of Criteo-Kaggle: 13 integers, 26 categories and clicks, made on the fly from a seed.
+"""A synthetic twin of Criteo-Kaggle: 13 integers, 26 categories and clicks, from a seed.
 
 The vocabulary sizes are the real ones times a scale (sizes up to 1,000 stay as they are). Ids
 follow Zipf-Mandelbrot laws `p(rank) ~ (rank + q)^-s` whose parameters were fitted so that 137,139
@@ -87,7 +87,10 @@ STEADY_RANKS = 16  # the hottest ranks stay: they alone could move the click rat
 
 
 def scaled_sizes(scale: float) -> dict[str, int]:
-    """Vocabulary sizes at a scale: {feature: size}; sizes up to 1,000 are kept, larger ones never fall below."""
+    """Returns {feature: vocabulary size} at a scale.
+
+    Sizes up to 1,000 are kept, and larger ones stay at least at 1,000.
+    """
     if not 0.0 < scale <= 1.0:
         raise ValueError(f"scale must be in (0, 1], got {scale}; 1 is Criteo-Kaggle's 33.76 M ids")
     sizes = {name: law.vocabulary_size for name, law in FEATURES.items()}
@@ -135,7 +138,10 @@ class FeatureIds:
     def draw(
         self, rng: np.random.Generator, num_rows: int, day: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids i32 [n], effects f32 [n] and hidden factors f32 [n], both of mean 0 and variance 1 over ids."""
+        """Returns ids i32 [n], effects f32 [n] and hidden factors f32 [n].
+
+        Effects and factors have mean 0 and variance 1 over ids.
+        """
         bits = rng.integers(0, 1 << 32, num_rows, dtype=np.uint32)
         cell = (bits >> np.uint32(16)).astype(np.intp)
         index = (
@@ -228,7 +234,10 @@ class CriteoTwin:
         return dense, np.ascontiguousarray(ids.T), label.astype(np.float32), logits
 
     def _blocks(self, days: range, num_rows: int) -> list[tuple[int, int, int]]:
-        """Lists (day, block, rows) of blocks that hold `num_rows` rows, the days equally long up to one row."""
+        """Lists (day, block, rows) of the blocks that hold `num_rows` rows.
+
+        The lengths of the days differ by at most one row.
+        """
         blocks = []
         for i, day in enumerate(days):
             left = num_rows * (i + 1) // len(days) - num_rows * i // len(days)
@@ -238,10 +247,11 @@ class CriteoTwin:
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[batches.Arrays]:
-        """Yields the full training batches: blocks in an order given by the seed, rows shuffled within a block.
+        """Yields the full training batches: blocks in an order given by the seed, rows shuffled.
 
-        Rows of a day are exchangeable, so this is as good as a shuffle of all rows. From batch
-        `start` on, counted through all epochs; only blocks with rows of later batches are made.
+        Rows are shuffled within a block. Rows of a day are exchangeable, so this is as good as a
+        shuffle of all rows. From batch `start` on, counted through all epochs; only blocks with
+        rows of later batches are made.
         """
         for epoch, taken in batches.epochs(self.num_train, batch_size, start, num_epochs):
             yield from batches.rebatched(

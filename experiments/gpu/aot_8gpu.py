@@ -1,7 +1,9 @@
 """What would eight GPUs exchange in a step? Compiled ahead of time, without one.
 
-    pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX       # of the installed jax's version, without dependencies
-    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu              # about a minute
+    # JAX is the version of the installed jax. Leave the dependencies out.
+    pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX
+    # About a minute:
+    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu
 
 Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows,
 INT8 + 5 % cache, 65,536 x 26 ids) from shapes alone, and lists the collectives in the program, the

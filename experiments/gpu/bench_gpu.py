@@ -1,7 +1,9 @@
-"""On a GPU: are the kernels right, how far is a step from its bytes floor, who is faster, and what does a cache save?
+"""The benchmark on a GPU: right kernels, a step beside its bytes floor, peers, a cache's savings.
 
-    python -m experiments.gpu.bench_gpu                     # under 8 minutes on an H200, writes results/bench_gpu.json
-    python -m experiments.gpu.bench_gpu --interpret         # the same parts, tiny and on any device: shows that they run
+    # Under 8 minutes on an H200. It writes results/bench_gpu.json:
+    python -m experiments.gpu.bench_gpu
+    # The same parts, tiny and on any device, to show that they run:
+    python -m experiments.gpu.bench_gpu --interpret
 
 Parts run in order of importance, each in a process of its own with a time limit, and the file is
 written after each row: a part that raises, hangs or kills its process (an illegal address does, for
@@ -49,7 +51,10 @@ def rows_of(name: str, bench: Bench) -> Iterator[dict]:
 
 
 def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
-    """Runs one part in a process of its own, ended after so many seconds: its rows, and as the last one how it failed."""
+    """Runs one part in its own process, which ends after so many seconds.
+
+    Returns its rows. If the part failed, the last row says how.
+    """
     command = [
         sys.executable,
         "-m",

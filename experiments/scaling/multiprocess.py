@@ -70,11 +70,11 @@ TRAINING = (
 
 
 def reserve_port() -> socket.socket:
-    """Returns a socket that keeps a free port of localhost from everybody but the workers until it is closed.
+    """Returns a socket that holds a free port of localhost until it is closed.
 
-    It does not listen. The coordinator's gRPC server binds the same port beside it: both allow that
-    (SO_REUSEPORT), which programs that ask for any free port do not. A port that is only probed may
-    be another program's a second later.
+    Only the workers can use this port. It does not listen. The coordinator's gRPC server binds the
+    same port beside it: both allow that (SO_REUSEPORT), which programs that ask for any free port
+    do not. A port that is only probed may be another program's a second later.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -101,7 +101,10 @@ def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
 
 
 def train(settings: Settings, mesh: Any) -> dict[str, Any]:
-    """Trains, over the mesh if there is one; returns counts and digests of the vectors and the rows."""
+    """Trains, over the mesh if there is one.
+
+    Returns counts and digests of the vectors and the rows.
+    """
     tables = [mpembed.TableSpec(f"feature{k}", settings.rows) for k in range(settings.features)]
     spec = mpembed.EmbeddingSpec(tables, settings.dim, "int8", mpembed.CacheSpec(0.05, ways=8))
     tx = mpembed.optim.rowwise_adagrad(0.5)
@@ -165,7 +168,10 @@ def work(settings: Settings) -> None:
 
 
 def launch(settings: Settings, processes: int) -> dict[str, Any]:
-    """Runs one training over `processes` workers (0: one process without a mesh) and returns its result."""
+    """Runs one training over `processes` workers and returns its result.
+
+    0 stands for one process without a mesh.
+    """
     share = max(1, settings.devices // max(1, processes))
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={share}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -66,7 +66,10 @@ def write_text(path: Path, settings: Settings) -> None:
 
 
 def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, float]:
-    """Returns rows/s of going through `make()`: the median, least and most of the repeats, and cores kept busy."""
+    """Measures the rows/s of going through `make()`.
+
+    Returns the median, least and most of the repeats, and the number of busy cores.
+    """
     rates, cores = [], []
     for _ in range(settings.repeats + 1):
         start, busy = time.perf_counter(), time.process_time()
@@ -85,7 +88,10 @@ def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, flo
 
 
 def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
-    """Yields batches that are whole on the device, made and sent by a thread that runs ahead, as training does."""
+    """Yields batches that are whole on the device.
+
+    A thread that runs ahead makes and sends them, as in training.
+    """
     return map(jax.block_until_ready, in_background(map(jax.device_put, host)))
 
 

@@ -1,4 +1,6 @@
-"""Our training step beside its peers', same ids, dims and optimizer, alternated in one run, each in a process of its own.
+"""Our training step beside its peers', with the same ids, dims and optimizer.
+
+The steps alternate in one run, each in its own process.
 
     python -m experiments.speed.bench_peers --dims 16 64 128 --batch 2048
     python -m experiments.speed.bench_peers --task dlrm --dims 16
@@ -74,7 +76,10 @@ class Worker:
 
 
 def start(name, dim, args):
-    """Starts a worker and waits until it is warm; None, with a line that says why, where it cannot run."""
+    """Starts a worker and waits until it is warm.
+
+    If it cannot run, a line says why, and the result is None.
+    """
     is_ours, is_dense = name.startswith("ours"), name == "flax-dense"
     warm = (
         args.warm if is_ours and name != "ours-float32" else min(args.warm, 5 if is_dense else 40)
@@ -102,10 +107,12 @@ def alternate(names, dim, args):
         ours, theirs = workers[0].times, worker.times
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         row = {
-            "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew, "peer": worker.name,
+            "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew,
+            "peer": worker.name,
             "against": workers[0].name, "ms": 1e3 * statistics.median(theirs),
             "ms_min": 1e3 * min(theirs), "ms_max": 1e3 * max(theirs),
-            "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
             "samples_per_s": args.batch / statistics.median(theirs), **worker.facts,
         }  # fmt: skip
         if (
