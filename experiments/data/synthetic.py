@@ -247,7 +247,7 @@ class CriteoTwin:
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[batches.Arrays]:
-        """Yields the full training batches: blocks in an order given by the seed, rows shuffled.
+        """Yields the full training batches, from blocks in an order given by the seed.
 
         Rows are shuffled within a block. Rows of a day are exchangeable, so this is as good as a
         shuffle of all rows. From batch `start` on, counted through all epochs; only blocks with

@@ -1,4 +1,4 @@
-"""The benchmark on a GPU: right kernels, a step beside its bytes floor, peers, a cache's savings.
+"""The benchmark on a GPU: kernels against plain XLA, a step against its bytes floor, peers, caches.
 
     # Under 8 minutes on an H200. It writes results/bench_gpu.json:
     python -m experiments.gpu.bench_gpu
