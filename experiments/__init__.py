@@ -1,4 +1,5 @@
-"""Experiments: a folder per question, run from the repository root as `python -m experiments.<folder>.<name>`.
+"""Experiments: a folder per question.
 
-They use the public names of `mpembed_jax` only and need the extra `[experiments]`.
+Run them from the repository root as `python -m experiments.<folder>.<name>`. They use the public
+names of `mpembed_jax` only and need the extra `[experiments]`.
 """

@@ -1,4 +1,4 @@
-"""Where and with what an experiment ran: command, commit, device, versions. Every results file holds it."""
+"""The provenance of a run: command, commit, device, versions. Every results file holds it."""
 
 import os
 import platform
@@ -16,7 +16,10 @@ PACKAGES = ("mpembed_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-le
 
 
 def commit() -> str | None:
-    """Returns the commit this runs from, marked if files differ from it; None outside a git checkout."""
+    """Returns the commit this runs from; None outside a git checkout.
+
+    The commit is marked if files differ from it.
+    """
 
     def git(*words: str) -> str:
         return subprocess.run(

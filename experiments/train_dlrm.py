@@ -1,10 +1,11 @@
 """Trains a recommender with cached low-precision embeddings, and the same one in FP32 beside it.
 
-DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own train.txt from a folder,
-or a small model on Reddit posts or MovieLens ratings. A third run, FP32 with ids hashed into as many bytes as ours, is the
-baseline that any compression has to beat. All runs see the same batches, seeds and initial dense parameters. At the end: a
-table, a picture and a JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the repository
-root:
+DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own
+train.txt from a folder, or a small model on Reddit posts or MovieLens ratings. A third run, FP32
+with ids hashed into as many bytes as ours, is the baseline that any compression has to beat. All
+runs see the same batches, seeds and initial dense parameters. At the end: a table, a picture and a
+JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the
+repository root:
 
     python -m experiments.train_dlrm
     python -m experiments.train_dlrm --storage int4 --cache-fraction 0.01 --embedding-dim 64
@@ -60,7 +61,7 @@ class Settings:
     scale: float = 0.02
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
     num_rows: int | None = None
-    """Rows in all. None: 800,000 synthetic ones; all rows of a file. Criteo: lines of it. Reddit: per split."""
+    """Rows in all. None: 800,000 synthetic ones; a whole file. Criteo: lines. Reddit: per split."""
     in_time_order: bool = False
     """Reddit: train on the posts as they came, so that ids drift."""
     data_seed: int = 0
@@ -76,7 +77,7 @@ class Settings:
     holdout: Literal["test", "validation", "day"] = "test"
     """Criteo: which part of the last day to evaluate on."""
     cache_dir: Path | None = None
-    """Where datasets go. Criteo: None is mpembed_cache beside the text. Movielens: None is ~/tensorflow_datasets."""
+    """Where datasets go. None: mpembed_cache beside Criteo's text, or ~/tensorflow_datasets."""
     out: Path = Path("results/train_dlrm")
     """Folder for the table, the picture and the JSON file."""
 
@@ -111,14 +112,19 @@ def make_source(settings: Settings, log: Any = print) -> Any:
                     "data=criteo needs path: the folder that holds train.txt or train.txt.gz"
                 )
             return criteo.CriteoLog(
-                settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping, min_count=settings.min_count,
-                hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines, max_rows=settings.num_rows,
+                settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping,
+                min_count=settings.min_count,
+                hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines,
+                max_rows=settings.num_rows,
                 holdout=settings.holdout, log=log,
             )  # fmt: skip
 
 
 def make_recipe(settings: Settings) -> training.Recipe:
-    """Returns what all contenders share, with the defaults of the data where the settings say None."""
+    """Returns what all contenders share.
+
+    If a setting is None, the data's default is taken.
+    """
     is_small = settings.data in ("reddit", "movielens")  # another model
     return training.Recipe(
         embedding_dim=settings.embedding_dim,
@@ -143,15 +149,18 @@ def main(settings: Settings) -> dict[str, Any]:
         f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     )
     ours = training.Contender(
-        f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction, settings.rounding,
+        f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction,
+        settings.rounding,
         settings.policy, settings.ways,
     )  # fmt: skip
     contenders = [training.FP32, ours]
     if settings.hashed_baseline:
         contenders.append(training.hashed_of_equal_bytes(source, ours, recipe))
     console.print(
-        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, {len(source.tables)} tables "
-        f"with {sum(source.tables.values()):,} ids, D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
+        f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, "
+        f"{len(source.tables)} tables "
+        f"with {sum(source.tables.values()):,} ids, D = {recipe.embedding_dim}, batches of "
+        f"{recipe.batch_size:,}"
     )
     job, outcomes = training.make_job(source, recipe), []
     for seed in settings.seeds:
@@ -181,7 +190,8 @@ def main(settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     if has_kaggle_day:
         console.print(
-            f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these steps: {projected} "
+            "PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these "
+            f"steps: {projected} "
             f"(evaluation, and reading the text once, not included)"
         )
     console.print(f"{total:.0f} s in all; {source.name}.json, .txt and .png are in {settings.out}")

@@ -1,10 +1,12 @@
-"""What the cached tables are compared with at equal bytes, each as a source, a view of rows, or a change after training.
+"""The baselines that cached tables are compared with at equal bytes.
 
-Pruning keeps an FP32 row for each of the most frequent training ids; all other ids of a table share one row. Post-training
-quantization trains in FP32 and stores the result. Quantization-aware training follows DQRM (arXiv 2410.20046): the model
-sees an FP32 master through INT4 with one scale per table, absmax / 7, refreshed every 200 steps; gradients pass straight
-through to the master's touched rows. Both need FP32 tables while they train: their bytes are those served afterwards.
-Hashing and a smaller dim need nothing here: see training.make_spec and the recipe.
+Each is a source, a view of rows, or a change after training. Pruning keeps an FP32 row for each of
+the most frequent training ids; all other ids of a table share one row. Post-training quantization
+trains in FP32 and stores the result. Quantization-aware training follows DQRM (arXiv 2410.20046):
+the model sees an FP32 master through INT4 with one scale per table, absmax / 7, refreshed every 200
+steps; gradients pass straight through to the master's touched rows. Both need FP32 tables while
+they train: their bytes are those served afterwards. Hashing and a smaller dim need nothing here:
+see training.make_spec and the recipe.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ REFRESH_PERIOD = 200  # steps
 
 
 def count_ids(source: Any, batch_size: int) -> dict[str, np.ndarray]:
-    """Returns how often each id of each table occurs in training: {table: i64 [vocabulary_size]}, by one pass."""
+    """Counts the ids of each table in one pass over training: {table: i64 [vocabulary_size]}."""
     counts = {
         name: np.zeros(size + 1, np.int64) for name, size in source.tables.items()
     }  # the last one: padding
@@ -40,18 +42,23 @@ def _by_table(ids: Any, tables: Iterable[str]) -> Iterator[tuple[str, np.ndarray
 
 
 def index_bytes(num_rows: int) -> int:
-    """Bytes that say which of `num_rows` rows are kept and where: one bit each, and a 4-byte rank per 512 of them."""
+    """Returns the bytes of the index of kept rows: a bit per row, a 4-byte rank per 512 rows."""
     return -(-num_rows // 8) + 4 * -(-num_rows // 512)
 
 
 def rows_to_keep(num_rows: int, num_tables: int, embedding_dim: int, share: float) -> int:
-    """Returns how many rows of their own fit a share of the FP32 bytes, beside one shared row per table and the index."""
+    """Returns how many rows can be kept in a share of the FP32 bytes.
+
+    The shared row of each table and the index of kept rows are paid first.
+    """
     room = share * 4 * num_rows * embedding_dim - index_bytes(num_rows)
     return max(0, int(room // (4 * embedding_dim)) - num_tables)
 
 
 class Pruned:
-    """A source whose tables hold only the most frequent ids; the others become the last row of their table.
+    """A source whose tables hold only the most frequent ids.
+
+    All other ids become the last row of their table.
 
     Args:
       source: see experiments/data.
@@ -99,7 +106,9 @@ class Pruned:
 
 
 def fake_quantize(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """Rounds to the nearest of scale * (-7 .. 7), clipped; the gradient passes through as if nothing had happened.
+    """Rounds to the nearest of scale * (-7 .. 7), clipped.
+
+    The gradient passes through unchanged.
 
     Args:
       rows: f32 [.., D].
@@ -125,7 +134,10 @@ def table_scales(state: mpembed.EmbeddingState, sizes: tuple[int, ...]) -> jax.A
 
 
 def quantization_aware(tables: dict[str, int], period: int = REFRESH_PERIOD) -> View:
-    """Returns DQRM's view of rows: INT4 by the scale of the row's table, which `Learner.extra` holds (f32 [T])."""
+    """Returns DQRM's view of rows: INT4 with one scale per table.
+
+    `Learner.extra` holds the scales (f32 [T]).
+    """
     sizes = tuple(tables.values())
     ends = np.cumsum(sizes).astype(np.int32)
 

@@ -1,6 +1,7 @@
 """The paper's grid: which storages, caches and baselines are compared, and what each is called.
 
-A `Case` is one line of the table and depends on nothing but itself, so that its name and its settings say what was run.
+A `Case` is one line of the table and depends on nothing but itself, so that its name and its
+settings say what was run.
 """
 
 import dataclasses
@@ -32,10 +33,11 @@ class Case:
     """One line of the table.
 
     Attributes:
-      method: "trained": rows are trained as they are stored, the system itself. The others are baselines: "hashed": FP32
-        tables into which ids are hashed; "narrow": FP32 of a smaller dim; "pruned": FP32 rows of the most frequent ids,
-        the others share one row per table; "post-training": trained in FP32, quantized at the end;
-        "quantization-aware": an FP32 master seen through INT4 with one scale per table, as DQRM does.
+      method: "trained": rows are trained as they are stored, the system itself. The others are
+        baselines: "hashed": FP32 tables into which ids are hashed; "narrow": FP32 of a smaller dim;
+        "pruned": FP32 rows of the most frequent ids, the others share one row per table;
+        "post-training": trained in FP32, quantized at the end; "quantization-aware": an FP32 master
+        seen through INT4 with one scale per table, as DQRM does.
       storage: of the rows, for "trained" and "post-training".
       cache: share of rows held in FP32 lines; 0: no cache.
       policy: of the cache.
@@ -82,7 +84,10 @@ class Case:
 
     @property
     def family(self) -> str | None:
-        """The method whose bytes this case is a point of; None for variants (nearest, LRU, other ways, symmetric)."""
+        """The method on whose curve this case is a point.
+
+        None for variants (nearest, LRU, other ways, symmetric).
+        """
         if self.method != "trained":
             return self.name.split(" to ")[0]
         stored = SHORT.get(self.storage, self.storage.upper())
@@ -95,12 +100,16 @@ class Case:
         )
 
     def contender(self) -> Contender:
-        """Returns how training stores it; of "post-training" and the FP32 baselines, what is trained."""
+        """Returns how training stores the rows.
+
+        For "post-training" and the FP32 baselines, this is the form before any later change.
+        """
         if self.method != "trained":
             hashed_to = self.share if self.method == "hashed" else 1.0
             return Contender(self.name, "float32", 0.0, hashed_to=hashed_to)
         return Contender(
-            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways, symmetric=self.symmetric,
+            self.name, self.storage, self.cache, self.rounding, self.policy, self.ways,
+            symmetric=self.symmetric,
             float32_share=self.small,
         )  # fmt: skip
 
@@ -126,7 +135,8 @@ CORE = (
     *(Case(method="hashed", share=share) for share in SHARES),
     *(Case(method="pruned", share=share) for share in SHARES),
     *(Case(method="narrow", share=share) for share in (0.5, 0.25)),
-    Case("int8", method="post-training"), Case("int4", method="post-training"), Case("int2", method="post-training"),
+    Case("int8", method="post-training"), Case("int4", method="post-training"),
+    Case("int2", method="post-training"),
     Case("int4", method="quantization-aware"),
 )  # fmt: skip
 FLOATS = (
@@ -142,7 +152,8 @@ TARGETS = (
 )  # fmt: skip
 
 
-# Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a ratio above ten.
+# Wide rows: the symmetric format saves two bytes, and INT2's metadata weigh little enough for a
+# ratio above ten.
 WIDE = (
     Case("int4", 0.01, symmetric=True),
     Case("int2", 0.02, small=0.01),
@@ -161,7 +172,10 @@ def targets(embedding_dim: int) -> tuple[Case, ...]:
 
 
 def full(embedding_dim: int) -> tuple[Case, ...]:
-    """Returns every storage, cache, policy, rounding and number of ways, and the baselines; FP32 with a cache is FP32."""
+    """Returns every storage, cache, policy, rounding and number of ways, and the baselines.
+
+    FP32 with a cache is the same as FP32, so it appears once.
+    """
     product = (
         Case(storage, cache, policy, rounding, ways)
         for storage, cache, policy, rounding, ways in itertools.product(
@@ -183,7 +197,9 @@ def choose(
     ways: Sequence[int] | None = None,
     method: Sequence[str] | None = None,
 ) -> tuple[Case, ...]:
-    """Keeps the cases whose fields are among those named (None: all), and always FP32, to which differences are taken.
+    """Keeps the cases whose fields are among those named (None: all).
+
+    FP32 is always kept, because differences are taken to it.
 
     Raises:
       ValueError: if nothing but FP32 is left.

@@ -1,7 +1,8 @@
-"""Paired differences over seeds with their 95 % intervals, and the bytes a method needs to lose less than a limit.
+"""Paired differences over seeds, and the bytes that keep a method's loss below a limit.
 
-The interval is Student's t of the differences by seed: it says how well the mean over seeds is known on this data, and
-nothing about other data. Two runs that differ by less than it are called equal.
+Differences have 95 % intervals. The interval is Student's t of the differences by seed: it says how
+well the mean over seeds is known on this data, and nothing about other data. Two runs that differ
+by less than it are called equal.
 """
 
 import math
@@ -61,15 +62,16 @@ class Needed(NamedTuple):
 
 
 def bytes_needed(points: Sequence[tuple[float, float]], limit: float) -> Needed:
-    """Returns how many bytes per row keep the loss within a limit: read off between two measured points.
+    """Returns the bytes per row that keep the loss within a limit, read off between points.
 
     Args:
       points: (bytes per row, mean difference to FP32, negative is worse) of one method.
       limit: loss allowed, positive.
 
     Returns:
-      "=": straight line in log2 of the bytes between the last point that loses more and the next; "<=": the least point
-      measured already stays within; ">": the largest one does not.
+      The bytes, with a relation. "=": the bytes lie between the last point that loses more and the
+      next point, on a straight line in log2 of the bytes. "<=": the smallest measured point is
+      within the limit. ">": the largest measured point is not.
     """
     ordered = sorted(points)
     failing = [

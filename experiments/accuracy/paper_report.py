@@ -1,7 +1,8 @@
 """Tables and pictures of the paper's grid, from the lines of its results file; it runs nothing.
 
-Every comparison is paired: a case minus FP32 on the same data, of the same dim and seed, as a mean with the 95 % interval of
-the mean over seeds (`intervals`). Bytes per row count every array of the embedding state but the optimizer's.
+Every comparison is paired: a case minus FP32 on the same data, of the same dim and seed, as a mean
+with the 95 % interval of the mean over seeds (`intervals`). Bytes per row count every array of the
+embedding state but the optimizer's.
 """
 
 import json
@@ -20,7 +21,8 @@ from experiments.accuracy.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
 MARKS = {
-    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*", "quantization": "<",
+    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*",
+    "quantization": "<",
     "hashed": "^", "narrow": ">", "pruned": "h",
 }  # fmt: skip
 COLOURS = {"INT8": "#4477aa", "INT4": "#228833", "INT2": "#ee6677", "FP32": "#888888"}
@@ -64,7 +66,10 @@ class Group(NamedTuple):
 
 
 def group(found: Iterable[dict[str, Any]]) -> list[Group]:
-    """Sorts records into groups by everything but case and seed; groups without an FP32 run are left out."""
+    """Sorts records into groups by everything but case and seed.
+
+    Groups without an FP32 run are left out.
+    """
     groups: dict[str, Group] = {}
     for record in found:
         recipe = record["recipe"]
@@ -85,7 +90,8 @@ def _is_paired(group: Group, case: Case) -> bool:
 def table(group: Group) -> str:
     """Returns the Markdown table of a group: FP32 first, then by method and bytes."""
     head = (
-        "| rows | AUC | AUC difference | log loss difference | bytes per row | smaller than FP32 | with row state | hits | "
+        "| rows | AUC | AUC difference | log loss difference | bytes per row | smaller than FP32 "
+        "| with row state | hits | "
         "evictions a step | seeds |\n|---|---|---|---|---|---|---|---|---|---|"
     )
 
@@ -139,13 +145,15 @@ def needed(group: Group) -> str:
         found = intervals.bytes_needed(points, LIMIT)
         if found.relation == ">":
             lines.append(
-                f"| {name} | more than {found.bytes_per_row:.1f} | less than {full / found.bytes_per_row:.1f}x |"
+                f"| {name} | more than {found.bytes_per_row:.1f} | less than "
+                f"{full / found.bytes_per_row:.1f}x |"
             )
         else:
             most = "at most " if found.relation == "<=" else ""
             least = "at least " if found.relation == "<=" else ""
             lines.append(
-                f"| {name} | {most}{found.bytes_per_row:.1f} | {least}{full / found.bytes_per_row:.1f}x |"
+                f"| {name} | {most}{found.bytes_per_row:.1f} | "
+                f"{least}{full / found.bytes_per_row:.1f}x |"
             )
     return "\n".join(lines)
 
@@ -153,10 +161,12 @@ def needed(group: Group) -> str:
 def text(groups: list[Group]) -> str:
     """Returns the Markdown of all tables."""
     parts = [
-        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. ± is the half 95 %"
+        "Made by `python -m experiments.accuracy.paper_table --report` from paper_table.jsonl. ± "
+        "is the half 95 %"
     ]
     parts[0] += (
-        " interval (t) of the mean over paired seeds; evictions and hits (share of requests) are of training."
+        " interval (t) of the mean over paired seeds; evictions and hits (share of requests) are "
+        "of training."
     )
     for g in groups:
         sizes = (
@@ -172,7 +182,7 @@ def text(groups: list[Group]) -> str:
 
 
 def write(found: list[dict[str, Any]], out: Path) -> None:
-    """Writes paper_table.md, and paper_table_accuracy.png, _hits.png and _losses.png, into `out`."""
+    """Writes paper_table.md and paper_table_{accuracy,hits,losses}.png into `out`."""
     groups = group(found)
     (out / "paper_table.md").write_text(text(groups))
     _draw(
@@ -201,7 +211,10 @@ def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], N
 
 
 def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]:
-    """Returns the panel of a field's loss against bytes per row: a line per method, single marks for variants."""
+    """Returns the panel of a field's loss against bytes per row.
+
+    A method is a line, a variant is a single mark.
+    """
 
     def panel(axis: Any, group: Group) -> None:
         lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -228,7 +241,10 @@ def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]
 
 
 def _hits(axis: Any, group: Group) -> None:
-    """Hit rate against the size of the cache, by policy and ways; it does not depend on the format."""
+    """Draws the hit rate against the size of the cache, by policy and ways.
+
+    The hit rate does not depend on the format.
+    """
     lines: dict[str, dict[float, list[float]]] = {}
     for case in group.cases:
         if case.cache and case.rounding == "stochastic":

@@ -1,6 +1,7 @@
 """Trains one case of the grid for one seed, baselines included, and says what a run depends on.
 
-Cases that differ only in what happens after training (FP32 and its post-training quantizations) share one training.
+Cases that differ only in what happens after training (FP32 and its post-training quantizations)
+share one training.
 """
 
 import dataclasses
@@ -14,7 +15,10 @@ from experiments.dlrm.outcomes import Outcome
 
 
 class Result(NamedTuple):
-    """What a case reached; the bytes while training are larger than the outcome's where only serving is compressed."""
+    """The outcome of a case.
+
+    The bytes while training are larger than the outcome's if only serving is compressed.
+    """
 
     case: Case
     outcome: Outcome
@@ -22,7 +26,10 @@ class Result(NamedTuple):
 
 
 def _changed(value: Any) -> dict[str, Any]:
-    """Fields of a dataclass that differ from their defaults: fields added later do not change what older runs are."""
+    """Returns the fields of a dataclass that differ from their defaults.
+
+    A field that is added later therefore does not change the keys of older runs.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(value)}
     return {name: v for name, v in dataclasses.asdict(value).items() if v != defaults[name]}
 
@@ -30,7 +37,10 @@ def _changed(value: Any) -> dict[str, Any]:
 def depends_on(
     data: dict[str, Any], recipe: training.Recipe, case: Case, seed: int
 ) -> dict[str, Any]:
-    """Returns everything a run depends on but the code, ready for JSON; records.key_of makes its key."""
+    """Returns everything a run depends on except the code, ready for JSON.
+
+    records.key_of makes its key.
+    """
     shared = {k: list(v) if isinstance(v, tuple) else v for k, v in _changed(recipe).items()}
     return {"data": data, "recipe": shared, "case": _changed(case), "seed": seed}
 
@@ -42,7 +52,9 @@ def groups(cases: Sequence[Case]) -> list[list[Case]]:
 
 
 class Workbench:
-    """Runs cases on one source with one recipe; what is compiled, and the counts of ids, is kept for the next seeds.
+    """Runs cases on one source with one recipe.
+
+    Compiled steps and the counts of ids are kept for the next seeds.
 
     Args:
       source: see experiments/data.
@@ -82,12 +94,16 @@ class Workbench:
         return self.jobs[own]
 
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:
-        """Replaces the bytes of an outcome; the optimizer's stay, as does what FP32 takes with it."""
+        """Replaces the bytes of an outcome.
+
+        The optimizer's bytes stay, and so do the bytes that FP32 takes with them.
+        """
         with_row_state = outcome.ratio_with_row_state * (
             outcome.embedding_bytes + outcome.row_state_bytes
         )
         return dataclasses.replace(
-            outcome, embedding_bytes=embedding_bytes, bytes_per_row=embedding_bytes / self.plain.num_rows,
+            outcome, embedding_bytes=embedding_bytes,
+            bytes_per_row=embedding_bytes / self.plain.num_rows,
             ratio=self.plain_bytes / embedding_bytes,
             ratio_with_row_state=with_row_state / (embedding_bytes + outcome.row_state_bytes),
         )  # fmt: skip
@@ -99,7 +115,8 @@ class Workbench:
 
         Args:
           group: cases that share a training.
-          seed: of parameters, rows and batch order; the same for all cases, which is what makes them paired.
+          seed: of parameters, rows and batch order; the same for all cases, which is what makes
+            them paired.
           on_chunk: see training.fit.
         """
         source, recipe, job = self._setup(group[0])

@@ -1,16 +1,21 @@
-"""The paper's experiment as one grid: what does a row cost in bytes, and what does that cost in AUC?
+"""The paper's experiment as one grid: what a row costs in bytes, and what that costs in AUC.
 
-Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a smaller dim, pruned by
-frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware training), with paired seeds: every case of a seed
-sees the same batches in the same order and starts from the same values (a smaller dim excepted, whose layers have other
-shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
+Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a
+smaller dim, pruned by frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware
+training), with paired seeds: every case of a seed sees the same batches in the same order and
+starts from the same values (a smaller dim excepted, whose layers have other shapes). A finished run
+is one line of the results file with its settings, commit and environment; what is there already is
 not run again, so a killed grid continues. Tables and pictures are made from all lines of the file.
 
-    python -m experiments.accuracy.paper_table                               # synthetic twin of Criteo: no file, no network
-    python -m experiments.accuracy.paper_table --data reddit --dims 16 64    # Reddit posts
+    # The synthetic twin of Criteo, without a file or a network:
+    python -m experiments.accuracy.paper_table
+    # Reddit posts:
+    python -m experiments.accuracy.paper_table --data reddit --dims 16 64
     python -m experiments.accuracy.paper_table --data criteo --path ~/criteo --grid targets
-    python -m experiments.accuracy.paper_table --data reddit --grid full --storage int4 --cache 0.01 0.05 --ways 1 32
-    python -m experiments.accuracy.paper_table --report                      # only tables and pictures
+    python -m experiments.accuracy.paper_table --data reddit --grid full --storage int4 \
+        --cache 0.01 0.05 --ways 1 32
+    # Only tables and pictures:
+    python -m experiments.accuracy.paper_table --report
 """
 
 import dataclasses
@@ -41,9 +46,9 @@ class Settings:
     dims: tuple[int, ...] = (16,)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     grid: Literal["headline", "targets", "full"] = "headline"
-    """headline: some forty cases; targets: a dozen for the paper's claim; full: every combination, some 300."""
+    """headline: some forty cases; targets: a dozen for the paper's claim; full: all, some 300."""
     storage: tuple[training.Storage, ...] | None = None
-    """Only these storages (and FP32, to which differences are taken); likewise the five below. None: all."""
+    """Only these storages, and FP32 for the differences; likewise the five below. None: all."""
     cache: tuple[float, ...] | None = None
     policy: tuple[Literal["lfu", "lru"], ...] | None = None
     rounding: tuple[Literal["stochastic", "nearest"], ...] | None = None
@@ -52,7 +57,7 @@ class Settings:
     num_rows: int | None = None
     """Rows in all. None: 2,100,000 synthetic ones; all rows of a file. Reddit: per split."""
     in_time_order: bool = False
-    """Reddit: train on the posts as they came, so that ids drift; seeds then differ in initial values only."""
+    """Reddit: train on the posts in time order (ids drift); seeds change initial values only."""
     scale: float = 0.03
     """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's; 0.03 is a million ids."""
     data_seed: int = 0
@@ -79,9 +84,11 @@ def task_of(settings: Settings, embedding_dim: int) -> train_dlrm.Settings:
         else settings.num_rows
     )
     return train_dlrm.Settings(
-        data=settings.data, path=settings.path, embedding_dim=embedding_dim, batch_size=settings.batch_size,
+        data=settings.data, path=settings.path, embedding_dim=embedding_dim,
+        batch_size=settings.batch_size,
         hidden=settings.hidden, scale=settings.scale, num_rows=rows, data_seed=settings.data_seed,
-        min_count=settings.min_count, cache_dir=settings.cache_dir, in_time_order=settings.in_time_order,
+        min_count=settings.min_count, cache_dir=settings.cache_dir,
+        in_time_order=settings.in_time_order,
     )  # fmt: skip
 
 
@@ -107,7 +114,8 @@ def cases_of(settings: Settings, embedding_dim: int) -> tuple[Case, ...]:
         embedding_dim
     )
     return grid.choose(
-        cases, storage=settings.storage, cache=settings.cache, policy=settings.policy, rounding=settings.rounding,
+        cases, storage=settings.storage, cache=settings.cache, policy=settings.policy,
+        rounding=settings.rounding,
         ways=settings.ways, method=settings.method,
     )  # fmt: skip
 
@@ -149,7 +157,8 @@ def run(settings: Settings, console: Any) -> None:
         }
         missing = sum(key not in done for key in keys.values())
         console.print(
-            f"{source.name}, D = {dim}: {len(cases)} cases x {len(settings.seeds)} seeds, {missing} of {len(keys)} to run; "
+            f"{source.name}, D = {dim}: {len(cases)} cases x {len(settings.seeds)} seeds, "
+            f"{missing} of {len(keys)} to run; "
             f"{source.num_train:,} training and {source.num_test:,} test rows, {data['ids']:,} ids"
         )
         for seed in settings.seeds:
@@ -163,8 +172,10 @@ def run(settings: Settings, console: Any) -> None:
                         records.append(path, record_of(depends, result, environment))
                         missing -= 1
                         console.print(
-                            f"seed {seed}  {result.case.name:<28} AUC {result.outcome.auc:.4f}  log loss "
-                            f"{result.outcome.log_loss:.4f}  {result.outcome.bytes_per_row:6.1f} B/row  "
+                            f"seed {seed}  {result.case.name:<28} AUC {result.outcome.auc:.4f}  "
+                            "log loss "
+                            f"{result.outcome.log_loss:.4f}  {result.outcome.bytes_per_row:6.1f} "
+                            "B/row  "
                             f"{time.perf_counter() - start:5.1f} s, {missing} left"
                         )
 

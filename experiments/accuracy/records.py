@@ -1,7 +1,8 @@
-"""Finished runs as JSON lines: one line each, found again by what the run depends on, so that a killed grid continues.
+"""Finished runs as JSON lines, so that a killed grid continues.
 
-A line is written in one call when its run has ended. A process killed in the middle of that leaves a line without an
-end, which `load` cuts off; any other line that does not parse is an error, not skipped.
+A run has one line. It is found again by the settings that it depends on. A line is written in one
+call when its run has ended. A process killed in the middle of that leaves a line without an end,
+which `load` cuts off; any other line that does not parse is an error, not skipped.
 """
 
 import hashlib
@@ -12,13 +13,18 @@ from typing import Any
 
 
 def key_of(depends_on: Any) -> str:
-    """Returns 16 hex digits that stand for a JSON-able value; the order of dictionary keys does not matter."""
+    """Returns 16 hex digits that identify a JSON-able value.
+
+    The order of dictionary keys does not matter.
+    """
     text = json.dumps(depends_on, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def load(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns {key: record} of a file, in its order; empty if there is none. A line cut short at its end is removed.
+    """Returns {key: record} of a file, in its order; empty if there is none.
+
+    A line that was cut short at the end of the file is removed.
 
     Raises:
       ValueError: on any other line that is not a record, with file and line number.

@@ -1,4 +1,4 @@
-"""Runs an iterator of batches on a thread, so that the next batches are made while the device computes."""
+"""A thread that makes the next batches while the device computes."""
 
 import queue
 import threading
@@ -9,7 +9,8 @@ from typing import Any
 def in_background(items: Iterable[Any], depth: int = 32) -> Iterator[Any]:
     """Yields the items of an iterable that a thread runs up to `depth` items ahead.
 
-    An exception of the iterable is raised where the items are consumed. A consumer that stops early stops the thread.
+    An exception of the iterable is raised where the items are consumed. A consumer that stops early
+    stops the thread.
     """
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()

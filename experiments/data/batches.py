@@ -1,9 +1,10 @@
 """Batches in an order that a seed fixes and a number of steps resumes.
 
-An epoch of rows in memory is a permutation of them. An epoch of a file of blocks, too large for that, takes the blocks in
-random order and shuffles the rows of `BLOCKS_TOGETHER` blocks at a time: two rows far apart in the file can meet in a batch,
-two of one block are likelier to. The order depends on the seed and the epoch only, so whoever has taken `start` batches goes
-on with exactly the next one: only the blocks it lies in are read for that. Nothing here knows what a row holds.
+An epoch of rows in memory is a permutation of them. An epoch of a file of blocks, too large for
+that, takes the blocks in random order and shuffles the rows of `BLOCKS_TOGETHER` blocks at a time:
+two rows far apart in the file can meet in a batch, two of one block are likelier to. The order
+depends on the seed and the epoch only, so whoever has taken `start` batches goes on with exactly
+the next one: only the blocks it lies in are read for that. Nothing here knows what a row holds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,10 @@ class Blocks(Protocol):
 def rebatched(
     parts: Iterable[Arrays], batch_size: int, *, skip: int = 0, keep_rest: bool = False
 ) -> Iterator[Arrays]:
-    """Yields the rows of `parts` after the first `skip` in batches; fewer rows at the end only with `keep_rest`."""
+    """Yields the rows of `parts` after the first `skip`, in batches.
+
+    The last batch has fewer rows with `keep_rest`; otherwise it is left out.
+    """
     rest: Arrays = {}
     for part in parts:
         length = len(next(iter(part.values())))
@@ -48,7 +52,9 @@ def rebatched(
 def epochs(
     num_rows: int, batch_size: int, start: int, num_epochs: int
 ) -> Iterator[tuple[int, int]]:
-    """Yields (epoch, batches of it already taken) from the batch `start` on; every epoch has its full batches.
+    """Yields (epoch, number of its batches already taken), from the batch `start` on.
+
+    Every epoch has its full batches.
 
     Raises:
       ValueError: if start is negative, or there is no batch or epoch.
@@ -63,7 +69,9 @@ def epochs(
 def permuted(
     num_rows: int, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1
 ) -> Iterator[np.ndarray]:
-    """Yields the row numbers of each batch: a permutation of all rows per epoch, its last incomplete batch left out.
+    """Yields the row numbers of each batch, a new permutation of all rows in each epoch.
+
+    The last incomplete batch of an epoch is left out.
 
     Args:
       num_rows: rows in memory.
@@ -81,9 +89,10 @@ def permuted(
 def shuffled(
     blocks: Blocks, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1
 ) -> Iterator[Arrays]:
-    """Yields full batches: blocks in random order, rows shuffled within `BLOCKS_TOGETHER` of them; arguments as `permuted`.
+    """Yields full batches of blocks in random order; arguments as in `permuted`.
 
-    The rows left over at the end of an epoch, fewer than a batch and others in each epoch, are left out.
+    Rows are shuffled within `BLOCKS_TOGETHER` blocks. The rows left over at the end of an epoch,
+    fewer than a batch and others in each epoch, are left out.
     """
     num_blocks = -(-blocks.num_rows // blocks.block_rows)
     lengths = np.full(num_blocks, blocks.block_rows)

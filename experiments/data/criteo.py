@@ -1,9 +1,11 @@
-"""Criteo-Kaggle from the raw `train.txt` of the Display Advertising Challenge, plain or gzipped, from a user's folder.
+"""Criteo-Kaggle from the raw `train.txt` of the Display Advertising Challenge.
 
-The text (11 GB) is read once into a dataset of tensorflow-datasets beside it (criteo_kaggle.py says how it is split and
-stored); runs with the same file start from that. Ids are numbered by a dictionary of the training days, stored as a second
-dataset per minimum count, or hashed as they are read. A file that has changed since is another file: it is prepared anew,
-in another folder. Nothing here downloads the data. Bad lines are reported by file and line number.
+The text, plain or gzipped, lies in a user's folder. The text (11 GB) is read once into a dataset of
+tensorflow-datasets beside it (criteo_kaggle.py says how it is split and stored); runs with the same
+file start from that. Ids are numbered by a dictionary of the training days, stored as a second
+dataset per minimum count, or hashed as they are read. A file that has changed since is another
+file: it is prepared anew, in another folder. Nothing here downloads the data. Bad lines are
+reported by file and line number.
 """
 
 import hashlib
@@ -87,7 +89,8 @@ class CriteoLog:
     ):
         if mapping not in ("dictionary", "hash") or min_count < 1 or not 3 <= hash_size < 2**31 - 1:
             raise ValueError(
-                f'mapping must be "dictionary" with min_count >= 1 or "hash" with 3 <= hash_size < 2**31 - 1, '
+                'mapping must be "dictionary" with min_count >= 1 or "hash" with 3 <= hash_size '
+                "< 2**31 - 1, "
                 f"got {mapping!r}, min_count={min_count}, hash_size={hash_size}"
             )
         file = find(path)
@@ -107,7 +110,8 @@ class CriteoLog:
         ]
         if len(self.bad_lines) > max_bad_lines:
             raise BadLinesError(
-                f"{file} has {len(self.bad_lines)} bad lines, more than {max_bad_lines} (max_bad_lines):\n"
+                f"{file} has {len(self.bad_lines)} bad lines, more than {max_bad_lines} "
+                "(max_bad_lines):\n"
                 f"{quote(file, self.bad_lines)}"
             )
         if self.bad_lines:
@@ -136,14 +140,20 @@ class CriteoLog:
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[batches.Arrays]:
-        """Yields full batches of the first six days, shuffled as `batches.shuffled` says, from batch `start` on."""
+        """Yields full batches of the first six days from batch `start` on.
+
+        They are shuffled as in `batches.shuffled`.
+        """
         taken = batches.shuffled(
             self.train_blocks, batch_size, seed=seed, start=start, num_epochs=num_epochs
         )
         return map(_as_batch, taken)
 
     def test(self, batch_size: int) -> Iterator[batches.Arrays]:
-        """Yields the held-out rows in their order; the last batch of a half of the day may be short."""
+        """Yields the held-out rows in their order.
+
+        The last batch of a half of the day may be short.
+        """
         for blocks in self._held_out:
             yield from map(_as_batch, batches.in_order(blocks, batch_size))
 

@@ -1,8 +1,10 @@
-"""The line format of Criteo's Display Advertising Challenge `train.txt`, parsed in blocks with exact line numbers.
+"""The line format of `train.txt` of Criteo's Display Advertising Challenge.
 
-A line has 40 tab-separated columns: a label 0 or 1, thirteen integers, twenty-six categories of 8 hex digits; any but the
-label may be empty, which means missing. Lines end with LF or CRLF. Everything is array arithmetic on the bytes of a block,
-so a bad value is found by its line without a second, slower parser. It knows nothing of ids, splits or batches.
+It is parsed in blocks, with exact line numbers. A line has 40 tab-separated columns: a label 0 or
+1, thirteen integers, twenty-six categories of 8 hex digits; any but the label may be empty, which
+means missing. Lines end with LF or CRLF. Everything is array arithmetic on the bytes of a block, so
+a bad value is found by its line without a second, slower parser. It knows nothing of ids, splits or
+batches.
 """
 
 import gzip
@@ -41,14 +43,19 @@ class Rows(NamedTuple):
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a plain or gzipped file for reading bytes; which it is is read from its first two bytes, not its name."""
+    """Opens a plain or gzipped file for reading bytes.
+
+    Its first two bytes decide which it is, not its name.
+    """
     with path.open("rb") as file:
         is_gzip = file.read(2) == b"\x1f\x8b"
     return gzip.open(path, "rb") if is_gzip else path.open("rb")
 
 
 def read_blocks(file: BinaryIO, num_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
-    """Yields the file in blocks of whole lines of about `num_bytes`; the last line may lack its line feed.
+    """Yields the file in blocks of whole lines of about `num_bytes`.
+
+    The last line may lack its line feed.
 
     Raises:
       ValueError: if a line is longer than a block.
@@ -94,7 +101,8 @@ def parse(block: bytes, first_line: int = 1) -> Rows:
     bad = {
         int(i): "the line is empty"
         if starts[i] == stops[i]
-        else f"{num_tabs[i] + 1} columns instead of {NUM_COLUMNS} (label, 13 integers, 26 categories, tab separated)"
+        else f"{num_tabs[i] + 1} columns instead of {NUM_COLUMNS} (label, 13 integers, "
+        "26 categories, tab separated)"
         for i in np.flatnonzero(~is_whole)
     }
     inner = tabs[np.repeat(is_whole, num_tabs)].reshape(-1, NUM_COLUMNS - 1)
@@ -138,10 +146,11 @@ def _each(byte: int) -> np.uint64:
 def _integers(
     text: np.ndarray, block: bytes, left: np.ndarray, length: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads decimal integers at left [n, 13]: i64 [n, 13] (0 where empty) and whether each is malformed.
+    """Reads decimal integers at left [n, 13].
 
-    The eight bytes that end a number are one u64, whose digits are checked and summed in parallel; `text` [i] holds the
-    eight bytes before position i. Longer numbers, which are few, go one by one.
+    Returns i64 [n, 13] (0 where empty), and whether each is malformed. The eight bytes that end a
+    number are one u64, whose digits are checked and summed in parallel; `text` [i] holds the eight
+    bytes before position i. Longer numbers, which are few, go one by one.
     """
     is_negative = (length > 1) & (text[left + 1] >> np.uint64(56) == _MINUS)
     num_digits = length - is_negative
@@ -163,10 +172,11 @@ def _integers(
 
 
 def _hexes(text: np.ndarray, left: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reads 8 hex digits at left [n, 26]: u32 [n, 26] (0 where empty) and whether each is malformed.
+    """Reads 8 hex digits at left [n, 26].
 
-    All eight bytes are one u64, decoded in parallel: nibble = low 4 bits + 9 for letters, and a byte is a hex digit if
-    spelling the nibble in lower case gives it back. `text` [i] holds the eight bytes before position i.
+    Returns u32 [n, 26] (0 where empty), and whether each is malformed. All eight bytes are one u64,
+    decoded in parallel: nibble = low 4 bits + 9 for letters, and a byte is a hex digit if spelling
+    the nibble in lower case gives it back. `text` [i] holds the eight bytes before position i.
     """
     digits = text[left + 8]
     is_letter = (digits >> np.uint64(6)) & _each(1)

@@ -1,16 +1,18 @@
 """The tensorflow-datasets builder of Criteo-Kaggle (Display Advertising Challenge 2014).
 
-`train.txt` or `train.txt.gz` lies in the manual download folder (Criteo's terms forbid passing it on). Config `raw` holds
-the categories as the u32 they are written as; `min_count_N` holds ids, numbered by a dictionary of the training rows, and is
-made from `raw`. Records are blocks of 4,096 rows in the order of the file; array_record is the format.
+`train.txt` or `train.txt.gz` lies in the manual download folder (Criteo's terms forbid passing it
+on). Config `raw` holds the categories as the u32 they are written as; `min_count_N` holds ids,
+numbered by a dictionary of the training rows, and is made from `raw`. Records are blocks of 4,096
+rows in the order of the file; array_record is the format.
 
-Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1 + 7 i // n, as DLRM's own
-reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the longer one if they are odd, is `validation`, the
-rest `test`. So a file cut off anywhere still has all three, down to 14 lines. Bad lines belong to the split they stand in
-and are skipped, up to a limit.
+Splits: the file is in time order over seven days, and line i (from 0) of n is taken to be of day 1
++ 7 i // n, as DLRM's own reader does. Days 1 to 6 are `train`; the first half of day 7's lines, the
+longer one if they are odd, is `validation`, the rest `test`. So a file cut off anywhere still has
+all three, down to 14 lines. Bad lines belong to the split they stand in and are skipped, up to a
+limit.
 
-It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in memory and spills to disk
-through TensorFlow from 1 GB on, even where nothing is shuffled.
+It is a ShardBasedBuilder and not a GeneratorBasedBuilder, whose shuffler holds a whole split in
+memory and spills to disk through TensorFlow from 1 GB on, even where nothing is shuffled.
 """
 
 import dataclasses
@@ -42,7 +44,7 @@ CATEGORIES = criteo_format.COLUMNS[1 + criteo_format.NUM_DENSE :]
 
 
 class BadLinesError(ValueError):
-    """More lines are bad than the limit tolerates, or the file as a whole is not in Criteo's format."""
+    """More lines are bad than the limit allows, or the file is not in Criteo's format."""
 
 
 def find(path: Path | str) -> Path:
@@ -59,7 +61,7 @@ def find(path: Path | str) -> Path:
 
 
 def fingerprint(file: Path) -> list:
-    """Returns what changes with the contents of a file: name, bytes and time of the last change in ns."""
+    """Returns the identity of a file's contents: name, bytes and time of the last change in ns."""
     seen = file.stat()
     return [file.name, seen.st_size, seen.st_mtime_ns]
 
@@ -71,7 +73,9 @@ def quote(file: Path | str, bad: list) -> str:
 
 
 def split_lines(num_lines: int) -> dict[str, tuple[int, int]]:
-    """Returns the first line (from 0) of each split and the one after its last: days 1 to 6, and day 7 in halves.
+    """Returns the first line (from 0) of each split, and the line after its last.
+
+    The splits are days 1 to 6, and the two halves of day 7.
 
     Raises:
       ValueError: if one of them would have no line.
@@ -143,13 +147,17 @@ class TextRows:
         self.bad += rows.bad
         if len(self.bad) > self.max_bad_lines:
             raise BadLinesError(
-                f"{self.file} has more than {self.max_bad_lines} bad lines (max_bad_lines) among its first "
+                f"{self.file} has more than {self.max_bad_lines} bad lines (max_bad_lines) among "
+                "its first "
                 f"{self.line + rows.num_lines}:\n{quote(self.file, self.bad)}"
             )
         return rows
 
     def until(self, last: int) -> Iterator[Arrays]:
-        """Yields the good rows from where it stopped before up to line `last` (from 0, not included), in pieces."""
+        """Yields the good rows up to line `last` (from 0, not included), in pieces.
+
+        It begins where the previous call stopped.
+        """
         while self.line < last:
             if self._rows is None:
                 self._rows, self._first = self._parse(), self.line
@@ -175,7 +183,10 @@ class TextRows:
 
 @dataclasses.dataclass
 class CriteoConfig(tfds.core.BuilderConfig):
-    """A config: raw categories, or ids by a dictionary of values that training has at least `min_count` times."""
+    """A config: raw categories, or ids by a dictionary.
+
+    The dictionary has the values that occur at least `min_count` times in training.
+    """
 
     min_count: int | None = None
 
@@ -197,8 +208,9 @@ def by_dictionary(min_count: int) -> CriteoConfig:
 class CriteoKaggle(tfds.core.ShardBasedBuilder):
     """Criteo-Kaggle in blocks of rows.
 
-    As every builder it takes a dataset that is there for what it would make; whether the text has changed since is asked by
-    `criteo.CriteoLog`, which gives each state of a file a data_dir of its own.
+    As every builder it takes a dataset that is there for what it would make; whether the text has
+    changed since is asked by `criteo.CriteoLog`, which gives each state of a file a data_dir of its
+    own.
 
     Args:
       text: the file; None: train.txt or train.txt.gz in the manual download folder.
@@ -250,13 +262,19 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[Callable]]:
-        """Lists for each split one function per file that yields its blocks; they have to be called in order."""
+        """Lists for each split one function per file that yields its blocks.
+
+        The functions must be called in order.
+        """
         if self.builder_config.min_count is None:
             return self._from_text(self._text or find(dl_manager.manual_dir))
         return self._from_raw(dl_manager)
 
     def _files(self, split: str, num_rows: int, parts: Iterator[Arrays]) -> list[Callable]:
-        """Divides what `parts` will yield, about `num_rows` rows, into files; the last one takes what is left."""
+        """Divides the rows that `parts` will yield, about `num_rows`, into files.
+
+        The last file takes the remaining rows.
+        """
         counts = self.info.metadata.setdefault("num_rows", {})
         counts[split] = 0
         blocks = rebatched(parts, BLOCK_ROWS, keep_rest=True)

@@ -6,7 +6,10 @@ import numpy as np
 
 
 def fmix32(x: Any) -> Any:
-    """Mixes u32 of any shape, one to one: every bit of the input changes half of the output's bits on average."""
+    """Mixes u32 of any shape, one to one.
+
+    Every input bit changes half of the output bits on average.
+    """
     x = x ^ (x >> np.uint32(16))
     x = x * np.uint32(0x85EBCA6B)
     x = x ^ (x >> np.uint32(13))

@@ -1,4 +1,4 @@
-"""Sources that fit in memory: rows as numpy columns, an epoch is a permutation of the training rows."""
+"""Sources that fit in memory: rows are numpy columns, an epoch permutes the training rows."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,10 @@ def numbered(values: pl.Series) -> tuple[np.ndarray, int]:
 
 
 def numbered_bags(lists: pl.Series, length: int) -> tuple[np.ndarray, int]:
-    """Numbers the values in lists, at most `length` of each: i32 [n, length] padded with NO_ID, and how many there are."""
+    """Numbers the values in lists, at most `length` of each.
+
+    Returns i32 [n, length], padded with NO_ID, and the number of distinct values.
+    """
     lists = lists.list.head(length)
     ids = np.full((len(lists), length), NO_ID, np.int32)
     is_value = np.arange(length) < lists.list.len().to_numpy()[:, None]

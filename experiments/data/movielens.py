@@ -1,10 +1,12 @@
 """MovieLens-1M as a click-through task: did a user rate a movie above 3 stars, or below?
 
-Ratings of exactly 3 are left out, 739,012 remain. Features: user, movie, gender, age group, occupation, zip code, and the
-movie's genres as a bag. Rows are divided at random, nine parts to train and one to test. Every distinct value has its id.
+Ratings of exactly 3 are left out, 739,012 remain. Features: user, movie, gender, age group,
+occupation, zip code, and the movie's genres as a bag. Rows are divided at random, nine parts to
+train and one to test. Every distinct value has its id.
 
-The ratings come from `movielens/1m-ratings` of tensorflow-datasets, which downloads them once (GroupLens' terms forbid
-passing them on) and stores one rating per record, slow to read; what is read is kept beside them as parquet.
+The ratings come from `movielens/1m-ratings` of tensorflow-datasets, which downloads them once
+(GroupLens' terms forbid passing them on) and stores one rating per record, slow to read; what is
+read is kept beside them as parquet.
 """
 
 import functools
@@ -32,12 +34,15 @@ SINGLES = {
 }
 MAX_GENRES = 6
 TOGETHER = 4096  # records read at once
-# The parser of this config opens its three files with tf.io.gfile.GFile(path, mode="rb"), all it needs TensorFlow for.
+# The parser of this config opens its three files with tf.io.gfile.GFile(path, mode="rb"), all it
+# needs TensorFlow for.
 FILES = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open)))
 
 
 def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print) -> pl.DataFrame:
-    """Returns all ratings, one row each, in the order of user and movie; downloads and prepares them if need be.
+    """Returns all ratings, one row each, in the order of user and movie.
+
+    It downloads and prepares them if needed.
 
     Args:
       data_dir: folder of tensorflow-datasets; None: its own default, ~/tensorflow_datasets.

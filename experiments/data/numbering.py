@@ -1,8 +1,8 @@
 """Numbers the values of categorical columns: by a dictionary of the training rows, or by hashing.
 
-Values are u32, 0 meaning missing. A dictionary gives 0 to missing, 1 to values that training rows have fewer than
-`min_count` times or never, and 2 and up to the others in order of value. Counts are gathered in pieces, so that no column
-is ever in memory as a whole.
+Values are u32, 0 meaning missing. A dictionary gives 0 to missing, 1 to values that training rows
+have fewer than `min_count` times or never, and 2 and up to the others in order of value. Counts are
+gathered in pieces, so that no column is ever in memory as a whole.
 """
 
 import numpy as np
@@ -41,7 +41,10 @@ class Counts:
             self._values[t], self._counts[t] = values[first], np.add.reduceat(counts, first)
 
     def dictionaries(self, min_count: int) -> list[np.ndarray]:
-        """Returns for each column the values, sorted u32, that occurred at least `min_count` times, without 0."""
+        """Returns the frequent values of each column: sorted u32, without 0.
+
+        A value is frequent if it occurred at least `min_count` times.
+        """
         if self._waiting:
             self._merge()
         return [
@@ -55,7 +58,7 @@ def vocabulary_size(dictionary: np.ndarray) -> int:
 
 
 def number_by_dictionary(raw: np.ndarray, dictionary: np.ndarray) -> np.ndarray:
-    """Numbers u32 [n] by a sorted dictionary: i32 [n], 0 for missing and 1 for what is not in it."""
+    """Numbers u32 [n] by a sorted dictionary: i32 [n], 0 for missing and 1 for unknown values."""
     if not len(dictionary):
         return (raw != 0).astype(np.int32)
     place = np.minimum(np.searchsorted(dictionary, raw), len(dictionary) - 1)
@@ -64,7 +67,10 @@ def number_by_dictionary(raw: np.ndarray, dictionary: np.ndarray) -> np.ndarray:
 
 
 def number_by_hash(raw: np.ndarray, hash_size: int) -> np.ndarray:
-    """Hashes u32 [n, T] to ids i32 [n, T] in [1, hash_size), a different hash per column, and keeps 0 for missing."""
+    """Hashes u32 [n, T] to ids i32 [n, T] in [1, hash_size), and keeps 0 for missing.
+
+    Each column has its own hash.
+    """
     salts = np.arange(1, raw.shape[1] + 1, dtype=np.uint32) * np.uint32(0x9E3779B1)
     return np.where(raw == 0, 0, 1 + fmix32(raw ^ salts) % np.uint32(hash_size - 1)).astype(
         np.int32

@@ -1,9 +1,11 @@
-"""Datasets of tensorflow-datasets on disk: prepared once, by one process, whole or not at all; rows in blocks of thousands.
+"""Datasets of tensorflow-datasets on disk, with rows in blocks of thousands.
 
-tensorflow-datasets (4.9.10) writes and reads array_record files without TensorFlow, at some 30,000 records/s whatever
-their size, which is why a record of ours is a block of rows: one array per feature, stored as its bytes. It prepares a
-dataset in a folder of another name and renames that at the end, so a folder with the right name is whole. Two processes that
-prepare the same dataset at once would collide in the renaming: here the second waits for the first and uses its result.
+One process prepares a dataset once. It is there whole or not at all. tensorflow-datasets (4.9.10)
+writes and reads array_record files without TensorFlow, at some 30,000 records/s whatever their
+size, which is why a record of ours is a block of rows: one array per feature, stored as its bytes.
+It prepares a dataset in a folder of another name and renames that at the end, so a folder with the
+right name is whole. Two processes that prepare the same dataset at once would collide in the
+renaming: here the second waits for the first and uses its result.
 """
 
 import fcntl
@@ -54,7 +56,8 @@ class BlockSplit:
         self._records = builder.as_data_source(split)
         if len(self._records) != -(-self.num_rows // self.block_rows):
             raise self._damaged(
-                f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} rows"
+                f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} "
+                "rows"
             )
 
     def _damaged(self, reason: object) -> "DamagedError":
@@ -92,7 +95,8 @@ def prepared(
     """Returns a builder whose dataset is on disk, after writing it if need be.
 
     Args:
-      make: makes the builder; called again once the dataset is there, since a builder reads its description when made.
+      make: makes the builder; called again once the dataset is there, since a builder reads its
+        description when made.
       download_config: as for download_and_prepare.
 
     Raises:

@@ -1,10 +1,11 @@
 """Reddit posts as a click-through task: does a post get at least 11 comments?
 
-Features: subreddit, domain, hour, weekday, is_self, and the title's words as a bag of at most 16. Posts before 2012-04
-train, 2012-04 to 06 test, so the test set has new words, domains and subreddits. Every distinct value has its own id, no
-minimum count; ids of values that only test posts have are never trained. The file (posts_before_2012-07.parquet, PDDL
-1.0, public domain) is not part of the project: its folder is given, or named by MPEMBED_DATA, or ../shared/data beside
-the repository. Links, scores and authors are not used.
+Features: subreddit, domain, hour, weekday, is_self, and the title's words as a bag of at most 16.
+Posts before 2012-04 train, 2012-04 to 06 test, so the test set has new words, domains and
+subreddits. Every distinct value has its own id, no minimum count; ids of values that only test
+posts have are never trained. The file (posts_before_2012-07.parquet, PDDL 1.0, public domain) is
+not part of the project: its folder is given, or named by MPEMBED_DATA, or ../shared/data beside the
+repository. Links, scores and authors are not used.
 """
 
 import datetime
@@ -27,7 +28,9 @@ WORD = r"[\w']+"
 
 
 def find(path: Path | str | None = None) -> Path:
-    """Returns the parquet file: `path` (file or folder), else under MPEMBED_DATA, else under ../shared/data.
+    """Returns the parquet file.
+
+    It is `path` (file or folder), else under MPEMBED_DATA, else under ../shared/data.
 
     Raises:
       FileNotFoundError: naming every place looked at.
@@ -43,7 +46,8 @@ def find(path: Path | str | None = None) -> Path:
         if place.is_file():
             return place
     raise FileNotFoundError(
-        f"no {FILE.name} at {', '.join(map(str, places))}; pass its folder, or set MPEMBED_DATA to the data folder"
+        f"no {FILE.name} at {', '.join(map(str, places))}; pass its folder, or set MPEMBED_DATA "
+        "to the data folder"
     )
 
 
@@ -52,8 +56,10 @@ class RedditPosts(InMemory):
 
     Args:
       path: the parquet file or its folder; None looks in the default places.
-      num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None keeps all.
-      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while training.
+      num_rows: keep only the last `num_rows` training and the first `num_rows` test posts; None
+        keeps all.
+      in_time_order: train on the posts as they came, whatever the seed; the ids then drift while
+        training.
     """
 
     name = "reddit"
@@ -92,7 +98,10 @@ class RedditPosts(InMemory):
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[dict]:
-        """Yields the full batches of the training posts, from batch `start` on; in random order unless `in_time_order`."""
+        """Yields the full batches of the training posts, from batch `start` on.
+
+        The order is random unless `in_time_order`.
+        """
         if not self.in_time_order:
             yield from super().train(batch_size, seed, start, num_epochs)
             return

@@ -1,14 +1,15 @@
-"""A synthetic twin of Criteo-Kaggle: 13 integers, 26 categories and clicks, made on the fly from a seed.
+"""A synthetic twin of Criteo-Kaggle: 13 integers, 26 categories and clicks, from a seed.
 
-The vocabulary sizes are the real ones times a scale (sizes up to 1,000 stay as they are). Ids follow Zipf-Mandelbrot
-laws `p(rank) ~ (rank + q)^-s` whose parameters were fitted so that 137,139 draws at scale 1 show the published number
-of distinct ids and top 1 / 5 / 10 % shares of C3, C4, C12, C16, C21 and C24; the other features have round parameters of
-ours. Ranks are spread over the ids, so hot ids are not neighbours. Each day about 3.5 % of the ranks of a large feature
-move to another id. Labels come from a planted logistic model: dense terms, one effect per id, and products of hidden
-per-id factors of eight pairs of features, which a dot interaction can learn; the bias is set so that the click rate is
-.2562. Effects are hashes of (feature, id): no array is as long as a vocabulary. Missing rates of I1, I12 and C22 are
-the published ones, the others are round figures. It is not a model of Criteo's labels: only skew, sizes, rates and the
-rough difficulty are alike.
+The vocabulary sizes are the real ones times a scale (sizes up to 1,000 stay as they are). Ids
+follow Zipf-Mandelbrot laws `p(rank) ~ (rank + q)^-s` whose parameters were fitted so that 137,139
+draws at scale 1 show the published number of distinct ids and top 1 / 5 / 10 % shares of C3, C4,
+C12, C16, C21 and C24; the other features have round parameters of ours. Ranks are spread over the
+ids, so hot ids are not neighbours. Each day about 3.5 % of the ranks of a large feature move to
+another id. Labels come from a planted logistic model: dense terms, one effect per id, and products
+of hidden per-id factors of eight pairs of features, which a dot interaction can learn; the bias is
+set so that the click rate is .2562. Effects are hashes of (feature, id): no array is as long as a
+vocabulary. Missing rates of I1, I12 and C22 are the published ones, the others are round figures.
+It is not a model of Criteo's labels: only skew, sizes, rates and the rough difficulty are alike.
 """
 
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ DENSE_SPREAD = np.array(
 DENSE_WEIGHT = np.array(
     [0.7, 0.15, 0.3, -0.15, -0.35, -0.3, 0.5, 0, -0.15, 0.3, 0.4, 0.3, -0.3], np.float32
 )
-# Pairs whose hidden factors multiply: large with small and large with large, so that rows must be trained to see them.
+# Pairs whose hidden factors multiply: large with small and large with large, so that rows must be
+# trained to see them.
 PAIRS = (
     ("C3", "C14"), ("C4", "C17"), ("C12", "C9"), ("C16", "C23"),
     ("C21", "C6"), ("C24", "C10"), ("C7", "C15"), ("C18", "C26"),
@@ -85,7 +87,10 @@ STEADY_RANKS = 16  # the hottest ranks stay: they alone could move the click rat
 
 
 def scaled_sizes(scale: float) -> dict[str, int]:
-    """Vocabulary sizes at a scale: {feature: size}; sizes up to 1,000 are kept, larger ones never fall below."""
+    """Returns {feature: vocabulary size} at a scale.
+
+    Sizes up to 1,000 are kept, and larger ones stay at least at 1,000.
+    """
     if not 0.0 < scale <= 1.0:
         raise ValueError(f"scale must be in (0, 1], got {scale}; 1 is Criteo-Kaggle's 33.76 M ids")
     sizes = {name: law.vocabulary_size for name, law in FEATURES.items()}
@@ -109,8 +114,8 @@ class FeatureIds:
         self.first = 1 if law.missing else 0  # id 0 is kept for "missing"
         self.size = vocabulary_size - self.first
         self.salt = np.uint32(salt)
-        # The inverse distribution at 2^16 + 1 equal steps, straight lines between; exact masses for the first million
-        # ranks, the integral of the law beyond.
+        # The inverse distribution at 2^16 + 1 equal steps, straight lines between; exact masses for
+        # the first million ranks, the integral of the law beyond.
         exact = min(self.size, 1 << 20)
         mass = np.cumsum((np.arange(exact) + 1.0 + law.offset) ** -law.exponent)
         knots, total = np.arange(exact + 1.0), np.concatenate([[0.0], mass])
@@ -133,7 +138,10 @@ class FeatureIds:
     def draw(
         self, rng: np.random.Generator, num_rows: int, day: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids i32 [n], effects f32 [n] and hidden factors f32 [n], both of mean 0 and variance 1 over ids."""
+        """Returns ids i32 [n], effects f32 [n] and hidden factors f32 [n].
+
+        Effects and factors have mean 0 and variance 1 over ids.
+        """
         bits = rng.integers(0, 1 << 32, num_rows, dtype=np.uint32)
         cell = (bits >> np.uint32(16)).astype(np.intp)
         index = (
@@ -166,7 +174,8 @@ class CriteoTwin:
     Args:
       num_rows: rows of all days together.
       scale: vocabulary sizes as a share of Criteo-Kaggle's, in (0, 1].
-      seed: fixes every row and the planted model; the same seed gives the same data whatever the batch size.
+      seed: fixes every row and the planted model; the same seed gives the same data whatever the
+        batch size.
     """
 
     name = "synthetic"
@@ -225,7 +234,10 @@ class CriteoTwin:
         return dense, np.ascontiguousarray(ids.T), label.astype(np.float32), logits
 
     def _blocks(self, days: range, num_rows: int) -> list[tuple[int, int, int]]:
-        """Lists (day, block, rows) of blocks that hold `num_rows` rows, the days equally long up to one row."""
+        """Lists (day, block, rows) of the blocks that hold `num_rows` rows.
+
+        The lengths of the days differ by at most one row.
+        """
         blocks = []
         for i, day in enumerate(days):
             left = num_rows * (i + 1) // len(days) - num_rows * i // len(days)
@@ -235,10 +247,11 @@ class CriteoTwin:
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
     ) -> Iterator[batches.Arrays]:
-        """Yields the full training batches: blocks in an order given by the seed, rows shuffled within a block.
+        """Yields the full training batches, from blocks in an order given by the seed.
 
-        Rows of a day are exchangeable, so this is as good as a shuffle of all rows. From batch `start` on, counted through
-        all epochs; only blocks with rows of later batches are made.
+        Rows are shuffled within a block. Rows of a day are exchangeable, so this is as good as a
+        shuffle of all rows. From batch `start` on, counted through all epochs; only blocks with
+        rows of later batches are made.
         """
         for epoch, taken in batches.epochs(self.num_train, batch_size, start, num_epochs):
             yield from batches.rebatched(

@@ -1,1 +1,1 @@
-"""The recommender: its models, its tables as stacks, the loop that trains it, and what a run reports."""
+"""The recommender: models, tables as stacks, the training loop, and the report of a run."""

@@ -1,8 +1,10 @@
-"""The dense halves of two recommenders, as pure functions over lists of arrays: DLRM and a small MLP.
+"""The dense halves of two recommenders, DLRM and a small MLP.
 
-Both take what the embedding side hands over, `vectors` f32 [B, T, D], so neither knows how rows are stored. DLRM follows
-Naumov et al. 2019 (arXiv 1906.00091) in its Criteo-Kaggle setting: bottom MLP 13-512-256-64-D, dot products of all pairs
-of the T + 1 vectors, top MLP 512-256-1. Dropout, batch norm and other interactions are not here.
+They are pure functions over lists of arrays. Both take what the embedding side hands over,
+`vectors` f32 [B, T, D], so neither knows how rows are stored. DLRM follows Naumov et al. 2019
+(arXiv 1906.00091) in its Criteo-Kaggle setting: bottom MLP 13-512-256-64-D, dot products of all
+pairs of the T + 1 vectors, top MLP 512-256-1. Dropout, batch norm and other interactions are not
+here.
 """
 
 import functools
@@ -43,7 +45,10 @@ def init_mlp(key: jax.Array, widths: Sequence[int]) -> Params:
 
 
 def mlp(layers: Params, x: jax.Array, *, relu_last: bool) -> jax.Array:
-    """Applies the layers to x f32 [B, in] with ReLU between them, and after the last one if `relu_last`."""
+    """Applies the layers to x f32 [B, in], with ReLU between them.
+
+    With `relu_last`, ReLU also follows the last layer.
+    """
     for number, layer in enumerate(layers):
         x = x @ layer["kernel"] + layer["bias"]
         if relu_last or number < len(layers) - 1:
@@ -53,7 +58,10 @@ def mlp(layers: Params, x: jax.Array, *, relu_last: bool) -> jax.Array:
 
 @functools.cache
 def _triangle(num_vectors: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the strict lower triangle in a flat [T, T] square, and for each cell of the square its pair."""
+    """Returns the positions of the strict lower triangle in a flat [T, T] square.
+
+    Also returns, for each cell of the square, the number of its pair.
+    """
     row, column = np.tril_indices(num_vectors, -1)
     pair = np.full(
         (num_vectors, num_vectors), len(row), np.int32
@@ -66,8 +74,9 @@ def _triangle(num_vectors: int) -> tuple[np.ndarray, np.ndarray]:
 def interact(vectors: jax.Array) -> jax.Array:
     """Dot products of all pairs of different vectors: f32 [B, T, D] -> [B, T (T - 1) / 2].
 
-    One batched matmul, then a static gather of the lower triangle. The gradient is a gather and one more matmul: the
-    transposed gather would be a scatter-add, and the square's gradient is symmetric, so one product serves both sides.
+    One batched matmul, then a static gather of the lower triangle. The gradient is a gather and one
+    more matmul: the transposed gather would be a scatter-add, and the square's gradient is
+    symmetric, so one product serves both sides.
     """
     square = jnp.einsum("btd,bsd->bts", vectors, vectors)
     return square.reshape(len(vectors), -1)[:, _triangle(vectors.shape[1])[0]]
@@ -96,7 +105,10 @@ def init_dlrm(
     bottom: Sequence[int] = (512, 256, 64),
     top: Sequence[int] = (512, 256),
 ) -> dict[str, Params]:
-    """Draws DLRM's dense parameters: {"bottom": layers, "top": layers}; `num_vectors` is T, one per feature."""
+    """Draws DLRM's dense parameters: {"bottom": layers, "top": layers}.
+
+    `num_vectors` is T, one per feature.
+    """
     bottom_key, top_key = jax.random.split(key)
     num_pairs = num_vectors * (num_vectors + 1) // 2
     return {
@@ -120,7 +132,10 @@ def init_small(
 
 
 def small(params: dict[str, Params], dense: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Logits f32 [B] of one hidden layer over the concatenated vectors f32 [B, T, D]; `dense` is not used."""
+    """Returns the logits f32 [B] of one hidden layer over the vectors f32 [B, T, D], concatenated.
+
+    `dense` is not used.
+    """
     del dense
     return mlp(params["top"], vectors.reshape(len(vectors), -1), relu_last=False)[:, 0]
 

@@ -30,7 +30,8 @@ class Outcome:
     bytes_per_row: float  # embedding_bytes over the rows of the source's tables
     ratio: float  # float32 tables of the source over embedding_bytes
     ratio_with_row_state: float  # the same with the optimizer's state on both sides
-    hit_rate: float  # share of requests found in the cache while training; this and the next three are of the first stack
+    # hit_rate and the next three are those of the first stack.
+    hit_rate: float  # share of requests found in the cache while training
     unique_hit_rate: float
     evictions_per_step: float
     bypasses_per_step: float
@@ -48,7 +49,8 @@ def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> di
     def padded() -> Iterator[dict]:
         for batch in source.test(batch_size):
             labels.append(batch["label"])
-            # One shape for all: a short batch repeats its last row, and the scores of the repeats are cut off.
+            # One shape for all: a short batch repeats its last row, and the scores of the repeats
+            # are cut off.
             rows = np.minimum(np.arange(batch_size), len(batch["label"]) - 1)
             yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
 
@@ -99,13 +101,16 @@ def measure(
     total = sum(size.total for size in sizes)
     row_state_bytes = sum(size.components["row state"] for size in sizes)
     return Outcome(
-        contender=fitted.contender, seed=fitted.seed, **evaluate(job, fitted.learner, source, batch_size),
+        contender=fitted.contender, seed=fitted.seed,
+        **evaluate(job, fitted.learner, source, batch_size),
         embedding_bytes=total - row_state_bytes, row_state_bytes=row_state_bytes,
         bytes_per_row=(total - row_state_bytes) / full.num_rows,
         ratio=full.float32_bytes / (total - row_state_bytes),
         ratio_with_row_state=(full.float32_bytes + full.float32_row_state_bytes) / total,
         hit_rate=counts.hit_rate, unique_hit_rate=counts.unique_hit_rate,
-        evictions_per_step=counts.evictions / fitted.num_steps, bypasses_per_step=counts.bypasses / fitted.num_steps,
-        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)), first_chunk_s=fitted.first_chunk_s,
+        evictions_per_step=counts.evictions / fitted.num_steps,
+        bypasses_per_step=counts.bypasses / fitted.num_steps,
+        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)),
+        first_chunk_s=fitted.first_chunk_s,
         num_steps=fitted.num_steps, losses=fitted.losses, advice=[str(w.message) for w in advice],
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """What a training leaves behind: a table, a picture, and a file that says what ran where.
 
-Works on lists of `training.Outcome`, several contenders times several seeds, the first contender being the FP32 baseline.
-AUC differences are paired: a contender against the baseline of the same seed. It runs nothing itself.
+Works on lists of `training.Outcome`, several contenders times several seeds, the first contender
+being the FP32 baseline. AUC differences are paired: a contender against the baseline of the same
+seed. It runs nothing itself.
 """
 
 import dataclasses
@@ -40,21 +41,31 @@ def auc_differences(outcomes: list[Outcome]) -> dict[str, list[float]]:
 
 
 def make_console() -> Console:
-    """Returns a console as wide as the terminal, or wide enough for every table where the output is not a terminal."""
+    """Returns a console as wide as the terminal.
+
+    If the output is not a terminal, the console is wide enough for every table.
+    """
     return Console(width=None if sys.stdout.isatty() else 130)
 
 
 def make_progress(console: Console) -> Progress:
     """Returns bars with samples/s, loss and hit rate: tasks need the fields rate, loss and hits."""
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[rate]:,.0f} samples/s  loss {task.fields[loss]:.4f}  hits {task.fields[hits]:.1%}"),
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn(
+            "{task.fields[rate]:,.0f} samples/s  loss {task.fields[loss]:.4f}  "
+            "hits {task.fields[hits]:.1%}"
+        ),
         console=console,
     )  # fmt: skip
 
 
 class Bars:
-    """Feeds `training.train`'s on_chunk to one bar per contender; the rate is over a contender's own turns."""
+    """Feeds `training.train`'s on_chunk to one bar per contender.
+
+    The rate is over a contender's own turns.
+    """
 
     def __init__(self, progress: Progress, names: list[str], num_rows: int):
         self.progress, self.rows, self.seconds = (
@@ -81,7 +92,10 @@ class Bars:
 
 
 def make_table(outcomes: list[Outcome], title: str) -> Table:
-    """Returns a rich table, one line per contender: means over seeds, and AUC differences per seed if there are several."""
+    """Returns a rich table, one line per contender, with means over seeds.
+
+    With several seeds, it also has AUC differences per seed.
+    """
     several = len({o.seed for o in outcomes}) > 1
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
@@ -110,8 +124,10 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
             cells.append(" ".join(f"{d:+.4f}" for d in differences[name]) if number else "")
         table.add_row(name, *cells)
     table.caption = (
-        "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state without the optimizer's; "
-        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both sides. ms: per step."
+        "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state "
+        "without the optimizer's; "
+        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both "
+        "sides. ms: per step."
     )
     return table
 
@@ -124,7 +140,10 @@ def print_advice(console: Console, outcomes: list[Outcome]) -> None:
 
 
 def save_picture(outcomes: list[Outcome], path: Path) -> None:
-    """Draws loss curves of the first seed, and AUC lost against bytes per row with one mark per seed."""
+    """Draws loss curves of the first seed, and AUC lost against bytes per row.
+
+    The second panel has one mark per seed.
+    """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     differences = auc_differences(outcomes)
@@ -169,12 +188,12 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
 
 
 def projection(outcome: Outcome, batch_size: int) -> float:
-    """Returns the seconds one pass over Criteo-Kaggle's 45.8 M rows would take at this contender's time per step."""
+    """Returns the seconds of a pass over Criteo-Kaggle's 45.8 M rows at this time per step."""
     return KAGGLE_ROWS / batch_size * outcome.step_ms / 1e3
 
 
 def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) -> dict[str, Any]:
-    """Writes and returns environment, settings, paired AUC differences, every outcome, and `extra`."""
+    """Writes and returns environment, settings, paired AUC differences, outcomes, and `extra`."""
     record = {
         **provenance.environment(),
         "settings": {

@@ -1,7 +1,8 @@
-"""A source's tables as one or two stacks of mpembed_jax: their specs, ids, and the vectors a model sees.
+"""A source's tables as one or two stacks of mpembed_jax.
 
-Usually one stack holds everything. A contender may keep its smallest tables in FP32; they are then a second stack, and
-the model sees its vectors in the same order as before.
+This file makes their specs, their ids, and the vectors that a model sees. Usually one stack holds
+everything. A contender may keep its smallest tables in FP32; they are then a second stack, and the
+model sees its vectors in the same order as before.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
-    """Caps the tables at one size, DLRM's max-ind-range, so that all together have `share` of the rows."""
+    """Caps the tables at one size, so that all together have `share` of the rows.
+
+    DLRM calls this size max-ind-range.
+    """
     low, high = 1, max(tables.values())
     while low < high:
         cap = (low + high + 1) // 2
@@ -30,7 +34,7 @@ def table_sizes(tables: dict[str, int], share: float) -> dict[str, int]:
 
 
 def smallest(tables: dict[str, int], share: float) -> set[str]:
-    """Returns the names of the smallest tables, as many as have at most `share` of all rows together."""
+    """Returns the names of the smallest tables that together have at most `share` of all rows."""
     room, names = share * sum(tables.values()), set()
     for name, size in sorted(tables.items(), key=lambda item: item[1]):
         room -= size
@@ -43,9 +47,10 @@ def smallest(tables: dict[str, int], share: float) -> set[str]:
 def make_specs(
     source: Any, contender: "Contender", recipe: "Recipe"
 ) -> tuple[mpembed.EmbeddingSpec, ...]:
-    """Returns the source's tables as the contender stores them: one stack, or a second one of its smallest tables.
+    """Returns the source's tables as the contender stores them.
 
-    The cache's fraction is of the first stack's rows.
+    There is one stack, or a second one of the smallest tables. The cache's fraction is of the first
+    stack's rows.
     """
     fraction = contender.cache_fraction
     sizes = table_sizes(source.tables, contender.hashed_to)
@@ -63,7 +68,8 @@ def make_specs(
     return tuple(
         mpembed.EmbeddingSpec(
             tables=tuple(mpembed.TableSpec(name, size) for name, size in tables.items()),
-            embedding_dim=recipe.embedding_dim, storage=storage, cache=lines, max_unique_ids=recipe.max_unique_ids,
+            embedding_dim=recipe.embedding_dim, storage=storage, cache=lines,
+            max_unique_ids=recipe.max_unique_ids,
         )
         for tables, storage, lines in stacks if tables
     )  # fmt: skip
@@ -75,10 +81,14 @@ def init(
     specs: Sequence[mpembed.EmbeddingSpec],
     tx: optax.GradientTransformation,
 ) -> tuple[mpembed.EmbeddingState, ...]:
-    """Makes one state per stack; a row's initial value does not depend on how the tables are divided over stacks."""
+    """Makes one state per stack.
+
+    The initial value of a row does not depend on how the tables are divided over stacks.
+    """
     if len(specs) == 1:
         return (mpembed.init(key, specs[0], tx),)
-    # Initial values are drawn by the row's number in its stack: draw them in one FP32 stack of all tables.
+    # Initial values are drawn by the row's number in its stack: draw them in one FP32 stack of all
+    # tables.
     by_name = {table.name: table for spec in specs for table in spec.tables}
     tables = tuple(by_name[name] for name in source.tables)
     dense = mpembed.to_dense(
@@ -93,7 +103,9 @@ def init(
 
 
 def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
-    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of a stack, hashed where its tables are smaller.
+    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of a stack.
+
+    Ids are hashed where the stack's tables are smaller.
 
     Args:
       ids: of all tables.
@@ -122,7 +134,10 @@ def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) ->
 
 
 def _split(ids: Any, bags: Sequence[str]) -> tuple[list[Any], list[Any]]:
-    """Separates features with one id, as one [B, T] array or none, from bags [B, L]; dicts are taken in sorted order."""
+    """Separates features with one id, as one [B, T] array or none, from bags [B, L].
+
+    Dicts are taken in sorted order.
+    """
     if not isinstance(ids, dict):
         return [ids], []
     singles = [ids[name] for name in sorted(ids) if name not in bags]
@@ -132,7 +147,10 @@ def _split(ids: Any, bags: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
 
 def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str], implementation: str) -> jax.Array:
-    """Returns the vectors f32 [B, T of the stack, D] of unique rows, bags averaged; features in the order of `merged`."""
+    """Returns the vectors f32 [B, T of the stack, D] of unique rows, with bags averaged.
+
+    The features are in the order of `merged`.
+    """
     singles, bagged = _split(inverse, bags)
     parts = [mpembed.pool(rows, ids, implementation=implementation) for ids in singles]
     if bagged:
@@ -155,7 +173,10 @@ def read(rows_of: Callable[[jax.Array], jax.Array], ids: Any, bags: Sequence[str
 def merged(
     parts: Sequence[jax.Array], states: Sequence[mpembed.EmbeddingState], source: Any, is_dict: bool
 ) -> jax.Array:
-    """Joins the vectors of all stacks, f32 [B, T, D], in the order in which a single stack has them."""
+    """Joins the vectors of all stacks to f32 [B, T, D].
+
+    The order is that of a single stack.
+    """
     if len(parts) == 1:
         return parts[0]
 

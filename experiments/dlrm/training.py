@@ -1,9 +1,11 @@
-"""Trains several storages of one recommender side by side: same batches, same seed, same initial parameters.
+"""The training of several storages of one recommender side by side.
 
-Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered
-rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
-turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
-on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`.
+All have the same batches, the same seed and the same initial parameters. Every contender is the
+functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered rows,
+apply_gradients for them and optax for the dense part, in one jitted call with everything donated.
+Contenders take turns on chunks of batches, so the host waits for the device once per chunk and
+times them alternately. Batches are made on a background thread. One pass, no early stopping, no
+learning-rate schedule. What a run reached is in `outcomes`.
 """
 
 import dataclasses
@@ -42,7 +44,8 @@ class Contender:
         1.0  # below 1: large tables are capped, ids hashed, to this share of all rows
     )
     symmetric: bool | None = None  # of an integer format; None: the library's choice for the dim
-    float32_share: float = 0.0  # the smallest tables, with at most this share of all rows, stay FP32 in a stack of their own
+    # The smallest tables, with at most this share of all rows, stay FP32 in a stack of their own.
+    float32_share: float = 0.0
 
 
 FP32 = Contender("FP32", "float32", 0.0)
@@ -107,7 +110,10 @@ class Fitted(NamedTuple):
 
 
 def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> Contender:
-    """Returns the FP32 contender whose tables, ids hashed into fewer rows, take as many bytes as another's state."""
+    """Returns the FP32 contender that takes as many bytes as another one's state.
+
+    Its ids are hashed into fewer rows.
+    """
     sizes = [
         mpembed.memory.report(spec, optax.identity())
         for spec in stacks.make_specs(source, contender, recipe)
@@ -117,9 +123,10 @@ def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> 
 
 
 def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
-    """Builds the step, the prediction and the optimizers: DLRM where there are dense inputs, else the small MLP.
+    """Builds the step, the prediction and the optimizers.
 
-    With a `view` the model sees its result instead of the rows, in training (gradients flow through it) and prediction.
+    The model is DLRM if there are dense inputs, otherwise the small MLP. With a `view` the model
+    sees its result instead of the rows, in training (gradients flow through it) and prediction.
     """
     num_vectors, bags = len(source.tables), source.bags
     row_tx = mpembed.optim.rowwise_adagrad(recipe.row_learning_rate)
@@ -127,7 +134,8 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
     if source.num_dense:
         model = models.dlrm
         init_params = partial(
-            models.init_dlrm, num_dense=source.num_dense, num_vectors=num_vectors, embedding_dim=recipe.embedding_dim,
+            models.init_dlrm, num_dense=source.num_dense, num_vectors=num_vectors,
+            embedding_dim=recipe.embedding_dim,
             bottom=(*recipe.hidden, 64), top=recipe.hidden,
         )  # fmt: skip
     else:
@@ -209,7 +217,8 @@ def fit(
       recipe: what they share.
       job: from make_job.
       seed: of parameters, rows and batch order.
-      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate, seconds).
+      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate,
+        seconds).
 
     Returns:
       One Fitted per contender, in order.
@@ -246,7 +255,8 @@ def fit(
         num_steps += len(chunk)
     if not num_steps:
         raise ValueError(
-            f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower batch_size"
+            f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower "
+            "batch_size"
         )
     if job.view is not None:
         learners = [job.view.refresh(learner) for learner in learners]

@@ -25,10 +25,12 @@ _NOT_NEEDED = (
 
 
 def damage(fallback_every: int = 1) -> dict[str, Any]:
-    """Cuts, empties, deletes and flips a bit of every file of a full checkpoint and of an increment, one at a time.
+    """Damages every file of a full checkpoint and of an increment, one at a time.
 
-    Each must be refused by name with `step=`, and replaced by the last good checkpoint without it. Without the two files
-    that hold nothing, the checkpoint must restore all the same. `fallback_every` files restores from the last good one.
+    A file is cut, emptied, deleted, or has one bit flipped. Each must be refused by name with
+    `step=`, and replaced by the last good checkpoint without it. Without the two files that hold
+    nothing, the checkpoint must restore all the same. `fallback_every` files restores from the last
+    good one.
     """
     rng = random.Random(0)
     counts: dict[str, int] = {"files": 0, "arrays": 0, "refusals": 0, "fallbacks": 0}
@@ -96,7 +98,10 @@ def _expect_refusal(directory: Path, step: int, target: Any, path: Path) -> None
 
 
 def _fill_a_device() -> dict[str, str] | None:
-    """Runs `fill` on a tmpfs of 4 MB in a mount namespace of its own; None where the system does not allow that."""
+    """Runs `fill` on a tmpfs of 4 MB in its own mount namespace.
+
+    Returns None if the system does not allow that.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mount = [
             "unshare",
@@ -124,7 +129,10 @@ def _fill_a_device() -> dict[str, str] | None:
 
 
 def fill(directory: Path) -> dict[str, str]:
-    """Saves until the device of `directory` is full: an error that says so, and every earlier checkpoint intact."""
+    """Saves until the device of `directory` is full.
+
+    The error must say so, and every earlier checkpoint must be intact.
+    """
     tree, wanted = first_tree(), {}
     for step in range(1, 100):
         part = saved_part(tree, step)
@@ -170,7 +178,10 @@ def _limit_file_size(failing: Any) -> dict[str, str]:
 
 
 def disks() -> dict[str, str]:
-    """Fills the disk, takes permission away and lets the folder vanish: a clear error each, earlier checkpoints intact."""
+    """Fills the disk, takes permission away, and lets the folder vanish.
+
+    Each must give a clear error and leave earlier checkpoints intact.
+    """
     tree = train_step(first_tree(), ids_at(0))
     part = saved_part(tree, 1)
     wanted, messages = bits_of(part), {}
@@ -204,7 +215,8 @@ def disks() -> dict[str, str]:
 
         away = Path(folder) / "away"
         for step in range(4, 10):
-            # 160 MB and more: longer to write than a folder to rename, if this thread is not kept waiting meanwhile.
+            # 160 MB and more: longer to write than a folder to rename, if this thread is not kept
+            # waiting meanwhile.
             ballast = np.random.default_rng(0).random(20_000_000 * (step - 3))
             saving = checkpoint.save(directory, step, part | {"ballast": ballast}, wait=False)
             directory.rename(away)

@@ -1,7 +1,8 @@
-"""What must hold of a state whatever it is fed: ids from hell, NaN and inf gradients, and a long soak with drift.
+"""The invariants of a state under bad ids, bad gradients and long training.
 
-`check_state` is written from the definitions, in NumPy, independent of the package. Used by `run` and, in small, by the
-tests.
+The inputs are ids from hell, NaN and inf gradients, and a long soak with drift. `check_state` is
+written from the definitions, in NumPy, independent of the package. Used by `run` and, in small, by
+the tests.
 """
 
 import dataclasses
@@ -89,7 +90,10 @@ def _names() -> list[str]:
 
 @partial(jax.jit, static_argnames="tx", donate_argnums=0)
 def _train(state: Any, ids: jax.Array, row_grads: jax.Array, tx: Any) -> tuple[Any, Any, jax.Array]:
-    """One step whose gradient of position i is row_grads[i]; returns state, plan and the rows as they were."""
+    """Runs one step whose gradient of position i is row_grads[i].
+
+    Returns the state, the plan and the rows as they were before.
+    """
     state, plan = mpembed.prefetch(state, ids)
     rows = mpembed.lookup(state, plan)
     _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
@@ -117,9 +121,10 @@ def _hell_spec(policy: str, storage: str) -> mpembed.EmbeddingSpec:
 
 
 def ids_from_hell(examples: int) -> dict[str, Any]:
-    """Trains on `examples` batches drawn by hypothesis; every row that was not asked for keeps its bits.
+    """Trains on `examples` batches drawn by hypothesis.
 
-    Negative, huge and 64-bit ids, all the same, all padding, features that do not exist; more unique ids than the budget.
+    Every row that was not asked for must keep its bits. Negative, huge and 64-bit ids, all the
+    same, all padding, features that do not exist; more unique ids than the budget.
     """
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -230,7 +235,10 @@ def _all_rows(state: Any) -> np.ndarray:
 def bad_gradients(
     steps: int, storages: tuple[str, ...] = ("int8", "int4", "float32")
 ) -> dict[str, int]:
-    """Trains with NaN and inf among the gradients: skipped and counted (int8), else never beyond their own rows."""
+    """Trains with NaN and inf among the gradients.
+
+    INT8 must skip and count them; the other formats must keep them within their own rows.
+    """
     rng = np.random.default_rng(0)
     result = {"steps": steps, "rows skipped": 0, "rows that became no number": 0}
     tx = mpembed.optim.rowwise_adagrad(0.1)
@@ -268,7 +276,8 @@ def bad_gradients(
             else:
                 poisoned |= bad_ids
                 overflown = np.flatnonzero(~np.isfinite(after).all(axis=1))
-                # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is touched.
+                # Squares of 3e38 overflow the accumulator, which freezes its row; nothing else is
+                # touched.
                 assert set(overflown) <= poisoned, "a bad gradient spread to another row"
         if skips:
             with warnings.catch_warnings():
@@ -293,10 +302,11 @@ def bad_gradients(
 
 
 def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) -> dict[str, Any]:
-    """Trains `steps` steps with drift; every `check_every` checks the invariants, saves an increment, and weighs memory.
+    """Trains `steps` steps with drift.
 
-    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit for bit. `others`
-    train in int4 under the policy they name.
+    Every `check_every` steps, it checks the invariants, saves an increment, and measures memory.
+    Beside the int8 run two in float32, with a cache and without: the cache must stay invisible, bit
+    for bit. `others` train in int4 under the policy they name.
     """
     num_rows, width, dim = 20_000, 256, 8
     cache = mpembed.CacheSpec(num_rows=1024, ways=16)
@@ -387,8 +397,10 @@ def soak(steps: int, check_every: int, others: tuple[str, ...] = ("int4 lru",)) 
         evictions = {name: mpembed.stats(state).evictions for name, state in states.items()}
     return {
         "steps": steps, "checks": len(memory), "states": len(states), "evictions": evictions,
-        "resident MB at the second check": memory[min(1, len(memory) - 1)] >> 20, "at the end": memory[-1] >> 20,
-        "growth in bytes, median of the second quarter of checks to that of the last": growth, "limit in bytes": limit,
+        "resident MB at the second check": memory[min(1, len(memory) - 1)] >> 20,
+        "at the end": memory[-1] >> 20,
+        "growth in bytes, median of the second quarter of checks to that of the last": growth,
+        "limit in bytes": limit,
         "live arrays": [arrays[0], arrays[-1]],
         "checkpoint bytes": increments,
     }  # fmt: skip

@@ -1,11 +1,14 @@
-"""A worker of a run of two processes is killed: does the run resume with the same bits? A part of `faults.run`.
+"""The test that a run of two processes resumes with the same bits after a kill.
+
+It is a part of `faults.run`.
 
     python -m experiments.faults.run --only "killed worker"
 
-Two processes, joined by jax.distributed, train one stack whose rows are divided over them, and save together in the
-background every few steps. One of the two, drawn at random, gets SIGKILL at a random moment of training or of saving; the
-other is ended, as a job scheduler would; both start again, and resume from the last good checkpoint. The bits of the whole
-state at the end are compared with those of a run nobody interrupted.
+Two processes, joined by jax.distributed, train one stack whose rows are divided over them, and save
+together in the background every few steps. One of the two, drawn at random, gets SIGKILL at a
+random moment of training or of saving; the other is ended, as a job scheduler would; both start
+again, and resume from the last good checkpoint. The bits of the whole state at the end are compared
+with those of a run nobody interrupted.
 """
 
 import dataclasses
@@ -57,10 +60,10 @@ class Settings:
 
 
 def work(settings: Settings) -> str:
-    """Joins the other worker, resumes, trains, saves; returns the hash of the whole state at the end.
+    """Joins the other worker, resumes, trains and saves.
 
-    Says on stdout what it does, so that the launcher can aim, and ends when stdin does: a launcher that is late still finds
-    it.
+    Returns the hash of the whole state at the end. Says on stdout what it does, so that the
+    launcher can aim, and ends when stdin does: a launcher that is late still finds it.
     """
     mesh = multiprocess.join(settings.port, PROCESSES, settings.worker)
     divided, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
@@ -130,8 +133,8 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         directory = Path(folder) / "killed"
         victims, resumed_at, unfinished = [], [], 0
         for done in range(kills):
-            # Past the second save after the latest, which waits for the end of the first: the next run resumes further on,
-            # unless the end of the run leaves no room.
+            # Past the second save after the latest, which waits for the end of the first: the next
+            # run resumes further on, unless the end of the run leaves no room.
             ahead = 2 * SAVE_EVERY + 1
             latest = checkpoint.latest_step(directory) or 0
             until = min(
@@ -148,7 +151,8 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         )
         return {
             "kills": kills, "killed worker": victims, "unfinished folders left behind": unfinished,
-            "resumed at steps": [*resumed_at, begin], "steps": steps, "processes": PROCESSES, "bits equal": True,
+            "resumed at steps": [*resumed_at, begin], "steps": steps, "processes": PROCESSES,
+            "bits equal": True,
         }  # fmt: skip
 
 
@@ -205,9 +209,10 @@ def _run(directory: Path, steps: int) -> tuple[str, int]:
 def _run_and_kill(
     directory: Path, steps: int, victim: int, aim: str, until: int, rng: random.Random
 ) -> int:
-    """Starts both and kills one just after a step, or a save that begins, at or after step `until`, or at its end.
+    """Starts both workers and kills one at or after step `until`.
 
-    Then ends the other. Returns the step they resumed at.
+    The kill comes just after a step, just after a save began, or at the end of the run. Then ends
+    the other. Returns the step they resumed at.
     """
     with multiprocess.reserve_port() as held:
         workers = _start(directory, steps, held.getsockname()[1], subprocess.PIPE)

@@ -1,6 +1,7 @@
-"""What the launchers of `run` and `killed_worker` share: where a worker runs, what it says, what a kill leaves behind.
+"""The parts that the launchers of `run` and `killed_worker` share.
 
-A worker says on stdout "resume N", "step N", "save N" (one begins), "end N" and "bits HASH", so that its launcher can aim.
+They are a worker's environment, its messages, and the remains of a kill. A worker says on stdout
+"resume N", "step N", "save N" (one begins), "end N" and "bits HASH", so that its launcher can aim.
 """
 
 import os
@@ -14,7 +15,10 @@ SAID = re.compile(r"^(resume|step|save|end|bits) (\w+)$", re.MULTILINE)
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """Returns the environment of a worker that saves in `directory`; the first one beside it compiles for all."""
+    """Returns the environment of a worker that saves in `directory`.
+
+    The first worker there compiles for all.
+    """
     path = os.pathsep.join([str(provenance.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     cached = {
         "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "programs"),
@@ -24,9 +28,10 @@ def environment(directory: Path) -> dict[str, str]:
 
 
 def listen(lines: Iterable[str], aim: str, until: int) -> tuple[int, bool]:
-    """Listens to a worker until it says `aim` ("step" or "save") of step `until` or later, or its end.
+    """Listens to a worker until it says `aim` ("step" or "save") of step `until` or later.
 
-    Returns the step it resumed at, -1 if it did not say, and whether the moment came before its stdout closed.
+    It also stops at the end of the worker. Returns the step it resumed at, -1 if it did not say,
+    and whether the moment came before its stdout closed.
     """
     resume = -1
     for line in lines:

@@ -1,10 +1,12 @@
-"""Does anything get lost? Kills, damaged files, full and vanished disks, ids from hell, NaN gradients and a long soak.
+"""The test that nothing gets lost.
 
-Every part works by itself and returns counts; a part that finds anything wrong raises. The training is that of README's
-step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense parameters, checkpoints in the background, full and
-incremental in turns. Kills are SIGKILL in a process of its own (`--worker`), at random moments of training and of saving;
-the bits at the end are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that train
-together is killed. Writes experiments/results/faults.json.
+It has kills, damaged files, full and vanished disks, ids from hell, NaN gradients and a long soak.
+Every part works by itself and returns counts; a part that finds anything wrong raises. The training
+is that of README's step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense
+parameters, checkpoints in the background, full and incremental in turns. Kills are SIGKILL in a
+process of its own (`--worker`), at random moments of training and of saving; the bits at the end
+are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that
+train together is killed. Writes experiments/results/faults.json.
 """
 
 import dataclasses
@@ -54,7 +56,7 @@ class Settings:
 
 
 def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Kills a worker again and again at random moments, lets the last one finish, and compares the bits.
+    """Kills a worker repeatedly at random moments, lets the last one finish, and compares the bits.
 
     Raises:
       AssertionError: if they differ, or a worker fails by itself.
@@ -65,7 +67,8 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
         directory = Path(folder) / "killed"
         unfinished, resumed_at = 0, []
         for done in range(kills):
-            # Aimed so that the run advances a little between kills and is not over before the last one.
+            # Aimed so that the run advances a little between kills and is not over before the last
+            # one.
             latest = checkpoint.latest_step(directory) or 0
             until = min(
                 steps - 1,
@@ -79,7 +82,8 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
             f"after {kills} kills the state differs from the uninterrupted run's"
         )
         return {
-            "kills": kills, "aimed at saves": kills // 2, "unfinished folders left behind": unfinished,
+            "kills": kills, "aimed at saves": kills // 2,
+            "unfinished folders left behind": unfinished,
             "resumed at steps": resumed_at, "steps": steps, "bits equal": True,
         }  # fmt: skip
 
@@ -117,9 +121,10 @@ def _run(directory: Path, steps: int) -> str:
 
 
 def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random.Random) -> int:
-    """Starts a worker and kills it just after a step, or a save that begins, at or after step `until`, or at its end.
+    """Starts a worker and kills it at or after step `until`.
 
-    Returns the step it resumed at.
+    The kill comes just after a step, just after a save began, or at the end of the run. Returns the
+    step it resumed at.
     """
     with _start(directory, steps, subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -1,4 +1,4 @@
-"""The training that faults kills, damages and starves: README's step, with checkpoints of its whole state."""
+"""The training under test in `faults`: README's step, with checkpoints of its whole state."""
 
 import hashlib
 import sys
@@ -75,10 +75,11 @@ def bits_of(tree: Any) -> str:
 
 
 def work(directory: Path, steps: int) -> str:
-    """Trains to `steps`, saving in the background every SAVE_EVERY steps; resumes from what is there.
+    """Trains to `steps` and saves in the background every SAVE_EVERY steps.
 
-    Says on stdout what it does, so that a parent can aim, and ends when stdin does: a parent that is late still finds it.
-    Returns the hash of the last state.
+    It resumes from a checkpoint that is there. Says on stdout what it does, so that a parent can
+    aim, and ends when stdin does: a parent that is late still finds it. Returns the hash of the
+    last state.
     """
     tree, begin = first_tree(), 0
     if checkpoint.latest_step(directory) is not None:

@@ -1,12 +1,15 @@
 """What would eight GPUs exchange in a step? Compiled ahead of time, without one.
 
-    pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX       # of the installed jax's version, without dependencies
-    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu              # about a minute
+    # JAX is the version of the installed jax. Leave the dependencies out.
+    pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX
+    # About a minute:
+    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu
 
-Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows, INT8 + 5 % cache, 65,536
-x 26 ids) from shapes alone, and lists the collectives in the program, the bytes each device sends, the temporaries, and
-copies of arrays as large as a shard's table; beside it the plain step over a divided float32 table (divided_table.py) for
-the same batch. Nothing runs: values and times are not checked here. Without the plugin it says so and ends.
+Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows,
+INT8 + 5 % cache, 65,536 x 26 ids) from shapes alone, and lists the collectives in the program, the
+bytes each device sends, the temporaries, and copies of arrays as large as a shard's table; beside
+it the plain step over a divided float32 table (divided_table.py) for the same batch. Nothing runs:
+values and times are not checked here. Without the plugin it says so and ends.
 """
 
 import dataclasses
@@ -152,7 +155,8 @@ def main(settings: Settings) -> None:
         for c in found:
             print(f"  {c.kind:<15} {c.sent_bytes:>14,} B  {c.shape[:80]}")
     print(
-        f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} MB"
+        f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} "
+        "MB"
     )
     settings.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,16 +1,20 @@
-"""On a GPU: are the kernels right, how far is a step from its bytes floor, who is faster, and what does a cache save?
+"""The benchmark on a GPU: kernels against plain XLA, a step against its bytes floor, peers, caches.
 
-    python -m experiments.gpu.bench_gpu                     # under 8 minutes on an H200, writes results/bench_gpu.json
-    python -m experiments.gpu.bench_gpu --interpret         # the same parts, tiny and on any device: shows that they run
+    # Under 8 minutes on an H200. It writes results/bench_gpu.json:
+    python -m experiments.gpu.bench_gpu
+    # The same parts, tiny and on any device, to show that they run:
+    python -m experiments.gpu.bench_gpu --interpret
 
-Parts run in order of importance, each in a process of its own with a time limit, and the file is written after each row: a
-part that raises, hangs or kills its process (an illegal address does, for all that follows) costs no other its results. They
-are: copy bandwidth; every kernel against plain XLA; tables in host memory against tables on the device; gather and
-dequantize alone; the embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by
-verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in pinned host memory against
-INT8 + cache on the device; bags and their gradients; other batch sizes and formats; more than 100 M rows. What --budget
-leaves no time for is named. Floors are bytes that must move over the copy bandwidth measured first (roofline.py). The swap
-is timed within prefetch, whose planning is the same XLA either way. Needs jax, optax and numpy alone.
+Parts run in order of importance, each in a process of its own with a time limit, and the file is
+written after each row: a part that raises, hangs or kills its process (an illegal address does, for
+all that follows) costs no other its results. They are: copy bandwidth; every kernel against plain
+XLA; tables in host memory against tables on the device; gather and dequantize alone; the
+embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and
+by verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in
+pinned host memory against INT8 + cache on the device; bags and their gradients; other batch sizes
+and formats; more than 100 M rows. What --budget leaves no time for is named. Floors are bytes that
+must move over the copy bandwidth measured first (roofline.py). The swap is timed within prefetch,
+whose planning is the same XLA either way. Needs jax, optax and numpy alone.
 """
 
 import argparse
@@ -47,7 +51,10 @@ def rows_of(name: str, bench: Bench) -> Iterator[dict]:
 
 
 def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
-    """Runs one part in a process of its own, ended after so many seconds: its rows, and as the last one how it failed."""
+    """Runs one part in its own process, which ends after so many seconds.
+
+    Returns its rows. If the part failed, the last row says how.
+    """
     command = [
         sys.executable,
         "-m",
@@ -111,7 +118,8 @@ def main(arguments: list[str] | None = None) -> dict:
     if options.part is not None:
         if not options.interpret and jax.default_backend() != "gpu":
             raise SystemExit(
-                f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny on any device"
+                f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny "
+                "on any device"
             )
         rows = list(_print_rows(rows_of(options.part, bench)))
         return {"parts": {options.part: rows}}
@@ -136,7 +144,8 @@ def main(arguments: list[str] | None = None) -> dict:
         if name == "copy bandwidth" and name not in left_out:
             if "error" in rows[-1]:
                 parser.error(
-                    f"the copy bandwidth could not be measured: {rows[-1]['error']}\n{rows[-1]['where']}"
+                    "the copy bandwidth could not be measured: "
+                    f"{rows[-1]['error']}\n{rows[-1]['where']}"
                 )
             bench = bench._replace(bandwidth=rows[-1]["bytes_per_second"])
     _write(options.out, results, begin)

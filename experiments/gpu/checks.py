@@ -1,4 +1,7 @@
-"""How bench_gpu checks kernels and host tables: small trainings on dyadic numbers, compared bit for bit."""
+"""The checks of kernels and host tables in bench_gpu.
+
+Small trainings on dyadic numbers are compared bit for bit.
+"""
 
 import concurrent.futures
 import functools
@@ -17,7 +20,10 @@ from experiments.speed.step import embedding_step
 
 
 def differences(one: Any, other: Any) -> dict[str, int]:
-    """Returns for each leaf of two trees how many of its elements are unequal, any NaN equal to NaN; only where some are."""
+    """Returns the number of unequal elements for each leaf of two trees that has any.
+
+    Two NaNs are equal.
+    """
     found = {}
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
@@ -29,7 +35,7 @@ def differences(one: Any, other: Any) -> dict[str, int]:
 
 
 def largest_difference(one: Any, other: Any) -> float:
-    """Returns how far two trees of arrays lie apart at most, in units of each array's own largest number."""
+    """Returns the largest distance of two trees, relative to each array's own largest number."""
 
     def apart(a: np.ndarray, b: np.ndarray) -> float:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -59,7 +65,10 @@ class Small(NamedTuple):
         return "momentum" if rule is None else "adagrad" if rule.has_sums else "sgd"
 
     def train(self) -> Any:
-        """Compiles, trains on dyadic gradients, whose sums are exact in any order, and returns all that came out."""
+        """Compiles, trains on dyadic gradients, and returns all results.
+
+        The sums of dyadic gradients are exact in any order.
+        """
         rng = np.random.default_rng(0)
         weights = 1.0 / np.arange(1, 3001)
         batches = rng.choice(3000, p=weights / weights.sum(), size=(12, 60, 6)).astype(np.int32)
@@ -97,7 +106,10 @@ class Small(NamedTuple):
 
 
 def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
-    """Trains both of each pair and says where they differ. Threads, since most of the time is XLA compiling."""
+    """Trains both of each pair and says where they differ.
+
+    It uses threads, because most of the time is XLA's compilation.
+    """
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         runs = {small: pool.submit(small.train) for small in dict.fromkeys(itertools.chain(*pairs))}
         for one, small in pairs:
@@ -125,10 +137,11 @@ def compared(pairs: list[tuple[Small, Small]]) -> Iterator[dict]:
 
 
 def kernels_against_xla(bench: Bench) -> Iterator[dict]:
-    """Lookup, read, swap, both updates, bags and sums of duplicates take part: with SGD the same bits in every format.
+    """Compares lookup, read, swap, both updates, bags and sums of duplicates.
 
-    Row-wise Adagrad divides and takes roots, which Triton does not round correctly: its rows are float32 and its sums too,
-    so that nothing amplifies that, and the largest difference is to be of the size of rounding errors.
+    With SGD, the bits must be the same in every format. Row-wise Adagrad divides and takes roots,
+    which Triton does not round correctly: its rows are float32 and its sums too, so that nothing
+    amplifies that, and the largest difference is to be of the size of rounding errors.
     """
     cases = [
         ("int8", 16),
@@ -166,7 +179,10 @@ def kernels_against_xla(bench: Bench) -> Iterator[dict]:
 
 
 def host_against_device(bench: Bench) -> Iterator[dict]:
-    """Tables in pinned host memory, by plain XLA and with the kernels that remain: the bits of tables on the device."""
+    """Compares tables in pinned host memory with tables on the device, bit for bit.
+
+    They run with plain XLA and with the kernels that remain.
+    """
     momentum, sgd = optax.sgd(0.25, momentum=0.5), mpembed.optim.sgd(0.25)
     cases = [
         ("int8", 16, "xla", sgd),

@@ -1,10 +1,13 @@
-"""What does a step compile to on a GPU? Ahead of time, on a machine that has none: fusions, kernels, copies, temporaries.
+"""The compilation of a step for a GPU, ahead of time, on a machine without one.
+
+It counts fusions, kernels, copies and temporaries.
 
     pip install -e .[aot]
-    JAX_PLATFORMS=cpu python -m experiments.gpu.compile_gpu            # writes results/compile_gpu.json
+    JAX_PLATFORMS=cpu python -m experiments.gpu.compile_gpu      # writes results/compile_gpu.json
 
-The plugin wheels hold XLA's whole GPU compiler; a target is described by its hardware figures, no driver is needed. What
-the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs no more than jax, optax and numpy.
+The plugin wheels hold XLA's whole GPU compiler; a target is described by its hardware figures, no
+driver is needed. What the figures cannot say is time: for that there is bench_gpu, on a GPU. Needs
+no more than jax, optax and numpy.
 """
 
 import argparse
@@ -44,18 +47,22 @@ def is_on_host(leaf: Any) -> bool:
 
 
 def _layout(aval: Any) -> str:
-    """Returns an array's shape as XLA writes it, in row-major order, host memory being its memory space 5."""
+    """Returns an array's shape as XLA writes it, in row-major order.
+
+    XLA numbers host memory as memory space 5.
+    """
     order = ",".join(str(axis) for axis in reversed(range(len(aval.shape))))
     layout = f"{{{order}{':S(5)' if is_on_host(aval) else ''}}}" if aval.shape else ""
     return f"{_HLO_DTYPES[str(aval.dtype)]}[{','.join(map(str, aval.shape))}]{layout}"
 
 
 def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()) -> Compiled:
-    """Compiles a function of shape structs, or of `jax.core.ShapedArray` in host memory, for one of TARGETS.
+    """Compiles a function for one of TARGETS.
 
-    Through jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target have no memory kinds, so
-    that way drops those of the arguments without a word, and compiles for a table on the device. On a real device jax passes
-    them as layouts, which is what is done here.
+    Its arguments are shape structs, or `jax.core.ShapedArray` for arrays in host memory. Through
+    jaxlib's own compiler call and not `Lowered.compile`: the devices of a described target have no
+    memory kinds, so that way drops those of the arguments without a word, and compiles for a table
+    on the device. On a real device jax passes them as layouts, which is what is done here.
     """
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
@@ -74,8 +81,9 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
         )
 
     args = jax.tree.map(placed, args)
-    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11 assumes sm_90): what tracing
-    # evaluates (initial optimizer states) runs on this machine's device.
+    # Only abstractly inside the mesh, which says what kernels are lowered for (jax before 0.11
+    # assumes sm_90): what tracing evaluates (initial optimizer states) runs on this machine's
+    # device.
     with use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True).trace(*args)
     with jax.set_mesh(mesh):
@@ -95,7 +103,10 @@ def compile_for(target: str, function: Any, *args: Any, donate_argnums: Any = ()
 def abstract_state(
     spec: mpembed.EmbeddingSpec, implementation: str, tx: optax.GradientTransformation
 ) -> Any:
-    """Returns the shapes of a state, of its arrays in host memory as `jax.core.ShapedArray`: eval_shape forgets where."""
+    """Returns the shapes of a state.
+
+    Arrays in host memory are `jax.core.ShapedArray`, because eval_shape forgets their memory.
+    """
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     traced = jax.jit(lambda key: mpembed.init(key, spec, tx, implementation=implementation)).trace(
         key
@@ -119,8 +130,10 @@ def step_and_arguments(
     *,
     is_pooled: bool = False,
 ) -> tuple[Any, tuple]:
-    """Returns the embedding's training step, which may end in apply_pooled_gradients, and its abstract arguments; the first
-    is donated."""
+    """Returns the embedding's training step and its abstract arguments; the first one is donated.
+
+    If is_pooled, the step ends in apply_pooled_gradients.
+    """
 
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
         state, _, _, vectors = embedding_step(state, ids, upstream, tx=tx, is_pooled=is_pooled)
@@ -137,7 +150,7 @@ def host_verbs(
     tx: optax.GradientTransformation,
     implementation: str = "xla",
 ) -> dict:
-    """Returns {verb: (function, abstract arguments, donated ones)}: the verbs that touch a table in host memory."""
+    """Returns {verb: (function, abstract arguments, donated ones)} of a table in host memory."""
     step, arguments = step_and_arguments(spec, implementation, batch_shape, tx)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     return {
@@ -157,10 +170,12 @@ def figures(compiled: Compiled, state: Any) -> dict:
 
     Args:
       compiled: from compile_for.
-      state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000 elements) may be copied.
+      state: the donated first argument, or its shapes: keys, counters and scalars (below 1,000
+        elements) may be copied.
 
     Returns:
-      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the device and in host memory.
+      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the
+        device and in host memory.
     """
     text, sizes = compiled.text, compiled.sizes
     large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(

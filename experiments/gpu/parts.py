@@ -19,7 +19,10 @@ from experiments.gpu.steps import TX, Bench, Case, failure, ids_of, measured, se
 
 
 def copy_bandwidth(bench: Bench) -> Iterator[dict]:
-    """Bytes read and written per second by copying 2 GB; every floor divides by it. Also says what runs here."""
+    """Measures the bytes read and written per second by copying 2 GB.
+
+    Every floor is divided by this rate. The part also says what runs here.
+    """
     size = 1 << (20 if bench.is_tiny else 29)
     copy = jax.jit(lambda x: x + jnp.float32(1))
     source = jnp.zeros(size, jnp.float32)
@@ -34,7 +37,10 @@ def copy_bandwidth(bench: Bench) -> Iterator[dict]:
 
 
 def gather_alone(bench: Bench) -> Iterator[dict]:
-    """Gather and dequantize distinct ids of large batches, all from the packed table (P7: at most 1.3 times the floor)."""
+    """Gathers and dequantizes distinct ids of large batches from the packed table.
+
+    P7: at most 1.3 times the floor.
+    """
     dims, size, batch = ((8,), 100, 64) if bench.is_tiny else ((64, 128, 16), 200_000, 65536)
     rows = 40_000 if bench.is_tiny else None
     rng = np.random.default_rng(0)
@@ -63,7 +69,10 @@ def gather_alone(bench: Bench) -> Iterator[dict]:
 
 
 def bags_alone(bench: Bench) -> Iterator[dict]:
-    """Bags of a batch's 26 rows, summed, and their gradients; the floor moves each distinct row and each bag once."""
+    """Times sums of bags of a batch's 26 rows, and their gradients.
+
+    The floor moves each distinct row and each bag once.
+    """
     dims, batch, repeats = ((8,), 16, 1) if bench.is_tiny else ((64, 128, 16), 65536, 16)
     ids = ids_of(40_000 if bench.is_tiny else None, batch, 1)[0]
     unique, inverse = np.unique(ids, return_inverse=True)
@@ -100,10 +109,14 @@ def bags_alone(bench: Bench) -> Iterator[dict]:
 
 
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
-    """Makes a part of step measurements, XLA against kernels; XLA ends both kinds of step alike and runs one."""
+    """Makes a part of step measurements, XLA against kernels.
+
+    XLA ends both kinds of step in the same way, so it runs only one of them.
+    """
 
     def part(bench: Bench) -> Iterator[dict]:
-        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to measure with.
+        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to
+        # measure with.
         for implementation, case in itertools.product(
             ("xla", bench.kernels), cases[:1] if bench.is_tiny else cases
         ):
@@ -117,7 +130,10 @@ def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
 
 
 def torch_sparse(bench: Bench) -> Iterator[dict]:
-    """One step of torch.nn.EmbeddingBag(sparse=True) with SGD over the same ids, FP32, on the same device (P8)."""
+    """Times one step of torch.nn.EmbeddingBag(sparse=True) with SGD over the same ids (P8).
+
+    It runs in FP32 on the same device.
+    """
     try:
         import torch
     except ImportError:
@@ -162,7 +178,10 @@ def torch_sparse(bench: Bench) -> Iterator[dict]:
 
 
 def spilled(bench: Bench) -> Iterator[dict]:
-    """The paper's 16 %: an FP32 table in pinned host memory, without and with a cache, against INT8 + cache."""
+    """Times an FP32 table in pinned host memory against INT8 + cache (the paper's 16 %).
+
+    The FP32 table runs without and with a cache.
+    """
     size = {"dim": 16, "batch": 8, "rows": 40_000} if bench.is_tiny else {"dim": 64, "batch": 16384}
     for options in (
         {"storage": "int8"},

@@ -1,13 +1,15 @@
-"""The bytes floor of a step: what must pass through memory at least once, by verb, from a spec and a step's own counts.
+"""The bytes floor of a step: what must pass through memory at least once.
 
-Counted is each row of the batch once per verb that must read or write it (positions share the cache), every vector and
-gradient of the batch, and the words of integer bookkeeping per id; not counted is anything that an implementation adds.
+It is given by verb, from a spec and the counts of a step. Counted is each row of the batch once per
+verb that must read or write it (positions share the cache), every vector and gradient of the batch,
+and the words of integer bookkeeping per id; not counted is anything that an implementation adds.
 Divide by the measured copy bandwidth, bytes read plus bytes written per second.
 
-    python -m experiments.gpu.roofline        # the Kaggle step on paper, for an H200's bandwidth: results/roofline.json
+    # The Kaggle step on paper, for an H200's bandwidth. It writes results/roofline.json:
+    python -m experiments.gpu.roofline
 
-The counts come from training the same batches on this machine, in rows of one element: the cache's decisions do not depend
-on the width.
+The counts come from training the same batches on this machine, in rows of one element: the cache's
+decisions do not depend on the width.
 """
 
 import argparse
@@ -57,12 +59,19 @@ class Work:
 
     @property
     def bookkeeping(self) -> int:
-        """Ids in, inverse out; per unique id the tags of its set, two words of priority, four 16-bit counters."""
+        """The bytes of prefetch without the swap: ids in, inverse out, and metadata.
+
+        Per unique id, the metadata are the tags of its set, two words of priority and four 16-bit
+        counters.
+        """
         return 8 * self.positions + self.unique * (4 * self.ways + (16 if self.ways else 0) + 8)
 
     @property
     def swap(self) -> int:
-        """A victim's line is read and packed; a newcomer's packed row is read and its line written."""
+        """The bytes of the swap.
+
+        A victim's line is read and packed. A newcomer's packed row is read and its line written.
+        """
         return (self.write_backs + self.filled) * (self.vector_bytes + self.row_bytes)
 
     @property
@@ -87,13 +96,20 @@ class Work:
 
     @property
     def update(self) -> int:
-        """Rows, gradients and one float of row state are read; lines or packed rows and the state written."""
+        """The bytes of apply_gradients.
+
+        Rows, gradients and one float of row state are read. Lines or packed rows and the state are
+        written.
+        """
         stored = self.cached * self.vector_bytes + (self.unique - self.cached) * self.row_bytes
         return self.unique * (2 * self.vector_bytes + 8 + 8) + stored
 
     @property
     def pooled_update(self) -> int:
-        """Row gradients and update in one pass: no gradient of a row is written, none read again."""
+        """The bytes of row gradients and update in one pass.
+
+        No gradient of a row is written or read again.
+        """
         return self.row_gradients + self.update - 2 * self.unique * self.vector_bytes
 
     @property
@@ -102,7 +118,10 @@ class Work:
         return sum(self.by_verb().values())
 
     def by_verb(self, *, is_pooled: bool = False) -> dict[str, int]:
-        """Bytes of each verb, of the step that ends in apply_gradients or of the one that ends in apply_pooled_gradients."""
+        """Returns the bytes of each verb of a step.
+
+        The step ends in apply_gradients or in apply_pooled_gradients.
+        """
         verbs = {"prefetch": self.bookkeeping + self.swap, "lookup": self.lookup, "pool": self.pool}
         if is_pooled:
             return verbs | {"apply_pooled_gradients": self.pooled_update}
@@ -110,7 +129,10 @@ class Work:
 
 
 def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
-    """Trains on Kaggle's 26 tables (INT8, 5 % cache) until warm and returns the counts of the last step."""
+    """Trains on Kaggle's 26 tables (INT8, 5 % cache) until warm.
+
+    Returns the counts of the last step.
+    """
     tx, sizes = mpembed.optim.sgd(0.25), workload.sizes_for(None)
     tables = [mpembed.TableSpec(f"table{k}", size) for k, size in enumerate(sizes)]
     state = mpembed.init(jax.random.key(0), mpembed.EmbeddingSpec(tables, 1), tx)

@@ -1,4 +1,7 @@
-"""How bench_gpu times a step: its cases, its ids, the whole step and each verb beside the floors of its own counts."""
+"""The timing of a step in bench_gpu.
+
+It has the cases, the ids, the whole step, and each verb beside the floors of its own counts.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -57,7 +60,10 @@ class Bench(NamedTuple):
 
 @functools.cache
 def ids_of(rows: int | None, batch: int, count: int) -> tuple[np.ndarray, ...]:
-    """Returns batches of global ids [B, T], all different: of repeated ones the cache would soon hold every row."""
+    """Returns batches of global ids [B, T], all different.
+
+    If batches repeated, the cache would soon hold every row.
+    """
     sizes = workload.sizes_for(rows)
 
     def draw(seed: int) -> np.ndarray:
@@ -81,8 +87,11 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
 
 
 def train_step(*, is_pooled: bool) -> Callable:
-    """The jitted step of the embedding, its state donated: prefetch, lookup, pool, then row gradients and apply_gradients,
-    or apply_pooled_gradients."""
+    """Returns the jitted step of the embedding, whose state is donated.
+
+    It runs prefetch, lookup and pool, then row gradients and apply_gradients, or
+    apply_pooled_gradients.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
@@ -96,7 +105,8 @@ def train_step(*, is_pooled: bool) -> Callable:
 def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
     """Times a warm step, whole and, if asked, by verb, beside the floors of its own counts.
 
-    The device's peak is that of the process so far: a part's largest case comes to stand in the rows after it, too.
+    The device's peak is that of the process so far: a part's largest case comes to stand in the
+    rows after it, too.
     """
     warm, repeats = (
         (2, 1) if bench.is_tiny else (max(32, 32 * 65536 // case.batch), 8)
@@ -144,7 +154,10 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
 
 
 def measured(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
-    """Returns measure_step's row, or one that says how it failed: the other cases of a part go on."""
+    """Returns measure_step's row, or a row that says how it failed.
+
+    The other cases of the part then go on.
+    """
     try:
         return measure_step(bench, case, implementation, by_verb=by_verb)
     except Exception as error:
@@ -170,7 +183,10 @@ def measure_verbs(
     *,
     is_pooled: bool,
 ) -> dict:
-    """Times each verb alone, jitted by itself; their sum exceeds the whole step, which fuses across them."""
+    """Times each verb alone, jitted by itself.
+
+    The sum of the verbs exceeds the whole step, which fuses across them.
+    """
     prefetch = jax.jit(mpembed.prefetch, donate_argnums=0)
     lookup = jax.jit(mpembed.lookup)
     apply = jax.jit(functools.partial(mpembed.apply_gradients, tx=TX), donate_argnums=0)

@@ -2,13 +2,16 @@
 
     python -m experiments.scaling.bench_scaling             # about ten minutes on 2 cores
 
-One global batch of the Kaggle step (2,048 x 26 ids) is divided over 1, 2, 4, 8 forced CPU devices. Two ways:
-  exchange    mpembed_jax: ids deduplicated, then all_to_all of ids, rows and gradients with measured room
-  all-gather  a float32 table divided by rows without a cache: every device gathers all ids, sends every position's row
-              and gathers every position's gradient (divided_table.py)
-Bytes are exact: the collectives of the compiled program, per device and step. Times are indicative: all devices share the
-machine's cores. Results must not change: the rows after all steps are compared with those of one device, bit for bit
-(gradients are small multiples of a power of two, whose sums are exact).
+One global batch of the Kaggle step (2,048 x 26 ids) is divided over 1, 2, 4, 8 forced CPU devices.
+Two ways:
+  exchange    mpembed_jax: ids are deduplicated; then all_to_all moves ids, rows and gradients with
+              measured room.
+  all-gather  A float32 table is divided by rows, without a cache. Every device gathers all ids,
+              sends every position's row and gathers every position's gradient (divided_table.py).
+Bytes are exact: the collectives of the compiled program, per device and step. Times are indicative:
+all devices share the machine's cores. Results must not change: the rows after all steps are
+compared with those of one device, bit for bit (gradients are small multiples of a power of two,
+whose sums are exact).
 """
 
 import os
@@ -68,7 +71,10 @@ def exchange_step(tx: Any) -> Any:
 
 
 def timed(compiled: Any, state: Any, batches: list, warm: int) -> tuple[Any, list[Any], float]:
-    """Runs all batches; returns the last state, the other results of each step, and the median seconds after `warm`."""
+    """Runs all batches.
+
+    Returns the last state, the other results of each step, and the median seconds after `warm`.
+    """
     seconds, results = [], []
     for batch in batches:
         start = time.perf_counter()
@@ -126,12 +132,15 @@ def measure(
     plain_sent = sum(c.sent_bytes for c in plain_collectives)
     mean_sent = (sent * (len(counts) - wide_steps) + sent_wide * wide_steps) / len(counts)
     return {
-        "dim": dim, "devices": devices, "rows": spec.num_rows, "placement": dataclasses.asdict(placement),
-        "unique": float(np.mean([int(c.unique) for c in counts])), "wide_steps": wide_steps, "steps": len(counts),
+        "dim": dim, "devices": devices, "rows": spec.num_rows,
+        "placement": dataclasses.asdict(placement),
+        "unique": float(np.mean([int(c.unique) for c in counts])), "wide_steps": wide_steps,
+        "steps": len(counts),
         "sent_bytes": sent, "sent_bytes_wide": sent_wide, "sent_bytes_mean": mean_sent,
         "all_gather_sent_bytes": plain_sent, "fewer": plain_sent / mean_sent if mean_sent else None,
         "ms": 1e3 * seconds, "all_gather_ms": 1e3 * plain_seconds, "rows_digest": digest,
-        "collectives": [c._asdict() for c in ordinary], "all_gather_collectives": [c._asdict() for c in plain_collectives],
+        "collectives": [c._asdict() for c in ordinary],
+        "all_gather_collectives": [c._asdict() for c in plain_collectives],
     }  # fmt: skip
 
 
@@ -155,9 +164,12 @@ def main(settings: Settings) -> None:
             )
             result["same_rows_as_first"] = is_same
             print(
-                f"D={dim} devices={devices}: sent {result['sent_bytes_mean'] / 1e6:.3f} MB per device and step, all-gather "
-                f"{result['all_gather_sent_bytes'] / 1e6:.3f} MB ({result['fewer'] or 0:.1f}x), wide steps "
-                f"{result['wide_steps']}, {result['ms']:.1f} ms against {result['all_gather_ms']:.1f}, same rows: {is_same}",
+                f"D={dim} devices={devices}: sent {result['sent_bytes_mean'] / 1e6:.3f} MB per "
+                "device and step, all-gather "
+                f"{result['all_gather_sent_bytes'] / 1e6:.3f} MB ({result['fewer'] or 0:.1f}x), "
+                "wide steps "
+                f"{result['wide_steps']}, {result['ms']:.1f} ms against "
+                f"{result['all_gather_ms']:.1f}, same rows: {is_same}",
                 flush=True,
             )
             record = provenance.environment() | {

@@ -1,7 +1,8 @@
-"""Which collectives a compiled program contains, and how many bytes each device sends in one run: read off its HLO text.
+"""The collectives of a compiled program, read from its HLO text.
 
-A conditional counts the branch that is taken: the cheaper one ordinarily, the dearer one where `is_wide` (the exchange of
-mpembed_jax has one branch of ordinary room and one of full width). A loop's body counts once.
+Each has the number of bytes that a device sends in one run. A conditional counts the branch that is
+taken: the cheaper one ordinarily, the dearer one where `is_wide` (the exchange of mpembed_jax has
+one branch of ordinary room and one of full width). A loop's body counts once.
 """
 
 import math
@@ -23,7 +24,10 @@ ITEMSIZE = {
     "s64": 8,
     "u64": 8,
 }
-KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|ragged-all-to-all|collective-broadcast"
+KINDS = (
+    "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|ragged-all-to-all|"
+    "collective-broadcast"
+)
 
 
 class Collective(NamedTuple):
@@ -90,7 +94,8 @@ def collectives(text: str, devices: int, *, is_wide: bool = False) -> list[Colle
     Args:
       text: `compiled.as_text()`.
       devices: number of devices the program runs on.
-      is_wide: which branch of conditionals with collectives is taken: the one that sends most bytes, or the least.
+      is_wide: which branch of conditionals with collectives is taken: the one that sends most
+        bytes, or the least.
     """
     blocks, entry = _computations(text)
 

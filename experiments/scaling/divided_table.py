@@ -1,7 +1,8 @@
 """The plain way to divide a table over devices, beside which the exchange's bytes are measured.
 
-A float32 table divided by rows, without a cache: every device gathers all ids, sends every position's row (reduce-scatter)
-and gathers every position's gradient. Ids are not deduplicated: a position that repeats an id sends its row again.
+A float32 table divided by rows, without a cache: every device gathers all ids, sends every
+position's row (reduce-scatter) and gathers every position's gradient. Ids are not deduplicated: a
+position that repeats an id sends its row again.
 """
 
 from typing import Any

@@ -2,10 +2,11 @@
 
     python -m experiments.scaling.multiprocess --processes 2 4      # about half a minute on 2 cores
 
-Starts a training of one process without a mesh, then for each number of processes as many workers on this machine, joined by
-jax.distributed (gloo collectives on CPUs), each with an equal share of devices, rows and batch. Gradients are small
-multiples of a power of two, whose sums are exact in any order, so everything must agree in every bit: the counts of every
-step, the vectors, the final rows. Prints one line per run, writes experiments/results/multiprocess.json, and fails if two
+Starts a training of one process without a mesh, then for each number of processes as many workers
+on this machine, joined by jax.distributed (gloo collectives on CPUs), each with an equal share of
+devices, rows and batch. Gradients are small multiples of a power of two, whose sums are exact in
+any order, so everything must agree in every bit: the counts of every step, the vectors, the final
+rows. Prints one line per run, writes experiments/results/multiprocess.json, and fails if two
 differ.
 """
 
@@ -31,7 +32,8 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments import provenance
 
-# Workers that share one machine may be busy or stopped for long: nothing but the launcher's own limit ends them.
+# Workers that share one machine may be busy or stopped for long: nothing but the launcher's own
+# limit ends them.
 PATIENCE_S = 3600
 XLA_FLAGS = (
     f"--xla_cpu_collective_timeout_seconds={PATIENCE_S} "
@@ -68,10 +70,11 @@ TRAINING = (
 
 
 def reserve_port() -> socket.socket:
-    """Returns a socket that keeps a free port of localhost from everybody but the workers until it is closed.
+    """Returns a socket that holds a free port of localhost until it is closed.
 
-    It does not listen. The coordinator's gRPC server binds the same port beside it: both allow that (SO_REUSEPORT), which
-    programs that ask for any free port do not. A port that is only probed may be another program's a second later.
+    Only the workers can use this port. It does not listen. The coordinator's gRPC server binds the
+    same port beside it: both allow that (SO_REUSEPORT), which programs that ask for any free port
+    do not. A port that is only probed may be another program's a second later.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -88,8 +91,8 @@ def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
     )
     jax.distributed.initialize(f"localhost:{port}", processes, worker, **limits)
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    # gloo connects at the first collective and waits 30 seconds for the others, whatever one sets: here, where all of them
-    # come from initialize, and not after each has compiled its step.
+    # gloo connects at the first collective and waits 30 seconds for the others, whatever one sets:
+    # here, where all of them come from initialize, and not after each has compiled its step.
     met = jax.shard_map(
         lambda: jax.lax.psum(jax.lax.axis_index("x"), "x"), mesh=mesh, in_specs=(), out_specs=P()
     )
@@ -98,7 +101,10 @@ def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
 
 
 def train(settings: Settings, mesh: Any) -> dict[str, Any]:
-    """Trains, over the mesh if there is one; returns counts and digests of the vectors and the rows."""
+    """Trains, over the mesh if there is one.
+
+    Returns counts and digests of the vectors and the rows.
+    """
     tables = [mpembed.TableSpec(f"feature{k}", settings.rows) for k in range(settings.features)]
     spec = mpembed.EmbeddingSpec(tables, settings.dim, "int8", mpembed.CacheSpec(0.05, ways=8))
     tx = mpembed.optim.rowwise_adagrad(0.5)
@@ -162,7 +168,10 @@ def work(settings: Settings) -> None:
 
 
 def launch(settings: Settings, processes: int) -> dict[str, Any]:
-    """Runs one training over `processes` workers (0: one process without a mesh) and returns its result."""
+    """Runs one training over `processes` workers and returns its result.
+
+    0 stands for one process without a mesh.
+    """
     share = max(1, settings.devices // max(1, processes))
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={share}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -198,7 +207,8 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
             for index, worker in enumerate(workers):
                 if worker.wait(PATIENCE_S):
                     raise RuntimeError(
-                        f"worker {index} of {processes} ended with an error:\n{said[index].read_text()[-3000:]}"
+                        f"worker {index} of {processes} ended with an "
+                        f"error:\n{said[index].read_text()[-3000:]}"
                     )
         finally:
             for worker in workers:
@@ -234,7 +244,8 @@ def main(settings: Settings) -> None:
         )
         name = f"{processes} processes" if processes else "1 process, no mesh"
         print(
-            f"{name}: rows {result['rows']}, vectors {result['vectors']}, hit rate {result['hit_rate']:.3f}, "
+            f"{name}: rows {result['rows']}, vectors {result['vectors']}, hit rate "
+            f"{result['hit_rate']:.3f}, "
             f"{'same' if is_same else 'OTHER'}",
             flush=True,
         )

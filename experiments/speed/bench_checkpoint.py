@@ -1,9 +1,11 @@
-"""What does a checkpoint of a whole table cost? Save, restore, bytes on disk, steps during a save, and an increment.
+"""The cost of a checkpoint of a whole table.
 
-The state is Criteo-Kaggle's 26 vocabularies (33.76 M rows) in INT8 with a 5 % LFU cache and row-wise Adagrad, trained some
-steps on Zipf ids (workload.py), so that codes and accumulators are not those of a fresh table. Steps during an asynchronous
-save are timed against the same run's steps without one. Every checkpoint is restored and compared bit for bit; the page
-cache is warm. Files go to a temporary directory under `--directory` and are deleted. Writes
+It measures save, restore, bytes on disk, steps during a save, and an increment. The state is
+Criteo-Kaggle's 26 vocabularies (33.76 M rows) in INT8 with a 5 % LFU cache and row-wise Adagrad,
+trained some steps on Zipf ids (workload.py), so that codes and accumulators are not those of a
+fresh table. Steps during an asynchronous save are timed against the same run's steps without one.
+Every checkpoint is restored and compared bit for bit; the page cache is warm. Files go to a
+temporary directory under `--directory` and are deleted. Writes
 experiments/results/bench_checkpoint.json.
 """
 
@@ -99,7 +101,8 @@ def main(settings: Settings) -> None:
 
     emb, _, _ = steps(emb, settings.warm)
     result: dict[str, Any] = {
-        "rows": spec.num_rows, "dim": settings.dim, "storage": settings.storage, "state_bytes": state_bytes,
+        "rows": spec.num_rows, "dim": settings.dim, "storage": settings.storage,
+        "state_bytes": state_bytes,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=settings.directory) as folder:
         directory = Path(folder)

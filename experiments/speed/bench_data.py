@@ -1,9 +1,10 @@
 """How fast do batches of Criteo-shaped data reach a device, read from array_record?
 
-Writes the synthetic twin as a train.txt, has the builder of Criteo-Kaggle prepare it, and measures rows per second at each
-station: blocks in order, shuffled numpy batches with ids by dictionary and by hashing, batches on the device through a
-background thread. What preparing costs is in the file too. The data is small enough to stay in the system's memory: a disk
-is not measured. Target: 300,000 rows/s on 2 cores. From the repository root:
+Writes the synthetic twin as a train.txt, has the builder of Criteo-Kaggle prepare it, and measures
+rows per second at each station: blocks in order, shuffled numpy batches with ids by dictionary and
+by hashing, batches on the device through a background thread. What preparing costs is in the file
+too. The data is small enough to stay in the system's memory: a disk is not measured. Target:
+300,000 rows/s on 2 cores. From the repository root:
 
     python -m experiments.speed.bench_data
 """
@@ -65,7 +66,10 @@ def write_text(path: Path, settings: Settings) -> None:
 
 
 def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, float]:
-    """Returns rows/s of going through `make()`: the median, least and most of the repeats, and cores kept busy."""
+    """Measures the rows/s of going through `make()`.
+
+    Returns the median, least and most of the repeats, and the number of busy cores.
+    """
     rates, cores = [], []
     for _ in range(settings.repeats + 1):
         start, busy = time.perf_counter(), time.process_time()
@@ -84,7 +88,10 @@ def rate(make: Callable[[], Iterable[Any]], settings: Settings) -> dict[str, flo
 
 
 def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
-    """Yields batches that are whole on the device, made and sent by a thread that runs ahead, as training does."""
+    """Yields batches that are whole on the device.
+
+    A thread that runs ahead makes and sends them, as in training.
+    """
     return map(jax.block_until_ready, in_background(map(jax.device_put, host)))
 
 

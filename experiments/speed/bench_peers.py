@@ -1,13 +1,16 @@
-"""Our training step beside its peers', same ids, dims and optimizer, alternated in one run, each in a process of its own.
+"""Our training step beside its peers', with the same ids, dims and optimizer.
+
+The steps alternate in one run, each in its own process.
 
     python -m experiments.speed.bench_peers --dims 16 64 128 --batch 2048
     python -m experiments.speed.bench_peers --task dlrm --dims 16
 
-Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wise Adagrad), torch.nn.EmbeddingBag with
-sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient, donated). They need
-`pip install "mpembed_jax[peers]"`; one that cannot be imported is named and left out. Rounds of all workers alternate while
-only one of them computes; a ratio is the median over rounds of ours to the peer's. Our cache is warm: the steps before the
-timed ones have filled its lines, so that the timed ones evict. --task dlrm times the whole training: host batch to device,
+Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wise Adagrad),
+torch.nn.EmbeddingBag with sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient,
+donated). They need `pip install "mpembed_jax[peers]"`; one that cannot be imported is named and
+left out. Rounds of all workers alternate while only one of them computes; a ratio is the median
+over rounds of ours to the peer's. Our cache is warm: the steps before the timed ones have filled
+its lines, so that the timed ones evict. --task dlrm times the whole training: host batch to device,
 dense part, embedding, optimizers.
 """
 
@@ -73,7 +76,10 @@ class Worker:
 
 
 def start(name, dim, args):
-    """Starts a worker and waits until it is warm; None, with a line that says why, where it cannot run."""
+    """Starts a worker and waits until it is warm.
+
+    If it cannot run, a line says why, and the result is None.
+    """
     is_ours, is_dense = name.startswith("ours"), name == "flax-dense"
     warm = (
         args.warm if is_ours and name != "ours-float32" else min(args.warm, 5 if is_dense else 40)
@@ -101,10 +107,12 @@ def alternate(names, dim, args):
         ours, theirs = workers[0].times, worker.times
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         row = {
-            "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew, "peer": worker.name,
+            "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew,
+            "peer": worker.name,
             "against": workers[0].name, "ms": 1e3 * statistics.median(theirs),
             "ms_min": 1e3 * min(theirs), "ms_max": 1e3 * max(theirs),
-            "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
             "samples_per_s": args.batch / statistics.median(theirs), **worker.facts,
         }  # fmt: skip
         if (
@@ -113,8 +121,10 @@ def alternate(names, dim, args):
             row["peak_over_state"] = (row["peak"] - row["before_init"]) / row["state_bytes"]
         results.append(row)
         print(
-            f"D={dim:<4} {worker.name:<14} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, {row['ms_max']:.2f}]   "
-            f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]   "
+            f"D={dim:<4} {worker.name:<14} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, "
+            f"{row['ms_max']:.2f}]   "
+            f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, "
+            f"{row['ratio_max']:.3f}]   "
             f"resident {row['resident'] / 1e9:.2f} GB, first step {row['first_step_s']:.1f} s"
             + (f"   ({row['rows']:,} rows)" if "rows" in row else ""),
             flush=True,
@@ -128,7 +138,8 @@ def run(args):
     results = []
     peers = args.peers or (PEERS if args.task == "embedding" else DLRM_PEERS)
     for dim in args.dims:
-        # Tables of several gigabytes do not fit side by side: groups that do are alternated, ours in each of them.
+        # Tables of several gigabytes do not fit side by side: groups that do are alternated, ours
+        # in each of them.
         first, others = peers[0], peers[1:]
         size = max(1, args.together - 1)
         for group in [others[i : i + size] for i in range(0, len(others), size)]:

@@ -1,12 +1,15 @@
-"""What a training step of the embedding costs: whole and by phase, over dims, batches, formats, policies, ways, skews and V.
+"""The cost of a training step of the embedding, as a whole and by phase.
+
+The grid varies dims, batches, formats, policies, ways, skews and V.
 
     python -m experiments.speed.bench_step                    # the full grid, 9 minutes on 2 cores
     python -m experiments.speed.bench_step --quick            # D = 16 and 64 at B = 2,048
 
-A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on Kaggle's vocabularies (see
-workload.py). Phases are timed as separate calls, so their sum exceeds the whole, jitted step. The bytes floor counts what
-must move once (table rows and lines touched, the batch's vectors and gradients) at the copy bandwidth measured first.
-Writes experiments/results/bench_step.json and bench_step.png.
+A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on
+Kaggle's vocabularies (see workload.py). Phases are timed as separate calls, so their sum exceeds
+the whole, jitted step. The bytes floor counts what must move once (table rows and lines touched,
+the batch's vectors and gradients) at the copy bandwidth measured first. Writes
+experiments/results/bench_step.json and bench_step.png.
 """
 
 import dataclasses
@@ -38,7 +41,7 @@ class Settings:
     """Timed steps per case, after as many warm ones as make the cache warm."""
     warm: int = 40
     only: tuple[str, ...] = ()
-    """Only cases that have all of these, batch=512 or cold=True say; they replace theirs in the file."""
+    """Only cases that have all of these, say batch=512 or cold=True; the file keeps the others."""
     out: Path = Path("experiments/results/bench_step.json")
 
 
@@ -60,7 +63,7 @@ class Case:
     """None: Kaggle's 33.76 M."""
     bag: int = 1
     fold: bool = False
-    """Draw ids for Kaggle's own sizes and take them modulo the tables' sizes, so that every V sees the same ids."""
+    """Draw ids for Kaggle's sizes and take them modulo the tables' sizes: the same for every V."""
     cold: bool = False
     """Time the first steps, from an empty cache."""
 
@@ -142,9 +145,11 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
         2 * 4 * case.dim * case.batch * len(sizes) * 2
     )  # vectors written and read, gradients written and read
     result = dataclasses.asdict(case) | {
-        "num_rows": spec.num_rows, "unique": unique, "unique_hit_rate": hits / unique, "dropped": after.dropped,
+        "num_rows": spec.num_rows, "unique": unique, "unique_hit_rate": hits / unique,
+        "dropped": after.dropped,
         "ms": 1e3 * statistics.median(timed), "ms_p10": 1e3 * float(np.percentile(timed, 10)),
-        "ms_p90": 1e3 * float(np.percentile(timed, 90)), "floor_ms": 1e3 * moved / bandwidth, "compile_s": compile_s,
+        "ms_p90": 1e3 * float(np.percentile(timed, 90)), "floor_ms": 1e3 * moved / bandwidth,
+        "compile_s": compile_s,
         "state_bytes": sum(a.nbytes for a in jax.tree.leaves(state)),
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }  # fmt: skip
@@ -180,7 +185,10 @@ def phases(
 
 
 def cases(quick: bool) -> list[Case]:
-    """Returns the grid: every axis varied around D = 16, B = 2,048, INT8 + 5 % LFU, 32 ways, skew 1.05."""
+    """Returns the grid.
+
+    Every axis is varied around D = 16, B = 2,048, INT8 + 5 % LFU, 32 ways, skew 1.05.
+    """
     base = Case()
     grid = [dataclasses.replace(base, dim=d) for d in ((16, 64) if quick else (16, 64, 128))]
     formats = (("float32", None), ("int8", 0.05), ("int4", 0.01), ("bfloat16", None))
@@ -189,7 +197,8 @@ def cases(quick: bool) -> list[Case]:
         for d in (16, 64)
         for s, f in formats
     ]
-    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same lines, with 5 %.
+    # Cost follows the batch: the same ids in small and large tables, without a cache, with the same
+    # lines, with 5 %.
     for options in ({"fraction": None}, {"lines": 50_000}, {}):
         grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
     if not quick:
@@ -221,7 +230,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
         )
         marks = (" bags" if r["bag"] > 1 else "") + (" cold" if r["cold"] else "")
-        return f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} V={r['num_rows'] / 1e6:.1f}M{marks}"
+        return (
+            f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} "
+            f"V={r['num_rows'] / 1e6:.1f}M{marks}"
+        )
 
     figure, axes = plt.subplots(figsize=(9, 0.24 * len(results) + 1.2))
     place = np.arange(len(results))[::-1]
@@ -264,9 +276,11 @@ def main(settings: Settings) -> None:
         measured[case] = result
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(
-            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} cache={case.lines or case.fraction} "
+            f"D={case.dim:<3} B={case.batch:<5} {case.storage:<8} "
+            f"cache={case.lines or case.fraction} "
             f"{case.policy} W={case.ways} "
-            f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M bag={case.bag}{' cold' if case.cold else ''}: "
+            f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M "
+            f"bag={case.bag}{' cold' if case.cold else ''}: "
             f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
             f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
             flush=True,

@@ -1,10 +1,14 @@
-"""README's picture and table: step time against vocabulary, AUC loss against bytes per row, and what 33.8 M rows of 64 cost.
+"""The picture and the table of the repository's README.
+
+They show step time against vocabulary, AUC loss against bytes per row, and what 33.8 M rows of 64
+cost.
 
     python -m experiments.speed.first_screen
 
-Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing tables, ours and a dense
-flax nnx.Embed with optax.adagrad as far as it is bearable; reads experiments/results/paper_table.jsonl for accuracy and
-memory.report for bytes. Writes experiments/results/first_screen.json and .png, and the table between README's markers.
+Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing
+tables, ours and a dense flax nnx.Embed with optax.adagrad as far as it is bearable; reads
+experiments/results/paper_table.jsonl for accuracy and memory.report for bytes. Writes
+experiments/results/first_screen.json and .png, and the table between README's markers.
 """
 
 import dataclasses
@@ -37,7 +41,7 @@ class Settings:
     dim: int = 64
     rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 33_762_577)
     dense_rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000)
-    """The dense gradient's cost grows with the table; beyond this it is extrapolated in the table, and labelled."""
+    """Rows at which dense flax is timed; beyond them, the table has labelled extrapolations."""
     out: Path = Path("experiments/results")
 
 
@@ -53,7 +57,10 @@ FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
 
 
 def dense_step_ms(num_rows: int, dim: int) -> float:
-    """Times flax's own way, donated: gradient of the whole table, optax.adagrad on the whole table."""
+    """Times the step that flax users write, donated.
+
+    It takes the gradient of the whole table and runs optax.adagrad on the whole table.
+    """
     sizes = workload.sizes_for(num_rows)
     ids = [
         jnp.asarray(workload.to_global(b, sizes)) for b in workload.batches(1, 8, 2048, sizes, 1.05)
@@ -106,7 +113,8 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
     slope = (dense[-1][1] - dense[0][1]) / (dense[-1][0] - dense[0][0])
     projected = dense[-1][1] + slope * (sum(workload.KAGGLE_SIZES) - dense[-1][0])
     rows = [
-        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | {projected:,.0f} "
+        f"| dense flax FP32, optax.adagrad | {plain / 1e9:.2f} | {2 * plain / 1e9:.2f} | "
+        f"{projected:,.0f} "
         f"(extrapolated from {dense[-1][0] / 1e6:.0f} M rows: {dense[-1][1]:.0f}) | 0 |"
     ]
     for name, storage, fraction in FORMATS:
@@ -121,19 +129,25 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
             f"| {curves[name][-1][1]:.1f} | {difference} |"
         )
     head = [
-        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC against FP32 (D = 16) |",
+        "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC "
+        "against FP32 (D = 16) |",
         "|---|---|---|---|---|",
     ]
     note = """
 Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores,
-`python -m experiments.speed.first_screen`. The AUC column is another system of the same formats: the Reddit task at D = 16,
-paired seeds with the 95 % interval, `python -m experiments.accuracy.paper_table --data reddit`. Device and commit:
+`python -m experiments.speed.first_screen`. The AUC column is another system of the same formats: \
+the Reddit task at D = 16,
+paired seeds with the 95 % interval, `python -m experiments.accuracy.paper_table --data reddit`. \
+Device and commit:
 `experiments/results/*.json`."""
     return "\n".join([*head, *rows, note])
 
 
 def _draw_family(axis: Any, quality: paper_report.Group, family: str, look: dict[str, Any]) -> None:
-    """Draws what each case of a family loses against its bytes, ours with the cache's share beside each point."""
+    """Draws the loss of each case of a family against its bytes.
+
+    The points of ours have the cache's share beside them.
+    """
     cases = [case for case in quality.cases if case != FP32 and case.family == family]
     cases.sort(key=lambda case: quality.mean(case, "bytes_per_row"))
     lost = [quality.difference(case, "auc") for case in cases]

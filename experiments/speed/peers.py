@@ -1,9 +1,11 @@
-"""The workers of bench_peers: one training step of ours and of each peer, served over a pipe from a process of its own.
+"""The workers of bench_peers: one training step of ours and of each peer.
 
-A maker builds tables for a `Case` and returns `(prepare, step, facts)`: prepare(local ids int64 [B, T]) makes what the
-framework reads, step(prepared) trains on it and waits for the result. In the embedding task ids are prepared before the
-clock starts, as a data pipeline would have done; in the DLRM task the whole way from host arrays is inside it. A worker
-answers each line `round K` on its standard input with a JSON line of K step times.
+Each runs in its own process and is served over a pipe. A maker builds tables for a `Case` and
+returns `(prepare, step, facts)`: prepare(local ids int64 [B, T]) makes what the framework reads,
+step(prepared) trains on it and waits for the result. In the embedding task ids are prepared before
+the clock starts, as a data pipeline would have done; in the DLRM task the whole way from host
+arrays is inside it. A worker answers each line `round K` on its standard input with a JSON line of
+K step times.
 """
 
 import dataclasses
@@ -18,7 +20,8 @@ import numpy as np
 from experiments.speed import workload
 
 LEARNING_RATE = 0.05
-DENSE_FLAX_ROWS = 1_000_000  # the dense gradient of all 33.76 M rows takes tens of seconds; its cost is linear in rows
+# The dense gradient of all 33.76 M rows takes tens of seconds. Its cost is linear in rows.
+DENSE_FLAX_ROWS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +177,10 @@ def _make_fbgemm(case):
 
 
 def _make_torch(case):
-    """torch EmbeddingBags with sparse gradients: SGD for the embedding task, Adagrad in the whole DLRM."""
+    """torch EmbeddingBags with sparse gradients.
+
+    The embedding task uses SGD, and the whole DLRM uses Adagrad.
+    """
     import torch
 
     torch.set_num_threads(case.threads)
@@ -292,7 +298,8 @@ _MAKERS = {"ours": _make_ours, "fbgemm": _make_fbgemm, "torch": _make_torch, "fl
 def serve(case):
     """Runs one worker until its standard input ends."""
     if case.worker.startswith(("ours", "flax")):
-        workload.keep_freed_memory()  # jax only: FBGEMM and torch ran up to 300 times slower with it
+        # Only for jax: with it, FBGEMM and torch ran up to 300 times slower.
+        workload.keep_freed_memory()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout; the pipe is ours alone
 

@@ -24,7 +24,8 @@ def embedding_step(
       ids: global ids.
       upstream: the gradient of what pool returns.
       tx: the transformation given to init.
-      is_pooled: end in apply_pooled_gradients, otherwise in the gradients of rows and apply_gradients.
+      is_pooled: end in apply_pooled_gradients, otherwise in the gradients of rows and
+        apply_gradients.
       pooling: weights and combiner, for pool.
 
     Returns:

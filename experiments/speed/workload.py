@@ -1,8 +1,10 @@
-"""The workload "Kaggle step": id batches with Criteo-Kaggle's 26 vocabularies and bounded Zipf popularity, in plain NumPy.
+"""The workload "Kaggle step": id batches in plain NumPy.
 
-The exponents bracket the skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 / 5 / 10 % of C3's distinct
-ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the middle of the six largest tables, 1.15 is C24's.
-Imports neither jax nor torch, so that every peer in a benchmark reads the same ids.
+They have Criteo-Kaggle's 26 vocabularies and bounded Zipf popularity. The exponents bracket the
+skew of real samples: with 137,139 draws, exponent 1.00 gives the top 1 / 5 / 10 % of C3's distinct
+ids .40 / .51 / .57 of the accesses (real: .42 / .52 / .58), 1.05 is the middle of the six largest
+tables, 1.15 is C24's. Imports neither jax nor torch, so that every peer in a benchmark reads the
+same ids.
 """
 
 import math
@@ -10,14 +12,18 @@ import math
 import numpy as np
 
 KAGGLE_SIZES = (
-    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4,
+    1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992,
+    5461306, 10, 5652, 2173, 4,
     7046547, 18, 15, 286181, 105, 142572,
 )  # fmt: skip
 SKEWS = (1.0, 1.05, 1.15)
 
 
 def sizes_for(num_rows: int | None) -> tuple[int, ...]:
-    """Returns Kaggle's vocabulary sizes, the large ones shrunk in proportion so that about num_rows rows remain."""
+    """Returns Kaggle's vocabulary sizes.
+
+    The large ones are shrunk in proportion, so that about num_rows rows remain.
+    """
     if num_rows is None:
         return KAGGLE_SIZES
     factor = num_rows / sum(KAGGLE_SIZES)
@@ -27,7 +33,10 @@ def sizes_for(num_rows: int | None) -> tuple[int, ...]:
 def zipf_ids(
     rng: np.random.Generator, vocabulary_size: int, shape: tuple[int, ...], exponent: float
 ) -> np.ndarray:
-    """Draws int64 ids by bounded Zipf popularity; popular ids are spread over the table by a multiplicative permutation."""
+    """Draws int64 ids by bounded Zipf popularity.
+
+    A multiplicative permutation spreads popular ids over the table.
+    """
     v = vocabulary_size
     if v == 1:
         return np.zeros(shape, np.int64)
@@ -78,8 +87,9 @@ def peak_bytes() -> int:
 def keep_freed_memory() -> None:
     """Tells glibc's allocator to keep freed blocks up to 1 GB for reuse; does nothing elsewhere.
 
-    By default a block above 32 MB is returned to the kernel when it is freed, so a step whose temporaries are larger pays
-    for zeroed pages again and again: seen to take 3 to 10 ms a step at D = 128.
+    By default a block above 32 MB is returned to the kernel when it is freed, so a step whose
+    temporaries are larger pays for zeroed pages again and again: seen to take 3 to 10 ms a step at
+    D = 128.
     """
     import ctypes
     import platform

@@ -1,1 +1,1 @@
-"""The verbs over the state of a stack, and what they are made of."""
+"""Operations on the state of a stack of tables: training, pooling, evaluation, statistics."""

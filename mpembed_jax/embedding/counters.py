@@ -1,4 +1,4 @@
-"""The counters of a state: 64-bit counts without jax's x64 mode."""
+"""The 64-bit counters of an embedding state, without jax's x64 mode."""
 
 import dataclasses
 
@@ -7,19 +7,19 @@ import jax.numpy as jnp
 
 from mpembed_jax.cache.plan import Counts
 
-# The events a state counts since init: those of a step's Counts, then those of updates.
+# The names of the counters: those of a step's Counts, then the two that count updates.
 COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "refused_updates")
 
 
 def _add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:
-    """Adds i32 amounts to 64-bit counters kept as two words: no x64 mode needed."""
+    """Adds int32 amounts to 64-bit counters, each kept as two uint32 words."""
     low = counters[:, 0] + jnp.stack(amounts).astype(jnp.uint32)
     carry = (low < counters[:, 0]).astype(jnp.uint32)
     return jnp.stack([low, counters[:, 1] + carry], axis=1)
 
 
 def count_step(counters: jax.Array, counts: Counts) -> jax.Array:
-    """Returns the counters with one step's counts added."""
+    """Returns the counters after adding the counts of one step."""
     amounts = jax.tree.leaves(counts)
     return _add(counters, amounts + [jnp.int32(0)] * (len(COUNTERS) - len(amounts)))
 
@@ -27,6 +27,12 @@ def count_step(counters: jax.Array, counts: Counts) -> jax.Array:
 def count_updates(
     counters: jax.Array, num_nonfinite: jax.Array, is_refused: jax.Array
 ) -> jax.Array:
-    """Returns the counters with one update's skipped rows and refusal added."""
+    """Returns the counters after adding one update.
+
+    Args:
+      counters: uint32 [len(COUNTERS), 2].
+      num_nonfinite: int32 scalar, the number of rows skipped for non-finite gradients.
+      is_refused: bool scalar, whether the update was refused.
+    """
     tail = [num_nonfinite, is_refused.astype(jnp.int32)]
     return _add(counters, [jnp.int32(0)] * (len(COUNTERS) - len(tail)) + tail)

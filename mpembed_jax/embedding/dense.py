@@ -1,4 +1,7 @@
-"""Between quantized stacks and plain float32 tables, block by block, so that no float32 copy of a stack is ever made."""
+"""Conversion between quantized stacks and plain float32 tables.
+
+Rows are converted block by block, so that a device never holds a float32 copy of a stack.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,21 +24,22 @@ from mpembed_jax.numerics import random_bits
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, encode_rows
 
-_BLOCK = 65536  # rows moved at once
+_BLOCK = 65536  # rows converted at once
 
 
 def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Returns float32 tables on the host, equal to `read` of all their ids.
+    """Returns float32 tables on the host, with the rows that `read` returns for their ids.
 
     Args:
       state: not consumed.
-      tables: names; None for all.
+      tables: names of tables; None for all.
 
     Returns:
       {name: float32 [vocabulary_size, D]}.
 
     Raises:
-      KeyError: on an unknown name.
+      KeyError: if a name is unknown.
+      ValueError: if the stack has 2**31 - 1 rows or more.
     """
     known = [t.name for t in state.spec.tables]
     names = known if tables is None else list(tables)
@@ -45,9 +49,10 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
     layout = state.layout
     if layout is not None and layout.is_paired:
         raise ValueError(
-            f"a stack of {state.spec.num_rows} rows is too large for dense tables; read rows by pairs"
+            f"a stack of {state.spec.num_rows} rows is too large for dense tables; call read with "
+            "pairs from sharding.pairs instead"
         )
-    # Over several processes every one of them gets the whole of what it asks for.
+    # The result is replicated, so that each of several processes gets all rows that it asks for.
     read = jax.jit(
         evaluation.read,
         out_shardings=None if layout is None else NamedSharding(layout.mesh, PartitionSpec()),
@@ -95,13 +100,15 @@ def from_dense(
     placement: Placement | None = None,
     implementation: str | None = None,
 ) -> EmbeddingState:
-    """Makes a state from float32 tables, rounded by the format's rule; memory-mapped arrays are read in blocks.
+    """Makes a state from float32 tables, rounded by the format's rule.
+
+    The arrays are read block by block, so they may be memory-mapped.
 
     Args:
       key: jax.random.key(..) or uint32 [2].
       spec: the stack.
       tx: optax transformation for the rows.
-      tables: {name: [vocabulary_size, D]}, one for every table of the spec; any float dtype.
+      tables: {name: [vocabulary_size, D]} with every table of the spec, in any float dtype.
       mesh: as in init.
       axis_name: as in init.
       placement: as in init.
@@ -111,7 +118,7 @@ def from_dense(
       The state; its cache is empty.
 
     Raises:
-      KeyError: if names are missing or unknown.
+      KeyError: if a name is missing or unknown.
       ValueError: if an array has another shape.
     """
     names = [t.name for t in spec.tables]
@@ -120,7 +127,8 @@ def from_dense(
     for t in spec.tables:
         if np.shape(tables[t.name]) != (t.vocabulary_size, spec.embedding_dim):
             raise ValueError(
-                f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got {list(np.shape(tables[t.name]))}"
+                f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got "
+                f"{list(np.shape(tables[t.name]))}"
             )
     layout = Layout.of(spec, mesh, axis_name, placement)
 

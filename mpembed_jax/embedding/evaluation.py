@@ -1,4 +1,4 @@
-"""The verbs beside the training step: read rows for evaluation, flush the cache, freeze the table."""
+"""Reading rows for evaluation, flushing the cache, and freezing the table."""
 
 import dataclasses
 import math
@@ -18,16 +18,24 @@ from mpembed_jax.table import QuantizedTable, read_rows
 
 
 def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
-    """Returns the rows of ids for evaluation: the FP32 line where resident, else the table's row; changes nothing.
+    """Reads the rows of ids for evaluation; the state does not change.
 
-    A sharded state is read inside jax.shard_map (each device its own ids) or outside (the ids are divided for it).
+    A cached row is read from its float32 line. Any other row is read from the table. A sharded
+    state can be read inside jax.shard_map, where each device passes its own ids. It can also be
+    read outside, where `read` divides the ids over the devices.
 
     Args:
-      state: not consumed; a frozen table (see freeze) is read as it is.
-      ids: any nest of int32 arrays of global ids.
+      state: a state, which is not consumed, or a frozen table (see freeze).
+      ids: any nest of int32 arrays of global ids. For a stack of 2**31 - 1 rows or more, pairs
+        [.., 2] (see sharding.pairs).
 
     Returns:
-      The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
+      float32 [.., D] for each array, in the same nesting. Padding and ids outside the table read as
+      zeros.
+
+    Raises:
+      TypeError: if ids are not integers of 32 bits or fewer.
+      ValueError: if host ids do not fit int32, or the state was made for another spec.
     """
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
@@ -62,12 +70,21 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
-    """Returns the rows of ids (local ones on a shard), zeros for ids outside the table."""
+    """Returns the rows of ids, which are local on a shard; ids outside the table give zeros."""
     return ops.read(state.table, state.cache, ids, implementation=state.implementation)
 
 
 def flush(state: EmbeddingState) -> EmbeddingState:
-    """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
+    """Writes every dirty line to the table and marks it clean.
+
+    Tags and float32 rows stay in the cache.
+
+    Args:
+      state: consumed if donated.
+
+    Returns:
+      The state.
+    """
     state.check_spec()
     cache = state.cache
     if cache is None:
@@ -82,7 +99,10 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
 
 def freeze(state: EmbeddingState) -> QuantizedTable:
-    """Returns the flushed rows of `state` as a table that `read` takes without a cache, in the order of global ids."""
+    """Returns the flushed table of a state, with its rows in the order of global ids.
+
+    `read` accepts this table in place of a state.
+    """
     table, layout = flush(state).table, state.layout
     return (
         table

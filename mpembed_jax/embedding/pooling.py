@@ -1,7 +1,8 @@
-"""From unique rows to the vectors a model wants: one per id, or one per bag (sum, mean, sqrtn), weighted, ragged.
+"""Pooling of unique rows into one vector per id or per bag.
 
-Conventions follow tf.nn.embedding_lookup_sparse. The arithmetic and its gradients are in `row_sums`; `positions` says what
-the gradient of a pooling adds up, for an update that adds it up itself.
+The vector of a bag is the sum, mean or sqrtn of its rows. Bags may be weighted and ragged. The
+conventions follow tf.nn.embedding_lookup_sparse. `row_sums` holds the arithmetic and its gradients.
+`positions` lists the terms of these gradients for an optimizer update that sums them itself.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ COMBINERS = ("sum", "mean", "sqrtn")
 
 
 def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
-    """Returns the factor (float32 [.., L]) of each position in its bag; zeros for an empty bag."""
+    """Returns the factor (float32 [.., L]) of each position; an empty bag has factors of zero."""
     w = (
         is_real.astype(jnp.float32)
         if weights is None
@@ -43,10 +44,18 @@ def _checked(
     num_segments: int | None,
     implementation: ops.Named | None,
 ) -> tuple[list[jax.Array], list[jax.Array | None], Any]:
-    """Returns the leaves of inverse, the weights of each or None, and the tree; raises as `pool` says."""
+    """Checks the arguments of `pool`.
+
+    Returns:
+      The leaves of inverse, the weights of each leaf (or None), and the tree structure.
+
+    Raises:
+      ValueError: see `pool`.
+    """
     if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
         raise ValueError(
-            f"unknown implementation {implementation!r}; choose one of {', '.join(ops.IMPLEMENTATIONS)}"
+            f"unknown implementation {implementation!r}; choose one of "
+            f"{', '.join(ops.IMPLEMENTATIONS)}"
         )
     if combiner is not None and combiner not in COMBINERS:
         raise ValueError(f'combiner must be None, "sum", "mean" or "sqrtn", got {combiner!r}')
@@ -68,11 +77,15 @@ def _checked(
             or num_segments is None
         ):
             raise ValueError(
-                f"segment_ids {segment_ids.shape} need one flat inverse [N] of their shape and num_segments=, "
-                f"got {[i.shape for i in index]} and num_segments={num_segments}"
+                f"segment_ids {segment_ids.shape} need one flat inverse [N] of the same shape and "
+                f"num_segments=.., got inverse shapes {[i.shape for i in index]} and "
+                f"num_segments={num_segments}"
             )
     elif combiner is not None and any(i.ndim == 0 for i in index):
-        raise ValueError("a combiner reduces the last axis of inverse, but an inverse is a scalar")
+        raise ValueError(
+            "a combiner reduces the last axis of inverse, but one inverse is a scalar; pass "
+            "combiner=None for single ids"
+        )
     return index, factors, treedef
 
 
@@ -87,26 +100,35 @@ def pool(
     num_segments: int | None = None,
     implementation: ops.Named | None = None,
 ) -> Any:
-    """Turns unique rows into vectors per id or per bag; differentiable (reverse mode) in rows and weights.
+    """Turns unique rows into one vector per id or per bag.
 
-    Padding positions count for nothing: not in sums, not in the denominators of mean and sqrtn. An empty bag is zeros.
-    mean divides by the sum of weights, sqrtn by sqrt(sum of squared weights).
+    The result is differentiable (reverse mode) in rows and weights. "mean" divides the weighted sum
+    by the sum of the weights. "sqrtn" divides it by the square root of the sum of the squared
+    weights. Padding positions count neither in the sum nor in the divisor. The vector of an empty
+    bag is zero.
 
     Args:
       rows: float32 [U, D], from `lookup`; the last row is padding.
       inverse: nest of int32 [..], from `plan.inverse`.
-      weights: None, or like inverse: float32 factor of each position.
-      combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each inverse.
-      segment_ids: int32 [N], the bag of each position of a flat inverse [N], instead of the last axis.
-      num_segments: number of bags; needed with segment_ids.
-      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation, for what it has; None: plain XLA.
+      weights: a nest like inverse with a float32 weight for each position. None: all weights are 1.
+      combiner: None for one vector per id. "sum", "mean" or "sqrtn" reduces the last axis of each
+        inverse.
+      segment_ids: int32 [N], the bag of each position of one flat inverse [N]. They define the bags
+        in place of the last axis.
+      num_segments: the number of bags; required with segment_ids.
+      implementation: a name from ops.IMPLEMENTATIONS, such as state.implementation. Plain XLA runs
+        what this implementation does not provide. None: plain XLA.
 
     Returns:
-      Nest of float32: [.., D] without combiner; [.., D] with the last axis of inverse reduced; [num_segments, D].
+      A nest of float32 arrays like inverse. Without combiner, inverse [..] gives [.., D]. With a
+      combiner, inverse [.., L] gives [.., D]. With segment_ids, inverse [N] gives
+      [num_segments, D].
 
     Raises:
-      ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
-        unknown implementation.
+      ValueError: if the combiner or the implementation is unknown; if weights or segment_ids come
+        without a combiner or in another shape than inverse; if segment_ids come without
+        num_segments or with several inverses; or if a combiner is given and an inverse is a
+        scalar.
     """
     index, factors, treedef = _checked(
         inverse, weights, combiner, segment_ids, num_segments, implementation
@@ -137,7 +159,10 @@ def _segments(
     num_segments: int,
     implementation: ops.Named | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the bag of each position, num_segments for those that count for nothing, and its factor float32 [N]."""
+    """Returns the bag and the factor of each position (int32 [N] and float32 [N]).
+
+    The bag of a position that does not count is num_segments.
+    """
     is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
     segment = jnp.where(is_real, segment_ids, num_segments)
     w = (
@@ -186,13 +211,24 @@ def check_gradients(
     num_segments: int | None = None,
     implementation: ops.Named | None = None,
 ) -> tuple[list[jax.Array], list[jax.Array | None], list[jax.Array]]:
-    """Checks that gradients are of what `pool` returns for the other arguments and rows of so many elements.
+    """Checks that gradients match what `pool` returns for rows [U, D] and the other arguments.
+
+    Args:
+      dim: D.
+      inverse: as for `pool`.
+      pooled_grads: nest of float32, the gradient with respect to pool's result.
+      weights: as for `pool`.
+      combiner: as for `pool`.
+      segment_ids: as for `pool`.
+      num_segments: as for `pool`.
+      implementation: as for `pool`.
 
     Returns:
-      The leaves of inverse, of weights (or None for each), and of the gradients.
+      The leaves of inverse, the weights of each leaf (or None), and the leaves of the gradients.
 
     Raises:
-      ValueError: as `pool`; on gradients of another tree, shape or dtype than its result.
+      ValueError: as in `pool`, or if the tree, a shape or a dtype of the gradients differs from
+        that of pool's result.
     """
     index, weight, treedef = _checked(
         inverse, weights, combiner, segment_ids, num_segments, implementation
@@ -210,8 +246,8 @@ def check_gradients(
         or any(g.dtype != jnp.float32 for g in leaves)
     ):
         raise ValueError(
-            f"pooled_grads must be what pool returned for these arguments: float32 {wanted} in {treedef}, "
-            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
+            "pooled_grads must match what pool returned for these arguments: float32 "
+            f"{wanted} in {treedef}, got {[f'{g.dtype} {g.shape}' for g in leaves]} in {grads_def}"
         )
     return index, weight, leaves
 
@@ -227,17 +263,22 @@ def positions(
     num_segments: int | None,
     implementation: ops.Named | None,
 ) -> Positions:
-    """Lists what the transpose of `pool` adds up, without adding: at least one position and one gradient.
+    """Lists the terms that the transpose of `pool` adds up, without adding them.
+
+    There must be at least one position and one gradient.
 
     Args:
       num_rows: U.
-      index: this, weights and pooled_grads are what `check_gradients` returned.
-      weights: of each position, or None.
-      pooled_grads: float32.
-      combiner: this and the rest as for `pool`.
-      segment_ids: int32 [N] or None.
-      num_segments: number of bags of segment_ids.
-      implementation: a name from ops.IMPLEMENTATIONS or None.
+      index: leaves of inverse, from `check_gradients`.
+      weights: weights of each leaf (or None), from `check_gradients`.
+      pooled_grads: leaves of the gradients, from `check_gradients`.
+      combiner: as for `pool`.
+      segment_ids: as for `pool`.
+      num_segments: as for `pool`.
+      implementation: as for `pool`.
+
+    Returns:
+      The gradient, the row and the factor of each position.
     """
     dim = pooled_grads[0].shape[-1]
     grads = jnp.concatenate([g.reshape(-1, dim) for g in pooled_grads])
@@ -248,7 +289,8 @@ def positions(
         segment, factors = _segments(
             num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation
         )
-        # Positions outside every bag would take a gradient times zero, which may be no number.
+        # A position outside every bag goes to the padding row. Its factor is zero, but zero times
+        # an infinite gradient is NaN.
         row = jnp.where(segment < num_segments, index[0], num_rows - 1)
         return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
     weighted = source = None
@@ -272,14 +314,15 @@ def positions(
 
 
 def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
-    """Returns the segment of each position from bag offsets, as torch.nn.EmbeddingBag takes them.
+    """Converts bag offsets, as torch.nn.EmbeddingBag takes them, to the segment of each position.
 
     Args:
-      offsets: int32 [B], the first position of each bag, ascending, offsets[0] == 0; equal neighbours are empty bags.
+      offsets: int32 [B], the first position of each bag, ascending, with offsets[0] == 0. A bag is
+        empty if the next offset is equal to its own.
       num_positions: N.
 
     Returns:
-      int32 [N].
+      int32 [N], the segment_ids for `pool`.
     """
     position = jnp.arange(num_positions, dtype=offsets.dtype)
     return (jnp.searchsorted(offsets, position, side="right") - 1).astype(jnp.int32)

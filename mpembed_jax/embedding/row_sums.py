@@ -1,9 +1,12 @@
-"""Gathers and sums of rows that are differentiable without a scatter of duplicates: the arithmetic of pooling.
+"""The gathers and sums of rows in pooling, with custom gradients.
 
-The gradient with respect to the unique rows is a sum over the positions that hold each row. It is written here, as one
-custom VJP over all features of a batch, because the transpose of `rows[inverse]` would make one table of gradients per
-feature, and because a scatter-add with duplicate ids is very slow on some GPU builds (jax#38806), where positions are
-sorted instead: no gradient of this file is a scatter of duplicates there.
+The gradient with respect to a unique row is a sum over the positions that hold this row. There are
+two reasons for custom gradients:
+- The transpose of `rows[inverse]` makes one array of row gradients per feature. The custom VJP
+  makes one for all features of a batch.
+- A scatter-add with duplicate ids is very slow on some GPU builds (jax#38806). On a GPU, the custom
+  gradients sort the positions instead, so that no scatter has duplicate
+  indices.
 """
 
 from functools import partial
@@ -21,7 +24,7 @@ from mpembed_jax.arrays import carries, indexing
 def take(
     implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """Gathers rows [U, D] at each index array [..]; one gather for all of them."""
+    """Gathers rows [U, D] at each index array [..], with a single gather for all arrays."""
     sizes = np.cumsum([i.size for i in index])[:-1]
     flat = ops.take(
         rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation
@@ -56,7 +59,7 @@ take.defvjp(_take_fwd, _take_bwd)
 def bag(
     implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array
 ) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]]."""
+    """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D]."""
     return ops.bag(rows, index, factors, implementation=implementation)
 
 
@@ -71,7 +74,8 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
     if index.size == 0:
         return jnp.zeros_like(rows), None, factors
 
-    # One position of all bags at a time, as in the forward pass: no [.., L, D] array.
+    # The loop handles one position of all bags at a time, as in the forward pass. There is no
+    # [.., L, D] array.
     def body(
         position: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +110,10 @@ bag.defvjp(_bag_fwd, _bag_bwd)
 def segment_sum(
     implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int
 ) -> jax.Array:
-    """Sums values [N, ..] by segment -> [size, ..]; the last segment, padding, is zero."""
+    """Sums values [N, ..] by segment [N] into [size, ..].
+
+    The last segment is padding, and its sum is zero.
+    """
     return ops.sum_duplicates(values, segment, size, implementation=implementation)
 
 
@@ -135,7 +142,10 @@ def ragged_bag(
     segment: jax.Array,
     size: int,
 ) -> jax.Array:
-    """Sums factors[n] * rows[index[n]] by segment [N] -> [size, D]; the last segment, padding, is zero."""
+    """Sums factors[n] * rows[index[n]] by segment [N] into [size, D].
+
+    The last segment is padding, and its sum is zero.
+    """
     return ops.sum_duplicates(
         rows, segment, size, implementation=implementation, factors=factors, source=index
     )

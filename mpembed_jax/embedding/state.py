@@ -1,4 +1,4 @@
-"""The state of a stack in training, how it is made, and its counters: 64-bit counts without jax's x64 mode."""
+"""The state of a stack in training, and the functions that make it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -43,34 +43,35 @@ from mpembed_jax.table import QuantizedTable, init_table
 )
 @dataclasses.dataclass(frozen=True)
 class EmbeddingState:
-    """A stack of tables in training: everything a checkpoint needs, nothing else."""
+    """A stack of tables in training. It holds what a checkpoint needs, and nothing else."""
 
     table: QuantizedTable
     cache: CacheState | None
-    row_state: (
-        Any  # optimizer state; row leaves [V, ..] float32, or uint16 bit patterns of bfloat16
-    )
+    # The optimizer state. Row leaves are float32 [V, ..], or uint16 bit patterns of bfloat16.
+    row_state: Any
     key: jax.Array  # u32 [2]
-    step: jax.Array  # i32 []  number of prefetches so far
-    pending: Any  # bool []  a prefetch waits for its apply_gradients
-    counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
-    fingerprint: (
-        jax.Array
-    )  # u32 [2]  of the spec the arrays were made for: a checkpoint of another spec is noticed
+    step: jax.Array  # i32 []: the number of prefetches so far
+    pending: Any  # bool []: whether a prefetch waits for its apply_gradients
+    counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
+    # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
+    # spec.
+    fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
-    layout: Layout | None = (
-        None  # None: one device; else every array holds the shards' rows one after another
-    )
+    # None for one device. With a layout, a divided array holds the parts of the shards in a row.
+    layout: Layout | None = None
 
     @property
     def store(self) -> Store:
-        """What the ops change in place, without the dirty bits."""
+        """The arrays that the ops change in place, without the dirty bits."""
         return Store(self.table, None if self.cache is None else self.cache.rows, None)
 
     @property
     def row_key(self) -> Key:
-        """The key with which rows draw their random bits: `key`, on a shard bound to its local rows."""
+        """The key for the random bits of rows.
+
+        On a shard, it draws the bits of local rows by their global ids.
+        """
         return (
             self.key
             if self.layout is None
@@ -79,21 +80,26 @@ class EmbeddingState:
 
     @property
     def expected_fingerprint(self) -> np.ndarray:
-        """uint32 [2]: what `fingerprint` holds if the arrays were made for this spec and layout."""
+        """The fingerprint (uint32 [2]) of arrays made for this spec and layout."""
         if self.layout is None:
             return self.spec.fingerprint
         return self.spec.fingerprint ^ self.layout.fingerprint
 
     def check_spec(self) -> None:
-        """Raises ValueError if the arrays are concrete and were made for another spec."""
+        """Checks that the arrays were made for this spec; a traced state passes.
+
+        Raises:
+          ValueError: if the arrays were made for another spec.
+        """
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
             held = np.asarray(self.fingerprint)
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
                 raise ValueError(
-                    f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "
-                    f"storage, cache, row_state_dtype (of a sharded state also its placement and number of shards) must be "
-                    f"those of the saved state; restore with those, then move the rows with to_dense and from_dense "
-                    f"(or the state with sharding.relayout)"
+                    "the arrays of this state were made for another spec than the state's own "
+                    f"{self.spec}; restore with the tables, embedding_dim, storage, cache and "
+                    "row_state_dtype of the saved state (if it is sharded, also with its placement "
+                    "and number of shards), then move the rows with to_dense and from_dense, or "
+                    "the state with sharding.relayout"
                 )
 
 
@@ -107,29 +113,31 @@ def init(
     placement: Placement | None = None,
     implementation: str | None = None,
 ) -> EmbeddingState:
-    """Makes a state: tables initialized block by block, an empty cache, zero counters.
+    """Makes a state with initialized tables, an empty cache and zero counters.
 
-    With a mesh the stack is divided over it (see Placement) and the verbs run inside jax.shard_map, with
-    `partition_specs(state)` for the state. The initial rows are the same on any mesh.
+    Tables are initialized block by block. With a mesh, the stack is divided over it (see
+    Placement). The verbs then run inside jax.shard_map, and `partition_specs(state)` gives the
+    specs of the state. The initial rows are the same on any mesh.
 
     Args:
       key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
       spec: the stack.
-      tx: optax transformation for the rows; the same one goes to apply_gradients.
-      mesh: jax.sharding.Mesh to divide the stack over, None for one device.
-      axis_name: the mesh axis (or axes) that divides rows, may be left out where the mesh has one. Without mesh: the axis
-        of the jax.pmap that init is called in.
-      placement: how rows are divided; None: Placement(), rows by MOD.
-      implementation: a name from ops.IMPLEMENTATIONS; None picks the best for the default device. Name one to lower or
-        compile for another device than this machine's: "numba", a CPU's choice, compiles for CPUs alone.
+      tx: optax transformation for the rows; apply_gradients must be given the same one.
+      mesh: jax.sharding.Mesh over which the stack is divided; None for one device.
+      axis_name: the mesh axis (or axes) that divides rows; optional if the mesh has a single axis.
+        Without mesh: the axis of the jax.pmap in which init is called.
+      placement: how rows are divided. None: Placement(), which divides rows by MOD.
+      implementation: a name from ops.IMPLEMENTATIONS. None: the best one for the default device.
+        Name one to lower or compile for a device that this machine does not have: the choice for a
+        CPU may be "numba", which compiles for CPUs only.
 
     Returns:
       The state, on the default device or over the mesh.
 
     Raises:
-      TypeError: if key or tx is something else.
-      ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
-        over the mesh so.
+      TypeError: if key or tx has another type.
+      ValueError: if tx cannot work on gathered rows (the message names the state leaf), or if the
+        stack cannot be divided over the mesh in this way.
     """
     chosen = ops.choose(
         implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
@@ -152,12 +160,17 @@ def make(
     layout: Layout | None,
     table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
 ) -> EmbeddingState:
-    """Makes the state that starts from the table `table_of(key, shard)`, of one device or, shard by shard, over a mesh."""
+    """Makes the state that starts from the table `table_of(key, shard)`.
+
+    On one device, the shard is None. Over a mesh, each device makes the table of its shard.
+    """
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(
-            f"a stack over a mesh runs on plain XLA with its tables on the devices (kernels could not be tested there: "
-            f"interpreted, they refuse the replication check of jax.shard_map, which row gradients need); got "
-            f"implementation={implementation!r} and memory_kind={spec.memory_kind!r}"
+            "a stack over a mesh runs on plain XLA with its tables in device memory (kernels could "
+            "not be tested there: interpreted kernels fail the replication check of "
+            "jax.shard_map, which row gradients need); got "
+            f"implementation={implementation!r} and memory_kind={spec.memory_kind!r}; leave both "
+            "out"
         )
 
     def build(key: jax.Array, index: Any = None) -> EmbeddingState:
@@ -168,7 +181,7 @@ def make(
         return huge_pages.place(jax.jit(build)(key))
     if layout.mesh is None:
         return build(key)
-    # A host value is the same on every process; an array is one device's.
+    # A NumPy key counts as the same value in every process. A jax key would belong to one device.
     words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
     per_device = jax.shard_map(
@@ -178,13 +191,14 @@ def make(
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:
-    """Returns the tree of PartitionSpecs of a sharded state, for jax.shard_map's in_specs and out_specs.
+    """Returns the PartitionSpecs of a sharded state, for in_specs and out_specs of jax.shard_map.
 
     Args:
       state: concrete, traced or abstract.
 
     Returns:
-      A tree like state; arrays by row and by set are divided over the sharding axes, everything else is on all devices.
+      A tree like state. Arrays by row and arrays by cache set are divided over the sharding axes.
+      All other arrays are replicated.
     """
     axes = () if state.layout is None else state.layout.axes
     rows, sketch = PartitionSpec(axes or None), PartitionSpec(None, axes or None)
@@ -206,15 +220,25 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
 def over_mesh(
     function: Callable, state: EmbeddingState, *specs: Any, result: Any = None
 ) -> Callable:
-    """Returns function(state, *args) as jax.shard_map runs it over the state's mesh; result None: another state.
+    """Wraps `function(state, *args)` in jax.shard_map over the state's mesh.
+
+    Args:
+      function: takes the state and one argument for each of `specs`.
+      state: has a layout.
+      *specs: PartitionSpecs of the arguments after the state.
+      result: PartitionSpecs of the result; None if the result is a state like this one.
+
+    Returns:
+      The wrapped function.
 
     Raises:
-      ValueError: if the state has no mesh, being one device's part inside jax.pmap.
+      ValueError: if the state was made inside jax.pmap and therefore has no mesh.
     """
     mesh = state.layout.mesh  # type: ignore[union-attr]
     if mesh is None:
         raise ValueError(
-            "this state was made inside jax.pmap and has no mesh: call the verbs inside jax.pmap, too"
+            "this state was made inside jax.pmap and has no mesh; call the verbs inside jax.pmap, "
+            "too"
         )
     of_state = partition_specs(state)
     result = of_state if result is None else result
@@ -231,7 +255,10 @@ def assemble(
     table: QuantizedTable,
     layout: Layout | None = None,
 ) -> EmbeddingState:
-    """Returns the state that starts from a table (on a mesh: from one shard's): an empty cache, initial row state, zeros."""
+    """Returns the state that starts from a table, or from one shard's table on a mesh.
+
+    The cache is empty, the row state has its initial values, and all counts are zero.
+    """
     cache = None
     if spec.cache is not None:
         geometry = spec.cache.geometry(spec.num_rows)

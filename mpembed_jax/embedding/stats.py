@@ -1,4 +1,7 @@
-"""Counts of what an embedding did since init, read from the device to the host, with warnings that name what to change."""
+"""The counts of an embedding since init, on the host, with warnings about its settings.
+
+Each warning names the setting to change.
+"""
 
 import warnings
 import weakref
@@ -11,28 +14,34 @@ from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
 
-_BYPASS_LIMIT = (
-    0.2  # share of unique ids trained outside the cache above which a larger one would pay
-)
-_MIN_UNIQUE = 1000  # too few to judge the cache by
-_MIN_STEPS = 100  # too few to judge the exchange by
+# A larger cache pays if more than this share of the unique ids bypasses the cache.
+_BYPASS_LIMIT = 0.2
+_MIN_UNIQUE = 1000  # unique ids needed to judge the cache
+_MIN_STEPS = 100  # steps needed to judge the exchange
 
 
 class _Look(NamedTuple):
-    """Where a table was when its stats were last asked for."""
+    """The step and the buffer of a table at the last call of `stats`."""
 
     steps: int
     address: int
     rows: weakref.ref
 
 
-# What this process saw and said, by (spec, key): a run's identity as far as its state tells.
+# The last look at each run, and the warnings already given. A run is identified by (spec, key),
+# because its state holds nothing else that could identify it.
 _LOOKS: dict[tuple, _Look] = {}
 _WARNED: set[tuple] = set()
 
 
 class CacheStats(NamedTuple):
-    """Counts since init, as host integers; see cache.plan.Counts for what each means."""
+    """Counts since init, as Python integers.
+
+    cache.plan.Counts explains most of them. `steps` counts prefetches. `nonfinite_rows` counts the
+    rows that were skipped because their gradients were not finite. `refused_updates` counts the
+    apply_gradients calls that changed nothing, because they had no prefetch of their own or an old
+    plan.
+    """
 
     steps: int
     requests: int
@@ -51,32 +60,35 @@ class CacheStats(NamedTuple):
 
     @property
     def hit_rate(self) -> float:
-        """Share of requests whose row was in the cache before its step, 0 without requests."""
+        """The share of requests whose row was cached before the step; 0 without requests."""
         return self.hit_requests / self.requests if self.requests else 0.0
 
     @property
     def unique_hit_rate(self) -> float:
-        """Share of unique ids whose row was in the cache before its step, 0 without requests."""
+        """The share of unique ids whose row was cached before the step; 0 without requests."""
         return self.hits / self.unique if self.unique else 0.0
 
 
 def stats(state: EmbeddingState) -> CacheStats:
-    """Returns the counts since init, and warns (once per run) where a setting should change.
+    """Returns the counts since init, and warns if a setting should change.
+
+    Each warning is given once per run. The call waits for the device.
 
     Args:
-      state: concrete, not traced; waits for the device.
+      state: concrete, not traced.
 
     Returns:
-      CacheStats.
+      The counts.
 
     Raises:
-      TypeError: under a trace; log `plan.counts` there.
-      ValueError: if the state was made for another spec, ids were out of range under out_of_range="raise", or
-        updates were refused.
+      TypeError: if the state is traced; log `plan.counts` instead.
+      ValueError: if the state was made for another spec, if ids were out of range under
+        out_of_range="raise", or if updates were refused.
     """
     if isinstance(state.counters, jax.core.Tracer):
         raise TypeError(
-            "stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars"
+            "stats returns host values and cannot be traced; inside jit, log plan.counts, which "
+            "are device scalars"
         )
     state.check_spec()
     words = np.asarray(state.counters).astype(np.uint64)
@@ -88,20 +100,22 @@ def stats(state: EmbeddingState) -> CacheStats:
     spec = state.spec
     if result.refused_updates:
         raise ValueError(
-            f"{result.refused_updates} apply_gradients calls had no prefetch of their own or an old plan and changed "
-            f"nothing; call prefetch once before each apply_gradients and pass its plan"
+            f"{result.refused_updates} apply_gradients calls had no prefetch of their own or an "
+            "old plan and changed nothing; call prefetch once before each apply_gradients and pass "
+            "its plan"
         )
     if result.out_of_range and spec.out_of_range == "raise":
         raise ValueError(
-            f"{result.out_of_range} ids were outside their tables (read as zeros, not trained); find them by calling "
-            f'spec.global_ids on host arrays, or accept them with out_of_range="drop" or "clip"'
+            f"{result.out_of_range} ids were outside their tables (read as zeros, not trained); "
+            "find them by calling spec.global_ids on host arrays, or accept them with "
+            'out_of_range="drop" or "clip"'
         )
     if result.dropped:
         _warn_once(
             state,
             "dropped",
-            f"{result.dropped} unique ids exceeded max_unique_ids={spec.max_unique_ids} and were not trained; "
-            f"raise max_unique_ids in the EmbeddingSpec (None never drops)",
+            f"{result.dropped} unique ids exceeded max_unique_ids={spec.max_unique_ids} and were "
+            "not trained; raise max_unique_ids in the EmbeddingSpec (None never drops an id)",
         )
     if (
         state.cache is not None
@@ -112,16 +126,18 @@ def stats(state: EmbeddingState) -> CacheStats:
         _warn_once(
             state,
             "bypasses",
-            f"{result.bypasses / result.unique:.0%} of the unique ids found no place in the cache and were trained in "
-            f"{spec.storage.name}; a batch has about {per_step} unique ids, the cache {state.cache.geometry.lines} lines: "
-            f"raise CacheSpec(fraction=..) or num_rows",
+            f"{result.bypasses / result.unique:.0%} of the unique ids found no place in the cache "
+            f"and were trained in {spec.storage.name}; a batch has about {per_step} unique ids, "
+            f"the cache {state.cache.geometry.lines} lines: raise CacheSpec(fraction=..) or "
+            "num_rows",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(
             state,
             "wide",
-            f"in {result.wide_exchanges} of {result.steps} steps a device had more ids for one shard than the exchange has "
-            f"room for, and all sent arrays of full width: raise Placement(capacity=..); sharding.plan measures it",
+            f"in {result.wide_exchanges} of {result.steps} steps, a device had more ids for one "
+            "shard than the exchange has room for, so all devices sent full-width arrays: raise "
+            "Placement(capacity=..); sharding.plan measures the capacity that batches need",
         )
     _check_buffer(state, result.steps)
     return result
@@ -139,7 +155,10 @@ def _name(state: EmbeddingState) -> tuple[EmbeddingSpec, bytes]:
 
 
 def _check_buffer(state: EmbeddingState, steps: int) -> None:
-    """Warns if training moved the table to another buffer: the mark of a step that does not donate its state."""
+    """Warns if training moved the table to another buffer.
+
+    A training step that does not donate its state does this.
+    """
     rows = state.table.rows
     if not rows.is_fully_addressable or len(rows.sharding.device_set) > 1:
         return
@@ -149,11 +168,12 @@ def _check_buffer(state: EmbeddingState, steps: int) -> None:
         return
     former = before.rows()
     if former is not None and not former.is_deleted():
-        return  # two runs of one seed side by side, each with a table of its own
+        # Two runs with one seed are training side by side, each with its own table.
+        return
     _warn_once(
         state,
         "moved",
-        f"the table of {state.table.nbytes / 1e6:.1f} MB moved to another buffer between steps {before.steps} and {steps}: "
-        f"unless it was restored or rebuilt, the training step copies it; jit the step with donate_argnames (or "
-        f"donate_argnums) for the embedding state",
+        f"the table of {state.table.nbytes / 1e6:.1f} MB moved to another buffer between steps "
+        f"{before.steps} and {steps}; unless it was restored or rebuilt, the training step copies "
+        "it: jit the step with donate_argnames (or donate_argnums) for the embedding state",
     )

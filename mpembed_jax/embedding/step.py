@@ -1,9 +1,14 @@
-"""The training step: prefetch, lookup, apply_gradients, and apply_pooled_gradients for who has gradients of vectors.
+"""The training step: prefetch, lookup, and apply_gradients or apply_pooled_gradients.
 
-One `EmbeddingState` holds a stack of tables that share dim, format and cache. prefetch plans and swaps, lookup gathers the
-unique rows, and after the user's gradient apply_gradients updates each unique row once: in its FP32 line where it is cached,
-else stochastically rounded in the table. The system follows Yang et al., "Mixed-Precision Embedding Using a Cache"
-(arXiv 2010.11305). The verbs are pure; jit them with the state donated. What a mesh adds is in `mesh.exchange`.
+One `EmbeddingState` holds a stack of tables that share dim, format and cache.
+- `prefetch` plans a batch and brings its rows into the cache.
+- `lookup` gathers the unique rows, from which the user computes gradients.
+- `apply_gradients` updates each unique row once. A cached row is updated in its float32 line, any
+  other row in the table, with stochastic rounding.
+- `apply_pooled_gradients` does the same from the gradients of pooled vectors.
+
+The verbs are pure; jit them with the state donated. `mesh.exchange` holds what a mesh adds. The
+system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
 """
 
 import dataclasses
@@ -28,21 +33,24 @@ from mpembed_jax.row_ids import NO_ID
 
 
 def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
-    """Plans a batch and brings its rows into the cache: unique ids, hits, victims written back, newcomers filled.
+    """Plans a batch and brings its rows into the cache.
 
-    Exactly one apply_gradients follows each prefetch in training. Donate the state: without it a step copies the table.
+    It finds the unique ids and the cache hits, writes victims back to the table, and fills the
+    lines of newcomers. In training, exactly one apply_gradients must follow each prefetch. Donate
+    the state; otherwise, each step copies the table.
 
     Args:
-      state: consumed where donated.
-      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a mesh, this device's share of
-        the batch; of a stack of 2**31 - 1 rows or more, pairs [.., 2] (see sharding.pairs).
+      state: consumed if donated.
+      ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a
+        mesh, this device's share of the batch. For a stack of 2**31 - 1 rows or more, pairs [.., 2]
+        (see sharding.pairs).
 
     Returns:
-      The state, one step further, and the plan of this step.
+      The state, advanced by one step, and the plan of this step.
 
     Raises:
       TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32.
+      ValueError: if host ids do not fit int32, or the state was made for another spec.
     """
     state.check_spec()
     leaves, treedef = row_ids.checked(ids)
@@ -70,14 +78,15 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     state = dataclasses.replace(
         state,
         step=state.step + 1,
-        pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
+        # The value is concrete, so that a second apply_gradients in the same trace raises an error.
+        pending=np.True_,
         counters=count_step(state.counters, counts),
     )
     return state, plan
 
 
 def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
-    """Returns what a batch asks of the one device there is: its distinct ids, within the budget."""
+    """Returns the request of a batch on one device: its distinct ids, within the budget."""
     flat = (
         jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
         if leaves
@@ -105,10 +114,11 @@ def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
 def _place(
     state: EmbeddingState, request: Request
 ) -> tuple[EmbeddingState, Moves, jax.Array, Counts]:
-    """Plans the rows that are asked for and brings them into their lines.
+    """Plans the requested rows and brings them into their cache lines.
 
     Returns:
-      The state with its cache and table changed, the moves, where each position went (int32), and the counts.
+      The state with its cache and table changed; the moves; for each position, the index of its row
+      among the moves (int32); and the counts.
     """
     found, cache, zero = request.rows, state.cache, jnp.int32(0)
     if cache is None:
@@ -147,7 +157,7 @@ def _place(
 
 
 def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-    """Returns consecutive pieces of `inverse` in the shapes of the ids."""
+    """Splits `inverse` into consecutive pieces of the given shapes."""
     if not shapes:
         return []
     pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
@@ -155,12 +165,14 @@ def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Arra
 
 
 def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:
-    """Gathers the unique rows of a plan: the FP32 line where cached, else the table's row, zeros for padding.
+    """Gathers the unique rows of a plan.
+
+    A cached row is read from its float32 line, any other row from the table. Padding rows are zero.
 
     Args:
       state: the state that prefetch returned with the plan.
-      plan: see prefetch.
-      dtype: of the result; apply_gradients takes float32 rows.
+      plan: from that prefetch.
+      dtype: dtype of the result; apply_gradients needs float32 rows.
 
     Returns:
       [U, D] in dtype.
@@ -172,7 +184,7 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
 
 def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Gathers the planned rows of this device; on a mesh those of its shard."""
+    """Gathers the planned rows of this device; on a mesh, they are those of its shard."""
     return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
 
 
@@ -191,14 +203,15 @@ def apply_gradients(
     *,
     tx: optax.GradientTransformation,
 ) -> EmbeddingState:
-    """Applies exactly one optimizer update to each unique row of the plan and stores it.
+    """Applies exactly one optimizer update to each unique row of the plan and stores the row.
 
-    Cached rows are written to their lines in float32, bypassed rows are stochastically rounded into the table. Donate the
-    state. A plan that is not the state's latest, or was applied before, changes nothing and is counted; where that is
-    known while tracing, it raises.
+    A cached row is written to its line in float32. A bypassed row is stochastically rounded into
+    the table. Donate the state. A plan that is not the state's latest, or was already applied,
+    changes nothing and is counted in `stats`. If this is known before the step runs, the call
+    raises an error instead.
 
     Args:
-      state: from prefetch; consumed where donated.
+      state: from prefetch; consumed if donated.
       plan: from the same prefetch.
       rows: float32 [U, D], from lookup.
       row_grads: float32 [U, D], the gradient with respect to rows.
@@ -208,7 +221,8 @@ def apply_gradients(
       The state.
 
     Raises:
-      ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
+      ValueError: if a shape or dtype is wrong, if tx is not the one given to init, or on a second
+        call for one prefetch.
     """
     layout = state.layout
     _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
@@ -226,7 +240,8 @@ def apply_gradients(
         num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
         is_updated = is_updated & is_finite
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
-    else:  # padding rows are read by no position, except the last one, which all padding positions share
+    else:
+        # All padding positions share the last row. No position reads the other padding rows.
         row_grads = row_grads.at[-1].set(0)
     moves = moves._replace(
         ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
@@ -249,30 +264,32 @@ def apply_pooled_gradients(
     num_segments: int | None = None,
     tx: optax.GradientTransformation,
 ) -> EmbeddingState:
-    """Applies exactly one optimizer update to each unique row of the plan, from the gradients of pooled vectors.
+    """Applies exactly one optimizer update to each unique row, from gradients of pooled vectors.
 
-    The same as differentiating `pool(rows, plan.inverse, weights, combiner, ..)` with respect to rows and calling
-    `apply_gradients` with the result. Where kernels run the transformation, one kernel sums the gradients of each row,
-    updates it and stores it, and no array of row gradients exists; elsewhere, and over a mesh, that very pair is called.
-    Gradients with respect to weights are for jax.grad.
+    The result is the same as differentiating `pool(rows, plan.inverse, weights, combiner, ..)` with
+    respect to rows and passing the gradient to `apply_gradients`. If a kernel can run the
+    transformation, this kernel sums the gradients of each row, updates the row and stores it. No
+    array of row gradients then exists. Otherwise, and over a mesh, the function runs the gradient
+    of pool and `apply_gradients`. For gradients with respect to weights, use jax.grad.
 
     Args:
-      state: from prefetch; consumed where donated.
+      state: from prefetch; consumed if donated.
       plan: from the same prefetch.
       rows: float32 [U, D], from lookup.
-      pooled_grads: nest of float32, the gradient with respect to what `pool` returned for plan.inverse; inside
-        jax.shard_map it varies over the mesh as that does.
-      weights: given to pool.
-      combiner: given to pool.
-      segment_ids: given to pool.
-      num_segments: given to pool.
+      pooled_grads: nest of float32, the gradient with respect to what `pool` returned for
+        plan.inverse. Inside jax.shard_map, it varies over the same mesh axes as pool's result.
+      weights: as given to pool.
+      combiner: as given to pool.
+      segment_ids: as given to pool.
+      num_segments: as given to pool.
       tx: the transformation given to init.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: as `pool` and `apply_gradients`; on gradients of another tree, shape or dtype than pool's result.
+      ValueError: as in `pool` and `apply_gradients`, or if the tree, a shape or a dtype of
+        pooled_grads differs from that of pool's result.
     """
     spec, pooling_of = state.spec, (weights, combiner)
     options: dict[str, Any] = {
@@ -298,27 +315,40 @@ def apply_pooled_gradients(
 
 
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
-    """Checks the shapes and dtypes of arrays per unique row, and that the state has a prefetch waiting, if that is known."""
+    """Checks the shapes and dtypes of `arrays` (one row per unique id) and that a prefetch waits.
+
+    If state.pending is traced, `_pending` makes the second check on the device.
+
+    Raises:
+      ValueError: if a check fails.
+    """
     expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
     for name, array in arrays.items():
         if array.shape != expected:
             raise ValueError(
-                f"{name} must be float32 {expected}, one row per unique id of the plan, got {array.dtype} {array.shape}; "
-                f"differentiate with respect to the rows that lookup returned"
+                f"{name} must be float32 {expected}, one row per unique id of the plan, got "
+                f"{array.dtype} {array.shape}; differentiate with respect to the rows that lookup "
+                "returned"
             )
         if array.dtype != jnp.float32:
             raise ValueError(
-                f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 and cast after"
+                f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 "
+                "and cast the vectors computed from them"
             )
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
-            f"{verb} needs a prefetch of its own: this state has none waiting (init, or already applied); "
-            f"call prefetch once before each {verb}"
+            f"{verb} needs a prefetch of its own, but this state has none waiting (it comes from "
+            "init, or its plan was already applied); call prefetch once before each "
+            f"{verb}"
         )
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
-    """Returns the rows an update may touch, none if the plan is not the state's latest; and whether it is (bool [])."""
+    """Returns the rows that an update may touch, and whether the plan is pending (bool []).
+
+    A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
+    update may touch no row.
+    """
     is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
     is_pending = state.pending & is_own & (plan.step == state.step - 1)
     moves = _moves(plan)
@@ -330,7 +360,7 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
 
 
 def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
-    """Returns the line of each row, past the last one where it is not updated."""
+    """Returns the line of each row; a row that is not updated gets the number of lines."""
     return (
         plan.line
         if state.cache is None
@@ -341,7 +371,10 @@ def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax
 def _finish(
     state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array
 ) -> EmbeddingState:
-    """Returns the state after an update that wrote the lines named: they are dirty, and the update is counted."""
+    """Returns the state after an update that wrote the lines in `line`.
+
+    These lines are marked dirty, and the update is counted.
+    """
     return dataclasses.replace(
         state,
         cache=None if state.cache is None else residency.commit(state.cache, line),

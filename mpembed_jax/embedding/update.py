@@ -1,7 +1,8 @@
-"""One update of a batch's rows, stored: by a kernel that runs the optimizer's rule, or by any optax transformation.
+"""One optimizer update of a batch's rows, and the storage of the new rows.
 
-A kernel runs the transformations of `optim` that carry a rule (row-wise Adagrad and SGD at a constant rate). Which of the
-two it will be follows from the implementation chosen at init and from the transformation; `has_kernel` tells.
+Some transformations of `optim` carry a rule that a kernel can run: row-wise Adagrad and SGD at a
+constant rate. All other optax transformations run without kernels. `has_kernel` tells whether a
+kernel runs. This depends on the implementation chosen at init and on the transformation.
 """
 
 import dataclasses
@@ -37,19 +38,24 @@ def apply(
     step: jax.Array,
     is_applied: jax.Array,
 ) -> EmbeddingState:
-    """Updates rows once and stores them: to their lines in float32, or stochastically rounded into the table.
+    """Updates rows once and stores them.
+
+    A row that has a line is stored there in float32. Any other row is stochastically rounded into
+    the table.
 
     Args:
       tx: the transformation given to init.
-      state: table, cache, row state and key.
-      moves: the rows; NO_ID entries are not updated, C entries not written to a line.
+      state: its table, cache, row state and key are used.
+      moves: the rows. An entry with the id NO_ID is not updated. An entry with the line C is not
+        written to a line.
       rows: float32 [U, D].
       row_grads: float32 [U, D].
-      step: int32 scalar, the plan's.
-      is_applied: bool scalar; False leaves scalars of the row state where they are, and num_ids is then 0.
+      step: int32 scalar, the plan's step.
+      is_applied: bool scalar. If it is False, moves.num_ids is 0, and scalars of the row state do
+        not change.
 
     Returns:
-      The state with table, cache rows and row state changed.
+      The state with its table, cache rows and row state changed.
 
     Raises:
       ValueError: if the row state was made for another transformation.
@@ -79,7 +85,9 @@ def apply_summed(
     *,
     step: jax.Array,
 ) -> tuple[EmbeddingState, jax.Array]:
-    """See `apply`. The gradients are those of positions, which a kernel sums itself; only where has_kernel(tx, state).
+    """Updates rows once, as `apply` does, with a kernel that sums the gradients of positions.
+
+    Call it only if has_kernel(tx, state).
 
     Args:
       tx: the transformation given to init.
@@ -87,17 +95,20 @@ def apply_summed(
       moves: see `apply`.
       rows: float32 [U, D].
       positions: see pooling.positions.
-      step: int32 scalar, the plan's.
+      step: int32 scalar, the plan's step.
 
     Returns:
-      The state, and bool [U]: which rows were updated.
+      The state, and which rows were updated (bool [U]).
 
     Raises:
       ValueError: if the row state was made for another transformation, or no kernel runs tx.
     """
     rule = optim.rule_of(tx)
     if rule is None:
-        raise ValueError("apply_summed takes a transformation that a kernel can run")
+        raise ValueError(
+            "apply_summed needs a transformation that a kernel can run; call apply if has_kernel "
+            "returns False"
+        )
     store, accumulator, is_updated = ops.update_summed(
         state.store,
         _accumulator(tx, rule, state),
@@ -115,21 +126,25 @@ def apply_summed(
 def _accumulator(
     tx: optax.GradientTransformation, rule: RowRule, state: EmbeddingState
 ) -> jax.Array | None:
-    """Returns G, which an update by the rule changes; None if it has none."""
+    """Returns the accumulator that the rule updates, or None if the rule has none.
+
+    Raises:
+      ValueError: if the row state was made for another transformation.
+    """
     treedef: Any
     leaves, treedef = jax.tree.flatten(state.row_state)
     row = jax.ShapeDtypeStruct((1, state.spec.embedding_dim), jnp.float32)
     expected: Any = jax.tree.structure(jax.eval_shape(tx.init, row))
     if treedef != expected:
         raise ValueError(
-            f"tx does not match the row state: init was called with a transformation whose state is {treedef}, this "
-            f"one's is {expected}; pass the same tx to init and apply_gradients"
+            "tx does not match the row state: init was called with a transformation whose state "
+            f"is {treedef}, this one's is {expected}; pass the same tx to init and apply_gradients"
         )
     return leaves[0] if rule.has_sums else None
 
 
 def _with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> Any:
-    """Returns the row state with a new G, unchanged if there is none."""
+    """Returns the row state with a new accumulator; None leaves it unchanged."""
     if accumulator is None:
         return state.row_state
     treedef: Any = jax.tree.structure(state.row_state)
@@ -137,7 +152,7 @@ def _with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> A
 
 
 def _stored(state: EmbeddingState, store: Store, row_state: Any) -> EmbeddingState:
-    """Returns the state with what an update changed."""
+    """Returns the state with the arrays that an update changed."""
     cache = None if state.cache is None else dataclasses.replace(state.cache, rows=store.lines)
     return dataclasses.replace(state, table=store.table, cache=cache, row_state=row_state)
 
@@ -152,10 +167,11 @@ def _apply_any(
     step: jax.Array,
     is_applied: jax.Array,
 ) -> EmbeddingState:
-    """See `apply`; for any transformation, without kernels.
+    """Runs any transformation without kernels; see `apply`.
 
-    A transformation that treats each row by itself runs in chunks: a chunk's new rows are stored while the processor's
-    cache still holds them, and no [U, D] array of new rows exists. Either way gives the same bits.
+    If the implementation loops over chunks, a transformation that treats each row by itself runs in
+    chunks. The new rows of a chunk are stored while the processor's cache still holds them, and no
+    [U, D] array of new rows exists. The bits are the same with and without chunks.
     """
     table, row_state, draw = state.table, state.row_state, Draw(state.row_key, step)
     cache_rows = None if state.cache is None else state.cache.rows
@@ -177,7 +193,8 @@ def _apply_any(
 
     def update_window(window: chunks.Window, row_state: Any) -> tuple[jax.Array, jax.Array, Any]:
         here = jnp.where(window.is_live, window.take(ids), NO_ID)
-        row_state = _with_scalars(row_state, old_scalars)  # every chunk belongs to the same step
+        # All chunks belong to the same step, so each begins with the same scalars.
+        row_state = _with_scalars(row_state, old_scalars)
         return here, *update(row_state, here, window.take(rows), window.take(row_grads))
 
     def to_lines(window: chunks.Window, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
@@ -206,7 +223,8 @@ def _apply_any(
     row_state, packed = chunks.each(
         num_cached, num_ids, width, chunk, to_table, (row_state, table.rows)
     )
-    if old_scalars:  # schedule counts move once per step, whether or not a chunk ran
+    if old_scalars:
+        # Schedule counts advance once per step, even if no chunk ran.
         _, advanced = update(
             _with_scalars(row_state, old_scalars),
             jnp.full(1, NO_ID, jnp.int32),
@@ -221,6 +239,6 @@ def _apply_any(
 
 
 def _with_scalars(row_state: Any, scalars: list[jax.Array]) -> Any:
-    """Returns `row_state` with its scalar leaves replaced, in order."""
+    """Returns `row_state` with its scalar leaves replaced by `scalars`, in order."""
     remaining = iter(scalars)
     return jax.tree.map(lambda leaf: leaf if leaf.ndim else next(remaining), row_state)

@@ -322,7 +322,7 @@ def test_bad_gradients_are_refused():
         (vectors.astype(jnp.bfloat16), {}),
         (jnp.ones((BAGS, LENGTH, 5)), {}),
     ):
-        with pytest.raises(ValueError, match="pooled_grads must be what pool returned"):
+        with pytest.raises(ValueError, match="pooled_grads must match what pool returned"):
             apply(grads, **options)
     with pytest.raises(ValueError, match="combiner must be None"):
         apply(bags, combiner="max")
