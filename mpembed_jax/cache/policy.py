@@ -53,7 +53,7 @@ def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) ->
 
 
 def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
-    """Returns whether a newcomer may take a way of this rank (int32), by the newcomer's estimate.
+    """Returns whether newcomers with these estimates may take ways of these ranks (both int32).
 
     A newcomer may always take an empty way. LFU: the line's estimate must be below the newcomer's.
     LRU: the line must not have been used in this step.
@@ -62,7 +62,7 @@ def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
 
 
 def is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
-    """Returns whether all LFU estimates are halved in this step: every 30 C / N steps."""
+    """Returns whether this step halves all LFU estimates, which happens every 30 C / N steps."""
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
     period = max(1, 30 * cache.geometry.lines // num_positions)

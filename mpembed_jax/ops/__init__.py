@@ -14,8 +14,8 @@ that cover only the rows that are needed. No other rows cross the bus.
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
-  plan(cache, unique, step, num_positions)  -> the cache, Moves, the index in them of each
-                                               position's id, the number of positions that hit
+  plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
+                                               each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
                                                newcomers dequantized into lines
   lookup(store, moves)                      -> f32 [U, D]: each row from its line or the table
@@ -94,7 +94,7 @@ __all__ = [
     "write_back",
 ]
 
-Named = str | Implementation  # a name from IMPLEMENTATIONS, or an Implementation of one's own
+Named = str | Implementation  # a name from IMPLEMENTATIONS, or an Implementation of the caller's
 
 
 def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
@@ -155,7 +155,7 @@ def chunk_of(implementation: Named) -> int | None:
 
 
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
-    """Whether an implementation moves rows by Pallas kernels.
+    """Whether Pallas kernels run the row movements of an implementation.
 
     If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
     """
@@ -224,10 +224,10 @@ def plan(
       implementation: a name from IMPLEMENTATIONS, or an Implementation.
 
     Returns:
-      The cache in which newcomers have their lines, the moves, the index in the moves of each
-      position's id (int32 [N]), and the number of positions whose id was in the cache (int32
-      scalar). The rows of the newcomers are not yet filled, and `dirty` still describes the
-      victims.
+      The cache, the moves, the inverse and the number of positions that hit (int32 scalar). In the
+      cache, newcomers have their lines, but their rows are not yet filled, and `dirty` still
+      describes the victims. The inverse (int32 [N]) is the index in the moves of each position's
+      id. A position hits if its id was in the cache before the step.
     """
     native = compiled(implementation)
     if native is not None:

@@ -67,7 +67,10 @@ class Store(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The key and step of the random bits of one step. Each op adds its own stream."""
+    """The source of the random bits of one step: a key and the step.
+
+    Each op adds its own stream.
+    """
 
     key: Key  # u32 [2], or on a shard a key bound to its local rows
     step: jax.Array  # i32 []
@@ -111,7 +114,8 @@ class Implementation:
 
     name: str
     chunk: int | None = None
-    # At INT8 and D = 16, 16384 rows are a third of a megabyte: some microseconds of the bus.
+    # At INT8 and D = 16, 16384 rows take a third of a megabyte, which crosses the bus in some
+    # microseconds.
     host_chunk: int = 16384
     is_native: bool = False
     is_kernel: bool = False

@@ -3,8 +3,8 @@
 This module reads call frames and registers handlers. XLA calls a handler with one pointer, to an
 `XLA_FFI_CallFrame`. The offsets in this module are those of xla/ffi/api/c_api.h (API 0.x). jaxlib
 carries that header in `jax.ffi.include_dir()`, and its structs grow only at their ends. XLA first
-asks a handler which version of the interface it uses. The handlers answer with the version that XLA
-itself uses.
+asks each handler for the version of the interface that the handler uses. A handler answers with the
+version that XLA uses.
 
     def add_one(frame):
         values = call_frame.argument(frame, 0, np.int32)
@@ -101,7 +101,7 @@ def _prefetch(context, array, index):
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_)
         )
         place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        # The constants mean: for reading, into all levels, data.
+        # The constants select reading, all levels of the cache, and data.
         builder.call(fetch, [place, number(0), number(3), number(1)])
         return target.get_dummy_value()
 
@@ -113,7 +113,8 @@ def stream(context, array, index, source, source_index):
     """Copies 8 words of 32 bits without going through the processor's caches.
 
     The address of `array` at `index` must be a multiple of 32 bytes. The written cache line is not
-    read from memory first, and displaces nothing. This is for results larger than the caches.
+    read from memory first, and it displaces no line from the caches. This is for results larger
+    than the caches.
     """
 
     def codegen(target, builder, signature, arguments):
@@ -158,9 +159,9 @@ def _word(address, index):
 
 @compiled
 def _is_query(frame):
-    """Returns whether a frame is XLA's question for the interface version, and answers it.
+    """Returns whether a frame asks for the version of the interface, and answers it if so.
 
-    Any other frame is an execution.
+    Any other frame asks for an execution.
     """
     is_query = False
     extension = _word(frame, 1)

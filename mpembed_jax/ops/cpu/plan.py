@@ -280,7 +280,7 @@ def _plan(frame):
     found[0], found[1] = num_hits, num_cached
     _place(frame)
     found[2] += found[3]
-    moved = queue  # the queue is empty now, so its array holds where each id moved
+    moved = queue  # the queue has been worked off; its array now holds the new index of each id
     for k in range(num_ids, len(ids)):
         placed_ids[k] = _NO_ID
         placed_line[k] = sets * ways

@@ -1,9 +1,9 @@
 """Gathers and scatters of rows on a CPU, on two threads and with prefetching.
 
-A row of a large table is a cache miss of some hundred nanoseconds. XLA's loops wait for a few
-misses at a time. The loops here prefetch later rows while they copy the present one. Large results
-are written past the caches. The loops move rows without arithmetic, so the bits are those of the
-reference.
+Reading a row of a large table is a cache miss, which takes some hundred nanoseconds. XLA's loops
+wait for a few misses at a time. The loops here prefetch later rows while they copy the present one.
+Large results are written past the caches. Rows are moved without arithmetic, so the bits are those
+of the reference.
 """
 
 import jax

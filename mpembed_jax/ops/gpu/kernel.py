@@ -102,8 +102,8 @@ def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
     """Stores values to ref[index] where the mask is true; masked indices may be anything.
 
     Masked indices are moved past the end of the array. A GPU does not look at them. The interpreter
-    writes the old values back at masked indices, which would race with a store to the same place;
-    past the end, it drops them.
+    writes the old values back at masked indices. Inside the array, that could overwrite another
+    store to the same place. Past the end, the write is dropped.
     """
     first, *others = index
     plgpu.store(ref.at[(jnp.where(mask, first, ref.shape[0]), *others)], values, mask=mask)

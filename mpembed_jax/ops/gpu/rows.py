@@ -2,7 +2,7 @@
 
 Each op takes the arguments of its reference in `xla.rows` and gives the same bits. The kernels need
 compute capability 8.0. Addresses have 64 bits if an array is larger than 2^32 bytes. There are no
-atomics, because one program writes each row.
+atomics, because each row is written by only one program.
 """
 
 from typing import Any

@@ -45,18 +45,21 @@ def make_plan(
 ) -> tuple[CacheState, Decisions]:
     """Decides about the unique ids of one batch, and updates tags, priorities and the sketch.
 
-    Hits keep their lines and are pinned. The misses of a set are taken in order: for LRU, by
-    ascending id; for LFU, by descending estimate, then ascending id. They meet the unpinned ways of
-    the set in order: empty ways first; then for LRU the oldest, for LFU the least used; among
-    equals the lowest way. A miss enters if the way is empty. Otherwise it enters an LRU cache if
-    the line was not used in this step, and an LFU cache if the line's estimate is below the
-    newcomer's. All other misses bypass the cache.
+    The rules are:
+    * Hits keep their lines and are pinned.
+    * The misses of a set are taken in order. LRU: by ascending id. LFU: by descending estimate,
+      then ascending id.
+    * They meet the unpinned ways of the set in order. Empty ways come first. LRU: then the oldest.
+      LFU: then the least used. Among equals, the lowest way comes first.
+    * A miss enters if its way is empty. LRU: it also enters if the line was not used in this step.
+      LFU: it also enters if the line's estimate is below its own.
+    * All other misses bypass the cache.
 
     LFU estimates the use of each id. The use of an id in the cache is counted at its line. The use
-    of every other id is counted in the sketch, where it is the minimum over the id's cells. Every
-    30 C / N steps, all counts are halved. Then `estimate = min(65535, use + occurrences)`. In the
-    end, the lines of the batch's ids take the ids' estimates. The cells of bypassed and of
-    displaced ids are raised to the estimates of those ids.
+    of every other id is counted in the sketch, as the minimum of the id's cells. Every 30 C / N
+    steps, all counts are halved. Then `estimate = min(65535, use + occurrences)`. In the end, the
+    lines of the batch take the estimates of their ids. The sketch cells of each bypassed or
+    displaced id are raised to the id's estimate.
 
     Args:
       cache: the state before the step; its `rows` are passed through.
@@ -69,8 +72,8 @@ def make_plan(
       chunk: see chunks.each.
 
     Returns:
-      The cache in which newcomers have their lines, and the decisions. The rows of the newcomers
-      are not yet filled, and `dirty` still describes the victims.
+      The cache and the decisions. In the cache, newcomers have their lines, but their rows are not
+      yet filled, and `dirty` still describes the victims.
     """
     geometry, width = cache.geometry, ids.shape[0]
     is_lfu = policy.counts_use(cache.policy)
@@ -115,8 +118,9 @@ def make_plan(
 
     @jax.named_scope("pin")
     def pin_hits(window: chunks.Window, priority: jax.Array) -> jax.Array:
-        # No estimate is negative, but XLA cannot know this. The comparison therefore makes XLA read
-        # the priorities before it replaces them, so that it makes no copy.
+        # No estimate is negative, but XLA cannot know this. The estimates of hits were computed
+        # from the priorities. The comparison makes XLA finish those reads before it replaces the
+        # priorities, so that it makes no copy of them.
         is_pinned = window.is_live & (window.take(estimates) >= 0)
         here = jnp.where(is_pinned, window.take(line), geometry.lines)
         return indexing.put(priority, here, policy.pinned(cache.policy, step))

@@ -78,7 +78,11 @@ def enter(
     def meet(
         sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """Returns each miss's cheapest line, its id, its priority, and if the miss may enter."""
+        """Finds the cheapest line of each miss's set.
+
+        Returns:
+          The line, the id in it, the use of that id, and whether the miss may enter.
+        """
         way = jnp.arange(ways, dtype=jnp.uint32)
         row_tags = indexing.take(tags.reshape(-1, ways), sets)
         row_priority = indexing.take(priority.reshape(-1, ways), sets)
@@ -145,8 +149,8 @@ def enter(
             0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool))
         )
 
-        # If the best miss of a set could not enter, the set is closed to all its misses. The other
-        # misses that were not elected wait for the next round.
+        # If the best miss of a set could not enter, the set is closed to all its misses. In other
+        # sets, the misses that were not elected wait for the next round.
         def requeue(window: chunks.Window, carry: tuple) -> tuple:
             order, last, queue, num_left = carry
             position, miss, sets, bucket, _ = waiting(window, queue)

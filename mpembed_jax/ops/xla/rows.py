@@ -37,10 +37,10 @@ def swap(
     Args:
       store: table, lines and dirty bits. The dirty bits still describe the victims.
       moves: the rows of the step.
-      draw: the key and step of the random bits that round the victims.
+      draw: the source of the random bits that round the victims.
       chunk: see chunks.each.
-      gather: a function that takes rows; its result for an index outside does not matter. None:
-        XLA's gather.
+      gather: a Gather. Its result for an index outside the array does not matter. None: XLA's
+        gather.
 
     Returns:
       The store, and the number of dirty victims (int32 scalar).
@@ -99,7 +99,7 @@ def lookup(
       store: table and lines.
       moves: the rows of the step.
       chunk: see chunks.each.
-      gather: a function that takes rows, and zeros for an index outside. None: XLA's gather.
+      gather: a Gather that gives zeros for an index outside the array. None: XLA's gather.
 
     Returns:
       float32 [U, D].
@@ -131,10 +131,11 @@ def lookup(
 
 
 def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns the ids of a window for a read from a table's rows.
+    """Returns the ids of the rows that one window reads from a table.
 
-    If the table is in host memory, entries that the window is not responsible for are replaced by
-    0. Their rows do not matter, but reading them must not move more rows across the bus.
+    If the table is in host memory, entries that the window is not responsible for become row 0.
+    Their rows are not used, and reading row 0 for all of them keeps other rows from crossing the
+    bus.
     """
     here = window.take(ids)
     return jnp.where(window.is_live, here, 0) if indexing.is_on_host(rows) else here
@@ -204,7 +205,7 @@ def write(
       moves: the rows of the step. Entries with line C are not written to a line. Entries with id
         NO_ID are not written to the table.
       new_rows: float32 [U, D].
-      draw: the key and step of the random bits of the rounding.
+      draw: the source of the random bits for rounding.
       chunk: see chunks.each.
 
     Returns:
@@ -240,7 +241,7 @@ def write_back(store: Store, tags: jax.Array, draw: Draw) -> QuantizedTable:
     Args:
       store: table, lines and dirty bits.
       tags: int32 [C], the id in each line.
-      draw: the key and step of the random bits of the rounding.
+      draw: the source of the random bits for rounding.
 
     Returns:
       The table.

@@ -59,8 +59,9 @@ def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.
 def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """Returns what `add_duplicates` returns, by a segmented scan over sorted positions.
 
-    The last entry of each segment of the scan is the segment's sum. No scatter sees an index twice.
-    Even if duplicates are sorted, XLA's GPU back end adds them atomically.
+    The last entry of each segment of the scan is the sum of the segment. No scatter sees an index
+    twice. This matters for sorted indices, too, because XLA's GPU back end adds sorted duplicates
+    atomically.
 
     Args:
       total: float32 [U, ..].

@@ -17,8 +17,8 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     Each position claims the bucket of its id's hash, and the lowest position gets it. A position is
     done if the owner of its bucket has the same id. The others try again with another hash.
 
-    If there are more than size - 1 distinct ids, those that are smallest by fmix32(id xor step)
-    stay.
+    If there are more than size - 1 distinct ids, only the size - 1 ids that are smallest by
+    fmix32(id xor step) stay.
 
     Args:
       ids: int32 [N]; NO_ID is padding.

@@ -44,7 +44,7 @@ def update(
       old_rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
       rule: the rule of the optimizer.
-      draw: the key and step of the random bits of the roundings.
+      draw: the source of the random bits for rounding.
       chunk: see chunks.each; it applies to the stores.
 
     Returns:
