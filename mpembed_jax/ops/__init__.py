@@ -233,7 +233,8 @@ def plan(
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
         return native.plan.plan(cache, unique, step, halve)
-    chunk, width = chunk_of(implementation), unique.ids.shape[0]
+    chunk = chunk_of(implementation)
+    width = unique.ids.shape[0]
     cache, made = xla.plan.make_plan(
         cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk
     )
@@ -267,7 +268,8 @@ def swap(
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.swap(store, moves, draw, is_interpreted=is_interpreted)
-    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    chunk = _chunk_for(implementation, store.table)
+    gather = _gather_of(implementation, store.table)
     return xla.rows.swap(store, moves, draw, chunk=chunk, gather=gather)
 
 
@@ -277,7 +279,8 @@ def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.lookup(store, moves, is_interpreted=is_interpreted)
-    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    chunk = _chunk_for(implementation, store.table)
+    gather = _gather_of(implementation, store.table)
     return xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
 
 

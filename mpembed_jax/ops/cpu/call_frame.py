@@ -95,7 +95,8 @@ def _prefetch(context, array, index):
 
     def codegen(target, builder, signature, arguments):
         data = target.make_array(signature.args[0])(target, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        byte = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
         types_ = [byte, number, number, number]
         fetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_)
@@ -176,7 +177,8 @@ def _is_query(frame):
 
 @compiled
 def _flat(buffer, dtype):
-    size, dims = 1, _word(buffer, 5)
+    size = 1
+    dims = _word(buffer, 5)
     for axis in range(_word(buffer, 4)):
         size *= _word(dims, axis)
     return numba.carray(_pointer(_word(buffer, 3)), size, dtype)

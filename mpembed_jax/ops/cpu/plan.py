@@ -257,7 +257,9 @@ def _plan(frame):
     winner = result(frame, _WINNER, np.int32)
     full = result(frame, _FULL, np.int32)
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
-    sets, ways, is_lfu = np.int64(shape[0]), np.int64(shape[1]), shape[3] > 0
+    sets = np.int64(shape[0])
+    ways = np.int64(shape[1])
+    is_lfu = shape[3] > 0
 
     if must_halve:
         for k in range(len(priority)):

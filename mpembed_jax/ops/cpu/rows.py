@@ -38,9 +38,11 @@ def _put_half(frame, half):
     if num == 0:
         return
     words = np.uint64(len(values) // num)
-    num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
+    num_rows = np.uint64(len(array)) // words
+    end = num * (half + 1) // 2
     for i in range(num * half // 2, end):
-        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
+        here = _row_at(index, i, end, array, words, num_rows)
+        row = np.uint64(i)
         if here < num_rows:
             for word in range(words):
                 array[here * words + word] = values[row * words + word]
@@ -70,10 +72,12 @@ def _take_half(frame, half):
     words = np.uint64(len(out) // num)
     if words == 0:
         return
-    num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
+    num_rows = np.uint64(len(array)) // words
+    end = num * (half + 1) // 2
     is_streamed = len(out) >= _STREAMED and words % np.uint64(8) == 0 and out.ctypes.data % 32 == 0
     for i in range(num * half // 2, end):
-        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
+        here = _row_at(index, i, end, array, words, num_rows)
+        row = np.uint64(i)
         if here >= num_rows:
             for word in range(words):
                 out[row * words + word] = np.uint32(0)

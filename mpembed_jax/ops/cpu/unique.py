@@ -67,7 +67,8 @@ def _smallest(values, num):
     It counts the upper halves of the values first, then the lower halves. There is no sort that
     numba would have to compile.
     """
-    found, rest = np.uint32(0), max(num, 1)
+    found = np.uint32(0)
+    rest = max(num, 1)
     for shift in (np.uint32(16), np.uint32(0)):
         counts = np.zeros(1 << 16, np.int64)
         for value in values:

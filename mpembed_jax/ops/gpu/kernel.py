@@ -197,7 +197,8 @@ def write_packed(
       layout: the layout of the table's rows.
       seed: the two words of random_bits.draw_seed.
     """
-    fmt, columns = layout.format, place_columns(layout)
+    fmt = layout.format
+    columns = place_columns(layout)
     halves: list[jax.Array] = []
     scale = bias = jnp.zeros((ids.shape[0], 1), jnp.float32)
     if fmt.scale_dtype is not None:

@@ -41,7 +41,8 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
 
     def body(*refs: Any) -> None:
         bounds, ids_ref, line_ref, packed, *lines, out = refs
-        position, columns = _positions(block), kernel.columns_of(dim)
+        position = _positions(block)
+        columns = kernel.columns_of(dim)
         is_inside = position < width
         from_table = is_inside & (position < bounds[1])
         row = jnp.zeros((block, columns.shape[0]), jnp.float32)
@@ -88,7 +89,9 @@ def read(
     Returns:
       float32 [.., D].
     """
-    flat, dim, num_rows = ids.reshape(-1), table.embedding_dim, table.num_rows
+    flat = ids.reshape(-1)
+    dim = table.embedding_dim
+    num_rows = table.num_rows
     (width,) = flat.shape
     if width == 0:
         return jnp.zeros((*ids.shape, dim), jnp.float32)
@@ -97,7 +100,8 @@ def read(
 
     def body(*refs: Any) -> None:
         ids_ref, packed, *cached, out = refs
-        position, columns = _positions(block), kernel.columns_of(dim)
+        position = _positions(block)
+        columns = kernel.columns_of(dim)
         is_inside = position < width
         here = kernel.load(ids_ref, (position,), is_inside)
         is_valid = is_inside & (here >= 0) & (here < num_rows)

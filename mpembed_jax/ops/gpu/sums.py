@@ -121,7 +121,8 @@ def sum_rows(
     """
     first_ref, stop_ref, source_ref, *factors_ref = refs
     first, stop = (kernel.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
-    length, lane = stop - first, jnp.arange(row.shape[0], dtype=jnp.int32)
+    length = stop - first
+    lane = jnp.arange(row.shape[0], dtype=jnp.int32)
     is_short = length <= _SHORT
 
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
@@ -198,7 +199,8 @@ def sum_duplicates(
 
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs
-        (row, is_row), columns = spread_positions(block, size), kernel.columns_of(dim)
+        row, is_row = spread_positions(block, size)
+        columns = kernel.columns_of(dim)
         kernel.store_row(
             out,
             row,
@@ -233,7 +235,8 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
 
     def body(rows_ref: Any, index_ref: Any, factors_ref: Any, out: Any) -> None:
         bag = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
-        is_inside, columns = bag < num, kernel.columns_of(dim)
+        is_inside = bag < num
+        columns = kernel.columns_of(dim)
 
         def add(turn: jax.Array, total: jax.Array) -> jax.Array:
             position = bag * length + turn

@@ -75,7 +75,8 @@ def make_plan(
       The cache and the decisions. In the cache, newcomers have their lines, but their rows are not
       yet filled, and `dirty` still describes the victims.
     """
-    geometry, width = cache.geometry, ids.shape[0]
+    geometry = cache.geometry
+    width = ids.shape[0]
     is_lfu = policy.counts_use(cache.policy)
     cache = policy.age(cache, policy.is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
@@ -139,7 +140,8 @@ def make_plan(
         num_waiting=num_misses,
     )
     entered = enter(carry, geometry, cache.policy, ids, estimates, step, chunk)
-    priority, sketch = entered.priority, cache.sketch
+    priority = entered.priority
+    sketch = cache.sketch
     # The lines of this batch take their estimates. The sketch keeps those of ids without a line.
     if is_lfu:
 

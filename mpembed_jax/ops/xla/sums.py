@@ -68,7 +68,8 @@ def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Arr
       index: int32 [n] in [0, U).
       values: float32 [n, ..].
     """
-    (num,), last = index.shape, total.shape[0] - 1
+    (num,) = index.shape
+    last = total.shape[0] - 1
     if num == 0:
         return total
     segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
