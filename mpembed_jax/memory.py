@@ -78,7 +78,7 @@ class Report:
         )
         if self.host_bytes:
             lines.append(
-                f"of it in host memory: {self.host_bytes:,} B, on the device: "
+                f"in host memory: {self.host_bytes:,} B, on the device: "
                 f"{self.total - self.host_bytes:,} B"
             )
         lines.append(

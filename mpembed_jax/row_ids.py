@@ -1,4 +1,4 @@
-"""What a user may hand to the verbs as ids: any nest of integer arrays, checked before jax could truncate them."""
+"""Ids from a user: any nest of integer arrays, checked before jax could truncate them to int32."""
 
 from typing import Any
 
@@ -6,15 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NO_ID = 2**31 - 1  # padding and empty tags: sorts last, and `mode="drop"` discards it
+# Padding, and the tag of an empty line. It sorts last, and `mode="drop"` discards it.
+NO_ID = 2**31 - 1
 
 
 def checked(ids: Any) -> tuple[list[jax.Array], Any]:
-    """Returns the int32 leaves of a nest of ids and its structure.
+    """Returns the leaves of a nest of ids as int32 arrays, and the structure of the nest.
+
+    Args:
+      ids: any pytree of ints, numpy arrays [..] and jax arrays [..].
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32.
+      TypeError: if an id is not an integer, or a jax array has a dtype that int32 cannot hold.
+      ValueError: if a host id does not fit int32.
     """
     leaves, treedef = jax.tree.flatten(ids)
     checked = []
@@ -24,8 +28,9 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
             if array.dtype.kind in "iu":
                 if array.size and (array.max() > NO_ID or array.min() < -(2**31)):
                     raise ValueError(
-                        f"ids must fit int32, got {array.dtype} values up to {array.max()}; "
-                        f"map them with spec.global_ids, which checks ranges before jax truncates to 32 bits"
+                        f"ids must fit int32, got {array.dtype} values up to {array.max()}; map "
+                        "them with spec.global_ids, which checks ranges before jax truncates to "
+                        "32 bits"
                     )
                 checked.append(jnp.asarray(array.astype(np.int32)))
                 continue
@@ -33,12 +38,13 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
         if dtype is None or dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
             what = f"{dtype} {list(leaf.shape)}" if dtype is not None else type(leaf).__name__
             raise TypeError(
-                f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before prefetch"
+                f"ids must be int32 [..], got {what}; cast them (spec.global_ids does) before "
+                "prefetch"
             )
         checked.append(leaf.astype(jnp.int32))
     return checked, treedef
 
 
 def in_range(ids: jax.Array, num_rows: int) -> jax.Array:
-    """Returns which ids name a row of a stack of num_rows."""
+    """Returns whether each id names a row of a stack of `num_rows` rows (bool, shape of ids)."""
     return (ids >= 0) & (ids < num_rows)

@@ -109,10 +109,11 @@ def plan(
 
     A small stack (at most replicate_bytes) is replicated. So is a stack whose cache cannot be
     divided. Every device then does all of the work on the table, but only ids and gradients travel.
-    Other stacks are divided by rows (MOD), with one exception: whole tables are placed on shards,
-    from the largest to the smallest, if the busiest owner then has fewer ids to serve and at most a
-    tenth more rows are allocated than used. The exchange gets the room that the fullest (device,
-    owner) pair of the samples needed, times `margin`.
+    Other stacks are divided by rows (MOD) or by whole tables. Whole tables are chosen if two
+    conditions hold: the busiest owner then serves fewer ids, and the allocated rows exceed the used
+    rows by at most a tenth. Tables are placed on shards from the largest to the smallest. The
+    exchange gets the room that the fullest (device, owner) pair of the samples needed, times
+    `margin`.
 
     Args:
       spec: the stack.
@@ -153,7 +154,7 @@ def plan(
 
 
 def _largest_share(layout: Layout, batch: Any) -> float:
-    """Returns the largest share of a device's budget that its distinct ids for one owner take."""
+    """Returns the largest share of a device's budget that its ids for a single owner take."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     devices, spec = layout.shards, layout.spec
     if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):

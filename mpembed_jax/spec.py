@@ -1,4 +1,4 @@
-"""What a stack of tables is: its tables, dim, row format and cache, and how a user's ids become global row ids."""
+"""TableSpec and EmbeddingSpec: a user's description of a stack, and the map to global row ids."""
 
 import dataclasses
 import hashlib
@@ -22,8 +22,12 @@ class TableSpec:
     Attributes:
       name: unique within the stack.
       vocabulary_size: number of rows, at least 1.
-      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style `(key, shape, dtype) -> array`, called on
-        blocks of up to 8,192 rows with the key folded by (table, block); it takes no part in equality and hash.
+      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style function `(key,
+        shape, dtype) -> array`. It is called for blocks of up to 8,192 rows, with a key folded by
+        table and block. It takes no part in equality and hash.
+
+    Raises:
+      ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2].
     """
 
     name: str
@@ -38,12 +42,13 @@ class TableSpec:
             or not 1 <= size < NO_ID
         ):
             raise ValueError(
-                f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got {size!r}"
+                f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got "
+                f"{size!r}"
             )
 
 
 def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
-    """Returns int64 [T + 1]: the first global row of each table, and the total."""
+    """Returns the first global row of each table, followed by the total (int64 [T + 1])."""
     return np.concatenate(
         [[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)]
     )
@@ -51,32 +56,38 @@ def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingSpec:
-    """A stack of tables sharing embedding dim, row format and cache; frozen and hashable.
+    """A stack of tables that share embedding dim, row format and cache; frozen and hashable.
 
     Attributes:
-      tables: TableSpecs with distinct names; their rows follow one another in the stack.
+      tables: TableSpecs with distinct names. Their rows follow one another in the stack.
       embedding_dim: D, at least 1.
-      storage: RowFormat or its name, how rows outside the cache are stored and trained.
-      cache: CacheSpec, or None to train every row in the table.
-      max_unique_ids: budget of distinct ids per batch (on a mesh, of the whole batch); None: as many as positions. A smaller
-        budget makes smaller arrays; ids over it read as zeros, change nothing and are counted as dropped.
-      out_of_range: what `global_ids` does with ids outside their own table: "drop" (read as zeros, counted), "clip" (into
-        their own table) or "raise" (an error on concrete ids; on traced ids drop, count, and an error from `stats`).
-      features: {feature: table name}, several features may share a table; None: each table is its own feature.
-      row_state_dtype: "float32", or "bfloat16" (stochastically rounded) for the optimizer state kept per row.
-      skip_nonfinite: skip, and count, rows whose gradient is not finite.
-      memory_kind: None: everything on the device. "pinned_host": the packed rows, and optimizer state of more than one
-        number per row, are kept in host memory; the cache and what a batch works on stay on the device. Same results, bit
-        for bit; only rows the cache misses cross the bus, packed.
+      storage: a RowFormat or its name. Rows outside the cache are stored and trained in this
+        format.
+      cache: a CacheSpec. None: every row is trained in the table.
+      max_unique_ids: the budget of distinct ids per batch; on a mesh, of the whole batch. None: as
+        many as the batch has positions. A smaller budget makes smaller arrays. Ids over the budget
+        read as zeros, change nothing and are counted as dropped.
+      out_of_range: the rule of `global_ids` for ids outside their own table. "drop": they read as
+        zeros and are counted. "clip": they are clipped to their own table. "raise": concrete ids
+        raise an error; traced ids are dropped and counted, and `stats` raises an error.
+      features: {feature: table name}. Several features may share a table. None: each table is its
+        own feature.
+      row_state_dtype: dtype of the optimizer state that is kept per row: "float32", or "bfloat16",
+        which is rounded stochastically.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      memory_kind: None: everything is on the device. "pinned_host": the packed rows, and optimizer
+        state of more than one number per row, are in host memory. The cache and the arrays of a
+        batch stay on the device. Results are the same, bit for bit. Only rows that miss the cache
+        cross the bus, in packed form.
 
     Raises:
-      TypeError: if a field has another type.
-      ValueError: if a value is out of range or names clash; the message says which.
+      TypeError: if a field has the wrong type.
+      ValueError: if a value is out of range or names clash. The message says which.
     """
 
     tables: tuple[TableSpec, ...]
     embedding_dim: int
-    storage: RowFormat = "int8"  # type: ignore[assignment]  # a plain string is accepted and converted
+    storage: RowFormat = "int8"  # type: ignore[assignment]  # a name is converted to a RowFormat
     cache: CacheSpec | None = CacheSpec()
     max_unique_ids: int | None = None
     out_of_range: str = "drop"
@@ -105,7 +116,7 @@ class EmbeddingSpec:
             isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget < 1
         ):
             raise ValueError(
-                f"max_unique_ids must be at least 1 or None, an integer, got {budget!r}"
+                f"max_unique_ids must be an integer of at least 1 or None, got {budget!r}"
             )
         if self.out_of_range not in ("drop", "clip", "raise"):
             raise ValueError(
@@ -125,7 +136,8 @@ class EmbeddingSpec:
                 raise ValueError(f"feature names must be distinct, got {[f for f, _ in features]}")
             if unknown or not features:
                 raise ValueError(
-                    f"features must map feature names to tables of {names}, got {', '.join(unknown) or 'none'}"
+                    f"features must map feature names to tables of {names}, got "
+                    f"{', '.join(unknown) or 'none'}"
                 )
         object.__setattr__(self, "tables", tables)
         object.__setattr__(self, "embedding_dim", int(dim))
@@ -134,17 +146,22 @@ class EmbeddingSpec:
 
     @property
     def num_rows(self) -> int:
-        """Rows V of the stack."""
+        """Number of rows of the stack, V."""
         return int(offsets(self.tables)[-1])
 
     @property
     def feature_tables(self) -> tuple[tuple[str, str], ...]:
-        """(feature, table name) pairs, in the order of the last axis of array ids."""
+        """The pairs (feature, table name), in the order of the last axis of array ids."""
         return self.features or tuple((t.name, t.name) for t in self.tables)  # type: ignore[return-value]
 
     def table_range(self, name: str) -> tuple[int, int]:
-        """Returns the first global row of the table `name` and its number of rows."""
-        starts, names = offsets(self.tables), [t.name for t in self.tables]
+        """Returns the first global row of the table `name` and its number of rows.
+
+        Raises:
+          KeyError: if the stack has no such table.
+        """
+        starts = offsets(self.tables)
+        names = [t.name for t in self.tables]
         if name not in names:
             raise KeyError(f"unknown table {name!r}; this spec has {names}")
         index = names.index(name)
@@ -152,7 +169,10 @@ class EmbeddingSpec:
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """uint32 [2]: a hash of what a state's arrays mean (tables, dim, format, cache, row state), kept in every state."""
+        """A hash (uint32 [2]) of what gives a state's arrays their meaning; every state keeps it.
+
+        It covers tables, dim, format, cache and row state.
+        """
         cache = (
             None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
         )
@@ -164,22 +184,29 @@ class EmbeddingSpec:
         )
 
     def global_ids(self, ids: Any) -> Any:
-        """Maps ids local to their tables to global row ids, with each id checked against its own table.
+        """Maps ids that are local to their tables to global row ids.
 
-        Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and returned as numpy int32: jax
-        would truncate 2**32 + 5 to 5 silently. Traced and device ids work too. NO_ID is padding and stays. Of a stack of
-        2**31 - 1 rows or more, ids are mapped on the host only, to int64 with -1 for padding: see sharding.pairs.
+        Each id is checked against its own table. The rule for ids outside is `out_of_range`.
+
+        Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and
+        returned as numpy int32. jax itself would silently truncate 2**32 + 5 to 5. Traced ids and
+        ids on a device are also accepted. NO_ID is padding and stays NO_ID.
+
+        A stack of 2**31 - 1 rows or more accepts host ids only. They are mapped to int64, with -1
+        for padding; see sharding.pairs.
 
         Args:
-          ids: {feature: ids [..]}, or ids [.., T] with one column per feature in the order of `feature_tables`.
+          ids: {feature: integers [..]}, or integers [.., T] with one column per feature, in the
+            order of `feature_tables`.
 
         Returns:
-          int32 (or int64, see above), same nesting and shapes.
+          int32 (or int64, see above), in the nesting and shapes of ids.
 
         Raises:
-          KeyError: on an unknown feature.
-          TypeError: if ids are not integers.
-          ValueError: if the last axis is not T; or with out_of_range="raise" on concrete ids outside their table.
+          KeyError: if a feature is unknown.
+          TypeError: if ids are not integers, or are not on the host as a large stack requires.
+          ValueError: if the last axis is not T; or if out_of_range is "raise" and a concrete id is
+            outside its table.
         """
         pairs = self.feature_tables
         if isinstance(ids, Mapping):
@@ -192,8 +219,8 @@ class EmbeddingSpec:
         array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
         if array.ndim < 1 or array.shape[-1] != len(pairs):
             raise ValueError(
-                f"array ids must be [.., {len(pairs)}], one column per feature {[f for f, _ in pairs]}, got {array.shape}; "
-                f"for bags pass a dict of features"
+                f"array ids must be [.., {len(pairs)}], one column per feature "
+                f"{[f for f, _ in pairs]}, got {array.shape}; for bags pass a dict of features"
             )
         ranges = np.asarray([self.table_range(t) for _, t in pairs], np.int64)
         return self._map(array, [f for f, _ in pairs], ranges[:, 0], ranges[:, 1])
@@ -206,18 +233,20 @@ class EmbeddingSpec:
                 )
             if self.num_rows >= NO_ID:
                 raise TypeError(
-                    f"ids of a stack of {self.num_rows} rows are mapped on the host: pass numpy arrays"
+                    f"ids of a stack of {self.num_rows} rows are mapped on the host: pass numpy "
+                    "arrays"
                 )
             if not isinstance(ids, jax.core.Tracer) and self.out_of_range == "raise":
                 return jnp.asarray(self._map(np.asarray(ids), names, start, size))
             if ids.dtype.itemsize < 4:
                 ids = ids.astype(jnp.int32)
-            most = jnp.asarray(
-                size, ids.dtype
-            )  # compared in the ids' own dtype: casting first could wrap
-            is_padding, is_inside = ids == NO_ID, (ids >= 0) & (ids < most)
+            # The comparison is in the dtype of the ids, because a cast could wrap around.
+            most = jnp.asarray(size, ids.dtype)
+            is_padding = ids == NO_ID
+            is_inside = (ids >= 0) & (ids < most)
             if self.out_of_range == "clip":
-                ids, is_inside = jnp.clip(ids, 0, most - 1), jnp.ones_like(is_inside)
+                ids = jnp.clip(ids, 0, most - 1)
+                is_inside = jnp.ones_like(is_inside)
             moved = jnp.where(is_inside, ids, 0).astype(jnp.int32) + jnp.asarray(start, jnp.int32)
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(
                 jnp.int32
@@ -232,15 +261,17 @@ class EmbeddingSpec:
             if host.dtype == np.uint64
             else host.astype(np.int64)
         )
-        is_padding, is_inside = host == NO_ID, (host >= 0) & (host < size)
+        is_padding = host == NO_ID
+        is_inside = (host >= 0) & (host < size)
         bad = ~is_padding & ~is_inside
         if self.out_of_range == "raise" and bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
             column = names[where[-1]] if len(names) > 1 else names[0]
             limit = int(np.broadcast_to(size, host.shape)[where])
             raise ValueError(
-                f"feature {column!r}: id {int(host[where])} at {list(where)} is outside its table of {limit} rows "
-                f'({int(bad.sum())} such ids); out_of_range="drop" or "clip" accepts them'
+                f"feature {column!r}: id {int(host[where])} at {list(where)} is outside its table "
+                f"of {limit} rows ({int(bad.sum())} such ids); "
+                'out_of_range="drop" or "clip" accepts them'
             )
         local = np.clip(host, 0, size - 1) if self.out_of_range == "clip" else host
         outside = bad & (self.out_of_range != "clip")

@@ -1,6 +1,6 @@
-"""Quantized tables: a stack of packed rows, how it is initialized block by block, and how rows are read from it.
+"""Quantized tables: stacks of packed rows, which are initialized block by block and read by id.
 
-It knows neither caches nor optimizers. `numerics.formats` defines a row.
+This module does not know caches or optimizers. `numerics.formats` defines a row.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
 from mpembed_jax.spec import TableSpec, offsets
 
-_INIT_BLOCK = (
-    8192  # rows per initializer call: part of the definition, callables see blocks of this size
-)
+# Rows per initializer call. The number is part of the definition: initializers see blocks of this
+# size.
+_INIT_BLOCK = 8192
 
 
 @partial(
@@ -28,7 +28,10 @@ _INIT_BLOCK = (
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTable:
-    """A table of packed rows; `row = codes * scale + bias`. `format` is resolved and static, as is `embedding_dim`."""
+    """A table of packed rows, `row = codes * scale + bias`.
+
+    `format` is resolved. `format` and `embedding_dim` are static.
+    """
 
     rows: jax.Array  # u16 | u32 [V, row_words]
     format: RowFormat
@@ -36,7 +39,7 @@ class QuantizedTable:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows V."""
+        """Number of rows, V."""
         return self.rows.shape[0]
 
     @property
@@ -54,11 +57,23 @@ def encode_rows(
     step: jax.Array,
     once: jax.Array | None = None,
 ) -> jax.Array:
-    """Packs rows [n, D] of global ids [n] in the table's format, with its rounding, drawing the ids' own random bits.
+    """Packs rows in the format of a table, and rounds them as the format says.
 
-    If `once` is given (an int32 1 whose value the compiler cannot see), quantization runs in a
-    one-iteration loop. That keeps XLA:CPU from fusing it with packing, which is six times slower.
-    The values are the same.
+    If `once` is given (an int32 1 whose value the compiler cannot see), quantization runs in a loop
+    of one iteration. The loop keeps XLA:CPU from fusing quantization with packing, which is six
+    times slower. The values are the same.
+
+    Args:
+      rows: float32 [n, D].
+      ids: int32 [n]. Stochastic rounding draws the random bits of these ids.
+      table: the table that defines the format; its rows are not read.
+      key: uint32 [2], or a key bound to a shard.
+      stream: the stream of the random bits, a constant of numerics.random_bits.
+      step: int32 scalar.
+      once: int32 scalar or None.
+
+    Returns:
+      uint16 or uint32 [n, row_words].
     """
     fmt, dim = table.format, table.embedding_dim
     if once is None or not fmt.is_integer:
@@ -89,7 +104,10 @@ def _bits_for(
 
 
 def read_rows(table: QuantizedTable, ids: jax.Array) -> jax.Array:
-    """Returns the float32 rows [.., D] of int32 ids [..]; ids outside the table, NO_ID among them, read as zeros."""
+    """Returns the float32 rows [.., D] of int32 ids [..].
+
+    Ids outside the table, NO_ID included, read as zeros.
+    """
     is_valid = (ids >= 0) & (ids < table.num_rows)
     packed = indexing.take(table.rows, jnp.where(is_valid, ids, 0))
     rows = decode(packed, table.format, table.embedding_dim)
@@ -97,7 +115,7 @@ def read_rows(table: QuantizedTable, ids: jax.Array) -> jax.Array:
 
 
 class Shard(Protocol):
-    """What making a table needs to know of one shard; see mesh.shard.Shard."""
+    """The view of one shard that `init_table` needs; see mesh.shard.Shard."""
 
     @property
     def num_rows(self) -> int:
@@ -111,7 +129,7 @@ class Shard(Protocol):
         """Returns the key with which local rows draw the bits of their global ids."""
 
     def rows_of(self, ids: jax.Array) -> jax.Array:
-        """Returns the local rows of global ids, NO_ID for those of other shards."""
+        """Returns the local rows (int32) of global ids, and NO_ID for ids of other shards."""
 
 
 def init_table(
@@ -122,21 +140,24 @@ def init_table(
     shard: Shard | None = None,
     memory_kind: str | None = None,
 ) -> QuantizedTable:
-    """Makes a stack of tables block by block, so that no float32 table ever exists; trace it under jit.
+    """Makes a stack of tables block by block, so that no float32 table ever exists.
+
+    It is meant to be traced under jit.
 
     Args:
       key: uint32 [2].
-      tables: the stack; its rows follow one another.
-      fmt: row format.
+      tables: the tables of the stack. Their rows follow one another.
+      fmt: the row format.
       embedding_dim: D.
-      shard: the rows to make, with the same values as in the whole stack; None: all.
-      memory_kind: None, or host memory for the rows.
+      shard: the shard whose rows are made, with the same values as in the whole stack. None: all
+        rows are made.
+      memory_kind: None for the device, or the kind of host memory that holds the rows.
 
     Returns:
-      The table, initial values rounded by the format's own rule.
+      The table. Its initial values are rounded by the rule of the format.
 
     Raises:
-      ValueError: if an initializer returns another shape.
+      ValueError: if an initializer returns an array of another shape.
     """
     fmt = fmt.resolve(embedding_dim)
     starts = offsets(tables)
@@ -150,8 +171,9 @@ def init_table(
     )
 
     if any(t.initializer is None for t in tables):
-        # One loop over the whole stack: a row's bound is found from its table. A last, partial block starts earlier.
-        # Padding at the end of a shard belongs to no table and is zero.
+        # One loop covers the whole stack, and finds the bound of a row from its table. A last,
+        # partial block starts earlier. Padding at the end of a shard belongs to no table and is
+        # zero.
         bounds = jnp.asarray(
             [1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32
         )
@@ -194,16 +216,17 @@ def init_table(
             values = call(jax.random.fold_in(table_key, block), (size, embedding_dim), jnp.float32)
             if values.shape != (size, embedding_dim):
                 raise ValueError(
-                    f"initializer of table {name!r} returned {values.shape} when asked for {(size, embedding_dim)}"
+                    f"initializer of table {name!r} returned {values.shape} when asked for "
+                    f"{(size, embedding_dim)}"
                 )
-            first = (
-                jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start
-            )  # loop counters are 64 bits wide in x64 mode
+            # In x64 mode, loop counters have 64 bits.
+            first = jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start
             ids = first + jnp.arange(size, dtype=jnp.int32)
             rows = ids if shard is None else shard.rows_of(ids)
             bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
             encoded = encode(values.astype(jnp.float32), fmt, bits)
-            if shard is not None:  # every shard computes whole blocks and keeps its own rows
+            # Every shard computes whole blocks and keeps its own rows.
+            if shard is not None:
                 return indexing.put(packed, rows, encoded)
             return indexing.put_block(packed, first, encoded)
 

@@ -80,7 +80,11 @@ def stack(**options):
         (lambda: stack(storage="fp8"), ValueError, "unknown row format 'fp8'; choose one of"),
         (lambda: stack(storage=8), TypeError, 'a RowFormat or a name such as "int8"'),
         (lambda: stack(cache=0.05), TypeError, "cache must be a CacheSpec or None"),
-        (lambda: stack(max_unique_ids=0), ValueError, "max_unique_ids must be at least 1 or None"),
+        (
+            lambda: stack(max_unique_ids=0),
+            ValueError,
+            "max_unique_ids must be an integer of at least 1",
+        ),
         (lambda: stack(out_of_range="wrap"), ValueError, '"drop", "clip" or "raise"'),
         (lambda: stack(row_state_dtype="float16"), ValueError, '"float32" or "bfloat16"'),
         (lambda: stack(features={"author": "person"}), ValueError, "'author' -> 'person'"),

@@ -1,1 +1,1 @@
-"""Who may sit in a line of the FP32 cache: sizes, residency, the policies LFU and LRU, the plan of a step."""
+"""The FP32 cache: its sizes, its bookkeeping, the policies LFU and LRU, and the plan of a step."""

@@ -1,4 +1,4 @@
-"""One step's decisions about the rows of a batch, and their counts."""
+"""The plan of one step: its decisions about the rows of a batch, and their counts."""
 
 import dataclasses
 from functools import partial
@@ -23,27 +23,32 @@ import jax
 )
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """One step's decisions; it lives until the next prefetch.
+    """The decisions of one step. A plan is valid until the next prefetch.
 
-    Unique ids stand in the order hits, newcomers, bypassed rows, padding; the last entry is always padding with a zero
-    row. `ids == unique_ids[inverse]`, except that padding, out-of-range and over-budget positions hold U - 1.
+    The unique ids are ordered: hits, newcomers, bypassed rows, padding. The last entry is always
+    padding, and its row is zero. `ids == unique_ids[inverse]` holds at every position except
+    padding, ids out of range and ids over the budget; at these positions, inverse is U - 1.
 
-    On a mesh, unique_ids and inverse are those of this device's ids, in order of first occurrence; line, is_hit and
-    victim_ids are about the rows of this device's shard that any device asks for, `route.rows`; counts are of all devices.
+    On a mesh, `unique_ids` and `inverse` describe the ids of this device, in the order of their
+    first occurrence. `line`, `is_hit` and `victim_ids` describe `route.rows`: the rows of this
+    device's shard that any device asks for. `counts` covers all devices.
     """
 
     unique_ids: jax.Array  # i32 [U]
-    inverse: Any  # nest of i32 [..], like the ids
-    line: jax.Array  # i32 [U]  where the row is during this step; C = bypass or padding
+    inverse: Any  # i32 [..] in the nesting of the ids
+    line: jax.Array  # i32 [U]: the row's line during this step; C if bypassed or padding
     is_hit: jax.Array  # bool [U]
-    victim_ids: jax.Array  # i32 [U]  id displaced from `line`, NO_ID if none
+    victim_ids: jax.Array  # i32 [U]: the id displaced from `line`; NO_ID if none
     counts: "Counts"
-    step: jax.Array  # i32 []  which prefetch made it
-    route: "Route | None" = None  # on a mesh
+    step: jax.Array  # i32 []: the number of the prefetch that made the plan
+    route: "Route | None" = None  # None on one device
 
     @property
     def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The rows that `line` is about (int32, local on a shard), how many of them sit in lines, how many are real."""
+        """The rows that `line` describes, the number of them in lines, and the number of real rows.
+
+        The rows are int32 [U], or on a mesh local rows int32 [Q]. The numbers are int32 scalars.
+        """
         if self.route is None:
             return self.unique_ids, self.counts.num_cached, self.counts.unique
         return self.route.rows, self.route.num_cached[0], self.route.num_rows[0]
@@ -68,27 +73,27 @@ class CachePlan:
 )
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """One step's counts, i32 scalars on the device, so that logging works inside jit and scan."""
+    """The counts of one step: int32 scalars on the device, so that jit and scan can log them."""
 
-    requests: jax.Array  # id positions that name a row of the table
-    unique: jax.Array  # distinct ids among them, after the budget
-    hits: jax.Array  # unique ids found in the cache
-    hit_requests: jax.Array  # positions whose id was found in the cache
+    requests: jax.Array  # positions whose id names a row of the table
+    unique: jax.Array  # distinct ids among them, within the budget
+    hits: jax.Array  # unique ids that were in the cache before the step
+    hit_requests: jax.Array  # positions whose id was in the cache before the step
     misses: jax.Array  # unique - hits
-    bypasses: jax.Array  # misses that found no way, trained in the table
-    evictions: jax.Array  # residents displaced
-    write_backs: jax.Array  # of these, dirty ones, quantized and written
-    out_of_range: jax.Array  # positions outside the table
-    dropped: (
-        jax.Array
-    )  # unique ids over the budget; on a mesh, one that several devices drop counts for each
-    wide_exchanges: (
-        jax.Array
-    )  # 1 if ids exceeded the exchange's room and travelled in full-width arrays; 0 on one device
+    bypasses: jax.Array  # misses that found no free way; they are trained in the table
+    evictions: jax.Array  # ids that lost their line to a newcomer
+    write_backs: jax.Array  # evictions of dirty lines, whose rows are quantized into the table
+    out_of_range: jax.Array  # positions whose id is outside the table
+    # Distinct ids over the budget. On a mesh, an id dropped by several devices counts once for
+    # each.
+    dropped: jax.Array
+    # 1 if the ids exceeded the exchange's room and travelled in full-width arrays, else 0. Always 0
+    # on one device.
+    wide_exchanges: jax.Array
 
     @property
     def num_cached(self) -> jax.Array:
-        """Unique ids that sit in a line during this step; they come first in the plan."""
+        """Number of unique ids that are in a line during this step; they come first in the plan."""
         return self.unique - self.bypasses
 
 

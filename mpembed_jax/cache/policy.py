@@ -1,4 +1,7 @@
-"""The rules of LFU and LRU: how use is measured, when it ages, what a line costs, who may take it, who is pinned."""
+"""The cache policies LFU and LRU: use, ageing, the rank of a line, admission, pinning.
+
+A policy is named by "lfu" or "lru". `ops.xla.plan.make_plan` states the rules as a whole.
+"""
 
 import dataclasses
 from fractions import Fraction
@@ -10,28 +13,38 @@ from jax import lax
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.row_ids import NO_ID
 
-MAX_AGE = 2**25 - 1  # LRU ages saturate here, so that (age, way) fits 32 bits
+MAX_AGE = 2**25 - 1  # LRU ages saturate here, so that the pair (age, way) fits 32 bits
 MAX_ESTIMATE = 2**16 - 1
-PINNED = 2**24  # an LFU priority no estimate reaches: the line belongs to this batch
+PINNED = 2**24  # LFU priority of a line that holds a row of this batch; above every estimate
 
 
 def counts_use(policy: str) -> bool:
-    """Whether a policy estimates how often each id is used, and so has a sketch."""
+    """Whether a policy estimates how often each id is used, and therefore has a sketch."""
     return policy == "lfu"
 
 
 def estimate(use: jax.Array, counts: jax.Array) -> jax.Array:
-    """Returns an id's estimated use (int32) from what was remembered of it and its occurrences in this batch."""
+    """Returns an id's estimated use (int32): its remembered use plus its occurrences in this batch.
+
+    The result is at most MAX_ESTIMATE.
+    """
     return jnp.minimum(use + counts, MAX_ESTIMATE)
 
 
 def pinned(policy: str, step: jax.Array) -> jax.Array | int:
-    """Returns the priority of a line that belongs to this batch: no newcomer may take it."""
+    """Returns the priority (int32) of a line that holds a row of this batch.
+
+    No newcomer may take such a line.
+    """
     return PINNED if policy == "lfu" else step
 
 
 def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns how dear each way is (uint32, shape of tags): 0 if empty; LFU: use + 1; LRU: the younger, the dearer."""
+    """Returns the rank of each way (uint32, shape of tags); newcomers take low ranks first.
+
+    An empty way has rank 0. LFU: the rank is the line's estimated use + 1. LRU: the rank is higher
+    for a line that was used more recently.
+    """
     if policy == "lfu":
         rank = priority.astype(jnp.uint32) + jnp.uint32(1)
     else:
@@ -40,23 +53,30 @@ def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) ->
 
 
 def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
-    """Whether a newcomer may take a way of this rank (int32). LFU: used less than the newcomer; LRU: not used this step."""
+    """Returns whether newcomers with these estimates may take ways of these ranks (both int32).
+
+    A newcomer may always take an empty way. LFU: the line's estimate must be below the newcomer's.
+    LRU: the line must not have been used in this step.
+    """
     return rank <= estimates if policy == "lfu" else rank <= MAX_AGE
 
 
 def is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
-    """Whether all LFU estimates are halved in this step: every 30 C / N steps."""
+    """Returns whether this step halves all LFU estimates, which happens every 30 C / N steps."""
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
     # A step number has 31 bits. A longer period (small batches beside a huge cache) never ends.
     period = min(max(1, 30 * cache.geometry.lines // num_positions), 2**32 - 1)
-    return (step != 0) & (
-        step.astype(jnp.uint32) % jnp.uint32(period) == 0
-    )  # as an unsigned number it passes 2^31
+    # Read as an unsigned number, the step keeps counting beyond 2^31 - 1.
+    return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)
 
 
 def age(cache: CacheState, halve: jax.Array) -> CacheState:
-    """Halves every estimate, in the sketch and at the lines, where `halve` holds: a loop of one turn or none, in place."""
+    """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
+
+    The arrays are updated in place, by a loop of one iteration or none. An LRU cache has no
+    estimates and is returned unchanged.
+    """
 
     if not counts_use(cache.policy):
         return cache

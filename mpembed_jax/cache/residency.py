@@ -1,8 +1,12 @@
-"""Set-associative bookkeeping of the FP32 cache: which id sits in which line, who enters, who must leave.
+"""Residency: the set-associative bookkeeping of which id is in which line of the FP32 cache.
 
-Integers only; no row is ever touched here. Policies are LRU and LFU with admission, the latter estimated by a count-min
-sketch sized by the cache. The structure follows FBGEMM's table-batched embedding cache (32-way sets, LRU / LFU); the exact
-rules (order inside a set, admission, halving, conservative sketch update) are ours; `ops.xla.plan` states them.
+The bookkeeping consists of integers; this module never computes with a row. The policies are LRU
+and LFU. LFU admits a newcomer only if it is used more than the id in the line that it takes. A
+count-min sketch, sized by the cache, estimates the use of ids without a line.
+
+The structure follows FBGEMM's table-batched embedding cache (32-way sets, LRU and LFU). The order
+inside a set, admission, halving and the conservative sketch update are this library's own rules.
+`ops.xla.plan` states them.
 """
 
 import dataclasses
@@ -17,7 +21,8 @@ from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
 
-# Two rows of two counters per line: as exact when measured as four rows of one, at half the memory accesses.
+# The sketch has two rows of two counters per line. When measured, this was as exact as four rows of
+# one counter per line, at half the memory accesses.
 SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
@@ -30,19 +35,18 @@ SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
 class CacheState:
     """The cache of one stack. Each id is in at most one line, and only in a line of its own set."""
 
-    tags: jax.Array  # i32 [S, W]  id held, NO_ID if empty
-    priority: (
-        jax.Array
-    )  # i32 [S, W]  lru: step of last use; lfu: estimated use, halved with the sketch
-    dirty: jax.Array  # bool [S, W]  newer than the table
+    tags: jax.Array  # i32 [S, W]: the id in each line; NO_ID if empty
+    # i32 [S, W]. LRU: the step of last use. LFU: the estimated use, halved with the sketch.
+    priority: jax.Array
+    dirty: jax.Array  # bool [S, W]: whether the line is newer than the table
     rows: Any  # f32 [C, D]
-    sketch: Any  # u16 [2, G, 2 C // G]  None for lru
-    policy: str
-    groups: int  # of one shard
+    sketch: Any  # u16 [2, G, 2 C // G]; None for LRU
+    policy: str  # "lfu" or "lru"
+    groups: int  # G; on a mesh, the groups of one shard
 
     @property
     def geometry(self) -> Geometry:
-        """Sizes, read off the arrays."""
+        """The sizes of the cache, taken from its arrays."""
         sets, ways = self.tags.shape
         return Geometry(sets, ways, self.groups)
 
@@ -53,7 +57,13 @@ class CacheState:
 
 
 def init(geometry: Geometry, policy: str, embedding_dim: int) -> CacheState:
-    """Makes an empty cache."""
+    """Makes an empty cache.
+
+    Args:
+      geometry: its sizes.
+      policy: "lfu" or "lru".
+      embedding_dim: D, the float32 numbers in a line.
+    """
     shape = (geometry.sets, geometry.ways)
     sketch = None
     if policy == "lfu":
@@ -72,7 +82,10 @@ def init(geometry: Geometry, policy: str, embedding_dim: int) -> CacheState:
 
 
 def set_of(ids: jax.Array, geometry: Geometry) -> jax.Array:
-    """Returns the set (int32 [..]) of each id: (id mod G) + G * (fmix32(id div G) scaled to S / G)."""
+    """Returns the set (int32, shape of ids) of each id.
+
+    The set is (id mod G) + G * h, where h is fmix32(id div G) scaled to [0, S / G).
+    """
     ids = ids.astype(jnp.uint32)
     groups = jnp.uint32(geometry.groups)
     mixed = random_bits.scale_to(
@@ -82,7 +95,10 @@ def set_of(ids: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
-    """Returns the line (int32, shape of ids) that holds each id, C where none does; NO_ID is nowhere."""
+    """Returns the line (int32, shape of ids) that holds each id, or C if no line holds it.
+
+    No line holds NO_ID.
+    """
     sets = set_of(ids, cache.geometry)
     place = jnp.arange(1, cache.geometry.ways + 1, dtype=jnp.int32)
     way = jnp.sum(
@@ -95,7 +111,7 @@ def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
 
 
 def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
-    """Returns the flat sketch cells (int32 [2, n]) that count each id."""
+    """Returns the cells (int32 [2, n]) of the flattened sketch that count each id (int32 [n])."""
     depth, groups, width = cache.sketch.shape
     ids = ids.astype(jnp.uint32)
     quotient, group = ids // jnp.uint32(groups), ids % jnp.uint32(groups)
@@ -106,12 +122,12 @@ def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
 
 
 def commit(cache: CacheState, line: jax.Array) -> CacheState:
-    """Marks the given lines (int32 [n], C = none) as newer than the table."""
+    """Marks the given lines (int32 [n]; C for no line) as newer than the table."""
     dirty = indexing.put(cache.dirty.reshape(-1), line, True)
     return dataclasses.replace(cache, dirty=dirty.reshape(cache.dirty.shape))
 
 
 def refilled(cache: CacheState, rows: jax.Array | None, dirty: jax.Array | None) -> CacheState:
-    """Returns the cache with other lines (float32 [C, D]) and dirty bits (bool [C])."""
+    """Returns the cache with its lines (float32 [C, D]) and dirty bits (bool [C]) replaced."""
     assert rows is not None and dirty is not None
     return dataclasses.replace(cache, rows=rows, dirty=dirty.reshape(cache.dirty.shape))

@@ -1,4 +1,4 @@
-"""How large the FP32 cache of a stack is and which policy it follows: what a user says, and the sizes decided from it."""
+"""CacheSpec, a user's choice of cache size and policy, and the geometry computed from it."""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,34 +9,44 @@ MAX_WAYS = 64
 
 
 class Geometry(NamedTuple):
-    """Decided sizes of a cache; `groups` is G: ids congruent modulo G share their sets, so MOD sharding keeps sets whole."""
+    """The sizes of a cache.
 
-    sets: int
-    ways: int
-    groups: int
+    Ids that are congruent modulo G share their sets. If rows go to shards by MOD, and the number of
+    shards divides G, every set therefore stays whole on one shard.
+    """
+
+    sets: int  # S
+    ways: int  # W, lines per set
+    groups: int  # G, groups of sets
 
     @property
     def lines(self) -> int:
-        """Number of lines C."""
+        """Number of lines, C = S * W."""
         return self.sets * self.ways
 
     def election_buckets(self, width: int) -> int:
-        """Returns how many buckets sets share in the elections of a batch of `width` unique ids: no more than it can use."""
+        """Returns the number of buckets that the sets share in the elections of a batch.
+
+        There are at most as many buckets as sets, and no more than a batch of `width` unique ids
+        can use.
+        """
         return min(self.sets, 1 << max(4, (2 * width - 1).bit_length()))
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """How large the FP32 cache is and who may stay in it.
+    """The size of the FP32 cache and its policy.
 
     Attributes:
-      fraction: lines as a fraction of the stack's rows, in (0, 1]; ignored where num_rows is given.
-      num_rows: lines asked for, instead of a fraction.
+      fraction: lines as a fraction of the stack's rows, in (0, 1]. It is ignored if num_rows is
+        given.
+      num_rows: number of lines, at least 1; None: use fraction.
       ways: lines per set, 1 to 64.
-      policy: "lfu" (a newcomer must be used more than the line it takes) or "lru".
+      policy: "lfu" or "lru". With "lfu", a newcomer must be used more than the id whose line it
+        takes.
 
     Raises:
-      ValueError: on a value outside these ranges.
+      ValueError: if a value is outside these ranges.
     """
 
     fraction: float = 0.05
@@ -47,7 +57,8 @@ class CacheSpec:
     def __post_init__(self) -> None:
         if self.num_rows is None and not 0 < self.fraction <= 1:
             raise ValueError(
-                f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no cache"
+                f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no "
+                "cache"
             )
         for name, value in (("num_rows", self.num_rows), ("ways", self.ways)):
             if value is not None and (
@@ -56,7 +67,8 @@ class CacheSpec:
                 raise ValueError(f"cache {name} must be an integer, got {value!r}")
         if self.num_rows is not None and self.num_rows < 1:
             raise ValueError(
-                f"cache num_rows must be at least 1, got {self.num_rows}; use cache=None for no cache"
+                f"cache num_rows must be at least 1, got {self.num_rows}; use cache=None for no "
+                "cache"
             )
         if not 1 <= self.ways <= MAX_WAYS:
             raise ValueError(f"cache ways must be in [1, {MAX_WAYS}], got {self.ways}")
@@ -64,8 +76,13 @@ class CacheSpec:
             raise ValueError(f'cache policy must be "lru" or "lfu", got {self.policy!r}')
 
     def geometry(self, num_table_rows: int) -> Geometry:
-        """Returns the geometry for a stack of `num_table_rows` rows; lines are rounded down to whole sets."""
-        # The factor keeps 0.57 * 100 from being 56.99999: a fraction means the decimal number that was written.
+        """Returns the geometry for a stack of `num_table_rows` rows.
+
+        The number of lines is rounded down to whole sets, and the number of sets to a multiple of
+        G.
+        """
+        # In binary, 0.57 * 100 is 56.99999. The factor makes a fraction mean the decimal number
+        # that the user wrote.
         lines = max(1, self.num_rows or int(self.fraction * num_table_rows * (1 + 1e-12)))
         ways = min(self.ways, lines)
         sets = lines // ways

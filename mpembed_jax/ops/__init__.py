@@ -1,24 +1,35 @@
-"""The row movements and the deduplication: the contract of each op and the choice of its implementation.
+"""The ops on rows: the contract of each op, and the choice of its implementation.
 
-This is the only place that knows about hardware. Implementations are named: "xla" makes full-width passes (accelerators),
-"xla_chunked" loops over chunks with a dynamic trip count (CPU), "numba" is that with deduplication, planning and the
-gathers and scatters of large rows compiled by numba, "pallas_triton" runs the row movements as GPU kernels, and
-"pallas_interpret" traces those kernels into plain jax operations, on any device, to test them. All give the same bits.
-A table in host memory is always moved by XLA, in chunks that cover the rows wanted of it: no others cross the bus.
+This is the only place that knows about hardware. The implementations have names:
+  xla               passes over whole arrays; for accelerators
+  xla_chunked       loops over chunks, whose trip count is known at run time; for CPUs
+  numba             like xla_chunked, but numba compiles deduplication, planning, and the gathers
+                    and scatters of large rows
+  pallas_triton     Pallas kernels for NVIDIA GPUs
+  pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device
 
-Ops (U unique ids, D embedding dim, V table rows, C cache lines); the records are in `records`:
-  unique(ids [N], size, step)                 -> Unique: distinct ids, where each position's id went, occurrences
-  plan(cache, unique, step, num_positions)    -> the cache, Moves, where each position went, requests that hit
-  swap(store, moves, draw)                    -> dirty victims quantized into the table, newcomers dequantized into lines
-  lookup(store, moves)                        -> f32 [U, D], from the line where there is one, else from the table
-  read(table, cache, ids)                     -> f32 [.., D], from the line whose tag is the id, else from the table
-  write(store, moves, new_rows, draw)         -> new values to lines, or stochastically rounded into the table
-  update(store, accumulator, moves, ..)       -> SGD or row-wise Adagrad on each row, then write
-  update_summed(store, accumulator, ..)       -> the same from the gradients of positions or bags, summed on the way
-  write_back(store, tags, draw)               -> every dirty line quantized into the table
-  take(rows, index)                           -> f32 [N, D], rows[index]
-  sum_duplicates(values, index, size)         -> f32 [size, D], values of equal index summed
-  bag(rows, index, factors)                   -> f32 [.., D], sum over the last axis of factors * rows[index]
+All implementations give the same bits. A table in host memory is always accessed by XLA, in chunks
+that cover only the rows that are needed. No other rows cross the bus.
+
+These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
+the number of cache lines. `records` defines the records.
+  unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
+  plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
+                                               each position's id, the number of positions that hit
+  swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
+                                               newcomers dequantized into lines
+  lookup(store, moves)                      -> f32 [U, D]: each row from its line or the table
+  read(table, cache, ids)                   -> f32 [.., D]: the same, for ids without a plan
+  write(store, moves, new_rows, draw)       -> Store: rows copied to lines or rounded into the
+                                               table
+  update(store, accumulator, moves, ..)     -> SGD or row-wise Adagrad on each row, then write
+  update_summed(store, accumulator, ..)     -> update, with gradients of positions or bags, which
+                                               are summed for each row
+  write_back(store, tags, draw)             -> the table, with every dirty line quantized into it
+  take(rows, index)                         -> f32 [N, D]: rows[index]
+  sum_duplicates(values, index, size)       -> f32 [size, D]: sums of values with equal index
+  bag(rows, index, factors)                 -> f32 [.., D]: sums of factors * rows[index] over the
+                                               last axis
 """
 
 import importlib.util
@@ -39,7 +50,9 @@ from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
-_CHUNK = 2048  # rows: a few hundred kilobytes, inside a core's cache at every usual embedding dim
+# Rows per chunk. They take a few hundred kilobytes, which fit a core's cache at every usual
+# embedding dim.
+_CHUNK = 2048
 IMPLEMENTATIONS = {
     of.name: of
     for of in (
@@ -50,7 +63,7 @@ IMPLEMENTATIONS = {
         Implementation("pallas_interpret", is_kernel=True, is_interpreted=True),
     )
 }
-_TRITON_CAPABILITY = 8.0  # what Pallas' Triton back end needs
+_TRITON_CAPABILITY = 8.0  # the compute capability that Pallas' Triton back end needs
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -81,22 +94,23 @@ __all__ = [
     "write_back",
 ]
 
-Named = str | Implementation  # a name of IMPLEMENTATIONS, or one made to measure
+Named = str | Implementation  # a name from IMPLEMENTATIONS, or an Implementation of the caller's
 
 
 def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
     """Returns the named implementation, or for None the best one for the default device.
 
-    None never picks a kernel that was not measured to win on hardware. Until
+    None never selects a kernel that was not measured to be faster on hardware. Until
     experiments/gpu/bench_gpu.py has run on a GPU, None means "xla" on every accelerator, and
-    kernels are used where they are named.
+    kernels are used only if they are named.
 
     Args:
       implementation: a name from IMPLEMENTATIONS, an Implementation, or None.
-      is_abstract: True where only shapes are made, perhaps for another device than this machine's.
+      is_abstract: True if only shapes are made, perhaps for a device that this machine does not
+        have. The device is then not checked.
 
     Raises:
-      ValueError: on an unknown name, or one that the default device cannot run.
+      ValueError: if the name is unknown, or the default device cannot run the implementation.
     """
     if implementation is None:
         if jax.default_backend() != "cpu":
@@ -110,35 +124,41 @@ def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
         )
     if implementation == "numba" and importlib.util.find_spec("numba") is None:
         raise ValueError(
-            'implementation "numba" needs the package numba: pip install numba, or leave implementation out'
+            'implementation "numba" needs the package numba: pip install numba, or leave '
+            "implementation out"
         )
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]
-        # Not an attribute of CPU and TPU devices, "8.0" or "gfx90a" elsewhere.
+        # CPU and TPU devices lack this attribute. Other devices have "8.0" or "gfx90a", for
+        # example.
         capability = str(getattr(device, "compute_capability", ""))
         is_able = capability.replace(".", "").isdigit() and float(capability) >= _TRITON_CAPABILITY
         if device.platform not in ("gpu", "cuda") or not is_able:
             raise ValueError(
-                f"pallas_triton needs an NVIDIA GPU of compute capability {_TRITON_CAPABILITY} or more, this device is "
-                f"{device.device_kind} ({device.platform} {capability}); leave implementation out"
+                f"pallas_triton needs an NVIDIA GPU of compute capability {_TRITON_CAPABILITY} or "
+                f"more, this device is {device.device_kind} ({device.platform} {capability}); "
+                "leave implementation out"
             )
     return implementation
 
 
 def _of(implementation: Named | None) -> Implementation:
-    """Returns the back end of a name; None: the reference."""
+    """Returns the Implementation of a name; None means the reference."""
     if isinstance(implementation, Implementation):
         return implementation
     return IMPLEMENTATIONS["xla" if implementation is None else implementation]
 
 
 def chunk_of(implementation: Named) -> int | None:
-    """Returns the chunk length that an implementation loops with, None for full-width passes."""
+    """Returns the chunk length of an implementation's loops, or None if it has no such loops."""
     return _of(implementation).chunk
 
 
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
-    """Whether an implementation runs the row movements (of a table, if given) as Pallas kernels."""
+    """Whether Pallas kernels run the row movements of an implementation.
+
+    If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
+    """
     return _of(implementation).is_kernel and (table is None or not indexing.is_on_host(table.rows))
 
 
@@ -148,9 +168,10 @@ def _chunk_for(implementation: Named, table: QuantizedTable) -> int | None:
 
 
 def compiled(implementation: Named | None) -> Any:
-    """Returns the folder of what numba compiles, None for implementations without it and over a mesh.
+    """Returns the package `ops.cpu`, or None if an implementation cannot use it here.
 
-    In the body of a shard_map values carry types (over which axes they vary) that foreign calls do not know: XLA alone.
+    It is also None inside the body of a shard_map. There, the type of a value says over which mesh
+    axes it varies. Foreign calls do not support such types, so XLA runs alone.
     """
     if not _of(implementation).is_native or jax.sharding.get_abstract_mesh().manual_axes:
         return None
@@ -165,7 +186,10 @@ def _gather_of(implementation: Named, table: QuantizedTable) -> xla.rows.Gather 
 
 
 def _kernels(implementation: Named | None) -> tuple[Any, bool]:
-    """Returns the folder of the kernels, imported only where they are used, and whether they are interpreted."""
+    """Returns the package `ops.gpu` and whether its kernels are interpreted.
+
+    The package is imported only if it is used.
+    """
     from mpembed_jax.ops import gpu
 
     return gpu, _of(implementation).is_interpreted
@@ -175,7 +199,7 @@ def _kernels(implementation: Named | None) -> tuple[Any, bool]:
 def unique(
     ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None
 ) -> Unique:
-    """See `xla.unique`."""
+    """Returns the distinct ids of a batch; see `xla.unique.unique`."""
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
@@ -190,24 +214,27 @@ def plan(
     *,
     implementation: Named,
 ) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
-    """Plans a batch (rules: `xla.plan.make_plan`) and brings its unique ids into the order of the plan.
+    """Plans a batch by the rules of `xla.plan.make_plan`, and orders its unique ids by the plan.
 
     Args:
-      cache: state before the step; its `rows` are passed through.
+      cache: the state before the step; its `rows` are passed through.
       unique: the distinct ids of the batch.
-      step: int32 scalar, number of this prefetch.
+      step: int32 scalar, the number of this prefetch.
       num_positions: see make_plan.
-      implementation: a name from IMPLEMENTATIONS.
+      implementation: a name from IMPLEMENTATIONS, or an Implementation.
 
     Returns:
-      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), the moves, the index of each
-      position's id among them (int32 [N]), and the number of positions whose id was found in the cache.
+      The cache, the moves, the inverse and the number of positions that hit (int32 scalar). In the
+      cache, newcomers have their lines, but their rows are not yet filled, and `dirty` still
+      describes the victims. The inverse (int32 [N]) is the index in the moves of each position's
+      id. A position hits if its id was in the cache before the step.
     """
     native = compiled(implementation)
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
         return native.plan.plan(cache, unique, step, halve)
-    chunk, width = chunk_of(implementation), unique.ids.shape[0]
+    chunk = chunk_of(implementation)
+    width = unique.ids.shape[0]
     cache, made = xla.plan.make_plan(
         cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk
     )
@@ -237,21 +264,23 @@ def plan(
 def swap(
     store: Store, moves: Moves, draw: Draw, *, implementation: Named
 ) -> tuple[Store, jax.Array]:
-    """See `xla.rows.swap`."""
+    """Evicts victims and fills newcomers; see `xla.rows.swap`."""
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.swap(store, moves, draw, is_interpreted=is_interpreted)
-    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    chunk = _chunk_for(implementation, store.table)
+    gather = _gather_of(implementation, store.table)
     return xla.rows.swap(store, moves, draw, chunk=chunk, gather=gather)
 
 
 @jax.named_scope("lookup")
 def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
-    """See `xla.rows.lookup`."""
+    """Gathers the unique rows (float32 [U, D]); see `xla.rows.lookup`."""
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.lookup(store, moves, is_interpreted=is_interpreted)
-    chunk, gather = _chunk_for(implementation, store.table), _gather_of(implementation, store.table)
+    chunk = _chunk_for(implementation, store.table)
+    gather = _gather_of(implementation, store.table)
     return xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
 
 
@@ -259,7 +288,7 @@ def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
 def read(
     table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named
 ) -> jax.Array:
-    """See `xla.rows.read`."""
+    """Reads rows (float32 [.., D]) for evaluation; see `xla.rows.read`."""
     if has_kernels(implementation, table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
@@ -270,7 +299,7 @@ def read(
 def write(
     store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named
 ) -> Store:
-    """See `xla.rows.write`."""
+    """Stores updated rows (float32 [U, D]); see `xla.rows.write`."""
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
@@ -291,7 +320,7 @@ def update(
     draw: Draw,
     implementation: Named,
 ) -> tuple[Store, jax.Array | None]:
-    """See `xla.update.update`."""
+    """Updates each row once and stores it; see `xla.update.update`."""
     given = (store, accumulator, moves, old_rows, row_grads)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
@@ -314,7 +343,7 @@ def update_summed(
     skip_nonfinite: bool,
     implementation: Named,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    """See `xla.update.update_summed`."""
+    """Sums the gradients of each row and updates it; see `xla.update.update_summed`."""
     given = (store, accumulator, moves, old_rows, positions)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
@@ -331,7 +360,7 @@ def update_summed(
     )
 
 
-@jax.custom_batching.custom_vmap  # foreign calls have no batched form
+@jax.custom_batching.custom_vmap  # vmap cannot batch a foreign call
 def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
     return compiled("numba").rows.take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
 
@@ -345,8 +374,8 @@ def _take_batches(
 
 
 def take(rows: jax.Array, index: jax.Array, *, implementation: Named | None = None) -> jax.Array:
-    """See `indexing.take`, for rows [U, D] and index [N]."""
-    # A foreign call takes the types of its operands on trust.
+    """Returns rows[index] (float32 [N, D]) for rows [U, D] and int32 index [N]."""
+    # A foreign call does not check the types of its operands.
     is_native = compiled(implementation) is not None and (rows.dtype, index.dtype) == (
         jnp.float32,
         jnp.int32,
@@ -363,7 +392,7 @@ def sum_duplicates(
     factors: jax.Array | None = None,
     source: jax.Array | None = None,
 ) -> jax.Array:
-    """See `xla.sums.sum_duplicates`."""
+    """Sums values that share an index (float32 [size, ..]); see `xla.sums.sum_duplicates`."""
     if has_kernels(implementation) and values.ndim == 2:
         kernels, is_interpreted = _kernels(implementation)
         wide = values.astype(jnp.float32)
@@ -376,7 +405,7 @@ def sum_duplicates(
 def bag(
     rows: jax.Array, index: jax.Array, factors: jax.Array, *, implementation: Named | None = None
 ) -> jax.Array:
-    """See `xla.bag.bag`."""
+    """Returns weighted sums of rows (float32 [.., D]); see `xla.bag.bag`."""
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.sums.bag(rows, index, factors, is_interpreted)

@@ -1,4 +1,8 @@
-"""What travels together through the ops: rows that move, what is changed in place, random bits, gradients, a back end."""
+"""Records of the ops: groups of arrays and settings that are always passed together.
+
+They hold the distinct ids of a batch, the rows that a step moves, the arrays that an op changes,
+the key of random bits, the gradients of positions, and the settings of an implementation.
+"""
 
 import dataclasses
 from fractions import Fraction
@@ -13,90 +17,106 @@ from mpembed_jax.table import QuantizedTable
 
 
 class Unique(NamedTuple):
-    """The distinct ids of a batch. Positions without one (padding, over the budget) hold U - 1 in `inverse`."""
+    """The distinct ids of a batch.
 
-    ids: jax.Array  # i32 [U]  distinct, NO_ID after the first num_ids
-    inverse: jax.Array  # i32 [N]
-    counts: jax.Array  # i32 [U]  occurrences, 0 for padding
+    Some positions have no unique id: padding, and ids over the budget. Their `inverse` is U - 1.
+    """
+
+    ids: jax.Array  # i32 [U]: the distinct ids; NO_ID after the first num_ids
+    inverse: jax.Array  # i32 [N]: the index in `ids` of each position's id
+    counts: jax.Array  # i32 [U]: occurrences; 0 for padding
     num_ids: jax.Array  # i32 []
-    num_dropped: jax.Array  # i32 []  distinct ids over the budget
+    num_dropped: jax.Array  # i32 []: distinct ids over the budget
 
 
 class Request(NamedTuple):
-    """What a batch asks of one device: its own distinct ids, and the rows it has to find for any device."""
+    """The requests of a batch on one device: its distinct ids, and the rows that it must find."""
 
-    rows: Unique  # to find here; on a mesh those of this shard that any device asks for
-    own: Unique  # of this device's positions; the same as rows on one device
-    num_requests: jax.Array  # i32 []  positions of this device that name a row of the stack
-    num_out_of_range: jax.Array  # i32 []
-    num_dropped: jax.Array  # i32 []  over the budget, of the whole batch
-    num_positions: Fraction  # ids of the batch, padding included; on a mesh this shard's share
-    route: Route | None  # on a mesh
+    # The rows that this device must find. On a mesh, these are the rows of its shard that any
+    # device asks for.
+    rows: Unique
+    own: Unique  # the distinct ids of this device's positions; on one device the same as `rows`
+    num_requests: jax.Array  # i32 []: positions of this device whose id names a row of the stack
+    num_out_of_range: jax.Array  # i32 []: positions of this device whose id is outside the stack
+    num_dropped: jax.Array  # i32 []: distinct ids over the budget, in the whole batch
+    # Number of ids in the batch, padding included. On a mesh, it is this shard's share of them.
+    num_positions: Fraction
+    route: Route | None  # None on one device
 
 
 class Moves(NamedTuple):
-    """The unique rows of one device in one step, in the order hits, newcomers, bypassed rows, padding."""
+    """The unique rows of one device in one step.
 
-    ids: jax.Array  # i32 [U]  NO_ID for padding
-    line: jax.Array  # i32 [U]  C where the row has none
-    victim_ids: jax.Array  # i32 [U]  id displaced from `line`, NO_ID if none
+    They are ordered: hits, newcomers, bypassed rows, padding.
+    """
+
+    ids: jax.Array  # i32 [U]; NO_ID for padding
+    line: jax.Array  # i32 [U]: the row's line during this step; C if it has none
+    victim_ids: jax.Array  # i32 [U]: the id displaced from `line`; NO_ID if none
     num_hits: jax.Array  # i32 []
-    num_cached: jax.Array  # i32 []  hits and newcomers: rows that sit in lines during this step
-    num_ids: jax.Array  # i32 []
+    num_cached: jax.Array  # i32 []: hits and newcomers, the rows in lines during this step
+    num_ids: jax.Array  # i32 []: rows that are not padding
 
 
 class Store(NamedTuple):
-    """What an op changes in place."""
+    """The arrays that an op changes in place."""
 
     table: QuantizedTable
-    lines: jax.Array | None  # f32 [C, D]  None without a cache
-    dirty: jax.Array | None  # bool [C]  None without a cache, and where an op does not use it
+    lines: jax.Array | None  # f32 [C, D]; None without a cache
+    dirty: jax.Array | None  # bool [C]; None without a cache, and for ops that do not use it
 
 
 class Draw(NamedTuple):
-    """Names the random bits of a step; the op adds the stream."""
+    """The source of the random bits of one step: a key and the step.
 
-    key: Key  # u32 [2]; on a shard a key bound to its local rows
+    Each op adds its own stream.
+    """
+
+    key: Key  # u32 [2], or on a shard a key bound to its local rows
     step: jax.Array  # i32 []
 
     def seed(self, stream: int) -> jax.Array:
-        """Returns the uint32 [2] from which a kernel draws the bits of a stream.
+        """Returns the seed (uint32 [2]) from which a kernel draws the bits of a stream.
 
         Raises:
-          TypeError: for a key bound to a shard, whose rows are no global ids.
+          TypeError: if the key is bound to a shard, because the rows of a shard are not global ids.
         """
         if not isinstance(self.key, jax.Array | np.ndarray):
-            raise TypeError("kernels draw random bits by global ids and do not run over a mesh")
+            raise TypeError(
+                "kernels draw random bits for global ids, so they cannot run over a mesh; choose "
+                'implementation="xla"'
+            )
         return draw_seed(self.key, stream, self.step)
 
 
 class Positions(NamedTuple):
-    """Which gradient each position of a batch takes, and for which row."""
+    """The gradients of a batch's positions, and the row that each of them belongs to."""
 
-    grads: jax.Array  # f32 [M, D]  of all vectors or bags; M > 0
-    row: jax.Array  # i32 [N]  in [0, U), N > 0; U - 1 is padding
-    source: jax.Array | None  # i32 [N]  of grads; None: position n takes grads[n // (N / M)]
-    factors: jax.Array | None  # f32 [N]  multiplied with each position's gradient
+    grads: jax.Array  # f32 [M, D], M > 0: the gradients of all vectors or bags
+    row: jax.Array  # i32 [N], N > 0: the row of each position, in [0, U); U - 1 is padding
+    # i32 [N]: the index in `grads` of each position. None: position n takes grads[n // (N / M)].
+    source: jax.Array | None
+    factors: jax.Array | None  # f32 [N]: factors of the positions' gradients; None: all are 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """How a back end runs the ops; static.
+    """The settings of an implementation of the ops; static.
 
     Attributes:
       name: see ops.IMPLEMENTATIONS.
-      chunk: rows per turn of XLA's loops, None for passes of full width.
-      host_chunk: the same for a table in host memory, where chunk is None.
-      is_native: numba runs deduplication, planning and the movements of large rows.
-      is_kernel: Pallas kernels run the row movements.
-      is_interpreted: the kernels are traced into plain jax operations.
+      chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
+      host_chunk: the same for a table in host memory, used if chunk is None.
+      is_native: whether numba runs deduplication, planning and the movements of large rows.
+      is_kernel: whether Pallas kernels run the row movements.
+      is_interpreted: whether the kernels are traced into plain jax operations.
     """
 
     name: str
     chunk: int | None = None
-    host_chunk: int = (
-        16384  # a third of a megabyte at INT8 and D = 16, some microseconds of the bus
-    )
+    # At INT8 and D = 16, 16384 rows take a third of a megabyte, which crosses the bus in some
+    # microseconds.
+    host_chunk: int = 16384
     is_native: bool = False
     is_kernel: bool = False
     is_interpreted: bool = False

@@ -1,4 +1,7 @@
-"""What a CPU does natively, compiled by numba and called through XLA's foreign function interface; the reference's bits."""
+"""Ops compiled by numba for a CPU and called through XLA's foreign function interface.
+
+They give the same bits as the reference.
+"""
 
 from mpembed_jax.ops.cpu import call_frame, hashes, plan, policy, rows, unique
 

@@ -1,11 +1,14 @@
-"""XLA's foreign functions on a CPU, written in Python and compiled by numba: reading a call frame, registering a handler.
+"""XLA's foreign functions on a CPU, written in Python and compiled by numba.
 
-XLA calls a handler with one pointer, to an `XLA_FFI_CallFrame`; offsets are those of xla/ffi/api/c_api.h (API 0.x), which
-jaxlib carries in `jax.ffi.include_dir()` and which grows only at the ends of its structs. A handler is first asked which
-version of the interface it speaks, and answers with the one it was asked in.
+This module reads call frames and registers handlers. XLA calls a handler with one pointer, to an
+`XLA_FFI_CallFrame`. The offsets in this module are those of xla/ffi/api/c_api.h (API 0.x). jaxlib
+carries that header in `jax.ffi.include_dir()`, and its structs grow only at their ends. XLA first
+asks each handler for the version of the interface that the handler uses. A handler answers with the
+version that XLA uses.
 
     def add_one(frame):
-        values, result = call_frame.argument(frame, 0, np.int32), call_frame.result(frame, 0, np.int32)
+        values = call_frame.argument(frame, 0, np.int32)
+        result = call_frame.result(frame, 0, np.int32)
         ..
 
     call_frame.register("add_one", add_one)
@@ -26,22 +29,22 @@ from numba.extending import intrinsic
 from mpembed_jax.ops.cpu import machine_code
 
 _METADATA = 1  # XLA_FFI_Extension_Metadata
-_SCHEDULE = 17  # place of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
-_LINE = 16  # words of 32 bits in a cache line
-_handlers: dict[str, Any] = {}  # compiled code must live as long as the process
+_SCHEDULE = 17  # index of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
+_LINE = 16  # 32-bit words in a cache line of the processor
+_handlers: dict[str, Any] = {}  # keeps compiled code alive as long as the process
 _lock = threading.Lock()
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
-# Python never calls what is compiled here: without wrappers for it, compilation takes half the time.
+# Python never calls these functions. Compilation takes half the time without wrappers for Python.
 compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
 
 
 @intrinsic
 def _pointer(context, address):
-    """Turns an address (int64) into a pointer."""
+    """Converts an address (int64) to a pointer."""
 
     def codegen(target, builder, signature, arguments):
         return builder.inttoptr(arguments[0], target.get_value_type(types.voidptr))
@@ -106,7 +109,7 @@ def _call_half(context, function, frame, half):
 
 @intrinsic
 def _add(context, address, number):
-    """Adds to the 64-bit number at an address, atomically and in order; returns what it was."""
+    """Adds to the 64-bit number at an address, atomically and in order; returns the old number."""
 
     def codegen(target, builder, signature, arguments):
         pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
@@ -117,19 +120,22 @@ def _add(context, address, number):
 
 @intrinsic
 def _prefetch(context, array, index):
-    """Asks for the cache line of a contiguous array's element, without waiting for it; any int64 index is safe."""
+    """Prefetches the processor's cache line of an element of a contiguous array.
+
+    It does not wait for the line. Any int64 index is safe.
+    """
 
     def codegen(target, builder, signature, arguments):
         data = target.make_array(signature.args[0])(target, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        byte = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
         types_ = [byte, number, number, number]
         fetch = builder.module.declare_intrinsic(
             "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), types_)
         )
         place = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(
-            fetch, [place, number(0), number(3), number(1)]
-        )  # for reading, to all levels, data
+        # The constants select reading, all levels of the cache, and data.
+        builder.call(fetch, [place, number(0), number(3), number(1)])
         return target.get_dummy_value()
 
     return types.void(array, types.int64), codegen
@@ -137,9 +143,11 @@ def _prefetch(context, array, index):
 
 @intrinsic
 def stream(context, array, index, source, source_index):
-    """Copies 8 words of 32 bits past the processor's caches; `array` at `index` must be aligned to 32 bytes.
+    """Copies 8 words of 32 bits without going through the processor's caches.
 
-    The cache line is not read from memory first, and displaces nothing: for results larger than the caches.
+    The address of `array` at `index` must be a multiple of 32 bytes. The written cache line is not
+    read from memory first, and it displaces no line from the caches. This is for results larger
+    than the caches.
     """
 
     def codegen(target, builder, signature, arguments):
@@ -149,10 +157,8 @@ def stream(context, array, index, source, source_index):
             data = target.make_array(kind)(target, builder, value).data
             return builder.bitcast(builder.gep(data, [index]), vector)
 
-        here, there = (
-            place(array, arguments[0], arguments[1]),
-            place(source, arguments[2], arguments[3]),
-        )
+        here = place(array, arguments[0], arguments[1])
+        there = place(source, arguments[2], arguments[3])
         store = builder.store(builder.load(there, align=4), here, align=32)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return target.get_dummy_value()
@@ -162,7 +168,7 @@ def stream(context, array, index, source, source_index):
 
 @intrinsic
 def fence(context):
-    """Makes what `stream` wrote visible before what follows."""
+    """Makes the words that `stream` wrote visible before anything that follows."""
 
     def codegen(target, builder, signature, arguments):
         builder.fence("seq_cst")
@@ -173,7 +179,7 @@ def fence(context):
 
 @compiled
 def ask_for(array, first, num):
-    """Asks for the cache lines of `num` elements from `first` on, words of 32 bits; does not wait for them."""
+    """Prefetches the cache lines of `num` 32-bit words from `first` on, without waiting."""
     for word in range(0, num, _LINE):
         _prefetch(array, first + word)
 
@@ -186,7 +192,10 @@ def _word(address, index):
 
 @compiled
 def _is_query(frame):
-    """Answers XLA's question for the version of the interface; False if the frame is an execution."""
+    """Returns whether a frame asks for the version of the interface, and answers it if so.
+
+    Any other frame asks for an execution.
+    """
     is_query = False
     extension = _word(frame, 1)
     while extension != 0:
@@ -200,7 +209,8 @@ def _is_query(frame):
 
 @compiled
 def _flat(buffer, dtype):
-    size, dims = 1, _word(buffer, 5)
+    size = 1
+    dims = _word(buffer, 5)
     for axis in range(_word(buffer, 4)):
         size *= _word(dims, axis)
     return numba.carray(_pointer(_word(buffer, 3)), size, dtype)
@@ -208,13 +218,16 @@ def _flat(buffer, dtype):
 
 @compiled
 def argument(frame, index, dtype):
-    """Returns the index-th operand as a flat array; its dtype is taken on trust."""
+    """Returns the index-th operand as a flat array of `dtype`, which is not checked."""
     return _flat(_word(_word(frame, 9), index), dtype)
 
 
 @compiled
 def result(frame, index, dtype):
-    """Returns the index-th result as a flat array; where an operand is aliased to it, they are one."""
+    """Returns the index-th result as a flat array of `dtype`, which is not checked.
+
+    If an operand is aliased to the result, both are the same memory.
+    """
     return _flat(_word(_word(frame, 14), index), dtype)
 
 
@@ -234,8 +247,9 @@ def _task(block):
 
 @compiled
 def _run_halves(frame, half):
-    # A block of words: who came first for the second half, whether it is done, who still holds the block, the frame, the
-    # function, and the arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
+    # The block has ten words: 0 how many threads asked for the second half; 1 whether that half is
+    # done; 2 how many threads still use the block; 3 the frame; 4 the function; 5 to 9 the
+    # arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
     block = _malloc(80)
     words = numba.carray(_pointer(block), 10, np.int64)
     words[0], words[1], words[2], words[3], words[4] = 0, 0, 2, frame, half
@@ -253,20 +267,22 @@ def _run_halves(frame, half):
     else:
         while _add(block + 8, 0) == 0:
             _yield()
-    if is_refused:  # no task will come to let go of the block
+    # If the pool refused the task, nobody else releases the task's share of the block.
+    if is_refused:
         _release(block)
     _release(block)
 
 
 def halves(half: Callable[[int, int], None]) -> Callable:
-    """Returns a numba function of a call frame that runs half(frame, 0) and half(frame, 1), at once if a thread is free.
+    """Returns a numba function of a call frame that runs half(frame, 0) and half(frame, 1).
 
-    XLA's thread pool may be busy, or wait for us, so the caller does what no other thread has begun; it never waits for
-    work that has not begun.
+    The two halves run at the same time if a thread of XLA's pool is free. The pool may be busy, or
+    may itself wait for the caller. The caller therefore runs the second half if no other thread has
+    begun it, and never waits for work that has not begun.
 
     Args:
-      half: a Python function that numba compiles here; it must not raise, and its two parts must not write what the other
-        one touches.
+      half: a Python function, compiled here by numba. It must not raise. Neither half may write
+        anything that the other half reads or writes.
     """
     part = compiled(half)
 
@@ -278,11 +294,12 @@ def halves(half: Callable[[int, int], None]) -> Callable:
 
 
 def register(name: str, body: Callable[[int], None]) -> None:
-    """Compiles `body`, a Python or numba function of the address of a call frame, and registers it for CPUs; once per name.
+    """Compiles `body` with numba and registers it as a foreign function for CPUs, once per name.
 
     Args:
-      name: of the target, for `jax.ffi.ffi_call`.
-      body: reads and writes the buffers of its frame; it must not raise.
+      name: the target's name for `jax.ffi.ffi_call`. If it is registered already, nothing happens.
+      body: a Python or numba function of the address of a call frame. It reads and writes the
+        buffers of the frame. It must not raise.
     """
     with _lock:  # two threads may trace a step for the first time at the same moment
         if name not in _handlers:
@@ -300,10 +317,8 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
 
     code, address = machine_code.load(name, handler, types.int64(types.int64))
     make_capsule = ctypes.pythonapi.PyCapsule_New
-    make_capsule.restype, make_capsule.argtypes = (
-        ctypes.py_object,
-        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
-    )
+    make_capsule.restype = ctypes.py_object
+    make_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule = make_capsule(address, b"xla._CUSTOM_CALL_TARGET", None)
     jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     return code

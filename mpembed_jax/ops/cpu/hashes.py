@@ -1,4 +1,4 @@
-"""Hashes of `numerics` and `cache`, compiled by numba: the same numbers."""
+"""The hashes of `numerics` and `cache`, compiled by numba. They give the same numbers."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _SEEDS = residency.SKETCH_SEEDS
 
 @compiled
 def fmix32(x):
-    """See random_bits.fmix32."""
+    """Mixes a uint32; see random_bits.fmix32."""
     x = np.uint32(x)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x85EBCA6B))
@@ -21,14 +21,15 @@ def fmix32(x):
 
 @compiled
 def scale_to(mixed, size):
-    """See random_bits.scale_to."""
+    """Maps a mixed uint32 to [0, size); see random_bits.scale_to."""
     return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
 
 
 @compiled
 def cell(depth, x, groups, width):
-    """See residency.sketch_cells."""
-    quotient, group = np.uint32(x) // np.uint32(groups), np.int64(np.uint32(x) % np.uint32(groups))
+    """Returns the cell of id x in row `depth` of the sketch; see residency.sketch_cells."""
+    quotient = np.uint32(x) // np.uint32(groups)
+    group = np.int64(np.uint32(x) % np.uint32(groups))
     return (depth * groups + group) * width + scale_to(
         fmix32(quotient ^ np.uint32(_SEEDS[depth])), width
     )

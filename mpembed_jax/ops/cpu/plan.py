@@ -1,7 +1,8 @@
-"""Planning a batch on a CPU: the rules of `xla.plan.make_plan` and `xla.rounds.enter`, in loops compiled by numba.
+"""The plan of a batch on a CPU, by loops that numba compiles.
 
-Decisions depend on each other, so plain loops cost half of XLA's passes over arrays, or less. All of it is integer
-arithmetic: the same bits as the reference, the cache's arrays updated in place.
+The rules are those of `xla.plan.make_plan` and `xla.rounds.enter`. Each decision depends on earlier
+ones, so plain loops take half the time of XLA's passes over arrays, or less. All arithmetic is on
+integers, so the bits are those of the reference. The arrays of the cache are updated in place.
 """
 
 import dataclasses
@@ -20,31 +21,33 @@ from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
-# The buffers of the call, by position. Tags, priority and sketch are arguments, too, and changed in place.
+# The operands and results of the call, by position. Tags, priority and sketch are operands too, and
+# change in place.
 _IDS, _INVERSE, _COUNTS, _NUMBERS, _SHAPE = range(5)
 _TAGS, _PRIORITY, _SKETCH, _PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _PLACED_INVERSE, _FOUND = range(
     8
 )
 _LINE, _ESTIMATE, _SET_OF, _ORDER, _QUEUE, _BUCKET_OF, _VICTIM, _VICTIM_USE = range(8, 16)
 _BEST, _WINNER, _FULL = range(16, 19)
-_AHEAD = 16  # ids
-# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+_AHEAD = 16  # ids between a prefetch and its use
+# An unsigned index needs no wrapping of negative values. The wrapping would keep loops over ways
+# from being vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
 
 
 def _find_half(frame, half):
-    """Finds the lines of one half of the ids; pins those that exist, estimates and queues the misses.
+    """Finds the lines of one half of the ids, pins those lines, and queues the misses.
 
-    `order` and `queue` are filled from the half's first id on; found[half] and found[2 + half] say how far. Cache lines are
-    asked for well before they are looked at: tags first, then, when the line is known, its priority.
+    It also estimates the use of every id. `order` and `queue` are filled from the half's first id
+    on. found[half] and found[2 + half] are their numbers of entries. Memory is prefetched well
+    before it is read: first the tags of the id's set, then the priority of its line.
     """
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
     shape = argument(frame, _SHAPE, np.int32)
-    num_ids, step = (
-        np.int64(argument(frame, _NUMBERS, np.int32)[0]),
-        argument(frame, _NUMBERS, np.int32)[1],
-    )
+    numbers = argument(frame, _NUMBERS, np.int32)
+    num_ids = np.int64(numbers[0])
+    step = numbers[1]
     tags = result(frame, _TAGS, np.int32)
     priority = result(frame, _PRIORITY, np.int32)
     sketch = result(frame, _SKETCH, np.uint16)
@@ -54,13 +57,13 @@ def _find_half(frame, half):
     set_of = result(frame, _SET_OF, np.int32)
     order = result(frame, _ORDER, np.int32)
     queue = result(frame, _QUEUE, np.int32)
-    sets, ways, groups, width = (
-        np.int64(shape[0]),
-        np.int64(shape[1]),
-        np.int64(shape[2]),
-        np.int64(shape[3]),
-    )
-    is_lfu, begin, end = width > 0, num_ids * half // 2, num_ids * (half + 1) // 2
+    sets = np.int64(shape[0])
+    ways = np.int64(shape[1])
+    groups = np.int64(shape[2])
+    width = np.int64(shape[3])
+    is_lfu = width > 0
+    begin = num_ids * half // 2
+    end = num_ids * (half + 1) // 2
     num_hits, num_misses = 0, 0
     for ahead in range(begin, end + 2 * _AHEAD):
         if ahead < end:
@@ -71,10 +74,11 @@ def _find_half(frame, half):
             set_of[ahead] = home
             ask_for(tags, home * ways, ways)
         i = ahead - _AHEAD
-        if (
-            begin <= i < end
-        ):  # without a branch on what is found: a wrong guess would end the overlap of waits
-            first, place = np.uint64(np.int64(set_of[i]) * ways), np.uint64(0)
+        if begin <= i < end:
+            # This does not branch on whether the id is found. A mispredicted branch would end the
+            # overlap of memory accesses.
+            first = np.uint64(np.int64(set_of[i]) * ways)
+            place = np.uint64(0)
             for way in range(np.uint64(ways)):
                 place += np.uint64(way + _ONE) if tags[first + way] == ids[i] else np.uint64(0)
             here = np.int64(first + place - _ONE if place > 0 else first)
@@ -112,7 +116,7 @@ _find = call_frame.halves(_find_half)
 
 @compiled
 def _join(values, begin, num_first, num_second):
-    """Moves what stands from `begin` on to behind the first entries."""
+    """Moves num_second entries from `begin` to behind the first num_first; returns their number."""
     for k in range(num_second):
         values[num_first + k] = values[begin + k]
     return num_first + num_second
@@ -120,29 +124,34 @@ def _join(values, begin, num_first, num_second):
 
 @compiled
 def _enter(
-    ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use, order, num_cached, queue,
-    num_waiting, best, winner, full,
+    ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
+    order, num_cached, queue, num_waiting, best, winner, full,
 ):  # fmt: skip
-    """Lets misses enter in the rounds of xla.rounds.enter, and appends them to `order`. Returns the number of cached ids."""
+    """Lets misses enter in the rounds of xla.rounds.enter, and appends them to `order`.
+
+    Returns the number of ids that are in lines.
+    """
     last = len(ids)
     best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
-        for k in range(
-            num_waiting
-        ):  # a bucket's best miss: the largest estimate, then the smallest id
+        for k in range(num_waiting):
+            # Elects the best miss of each bucket: the largest estimate, then the smallest id.
             i = queue[k]
             b = bucket_of[i]
             if estimate[i] > best[b] or (estimate[i] == best[b] and ids[i] < winner[b]):
                 best[b], winner[b] = estimate[i], ids[i]
-        for k in range(num_waiting):  # meets the cheapest way of its set
+        for k in range(num_waiting):
+            # The elected miss meets the cheapest way of its set.
             i = queue[k]
             if winner[bucket_of[i]] != ids[i]:
                 continue
-            first, cheapest = np.uint64(set_of[i] * ways), np.uint64(1) << np.uint64(40)
+            first = np.uint64(set_of[i] * ways)
+            cheapest = np.uint64(1) << np.uint64(40)
             for way in range(np.uint64(ways)):
                 rank = policy.rank(is_lfu, tags[first + way], priority[first + way], step)
                 cheapest = min(cheapest, rank * _MAX_WAYS + way)
-            here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            here = np.int64(first + cheapest % _MAX_WAYS)
+            use = np.int64(cheapest // _MAX_WAYS)
             if policy.may_enter(is_lfu, use, estimate[i]):
                 victim[i], victim_use[i] = tags[here], use - 1
                 tags[here], priority[here], line[i] = ids[i], policy.pinned(is_lfu, step), here
@@ -151,9 +160,9 @@ def _enter(
             else:
                 full[bucket_of[i]] = set_of[i]
         num_left = 0
-        for k in range(
-            num_waiting
-        ):  # a set that its best miss could not enter is closed; other losers wait
+        for k in range(num_waiting):
+            # If the best miss of a set could not enter, the set is closed to all its misses. The
+            # other misses that were not elected wait.
             i = queue[k]
             if full[bucket_of[i]] == set_of[i]:
                 last -= 1
@@ -169,7 +178,10 @@ def _enter(
 
 
 def _place_half(frame, half):
-    """Brings one half of the ids into the order of the plan; their lines, or the sketch, take their estimates."""
+    """Puts one half of the ids into the order of the plan, and stores their estimates.
+
+    An estimate is stored at the id's line, or in the sketch if the id has no line.
+    """
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
     shape = argument(frame, _SHAPE, np.int32)
@@ -185,25 +197,28 @@ def _place_half(frame, half):
     moved = result(frame, _QUEUE, np.int32)
     victim = result(frame, _VICTIM, np.int32)
     victim_use = result(frame, _VICTIM_USE, np.int32)
-    groups, width, num_ids = (
-        np.int64(shape[2]),
-        np.int64(shape[3]),
-        np.int64(argument(frame, _NUMBERS, np.int32)[0]),
-    )
+    groups = np.int64(shape[2])
+    width = np.int64(shape[3])
+    num_ids = np.int64(argument(frame, _NUMBERS, np.int32)[0])
     num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
-    is_lfu, hit_requests = width > 0, 0
-    # One of them does all that has to do with the sketch, whose cells several ids share.
+    is_lfu = width > 0
+    hit_requests = 0
+    # One half does all the work on the sketch, because several ids share a cell. The other half has
+    # hits only.
     middle = min(num_ids // 2, num_hits)
     for k in range(middle * half, num_ids if half else middle):
         i = order[k]
-        placed_ids[k], placed_line[k], victim_ids[k], moved[i] = ids[i], line[i], _NO_ID, k
+        placed_ids[k] = ids[i]
+        placed_line[k] = line[i]
+        victim_ids[k] = _NO_ID
+        moved[i] = k
         if k < num_hits:
             hit_requests += counts[i]
         else:
             victim_ids[k] = victim[i]
-        if (
-            is_lfu
-        ):  # lines of this batch take their estimates; the sketch keeps those of ids without a line
+        if is_lfu:
+            # Lines of this batch take their estimates. The sketch keeps those of ids without a
+            # line.
             if k < num_cached:
                 priority[line[i]] = estimate[i]
             if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
@@ -242,7 +257,9 @@ def _plan(frame):
     winner = result(frame, _WINNER, np.int32)
     full = result(frame, _FULL, np.int32)
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
-    sets, ways, is_lfu = np.int64(shape[0]), np.int64(shape[1]), shape[3] > 0
+    sets = np.int64(shape[0])
+    ways = np.int64(shape[1])
+    is_lfu = shape[3] > 0
 
     if must_halve:
         for k in range(len(priority)):
@@ -259,21 +276,18 @@ def _plan(frame):
     num_cached = num_hits
     if num_misses > 0:
         num_cached = _enter(
-            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
-            order, num_hits, queue, num_misses, best, winner, full,
+            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of,
+            victim, victim_use, order, num_hits, queue, num_misses, best, winner, full,
         )  # fmt: skip
-
     found[0], found[1] = num_hits, num_cached
     _place(frame)
     found[2] += found[3]
-    moved = queue
+    moved = queue  # the queue has been worked off; its array now holds the new index of each id
     for k in range(num_ids, len(ids)):
-        placed_ids[k], placed_line[k], victim_ids[k], moved[k] = (
-            _NO_ID,
-            sets * ways,
-            _NO_ID,
-            len(ids) - 1,
-        )
+        placed_ids[k] = _NO_ID
+        placed_line[k] = sets * ways
+        victim_ids[k] = _NO_ID
+        moved[k] = len(ids) - 1
     for position in range(len(inverse)):
         placed_inverse[position] = moved[inverse[position]]
 
@@ -281,7 +295,14 @@ def _plan(frame):
 def plan(
     cache: CacheState, unique: Unique, step: jax.Array, must_halve: jax.Array
 ) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
-    """See `ops.plan`."""
+    """Plans a batch; see `ops.plan`.
+
+    Args:
+      cache: the state before the step.
+      unique: the distinct ids of the batch.
+      step: int32 scalar, the number of this prefetch.
+      must_halve: bool scalar, whether all LFU estimates are halved first.
+    """
     ids, inverse, counts, num_ids, _ = unique
     call_frame.register("mpembed_plan", _plan)
     sets, ways, groups = cache.geometry

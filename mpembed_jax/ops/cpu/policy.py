@@ -1,4 +1,4 @@
-"""The rules of `cache.policy`, compiled by numba: the same numbers."""
+"""The rules of `cache.policy`, compiled by numba. They give the same numbers."""
 
 import numpy as np
 
@@ -12,19 +12,19 @@ _MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MA
 
 @compiled
 def estimate(use, count):
-    """See policy.estimate."""
+    """Returns the estimated use of an id; see policy.estimate."""
     return min(use + count, _MAX_ESTIMATE)
 
 
 @compiled
 def pinned(is_lfu, step):
-    """See policy.pinned."""
+    """Returns the priority of a line of this batch; see policy.pinned."""
     return _PINNED if is_lfu else step
 
 
 @compiled
 def rank(is_lfu, tag, priority, step):
-    """See policy.ranks."""
+    """Returns the rank (uint64) of one way; see policy.ranks."""
     if is_lfu:
         dear = np.uint64(priority + 1)
     else:
@@ -34,5 +34,5 @@ def rank(is_lfu, tag, priority, step):
 
 @compiled
 def may_enter(is_lfu, rank, estimate):
-    """See policy.may_enter."""
+    """Returns whether a newcomer may take a way of this rank; see policy.may_enter."""
     return rank <= (estimate if is_lfu else _MAX_AGE)

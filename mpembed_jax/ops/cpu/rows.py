@@ -1,7 +1,9 @@
-"""Gathers and scatters of rows on a CPU: two threads, cache lines asked for ahead, large results past the caches.
+"""Gathers and scatters of rows on a CPU, on two threads and with prefetching.
 
-A row of a large table is a cache miss of some hundred nanoseconds. XLA's loops wait for a few at a time; these ask for the
-rows to come while they copy the present one. Only movements: no arithmetic, so the bits are the reference's.
+Reading a row of a large table is a cache miss, which takes some hundred nanoseconds. XLA's loops
+wait for a few misses at a time. The loops here prefetch later rows while they copy the present one.
+Large results are written past the caches. Rows are moved without arithmetic, so the bits are those
+of the reference.
 """
 
 import jax
@@ -10,15 +12,18 @@ import numpy as np
 from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, result, stream
 
-_AHEAD = 8  # rows
-_STREAMED = (
-    3 << 20
-)  # words: 12 MiB, more than a core's share of the last cache is likely to hold until it is read
+_AHEAD = 8  # rows between a prefetch and its use
+# Results of at least this many 32-bit words are written past the caches. They are 12 MiB, more than
+# a core's share of the last-level cache is likely to hold until they are read.
+_STREAMED = 3 << 20
 
 
 @compiled
 def _row_at(index, i, end, array, words, num_rows):
-    """Returns index[i], beyond the rows where negative, and asks for the row of an index some turns ahead."""
+    """Returns index[i] as uint64, and prefetches the row of a later index.
+
+    A negative index becomes a number beyond all rows.
+    """
     ahead = np.uint64(np.uint32(index[min(i + _AHEAD, end - 1)]))
     if ahead < num_rows:
         ask_for(array, np.int64(ahead * words), np.int64(words))
@@ -26,18 +31,18 @@ def _row_at(index, i, end, array, words, num_rows):
 
 
 def _put_half(frame, half):
-    index, values, array = (
-        argument(frame, 0, np.int32),
-        argument(frame, 1, np.uint32),
-        result(frame, 0, np.uint32),
-    )
+    index = argument(frame, 0, np.int32)
+    values = argument(frame, 1, np.uint32)
+    array = result(frame, 0, np.uint32)
     num = len(index)
     if num == 0:
         return
     words = np.uint64(len(values) // num)
-    num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
+    num_rows = np.uint64(len(array)) // words
+    end = num * (half + 1) // 2
     for i in range(num * half // 2, end):
-        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
+        here = _row_at(index, i, end, array, words, num_rows)
+        row = np.uint64(i)
         if here < num_rows:
             for word in range(words):
                 array[here * words + word] = values[row * words + word]
@@ -47,28 +52,32 @@ _put = call_frame.halves(_put_half)
 
 
 def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """See `indexing.put`, for rows of float32 or uint32."""
+    """Returns `array` [n, m] with rows `index` (int32 [k], distinct) set to `values` [k, m].
+
+    Rows are float32 or uint32. Rows with an index outside the array are dropped; see
+    `indexing.put`.
+    """
     call_frame.register("mpembed_put", _put)
     out = jax.ShapeDtypeStruct(array.shape, array.dtype)
     return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
 
 
 def _take_half(frame, half):
-    array, index, out = (
-        argument(frame, 0, np.uint32),
-        argument(frame, 1, np.int32),
-        result(frame, 0, np.uint32),
-    )
+    array = argument(frame, 0, np.uint32)
+    index = argument(frame, 1, np.int32)
+    out = result(frame, 0, np.uint32)
     num = len(index)
     if num == 0:
         return
     words = np.uint64(len(out) // num)
     if words == 0:
         return
-    num_rows, end = np.uint64(len(array)) // words, num * (half + 1) // 2
+    num_rows = np.uint64(len(array)) // words
+    end = num * (half + 1) // 2
     is_streamed = len(out) >= _STREAMED and words % np.uint64(8) == 0 and out.ctypes.data % 32 == 0
     for i in range(num * half // 2, end):
-        here, row = _row_at(index, i, end, array, words, num_rows), np.uint64(i)
+        here = _row_at(index, i, end, array, words, num_rows)
+        row = np.uint64(i)
         if here >= num_rows:
             for word in range(words):
                 out[row * words + word] = np.uint32(0)
@@ -86,7 +95,7 @@ _take = call_frame.halves(_take_half)
 
 
 def take(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns rows array[index] (float32 or uint32 [n, m], int32 [k]), zeros outside."""
+    """Returns array[index] (float32 or uint32 [n, m], int32 [k]); zeros for indices outside."""
     call_frame.register("mpembed_take", _take)
     out = jax.ShapeDtypeStruct((*index.shape, *array.shape[1:]), array.dtype)
     return jax.ffi.ffi_call("mpembed_take", out)(array, index)

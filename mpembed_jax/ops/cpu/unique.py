@@ -1,7 +1,8 @@
-"""The distinct ids of a batch on a CPU, by a hash table in a loop compiled by numba.
+"""The distinct ids of a batch on a CPU, by a hash table in a loop that numba compiles.
 
-A batch's integers are a few hundred kilobytes, so plain loops cost half of XLA's passes over arrays, or less. The same
-bits as the reference. Each function for jax becomes one foreign call.
+The integers of a batch take a few hundred kilobytes. Plain loops over them take half the time of
+XLA's passes over arrays, or less. The bits are those of the reference. `unique` is one foreign
+call.
 """
 
 import jax
@@ -18,18 +19,18 @@ _NO_ID = np.int32(NO_ID)
 
 
 def _unique(frame):
-    ids, step = argument(frame, 0, np.int32), argument(frame, 1, np.int32)[0]
-    unique_ids, inverse, counts = (
-        result(frame, 0, np.int32),
-        result(frame, 1, np.int32),
-        result(frame, 2, np.int32),
-    )
-    numbers, table = result(frame, 3, np.int32), result(frame, 4, np.int32)
-    seen, times = (
-        result(frame, 5, np.int32),
-        result(frame, 6, np.int32),
-    )  # of all distinct ids, over the budget or not
-    size, mask = len(unique_ids), len(table) - 1
+    ids = argument(frame, 0, np.int32)
+    step = argument(frame, 1, np.int32)[0]
+    unique_ids = result(frame, 0, np.int32)
+    inverse = result(frame, 1, np.int32)
+    counts = result(frame, 2, np.int32)
+    numbers = result(frame, 3, np.int32)
+    table = result(frame, 4, np.int32)
+    # These are about all distinct ids, including those over the budget.
+    seen = result(frame, 5, np.int32)
+    times = result(frame, 6, np.int32)
+    size = len(unique_ids)
+    mask = len(table) - 1
 
     table[:] = -1
     num_found = 0
@@ -61,8 +62,13 @@ def _unique(frame):
 
 @compiled
 def _smallest(values, num):
-    """Returns the num-th smallest uint32 (the smallest for 0), by its upper, then by its lower half: no sort to compile."""
-    found, rest = np.uint32(0), max(num, 1)
+    """Returns the num-th smallest of `values` (uint32), counted from 1; 0 is taken as 1.
+
+    It counts the upper halves of the values first, then the lower halves. There is no sort that
+    numba would have to compile.
+    """
+    found = np.uint32(0)
+    rest = max(num, 1)
     for shift in (np.uint32(16), np.uint32(0)):
         counts = np.zeros(1 << 16, np.int64)
         for value in values:
@@ -78,8 +84,12 @@ def _smallest(values, num):
 
 @compiled
 def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding):
-    """Over the budget: the ids smallest by fmix32(id xor step) stay, in their order."""
-    mixed, moved = np.empty(num_found, np.uint32), np.empty(num_found, np.int32)
+    """Keeps the num_kept ids that are smallest by fmix32(id xor step), in their order.
+
+    It is called if there are more distinct ids than the budget allows.
+    """
+    mixed = np.empty(num_found, np.uint32)
+    moved = np.empty(num_found, np.int32)
     for index in range(num_found):
         mixed[index] = fmix32(np.uint32(seen[index]) ^ np.uint32(step))
     limit = _smallest(mixed, num_kept)
@@ -95,7 +105,13 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
 
 
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """See `xla.unique`; for at least one position."""
+    """Returns the distinct ids of int32 ids [N], N > 0; see `xla.unique.unique`.
+
+    Args:
+      ids: int32 [N]; NO_ID is padding.
+      size: U; the last of the returned ids is always NO_ID.
+      step: int32 scalar, the number of this prefetch.
+    """
     call_frame.register("mpembed_unique", _unique)
     (num_positions,) = ids.shape
     num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())

@@ -1,4 +1,7 @@
-"""GPU kernels by Pallas' Triton back end; each op has the signature of its reference and gives the same bits."""
+"""GPU kernels by Pallas' Triton back end.
+
+Each op takes the arguments of its reference and gives the same bits.
+"""
 
 from mpembed_jax.ops.gpu import kernel, rows, sums, update
 

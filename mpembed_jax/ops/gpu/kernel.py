@@ -1,12 +1,18 @@
-"""Rows inside a Pallas-Triton kernel body: reading packed rows, packing them, and launching.
+"""The parts of a Pallas-Triton kernel: loads and stores, packed rows, and the launch.
 
-A kernel sees whole arrays by reference and loads them at index vectors, so it needs no padding: blocks are powers of two, as
-Triton wants them, and masks do the rest. The arithmetic is that of `numerics`; only the layout differs. A row
-is read by element (every element loads the word that holds it, and its neighbours hit the same cache line) and written by
-word: element `word * per_word + place` is handled in the pass of `place`, so words are made without a reshape.
+A kernel gets whole arrays by reference and loads their elements at index vectors. The arrays need
+no padding: blocks are powers of two, as Triton requires, and masks cover the rest. The arithmetic
+is that of `numerics`. Only the layout differs:
 
-Known differences of Triton's arithmetic, and what is done: min and max ignore NaN (rows with one are marked), division is
-approximate (float8 uses PTX div.rn; integer grids are exact by remainders), optimization_barrier does not exist.
+* A row is read by element. Every element loads the word that holds it. Neighbouring elements hit
+  the same cache line.
+* A row is written by word, in one pass for each place. The place of an element is its index within
+  its word. The pass of `place` handles element `word * per_word + place` of every word, so words
+  are made without a reshape.
+
+Triton's arithmetic differs from XLA's in three ways. min and max ignore NaN, so rows with a NaN are
+marked. Division is approximate, so float8 formats divide by PTX div.rn, and integer formats correct
+their quotients by exact remainders. There is no optimization_barrier.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from mpembed_jax.numerics import formats, random_bits
 from mpembed_jax.numerics.formats import RowFormat
 
-_ELEMENTS = 1024  # elements of a block: 4 warps with 8 elements a thread
+_ELEMENTS = 1024  # elements of a block: 8 for each thread of 4 warps
 _WARPS = 4
 
 
@@ -30,12 +36,12 @@ def ceil_power(n: int) -> int:
 
 
 def block_rows(embedding_dim: int) -> int:
-    """Returns how many rows of a dim one program takes."""
+    """Returns the number of rows of `embedding_dim` elements that one program handles."""
     return max(1, _ELEMENTS // ceil_power(embedding_dim))
 
 
 class Layout(NamedTuple):
-    """How rows of a format lie in words; all static."""
+    """The layout of a format's rows in words; static."""
 
     format: RowFormat
     dim: int
@@ -43,21 +49,21 @@ class Layout(NamedTuple):
 
     @property
     def per_word(self) -> int:
-        """Elements per word, a power of two."""
+        """Number of elements per word, a power of two."""
         return self.format.word_bits(self.dim) // self.format.code_bits
 
     @property
     def code_words(self) -> int:
-        """Words that hold codes."""
+        """Number of words that hold codes."""
         return -(-self.dim // self.per_word)
 
     @property
     def padded_words(self) -> int:
-        """Those, padded to a power of two."""
+        """Number of words that hold codes, rounded up to a power of two."""
         return ceil_power(self.code_words)
 
     def half_places(self) -> list[tuple[int, int]]:
-        """Returns (word, shift) of each 16-bit half of the row's scale and bias."""
+        """Returns the (word, shift) of each 16-bit half of a row's scale and bias."""
         halves = self.format.word_bits(self.dim) // 16
         total = self.format.row_words(self.dim) * halves
         places = (
@@ -82,9 +88,10 @@ class Layout(NamedTuple):
 
 
 def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array:
-    """Loads ref[index] where the mask holds, `other` elsewhere.
+    """Loads ref[index] where the mask is true, and `other` elsewhere.
 
-    Masked indices may be anything if there is one; of two they are left as they are, since Triton looks for neighbours.
+    If `index` has one array, its masked entries may be anything. If it has two arrays, they are
+    left as they are, because Triton looks for neighbouring addresses in them.
     """
     if len(index) == 1:
         index = (jnp.where(mask, index[0], 0),)
@@ -92,10 +99,11 @@ def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array
 
 
 def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
-    """Stores values to ref[index] where the mask holds; masked indices may be anything.
+    """Stores values to ref[index] where the mask is true; masked indices may be anything.
 
-    They are moved past the end: a GPU does not look at them, and the interpreter, which writes old values back there, drops
-    them instead of racing with a store to the same place.
+    Masked indices are moved past the end of the array. A GPU does not look at them. The interpreter
+    writes the old values back at masked indices. Inside the array, that could overwrite another
+    store to the same place. Past the end, the write is dropped.
     """
     first, *others = index
     plgpu.store(ref.at[(jnp.where(mask, first, ref.shape[0]), *others)], values, mask=mask)
@@ -104,7 +112,11 @@ def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
 def load_row(
     ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int
 ) -> jax.Array:
-    """Loads float32 elements ref[index [R], columns [P]] -> [R, P]; zeros where masked or past `dim`."""
+    """Loads float32 elements ref[index, columns] of rows int32 [R] and columns int32 [P].
+
+    The result is float32 [R, P]. It is zero where `mask` (bool [R]) is false and for columns >=
+    `dim`.
+    """
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(jnp.where(mask, index, 0)[:, None], wide.shape)
     return load(ref, (rows, jnp.broadcast_to(columns[None, :], wide.shape)), wide)
@@ -113,21 +125,27 @@ def load_row(
 def store_row(
     ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int, values: jax.Array
 ) -> None:
-    """Stores float32 values [R, P] to ref[index [R], columns [P]] but where masked or past `dim`."""
+    """Stores float32 values [R, P] to ref[index, columns] of rows int32 [R] and columns int32 [P].
+
+    Nothing is stored where `mask` (bool [R]) is false or for columns >= `dim`.
+    """
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(index[:, None], wide.shape)
     store(ref, (rows, jnp.broadcast_to(columns[None, :], wide.shape)), values, wide)
 
 
 def columns_of(dim: int) -> jax.Array:
-    """Returns the column numbers (int32) of a row by element, padded to a power of two."""
+    """Returns the column numbers (int32 [P]) of a row; P is `dim` rounded up to a power of two."""
     return jnp.arange(ceil_power(dim), dtype=jnp.int32)
 
 
 def place_columns(layout: Layout) -> list[jax.Array]:
-    """Returns the column numbers (int32, padded to a power of two) of each place in the words of a row."""
+    """Returns for each place in a word the columns (int32 [W]) that have this place.
+
+    W is the number of code words, rounded up to a power of two.
+    """
     words = jnp.arange(layout.padded_words, dtype=jnp.int32)
-    # Words past the codes would name columns of no row for every place but the last.
+    # Words past the codes have no columns of the row. They get the column `dim`, which is masked.
     return [
         jnp.where(words < layout.code_words, words * layout.per_word + p, layout.dim)
         for p in range(layout.per_word)
@@ -135,11 +153,14 @@ def place_columns(layout: Layout) -> list[jax.Array]:
 
 
 def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
-    """Dequantizes the table's rows of ids [R] -> float32 [R, P], P the padded dim; zeros where masked."""
+    """Dequantizes the rows ids [R] of a table to float32 [R, P]; P is the padded dim.
+
+    The result is zero where `mask` (bool [R]) is false and past the dim.
+    """
     columns = columns_of(layout.dim)
     bits = layout.format.code_bits
-    words = load_row(ref, ids, mask, jnp.where(columns < layout.dim, columns // layout.per_word, layout.code_words),
-                     layout.code_words).astype(jnp.uint32)  # fmt: skip
+    word = jnp.where(columns < layout.dim, columns // layout.per_word, layout.code_words)
+    words = load_row(ref, ids, mask, word, layout.code_words).astype(jnp.uint32)
     if layout.per_word > 1:
         shift = (columns % layout.per_word * bits).astype(jnp.uint32)
         words = (words >> shift[None, :]) & jnp.uint32((1 << bits) - 1)
@@ -166,17 +187,18 @@ def write_packed(
     layout: Layout,
     seed: tuple[jax.Array, jax.Array],
 ) -> None:
-    """Quantizes rows, given by place (see place_columns) as float32 [R, W], and stores them to the table's rows ids [R].
+    """Quantizes rows and stores them to the rows `ids` of a table.
 
     Args:
       ref: the table's words [V, row_words].
       ids: int32 [R].
       mask: bool [R].
-      places: the rows' elements.
-      layout: of the table.
-      seed: the two words of `numerics.draw_seed`.
+      places: the elements of the rows, float32 [R, W] for each place; see place_columns.
+      layout: the layout of the table's rows.
+      seed: the two words of random_bits.draw_seed.
     """
-    fmt, columns = layout.format, place_columns(layout)
+    fmt = layout.format
+    columns = place_columns(layout)
     halves: list[jax.Array] = []
     scale = bias = jnp.zeros((ids.shape[0], 1), jnp.float32)
     if fmt.scale_dtype is not None:
@@ -207,7 +229,10 @@ def write_packed(
 def _parameters(
     places: list[jax.Array], columns: list[jax.Array], layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the stored scale and bias [R, 1]; a NaN anywhere in a row makes both its bounds NaN."""
+    """Returns the stored scale and bias (float32 [R, 1] each).
+
+    If a row has a NaN, both of its bounds are NaN.
+    """
 
     def across(
         values: list[jax.Array], outside: float, combine: Callable, reduce: Callable
@@ -229,7 +254,10 @@ def _parameters(
 
 
 def barrier(is_interpreted: bool) -> None:
-    """Waits for all threads of a program: loads before it are done when stores after it begin, whatever thread does them."""
+    """Waits for all threads of a program.
+
+    Loads before the barrier are done before stores after it begin, whichever threads run them.
+    """
     if not is_interpreted:
         plgpu.debug_barrier()
 
@@ -244,16 +272,17 @@ def launch(
     is_interpreted: bool,
     aliases: dict[int, int] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Runs `body(*operand_refs, *output_refs)` once per program, every array whole.
+    """Runs `body(*operand_refs, *output_refs)` once per program; each reference is a whole array.
 
     Args:
       body: the kernel.
       num_programs: length of the one-dimensional grid.
       operands: arrays.
-      outputs: shapes of the results.
-      name: of the kernel, seen in profiles.
-      is_interpreted: True traces the body into plain jax operations, on any device.
-      aliases: {operand: output} that share memory, updated in place where the caller donates.
+      outputs: shapes and dtypes of the results.
+      name: the kernel's name in profiles.
+      is_interpreted: whether the body is traced into plain jax operations, for any device.
+      aliases: {operand: output}, by number: pairs that share memory. The operand is updated in
+        place if the caller donates it.
 
     Returns:
       The results.
@@ -273,5 +302,5 @@ def launch(
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
-    """Returns the shape struct of an array, for an output that aliases it."""
+    """Returns the shape and dtype of an array, for an output that aliases it."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -1,7 +1,8 @@
-"""GPU kernels of the row movements, by Pallas' Triton back end: lookup, read and swap.
+"""GPU kernels of the row movements lookup, read and swap, by Pallas' Triton back end.
 
-Each has the signature of its reference in `xla` and gives the same bits. Needs compute capability 8.0. Addresses are 64 bits
-wide where an array passes 2^32 bytes. There are no atomics: every row is written by one program.
+Each op takes the arguments of its reference in `xla.rows` and gives the same bits. The kernels need
+compute capability 8.0. Addresses have 64 bits if an array is larger than 2^32 bytes. There are no
+atomics, because each row is written by only one program.
 """
 
 from typing import Any
@@ -27,15 +28,21 @@ def _positions(block: int) -> jax.Array:
 
 
 def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
-    """See `xla.rows.lookup`: every row from its line or dequantized from the table, in one pass that writes each once."""
+    """Gathers the unique rows (float32 [U, D]); see `xla.rows.lookup`.
+
+    One pass writes each row once, from its line or dequantized from the table.
+    """
     table, cache_rows, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
-    width, dim = ids.shape[0], table.embedding_dim
-    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
+    width = ids.shape[0]
+    dim = table.embedding_dim
+    layout = Layout(table.format, dim, is_interpreted)
+    block = kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
         bounds, ids_ref, line_ref, packed, *lines, out = refs
-        position, columns = _positions(block), kernel.columns_of(dim)
+        position = _positions(block)
+        columns = kernel.columns_of(dim)
         is_inside = position < width
         from_table = is_inside & (position < bounds[1])
         row = jnp.zeros((block, columns.shape[0]), jnp.float32)
@@ -55,35 +62,46 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
     operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
     operands += [] if cache_rows is None else [cache_rows]
     (out,) = kernel.launch(
-        body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
-        name="mpembed_lookup", is_interpreted=is_interpreted,
-    )  # fmt: skip
+        body,
+        pl.cdiv(width, block),
+        operands,
+        [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
+        name="mpembed_lookup",
+        is_interpreted=is_interpreted,
+    )
     return out
 
 
 def read(
     table: QuantizedTable, held: CacheState | None, ids: jax.Array, is_interpreted: bool
 ) -> jax.Array:
-    """See `xla.read`: matches the ways of each id's set and reads the line that holds it, else the table's row, in one pass.
+    """Reads rows for evaluation in one pass; see `xla.rows.read`.
+
+    Each id is compared with the tags of its set. The row comes from the line with that tag, or else
+    from the table.
 
     Args:
       table: the stack.
       held: the cache, or None.
-      ids: int32 [..]; outside the table reads as zeros.
+      ids: int32 [..]; ids outside the table read as zeros.
       is_interpreted: see kernel.launch.
 
     Returns:
       float32 [.., D].
     """
-    flat, dim, num_rows = ids.reshape(-1), table.embedding_dim, table.num_rows
+    flat = ids.reshape(-1)
+    dim = table.embedding_dim
+    num_rows = table.num_rows
     (width,) = flat.shape
     if width == 0:
         return jnp.zeros((*ids.shape, dim), jnp.float32)
-    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
+    layout = Layout(table.format, dim, is_interpreted)
+    block = kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
         ids_ref, packed, *cached, out = refs
-        position, columns = _positions(block), kernel.columns_of(dim)
+        position = _positions(block)
+        columns = kernel.columns_of(dim)
         is_inside = position < width
         here = kernel.load(ids_ref, (position,), is_inside)
         is_valid = is_inside & (here >= 0) & (here < num_rows)
@@ -115,25 +133,35 @@ def read(
 
     operands = [flat, table.rows] + ([] if held is None else [held.tags, held.rows])
     (out,) = kernel.launch(
-        body, pl.cdiv(width, block), operands, [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
-        name="mpembed_read", is_interpreted=is_interpreted,
-    )  # fmt: skip
+        body,
+        pl.cdiv(width, block),
+        operands,
+        [jax.ShapeDtypeStruct((width, dim), jnp.float32)],
+        name="mpembed_read",
+        is_interpreted=is_interpreted,
+    )
     return out.reshape(*ids.shape, dim)
 
 
 def swap(
     store: Store, moves: Moves, draw: Draw, *, is_interpreted: bool
 ) -> tuple[Store, jax.Array]:
-    """See `xla.rows.swap`: each dirty victim is quantized into the table and its newcomer dequantized into the line."""
+    """Evicts victims and fills newcomers; see `xla.rows.swap`.
+
+    Each dirty victim is quantized into the table, and its newcomer is dequantized into the line.
+    """
     table, cache_rows, dirty = store
     assert cache_rows is not None and dirty is not None
     ids, line, victim_ids = moves.ids, moves.line, moves.victim_ids
     begin, end = moves.num_hits, moves.num_cached
-    width, dim = ids.shape[0], table.embedding_dim
-    layout, block = Layout(table.format, dim, is_interpreted), kernel.block_rows(dim)
+    width = ids.shape[0]
+    dim = table.embedding_dim
+    layout = Layout(table.format, dim, is_interpreted)
+    block = kernel.block_rows(dim)
     position = jnp.arange(width, dtype=jnp.int32)
     is_live = (position >= begin) & (position < end)
-    # Without the barrier XLA reads the bits again after they were cleared, from a copy of all of them.
+    # Without the barrier, XLA would read the bits again after they were cleared, from a copy of all
+    # of them.
     was_dirty = lax.optimization_barrier(is_live & indexing.take(dirty, line))
     must_write = was_dirty & (victim_ids != NO_ID)
 
@@ -150,7 +178,8 @@ def swap(
             old = [
                 kernel.load_row(lines, here, writes, c, dim) for c in kernel.place_columns(layout)
             ]
-            # A batch's rows are never its victims (invariant 2): what is read here no program writes.
+            # A row of this batch is never a victim in it (invariant 2). So no program writes what
+            # is read here.
             new = kernel.read_packed(
                 packed_in, kernel.load(ids_ref, (position,), is_live), is_live, layout
             )
@@ -159,13 +188,23 @@ def swap(
             kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
 
     operands = [
-        draw.seed(random_bits.WRITE_BACK), jnp.stack([begin, end]), ids, line,
-        jnp.where(must_write, victim_ids, -1), table.rows, cache_rows,
-    ]  # fmt: skip
+        draw.seed(random_bits.WRITE_BACK),
+        jnp.stack([begin, end]),
+        ids,
+        line,
+        jnp.where(must_write, victim_ids, -1),
+        table.rows,
+        cache_rows,
+    ]
     packed, lines = kernel.launch(
-        body, pl.cdiv(width, block), operands, [kernel.shape_of(table.rows), kernel.shape_of(cache_rows)],
-        name="mpembed_swap", is_interpreted=is_interpreted, aliases={5: 0, 6: 1},
-    )  # fmt: skip
+        body,
+        pl.cdiv(width, block),
+        operands,
+        [kernel.shape_of(table.rows), kernel.shape_of(cache_rows)],
+        name="mpembed_swap",
+        is_interpreted=is_interpreted,
+        aliases={5: 0, 6: 1},
+    )
     dirty = indexing.put(dirty, jnp.where(was_dirty, line, dirty.shape[0]), False)
     num_written = jnp.sum(must_write, dtype=jnp.int32)
     return Store(QuantizedTable(packed, table.format, dim), lines, dirty), num_written

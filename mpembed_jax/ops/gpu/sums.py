@@ -1,10 +1,15 @@
-"""GPU kernels of pooling, by Pallas' Triton back end: sums of duplicates without atomics, and bags without [.., L, D].
+"""GPU kernels of pooling by Pallas' Triton back end: sums of duplicates, and bags.
 
-Positions are sorted by the row they belong to, so that each row's positions are one segment, and every row is summed by one
-program, which may then do more with it (`update`). A program takes rows that lie far apart: the rows asked for most
-often stand side by side at the head of a plan, and each should have a program of its own. Short segments are summed side by
-side, one position of each row at a time; a long one by the whole program, thousands of elements at a time. The order of
-additions depends on the sorted positions alone, so results are deterministic.
+Sums use no atomics, and bags use no array [.., L, D].
+
+Positions are sorted by the row that they belong to, so the positions of a row are one segment. One
+program sums all positions of a row, and may then use the sum (`update`). The rows of a program lie
+far apart. The reason is that the rows with the most positions stand side by side at the head of a
+plan, and each of them should have a program of its own.
+
+Short segments are summed side by side, one position of each row at a time. A long segment is summed
+by the whole program, thousands of elements at a time. The order of additions depends only on the
+sorted positions, so results are deterministic.
 """
 
 from typing import Any, NamedTuple
@@ -17,23 +22,24 @@ from jax.experimental import pallas as pl
 from mpembed_jax.arrays import indexing
 from mpembed_jax.ops.gpu import kernel
 
-_MOST_ROWS = 64  # of a program
-_SHORT = 32  # positions of a row that are summed side by side with other rows'
-_WIDE = 4096  # elements of a long segment that are loaded at once: 32 a thread
-_AHEAD = 4  # loads in flight before the first is added
+_MOST_ROWS = 64  # largest number of rows per program
+_SHORT = 32  # largest number of positions of a row that is summed side by side with others
+_WIDE = 4096  # elements of a long segment that are loaded at once: 32 per thread
+_AHEAD = 4  # loads in flight before the first one is added
 
 
 class Segments(NamedTuple):
-    """Positions sorted by row, and where each row's are."""
+    """Positions sorted by row, and the segment of each row."""
 
-    first: jax.Array  # i32 [size]  sorted position, equal to `stop` for rows without one
-    stop: jax.Array  # i32 [size]
-    source: jax.Array  # i32 [N]  the row of values that each sorted position takes
-    factors: jax.Array | None  # f32 [N]  of each sorted position
+    # i32 [size]: the segment's first sorted position; equal to `stop` for a row without positions
+    first: jax.Array
+    stop: jax.Array  # i32 [size]: the sorted position after the segment's last
+    source: jax.Array  # i32 [N]: the row of values that each sorted position takes
+    factors: jax.Array | None  # f32 [N]: the factor of each sorted position; None: all are 1
 
     @property
     def operands(self) -> list[jax.Array]:
-        """What `sum_rows` reads, in the order of its references."""
+        """The arrays that `sum_rows` reads, in the order of its references."""
         return [
             self.first,
             self.stop,
@@ -52,15 +58,18 @@ def sort_positions(
     """Sorts positions by row.
 
     Args:
-      index: int32 [N] in [0, size), N > 0.
-      size: rows; the last one, padding, gets no positions.
-      num_values: M, rows of values.
-      source: int32 [N] in [0, M), or None: position n takes values n // (N / M).
+      index: int32 [N] in [0, size), N > 0: the row of each position.
+      size: number of rows. The last row is padding and gets no positions.
+      num_values: M, number of rows of values.
+      source: int32 [N] in [0, M), or None: position n takes row n // (N / M) of the values.
       factors: float32 [N] or None.
+
+    Returns:
+      The Segments.
     """
     (num,) = index.shape
     position = jnp.arange(num, dtype=jnp.int32)
-    # Of two arrays XLA's GPU back end sorts by radix; of a third, by comparisons.
+    # XLA's GPU back end uses a radix sort for two operands, and a comparison sort for three.
     segment, order = lax.sort_key_val(index, position)
     is_real = segment != size - 1
     edge = segment[1:] != segment[:-1]
@@ -76,12 +85,18 @@ def sort_positions(
 
 
 def block_rows(num_columns: int) -> int:
-    """Returns how many rows of so many columns (a power of two) one program sums; not many, for long ones come in turn."""
+    """Returns the number of rows of `num_columns` elements (a power of two) that one program sums.
+
+    The number is small, because a program sums its long segments one after another.
+    """
     return min(_MOST_ROWS, kernel.block_rows(num_columns))
 
 
 def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows of a program, int32 [block], as far apart as can be, and which of them are rows, bool [block]."""
+    """Returns the rows of a program (int32 [block]), and whether each exists (bool [block]).
+
+    The rows are as far apart as possible.
+    """
     stride = lax.div(jnp.asarray(num_rows, jnp.int32) + (block - 1), jnp.int32(block))
     row = pl.program_id(0) + stride * jnp.arange(block, dtype=jnp.int32)
     return row, (row < num_rows) & (pl.program_id(0) < stride)
@@ -90,19 +105,24 @@ def spread_positions(block: int, num_rows: jax.Array | int) -> tuple[jax.Array, 
 def sum_rows(
     refs: list, values: Any, row: jax.Array, mask: jax.Array, columns: jax.Array, dim: int
 ) -> jax.Array:
-    """Sums the positions of each row of a program -> float32 [R, P]; zeros where masked, without positions, past `dim`.
+    """Sums the values of each row's positions.
 
     Args:
-      refs: of Segments.operands.
-      values: reference of float32 [M, D].
-      row: int32 [R].
-      mask: bool [R].
+      refs: references to Segments.operands.
+      values: reference to float32 [M, D].
+      row: int32 [R], the rows of the program.
+      mask: bool [R], whether each is a row.
       columns: int32 [P], see kernel.columns_of.
       dim: D.
+
+    Returns:
+      float32 [R, P]. It is zero where the mask is false, for rows without positions, and past
+      `dim`.
     """
     first_ref, stop_ref, source_ref, *factors_ref = refs
     first, stop = (kernel.load(ref, (row,), mask) for ref in (first_ref, stop_ref))
-    length, lane = stop - first, jnp.arange(row.shape[0], dtype=jnp.int32)
+    length = stop - first
+    lane = jnp.arange(row.shape[0], dtype=jnp.int32)
     is_short = length <= _SHORT
 
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
@@ -155,7 +175,7 @@ def sum_rows(
     _, total = lax.while_loop(
         lambda carry: carry[0] < row.shape[0], one_long, (next_long(jnp.int32(-1)), total)
     )
-    # A padded column is zero times a factor, which may be infinite.
+    # A padded column is zero times a factor. The factor may be infinite, and the product then NaN.
     return jnp.where((columns < dim)[None, :], total, jnp.float32(0))
 
 
@@ -167,7 +187,10 @@ def sum_duplicates(
     factors: jax.Array | None = None,
     source: jax.Array | None = None,
 ) -> jax.Array:
-    """See `xla.sums.sum_duplicates`; values float32 [M, D]."""
+    """Sums values float32 [M, D] that share an index (float32 [size, D]).
+
+    See `xla.sums.sum_duplicates`.
+    """
     dim = values.shape[1]
     if 0 in (index.shape[0], values.shape[0]):
         return jnp.zeros((size, dim), jnp.float32)
@@ -176,7 +199,8 @@ def sum_duplicates(
 
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs
-        (row, is_row), columns = spread_positions(block, size), kernel.columns_of(dim)
+        row, is_row = spread_positions(block, size)
+        columns = kernel.columns_of(dim)
         kernel.store_row(
             out,
             row,
@@ -187,14 +211,21 @@ def sum_duplicates(
         )
 
     (out,) = kernel.launch(
-        body, pl.cdiv(size, block), [*segments.operands, values], [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
-        name="mpembed_sum", is_interpreted=is_interpreted,
-    )  # fmt: skip
+        body,
+        pl.cdiv(size, block),
+        [*segments.operands, values],
+        [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
+        name="mpembed_sum",
+        is_interpreted=is_interpreted,
+    )
     return out
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: bool) -> jax.Array:
-    """See `xla.bag.bag`; each bag is accumulated in registers."""
+    """Returns weighted sums of rows (float32 [.., D]); see `xla.bag.bag`.
+
+    Each bag is accumulated in registers.
+    """
     *lead, length = index.shape
     dim = rows.shape[1]
     num = index.size // length if length else 0
@@ -204,7 +235,8 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
 
     def body(rows_ref: Any, index_ref: Any, factors_ref: Any, out: Any) -> None:
         bag = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
-        is_inside, columns = bag < num, kernel.columns_of(dim)
+        is_inside = bag < num
+        columns = kernel.columns_of(dim)
 
         def add(turn: jax.Array, total: jax.Array) -> jax.Array:
             position = bag * length + turn
@@ -218,7 +250,11 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
         kernel.store_row(out, bag, is_inside, columns, dim, total)
 
     (out,) = kernel.launch(
-        body, pl.cdiv(num, block), [rows, index.reshape(-1), factors.reshape(-1)],
-        [jax.ShapeDtypeStruct((num, dim), jnp.float32)], name="mpembed_bag", is_interpreted=is_interpreted,
-    )  # fmt: skip
+        body,
+        pl.cdiv(num, block),
+        [rows, index.reshape(-1), factors.reshape(-1)],
+        [jax.ShapeDtypeStruct((num, dim), jnp.float32)],
+        name="mpembed_bag",
+        is_interpreted=is_interpreted,
+    )
     return out.reshape(*lead, dim)

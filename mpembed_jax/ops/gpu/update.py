@@ -1,8 +1,9 @@
-"""GPU kernels of the row update, by Pallas' Triton back end: from gradients, of rows or of positions, to stored rows.
+"""GPU kernels of the row update by Pallas' Triton back end: from gradients to stored rows.
 
-One kernel runs the optimizer's rule (SGD, row-wise Adagrad) on each unique row of a batch and stores it: to its line in
-float32, or stochastically rounded into the table. `update` is given a gradient per row; `update_summed` sums the gradients
-of a row's positions itself, so that no array of row gradients exists. The references are in `xla.update`.
+One kernel applies the optimizer's rule (SGD or row-wise Adagrad) to each unique row of a batch. It
+stores the row in its line as float32, or stochastically rounded in the table. `update` takes the
+gradient of each row. `update_summed` takes the gradients of positions and sums those of each row
+itself, so no array of row gradients exists. The references are in `xla.update`.
 """
 
 import functools
@@ -25,7 +26,10 @@ _BFLOAT16 = rounding.FLOAT_FORMATS["bfloat16"]
 
 
 class _Stored(NamedTuple):
-    """What an update changes in place: arrays, or a kernel's references to them; None where there is none."""
+    """The arrays that an update changes in place, or a kernel's references to them.
+
+    A field is None if its array does not exist.
+    """
 
     packed: Any
     lines: Any
@@ -33,30 +37,32 @@ class _Stored(NamedTuple):
 
     @property
     def held(self) -> list:
-        """Those there are."""
+        """The fields that are not None."""
         return [array for array in self if array is not None]
 
     def holding(self, others: Any) -> "_Stored":
-        """Returns the same fields filled with others."""
+        """Returns a copy whose fields that are not None are replaced by `others`, in order."""
         remaining = iter(others)
         return _Stored(*(None if array is None else next(remaining) for array in self))
 
 
 class _Gradients(NamedTuple):
-    """Where a kernel takes the gradients of its rows from."""
+    """The source of the gradients of a kernel's rows."""
 
-    operands: list[jax.Array]
-    block: int  # R, rows of a program
-    rows_of: Callable[
-        [Any], tuple
-    ]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
-    places: Callable[
-        [list, jax.Array, jax.Array], list | None
-    ]  # (references, row, mask) -> float32 [R, W] by place
+    operands: list[jax.Array]  # the arrays that `places` reads
+    block: int  # R, the number of rows per program
+    # num_ids -> (the rows of a program int32 [R], whether each is a row bool [R])
+    rows_of: Callable[[Any], tuple]
+    # (references, row, mask) -> the gradients, float32 [R, W] for each place; None for no gradients
+    places: Callable[[list, jax.Array, jax.Array], list | None]
 
 
 def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
-    """Returns the rows after a step of the rule, all by place; total float32 [R] is G of row-wise Adagrad, None for SGD."""
+    """Returns the rows after one step of the rule.
+
+    `rows`, `grads` and the result are lists by place. `total` (float32 [R]) is G of row-wise
+    Adagrad, or None for SGD.
+    """
     rate = jnp.float32(-rule.learning_rate)
     if total is None:
         return [w + rate * g for w, g in zip(rows, grads, strict=True)]
@@ -76,7 +82,7 @@ def update(
     draw: Draw,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None]:
-    """See `xla.update.update`, in one pass."""
+    """Updates each row once and stores it, in one pass; see `xla.update.update`."""
     return _update(
         store,
         accumulator,
@@ -92,7 +98,7 @@ def update(
 def write(
     store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, is_interpreted: bool
 ) -> Store:
-    """See `xla.rows.write`: the update's kernel, without gradients."""
+    """Stores updated rows by the kernel of `update`, without gradients; see `xla.rows.write`."""
     return _update(
         store, None, moves, new_rows, None, rule=None, draw=draw, is_interpreted=is_interpreted
     )[0]
@@ -109,10 +115,8 @@ def _update(
     draw: Draw,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None]:
-    layout, block = (
-        Layout(store.table.format, rows.shape[1], is_interpreted),
-        kernel.block_rows(rows.shape[1]),
-    )
+    layout = Layout(store.table.format, rows.shape[1], is_interpreted)
+    block = kernel.block_rows(rows.shape[1])
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
@@ -126,9 +130,16 @@ def _update(
 
     gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
     stored, _ = _launch(
-        "mpembed_update", _Stored(store.table.rows, store.lines, accumulator), layout, moves, rows, gradients,
-        rule=rule, draw=draw, skip_nonfinite=False,
-    )  # fmt: skip
+        "mpembed_update",
+        _Stored(store.table.rows, store.lines, accumulator),
+        layout,
+        moves,
+        rows,
+        gradients,
+        rule=rule,
+        draw=draw,
+        skip_nonfinite=False,
+    )
     return _restored(store, stored), stored.accumulator
 
 
@@ -144,7 +155,10 @@ def update_summed(
     skip_nonfinite: bool,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    """See `xla.update.update_summed`: the sums of `gpu.sums` and the update, in one kernel behind XLA's sort."""
+    """Sums the gradients of each row and updates it; see `xla.update.update_summed`.
+
+    XLA sorts the positions. One kernel then does the sums of `gpu.sums` and the update.
+    """
     width, dim = old_rows.shape
     layout = Layout(store.table.format, dim, is_interpreted)
     num_columns = layout.padded_words * layout.per_word
@@ -159,23 +173,31 @@ def update_summed(
         total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
         if layout.per_word == 1:
             return [total]
-        words, place = (
-            total.reshape(block, -1, layout.per_word),
-            jnp.arange(layout.per_word, dtype=jnp.int32),
-        )
-        # Picked by a sum with zeros: Triton has no index into registers.
+        words = total.reshape(block, -1, layout.per_word)
+        place = jnp.arange(layout.per_word, dtype=jnp.int32)
+        # A sum with zeros picks the elements of a place, because Triton cannot index registers.
         return [
             jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2)
             for p in range(layout.per_word)
         ]
 
     gradients = _Gradients(
-        [*segments.operands, positions.grads], block, lambda num_ids: sums.spread_positions(block, num_ids), places
-    )  # fmt: skip
+        [*segments.operands, positions.grads],
+        block,
+        lambda num_ids: sums.spread_positions(block, num_ids),
+        places,
+    )
     stored, is_finite = _launch(
-        "mpembed_update_summed", _Stored(store.table.rows, store.lines, accumulator), layout, moves, old_rows, gradients,
-        rule=rule, draw=draw, skip_nonfinite=skip_nonfinite,
-    )  # fmt: skip
+        "mpembed_update_summed",
+        _Stored(store.table.rows, store.lines, accumulator),
+        layout,
+        moves,
+        old_rows,
+        gradients,
+        rule=rule,
+        draw=draw,
+        skip_nonfinite=skip_nonfinite,
+    )
     is_updated = (jnp.arange(width, dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
     if is_finite is not None:
         is_updated = is_updated & (is_finite != 0)
@@ -200,9 +222,15 @@ def _launch(
     draw: Draw,
     skip_nonfinite: bool,
 ) -> tuple[_Stored, jax.Array | None]:
-    """Runs the kernel. Returns what is stored and, if asked, int32 [U]: is the row's gradient finite."""
+    """Runs the kernel.
+
+    Returns:
+      The stored arrays. If skip_nonfinite is true, also whether each row's gradient is finite
+      (int32 [U]); otherwise None.
+    """
     bounds = jnp.stack([moves.num_cached, moves.num_ids])
-    (width, dim), held = rows.shape, stored.held
+    width, dim = rows.shape
+    held = stored.held
 
     def body(*refs: Any) -> None:
         inputs, outputs = list(refs[: len(operands)]), list(refs[len(operands) :])
@@ -252,18 +280,25 @@ def _launch(
     ]
     shapes = [kernel.shape_of(array) for array in held]
     results = kernel.launch(
-        body, pl.cdiv(width, gradients.block), operands,
+        body,
+        pl.cdiv(width, gradients.block),
+        operands,
         shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * skip_nonfinite,
-        name=name, is_interpreted=layout.is_interpreted,
+        name=name,
+        is_interpreted=layout.is_interpreted,
         aliases={len(operands) - len(held) + i: i for i in range(len(held))},
-    )  # fmt: skip
+    )
     return stored.holding(results), results[-1] if skip_nonfinite else None
 
 
 def _add_squares(
     accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout
 ) -> jax.Array:
-    """Adds each row's mean square to its stored G, float32 or bfloat16 bit patterns; returns it unrounded, float32 [R]."""
+    """Adds the mean square of each row's gradient to its stored G, and returns the sum.
+
+    G is stored as float32, or as bit patterns of bfloat16. The returned sum (float32 [R]) is not
+    rounded.
+    """
     is_narrow = accumulator.dtype == jnp.uint16
     before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
@@ -273,7 +308,8 @@ def _add_squares(
     if is_narrow:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
-    # Every thread that keeps a copy of the old sum has read it before one of them stores the new one.
+    # All threads with a copy of the old sum must have read it before one of them stores the new
+    # sum.
     kernel.barrier(layout.is_interpreted)
     kernel.store(accumulator, (ids,), stored, mask)
     return total

@@ -1,4 +1,7 @@
-"""Every op in plain jax.numpy: the reference, and with a chunk length the fast path on a CPU."""
+"""Every op in plain jax.numpy: the reference.
+
+With a chunk length, the row movements are also the fast path on a CPU.
+"""
 
 from mpembed_jax.ops.xla import bag, plan, rounds, rows, sums, unique, update
 

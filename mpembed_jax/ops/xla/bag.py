@@ -1,4 +1,4 @@
-"""Bags without an array [.., L, D], in plain jax.numpy: the reference of the op."""
+"""The reference of `bag` in plain jax.numpy: weighted sums of rows without an array [.., L, D]."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,17 @@ from mpembed_jax.arrays import carries, indexing
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns float32 [.., D]: sum over l of factors[.., l] * rows[index[.., l]], without an array [.., L, D].
+    """Returns the sum over l of factors[.., l] * rows[index[.., l]], without an array [.., L, D].
 
-    One position of all bags at a time.
+    A loop adds one position of all bags at a time.
 
     Args:
       rows: float32 [U, D].
       index: int32 [.., L] in [0, U).
       factors: float32 [.., L].
+
+    Returns:
+      float32 [.., D].
     """
     zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
     if index.shape[-1] == 0:

@@ -1,8 +1,11 @@
-"""One batch's cache decisions: hits, newcomers, victims and bypasses, exactly, without sorting and without touching a row.
+"""The reference of `plan` in plain jax.numpy: the cache decisions of one batch.
 
-The misses of every set meet its ways in rounds (`rounds`). The exact rules are stated at `make_plan`; they follow FBGEMM's
-LRU / LFU caches where those are documented, and are ours where not (order inside a set, admission, halving, conservative
-sketch update). `ops.plan` is what a step calls: these rules in XLA, or the same compiled by numba.
+`make_plan` states the rules for hits, newcomers, victims and bypasses, and follows them exactly. It
+neither sorts nor reads a row. In `rounds`, the misses of every set meet its ways.
+
+The rules follow FBGEMM's LRU and LFU caches where those are documented. The order inside a set,
+admission, halving and the conservative sketch update are this library's own. A step calls
+`ops.plan`, which runs this module or the same rules compiled by numba.
 """
 
 import dataclasses
@@ -20,13 +23,14 @@ from mpembed_jax.row_ids import NO_ID
 
 
 class Decisions(NamedTuple):
-    """What `make_plan` decides about the unique ids of a batch."""
+    """The decisions of `make_plan` about the unique ids of a batch."""
 
-    order: jax.Array  # i32 [U]  positions of the given unique ids: hits, newcomers, bypassed
-    line: jax.Array  # i32 [U]  by given position
-    victim_ids: jax.Array  # i32 [U]  by given position
-    num_hits: jax.Array
-    num_cached: jax.Array
+    # i32 [U]: positions in the given ids, ordered: hits, newcomers, bypassed
+    order: jax.Array
+    line: jax.Array  # i32 [U], in the order of the given ids; C for bypassed ids and padding
+    victim_ids: jax.Array  # i32 [U], in the order of the given ids; NO_ID for no victim
+    num_hits: jax.Array  # i32 []
+    num_cached: jax.Array  # i32 []: hits and newcomers
 
 
 @jax.named_scope("plan")
@@ -39,35 +43,46 @@ def make_plan(
     num_positions: Fraction,
     chunk: int | None,
 ) -> tuple[CacheState, Decisions]:
-    """Decides hits, newcomers, victims and bypasses of one batch and updates tags, priorities and the sketch.
+    """Decides about the unique ids of one batch, and updates tags, priorities and the sketch.
 
-    Rules. Hits keep their lines and are pinned. The misses of a set, in order (LRU: ascending id; LFU: descending
-    estimate, then ascending id), meet its unpinned ways in order (empty first; LRU: oldest; LFU: least used; ties: lowest
-    way); a miss enters if the way is empty, or LRU: if it was not used this step, LFU: if its estimate is below the
-    newcomer's. All others bypass. LFU estimates: a resident's use is counted at its line, everybody else's in the sketch.
-    Every 30 C / N steps both are halved; then `estimate = min(65535, use + occurrences)`, where a miss's use is the minimum
-    over its cells. In the end the lines of the batch take their estimates, and the cells of bypassed and of displaced ids
-    are raised to theirs.
+    The rules are:
+    * Hits keep their lines and are pinned.
+    * The misses of a set are taken in order. LRU: by ascending id. LFU: by descending estimate,
+      then ascending id.
+    * They meet the unpinned ways of the set in order. Empty ways come first. LRU: then the oldest.
+      LFU: then the least used. Among equals, the lowest way comes first.
+    * A miss enters if its way is empty. LRU: it also enters if the line was not used in this step.
+      LFU: it also enters if the line's estimate is below its own.
+    * All other misses bypass the cache.
+
+    LFU estimates the use of each id. The use of an id in the cache is counted at its line. The use
+    of every other id is counted in the sketch, as the minimum of the id's cells. Every 30 C / N
+    steps, all counts are halved. Then `estimate = min(65535, use + occurrences)`. In the end, the
+    lines of the batch take the estimates of their ids. The sketch cells of each bypassed or
+    displaced id are raised to the id's estimate.
 
     Args:
-      cache: state before the step; its `rows` are passed through.
-      ids: int32 [U], distinct, the first num_ids of them real.
+      cache: the state before the step; its `rows` are passed through.
+      ids: int32 [U], distinct; the first num_ids are real.
       counts: int32 [U], occurrences in the batch.
       num_ids: int32 scalar.
-      step: int32 scalar, number of this prefetch.
-      num_positions: N, ids in the batch, padding included; for one shard of a stack its share of N, as C is of its lines.
+      step: int32 scalar, the number of this prefetch.
+      num_positions: N, the number of ids in the batch, padding included. For one shard of a stack
+        it is the shard's share of N, because C is then the number of the shard's lines.
       chunk: see chunks.each.
 
     Returns:
-      The cache with newcomers entered (their rows not yet filled, `dirty` still the victims'), and the decisions.
+      The cache and the decisions. In the cache, newcomers have their lines, but their rows are not
+      yet filled, and `dirty` still describes the victims.
     """
-    geometry, width = cache.geometry, ids.shape[0]
+    geometry = cache.geometry
+    width = ids.shape[0]
     is_lfu = policy.counts_use(cache.policy)
     cache = policy.age(cache, policy.is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
 
-    # Hits, and the queue of misses.
+    # Hits are found here, and misses are queued.
     @jax.named_scope("find")
     def find(window: chunks.Window, carry: tuple) -> tuple:
         line, estimates, order, num_hits, queue, num_misses = carry
@@ -104,7 +119,9 @@ def make_plan(
 
     @jax.named_scope("pin")
     def pin_hits(window: chunks.Window, priority: jax.Array) -> jax.Array:
-        # No estimate is negative, which XLA cannot know: it reads the priorities before it replaces them, without a copy.
+        # No estimate is negative, but XLA cannot know this. The estimates of hits were computed
+        # from the priorities. The comparison makes XLA finish those reads before it replaces the
+        # priorities, so that it makes no copy of them.
         is_pinned = window.is_live & (window.take(estimates) >= 0)
         here = jnp.where(is_pinned, window.take(line), geometry.lines)
         return indexing.put(priority, here, policy.pinned(cache.policy, step))
@@ -123,10 +140,10 @@ def make_plan(
         num_waiting=num_misses,
     )
     entered = enter(carry, geometry, cache.policy, ids, estimates, step, chunk)
-    priority, sketch = entered.priority, cache.sketch
-    if (
-        is_lfu
-    ):  # the lines of this batch take their estimates, the sketch keeps those of ids without a line
+    priority = entered.priority
+    sketch = cache.sketch
+    # The lines of this batch take their estimates. The sketch keeps those of ids without a line.
+    if is_lfu:
 
         @jax.named_scope("unpin")
         def unpin(window: chunks.Window, priority: jax.Array) -> jax.Array:

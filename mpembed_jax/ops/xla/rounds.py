@@ -1,6 +1,7 @@
-"""How the misses of a batch enter the cache: in rounds, in each of which a set's best waiting miss meets its cheapest way.
+"""The rounds in which the misses of a batch enter the cache.
 
-The rules are stated at `plan.make_plan`.
+In each round, the best waiting miss of every set meets the cheapest way of the set.
+`plan.make_plan` states the rules.
 """
 
 from typing import NamedTuple
@@ -17,18 +18,18 @@ from mpembed_jax.row_ids import NO_ID
 
 
 class Entering(NamedTuple):
-    """What the rounds of `enter` work on."""
+    """The loop carry of `enter`."""
 
     tags: jax.Array  # i32 [C]
-    priority: jax.Array  # i32 [C]  lines of this batch are pinned
+    priority: jax.Array  # i32 [C]; lines of this batch are pinned
     line: jax.Array  # i32 [U]
     victim_ids: jax.Array  # i32 [U]
-    victim_uses: jax.Array  # i32 [U]  the victims' priorities; none for LRU
-    order: jax.Array  # i32 [U]  hits and newcomers from the front, bypassed from the back
-    num_cached: jax.Array
-    last: jax.Array  # first of the bypassed in `order`
-    queue: jax.Array  # i32 [U]  positions of the misses that wait
-    num_waiting: jax.Array
+    victim_uses: jax.Array  # i32 [U]: the victims' priorities; empty for LRU
+    order: jax.Array  # i32 [U]: hits and newcomers from the front, bypassed ids from the back
+    num_cached: jax.Array  # i32 []: hits and newcomers
+    last: jax.Array  # i32 []: where the bypassed ids begin in `order`
+    queue: jax.Array  # i32 [U]: positions of the waiting misses
+    num_waiting: jax.Array  # i32 []
 
 
 def enter(
@@ -40,9 +41,23 @@ def enter(
     step: jax.Array,
     chunk: int | None,
 ) -> Entering:
-    """Lets misses enter, in rounds: every set's best waiting miss meets its cheapest way.
+    """Lets misses enter the cache in rounds, until no miss waits.
 
-    Sets share election buckets where there are more sets than a batch could use; that only delays a set's turn.
+    In each round, the best waiting miss of every set meets the set's cheapest way. If there are
+    more sets than a batch could use, sets share buckets, and each bucket elects one miss per round.
+    Sharing only delays a set's turn.
+
+    Args:
+      carry: the carry before the first round.
+      geometry: the sizes of the cache.
+      by: the policy, "lfu" or "lru".
+      ids: int32 [U], the unique ids.
+      estimates: int32 [U], their estimated use; zeros for LRU.
+      step: int32 scalar, the number of this prefetch.
+      chunk: see chunks.each.
+
+    Returns:
+      The carry after the last round.
     """
     is_lfu = policy.counts_use(by)
     width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
@@ -63,18 +78,21 @@ def enter(
     def meet(
         sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
+        """Finds the cheapest line of each miss's set.
+
+        Returns:
+          The line, the id in it, the use of that id, and whether the miss may enter.
+        """
         way = jnp.arange(ways, dtype=jnp.uint32)
-        row_tags, row_priority = (
-            indexing.take(tags.reshape(-1, ways), sets),
-            indexing.take(priority.reshape(-1, ways), sets),
-        )
+        row_tags = indexing.take(tags.reshape(-1, ways), sets)
+        row_priority = indexing.take(priority.reshape(-1, ways), sets)
         cost = policy.ranks(by, row_tags, row_priority, step) * jnp.uint32(MAX_WAYS) + way
         cheapest = jnp.min(cost, axis=-1)
         rank = (cheapest // jnp.uint32(MAX_WAYS)).astype(jnp.int32)
         may = policy.may_enter(by, rank, estimate)
         chosen = (cheapest % jnp.uint32(MAX_WAYS)).astype(jnp.int32)
-        # The victim comes from the same gather: a second read of the tags would not be ordered before their update.
+        # The victim comes from the same gather, because XLA would not order a second read of the
+        # tags before their update.
         is_chosen = way == chosen.astype(jnp.uint32)[:, None]
         victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
         return sets * ways + chosen, victim, rank - 1, may
@@ -111,7 +129,8 @@ def enter(
             wins = (indexing.take(winner, bucket) == miss) & (miss != NO_ID)
             place, victim, uses, may = meet(sets, estimate, carry.tags, carry.priority)
             enters = wins & may
-            target, here = jnp.where(enters, place, lines), jnp.where(enters, position, width)
+            target = jnp.where(enters, place, lines)
+            here = jnp.where(enters, position, width)
             order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
             carry = carry._replace(
                 tags=indexing.put(carry.tags, target, miss),
@@ -130,7 +149,8 @@ def enter(
             0, num_waiting, width, chunk, settle, (carry, jnp.zeros(num_buckets, bool))
         )
 
-        # A set whose best miss could not enter is closed for all others; the rest of the losers wait for the next round.
+        # If the best miss of a set could not enter, the set is closed to all its misses. In other
+        # sets, the misses that were not elected wait for the next round.
         def requeue(window: chunks.Window, carry: tuple) -> tuple:
             order, last, queue, num_left = carry
             position, miss, sets, bucket, _ = waiting(window, queue)

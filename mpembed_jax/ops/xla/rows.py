@@ -1,9 +1,10 @@
-"""Row movements in plain jax.numpy: swap, lookup, read, write, write_back. The reference of these ops.
+"""The reference of the row movements in plain jax.numpy: swap, lookup, read, write, write_back.
 
-With a chunk length they are also the fast path on a CPU.
+With a chunk length, these functions are also the fast path on a CPU.
 
-Reads and writes of the same array are ordered by data: a write's values depend on the read they must follow. Without that
-XLA copies the whole table to keep the old one alive.
+Reads and writes of the same array are ordered by data dependencies: the values that are written
+depend on the read that must come first. Otherwise XLA would copy the whole table to keep its old
+values for the read.
 """
 
 from collections.abc import Callable
@@ -20,26 +21,28 @@ from mpembed_jax.ops.records import Draw, Moves, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows, read_rows
 
-Gather = Callable[
-    [jax.Array, jax.Array], jax.Array
-]  # of rows of 32-bit words [n, m] by index i32 [k]
+# (rows [n, m] of 32-bit words, index i32 [k]) -> rows[index] [k, m]
+Gather = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @jax.named_scope("swap")
 def swap(
     store: Store, moves: Moves, draw: Draw, *, chunk: int | None, gather: Gather | None = None
 ) -> tuple[Store, jax.Array]:
-    """Evicts and fills: the newcomers, entries [num_hits, num_cached) of the moves, take their lines.
+    """Evicts victims and fills newcomers, the entries [num_hits, num_cached) of the moves.
+
+    Dirty victims are quantized into the table. Newcomers are dequantized into their lines.
 
     Args:
-      store: table, lines, and the dirty bits of the victims.
+      store: table, lines and dirty bits. The dirty bits still describe the victims.
       moves: the rows of the step.
-      draw: names the random bits of the victims' rounding.
+      draw: the source of the random bits that round the victims.
       chunk: see chunks.each.
-      gather: takes rows; what it returns for an index outside does not matter. None: XLA's.
+      gather: a Gather. Its result for an index outside the array does not matter. None: XLA's
+        gather.
 
     Returns:
-      The store and the number of dirty victims.
+      The store, and the number of dirty victims (int32 scalar).
     """
     table, cache_rows, dirty = store
     assert cache_rows is not None and dirty is not None
@@ -52,12 +55,14 @@ def swap(
         rows, cache_rows, dirty, num_written = carry
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
         victims = window.take(victim_ids)
-        # Without the barrier a GPU reads the bits again after they were cleared, from a copy of all of them.
+        # Without the barrier, a GPU would read the bits again after they were cleared, from a copy
+        # of all of them.
         was_dirty = lax.optimization_barrier(window.is_live & indexing.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
         old = gather(cache_rows, here)
         packed = encode_rows(old, victims, table, draw.key, random_bits.WRITE_BACK, draw.step, once)
-        # Writing first and reading from the result orders the two; the ids are disjoint, so the values are the same.
+        # The read uses the result of the write, which orders the two. The rows that are written and
+        # read are disjoint, so the order does not change the values.
         rows = indexing.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         take = gather if rows.dtype == jnp.uint32 else indexing.take
         new = decode(
@@ -69,7 +74,8 @@ def swap(
         dirty = indexing.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
         return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
 
-    # Newcomers are few and a chunk is worked on as a whole: half a chunk wastes less.
+    # There are few newcomers, and a chunk is always processed as a whole. A chunk of half the
+    # length wastes less.
     carry = (table.rows, cache_rows, dirty, jnp.int32(0))
     rows, cache_rows, dirty, num_written = chunks.each(
         begin, end, ids.shape[0], chunk and chunk // 2, body, carry
@@ -83,13 +89,16 @@ def swap(
 def lookup(
     store: Store, moves: Moves, *, chunk: int | None, gather: Gather | None = None
 ) -> jax.Array:
-    """Gathers the unique rows: [0, num_cached) from their lines, [num_cached, num_ids) from the table, zeros for the rest.
+    """Gathers the unique rows.
+
+    Rows [0, num_cached) come from their lines, and rows [num_cached, num_ids) from the table. The
+    rest are zeros.
 
     Args:
       store: table and lines.
       moves: the rows of the step.
       chunk: see chunks.each.
-      gather: takes rows, zeros outside. None: XLA's.
+      gather: a Gather that gives zeros for an index outside the array. None: XLA's gather.
 
     Returns:
       float32 [U, D].
@@ -99,7 +108,9 @@ def lookup(
     width = ids.shape[0]
     if cache_rows is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
-    else:  # one full-width pass makes the zeros, too; a loop over exact chunks was slower by half on a CPU
+    else:
+        # This pass over the full width also makes the zeros. On a CPU, a loop over exact chunks was
+        # slower by half.
         out = indexing.take(cache_rows, line, 0) if gather is None else gather(cache_rows, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
@@ -112,9 +123,11 @@ def lookup(
 
 
 def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns the ids of a window to read from a table's rows: in host memory row 0 for all that the window does not own.
+    """Returns the ids of the rows that one window reads from a table.
 
-    What is read of them does not matter, but no row that nobody wants is to cross the bus.
+    If the table is in host memory, entries that the window is not responsible for become row 0.
+    Their rows are not used, and reading row 0 for all of them keeps other rows from crossing the
+    bus.
     """
     here = window.take(ids)
     return jnp.where(window.is_live, here, 0) if indexing.is_on_host(rows) else here
@@ -123,13 +136,14 @@ def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array
 def read(
     table: QuantizedTable, held: residency.CacheState | None, ids: jax.Array, chunk: int | None
 ) -> jax.Array:
-    """Reads rows for evaluation: the line where resident, else the table's row.
+    """Reads rows for evaluation: from the line if the cache holds the id, else from the table.
 
     Args:
       table: the stack.
       held: the cache, or None.
-      ids: int32 [..]; outside the table, NO_ID among them, reads as zeros.
-      chunk: of a table in host memory: positions per turn of the loop over those that need a row of it. Of others, unused.
+      ids: int32 [..]; ids outside the table, NO_ID included, read as zeros.
+      chunk: positions per iteration of the loop over ids without a line. It is used only for a
+        table in host memory.
 
     Returns:
       float32 [.., D].
@@ -149,7 +163,10 @@ def read(
 
 
 def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> jax.Array:
-    """Reads rows [N, D] of ids [N], zeros for NO_ID, by a loop over the positions that have one."""
+    """Returns the rows (float32 [N, D]) of ids int32 [N], with zeros for NO_ID.
+
+    A loop visits only the positions that have an id.
+    """
     (width,) = ids.shape
     if width == 0:
         return jnp.zeros((0, table.embedding_dim), jnp.float32)
@@ -173,13 +190,14 @@ def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> j
 def write(
     store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk: int | None
 ) -> Store:
-    """Stores updated rows: to their lines in float32, or stochastically rounded into the table.
+    """Stores updated rows: in their lines as float32, or rounded into the table.
 
     Args:
       store: table and lines.
-      moves: the rows of the step; NO_ID entries are not written, C entries not to a line.
+      moves: the rows of the step. Entries with line C are not written to a line. Entries with id
+        NO_ID are not written to the table.
       new_rows: float32 [U, D].
-      draw: names the random bits of the rounding.
+      draw: the source of the random bits for rounding.
       chunk: see chunks.each.
 
     Returns:
@@ -188,9 +206,9 @@ def write(
     table, cache_rows, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
-    if (
-        cache_rows is not None
-    ):  # the whole width at once: lines out of range are dropped, and slices would be copied
+    if cache_rows is not None:
+        # One pass over the full width writes the lines, because slices of new_rows would be copied.
+        # Lines out of range are dropped.
         cache_rows = indexing.put(cache_rows, line, new_rows)
 
     once = (num_ids > num_cached).astype(jnp.int32) if chunk else None
@@ -210,7 +228,16 @@ def write(
 
 @jax.named_scope("write_back")
 def write_back(store: Store, tags: jax.Array, draw: Draw) -> QuantizedTable:
-    """Quantizes every dirty line into the table, in blocks of lines; tags int32 [C]."""
+    """Quantizes every dirty line into the table, in blocks of lines.
+
+    Args:
+      store: table, lines and dirty bits.
+      tags: int32 [C], the id in each line.
+      draw: the source of the random bits for rounding.
+
+    Returns:
+      The table.
+    """
     table, cache_rows, dirty = store
     assert cache_rows is not None and dirty is not None
 

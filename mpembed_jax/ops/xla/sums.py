@@ -1,4 +1,4 @@
-"""The reference implementation of pooling's ops: sums of duplicates, and bags without [.., L, D]."""
+"""The reference of `sum_duplicates` in plain jax.numpy: sums of values that share an index."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,17 @@ def sum_duplicates(
     factors: jax.Array | None = None,
     source: jax.Array | None = None,
 ) -> jax.Array:
-    """Sums the values of each index, without a scatter of duplicates on a GPU; the last row, padding, is zero.
+    """Sums the values of each index. The last row of the result is padding and is zero.
+
+    On a GPU, no scatter with duplicate indices is used; see `add_duplicates`.
 
     Args:
       values: float32 [M, ..].
       index: int32 [N] in [0, size).
-      size: rows of the result.
-      factors: float32 [N] or None: multiplied with each position's values.
-      source: int32 [N] in [0, M): position n takes values[source[n]]; None: values[n // (N / M)], N a multiple of M.
+      size: number of rows of the result.
+      factors: float32 [N], multiplied with each position's values; None: all are 1.
+      source: int32 [N] in [0, M): position n takes values[source[n]]. None: it takes values[n // (N
+        / M)], and N is a multiple of M.
 
     Returns:
       float32 [size, ..].
@@ -36,11 +39,14 @@ def sum_duplicates(
 
 
 def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Adds values [n, ..] into total [U, ..] at index [n], duplicates summed; the last row, padding, takes nothing.
+    """Returns `total` [U, ..] with values [n, ..] added at index int32 [n]; duplicates are summed.
 
-    Decided by the platform that is lowered for: a CPU adds in place, in the order of positions; others sort and scan
-    (`add_sorted`), since a float32 scatter-add with duplicate ids is hundreds of times slower on some GPU builds
-    (jax#38806), and its order is not deterministic.
+    The last row of `total` is padding and stays as it is.
+
+    The method depends on the platform that the program is lowered for. On a CPU, values are added
+    in place, in the order of positions. On other platforms, they are sorted and scanned
+    (`add_sorted`): a float32 scatter-add with duplicate indices is hundreds of times slower on some
+    GPU builds (jax#38806), and its order is not deterministic.
     """
     return lax.platform_dependent(total, index, values, cpu=_add_in_order, default=add_sorted)
 
@@ -51,11 +57,19 @@ def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.
 
 
 def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """See `add_duplicates`: a segmented scan over sorted positions, whose last entry of each segment is its sum.
+    """Returns what `add_duplicates` returns, by a segmented scan over sorted positions.
 
-    No scatter sees an index twice, not even a sorted one: XLA's GPU back end adds those atomically, too.
+    The last entry of each segment of the scan is the sum of the segment. No scatter sees an index
+    twice. This matters for sorted indices, too, because XLA's GPU back end adds sorted duplicates
+    atomically.
+
+    Args:
+      total: float32 [U, ..].
+      index: int32 [n] in [0, U).
+      values: float32 [n, ..].
     """
-    (num,), last = index.shape, total.shape[0] - 1
+    (num,) = index.shape
+    last = total.shape[0] - 1
     if num == 0:
         return total
     segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))

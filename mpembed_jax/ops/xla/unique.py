@@ -1,4 +1,4 @@
-"""The distinct ids of a batch, in plain jax.numpy: the reference of the op."""
+"""The reference of `unique` in plain jax.numpy: the distinct ids of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,21 @@ from mpembed_jax.row_ids import NO_ID
 
 @jax.named_scope("unique")
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Deduplicates by a hashed claim table.
+    """Returns the distinct ids of a batch, which are found with a hash table.
 
-    Each position claims a bucket and checks what it holds; the losers try another hash.
+    Each position claims the bucket of its id's hash, and the lowest position gets it. A position is
+    done if the owner of its bucket has the same id. The others try again with another hash.
 
-    Over the budget of size - 1, the ids smallest by fmix32(id xor step) stay.
+    If there are more than size - 1 distinct ids, only the size - 1 ids that are smallest by
+    fmix32(id xor step) stay.
 
     Args:
-      ids: int32 [N], NO_ID for padding.
-      size: U; the last entry of the result is always NO_ID.
-      step: int32 scalar.
+      ids: int32 [N]; NO_ID is padding.
+      size: U; the last of the returned ids is always NO_ID.
+      step: int32 scalar, the number of this prefetch.
 
     Returns:
-      The distinct ids, in order of first occurrence.
+      A Unique, with its ids in the order of their first occurrence.
     """
     (num_positions,) = ids.shape
     if num_positions == 0:

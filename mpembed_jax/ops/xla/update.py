@@ -1,4 +1,7 @@
-"""The row update in plain jax.numpy: the rules of `optim` on gathered rows, then `rows.write`. The reference of the op."""
+"""The reference of the row update in plain jax.numpy.
+
+It applies a rule of `optim` to gathered rows and stores them by `rows.write`.
+"""
 
 from typing import Any
 
@@ -13,7 +16,7 @@ from mpembed_jax.row_ids import NO_ID
 
 
 def is_updated(moves: Moves) -> jax.Array:
-    """Returns bool [U]: which entries are rows to update."""
+    """Returns whether each entry of the moves is a row to update (bool [U])."""
     return (jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
 
 
@@ -28,18 +31,21 @@ def update(
     draw: Draw,
     chunk: int | None,
 ) -> tuple[Store, jax.Array | None]:
-    """Updates each row once and stores it: w -= lr g (SGD), or w -= lr g / (sqrt(G) + eps), G += mean(g^2).
+    """Updates each row once and stores it.
+
+    SGD is w -= lr g. Row-wise Adagrad is G += mean(g^2), then w -= lr g / (sqrt(G) + eps).
 
     Args:
       store: table and lines.
-      accumulator: G of row-wise Adagrad, float32 [V], or bfloat16 bit patterns uint16 [V], rounded stochastically.
-        None for SGD.
-      moves: the rows of the step; NO_ID entries are not updated, C entries not written to a line.
+      accumulator: G of row-wise Adagrad, float32 [V] or uint16 [V]. The uint16 values are bit
+        patterns of bfloat16, which are rounded stochastically. None for SGD.
+      moves: the rows of the step. Entries with id NO_ID are not updated. Entries with line C are
+        not written to a line.
       old_rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
-      rule: the optimizer's.
-      draw: names the random bits of the roundings.
-      chunk: see chunks.each; for the stores.
+      rule: the rule of the optimizer.
+      draw: the source of the random bits for rounding.
+      chunk: see chunks.each; it applies to the stores.
 
     Returns:
       The store and the accumulator.
@@ -73,21 +79,21 @@ def update_summed(
     skip_nonfinite: bool,
     chunk: int | None,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    """Sums the gradients of each row's positions, then `update`.
+    """Sums the gradients of each row's positions, then updates the rows as `update` does.
 
     Args:
-      store: this and what is not named here: see `update`.
+      store: see `update`.
       accumulator: see `update`.
       moves: see `update`.
       old_rows: float32 [U, D].
-      positions: the gradients.
+      positions: the gradients, and the row of each position.
       rule: see `update`.
       draw: see `update`.
-      skip_nonfinite: leave rows as they are whose summed gradient is not finite.
+      skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       chunk: see `update`.
 
     Returns:
-      The store, the accumulator, and bool [U]: which rows were updated.
+      The store, the accumulator, and whether each row was updated (bool [U]).
     """
     row_grads = sums.sum_duplicates(
         positions.grads, positions.row, old_rows.shape[0], positions.factors, positions.source
