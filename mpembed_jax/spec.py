@@ -204,7 +204,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are not integers, or are not on the host as a large stack requires.
+          TypeError: if ids are not integers; or if the stack has 2**31 - 1 rows or more and the ids
+            are not on the host.
           ValueError: if the last axis is not T; or if out_of_range is "raise" and a concrete id is
             outside its table.
         """
