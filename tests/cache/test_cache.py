@@ -17,7 +17,6 @@ import mpembed_jax as mpembed
 from mpembed_jax import ops
 from mpembed_jax.cache import residency
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
 
