@@ -1,4 +1,4 @@
-"""Several forced CPU devices, deterministic hypothesis, and strict dtype promotion where a test file asks for it."""
+"""Several forced CPU devices, deterministic hypothesis, and strict dtype promotion."""
 
 import os
 
@@ -24,11 +24,18 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-@pytest.fixture(scope="module")
-def strict_promotion():
-    """No implicit casts. Not for every test: the package holds under it, optax.adam's bias correction does not."""
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Runs a test, and the fixtures it sets up, without implicit casts.
+
+    A test whose dependencies cast opts out by a marker that says why:
+    `@pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")`.
+    """
+    opt_out = item.get_closest_marker("standard_promotion")
+    if opt_out is not None and not opt_out.args:
+        raise pytest.UsageError(f"{item.nodeid}: standard_promotion needs a reason")
+    with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
+        return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

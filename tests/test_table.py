@@ -15,7 +15,6 @@ import mpembed_jax as mpembed
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.table import init_table, read_rows
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 encode = jax.jit(mpembed.encode, static_argnames="format")
 decode = jax.jit(mpembed.decode, static_argnames=("format", "embedding_dim"))
 

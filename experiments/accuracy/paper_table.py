@@ -21,6 +21,7 @@ not run again, so a killed grid continues. Tables and pictures are made from all
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,7 +141,11 @@ def record_of(
     }  # fmt: skip
 
 
-def run(settings: Settings, console: Any) -> None:
+def run(
+    settings: Settings,
+    console: Any,
+    cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of,
+) -> None:
     """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases."""
     settings.out.mkdir(parents=True, exist_ok=True)
     path, environment = settings.out / "paper_table.jsonl", provenance.environment()
@@ -149,7 +154,7 @@ def run(settings: Settings, console: Any) -> None:
         task = task_of(settings, dim)
         source = source or train_dlrm.make_source(task, console.print)
         data, recipe = data_of(task, source), train_dlrm.make_recipe(task)
-        bench, cases = paper_runs.Workbench(source, recipe), cases_of(settings, dim)
+        bench, cases = paper_runs.Workbench(source, recipe), cases_at(settings, dim)
         keys = {
             (case, seed): records.key_of(paper_runs.depends_on(data, recipe, case, seed))
             for case in cases
@@ -180,11 +185,18 @@ def run(settings: Settings, console: Any) -> None:
                         )
 
 
-def main(settings: Settings) -> None:
-    """Runs what is missing and reports on everything in the results file."""
+def main(
+    settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of
+) -> None:
+    """Runs what is missing and reports on everything in the results file.
+
+    Args:
+      settings: of the command line.
+      cases_at: gives the cases for an embedding dim, FP32 first.
+    """
     console = reporting.make_console()
     if not settings.report:
-        run(settings, console)
+        run(settings, console, cases_at)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     if not found:
         raise SystemExit(

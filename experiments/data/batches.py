@@ -1,7 +1,7 @@
 """Batches in an order that a seed fixes and a number of steps resumes.
 
 An epoch of rows in memory is a permutation of them. An epoch of a file of blocks, too large for
-that, takes the blocks in random order and shuffles the rows of `BLOCKS_TOGETHER` blocks at a time:
+that, takes the blocks in random order and shuffles the rows of a few dozen blocks at a time:
 two rows far apart in the file can meet in a batch, two of one block are likelier to. The order
 depends on the seed and the epoch only, so whoever has taken `start` batches goes on with exactly
 the next one: only the blocks it lies in are read for that. Nothing here knows what a row holds.
@@ -87,29 +87,39 @@ def permuted(
 
 
 def shuffled(
-    blocks: Blocks, batch_size: int, *, seed: int, start: int = 0, num_epochs: int = 1
+    blocks: Blocks,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    num_epochs: int = 1,
+    blocks_together: int = BLOCKS_TOGETHER,
 ) -> Iterator[Arrays]:
-    """Yields full batches of blocks in random order; arguments as in `permuted`.
+    """Yields full batches: blocks in random order, rows shuffled within `blocks_together` of them.
 
-    Rows are shuffled within `BLOCKS_TOGETHER` blocks. The rows left over at the end of an epoch,
-    fewer than a batch and others in each epoch, are left out.
+    The other arguments are those of `permuted`. The rows left over at the end of an epoch, fewer
+    than a batch and others in each epoch, are left out.
     """
     num_blocks = -(-blocks.num_rows // blocks.block_rows)
     lengths = np.full(num_blocks, blocks.block_rows)
     lengths[-1:] = blocks.num_rows - (num_blocks - 1) * blocks.block_rows
     for epoch, taken in epochs(blocks.num_rows, batch_size, start, num_epochs):
         order = np.random.default_rng([seed, epoch]).permutation(num_blocks)
-        firsts = np.arange(0, num_blocks, BLOCKS_TOGETHER)
+        firsts = np.arange(0, num_blocks, blocks_together)
         ends = np.cumsum(np.add.reduceat(lengths[order], firsts))
         group = int(np.searchsorted(ends, taken * batch_size, "right"))
         before = int(ends[group - 1]) if group else 0
-        parts = (_mixed(blocks, order, g, [seed, epoch, 1 + g]) for g in range(group, len(firsts)))
+        groups = np.split(order, firsts[1:])
+        parts = (
+            _mixed(blocks, groups[g].tolist(), [seed, epoch, 1 + g])
+            for g in range(group, len(groups))
+        )
         yield from rebatched(parts, batch_size, skip=taken * batch_size - before)
 
 
-def _mixed(blocks: Blocks, order: np.ndarray, group: int, seed: list[int]) -> Arrays:
-    """Reads a group of blocks and shuffles its rows."""
-    read = blocks.read(order[group * BLOCKS_TOGETHER : (group + 1) * BLOCKS_TOGETHER].tolist())
+def _mixed(blocks: Blocks, numbers: list[int], seed: list[int]) -> Arrays:
+    """Reads blocks and shuffles their rows."""
+    read = blocks.read(numbers)
     mixed = np.random.default_rng(seed).permutation(
         sum(len(next(iter(block.values()))) for block in read)
     )

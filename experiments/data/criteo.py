@@ -24,7 +24,7 @@ from experiments.data.criteo_kaggle import (
     fingerprint,
     quote,
 )
-from experiments.data.prepared import BlockSplit, prepared
+from experiments.data.prepared import SIZES, BlockSplit, Sizes, prepared
 
 HOLDOUTS = {"test": ("test",), "validation": ("validation",), "day": ("validation", "test")}
 
@@ -63,6 +63,7 @@ class CriteoLog:
       max_rows: use only so many lines of the file; None: all.
       holdout: "test" or "validation", a half of the last day, or "day", all of it.
       log: takes lines of progress and the report of bad lines.
+      sizes: of the pieces in which the data is read, stored and shuffled.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -86,6 +87,7 @@ class CriteoLog:
         max_rows: int | None = None,
         holdout: Literal["test", "validation", "day"] = "test",
         log: Callable[[str], None] = print,
+        sizes: Sizes = SIZES,
     ):
         if mapping not in ("dictionary", "hash") or min_count < 1 or not 3 <= hash_size < 2**31 - 1:
             raise ValueError(
@@ -102,7 +104,7 @@ class CriteoLog:
 
         def make() -> CriteoKaggle:
             options = {"max_bad_lines": max_bad_lines, "max_rows": max_rows, "log": log}
-            return CriteoKaggle(text=file, data_dir=folder, config=config, **options)
+            return CriteoKaggle(text=file, data_dir=folder, config=config, sizes=sizes, **options)
 
         builder = prepared(make)
         self.bad_lines = [
@@ -124,6 +126,7 @@ class CriteoLog:
                 else BlockSplit(builder, split)
             )
 
+        self._blocks_together = sizes.blocks_together
         self.train_blocks, self._held_out = (
             blocks("train"),
             [blocks(split) for split in HOLDOUTS[holdout]],
@@ -145,7 +148,12 @@ class CriteoLog:
         They are shuffled as in `batches.shuffled`.
         """
         taken = batches.shuffled(
-            self.train_blocks, batch_size, seed=seed, start=start, num_epochs=num_epochs
+            self.train_blocks,
+            batch_size,
+            seed=seed,
+            start=start,
+            num_epochs=num_epochs,
+            blocks_together=self._blocks_together,
         )
         return map(_as_batch, taken)
 

@@ -29,9 +29,9 @@ import tensorflow_datasets as tfds
 from experiments.data import criteo_format, numbering
 from experiments.data.batches import Arrays, in_order, rebatched
 from experiments.data.prepared import (
-    BLOCK_ROWS,
-    BLOCKS_PER_FILE,
+    SIZES,
     BlockSplit,
+    Sizes,
     block_features,
     is_whole,
     prepared,
@@ -96,10 +96,12 @@ class TextRows:
       file: the text.
       max_bad_lines: how many bad lines are skipped.
       log: takes lines of progress.
+      text_bytes: bytes that are parsed at once.
     """
 
-    def __init__(self, file: Path, max_bad_lines: int, log: Callable[[str], None]):
+    def __init__(self, file: Path, max_bad_lines: int, log: Callable[[str], None], text_bytes: int):
         self.file, self.max_bad_lines, self.log = file, max_bad_lines, log
+        self.text_bytes = text_bytes
         self.bad: list[criteo_format.BadLine] = []
         self.line = 0  # lines that were given out
         self._blocks = self._read()
@@ -117,7 +119,7 @@ class TextRows:
         num_lines = 0
         try:
             with criteo_format.open_file(self.file) as source:
-                for block in criteo_format.read_blocks(source):
+                for block in criteo_format.read_blocks(source, self.text_bytes):
                     yield block
                     num_lines += block.count(b"\n")
         except (EOFError, gzip.BadGzipFile) as error:
@@ -217,6 +219,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
       max_bad_lines: bad lines skipped before giving up.
       max_rows: use only so many lines of the file; None: all.
       log: takes lines of progress.
+      sizes: of blocks and files.
       **kwargs: of every builder (data_dir, config); the file format is array_record.
     """
 
@@ -233,6 +236,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         max_bad_lines: int = 100,
         max_rows: int | None = None,
         log: Callable[[str], None] = print,
+        sizes: Sizes = SIZES,
         **kwargs: Any,
     ):
         self._text, self._max_bad_lines, self._max_rows, self._log = (
@@ -241,6 +245,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             max_rows,
             log,
         )
+        self._sizes = sizes
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -256,7 +261,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             features=block_features({"label": ((), np.uint8), **dense, **categories}),
             homepage="https://www.kaggle.com/c/criteo-display-ad-challenge",
             disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(block_rows=BLOCK_ROWS),
+            metadata=tfds.core.MetadataDict(block_rows=self._sizes.block_rows),
         )
 
     def _shard_iterators_per_split(
@@ -277,14 +282,15 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         """
         counts = self.info.metadata.setdefault("num_rows", {})
         counts[split] = 0
-        blocks = rebatched(parts, BLOCK_ROWS, keep_rest=True)
-        num_files = max(1, num_rows // (BLOCK_ROWS * BLOCKS_PER_FILE))
+        blocks_per_file = self._sizes.blocks_per_file
+        blocks = rebatched(parts, self._sizes.block_rows, keep_rest=True)
+        num_files = max(1, num_rows // (self._sizes.block_rows * blocks_per_file))
 
         def write(number: int) -> Iterator[tuple[int, Arrays]]:
-            last = None if number == num_files - 1 else BLOCKS_PER_FILE
+            last = None if number == num_files - 1 else blocks_per_file
             for index, block in enumerate(itertools.islice(blocks, last)):
                 counts[split] += len(block["label"])
-                yield number * BLOCKS_PER_FILE + index, block
+                yield number * blocks_per_file + index, block
             if last is None and not counts[split]:
                 raise BadLinesError(f"{split} has no good line")
 
@@ -292,7 +298,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
 
     def _from_text(self, file: Path) -> dict[str, list[Callable]]:
         seen = fingerprint(file)
-        rows = TextRows(file, self._max_bad_lines, self._log)
+        rows = TextRows(file, self._max_bad_lines, self._log, self._sizes.text_bytes)
         num_lines = rows.count_lines()
         num_lines = num_lines if self._max_rows is None else min(num_lines, self._max_rows)
         try:
@@ -323,6 +329,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
             "max_bad_lines": self._max_bad_lines,
             "max_rows": self._max_rows,
             "log": self._log,
+            "sizes": self._sizes,
         }
         text = self._text
 
@@ -335,7 +342,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         splits = {name: BlockSplit(raw, name) for name in raw.info.metadata["num_rows"]}
         self._log(f"numbering the ids of {len(CATEGORIES)} columns")
         counts = numbering.Counts(len(CATEGORIES))
-        for block in in_order(splits["train"], BLOCK_ROWS):
+        for block in in_order(splits["train"], self._sizes.block_rows):
             counts.add(block["categories"])
         dictionaries = counts.dictionaries(self.builder_config.min_count)
         tables = {
@@ -345,7 +352,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         self.info.metadata.update(copied, tables=tables)
 
         def numbered(split: BlockSplit) -> Iterator[Arrays]:
-            for block in in_order(split, BLOCK_ROWS):
+            for block in in_order(split, self._sizes.block_rows):
                 columns = zip(block.pop("categories").T, dictionaries, strict=True)
                 yield {
                     **block,

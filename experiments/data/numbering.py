@@ -9,17 +9,17 @@ import numpy as np
 
 from experiments.data.hashing import fmix32
 
-ROWS_TOGETHER = 1 << 21  # counted at once
-
 
 class Counts:
     """How often each value of each column occurred.
 
     Args:
       num_columns: columns of every piece.
+      rows_together: rows that are sorted at once.
     """
 
-    def __init__(self, num_columns: int):
+    def __init__(self, num_columns: int, rows_together: int = 1 << 21):
+        self._rows_together = rows_together
         self._values = [np.zeros(0, np.uint32)] * num_columns
         self._counts = [np.zeros(0, np.int64)] * num_columns
         self._waiting: list[np.ndarray] = []
@@ -27,7 +27,7 @@ class Counts:
     def add(self, raw: np.ndarray) -> None:
         """Counts the values of u32 [n, num_columns]."""
         self._waiting.append(raw)
-        if sum(map(len, self._waiting)) >= ROWS_TOGETHER:
+        if sum(map(len, self._waiting)) >= self._rows_together:
             self._merge()
 
     def _merge(self) -> None:

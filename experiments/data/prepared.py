@@ -12,14 +12,33 @@ import fcntl
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
+from experiments.data import batches, criteo_format
 from experiments.data.batches import Arrays
 
-BLOCK_ROWS = 4096
-BLOCKS_PER_FILE = 256
 INFO = "dataset_info.json"  # what tensorflow-datasets writes last
+
+
+class Sizes(NamedTuple):
+    """How much is read, stored and shuffled at once.
+
+    Attributes:
+      text_bytes: bytes of text that are parsed at once.
+      block_rows: rows of a block.
+      blocks_per_file: blocks of a file of the dataset.
+      blocks_together: blocks whose rows are shuffled together.
+    """
+
+    text_bytes: int = criteo_format.BLOCK_BYTES
+    block_rows: int = 4096
+    blocks_per_file: int = 256
+    blocks_together: int = batches.BLOCKS_TOGETHER
+
+
+SIZES = Sizes()
 
 
 class DamagedError(RuntimeError):

@@ -52,11 +52,12 @@ def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
     )
 
 
-def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
+def digest(state_rows: Mapping[str, Any], block_bytes: int = host_memory.BLOCK_BYTES) -> np.ndarray:
     """Returns a u32 [2] digest of the rows of a state, given as {inner name: array}.
 
     Two states with different rows have different digests, except by chance. Host arrays are
-    digested in blocks.
+    digested in blocks: NumPy arrays a million rows at once, arrays in an accelerator's host memory
+    `block_bytes` at once.
     """
     total = np.zeros(2, np.uint32)
     for salt, name in enumerate(sorted(state_rows)):
@@ -64,7 +65,7 @@ def digest(state_rows: Mapping[str, Any]) -> np.ndarray:
         if array.size == 0:
             continue
         if host_memory.is_kept(array):
-            for first, rows in host_memory.blocks(array):
+            for first, rows in host_memory.blocks(array, block_bytes):
                 total = total + np.asarray(_digest_rows(rows, np.int32(first), salt))
             continue
         size = _BLOCK if isinstance(array, np.ndarray) else array.shape[0]

@@ -17,7 +17,7 @@ import numpy as np
 
 from mpembed_jax.arrays import indexing
 
-_BLOCK = 1 << 25  # bytes per block
+BLOCK_BYTES = 1 << 25
 
 
 def is_kept(array: Any) -> bool:
@@ -29,9 +29,9 @@ def is_kept(array: Any) -> bool:
     )
 
 
-def _rows_of_block(array: Any) -> int:
+def _rows_of_block(array: Any, block_bytes: int) -> int:
     """Returns the number of rows of an array [n, ..] per block: at least one and at most n."""
-    return max(1, min(array.shape[0], _BLOCK // max(1, array.nbytes // array.shape[0])))
+    return max(1, min(array.shape[0], block_bytes // max(1, array.nbytes // array.shape[0])))
 
 
 @partial(jax.jit, static_argnames="size")
@@ -49,21 +49,21 @@ def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
     return indexing.filled(shape, jnp.zeros((), dtype), memory_kind)
 
 
-def blocks(array: jax.Array) -> Iterator[tuple[int, jax.Array]]:
+def blocks(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, jax.Array]]:
     """Yields (first row, rows on the device) of an array [n, ..] in host memory.
 
-    Every row is in exactly one block.
+    Every row is in exactly one block of at most `block_bytes`, or of one row.
     """
     if array.size == 0:
         return
-    size = _rows_of_block(array)
+    size = _rows_of_block(array, block_bytes)
     for first in range(0, array.shape[0], size):
         # All slices have the same length, so that one compiled program reads them all.
         begin = min(first, array.shape[0] - size)
         yield first, _read(array, np.int32(begin), size)[first - begin :]
 
 
-def to_numpy(array: jax.Array) -> np.ndarray:
+def to_numpy(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
     """Returns a NumPy copy of the array that later donation cannot change.
 
     With np.array, jax would keep a second copy next to the array.
@@ -71,12 +71,12 @@ def to_numpy(array: jax.Array) -> np.ndarray:
     if array.ndim == 0:
         return np.array(array)
     result = np.empty(array.shape, array.dtype)
-    for first, rows in blocks(array):
+    for first, rows in blocks(array, block_bytes):
         result[first : first + len(rows)] = rows
     return result
 
 
-def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
+def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
     """Returns array[index] on the host, for int32 indices [m] inside the array.
 
     Rows are read one block at a time.
@@ -84,7 +84,7 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
     take, size = (
         jax.jit(indexing.take),
-        min(_rows_of_block(array), 1 << max(0, index.size - 1).bit_length()),
+        min(_rows_of_block(array, block_bytes), 1 << max(0, index.size - 1).bit_length()),
     )
     for first in range(0, index.size, size):
         piece = index[first : first + size]
@@ -94,7 +94,9 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
     return result
 
 
-def from_numpy(array: np.ndarray, memory_kind: str, device: Any = None) -> jax.Array:
+def from_numpy(
+    array: np.ndarray, memory_kind: str, device: Any = None, block_bytes: int = BLOCK_BYTES
+) -> jax.Array:
     """Returns a jax-owned array in host memory with a copy of the values.
 
     Because jax owns it, it can be donated to a step.
@@ -103,11 +105,12 @@ def from_numpy(array: np.ndarray, memory_kind: str, device: Any = None) -> jax.A
       array: any shape.
       memory_kind: a memory kind of the host.
       device: the device whose host memory is used; None for the default device.
+      block_bytes: at most so many are on the device at once, or one row.
     """
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         if array.ndim == 0 or array.size == 0:
             return jax.jit(indexing.to_host, static_argnums=1)(array, memory_kind)
-        size = _rows_of_block(array)
+        size = _rows_of_block(array, block_bytes)
         result = _zeros(array.shape, array.dtype, memory_kind)
         for first in range(0, array.shape[0], size):
             begin = min(first, array.shape[0] - size)

@@ -24,24 +24,23 @@ from mpembed_jax.checkpoint.manifest import CheckpointError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
-# Bytes of an array per file. The pieces are compressed and checksummed in parallel.
-_CHUNK = 128 << 20
 
 _PENDING: dict[Path, "Saving"] = {}
 
 
-def _is_divisible(value: Any) -> bool:
-    """Whether an array divides into equal pieces of about _CHUNK bytes, as orbax needs.
+def save_args(value: Any, chunk_bytes: int = 128 << 20) -> ocp.SaveArgs:
+    """Returns how orbax divides an array: into files of at most `chunk_bytes`, or into none.
 
-    Orbax makes equal pieces, of a single row if necessary. A stack with a prime number of rows
-    (such as Criteo-Kaggle's 33,762,577) would become as many files, so it is written in one piece.
+    The files of an array are compressed and checksummed in parallel. Orbax makes equal pieces, of a
+    single row if necessary. A stack with a prime number of rows (such as Criteo-Kaggle's
+    33,762,577) would become as many files, so it is written in one piece.
     """
-    shape = np.shape(value)
-    if not shape or not shape[0]:
-        return True
-    row_bytes = value.dtype.itemsize * math.prod(shape[1:])
-    least = -(-shape[0] * row_bytes // _CHUNK)  # number of pieces needed
-    return any(shape[0] % count == 0 for count in range(least, 4 * least + 1))
+    shape, is_divisible = np.shape(value), True
+    if shape and shape[0]:
+        row_bytes = value.dtype.itemsize * math.prod(shape[1:])
+        least = -(-shape[0] * row_bytes // chunk_bytes)  # number of pieces needed
+        is_divisible = any(shape[0] % count == 0 for count in range(least, 4 * least + 1))
+    return ocp.SaveArgs(chunk_byte_size=chunk_bytes if is_divisible else None)
 
 
 class _Handler(ocp.PyTreeCheckpointHandler):
@@ -210,10 +209,7 @@ def save(
         _Handler(body, list(written)),
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
     )
-    pieces = {
-        key: ocp.SaveArgs(chunk_byte_size=_CHUNK if _is_divisible(value) else None)
-        for key, value in written.items()
-    }
+    pieces = {key: save_args(value) for key, value in written.items()}
     try:
         checkpointer.save(manifest.folder_of(folder, step), args=_Save(written, save_args=pieces))
     except Exception as error:

@@ -138,7 +138,9 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
-    """Returns what a batch asks of this device, once all devices have sent their distinct ids to the owners.
+    """Returns the rows that a batch requests from this device.
+
+    All devices first send their distinct ids to the owners.
 
     Args:
       layout: of the stack.

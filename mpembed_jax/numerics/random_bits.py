@@ -81,7 +81,7 @@ def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> 
 
 
 class RowKey(Protocol):
-    """A key bound to the rows of one shard, which draws for local rows the bits of their global ids."""
+    """A key bound to the rows of one shard: local rows draw the bits of their global ids."""
 
     def row_bits(
         self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int

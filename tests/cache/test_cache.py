@@ -19,7 +19,6 @@ from mpembed_jax import ops
 from mpembed_jax.cache import policy, residency
 from mpembed_jax.cache.spec import Geometry
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
 

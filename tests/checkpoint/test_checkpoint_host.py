@@ -14,19 +14,14 @@ pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not in
 
 from mpembed_jax import checkpoint
 from mpembed_jax.arrays import indexing
-from mpembed_jax.checkpoint import digests, host_memory, increments, saving
+from mpembed_jax.checkpoint import digests, host_memory, increments, leaves, saving
 
 MOMENTUM = optax.sgd(0.125, momentum=0.5)
 HOST = "pinned_host"
+SMALL = 1 << 11  # bytes of a block: several of every array, the last one shorter
 KINDS = pytest.mark.parametrize(
     "kinds", [(None, HOST), (HOST, None), (HOST, HOST)], ids=lambda kinds: f"{kinds[0]}-{kinds[1]}"
 )
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of every array, the last one shorter."""
-    monkeypatch.setattr(host_memory, "_BLOCK", 1 << 11)
 
 
 def stack(kind, storage="int8"):
@@ -143,31 +138,42 @@ def test_another_format_is_encoded_anew_in_host_memory(tmp_path):
 
 
 def test_the_digest_of_a_table_in_host_memory_is_that_of_the_table_on_the_device():
+    """In blocks of any size."""
     states = [trained(kind, 0, 4)[0] for kind in (None, HOST)]
-    assert digests.digest_of(states[0]).tolist() == digests.digest_of(states[1]).tolist()
+    wanted = digests.digest_of(states[0]).tolist()
+    assert digests.digest_of(states[1]).tolist() == wanted
+    arrays = leaves.named(states[1])
+    rows, lines = digests.row_names(states[1])
+    assert digests.digest({n: arrays[n] for n in rows + lines}, SMALL).tolist() == wanted
 
 
 def test_no_more_than_a_block_is_on_the_device_at_once(monkeypatch):
     array = first(HOST).table.rows
-    assert array.nbytes > host_memory._BLOCK
-    read = [(at, np.asarray(rows)) for at, rows in host_memory.blocks(array)]
-    assert all(rows.nbytes <= host_memory._BLOCK for _, rows in read)
+    assert array.nbytes > SMALL
+    read = [(at, np.asarray(rows)) for at, rows in host_memory.blocks(array, SMALL)]
+    assert all(rows.nbytes <= SMALL for _, rows in read)
     assert [at for at, _ in read] == np.cumsum([0, *[len(rows) for _, rows in read]])[:-1].tolist()
     np.testing.assert_array_equal(np.concatenate([rows for _, rows in read]), array)
+    np.testing.assert_array_equal(host_memory.to_numpy(array, SMALL), array)
+    sent = host_memory.from_numpy(np.array(array), HOST, block_bytes=SMALL)
+    assert indexing.is_on_host(sent)
+    np.testing.assert_array_equal(sent, array)
     take, sizes = indexing.take, []
     monkeypatch.setattr(
         indexing, "take", lambda rows, index: sizes.append(index.size) or take(rows, index)
     )
     index = np.arange(500, dtype=np.int32)[::-1]
     np.testing.assert_array_equal(increments.gather(array, index), np.array(array)[index])
-    assert max(sizes) * array.nbytes // len(array) <= host_memory._BLOCK
+    sizes.clear()
+    np.testing.assert_array_equal(host_memory.gather(array, index, SMALL), np.array(array)[index])
+    assert max(sizes) * array.nbytes // len(array) <= SMALL
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (700,), (700, 3)])
 def test_arrays_outside_of_embedding_states_stay_in_host_memory(shape, tmp_path):
     values = np.random.default_rng(0).integers(0, 99, shape).astype(np.int16)
     tree = {
-        "x": host_memory.from_numpy(values, HOST),
+        "x": host_memory.from_numpy(values, HOST, block_bytes=SMALL),
         "step": np.arange(3),
     }  # orbax writes no tree without entries
     checkpoint.save(tmp_path, 0, tree)

@@ -20,7 +20,6 @@ pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not in
 
 from mpembed_jax import checkpoint
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 SIZES, DIM, STEPS, BATCH = (1200, 2797, 2), 4, 12, 64  # V = 3,999: no multiple of 2
 V = sum(SIZES)
 SPEC = shapes.stack(SIZES, DIM, storage="int8", lines=256, ways=2)

@@ -4,8 +4,8 @@ import difflib
 import re
 from pathlib import Path
 
-import jax
 import pytest
+from training import OPTAX_ADAM
 
 from mpembed_jax import RowFormat
 
@@ -17,13 +17,11 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@OPTAX_ADAM
 @pytest.mark.slow
 def test_every_python_snippet_runs(tmp_path, capsys):
     code = "\n".join(blocks("python"))
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # optax.adam itself does not hold under strict promotion
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out
     assert "hit rate" in printed
     assert "ratio:" in printed

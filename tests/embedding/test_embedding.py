@@ -16,7 +16,6 @@ import mpembed_jax as mpembed
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.table import read_rows
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
 read = jax.jit(mpembed.read)

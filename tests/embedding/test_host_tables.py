@@ -14,7 +14,6 @@ import mpembed_jax as mpembed
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 CASES = {
     "int8 cached": ("int8", 24, mpembed.optim.rowwise_adagrad(0.1)),
     "int4 without cache": ("int4", None, optax.sgd(0.25)),

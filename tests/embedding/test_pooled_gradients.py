@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from mpembed_jax.embedding import update
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 KERNEL = "pallas_interpret"
 NUM_IDS, BAGS, LENGTH = 90, 16, 4
 SGD = mpembed.optim.sgd(0.25)

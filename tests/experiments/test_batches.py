@@ -1,5 +1,6 @@
 """The order of batches: every row once an epoch, fixed by the seed, resumed anywhere; and the sources that keep to it."""
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -30,9 +31,7 @@ class Counted:
         return [{"row": np.arange(*end), "twice": 2 * np.arange(*end)} for end in ends]
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(batches, "BLOCKS_TOGETHER", 4)
+shuffled = functools.partial(batches.shuffled, blocks_together=4)
 
 
 def together(lists):
@@ -48,7 +47,7 @@ def rows(taken):
 @pytest.mark.parametrize("num_rows", [1, 9, 10, 11, 39, 40, 41, 203, 400])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_an_epoch_has_every_row_once_but_for_less_than_a_batch(num_rows, batch_size):
-    taken = rows(batches.shuffled(Counted(num_rows), batch_size, seed=3))
+    taken = rows(shuffled(Counted(num_rows), batch_size, seed=3))
     assert [len(b) for b in taken] == [batch_size] * (num_rows // batch_size)
     seen = together(taken)
     assert len(set(seen)) == len(seen) and set(seen) <= set(range(num_rows))
@@ -56,11 +55,11 @@ def test_an_epoch_has_every_row_once_but_for_less_than_a_batch(num_rows, batch_s
 
 
 def test_a_run_resumes_anywhere_with_the_same_batches_and_reads_little_for_it():
-    whole = rows(batches.shuffled(Counted(203), 7, seed=3, num_epochs=3))
+    whole = rows(shuffled(Counted(203), 7, seed=3, num_epochs=3))
     assert len(whole) == 3 * 29
     for start in range(len(whole) + 2):
         blocks = Counted(203)
-        resumed = batches.shuffled(blocks, 7, seed=3, start=start, num_epochs=3)
+        resumed = shuffled(blocks, 7, seed=3, start=start, num_epochs=3)
         if start < len(whole):
             assert next(resumed)["row"].tolist() == whole[start]
             assert len(blocks.was_read) <= 8  # at most two groups of four
@@ -69,7 +68,7 @@ def test_a_run_resumes_anywhere_with_the_same_batches_and_reads_little_for_it():
 
 def test_the_order_depends_on_seed_and_epoch_and_mixes_blocks():
     def order(seed):
-        return rows(batches.shuffled(Counted(400), 20, seed=seed, num_epochs=2))
+        return rows(shuffled(Counted(400), 20, seed=seed, num_epochs=2))
 
     one = order(1)
     assert one == order(1) != order(2)
@@ -78,7 +77,7 @@ def test_the_order_depends_on_seed_and_epoch_and_mixes_blocks():
 
 
 def test_rows_left_over_are_others_in_each_epoch():
-    taken = rows(batches.shuffled(Counted(203), 50, seed=3, num_epochs=3))
+    taken = rows(shuffled(Counted(203), 50, seed=3, num_epochs=3))
     left = [set(range(203)) - set(together(taken[e * 4 : e * 4 + 4])) for e in range(3)]
     assert all(len(rest) == 3 for rest in left) and len(set.union(*left)) > 3
 
@@ -87,11 +86,11 @@ def test_rows_left_over_are_others_in_each_epoch():
 def test_positions_that_make_no_sense_are_refused(wrong):
     settings = {"batch_size": 5, "seed": 0, **wrong}
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        next(batches.shuffled(Counted(20), **settings))
+        next(shuffled(Counted(20), **settings))
 
 
 def test_fewer_rows_than_a_batch_make_none():
-    assert list(batches.shuffled(Counted(5), 6, seed=0, start=3)) == []
+    assert list(shuffled(Counted(5), 6, seed=0, start=3)) == []
 
 
 def in_memory():
@@ -135,10 +134,8 @@ def test_test_rows_come_in_order_and_are_not_trained():
 
 
 def test_batches_reach_the_device_in_order_and_unchanged():
-    host = list(batches.shuffled(Counted(203), 7, seed=3))
-    sent = list(
-        in_background(map(jax.device_put, batches.shuffled(Counted(203), 7, seed=3)), depth=2)
-    )
+    host = list(shuffled(Counted(203), 7, seed=3))
+    sent = list(in_background(map(jax.device_put, shuffled(Counted(203), 7, seed=3)), depth=2))
     assert len(sent) == len(host)
     for there, here in zip(sent, host, strict=True):
         assert isinstance(there["row"], jax.Array)

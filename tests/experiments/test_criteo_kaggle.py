@@ -1,32 +1,29 @@
 """Criteo-Kaggle from text to batches: the builder, its splits, what it refuses, and the order of batches."""
 
+import functools
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from criteo_text import line, random_lines, write
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import train_dlrm
-from experiments.data import batches, criteo, criteo_format, criteo_kaggle, numbering, prepared
+from experiments.data import criteo, criteo_format, criteo_kaggle, numbering, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks, files and reads so small that a few hundred rows make several of each."""
-    monkeypatch.setattr(criteo_kaggle, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(criteo_kaggle, "BLOCKS_PER_FILE", 4)
-    monkeypatch.setattr(criteo_format.read_blocks, "__defaults__", (12_000,))
-    monkeypatch.setattr(batches, "BLOCKS_TOGETHER", 5)
+# So small that a few hundred rows make several of each.
+SMALL = prepared.Sizes(text_bytes=12_000, block_rows=16, blocks_per_file=4, blocks_together=5)
+log_of = functools.partial(criteo.CriteoLog, sizes=SMALL)
 
 
 def joined(taken):
@@ -51,7 +48,7 @@ def same(one, other):
 def test_a_folder_becomes_batches(tmp_path, name, newline, end):
     text, label, dense, categories = random_lines(700)
     write(tmp_path, text, newline, name, end)
-    source = criteo.CriteoLog(tmp_path, holdout="day")
+    source = log_of(tmp_path, holdout="day")
     assert (source.num_train, source.num_test) == (600, 100)
     train = list(source.train(64, seed=3))
     assert [len(b["label"]) for b in train] == [64] * 9
@@ -77,7 +74,7 @@ def test_a_folder_becomes_batches(tmp_path, name, newline, end):
 def test_halves_of_the_last_day(tmp_path):
     text, label, *_ = random_lines(77)
     write(tmp_path, text)
-    halves = [criteo.CriteoLog(tmp_path, holdout=h) for h in ("validation", "test")]
+    halves = [log_of(tmp_path, holdout=h) for h in ("validation", "test")]
     assert [h.num_test for h in halves] == [6, 5]
     np.testing.assert_array_equal(
         np.concatenate([next(h.test(100))["label"] for h in halves]), label[66:]
@@ -106,19 +103,19 @@ def test_a_file_too_short_for_its_splits_is_refused(tmp_path, num_lines):
     with pytest.raises(
         criteo.BadLinesError, match=rf"{path}: {num_lines} lines are too few.*14 in all"
     ):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
 
 
 def test_a_split_of_bad_lines_only_is_refused(tmp_path):
     write(tmp_path, [*random_lines(13)[0], "bad"])
     with pytest.raises(criteo.BadLinesError, match="test has no good line"):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
 
 
 def test_bad_lines_are_skipped_within_their_split(tmp_path):
     text, label, *_ = random_lines(70)
     write(tmp_path, [*text[:60], "bad", *text[60:]])  # 71 lines: the bad one is the last of day 6
-    source = criteo.CriteoLog(tmp_path, holdout="day", log=lambda text: None)
+    source = log_of(tmp_path, holdout="day", log=lambda text: None)
     assert (source.num_train, source.num_test) == (60, 10)
     np.testing.assert_array_equal(joined(source.test(100))["label"], label[60:])
 
@@ -126,17 +123,17 @@ def test_bad_lines_are_skipped_within_their_split(tmp_path):
 def test_only_the_first_lines_can_be_taken(tmp_path):
     text, label, *_ = random_lines(70)
     write(tmp_path, text)
-    source = criteo.CriteoLog(tmp_path, max_rows=14, holdout="day")
+    source = log_of(tmp_path, max_rows=14, holdout="day")
     assert (source.num_train, source.num_test) == (12, 2)
     np.testing.assert_array_equal(joined(source.test(2))["label"], label[12:14])
-    assert criteo.CriteoLog(tmp_path).num_train == 60
+    assert log_of(tmp_path).num_train == 60
 
 
 def test_bad_lines_are_tolerated_up_to_the_limit_with_file_and_line(tmp_path):
     text, *_ = random_lines(70)
     path = write(tmp_path, [*text[:10], line(2), *text[10:20], "", *text[20:]])
     said = []
-    source = criteo.CriteoLog(tmp_path, max_bad_lines=2, log=said.append)
+    source = log_of(tmp_path, max_bad_lines=2, log=said.append)
     assert [b.number for b in source.bad_lines] == [11, 22]
     report = "\n".join(said)
     assert (
@@ -145,20 +142,20 @@ def test_bad_lines_are_tolerated_up_to_the_limit_with_file_and_line(tmp_path):
     )
     for cache_dir in (None, tmp_path / "elsewhere"):  # what was prepared before, and a fresh one
         with pytest.raises(criteo.BadLinesError, match=r"more than 1 .*max_bad_lines") as error:
-            criteo.CriteoLog(tmp_path, max_bad_lines=1, cache_dir=cache_dir)
+            log_of(tmp_path, max_bad_lines=1, cache_dir=cache_dir)
         assert f"{path}:22: the line is empty" in str(error.value)
 
 
 def test_files_that_are_not_criteo(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"train\.txt or train\.txt\.gz"):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
     text, *_ = random_lines(700)
     cut = write(tmp_path, text, name="train.txt.gz")
     cut.write_bytes(cut.read_bytes()[:-5000])
     with pytest.raises(
         criteo.BadLinesError, match=r"train\.txt\.gz:\d+: the gzip file is cut short"
     ):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
     for content, message in (
         (b"", "0 lines are too few"),
         (b"x" * 40_000, "longer than"),
@@ -166,9 +163,9 @@ def test_files_that_are_not_criteo(tmp_path, monkeypatch):
     ):
         (tmp_path / "train.txt").write_bytes(content)
         with pytest.raises(criteo.BadLinesError, match=message):
-            criteo.CriteoLog(tmp_path)
+            log_of(tmp_path)
     with pytest.raises(ValueError, match="mapping must be"):
-        criteo.CriteoLog(tmp_path, min_count=0)
+        log_of(tmp_path, min_count=0)
 
 
 # --- prepared once, whole or not at all
@@ -177,17 +174,17 @@ def test_files_that_are_not_criteo(tmp_path, monkeypatch):
 def test_a_second_run_does_not_read_the_text_and_a_changed_file_is_another(tmp_path, monkeypatch):
     text, *_ = random_lines(70)
     path = write(tmp_path, text)
-    first = criteo.CriteoLog(tmp_path)
+    first = log_of(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(criteo_format, "parse", lambda *a, **k: pytest.fail("read the text again"))
-        again = criteo.CriteoLog(path)
-        hashed = criteo.CriteoLog(path, mapping="hash", hash_size=100)
+        again = log_of(path)
+        hashed = log_of(path, mapping="hash", hash_size=100)
     same(list(again.train(8)), list(first.train(8)))
     assert hashed.num_train == 60 and set(hashed.tables.values()) == {100}
     ids = joined(hashed.test(8))["ids"]
     assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < 100
     write(tmp_path, text * 2)
-    assert criteo.CriteoLog(tmp_path).num_train == 120
+    assert log_of(tmp_path).num_train == 120
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_counts(tmp_path, monkeypatch):
@@ -205,10 +202,10 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(tmp_path, monkeyp
         # A killed process does not tidy up either.
         patch.setattr("etils.epath.gpath._GPath.rmtree", lambda *a, **k: None)
         with pytest.raises(KeyboardInterrupt):
-            criteo.CriteoLog(tmp_path)
+            log_of(tmp_path)
     left_over = list(tmp_path.rglob("incomplete.*"))
     assert any(list(folder.glob("*array_record*")) for folder in left_over)
-    source = criteo.CriteoLog(tmp_path)
+    source = log_of(tmp_path)
     assert source.num_train == 600 and not list(tmp_path.rglob("incomplete.*"))
 
 
@@ -223,19 +220,21 @@ def test_a_file_that_changes_while_it_is_read_is_not_prepared(tmp_path, monkeypa
 
     monkeypatch.setattr(criteo_format, "parse", slow)
     with pytest.raises(criteo.BadLinesError, match="changed while it was read"):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
     assert not list(tmp_path.rglob("dataset_info.json"))
 
 
 def test_a_folder_without_its_description_and_missing_files_are_refused(tmp_path):
     write(tmp_path, random_lines(700)[0])
-    criteo.CriteoLog(tmp_path)
+    log_of(tmp_path)
     (folder,) = tmp_path.rglob("min_count_1/1.0.0")
     (folder / "dataset_info.json").rename(folder / "away")
     with pytest.raises(FileExistsError, match="holds no whole dataset"):
-        criteo.CriteoLog(tmp_path)
+        log_of(tmp_path)
     (folder / "away").rename(folder / "dataset_info.json")
-    builder = criteo_kaggle.CriteoKaggle(config="min_count_1", data_dir=folder.parents[2])
+    builder = criteo_kaggle.CriteoKaggle(
+        config="min_count_1", data_dir=folder.parents[2], sizes=SMALL
+    )
     builder.info.metadata["num_rows"]["train"] = 10_000
     with pytest.raises(prepared.DamagedError, match="38 blocks of 16 for train's 10000 rows"):
         prepared.BlockSplit(builder, "train")
@@ -244,7 +243,7 @@ def test_a_folder_without_its_description_and_missing_files_are_refused(tmp_path
 @pytest.mark.parametrize("damage", ["cut", "emptied", "a bit flipped", "deleted"])
 def test_a_damaged_file_is_noticed_when_it_is_read(tmp_path, damage):
     write(tmp_path, random_lines(700)[0])
-    criteo.CriteoLog(tmp_path)
+    log_of(tmp_path)
     file = next(tmp_path.rglob("min_count_1/1.0.0/*train.array_record-00000*"))
     data = bytearray(file.read_bytes())
     data[1000] ^= 1
@@ -254,7 +253,7 @@ def test_a_damaged_file_is_noticed_when_it_is_read(tmp_path, damage):
             {"cut": data[: len(data) // 2], "emptied": b"", "a bit flipped": data}[damage]
         )
     with pytest.raises(prepared.DamagedError, match=r"min_count_1.* is damaged \(.*\); delete it"):
-        list(criteo.CriteoLog(tmp_path).train(8))
+        list(log_of(tmp_path).train(8))
 
 
 def test_who_comes_second_waits_and_uses_what_the_first_prepared(tmp_path, monkeypatch):
@@ -268,11 +267,11 @@ def test_who_comes_second_waits_and_uses_what_the_first_prepared(tmp_path, monke
 
     monkeypatch.setattr(criteo_format, "parse", counted)
     sources = []
-    first = threading.Thread(target=lambda: sources.append(criteo.CriteoLog(tmp_path)))
+    first = threading.Thread(target=lambda: sources.append(log_of(tmp_path)))
     first.start()
     assert started.wait(30)
     # Another process has another lock of its own, and so has another open file of the same process.
-    second = threading.Thread(target=lambda: sources.append(criteo.CriteoLog(tmp_path)))
+    second = threading.Thread(target=lambda: sources.append(log_of(tmp_path)))
     second.start()
     first.join(60)
     second.join(60)
@@ -312,7 +311,7 @@ def test_the_builder_reads_the_manual_folder(tmp_path):
     text, _, dense, categories = random_lines(700)
     (tmp_path / "manual").mkdir()
     manual = tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
-    builder = criteo_kaggle.CriteoKaggle(data_dir=tmp_path, log=lambda text: None)
+    builder = criteo_kaggle.CriteoKaggle(data_dir=tmp_path, log=lambda text: None, sizes=SMALL)
     with pytest.raises(AssertionError, match=r"Put train.txt or train\.txt\.gz"):
         builder.download_and_prepare(download_config=manual)
     write(tmp_path / "manual", text, name="train.txt.gz")
@@ -325,7 +324,9 @@ def test_the_builder_reads_the_manual_folder(tmp_path):
     records = list(builder.as_data_source("train"))
     assert [len(r["label"]) for r in records] == [16] * 37 + [8]
     np.testing.assert_array_equal(joined(records)["categories"], categories[:600])
-    numbered = criteo_kaggle.CriteoKaggle(config=criteo_kaggle.by_dictionary(3), data_dir=tmp_path)
+    numbered = criteo_kaggle.CriteoKaggle(
+        config=criteo_kaggle.by_dictionary(3), data_dir=tmp_path, sizes=SMALL
+    )
     numbered.download_and_prepare(download_config=manual)
     assert numbered.info.metadata["tables"]["C1"] <= 52
     np.testing.assert_array_equal(joined(numbered.as_data_source("test"))["dense"], dense[650:])
@@ -334,8 +335,8 @@ def test_the_builder_reads_the_manual_folder(tmp_path):
 # --- numbering
 
 
-def number(raw, num_train, min_count):
-    counts = numbering.Counts(1)
+def number(raw, num_train, min_count, rows_together):
+    counts = numbering.Counts(1, rows_together)
     for at in range(0, num_train, 2):
         counts.add(raw[at : min(at + 2, num_train), None])
     (dictionary,) = counts.dictionaries(min_count)
@@ -345,11 +346,10 @@ def number(raw, num_train, min_count):
 
 
 @pytest.mark.parametrize("rows_together", [1, 3, 1000])
-def test_rare_values_share_one_id_and_the_last_day_does_not_count(monkeypatch, rows_together):
-    monkeypatch.setattr(numbering, "ROWS_TOGETHER", rows_together)
+def test_rare_values_share_one_id_and_the_last_day_does_not_count(rows_together):
     raw = np.array([7, 7, 7, 5, 5, 0, 9, 9, 9, 9], np.uint32)
-    assert number(raw, 7, min_count=2) == ([3, 3, 3, 2, 2, 0, 1, 1, 1, 1], 4)
-    assert number(raw, 7, min_count=100) == ([1, 1, 1, 1, 1, 0, 1, 1, 1, 1], 2)
+    assert number(raw, 7, 2, rows_together) == ([3, 3, 3, 2, 2, 0, 1, 1, 1, 1], 4)
+    assert number(raw, 7, 100, rows_together) == ([1, 1, 1, 1, 1, 0, 1, 1, 1, 1], 2)
 
 
 def test_hashed_ids_fill_their_table_and_keep_missing_apart():
@@ -366,6 +366,7 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
 # --- the main job
 
 
+@OPTAX_ADAM
 @pytest.mark.slow
 def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
@@ -373,8 +374,7 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
         data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False, batch_size=128,
         hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
     )  # fmt: skip
-    with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a float to an int32 power
-        record = train_dlrm.main(settings)
+    record = train_dlrm.main(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128
     with pytest.raises(ValueError, match="needs path"):
         train_dlrm.main(train_dlrm.Settings(data="criteo"))

@@ -13,6 +13,7 @@ import pytest
 from criteo_text import line, random_lines, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
@@ -303,13 +304,6 @@ def test_background_batches_keep_order_and_raise_in_the_consumer():
     endless.close()  # must not leave the thread waiting
 
 
-@pytest.fixture
-def optax_adam():
-    """Adam of optax raises a float to an int32 power, which strict promotion (conftest.py) refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def small_settings(tmp_path, **changes):
     settings = {
         "num_rows": 14_000,
@@ -321,7 +315,8 @@ def small_settings(tmp_path, **changes):
     return train_dlrm.Settings(out=tmp_path / "out", **{**settings, **changes})
 
 
-def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
+@OPTAX_ADAM
+def test_the_main_job_trains_evaluates_and_saves(tmp_path):
     record = train_dlrm.main(small_settings(tmp_path, seeds=(0, 1)))
     assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(
         json.dumps(record)
@@ -355,7 +350,8 @@ def test_posts_can_come_in_time_order(posts):
     np.testing.assert_array_equal(batches[0], ordered.ids["domain"][:2_000])
 
 
-def test_contenders_are_paired_and_bags_are_trained(tmp_path, optax_adam, posts):
+@OPTAX_ADAM
+def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
     # A float32 cache changes nothing (DESIGN.md 5.1), so any difference would come from other batches or initial values.
     contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
     source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)

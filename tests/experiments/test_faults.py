@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from training import OPTAX_ADAM
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
@@ -15,13 +16,6 @@ pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 import mpembed_jax as mpembed
 from experiments.faults import files, invariants, killed_worker, run
 from mpembed_jax import checkpoint
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax's adam (decay**count) needs jax's default promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.slow
@@ -40,6 +34,7 @@ def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
     assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]
 
 
+@OPTAX_ADAM
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):
     with caplog.at_level(logging.CRITICAL):
         found = files.damage(fallback_every=8)

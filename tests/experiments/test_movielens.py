@@ -4,11 +4,11 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import requests
 import tensorflow_datasets as tfds
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
@@ -112,6 +112,7 @@ def test_without_network_the_reason_is_said(tmp_path, monkeypatch):
         movielens.MovielensRatings(tmp_path)
 
 
+@OPTAX_ADAM
 def test_the_main_job_trains_on_movielens(folder, tmp_path):
     settings = train_dlrm.Settings(
         data="movielens",
@@ -121,8 +122,7 @@ def test_the_main_job_trains_on_movielens(folder, tmp_path):
         cache_fraction=0.3,
         out=tmp_path,
     )
-    with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a float to an int32 power
-        record = train_dlrm.main(settings)
+    record = train_dlrm.main(settings)
     assert (
         record["outcomes"][0]["num_steps"] > 5 and record["projected_kaggle_epoch_seconds"] is None
     )

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from scipy import stats
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
@@ -222,6 +223,7 @@ def test_fake_quantization_rounds_clips_and_passes_gradients_straight_through():
     np.testing.assert_array_equal(grads, upstream)
 
 
+@OPTAX_ADAM
 def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
     refreshed, view = [], baselines.quantization_aware(source.tables, period=5)
@@ -235,10 +237,9 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
         return learner
 
     job = training.make_job(source, recipe, view._replace(refresh=refresh))
-    with jax.numpy_dtype_promotion("standard"):
-        [fitted] = training.fit(
-            source, [FP32.contender()], recipe, job, seed=0, on_chunk=lambda *_: None
-        )
+    [fitted] = training.fit(
+        source, [FP32.contender()], recipe, job, seed=0, on_chunk=lambda *_: None
+    )
     assert fitted.num_steps == 6000 // 256 and refreshed == [0, 5, 10, 15, 20, 23]
     # What is predicted with is on the grid of the table, 15 levels at most.
     ids = jnp.arange(source.tables["C5"]) + sum(list(source.tables.values())[:4])
@@ -279,6 +280,7 @@ def test_the_smallest_tables_fill_their_share():
     assert stacks.smallest(tables, 0.0) == set() and stacks.smallest(tables, 1.0) == set(tables)
 
 
+@OPTAX_ADAM
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_two_stacks_of_fp32_train_as_one(as_dict):
     """Same initial values, vectors in the same order: only the order of float additions may differ."""
@@ -310,8 +312,7 @@ def test_two_stacks_of_fp32_train_as_one(as_dict):
     one, two = training.FP32, training.Contender("two", "float32", 0.0, float32_share=0.25)
     recipe = training.Recipe(4, 16)
     job = training.make_job(source, recipe)
-    with jax.numpy_dtype_promotion("standard"):
-        fitted = training.fit(source, [one, two], recipe, job, seed=0, on_chunk=lambda *_: None)
+    fitted = training.fit(source, [one, two], recipe, job, seed=0, on_chunk=lambda *_: None)
     names = [[t.name for t in spec.tables] for spec in fitted[1].specs]
     assert sorted(map(sorted, names)) == [["a"], ["b", "c"]] and len(fitted[0].specs) == 1
     batch = next(source.test(16, 9))
@@ -332,19 +333,14 @@ def test_two_stacks_of_fp32_train_as_one(as_dict):
 def finished(tmp_path_factory):
     """A tiny grid: the cases of the paper's claim and every kind of baseline, two seeds, killed once on the way."""
     out = tmp_path_factory.mktemp("grid")
-    kinds = ("trained", "hashed", "narrow", "pruned", "post-training", "quantization-aware")
-    settings = small(
-        out, cache=(0.0, 0.05), storage=("float32", "int4"), rounding=("stochastic",), method=kinds
-    )
-    with jax.numpy_dtype_promotion("standard"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "SHARES", ())
-        patch.setattr(
-            grid,
-            "CORE",
-            tuple(
-                c for c in grid.CORE if c.policy == "lfu" and c.share in (1.0, 0.5) and not c.small
-            ),
-        )
+    settings = small(out)
+    cases = [
+        FP32, Case("int4", 0.05), Case("int4"), Case(method="hashed", share=0.5),
+        Case(method="pruned", share=0.5), Case(method="narrow", share=0.5),
+        Case("int4", method="post-training"), Case("int4", method="quantization-aware"),
+    ]  # fmt: skip
+    assert set(cases) <= set(paper_table.cases_of(settings, 4))
+    with pytest.MonkeyPatch.context() as patch:
         append, calls = records.append, []
 
         def killed(path, record):
@@ -355,15 +351,16 @@ def finished(tmp_path_factory):
 
         patch.setattr(records, "append", killed)
         with pytest.raises(KeyboardInterrupt):
-            paper_table.main(settings)
+            paper_table.main(settings, lambda *_: cases)
         patch.setattr(records, "append", append)
         before = (out / "paper_table.jsonl").read_bytes()
         with (out / "paper_table.jsonl").open("ab") as file:
             file.write(b'{"key": "cut')
-        paper_table.main(settings)
+        paper_table.main(settings, lambda *_: cases)
     return settings, before, calls
 
 
+@OPTAX_ADAM
 @pytest.mark.slow
 def test_a_killed_grid_continues_where_it_was(finished):
     settings, before, calls = finished
@@ -378,6 +375,7 @@ def test_a_killed_grid_continues_where_it_was(finished):
     }  # fmt: skip
 
 
+@OPTAX_ADAM
 def test_bytes_of_every_method_are_what_they_keep(finished):
     settings, _, _ = finished
     by_name = {r["name"]: r for r in lines(settings.out)}
@@ -411,6 +409,7 @@ def test_bytes_of_every_method_are_what_they_keep(finished):
         assert {"commit", "device", "versions", "command"} <= set(record["environment"])
 
 
+@OPTAX_ADAM
 def test_the_report_pairs_and_draws(finished):
     settings, _, _ = finished
     text = (settings.out / "paper_table.md").read_text()
@@ -425,7 +424,8 @@ def test_the_report_pairs_and_draws(finished):
         assert (settings.out / f"paper_table_{name}.png").stat().st_size > 10_000
 
 
-def test_criteos_own_file_goes_the_same_way(tmp_path, monkeypatch):
+@OPTAX_ADAM
+def test_criteos_own_file_goes_the_same_way(tmp_path):
     rng = np.random.default_rng(0)
     rows = np.concatenate(
         [rng.integers(0, 2, (1400, 1)), rng.integers(0, 50, (1400, 13))], axis=1
@@ -433,7 +433,6 @@ def test_criteos_own_file_goes_the_same_way(tmp_path, monkeypatch):
     categories = [[f"{value:08x}" for value in row] for row in rng.integers(1, 40, (1400, 26))]
     text = ["\t".join([*row, *more]) for row, more in zip(rows, categories, strict=True)]
     (tmp_path / "train.txt").write_text("\n".join(text) + "\n")
-    monkeypatch.setattr(grid, "TARGETS", (FP32, Case("int4", 0.3)))
     settings = small(
         tmp_path / "out",
         data="criteo",
@@ -443,8 +442,7 @@ def test_criteos_own_file_goes_the_same_way(tmp_path, monkeypatch):
         batch_size=200,
         min_count=2,
     )
-    with jax.numpy_dtype_promotion("standard"):
-        paper_table.main(settings)
+    paper_table.main(settings, lambda *_: [FP32, Case("int4", 0.3)])
     found = lines(tmp_path / "out")
     assert [r["name"] for r in found] == ["FP32", "INT4 + 30 %"]
     assert (

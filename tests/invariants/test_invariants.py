@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 import mpembed_jax as mpembed
 from mpembed_jax import optim
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.25)
 OPTIMIZERS = {

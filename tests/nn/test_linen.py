@@ -25,6 +25,7 @@ from nn_models import (
     jitted_step,
     run_snippet,
 )
+from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
 from mpembed_jax import nn
@@ -56,6 +57,7 @@ def loss_of(state, ids=IDS, labels=LABELS):
     return lambda params: jnp.mean(jnp.square(state.apply_fn({"params": params}, ids) - labels))
 
 
+@OPTAX_ADAM
 def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     added = code_changes("linen_plain.py", "linen_cached.py")
     assert len(added) <= 5, added
@@ -63,10 +65,8 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     def look(names):
         return address(names["state"].collections["embedding"]["items"]["table"].state)
 
-    # optax's adam itself promotes a Python float and an int32.
-    with jax.numpy_dtype_promotion("standard"):
-        plain, plain_traces, *_ = run_snippet("linen_plain.py", lambda names: None)
-        cached, traces, before, after = run_snippet("linen_cached.py", look)
+    plain, plain_traces, *_ = run_snippet("linen_plain.py", lambda names: None)
+    cached, traces, before, after = run_snippet("linen_cached.py", look)
     assert plain_traces == traces == 1
     assert before == after, "the step copies the table"
     for names in (plain, cached):

@@ -29,6 +29,7 @@ from nn_models import (
     run_snippet,
     squared_error,
 )
+from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
 from mpembed_jax import nn
@@ -36,15 +37,14 @@ from mpembed_jax import nn
 # --- the change from plain nnx
 
 
+@OPTAX_ADAM
 def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     added = code_changes("nnx_plain.py", "nnx_cached.py")
     assert len(added) <= 5, added
-    # optax's adam itself promotes a Python float and an int32.
-    with jax.numpy_dtype_promotion("standard"):
-        plain, plain_traces, *_ = run_snippet("nnx_plain.py", lambda names: None)
-        cached, traces, before, after = run_snippet(
-            "nnx_cached.py", lambda names: address(names["model"].items.state)
-        )
+    plain, plain_traces, *_ = run_snippet("nnx_plain.py", lambda names: None)
+    cached, traces, before, after = run_snippet(
+        "nnx_cached.py", lambda names: address(names["model"].items.state)
+    )
     assert plain_traces == traces == 1
     assert before == after, "the step copies the table"
     for names in (plain, cached):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mpembed_jax.numerics import random_bits, rounding
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 KEY = jnp.array([1, 2], jnp.uint32)
 STREAMS = (
     random_bits.INITIAL_VALUE,

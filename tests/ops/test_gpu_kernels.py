@@ -23,7 +23,6 @@ from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
 V, LINES, WIDTH = 200, 64, 70
 KEY = jnp.asarray([3, 4], jnp.uint32)
 STEP = jnp.int32(5)

@@ -15,7 +15,6 @@ import mpembed_jax as mpembed
 from mpembed_jax import ops
 
 pytestmark = [
-    pytest.mark.usefixtures("strict_promotion"),
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
 ]
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)

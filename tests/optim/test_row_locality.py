@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
 from mpembed_jax.optim import row_locality
@@ -12,7 +13,7 @@ from mpembed_jax.optim import row_locality
 LOCAL = {
     "rowwise_adagrad": mpembed.optim.rowwise_adagrad(0.1),
     "scheduled": mpembed.optim.rowwise_adagrad(
-        optax.cosine_decay_schedule(0.1, 100), weight_decay=0.1
+        optax.exponential_decay(0.1, 100, 0.5), weight_decay=0.1
     ),
     "rowwise_adam": mpembed.optim.rowwise_adam(0.1),
     "sgd": optax.sgd(0.1, momentum=0.9),
@@ -44,12 +45,20 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("tx", LOCAL.values(), ids=LOCAL)
+def cases(transformations):
+    adam = {"adamw", "lamb"}
+    return [
+        pytest.param(tx, id=name, marks=OPTAX_ADAM if name in adam else ())
+        for name, tx in transformations.items()
+    ]
+
+
+@pytest.mark.parametrize("tx", cases(LOCAL))
 def test_optimizers_that_treat_each_row_by_itself_are_recognized(tx):
     assert row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("tx", MIXING.values(), ids=MIXING)
+@pytest.mark.parametrize("tx", cases(MIXING))
 def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
 
