@@ -198,6 +198,13 @@ def by_shard(
     return result
 
 
+def num_rows(division: Division, spec: EmbeddingSpec) -> int:
+    """Returns the rows of all shards together, padding included."""
+    layout = _layout(division, spec)
+    size = -(-spec.num_rows // division.shards) if layout is None else layout.num_rows
+    return division.shards * size
+
+
 def _layout(division: Division, spec: EmbeddingSpec) -> Layout | None:
     """Returns the layout of whole tables, or None for MOD."""
     if division.table_shards is None:
