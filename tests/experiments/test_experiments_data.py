@@ -322,7 +322,7 @@ def small_settings(tmp_path, **changes):
 
 
 def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
-    record = train_dlrm.main(small_settings(tmp_path, seeds=(0, 1)))
+    record = train_dlrm.run(small_settings(tmp_path, seeds=(0, 1)))
     assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(
         json.dumps(record)
     )

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
-pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 
 import mpembed_jax as mpembed
 from experiments.faults import files, invariants, killed_worker, run
