@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str, bytes)
 
 
 def _names(paths: list[tuple]) -> list[str]:
-    """Returns a name of each path: its keys, joined by dots, or, where that is ambiguous, as Python.
+    """Returns a name of each path: its keys, joined by dots, or as Python where that is ambiguous.
 
     The names are distinct and depend on the paths alone.
     """

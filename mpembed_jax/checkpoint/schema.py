@@ -125,7 +125,7 @@ def _check_array(field: str, record: Any) -> None:
 
 
 def _check_patch(field: str, body: dict[str, Any], record: dict[str, Any]) -> None:
-    """Checks that a patch has an array of int32 indices, no more of them than the array has rows."""
+    """Checks that a patch has int32 indices, no more of them than the array has rows."""
     if "patch" not in record:
         return
     index = body["arrays"].get(record["patch"])
