@@ -193,9 +193,10 @@ def apply_gradients(
 ) -> EmbeddingState:
     """Applies exactly one optimizer update to each unique row of the plan and stores it.
 
-    Cached rows are written to their lines in float32, bypassed rows are stochastically rounded into the table. Donate the
-    state. A plan that is not the state's latest, or was applied before, changes nothing and is counted; where that is
-    known while tracing, it raises.
+    Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
+    the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
+    that is not the state's latest, or was applied before, changes nothing and is counted; where that
+    is known while tracing, it raises.
 
     Args:
       state: from prefetch; consumed where donated.
@@ -228,13 +229,13 @@ def apply_gradients(
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     else:  # padding rows are read by no position, except the last one, which all padding positions share
         row_grads = row_grads.at[-1].set(0)
-    moves = moves._replace(
-        ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
+    moves = moves.only(is_updated, state.store.num_lines)
+    state, is_stored = update.apply(
+        tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending
     )
-    state = update.apply(tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending)
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return _finish(state, moves.line, num_nonfinite, is_pending)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
 def apply_pooled_gradients(
@@ -292,9 +293,11 @@ def apply_pooled_gradients(
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
     positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
     moves, is_pending = _pending(state, plan)
-    state, is_updated = update.apply_summed(tx, state, moves, rows, positions, step=plan.step)
+    state, is_updated, is_stored = update.apply_summed(
+        tx, state, moves, rows, positions, step=plan.step
+    )
     num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
-    return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_pending)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
@@ -329,22 +332,13 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 
-def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
-    """Returns the line of each row, past the last one where it is not updated."""
-    return (
-        plan.line
-        if state.cache is None
-        else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
-    )
-
-
 def _finish(
-    state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array
+    state: EmbeddingState, moves: Moves, num_nonfinite: jax.Array, is_pending: jax.Array
 ) -> EmbeddingState:
-    """Returns the state after an update that wrote the lines named: they are dirty, and the update is counted."""
+    """Returns the state after an update that stored some rows: their lines are dirty, and the update is counted."""
     return dataclasses.replace(
         state,
-        cache=None if state.cache is None else residency.commit(state.cache, line),
+        cache=None if state.cache is None else residency.commit(state.cache, moves.line),
         pending=np.False_,
         counters=count_updates(state.counters, num_nonfinite, ~is_pending),
     )

@@ -12,7 +12,7 @@ Ops (U unique ids, D embedding dim, V table rows, C cache lines); the records ar
   swap(store, moves, draw)                    -> dirty victims quantized into the table, newcomers dequantized into lines
   lookup(store, moves)                        -> f32 [U, D], from the line where there is one, else from the table
   read(table, cache, ids)                     -> f32 [.., D], from the line whose tag is the id, else from the table
-  write(store, moves, new_rows, draw)         -> new values to lines, or stochastically rounded into the table
+  write(store, moves, old_rows, new_rows, ..) -> new values to lines, or stochastically rounded into the table
   update(store, accumulator, moves, ..)       -> SGD or row-wise Adagrad on each row, then write
   update_summed(store, accumulator, ..)       -> the same from the gradients of positions or bags, summed on the way
   write_back(store, tags, draw)               -> every dirty line quantized into the table
@@ -268,15 +268,20 @@ def read(
 
 @jax.named_scope("write")
 def write(
-    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named
-) -> Store:
+    store: Store,
+    moves: Moves,
+    old_rows: jax.Array,
+    new_rows: jax.Array,
+    draw: Draw,
+    *,
+    implementation: Named,
+) -> tuple[Store, jax.Array]:
     """See `xla.rows.write`."""
+    given = (store, moves, old_rows, new_rows, draw)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
-    return xla.rows.write(
-        store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table)
-    )
+        return kernels.update.write(*given, is_interpreted=is_interpreted)
+    return xla.rows.write(*given, chunk=_chunk_for(implementation, store.table))
 
 
 @jax.named_scope("update")
@@ -290,7 +295,7 @@ def update(
     rule: RowRule,
     draw: Draw,
     implementation: Named,
-) -> tuple[Store, jax.Array | None]:
+) -> tuple[Store, jax.Array | None, jax.Array]:
     """See `xla.update.update`."""
     given = (store, accumulator, moves, old_rows, row_grads)
     if has_kernels(implementation, store.table):
@@ -313,7 +318,7 @@ def update_summed(
     draw: Draw,
     skip_nonfinite: bool,
     implementation: Named,
-) -> tuple[Store, jax.Array | None, jax.Array]:
+) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
     """See `xla.update.update_summed`."""
     given = (store, accumulator, moves, old_rows, positions)
     if has_kernels(implementation, store.table):
