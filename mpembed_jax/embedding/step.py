@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import pooling, update
@@ -157,6 +158,9 @@ def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Arra
 def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:
     """Gathers the unique rows of a plan: the FP32 line where cached, else the table's row, zeros for padding.
 
+    A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest are therefore NaN; where
+    that is known, it raises.
+
     Args:
       state: the state that prefetch returned with the plan.
       plan: see prefetch.
@@ -164,10 +168,23 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     Returns:
       [U, D] in dtype.
+
+    Raises:
+      ValueError: if the plan is concrete and not of the state's latest prefetch.
     """
+    _check_latest("lookup", state, plan)
     rows = _gather(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
+    width = rows.shape[0]
+    rows = chunks.each(
+        0,
+        jnp.where(_is_latest(state, plan), 0, width),  # nothing to do where all is well
+        width,
+        ops.chunk_of(state.implementation),
+        lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
+        rows,
+    )
     return rows.astype(dtype)
 
 
@@ -318,12 +335,30 @@ def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Arra
             f"{verb} needs a prefetch of its own: this state has none waiting (init, or already applied); "
             f"call prefetch once before each {verb}"
         )
+    _check_latest(verb, state, plan)
+
+
+def _check_latest(verb: str, state: EmbeddingState, plan: CachePlan) -> None:
+    """Raises ValueError if the plan is known not to be of the state's latest prefetch."""
+    if not isinstance(state.step, jax.core.Tracer) and not isinstance(plan.step, jax.core.Tracer):
+        made, latest = int(plan.step), int(state.step) - 1
+        if made != latest:
+            raise ValueError(
+                f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
+                f"that of number {made}: its rows may have left their lines since; pass the state "
+                "and the plan that one prefetch returned"
+            )
+
+
+def _is_latest(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Returns whether the plan is of this state's latest prefetch (bool [])."""
+    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
+    return is_own & (plan.step == state.step - 1)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     """Returns the rows an update may touch, none if the plan is not the state's latest; and whether it is (bool [])."""
-    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    is_pending = state.pending & is_own & (plan.step == state.step - 1)
+    is_pending = state.pending & _is_latest(state, plan)
     moves = _moves(plan)
     num_cached, num_ids = (
         jnp.where(is_pending, moves.num_cached, 0),
