@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax import row_ids
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.numerics.formats import RowFormat, as_format
@@ -171,7 +172,8 @@ class EmbeddingSpec:
         2**31 - 1 rows or more, ids are mapped on the host only, to int64 with -1 for padding: see sharding.pairs.
 
         Args:
-          ids: {feature: ids [..]}, or ids [.., T] with one column per feature in the order of `feature_tables`.
+          ids: {feature: ids [..]}, or ids [.., T] with one column per feature in the order of `feature_tables`. Of a
+            mapping that is no pytree, the result is a dict.
 
         Returns:
           int32 (or int64, see above), same nesting and shapes.
@@ -188,7 +190,7 @@ class EmbeddingSpec:
             if unknown:
                 raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
             mapped = {f: self._map(v, [f], *self.table_range(known[f])) for f, v in ids.items()}
-            return type(ids)(mapped) if type(ids) is not dict else mapped  # type: ignore[call-arg]
+            return row_ids.in_mapping_of(ids, mapped)
         array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
         if array.ndim < 1 or array.shape[-1] != len(pairs):
             raise ValueError(

@@ -38,7 +38,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables or dim, for which there is no conversion.
+      ValueError: if the specs differ in tables or dim, or the states of the optimizer have other
+        leaves; there is no conversion.
     """
     spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
@@ -47,6 +48,15 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "
             f"target has {tables} of dim {spec.embedding_dim}; only storage, cache and "
             "row_state_dtype may differ (see to_dense and from_dense)"
+        )
+    held, wanted = (
+        {n for n in names if n.startswith("row_state")}
+        for names in (entry["names"], leaves.named(state))
+    )
+    if held != wanted:
+        raise ValueError(
+            f"{name}: the optimizer's state on disk is {sorted(held)}, the target's is "
+            f"{sorted(wanted)}; pass the same tx"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
@@ -66,8 +76,8 @@ def convert(
       {inner name: host array} for every leaf of the target.
 
     Raises:
-      ValueError: if the optimizer's state has another structure, or if the state was saved between
-        prefetch and apply_gradients and the cache would change.
+      ValueError: if a leaf of the optimizer's state has another shape, or if the state was saved
+        between prefetch and apply_gradients and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
     before, after = placements.Division.read(entry), placements.Division.of(target)
@@ -162,15 +172,9 @@ def _row_state(
     step: Any,
 ) -> dict[str, np.ndarray]:
     """Returns the optimizer's state in the dtypes of `wanted`; bfloat16 bit patterns are uint16."""
-    held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
-    if list(held) != list(wanted):
-        raise ValueError(
-            f"{name}: the optimizer's state on disk is {list(held)}, the target's is "
-            f"{list(wanted)}; pass the same tx"
-        )
     result = {}
-    for index, (inner, array) in enumerate(held.items()):
-        leaf = wanted[inner]
+    for index, (inner, leaf) in enumerate(wanted.items()):
+        array = saved[inner]
         if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
             raise ValueError(
                 f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the "
