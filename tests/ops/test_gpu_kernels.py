@@ -206,7 +206,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
         return (
             (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too),
             (updated, summed),
-            formulas,
+            tuple(formulas),
         )
 
     operands = (table, resident(lines), lines, dirty, ids)
