@@ -269,11 +269,12 @@ class DictEmbedding(DictCache):
         rows = {i: self.read(i) for i in plan.line}
         for i, row in rows.items():
             new = row - F32(learning_rate) * grads[np.asarray(ids) == i].sum(0, dtype=F32)
+            if (new == row).all():  # a row that its update does not move keeps its bits
+                continue
             if plan.line[i] < self.geo.lines:
-                self.line_of(i).row = new
+                self.line_of(i).row, self.line_of(i).dirty = new, True
             else:
                 self.table[i] = self.store(new, "BYPASS", t, i)
-        self.mark_dirty(plan)
         return plan, rows
 
     def read(self, row_id):

@@ -1,7 +1,9 @@
 """Specs refuse what they cannot mean, compare by value, and map ids so that none ever names a row of the next table."""
 
 import collections
+import types
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -292,8 +294,21 @@ def test_features_may_share_a_table_and_any_subset_may_come():
     np.testing.assert_array_equal(mapped["seen"], [101, 101])
     assert list(mapped) == ["bought", "seen"]
     assert spec.global_ids({}) == {}
-    ordered = spec.global_ids(collections.OrderedDict(who=np.array([5])))
-    assert type(ordered) is collections.OrderedDict
+    for many in ({"who": [5], "bought": [1]}, {}):
+        for ids, wanted in (
+            (collections.OrderedDict(many), collections.OrderedDict),
+            (collections.defaultdict(list, many), collections.defaultdict),
+            (flax.core.freeze(many), flax.core.FrozenDict),
+            (collections.ChainMap(many), dict),
+            (collections.UserDict(many), dict),
+            (types.MappingProxyType(many), dict),
+        ):
+            mapped = spec.global_ids(ids)
+            assert type(mapped) is wanted
+            assert {f: np.asarray(i).tolist() for f, i in mapped.items()} == {
+                f: [i + 100 * (f == "bought") for i in local] for f, local in many.items()
+            }
+            jax.tree.map(np.shape, mapped)  # prefetch takes it
     assert spec.global_ids({"who": 7})["who"] == 7
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import pooling, update
@@ -169,6 +170,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     A cached row is read from its float32 line, any other row from the table. Padding rows are zero.
 
+    A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest
+    are therefore NaN. If this is known before the step runs, the call raises an error instead.
+
     Args:
       state: the state that prefetch returned with the plan.
       plan: from that prefetch.
@@ -176,10 +180,23 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     Returns:
       [U, D] in dtype.
+
+    Raises:
+      ValueError: if the plan is concrete and not of the state's latest prefetch.
     """
+    _check_latest("lookup", state, plan)
     rows = _gather(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
+    width = rows.shape[0]
+    rows = chunks.each(
+        0,
+        jnp.where(_is_latest(state, plan), 0, width),  # nothing to do where all is well
+        width,
+        ops.chunk_of(state.implementation),
+        lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
+        rows,
+    )
     return rows.astype(dtype)
 
 
@@ -206,9 +223,9 @@ def apply_gradients(
     """Applies exactly one optimizer update to each unique row of the plan and stores the row.
 
     A cached row is written to its line in float32. A bypassed row is stochastically rounded into
-    the table. Donate the state. A plan that is not the state's latest, or was already applied,
-    changes nothing and is counted in `stats`. If this is known before the step runs, the call
-    raises an error instead.
+    the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
+    that is not the state's latest, or was already applied, changes nothing and is counted in
+    `stats`. If this is known before the step runs, the call raises an error instead.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -243,13 +260,13 @@ def apply_gradients(
     else:
         # All padding positions share the last row. No position reads the other padding rows.
         row_grads = row_grads.at[-1].set(0)
-    moves = moves._replace(
-        ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
+    moves = moves.only(is_updated, state.store.num_lines)
+    state, is_stored = update.apply(
+        tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending
     )
-    state = update.apply(tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending)
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return _finish(state, moves.line, num_nonfinite, is_pending)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
 def apply_pooled_gradients(
@@ -309,9 +326,11 @@ def apply_pooled_gradients(
         return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
     positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
     moves, is_pending = _pending(state, plan)
-    state, is_updated = update.apply_summed(tx, state, moves, rows, positions, step=plan.step)
+    state, is_updated, is_stored = update.apply_summed(
+        tx, state, moves, rows, positions, step=plan.step
+    )
     num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
-    return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_pending)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
@@ -341,6 +360,25 @@ def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Arra
             "init, or its plan was already applied); call prefetch once before each "
             f"{verb}"
         )
+    _check_latest(verb, state, plan)
+
+
+def _check_latest(verb: str, state: EmbeddingState, plan: CachePlan) -> None:
+    """Raises ValueError if the plan is known not to be of the state's latest prefetch."""
+    if not isinstance(state.step, jax.core.Tracer) and not isinstance(plan.step, jax.core.Tracer):
+        made, latest = int(plan.step), int(state.step) - 1
+        if made != latest:
+            raise ValueError(
+                f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
+                f"that of number {made}: its rows may have left their lines since; pass the state "
+                "and the plan that one prefetch returned"
+            )
+
+
+def _is_latest(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Returns whether the plan is of this state's latest prefetch (bool [])."""
+    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
+    return is_own & (plan.step == state.step - 1)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
@@ -349,8 +387,7 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
     update may touch no row.
     """
-    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    is_pending = state.pending & is_own & (plan.step == state.step - 1)
+    is_pending = state.pending & _is_latest(state, plan)
     moves = _moves(plan)
     num_cached, num_ids = (
         jnp.where(is_pending, moves.num_cached, 0),
@@ -359,25 +396,16 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 
-def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
-    """Returns the line of each row; a row that is not updated gets the number of lines."""
-    return (
-        plan.line
-        if state.cache is None
-        else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
-    )
-
-
 def _finish(
-    state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_pending: jax.Array
+    state: EmbeddingState, moves: Moves, num_nonfinite: jax.Array, is_pending: jax.Array
 ) -> EmbeddingState:
-    """Returns the state after an update that wrote the lines in `line`.
+    """Returns the state after an update that stored the rows of `moves`.
 
-    These lines are marked dirty, and the update is counted.
+    Their lines are marked dirty, and the update is counted.
     """
     return dataclasses.replace(
         state,
-        cache=None if state.cache is None else residency.commit(state.cache, line),
+        cache=None if state.cache is None else residency.commit(state.cache, moves.line),
         pending=np.False_,
         counters=count_updates(state.counters, num_nonfinite, ~is_pending),
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpembed_jax import row_ids
 from mpembed_jax.embedding.pooling import COMBINERS, pool
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -216,7 +217,7 @@ def combine(
         for part in parts:
             vectors.update(_bags(part, by_feature, weights or {}))
         ordered = {f: vectors[f].astype(dtype) for f in ids}
-        return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
+        return row_ids.in_mapping_of(ids, ordered)
     if weights is None:
         # A column is a bag of one id, so every combiner gives its vector.
         return jnp.concatenate(

@@ -20,8 +20,8 @@ the number of cache lines. `records` defines the records.
                                                newcomers dequantized into lines
   lookup(store, moves)                      -> f32 [U, D]: each row from its line or the table
   read(table, cache, ids)                   -> f32 [.., D]: the same, for ids without a plan
-  write(store, moves, new_rows, draw)       -> Store: rows copied to lines or rounded into the
-                                               table
+  write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
+                                               rounded into the table; which ones
   update(store, accumulator, moves, ..)     -> SGD or row-wise Adagrad on each row, then write
   update_summed(store, accumulator, ..)     -> update, with gradients of positions or bags, which
                                                are summed for each row
@@ -297,15 +297,20 @@ def read(
 
 @jax.named_scope("write")
 def write(
-    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named
-) -> Store:
-    """Stores updated rows (float32 [U, D]); see `xla.rows.write`."""
+    store: Store,
+    moves: Moves,
+    old_rows: jax.Array,
+    new_rows: jax.Array,
+    draw: Draw,
+    *,
+    implementation: Named,
+) -> tuple[Store, jax.Array]:
+    """Stores the updated rows that moved; see `xla.rows.write`."""
+    given = (store, moves, old_rows, new_rows, draw)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
-    return xla.rows.write(
-        store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table)
-    )
+        return kernels.update.write(*given, is_interpreted=is_interpreted)
+    return xla.rows.write(*given, chunk=_chunk_for(implementation, store.table))
 
 
 @jax.named_scope("update")
@@ -319,7 +324,7 @@ def update(
     rule: RowRule,
     draw: Draw,
     implementation: Named,
-) -> tuple[Store, jax.Array | None]:
+) -> tuple[Store, jax.Array | None, jax.Array]:
     """Updates each row once and stores it; see `xla.update.update`."""
     given = (store, accumulator, moves, old_rows, row_grads)
     if has_kernels(implementation, store.table):
@@ -342,8 +347,8 @@ def update_summed(
     draw: Draw,
     skip_nonfinite: bool,
     implementation: Named,
-) -> tuple[Store, jax.Array | None, jax.Array]:
-    """Sums the gradients of each row and updates it; see `xla.update.update_summed`."""
+) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
+    """See `xla.update.update_summed`."""
     given = (store, accumulator, moves, old_rows, positions)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)

@@ -602,14 +602,13 @@ def test_what_cannot_be_converted_is_refused(saved, tmp_path):
         checkpoint.restore(
             folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD))
         )
-    narrow = stack(**{**options, "storage": "int4"})
-    with pytest.raises(ValueError, match="pass the same tx"):
-        checkpoint.restore(
-            folder,
-            jax.eval_shape(
-                lambda: mpembed.init(jax.random.key(0), narrow, optax.sgd(0.1, momentum=0.9))
-            ),
-        )
+    for storage, tx in (("int4", ADAM), ("int8", ADAM), ("int8", optax.sgd(0.1))):
+        other = stack(**{**options, "storage": storage})
+        target = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, tx))  # noqa: B023
+        with pytest.raises(
+            ValueError, match=r"state on disk is \['row_state.*sum_of_squares'\].* pass the same tx"
+        ):
+            checkpoint.restore(folder, target)
     pending, _ = jax.jit(mpembed.prefetch)(emb, batch(40))
     checkpoint.save(tmp_path, 0, pending)
     with pytest.raises(ValueError, match="between prefetch and apply_gradients"):

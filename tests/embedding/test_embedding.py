@@ -296,3 +296,56 @@ def test_counters_pass_the_limits_of_32_bits():
         assert isinstance(getattr(stats, name), int)
     assert stats.requests > begin[0] + 10
     assert stats.hits > begin[2] + 10
+
+
+# --- rows that do not move
+
+FROZEN = {  # name: (transformation, gradient, implementation)
+    "set_to_zero": (optax.set_to_zero(), 1, "numba"),
+    "set_to_zero, full width": (optax.set_to_zero(), 1, "xla"),
+    "set_to_zero, kernels": (optax.set_to_zero(), 1, "pallas_interpret"),
+    "rate zero": (mpembed.optim.sgd(0.0), 1, "xla_chunked"),
+    "no gradient": (mpembed.optim.rowwise_adagrad(0.1), 0, "pallas_interpret"),
+    "no gradient, no momentum": (optax.adam(0.1), 0, "numba"),
+    "masked": (optax.masked(optax.set_to_zero(), True), 1, "numba"),
+    "labels": (optax.multi_transform({"frozen": optax.set_to_zero()}, "frozen"), 1, "numba"),
+    "mixing rows": (optax.chain(optax.normalize_by_update_norm(), optax.scale(0.0)), 1, "numba"),
+}
+
+
+@pytest.mark.parametrize(("tx", "gradient", "implementation"), FROZEN.values(), ids=FROZEN)
+def test_a_row_whose_update_is_zero_keeps_its_bits(tx, gradient, implementation):
+    """Every visit of INT8 rows, in lines and in the table, leaves the flushed table as it was."""
+    spec = shapes.stack(200, 8, storage="int8", lines=24, ways=8)
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
+        state = mpembed.init(KEY, spec, tx, implementation=implementation)
+        before = np.array(state.table.rows)
+        batches = np.stack([np.random.default_rng(t).permutation(200)[:60] for t in range(4)])
+        batches[:, 0] = mpembed.NO_ID
+        grads = np.full((4, 60, 8), gradient, np.float32)
+        state, (_, _, counts) = train(state, batches.astype(np.int32), grads, tx)
+    assert int(counts.bypasses.sum()) > 20
+    assert int(counts.evictions.sum()) > 5
+    assert int(counts.write_backs.sum()) == 0
+    np.testing.assert_array_equal(flush(state).table.rows, before)
+
+
+@pytest.mark.parametrize("storage", shapes.FORMATS)
+def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
+    """Even ids have no gradient and keep their bits. Every implementation makes the same state."""
+    others = ("xla_chunked", "numba", "pallas_interpret")
+    other = others[shapes.FORMATS.index(storage) % 3]
+    tx = mpembed.optim.sgd(0.5)
+    spec = shapes.stack(60, 7, storage=storage, lines=16, ways=8, policy="lru")
+    ids = np.random.default_rng(0).permutation(60).astype(np.int32)[None]
+    grads = np.where(ids[..., None] % 2 == 0, np.float32(0), shapes.dyadic(0, (1, 60, 7)))
+    states = [mpembed.init(KEY, spec, tx, implementation=name) for name in ("xla", other)]
+    before = np.array(states[0].table.rows)
+    one, two = (jax.device_get(train(state, ids, grads, tx)[0]) for state in states)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(one), jax.tree.leaves(two))
+    is_even = np.arange(60) % 2 == 0
+    is_other = (np.asarray(flush(one).table.rows) != before).any(axis=1)
+    assert not is_other[is_even].any()
+    assert is_other[~is_even].mean() > 0.9
+    held = one.cache.tags[one.cache.dirty]
+    assert held.size and (held % 2 == 1).all()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import shapes
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
@@ -193,14 +194,23 @@ def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
         mpembed.stats(twice)
 
 
-def test_an_old_plan_changes_nothing_and_stats_names_it():
-    """Two prefetches, then the first one's plan."""
-    state = start(stack())
-    state, old = prefetch(state, np.array([1, 2], np.int32))
-    state, _ = prefetch(state, np.array([3, 4], np.int32))
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation):
+    """Two prefetches, then the first one's plan. Called directly, lookup and the update raise."""
+    spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
+    state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
+    state, old = prefetch(state, np.arange(8, dtype=np.int32))
     rows = mpembed.lookup(state, old)
+    state, plan = prefetch(state, np.arange(12, 20, dtype=np.int32))
+    with pytest.raises(ValueError, match="lookup needs the plan of the state's latest prefetch"):
+        mpembed.lookup(state, old)
+    with pytest.raises(ValueError, match="number 1, and got that of number 0"):
+        mpembed.apply_gradients(state, old, rows, rows, tx=TX)
+    assert np.isnan(jax.jit(mpembed.lookup)(state, old)).all()
+    wanted = [*all_rows(state)[plan.unique_ids[:-1]], np.zeros(DIM)]
+    np.testing.assert_array_equal(jax.jit(mpembed.lookup)(state, plan), wanted)
     after = jax.jit(partial(mpembed.apply_gradients, tx=TX))(state, old, rows, jnp.ones_like(rows))
-    np.testing.assert_array_equal(after.table.rows, state.table.rows)
+    np.testing.assert_array_equal(all_rows(after), all_rows(state))
     with pytest.raises(ValueError, match="an old plan and changed nothing"):
         mpembed.stats(after)
 
@@ -403,6 +413,24 @@ def test_batches_without_ids_just_work(ids, lines):
     state, _, _ = train(state, np.array([1, 2, 2], np.int32))
     stats = mpembed.stats(state)
     assert (stats.steps, stats.requests, stats.unique, stats.refused_updates) == (3, 6, 4, 0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 4)], ids=str)
+def test_reading_no_ids_gives_no_rows(shape):
+    """In every format, with a cache and frozen, on one device and over a mesh."""
+    ids, wanted = np.zeros(shape, np.int32), (*shape, DIM)
+    for name in shapes.FORMATS:
+        spec = stack(storage=name, cache=CacheSpec(num_rows=4))
+        state = jax.eval_shape(lambda: start(spec))  # noqa: B023
+        for held in (state, jax.eval_shape(mpembed.freeze, state)):
+            assert jax.eval_shape(mpembed.read, held, ids).shape == wanted
+        packed = jax.eval_shape(lambda rows: mpembed.encode(rows, name), jnp.zeros(wanted))  # noqa: B023
+        decoded = jax.eval_shape(lambda words: mpembed.decode(words, name, DIM), packed)  # noqa: B023
+        assert decoded.shape == wanted
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = mpembed.init(jax.random.key(0), stack(storage="int8"), TX, mesh=mesh)
+    for held in (start(stack(storage="int8")), state, mpembed.freeze(state)):
+        assert mpembed.read(held, {"a": ids, "b": np.int32(3)})["a"].shape == wanted
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,23 @@ def assert_same_counts(counts, expected):
             np.testing.assert_array_equal(getattr(counts, name), want, err_msg=name)
 
 
+def test_an_old_plan_reads_nan_over_a_mesh():
+    state = initial(spec_of(), 2)
+    specs, ids = mpembed.partition_specs(state), jnp.arange(64, dtype=jnp.int32).reshape(2, 32)
+
+    def late(state, ids):
+        state, old = mpembed.prefetch(state, ids[0])
+        state, plan = mpembed.prefetch(state, ids[1])
+        return mpembed.lookup(state, old), mpembed.lookup(state, plan)
+
+    run = jax.shard_map(
+        late, mesh=state.layout.mesh, in_specs=(specs, P(None, "x")), out_specs=P("x")
+    )
+    old, rows = jax.jit(run)(state, ids)
+    assert np.isnan(old).all()
+    assert np.isfinite(rows).all()
+
+
 # --- results do not depend on the number of devices
 
 

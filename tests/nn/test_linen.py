@@ -1,5 +1,7 @@
 """Properties of the linen twins and their TrainState: the five-line change, equality with nnx, what misuse raises."""
 
+import copy
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,17 @@ def created(model, seed=0) -> TrainState:
 
 def loss_of(state, ids=IDS, labels=LABELS):
     return lambda params: jnp.mean(jnp.square(state.apply_fn({"params": params}, ids) - labels))
+
+
+@pytest.mark.parametrize("tx", [mpembed.optim.sgd(0.1), mpembed.optim.rowwise_adagrad(0.1)])
+def test_a_module_with_a_row_transformation_is_made_printed_and_copied(tx):
+    """flax and copy build attributes that are tuples anew."""
+    module = CachedEmbed(ROWS, DIM, tx, cache=None)
+    variables = module.init(jax.random.key(0), IDS)
+    assert variables["embedding"]["table"].tx == tx
+    twin = copy.deepcopy(module)
+    assert twin.clone() == module and "tx" in repr(twin)
+    np.testing.assert_array_equal(twin.apply(variables, IDS), module.apply(variables, IDS))
 
 
 @OPTAX_ADAM

@@ -1,5 +1,6 @@
 """Properties of nn.CachedEmbed in nnx models: the five-line change, equality with the verbs and with nnx.Embed, misuse."""
 
+import copy
 import subprocess
 import sys
 
@@ -51,6 +52,20 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
         assert np.mean(names["losses"][-10:]) < 0.8 * np.mean(names["losses"][:3])
     assert np.mean(cached["losses"][-10:]) < np.mean(plain["losses"][-10:]) + 0.05
     assert cached["model"].items.stats().steps == 60
+
+
+@pytest.mark.parametrize("tx", [mpembed.optim.sgd(0.1), mpembed.optim.rowwise_adagrad(0.1)])
+def test_a_model_with_a_row_transformation_is_printed_and_copied(tx):
+    """print, copy.deepcopy and nnx.clone build attributes that are tuples anew; a copy trains alike."""
+    model = nn.CachedEmbed(ROWS, DIM, tx=tx, rngs=nnx.Rngs(0), **SMALL)
+    assert "RowRule" in str(model)
+    twins = [copy.deepcopy(model), nnx.clone(model)]
+    for held in (model, *twins):
+        assert held.stack.tx == tx
+        held.prefetch(IDS)
+        nn.apply_gradients(held, nnx.grad(lambda m: jnp.sum(m(IDS) ** 2))(held))
+    for twin in twins:
+        assert_same_bits(twin.state, model.state)
 
 
 def test_importing_the_package_loads_no_flax():

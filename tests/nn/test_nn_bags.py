@@ -1,6 +1,8 @@
 """Properties of nn.CachedEmbedBags: pooling, shared tables, several widths, array and dict ids, what misuse raises."""
 
+import collections
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,16 @@ def pooled_by_hand(tables, ids, weights, combiner):
         divisor = {"sum": 1.0, "mean": w.sum(), "sqrtn": np.sqrt((w**2).sum())}[combiner]
         out.append(total / divisor if real else total)
     return np.stack(out)
+
+
+def test_other_mappings_than_dicts_are_taken():
+    model = nn.CachedEmbedBags(bag_specs(), optax.sgd(0.1), rngs=nnx.Rngs(0))
+    model.eval()
+    wanted = model(BAG_IDS)
+    for ids in (collections.defaultdict(list, BAG_IDS), types.MappingProxyType(BAG_IDS)):
+        vectors = model(ids)
+        assert type(vectors) is (dict if type(ids) is types.MappingProxyType else type(ids))
+        assert_same_bits(dict(vectors), wanted)
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])

@@ -1,6 +1,9 @@
 """Optimizers on rows equal dense training of touched rows; what cannot be kept by row is refused; rounding is unbiased."""
 
+import copy
 import itertools
+import operator
+import pickle
 from functools import partial
 
 import jax
@@ -96,6 +99,16 @@ TRANSFORMATIONS = {
     "decoupled decay": lambda: optax.adamw(0.05, weight_decay=0.1),
     "rowwise adagrad": lambda: optim.rowwise_adagrad(decaying(0.1), weight_decay=0.1),
     "rowwise adam": lambda: optim.rowwise_adam(0.05, weight_decay=0.1),
+    "injected sgd": lambda: optax.inject_hyperparams(optim.sgd)(learning_rate=decaying(0.1)),
+    "injected rowwise adagrad": lambda: optax.inject_hyperparams(optim.rowwise_adagrad)(
+        learning_rate=0.1
+    ),
+    "injected rowwise adam": lambda: optax.inject_hyperparams(optim.rowwise_adam)(
+        learning_rate=0.1, weight_decay=0.1, decoupled=True
+    ),
+    "injected row norm": lambda: optax.chain(
+        optax.inject_hyperparams(optim.clip_by_row_norm)(max_norm=0.5), optim.sgd(0.1)
+    ),
 }
 
 
@@ -185,6 +198,45 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
     state.row_state.hyperparams["learning_rate"] = jnp.float32(0)
     state = step(state, ids[0], grads[0])
     np.testing.assert_array_equal(state.table.rows, before)
+
+
+@pytest.mark.parametrize("make", [optim.sgd, optim.rowwise_adagrad, optim.rowwise_adam])
+def test_injected_hyperparameters_train_as_given_ones(make):
+    """Also a coefficient of decay, which may be zero in one step and not in the next."""
+    ids, grads = batches()
+    decays = {} if make is optim.sgd else {"weight_decay": 0.1}
+    injected, given = optax.inject_hyperparams(make)(learning_rate=0.1), make(0.1)
+    states = [mpembed.init(jax.random.key(0), stack(), tx) for tx in (injected, given)]
+    steps = [step_of(tx) for tx in (injected, given)]
+    for t in range(2):
+        states = [step(s, ids[t], grads[t]) for step, s in zip(steps, states, strict=True)]
+    one, other = (np.asarray(s.table.rows).view(np.float32) for s in states)
+    # 1 - b2 of a float32 b2 is off by 1e-5.
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    states[0].row_state.hyperparams.update({name: jnp.float32(x) for name, x in decays.items()})
+    changed = step_of(injected)(states[0], ids[2], 0 * grads[2])
+    moved = (np.asarray(changed.table.rows).view(np.float32) != one).any()
+    assert moved == (make is not optim.sgd)
+
+
+def test_copies_of_a_transformation_keep_its_rule():
+    """Printing, copying, mapping over leaves and pickling build the pair (init, update) anew."""
+    for tx in (optim.sgd(0.1), optim.rowwise_adagrad(0.1, eps=1e-3)):
+        rule = optim.rule_of(tx)
+        assert rule is not None
+        for twin in (
+            copy.copy(tx),
+            copy.deepcopy(tx),
+            jax.tree.map(lambda f: f, tx),
+            type(tx)(*tx),
+        ):
+            assert optim.rule_of(twin) == rule
+            assert twin == tx and hash(twin) == hash(tx)  # one compiled step for both
+        assert "RowRule" in repr(tx)
+        assert optim.rule_of(tx._replace(update=optax.sgd(1.0).update)) is None
+        ruled = tx._replace(init=jnp.zeros_like, update=type(tx.update)(operator.add, rule))
+        assert optim.rule_of(pickle.loads(pickle.dumps(ruled))) == rule
+        assert optim.rule_of(optax.chain(tx)) is None
 
 
 @OPTAX_ADAM
