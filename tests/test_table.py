@@ -1,6 +1,7 @@
 """Row formats: layout and codes equal row_oracle, rows stay on their grid, rounding is unbiased; initial tables."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import row_oracle
 import shapes
+from cases import named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,26 +37,32 @@ def row_format(codec):
     )
 
 
+class Case(NamedTuple):
+    """Rows of a dim, in the oracle's words and in the package's."""
+
+    codec: row_oracle.Codec
+    format: mpembed.RowFormat | str
+    dim: int
+
+
 # Every codec at an odd dim, and what a bare name means at the other dims.
-CASES = [
-    pytest.param(codec, row_format(codec), 7, id=f"{name}-7")
-    for name, codec in shapes.CODECS.items()
-]
-CASES += [
-    pytest.param(shapes.default_codec(name, dim), name, dim, id=f"{name}-default-{dim}")
+CASES = {f"{name}-7": Case(codec, row_format(codec), 7) for name, codec in shapes.CODECS.items()}
+CASES |= {
+    f"{name}-default-{dim}": Case(shapes.default_codec(name, dim), name, dim)
     for name in shapes.FORMATS
     for dim in shapes.DIMS
     if dim != 7
-]
+}
 
 
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize(("codec", "fmt", "dim"), CASES)
-def test_packed_words_equal_the_oracle(codec, fmt, dim):
+@pytest.mark.parametrize("case", named(CASES))
+def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
+    codec, fmt, dim = case
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
     noise = draws(dim, x.shape)
     for bits, (packed, decoded) in zip(

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -118,40 +120,60 @@ def assert_same_counts(counts, expected):
 # --- results do not depend on the number of devices
 
 
-@pytest.mark.parametrize(
-    ("policy", "storage", "shards"),
-    [
-        ("lfu", "int8", 1),
-        ("lfu", "int8", 2),
-        ("lru", "int4", 4),
-        (None, "int2", 4),
-        ("lfu", "int8", 8),
-    ],
-)
-def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, shards):
+class Case(NamedTuple):
+    """A stack over a mesh of one axis; `policy` is None without a cache."""
+
+    policy: str | None
+    storage: str
+    shards: int
+
+
+NUMBERS = [
+    Case("lfu", "int8", 1),
+    Case("lfu", "int8", 2),
+    Case("lru", "int4", 4),
+    Case(None, "int2", 4),
+    Case("lfu", "int8", 8),
+]
+
+
+@pytest.mark.parametrize("case", named(NUMBERS, fast={"lfu-int8-2", "lru-int4-4"}))
+def test_any_number_of_shards_makes_the_state_of_one_device(case):
     """Tags, priorities, sketches, packed rows, lines, counts, vectors: gradients whose sums are exact, so every bit."""
-    spec = spec_of(policy, storage)
+    spec = spec_of(case.policy, case.storage)
     expected, counts, vectors = on_one_device(spec)
-    state = initial(spec, shards)
+    state = initial(spec, case.shards)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, expected)
-    if policy is not None:
+    if case.policy is not None:
         assert counts.evictions.sum() > 20
         assert counts.bypasses.sum() + counts.hits.sum() > 20
 
 
-@pytest.mark.parametrize(
-    ("sizes", "axis_name", "batch_axes"),
-    [((2, 4), "y", None), ((2, 4), ("x", "y"), None), ((4, 2), "y", ("x",))],
-)
-def test_two_dimensional_meshes_make_the_state_of_one_device(sizes, axis_name, batch_axes):
+class TwoAxes(NamedTuple):
+    """A mesh with axes x and y of these sizes, and what they divide."""
+
+    sizes: tuple[int, int]
+    row_axes: str | tuple[str, ...]
+    batch_axes: tuple[str, ...] | None = None  # None: both
+
+
+MESHES = {
+    "rows over y": TwoAxes((2, 4), "y"),
+    "rows over both": TwoAxes((2, 4), ("x", "y")),
+    "rows over y, batches over x": TwoAxes((4, 2), "y", ("x",)),
+}
+
+
+@pytest.mark.parametrize("mesh", named(MESHES, fast={"rows over y, batches over x"}))
+def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
     spec = spec_of("lfu")
     expected, counts, vectors = on_one_device(spec)
-    placement = mpembed.Placement(batch_axes=batch_axes)
-    state = initial(spec, *sizes, axis_name=axis_name, placement=placement)
+    placement = mpembed.Placement(batch_axes=mesh.batch_axes)
+    state = initial(spec, *mesh.sizes, axis_name=mesh.row_axes, placement=placement)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)

@@ -2,7 +2,9 @@
 
 import itertools
 from functools import partial
+from typing import NamedTuple
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -598,21 +600,29 @@ def test_unmodified_apply_updates_lands_on_the_rounded_value(name):
     assert np.isfinite(result).all()
 
 
+class Added(NamedTuple):
+    """An update of a parameter's value in a narrow format."""
+
+    format: str
+    old: float
+    update: float
+
+
 @APPLY_UPDATES
 @pytest.mark.parametrize(
-    ("name", "old", "update"),
-    [
-        ("bfloat16", 1.0, 2**-9),
-        ("bfloat16", -3.0, 0.007),
-        ("float16", 1.0, -(2**-13)),
-        ("float16", 2.0**-20, 2**-27),  # subnormal: steps of 2^-24
-        ("float16", 0.0, 2**-26),
-        ("bfloat16", 0.0, 1e-6),
-    ],
-)
-def test_rounding_is_unbiased(name, old, update):
+    "case",
+    cases.named([
+        Added("bfloat16", 1.0, 2**-9),
+        Added("bfloat16", -3.0, 0.007),
+        Added("float16", 1.0, -(2**-13)),
+        Added("float16", 2.0**-20, 2**-27),  # subnormal: steps of 2^-24
+        Added("float16", 0.0, 2**-26),
+        Added("bfloat16", 0.0, 1e-6),
+    ]),
+)  # fmt: skip
+def test_rounding_is_unbiased(case):
     """16,384 equal elements: the mean of the new values is old + update within 5 sigma."""
-    num = 16384
+    (name, old, update), num = case, 16384
     params = jnp.full(num, old, name)
     tx = optim.stochastic_round_updates(jax.random.key(1))
     updates = jnp.full(num, update, jnp.float32)

@@ -1,0 +1,42 @@
+"""Cases of parametrized tests: records with names, all of them or only the chosen ones in the quick loop."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+
+
+def named(records, *, fast=None):
+    """Returns records as cases for pytest.mark.parametrize, with names.
+
+    Args:
+      records: {name: record}, or records; those have a `name`, or their fields make it.
+      fast: names of the cases that run in the quick loop; the others are marked slow. None: all.
+    """
+    cases = records.items() if isinstance(records, dict) else [(name_of(r), r) for r in records]
+    unknown = set(fast or ()) - {name for name, _ in cases}
+    assert not unknown, f"no such cases: {unknown}"
+    return [
+        pytest.param(
+            record, id=name, marks=() if fast is None or name in fast else pytest.mark.slow
+        )
+        for name, record in cases
+    ]
+
+
+def name_of(record):
+    if hasattr(record, "name"):
+        return record.name
+    return "-".join(map(str, record)) if isinstance(record, tuple) else str(record)
+
+
+class Refused(NamedTuple):
+    """A mistake, and what is said about it; its name is the message."""
+
+    call: Callable[..., Any]
+    message: str  # a regular expression
+    error: type[Exception] = ValueError
+
+    @property
+    def name(self):
+        return self.message
