@@ -55,11 +55,14 @@ CASES |= {
 }
 
 
+QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
+
+
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("case", named(CASES))
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK))
 def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
     codec, fmt, dim = case
@@ -89,6 +92,9 @@ def scaled_codecs():
     return {name: codec for name, codec in shapes.CODECS.items() if codec.metadata_bytes}
 
 
+SCALED_BY_BFLOAT16 = {name for name in scaled_codecs() if name.endswith("-bfloat16")}
+
+
 def errors_allowed(codec, row, scale, bias):
     """Largest distance of a row from its stochastically rounded self: one gap, plus float32 arithmetic."""
     slack = 2.0**-21 * float(np.max(np.abs(row)) + abs(bias))
@@ -99,7 +105,7 @@ def errors_allowed(codec, row, scale, bias):
     return 2.0 ** (np.floor(np.log2(size)) - mantissa) * float(scale) + slack
 
 
-@pytest.mark.parametrize("name", scaled_codecs())
+@pytest.mark.parametrize("name", named(list(scaled_codecs()), fast=SCALED_BY_BFLOAT16))
 @given(
     row=st.lists(
         st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False)
@@ -134,7 +140,11 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")]
+    "name",
+    named(
+        [name for name in shapes.CODECS if name != "float32"],
+        fast={*SCALED_BY_BFLOAT16, "bfloat16", "float16"},
+    ),
 )
 def test_stored_rounding_is_unbiased(name):
     """6 rows x 8,192 draws of row_bits: each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).

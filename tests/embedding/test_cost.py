@@ -59,7 +59,7 @@ def compiled_step(stack, implementation):
             "int4 with a budget": Stack("int4", "lfu", 800),
             "float32 without cache": Stack("float32", None),
         },
-        fast={"int8", "int4 with a budget"},
+        fast={"int4 with a budget"},
     ),
 )
 def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):

@@ -167,7 +167,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", named(MESHES, fast={"rows over y, batches over x"}))
+@pytest.mark.parametrize("mesh", named(MESHES, fast=()))
 def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
     spec = spec_of("lfu")
@@ -180,6 +180,7 @@ def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     assert_same_state(state, expected)
 
 
+@pytest.mark.slow
 def test_replicated_stacks_train_as_one_device():
     spec = spec_of("lfu")
     expected, counts, _ = on_one_device(spec)
@@ -206,9 +207,17 @@ def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
     )
 
 
-@pytest.mark.parametrize(("budget", "policy"), [(60, None), (12, "lfu")])
-def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(budget, policy):
+class Budget(NamedTuple):
+    """Unique ids of a batch, and the policy of the cache; None without one."""
+
+    budget: int
+    policy: str | None
+
+
+@pytest.mark.parametrize("case", named([Budget(60, None), Budget(12, "lfu")], fast=()))
+def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(case):
     """Also where one device alone exceeds it; an id that several devices drop on their own counts for each of them."""
+    budget, policy = case
     spec = spec_of(policy, max_unique_ids=budget)
     expected, counts, vectors = on_one_device(spec)
     state, (got_counts, got_vectors) = train(initial(spec, 4), *stream())
@@ -280,6 +289,7 @@ def test_initial_rows_are_those_of_one_device():
         assert_same_rows(mpembed.init(KEY, spec, SGD, mesh=mesh_of(4), placement=placement), wanted)
 
 
+@pytest.mark.slow
 def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
     """Row state in bfloat16, rounded stochastically; a step count; NaN gradients from some positions."""
     spec = dataclasses.replace(spec_of("lru"), row_state_dtype="bfloat16", skip_nonfinite=True)
@@ -544,6 +554,7 @@ class PairedLayout(Layout):
     is_paired = True
 
 
+@pytest.mark.slow
 def test_pairs_train_as_plain_ids_do():
     """A small stack that takes pairs: the same state."""
     spec = spec_of("lfu")
@@ -564,6 +575,7 @@ def test_pairs_train_as_plain_ids_do():
 # --- pmap
 
 
+@pytest.mark.slow
 def test_the_verbs_run_inside_pmap():
     """Without a typed mesh a loss of one device has no pmean inside; here gradients are given, so nothing changes."""
     spec = spec_of("lfu")

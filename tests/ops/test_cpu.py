@@ -60,7 +60,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget", "one line"}))
+@pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget"}))
 def test_plans_and_states_equal_the_references(case):
     """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
     rng = np.random.default_rng(0)
@@ -273,6 +273,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core"
 )
