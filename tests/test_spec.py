@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import Refused, named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,78 +30,66 @@ def stack(**options):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (
-            lambda: TableSpec("t", 0),
-            ValueError,
-            r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]",
-        ),
-        (lambda: TableSpec("t", 2**31 - 1), ValueError, "vocabulary_size"),
-        (lambda: TableSpec("t", 2.5), ValueError, "vocabulary_size"),
-        (lambda: TableSpec("t", True), ValueError, "vocabulary_size"),
-        (lambda: CacheSpec(fraction=0.0), ValueError, "cache=None for no cache"),
-        (lambda: CacheSpec(fraction=1.5), ValueError, r"fraction must be in \(0, 1\]"),
-        (lambda: CacheSpec(num_rows=0), ValueError, "cache=None for no cache"),
-        (lambda: CacheSpec(ways=0), ValueError, r"ways must be in \[1, 64\]"),
-        (lambda: CacheSpec(ways=65), ValueError, r"ways must be in \[1, 64\]"),
-        (lambda: CacheSpec(ways=8.5), ValueError, "ways must be"),
-        (lambda: CacheSpec(num_rows=2.5), ValueError, "num_rows must be"),
-        (lambda: stack(max_unique_ids=2.5), ValueError, "max_unique_ids must be"),
-        (lambda: CacheSpec(policy="fifo"), ValueError, '"lru" or "lfu"'),
-        (lambda: RowFormat("int7"), ValueError, "unknown row format .int7.; choose one of"),
-        (lambda: RowFormat("int8", rounding="up"), ValueError, '"stochastic" or "nearest"'),
-        (lambda: RowFormat("bfloat16", symmetric=True), ValueError, "int8, int4 and int2 only"),
-        (
-            lambda: RowFormat("int8", scale_dtype="float64"),
-            ValueError,
-            "scale_dtype must be one of",
-        ),
-        (lambda: RowFormat("float16", scale_dtype="float32"), ValueError, "leave scale_dtype out"),
-        (lambda: EmbeddingSpec((), 8), TypeError, "non-empty sequence of TableSpec"),
-        (lambda: EmbeddingSpec(("users",), 8), TypeError, "non-empty sequence of TableSpec"),
-        (
-            lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8),
-            ValueError,
-            "names must be distinct",
-        ),
-        (
-            lambda: mpembed.init(
-                KEY,
-                EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8),
-                optax.sgd(0.1),
+    "case",
+    named(
+        [
+            Refused(
+                lambda: TableSpec("t", 0),
+                r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]",
             ),
-            ValueError,
-            "one device holds at most .* over a mesh, or make two stacks",
-        ),
-        (
-            lambda: EmbeddingSpec(USERS, 0),
-            ValueError,
-            "embedding_dim must be an integer of at least 1",
-        ),
-        (lambda: EmbeddingSpec(USERS, 8.0), ValueError, "embedding_dim"),
-        (lambda: stack(storage="fp8"), ValueError, "unknown row format 'fp8'; choose one of"),
-        (lambda: stack(storage=8), TypeError, 'a RowFormat or a name such as "int8"'),
-        (lambda: stack(cache=0.05), TypeError, "cache must be a CacheSpec or None"),
-        (
-            lambda: stack(max_unique_ids=0),
-            ValueError,
-            "max_unique_ids must be an integer of at least 1",
-        ),
-        (lambda: stack(out_of_range="wrap"), ValueError, '"drop", "clip" or "raise"'),
-        (lambda: stack(row_state_dtype="float16"), ValueError, '"float32" or "bfloat16"'),
-        (lambda: stack(features={"author": "person"}), ValueError, "'author' -> 'person'"),
-        (lambda: stack(features={}), ValueError, "features must map feature names to tables"),
-        (
-            lambda: stack(features=(("author", "users"), ("author", "items"))),
-            ValueError,
-            "distinct",
-        ),
-    ],
+            Refused(lambda: TableSpec("t", 2**31 - 1), "vocabulary_size"),
+            Refused(lambda: TableSpec("t", 2.5), "vocabulary_size"),
+            Refused(lambda: TableSpec("t", True), "vocabulary_size"),
+            Refused(lambda: CacheSpec(fraction=0.0), "cache=None for no cache"),
+            Refused(lambda: CacheSpec(fraction=1.5), r"fraction must be in \(0, 1\]"),
+            Refused(lambda: CacheSpec(num_rows=0), "cache=None for no cache"),
+            Refused(lambda: CacheSpec(ways=0), r"ways must be in \[1, 64\]"),
+            Refused(lambda: CacheSpec(ways=65), r"ways must be in \[1, 64\]"),
+            Refused(lambda: CacheSpec(ways=8.5), "ways must be"),
+            Refused(lambda: CacheSpec(num_rows=2.5), "num_rows must be"),
+            Refused(lambda: stack(max_unique_ids=2.5), "max_unique_ids must be"),
+            Refused(lambda: CacheSpec(policy="fifo"), '"lru" or "lfu"'),
+            Refused(lambda: RowFormat("int7"), "unknown row format .int7.; choose one of"),
+            Refused(lambda: RowFormat("int8", rounding="up"), '"stochastic" or "nearest"'),
+            Refused(lambda: RowFormat("bfloat16", symmetric=True), "int8, int4 and int2 only"),
+            Refused(lambda: RowFormat("int8", scale_dtype="float64"), "scale_dtype must be one of"),
+            Refused(lambda: RowFormat("float16", scale_dtype="float32"), "leave scale_dtype out"),
+            Refused(lambda: EmbeddingSpec((), 8), "non-empty sequence of TableSpec", TypeError),
+            Refused(
+                lambda: EmbeddingSpec(("users",), 8), "non-empty sequence of TableSpec", TypeError
+            ),
+            Refused(
+                lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8), "names must be distinct"
+            ),
+            Refused(
+                lambda: mpembed.init(
+                    KEY,
+                    EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8),
+                    optax.sgd(0.1),
+                ),
+                "one device holds at most .* over a mesh, or make two stacks",
+            ),
+            Refused(
+                lambda: EmbeddingSpec(USERS, 0), "embedding_dim must be an integer of at least 1"
+            ),
+            Refused(lambda: EmbeddingSpec(USERS, 8.0), "embedding_dim"),
+            Refused(lambda: stack(storage="fp8"), "unknown row format 'fp8'; choose one of"),
+            Refused(lambda: stack(storage=8), 'a RowFormat or a name such as "int8"', TypeError),
+            Refused(lambda: stack(cache=0.05), "cache must be a CacheSpec or None", TypeError),
+            Refused(
+                lambda: stack(max_unique_ids=0), "max_unique_ids must be an integer of at least 1"
+            ),
+            Refused(lambda: stack(out_of_range="wrap"), '"drop", "clip" or "raise"'),
+            Refused(lambda: stack(row_state_dtype="float16"), '"float32" or "bfloat16"'),
+            Refused(lambda: stack(features={"author": "person"}), "'author' -> 'person'"),
+            Refused(lambda: stack(features={}), "features must map feature names to tables"),
+            Refused(lambda: stack(features=(("author", "users"), ("author", "items"))), "distinct"),
+        ]
+    ),
 )
-def test_a_value_that_means_nothing_is_refused_with_its_fix(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
+def test_a_value_that_means_nothing_is_refused_with_its_fix(case):
+    with pytest.raises(case.error, match=case.message):
+        case.call()
 
 
 def test_the_largest_stack_is_accepted():

@@ -1,6 +1,7 @@
 """Row formats: layout and codes equal row_oracle, rows stay on their grid, rounding is unbiased; initial tables."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import row_oracle
 import shapes
+from cases import named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,26 +37,35 @@ def row_format(codec):
     )
 
 
+class Case(NamedTuple):
+    """Rows of a dim, in the oracle's words and in the package's."""
+
+    codec: row_oracle.Codec
+    format: mpembed.RowFormat | str
+    dim: int
+
+
 # Every codec at an odd dim, and what a bare name means at the other dims.
-CASES = [
-    pytest.param(codec, row_format(codec), 7, id=f"{name}-7")
-    for name, codec in shapes.CODECS.items()
-]
-CASES += [
-    pytest.param(shapes.default_codec(name, dim), name, dim, id=f"{name}-default-{dim}")
+CASES = {f"{name}-7": Case(codec, row_format(codec), 7) for name, codec in shapes.CODECS.items()}
+CASES |= {
+    f"{name}-default-{dim}": Case(shapes.default_codec(name, dim), name, dim)
     for name in shapes.FORMATS
     for dim in shapes.DIMS
     if dim != 7
-]
+}
+
+
+QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
 
 
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize(("codec", "fmt", "dim"), CASES)
-def test_packed_words_equal_the_oracle(codec, fmt, dim):
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK))
+def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
+    codec, fmt, dim = case
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
     noise = draws(dim, x.shape)
     for bits, (packed, decoded) in zip(
@@ -81,6 +92,9 @@ def scaled_codecs():
     return {name: codec for name, codec in shapes.CODECS.items() if codec.metadata_bytes}
 
 
+SCALED_BY_BFLOAT16 = {name for name in scaled_codecs() if name.endswith("-bfloat16")}
+
+
 def errors_allowed(codec, row, scale, bias):
     """Largest distance of a row from its stochastically rounded self: one gap, plus float32 arithmetic."""
     slack = 2.0**-21 * float(np.max(np.abs(row)) + abs(bias))
@@ -91,7 +105,7 @@ def errors_allowed(codec, row, scale, bias):
     return 2.0 ** (np.floor(np.log2(size)) - mantissa) * float(scale) + slack
 
 
-@pytest.mark.parametrize("name", scaled_codecs())
+@pytest.mark.parametrize("name", named(list(scaled_codecs()), fast=SCALED_BY_BFLOAT16))
 @given(
     row=st.lists(
         st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False)
@@ -126,7 +140,11 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")]
+    "name",
+    named(
+        [name for name in shapes.CODECS if name != "float32"],
+        fast={*SCALED_BY_BFLOAT16, "bfloat16", "float16"},
+    ),
 )
 def test_stored_rounding_is_unbiased(name):
     """6 rows x 8,192 draws of row_bits: each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).

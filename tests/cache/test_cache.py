@@ -11,6 +11,7 @@ import optax
 import oracles
 import pytest
 import shapes
+from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +114,7 @@ def start(num_ids, lines, ways, policy, implementation=None, **options):
 
 
 @pytest.mark.parametrize("policy", shapes.POLICIES)
-@pytest.mark.parametrize("ways", [*shapes.WAYS, 64])
+@pytest.mark.parametrize("ways", named([*shapes.WAYS, 64], fast={"1", "32"}))
 def test_residency_equals_brute_force(policy, ways):
     """320 skewed, drifting batches of 0 to 160 ids into 96 lines: batches larger than the cache are among them."""
     state, model = start(700, 96, ways, policy)

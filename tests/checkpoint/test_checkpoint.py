@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
@@ -122,7 +123,7 @@ def only(tree, *names):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": OPTAX_ADAM})
 )
 def test_training_goes_on_after_a_restore_bit_for_bit(case, tmp_path):
     """60 steps, saved at 30 and restored into shapes and into a live state of another seed, against 60 without."""
@@ -260,9 +261,7 @@ def test_only_the_newest_are_kept_when_asked(tmp_path):
 # --- increments
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
-)
+@pytest.mark.parametrize("case", named(list(CASES), marks={"int4-lru-bf16-adam": OPTAX_ADAM}))
 def test_a_chain_of_increments_restores_exactly(case, tmp_path):
     """Every link equals the live tree, flushes in between included, and is far smaller than a full checkpoint."""
     tree = trained(case, 0, 40)
@@ -372,6 +371,7 @@ def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplo
 # --- shardings
 
 
+@pytest.mark.slow
 def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
     """Rows split over 2 and 8 devices and replicated, from one device and back; increments too."""
     tree = trained("int8-lfu", 0, 30)
@@ -555,7 +555,15 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
 
 
 @pytest.mark.parametrize(
-    "new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")]
+    "new",
+    named(
+        {
+            "none": None,
+            "smaller": CacheSpec(num_rows=64, ways=4),
+            "lru": CacheSpec(**SMALL, policy="lru"),
+        },
+        fast={"smaller"},
+    ),
 )
 def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     """The same bits as `flush` leaves in the table; the rest of the state is carried over."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 
 import mpembed_jax as mpembed
 
@@ -20,7 +21,7 @@ MOMENTUM = optax.sgd(0.125, momentum=0.5)
 HOST = "pinned_host"
 SMALL = 1 << 11  # bytes of a block: several of every array, the last one shorter
 KINDS = pytest.mark.parametrize(
-    "kinds", [(None, HOST), (HOST, None), (HOST, HOST)], ids=lambda kinds: f"{kinds[0]}-{kinds[1]}"
+    "kinds", named([(None, HOST), (HOST, None), (HOST, HOST)], fast={f"{HOST}-{HOST}"})
 )
 
 
@@ -124,6 +125,7 @@ def test_a_damaged_file_is_refused_and_the_older_checkpoint_taken(tmp_path):
     assert_same(checkpoint.restore(tmp_path, {"emb": first(HOST)})["emb"], older)
 
 
+@pytest.mark.slow
 def test_another_format_is_encoded_anew_in_host_memory(tmp_path):
     """To the bits that the same conversion makes on the device."""
     state, _ = trained(HOST, 0, 4)

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import logging
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -97,10 +99,21 @@ def of_tables():
     return train(init(2, placement=TABLES), 0)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 2), (4, 8), (4, None), (None, 4)])
-def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(before, after, saved, caplog):
+class Moved(NamedTuple):
+    """The devices before and after a restore; None: one, without a mesh."""
+
+    before: int | None
+    after: int | None
+
+
+MOVES = [Moved(4, 4), Moved(4, 2), Moved(4, 8), Moved(4, None), Moved(None, 4)]
+
+
+@pytest.mark.parametrize("case", named(MOVES, fast={"4-4", "4-None"}))
+def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(case, saved, caplog):
     """Rows as they were; all arrays those of `relayout`; on as many devices, training goes on as if uninterrupted."""
     folders, states = saved
+    before, after = case
     target = {"emb": init(after, seed=9), "position": 0}
     with caplog.at_level(logging.WARNING):
         restored = checkpoint.restore(folders[before], target)
@@ -137,7 +150,7 @@ def test_a_target_of_shapes_is_placed_by_its_layout(saved):
     assert_same(checkpoint.restore(folders[4], target)["emb"], states[4])
 
 
-@pytest.mark.parametrize("after", [None, 4])
+@pytest.mark.parametrize("after", named([None, 4], fast=()))
 def test_whole_tables_move_with_their_dirty_lines_written(
     after, saved, of_tables, tmp_path, caplog
 ):
@@ -273,6 +286,7 @@ def relaid(state, shards):
     return sharding.relayout(state, mesh=init(shards).layout.mesh)
 
 
+@pytest.mark.slow
 def test_a_tracker_over_a_mesh_that_missed_a_step_is_refused(saved, tmp_path):
     _, states = saved
     checkpoint.save(tmp_path, 0, states[4])

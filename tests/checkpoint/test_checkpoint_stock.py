@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
@@ -70,7 +71,7 @@ def assert_bit_equal(first, second):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": OPTAX_ADAM})
 )
 def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     """Into shapes with shardings, as orbax documents it, and into a live state of another key."""

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
@@ -134,17 +136,23 @@ def test_negative_ids_do_not_wrap_to_the_last_rows():
         stack(out_of_range="raise").global_ids({"t0": np.array([0, -1])})
 
 
-@pytest.mark.parametrize(
-    ("out_of_range", "moved", "num_out"), [("drop", {0}, 2), ("clip", {0, 2}, 0)]
-)
-def test_an_id_past_its_table_never_reaches_the_next_table(out_of_range, moved, num_out):
+class OutOfRange(NamedTuple):
+    """A rule for ids outside their table, and what it does with two such ids."""
+
+    name: str
+    moved_rows: set[int]
+    num_counted: int
+
+
+@pytest.mark.parametrize("rule", named([OutOfRange("drop", {0}, 2), OutOfRange("clip", {0, 2}, 0)]))
+def test_an_id_past_its_table_never_reaches_the_next_table(rule):
     """Tables of 3 and 5 rows: id 3 of the first is row 0 of the second in a naive stack."""
-    spec = stack((3, 5), out_of_range=out_of_range)
+    spec = stack((3, 5), out_of_range=rule.name)
     state = start(spec)
     before = all_rows(state)
     state, _, plan = train(state, spec.global_ids({"t0": np.array([3, 7, 0])})["t0"])
-    assert_only_these_rows_moved(before, all_rows(state), moved)
-    assert int(plan.counts.out_of_range) == num_out
+    assert_only_these_rows_moved(before, all_rows(state), rule.moved_rows)
+    assert int(plan.counts.out_of_range) == rule.num_counted
     with pytest.raises(
         ValueError, match=r"'t0': id 3 at \[0\] is outside its table of 3 rows \(2 such ids\)"
     ):

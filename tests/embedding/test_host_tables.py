@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -42,7 +43,7 @@ def stack(storage, lines, memory_kind):
     return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", named(list(CASES), fast={"int8 cached"}))
 def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     """Six steps, then flush and read; arrays stay where they are, buffers are reused."""
     storage, lines, tx = CASES[case]
@@ -70,7 +71,7 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     assert spec.fingerprint.tolist() == stack(storage, lines, None).fingerprint.tolist()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("implementation", named(["xla", "pallas_interpret"], fast={"xla"}))
 def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
     """In chunks of rows, here of 16, over the newcomers and over the bypassed: no gather from host memory is wider.
 

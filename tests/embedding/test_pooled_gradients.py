@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -112,8 +113,10 @@ def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
     assert mpembed.stats(one).bypasses > 0 and mpembed.stats(one).hits > 0
 
 
-@pytest.mark.parametrize("implementation", ["xla", None])
-@pytest.mark.parametrize("name", ["weighted sum", "ragged mean", "nest of sums"])
+@pytest.mark.parametrize("implementation", named(["xla", None], fast={"None"}))
+@pytest.mark.parametrize(
+    "name", named(["weighted sum", "ragged mean", "nest of sums"], fast={"ragged mean"})
+)
 def test_without_kernels_it_is_that_pair(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
     ids = ids_for(POOLS[name][0])
@@ -125,7 +128,14 @@ def test_without_kernels_it_is_that_pair(name, implementation):
 
 
 @pytest.mark.parametrize(
-    "tx", [mpembed.optim.rowwise_adagrad(0.25, eps=0.0), optax.sgd(0.25, momentum=0.5)]
+    "tx",
+    named(
+        {
+            "rule": mpembed.optim.rowwise_adagrad(0.25, eps=0.0),
+            "no rule": optax.sgd(0.25, momentum=0.5),
+        },
+        fast={"rule"},
+    ),
 )
 def test_transformations_with_and_without_a_rule(tx):
     """Adagrad's arithmetic is exact: each row's first gradient is one bag's, all of one magnitude."""
@@ -163,6 +173,7 @@ def test_ids_over_the_budget_and_host_tables():
     same(*by_both_ways(spec, ids, {"combiner": "sum"}))
 
 
+@pytest.mark.slow
 def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     """A cached and a bypassed row; the line of a skipped row stays clean."""
     cache = mpembed.CacheSpec(num_rows=16, ways=4)
@@ -279,6 +290,7 @@ def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
             assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
 
 
+@pytest.mark.slow
 def test_over_a_mesh_it_is_that_pair():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = shapes.stack(NUM_IDS, 6, storage="int8")
@@ -310,8 +322,8 @@ def test_over_a_mesh_it_is_that_pair():
 def test_bad_gradients_are_refused():
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
-    state, plan = mpembed.prefetch(state, ids_for("dense"))
-    rows = mpembed.lookup(state, plan)
+    state, plan = jax.jit(mpembed.prefetch)(state, ids_for("dense"))
+    rows = jax.jit(mpembed.lookup)(state, plan)
     apply = partial(mpembed.apply_pooled_gradients, state, plan, rows, tx=SGD)
     vectors, bags = jnp.ones((BAGS, LENGTH, 6)), jnp.ones((BAGS, 6))
     for grads, options in (

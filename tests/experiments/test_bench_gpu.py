@@ -68,6 +68,7 @@ def test_bits_that_differ_are_counted_by_name():
     }
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     """One raises inside its process, one is ended for taking too long, one would begin too late; all is in the file."""
     out = tmp_path / "bench.json"

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from cases import named
 from criteo_text import line, random_lines, write
 from training import OPTAX_ADAM
 
@@ -41,13 +43,25 @@ def same(one, other):
 # --- from text to batches
 
 
-@pytest.mark.parametrize(
-    "name, newline, end",
-    [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)],
-)
-def test_a_folder_becomes_batches(tmp_path, name, newline, end):
+class Text(NamedTuple):
+    """A file, and how its lines end."""
+
+    file: str
+    newline: str = "\n"
+    has_last_newline: bool = True
+
+
+TEXTS = {
+    "plain": Text("train.txt"),
+    "windows": Text("train.txt", "\r\n", has_last_newline=False),
+    "gzip": Text("train.txt.gz"),
+}
+
+
+@pytest.mark.parametrize("form", named(TEXTS))
+def test_a_folder_becomes_batches(tmp_path, form):
     text, label, dense, categories = random_lines(700)
-    write(tmp_path, text, newline, name, end)
+    write(tmp_path, text, form.newline, form.file, form.has_last_newline)
     source = log_of(tmp_path, holdout="day")
     assert (source.num_train, source.num_test) == (600, 100)
     train = list(source.train(64, seed=3))

@@ -75,6 +75,7 @@ def test_bad_gradients_stay_where_they_are():
     assert found["rows that became no number"] > 20
 
 
+@pytest.mark.slow
 def test_a_soak_of_a_thousand_steps():
     """Three states, invariants every 125 steps, increments restored exactly at the end, memory flat."""
     found = invariants.soak(1000, 125, ())

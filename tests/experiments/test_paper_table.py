@@ -223,6 +223,7 @@ def test_fake_quantization_rounds_clips_and_passes_gradients_straight_through():
     np.testing.assert_array_equal(grads, upstream)
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
@@ -375,6 +376,7 @@ def test_a_killed_grid_continues_where_it_was(finished):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_bytes_of_every_method_are_what_they_keep(finished):
     settings, _, _ = finished
@@ -409,6 +411,7 @@ def test_bytes_of_every_method_are_what_they_keep(finished):
         assert {"commit", "device", "versions", "command"} <= set(record["environment"])
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_the_report_pairs_and_draws(finished):
     settings, _, _ = finished

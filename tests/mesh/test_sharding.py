@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -135,46 +137,67 @@ def test_an_old_plan_reads_nan_over_a_mesh():
 # --- results do not depend on the number of devices
 
 
-@pytest.mark.parametrize(
-    ("policy", "storage", "shards"),
-    [
-        ("lfu", "int8", 1),
-        ("lfu", "int8", 2),
-        ("lru", "int4", 4),
-        (None, "int2", 4),
-        ("lfu", "int8", 8),
-    ],
-)
-def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, shards):
+class Case(NamedTuple):
+    """A stack over a mesh of one axis; `policy` is None without a cache."""
+
+    policy: str | None
+    storage: str
+    shards: int
+
+
+NUMBERS = [
+    Case("lfu", "int8", 1),
+    Case("lfu", "int8", 2),
+    Case("lru", "int4", 4),
+    Case(None, "int2", 4),
+    Case("lfu", "int8", 8),
+]
+
+
+@pytest.mark.parametrize("case", named(NUMBERS, fast={"lfu-int8-2", "lru-int4-4"}))
+def test_any_number_of_shards_makes_the_state_of_one_device(case):
     """Tags, priorities, sketches, packed rows, lines, counts, vectors: gradients whose sums are exact, so every bit."""
-    spec = spec_of(policy, storage)
+    spec = spec_of(case.policy, case.storage)
     expected, counts, vectors = on_one_device(spec)
-    state = initial(spec, shards)
+    state = initial(spec, case.shards)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, expected)
-    if policy is not None:
+    if case.policy is not None:
         assert counts.evictions.sum() > 20
         assert counts.bypasses.sum() + counts.hits.sum() > 20
 
 
-@pytest.mark.parametrize(
-    ("sizes", "axis_name", "batch_axes"),
-    [((2, 4), "y", None), ((2, 4), ("x", "y"), None), ((4, 2), "y", ("x",))],
-)
-def test_two_dimensional_meshes_make_the_state_of_one_device(sizes, axis_name, batch_axes):
+class TwoAxes(NamedTuple):
+    """A mesh with axes x and y of these sizes, and what they divide."""
+
+    sizes: tuple[int, int]
+    row_axes: str | tuple[str, ...]
+    batch_axes: tuple[str, ...] | None = None  # None: both
+
+
+MESHES = {
+    "rows over y": TwoAxes((2, 4), "y"),
+    "rows over both": TwoAxes((2, 4), ("x", "y")),
+    "rows over y, batches over x": TwoAxes((4, 2), "y", ("x",)),
+}
+
+
+@pytest.mark.parametrize("mesh", named(MESHES, fast=()))
+def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
     spec = spec_of("lfu")
     expected, counts, vectors = on_one_device(spec)
-    placement = mpembed.Placement(batch_axes=batch_axes)
-    state = initial(spec, *sizes, axis_name=axis_name, placement=placement)
+    placement = mpembed.Placement(batch_axes=mesh.batch_axes)
+    state = initial(spec, *mesh.sizes, axis_name=mesh.row_axes, placement=placement)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, expected)
 
 
+@pytest.mark.slow
 def test_replicated_stacks_train_as_one_device():
     spec = spec_of("lfu")
     expected, counts, _ = on_one_device(spec)
@@ -201,9 +224,17 @@ def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
     )
 
 
-@pytest.mark.parametrize(("budget", "policy"), [(60, None), (12, "lfu")])
-def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(budget, policy):
+class Budget(NamedTuple):
+    """Unique ids of a batch, and the policy of the cache; None without one."""
+
+    budget: int
+    policy: str | None
+
+
+@pytest.mark.parametrize("case", named([Budget(60, None), Budget(12, "lfu")], fast=()))
+def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(case):
     """Also where one device alone exceeds it; an id that several devices drop on their own counts for each of them."""
+    budget, policy = case
     spec = spec_of(policy, max_unique_ids=budget)
     expected, counts, vectors = on_one_device(spec)
     state, (got_counts, got_vectors) = train(initial(spec, 4), *stream())
@@ -275,6 +306,7 @@ def test_initial_rows_are_those_of_one_device():
         assert_same_rows(mpembed.init(KEY, spec, SGD, mesh=mesh_of(4), placement=placement), wanted)
 
 
+@pytest.mark.slow
 def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
     """Row state in bfloat16, rounded stochastically; a step count; NaN gradients from some positions."""
     spec = dataclasses.replace(spec_of("lru"), row_state_dtype="bfloat16", skip_nonfinite=True)
@@ -539,6 +571,7 @@ class PairedLayout(Layout):
     is_paired = True
 
 
+@pytest.mark.slow
 def test_pairs_train_as_plain_ids_do():
     """A small stack that takes pairs: the same state."""
     spec = spec_of("lfu")
@@ -559,6 +592,7 @@ def test_pairs_train_as_plain_ids_do():
 # --- pmap
 
 
+@pytest.mark.slow
 def test_the_verbs_run_inside_pmap():
     """Without a typed mesh a loss of one device has no pmean inside; here gradients are given, so nothing changes."""
     spec = spec_of("lfu")

@@ -112,6 +112,7 @@ def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_re
             np.testing.assert_allclose(wrong["item"], rows["item"], rtol=0.5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_readmes_recipe_for_pmap_has_the_gradients_of_one_device(one_device):
     """The loss divided by the number of devices, dense gradients summed; no other change to the sharded step."""
     recipe = [

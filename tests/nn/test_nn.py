@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from cases import Refused, named
 from flax import nnx
 from nn_models import (
     DIM,
@@ -365,25 +366,64 @@ def test_training_through_attend_raises_and_names_sampled_softmax_which_trains()
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda m: m.embed.prefetch(IDS.astype(np.float32)), TypeError, "ids must be integers, got float32"),
-        (lambda m: (m.embed.prefetch(IDS), m(IDS[:1])), ValueError, r"called with ids of shapes \[1, 3\].* \[16, 3\]"),
-        (lambda m: (m.embed.prefetch(IDS), m.embed({"x": IDS})), ValueError, "give prefetch and the call the same ids"),
-        (lambda m: (m.embed.prefetch(IDS), m.embed.prefetch(IDS)), ValueError, "prefetch was called twice"),
-        (lambda m: (m.eval(), m.embed.prefetch(IDS)), ValueError, "in evaluation mode.*call model.train"),
-        (lambda m: nn.apply_gradients(m, nnx.state(m, nnx.Param)), ValueError, "found no prefetched rows"),
-        (lambda m: nn.apply_gradients(m.head, nnx.state(m.head)), ValueError, "Linear holds no cached embedding"),
-        (lambda m: (m.embed.prefetch(IDS), nn.apply_gradients(m, nnx.state(m.head))), ValueError, "embed.stack.rows"),
-        (lambda m: m.embed.attend(IDS), TypeError, "query must be floating"),
-        (lambda m: m.embed.attend(jnp.zeros((2, 9))), ValueError, r"query must be \[.., 4\].*got \[2, 9\]"),
-        (lambda m: nn.CachedEmbed(0, 4, rngs=nnx.Rngs(0)), ValueError, "vocabulary_size must be"),
-        (lambda m: nn.CachedEmbed(9, 4, storage="int9", rngs=nnx.Rngs(0)), ValueError, "unknown row format 'int9'"),
-        (lambda m: nn.CachedEmbed(9, 4, cache=0.05, rngs=nnx.Rngs(0)), TypeError, "cache must be a CacheSpec or None"),
-        (lambda m: nn.CachedEmbed(9, 4, tx=0.1, rngs=nnx.Rngs(0)), TypeError, "tx must be an optax"),
-    ],
-)  # fmt: skip
-def test_misuse_of_an_embed_raises_and_says_what_to_do(call, error, message):
+    "case",
+    named(
+        [
+            Refused(
+                lambda m: m.embed.prefetch(IDS.astype(np.float32)),
+                "ids must be integers, got float32",
+                TypeError,
+            ),
+            Refused(
+                lambda m: (m.embed.prefetch(IDS), m(IDS[:1])),
+                r"called with ids of shapes \[1, 3\].* \[16, 3\]",
+            ),
+            Refused(
+                lambda m: (m.embed.prefetch(IDS), m.embed({"x": IDS})),
+                "give prefetch and the call the same ids",
+            ),
+            Refused(
+                lambda m: (m.embed.prefetch(IDS), m.embed.prefetch(IDS)),
+                "prefetch was called twice",
+            ),
+            Refused(
+                lambda m: (m.eval(), m.embed.prefetch(IDS)), "in evaluation mode.*call model.train"
+            ),
+            Refused(
+                lambda m: nn.apply_gradients(m, nnx.state(m, nnx.Param)), "found no prefetched rows"
+            ),
+            Refused(
+                lambda m: nn.apply_gradients(m.head, nnx.state(m.head)),
+                "Linear holds no cached embedding",
+            ),
+            Refused(
+                lambda m: (m.embed.prefetch(IDS), nn.apply_gradients(m, nnx.state(m.head))),
+                "embed.stack.rows",
+            ),
+            Refused(lambda m: m.embed.attend(IDS), "query must be floating", TypeError),
+            Refused(
+                lambda m: m.embed.attend(jnp.zeros((2, 9))),
+                r"query must be \[.., 4\].*got \[2, 9\]",
+            ),
+            Refused(lambda m: nn.CachedEmbed(0, 4, rngs=nnx.Rngs(0)), "vocabulary_size must be"),
+            Refused(
+                lambda m: nn.CachedEmbed(9, 4, storage="int9", rngs=nnx.Rngs(0)),
+                "unknown row format 'int9'",
+            ),
+            Refused(
+                lambda m: nn.CachedEmbed(9, 4, cache=0.05, rngs=nnx.Rngs(0)),
+                "cache must be a CacheSpec or None",
+                TypeError,
+            ),
+            Refused(
+                lambda m: nn.CachedEmbed(9, 4, tx=0.1, rngs=nnx.Rngs(0)),
+                "tx must be an optax",
+                TypeError,
+            ),
+        ]
+    ),
+)
+def test_misuse_of_an_embed_raises_and_says_what_to_do(case):
     model, _ = cached_model(**SMALL)
-    with pytest.raises(error, match=message):
-        call(model)
+    with pytest.raises(case.error, match=case.message):
+        case.call(model)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import named
 
 pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
@@ -36,28 +38,33 @@ def plan_batches(state, batches):
     return jax.lax.scan(step, state, batches)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"rows": 300, "lines": 24, "ways": 4, "width": 64},
-        {"rows": 5000, "lines": 480, "ways": 32, "width": 700, "policy": "lru"},
-        {"rows": 5000, "lines": 3000, "ways": 8, "width": 700, "budget": 300},
-        {"rows": 5000, "lines": 64, "ways": 1, "width": 700, "budget": 40, "policy": "lru"},
-        {
-            "rows": 70_000,
-            "lines": 60_000,
-            "ways": 1,
-            "width": 80,
-        },  # more sets than election buckets
-        {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80, "policy": "lru"},
-        {"rows": 10, "lines": 1, "ways": 1, "width": 3, "budget": 1},
-    ],
-    ids=str,
-)
+class Planned(NamedTuple):
+    """A cache, and batches of `width` ids of `rows` rows."""
+
+    rows: int
+    lines: int
+    ways: int
+    width: int
+    policy: str = "lfu"
+    budget: int | None = None  # of unique ids
+
+
+PLANS = {
+    "small": Planned(300, 24, 4, 64),
+    "lru": Planned(5000, 480, 32, 700, "lru"),
+    "budget": Planned(5000, 3000, 8, 700, budget=300),
+    "one way": Planned(5000, 64, 1, 700, "lru", budget=40),
+    "more sets than election buckets": Planned(70_000, 60_000, 1, 80),
+    "more sets than election buckets, lru": Planned(70_000, 60_000, 1, 80, "lru"),
+    "one line": Planned(10, 1, 1, 3, budget=1),
+}
+
+
+@pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget"}))
 def test_plans_and_states_equal_the_references(case):
     """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
     rng = np.random.default_rng(0)
-    rows, width = case["rows"], case["width"]
+    rows, width = case.rows, case.width
     batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(
         np.int32
     )
@@ -68,8 +75,8 @@ def test_plans_and_states_equal_the_references(case):
     for implementation in ("xla", "numba"):
         spec = mpembed.EmbeddingSpec(
             [mpembed.TableSpec("a", rows)], 2, "int8",
-            mpembed.CacheSpec(num_rows=case["lines"], ways=case["ways"], policy=case.get("policy", "lfu")),
-            max_unique_ids=case.get("budget"),
+            mpembed.CacheSpec(num_rows=case.lines, ways=case.ways, policy=case.policy),
+            max_unique_ids=case.budget,
         )  # fmt: skip
         state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
         state, plans = plan_batches(state, batches)
@@ -110,11 +117,20 @@ def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
         ops.choose("numba")
 
 
+class Size(NamedTuple):
+    """A number of indices, and the array [rows, dim] that they point into."""
+
+    num: int
+    rows: int
+    dim: int
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
-    ("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 40, 1)]
+    "size", named([Size(700, 900, 16), Size(1, 3, 5), Size(0, 4, 2), Size(40, 40, 1)])
 )
-def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim):
+def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, size):
+    num, rows, dim = size
     rng = np.random.default_rng(num)
     array, values = (rng.integers(0, 1 << 20, (n, dim)).astype(dtype) for n in (rows, num))
     index = rng.permutation(rows)[:num].astype(np.int32)
@@ -128,11 +144,15 @@ def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
-    ("num", "rows", "dim"),
-    [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 1, 1), (53_000, 900, 64), (50_000, 300, 65)],
-)
-def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
+    "size",
+    named([
+        Size(700, 900, 16), Size(1, 3, 5), Size(0, 4, 2), Size(40, 1, 1), Size(53_000, 900, 64),
+        Size(50_000, 300, 65),
+    ]),
+)  # fmt: skip
+def test_take_equals_a_gather_with_zeros_outside(dtype, size):
     """The last two are past 12 MiB: the first of them is written past the caches, the other is not aligned for it."""
+    num, rows, dim = size
     rng = np.random.default_rng(num)
     array = rng.integers(1, 1 << 20, (rows, dim)).astype(dtype)
     index = rng.integers(0, rows, num).astype(np.int32)
@@ -253,6 +273,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core"
 )

@@ -6,6 +6,7 @@ fast by experiments/gpu/bench_gpu.py.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops, optim
@@ -29,23 +31,33 @@ STEP = jnp.int32(5)
 DRAW = Draw(KEY, STEP)
 KERNEL, REFERENCE = "pallas_interpret", "xla"
 
+
+class Rows(NamedTuple):
+    """Rows of a dim in a format."""
+
+    format: RowFormat
+    dim: int
+
+    @property
+    def name(self):
+        scale = f"-{self.format.scale_dtype}" if self.format.scale_dtype else ""
+        return f"{self.format.name}{scale}-{self.dim}"
+
+
 DIMS = (1, 7, 16, 64, 100, 128)
-CASES = [(RowFormat(name), dim) for name in shapes.FORMATS for dim in DIMS]
+EVERY = [Rows(RowFormat(name), dim) for name in shapes.FORMATS for dim in DIMS]
+# Every format and every dim once.
+SOME = [Rows(RowFormat(name), DIMS[i % len(DIMS)]) for i, name in enumerate(shapes.FORMATS)]
 # Other kinds of scale, symmetric or not, nearest rounding.
 OPTIONS = [
-    (RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
-    (RowFormat("float8_e5m2", scale_dtype="float16"), 16),
-    (RowFormat("int8", scale_dtype="float32"), 7),
-    (RowFormat("int8", rounding="nearest"), 128),
-    (RowFormat("int4", scale_dtype="float16"), 100),
-    (RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
+    Rows(RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
+    Rows(RowFormat("float8_e5m2", scale_dtype="float16"), 16),
+    Rows(RowFormat("int8", scale_dtype="float32"), 7),
+    Rows(RowFormat("int8", rounding="nearest"), 128),
+    Rows(RowFormat("int4", scale_dtype="float16"), 100),
+    Rows(RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
 ]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # programs that run once
-
-
-def name_of(case):
-    fmt, dim = case
-    return f"{fmt.name}-{fmt.scale_dtype}-{dim}"
 
 
 def same(one, other):
@@ -87,7 +99,7 @@ def uncached(ids, line, num_ids):
     )
 
 
-@partial(jax.jit, static_argnames="implementation")
+@partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
 def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     """Swap, then lookup, then a write of other rows: all row movements of a step."""
     moves = Moves(ids, line, victims, *bounds)
@@ -100,7 +112,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     return store, num_written, rows, stored
 
 
-@pytest.mark.parametrize("case", OPTIONS, ids=name_of)
+@pytest.mark.parametrize("case", named(OPTIONS, fast={"int8-128", "int4-float16-100"}))
 def test_swap_lookup_and_write_make_the_same_bits(case):
     """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean victims."""
     staged = stage(*case)
@@ -142,7 +154,7 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", named(EVERY, fast=[case.name for case in SOME[1::2]]))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, then an update from row gradients +-2^-k and one from positions' that sum to it.
 
@@ -150,7 +162,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     is 4^-k and its root 2^-k, exactly: Adagrad's step is +-lr and rounds once, in the sum; the sums are known in advance.
     """
     table, lines, dirty, ids, line, victims = stage(*case)
-    rng, dim = np.random.default_rng(4), case[1]
+    rng, dim = np.random.default_rng(4), case.dim
     signs = rng.choice(np.float32([-1, 1]), (WIDTH, dim))
     magnitude = np.exp2(rng.integers(-6, 1, (WIDTH, 1))).astype(np.float32)
     queries = jnp.asarray([*range(-2, V + 2), -(2**31), NO_ID], jnp.int32)
@@ -236,7 +248,7 @@ def test_empty_parts_of_a_plan(bounds):
 def test_without_a_cache():
     table, _, _, ids, line, _ = stage(RowFormat("int4"), 7)
 
-    @partial(jax.jit, static_argnames="implementation")
+    @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
     def move(implementation):
         store, moves = Store(table, None, None), uncached(ids, line, 66)
         rows = ops.lookup(store, moves, implementation=implementation)
@@ -246,12 +258,23 @@ def test_without_a_cache():
     same(move(implementation=KERNEL), move(implementation=REFERENCE))
 
 
+class Cached(NamedTuple):
+    """Rows in a cache with so many ways."""
+
+    storage: str
+    dim: int
+    ways: int
+
+
 @pytest.mark.parametrize(
-    ("storage", "dim", "ways"), [("int8", 16, 8), ("int4", 7, 5), ("float32", 100, 64)]
+    "case",
+    named(
+        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)], fast={"int4-7-5"}
+    ),
 )
-def test_read_matches_the_ways_of_a_set(storage, dim, ways):
+def test_read_matches_the_ways_of_a_set(case):
     """Ids below zero, past the table and NO_ID among them; ways that are no power of two."""
-    spec = shapes.stack(300, dim, storage=storage, lines=128, ways=ways)
+    spec = shapes.stack(300, case.dim, storage=case.storage, lines=128, ways=case.ways)
     state = mpembed.init(jax.random.key(0), spec, optax.sgd(0.1))
     state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 4, dtype=jnp.int32))
     state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 3, dtype=jnp.int32))
@@ -275,7 +298,7 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(1), spec, tx, implementation=implementation)
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=FAST_COMPILE)
         def step(state):
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan) * jnp.float32(row_scale)
@@ -286,37 +309,29 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
     return results
 
 
-# Every format and every dim once, the row state in each dtype.
-UPDATES = [
-    (name, DIMS[i % len(DIMS)], ("float32", "bfloat16")[i % 2])
-    for i, name in enumerate(shapes.FORMATS)
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("storage", "dim", "row_state_dtype"), UPDATES)
-def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(
-    storage, dim, row_state_dtype
-):
+@pytest.mark.parametrize("case", named(SOME))
+def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
     """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
     is +-lr, all exact; with bypassed rows, padding and a cache."""
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 150)],
-        dim,
-        storage,
+        case.dim,
+        case.format,
         mpembed.CacheSpec(num_rows=24, ways=4),
-        row_state_dtype=row_state_dtype,
+        row_state_dtype=("float32", "bfloat16")[SOME.index(case) % 2],
     )
     ids = np.concatenate([rng.permutation(150)[:60], [NO_ID] * 5]).astype(np.int32)
-    signs = rng.choice(np.float32([-1, 1]), (65, dim))
+    signs = rng.choice(np.float32([-1, 1]), (65, case.dim))
     grads = signs * np.exp2(rng.integers(-6, 1, (65, 1))).astype(np.float32)
     (one, _), (other, _) = update_both(tx, spec, ids, grads)
     same(jax.tree.leaves(other), jax.tree.leaves(one))
     assert one.row_state != () and np.asarray(jax.tree.leaves(one.row_state)[0]).any()
 
 
+@pytest.mark.slow
 def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     spec = shapes.stack(150, 9, storage="bfloat16", lines=24)
     ids = np.random.default_rng(1).permutation(150)[:50].astype(np.int32)
@@ -324,7 +339,7 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """G is D + 1 roundings off at most, its root half of that, then come a sum, a quotient and a product; the sum with w
     rounds once in each program: |difference| <= 2^-23 (|w| + |u| (D / 2 + 5))."""
@@ -362,7 +377,7 @@ def test_skipped_and_refused_updates_change_nothing():
     (one, _), (other, _) = update_both(tx, spec, ids, grads)
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
     def twice(state):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
@@ -384,7 +399,7 @@ def test_an_optimizer_of_another_state_is_refused():
         mpembed.apply_gradients(state, plan, rows, rows, tx=optim.rowwise_adagrad(0.1))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     """SGD: n products and n - 1 sums, then a product and a sum: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order."""
     rng = np.random.default_rng(dim)
@@ -406,7 +421,7 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     )
     grads = rng.standard_normal((9, dim)).astype(np.float32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
     def update(table, rows):
         return ops.update_summed(
             Store(table, None, None),
@@ -451,7 +466,11 @@ def test_skipped_rows_and_infinite_factors_are_the_reference_s():
     )
     factors = jnp.ones(8).at[5].set(jnp.inf)
 
-    @partial(jax.jit, static_argnames=("implementation", "skip_nonfinite"))
+    @partial(
+        jax.jit,
+        static_argnames=("implementation", "skip_nonfinite"),
+        compiler_options=FAST_COMPILE,
+    )
     def update(table, implementation, skip_nonfinite):
         store, moves = Store(table, None, None), uncached(ids, line, 8)
         rows = ops.lookup(store, moves, implementation=REFERENCE)
@@ -490,7 +509,15 @@ INDICES = {
 }
 
 
-@partial(jax.jit, static_argnames=("size", "implementation"))
+class Sums(NamedTuple):
+    """So many positions of so many rows."""
+
+    num: int
+    size: int
+    dim: int
+
+
+@partial(jax.jit, static_argnames=("size", "implementation"), compiler_options=FAST_COMPILE)
 def summed(values, index, size, implementation):
     if implementation == "sorted":
         return ops.xla.sums.add_sorted(
@@ -501,10 +528,12 @@ def summed(values, index, size, implementation):
 
 @pytest.mark.parametrize("implementation", [KERNEL, "sorted"])
 @pytest.mark.parametrize(
-    ("num", "size", "dim"), [(96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1), (150, 30, 100)]
+    "case",
+    named([Sums(96, 97, 7), Sums(300, 40, 16), Sums(1, 3, 4), Sums(64, 3, 1), Sums(150, 30, 100)]),
 )
-def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
+def test_sums_of_duplicates_equal_a_loop(case, implementation):
     """Rows of up to 32 positions, which are summed side by side, and longer ones; dyadic, so sums are exact."""
+    num, size, dim = case
     for kind, draw in INDICES.items():
         index = draw(np.random.default_rng(num), num, size).astype(np.int32)
         values = shapes.dyadic(num, (num, dim))
@@ -516,13 +545,16 @@ def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
         )
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
     """n products and n - 1 sums, each rounded once: |error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|; dyadic: none."""
     rng = np.random.default_rng(dim)
     index = rng.integers(0, 12, (37, 5)).astype(np.int32)
-    gather = jax.jit(partial(ops.bag, implementation=KERNEL))
-    spread = jax.jit(lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f))
+    gather = jax.jit(partial(ops.bag, implementation=KERNEL), compiler_options=FAST_COMPILE)
+    spread = jax.jit(
+        lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f),
+        compiler_options=FAST_COMPILE,
+    )
     for is_dyadic in (True, False):
         draw = (
             partial(shapes.dyadic, dim)
@@ -553,7 +585,7 @@ def close(got, wanted, size, num_terms):
     assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
-@pytest.mark.parametrize("combiner", [None, "sum", "mean", "sqrtn"])
+@pytest.mark.parametrize("combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}))
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)
@@ -568,7 +600,7 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
         else jax.tree.map(lambda i: jnp.asarray(shapes.dyadic(2, i.shape)), index)
     )
 
-    @partial(jax.jit, static_argnames="implementation")
+    @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
     def value_and_grads(rows, weights, implementation):
         def loss(rows, weights):
             out = mpembed.pool(rows, index, weights, combiner, implementation=implementation)
@@ -592,6 +624,7 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
 # --- whole steps
 
 
+@pytest.mark.slow
 def test_training_with_kernels_makes_the_state_of_the_reference():
     """20 batches, evictions, bypasses and ragged bags: every array of the state, bit for bit."""
     tx = optim.sgd(0.25)
@@ -599,7 +632,7 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
     batches = shapes.skewed_ids(5, 20, 40, 150, drift=5, ragged=True).reshape(20, 10, 4)
     grads = shapes.dyadic(5, (20, 10, 6))
 
-    @partial(jax.jit, donate_argnames="state")
+    @partial(jax.jit, donate_argnames="state", compiler_options=FAST_COMPILE)
     def train(state, batches, grads):
         def step(state, batch):
             ids, upstream = batch

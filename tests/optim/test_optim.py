@@ -5,6 +5,7 @@ import itertools
 import operator
 import pickle
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
@@ -112,17 +114,19 @@ TRANSFORMATIONS = {
 }
 
 
-def named(*names):
-    """A case of one or several transformations; those that are Adam's opt out of strict promotion."""
-    adam = {"chain of global norm and adam", "injected hyperparameters", "decoupled decay"}
-    return pytest.param(*names, marks=OPTAX_ADAM if adam & set(names) else ())
+# Those that promote.
+ADAM = {"chain of global norm and adam", "injected hyperparameters", "decoupled decay"}
+QUICK = {"sgd momentum scheduled", "chain of global norm and adam", "rowwise adagrad"}
+QUICK |= {"injected hyperparameters", "rowwise adam"}
 
 
 def row_leaves_of(state):
     return [np.array(leaf) for leaf in jax.tree.leaves(state.row_state) if np.ndim(leaf)]
 
 
-@pytest.mark.parametrize("name", [named(name) for name in TRANSFORMATIONS])
+@pytest.mark.parametrize(
+    "name", named(list(TRANSFORMATIONS), fast=QUICK, marks=dict.fromkeys(ADAM, OPTAX_ADAM))
+)
 def test_training_equals_dense_training_of_the_touched_rows(name):
     """Same values and same state as the lazy oracle; an untouched row and its state do not move by a bit."""
     tx, (ids, grads) = TRANSFORMATIONS[name](), batches()
@@ -650,21 +654,29 @@ def test_unmodified_apply_updates_lands_on_the_rounded_value(name):
     assert np.isfinite(result).all()
 
 
+class Added(NamedTuple):
+    """An update of a parameter's value in a narrow format."""
+
+    format: str
+    old: float
+    update: float
+
+
 @APPLY_UPDATES
 @pytest.mark.parametrize(
-    ("name", "old", "update"),
-    [
-        ("bfloat16", 1.0, 2**-9),
-        ("bfloat16", -3.0, 0.007),
-        ("float16", 1.0, -(2**-13)),
-        ("float16", 2.0**-20, 2**-27),  # subnormal: steps of 2^-24
-        ("float16", 0.0, 2**-26),
-        ("bfloat16", 0.0, 1e-6),
-    ],
-)
-def test_rounding_is_unbiased(name, old, update):
+    "case",
+    named([
+        Added("bfloat16", 1.0, 2**-9),
+        Added("bfloat16", -3.0, 0.007),
+        Added("float16", 1.0, -(2**-13)),
+        Added("float16", 2.0**-20, 2**-27),  # subnormal: steps of 2^-24
+        Added("float16", 0.0, 2**-26),
+        Added("bfloat16", 0.0, 1e-6),
+    ]),
+)  # fmt: skip
+def test_rounding_is_unbiased(case):
     """16,384 equal elements: the mean of the new values is old + update within 5 sigma."""
-    num = 16384
+    (name, old, update), num = case, 16384
     params = jnp.full(num, old, name)
     tx = optim.stochastic_round_updates(jax.random.key(1))
     updates = jnp.full(num, update, jnp.float32)
@@ -772,11 +784,16 @@ def test_the_rounding_link_names_what_it_misses():
 TOLD_APART = ["sgd momentum scheduled", "chain of global norm and adam", "rowwise adagrad", "sgd"]
 
 
+PAIRS = {f"{a} for {b}": (a, b) for a, b in itertools.combinations(TOLD_APART, 2)}
+
+
 @pytest.mark.parametrize(
-    ("first", "second"), [named(*pair) for pair in itertools.combinations(TOLD_APART, 2)]
+    "pair",
+    named(PAIRS, marks={name: OPTAX_ADAM for name, pair in PAIRS.items() if ADAM & set(pair)}),
 )
-def test_another_transformation_than_inits_is_refused(first, second):
+def test_another_transformation_than_inits_is_refused(pair):
     """Where the state tells them apart; the message says to pass the same one."""
+    first, second = pair
     spec = stack()
     state = jax.eval_shape(
         lambda key: mpembed.init(key, spec, TRANSFORMATIONS[first]()), jax.random.key(0)

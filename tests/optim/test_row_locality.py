@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
@@ -45,25 +46,17 @@ MIXING = {
 }
 
 
-def cases(transformations):
-    adam = {"adamw", "lamb"}
-    return [
-        pytest.param(tx, id=name, marks=OPTAX_ADAM if name in adam else ())
-        for name, tx in transformations.items()
-    ]
-
-
-@pytest.mark.parametrize("tx", cases(LOCAL))
+@pytest.mark.parametrize("tx", named(LOCAL, marks={"adamw": OPTAX_ADAM}))
 def test_optimizers_that_treat_each_row_by_itself_are_recognized(tx):
     assert row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("tx", cases(MIXING))
+@pytest.mark.parametrize("tx", named(MIXING, marks={"lamb": OPTAX_ADAM}))
 def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "clipped by global norm"])
+@pytest.mark.parametrize("name", named(["scheduled", "clipped by global norm"], fast={"scheduled"}))
 def test_chunks_and_full_width_passes_give_the_same_bits(name):
     """More unique ids than a chunk holds; the schedule's count moves once per step, also in a step without any id."""
     tx = (LOCAL | MIXING)[name]
