@@ -335,7 +335,8 @@ def _claim(directory: Path, step: int) -> Claim | None:
 
     def take() -> None:
         try:
-            os.makedirs(directory, exist_ok=True)
+            if not files.exists(directory):
+                os.makedirs(directory, exist_ok=True)
             taken.append(Claim(directory))
         except (OSError, CheckpointError) as error:
             raise _error(directory, step, error) from error
