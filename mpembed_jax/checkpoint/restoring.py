@@ -27,7 +27,12 @@ from mpembed_jax.checkpoint import (
     saving,
     schema,
 )
-from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+from mpembed_jax.checkpoint.errors import (
+    CheckpointError,
+    DamagedError,
+    UnreadableError,
+    cause_of,
+)
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -292,7 +297,7 @@ def _read(
     except (ValueError, OSError, RuntimeError) as error:
         raise UnreadableError(
             f"step {body['step']}: array {name!r} could not be read from {folder}: "
-            f"{str(error).split(' [')[0]}"
+            f"{cause_of(error)}"
         ) from error
     return result
 
