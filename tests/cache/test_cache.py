@@ -11,6 +11,7 @@ import optax
 import oracles
 import pytest
 import shapes
+import training
 from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,10 +33,7 @@ def record(state, batches, train=True):
     """Runs all batches; returns the last state and, per step, the plan and the cache's bookkeeping after it."""
 
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        if train:
-            rows = mpembed.lookup(state, plan)
-            state = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=SGD)
+        state, plan, *_ = training.step(state, ids, SGD) if train else mpembed.prefetch(state, ids)
         return state, (plan, state.cache.tags, state.cache.priority, state.cache.dirty)
 
     return jax.lax.scan(step, state, batches)

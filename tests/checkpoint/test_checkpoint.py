@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from cases import named
-from training import OPTAX_ADAM
+from training import all_rows, assert_same
 
 import mpembed_jax as mpembed
 from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec
@@ -102,28 +103,12 @@ def trained(case, begin, end, tree=None):
     return tree
 
 
-def assert_same(first, second):
-    """Structure, types, dtypes and every bit."""
-    assert jax.tree.structure(first) == jax.tree.structure(second)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
-    ):
-        assert type(a) is type(b), path
-        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        if hasattr(a, "dtype"):
-            assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-            assert np.array(a).tobytes() == np.array(b).tobytes(), path
-        else:
-            assert a == b, path
-
-
 def only(tree, *names):
     return {name: tree[name] for name in names}
 
 
 @pytest.mark.parametrize(
-    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": OPTAX_ADAM})
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
 )
 def test_training_goes_on_after_a_restore_bit_for_bit(case, tmp_path):
     """60 steps, saved at 30 and restored into shapes and into a live state of another seed, against 60 without."""
@@ -261,7 +246,9 @@ def test_only_the_newest_are_kept_when_asked(tmp_path):
 # --- increments
 
 
-@pytest.mark.parametrize("case", named(list(CASES), marks={"int4-lru-bf16-adam": OPTAX_ADAM}))
+@pytest.mark.parametrize(
+    "case", named(list(CASES), marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
+)
 def test_a_chain_of_increments_restores_exactly(case, tmp_path):
     """Every link equals the live tree, flushes in between included, and is far smaller than a full checkpoint."""
     tree = trained(case, 0, 40)
@@ -499,10 +486,6 @@ def test_a_save_returns_before_it_is_complete(tmp_path, monkeypatch):
 # --- into another format or cache
 
 
-def all_rows(emb):
-    return np.array(jax.jit(mpembed.read)(emb, np.arange(sum(SIZES), dtype=np.int32)))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A trained int8 state with dirty lines, and its folder; its optimizer rows are not zero."""
@@ -518,15 +501,9 @@ def restored_into(folder, caplog, **options):
     with caplog.at_level(logging.WARNING):
         emb = checkpoint.restore(folder, target)
     emb.check_spec()
-    ids = np.arange(64, dtype=np.int32)  # it trains
-
-    @jax.jit
-    def step(emb):
-        emb, plan = mpembed.prefetch(emb, ids)
-        rows = mpembed.lookup(emb, plan)
-        return mpembed.apply_gradients(emb, plan, rows, rows, tx=ADAGRAD)
-
-    assert int(step(emb).step) == int(emb.step) + 1
+    step = jax.jit(training.step, static_argnames="tx")
+    trained = step(emb, np.arange(64, dtype=np.int32), ADAGRAD).state
+    assert int(trained.step) == int(emb.step) + 1
     return emb
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -41,11 +42,8 @@ def batch(step):
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def train_step(state, tracker, ids):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    return mpembed.apply_gradients(state, plan, rows, rows * 8, tx=MOMENTUM), checkpoint.mark(
-        tracker, plan
-    )
+    state, plan, _ = training.step(state, ids, MOMENTUM, lambda rows, plan: rows * 8)
+    return state, checkpoint.mark(tracker, plan)
 
 
 def trained(kind, begin, end, state=None, tracker=None):

@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from training import all_rows
 
 import mpembed_jax as mpembed
 from mpembed_jax import sharding
@@ -36,10 +38,8 @@ def init(shards, seed=3, placement=None):
 
 def step(state, batch):
     ids, upstream = batch
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX), plan.counts
+    state, plan, _ = training.step(state, ids, TX, training.of_vectors(upstream))
+    return state, plan.counts
 
 
 @cache
@@ -66,20 +66,11 @@ def train(state, seed):
     return trainer(layout and layout.shards, layout and layout.placement)(state, stream(seed))[0]
 
 
-def all_rows(state):
-    return np.asarray(jax.jit(mpembed.read)(state, np.arange(V, dtype=np.int32)))
-
-
 def assert_same(state, expected):
     """Every array of two states of one layout, bit for bit, and where they lie."""
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
-    ):
-        name = jax.tree_util.keystr(path)
-        assert got.dtype == want.dtype, name
-        np.testing.assert_array_equal(got, want, err_msg=name)
-        assert got.sharding.is_equivalent_to(want.sharding, got.ndim), name
+    training.assert_same(state, expected)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +190,8 @@ def marked_trainer(shards, placement=None):
     def run(state, tracker, batches):
         def marked(carry, batch):
             (state, tracker), (ids, upstream) = carry, batch
-            state, plan = mpembed.prefetch(state, ids)
-            tracker = checkpoint.mark(tracker, plan)
-            rows = mpembed.lookup(state, plan)
-            _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-            return (
-                mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX),
-                tracker,
-            ), None
+            state, plan, _ = training.step(state, ids, TX, training.of_vectors(upstream))
+            return (state, checkpoint.mark(tracker, plan)), None
 
         return jax.lax.scan(marked, (state, tracker), batches)[0]
 

@@ -1,7 +1,6 @@
 """The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows."""
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 import row_oracle
 import shapes
 from cases import named
+from training import all_rows, read, train
 
 import mpembed_jax as mpembed
 from mpembed_jax.numerics import random_bits
@@ -20,34 +20,14 @@ from mpembed_jax.table import read_rows
 
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
-read = jax.jit(mpembed.read)
 flush = jax.jit(mpembed.flush)
 row_bits = jax.jit(random_bits.row_bits, static_argnames=("stream", "num_columns"))
-
-
-@partial(jax.jit, static_argnames="tx", donate_argnames="state")
-def train(state, batches, grads, tx):
-    """Trains on all batches; grads are f32 [steps, N, D], one per id position. Returns the state, and rows as looked up."""
-
-    def step(state, batch):
-        ids, g = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jnp.zeros_like(rows).at[plan.inverse].add(g)
-        state = mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
-        return state, (plan.unique_ids, rows, plan.counts)
-
-    return jax.lax.scan(step, state, (batches, grads))
 
 
 @jax.jit
 def table_rows(state):
     """What the table holds, whatever the cache does."""
     return read_rows(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
-
-
-def all_rows(state):
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
 
 
 def stream(seed, steps, num, num_ids, dim):
@@ -120,13 +100,13 @@ def test_training_equals_a_dictionary_of_rows(case):
     )
     batches, grads = stream(dim, 40, 24, num_ids, dim)
     twin = jax.tree.map(jnp.copy, state)
-    state, (unique_ids, rows, _) = train(state, batches, grads, SGD)
+    state, plans, rows = train(state, batches, grads, SGD)
     order = np.stack([np.random.default_rng(t).permutation(24) for t in range(40)])
     shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
     jax.tree.map(np.testing.assert_array_equal, train(twin, *shuffled, SGD)[0], state)
     for t, ids in enumerate(batches):
         _, wanted = model.train(ids, grads[t], 0.25)
-        got = {int(i): row for i, row in zip(unique_ids[t], np.asarray(rows[t]), strict=True)}
+        got = {int(i): row for i, row in zip(plans.unique_ids[t], np.asarray(rows[t]), strict=True)}
         np.testing.assert_array_equal(got.pop(mpembed.NO_ID), np.zeros(dim))
         assert sorted(got) == sorted(wanted)
         for i, row in wanted.items():
@@ -306,10 +286,10 @@ def test_counters_pass_the_limits_of_32_bits():
     words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
     state = dataclasses.replace(state, counters=jnp.asarray(words))
     batches, grads = stream(1, 20, 24, 200, 2)
-    state, (_, _, counts) = train(state, batches, grads, SGD)
+    state, plans, _ = train(state, batches, grads, SGD)
     stats = mpembed.stats(state)
     for name, start in zip(oracles.COUNTS, begin.tolist(), strict=True):
-        assert getattr(stats, name) == start + int(np.sum(getattr(counts, name))), name
+        assert getattr(stats, name) == start + int(np.sum(getattr(plans.counts, name))), name
         assert isinstance(getattr(stats, name), int)
     assert stats.requests > begin[0] + 10
     assert stats.hits > begin[2] + 10

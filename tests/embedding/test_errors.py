@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -33,28 +34,20 @@ def start(spec, tx=TX, seed=0):
     return mpembed.init(jax.random.key(seed), spec, tx)
 
 
-def run(state, ids, scale=1.0):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors = mpembed.pool(rows, plan.inverse)
-    return (
-        mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, scale), tx=TX),
-        vectors,
-        plan,
-    )
+def run(state, ids):
+    state, plan, rows = training.step(state, ids, TX)
+    return state, mpembed.pool(rows, plan.inverse), plan
 
 
 train = jax.jit(run, donate_argnums=0)
 prefetch = jax.jit(mpembed.prefetch)
-read = jax.jit(mpembed.read)
 
 
 def all_rows(state):
     if state.cache is None and state.spec.storage.name == "float32":
-        return np.array(state.table.rows).view(
-            np.float32
-        )  # the packed layout of float32, without a compilation
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
+        # The packed layout of float32, without a compilation.
+        return np.array(state.table.rows).view(np.float32)
+    return training.all_rows(state)
 
 
 def assert_only_these_rows_moved(before, after, moved):
@@ -130,7 +123,7 @@ def test_negative_ids_do_not_wrap_to_the_last_rows():
     assert_only_these_rows_moved(before, all_rows(state), {3})
     np.testing.assert_array_equal(vectors[:3], 0.0)
     assert int(plan.counts.out_of_range) == 3
-    np.testing.assert_array_equal(read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
+    np.testing.assert_array_equal(training.read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
     with pytest.raises(ValueError, match=r"'t0': id -1 at \[1\].*out_of_range="):
         stack(out_of_range="raise").global_ids({"t0": np.array([0, -1])})
 
@@ -458,10 +451,10 @@ def test_a_nonfinite_gradient_stays_in_its_row(storage):
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids, value):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        grads = jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
-        return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+        def gradient(rows, plan):
+            return jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
+
+        return training.step(state, ids, TX, gradient).state
 
     state = step(state, np.array([5, 6], np.int32), jnp.float32(jnp.nan))
     for pair in ([7, 8], [5, 9], [1, 2]):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -28,10 +29,8 @@ def kinds(tree):
 
 @partial(jax.jit, static_argnames="tx", donate_argnames="state")
 def train_step(state, ids, upstream, tx):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
+    state, plan, rows = training.step(state, ids, tx, training.of_vectors(upstream))
+    return state, mpembed.pool(rows, plan.inverse)
 
 
 def stack(storage, lines, memory_kind):

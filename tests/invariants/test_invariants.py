@@ -15,6 +15,7 @@ import shapes
 from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import all_rows, step, train
 
 import mpembed_jax as mpembed
 from mpembed_jax import optim
@@ -29,29 +30,6 @@ OPTIMIZERS = {
         (0, 0.1 + 1e-6, False),
     ),
 }
-
-
-@partial(jax.jit, static_argnames=("tx", "feedback"), donate_argnames="state")
-def train(state, batches, grads, tx, feedback=0.0):
-    """Trains on all batches. A position's gradient is `grads` there plus `feedback` times its row."""
-
-    def step(state, batch):
-        ids, g = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = (
-            jnp.zeros_like(rows)
-            .at[plan.inverse]
-            .add(g + jnp.float32(feedback) * rows[plan.inverse])
-        )
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), plan
-
-    return jax.lax.scan(step, state, (batches, grads))
-
-
-@jax.jit
-def all_rows(state):
-    return mpembed.read(state, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
 
 
 # --- 1. transparency
@@ -84,15 +62,15 @@ def test_a_float32_cache_is_invisible(optimizer):
         ]
     for options in caches:
         spec = dataclasses.replace(shapes.stack(150, 5, **options), skip_nonfinite=bool(skip))
-        state, _ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
-        results.append((options, np.asarray(all_rows(state)), jax.device_get(state.row_state)))
+        state, *_ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
+        results.append((options, all_rows(state), jax.device_get(state.row_state)))
     _, table_only, row_state = results[0]
     for options, rows, other_row_state in results[1:]:
         np.testing.assert_array_equal(rows, table_only, err_msg=str(options))
         jax.tree.map(
             partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state
         )
-    start = np.asarray(all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx)))
+    start = all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx))
     wanted = oracles.dense_training(start, batches, grads, 0.1, feedback=0.1, adagrad=adagrad)
     np.testing.assert_allclose(table_only, wanted, rtol=0, atol=7e-5)
     assert np.abs(wanted - start).max() > 0.1
@@ -112,7 +90,7 @@ def test_victims_are_never_in_the_batch_and_lines_are_never_shared(policy, seed,
     """24 batches of 20 ids, 16 lines; nothing here but the definitions."""
     state = first_state(policy)
     batches = shapes.skewed_ids(seed, 24, 20, 60, exponent=exponent, drift=drift)
-    final, plans = jax.device_get(
+    final, plans, _ = jax.device_get(
         train(jax.tree.map(jnp.copy, state), batches, np.zeros((24, 20, 2), np.float32), SGD)
     )
     for t, ids in enumerate(batches):
@@ -154,8 +132,8 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
     grads = shapes.dyadic(1, (40, 32, 5))
     order = np.stack([np.random.default_rng(t).permutation(32) for t in range(40)])
     shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
-    first, plans = jax.device_get(train(mpembed.init(KEY, spec, tx), batches, grads, tx))
-    second, _ = jax.device_get(train(mpembed.init(KEY, spec, tx), *shuffled, tx))
+    first, plans, _ = jax.device_get(train(mpembed.init(KEY, spec, tx), batches, grads, tx))
+    second, *_ = jax.device_get(train(mpembed.init(KEY, spec, tx), *shuffled, tx))
     jax.tree.map(np.testing.assert_array_equal, second, first)
     assert plans.counts.write_backs.sum() > 20
     assert plans.counts.bypasses.sum() > 20
@@ -173,7 +151,7 @@ def test_implementations_agree_bit_for_bit():
         "xla_chunked",
         "numba",
     ):  # kernels: test_gpu_kernels; numba: test_native
-        state, plans = train(
+        state, plans, _ = train(
             mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx
         )
         results.append(jax.device_get((jax.tree.leaves(state), plans.counts)))
@@ -189,7 +167,7 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
     for ids in ([5], [63, 1, 5, 2], list(range(40, 0, -1))):
         batch = np.asarray([ids], np.int32)
         grads = np.broadcast_to(shapes.dyadic(4, (8,)), (1, len(ids), 8))
-        state, _ = train(mpembed.init(KEY, spec, SGD), batch, grads, SGD)
+        state, *_ = train(mpembed.init(KEY, spec, SGD), batch, grads, SGD)
         row = np.asarray(state.table.rows)[5]
         wanted = row if wanted is None else wanted
         np.testing.assert_array_equal(row, wanted)
@@ -222,7 +200,7 @@ def test_clean_lines_are_never_written_back(policy, turns):
         assert int(counts.write_backs.sum()) == 0
         np.testing.assert_array_equal(seen.table.rows, state.table.rows)
         if turn + 1 < turns:
-            trained, _ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
+            trained, *_ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
             state = jax.jit(mpembed.flush)(trained)
 
 
@@ -241,19 +219,17 @@ def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
 
     @jax.jit
     def run(state):
-        def step(_, state):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            return mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, 1e-5), tx=tx)
+        def body(_, state):
+            return step(state, ids, tx, lambda rows, plan: jnp.full_like(rows, 1e-5)).state
 
-        return jax.lax.fori_loop(0, 1000, step, state)
+        return jax.lax.fori_loop(0, 1000, body, state)
 
     for rounding in ("stochastic",) if cached else ("stochastic", "nearest"):
         storage = mpembed.RowFormat("bfloat16", rounding=rounding)
         spec = shapes.stack(
             256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru"
         )
-        mean = np.asarray(all_rows(run(mpembed.from_dense(KEY, spec, tx, start)))).mean()
+        mean = all_rows(run(mpembed.from_dense(KEY, spec, tx, start))).mean()
         if rounding == "stochastic":
             assert abs(mean - 0.99) < 0.00099
         else:
@@ -450,13 +426,12 @@ def test_verbs_run_on_abstract_values_and_in_a_scan_of_scans():
     def life(key):
         state = mpembed.init(key, spec, SGD)
 
-        def step(state, ids):
-            state, plan = mpembed.prefetch(state, {"a": ids, "b": ids[:2]})
-            rows = mpembed.lookup(state, plan)
-            return mpembed.apply_gradients(state, plan, rows, rows, tx=SGD), plan.counts.hits
+        def body(state, ids):
+            state, plan, _ = step(state, {"a": ids, "b": ids[:2]}, SGD, lambda rows, plan: rows)
+            return state, plan.counts.hits
 
         ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 3, 4)
-        state, hits = jax.lax.scan(lambda s, block: jax.lax.scan(step, s, block), state, ids)
+        state, hits = jax.lax.scan(lambda s, block: jax.lax.scan(body, s, block), state, ids)
         return mpembed.read(mpembed.flush(state), ids), mpembed.freeze(state).rows, hits
 
     shape = jax.eval_shape(life, KEY)

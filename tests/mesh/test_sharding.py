@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -45,11 +46,8 @@ def spec_of(policy="lfu", storage="int8", **options):
 
 def step(tx, state, batch):
     ids, upstream = batch
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
-    return state, (plan.counts, vectors)
+    state, plan, rows = training.step(state, ids, tx, training.of_vectors(upstream))
+    return state, (plan.counts, mpembed.pool(rows, plan.inverse))
 
 
 @cache

@@ -17,6 +17,7 @@ from cases import named
 pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
 import shapes
+import training
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -30,10 +31,7 @@ TX = mpembed.optim.sgd(0.1)
 @jax.jit
 def plan_batches(state, batches):
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        return mpembed.apply_gradients(
-            state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX
-        ), plan
+        return training.step(state, ids, TX, lambda rows, plan: jnp.zeros_like(rows))[:2]
 
     return jax.lax.scan(step, state, batches)
 

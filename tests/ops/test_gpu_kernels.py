@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -290,7 +291,7 @@ def test_read_matches_the_ways_of_a_set(case):
 # --- row update
 
 
-def update_both(tx, spec, ids, grads, *, row_scale=1.0):
+def update_both(tx, spec, ids, grads):
     """The state after one update, by the XLA path and by the kernel, from the same planned state."""
     results = []
     for implementation in (REFERENCE, KERNEL):
@@ -298,10 +299,8 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
 
         @partial(jax.jit, compiler_options=FAST_COMPILE)
         def step(state):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan) * jnp.float32(row_scale)
-            row_grads = jnp.zeros_like(rows).at[plan.inverse].add(grads)
-            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), rows
+            state, _, rows = training.step(state, ids, tx, training.of_positions(grads))
+            return state, rows
 
         results.append(jax.device_get(step(state)))
     return results
@@ -634,26 +633,18 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
     def train(state, batches, grads):
         def step(state, batch):
             ids, upstream = batch
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            pool = partial(
-                mpembed.pool,
-                inverse=plan.inverse,
-                combiner="sum",
-                implementation=state.implementation,
+            gradient = training.of_vectors(
+                upstream, combiner="sum", implementation=state.implementation
             )
-            bags, pull_back = jax.vjp(pool, rows)
-            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (
-                bags,
-                plan.counts,
-            )
+            state, plan, _ = training.step(state, ids, tx, gradient)
+            return state, plan.counts
 
         return jax.lax.scan(step, state, (batches, grads))
 
     results = []
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(2), spec, tx, implementation=implementation)
-        state, (_, counts) = train(state, batches, grads)
+        state, counts = train(state, batches, grads)
         results.append((jax.tree.leaves(jax.jit(mpembed.flush)(state)), counts))
     same(results[1], results[0])
     assert int(results[0][1].write_backs.sum()) > 20

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import training
 from cases import named
-from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, optim
@@ -36,14 +36,11 @@ def stack(*, num_rows=NUM_ROWS, dim=DIM, storage="float32", cache=None, **option
 
 
 def step_of(tx):
-    """One jitted step of the verbs whose loss is linear in the vectors, so that `grads` are the positions' gradients."""
+    """One jitted step; `grads` are the gradients of the positions' vectors."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids, grads):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse) * grads))(rows)
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return training.step(state, ids, tx, training.of_vectors(grads)).state
 
     return step
 
@@ -112,7 +109,7 @@ def row_leaves_of(state):
 
 
 @pytest.mark.parametrize(
-    "name", named(list(TRANSFORMATIONS), fast=QUICK, marks=dict.fromkeys(ADAM, OPTAX_ADAM))
+    "name", named(list(TRANSFORMATIONS), fast=QUICK, marks=dict.fromkeys(ADAM, training.OPTAX_ADAM))
 )
 def test_training_equals_dense_training_of_the_touched_rows(name):
     """Same values and same state as the lazy oracle; an untouched row and its state do not move by a bit."""
@@ -145,7 +142,7 @@ def test_training_equals_dense_training_of_the_touched_rows(name):
         np.testing.assert_allclose(ours, dense, rtol=1e-5, atol=1e-6)
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_row_state_does_not_care_whether_its_row_is_cached():
     """Adam with a cache of 8 lines that evicts all the time: values equal those of the lazy oracle."""
     tx, (ids, grads) = optax.adam(0.05), batches(1, 8)
@@ -164,7 +161,7 @@ def test_row_state_does_not_care_whether_its_row_is_cached():
     np.testing.assert_allclose(mpembed.to_dense(state)["t"], expected, rtol=1e-5, atol=1e-6)
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_transformations_across_rows_see_the_touched_rows_only():
     """Lamb's trust ratio is the touched rows' norm over their updates' norm: padding and other rows play no part."""
     tx, (ids, grads) = optax.lamb(0.05, eps=1e-3), batches(2, 1)
@@ -191,7 +188,7 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
     np.testing.assert_array_equal(state.table.rows, before)
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_a_refused_update_leaves_schedules_where_they_are():
     """Applying a plan twice across jitted calls changes nothing: no row, no row state, no schedule count."""
     tx, ids = optax.adam(decaying(0.05)), batches()[0]
@@ -414,7 +411,7 @@ def test_what_is_no_transformation_is_refused(tx):
         mpembed.init(jax.random.key(0), stack(), tx)
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_no_float32_copy_of_the_table_is_made_to_initialize_row_state():
     """Two billion rows: shapes only."""
     spec = stack(num_rows=2**31 - 2, dim=16, storage="int8")
@@ -446,7 +443,7 @@ def test_bfloat16_row_state_takes_two_bytes_per_value_and_starts_at_its_initial_
     np.testing.assert_array_equal(bf16(leaves[1]), 0.0)
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_bfloat16_row_state_is_rounded_without_bias_and_each_leaf_by_its_own_bits():
     """8,192 rows x 2, one Adam step from zero: both moments round up as often as they should, within 5 sigma."""
     num, dim = 8192, 2
@@ -519,7 +516,7 @@ def test_bfloat16_row_state_of_untouched_rows_does_not_move():
 # --- rows with non-finite gradients
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_rows_with_nonfinite_gradients_are_skipped_and_counted():
     """Row and row state stay as they were, bit for bit; the other rows train as without them."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05))
@@ -665,7 +662,7 @@ def test_a_thousand_tiny_updates_move_a_bfloat16_parameter_and_nearest_never_doe
     assert int(tx_state.count) == 1000
 
 
-@OPTAX_ADAM
+@training.OPTAX_ADAM
 def test_it_is_the_last_link_of_a_chain_and_other_dtypes_pass_through():
     """Adam on a tree of bfloat16, float16, float32 and integer leaves: each low-precision leaf rounds Adam's own update."""
     num = 4096
@@ -737,7 +734,9 @@ PAIRS = {f"{a} for {b}": (a, b) for a, b in itertools.combinations(TOLD_APART, 2
 
 @pytest.mark.parametrize(
     "pair",
-    named(PAIRS, marks={name: OPTAX_ADAM for name, pair in PAIRS.items() if ADAM & set(pair)}),
+    named(
+        PAIRS, marks={name: training.OPTAX_ADAM for name, pair in PAIRS.items() if ADAM & set(pair)}
+    ),
 )
 def test_another_transformation_than_inits_is_refused(pair):
     """Where the state tells them apart; the message says to pass the same one."""

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from cases import named
-from training import OPTAX_ADAM
 
 import mpembed_jax as mpembed
 from mpembed_jax.optim import row_locality
@@ -46,12 +46,12 @@ MIXING = {
 }
 
 
-@pytest.mark.parametrize("tx", named(LOCAL, marks={"adamw": OPTAX_ADAM}))
+@pytest.mark.parametrize("tx", named(LOCAL, marks={"adamw": training.OPTAX_ADAM}))
 def test_optimizers_that_treat_each_row_by_itself_are_recognized(tx):
     assert row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("tx", named(MIXING, marks={"lamb": OPTAX_ADAM}))
+@pytest.mark.parametrize("tx", named(MIXING, marks={"lamb": training.OPTAX_ADAM}))
 def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
 
@@ -68,10 +68,7 @@ def test_chunks_and_full_width_passes_give_the_same_bits(name):
 
     @jax.jit
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jax.vjp(lambda r: mpembed.pool(r, plan.inverse), rows)[1](grads)[0]
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return training.step(state, ids, tx, training.of_vectors(grads)).state
 
     results = []
     for implementation in ("xla", "xla_chunked"):
