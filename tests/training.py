@@ -75,7 +75,10 @@ def all_rows(state):
 
 
 def assert_same(one, other):
-    """Two trees have the same structure, types, dtypes and bits; random keys and plain numbers too."""
+    """Two trees have the same structure, types, dtypes and bits.
+
+    Random keys and plain numbers too.
+    """
     assert jax.tree.structure(one) == jax.tree.structure(other)
     leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
     for (path, a), b in leaves:

@@ -1,4 +1,7 @@
-"""Checkpoints of stacks over a mesh: the rows, and the training, of the state that was saved, on any number of devices."""
+"""Checkpoints of stacks over a mesh are restored on any number of devices.
+
+The rows, and the training that follows, are those of the state that was saved.
+"""
 
 import dataclasses
 import json
@@ -102,7 +105,10 @@ MOVES = [Moved(4, 4), Moved(4, 2), Moved(4, 8), Moved(4, None), Moved(None, 4)]
 
 @pytest.mark.parametrize("case", named(MOVES, fast={"4-4", "4-None"}))
 def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(case, saved, caplog):
-    """Rows as they were; all arrays those of `relayout`; on as many devices, training goes on as if uninterrupted."""
+    """Rows as they were.
+
+    All arrays those of `relayout`. On as many devices, training goes on as if uninterrupted.
+    """
     folders, states = saved
     before, after = case
     target = {"emb": init(after, seed=9), "position": 0}
@@ -145,7 +151,10 @@ def test_a_target_of_shapes_is_placed_by_its_layout(saved):
 def test_whole_tables_move_with_their_dirty_lines_written(
     after, saved, of_tables, tmp_path, caplog
 ):
-    """From whole tables per shard to rows by MOD and back: as `relayout`, which flushes and begins with an empty cache."""
+    """From whole tables per shard to rows by MOD and back.
+
+    As `relayout`, which flushes and begins with an empty cache.
+    """
     state = of_tables
     checkpoint.save(tmp_path, 1, state)
     assert_same(checkpoint.restore(tmp_path, init(2, 9, TABLES)), state)
@@ -225,7 +234,10 @@ def manifest_of(folder, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "tables", "replicated"])
 def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables, tmp_path):
-    """Two links, a flush between their steps; on other devices too; as many rows as one device's increment holds."""
+    """Two links, a flush between their steps.
+
+    On other devices too. As many rows as one device's increment holds.
+    """
     _, states = saved
     state = states[4]
     if kind == "replicated":

@@ -1,4 +1,7 @@
-"""Stock orbax saves and restores a state with no code of ours, and training goes on bit for bit as if nothing had been."""
+"""Stock orbax saves and restores a state with no code of ours.
+
+Training goes on bit for bit as if nothing had been.
+"""
 
 import json
 import os
@@ -146,7 +149,10 @@ print(json.dumps(found))
 
 
 def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
-    """In a process of its own: orbax leaves unfinished reads behind when it refuses, which would be reported elsewhere."""
+    """In a process of its own.
+
+    Orbax leaves unfinished reads behind when it refuses, which would be reported elsewhere.
+    """
     done = subprocess.run(
         [sys.executable, "-c", MISMATCHES, str(tmp_path / "state")],
         cwd=request.path.parents[1],
@@ -182,7 +188,10 @@ EQUAL_SHAPES = {
 
 @pytest.mark.parametrize("case", EQUAL_SHAPES)
 def test_restoring_into_another_spec_of_equal_shapes_does_not_go_unnoticed(case, tmp_path):
-    """orbax ignores what the target lacks, casts dtypes and compares shapes only: the state must notice by itself."""
+    """orbax ignores what the target lacks, casts dtypes and compares shapes only.
+
+    The state must notice by itself.
+    """
     saved, target = (stack(**options) for options in EQUAL_SHAPES[case])
     tx = mpembed.optim.rowwise_adagrad(0.1)
     with ocp.StandardCheckpointer() as checkpointer:

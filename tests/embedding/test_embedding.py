@@ -1,4 +1,7 @@
-"""The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows."""
+"""The verbs, end to end.
+
+Every row, line and bit of a training stream equals those of a dictionary of rows.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -31,7 +34,9 @@ def table_rows(state):
 
 
 def stream(seed, steps, num, num_ids, dim):
-    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every position."""
+    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every
+    position.
+    """
     ids = shapes.skewed_ids(seed, steps, num, num_ids, drift=10, ragged=True)
     ids[:, 0] = np.resize([-1, num_ids, oracles.NO_ID, 2**31 - 2], steps)
     return ids, shapes.dyadic(seed, (steps, num, dim))
@@ -71,10 +76,11 @@ QUICK = {"bfloat16", "int8 without cache", "int8 to nearest", "int4 with a budge
 
 @pytest.mark.parametrize("case", named(MODELS, fast=QUICK))
 def test_training_equals_a_dictionary_of_rows(case):
-    """40 steps of SGD: every looked-up row, line and stored row, after flush too; random bits named by row and step only.
+    """40 steps of SGD: every looked-up row, line and stored row, after flush too.
 
-    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step, id), so the line and
-    the company of a row cannot matter; and the same batches shuffled make the same state.
+    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step,
+    id), so the line and the company of a row cannot matter. The same batches shuffled make the same
+    state.
     """
     num_ids, dim, policy = 120, case.dim, case.policy or "lru"
     lines = case.lines if case.policy else None
@@ -221,7 +227,11 @@ def test_float32_tables_survive_from_dense_to_dense():
 
 
 def test_from_dense_rounds_each_row_with_its_own_bits_and_reads_memory_maps(tmp_path):
-    """150,003 rows, more than a block: nearest equals the codec; stochastic stays within a gap, unbiased; maps alike."""
+    """150,003 rows, more than a block.
+
+    Nearest rounding equals the codec. Stochastic rounding stays within a gap and is unbiased.
+    Memory maps give the same table.
+    """
     x = np.random.default_rng(0).standard_normal((150_003, 3)).astype(np.float32)
     spec = shapes.stack((5, len(x)), 3, storage=mpembed.RowFormat("int4"), lines=64)
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
@@ -274,7 +284,10 @@ def test_nested_ids_keep_their_nesting(int4_state):
 
 
 def test_counters_pass_the_limits_of_32_bits():
-    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits; what 20 steps add must arrive, no more, no less."""
+    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits.
+
+    What 20 steps add must arrive, no more, no less.
+    """
     state = mpembed.init(KEY, shapes.stack(200, 2, lines=150, ways=4, policy="lru"), SGD)
     begin = np.resize(
         [2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)

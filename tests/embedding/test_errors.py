@@ -1,4 +1,7 @@
-"""Twelve deliberate mistakes, each ending in a message that names the fix, no row harmed; then odd inputs that just work."""
+"""Twelve deliberate mistakes, then odd inputs that just work.
+
+Each mistake ends in a message that names the fix, and harms no row.
+"""
 
 import warnings
 from functools import partial
@@ -165,7 +168,10 @@ def test_a_forgotten_prefetch_is_refused():
 
 
 def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
-    """Called directly or within one trace it raises; across jitted calls it changes nothing, is counted and stats raises."""
+    """Called directly or within one trace it raises.
+
+    Across jitted calls it changes nothing, is counted and stats raises.
+    """
     state = start(stack(cache=CacheSpec(num_rows=8)))
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
@@ -275,8 +281,11 @@ OTHER_SPECS = {
 
 @pytest.mark.parametrize("case", OTHER_SPECS)
 def test_a_checkpoint_of_another_spec_is_refused_even_where_all_shapes_agree(case):
-    """A checkpointer puts saved arrays into the tree of a target; equal shapes pass it (test_checkpoint_stock.py), so the
-    state itself must tell that its arrays were made for another spec."""
+    """A checkpointer puts saved arrays into the tree of a target.
+
+    Equal shapes pass it (test_checkpoint_stock.py), so the state itself must tell that its arrays
+    were made for another spec.
+    """
     saved, target = (stack(**options) for options in OTHER_SPECS[case])
     structure = jax.tree.structure(
         jax.eval_shape(lambda key: mpembed.init(key, target, TX), jax.random.key(0))
@@ -318,7 +327,10 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
 
 
 def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of():
-    """Six lines, 100 unique ids a batch: the values are those of no cache at all; the warning names both numbers."""
+    """Six lines, 100 unique ids a batch: the values are those of no cache at all.
+
+    The warning names both numbers.
+    """
     ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(
         np.int32
     )
@@ -446,7 +458,10 @@ def test_vocabularies_of_one_and_three_rows_just_work(size, options):
 
 @pytest.mark.parametrize("storage", ["int8"])
 def test_a_nonfinite_gradient_stays_in_its_row(storage):
-    """Without skip_nonfinite the row is lost and no other; through the cache, its eviction and the table."""
+    """Without skip_nonfinite the row is lost, and no other.
+
+    This holds in the cache, at its eviction and in the table.
+    """
     state = start(stack(storage=storage, cache=CacheSpec(num_rows=2, ways=2, policy="lru")))
 
     @partial(jax.jit, donate_argnums=0)

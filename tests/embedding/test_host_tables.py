@@ -1,4 +1,7 @@
-"""Tables in host memory: the same verbs, the same bits, and nothing but the table changes its place."""
+"""Tables in host memory: the same verbs and the same bits.
+
+Nothing but the table changes its place.
+"""
 
 import dataclasses
 from functools import partial
@@ -72,7 +75,9 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
 
 @pytest.mark.parametrize("implementation", named(["xla", "pallas_interpret"], fast={"xla"}))
 def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
-    """In chunks of rows, here of 16, over the newcomers and over the bypassed: no gather from host memory is wider.
+    """In chunks of rows, here of 16, over the newcomers and over the bypassed.
+
+    No gather from host memory is wider.
 
     Where kernels are named, the table is moved by XLA all the same.
     """

@@ -1,4 +1,7 @@
-"""The five invariants of DESIGN.md 5 on training streams, and what the compiled step may not do: copy, retrace, grow."""
+"""The five invariants of DESIGN.md 5 on training streams.
+
+The compiled step copies no table, is traced once and does not grow with the table.
+"""
 
 import dataclasses
 import re
@@ -39,11 +42,12 @@ OPTIMIZERS = {
     "optimizer", named([*OPTIMIZERS, "adagrad, skipping"], fast={"sgd", "rowwise_adagrad"})
 )
 def test_a_float32_cache_is_invisible(optimizer):
-    """Bit for bit the table and row state of cache=None, over geometries; dense float64 training within rounding.
+    """Over geometries, the table and row state of cache=None, bit for bit.
 
-    Nothing is dyadic: not even a contracted multiply-add may differ between programs. Gradients have feedback from their
-    rows, so an early difference would grow. A row is updated at most 60 times with about five roundings of terms below
-    4, so the rounding error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
+    They are those of dense float64 training within rounding. Nothing is dyadic: not even a
+    contracted multiply-add may differ between programs. Gradients have feedback from their rows, so
+    an early difference would grow. A row is updated at most 60 times with about five roundings of
+    terms below 4, so the rounding error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
     """
     optimizer, *skip = optimizer.split(", ")
     tx, adagrad = OPTIMIZERS[optimizer]
@@ -122,9 +126,10 @@ def first_state(policy):
 
 @pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
 def test_the_order_of_a_batch_changes_no_bit(storage):
-    """Every batch shuffled, gradients dyadic so that sums do not depend on order: same tables, lines and row state.
+    """Every batch shuffled: the same tables, lines and row state.
 
-    For every other format: test_training_equals_a_dictionary_of_rows.
+    Gradients are dyadic, so that sums do not depend on order. For every other format:
+    test_training_equals_a_dictionary_of_rows.
     """
     spec = shapes.stack(150, 5, storage=storage, lines=24, ways=8)
     tx = OPTIMIZERS["rowwise_adagrad"][0]
@@ -140,7 +145,10 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
 
 
 def test_implementations_agree_bit_for_bit():
-    """6,000 ids a batch, several chunks wide: full-width passes, chunked loops and compiled planning make the same state."""
+    """6,000 ids a batch, several chunks wide.
+
+    Full-width passes, chunked loops and compiled planning make the same state.
+    """
     tx = OPTIMIZERS["rowwise_adagrad"][0]
     batches = shapes.skewed_ids(2, 6, 6000, 30_000, exponent=0.8, drift=2)
     grads = shapes.dyadic(2, (6, 6000, 4))
@@ -161,7 +169,10 @@ def test_implementations_agree_bit_for_bit():
 
 
 def test_a_row_is_rounded_alike_in_any_company_and_place():
-    """Row 5, trained in an int4 table: alone, or among others, in another position and another batch size."""
+    """Row 5, trained in an int4 table.
+
+    Alone, or among others, in another position and another batch size.
+    """
     spec = shapes.stack(64, 8, storage="int4")
     wanted = None
     for ids in ([5], [63, 1, 5, 2], list(range(40, 0, -1))):
@@ -178,9 +189,10 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
 
 @pytest.mark.parametrize(("policy", "turns"), [("lru", 1), ("lfu", 2)])
 def test_clean_lines_are_never_written_back(policy, turns):
-    """int2 rows re-encode to other bits, so a single needless write would show: loads and evictions leave no trace.
+    """Loads and evictions leave no trace.
 
-    First without training; in a second turn after training and a flush.
+    int2 rows re-encode to other bits, so a single needless write would show. The first turn is
+    without training, the second one after training and a flush.
     """
     spec = shapes.stack(200, 6, storage="int2", lines=24, ways=4, policy=policy)
     state = mpembed.init(KEY, spec, SGD)
@@ -209,9 +221,12 @@ def test_clean_lines_are_never_written_back(policy, turns):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
-    """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99; nearest stays at 1.0 without a cache.
+    """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99.
 
-    With 64 one-way lines among 256 rows that all come in every batch, a row is in the table or a line by turns.
+    Nearest stays at 1.0 without a cache.
+
+    With 64 one-way lines among 256 rows that all come in every batch, a row is in the table or a
+    line by turns.
     """
     start = {"table0": np.ones((256, 16), np.float32)}
     ids = np.arange(256, dtype=np.int32)
@@ -296,7 +311,10 @@ def batch(spec, seed):
 
 
 def check_compiled(compiled, num_rows):
-    """No float table, no operation that makes a table-sized array, and temporaries far below a table."""
+    """No float table, no operation that makes a table-sized array.
+
+    Temporaries are far below a table.
+    """
     text = compiled.as_text()
     assert not re.search(rf"\b(f32|bf16|f16|f8\w*)\[{num_rows},", text), (
         "a float array with a row per id"
@@ -307,11 +325,13 @@ def check_compiled(compiled, num_rows):
         if m.group(1).split(".")[0] not in ALLOWED
     }
     assert not makes_table, "operations whose result is as large as the table"
-    # Batch-sized work, 57 KB when written: 192 ids of 16 floats, 1,024 hash buckets. The smallest table has 3.2 MB.
+    # Batch-sized work, 57 KB when written: 192 ids of 16 floats, 1,024 hash buckets. The smallest
+    # table has 3.2 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
-# Operations that pass an array on or write into it; XLA:CPU writes scatters as loops of dynamic-update-slice.
+# Operations that pass an array on or write into it. XLA:CPU writes scatters as loops of
+# dynamic-update-slice.
 ALLOWED = {
     "parameter",
     "get-tuple-element",
@@ -330,8 +350,8 @@ ALLOWED |= {"dynamic-update-slice", "optimization-barrier"}
 def test_steps_work_in_place_and_compile_once(storage):
     """prefetch, apply_gradients and the whole step, on every format.
 
-    From shapes alone they compile without a copy of the table; run twice, they keep every large buffer where it is,
-    consume their donated argument and do not trace again.
+    From shapes alone they compile without a copy of the table. Run twice, they keep every large
+    buffer where it is, consume their donated argument and do not trace again.
     """
     row_tx = OPTIMIZERS["rowwise_adagrad"][0]
     spec = compiled_spec(storage)
@@ -370,7 +390,10 @@ def test_steps_work_in_place_and_compile_once(storage):
 
 
 def is_consumed(emb):
-    """Whether donation was accepted for every array; the flag `pending` is overwritten, so jit drops it as an argument."""
+    """Whether donation was accepted for every array.
+
+    The flag `pending` is overwritten, so jit drops it as an argument.
+    """
     kept = [k for k, x in jax.tree_util.tree_leaves_with_path(emb) if not x.is_deleted()]
     return {jax.tree_util.keystr(k) for k in kept} <= {".pending"}
 
@@ -384,7 +407,10 @@ def large_buffers(emb):
 
 
 def test_the_step_does_not_grow_with_the_table():
-    """V = 1,000,003 against 33,762,577, from shapes: the same operations in the same numbers, flops and temporaries."""
+    """V = 1,000,003 against 33,762,577, from shapes.
+
+    The same operations in the same numbers, flops and temporaries.
+    """
     row_tx = OPTIMIZERS["rowwise_adagrad"][0]
     seen = []
     for num_rows in (1_000_003, 33_762_577):
@@ -420,7 +446,10 @@ def test_flush_and_read_copy_no_table(name):
 
 
 def test_verbs_run_on_abstract_values_and_in_a_scan_of_scans():
-    """eval_shape of a whole life, and jit(scan(..)) of it: nothing concrete is asked for, no key is threaded."""
+    """eval_shape of a whole life, and jit(scan(..)) of it.
+
+    Nothing concrete is asked for, no key is threaded.
+    """
     spec = shapes.stack((30, 50), 4, storage="int4", lines=16, ways=4)
 
     def life(key):

@@ -1,4 +1,7 @@
-"""Properties of the linen twins and their TrainState: the five-line change, equality with nnx, what misuse raises."""
+"""Properties of the linen twins and their TrainState.
+
+The change of five lines, equality with nnx, and what misuse raises.
+"""
 
 import flax.linen as linen
 import jax

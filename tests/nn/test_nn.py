@@ -1,4 +1,7 @@
-"""Properties of nn.CachedEmbed in nnx models: the five-line change, equality with the verbs and with nnx.Embed, misuse."""
+"""Properties of nn.CachedEmbed in nnx models.
+
+The change of five lines, equality with the verbs and with nnx.Embed, and misuse.
+"""
 
 import subprocess
 import sys
@@ -55,7 +58,8 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
 
 
 def test_importing_the_package_loads_no_flax():
-    code = "import sys, mpembed_jax; assert 'flax' not in sys.modules; from mpembed_jax import nn; nn.linen.TrainState"
+    code = "import sys, mpembed_jax; assert 'flax' not in sys.modules; "
+    code += "from mpembed_jax import nn; nn.linen.TrainState"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -206,7 +210,8 @@ def test_a_scan_over_batches_makes_one_step_of_each():
     )
     assert_same_bits(model.embed.state.counters, looped.embed.state.counters)
     one, other = (mpembed.to_dense(m.embed.state)["embedding"] for m in (model, looped))
-    # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its largest value.
+    # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its
+    # largest value.
     np.testing.assert_allclose(one, other, atol=2 / 7 * np.abs(other).max())
     assert np.mean(one != other) < 0.05
 
@@ -280,7 +285,8 @@ def test_nested_listed_and_shared_modules_are_each_updated_once():
 def test_initial_values_follow_nnx_embed_and_a_given_initializer():
     embed = nn.CachedEmbed(20_000, 16, storage="float32", rngs=nnx.Rngs(0))
     table = mpembed.to_dense(embed.state)["embedding"]
-    # n = 320,000 normal values: the standard deviation of their spread is 1 / sqrt(2 n) relative; 5 sigma.
+    # n = 320,000 normal values: the standard deviation of their spread is 1 / sqrt(2 n) relative. 5
+    # sigma.
     assert abs(table.std() * 4 - 1) < 5 / np.sqrt(2 * table.size)
     ones = nn.CachedEmbed(
         10, 3, storage="bfloat16", embedding_init=jax.nn.initializers.ones, rngs=nnx.Rngs(0)

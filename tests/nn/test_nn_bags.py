@@ -1,4 +1,7 @@
-"""Properties of nn.CachedEmbedBags: pooling, shared tables, several widths, array and dict ids, what misuse raises."""
+"""Properties of nn.CachedEmbedBags.
+
+Pooling, shared tables, several widths, array and dict ids, and what misuse raises.
+"""
 
 import functools
 
@@ -248,7 +251,10 @@ def test_misuse_of_bags_in_a_call_raises(case):
 
 
 def test_pooling_follows_the_implementation_of_the_state():
-    """Kernels where they are named, in training and after eval(); bags without weights are the same sums in order."""
+    """Kernels where they are named, in training and after eval().
+
+    Bags without weights are the same sums in order.
+    """
 
     def vectors(implementation):
         specs = bag_specs(storage="float32")

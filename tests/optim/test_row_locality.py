@@ -1,4 +1,7 @@
-"""Which optimizers may be applied to a part of a batch's rows at a time, and that this gives the bits of the whole."""
+"""Which optimizers may be applied to a part of a batch's rows at a time.
+
+Applied so, they make the bits of the whole.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +61,10 @@ def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
 
 @pytest.mark.parametrize("name", named(["scheduled", "clipped by global norm"], fast={"scheduled"}))
 def test_chunks_and_full_width_passes_give_the_same_bits(name):
-    """More unique ids than a chunk holds; the schedule's count moves once per step, also in a step without any id."""
+    """More unique ids than a chunk holds.
+
+    The schedule's count moves once per step, also in a step without any id.
+    """
     tx = (LOCAL | MIXING)[name]
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 9000)], 8, "int8", mpembed.CacheSpec(0.3))
     rng = np.random.default_rng(0)
