@@ -214,7 +214,7 @@ def test_encode_accepts_any_leading_shape():
     assert encode(x[:0], "int4").shape == (0, 5)
 
 
-@pytest.mark.parametrize("name", ["int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", named(["int4", "float8_e4m3fn"], fast={"int4"}))
 def test_jitted_words_equal_eager_words(name):
     """Also where a quotient is exact.
 

@@ -135,7 +135,7 @@ def test_residency_equals_brute_force(policy, ways):
         assert model.halvings > 10
 
 
-@pytest.mark.parametrize("policy", shapes.POLICIES)
+@pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}))
 def test_residency_in_full_width_passes(policy):
     """The implementation that loops over no chunks, an accelerator's default.
 

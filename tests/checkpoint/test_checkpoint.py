@@ -259,7 +259,7 @@ def test_only_the_newest_are_kept_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", named(list(CASES), marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
 )
 def test_a_chain_of_increments_restores_exactly(case, tmp_path):
     """Every link equals the live tree, flushes in between included, and is far smaller than a full

@@ -170,6 +170,7 @@ def test_whole_tables_move_with_their_dirty_lines_written(
     assert_same(back, sharding.relayout(states[4], mesh=layout.mesh, placement=TABLES))
 
 
+@pytest.mark.slow
 def test_a_format_is_changed_on_whole_tables_with_their_lines(of_tables, tmp_path):
     """The cache stays as it is where only the storage is another."""
     state = of_tables

@@ -204,7 +204,7 @@ def test_the_same_state_makes_the_same_next_state():
 # --- dense tables in and out
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", named(["float32", "int8"], fast={"int8"}))
 def test_to_dense_is_read_of_all_ids(storage):
     state = trained(storage)
     dense = mpembed.to_dense(state)

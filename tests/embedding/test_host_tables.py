@@ -73,7 +73,8 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     assert spec.fingerprint.tolist() == stack(storage, lines, None).fingerprint.tolist()
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "pallas_interpret"], fast={"xla"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
 def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
     """In chunks of rows, here of 16, over the newcomers and over the bypassed.
 

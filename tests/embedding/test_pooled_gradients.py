@@ -136,6 +136,7 @@ def test_without_kernels_it_is_that_pair(name, implementation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     named(
@@ -143,7 +144,6 @@ def test_without_kernels_it_is_that_pair(name, implementation):
             "rule": mpembed.optim.rowwise_adagrad(0.25, eps=0.0),
             "no rule": optax.sgd(0.25, momentum=0.5),
         },
-        fast={"rule"},
     ),
 )
 def test_transformations_with_and_without_a_rule(tx):

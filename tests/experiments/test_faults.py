@@ -67,12 +67,14 @@ def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     assert all("checkpoints saved before are unchanged" in m for m in messages.values())
 
 
+@pytest.mark.slow
 def test_ids_from_hell_change_only_what_was_asked_for():
     found = invariants.ids_from_hell(300)
     assert found["examples"] >= 300
     assert min(found.values()) > 100
 
 
+@pytest.mark.slow
 def test_bad_gradients_stay_where_they_are():
     found = invariants.bad_gradients(40, ("int8", "float32"))
     assert found["rows skipped"] > 20

@@ -124,7 +124,7 @@ def first_state(policy):
 # --- 3. position independence
 
 
-@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("storage", named(["int8", "float8_e4m3fn"], fast={"int8"}))
 def test_the_order_of_a_batch_changes_no_bit(storage):
     """Every batch shuffled: the same tables, lines and row state.
 
@@ -187,8 +187,8 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
 # --- 5. clean lines
 
 
-@pytest.mark.parametrize(("policy", "turns"), [("lru", 1), ("lfu", 2)])
-def test_clean_lines_are_never_written_back(policy, turns):
+@pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}))
+def test_clean_lines_are_never_written_back(policy):
     """Loads and evictions leave no trace.
 
     int2 rows re-encode to other bits, so a single needless write would show. The first turn is
@@ -206,12 +206,12 @@ def test_clean_lines_are_never_written_back(policy, turns):
         )
 
     batches = shapes.skewed_ids(5, 40, 32, 200, drift=4)
-    for turn in range(turns):
+    for turn in range(2):
         seen, counts = browse(state, batches)
         assert int(counts.evictions.sum()) > 50
         assert int(counts.write_backs.sum()) == 0
         np.testing.assert_array_equal(seen.table.rows, state.table.rows)
-        if turn + 1 < turns:
+        if turn == 0:
             trained, *_ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
             state = jax.jit(mpembed.flush)(trained)
 
@@ -346,7 +346,7 @@ ALLOWED = {
 ALLOWED |= {"dynamic-update-slice", "optimization-barrier"}
 
 
-@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16", "int8", "int4"}))
+@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16", "int8"}))
 def test_steps_work_in_place_and_compile_once(storage):
     """prefetch, apply_gradients and the whole step, on every format.
 

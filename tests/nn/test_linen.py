@@ -111,6 +111,7 @@ def test_linen_and_nnx_make_the_same_table_bit_for_bit():
     np.testing.assert_array_equal(vectors, Model().apply(state.variables, IDS))
 
 
+@pytest.mark.slow
 def test_a_restored_state_with_batch_statistics_takes_the_same_next_step(tmp_path):
     model = Model(cache=None, with_norm=True)
 
@@ -150,6 +151,7 @@ class Two(linen.Module):
         return Model(cache=None, name="inner")(ids), vectors
 
 
+@pytest.mark.slow
 def test_several_modules_are_prefetched_by_path_and_bags_equal_those_of_nnx():
     model = Two()
     variables = jax.jit(model.init)(jax.random.key(0), IDS, BAG_IDS)

@@ -66,7 +66,9 @@ def test_importing_the_package_loads_no_flax():
 # --- what a step computes
 
 
-@pytest.mark.parametrize("options", [{}, SMALL], ids=["int8", "int4 without cache"])
+@pytest.mark.parametrize(
+    "options", named({"int8": {}, "int4 without cache": SMALL}, fast={"int4 without cache"})
+)
 def test_a_step_equals_the_functional_verbs_bit_for_bit(options):
     model, optimizer = cached_model(**options)
     step, _ = jitted_step()
@@ -313,7 +315,7 @@ def test_evaluation_reads_and_changes_nothing_and_views_switch_mode():
         model.embed(ids)
 
 
-@pytest.mark.parametrize("num_rows", [3, 20_001])
+@pytest.mark.parametrize("num_rows", named([3, 20_001], fast={"20001"}))
 def test_attend_equals_the_product_with_the_dense_table_and_differentiates_in_the_query(num_rows):
     embed = nn.CachedEmbed(num_rows, DIM, cache=None, rngs=nnx.Rngs(0))
     query = jax.random.normal(jax.random.key(1), (2, 3, DIM))

@@ -211,7 +211,9 @@ def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(c
     )
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+@pytest.mark.parametrize(
+    "dtype", named(["int8", "uint8", "int16", "uint16", "uint32"], fast={"int8", "uint32"})
+)
 def test_indices_of_other_dtypes_are_pooled_right(dtype):
     """The foreign call reads int32: others go to XLA."""
     rows = jnp.arange(80, dtype=jnp.float32).reshape(40, 2)
