@@ -1,4 +1,7 @@
-"""Cases of parametrized tests: records with names, all of them or only the chosen ones in the quick loop."""
+"""Cases of parametrized tests: records with names.
+
+All cases of a test run in the quick loop, or only chosen ones.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

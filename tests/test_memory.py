@@ -1,4 +1,7 @@
-"""The report of a spec equals the arrays of its live state, byte for byte, and says what float32 would take."""
+"""The report of a spec equals the arrays of its live state, byte for byte.
+
+It says what float32 would take.
+"""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,7 @@
-"""Specs refuse what they cannot mean, compare by value, and map ids so that none ever names a row of the next table."""
+"""Specs refuse what they cannot mean, compare by value, and map ids.
+
+No id ever names a row of the next table.
+"""
 
 import collections
 import types
@@ -202,7 +205,9 @@ def fitting(dtype):
 @pytest.mark.parametrize("out_of_range", ["drop", "clip"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_host_ids_of_every_integer_dtype_are_checked_in_64_bits(dtype, out_of_range):
-    """2**32 + 5 is not row 5, -1 is not the last row, and the id after a table's last is not the next table's first."""
+    """2**32 + 5 is not row 5, -1 is not the last row, and the id after a table's last is not the
+    next table's first.
+    """
     ids = fitting(dtype)
     spec = stack(out_of_range=out_of_range)
     mapped = spec.global_ids({name: ids for name in SIZES})
@@ -260,7 +265,10 @@ def test_64_bit_device_ids_are_not_truncated_under_x64(where):
     out_of_range=st.sampled_from(["drop", "clip"]),
 )
 def test_array_columns_follow_the_order_of_the_features(ids, out_of_range):
-    """[.., T]: column t is checked against the table of feature t; a dict of the columns says the same."""
+    """[.., T]: column t is checked against the table of feature t.
+
+    A dict of the columns says the same.
+    """
     features = {"likes": "items", "reads": "users", "buys": "items"}
     spec = stack(features=features, out_of_range=out_of_range)
     array = np.array(ids, np.int64)

@@ -1,4 +1,7 @@
-"""Notebooks are valid, run from top to bottom on a CPU, and install a jax that fits without replacing a good one."""
+"""Notebooks are valid and run from top to bottom on a CPU.
+
+They install a jax that fits, and do not replace a good one.
+"""
 
 import ast
 import json
@@ -133,7 +136,7 @@ def cell():
 
 HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}   |"
 RENAMED = "| NVIDIA-SMI 610.43.02    KMD Version: 610.43.02    CUDA UMD Version: {}   |"
-NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest .."
+NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make .."
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,8 @@ class Runtime(NamedTuple):
         Runtime(12, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
         Runtime(13, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
         Runtime(None, NEW, "tpu", PINS),
-        # A GPU that the installed jax does not use: the driver's CUDA, at the version of a jax that is new enough.
+        # A GPU that the installed jax does not use: the driver's CUDA, at the version of a jax that
+        # is new enough.
         Runtime(12, NEW, "cpu", ["jax[cuda12]", *PINS]),
         Runtime(13, NEW, "cpu", ["jax[cuda13]", *PINS]),
         Runtime(14, {}, None, ["jax[cuda13]"]),

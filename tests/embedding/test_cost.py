@@ -1,4 +1,7 @@
-"""What a compiled step may cost, counted and not timed: copies, sorts, temporaries. (Traces: test_invariants.py.)"""
+"""What a compiled step may cost, counted and not timed: copies, sorts and temporaries.
+
+Traces are counted in test_invariants.py.
+"""
 
 import re
 from functools import partial
@@ -70,7 +73,8 @@ def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation)
     large = {math_prod(leaf.shape) for leaf in jax.tree.leaves(state) if leaf.size > 4 * POSITIONS}
     copied = [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text) if math_prod(s) in large]
     assert copied == [], "an array of the state is copied"
-    # No key-value sort; with a budget XLA has one single-operand sort, inside the branch that runs when it overflows.
+    # No key-value sort. With a budget XLA has one single-operand sort, inside the branch that runs
+    # when it overflows.
     sorts = re.findall(r" sort\(([^)]*)\)", text)
     assert len(sorts) == (stack.budget is not None and implementation != "numba")
     assert all("," not in operands for operands in sorts)

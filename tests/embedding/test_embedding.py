@@ -1,7 +1,9 @@
-"""The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows."""
+"""The verbs, end to end.
+
+Every row, line and bit of a training stream equals those of a dictionary of rows.
+"""
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 import row_oracle
 import shapes
 from cases import named
+from training import all_rows, read, train
 
 import mpembed_jax as mpembed
 from mpembed_jax.numerics import random_bits
@@ -20,24 +23,8 @@ from mpembed_jax.table import read_rows
 
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
-read = jax.jit(mpembed.read)
 flush = jax.jit(mpembed.flush)
 row_bits = jax.jit(random_bits.row_bits, static_argnames=("stream", "num_columns"))
-
-
-@partial(jax.jit, static_argnames="tx", donate_argnames="state")
-def train(state, batches, grads, tx):
-    """Trains on all batches; grads are f32 [steps, N, D], one per id position. Returns the state, and rows as looked up."""
-
-    def step(state, batch):
-        ids, g = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jnp.zeros_like(rows).at[plan.inverse].add(g)
-        state = mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
-        return state, (plan.unique_ids, rows, plan.counts)
-
-    return jax.lax.scan(step, state, (batches, grads))
 
 
 @jax.jit
@@ -46,12 +33,10 @@ def table_rows(state):
     return read_rows(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
 
 
-def all_rows(state):
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
-
-
 def stream(seed, steps, num, num_ids, dim):
-    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every position."""
+    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every
+    position.
+    """
     ids = shapes.skewed_ids(seed, steps, num, num_ids, drift=10, ragged=True)
     ids[:, 0] = np.resize([-1, num_ids, oracles.NO_ID, 2**31 - 2], steps)
     return ids, shapes.dyadic(seed, (steps, num, dim))
@@ -91,10 +76,11 @@ QUICK = {"bfloat16", "int8 without cache", "int8 to nearest", "int4 with a budge
 
 @pytest.mark.parametrize("case", named(MODELS, fast=QUICK))
 def test_training_equals_a_dictionary_of_rows(case):
-    """40 steps of SGD: every looked-up row, line and stored row, after flush too; random bits named by row and step only.
+    """40 steps of SGD: every looked-up row, line and stored row, after flush too.
 
-    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step, id), so the line and
-    the company of a row cannot matter; and the same batches shuffled make the same state.
+    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step,
+    id), so the line and the company of a row cannot matter. The same batches shuffled make the same
+    state.
     """
     num_ids, dim, policy = 120, case.dim, case.policy or "lru"
     lines = case.lines if case.policy else None
@@ -120,13 +106,13 @@ def test_training_equals_a_dictionary_of_rows(case):
     )
     batches, grads = stream(dim, 40, 24, num_ids, dim)
     twin = jax.tree.map(jnp.copy, state)
-    state, (unique_ids, rows, _) = train(state, batches, grads, SGD)
+    state, plans, rows = train(state, batches, grads, SGD)
     order = np.stack([np.random.default_rng(t).permutation(24) for t in range(40)])
     shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
     jax.tree.map(np.testing.assert_array_equal, train(twin, *shuffled, SGD)[0], state)
     for t, ids in enumerate(batches):
         _, wanted = model.train(ids, grads[t], 0.25)
-        got = {int(i): row for i, row in zip(unique_ids[t], np.asarray(rows[t]), strict=True)}
+        got = {int(i): row for i, row in zip(plans.unique_ids[t], np.asarray(rows[t]), strict=True)}
         np.testing.assert_array_equal(got.pop(mpembed.NO_ID), np.zeros(dim))
         assert sorted(got) == sorted(wanted)
         for i, row in wanted.items():
@@ -218,7 +204,7 @@ def test_the_same_state_makes_the_same_next_state():
 # --- dense tables in and out
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", named(["float32", "int8"], fast={"int8"}))
 def test_to_dense_is_read_of_all_ids(storage):
     state = trained(storage)
     dense = mpembed.to_dense(state)
@@ -241,7 +227,11 @@ def test_float32_tables_survive_from_dense_to_dense():
 
 
 def test_from_dense_rounds_each_row_with_its_own_bits_and_reads_memory_maps(tmp_path):
-    """150,003 rows, more than a block: nearest equals the codec; stochastic stays within a gap, unbiased; maps alike."""
+    """150,003 rows, more than a block.
+
+    Nearest rounding equals the codec. Stochastic rounding stays within a gap and is unbiased.
+    Memory maps give the same table.
+    """
     x = np.random.default_rng(0).standard_normal((150_003, 3)).astype(np.float32)
     spec = shapes.stack((5, len(x)), 3, storage=mpembed.RowFormat("int4"), lines=64)
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
@@ -294,7 +284,10 @@ def test_nested_ids_keep_their_nesting(int4_state):
 
 
 def test_counters_pass_the_limits_of_32_bits():
-    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits; what 20 steps add must arrive, no more, no less."""
+    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits.
+
+    What 20 steps add must arrive, no more, no less.
+    """
     state = mpembed.init(KEY, shapes.stack(200, 2, lines=150, ways=4, policy="lru"), SGD)
     begin = np.resize(
         [2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)
@@ -306,10 +299,10 @@ def test_counters_pass_the_limits_of_32_bits():
     words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
     state = dataclasses.replace(state, counters=jnp.asarray(words))
     batches, grads = stream(1, 20, 24, 200, 2)
-    state, (_, _, counts) = train(state, batches, grads, SGD)
+    state, plans, _ = train(state, batches, grads, SGD)
     stats = mpembed.stats(state)
     for name, start in zip(oracles.COUNTS, begin.tolist(), strict=True):
-        assert getattr(stats, name) == start + int(np.sum(getattr(counts, name))), name
+        assert getattr(stats, name) == start + int(np.sum(getattr(plans.counts, name))), name
         assert isinstance(getattr(stats, name), int)
     assert stats.requests > begin[0] + 10
     assert stats.hits > begin[2] + 10

@@ -1,4 +1,7 @@
-"""Twelve deliberate mistakes, each ending in a message that names the fix, no row harmed; then odd inputs that just work."""
+"""Twelve deliberate mistakes, then odd inputs that just work.
+
+Each mistake ends in a message that names the fix, and harms no row.
+"""
 
 import warnings
 from functools import partial
@@ -10,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -34,28 +38,20 @@ def start(spec, tx=TX, seed=0):
     return mpembed.init(jax.random.key(seed), spec, tx)
 
 
-def run(state, ids, scale=1.0):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors = mpembed.pool(rows, plan.inverse)
-    return (
-        mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, scale), tx=TX),
-        vectors,
-        plan,
-    )
+def run(state, ids):
+    state, plan, rows = training.step(state, ids, TX)
+    return state, mpembed.pool(rows, plan.inverse), plan
 
 
 train = jax.jit(run, donate_argnums=0)
 prefetch = jax.jit(mpembed.prefetch)
-read = jax.jit(mpembed.read)
 
 
 def all_rows(state):
     if state.cache is None and state.spec.storage.name == "float32":
-        return np.array(state.table.rows).view(
-            np.float32
-        )  # the packed layout of float32, without a compilation
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
+        # The packed layout of float32, without a compilation.
+        return np.array(state.table.rows).view(np.float32)
+    return training.all_rows(state)
 
 
 def assert_only_these_rows_moved(before, after, moved):
@@ -131,7 +127,7 @@ def test_negative_ids_do_not_wrap_to_the_last_rows():
     assert_only_these_rows_moved(before, all_rows(state), {3})
     np.testing.assert_array_equal(vectors[:3], 0.0)
     assert int(plan.counts.out_of_range) == 3
-    np.testing.assert_array_equal(read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
+    np.testing.assert_array_equal(training.read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
     with pytest.raises(ValueError, match=r"'t0': id -1 at \[1\].*out_of_range="):
         stack(out_of_range="raise").global_ids({"t0": np.array([0, -1])})
 
@@ -173,7 +169,10 @@ def test_a_forgotten_prefetch_is_refused():
 
 
 def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
-    """Called directly or within one trace it raises; across jitted calls it changes nothing, is counted and stats raises."""
+    """Called directly or within one trace it raises.
+
+    Across jitted calls it changes nothing, is counted and stats raises.
+    """
     state = start(stack(cache=CacheSpec(num_rows=8)))
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
@@ -292,8 +291,11 @@ OTHER_SPECS = {
 
 @pytest.mark.parametrize("case", OTHER_SPECS)
 def test_a_checkpoint_of_another_spec_is_refused_even_where_all_shapes_agree(case):
-    """A checkpointer puts saved arrays into the tree of a target; equal shapes pass it (test_checkpoint_stock.py), so the
-    state itself must tell that its arrays were made for another spec."""
+    """A checkpointer puts saved arrays into the tree of a target.
+
+    Equal shapes pass it (test_checkpoint_stock.py), so the state itself must tell that its arrays
+    were made for another spec.
+    """
     saved, target = (stack(**options) for options in OTHER_SPECS[case])
     structure = jax.tree.structure(
         jax.eval_shape(lambda key: mpembed.init(key, target, TX), jax.random.key(0))
@@ -335,7 +337,10 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
 
 
 def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of():
-    """Six lines, 100 unique ids a batch: the values are those of no cache at all; the warning names both numbers."""
+    """Six lines, 100 unique ids a batch: the values are those of no cache at all.
+
+    The warning names both numbers.
+    """
     ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(
         np.int32
     )
@@ -481,15 +486,18 @@ def test_vocabularies_of_one_and_three_rows_just_work(size, options):
 
 @pytest.mark.parametrize("storage", ["int8"])
 def test_a_nonfinite_gradient_stays_in_its_row(storage):
-    """Without skip_nonfinite the row is lost and no other; through the cache, its eviction and the table."""
+    """Without skip_nonfinite the row is lost, and no other.
+
+    This holds in the cache, at its eviction and in the table.
+    """
     state = start(stack(storage=storage, cache=CacheSpec(num_rows=2, ways=2, policy="lru")))
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids, value):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        grads = jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
-        return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+        def gradient(rows, plan):
+            return jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
+
+        return training.step(state, ids, TX, gradient).state
 
     state = step(state, np.array([5, 6], np.int32), jnp.float32(jnp.nan))
     for pair in ([7, 8], [5, 9], [1, 2]):

@@ -1,4 +1,7 @@
-"""apply_pooled_gradients changes a state as pool's gradient followed by apply_gradients does, whatever runs it."""
+"""apply_pooled_gradients makes the state of pool's gradient followed by apply_gradients.
+
+This holds for every implementation.
+"""
 
 from functools import partial
 
@@ -20,13 +23,16 @@ SGD = mpembed.optim.sgd(0.25)
 
 
 def ids_for(kind, seed=0, *, has_padding=True):
-    """Batches of ids: [16, 4], flat ones, or a nest of bags of three lengths, one of them none at all."""
+    """Batches of ids: [16, 4], flat ones, or a nest of bags.
+
+    The bags of the nest have three lengths, one of them zero.
+    """
     ids = shapes.skewed_ids(seed, 1, BAGS * LENGTH, NUM_IDS)[0]
     if has_padding:
         ids[[3, 9, 21]], ids[[5, 30]] = mpembed.NO_ID, [-7, NUM_IDS]
     if kind == "nest":
-        return {"a": ids[:30].reshape(10, 3), "b": ids[30:31].reshape(1, 1), "c": ids[31:61].reshape(3, 5, 2),
-                "d": np.zeros((4, 0), np.int32)}  # fmt: skip
+        parts = ids[:30].reshape(10, 3), ids[30:31].reshape(1, 1), ids[31:61].reshape(3, 5, 2)
+        return dict(zip("abcd", (*parts, np.zeros((4, 0), np.int32)), strict=True))
     return ids if kind == "ragged" else ids.reshape(BAGS, LENGTH)
 
 
@@ -105,7 +111,10 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POOLS)
 def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
-    """With hits, evictions and bypassed rows; padding, ids outside the table and empty bags where sums stay exact."""
+    """With hits, evictions and bypassed rows.
+
+    There are padding, ids outside the table and empty bags where sums stay exact.
+    """
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     ids = ids_for(POOLS[name][0], has_padding="mean" not in name and name != "sqrtn")
     one, other = by_both_ways(spec, ids, options_for(name, ids))
@@ -127,6 +136,7 @@ def test_without_kernels_it_is_that_pair(name, implementation):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     named(
@@ -134,11 +144,13 @@ def test_without_kernels_it_is_that_pair(name, implementation):
             "rule": mpembed.optim.rowwise_adagrad(0.25, eps=0.0),
             "no rule": optax.sgd(0.25, momentum=0.5),
         },
-        fast={"rule"},
     ),
 )
 def test_transformations_with_and_without_a_rule(tx):
-    """Adagrad's arithmetic is exact: each row's first gradient is one bag's, all of one magnitude."""
+    """Adagrad's arithmetic is exact.
+
+    Each row's first gradient is one bag's, all of one magnitude.
+    """
     ids = np.arange(48, dtype=np.int32).reshape(12, 4)
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 60)], 8, "bfloat16", None, row_state_dtype="bfloat16"
@@ -240,9 +252,12 @@ def test_a_batch_without_ids_or_bags():
         ([], {}, []),
         ([], {"combiner": "mean"}, []),
         (np.zeros((3, 0), np.int32), {"combiner": "sum"}, np.ones((3, 6), np.float32)),
-        (np.arange(3, dtype=np.int32), {"combiner": "sum", "segment_ids": np.full(3, 0, np.int32), "num_segments": 0},
-         np.zeros((0, 6), np.float32)),
-    ):  # fmt: skip
+        (
+            np.arange(3, dtype=np.int32),
+            {"combiner": "sum", "segment_ids": np.zeros(3, np.int32), "num_segments": 0},
+            np.zeros((0, 6), np.float32),
+        ),
+    ):
         state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
         prefetched, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(prefetched, plan)

@@ -1,4 +1,7 @@
-"""Criteo-Kaggle from text to batches: the builder, its splits, what it refuses, and the order of batches."""
+"""Criteo-Kaggle from text to batches.
+
+The builder, its splits, what it refuses, and the order of batches.
+"""
 
 import functools
 import os
@@ -385,8 +388,8 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
 def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
     settings = train_dlrm.Settings(
-        data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False, batch_size=128,
-        hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
+        data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False,
+        batch_size=128, hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
     )  # fmt: skip
     record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128

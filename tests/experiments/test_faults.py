@@ -43,7 +43,10 @@ def test_every_array_cut_or_changed_is_refused_by_name(caplog):
 
 @pytest.mark.slow
 def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
-    """In a process of its own: orbax leaves unfinished writes behind when one fails, which would be reported elsewhere."""
+    """In a process of its own.
+
+    Orbax leaves unfinished writes behind when one fails, which would be reported elsewhere.
+    """
     command = [
         sys.executable,
         "-m",
@@ -63,12 +66,14 @@ def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     assert all("checkpoints saved before are unchanged" in m for m in messages.values())
 
 
+@pytest.mark.slow
 def test_ids_from_hell_change_only_what_was_asked_for():
     found = invariants.ids_from_hell(300)
     assert found["examples"] >= 300
     assert min(found.values()) > 100
 
 
+@pytest.mark.slow
 def test_bad_gradients_stay_where_they_are():
     found = invariants.bad_gradients(40, ("int8", "float32"))
     assert found["rows skipped"] > 20
@@ -77,7 +82,9 @@ def test_bad_gradients_stay_where_they_are():
 
 @pytest.mark.slow
 def test_a_soak_of_a_thousand_steps():
-    """Three states, invariants every 125 steps, increments restored exactly at the end, memory flat."""
+    """Three states, invariants every 125 steps, increments restored exactly at the end, memory
+    flat.
+    """
     found = invariants.soak(1000, 125, ())
     assert found["checks"] == 8
     assert found["evictions"]["int8"] > 1000

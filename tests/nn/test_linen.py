@@ -1,4 +1,7 @@
-"""Properties of the linen twins and their TrainState: the five-line change, equality with nnx, what misuse raises."""
+"""Properties of the linen twins and their TrainState.
+
+The change of five lines, equality with nnx, and what misuse raises.
+"""
 
 import copy
 
@@ -121,6 +124,7 @@ def test_linen_and_nnx_make_the_same_table_bit_for_bit():
     np.testing.assert_array_equal(vectors, Model().apply(state.variables, IDS))
 
 
+@pytest.mark.slow
 def test_a_restored_state_with_batch_statistics_takes_the_same_next_step(tmp_path):
     model = Model(cache=None, with_norm=True)
 
@@ -160,6 +164,7 @@ class Two(linen.Module):
         return Model(cache=None, name="inner")(ids), vectors
 
 
+@pytest.mark.slow
 def test_several_modules_are_prefetched_by_path_and_bags_equal_those_of_nnx():
     model = Two()
     variables = jax.jit(model.init)(jax.random.key(0), IDS, BAG_IDS)

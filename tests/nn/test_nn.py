@@ -1,4 +1,7 @@
-"""Properties of nn.CachedEmbed in nnx models: the five-line change, equality with the verbs and with nnx.Embed, misuse."""
+"""Properties of nn.CachedEmbed in nnx models.
+
+The change of five lines, equality with the verbs and with nnx.Embed, and misuse.
+"""
 
 import copy
 import subprocess
@@ -70,14 +73,17 @@ def test_a_model_with_a_row_transformation_is_printed_and_copied(tx):
 
 
 def test_importing_the_package_loads_no_flax():
-    code = "import sys, mpembed_jax; assert 'flax' not in sys.modules; from mpembed_jax import nn; nn.linen.TrainState"
+    code = "import sys, mpembed_jax; assert 'flax' not in sys.modules; "
+    code += "from mpembed_jax import nn; nn.linen.TrainState"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- what a step computes
 
 
-@pytest.mark.parametrize("options", [{}, SMALL], ids=["int8", "int4 without cache"])
+@pytest.mark.parametrize(
+    "options", named({"int8": {}, "int4 without cache": SMALL}, fast={"int4 without cache"})
+)
 def test_a_step_equals_the_functional_verbs_bit_for_bit(options):
     model, optimizer = cached_model(**options)
     step, _ = jitted_step()
@@ -221,7 +227,8 @@ def test_a_scan_over_batches_makes_one_step_of_each():
     )
     assert_same_bits(model.embed.state.counters, looped.embed.state.counters)
     one, other = (mpembed.to_dense(m.embed.state)["embedding"] for m in (model, looped))
-    # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its largest value.
+    # A last bit of a gradient, compiled differently, may move an int4 row by one code: 2 / 7 of its
+    # largest value.
     np.testing.assert_allclose(one, other, atol=2 / 7 * np.abs(other).max())
     assert np.mean(one != other) < 0.05
 
@@ -295,7 +302,8 @@ def test_nested_listed_and_shared_modules_are_each_updated_once():
 def test_initial_values_follow_nnx_embed_and_a_given_initializer():
     embed = nn.CachedEmbed(20_000, 16, storage="float32", rngs=nnx.Rngs(0))
     table = mpembed.to_dense(embed.state)["embedding"]
-    # n = 320,000 normal values: the standard deviation of their spread is 1 / sqrt(2 n) relative; 5 sigma.
+    # n = 320,000 normal values: the standard deviation of their spread is 1 / sqrt(2 n) relative. 5
+    # sigma.
     assert abs(table.std() * 4 - 1) < 5 / np.sqrt(2 * table.size)
     ones = nn.CachedEmbed(
         10, 3, storage="bfloat16", embedding_init=jax.nn.initializers.ones, rngs=nnx.Rngs(0)
@@ -322,7 +330,7 @@ def test_evaluation_reads_and_changes_nothing_and_views_switch_mode():
         model.embed(ids)
 
 
-@pytest.mark.parametrize("num_rows", [3, 20_001])
+@pytest.mark.parametrize("num_rows", named([3, 20_001], fast={"20001"}))
 def test_attend_equals_the_product_with_the_dense_table_and_differentiates_in_the_query(num_rows):
     embed = nn.CachedEmbed(num_rows, DIM, cache=None, rngs=nnx.Rngs(0))
     query = jax.random.normal(jax.random.key(1), (2, 3, DIM))

@@ -1,4 +1,7 @@
-"""Properties of nn.CachedEmbedBags: pooling, shared tables, several widths, array and dict ids, what misuse raises."""
+"""Properties of nn.CachedEmbedBags.
+
+Pooling, shared tables, several widths, array and dict ids, and what misuse raises.
+"""
 
 import collections
 import functools
@@ -129,7 +132,7 @@ def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
     assert [s.steps for s in bags.stats()] == [3, 3]
 
 
-@pytest.mark.parametrize("num_specs", [1, 2])
+@pytest.mark.parametrize("num_specs", named([1, 2], fast={"1"}))
 def test_array_ids_give_the_vectors_of_bags_of_one(num_specs):
     tables = [TableSpec(n, 9) for n in "abc"]
     specs = [EmbeddingSpec(tables, 4, cache=None)]
@@ -259,8 +262,12 @@ def test_misuse_of_bags_in_a_call_raises(case):
         case.call(bags)
 
 
+@pytest.mark.slow
 def test_pooling_follows_the_implementation_of_the_state():
-    """Kernels where they are named, in training and after eval(); bags without weights are the same sums in order."""
+    """Kernels where they are named, in training and after eval().
+
+    Bags without weights are the same sums in order.
+    """
 
     def vectors(implementation):
         specs = bag_specs(storage="float32")

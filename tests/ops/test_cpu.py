@@ -1,4 +1,7 @@
-"""What numba compiles (deduplication, planning, movements of rows): the reference's bits, in place, refused without it."""
+"""What numba compiles: deduplication, planning and movements of rows.
+
+It makes the reference's bits, in place. It is refused where numba is missing.
+"""
 
 import importlib.util
 import os
@@ -17,6 +20,7 @@ from cases import named
 pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
 import shapes
+import training
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -30,10 +34,7 @@ TX = mpembed.optim.sgd(0.1)
 @jax.jit
 def plan_batches(state, batches):
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        return mpembed.apply_gradients(
-            state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX
-        ), plan
+        return training.step(state, ids, TX, lambda rows, plan: jnp.zeros_like(rows))[:2]
 
     return jax.lax.scan(step, state, batches)
 
@@ -62,7 +63,10 @@ PLANS = {
 
 @pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget"}))
 def test_plans_and_states_equal_the_references(case):
-    """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
+    """Skewed ids with drift, uniform ones, padding and ids out of range.
+
+    LFU's counts are halved on the way.
+    """
     rng = np.random.default_rng(0)
     rows, width = case.rows, case.width
     batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(
@@ -151,7 +155,10 @@ def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, size):
     ]),
 )  # fmt: skip
 def test_take_equals_a_gather_with_zeros_outside(dtype, size):
-    """The last two are past 12 MiB: the first of them is written past the caches, the other is not aligned for it."""
+    """The last two are past 12 MiB.
+
+    The first of them is written past the caches, the other is not aligned for it.
+    """
     num, rows, dim = size
     rng = np.random.default_rng(num)
     array = rng.integers(1, 1 << 20, (rows, dim)).astype(dtype)
@@ -166,7 +173,10 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, size):
 
 @pytest.mark.parametrize("combiner", [None, "mean"])
 def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(combiner):
-    """First and second derivative, a batch of index arrays, one of rows; an index outside takes the nearest row."""
+    """First and second derivative, a batch of index arrays, one of rows.
+
+    An index outside takes the nearest row.
+    """
     rng = np.random.default_rng(3)
     rows = jnp.asarray(rng.normal(size=(40, 8)), jnp.float32)
     index = jnp.asarray(rng.integers(-2, 42, (3, 5, 4)), jnp.int32)
@@ -201,7 +211,9 @@ def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(c
     )
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+@pytest.mark.parametrize(
+    "dtype", named(["int8", "uint8", "int16", "uint16", "uint32"], fast={"int8", "uint32"})
+)
 def test_indices_of_other_dtypes_are_pooled_right(dtype):
     """The foreign call reads int32: others go to XLA."""
     rows = jnp.arange(80, dtype=jnp.float32).reshape(40, 2)

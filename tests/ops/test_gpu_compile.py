@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation for GPUs this machine does not have: no copy of the table, bounded temporaries, real kernels.
+"""Ahead-of-time compilation for GPUs this machine does not have.
+
+There is no copy of the table, temporaries are bounded, and kernels are real.
 
 Needs XLA's GPU compiler: pip install -e .[aot]. Runs under JAX_PLATFORMS=cpu like every other test.
 """
@@ -46,9 +48,10 @@ STEPS += [
 
 @pytest.mark.parametrize("case", named(STEPS))
 def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(case):
-    """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most six times that.
+    """33.76 M rows, and 109 MB for the vectors of all positions.
 
-    Where gradients are applied as they are summed, there is one array of that size less: at most 2.5 times.
+    Everything temporary together is at most six times that. Where gradients are applied as they are
+    summed, there is one array of that size less: at most 2.5 times.
     """
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8")
     step, arguments = compile_gpu.step_and_arguments(
@@ -83,10 +86,11 @@ HOST_PROGRAMS += [Program("a100", "xla"), Program("t4", "xla"), Program("h200", 
 
 @pytest.mark.parametrize("case", named(HOST_PROGRAMS))
 def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(case):
-    """33.76 M rows, 608 MB: in the program's host memory from beginning to end, aliased, never on the device, never copied.
+    """33.76 M rows, 608 MB, in the program's host memory from beginning to end.
 
-    Through host memory go chunks of packed rows alone: at most 16,384 rows of 18 bytes, of three verbs' loops. No part of
-    the program is handed to the host's processor, although XLA warns that it might be.
+    The table is aliased, never on the device and never copied. Through host memory go chunks of
+    packed rows alone: at most 16,384 rows of 18 bytes, of three verbs' loops. No part of the
+    program is handed to the host's processor, although XLA warns that it might be.
     """
     tx = mpembed.optim.rowwise_adagrad(0.05)
     spec = mpembed.EmbeddingSpec(
@@ -111,7 +115,10 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(case):
 
 
 def test_wide_optimizer_state_is_made_in_host_memory():
-    """Momentum of 16 floats for each of 10 M rows, and a float32 table: no array of their size on the device."""
+    """Momentum of 16 floats for each of 10 M rows, and a float32 table.
+
+    No array of their size on the device.
+    """
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("ids", 10_000_000)], DIM, "float32", None, memory_kind="pinned_host"
     )
@@ -144,7 +151,10 @@ def test_kernels_of_other_formats_compile_to_machine_code(storage, dim):
 
 @pytest.mark.parametrize(("storage", "dim"), [("int8", 16), ("float32", 64)])
 def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(storage, dim):
-    """Twelve steps in one scan, the table in host memory, momentum too: nothing of their size on the device."""
+    """Twelve steps in one scan, the table in host memory, momentum too.
+
+    Nothing of their size on the device.
+    """
     tx = optax.sgd(0.25, momentum=0.5) if storage == "float32" else mpembed.optim.sgd(0.25)
     small = checks.Small(storage, dim, "xla", tx, "pinned_host")
     cache = mpembed.CacheSpec(num_rows=128, ways=8)

@@ -1,7 +1,7 @@
-"""The GPU kernels, interpreted: the same bits as the reference for every format, at odd dims and edges of a plan.
+"""The GPU kernels, interpreted, make the same bits as the reference.
 
-Interpreting shows values; that they compile for a GPU is shown by test_gpu_lowering and test_gpu_compile, that they run
-fast by experiments/gpu/bench_gpu.py.
+For every format, at odd dims and edges of a plan. Interpreting shows values. test_gpu_lowering and
+test_gpu_compile show that they compile for a GPU, experiments/gpu/bench_gpu.py that they run fast.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
 from cases import named
 
 import mpembed_jax as mpembed
@@ -63,12 +64,18 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}  # programs that run once
 def same(one, other):
     """Equal bit for bit: NaN equals NaN of the same bits, -0 is not 0."""
     one, other = jax.device_get((one, other))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint8), b.view(np.uint8)),
-                 jax.tree.map(np.ascontiguousarray, one), jax.tree.map(np.ascontiguousarray, other))  # fmt: skip
+
+    def as_bytes(array):
+        return np.ascontiguousarray(array).view(np.uint8)
+
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), one, other)
 
 
 def stage(fmt, dim, seed=0):
-    """A table and cache with awkward rows, and a plan: 11 hits, then newcomers, then bypassed rows, padding."""
+    """A table and cache with awkward rows, and a plan.
+
+    11 hits, then newcomers, then bypassed rows, padding.
+    """
     rng = np.random.default_rng(seed)
     fmt = fmt.resolve(dim)
     with np.errstate(over="ignore"):
@@ -114,7 +121,9 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
 
 @pytest.mark.parametrize("case", named(OPTIONS, fast={"int8-128", "int4-float16-100"}))
 def test_swap_lookup_and_write_make_the_same_bits(case):
-    """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean victims."""
+    """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean
+    victims.
+    """
     staged = stage(*case)
     bounds = jnp.asarray([11, 57, 66], jnp.int32)
     wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
@@ -137,7 +146,10 @@ def resident(lines):
 
 
 def spread(rng, row_grads, num):
-    """Gradients and positions whose sums are row_grads: an odd number for each row, all but one cancelling in pairs."""
+    """Gradients and positions whose sums are row_grads.
+
+    Each row has an odd number of them, of which all but one cancel in pairs.
+    """
     index, grads = [], []
     for row, wanted in enumerate(row_grads[:num]):
         pairs = (
@@ -156,10 +168,12 @@ def spread(rng, row_grads, num):
 
 @pytest.mark.parametrize("case", named(EVERY, fast=[case.name for case in SOME[1::2]]))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
-    """Read through the tags, swap, lookup, then an update from row gradients +-2^-k and one from positions' that sum to it.
+    """Read through the tags, swap, lookup, and two updates.
 
-    One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way round. The mean of squares
-    is 4^-k and its root 2^-k, exactly: Adagrad's step is +-lr and rounds once, in the sum; the sums are known in advance.
+    One update is from row gradients +-2^-k, the other from gradients of positions that sum to them.
+    One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way
+    round. The mean of squares is 4^-k and its root 2^-k, exactly. Adagrad's step is +-lr and rounds
+    once, in the sum. The sums are known in advance.
     """
     table, lines, dirty, ids, line, victims = stage(*case)
     rng, dim = np.random.default_rng(4), case.dim
@@ -292,18 +306,19 @@ def test_read_matches_the_ways_of_a_set(case):
 # --- row update
 
 
-def update_both(tx, spec, ids, grads, *, row_scale=1.0):
-    """The state after one update, by the XLA path and by the kernel, from the same planned state."""
+def update_both(tx, spec, ids, grads):
+    """The state after one update, by the XLA path and by the kernel.
+
+    Both start from the same planned state.
+    """
     results = []
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(1), spec, tx, implementation=implementation)
 
         @partial(jax.jit, compiler_options=FAST_COMPILE)
         def step(state):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan) * jnp.float32(row_scale)
-            row_grads = jnp.zeros_like(rows).at[plan.inverse].add(grads)
-            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), rows
+            state, _, rows = training.step(state, ids, tx, training.of_positions(grads))
+            return state, rows
 
         results.append(jax.device_get(step(state)))
     return results
@@ -312,8 +327,11 @@ def update_both(tx, spec, ids, grads, *, row_scale=1.0):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", named(SOME))
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
-    """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
-    is +-lr, all exact; with bypassed rows, padding and a cache."""
+    """Adagrad with gradients of one magnitude 2^-k per row.
+
+    The mean of squares is 4^-k, its root 2^-k, and -lr g / root is +-lr, all exact. There are
+    bypassed rows, padding and a cache.
+    """
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     spec = mpembed.EmbeddingSpec(
@@ -341,8 +359,11 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
 
 @pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
-    """G is D + 1 roundings off at most, its root half of that, then come a sum, a quotient and a product; the sum with w
-    rounds once in each program: |difference| <= 2^-23 (|w| + |u| (D / 2 + 5))."""
+    """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
+
+    G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
+    product. The sum with w rounds once in each program.
+    """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
     spec = shapes.stack(150, dim, storage="float32", lines=24)
@@ -401,7 +422,10 @@ def test_an_optimizer_of_another_state_is_refused():
 
 @pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
-    """SGD: n products and n - 1 sums, then a product and a sum: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order."""
+    """By SGD: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order.
+
+    There are n products and n - 1 sums, then a product and a sum.
+    """
     rng = np.random.default_rng(dim)
     fmt = RowFormat("float32").resolve(dim)
     num, width, lr = 400, 21, 0.1
@@ -449,7 +473,10 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
 
 
 def test_skipped_rows_and_infinite_factors_are_the_reference_s():
-    """D = 6 is padded to 8 in a kernel: zero times an infinite factor must not reach the mean of squares."""
+    """D = 6 is padded to 8 in a kernel.
+
+    Zero times an infinite factor must not reach the mean of squares.
+    """
     dim, width = 6, 9
     fmt = RowFormat("float32").resolve(dim)
     table = QuantizedTable(encode(jnp.asarray(shapes.dyadic(0, (20, dim))), fmt), fmt, dim)
@@ -532,7 +559,10 @@ def summed(values, index, size, implementation):
     named([Sums(96, 97, 7), Sums(300, 40, 16), Sums(1, 3, 4), Sums(64, 3, 1), Sums(150, 30, 100)]),
 )
 def test_sums_of_duplicates_equal_a_loop(case, implementation):
-    """Rows of up to 32 positions, which are summed side by side, and longer ones; dyadic, so sums are exact."""
+    """Rows of up to 32 positions, which are summed side by side, and longer ones.
+
+    Dyadic, so sums are exact.
+    """
     num, size, dim = case
     for kind, draw in INDICES.items():
         index = draw(np.random.default_rng(num), num, size).astype(np.int32)
@@ -547,7 +577,10 @@ def test_sums_of_duplicates_equal_a_loop(case, implementation):
 
 @pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
-    """n products and n - 1 sums, each rounded once: |error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|; dyadic: none."""
+    """|error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|.
+
+    There are n products and n - 1 sums, each rounded once. Dyadic numbers have no error.
+    """
     rng = np.random.default_rng(dim)
     index = rng.integers(0, 12, (37, 5)).astype(np.int32)
     gather = jax.jit(partial(ops.bag, implementation=KERNEL), compiler_options=FAST_COMPILE)
@@ -636,26 +669,18 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
     def train(state, batches, grads):
         def step(state, batch):
             ids, upstream = batch
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            pool = partial(
-                mpembed.pool,
-                inverse=plan.inverse,
-                combiner="sum",
-                implementation=state.implementation,
+            gradient = training.of_vectors(
+                upstream, combiner="sum", implementation=state.implementation
             )
-            bags, pull_back = jax.vjp(pool, rows)
-            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (
-                bags,
-                plan.counts,
-            )
+            state, plan, _ = training.step(state, ids, tx, gradient)
+            return state, plan.counts
 
         return jax.lax.scan(step, state, (batches, grads))
 
     results = []
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(2), spec, tx, implementation=implementation)
-        state, (_, counts) = train(state, batches, grads)
+        state, counts = train(state, batches, grads)
         results.append((jax.tree.leaves(jax.jit(mpembed.flush)(state)), counts))
     same(results[1], results[0])
     assert int(results[0][1].write_backs.sum()) > 20
