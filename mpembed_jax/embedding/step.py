@@ -59,7 +59,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         )
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten(_divided(inverse, shapes)),
+        inverse=treedef.unflatten(divided(inverse, shapes)),
         line=moves.line,
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
@@ -146,7 +146,7 @@ def _place(
     return state, moves, inverse, counts
 
 
-def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+def divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
     """Returns consecutive pieces of `inverse` in the shapes of the ids."""
     if not shapes:
         return []
@@ -165,14 +165,20 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     Returns:
       [U, D] in dtype.
     """
-    rows = _gather(state, plan)
+    rows = lookup_held(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
     return rows.astype(dtype)
 
 
-def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Gathers the planned rows of this device; on a mesh those of its shard."""
+def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Gathers the planned rows that this device holds: on a mesh, those of its shard that any device asks for.
+
+    Over all devices, each row of the batch is there once. `exchange.fetch` brings them to who asks, differentiably.
+
+    Returns:
+      float32 [Q, D]; on one device the same as `lookup`.
+    """
     return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
 
 
@@ -211,14 +217,41 @@ def apply_gradients(
       ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
     """
     layout = state.layout
-    _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
-    moves, is_pending = _pending(state, plan)
+    width = plan.unique_ids.shape[0]
+    _check("apply_gradients", state, width, rows=rows, row_grads=row_grads)
     if layout is not None:
         layout.check_bound("apply_gradients")
-        rows, row_grads = (
-            _gather(state, plan),
-            exchange.collect(layout, exchange.route_of(plan), row_grads),
-        )
+        rows = lookup_held(state, plan)
+        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+    return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
+
+
+def apply_held_gradients(
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """See apply_gradients; of the rows that `lookup_held` returned, with their gradients summed over all devices.
+
+    Args:
+      state: from prefetch; consumed where donated.
+      plan: from the same prefetch.
+      rows: float32 [Q, D].
+      row_grads: float32 [Q, D].
+      tx: the transformation given to init.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: as apply_gradients.
+    """
+    layout = state.layout
+    moves, is_pending = _pending(state, plan)
+    _check("apply_gradients", state, moves.ids.shape[0], rows=rows, row_grads=row_grads)
     is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
     num_nonfinite = jnp.int32(0)
     if state.spec.skip_nonfinite:
@@ -280,7 +313,7 @@ def apply_pooled_gradients(
         "num_segments": num_segments,
         "implementation": state.implementation,
     }
-    _check("apply_pooled_gradients", state, plan, rows=rows)
+    _check("apply_pooled_gradients", state, plan.unique_ids.shape[0], rows=rows)
     index, factors, leaves = pooling.check_gradients(
         spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
     )
@@ -297,9 +330,9 @@ def apply_pooled_gradients(
     return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_pending)
 
 
-def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
-    """Checks the shapes and dtypes of arrays per unique row, and that the state has a prefetch waiting, if that is known."""
-    expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
+def _check(verb: str, state: EmbeddingState, width: int, **arrays: jax.Array) -> None:
+    """Checks shapes and dtypes of arrays of `width` rows, and that the state has a prefetch waiting, if that is known."""
+    expected = (width, state.spec.embedding_dim)
     for name, array in arrays.items():
         if array.shape != expected:
             raise ValueError(

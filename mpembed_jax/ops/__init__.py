@@ -8,6 +8,7 @@ A table in host memory is always moved by XLA, in chunks that cover the rows wan
 
 Ops (U unique ids, D embedding dim, V table rows, C cache lines); the records are in `records`:
   unique(ids [N], size, step)                 -> Unique: distinct ids, where each position's id went, occurrences
+  find(known [U], ids [N])                    -> where each id stands among known ones, and whether it does
   plan(cache, unique, step, num_positions)    -> the cache, Moves, where each position went, requests that hit
   swap(store, moves, draw)                    -> dirty victims quantized into the table, newcomers dequantized into lines
   lookup(store, moves)                        -> f32 [U, D], from the line where there is one, else from the table
@@ -67,6 +68,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "find",
     "has_kernels",
     "lookup",
     "plan",
@@ -180,6 +182,27 @@ def unique(
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
     return native.unique.unique(ids, size, step)
+
+
+@jax.custom_batching.custom_vmap  # foreign calls have no batched form
+def _find_natively(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return compiled("numba").unique.find(known, ids)
+
+
+@_find_natively.def_vmap
+def _find_batches(
+    size: int, is_batched: tuple[bool, bool], known: jax.Array, ids: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    axes = tuple(0 if batched else None for batched in is_batched)
+    return jax.vmap(xla.unique.find, axes, axis_size=size)(known, ids), (True, True)
+
+
+def find(
+    known: jax.Array, ids: jax.Array, *, implementation: Named | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See `xla.unique.find`."""
+    is_native = compiled(implementation) is not None
+    return _find_natively(known, ids) if is_native else xla.unique.find(known, ids)
 
 
 def plan(

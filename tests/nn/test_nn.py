@@ -15,6 +15,7 @@ from nn_models import (
     HEAD_TX,
     IDS,
     LABELS,
+    OTHER_IDS,
     ROW_TX,
     ROWS,
     SMALL,
@@ -173,8 +174,8 @@ def test_a_step_outside_jit_trains_and_finds_other_ids():
     losses = []
     for _ in range(3):
         model.embed.prefetch(IDS)
-        with pytest.raises(ValueError, match="other ids than prefetch"):
-            model(IDS[::-1])
+        with pytest.raises(ValueError, match="called with ids that were not prefetched"):
+            model(OTHER_IDS[:1])
         loss, grads = nnx.value_and_grad(squared_error)(model, IDS, LABELS)
         optimizer.update(model, nn.apply_gradients(model, grads))
         losses.append(float(loss))
@@ -353,8 +354,7 @@ def test_training_through_attend_raises_and_names_sampled_softmax_which_trains()
     ("call", "error", "message"),
     [
         (lambda m: m.embed.prefetch(IDS.astype(np.float32)), TypeError, "ids must be integers, got float32"),
-        (lambda m: (m.embed.prefetch(IDS), m(IDS[:1])), ValueError, r"called with ids of shapes \[1, 3\].* \[16, 3\]"),
-        (lambda m: (m.embed.prefetch(IDS), m.embed({"x": IDS})), ValueError, "give prefetch and the call the same ids"),
+        (lambda m: (m.embed.prefetch(IDS), m.embed({"x": OTHER_IDS})), ValueError, "give prefetch all ids"),
         (lambda m: (m.embed.prefetch(IDS), m.embed.prefetch(IDS)), ValueError, "prefetch was called twice"),
         (lambda m: (m.eval(), m.embed.prefetch(IDS)), ValueError, "in evaluation mode.*call model.train"),
         (lambda m: nn.apply_gradients(m, nnx.state(m, nnx.Param)), ValueError, "found no prefetched rows"),
