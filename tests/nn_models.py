@@ -72,6 +72,7 @@ def batches(num: int, seed=0):
 
 
 ((IDS, LABELS),) = batches(1)
+OTHER_IDS = np.setdiff1d(np.arange(ROWS, dtype=np.int32), IDS)
 
 
 class Model(nnx.Module):

@@ -68,7 +68,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         )
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten(_divided(inverse, shapes)),
+        inverse=treedef.unflatten(divided(inverse, shapes)),
         line=moves.line,
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
@@ -157,7 +157,7 @@ def _place(
     return state, moves, inverse, counts
 
 
-def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+def divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
     """Splits `inverse` into consecutive pieces of the given shapes."""
     if not shapes:
         return []
@@ -185,7 +185,7 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
       ValueError: if the plan is concrete and not of the state's latest prefetch.
     """
     _check_latest("lookup", state, plan)
-    rows = _gather(state, plan)
+    rows = lookup_held(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
     width = rows.shape[0]
@@ -200,8 +200,16 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     return rows.astype(dtype)
 
 
-def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Gathers the planned rows of this device; on a mesh, they are those of its shard."""
+def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Gathers the planned rows that this device holds.
+
+    On a mesh, these are the rows of its shard that any device requests. Over all devices, each row
+    of the batch is there once. `exchange.fetch`, which is differentiable, brings the rows to the
+    devices that request them.
+
+    Returns:
+      float32 [Q, D]. On one device, the same as `lookup`.
+    """
     return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
 
 
@@ -242,14 +250,41 @@ def apply_gradients(
         call for one prefetch.
     """
     layout = state.layout
-    _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
-    moves, is_pending = _pending(state, plan)
+    width = plan.unique_ids.shape[0]
+    _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
     if layout is not None:
         layout.check_bound("apply_gradients")
-        rows, row_grads = (
-            _gather(state, plan),
-            exchange.collect(layout, exchange.route_of(plan), row_grads),
-        )
+        rows = lookup_held(state, plan)
+        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+    return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
+
+
+def apply_held_gradients(
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Does what `apply_gradients` does, for the rows that `lookup_held` returned.
+
+    Args:
+      state: from prefetch; consumed if donated.
+      plan: from the same prefetch.
+      rows: float32 [Q, D], from lookup_held.
+      row_grads: float32 [Q, D], summed over all devices.
+      tx: the transformation given to init.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: as apply_gradients.
+    """
+    layout = state.layout
+    moves, is_pending = _pending(state, plan)
+    _check("apply_gradients", state, plan, moves.ids.shape[0], rows=rows, row_grads=row_grads)
     is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
     num_nonfinite = jnp.int32(0)
     if state.spec.skip_nonfinite:
@@ -314,7 +349,7 @@ def apply_pooled_gradients(
         "num_segments": num_segments,
         "implementation": state.implementation,
     }
-    _check("apply_pooled_gradients", state, plan, rows=rows)
+    _check("apply_pooled_gradients", state, plan.unique_ids.shape[0], rows=rows)
     index, factors, leaves = pooling.check_gradients(
         spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
     )
@@ -333,15 +368,17 @@ def apply_pooled_gradients(
     return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
-def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
-    """Checks the shapes and dtypes of `arrays` (one row per unique id) and that a prefetch waits.
+def _check(
+    verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
+) -> None:
+    """Checks the shapes and dtypes of `arrays` (`width` rows each) and that a prefetch waits.
 
     If state.pending is traced, `_pending` makes the second check on the device.
 
     Raises:
       ValueError: if a check fails.
     """
-    expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
+    expected = (width, state.spec.embedding_dim)
     for name, array in arrays.items():
         if array.shape != expected:
             raise ValueError(

@@ -134,6 +134,16 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
 
+def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
+    """Returns the user's own arrays in the nesting of `route`, of the same ids.
+
+    Arguments and errors are those of `route`. An array [.., T] stands for its columns.
+    """
+    if isinstance(ids, Mapping):
+        return [{f: ids[f] for f, _ in s.feature_tables if f in ids} for s in specs]
+    return [ids] * len(specs)
+
+
 def _as_float(weights: Any) -> jax.Array:
     return jnp.asarray(weights).astype(jnp.float32)
 

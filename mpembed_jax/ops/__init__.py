@@ -14,6 +14,8 @@ that cover only the rows that are needed. No other rows cross the bus.
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
+  find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
+                                               whether it is among them
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
@@ -80,6 +82,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "find",
     "has_kernels",
     "lookup",
     "plan",
@@ -204,6 +207,27 @@ def unique(
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
     return native.unique.unique(ids, size, step)
+
+
+@jax.custom_batching.custom_vmap  # foreign calls have no batched form
+def _find_natively(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return compiled("numba").unique.find(known, ids)
+
+
+@_find_natively.def_vmap
+def _find_batches(
+    size: int, is_batched: tuple[bool, bool], known: jax.Array, ids: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    axes = tuple(0 if batched else None for batched in is_batched)
+    return jax.vmap(xla.unique.find, axes, axis_size=size)(known, ids), (True, True)
+
+
+def find(
+    known: jax.Array, ids: jax.Array, *, implementation: Named | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See `xla.unique.find`."""
+    is_native = compiled(implementation) is not None
+    return _find_natively(known, ids) if is_native else xla.unique.find(known, ids)
 
 
 def plan(

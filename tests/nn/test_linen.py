@@ -19,6 +19,7 @@ from nn_models import (
     DIM,
     IDS,
     LABELS,
+    OTHER_IDS,
     ROW_TX,
     ROWS,
     address,
@@ -224,10 +225,8 @@ def test_misuse_raises_and_says_what_to_do():
     fetched = state.prefetch(IDS)
     with pytest.raises(ValueError, match="prefetch was called twice"):
         fetched.prefetch(IDS)
-    with pytest.raises(ValueError, match="other ids than prefetch"):
-        loss_of(fetched, IDS[::-1])(fetched.params)
-    with pytest.raises(ValueError, match=r"called with ids of shapes \[1, 3\]"):
-        loss_of(fetched, IDS[:1])(fetched.params)
+    with pytest.raises(ValueError, match="called with ids that were not prefetched"):
+        loss_of(fetched, OTHER_IDS[:1])(fetched.params)
     with pytest.raises(ValueError, match="are of different steps"):
         loss_of(state)(fetched.params)
     with pytest.raises(ValueError, match="grads have no entry embed/table"):

@@ -302,3 +302,23 @@ def test_both_halves_are_done_where_xla_has_no_thread_to_spare():
         timeout=120,
     )
     assert done.stdout.endswith("done\n"), done.stderr[-2000:]
+
+
+def test_find_equals_the_reference_alone_and_under_vmap():
+    """Known ids in any order before padding; ids that are known or not, padding, none at all."""
+    rng = np.random.default_rng(0)
+    for num_known, width, num_ids in ((40, 64, 300), (0, 1, 5), (64, 64, 0), (7, 8, 8)):
+        known = np.full(width, mpembed.NO_ID, np.int32)
+        known[:num_known] = rng.permutation(100)[:num_known]
+        ids = rng.choice([*range(-3, 103), mpembed.NO_ID], num_ids).astype(np.int32)
+        index, is_known = jax.jit(partial(ops.find, implementation="numba"))(known, ids)
+        np.testing.assert_array_equal(is_known, np.isin(ids, known[:num_known]))
+        np.testing.assert_array_equal(known[index][np.asarray(is_known)], ids[np.asarray(is_known)])
+        assert (np.asarray(index)[~np.asarray(is_known)] == width - 1).all()
+        for wanted, got in zip(jax.jit(ops.find)(known, ids), (index, is_known), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        batched = jax.vmap(partial(ops.find, implementation="numba"), (None, 0))(
+            known, ids.reshape(-1, 1)
+        )
+        for wanted, got in zip((index, is_known), batched, strict=True):
+            np.testing.assert_array_equal(got[:, 0], wanted)
