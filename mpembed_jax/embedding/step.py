@@ -349,7 +349,7 @@ def apply_pooled_gradients(
         "num_segments": num_segments,
         "implementation": state.implementation,
     }
-    _check("apply_pooled_gradients", state, plan.unique_ids.shape[0], rows=rows)
+    _check("apply_pooled_gradients", state, plan, plan.unique_ids.shape[0], rows=rows)
     index, factors, leaves = pooling.check_gradients(
         spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
     )
