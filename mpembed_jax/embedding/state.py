@@ -87,7 +87,7 @@ class EmbeddingState:
     def check_spec(self) -> None:
         """Raises ValueError if the arrays are concrete and were made for another spec."""
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
-            held = np.asarray(self.fingerprint)
+            held = np.asarray(jax.device_get(self.fingerprint))
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
                 raise ValueError(
                     f"the arrays of this state were made for another spec than its own {self.spec}: tables, embedding_dim, "

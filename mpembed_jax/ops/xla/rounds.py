@@ -64,7 +64,7 @@ def enter(
         sets: jax.Array, estimate: jax.Array, tags: jax.Array, priority: jax.Array
     ) -> tuple[jax.Array, ...]:
         """Returns each miss's cheapest line, the id in it, its priority, and whether the miss may enter there."""
-        way = jnp.arange(ways, dtype=jnp.uint32)
+        way = jnp.arange(ways, dtype=jnp.uint32)[None, :]
         row_tags, row_priority = (
             indexing.take(tags.reshape(-1, ways), sets),
             indexing.take(priority.reshape(-1, ways), sets),
