@@ -336,7 +336,7 @@ def update_summed(
     )
 
 
-@jax.custom_batching.custom_vmap  # foreign calls have no batched form
+@jax.custom_batching.custom_vmap  # foreign calls run one after another, a gather all at once
 def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
     return compiled("numba").rows.take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
 

@@ -521,7 +521,7 @@ def test_no_rank_is_promoted(mode):
             jax.eval_shape(mpembed.read, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
 
 
-@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "bfloat16"])
 def test_every_verb_runs_without_jit(mode):
     """Up to the last bits of float32, which may decide between two steps of a grid below 0.02."""
     spec, tx, implementation = spec_of_mode(mode)
