@@ -50,7 +50,8 @@ def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
 
     Without a rule, only plain XLA can run the update.
     """
-    return tx.update.rule if isinstance(tx.update, RuledUpdate) else None
+    update = getattr(tx, "update", None)
+    return update.rule if isinstance(update, RuledUpdate) else None
 
 
 def _with_rule(
