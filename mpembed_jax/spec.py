@@ -225,7 +225,8 @@ class EmbeddingSpec:
                 f"{[f for f, _ in pairs]}, got {array.shape}; for bags pass a dict of features"
             )
         ranges = np.asarray([self.table_range(t) for _, t in pairs], np.int64)
-        return self._map(array, [f for f, _ in pairs], ranges[:, 0], ranges[:, 1])
+        ranges = ranges.reshape(*[1] * (array.ndim - 1), len(pairs), 2)
+        return self._map(array, [f for f, _ in pairs], ranges[..., 0], ranges[..., 1])
 
     def _map(self, ids: Any, names: list[str], start: Any, size: Any) -> Any:
         if isinstance(ids, jax.Array):

@@ -180,11 +180,12 @@ def init_table(
         size = min(_INIT_BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
-            first = jnp.minimum(block.astype(jnp.int32) * size, total - size)
+            # A loop counter is 64 bits wide in x64 mode, and a Python int under jax.disable_jit.
+            first = jnp.minimum(jnp.asarray(block, jnp.int32) * size, total - size)
             rows = first + jnp.arange(size, dtype=jnp.int32)
-            bound = bounds[jnp.sum((rows[:, None] >= first_rows[1:]).astype(jnp.int32), axis=1)][
-                :, None
-            ]
+            bound = bounds[
+                jnp.sum((rows[:, None] >= first_rows[None, 1:]).astype(jnp.int32), axis=1)
+            ][:, None]
             unit = random_bits.uniform(
                 random_bits.row_bits(
                     row_key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim

@@ -48,7 +48,8 @@ def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) ->
     )
 
     def body(turn: jax.Array, array: jax.Array) -> jax.Array:
-        return put_block(array, jnp.minimum(turn.astype(jnp.int32) * size, shape[0] - size), block)
+        first = jnp.minimum(jnp.asarray(turn, jnp.int32) * size, shape[0] - size)
+        return put_block(array, first, block)
 
     return lax.fori_loop(1, -(-shape[0] // size), body, array)
 

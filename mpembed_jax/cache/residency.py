@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.spec import Geometry
@@ -100,9 +101,10 @@ def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
     No line holds NO_ID.
     """
     sets = set_of(ids, cache.geometry)
-    place = jnp.arange(1, cache.geometry.ways + 1, dtype=jnp.int32)
+    is_here = indexing.take(cache.tags, sets) == ids[..., None]
+    place = lax.broadcasted_iota(jnp.int32, is_here.shape, ids.ndim) + 1
     way = jnp.sum(
-        jnp.where(indexing.take(cache.tags, sets) == ids[..., None], place, 0),
+        jnp.where(is_here, place, 0),
         axis=-1,
         dtype=jnp.int32,
     )
@@ -116,9 +118,9 @@ def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
     ids = ids.astype(jnp.uint32)
     quotient, group = ids // jnp.uint32(groups), ids % jnp.uint32(groups)
     seeds = jnp.asarray(SKETCH_SEEDS, jnp.uint32)[:, None]
-    column = random_bits.scale_to(random_bits.fmix32(quotient ^ seeds), width)
+    column = random_bits.scale_to(random_bits.fmix32(quotient[None] ^ seeds), width)
     depth_index = jnp.arange(depth, dtype=jnp.int32)[:, None]
-    return (depth_index * groups + group.astype(jnp.int32)) * width + column
+    return (depth_index * groups + group.astype(jnp.int32)[None]) * width + column
 
 
 def commit(cache: CacheState, line: jax.Array) -> CacheState:

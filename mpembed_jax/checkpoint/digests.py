@@ -45,7 +45,7 @@ def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
     )
     row = first.astype(jnp.uint32) + jnp.arange(words.shape[0], dtype=jnp.uint32)[:, None]
     row = random_bits.fmix32(row + jnp.uint32(salt * 0x9E3779B9 & 0xFFFFFFFF))
-    column = jnp.arange(words.shape[1], dtype=jnp.uint32) * jnp.uint32(0x85EBCA6B)
+    column = jnp.arange(words.shape[1], dtype=jnp.uint32)[None, :] * jnp.uint32(0x85EBCA6B)
     mixed = random_bits.fmix32(words ^ (row + column))
     return jnp.stack(
         [jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (row | jnp.uint32(1)), dtype=jnp.uint32)]

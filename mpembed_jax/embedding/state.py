@@ -92,7 +92,7 @@ class EmbeddingState:
           ValueError: if the arrays were made for another spec.
         """
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
-            held = np.asarray(self.fingerprint)
+            held = np.asarray(jax.device_get(self.fingerprint))
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
                 raise ValueError(
                     "the arrays of this state were made for another spec than the state's own "

@@ -91,10 +91,10 @@ def stats(state: EmbeddingState) -> CacheStats:
             "are device scalars"
         )
     state.check_spec()
-    words = np.asarray(state.counters).astype(np.uint64)
-    totals = [int(low) + (int(high) << 32) for low, high in words]
+    words, step = jax.device_get((state.counters, state.step))
+    totals = [int(low) + (int(high) << 32) for low, high in words.astype(np.uint64)]
     result = CacheStats(
-        steps=int(np.asarray(state.step).astype(np.uint32)),
+        steps=int(step.astype(np.uint32)),
         **dict(zip(COUNTERS, totals, strict=True)),
     )
     spec = state.spec
@@ -151,7 +151,7 @@ def _warn_once(state: EmbeddingState, kind: str, message: str) -> None:
 
 
 def _name(state: EmbeddingState) -> tuple[EmbeddingSpec, bytes]:
-    return state.spec, np.asarray(state.key).tobytes()
+    return state.spec, jax.device_get(state.key).tobytes()
 
 
 def _check_buffer(state: EmbeddingState, steps: int) -> None:

@@ -260,7 +260,7 @@ def _keep_budget(
     def drop() -> tuple:
         # Finds the largest limit with at most `budget` ids below it, one bit at a time.
         def try_bit(turn: jax.Array, limit: jax.Array) -> jax.Array:
-            candidate = limit | (jnp.uint32(1) << (31 - turn).astype(jnp.uint32))
+            candidate = limit | (jnp.uint32(1) << jnp.asarray(31 - turn, jnp.uint32))
             below = jnp.sum(is_real & (mixed < candidate), dtype=jnp.int32)
             return jnp.where(_sum(below, layout.axes) <= budget, candidate, limit)
 

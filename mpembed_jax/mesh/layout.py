@@ -275,7 +275,8 @@ class Layout:
             shard, row = ids % jnp.int32(self.shards), ids // jnp.int32(self.shards)
         else:
             starts = jnp.asarray(offsets(self.spec.tables)[:-1], jnp.int32)
-            table = jnp.sum((ids[..., None] >= starts[1:]).astype(jnp.int32), axis=-1)
+            others = starts[1:].reshape(*[1] * ids.ndim, -1)
+            table = jnp.sum((ids[..., None] >= others).astype(jnp.int32), axis=-1)
             shards = np.asarray(self.table_shards)
             first = self.first_rows[shards, np.arange(len(shards))]
             shard, row = (

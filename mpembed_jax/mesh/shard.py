@@ -33,7 +33,8 @@ class Shard:
 
     def table_of(self, rows: jax.Array) -> jax.Array:
         """Returns the table (int32, shape of rows) of each local row; T for padding."""
-        return jnp.sum((rows[..., None] >= self.first_rows[1:]).astype(jnp.int32), axis=-1)
+        first_rows = self.first_rows[1:].reshape(*[1] * rows.ndim, -1)
+        return jnp.sum((rows[..., None] >= first_rows).astype(jnp.int32), axis=-1)
 
     def rows_of(self, ids: jax.Array) -> jax.Array:
         """Returns the local rows of global ids (int32), and NO_ID for ids of other shards."""
@@ -83,7 +84,7 @@ class RowKey:
         They are the bits of the rows' 64-bit global ids.
         """
         columns, seed = (
-            jnp.arange(num_columns, dtype=jnp.uint32),
+            random_bits.columns_of(rows, num_columns),
             random_bits.draw_seed(self.words, stream, step),
         )
         low, high = self.shard.ids_of(rows)

@@ -9,6 +9,7 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from mpembed_jax.numerics.formats import (
     RowFormat,
@@ -30,9 +31,14 @@ def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
         return reduce(
             jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
         )
-    shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(code_bits)
     shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # also of no rows
+    shifts = _last(per_word, codes.ndim) * jnp.uint32(code_bits)
     return jnp.sum(codes.reshape(shape) << shifts, axis=-1, dtype=jnp.uint32)
+
+
+def _last(size: int, axis: int) -> jax.Array:
+    """Returns 0, 1, .. along a last axis, uint32 [1, .., size]."""
+    return lax.broadcasted_iota(jnp.uint32, (*[1] * axis, size), axis)
 
 
 def encode(
@@ -85,7 +91,7 @@ def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) ->
     words = (
         jnp.pad(codes, [*lead, (0, num_words - code_words)]) if num_words > code_words else codes
     )
-    position = jnp.arange(num_words, dtype=jnp.int32)
+    position = _last(num_words, words.ndim - 1)
     first_half = num_words * word_bits // 16 - len(halves)
     for index, half in enumerate(halves, first_half):
         word, place = divmod(index, word_bits // 16)
@@ -119,7 +125,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
     per_word = word_bits // fmt.code_bits
     codes = words[..., : -(-embedding_dim // per_word)]
     if per_word > 1:
-        shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(fmt.code_bits)
+        shifts = _last(per_word, codes.ndim) * jnp.uint32(fmt.code_bits)
         codes = (codes[..., None] >> shifts) & jnp.uint32(2**fmt.code_bits - 1)
         shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # also of no rows
         codes = codes.reshape(shape)[..., :embedding_dim]

@@ -11,6 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # Different purposes use different streams, so their draws are independent. Leaf i of the optimizer
 # state uses stream ROW_STATE + i.
@@ -109,8 +110,13 @@ def row_bits(
     """
     if not isinstance(key, jax.Array | np.ndarray):
         return key.row_bits(stream, step, row_ids, num_columns)
-    columns = jnp.arange(num_columns, dtype=jnp.uint32)
+    columns = columns_of(row_ids, num_columns)
     return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)
+
+
+def columns_of(row_ids: jax.Array, num_columns: int) -> jax.Array:
+    """Returns the column numbers of whole rows, uint32 [1, .., num_columns] for row_ids [..]."""
+    return lax.broadcasted_iota(jnp.uint32, (*[1] * row_ids.ndim, num_columns), row_ids.ndim)
 
 
 def uniform(bits: jax.Array) -> jax.Array:

@@ -389,7 +389,8 @@ def update_summed(
     )
 
 
-@jax.custom_batching.custom_vmap  # vmap cannot batch a foreign call
+# vmap would run foreign calls one after another. A gather does all at once.
+@jax.custom_batching.custom_vmap
 def _take_natively(rows: jax.Array, index: jax.Array) -> jax.Array:
     return compiled("numba").rows.take(rows, jnp.clip(index, 0, rows.shape[0] - 1))
 

@@ -29,6 +29,12 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
     dtypes pass through unchanged. Without this link, updates smaller than half a step of the format
     are lost.
 
+    Wrappers that choose between the result of a transformation and updates of the gradients' dtype,
+    such as optax.apply_if_finite and optax.conditionally_mask, go inside the chain. Around it, they
+    end in a TypeError of lax.cond, because bfloat16 gradients would become float32 updates:
+
+      `optax.chain(optax.apply_if_finite(optax.sgd(0.1), 3), stochastic_round_updates(key))`
+
     Args:
       key: jax.random.key(..) or uint32 [2].
 

@@ -60,7 +60,9 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
     small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
-        with jax.ensure_compile_time_eval():
+        # These few numbers go to the device and back while a step is traced, which a user's guard
+        # against transfers does not mean.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             return jax.tree.map(
                 np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32))
             )

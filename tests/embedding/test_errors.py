@@ -38,8 +38,8 @@ def start(spec, tx=TX, seed=0):
     return mpembed.init(jax.random.key(seed), spec, tx)
 
 
-def run(state, ids):
-    state, plan, rows = training.step(state, ids, TX)
+def run(state, ids, scale=1.0, tx=TX):
+    state, plan, rows = training.step(state, ids, tx, lambda rows, plan: jnp.full_like(rows, scale))
     return state, mpembed.pool(rows, plan.inverse), plan
 
 
@@ -456,6 +456,108 @@ def test_a_user_in_x64_mode_gets_the_same_state(cache):
         after, vectors, _ = jax.eval_shape(run, state, jax.ShapeDtypeStruct((6,), jnp.int32))
     assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
     assert vectors.dtype == jnp.float32
+
+
+MODES = {  # storage, policy, implementation, tx
+    "int8": ("int8", "lfu", "numba", mpembed.optim.rowwise_adagrad(0.1)),
+    "int4": ("int4", "lru", "xla", mpembed.optim.rowwise_adam(0.1, weight_decay=0.1)),
+    "bfloat16": ("bfloat16", None, "xla_chunked", optax.adam(0.1)),
+    "float8": ("float8_e5m2", "lfu", "pallas_interpret", mpembed.optim.sgd(0.1)),
+}
+
+
+def whole_life(spec, tx, implementation, combiners=(None, "sum", "mean", "sqrtn")):
+    """Every verb, every way of pooling, and the update of each."""
+    state = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+    ids = {
+        "a": jnp.asarray([[1, 2, 2], [3, NO_ID, 4]], jnp.int32),
+        "b": jnp.arange(4, dtype=jnp.int32),
+    }
+    for combiner in combiners:
+        state, plan = mpembed.prefetch(state, ids)
+        rows, index = mpembed.lookup(state, plan), plan.inverse
+        weights = combiner and jax.tree.map(lambda i: jnp.ones(i.shape), index)
+        pool = partial(mpembed.pool, combiner=combiner, implementation=implementation)
+        vectors, pull_back = jax.vjp(lambda rows: pool(rows, index, weights), rows)  # noqa: B023
+        state = mpembed.apply_gradients(state, plan, rows, pull_back(vectors)[0], tx=tx)
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        state = mpembed.apply_pooled_gradients(state, plan, rows, vectors, weights, combiner, tx=tx)
+    state, plan = mpembed.prefetch(state, ids["b"])
+    rows, segments = mpembed.lookup(state, plan), jnp.asarray([0, 0, 1, 1], jnp.int32)
+    ragged = partial(
+        mpembed.pool,
+        combiner="mean",
+        segment_ids=segments,
+        num_segments=2,
+        implementation=implementation,
+    )
+    vectors, pull_back = jax.vjp(lambda rows: ragged(rows, plan.inverse), rows)
+    state = mpembed.apply_gradients(state, plan, rows, pull_back(vectors)[0], tx=tx)
+    read = mpembed.read(state, jnp.arange(20, dtype=jnp.int32))
+    mapped = spec.global_ids(jnp.zeros((2, 3, 1), jnp.int32))
+    table = mpembed.freeze(mpembed.flush(state))
+    return {"read": read, "frozen": mpembed.read(table, mapped), "state": state}
+
+
+def spec_of_mode(mode):
+    storage, policy, implementation, tx = MODES[mode]
+    cache = policy and CacheSpec(num_rows=6, ways=2, policy=policy)
+    narrow = "bfloat16" if mode == "int4" else "float32"
+    spec = stack(
+        storage=storage, cache=cache, row_state_dtype=narrow, skip_nonfinite=mode == "float8"
+    )
+    return spec, tx, implementation
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_rank_is_promoted(mode):
+    """Traced only, over a mesh too."""
+    spec, tx, implementation = spec_of_mode(mode)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(lambda: whole_life(spec, tx, implementation))
+        if mode != "bfloat16":
+            return
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        for placement in (mpembed.Placement(), mpembed.Placement("tables", summation_blocks=2)):
+            state = jax.eval_shape(
+                lambda: mpembed.init(jax.random.key(0), spec, tx, mesh=mesh, placement=placement)  # noqa: B023
+            )
+            specs, batch = mpembed.partition_specs(state), jax.sharding.PartitionSpec("x")
+            step = jax.shard_map(
+                lambda state, ids: run(state, ids, tx=tx)[0],
+                mesh=mesh,
+                in_specs=(specs, batch),
+                out_specs=specs,
+            )
+            jax.eval_shape(step, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
+            jax.eval_shape(mpembed.read, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "bfloat16"])
+def test_every_verb_runs_without_jit(mode):
+    """Up to the last bits of float32, which may decide between two steps of a grid below 0.02."""
+    spec, tx, implementation = spec_of_mode(mode)
+    with jax.disable_jit():
+        plain = whole_life(spec, tx, implementation, ["mean"])
+    jitted = jax.jit(lambda: whole_life(spec, tx, implementation, ["mean"]))()
+    for name in ("read", "frozen"):
+        np.testing.assert_allclose(plain[name], jitted[name], rtol=0, atol=0.02)
+    for name in ("step", "counters"):
+        np.testing.assert_array_equal(getattr(plain["state"], name), getattr(jitted["state"], name))
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
+    """Also when they are traced for the first time."""
+    spec, tx, implementation = spec_of_mode(mode)
+    ids, key = jax.device_put((np.arange(6, dtype=np.int32), jax.random.key(1)))
+    with jax.transfer_guard("disallow"):
+        state = mpembed.init(key, spec, tx, implementation=implementation)
+        state, _, _ = jax.jit(partial(run, tx=tx))(state, ids)
+        jax.jit(mpembed.read)(jax.jit(mpembed.flush)(state), ids)
+        assert mpembed.to_dense(state)["t0"].shape == (20, DIM)
+        assert mpembed.stats(state).steps == 1
 
 
 @pytest.mark.parametrize(

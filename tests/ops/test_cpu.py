@@ -34,7 +34,7 @@ TX = mpembed.optim.sgd(0.1)
 @jax.jit
 def plan_batches(state, batches):
     def step(state, ids):
-        return training.step(state, ids, TX, lambda rows, plan: jnp.zeros_like(rows))[:2]
+        return training.step(state, ids, TX, lambda rows, plan: jnp.ones_like(rows))[:2]
 
     return jax.lax.scan(step, state, batches)
 
@@ -169,6 +169,41 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, size):
     np.testing.assert_array_equal(
         found, np.where(is_inside[:, None], array[np.where(is_inside, index, 0)], 0)
     )
+
+
+def test_batches_of_whole_lives_are_lives_one_after_another():
+    """vmap over keys and batches: init, three steps, flush and read, bit for bit. One state may serve many batches."""
+    spec = shapes.stack(300, 32, storage="int8", lines=32, ways=4)
+    ids = np.random.default_rng(0).integers(0, 300, (2, 3, 40)).astype(np.int32)
+    grads = shapes.dyadic(1, (2, 3, 40, 32))
+
+    def life(key, ids, grads):
+        def step(state, batch):
+            state, plan = mpembed.prefetch(state, batch[0])
+            rows = mpembed.lookup(state, plan)
+            pool = partial(mpembed.pool, inverse=plan.inverse, implementation="numba")
+            vectors, pull_back = jax.vjp(pool, rows)
+            row_grads = pull_back(batch[1])[0]
+            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=TX), (
+                vectors,
+                plan.counts,
+            )
+
+        state = mpembed.init(key, spec, TX, implementation="numba")
+        state, seen = jax.lax.scan(step, state, (ids, grads))
+        return state, seen, mpembed.flush(state), mpembed.read(state, ids)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    many = jax.device_get(jax.jit(jax.vmap(life))(keys, ids, grads))
+    for number in range(2):
+        one = jax.device_get(jax.jit(life)(keys[number], ids[number], grads[number]))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[number], b), many, one)  # noqa: B023
+    state, (_, counts), _, rows = one
+    assert counts.write_backs.sum() > 5
+    assert counts.bypasses.sum() > 5
+    shared = jax.jit(jax.vmap(lambda ids: mpembed.lookup(*mpembed.prefetch(state, ids))))(ids[1])
+    assert shared.shape == (3, 41, 32)
+    np.testing.assert_array_equal(jax.vmap(partial(mpembed.read, state))(ids[1]), rows)
 
 
 @pytest.mark.parametrize("combiner", [None, "mean"])

@@ -5,7 +5,6 @@ What cannot be kept by row is refused. Rounding is unbiased.
 
 import copy
 import itertools
-import operator
 import pickle
 from functools import partial
 from typing import NamedTuple
@@ -253,7 +252,7 @@ def test_copies_of_a_transformation_keep_its_rule():
             assert twin == tx and hash(twin) == hash(tx)  # one compiled step for both
         assert "RowRule" in repr(tx)
         assert optim.rule_of(tx._replace(update=optax.sgd(1.0).update)) is None
-        ruled = tx._replace(init=jnp.zeros_like, update=type(tx.update)(operator.add, rule))
+        ruled = tx._replace(init=np.zeros_like, update=type(tx.update)(np.add, rule))
         assert optim.rule_of(pickle.loads(pickle.dumps(ruled))) == rule
         assert optim.rule_of(optax.chain(tx)) is None
 
@@ -791,6 +790,35 @@ def test_it_is_the_last_link_of_a_chain_and_other_dtypes_pass_through():
     link = optim.stochastic_round_updates(jax.random.key(0))
     twin_updates, _ = jax.jit(link.update)(small, link.init(twins), twins)
     assert (np.asarray(twin_updates["one"]) != np.asarray(twin_updates["two"])).any()
+
+
+WRAPPED = {  # of which the second step is the one that moves nothing
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: step != 1),
+    "MultiSteps": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_that_leave_out_updates_stand_before_the_rounding_link(name):
+    """A step that is left out leaves bfloat16 parameters as they are; around the link lax.cond refuses some."""
+    link = optim.stochastic_round_updates(jax.random.key(0))
+    params = {"b": jnp.full(64, 0.5, jnp.bfloat16), "f": jnp.ones(3)}
+    tx = optax.chain(WRAPPED[name](optax.sgd(0.1)), link)
+    update, tx_state = jax.jit(tx.update), tx.init(params)
+    for step in range(3):
+        grads = jax.tree.map(lambda p: jnp.full_like(p, np.nan if step == 1 else 1e-3), params)  # noqa: B023
+        updates, tx_state = update(grads, tx_state, params)
+        new = optax.apply_updates(params, updates)
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, params)
+        assert moved == dict.fromkeys(params, step != 1)
+        params = new
+    if name != "MultiSteps":
+        around = WRAPPED[name](optax.chain(optax.sgd(0.1), link))
+        with pytest.raises(TypeError, match="cond branches must have equal output types"):
+            around.update(grads, around.init(params), params)
 
 
 def test_integer_leaves_and_missing_leaves_pass_through():

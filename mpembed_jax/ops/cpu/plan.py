@@ -321,6 +321,7 @@ def plan(
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
         + [jax.ShapeDtypeStruct((sizes[number],), jnp.int32) for number in sorted(sizes)],
         input_output_aliases={_SHAPE + 1: _TAGS, _SHAPE + 2: _PRIORITY, _SHAPE + 3: _SKETCH},
+        vmap_method="sequential",
     )(
         ids,
         inverse,

@@ -59,7 +59,10 @@ def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """
     call_frame.register("mpembed_put", _put)
     out = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    return jax.ffi.ffi_call("mpembed_put", out, input_output_aliases={2: 0})(index, values, array)
+    call = jax.ffi.ffi_call(
+        "mpembed_put", out, input_output_aliases={2: 0}, vmap_method="sequential"
+    )
+    return call(index, values, array)
 
 
 def _take_half(frame, half):
@@ -98,4 +101,4 @@ def take(array: jax.Array, index: jax.Array) -> jax.Array:
     """Returns array[index] (float32 or uint32 [n, m], int32 [k]); zeros for indices outside."""
     call_frame.register("mpembed_take", _take)
     out = jax.ShapeDtypeStruct((*index.shape, *array.shape[1:]), array.dtype)
-    return jax.ffi.ffi_call("mpembed_take", out)(array, index)
+    return jax.ffi.ffi_call("mpembed_take", out, vmap_method="sequential")(array, index)

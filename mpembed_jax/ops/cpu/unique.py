@@ -126,7 +126,9 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
     shapes = [size, num_positions, size, 2, num_buckets, num_positions, num_positions]
     call = jax.ffi.ffi_call(
-        "mpembed_unique", [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes]
+        "mpembed_unique",
+        [jax.ShapeDtypeStruct((n,), jnp.int32) for n in shapes],
+        vmap_method="sequential",
     )
     unique_ids, inverse, counts, numbers, *_ = call(ids, step.reshape(1))
     return Unique(unique_ids, inverse, counts, numbers[0], numbers[1])

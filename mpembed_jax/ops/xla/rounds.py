@@ -83,7 +83,7 @@ def enter(
         Returns:
           The line, the id in it, the use of that id, and whether the miss may enter.
         """
-        way = jnp.arange(ways, dtype=jnp.uint32)
+        way = jnp.arange(ways, dtype=jnp.uint32)[None, :]
         row_tags = indexing.take(tags.reshape(-1, ways), sets)
         row_priority = indexing.take(priority.reshape(-1, ways), sets)
         cost = policy.ranks(by, row_tags, row_priority, step) * jnp.uint32(MAX_WAYS) + way
