@@ -4,7 +4,8 @@ Storages x caches x policies x roundings x ways, and baselines of equal bytes (F
 frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware training), with paired seeds: every case of a seed
 sees the same batches in the same order and starts from the same values (a smaller dim excepted, whose layers have other
 shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
-not run again, so a killed grid continues. Tables and pictures are made from all lines of the file.
+not run again. A case that was interrupted is saved, and the same command goes on inside it. Tables and pictures are made
+from all lines of the file.
 
     python -m experiments.accuracy.paper_table                               # synthetic twin of Criteo: no file, no network
     python -m experiments.accuracy.paper_table --data reddit --dims 16 64    # Reddit posts
@@ -13,7 +14,9 @@ not run again, so a killed grid continues. Tables and pictures are made from all
     python -m experiments.accuracy.paper_table --report                      # only tables and pictures
 """
 
+import contextlib
 import dataclasses
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,7 +30,9 @@ from experiments import command_line, provenance, train_dlrm
 from experiments.accuracy import grid, paper_report, paper_runs, records
 from experiments.accuracy.grid import FP32, Case, Method
 from experiments.command_line import setting
-from experiments.dlrm import reporting, training
+from experiments.dlrm import reporting, training, unfinished
+
+UNFINISHED = "paper_table_unfinished"  # folder in --out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +136,13 @@ class Settings:
         at_most=65_536,
         only={"data": train_dlrm.WITH_DENSE},
     )
+    save_every: float = setting(
+        10,
+        "Time between two saves of the case that trains; 0: only when told to stop.",
+        "MINUTES",
+        at_least=0,
+        at_most=10_000,
+    )
     report: bool = setting(False, "Run nothing; make tables and pictures of what is there.")
     out: Path = setting(
         Path("experiments/results"), "Folder of paper_table.jsonl, .md and the pictures."
@@ -189,7 +201,7 @@ def record_of(
     depends: dict[str, Any], result: paper_runs.Result, environment: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the line of a finished run."""
-    outcome = dataclasses.asdict(result.outcome)
+    outcome = reporting.without_curve(result.outcome)
     outcome["losses"] = thinned(outcome["losses"])
     del outcome["contender"], outcome["seed"], outcome["advice"]
     return {
@@ -198,8 +210,13 @@ def record_of(
     }  # fmt: skip
 
 
-def train(settings: Settings, console: Any) -> None:
-    """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases."""
+def train(settings: Settings, console: Any, stop: command_line.Stop) -> None:
+    """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases.
+
+    Raises:
+      Stopped: if the process was told to stop; the case that trained is saved.
+    """
+    command = command_line.command_of(command_line.name_of(train), command_line.words_of(settings))
     settings.out.mkdir(parents=True, exist_ok=True)
     path, environment = settings.out / "paper_table.jsonl", provenance.environment()
     done, source = records.load(path), None
@@ -224,10 +241,14 @@ def train(settings: Settings, console: Any) -> None:
         )
         for seed in settings.seeds:
             for group in paper_runs.groups([c for c in cases if keys[c, seed] not in done]):
-                start = time.perf_counter()
+                start, what = time.perf_counter(), bench.training_of(group, data, seed)
+                folder = settings.out / UNFINISHED / records.key_of(what)
                 rows = source.num_train // recipe.batch_size * recipe.batch_size
+                keeper = unfinished.Keeper(
+                    folder, 60 * settings.save_every, stop, {"training": what}, command
+                )
                 with reporting.bars(console, [group[0].contender().name], rows) as bars:
-                    for result in bench.run(group, seed, bars):
+                    for result in bench.run(group, seed, bars, keeper):
                         depends = paper_runs.depends_on(data, recipe, result.case, seed)
                         records.append(path, record_of(depends, result, environment))
                         missing -= 1
@@ -236,6 +257,10 @@ def train(settings: Settings, console: Any) -> None:
                             f"{result.outcome.log_loss:.4f}  {result.outcome.bytes_per_row:6.1f} B/row  "
                             f"{time.perf_counter() - start:5.1f} s, {missing} left"
                         )
+                keeper.finish()
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty: other cases are unfinished
+                    folder.parent.rmdir()
 
 
 def check(settings: Settings) -> None:
@@ -264,7 +289,8 @@ def run(settings: Settings) -> None:
     """Runs what is missing and reports on everything in the results file."""
     console = reporting.make_console()
     if not settings.report:
-        train(settings, console)
+        with command_line.stoppable() as stop:
+            train(settings, console, stop)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     paper_report.write(found, settings.out)
     console.print((settings.out / "paper_table.md").read_text(), soft_wrap=True, highlight=False)
