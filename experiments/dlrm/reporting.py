@@ -217,6 +217,7 @@ def save_picture(outcomes: list[Outcome], batch_size: int, path: Path) -> None:
     first = [group[0].curve for group in groups.values()]
     if max(map(len, first)) > 4:  # the fall of the first steps would hide all that follows
         axes[0].set_ylim(top=1.02 * max(c[max(1, len(c) // 16)].loss for c in first if len(c) > 1))
+    axes[3].set_ylim(bottom=0)
     if not axes[2].lines:
         axes[2].set_visible(False)
     axes[0].legend(fontsize=8, frameon=False)
@@ -253,7 +254,7 @@ def _draw_memory(
     axis.set_xlim(middle - half, middle + half)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.ticklabel_format(axis="x", useOffset=False, style="plain")
-    axis.set_xlabel("AUC on the test rows, a dot per seed; in brackets: against FP32")
+    axis.set_xlabel("AUC on the test rows, a dot per seed (in brackets: minus FP32)")
     axis.set_title("What was reached, and in how much memory", fontsize=10)
     axis.grid(axis="x", alpha=0.25)
 
