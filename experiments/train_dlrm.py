@@ -14,6 +14,7 @@ output folder, and a projection of one full Criteo-Kaggle epoch. From the reposi
 """
 
 import dataclasses
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ sys.path.insert(
 from experiments import command_line
 from experiments.command_line import setting
 from experiments.data import reddit, synthetic
-from experiments.dlrm import reporting, training
+from experiments.dlrm import curves, reporting, training, unfinished
 
 MAX_SEED = 2**31 - 1
 SMALL = ("reddit", "movielens")  # data of the small model
@@ -164,8 +165,25 @@ class Settings:
         only={"data": ("criteo", "movielens")},
     )
     out: Path = setting(
-        Path("results/train_dlrm"), "Folder for the table, the picture and the JSON file."
+        Path("results/train_dlrm"),
+        "Folder for the table, the picture, the curves and the JSON file.",
     )
+    save_every: float = setting(
+        10,
+        "Time between two saves of the unfinished run in --out; 0: only when told to stop.",
+        "MINUTES",
+        at_least=0,
+        at_most=10_000,
+    )
+    resume: bool = setting(False, "Go on with the unfinished run of these settings in --out.")
+
+
+NOT_OF_THE_RUN = ("out", "save_every", "resume", "cache_dir")  # may change when a run goes on
+
+
+def unfinished_in(settings: Settings) -> Path:
+    """Returns the folder in which a run is saved until it is finished."""
+    return settings.out / f"{settings.data}_unfinished"
 
 
 def make_source(settings: Settings, log: Any = print) -> Any:
@@ -263,6 +281,33 @@ def check(settings: Settings) -> None:
         )
     check_data(settings)
     command_line.check_out(settings.out, is_file=False)
+    check_unfinished(settings)
+
+
+def check_unfinished(settings: Settings) -> None:
+    """Refuses to lose an unfinished run, and to go on with another one, or with none.
+
+    Raises:
+      Refused: naming the folder, and the settings that differ.
+    """
+    folder = unfinished_in(settings)
+    about = unfinished.read(folder) if folder.is_dir() else None
+    if about is None:
+        if settings.resume:
+            raise command_line.Refused(
+                f"--resume: no unfinished run of --data {settings.data} is saved in {settings.out}"
+            )
+        return
+    if not settings.resume:
+        raise command_line.Refused(
+            f"{folder} holds an unfinished run: go on with --resume, delete the folder, or name "
+            f"another --out"
+        )
+    wanted = unfinished.record(settings, without=NOT_OF_THE_RUN)
+    if found := unfinished.differences(about["settings"], wanted):
+        flags = (text.split(" ", 1) for text in found)
+        listed = "; ".join(f"{command_line.flag_of(name)} {rest}" for name, rest in flags)
+        raise command_line.Refused(f"--resume: the run in {folder} has other settings: {listed}")
 
 
 def check_data(settings: Any) -> None:
@@ -351,20 +396,8 @@ def run(settings: Settings) -> dict[str, Any]:
         f"{len(source.tables)} tables with {sum(source.tables.values()):,} ids, "
         f"D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
     )
-    job, outcomes = training.make_job(source, recipe), []
-    for seed in settings.seeds:
-        console.print(f"seed {seed}")
-        rows = source.num_train // recipe.batch_size * recipe.batch_size
-        with reporting.bars(console, [c.name for c in contenders], rows) as bars:
-            outcomes += training.train(
-                source,
-                contenders,
-                recipe,
-                job,
-                seed=seed,
-                on_chunk=bars,
-                on_measure=bars.measuring,
-            )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    outcomes = train(settings, source, contenders, recipe, console)
     table = reporting.make_table(
         outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass"
     )
@@ -375,8 +408,7 @@ def run(settings: Settings) -> dict[str, Any]:
         for o in outcomes[-len(contenders) :]
     }
     projected = ", ".join(f"{name} {s / 60:.0f} min" for name, s in seconds.items())
-    settings.out.mkdir(parents=True, exist_ok=True)
-    reporting.save_picture(outcomes, settings.out / f"{source.name}.png")
+    reporting.save_picture(outcomes, recipe.batch_size, settings.out / f"{source.name}.png")
     with (settings.out / f"{source.name}.txt").open("w") as file:
         Console(file=file, width=160).print(table)
     total = time.perf_counter() - start
@@ -389,8 +421,85 @@ def run(settings: Settings) -> dict[str, Any]:
             f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these "
             f"steps: {projected} (evaluation, and reading the text once, not included)"
         )
-    console.print(f"{total:.0f} s in all; {source.name}.json, .txt and .png are in {settings.out}")
+    shutil.rmtree(unfinished_in(settings), ignore_errors=True)
+    console.print(
+        f"{total:.0f} s in all; {source.name}.json, .txt, .png and _curve.csv are in {settings.out}"
+    )
     return record
+
+
+def train(
+    settings: Settings,
+    source: Any,
+    contenders: list[training.Contender],
+    recipe: training.Recipe,
+    console: Console,
+) -> list[training.Outcome]:
+    """Trains and evaluates all contenders with all seeds, from where a save left them.
+
+    Raises:
+      Stopped: if the process was told to stop; everything is saved.
+      Refused: if the data are no longer those of the unfinished run.
+    """
+    job, folder, name = training.make_job(source, recipe), unfinished_in(settings), source.name
+    about: dict[str, Any] = {
+        "settings": unfinished.record(settings, without=NOT_OF_THE_RUN),
+        "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},
+        "finished": [],
+    }
+    saved = unfinished.read(folder) if settings.resume else None
+    if saved is not None:
+        if found := unfinished.differences(saved["data"], about["data"]):
+            raise command_line.Refused(f"--resume: the data have changed: {'; '.join(found)}")
+        about["finished"] = saved["finished"]
+    again = command_line.words_of(dataclasses.replace(settings, resume=True))
+    command = command_line.command_of(command_line.name_of(run), again)
+    outcomes = [training.outcome_of(values) for values in about["finished"]]
+    done = {outcome.seed for outcome in outcomes}
+    rows = source.num_train // recipe.batch_size * recipe.batch_size
+    with (
+        command_line.stoppable() as stop,
+        curves.curves(
+            settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
+        ) as written,
+    ):
+        keeper = unfinished.Keeper(folder, 60 * settings.save_every, stop, about, command)
+        if saved is not None:
+            keeper.tell_changes(saved)
+        for outcome in outcomes:
+            written.add(outcome.seed, outcome.contender.name, outcome.curve)
+        for seed in settings.seeds:
+            if seed in done:
+                continue
+            console.print(f"seed {seed}")
+            going = training.begin(source, contenders, recipe, job, seed=seed)
+            if saved is not None and saved["run"]["seed"] == seed:
+                unfinished.restore(folder, saved, going, job)
+                console.print(f"going on at {going.place}")
+            before = {}
+            for contender, curve, steps in zip(contenders, going.curves, going.steps, strict=True):
+                written.add(seed, contender.name, curve)
+                before[contender.name] = steps * recipe.batch_size
+            with reporting.bars(console, list(before), rows, before) as bars:
+
+                def on_chunk(
+                    name: str,
+                    num_rows: int,
+                    seconds: float,
+                    point: curves.Point,
+                    seed: int = seed,
+                    bars: reporting.Bars = bars,
+                ) -> None:
+                    bars(name, num_rows, seconds, point)
+                    written.add(seed, name, [point])
+
+                outcomes += training.train(
+                    source, contenders, recipe, job, seed=seed, on_chunk=on_chunk,
+                    on_measure=bars.measuring, run=going, keeper=keeper,
+                )  # fmt: skip
+            about["finished"] = [dataclasses.asdict(outcome) for outcome in outcomes]
+        keeper.finish()
+    return outcomes
 
 
 def main(arguments: list[str] | None = None) -> int:

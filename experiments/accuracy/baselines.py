@@ -96,9 +96,11 @@ class Pruned:
                 else np.stack(list(new.values()), axis=1)
             }
 
-    def train(self, batch_size: int, seed: int = 0) -> Iterator[dict]:
+    def train(
+        self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1
+    ) -> Iterator[dict]:
         """Yields the source's training batches in the new numbers."""
-        return self._map(self.source.train(batch_size, seed))
+        return self._map(self.source.train(batch_size, seed, start, num_epochs))
 
     def test(self, batch_size: int) -> Iterator[dict]:
         """Yields the source's test batches in the new numbers."""

@@ -7,36 +7,24 @@ embedding state but the optimizer's.
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from experiments.accuracy import intervals
 from experiments.accuracy.grid import FP32, STORAGES, Case
 from experiments.accuracy.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
-MARKS = {
-    "LRU": "P", "nearest": "v", "way": "s", "small": "D", "symmetric": "X", "post": "*",
-    "quantization": "<",
-    "hashed": "^", "narrow": ">", "pruned": "h",
+COLOURS = {
+    "INT8": "#0077bb", "INT4": "#228833", "INT2": "#cc3311", "FP32 hashed": "#555555",
+    "FP32 pruned": "#999933", "FP32 narrow": "#aa4499",
 }  # fmt: skip
-COLOURS = {"INT8": "#4477aa", "INT4": "#228833", "INT2": "#ee6677", "FP32": "#888888"}
-
-
-def _look(name: str) -> dict[str, Any]:
-    """Colour by format, the methods of the paper in full, everything else paler."""
-    is_ours = name in ("INT8", "INT4", "INT2")
-    colour = COLOURS.get(name.split()[0].rstrip(","), "#aa3377")
-    mark = next((mark for word, mark in MARKS.items() if word in name), "o")
-    look = {"color": colour, "marker": mark, "capsize": 2, "label": name}
-    if is_ours:
-        return look | {"linewidth": 2.0, "markersize": 6, "zorder": 3}
-    return look | {"linewidth": 0.8, "markersize": 4, "alpha": 0.75, "linestyle": ":"}
+HIT_COLOURS = ("#cc3311", "#0077bb", "#228833", "#aa4499", "#555555", "#999933")
 
 
 class Group(NamedTuple):
@@ -182,91 +170,140 @@ def text(groups: list[Group]) -> str:
 
 
 def write(found: list[dict[str, Any]], out: Path) -> None:
-    """Writes paper_table.md and paper_table_{accuracy,hits,losses}.png into `out`."""
+    """Writes paper_table.md, and paper_table_accuracy.png, _hits.png and _losses.png, into `out`.
+
+    The pictures show the group with the most runs; the tables have all groups.
+    """
     groups = group(found)
     (out / "paper_table.md").write_text(text(groups))
-    _draw(
-        groups,
-        out / "paper_table_accuracy.png",
-        [_accuracy("auc", "AUC lost", -1), _accuracy("log_loss", "log loss gained", 1)],
+    largest = max(groups, key=lambda g: sum(map(len, g.cases.values())))
+    for name, panel in (("accuracy", _accuracy), ("hits", _hits), ("losses", _losses)):
+        figure = Figure(figsize=(8.5, 5), layout="constrained")
+        axis = figure.subplots()
+        ends = panel(axis, largest)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        _label_ends(figure, axis, ends)
+        figure.savefig(out / f"paper_table_{name}.png", dpi=110)
+
+
+class End(NamedTuple):
+    """The last point of a line, where its name stands."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+
+
+def _label_ends(figure: Figure, axis: Any, ends: list[End]) -> None:
+    """Writes each line's name beside its end, names that would meet one above the other."""
+    figure.canvas.draw()
+    places = (
+        axis.transData.transform([(end.x, end.y) for end in ends]) if ends else np.zeros((0, 2))
     )
-    _draw(groups, out / "paper_table_hits.png", [_hits])
-    _draw(groups, out / "paper_table_losses.png", [_losses])
+    points = places * 72 / figure.dpi
+    free = -math.inf
+    for at in np.argsort(points[:, 1]):
+        height = max(points[at, 1], free + 12)
+        free = height
+        axis.annotate(
+            ends[at].name, (ends[at].x, ends[at].y), (8, height - points[at, 1]),
+            textcoords="offset points", va="center", fontsize=9, color=ends[at].colour,
+            annotation_clip=False,
+        )  # fmt: skip
 
 
-def _draw(groups: list[Group], path: Path, panels: list[Callable[[Any, Group], None]]) -> None:
-    """Draws one row per group and one column per kind of panel."""
-    figure = Figure(figsize=(7.6 * len(panels), 4.2 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), len(panels), squeeze=False)
-    for row, g in zip(axes, groups, strict=True):
-        for axis, panel in zip(row, panels, strict=True):
-            panel(axis, g)
-            axis.set_title(g.title)
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(
-                    fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False
-                )
-    figure.savefig(path, dpi=90)
+def _round_ticks(axis: Any, which: str, ticks: Iterable[float], low: float, high: float) -> None:
+    """Sets those of the ticks that lie within the limits, and no others."""
+    shown = [tick for tick in ticks if low <= tick <= high]
+    getattr(axis, f"set_{which}ticks")(shown, [f"{tick:g}" for tick in shown])
+    getattr(axis, f"{which}axis").set_minor_locator(NullLocator())
 
 
-def _accuracy(field: str, label: str, sign: int) -> Callable[[Any, Group], None]:
-    """Returns the panel of a field's loss against bytes per row.
+def _accuracy(axis: Any, group: Group) -> list[End]:
+    """AUC lost against bytes per row: a line per method that has several sizes."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for case in group.cases:
+        if case.family in COLOURS and case != FP32 and _is_paired(group, case):
+            lost = group.difference(case, "auc")
+            half = 0.0 if math.isnan(lost.half) else lost.half
+            point = (group.mean(case, "bytes_per_row"), -1e3 * lost.mean, 1e3 * half)
+            lines.setdefault(case.family, []).append(point)
+    ends, xs, ys = [], [0.0], [0.0]
+    for name, points in sorted(lines.items()):
+        x, y, half = zip(*sorted(points), strict=True)
+        style = "-o" if name.startswith("INT") else ":s"
+        axis.errorbar(
+            x, y, half, fmt=style, color=COLOURS[name], markersize=4, linewidth=1.5, capsize=2,
+            elinewidth=0.8,
+        )  # fmt: skip
+        ends.append(End(x[-1], y[-1], name, COLOURS[name]))
+        xs, ys = [*xs, *x], [*ys, *y]
+    full = group.mean(FP32, "bytes_per_row")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=1, linscale=0.7)
+    axis.set_xlim(0.9 * min(xs[1:], default=full / 2), 1.35 * max(xs[1:], default=full))
+    _round_ticks(axis, "x", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256), *axis.get_xlim())
+    _round_ticks(axis, "y", (-5, -2, -1, 0, 1, 2, 5, 10, 20, 50), min(ys) - 1, max(ys) + 10)
+    axis.set_xlabel(f"bytes per row of the embedding (FP32: {full:.0f}), all metadata counted")
+    axis.set_ylabel("AUC lost against FP32, thousandths (95 % intervals)")
+    axis.set_title(f"How few bytes a row can have, and what that costs ({group.title})")
+    return ends
 
-    A method is a line, a variant is a single mark.
-    """
 
-    def panel(axis: Any, group: Group) -> None:
-        lines: dict[str, list[tuple[float, float, float]]] = {}
-        for case in group.cases:
-            if case != FP32 and _is_paired(group, case):
-                lost = group.difference(case, field)
-                half = 0.0 if math.isnan(lost.half) else lost.half
-                point = (group.mean(case, "bytes_per_row"), sign * lost.mean, half)
-                lines.setdefault(case.family or case.name, []).append(point)
-        for name, points in sorted(lines.items()):
-            x, y, half = zip(*sorted(points), strict=True)
-            axis.errorbar(x, y, half, **_look(name))
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.axhline(LIMIT, color="grey", linewidth=0.6, linestyle=":")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_yscale("symlog", linthresh=1e-3)
-        axis.set(
-            xlabel="bytes per row, optimizer state left out",
-            ylabel=f"{label} against FP32, 95 % intervals",
-        )
-
-    return panel
-
-
-def _hits(axis: Any, group: Group) -> None:
-    """Draws the hit rate against the size of the cache, by policy and ways.
-
-    The hit rate does not depend on the format.
-    """
+def _hits(axis: Any, group: Group) -> list[End]:
+    """Hit rate against the size of the cache, by policy and ways; it does not depend on the format."""
     lines: dict[str, dict[float, list[float]]] = {}
     for case in group.cases:
         if case.cache and case.rounding == "stochastic":
             name = f"{case.policy.upper()}, {case.ways} way{'s' * (case.ways > 1)}"
-            lines.setdefault(name, {}).setdefault(100 * case.cache, []).extend(
-                group.values(case, "hit_rate").values()
-            )
-    for name, points in sorted(lines.items()):
+            rates = group.values(case, "hit_rate").values()
+            lines.setdefault(name, {}).setdefault(100 * case.cache, []).extend(rates)
+    ends, xs = [], [1.0]
+    for (name, points), colour in zip(sorted(lines.items()), HIT_COLOURS, strict=False):
         x = sorted(points)
-        y = [np.mean(points[at]) for at in x]
-        axis.plot(x, y, marker="o", label=name)
+        y = [100 * float(np.mean(points[at])) for at in x]
+        axis.plot(x, y, "o-", color=colour)
+        ends.append(End(x[-1], y[-1], name, colour))
+        xs += x
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="cache, % of all rows", ylabel="share of requests found in the cache")
+    axis.set_xlim(0.8 * min(xs), 1.6 * max(xs))
+    axis.set_ylim(0, 100)
+    _round_ticks(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), *axis.get_xlim())
+    axis.set_xlabel("rows in the cache, % of all rows")
+    axis.set_ylabel("ids found in the cache, %")
+    axis.set_title(f"What a small cache catches ({group.title})")
+    return ends
 
 
-def _losses(axis: Any, group: Group) -> None:
-    """Training loss of the first seed."""
+def _losses(axis: Any, group: Group) -> list[End]:
+    """Training loss of the first seed minus FP32's, of our formats with and without a cache."""
     seed = min(group.cases[FP32])
-    for number, (case, runs) in enumerate(group.cases.items()):
-        if seed in runs and case.family and case.method in ("trained", "quantization-aware"):
-            steps, losses = np.array(runs[seed]["outcome"]["losses"]).T
-            colour = colormaps["tab20"](number * 2 % 20 + number // 10 % 2)
-            axis.plot(steps[1:], losses[1:], label=case.name, linewidth=1, color=colour)
-    axis.set(xlabel="step", ylabel=f"training loss, seed {seed}")
+    plain = np.array(group.cases[FP32][seed]["outcome"]["losses"])
+    ends, values = [], [0.0]
+    for case, runs in group.cases.items():
+        # The largest cache of a format that was run, and none.
+        caches = [c.cache for c in group.cases if c.family == case.family and c.method == "trained"]
+        is_shown = case.family in ("INT8", "INT4", "INT2") and case.cache in (0, max(caches))
+        if seed not in runs or case.method != "trained" or not is_shown:
+            continue
+        steps, losses = np.array(runs[seed]["outcome"]["losses"]).T
+        if len(losses) != len(plain):
+            continue
+        style, colour = ("-" if case.cache else ":"), COLOURS[case.family]
+        lost = 1e3 * (losses - plain[:, 1])
+        axis.plot(steps, lost, style, color=colour, linewidth=1.5)
+        ends.append(End(steps[-1], lost[-1], case.name, colour))
+        values += lost.tolist()
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xlim(0, 1.25 * plain[-1, 0])
+    axis.set_yscale("symlog", linthresh=1, linscale=0.7)
+    _round_ticks(
+        axis, "y", (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100), min(values), max(values) + 5
+    )
+    axis.set_xlabel("training step")
+    axis.set_ylabel("training loss minus FP32's, thousandths of a nat")
+    axis.set_title(f"Training with a cache follows FP32 ({group.title}, seed {seed})")
+    return ends

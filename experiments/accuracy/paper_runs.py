@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from experiments.accuracy import baselines
 from experiments.accuracy.grid import FP32, Case
-from experiments.dlrm import outcomes, stacks, training
+from experiments.dlrm import outcomes, stacks, training, unfinished
 from experiments.dlrm.outcomes import Outcome
 
 
@@ -108,8 +108,21 @@ class Workbench:
             ratio_with_row_state=with_row_state / (embedding_bytes + outcome.row_state_bytes),
         )  # fmt: skip
 
+    def training_of(self, group: Sequence[Case], data: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Returns what the training of a group depends on, ready for JSON; cases after it do not matter."""
+        own = group[0].method in ("narrow", "pruned", "quantization-aware")
+        case = (
+            dataclasses.replace(FP32, method=group[0].method, share=group[0].share) if own else FP32
+        )
+        contender = dataclasses.asdict(group[0].contender()) | {"name": ""}
+        return depends_on(data, self.recipe, case, seed) | {"contender": contender}
+
     def run(
-        self, group: Sequence[Case], seed: int, on_chunk: Callable[..., None]
+        self,
+        group: Sequence[Case],
+        seed: int,
+        on_chunk: Callable[..., None],
+        keeper: unfinished.Keeper | None = None,
     ) -> Iterator[Result]:
         """Trains the cases of one of `groups` once and yields a Result for each.
 
@@ -118,11 +131,24 @@ class Workbench:
           seed: of parameters, rows and batch order; the same for all cases, which is what makes
             them paired.
           on_chunk: see training.fit.
+          keeper: saves the training, and goes on with one that it has saved.
+
+        Raises:
+          Stopped: by the keeper, if the process was told to stop.
         """
         source, recipe, job = self._setup(group[0])
+        contenders = [group[0].contender()]
+        run = training.begin(source, contenders, recipe, job, seed=seed)
+        if keeper is not None and (saved := unfinished.read(keeper.folder)) is not None:
+            unfinished.restore(keeper.folder, saved, run, job)
         [fitted] = training.fit(
-            source, [group[0].contender()], recipe, job, seed=seed, on_chunk=on_chunk
+            source, contenders, recipe, job, seed=seed, on_chunk=on_chunk, run=run, keeper=keeper
         )
+
+        def on_batch() -> None:
+            if keeper is not None:
+                keeper.after_step(run)
+
         for case in group:
             now = fitted
             if case.method == "post-training":
@@ -131,7 +157,12 @@ class Workbench:
                     specs=(emb.spec,), learner=fitted.learner._replace(emb=(emb,))
                 )
             outcome = outcomes.measure(
-                job, now._replace(contender=case.contender()), source, self.plain, recipe.batch_size
+                job,
+                now._replace(contender=case.contender()),
+                source,
+                self.plain,
+                recipe.batch_size,
+                on_batch=on_batch,
             )
             fp32 = self.plain_bytes / self.plain.num_rows
             match case.method:

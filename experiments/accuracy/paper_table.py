@@ -1,11 +1,11 @@
 """The paper's experiment as one grid: what a row costs in bytes, and what that costs in AUC.
 
-Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a
-smaller dim, pruned by frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware
-training), with paired seeds: every case of a seed sees the same batches in the same order and
-starts from the same values (a smaller dim excepted, whose layers have other shapes). A finished run
-is one line of the results file with its settings, commit and environment; what is there already is
-not run again, so a killed grid continues. Tables and pictures are made from all lines of the file.
+Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a smaller dim, pruned by
+frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware training), with paired seeds: every case of a seed
+sees the same batches in the same order and starts from the same values (a smaller dim excepted, whose layers have other
+shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
+not run again. A case that was interrupted is saved, and the same command goes on inside it. Tables and pictures are made
+from all lines of the file.
 
     # The synthetic twin of Criteo, without a file or a network:
     python -m experiments.accuracy.paper_table
@@ -18,7 +18,9 @@ not run again, so a killed grid continues. Tables and pictures are made from all
     python -m experiments.accuracy.paper_table --report
 """
 
+import contextlib
 import dataclasses
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +35,9 @@ from experiments import command_line, provenance, train_dlrm
 from experiments.accuracy import grid, paper_report, paper_runs, records
 from experiments.accuracy.grid import FP32, Case, Method
 from experiments.command_line import setting
-from experiments.dlrm import reporting, training
+from experiments.dlrm import reporting, training, unfinished
+
+UNFINISHED = "paper_table_unfinished"  # folder in --out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,13 @@ class Settings:
         at_most=65_536,
         only={"data": train_dlrm.WITH_DENSE},
     )
+    save_every: float = setting(
+        10,
+        "Time between two saves of the case that trains; 0: only when told to stop.",
+        "MINUTES",
+        at_least=0,
+        at_most=10_000,
+    )
     report: bool = setting(False, "Run nothing; make tables and pictures of what is there.")
     out: Path = setting(
         Path("experiments/results"), "Folder of paper_table.jsonl, .md and the pictures."
@@ -198,7 +209,7 @@ def record_of(
     depends: dict[str, Any], result: paper_runs.Result, environment: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the line of a finished run."""
-    outcome = dataclasses.asdict(result.outcome)
+    outcome = reporting.without_curve(result.outcome)
     outcome["losses"] = thinned(outcome["losses"])
     del outcome["contender"], outcome["seed"], outcome["advice"]
     return {
@@ -210,9 +221,15 @@ def record_of(
 def train(
     settings: Settings,
     console: Any,
+    stop: command_line.Stop,
     cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of,
 ) -> None:
-    """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases."""
+    """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases.
+
+    Raises:
+      Stopped: if the process was told to stop; the case that trained is saved.
+    """
+    command = command_line.command_of(command_line.name_of(train), command_line.words_of(settings))
     settings.out.mkdir(parents=True, exist_ok=True)
     path, environment = settings.out / "paper_table.jsonl", provenance.environment()
     done, source = records.load(path), None
@@ -238,10 +255,14 @@ def train(
         )
         for seed in settings.seeds:
             for group in paper_runs.groups([c for c in cases if keys[c, seed] not in done]):
-                start = time.perf_counter()
+                start, what = time.perf_counter(), bench.training_of(group, data, seed)
+                folder = settings.out / UNFINISHED / records.key_of(what)
                 rows = source.num_train // recipe.batch_size * recipe.batch_size
+                keeper = unfinished.Keeper(
+                    folder, 60 * settings.save_every, stop, {"training": what}, command
+                )
                 with reporting.bars(console, [group[0].contender().name], rows) as bars:
-                    for result in bench.run(group, seed, bars):
+                    for result in bench.run(group, seed, bars, keeper):
                         depends = paper_runs.depends_on(data, recipe, result.case, seed)
                         records.append(path, record_of(depends, result, environment))
                         missing -= 1
@@ -252,6 +273,10 @@ def train(
                             "B/row  "
                             f"{time.perf_counter() - start:5.1f} s, {missing} left"
                         )
+                keeper.finish()
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty: other cases are unfinished
+                    folder.parent.rmdir()
 
 
 def check(settings: Settings) -> None:
@@ -285,7 +310,8 @@ def run(settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] 
     """
     console = reporting.make_console()
     if not settings.report:
-        train(settings, console, cases_at)
+        with command_line.stoppable() as stop:
+            train(settings, console, stop, cases_at)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     paper_report.write(found, settings.out)
     console.print((settings.out / "paper_table.md").read_text(), soft_wrap=True, highlight=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +11,7 @@ from sklearn import metrics
 
 import mpembed_jax as mpembed
 from experiments.data.background import in_background
+from experiments.dlrm.curves import Point
 
 if TYPE_CHECKING:
     from experiments.dlrm.training import Contender, Fitted, Job, Learner
@@ -40,11 +41,21 @@ class Outcome:
     first_chunk_s: float
     num_steps: int
     losses: list[tuple[int, float]]  # (step, mean training loss of the chunk that ends there)
+    curve: list[Point]  # a point per chunk
     advice: list[str]  # what mpembed_jax.stats warned of
 
 
-def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> dict[str, float]:
-    """Returns auc, log_loss and normalized_entropy of the source's test rows."""
+def evaluate(
+    job: "Job",
+    learner: "Learner",
+    source: Any,
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Returns auc, log_loss and normalized_entropy of the source's test rows.
+
+    `on_batch` is called before each batch; what it raises ends the evaluation.
+    """
     labels, scores = [], []
 
     def padded() -> Iterator[dict]:
@@ -56,6 +67,7 @@ def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> di
             yield jax.tree.map(lambda a, rows=rows: a[rows], batch)
 
     for batch in in_background(map(jax.device_put, padded())):
+        on_batch()
         scores.append(job.predict(learner, batch))
     label = np.concatenate(labels)
     score = np.concatenate(
@@ -76,7 +88,13 @@ def evaluate(job: "Job", learner: "Learner", source: Any, batch_size: int) -> di
 
 
 def measure(
-    job: "Job", fitted: "Fitted", source: Any, plain: mpembed.EmbeddingSpec, batch_size: int
+    job: "Job",
+    fitted: "Fitted",
+    source: Any,
+    plain: mpembed.EmbeddingSpec,
+    batch_size: int,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Evaluates a fitted contender and counts its bytes.
 
@@ -86,6 +104,7 @@ def measure(
       source: gives the test rows.
       plain: the spec of the source's tables in float32 without a cache, to which ratios relate.
       batch_size: rows per prediction.
+      on_batch: see evaluate.
 
     Returns:
       An Outcome.
@@ -104,8 +123,7 @@ def measure(
     total = sum(size.total for size in sizes)
     row_state_bytes = sum(size.components["row state"] for size in sizes)
     return Outcome(
-        contender=fitted.contender, seed=fitted.seed,
-        **evaluate(job, fitted.learner, source, batch_size),
+        contender=fitted.contender, seed=fitted.seed, **evaluate(job, fitted.learner, source, batch_size, on_batch),
         embedding_bytes=total - row_state_bytes, row_state_bytes=row_state_bytes,
         bytes_per_row=(total - row_state_bytes) / full.num_rows,
         ratio=full.float32_bytes / (total - row_state_bytes),
@@ -114,7 +132,7 @@ def measure(
         evictions_per_step=counts.evictions / fitted.num_steps,
         bypasses_per_step=counts.bypasses / fitted.num_steps,
         bypass_share=counts.bypasses / max(1, counts.unique),
-        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)),
-        first_chunk_s=fitted.first_chunk_s,
-        num_steps=fitted.num_steps, losses=fitted.losses, advice=[str(w.message) for w in advice],
+        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)), first_chunk_s=fitted.first_chunk_s,
+        num_steps=fitted.num_steps, losses=[(p.step, p.loss) for p in fitted.curve],
+        curve=fitted.curve, advice=[str(w.message) for w in advice],
     )  # fmt: skip

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments import command_line, provenance
-from experiments.dlrm.training import Outcome
+from experiments.dlrm.curves import Point
+from experiments.dlrm.outcomes import Outcome
 
 KAGGLE_ROWS = 45_840_617
 
@@ -57,21 +58,30 @@ class Bars:
     The rate is over a contender's own turns.
     """
 
-    def __init__(self, progress: Progress | None, names: list[str], num_rows: int):
+    def __init__(
+        self,
+        progress: Progress | None,
+        names: list[str],
+        num_rows: int,
+        done: dict[str, int] | None = None,
+    ):
         self.progress, self.num_rows, self.start = progress, num_rows, time.perf_counter()
-        self.done, self.rows = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        self.done = dict.fromkeys(names, 0) | (done or {})
+        self.rows = dict.fromkeys(names, 0)
         self.seconds = dict.fromkeys(names, 0.0)
         self.last: dict[str, tuple[float, float]] = {}  # loss, hit rate
         self.measured = ""
         nothing = {"rate": 0.0, "loss": float("nan"), "hits": 0.0}
         self.tasks = {}
         if progress is not None:
-            self.tasks = {n: progress.add_task(n, total=num_rows, **nothing) for n in names}
+            self.tasks = {
+                n: progress.add_task(n, total=num_rows, completed=self.done[n], **nothing)
+                for n in names
+            }
 
-    def __call__(
-        self, name: str, num_rows: int, loss: float, hit_rate: float, seconds: float
-    ) -> None:
+    def __call__(self, name: str, num_rows: int, seconds: float, point: Point) -> None:
         """Advances a contender's bar."""
+        loss, hit_rate = point.loss, point.hit_rate
         if name in self.last:  # the first turn compiles and does not count
             self.rows[name] += num_rows
             self.seconds[name] += seconds
@@ -103,8 +113,13 @@ class Bars:
 
 
 @contextlib.contextmanager
-def bars(console: Console, names: list[str], num_rows: int) -> Iterator[Bars]:
-    """Shows bars with rows/s, loss and hit rate, or a line every ten seconds without a terminal."""
+def bars(
+    console: Console, names: list[str], num_rows: int, done: dict[str, int] | None = None
+) -> Iterator[Bars]:
+    """Shows bars with rows/s, loss and hit rate; where there is no terminal, a line every ten seconds.
+
+    `done` has the rows that each contender was trained on before.
+    """
     if console.is_terminal:
         shown = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
@@ -116,9 +131,9 @@ def bars(console: Console, names: list[str], num_rows: int) -> Iterator[Bars]:
             console=console,
         )  # fmt: skip
         with shown:
-            yield Bars(shown, names, num_rows)
+            yield Bars(shown, names, num_rows, done)
         return
-    found = Bars(None, names, num_rows)
+    found = Bars(None, names, num_rows, done)
     with command_line.progress(found.line):
         yield found
     if found.last:
@@ -178,57 +193,94 @@ def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> N
             )
 
 
-def save_picture(outcomes: list[Outcome], path: Path) -> None:
-    """Draws loss curves of the first seed, and AUC lost against bytes per row.
+COLOURS = ("#222222", "#ee7733", "#0077bb", "#009988", "#cc3311", "#ee3377")
+PANELS = (  # field of a point, title, unit, factor
+    ("loss", "Loss of a training row", "nats", 1),
+    ("auc", "AUC of rows before training on them", "AUC", 1),
+    ("hit_rate", "Ids found in the cache", "% of ids", 100),
+    ("rows_touched", "Distinct embedding rows in a batch", "rows", 1),
+)
 
-    The second panel has one mark per seed.
-    """
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    differences = auc_differences(outcomes)
-    for number, (name, group) in enumerate(by_contender(outcomes).items()):
-        look = {"color": colormaps["tab20"](number * 2 % 20 + number // 10), "label": name}
-        steps, losses = np.array(group[0].losses).T
-        width = max(1, len(losses) // 40)
-        left.plot(
-            steps[width - 1 :],
-            np.convolve(losses, np.ones(width) / width, "valid"),
-            linewidth=1.2,
-            **look,
-        )
-        lost = [-d for d in differences[name]]
-        mark = "osD^vPX*<>"[number % 10]
-        right.scatter(
-            [group[0].bytes_per_row] * len(lost), lost, s=26, marker=mark, alpha=0.8, **look
-        )
-    left.set(xlabel="step", ylabel="training loss", title="Training loss of the first seed")
-    right.set(
-        xlabel="bytes per row, optimizer state left out",
-        ylabel="AUC lost against FP32",
-        title="AUC against memory",
-    )
-    right.axhline(0, color="grey", linewidth=0.8)
-    right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter("{x:g}")
-    right.set_yscale("symlog", linthresh=1e-3)
-    most = [
-        sign * max(sign * -d for group in differences.values() for d in group) for sign in (-1, 1)
-    ]
-    right.set_ylim(min(-5e-4, 1.3 * most[0]), max(1e-3, 1.3 * most[1]))
-    left.set_ylim(
-        top=1.02
-        * max(
-            group[0].losses[len(group[0].losses) // 16][1]
-            for group in by_contender(outcomes).values()
-        )
-    )
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+
+def save_picture(outcomes: list[Outcome], batch_size: int, path: Path) -> None:
+    """Draws the curves of the first seed, and each run's AUC on the test rows beside its memory."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.25))
+    axes = [figure.add_subplot(grid[k // 2, k % 2]) for k in range(4)]
+    groups = by_contender(outcomes)
+    colours = {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(groups)}
+    for axis, (field, title, unit, factor) in zip(axes, PANELS, strict=True):
+        for number, (name, group) in enumerate(groups.items()):
+            if field == "hit_rate" and not group[0].contender.cache_fraction:
+                continue
+            curve = group[0].curve
+            rows = np.array([point.step for point in curve]) * batch_size
+            values = factor * np.array([getattr(point, field) for point in curve])
+            # Runs that agree lie on one another: the later ones are dashed, so that all are seen.
+            style = ("-", (0, (5, 3)), (0, (2, 3)))[number % 3]
+            axis.plot(rows, values, color=colours[name], linestyle=style, linewidth=1.6, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(unit)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.02)
+    for axis in axes[2:]:
+        axis.set_xlabel("training rows")
+    first = [group[0].curve for group in groups.values()]
+    if max(map(len, first)) > 4:  # the fall of the first steps would hide all that follows
+        axes[0].set_ylim(top=1.02 * max(c[max(1, len(c) // 16)].loss for c in first if len(c) > 1))
+    axes[3].set_ylim(0, 1.1 * max(p.rows_touched for g in groups.values() for p in g[0].curve))
+    if not axes[2].lines:
+        axes[2].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    _draw_memory(figure.add_subplot(grid[:, 2]), groups, auc_differences(outcomes), colours)
     figure.savefig(path, dpi=130)
+
+
+def _draw_memory(
+    axis: Any,
+    groups: dict[str, list[Outcome]],
+    differences: dict[str, list[float]],
+    colours: dict[str, str],
+) -> None:
+    """Draws a row per run: its name and memory at the left, a dot per seed, and the mean in figures."""
+    labels = []
+    for place, (name, group) in enumerate(groups.items()):
+        values = [o.auc for o in group]
+        axis.plot(values, [place] * len(values), "o", color=colours[name], markersize=8)
+        text = f"{np.mean(values):.4f}"
+        if place:
+            text += f"  ({np.mean(differences[name]):+.4f})"
+        axis.annotate(
+            text, (float(np.mean(values)), place), (0, 13), textcoords="offset points", ha="center",
+            color=colours[name],
+        )  # fmt: skip
+        words = name.replace(" as ", "\nas ")
+        labels.append(f"{words}\n{group[0].embedding_bytes / 1e6:.1f} MB")
+    axis.set_yticks(range(len(groups)), labels)
+    for label, colour in zip(axis.get_yticklabels(), colours.values(), strict=True):
+        label.set_color(colour)
+    axis.set_ylim(len(groups) - 0.5, -0.6)
+    found = [o.auc for group in groups.values() for o in group]
+    middle, half = (max(found) + min(found)) / 2, max(max(found) - min(found), 0.002)
+    axis.set_xlim(middle - half, middle + half)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.ticklabel_format(axis="x", useOffset=False, style="plain")
+    axis.set_xlabel("AUC on the test rows, a dot per seed (in brackets: minus FP32)")
+    axis.set_title("What was reached, and in how much memory", fontsize=10)
+    axis.grid(axis="x", alpha=0.25)
 
 
 def projection(outcome: Outcome, batch_size: int) -> float:
     """Returns the seconds of a pass over Criteo-Kaggle's 45.8 M rows at this time per step."""
     return KAGGLE_ROWS / batch_size * outcome.step_ms / 1e3
+
+
+def without_curve(outcome: Outcome) -> dict[str, Any]:
+    """Returns an outcome as JSON has it; its curve has a file of its own."""
+    return {k: v for k, v in dataclasses.asdict(outcome).items() if k != "curve"}
 
 
 def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) -> dict[str, Any]:
@@ -243,7 +295,7 @@ def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) 
             name: {"mean": float(np.mean(d)), "per_seed": d}
             for name, d in auc_differences(outcomes).items()
         },
-        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "outcomes": [without_curve(outcome) for outcome in outcomes],
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record

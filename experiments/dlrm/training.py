@@ -1,11 +1,10 @@
 """The training of several storages of one recommender side by side.
 
-All have the same batches, the same seed and the same initial parameters. Every contender is the
-functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered rows,
-apply_gradients for them and optax for the dense part, in one jitted call with everything donated.
-Contenders take turns on chunks of batches, so the host waits for the device once per chunk and
-times them alternately. Batches are made on a background thread. One pass, no early stopping, no
-learning-rate schedule. What a run reached is in `outcomes`.
+Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered
+rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
+turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
+on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`, how
+it is saved and gone on with in `unfinished`.
 """
 
 import dataclasses
@@ -13,17 +12,22 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn import metrics
 
 import mpembed_jax as mpembed
 from experiments.data.background import in_background
 from experiments.dlrm import models, stacks
+from experiments.dlrm.curves import Point
 from experiments.dlrm.outcomes import Outcome, measure
+
+if TYPE_CHECKING:
+    from experiments.dlrm.unfinished import Keeper
 
 CHUNK = 16  # batches a contender trains on before the next one's turn
 Storage = Literal[
@@ -71,6 +75,14 @@ class Learner(NamedTuple):
     params: Any
     opt_state: Any
     extra: Any = None  # what the job's View needs
+    trackers: Any = None  # one checkpoint.RowTracker per stack, of runs that are saved
+
+
+class Log(NamedTuple):
+    """What a step tells of itself."""
+
+    counts: jax.Array  # f32 [4]: loss, requests found in the cache, requests, distinct rows
+    scores: jax.Array  # f32 [B]: logits of the model before the step
 
 
 class View(NamedTuple):
@@ -89,7 +101,7 @@ class View(NamedTuple):
 class Job(NamedTuple):
     """The jitted functions of one model: one compile per contender, none per seed."""
 
-    train_step: Callable[[Learner, dict], tuple[Learner, jax.Array]]
+    train_step: Callable[[Learner, dict], tuple[Learner, Log]]
     predict: Callable[[Learner, dict], jax.Array]
     init_params: Callable[[jax.Array], Any]
     row_tx: optax.GradientTransformation
@@ -105,7 +117,7 @@ class Fitted(NamedTuple):
     learner: Learner
     seed: int
     num_steps: int
-    losses: list[tuple[int, float]]  # (step, mean training loss of the chunk that ends there)
+    curve: list[Point]  # a point per chunk
     step_s: list[float]  # mean seconds per step of every chunk; the first one compiles
     first_chunk_s: float
 
@@ -162,30 +174,36 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
         return rows if view is None else view.see(learner, rows, ids)
 
     @partial(jax.jit, donate_argnames="learner")
-    def train_step(learner: Learner, batch: dict) -> tuple[Learner, jax.Array]:
+    def train_step(learner: Learner, batch: dict) -> tuple[Learner, Log]:
         ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
         embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
         rows = list(map(mpembed.lookup, embs, plans))
 
-        def loss_fn(params: Any, rows: list[jax.Array]) -> jax.Array:
+        def loss_fn(params: Any, rows: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
             seen = [see(learner, r, plan.unique_ids) for r, plan in zip(rows, plans, strict=True)]
             parts = [
                 stacks.pooled(r, plan.inverse, bags, emb.implementation)
                 for r, plan, emb in zip(seen, plans, learner.emb, strict=True)
             ]
             vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
-            return models.bce(model(params, batch["dense"], vectors), batch["label"])
+            logits = model(params, batch["dense"], vectors)
+            return models.bce(logits, batch["label"]), logits
 
-        loss, (grads, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(learner.params, rows)
+        (loss, logits), (grads, row_grads) = jax.value_and_grad(
+            loss_fn, argnums=(0, 1), has_aux=True
+        )(learner.params, rows)
         embs = tuple(map(partial(mpembed.apply_gradients, tx=row_tx), embs, plans, rows, row_grads))
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
-        counts = plans[0].counts
-        log = jnp.stack(
-            [loss, counts.hit_requests.astype(jnp.float32), counts.requests.astype(jnp.float32)]
-        )
-        return Learner(
-            embs, optax.apply_updates(learner.params, updates), opt_state, learner.extra
-        ), log
+        trackers = learner.trackers
+        if trackers is not None:
+            from mpembed_jax import checkpoint  # needs an extra that not every user of this has
+
+            trackers = tuple(map(checkpoint.mark, trackers, plans))
+        counts, unique = plans[0].counts, sum(plan.counts.unique for plan in plans)
+        numbers = (loss, counts.hit_requests, counts.requests, unique)
+        log = Log(jnp.stack([x.astype(jnp.float32) for x in numbers]), logits)
+        params = optax.apply_updates(learner.params, updates)
+        return Learner(embs, params, opt_state, learner.extra, trackers), log
 
     @jax.jit
     def predict(learner: Learner, batch: dict) -> jax.Array:
@@ -214,6 +232,103 @@ def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
         yield chunk
 
 
+@dataclasses.dataclass
+class Run:
+    """The training of several contenders with one seed, as far as it has come.
+
+    The lists have an entry per contender.
+    """
+
+    seed: int
+    contenders: list[Contender]
+    specs: list[tuple[mpembed.EmbeddingSpec, ...]]
+    batch_size: int
+    learners: list[Learner | None]  # None: evaluated, and let go
+    steps: list[int]
+    logs: list[list[Log]]  # of the chunk under way
+    curves: list[list[Point]]
+    step_s: list[list[float]]
+    first_chunk_s: list[float]
+    outcomes: list[Outcome]  # of the contenders that are evaluated
+    seconds: float = 0.0  # of training, before this process
+
+    @property
+    def place(self) -> str:
+        """Says how far it is."""
+        if self.outcomes or len(set(self.steps)) == 1:
+            return f"step {max(self.steps)} of seed {self.seed}"
+        return f"steps {min(self.steps)} to {max(self.steps)} of seed {self.seed}"
+
+    def about(self) -> dict[str, Any]:
+        """Returns everything but the arrays, as JSON has it."""
+        return {
+            "seed": self.seed, "batch_size": self.batch_size, "steps": self.steps,
+            "num_logs": [len(logs) for logs in self.logs], "curves": self.curves, "step_s": self.step_s,
+            "first_chunk_s": self.first_chunk_s, "seconds": self.seconds,
+            "outcomes": [dataclasses.asdict(outcome) for outcome in self.outcomes],
+        }  # fmt: skip
+
+    def take(self, about: dict[str, Any]) -> None:
+        """Takes over what `about` returned, with zeros for the logs."""
+        for name in ("steps", "step_s", "first_chunk_s", "seconds"):
+            setattr(self, name, about[name])
+        self.curves = [[Point(*point) for point in curve] for curve in about["curves"]]
+        self.outcomes = [outcome_of(values) for values in about["outcomes"]]
+        for i, count in enumerate(about["num_logs"]):
+            self.set_logs(i, np.zeros((count, 4)), np.zeros((count, self.batch_size)))
+
+    def counts_of(self, i: int) -> np.ndarray:
+        """Returns f32 [k, 4], the counts of a contender's steps in the chunk under way."""
+        found = jax.device_get([log.counts for log in self.logs[i]])
+        return np.asarray(found, np.float32).reshape(-1, 4)
+
+    def scores_of(self, i: int) -> np.ndarray:
+        """Returns f32 [k, B], their scores."""
+        found = jax.device_get([log.scores for log in self.logs[i]])
+        return np.asarray(found, np.float32).reshape(-1, self.batch_size)
+
+    def set_logs(self, i: int, counts: np.ndarray, scores: np.ndarray) -> None:
+        """Puts back what counts_of and scores_of returned."""
+        self.logs[i] = [Log(*pair) for pair in zip(counts, scores, strict=True)]
+
+
+def outcome_of(values: dict[str, Any]) -> Outcome:
+    """Returns an outcome from its dictionary, as dataclasses.asdict and JSON leave it."""
+    return Outcome(
+        **values
+        | {
+            "contender": Contender(**values["contender"]),
+            "losses": [(step, loss) for step, loss in values["losses"]],
+            "curve": [Point(*point) for point in values["curve"]],
+        }
+    )
+
+
+def begin(source: Any, contenders: list[Contender], recipe: Recipe, job: Job, *, seed: int) -> Run:
+    """Makes the learners of a run that has not taken a step.
+
+    Args:
+      source: see experiments/data.
+      contenders: the runs; the seed gives all of them the same initial values and the same batches.
+      recipe: what they share.
+      job: from make_job.
+      seed: of parameters, rows and batch order.
+    """
+    specs = [stacks.make_specs(source, c, recipe) for c in contenders]
+    row_key, dense_key = jax.random.split(jax.random.key(seed))
+    learners: list[Learner | None] = []
+    for several in specs:
+        params = job.init_params(dense_key)
+        learners.append(
+            Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params))
+        )
+    empty: list[list] = [[] for _ in contenders]
+    return Run(
+        seed, contenders, specs, recipe.batch_size, learners, [0] * len(contenders), empty,
+        [[] for _ in contenders], [[] for _ in contenders], [0.0] * len(contenders), [],
+    )  # fmt: skip
+
+
 def fit(
     source: Any,
     contenders: list[Contender],
@@ -222,6 +337,8 @@ def fit(
     *,
     seed: int,
     on_chunk: Callable[..., None],
+    run: Run | None = None,
+    keeper: "Keeper | None" = None,
 ) -> list[Fitted]:
     """Trains every contender for one pass.
 
@@ -231,55 +348,91 @@ def fit(
       recipe: what they share.
       job: from make_job.
       seed: of parameters, rows and batch order.
-      on_chunk: called after each chunk of each contender as (name, num_rows, loss, hit_rate,
-        seconds).
+      on_chunk: called after each chunk of each contender as (name, num_rows, seconds, point).
+      run: to go on with; None: from the beginning.
+      keeper: saves the run.
 
     Returns:
       One Fitted per contender, in order.
+
+    Raises:
+      Stopped: by the keeper, if the process was told to stop.
     """
-    specs = [stacks.make_specs(source, c, recipe) for c in contenders]
-    row_key, dense_key = jax.random.split(jax.random.key(seed))
-    learners, times, curves = [], [[] for _ in contenders], [[] for _ in contenders]
-    for several in specs:
-        params = job.init_params(dense_key)
-        learners.append(
-            Learner(stacks.init(row_key, source, several, job.row_tx), params, job.tx.init(params))
-        )
-    num_steps, first_chunks = 0, [0.0] * len(contenders)
-    for chunk in _chunks(in_background(map(jax.device_put, source.train(recipe.batch_size, seed)))):
-        for i, contender in enumerate(contenders):
-            start, logs = time.perf_counter(), []
-            for step, batch in enumerate(chunk, num_steps):
-                if job.view is not None and step % job.view.period == 0:
-                    learners[i] = job.view.refresh(learners[i])
-                learners[i], log = job.train_step(learners[i], batch)
-                logs.append(log)
-            loss, hits, requests = np.mean(np.stack(jax.device_get(logs)), axis=0)
-            seconds = time.perf_counter() - start
-            times[i].append(seconds / len(chunk))
-            first_chunks[i] = first_chunks[i] or seconds
-            curves[i].append((num_steps + len(chunk), float(loss)))
-            on_chunk(
-                contender.name,
-                len(chunk) * recipe.batch_size,
-                float(loss),
-                float(hits / max(requests, 1)),
-                seconds,
-            )
-        num_steps += len(chunk)
-    if not num_steps:
+    run = begin(source, contenders, recipe, job, seed=seed) if run is None else run
+    if keeper is not None:
+        keeper.begin(run)
+    if not run.outcomes:
+        _train(source, run, recipe, job, on_chunk, keeper)
+    if not max(run.steps):
         raise ValueError(
             f"{source.num_train} training rows make no batch of {recipe.batch_size}; lower "
             "batch_size"
         )
-    if job.view is not None:
-        learners = [job.view.refresh(learner) for learner in learners]
     return [
-        Fitted(*parts, seed, num_steps, curve, seconds, first)
-        for *parts, curve, seconds, first in zip(
-            contenders, specs, learners, curves, times, first_chunks, strict=True
+        Fitted(
+            contender, run.specs[i], run.learners[i], seed, run.steps[i], run.curves[i],
+            run.step_s[i], run.first_chunk_s[i],
         )
-    ]
+        for i, contender in enumerate(contenders)
+        if run.learners[i] is not None
+    ]  # fmt: skip
+
+
+def _train(
+    source: Any,
+    run: Run,
+    recipe: Recipe,
+    job: Job,
+    on_chunk: Callable[..., None],
+    keeper: "Keeper | None",
+) -> None:
+    """Does what `fit` says."""
+    begun, before = time.perf_counter(), run.seconds
+    # The chunk under way, from its beginning: some contenders may have taken more of it.
+    first = min(run.steps) // CHUNK * CHUNK
+    is_warm = [False] * len(run.contenders)
+    batches = source.train(recipe.batch_size, run.seed, first)
+    for chunk in _chunks(in_background(map(jax.device_put, batches))):
+        for i, contender in enumerate(run.contenders):
+            start, done = time.perf_counter(), run.steps[i] - first
+            if done >= len(chunk):
+                continue
+            for batch in chunk[done:]:
+                learner = run.learners[i]
+                if job.view is not None and run.steps[i] % job.view.period == 0:
+                    learner = job.view.refresh(learner)
+                run.learners[i], log = job.train_step(learner, batch)
+                run.logs[i].append(log)
+                run.steps[i] += 1
+                run.seconds = before + time.perf_counter() - begun
+                if keeper is not None and run.steps[i] < first + len(chunk):
+                    keeper.after_step(run)
+            point = _point(run, i, [batch["label"] for batch in chunk])
+            seconds = time.perf_counter() - start
+            if is_warm[i] or not run.step_s[i]:  # what goes on compiles again
+                run.step_s[i].append(seconds / (len(chunk) - done))
+            is_warm[i] = True
+            run.first_chunk_s[i] = run.first_chunk_s[i] or seconds
+            run.curves[i].append(point)
+            run.logs[i] = []
+            on_chunk(contender.name, (len(chunk) - done) * recipe.batch_size, seconds, point)
+            if keeper is not None:
+                keeper.after_step(run)
+        first += len(chunk)
+        if keeper is not None:
+            keeper.after_chunk(run)
+    if job.view is not None:
+        run.learners = [x if x is None else job.view.refresh(x) for x in run.learners]
+
+
+def _point(run: Run, i: int, labels: list[jax.Array]) -> Point:
+    """Returns the means of a contender's chunk."""
+    loss, hits, requests, unique = np.mean(run.counts_of(i), axis=0).tolist()
+    label = np.concatenate(jax.device_get(labels))
+    score = run.scores_of(i).reshape(-1)
+    is_told = np.isfinite(score).all() and label.min() < label.max()
+    auc = float(metrics.roc_auc_score(label, score)) if is_told else math.nan
+    return Point(run.steps[i], run.seconds, loss, auc, hits / max(requests, 1), unique)
 
 
 def train(
@@ -291,15 +444,27 @@ def train(
     seed: int,
     on_chunk: Callable[..., None],
     on_measure: Callable[[str], None] = lambda name: None,
+    run: Run | None = None,
+    keeper: "Keeper | None" = None,
 ) -> list[Outcome]:
     """Trains every contender for one pass (see `fit`) and evaluates it.
 
     `on_measure` is called with the name of each contender before its evaluation.
     """
-    fitted = fit(source, contenders, recipe, job, seed=seed, on_chunk=on_chunk)
+    run = begin(source, contenders, recipe, job, seed=seed) if run is None else run
+    fitted = fit(
+        source, contenders, recipe, job, seed=seed, on_chunk=on_chunk, run=run, keeper=keeper
+    )
     [plain] = stacks.make_specs(source, FP32, recipe)
-    outcomes = []
+
+    def on_batch() -> None:
+        if keeper is not None:
+            keeper.after_step(run)
+
     while fitted:  # a learner evaluated is let go: the next evaluation has its memory
         on_measure(fitted[0].contender.name)
-        outcomes.append(measure(job, fitted.pop(0), source, plain, recipe.batch_size))
-    return outcomes
+        run.outcomes.append(
+            measure(job, fitted.pop(0), source, plain, recipe.batch_size, on_batch=on_batch)
+        )
+        run.learners[len(run.outcomes) - 1] = None
+    return run.outcomes

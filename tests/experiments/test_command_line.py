@@ -19,7 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import command_line, train_dlrm
-from experiments.dlrm import reporting, training
+from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
@@ -320,8 +320,8 @@ def test_lines_of_progress_say_what_happens(capsys, monkeypatch):
     console = reporting.make_console()
     with reporting.bars(console, ["FP32", "ours"], 200) as bars:
         time.sleep(0.12)
-        bars("FP32", 100, 0.5, 0.0, 1.0)
-        bars("ours", 100, 0.4, 0.9, 1.0)
+        bars("FP32", 100, 1.0, curves.Point(4, 1.0, 0.5, 0.7, 0.0, 9.0))
+        bars("ours", 100, 1.0, curves.Point(4, 1.0, 0.4, 0.7, 0.9, 9.0))
         time.sleep(0.12)
         bars.measuring("ours")
         time.sleep(0.12)

@@ -175,7 +175,7 @@ class Tiny:
     def __init__(self, as_dict=False):
         self.as_dict, self.bags, self.tables = as_dict, ("b",) if as_dict else (), {"a": 4, "b": 3}
 
-    def train(self, batch_size, seed=0):
+    def train(self, batch_size, seed=0, start=0, num_epochs=1):
         a, b = np.array([3, 3, 1, 0], np.int32), np.array([2, 2, 2, 0], np.int32)
         ids = np.stack([a, b], axis=1)
         if self.as_dict:
@@ -292,7 +292,7 @@ def test_two_stacks_of_fp32_train_as_one(as_dict):
     class Source(Tiny):
         num_train, num_test = 64, 64
 
-        def train(self, batch_size, seed=0):
+        def train(self, batch_size, seed=0, start=0, num_epochs=1):
             rng = np.random.default_rng(seed)
             for _ in range(self.num_train // batch_size):
                 bag = rng.integers(0, 3, (batch_size, 2)).astype(np.int32)

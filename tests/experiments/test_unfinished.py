@@ -1,0 +1,390 @@
+"""Runs that are interrupted go on with the bits they would have had, and no unfinished run is lost or mixed up."""
+
+import contextlib
+import csv
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
+
+pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
+
+from experiments import command_line, train_dlrm
+from experiments.accuracy import grid, paper_table
+from experiments.accuracy.grid import FP32, Case
+from experiments.data import movielens, reddit
+from experiments.dlrm import curves, training, unfinished
+from mpembed_jax import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ["--num-rows", "3500", "--scale", "0.001"]
+MODEL = [*DATA, "--batch-size", "128", "--hidden", "16", "8"]
+TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be the same
+
+
+@pytest.fixture(autouse=True)
+def optax_adam():
+    """Adam of optax raises a float to an int32 power, which strict promotion (conftest.py) refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def few_batches_in_a_chunk(monkeypatch):
+    monkeypatch.setattr(training, "CHUNK", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation():
+    """Runs of the same model share their compiled functions."""
+    make, made = training.make_job, {}
+
+    def cached(source, recipe, view=None):
+        key = (source.name, recipe, tuple(source.tables.items()), view)
+        return made.setdefault(key, make(source, recipe, view))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_job", cached)
+        yield
+
+
+class Told(command_line.Stop):
+    """A Stop that is set when it is asked for the n-th time, as a signal would at that moment."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __bool__(self):
+        self.left -= 1
+        if self.left < 0:
+            self.number = int(signal.SIGINT)
+        return self.number != 0
+
+
+def tell(monkeypatch, after):
+    stop = Told(after)
+    monkeypatch.setattr(command_line, "stoppable", lambda: contextlib.nullcontext(stop))
+    return stop
+
+
+# --- data
+
+
+def write_criteo(folder):
+    rng = np.random.default_rng(0)
+    lines = [
+        "\t".join(
+            [str(label), *map(str, rng.integers(0, 50, 13)), *(f"{x:08x}" for x in rng.integers(1, 40, 26))]
+        )
+        for label in rng.integers(0, 2, 1400)
+    ]  # fmt: skip
+    (folder / "train.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_posts(folder):
+    rng, count = np.random.default_rng(0), 1500
+    words = np.array([f"word{i}" for i in range(60)])
+    pl.DataFrame(
+        {
+            "created_utc": reddit.TEST_FROM + rng.integers(-1000, 300, count),
+            "subreddit": [f"s{i}" for i in rng.integers(0, 20, count)],
+            "domain": [f"d{i}" for i in rng.integers(0, 50, count)],
+            "is_self": rng.random(count) < 0.5,
+            "title": [" ".join(rng.choice(words, rng.integers(0, 20))) for _ in range(count)],
+            "num_comments": rng.integers(0, 25, count),
+        }
+    ).write_parquet(folder / "posts.parquet")
+
+
+def write_ratings(folder, monkeypatch):
+    rng, count = np.random.default_rng(0), 1500
+    ratings = {
+        column: [str(i) for i in rng.integers(0, 40, count)]
+        for column in movielens.SINGLES.values()
+    }
+    ratings["user_rating"] = rng.integers(1, 6, count)
+    ratings["movie_genres"] = [list(rng.integers(0, 8, rng.integers(1, 7))) for _ in range(count)]
+    frame = pl.DataFrame(ratings)
+    monkeypatch.setattr(movielens, "read", lambda *_: frame)
+
+
+def words_for(data, folder, monkeypatch):
+    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1"]
+    match data:
+        case "synthetic":
+            return [*shared, *MODEL]
+        case "criteo":
+            write_criteo(folder)
+            return [*shared, "--path", str(folder), *["--batch-size", "96", "--hidden", "16", "8"]]
+        case "reddit":
+            write_posts(folder)
+            return [*shared, "--path", str(folder / "posts.parquet"), "--batch-size", "96"]
+        case _:
+            write_ratings(folder, monkeypatch)
+            return [*shared, "--batch-size", "96", "--storage", "int4"]
+
+
+def results(folder, data):
+    """What a run leaves, without times."""
+    record = json.loads((folder / f"{data}.json").read_text())
+    outcomes = [{k: v for k, v in o.items() if k not in TIMES} for o in record["outcomes"]]
+    with (folder / f"{data}_curve.csv").open() as file:
+        curve = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    # Contenders that an interruption found further on write their points later.
+    curve.sort(key=lambda row: (row["seed"], row["run"], int(row["step"])))
+    return outcomes, curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["synthetic", "criteo", "reddit", "movielens"])
+def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
+    data, tmp_path, monkeypatch, capsys
+):
+    """Three contenders, two seeds; told to stop in chunks, between them, and while it evaluates."""
+    words = words_for(data, tmp_path, monkeypatch)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    stop = tell(monkeypatch, 10**9)
+    assert train_dlrm.main([*words, "--out", str(whole)]) == 0
+    num_asked = 10**9 - stop.left
+    rng, places = np.random.default_rng(1), []
+    moments = [1, 6, *rng.integers(2, num_asked // 4, 8)]
+    for after in moments:
+        tell(monkeypatch, after)
+        resume = ["--resume"] if places else []
+        status = train_dlrm.main([*words, "--out", str(parts), *resume])
+        said = capsys.readouterr().err
+        if status == 0:
+            break
+        assert status == 130
+        assert "python -m experiments.train_dlrm" in said
+        assert said.strip().endswith("--resume")
+        places.append(said.split(" at ")[1].split(";")[0])
+    assert len(set(places)) >= 6 and any("seed 1" in place for place in places)
+    if status:
+        tell(monkeypatch, 10**9)
+        assert train_dlrm.main([*words, "--out", str(parts), "--resume"]) == 0
+    assert results(parts, data) == results(whole, data)
+    assert not list(parts.glob("*unfinished*"))
+
+
+SMALL = [*MODEL, "--cache-fraction", "0.3"]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An uninterrupted run."""
+    assert train_dlrm.main([*SMALL, "--out", str(tmp_path / "whole")]) == 0
+    return results(tmp_path / "whole", "synthetic")
+
+
+def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
+    """Saved in the background after each chunk, in full and then by touched rows; killed twice."""
+    saves, save = [], checkpoint.save
+
+    def counted(*args, tracker=None, **options):
+        saving = save(*args, tracker=tracker, **options)
+        saves.append((tracker is not None, saving.nbytes))
+        return saving
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    words, calls = [*SMALL, "--out", str(tmp_path / "parts"), "--save-every", "0.000001"], []
+
+    def killed(self, seed, name, points, at):
+        calls.append(points)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    for at, resume in ((11, []), (23, ["--resume"])):
+        monkeypatch.setattr(curves.Curves, "add", functools.partialmethod(killed, at=at))
+        assert train_dlrm.main([*words, *resume]) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "CHUNK", 4)
+    assert train_dlrm.main([*words, "--resume"]) == 0
+    assert results(tmp_path / "parts", "synthetic") == whole
+    assert {is_increment for is_increment, _ in saves} == {False, True}
+
+
+def test_what_cannot_be_saved_is_said_and_training_goes_on(whole, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise checkpoint.CheckpointError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    words = [*SMALL, "--out", str(tmp_path / "out"), "--save-every", "0.000001"]
+    assert train_dlrm.main(words) == 0
+    assert "warning: not saved, training goes on: No space left" in capsys.readouterr().err
+    assert results(tmp_path / "out", "synthetic") == whole
+    tell(monkeypatch, 20)
+    assert train_dlrm.main([*SMALL, "--out", str(tmp_path / "other")]) == 130
+    said = capsys.readouterr().err
+    assert "could not be saved: No space left on device" in said and "--resume" not in said
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, capsys):
+    """The folder of a run that was told to stop, and its settings."""
+    tell(monkeypatch, 17)
+    assert train_dlrm.main([*SMALL, "--out", str(tmp_path / "out")]) == 130
+    capsys.readouterr()
+    tell(monkeypatch, 10**9)
+    return tmp_path / "out"
+
+
+def held(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_unfinished_run_is_not_begun_anew(stopped, capsys):
+    before = held(stopped)
+    assert train_dlrm.main([*SMALL, "--out", str(stopped)]) == 2
+    assert "holds an unfinished run: go on with --resume" in capsys.readouterr().err
+    assert held(stopped) == before
+
+
+def test_other_settings_are_refused_with_the_differences(stopped, capsys):
+    before = held(stopped)
+    words = [*SMALL, "--out", str(stopped), "--resume", "--storage", "int4", "--seeds", "0", "3"]
+    assert train_dlrm.main([*words, "--max-unique-ids", "9000"]) == 2
+    said = capsys.readouterr().err
+    assert "--storage int8 there, int4 here; --max-unique-ids its default there, 9000 here" in said
+    assert "--seeds 0 there, 0 3 here" in said and "--scale" not in said
+    assert held(stopped) == before
+
+
+def test_settings_that_are_not_of_the_run_may_change(stopped, whole):
+    moved = stopped.with_name("moved")
+    shutil.move(stopped, moved)
+    words = [*SMALL, "--out", str(moved), "--resume", "--save-every", "7"]
+    assert train_dlrm.main(words) == 0
+    assert results(moved, "synthetic") == whole
+
+
+def test_there_must_be_something_to_go_on_with(tmp_path, capsys):
+    assert train_dlrm.main([*SMALL, "--out", str(tmp_path), "--resume"]) == 2
+    assert "no unfinished run of --data synthetic is saved in" in capsys.readouterr().err
+
+
+def test_a_damaged_save_is_told(stopped, capsys):
+    for path in stopped.rglob("manifest.json"):
+        path.write_text("{")
+    assert train_dlrm.main([*SMALL, "--out", str(stopped), "--resume"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_other_data_are_refused(tmp_path, monkeypatch, capsys):
+    words = [*words_for("criteo", tmp_path, monkeypatch), "--out", str(tmp_path / "out")]
+    tell(monkeypatch, 9)
+    assert train_dlrm.main(words) == 130
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    (tmp_path / "train.txt").write_text("\n".join(lines[:1000]) + "\n")
+    assert train_dlrm.main([*words, "--resume"]) == 2
+    assert "the data have changed: train 1200 there, 858 here" in capsys.readouterr().err
+
+
+def test_another_environment_is_told(stopped, monkeypatch, capsys):
+    monkeypatch.setattr(unfinished.provenance, "commit", lambda: "another")
+    assert train_dlrm.main([*SMALL, "--out", str(stopped), "--resume"]) == 0
+    assert "warning: another environment than the save's: commit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_process_in_order(number, tmp_path):
+    command = [sys.executable, "-m", "experiments.train_dlrm", *SMALL, "--num-rows", "700000"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    ) as process:
+        try:
+            curve, deadline = tmp_path / "synthetic_curve.csv", time.monotonic() + 200
+            while not (curve.exists() and curve.read_text().count("\n") > 3):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said and said.strip().endswith(f"--out {tmp_path} --resume")
+    assert checkpoint.steps(tmp_path / "synthetic_unfinished") == [1]
+
+
+# --- curves
+
+
+def test_the_curve_is_a_table_of_what_happened(whole):
+    outcomes, curve = whole
+    assert list(curve[0]) == [name for name in curves.HEAD if name != "seconds"]
+    for outcome in outcomes:
+        points = [row for row in curve if row["run"] == outcome["contender"]["name"]]
+        assert [int(row["step"]) for row in points] == [4, 8, 12, 16, 20, 23]
+        losses = [float(row["loss"]) for row in points]
+        assert losses == pytest.approx([loss for _, loss in outcome["losses"]], rel=1e-5)
+        assert all(0.4 < float(row["auc"]) < 1 for row in points)
+        assert all(0 < float(row["rows_touched"]) <= 128 * 26 for row in points)
+        is_cached = outcome["contender"]["cache_fraction"] > 0
+        assert (float(points[-1]["hit_rate"]) > 0) == is_cached
+
+
+def test_events_are_written_where_tensorboard_is(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is optional")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    point = curves.Point(4, 1.0, 0.5, float("nan"), 0.9, 100.0)
+    with curves.curves(tmp_path / "c.csv", tmp_path / "events") as written:
+        written.add(3, "INT8 + 5 %", [point])
+    found = event_accumulator.EventAccumulator(str(tmp_path / "events" / "INT8_5" / "seed_3"))
+    found.Reload()
+    assert set(found.Tags()["tensors"]) == {"seconds", "loss", "hit_rate", "rows_touched"}
+
+
+def test_an_auc_that_is_not_defined_is_an_empty_cell(tmp_path):
+    with curves.curves(tmp_path / "c.csv", tmp_path / "events") as written:
+        written.add(0, "FP32", [curves.Point(4, 1.0, 0.5, float("nan"), 0.0, 100.0)])
+    assert (tmp_path / "c.csv").read_text().splitlines()[1] == "0,FP32,4,1,0.5,,0,100"
+
+
+# --- the grid
+
+
+@pytest.mark.slow
+def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
+    """Cases of every method; told to stop in training, between the cases of one, in evaluation."""
+    cases = (
+        FP32, Case("int4", 0.05), Case("int4", small=0.05), Case(method="pruned", share=0.5),
+        Case("int4", method="post-training"), Case("int4", method="quantization-aware"),
+    )  # fmt: skip
+    monkeypatch.setattr(grid, "TARGETS", cases)
+    words = [*MODEL, "--dims", "4", "--seeds", "0", "--grid", "targets"]
+
+    def lines(out):
+        found = [json.loads(x) for x in (out / "paper_table.jsonl").read_text().splitlines()]
+        for record in found:
+            del record["environment"]
+            for name in TIMES:
+                del record["outcome"][name]
+        return found
+
+    stop = tell(monkeypatch, 10**9)
+    assert paper_table.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    num_asked = 10**9 - stop.left
+    out, statuses = tmp_path / "parts", []
+    for after in [1, 30, *np.random.default_rng(0).integers(3, num_asked // 6, 30)]:
+        tell(monkeypatch, after)
+        statuses.append(paper_table.main([*words, "--out", str(out)]))
+        if statuses[-1] == 0:
+            break
+        assert "go on with:" in capsys.readouterr().err
+        assert len(list((out / "paper_table_unfinished").iterdir())) == 1
+    assert statuses[-1] == 0 and statuses.count(130) >= 5
+    assert lines(out) == lines(tmp_path / "whole")
+    assert not (out / "paper_table_unfinished").exists()
