@@ -28,6 +28,7 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
+_SMALL = {"key", "step", "pending", "fingerprint"}  # arrays whose shapes schema checks
 _BLOCK = 65536  # rows per block
 
 
@@ -103,6 +104,9 @@ def check(
             if (found["shape"], found["dtype"]) != (list(shape), dtype):
                 raise ValueError(f"{inner} is {found['dtype']} {found['shape']}")
         rows = [inner for inner in held if inner.startswith("row_state")]
+        others = held.keys() - expected.keys() - {*rows} - _SMALL
+        if others:
+            raise ValueError(f"it has arrays {sorted(others)}")
         if any(held[inner]["shape"][:1] not in ([], [num_rows]) for inner in rows):
             raise ValueError(f"the optimizer's state is not that of {num_rows} rows")
     except (ValueError, TypeError, OverflowError) as error:

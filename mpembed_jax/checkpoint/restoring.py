@@ -202,6 +202,11 @@ def _compare(
         skip |= set(member.names.values()) | set(entry["names"].values())
         if convert.is_needed(prefix, entry, member.state):
             converted.add(prefix)
+        elif entry["names"] != member.names:
+            raise ValueError(
+                f"{where} names the arrays of embedding state {prefix!r} {entry['names']}, the "
+                f"target {member.names}"
+            )
     saved = held["arrays"].keys() | held["values"].keys()
     saved -= {record["patch"] for record in held["arrays"].values() if "patch" in record}
     if missing := [name for name in named if name not in saved and name not in skip]:
