@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
 from experiments.faults.training import bits_of
 from mpembed_jax import checkpoint
 
@@ -357,6 +357,17 @@ def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any
         )
         assert done.returncode == 0, done.stdout[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(stride: int = 1) -> dict[str, Any]:
+    """Returns the counts of `everything` for the report.
+
+    Raises:
+      Failed: where calls.c cannot be compiled.
+    """
+    if (found := everything(stride)) is None:
+        raise command_line.Failed("calls can be made to fail on Linux with a C compiler")
+    return {"stride": stride, "operations": found}
 
 
 def _main() -> None:

@@ -11,8 +11,11 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
+from experiments import provenance
 from experiments.faults.training import bits_of
 from mpembed_jax import checkpoint
 
@@ -340,3 +344,21 @@ def many(sequences: int, length: int = 25, seed: int = 0) -> dict[str, int]:
         for what, count in counts.items():
             total[what] = total.get(what, 0) + count
     return total
+
+
+def in_a_process(sequences: int) -> dict[str, int]:
+    """Runs random sequences in a process with as many devices of a CPU as they need."""
+    flags = f"--xla_force_host_platform_device_count={max(DEVICES)}"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.faults.sequences", str(sequences)],
+        cwd=provenance.ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(many(int(sys.argv[1]))))
