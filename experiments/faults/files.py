@@ -1,5 +1,6 @@
 """Faults of storage: every file of a checkpoint damaged, disks that are full, read-only or gone."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,17 @@ def _limit_file_size(failing: Any) -> dict[str, str]:
     return {"disk full by": "RLIMIT_FSIZE: no device can be mounted here"}
 
 
+def _put_back(away: Path, directory: Path) -> None:
+    """Moves a folder back. Writers of a save that failed may still make a new one in its place."""
+    for _ in range(200):
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            away.rename(directory)
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{directory} comes back after every deletion")
+
+
 def disks() -> dict[str, str]:
     """Fills the disk, takes permission away, and lets the folder vanish.
 
@@ -226,8 +239,7 @@ def disks() -> dict[str, str]:
                 messages["folder vanished during a save"] = str(error).replace(
                     str(directory), "DIRECTORY"
                 )
-            shutil.rmtree(directory, ignore_errors=True)
-            away.rename(directory)
+            _put_back(away, directory)
             assert bits_of(checkpoint.restore(directory, part, step=1)) == wanted
             if "folder vanished during a save" in messages:
                 break

@@ -45,5 +45,6 @@ def listen(lines: Iterable[str], aim: str, until: int) -> tuple[int, bool]:
 def has_unfinished(directory: Path) -> bool:
     """Whether there is anything but finished checkpoints."""
     return directory.exists() and any(
-        not p.name.removeprefix("step_").isdigit() for p in directory.iterdir()
+        p.name != ".writer" and not p.name.removeprefix("step_").isdigit()
+        for p in directory.iterdir()
     )

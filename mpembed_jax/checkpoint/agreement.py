@@ -12,7 +12,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mpembed_jax.checkpoint.errors import CheckpointError
+from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (CheckpointError, DamagedError, UnreadableError, FileNotFoundError)
+}
 
 
 def from_first(work: Callable[[], Any]) -> Any:
@@ -30,8 +35,8 @@ def from_first(work: Callable[[], Any]) -> Any:
         try:
             outcome = {"result": work()}
         except (CheckpointError, FileNotFoundError) as error:
-            failure, is_missing = error, isinstance(error, FileNotFoundError)
-            outcome = {"error": str(error), "is_missing": is_missing}
+            failure = error
+            outcome = {"error": str(error), "kind": type(error).__name__}
     message = json.dumps(outcome).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.frombuffer(message[:size].ljust(size, b" "), np.uint8)
@@ -41,5 +46,5 @@ def from_first(work: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "error" in outcome:
-        raise (FileNotFoundError if outcome["is_missing"] else CheckpointError)(outcome["error"])
+        raise _KINDS[outcome["kind"]](outcome["error"])
     return outcome["result"]

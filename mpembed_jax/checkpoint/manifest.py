@@ -70,17 +70,17 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
       CheckpointError: if files of the arrays `keys` are missing. This happens if the folder was
         moved away during the save, because the writers then create a new one.
     """
+    names_of = {record["key"]: name for name, record in body["arrays"].items()}
     for key in keys:
+        what = f"array {names_of.get(key, key)!r}"
         try:
             layout = json.loads((folder / key / array_files.LAYOUT).read_bytes())
             pieces = array_files.count(layout["shape"], layout["chunks"])
             found = len(os.listdir(folder / key)) - 1
         except OSError as error:
-            raise CheckpointError(
-                f"array {key!r} is not in {folder}: {files.reason(error)}"
-            ) from error
+            raise CheckpointError(f"{what} is not in {folder}: {files.reason(error)}") from error
         if found != pieces:
-            raise CheckpointError(f"array {key!r} has {found} of {pieces} files in {folder}")
+            raise CheckpointError(f"{what} has {found} of {pieces} files in {folder}")
     # A save of this step that failed before may have left writers behind. Their arrays have other
     # keys.
     parts = ["", *keys]

@@ -745,3 +745,81 @@ def test_an_embedding_whose_entry_does_not_fit_its_arrays_is_refused(tmp_path):
             checkpoint.restore(tmp_path, {"emb": other})
         write_manifest(tmp_path, 1, body)
     checkpoint.restore(tmp_path, {"emb": other})
+
+
+# --- several processes
+
+
+TOGETHER = """
+import sys, json, numpy as np, jax
+from pathlib import Path
+from experiments.scaling import multiprocess
+port, worker, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+mesh = multiprocess.join(port, 2, worker)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from mpembed_jax import checkpoint
+divided = NamedSharding(mesh, P("x"))
+def tree(value):
+  whole = np.full((8, 3), value)
+  return {"x": jax.make_array_from_callback(whole.shape, divided, whole.__getitem__), "n": value}
+said = []
+def attempt(do):
+  try:
+    said.append(str(do()))
+  except (checkpoint.CheckpointError, FileNotFoundError) as error:
+    said.append(f"{type(error).__name__}: {error}")
+def value_of(tree):
+  return {int(part) for shard in tree["x"].addressable_shards for part in np.unique(shard.data)}, tree["n"]
+def save(where, step, value):
+  checkpoint.save(where, step, tree(value))
+  return "saved"
+attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
+attempt(lambda: save(folder / "file" / "run", 1, 1))
+attempt(lambda: save(folder / "run", 1, 1))
+attempt(lambda: save(folder / "run", 1, 2))
+attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
+if worker == 0:
+  piece = max((p for p in (folder / "run").rglob("*") if p.parent.parent.name == "step_1"), key=lambda p: p.stat().st_size)
+  piece.write_bytes(b"damaged")
+attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0), step=1)))
+attempt(lambda: save(folder / "run", 1, 3))
+attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
+print(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_save_together_fail_together(tmp_path, request):
+    """The first one looks; an error is raised in all, and none of them waits for another one."""
+    pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
+    from experiments.scaling import multiprocess
+
+    (tmp_path / "file").write_text("no folder")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1",
+    }
+    with multiprocess.reserve_port() as held:
+        port = str(held.getsockname()[1])
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", TOGETHER, port, str(worker), str(tmp_path)],
+                cwd=request.path.parents[2],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for worker in (0, 1)
+        ]
+        outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), outputs[0][1][-2000:]
+    said = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    assert said[0] == said[1]
+    expected = [
+        "FileNotFoundError: no checkpoint in", "CheckpointError: step 1 could not be saved in", "saved",
+        "is already a good checkpoint", "({1}, 1)", "DamagedError: step 1: array 'x': ", "saved", "({3}, 3)",
+    ]  # fmt: skip
+    for text, found in zip(expected, said[0], strict=True):
+        assert text in found
