@@ -254,7 +254,10 @@ def _accuracy(axis: Any, group: Group) -> list[End]:
 
 
 def _hits(axis: Any, group: Group) -> list[End]:
-    """Hit rate against the size of the cache, by policy and ways; it does not depend on the format."""
+    """Hit rate against the size of the cache, by policy and ways.
+
+    It does not depend on the format.
+    """
     lines: dict[str, dict[float, list[float]]] = {}
     for case in group.cases:
         if case.cache and case.rounding == "stochastic":

@@ -109,7 +109,10 @@ class Workbench:
         )  # fmt: skip
 
     def training_of(self, group: Sequence[Case], data: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Returns what the training of a group depends on, ready for JSON; cases after it do not matter."""
+        """Returns what the training of a group depends on, ready for JSON.
+
+        Cases after it do not matter.
+        """
         own = group[0].method in ("narrow", "pruned", "quantization-aware")
         case = (
             dataclasses.replace(FP32, method=group[0].method, share=group[0].share) if own else FP32

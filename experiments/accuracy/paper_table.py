@@ -1,11 +1,12 @@
 """The paper's experiment as one grid: what a row costs in bytes, and what that costs in AUC.
 
-Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a smaller dim, pruned by
-frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware training), with paired seeds: every case of a seed
-sees the same batches in the same order and starts from the same values (a smaller dim excepted, whose layers have other
-shapes). A finished run is one line of the results file with its settings, commit and environment; what is there already is
-not run again. A case that was interrupted is saved, and the same command goes on inside it. Tables and pictures are made
-from all lines of the file.
+Storages x caches x policies x roundings x ways, and baselines of equal bytes (FP32 hashed, of a
+smaller dim, pruned by frequency; INT8 / INT4 / INT2 after training; INT4 quantization-aware
+training), with paired seeds: every case of a seed sees the same batches in the same order and
+starts from the same values (a smaller dim excepted, whose layers have other shapes). A finished run
+is one line of the results file with its settings, commit and environment; what is there already is
+not run again. A case that was interrupted is saved, and the same command goes on inside it. Tables
+and pictures are made from all lines of the file.
 
     # The synthetic twin of Criteo, without a file or a network:
     python -m experiments.accuracy.paper_table

@@ -1,4 +1,6 @@
-"""Learning curves, written while a run trains: a CSV file, and events where TensorBoard is installed.
+"""Learning curves, written while a run trains.
+
+A CSV file, and events where TensorBoard is installed.
 
 A point is the mean over the steps since the last one. AUC is of the model before it has trained on
 a row: every row is seen once, so it is that of unseen rows. The CSV file is one table that a

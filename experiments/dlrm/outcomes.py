@@ -123,7 +123,8 @@ def measure(
     total = sum(size.total for size in sizes)
     row_state_bytes = sum(size.components["row state"] for size in sizes)
     return Outcome(
-        contender=fitted.contender, seed=fitted.seed, **evaluate(job, fitted.learner, source, batch_size, on_batch),
+        contender=fitted.contender, seed=fitted.seed,
+        **evaluate(job, fitted.learner, source, batch_size, on_batch),
         embedding_bytes=total - row_state_bytes, row_state_bytes=row_state_bytes,
         bytes_per_row=(total - row_state_bytes) / full.num_rows,
         ratio=full.float32_bytes / (total - row_state_bytes),
@@ -132,7 +133,8 @@ def measure(
         evictions_per_step=counts.evictions / fitted.num_steps,
         bypasses_per_step=counts.bypasses / fitted.num_steps,
         bypass_share=counts.bypasses / max(1, counts.unique),
-        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)), first_chunk_s=fitted.first_chunk_s,
+        step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)),
+        first_chunk_s=fitted.first_chunk_s,
         num_steps=fitted.num_steps, losses=[(p.step, p.loss) for p in fitted.curve],
         curve=fitted.curve, advice=[str(w.message) for w in advice],
     )  # fmt: skip

@@ -116,7 +116,9 @@ class Bars:
 def bars(
     console: Console, names: list[str], num_rows: int, done: dict[str, int] | None = None
 ) -> Iterator[Bars]:
-    """Shows bars with rows/s, loss and hit rate; where there is no terminal, a line every ten seconds.
+    """Shows bars with rows/s, loss and hit rate.
+
+    Where there is no terminal, a line every ten seconds.
 
     `done` has the rows that each contender was trained on before.
     """
@@ -245,7 +247,10 @@ def _draw_memory(
     differences: dict[str, list[float]],
     colours: dict[str, str],
 ) -> None:
-    """Draws a row per run: its name and memory at the left, a dot per seed, and the mean in figures."""
+    """Draws a row per run.
+
+    Its name and memory at the left, a dot per seed, and the mean in figures.
+    """
     labels = []
     for place, (name, group) in enumerate(groups.items()):
         values = [o.auc for o in group]

@@ -1,10 +1,11 @@
 """The training of several storages of one recommender side by side.
 
-Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with respect to the gathered
-rows, apply_gradients for them and optax for the dense part, in one jitted call with everything donated. Contenders take
-turns on chunks of batches, so the host waits for the device once per chunk and times them alternately. Batches are made
-on a background thread. One pass, no early stopping, no learning-rate schedule. What a run reached is in `outcomes`, how
-it is saved and gone on with in `unfinished`.
+Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with
+respect to the gathered rows, apply_gradients for them and optax for the dense part, in one jitted
+call with everything donated. Contenders take turns on chunks of batches, so the host waits for the
+device once per chunk and times them alternately. Batches are made on a background thread. One pass,
+no early stopping, no learning-rate schedule. What a run reached is in `outcomes`, how it is saved
+and gone on with in `unfinished`.
 """
 
 import dataclasses
@@ -263,7 +264,8 @@ class Run:
         """Returns everything but the arrays, as JSON has it."""
         return {
             "seed": self.seed, "batch_size": self.batch_size, "steps": self.steps,
-            "num_logs": [len(logs) for logs in self.logs], "curves": self.curves, "step_s": self.step_s,
+            "num_logs": [len(logs) for logs in self.logs],
+            "curves": self.curves, "step_s": self.step_s,
             "first_chunk_s": self.first_chunk_s, "seconds": self.seconds,
             "outcomes": [dataclasses.asdict(outcome) for outcome in self.outcomes],
         }  # fmt: skip

@@ -1,11 +1,12 @@
-"""Every system call of save, incremental save, pruning, replacement and restore fails once, at every index.
+"""Failures of every system call of save, incremental save, pruning, replacement and restore.
 
     python -m experiments.faults.run --only calls
 
-`calls.c` stands between this process and libc (LD_PRELOAD, so Linux with a C compiler): it counts the calls on files below
-the checkpoints' directory, also those of tensorstore and orbax, and makes the one of a given index fail with an error
-number, do half of its work, or kill the process. Afterwards every earlier good step must restore bit for bit, the new step
-must be complete or absent, the message must name the cause, and the next save must work.
+`calls.c` stands between this process and libc (LD_PRELOAD, so Linux with a C compiler): it counts
+the calls on files below the checkpoints' directory, also those of tensorstore and orbax, and makes
+the one of a given index fail with an error number, do half of its work, or kill the process.
+Afterwards every earlier good step must restore bit for bit, the new step must be complete or
+absent, the message must name the cause, and the next save must work.
 """
 
 import ctypes
@@ -37,7 +38,8 @@ from mpembed_jax import checkpoint
 ERRORS = ("ENOSPC", "EMFILE", "EIO", "EACCES", "EROFS", "EDQUOT")
 KINDS = (*ERRORS, "short", "SIGKILL")
 _FAIL, _SHORT, _KILL = range(3)
-# What orbax says if it asked whether something exists, and the call that would have told failed. It drops the cause.
+# What orbax says if the call that would have told whether something exists failed. It drops the
+# cause.
 _NO_CAUSE = (
     "Path is not a directory",
     "Checkpoint directory does not exist",
@@ -227,7 +229,10 @@ def _mode(kind: str) -> tuple[int, int]:
 
 
 def _run(operation: Operation, directory: Path, kind: str, index: int) -> tuple[Any, int, str]:
-    """Runs an operation with a fault; returns its outcome, the number of calls, and which call met it."""
+    """Runs an operation with a fault.
+
+    Returns its outcome, the number of calls, and which call met it.
+    """
     library = _library()
     library.faults_arm(str(directory).encode(), index, *_mode(kind))
     try:
@@ -239,7 +244,10 @@ def _run(operation: Operation, directory: Path, kind: str, index: int) -> tuple[
 
 
 def _in_a_child(operation: Operation, directory: Path, index: int) -> str:
-    """Runs an operation in a fork that is killed at a call; returns whether it was, as "killed" or ""."""
+    """Runs an operation in a fork that is killed at a call.
+
+    Returns whether it was, as "killed" or "".
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -304,7 +312,10 @@ def fail_each(name: str, kind: str, stride: int = 1, first: int = 0) -> dict[str
 
 
 def _ask_forker(name: str, directory: Path, index: int) -> str:
-    """Lets the forker run an operation; it has imported everything, but jax has no threads in it yet."""
+    """Lets the forker run an operation.
+
+    It has imported everything, but jax has no threads in it yet.
+    """
     print(json.dumps([name, str(directory), index]), file=_forker_in(), flush=True)
     return json.loads(_FORKER[0].stdout.readline())
 
@@ -332,7 +343,9 @@ def _fork_on_demand() -> None:
 
 
 def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any] | None:
-    """Runs every operation with every kind of fault in a process of its own; returns counts by operation.
+    """Runs every operation with every kind of fault in a process of its own.
+
+    Returns counts by operation.
 
     Returns None where calls.c cannot be compiled.
 

@@ -385,7 +385,8 @@ def many(kind: str, files: int, first: int = 0) -> dict[str, Any]:
     """Reads mutated files in workers; returns counts.
 
     Raises:
-      AssertionError: naming the first mutations that ended otherwise than refused or right, and how.
+      AssertionError: naming the first mutations that ended otherwise than refused or right, and
+      how.
     """
     counts: dict[str, int] = {}
     wrong, growth, number, last = [], 0, first, first + files

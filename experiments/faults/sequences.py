@@ -1,10 +1,11 @@
-"""Random sequences of what happens to a directory of checkpoints, compared with full copies in memory.
+"""Random sequences of events in a directory of checkpoints, compared with copies in memory.
 
     python -m experiments.faults.run --only sequences
 
-A run trains on 1, 2 or 4 devices, saves in full and in increments, keeps few, loses folders, has files damaged, and restores
-on any of the three. The model below knows, from the definitions alone, which steps are there, which are good, and what each
-holds. After every action the directory must agree with it.
+A run trains on 1, 2 or 4 devices, saves in full and in increments, keeps few, loses folders, has
+files damaged, and restores on any of the three. The model below knows, from the definitions alone,
+which steps are there, which are good, and what each holds. After every action the directory must
+agree with it.
 """
 
 import dataclasses

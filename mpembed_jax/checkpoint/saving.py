@@ -435,8 +435,8 @@ def _failure(
 
 def _error(directory: Path, step: int, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"step {step} could not be saved in {directory}: {cause_of(error)}; checkpoints saved before are "
-        "unchanged"
+        f"step {step} could not be saved in {directory}: {cause_of(error)}; checkpoints saved "
+        "before are unchanged"
     )
 
 

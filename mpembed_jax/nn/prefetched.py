@@ -1,4 +1,4 @@
-"""What a prefetch leaves for the calls of its step: rows, a plan, and which arrays of ids it was given.
+"""The rows and the plan of a prefetch, for the calls of its step.
 
 A call may name the prefetched ids in any shape, order and number, so that a step can call a module
 several times, or once per microbatch. Where a call has the very arrays that prefetch had, this is

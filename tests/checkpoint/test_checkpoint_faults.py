@@ -1,4 +1,7 @@
-"""A checkpoint is lost, mixed or hidden by no fault: full tables of handles, other versions, other writers, any name."""
+"""A checkpoint is lost, mixed or hidden by no fault.
+
+Full tables of handles, other versions, other writers, any name.
+"""
 
 import errno
 import io
@@ -226,7 +229,10 @@ def test_a_damaged_checkpoint_is_replaced_when_the_new_one_is_complete(tmp_path,
 
 
 def test_good_means_the_same_to_restore_and_to_save_chains_included(tmp_path, caplog):
-    """After its base was damaged, an increment is refused by restore, and so the run can save that step again."""
+    """After its base was damaged, an increment is refused by restore.
+
+    So the run can save that step again.
+    """
     state = first()
     checkpoint.save(tmp_path, 90, {"emb": state})
     middle, tracker = trained(state, 0)
@@ -281,7 +287,8 @@ if sys.argv[3] == "hold":
   saving.manifest.write = held_up
 for step in range(int(sys.argv[4])):
   try:
-    checkpoint.save(folder, step, {"x": np.full((40, 1000), value), "y": np.full(5, value), "n": value})
+    arrays = {"x": np.full((40, 1000), value), "y": np.full(5, value)}
+    checkpoint.save(folder, step, arrays | {"n": value})
     print("saved", step, flush=True)
   except checkpoint.CheckpointError as error:
     print("refused", str(error).splitlines()[0], flush=True)
@@ -300,7 +307,10 @@ def start_writer(request, folder, value, mode, steps):
 
 
 def test_the_second_writer_is_told_who_the_first_is(tmp_path, request):
-    """Also under another path of the same directory; the first one's checkpoint becomes complete."""
+    """Also under another path of the same directory.
+
+    The first one's checkpoint becomes complete.
+    """
     with start_writer(request, tmp_path, 7, "hold", 1) as writer:
         assert writer.stdout.readline() == "writing\n"
         link = tmp_path.parent / f"{tmp_path.name}-link"
@@ -354,7 +364,10 @@ def test_two_writers_at_once_never_mix(tmp_path, request):
 
 
 def test_a_reader_is_told_when_its_checkpoint_was_replaced(tmp_path, monkeypatch):
-    """Between the check of the files and their reading: values of one must not go with arrays of the other."""
+    """A checkpoint that changes between the check of its files and their reading.
+
+    Values of one must not go with arrays of the other.
+    """
     checkpoint.save(tmp_path, 1, numbers(1))
     checkpoint.save(tmp_path / "other", 1, numbers(2))
     read = checkpoint.restoring.read_arrays
@@ -376,8 +389,9 @@ def test_a_reader_is_told_when_its_checkpoint_was_replaced(tmp_path, monkeypatch
 
 
 NAMES = [
-    "checkpoint", "manifest.json", "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "array_metadatas",
-    "commit_success.txt", "..", ".", "", "a/b", "/", "\x00", "x" * 300, "é" * 200, "%2e", "tree", "\ud800",
+    "checkpoint", "manifest.json", "_METADATA", "_CHECKPOINT_METADATA", "_sharding",
+    "array_metadatas", "commit_success.txt", "..", ".", "", "a/b", "/", "\x00", "x" * 300,
+    "é" * 200, "%2e", "tree", "\ud800",
 ]  # fmt: skip
 
 
@@ -488,7 +502,10 @@ def test_a_save_that_nobody_waits_for_is_complete_when_the_program_ends(tmp_path
 
 
 def test_a_checkpoint_of_earlier_code_is_restored(tmp_path, request):
-    """Full and incremental, written when folders still had the names of leaves; and increments go on from it."""
+    """Full and incremental, written when folders still had the names of leaves.
+
+    Increments go on from it.
+    """
     with zipfile.ZipFile(request.path.parent / "version_1.zip") as archive:
         archive.extractall(tmp_path)
     tree = {
@@ -769,7 +786,8 @@ def attempt(do):
   except (checkpoint.CheckpointError, FileNotFoundError) as error:
     said.append(f"{type(error).__name__}: {error}")
 def value_of(tree):
-  return {int(part) for shard in tree["x"].addressable_shards for part in np.unique(shard.data)}, tree["n"]
+  parts = [np.unique(shard.data) for shard in tree["x"].addressable_shards]
+  return {int(part) for part in np.concatenate(parts)}, tree["n"]
 def save(where, step, value):
   checkpoint.save(where, step, tree(value))
   return "saved"
@@ -779,7 +797,8 @@ attempt(lambda: save(folder / "run", 1, 1))
 attempt(lambda: save(folder / "run", 1, 2))
 attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
 if worker == 0:
-  piece = max((p for p in (folder / "run").rglob("*") if p.parent.parent.name == "step_1"), key=lambda p: p.stat().st_size)
+  pieces = [p for p in (folder / "run").rglob("*") if p.parent.parent.name == "step_1"]
+  piece = max(pieces, key=lambda p: p.stat().st_size)
   piece.write_bytes(b"damaged")
 attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0), step=1)))
 attempt(lambda: save(folder / "run", 1, 3))
@@ -818,8 +837,9 @@ def test_processes_that_save_together_fail_together(tmp_path, request):
     said = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert said[0] == said[1]
     expected = [
-        "FileNotFoundError: no checkpoint in", "CheckpointError: step 1 could not be saved in", "saved",
-        "is already a good checkpoint", "({1}, 1)", "DamagedError: step 1: array 'x': ", "saved", "({3}, 3)",
+        "FileNotFoundError: no checkpoint in", "CheckpointError: step 1 could not be saved in",
+        "saved", "is already a good checkpoint", "({1}, 1)", "DamagedError: step 1: array 'x': ",
+        "saved", "({3}, 3)",
     ]  # fmt: skip
     for text, found in zip(expected, said[0], strict=True):
         assert text in found

@@ -1,4 +1,7 @@
-"""Wrong calls of every program end at once, with one sentence and status 2, and nothing is written."""
+"""Wrong calls of every program end at once, with one sentence and status 2.
+
+Nothing is written.
+"""
 
 import gzip
 import importlib
@@ -23,8 +26,9 @@ from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers", "speed.bench_data",
-    "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
+    "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers",
+    "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu",
+    "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
     "faults.killed_worker",
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Runs that are interrupted go on with the bits they would have had, and no unfinished run is lost or mixed up."""
+"""Runs that are interrupted go on with the bits they would have had.
+
+No unfinished run is lost or mixed up.
+"""
 
 import contextlib
 import csv
@@ -35,7 +38,7 @@ TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be t
 
 @pytest.fixture(autouse=True)
 def optax_adam():
-    """Adam of optax raises a float to an int32 power, which strict promotion (conftest.py) refuses."""
+    """Adam of optax raises a float to an int32 power, which strict promotion refuses."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -85,7 +88,11 @@ def write_criteo(folder):
     rng = np.random.default_rng(0)
     lines = [
         "\t".join(
-            [str(label), *map(str, rng.integers(0, 50, 13)), *(f"{x:08x}" for x in rng.integers(1, 40, 26))]
+            [
+                str(label),
+                *map(str, rng.integers(0, 50, 13)),
+                *(f"{x:08x}" for x in rng.integers(1, 40, 26)),
+            ]
         )
         for label in rng.integers(0, 2, 1400)
     ]  # fmt: skip

@@ -177,7 +177,10 @@ def embed_over(mesh, **options):
     [*((m, p) for m in MESHES for p in PLACEMENTS if p != "undivided"), ("replicas", "undivided")],
 )
 def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, placement):
-    """A row that several devices ask for has one gradient, their sum, so that clipping by any norm is right."""
+    """A row that several devices ask for has one gradient, their sum.
+
+    Clipping by any norm is therefore right.
+    """
     ids = np.array([0, 0, 1, 9, 0, 0, 9, 0] * 2, np.int32)
 
     @nnx.jit
@@ -203,7 +206,10 @@ def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, place
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
-    """Microbatches take other parts of the batch than prefetch divided; ids that no device prefetched are NaN."""
+    """Microbatches take other parts of the batch than prefetch divided.
+
+    Ids that no device prefetched are NaN.
+    """
     ids = np.random.default_rng(0).integers(0, 500, (32, 3)).astype(np.int32)
     ids[3], ids[5, 0] = mpembed.NO_ID, -1
 

@@ -61,7 +61,10 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
 
 @pytest.mark.parametrize("tx", [mpembed.optim.sgd(0.1), mpembed.optim.rowwise_adagrad(0.1)])
 def test_a_model_with_a_row_transformation_is_printed_and_copied(tx):
-    """print, copy.deepcopy and nnx.clone build attributes that are tuples anew; a copy trains alike."""
+    """print, copy.deepcopy and nnx.clone build attributes that are tuples anew.
+
+    A copy trains alike.
+    """
     model = nn.CachedEmbed(ROWS, DIM, tx=tx, rngs=nnx.Rngs(0), **SMALL)
     assert "RowRule" in str(model)
     twins = [copy.deepcopy(model), nnx.clone(model)]

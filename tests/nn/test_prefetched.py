@@ -1,4 +1,7 @@
-"""One prefetch serves every call of its step: other orders, shapes and parts of its ids, microbatches, scan, vmap, remat."""
+"""One prefetch serves every call of its step.
+
+The calls have other orders, shapes and parts of its ids, microbatches, scan, vmap, remat.
+"""
 
 from functools import partial
 
@@ -167,7 +170,10 @@ def test_two_calls_of_a_linen_module_train_like_the_dense_table():
 
 
 def test_the_prefetched_arrays_themselves_are_not_looked_up(monkeypatch):
-    """The usual step costs no look-up: the arrays, in a closure or as an argument, whole or one leaf of the nest."""
+    """The usual step costs no look-up.
+
+    It calls with the arrays of prefetch, in a closure or as an argument, whole or one leaf of the nest.
+    """
 
     def fail(*args, **kwargs):
         raise AssertionError("looked up")
@@ -337,7 +343,10 @@ def batch(size=12, length=3):
 
 
 def gradients_of(split):
-    """Gradients of one batch: `split(model, ids, labels)` inside jit, after the prefetch; rows as a dense table's."""
+    """Gradients of one batch: `split(model, ids, labels)` inside jit, after the prefetch.
+
+    The gradients of rows are those of a dense table.
+    """
     model, (ids, labels) = Model(), batch()
     before = table_of(model.embed)
 

@@ -172,7 +172,10 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, size):
 
 
 def test_batches_of_whole_lives_are_lives_one_after_another():
-    """vmap over keys and batches: init, three steps, flush and read, bit for bit. One state may serve many batches."""
+    """vmap over keys and batches equals one after another.
+
+    This holds for init, three steps, flush and read, bit for bit. One state may serve many batches.
+    """
     spec = shapes.stack(300, 32, storage="int8", lines=32, ways=4)
     ids = np.random.default_rng(0).integers(0, 300, (2, 3, 40)).astype(np.int32)
     grads = shapes.dyadic(1, (2, 3, 40, 32))

@@ -803,7 +803,10 @@ WRAPPED = {  # of which the second step is the one that moves nothing
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrappers_that_leave_out_updates_stand_before_the_rounding_link(name):
-    """A step that is left out leaves bfloat16 parameters as they are; around the link lax.cond refuses some."""
+    """A step that is left out leaves bfloat16 parameters as they are.
+
+    Around the link lax.cond refuses some.
+    """
     link = optim.stochastic_round_updates(jax.random.key(0))
     params = {"b": jnp.full(64, 0.5, jnp.bfloat16), "f": jnp.ones(3)}
     tx = optax.chain(WRAPPED[name](optax.sgd(0.1)), link)

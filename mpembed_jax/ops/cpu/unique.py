@@ -105,7 +105,10 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
 
 
 def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `xla.unique.find`. The distinct ids of both, in order of first occurrence, begin with the known ones."""
+    """Finds ids among known ones; see `xla.unique.find`.
+
+    The distinct ids of both, in order of first occurrence, begin with the known ones.
+    """
     num_known = known.shape[0]
     both = jnp.concatenate([known, ids])
     index = unique(both, both.shape[0] + 1, jnp.int32(0)).inverse[num_known:]
