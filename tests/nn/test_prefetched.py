@@ -172,7 +172,8 @@ def test_two_calls_of_a_linen_module_train_like_the_dense_table():
 def test_the_prefetched_arrays_themselves_are_not_looked_up(monkeypatch):
     """The usual step costs no look-up.
 
-    It calls with the arrays of prefetch, in a closure or as an argument, whole or one leaf of the nest.
+    It calls with the arrays of prefetch, in a closure or as an argument, whole or one leaf of the
+    nest.
     """
 
     def fail(*args, **kwargs):
