@@ -116,7 +116,7 @@ def init(
       key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
       spec: the stack.
       tx: optax transformation for the rows; the same one goes to apply_gradients.
-      mesh: jax.sharding.Mesh to divide the stack over, None for one device.
+      mesh: jax.sharding.Mesh to divide the stack over, its axes of the type Auto; None for one device.
       axis_name: the mesh axis (or axes) that divides rows, may be left out where the mesh has one. Without mesh: the axis
         of the jax.pmap that init is called in.
       placement: how rows are divided; None: Placement(), rows by MOD.
