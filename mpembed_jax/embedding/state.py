@@ -123,7 +123,8 @@ def init(
       key: jax.random.key(..) or uint32 [2]; all randomness of the embedding derives from it.
       spec: the stack.
       tx: optax transformation for the rows; apply_gradients must be given the same one.
-      mesh: jax.sharding.Mesh over which the stack is divided; None for one device.
+      mesh: jax.sharding.Mesh over which the stack is divided. Its axes are of the type Auto. None
+        for one device.
       axis_name: the mesh axis (or axes) that divides rows; optional if the mesh has a single axis.
         Without mesh: the axis of the jax.pmap in which init is called.
       placement: how rows are divided. None: Placement(), which divides rows by MOD.

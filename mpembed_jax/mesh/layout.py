@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.mesh.placement import Placement
@@ -70,6 +71,7 @@ class Layout:
                 )
             return None
         placement = Placement() if placement is None else placement
+        _check_axis_types(mesh)
         if mesh is None:
             names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
             sizes = {name: _bound_size(name) for name in names}
@@ -306,6 +308,19 @@ def _alternatives(numbers: list[int]) -> str:
     """Returns numbers as text, such as "1, 2 or 4"."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def _check_axis_types(mesh: Any) -> None:
+    """Raises ValueError if an axis of the mesh (None: no mesh) is not one that XLA divides over."""
+    types = () if mesh is None else mesh.axis_types
+    if any(kind != AxisType.Auto for kind in types):
+        sizes, names = tuple(mesh.shape.values()), tuple(mesh.shape)
+        raise ValueError(
+            f"the mesh has axes of the types {types}, as jax.make_mesh makes them by default, but "
+            "a stack is divided over axes of the type Auto only; make the mesh with\n"
+            f"  jax.make_mesh({sizes}, {names}, "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(names)})"
+        )
 
 
 def _bound_size(name: str) -> int:

@@ -466,6 +466,17 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(3))
     with pytest.raises(ValueError, match=r"several axes \('x', 'y'\)"):
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(2, 2))
+    plain = jax.make_mesh((2, 2), ("x", "y"))  # its axes are explicit
+    line = (
+        r"jax\.make_mesh\(\(2, 2\), \('x', 'y'\), axis_types=\(jax.sharding.AxisType.Auto,\) \* 2\)"
+    )
+    with pytest.raises(ValueError, match=line):
+        mpembed.init(KEY, spec, SGD, mesh=plain, axis_name="x")
+    with pytest.raises(ValueError, match=line):
+        tables = {t.name: np.zeros((t.vocabulary_size, DIM), np.float32) for t in spec.tables}
+        mpembed.from_dense(KEY, spec, SGD, tables, mesh=plain, axis_name="x")
+    with pytest.raises(ValueError, match=line):
+        sharding.relayout(initial(spec), mesh=plain, axis_name="x")
     with pytest.raises(ValueError, match="no mesh axis 'z'"):
         mpembed.init(KEY, spec, SGD, mesh=mesh, axis_name="z")
     with pytest.raises(ValueError, match="for calling init inside"):
