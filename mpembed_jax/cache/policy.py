@@ -5,13 +5,16 @@ A policy is named by "lfu" or "lru". `ops.xla.plan.make_plan` states the rules a
 
 import dataclasses
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.arrays import carries
 from mpembed_jax.row_ids import NO_ID
+
+if TYPE_CHECKING:
+    from mpembed_jax.cache.residency import CacheState
 
 MAX_AGE = 2**25 - 1  # LRU ages saturate here, so that the pair (age, way) fits 32 bits
 MAX_ESTIMATE = 2**16 - 1
@@ -61,17 +64,17 @@ def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
     return rank <= estimates if policy == "lfu" else rank <= MAX_AGE
 
 
-def is_time_to_halve(cache: CacheState, step: jax.Array, num_positions: Fraction) -> jax.Array:
+def is_time_to_halve(cache: "CacheState", step: jax.Array, num_positions: Fraction) -> jax.Array:
     """Returns whether this step halves all LFU estimates, which happens every 30 C / N steps."""
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
-    # A step number has 31 bits. A longer period (small batches beside a huge cache) never ends.
+    # Read as uint32, the step counts to 2^32 - 1. A longer period (small batches beside a huge
+    # cache) would never end, so it is cut to that.
     period = min(max(1, 30 * cache.geometry.lines // num_positions), 2**32 - 1)
-    # Read as an unsigned number, the step keeps counting beyond 2^31 - 1.
     return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)
 
 
-def age(cache: CacheState, halve: jax.Array) -> CacheState:
+def age(cache: "CacheState", halve: jax.Array) -> "CacheState":
     """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
 
     The arrays are updated in place, by a loop of one iteration or none. An LRU cache has no
@@ -81,10 +84,10 @@ def age(cache: CacheState, halve: jax.Array) -> CacheState:
     if not counts_use(cache.policy):
         return cache
 
-    def halve_both(_: jax.Array, both: tuple) -> tuple:
+    def halve_both(both: tuple) -> tuple:
         return both[0] >> 1, both[1] >> 1
 
-    sketch, priority = lax.fori_loop(
-        0, halve.astype(jnp.int32), halve_both, (cache.sketch, cache.priority)
+    sketch, priority = carries.at_most_once(
+        halve_both, halve.astype(jnp.int32), (cache.sketch, cache.priority)
     )
     return dataclasses.replace(cache, sketch=sketch, priority=priority)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.policy import counts_use
 from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
@@ -67,7 +68,7 @@ def init(geometry: Geometry, policy: str, embedding_dim: int) -> CacheState:
     """
     shape = (geometry.sets, geometry.ways)
     sketch = None
-    if policy == "lfu":
+    if counts_use(policy):
         sketch = jnp.zeros(
             (len(SKETCH_SEEDS), geometry.groups, 2 * geometry.lines // geometry.groups), jnp.uint16
         )

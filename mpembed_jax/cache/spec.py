@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_WAYS = 64
+POLICIES = ("lru", "lfu")  # compiled code knows a policy by its number in this list
 
 
 class Geometry(NamedTuple):
@@ -72,8 +73,9 @@ class CacheSpec:
             )
         if not 1 <= self.ways <= MAX_WAYS:
             raise ValueError(f"cache ways must be in [1, {MAX_WAYS}], got {self.ways}")
-        if self.policy not in ("lru", "lfu"):
-            raise ValueError(f'cache policy must be "lru" or "lfu", got {self.policy!r}')
+        if self.policy not in POLICIES:
+            names = " or ".join(f'"{name}"' for name in POLICIES)
+            raise ValueError(f"cache policy must be {names}, got {self.policy!r}")
 
     def geometry(self, num_table_rows: int) -> Geometry:
         """Returns the geometry for a stack of `num_table_rows` rows.

@@ -9,6 +9,7 @@ import binascii
 import re
 from typing import Any
 
+from mpembed_jax.cache.spec import POLICIES
 from mpembed_jax.checkpoint import array_files
 
 _MAX_INT = 2**63 - 1
@@ -161,7 +162,7 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
             isinstance(value, dict)
             and value.keys() == {*sizes, "policy"}
             and all(is_count(value[name]) and value[name] > 0 for name in sizes)
-            and value["policy"] in ("lru", "lfu")
+            and value["policy"] in POLICIES
             and value["sets"] % value["groups"] == 0
         )
 

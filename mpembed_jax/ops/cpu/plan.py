@@ -1,7 +1,7 @@
 """The plan of a batch on a CPU, by loops that numba compiles.
 
 The rules are those of `xla.plan.make_plan` and `xla.rounds.enter`. Each decision depends on earlier
-ones, so plain loops take half the time of XLA's passes over arrays, or less. All arithmetic is on
+ones, so plain loops take at most half the time of XLA's passes over arrays. All arithmetic is on
 integers, so the bits are those of the reference. The arrays of the cache are updated in place.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.cache.spec import MAX_WAYS
+from mpembed_jax.cache.spec import MAX_WAYS, POLICIES
 from mpembed_jax.ops.cpu import call_frame, policy
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.cpu.hashes import cell, fmix32, scale_to
@@ -21,8 +21,8 @@ from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
-# The operands and results of the call, by position. Tags, priority and sketch are operands too, and
-# change in place.
+# The operands and results of the call, by position. Tags, priority and sketch are results 0 to 2
+# and also operands 5 to 7: the call changes them in place.
 _IDS, _INVERSE, _COUNTS, _NUMBERS, _SHAPE = range(5)
 _TAGS, _PRIORITY, _SKETCH, _PLACED_IDS, _PLACED_LINE, _VICTIM_IDS, _PLACED_INVERSE, _FOUND = range(
     8
@@ -38,8 +38,9 @@ _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
 def _find_half(frame, half):
     """Finds the lines of one half of the ids, pins those lines, and queues the misses.
 
-    It also estimates the use of every id. `order` and `queue` are filled from the half's first id
-    on. found[half] and found[2 + half] are their numbers of entries. Memory is prefetched well
+    It also estimates the use of every id. Hits go to `order` and misses to `queue`, both from
+    the position of the half's first id on. found[half] counts the hits, found[2 + half] the misses.
+    Memory is prefetched well
     before it is read: first the tags of the id's set, then the priority of its line.
     """
     ids = argument(frame, _IDS, np.int32)
@@ -61,7 +62,7 @@ def _find_half(frame, half):
     ways = np.int64(shape[1])
     groups = np.int64(shape[2])
     width = np.int64(shape[3])
-    is_lfu = width > 0
+    by = shape[4]
     begin = num_ids * half // 2
     end = num_ids * (half + 1) // 2
     num_hits, num_misses = 0, 0
@@ -89,8 +90,8 @@ def _find_half(frame, half):
             continue
         here = line[i]
         if here < sets * ways:
-            estimate[i] = policy.estimate(priority[here], counts[i]) if is_lfu else 0
-            priority[here] = policy.pinned(is_lfu, step)
+            estimate[i] = policy.estimate(by, priority[here], counts[i])
+            priority[here] = policy.pinned(by, step)
             order[begin + num_hits] = i
             num_hits += 1
         else:
@@ -98,16 +99,16 @@ def _find_half(frame, half):
             queue[begin + num_misses] = i
             num_misses += 1
             ask_for(priority, np.int64(set_of[i]) * ways, ways)
-            if is_lfu:
+            if policy.counts_use(by):
                 ask_for(sketch, cell(0, ids[i], groups, width), 1)
                 ask_for(sketch, cell(1, ids[i], groups, width), 1)
-    if is_lfu:
+    if policy.counts_use(by):
         for k in range(begin, begin + num_misses):
             i = queue[k]
             seen = min(
                 sketch[cell(0, ids[i], groups, width)], sketch[cell(1, ids[i], groups, width)]
             )
-            estimate[i] = policy.estimate(np.int32(seen), counts[i])
+            estimate[i] = policy.estimate(by, np.int32(seen), counts[i])
     found[half], found[2 + half] = num_hits, num_misses
 
 
@@ -124,10 +125,10 @@ def _join(values, begin, num_first, num_second):
 
 @compiled
 def _enter(
-    ids, step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
+    ids, step, ways, by, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
     order, num_cached, queue, num_waiting, best, winner, full,
 ):  # fmt: skip
-    """Lets misses enter in the rounds of xla.rounds.enter, and appends them to `order`.
+    """Runs the rounds of xla.rounds.enter, and appends the misses that enter to `order`.
 
     Returns the number of ids that are in lines.
     """
@@ -148,21 +149,21 @@ def _enter(
             first = np.uint64(set_of[i] * ways)
             cheapest = np.uint64(1) << np.uint64(40)
             for way in range(np.uint64(ways)):
-                rank = policy.rank(is_lfu, tags[first + way], priority[first + way], step)
+                rank = policy.rank(by, tags[first + way], priority[first + way], step)
                 cheapest = min(cheapest, rank * _MAX_WAYS + way)
             here = np.int64(first + cheapest % _MAX_WAYS)
             use = np.int64(cheapest // _MAX_WAYS)
-            if policy.may_enter(is_lfu, use, estimate[i]):
+            if policy.may_enter(by, use, estimate[i]):
                 victim[i], victim_use[i] = tags[here], use - 1
-                tags[here], priority[here], line[i] = ids[i], policy.pinned(is_lfu, step), here
+                tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
                 order[num_cached] = i
                 num_cached += 1
             else:
                 full[bucket_of[i]] = set_of[i]
         num_left = 0
         for k in range(num_waiting):
-            # If the best miss of a set could not enter, the set is closed to all its misses. The
-            # other misses that were not elected wait.
+            # If the best miss of a set could not enter, the set is closed to all its misses. In
+            # other sets, misses that were not elected wait for the next round.
             i = queue[k]
             if full[bucket_of[i]] == set_of[i]:
                 last -= 1
@@ -201,10 +202,10 @@ def _place_half(frame, half):
     width = np.int64(shape[3])
     num_ids = np.int64(argument(frame, _NUMBERS, np.int32)[0])
     num_hits, num_cached = np.int64(found[0]), np.int64(found[1])
-    is_lfu = width > 0
+    by = shape[4]
     hit_requests = 0
-    # One half does all the work on the sketch, because several ids share a cell. The other half has
-    # hits only.
+    # Only the second half writes to the sketch, because ids of both halves may share a cell. The
+    # first half has hits only, which write no cell.
     middle = min(num_ids // 2, num_hits)
     for k in range(middle * half, num_ids if half else middle):
         i = order[k]
@@ -216,9 +217,9 @@ def _place_half(frame, half):
             hit_requests += counts[i]
         else:
             victim_ids[k] = victim[i]
-        if is_lfu:
-            # Lines of this batch take their estimates. The sketch keeps those of ids without a
-            # line.
+        if policy.counts_use(by):
+            # The lines of this batch take the estimates of their ids. The sketch keeps those of
+            # ids without a line.
             if k < num_cached:
                 priority[line[i]] = estimate[i]
             if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):
@@ -259,13 +260,10 @@ def _plan(frame):
     num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
     sets = np.int64(shape[0])
     ways = np.int64(shape[1])
-    is_lfu = shape[3] > 0
+    by = shape[4]
 
     if must_halve:
-        for k in range(len(priority)):
-            priority[k] >>= 1
-        for k in range(len(sketch)):
-            sketch[k] >>= 1
+        policy.age(priority, sketch)
     _find(frame)
     num_hits = _join(order, num_ids // 2, found[0], found[1])
     num_misses = _join(queue, num_ids // 2, found[2], found[3])
@@ -276,7 +274,7 @@ def _plan(frame):
     num_cached = num_hits
     if num_misses > 0:
         num_cached = _enter(
-            ids[:num_ids], step, ways, is_lfu, tags, priority, line, estimate, set_of, bucket_of,
+            ids[:num_ids], step, ways, by, tags, priority, line, estimate, set_of, bucket_of,
             victim, victim_use, order, num_hits, queue, num_misses, best, winner, full,
         )  # fmt: skip
     found[0], found[1] = num_hits, num_cached
@@ -307,7 +305,7 @@ def plan(
     call_frame.register("mpembed_plan", _plan)
     sets, ways, groups = cache.geometry
     width = ids.shape[0]
-    sketch: Any = cache.sketch if cache.policy == "lfu" else jnp.zeros((0,), jnp.uint16)
+    sketch: Any = cache.sketch if cache.sketch is not None else jnp.zeros((0,), jnp.uint16)
     held = [cache.tags, cache.priority, sketch]
     num_buckets = cache.geometry.election_buckets(width)
     sizes = dict.fromkeys(
@@ -327,11 +325,11 @@ def plan(
         inverse,
         counts,
         jnp.stack([num_ids, step, must_halve.astype(jnp.int32)]),
-        np.asarray([sets, ways, groups, sketch.shape[-1]], np.int32),
+        np.asarray([sets, ways, groups, sketch.shape[-1], POLICIES.index(cache.policy)], np.int32),
         *held,
     )
     tags, priority, sketch = results[_TAGS], results[_PRIORITY], results[_SKETCH]
-    sketch = sketch if cache.policy == "lfu" else None
+    sketch = None if cache.sketch is None else sketch
     cache = dataclasses.replace(cache, tags=tags, priority=priority, sketch=sketch)
     num_hits, num_cached, hit_requests = results[_FOUND][:3]
     moves = Moves(

@@ -1,31 +1,42 @@
-"""The rules of `cache.policy`, compiled by numba. They give the same numbers."""
+"""The rules of `cache.policy`, compiled by numba. They give the same numbers.
+
+`by` is the number of a policy in POLICIES.
+"""
 
 import numpy as np
 
 from mpembed_jax.cache import policy
+from mpembed_jax.cache.spec import POLICIES
 from mpembed_jax.ops.cpu.call_frame import compiled
 from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
+_LFU = POLICIES.index("lfu")
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MAX_AGE
 
 
 @compiled
-def estimate(use, count):
-    """Returns the estimated use of an id; see policy.estimate."""
-    return min(use + count, _MAX_ESTIMATE)
+def counts_use(by):
+    """Returns whether a policy estimates use; see policy.counts_use."""
+    return by == _LFU
 
 
 @compiled
-def pinned(is_lfu, step):
+def estimate(by, use, count):
+    """Returns the estimated use of an id, 0 without estimates; see policy.estimate."""
+    return min(use + count, _MAX_ESTIMATE) if by == _LFU else 0
+
+
+@compiled
+def pinned(by, step):
     """Returns the priority of a line of this batch; see policy.pinned."""
-    return _PINNED if is_lfu else step
+    return _PINNED if by == _LFU else step
 
 
 @compiled
-def rank(is_lfu, tag, priority, step):
+def rank(by, tag, priority, step):
     """Returns the rank (uint64) of one way; see policy.ranks."""
-    if is_lfu:
+    if by == _LFU:
         dear = np.uint64(priority + 1)
     else:
         dear = np.uint64(_MAX_AGE + 1 - min(np.int64(np.int32(step - priority)), _MAX_AGE))
@@ -33,6 +44,15 @@ def rank(is_lfu, tag, priority, step):
 
 
 @compiled
-def may_enter(is_lfu, rank, estimate):
+def may_enter(by, rank, estimate):
     """Returns whether a newcomer may take a way of this rank; see policy.may_enter."""
-    return rank <= (estimate if is_lfu else _MAX_AGE)
+    return rank <= (estimate if by == _LFU else _MAX_AGE)
+
+
+@compiled
+def age(priority, sketch):
+    """Halves every estimate; see policy.age."""
+    for k in range(len(priority)):
+        priority[k] >>= 1
+    for k in range(len(sketch)):
+        sketch[k] >>= 1
