@@ -32,7 +32,7 @@ import optax
 
 import mpembed_jax as mpembed
 from experiments import command_line, provenance
-from experiments.faults.training import bits_of
+from experiments.faults.training import bits_of, marked_step
 from mpembed_jax import checkpoint
 
 ERRORS = ("ENOSPC", "EMFILE", "EIO", "EACCES", "EROFS", "EDQUOT")
@@ -58,12 +58,7 @@ _TX = optax.sgd(0.125)
 _SPEC = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 50)], 4, "int8", None)
 
 
-@jax.jit
-def _train_step(state: Any, tracker: Any, ids: jax.Array) -> tuple[Any, Any]:
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    state = mpembed.apply_gradients(state, plan, rows, rows + 1, tx=_TX)
-    return state, checkpoint.mark(tracker, plan)
+_train_step = jax.jit(functools.partial(marked_step, tx=_TX))
 
 
 @functools.cache

@@ -31,7 +31,7 @@ import polars as pl
 import mpembed_jax as mpembed
 from experiments import provenance
 from experiments.data import criteo, prepared, reddit
-from experiments.faults.training import bits_of
+from experiments.faults.training import bits_of, marked_step
 from mpembed_jax import checkpoint
 
 PATIENCE_S = 120  # for one mutated file, before it counts as a hang
@@ -121,12 +121,7 @@ _OTHER_SPEC = dataclasses.replace(
 _TX = mpembed.optim.rowwise_adagrad(0.5)
 
 
-@jax.jit
-def _train_step(state: Any, tracker: Any, ids: Any) -> tuple[Any, Any]:
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    state = mpembed.apply_gradients(state, plan, rows, rows + 1, tx=_TX)
-    return state, checkpoint.mark(tracker, plan)
+_train_step = jax.jit(functools.partial(marked_step, tx=_TX))
 
 
 def _ids(step: int) -> np.ndarray:

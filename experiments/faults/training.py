@@ -32,6 +32,14 @@ def ids_at(step: int, num_rows: int = sum(SIZES), width: int = WIDTH, seed: int 
     return ((ids + step // 50 * 977) % num_rows).astype(np.int32)
 
 
+def marked_step(state: Any, tracker: Any, ids: Any, *, tx: Any) -> tuple[Any, Any]:
+    """Trains rows by themselves, so that every touched row changes, and marks them."""
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    state = mpembed.apply_gradients(state, plan, rows, rows + 1, tx=tx)
+    return state, checkpoint.mark(tracker, plan)
+
+
 @partial(jax.jit, donate_argnums=0)
 def train_step(tree: dict[str, Any], ids: jax.Array) -> dict[str, Any]:
     """README's step with a row tracker."""

@@ -30,7 +30,7 @@ import mpembed_jax as mpembed
 from experiments import command_line, provenance
 from experiments.command_line import setting
 from experiments.speed import workload
-from experiments.speed.step import embedding_step
+from experiments.speed.step import copy_bandwidth, embedding_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +73,6 @@ class Case:
     """Draw ids for Kaggle's sizes and take them modulo the tables' sizes: the same for every V."""
     cold: bool = False
     """Time the first steps, from an empty cache."""
-
-
-def copy_bandwidth() -> float:
-    """Returns bytes per second, read and written, of a large jitted pass in place."""
-    x = jnp.zeros(64 << 20, jnp.float32)
-    step = jax.jit(
-        lambda x: x + 1, donate_argnums=0
-    )  # in place: fresh pages would time the kernel, not the memory
-    x = jax.block_until_ready(step(x))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        x = jax.block_until_ready(step(x))
-        times.append(time.perf_counter() - start)
-    return 2 * x.nbytes / statistics.median(times)
 
 
 def make_step(tx: Any, combiner: str | None) -> Any:

@@ -13,10 +13,8 @@ experiments/results/first_screen.json and .png, and the table between README's m
 
 import dataclasses
 import json
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,11 +27,12 @@ import optax
 from flax import nnx
 
 import mpembed_jax as mpembed
-from experiments import command_line
+from experiments import command_line, provenance
 from experiments.accuracy import paper_report, records
 from experiments.accuracy.grid import FP32, Case
 from experiments.command_line import setting
 from experiments.speed import bench_step, workload
+from experiments.speed.step import copy_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def dense_step_ms(num_rows: int, dim: int) -> float:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Returns step times by number of rows."""
-    bandwidth, curves = bench_step.copy_bandwidth(), {}
+    bandwidth, curves = copy_bandwidth(), {}
     for name, storage, fraction in FORMATS:
         curves[name] = []
         for rows in settings.rows:
@@ -260,18 +259,9 @@ def run(settings: Settings) -> None:
     quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
     workload.keep_freed_memory()
     curves = measure(settings)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    facts = {
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": str(jax.devices()[0]),
-        "commit": commit,
-    }
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "first_screen.json").write_text(
-        json.dumps(facts | {"curves": curves}, indent=1) + "\n"
+        json.dumps({"environment": provenance.environment(), "curves": curves}, indent=1) + "\n"
     )
     draw(settings, curves, quality, settings.out / "first_screen.png")
     markdown = table(settings, curves, quality)

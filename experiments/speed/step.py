@@ -1,9 +1,15 @@
-"""The step of the embedding alone that benchmarks, checks and compilers of this project share."""
+"""The step of the embedding alone, and the copy that its time is compared with.
+
+Benchmarks, checks and compilers of this project share them.
+"""
 
 import functools
+import statistics
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import mpembed_jax as mpembed
 
@@ -42,3 +48,19 @@ def embedding_step(
     else:
         state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
     return state, plan, rows, vectors
+
+
+def copy_bandwidth(num_floats: int = 64 << 20, turns: int = 5) -> float:
+    """Returns bytes per second, read and written, of a large jitted pass in place.
+
+    In place, because fresh pages would time the kernel of the operating system, not the memory.
+    """
+    x = jnp.zeros(num_floats, jnp.float32)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.block_until_ready(step(x))
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        x = jax.block_until_ready(step(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / statistics.median(times)

@@ -45,7 +45,7 @@ class CachePlan:
 
     @property
     def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The rows that `line` describes, the number of them in lines, and the number of real rows.
+        """The rows this device plans, how many are in cache lines, and how many are not padding.
 
         The rows are int32 [U], or on a mesh local rows int32 [Q]. The numbers are int32 scalars.
         """

@@ -104,7 +104,7 @@ class Saving:
         self._thread.start()
 
     def _finish(self, checkpointer: ocp.AsyncCheckpointer, claim: Claim | None) -> None:
-        """Waits for orbax, deletes what is no longer needed, and gives the directory up."""
+        """Waits for orbax, deletes what is no longer needed, and releases the directory's claim."""
         try:
             checkpointer.wait_until_finished()
             if claim is not None and not files.exists(
@@ -220,7 +220,9 @@ def save(
         finish_pending(folder)
         claim = _claim(folder, step)
         try:
-            saving = _start(folder, step, tree, named, arrays, values, tracker, keep, claim)
+            saving = _start(
+                folder, step, tree, named, arrays, values, tracker=tracker, keep=keep, claim=claim
+            )
         except BaseException as error:
             if claim is not None:
                 claim.release()
@@ -240,6 +242,7 @@ def _start(
     named: dict[str, Any],
     arrays: dict[str, Any],
     values: dict[str, Any],
+    *,
     tracker: Any,
     keep: int | None,
     claim: Claim | None,
@@ -298,7 +301,10 @@ def _start(
 
 
 def _close(checkpointer: ocp.AsyncCheckpointer | None) -> None:
-    """Frees the resources of a checkpointer. It may raise the error of its save once more."""
+    """Frees the resources of a checkpointer.
+
+    Its close() may raise the error of the save again. This is only logged.
+    """
     try:
         if checkpointer is not None:
             checkpointer.close()
@@ -436,7 +442,7 @@ def _failure(
 def _error(directory: Path, step: int, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"step {step} could not be saved in {directory}: {cause_of(error)}; checkpoints saved "
-        "before are unchanged"
+        "earlier are unchanged"
     )
 
 

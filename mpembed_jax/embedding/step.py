@@ -171,7 +171,7 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     A cached row is read from its float32 line, any other row from the table. Padding rows are zero.
 
     A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest
-    are therefore NaN. If this is known before the step runs, the call raises an error instead.
+    are therefore NaN. If the step numbers are concrete, the call raises ValueError instead.
 
     Args:
       state: the state that prefetch returned with the plan.
@@ -191,7 +191,7 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     width = rows.shape[0]
     rows = chunks.each(
         0,
-        jnp.where(_is_latest(state, plan), 0, width),  # nothing to do where all is well
+        jnp.where(_is_latest(state, plan), 0, width),  # empty range if the plan is the latest
         width,
         ops.chunk_of(state.implementation),
         lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
@@ -203,9 +203,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Gathers the planned rows that this device holds.
 
-    On a mesh, these are the rows of its shard that any device requests. Over all devices, each row
-    of the batch is there once. `exchange.fetch`, which is differentiable, brings the rows to the
-    devices that request them.
+    On a mesh, these are the rows of its shard that any device requests. Each row of
+    the batch is on exactly one device. `exchange.fetch`, which is differentiable, brings the rows
+    to the devices that request them.
 
     Returns:
       float32 [Q, D]. On one device, the same as `lookup`.
@@ -233,7 +233,7 @@ def apply_gradients(
     A cached row is written to its line in float32. A bypassed row is stochastically rounded into
     the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
     that is not the state's latest, or was already applied, changes nothing and is counted in
-    `stats`. If this is known before the step runs, the call raises an error instead.
+    `stats`. If the step numbers are concrete, the call raises ValueError instead.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -293,7 +293,8 @@ def apply_held_gradients(
         is_updated = is_updated & is_finite
         row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
     else:
-        # All padding positions share the last row. No position reads the other padding rows.
+        # The last row collects the gradients of all padding positions, so it is set to zero. The
+        # other padding rows get no gradient.
         row_grads = row_grads.at[-1].set(0)
     moves = moves.only(is_updated, state.store.num_lines)
     state, is_stored = update.apply(
@@ -371,9 +372,9 @@ def apply_pooled_gradients(
 def _check(
     verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
 ) -> None:
-    """Checks the shapes and dtypes of `arrays` (`width` rows each) and that a prefetch waits.
+    """Checks that `arrays` have `width` rows each, and that the plan was not applied yet.
 
-    If state.pending is traced, `_pending` makes the second check on the device.
+    If state.pending is traced, `_pending` makes the latter check on the device.
 
     Raises:
       ValueError: if a check fails.

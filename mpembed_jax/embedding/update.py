@@ -46,13 +46,13 @@ def apply(
     Args:
       tx: the transformation given to init.
       state: its table, cache, row state and key are used.
-      moves: the rows. An entry with the id NO_ID is not updated. An entry with the line C is not
-        written to a line.
+      moves: the rows. An entry with the id NO_ID is not updated. An entry with the line C (no
+        line) is not written to a line.
       rows: float32 [U, D].
       row_grads: float32 [U, D].
       step: int32 scalar, the plan's step.
-      is_applied: bool scalar. If it is False, moves.num_ids is 0, and scalars of the row state do
-        not change.
+      is_applied: bool scalar, whether the plan may be applied. If it is False, the caller has
+        already set moves.num_ids to 0; scalars of the row state then do not change.
 
     Returns:
       The state with its table, cache rows and row state changed, and which rows were stored
@@ -183,7 +183,17 @@ def _apply_any(
         row_state: Any, ids: jax.Array, rows: jax.Array, row_grads: jax.Array
     ) -> tuple[jax.Array, Any]:
         dtype = state.spec.row_state_dtype
-        return update_rows(tx, row_state, ids, rows, row_grads, dtype, draw.key, step, is_applied)
+        return update_rows(
+            tx,
+            row_state,
+            ids,
+            rows,
+            row_grads,
+            dtype=dtype,
+            key=draw.key,
+            step=step,
+            is_applied=is_applied,
+        )
 
     width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
     if chunk is None or not row_locality.is_row_local(tx, rows.shape[1]):

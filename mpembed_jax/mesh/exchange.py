@@ -91,7 +91,7 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
         is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    # One pass per shard: for the number of shards in one machine, a key-value sort is slower.
+    # One pass per shard is faster than a key-value sort for as many shards as a machine has.
     for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
@@ -145,9 +145,7 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
-    """Returns the rows that a batch requests from this device.
-
-    All devices first send their distinct ids to the owners.
+    """Sends this device's distinct ids to their owners; returns what all devices request of it.
 
     Args:
       layout: of the stack.
@@ -181,7 +179,7 @@ def settle(
       layout: of the stack.
       asked: see `ask`.
       moves: the rows of this shard, in the plan's order.
-      inverse: int32 [received], which of them each received entry asks for.
+      inverse: int32 [received], for each received id, the index of its row in `moves`.
       counts: of this device's requests and this shard's rows.
     """
     assert asked.route is not None
@@ -369,7 +367,8 @@ def find(
     Args:
       layout: of the stack.
       planned: the plan's route.
-      leaves: ids of this device, int32 [..] or pairs [.., 2]; others than it prefetched, perhaps.
+      leaves: ids of this device, int32 [..] or pairs [.., 2]; they may differ from those that
+        were prefetched.
       step: int32 scalar, the plan's.
 
     Returns:
@@ -446,7 +445,7 @@ def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
 
 
 def total_over_batch(layout: Layout, value: jax.Array) -> jax.Array:
-    """Returns the sum of a scalar that each device has of its own, over the devices of a batch."""
+    """Sums a per-device scalar over all devices that share a batch."""
     return _sum(value, layout.batch_axes)
 
 

@@ -149,7 +149,7 @@ class Layout:
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """uint32 [2]: a hash of the positions of rows; zero if they lie as on one device."""
+        """uint32 [2]: a hash of the positions of rows; zero for a single shard."""
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
@@ -288,9 +288,9 @@ class Layout:
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def table_slices(self) -> list[tuple[int, int]]:
-        """Returns the start of each table in the shards' arrays and its number of rows.
+        """Returns each table's first row in the arrays of all shards, and its number of rows.
 
-        This applies to whole tables per shard.
+        The tables are placed whole.
         """
         first = self.first_rows
         shards = self.table_shards or ()

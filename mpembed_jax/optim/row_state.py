@@ -181,6 +181,7 @@ def update_rows(
     ids: jax.Array,
     rows: jax.Array,
     row_grads: jax.Array,
+    *,
     dtype: str,
     key: random_bits.Key,
     step: jax.Array,

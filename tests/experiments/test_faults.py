@@ -65,7 +65,7 @@ def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     is_real = "a device of" in messages.pop("disk full by")
     assert ("No space left on device" if is_real else "File too large") in messages["disk full"]
     assert "Permission denied" in messages["permission denied"]
-    assert all("checkpoints saved before are unchanged" in m for m in messages.values())
+    assert all("checkpoints saved earlier are unchanged" in m for m in messages.values())
 
 
 @pytest.mark.slow

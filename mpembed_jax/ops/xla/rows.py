@@ -39,7 +39,7 @@ def swap(
       moves: the rows of the step.
       draw: the source of the random bits that round the victims.
       chunk: see chunks.each.
-      gather: a Gather. Its result for an index outside the array does not matter. None: XLA's
+      gather: gathers rows; it may return anything for an index outside the array. None: XLA's
         gather.
 
     Returns:
@@ -56,8 +56,8 @@ def swap(
         rows, cache_rows, dirty, num_written = carry
         here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
         victims = window.take(victim_ids)
-        # Without the barrier, a GPU would read the bits again after they were cleared, from a copy
-        # of all of them.
+        # Without the barrier, XLA on a GPU reads the bits a second time after they are cleared, and
+        # keeps a copy of the whole array for this.
         was_dirty = lax.optimization_barrier(window.is_live & indexing.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
         old = gather(cache_rows, here)

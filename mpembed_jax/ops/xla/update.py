@@ -52,7 +52,15 @@ def update(
     dtype = "bfloat16" if accumulator is not None and accumulator.dtype == jnp.uint16 else "float32"
     state = treedef.unflatten([] if accumulator is None else [accumulator])
     new_rows, state = update_rows(
-        tx, state, moves.ids, old_rows, row_grads, dtype, draw.key, draw.step, jnp.bool_(True)
+        tx,
+        state,
+        moves.ids,
+        old_rows,
+        row_grads,
+        dtype=dtype,
+        key=draw.key,
+        step=draw.step,
+        is_applied=jnp.bool_(True),
     )
     store, is_stored = rows.write(store, moves, old_rows, new_rows, draw, chunk=chunk)
     return store, None if accumulator is None else jax.tree.leaves(state)[0], is_stored
