@@ -403,12 +403,15 @@ def reading(flag: str, value: Any, *errors: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(say: Callable[[], str | None]) -> Iterator[None]:
-    """Prints what `say` returns every few seconds, from a thread; nothing where that is None."""
+def progress(say: Callable[[], str | None], period_s: float = PERIOD_S) -> Iterator[None]:
+    """Prints what `say` returns every `period_s` seconds, from a thread.
+
+    Nothing is printed where that is None.
+    """
     is_over = threading.Event()
 
     def work() -> None:
-        while not is_over.wait(PERIOD_S):
+        while not is_over.wait(period_s):
             if (line := say()) is not None:
                 print(line, flush=True)
 

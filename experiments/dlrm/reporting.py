@@ -114,11 +114,15 @@ class Bars:
 
 @contextlib.contextmanager
 def bars(
-    console: Console, names: list[str], num_rows: int, done: dict[str, int] | None = None
+    console: Console,
+    names: list[str],
+    num_rows: int,
+    done: dict[str, int] | None = None,
+    period_s: float = command_line.PERIOD_S,
 ) -> Iterator[Bars]:
     """Shows bars with rows/s, loss and hit rate.
 
-    Where there is no terminal, a line every ten seconds.
+    Where there is no terminal, a line every `period_s` seconds.
 
     `done` has the rows that each contender was trained on before.
     """
@@ -136,7 +140,7 @@ def bars(
             yield Bars(shown, names, num_rows, done)
         return
     found = Bars(None, names, num_rows, done)
-    with command_line.progress(found.line):
+    with command_line.progress(found.line, period_s):
         yield found
     if found.last:
         found.measured = ""

@@ -14,6 +14,7 @@ import oracles
 import pytest
 import row_oracle
 import shapes
+import training
 from cases import named
 from training import all_rows, read, train
 
@@ -310,37 +311,56 @@ def test_counters_pass_the_limits_of_32_bits():
 
 # --- rows that do not move
 
-FROZEN = {  # name: (transformation, gradient, implementation)
-    "set_to_zero": (optax.set_to_zero(), 1, "numba"),
-    "set_to_zero, full width": (optax.set_to_zero(), 1, "xla"),
-    "set_to_zero, kernels": (optax.set_to_zero(), 1, "pallas_interpret"),
-    "rate zero": (mpembed.optim.sgd(0.0), 1, "xla_chunked"),
-    "no gradient": (mpembed.optim.rowwise_adagrad(0.1), 0, "pallas_interpret"),
-    "no gradient, no momentum": (optax.adam(0.1), 0, "numba"),
-    "masked": (optax.masked(optax.set_to_zero(), True), 1, "numba"),
-    "labels": (optax.multi_transform({"frozen": optax.set_to_zero()}, "frozen"), 1, "numba"),
-    "mixing rows": (optax.chain(optax.normalize_by_update_norm(), optax.scale(0.0)), 1, "numba"),
+
+class Frozen(NamedTuple):
+    """A transformation and a gradient that give updates of zero."""
+
+    tx: optax.GradientTransformation
+    gradient: int
+    implementation: str
+
+
+ZEROS = optax.set_to_zero()
+FROZEN = {
+    "set_to_zero": Frozen(ZEROS, 1, "numba"),
+    "set_to_zero, full width": Frozen(ZEROS, 1, "xla"),
+    "set_to_zero, kernels": Frozen(ZEROS, 1, "pallas_interpret"),
+    "rate zero": Frozen(mpembed.optim.sgd(0.0), 1, "xla_chunked"),
+    "no gradient": Frozen(mpembed.optim.rowwise_adagrad(0.1), 0, "pallas_interpret"),
+    "no gradient, no momentum": Frozen(optax.adam(0.1), 0, "numba"),
+    "masked": Frozen(optax.masked(ZEROS, True), 1, "numba"),
+    "labels": Frozen(optax.multi_transform({"frozen": ZEROS}, "frozen"), 1, "numba"),
+    "mixing rows": Frozen(
+        optax.chain(optax.normalize_by_update_norm(), optax.scale(0.0)), 1, "numba"
+    ),
 }
 
 
-@pytest.mark.parametrize(("tx", "gradient", "implementation"), FROZEN.values(), ids=FROZEN)
-def test_a_row_whose_update_is_zero_keeps_its_bits(tx, gradient, implementation):
+@pytest.mark.parametrize(
+    "case",
+    named(
+        FROZEN,
+        fast={"set_to_zero", "rate zero"},
+        marks={"no gradient, no momentum": training.OPTAX_ADAM},
+    ),
+)
+def test_a_row_whose_update_is_zero_keeps_its_bits(case):
     """Every visit of INT8 rows, in lines and in the table, leaves the flushed table as it was."""
     spec = shapes.stack(200, 8, storage="int8", lines=24, ways=8)
-    with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
-        state = mpembed.init(KEY, spec, tx, implementation=implementation)
-        before = np.array(state.table.rows)
-        batches = np.stack([np.random.default_rng(t).permutation(200)[:60] for t in range(4)])
-        batches[:, 0] = mpembed.NO_ID
-        grads = np.full((4, 60, 8), gradient, np.float32)
-        state, (_, _, counts) = train(state, batches.astype(np.int32), grads, tx)
+    state = mpembed.init(KEY, spec, case.tx, implementation=case.implementation)
+    before = np.array(state.table.rows)
+    batches = np.stack([np.random.default_rng(t).permutation(200)[:60] for t in range(4)])
+    batches[:, 0] = mpembed.NO_ID
+    grads = np.full((4, 60, 8), case.gradient, np.float32)
+    state, plans, _ = train(state, batches.astype(np.int32), grads, case.tx)
+    counts = plans.counts
     assert int(counts.bypasses.sum()) > 20
     assert int(counts.evictions.sum()) > 5
     assert int(counts.write_backs.sum()) == 0
     np.testing.assert_array_equal(flush(state).table.rows, before)
 
 
-@pytest.mark.parametrize("storage", shapes.FORMATS)
+@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"int8", "bfloat16"}))
 def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
     """Even ids have no gradient and keep their bits. Every implementation makes the same state."""
     others = ("xla_chunked", "numba", "pallas_interpret")

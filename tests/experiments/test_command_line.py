@@ -312,17 +312,15 @@ def test_words_give_all_kinds_of_settings():
 # --- while a program runs
 
 
-def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
-    monkeypatch.setattr(command_line, "PERIOD_S", 0.05)
-    with command_line.progress(iter(["one", None, "three", *["more"] * 99]).__next__):
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys):
+    with command_line.progress(iter(["one", None, "three", *["more"] * 99]).__next__, 0.05):
         time.sleep(0.22)
     assert capsys.readouterr().out.splitlines()[:2] == ["one", "three"]
 
 
-def test_lines_of_progress_say_what_happens(capsys, monkeypatch):
-    monkeypatch.setattr(command_line, "PERIOD_S", 0.05)
+def test_lines_of_progress_say_what_happens(capsys):
     console = reporting.make_console()
-    with reporting.bars(console, ["FP32", "ours"], 200) as bars:
+    with reporting.bars(console, ["FP32", "ours"], 200, period_s=0.05) as bars:
         time.sleep(0.12)
         bars("FP32", 100, 1.0, curves.Point(4, 1.0, 0.5, 0.7, 0.0, 9.0))
         bars("ours", 100, 1.0, curves.Point(4, 1.0, 0.4, 0.7, 0.9, 9.0))

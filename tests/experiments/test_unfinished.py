@@ -14,33 +14,27 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import polars as pl
 import pytest
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from experiments import command_line, train_dlrm
-from experiments.accuracy import grid, paper_table
+from experiments.accuracy import paper_table
 from experiments.accuracy.grid import FP32, Case
 from experiments.data import movielens, reddit
 from experiments.dlrm import curves, training, unfinished
 from mpembed_jax import checkpoint
 
+pytestmark = OPTAX_ADAM
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["--num-rows", "3500", "--scale", "0.001"]
 MODEL = [*DATA, "--batch-size", "128", "--hidden", "16", "8"]
 TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be the same
-
-
-@pytest.fixture(autouse=True)
-def optax_adam():
-    """Adam of optax raises a float to an int32 power, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -370,7 +364,16 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
         FP32, Case("int4", 0.05), Case("int4", small=0.05), Case(method="pruned", share=0.5),
         Case("int4", method="post-training"), Case("int4", method="quantization-aware"),
     )  # fmt: skip
-    monkeypatch.setattr(grid, "TARGETS", cases)
+
+    @functools.wraps(paper_table.run)  # messages name its module
+    def run(settings):
+        paper_table.run(settings, lambda *_: cases)
+
+    def grid(out):
+        return command_line.main(
+            run, paper_table.Settings, "", [*words, "--out", str(out)], check=paper_table.check
+        )
+
     words = [*MODEL, "--dims", "4", "--seeds", "0", "--grid", "targets"]
 
     def lines(out):
@@ -382,12 +385,12 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
         return found
 
     stop = tell(monkeypatch, 10**9)
-    assert paper_table.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    assert grid(tmp_path / "whole") == 0
     num_asked = 10**9 - stop.left
     out, statuses = tmp_path / "parts", []
     for after in [1, 30, *np.random.default_rng(0).integers(3, num_asked // 6, 30)]:
         tell(monkeypatch, after)
-        statuses.append(paper_table.main([*words, "--out", str(out)]))
+        statuses.append(grid(out))
         if statuses[-1] == 0:
             break
         assert "go on with:" in capsys.readouterr().err

@@ -519,7 +519,7 @@ def test_stats_warn_where_most_steps_exceed_the_room_of_the_exchange():
     words[COUNTERS.index("wide_exchanges"), 0] = 60
     for steps in (99, 121):
         mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(steps)))
-    with pytest.warns(UserWarning, match=r"60 of 100 steps .* raise Placement\(capacity"):
+    with pytest.warns(UserWarning, match=r"in 60 of 100 steps, .*: raise Placement\(capacity"):
         mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(100)))
 
 
