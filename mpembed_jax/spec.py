@@ -23,8 +23,12 @@ class TableSpec:
     Attributes:
       name: unique within the stack.
       vocabulary_size: number of rows, at least 1.
-      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style `(key, shape, dtype) -> array`, called on
-        blocks of up to 8,192 rows with the key folded by (table, block); it takes no part in equality and hash.
+      initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style
+        `(key, shape, dtype) -> array`. Its values are those for the shape of the whole table. One
+        that draws each row by itself, as those of jax.nn.initializers but orthogonal, is called on
+        blocks of up to 8,192 rows, with the key folded by (table, block). Any other is called once
+        for the whole table, which is then in memory in float32 while the stack is made; `from_dense`
+        reads an array of values in blocks. It takes no part in equality and hash.
     """
 
     name: str
