@@ -24,8 +24,11 @@ class TableSpec:
       name: unique within the stack.
       vocabulary_size: number of rows, at least 1.
       initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style function `(key,
-        shape, dtype) -> array`. It is called for blocks of up to 8,192 rows, with a key folded by
-        table and block. It takes no part in equality and hash.
+        shape, dtype) -> array`. Its values are those for the shape of the whole table. One that
+        draws each row by itself (all of jax.nn.initializers except orthogonal) is called on blocks
+        of up to 8,192 rows, with a key folded by table and block. Any other is called once for the
+        whole table, which is then in memory in float32 while the stack is made. `from_dense` reads
+        an array of values in blocks. The initializer takes no part in equality and hash.
 
     Raises:
       ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2].

@@ -12,15 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpembed_jax import initial_values
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
 from mpembed_jax.spec import TableSpec, offsets
-
-# Rows per initializer call. The number is part of the definition: initializers see blocks of this
-# size.
-_INIT_BLOCK = 8192
 
 
 @partial(
@@ -140,9 +137,10 @@ def init_table(
     shard: Shard | None = None,
     memory_kind: str | None = None,
 ) -> QuantizedTable:
-    """Makes a stack of tables block by block, so that no float32 table ever exists.
+    """Makes a stack of tables block by block.
 
-    It is meant to be traced under jit.
+    No float32 table exists, except for initializers that must be called for a whole table. It is
+    meant to be traced under jit.
 
     Args:
       key: uint32 [2].
@@ -177,7 +175,7 @@ def init_table(
         bounds = jnp.asarray(
             [1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32
         )
-        size = min(_INIT_BLOCK, total)
+        size = min(initial_values.BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
             # A loop counter is 64 bits wide in x64 mode, and a Python int under jax.disable_jit.
@@ -201,38 +199,30 @@ def init_table(
         if table.initializer is None:
             continue
         table_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), index)
-        call = table.initializer
+        values_of = initial_values.of_blocks(table, table_key, embedding_dim)
         start, num_rows = int(starts[index]), int(table.vocabulary_size)
-        num_full, tail = divmod(num_rows, _INIT_BLOCK)
+        num_full, tail = divmod(num_rows, initial_values.BLOCK)
 
         def put_block(
             block: jax.Array | int,
             packed: jax.Array,
             size: int,
-            call=call,
-            table_key=table_key,
+            values_of=values_of,
             start=start,
-            name=table.name,
         ) -> jax.Array:
-            values = call(jax.random.fold_in(table_key, block), (size, embedding_dim), jnp.float32)
-            if values.shape != (size, embedding_dim):
-                raise ValueError(
-                    f"initializer of table {name!r} returned {values.shape} when asked for "
-                    f"{(size, embedding_dim)}"
-                )
             # In x64 mode, loop counters have 64 bits.
-            first = jnp.asarray(block, jnp.int32) * _INIT_BLOCK + start
+            first = jnp.asarray(block, jnp.int32) * initial_values.BLOCK + start
             ids = first + jnp.arange(size, dtype=jnp.int32)
             rows = ids if shard is None else shard.rows_of(ids)
             bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
-            encoded = encode(values.astype(jnp.float32), fmt, bits)
+            encoded = encode(values_of(block, size), fmt, bits)
             # Every shard computes whole blocks and keeps its own rows.
             if shard is not None:
                 return indexing.put(packed, rows, encoded)
             return indexing.put_block(packed, first, encoded)
 
         if num_full:
-            put_full = partial(put_block, size=_INIT_BLOCK)
+            put_full = partial(put_block, size=initial_values.BLOCK)
             packed = lax.fori_loop(0, num_full, put_full, packed)
         if tail:
             packed = put_block(num_full, packed, tail)

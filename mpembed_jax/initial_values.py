@@ -1,0 +1,141 @@
+"""Initial values of a table's rows from a user's initializer, in blocks, so that no float32 table is made.
+
+An initializer `(key, shape, dtype) -> array` knows the table by its shape. Most of them draw each
+row by itself, and only numbers such as a fan depend on the number of rows. The trace of the call
+shows this. Such an initializer is called on blocks, with the numbers of the whole table. Any other
+is called once for the whole table. It may use the place of a row, another row, or an array.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from mpembed_jax.optim import row_locality
+from mpembed_jax.spec import TableSpec
+
+BLOCK = 8192  # rows per call: part of the definition, since each block has a key of its own
+
+Block = Callable[
+    [jax.Array | int, int], jax.Array
+]  # (number of a block, its rows) -> f32 [rows, D]
+
+
+def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
+    """Returns the function that gives the initial values of a table's blocks.
+
+    Args:
+      table: it has an initializer.
+      key: a typed key; a block uses the key folded by its number.
+      embedding_dim: D.
+
+    Returns:
+      A function of the number of a block (int32 scalar) and the static number of its rows. Blocks
+      have BLOCK rows, except the last one. The function returns float32 [rows, D].
+
+    Raises:
+      ValueError: if the initializer returns another shape.
+    """
+    call: Any = table.initializer
+    num_rows = int(table.vocabulary_size)
+
+    def values(key: jax.Array, size: int) -> jax.Array:
+        result = call(key, (size, embedding_dim), jnp.float32)
+        if result.shape != (size, embedding_dim):
+            raise ValueError(
+                f"initializer of table {table.name!r} returned {result.shape} when asked for "
+                f"{(size, embedding_dim)}"
+            )
+        return jnp.asarray(result).astype(jnp.float32)
+
+    def trace(size: int) -> ClosedJaxpr:
+        return jax.make_jaxpr(lambda key: values(key, size))(key)
+
+    if num_rows <= BLOCK:
+        return lambda block, size: values(jax.random.fold_in(key, block), size)
+    whole = trace(num_rows)
+    if not _is_drawn_by_row(trace, num_rows, embedding_dim):
+        table_values = values(jax.random.fold_in(key, 0), num_rows)
+        return lambda block, size: lax.dynamic_slice_in_dim(
+            table_values, jnp.asarray(block, jnp.int32) * BLOCK, size
+        )
+
+    def block_values(block: jax.Array | int, size: int) -> jax.Array:
+        block_key, part = jax.random.fold_in(key, block), trace(size)
+        if _has_same_numbers(part, whole):
+            return values(block_key, size)
+        (result,) = _evaluate(part, whole, [block_key])
+        return result
+
+    return block_values
+
+
+def _is_drawn_by_row(
+    trace: Callable[[int], ClosedJaxpr], num_rows: int, embedding_dim: int
+) -> bool:
+    """Whether an initializer draws each row by itself, in the same way for any number of rows."""
+    sizes = [row_locality.ROWS, BLOCK, num_rows % BLOCK or BLOCK, num_rows]
+    try:
+        traced = [trace(size) for size in sizes]
+    except Exception:  # made for one shape alone, so it is called with that shape
+        return False
+    is_apart = embedding_dim != row_locality.ROWS and row_locality.draws_rows_apart(traced[0])
+    return is_apart and all(_forms(t.jaxpr) == _forms(traced[0].jaxpr) for t in traced)
+
+
+def _forms(jaxpr: Jaxpr) -> list[Any]:
+    """Returns what must be equal in two traces for one to take the numbers of the other."""
+    result: list[Any] = [[isinstance(atom, Literal) for atom in jaxpr.outvars]]
+    for eqn in jaxpr.eqns:
+        inner = row_locality.inner_of(eqn)
+        result.append(
+            (
+                eqn.primitive.name,
+                [isinstance(atom, Literal) for atom in eqn.invars],
+                None if inner is None else _forms(inner.jaxpr),
+            )
+        )
+    return result
+
+
+def _has_same_numbers(part: ClosedJaxpr, whole: ClosedJaxpr) -> bool:
+    """Whether the numbers of two traces are equal up to rounding, so that the rows alone differ."""
+    pairs = zip(_numbers(part.jaxpr), _numbers(whole.jaxpr), strict=True)
+    return all(np.isclose(one, other, rtol=1e-6, atol=0, equal_nan=True) for one, other in pairs)
+
+
+def _numbers(jaxpr: Jaxpr) -> list[Any]:
+    """Returns the literal operands of all equations."""
+    result = []
+    for eqn in jaxpr.eqns:
+        result += [atom.val for atom in eqn.invars if isinstance(atom, Literal)]
+        inner = row_locality.inner_of(eqn)
+        result += _numbers(inner.jaxpr) if inner is not None else []
+    return result
+
+
+def _evaluate(part: ClosedJaxpr, whole: ClosedJaxpr, operands: list[jax.Array]) -> list[jax.Array]:
+    """Evaluates the trace of a block with the literal operands of the trace of the whole table."""
+    held = dict(zip(part.jaxpr.invars, operands, strict=True))
+
+    def value(atom: Any, in_whole: Any) -> jax.Array:
+        if isinstance(atom, Literal):
+            aval: Any = atom.aval
+            return jnp.asarray(in_whole.val, aval.dtype)
+        return held[atom]
+
+    for eqn, in_whole in zip(part.jaxpr.eqns, whole.jaxpr.eqns, strict=True):
+        given = [value(a, b) for a, b in zip(eqn.invars, in_whole.invars, strict=True)]
+        inner, inner_whole = row_locality.inner_of(eqn), row_locality.inner_of(in_whole)
+        if inner is not None and inner_whole is not None:
+            results = _evaluate(inner, inner_whole, given)
+        else:
+            results = eqn.primitive.bind(*given, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+        held.update(zip(eqn.outvars, results, strict=True))
+    pairs = zip(part.jaxpr.outvars, whole.jaxpr.outvars, strict=True)
+    return [value(a, b) for a, b in pairs]
