@@ -258,9 +258,6 @@ def apply_held_gradients(
         is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)
         num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
         is_updated = is_updated & is_finite
-        row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
-    else:  # padding rows are read by no position, except the last one, which all padding positions share
-        row_grads = row_grads.at[-1].set(0)
     moves = moves._replace(
         ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
     )

@@ -5,6 +5,7 @@ two it will be follows from the implementation chosen at init and from the trans
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from mpembed_jax import ops, optim
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.mesh import exchange
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule, row_locality
@@ -155,20 +157,27 @@ def _apply_any(
     """See `apply`; for any transformation, without kernels.
 
     A transformation that treats each row by itself runs in chunks: a chunk's new rows are stored while the processor's
-    cache still holds them, and no [U, D] array of new rows exists. Either way gives the same bits.
+    cache still holds them, and no [U, D] array of new rows exists. Either way gives the same bits. One that mixes rows
+    gets the rows of all shards, on every device.
     """
     table, row_state, draw = state.table, state.row_state, Draw(state.row_key, step)
     cache_rows = None if state.cache is None else state.cache.rows
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
 
+    width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
+    is_local = row_locality.is_row_local(tx, rows.shape[1])
+    over_all_rows = tx.update
+    if state.layout is not None and not is_local:
+        over_all_rows = partial(exchange.over_shards, state.layout, tx.update)
+
     def update(
         row_state: Any, ids: jax.Array, rows: jax.Array, row_grads: jax.Array
     ) -> tuple[jax.Array, Any]:
-        dtype = state.spec.row_state_dtype
-        return update_rows(tx, row_state, ids, rows, row_grads, dtype, draw.key, step, is_applied)
+        dtype, key = state.spec.row_state_dtype, draw.key
+        given = (tx, row_state, ids, rows, row_grads, dtype, key, step, is_applied)
+        return update_rows(*given, over_all_rows)
 
-    width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
-    if chunk is None or not row_locality.is_row_local(tx, rows.shape[1]):
+    if chunk is None or not is_local:
         new_rows, row_state = update(row_state, ids, rows, row_grads)
         store = ops.write(state.store, moves, new_rows, draw, implementation=state.implementation)
         return _stored(state, store, row_state)

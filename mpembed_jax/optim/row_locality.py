@@ -1,14 +1,17 @@
-"""A static test for optimizers that treat each row independently of the others.
+"""Tests for optimizers that treat each row independently of the others, and for those that do not.
 
-The test inspects the jaxpr of an optax update. Row-local transformations (SGD, Adagrad, Adam and
-their row-wise variants) give the same values when a batch's rows are updated in parts. A
-transformation that mixes rows, such as clipping by the global norm, needs all rows at once.
+The first test inspects the jaxpr of an optax update. Row-local transformations (SGD, Adagrad, Adam
+and their row-wise variants) give the same values when a batch's rows are updated in parts. A
+transformation that mixes rows, such as clipping by the global norm, needs all rows of the batch at
+once. It sees them in any order, with rows of zeros between them. The second test is whether it
+gives the same updates then.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 _ELEMENTWISE = frozenset(
@@ -41,6 +44,47 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
     rows = jax.ShapeDtypeStruct((_ROWS, embedding_dim), jnp.float32)
     traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)
     return embedding_dim != _ROWS and not traced.consts and _keeps_rows_apart(traced.jaxpr)
+
+
+def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
+    """Checks that updates depend neither on the order of the rows nor on rows of zeros among them.
+
+    Two steps of five rows with random gradients are compared with the same steps of ten shuffled
+    rows, of which five are zero.
+
+    Args:
+      tx: an optax transformation that `row_state.row_leaves` accepts.
+      embedding_dim: D.
+
+    Raises:
+      ValueError: if they do.
+    """
+    rng = np.random.default_rng(0)
+    place = np.array([7, 2, 9, 4, 0])
+    few = rng.normal(size=(3, 5, embedding_dim)).astype(np.float32)
+    many = np.zeros((3, 10, embedding_dim), np.float32)
+    many[:, place] = few
+
+    def updates(arrays: np.ndarray) -> list[np.ndarray]:
+        rows, found = jnp.asarray(arrays[0]), []
+        state = tx.init(rows)
+        for row_grads in arrays[1:]:
+            step, state = tx.update(jnp.asarray(row_grads), state, rows)
+            rows = rows + step
+            found.append(np.asarray(step))
+        return found
+
+    with jax.ensure_compile_time_eval():
+        alone, among = updates(few), updates(many)
+    for one, other in zip(alone, among, strict=True):
+        # The sums that mix rows are rounded in another order.
+        if not np.allclose(one, other[place], rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                "tx mixes rows in a way that depends on their order or on how many rows of zeros "
+                "pad a batch, as a mean over rows does; use sums and norms over rows (such as "
+                "optax.clip_by_global_norm) or what treats each row by itself (such as "
+                "optim.clip_by_row_norm)"
+            )
 
 
 def _has_rows(variable: Any) -> bool:
