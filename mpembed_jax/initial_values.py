@@ -1,4 +1,4 @@
-"""Initial values of a table's rows from a user's initializer, in blocks, so that no float32 table is made.
+"""Initial values of a table's rows from a user's initializer, without a float32 table.
 
 An initializer `(key, shape, dtype) -> array` knows the table by its shape. Most of them draw each
 row by itself, and only numbers such as a fan depend on the number of rows. The trace of the call

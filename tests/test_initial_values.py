@@ -1,4 +1,7 @@
-"""Initial values of a user's initializer are those for the shape of the whole table, made in blocks where that is right."""
+"""Initial values of a user's initializer are those for the shape of the whole table.
+
+They are made in blocks where that is right.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +85,8 @@ def test_fans_are_those_of_the_whole_table(name):
     scale = values[0, 0] / first[0, 0]
     assert scale < 0.7
     np.testing.assert_allclose(values[:8192], first * scale, rtol=1e-5)
-    # n values of a bounded or normal distribution: the spread of their deviation is below 1 / sqrt(n), relative.
+    # n values of a bounded or normal distribution: the relative spread of their deviation is below
+    # 1 / sqrt(n).
     for block in (values[:8192], values[8192:16384], values[16384:], values):
         assert abs(block.std() / whole.std() - 1) < 5 / np.sqrt(block.size) + 5 / np.sqrt(
             whole.size

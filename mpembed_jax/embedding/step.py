@@ -291,11 +291,6 @@ def apply_held_gradients(
         is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)
         num_nonfinite = jnp.sum(is_updated & ~is_finite, dtype=jnp.int32)
         is_updated = is_updated & is_finite
-        row_grads = jnp.where(is_updated[:, None], row_grads, jnp.float32(0))
-    else:
-        # The last row collects the gradients of all padding positions, so it is set to zero. The
-        # other padding rows get no gradient.
-        row_grads = row_grads.at[-1].set(0)
     moves = moves.only(is_updated, state.store.num_lines)
     state, is_stored = update.apply(
         tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending

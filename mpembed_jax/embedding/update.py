@@ -6,6 +6,7 @@ kernel runs. This depends on the implementation chosen at init and on the transf
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import optax
 from mpembed_jax import ops, optim
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.mesh import exchange
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule, row_locality
@@ -174,10 +176,17 @@ def _apply_any(
     If the implementation loops over chunks, a transformation that treats each row by itself runs in
     chunks. The new rows of a chunk are stored while the processor's cache still holds them, and no
     [U, D] array of new rows exists. The bits are the same with and without chunks.
+    A transformation that mixes rows gets the rows of all shards, on every device.
     """
     table, row_state, draw = state.table, state.row_state, Draw(state.row_key, step)
     cache_rows = None if state.cache is None else state.cache.rows
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
+
+    width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
+    is_local = row_locality.is_row_local(tx, rows.shape[1])
+    over_all_rows = tx.update
+    if state.layout is not None and not is_local:
+        over_all_rows = partial(exchange.over_shards, state.layout, tx.update)
 
     def update(
         row_state: Any, ids: jax.Array, rows: jax.Array, row_grads: jax.Array
@@ -193,10 +202,10 @@ def _apply_any(
             key=draw.key,
             step=step,
             is_applied=is_applied,
+            over_all_rows=over_all_rows,
         )
 
-    width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
-    if chunk is None or not row_locality.is_row_local(tx, rows.shape[1]):
+    if chunk is None or not is_local:
         new_rows, row_state = update(row_state, ids, rows, row_grads)
         store, is_stored = ops.write(
             state.store, moves, rows, new_rows, draw, implementation=state.implementation

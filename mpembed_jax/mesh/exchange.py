@@ -392,6 +392,40 @@ def find(
     return own.inverse, ~is_padding & ~indexing.take(has_row, wanted.inverse), route
 
 
+@jax.named_scope("exchange_update")
+def over_shards(
+    layout: Layout, update: Callable, row_grads: jax.Array, row_state: Any, rows: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Returns this shard's part of what an optimizer's update gives for the rows of all shards.
+
+    Every shard gathers everything and computes the same. This is for optimizers that mix rows.
+
+    Args:
+      layout: of the stack.
+      update: an optax update.
+      row_grads: float32 [Q, D].
+      row_state: a tree of arrays [Q, ..] and scalars.
+      rows: float32 [Q, D].
+    """
+    if not layout.axes:
+        return update(row_grads, row_state, rows)
+
+    def of_all(values: jax.Array) -> jax.Array:
+        values = jnp.asarray(values)
+        if not values.ndim:
+            return values
+        return lax.all_gather(values, layout.axes, tiled=True, to="invarying")
+
+    def own(values: jax.Array) -> jax.Array:
+        values = jnp.asarray(values)
+        size = rows.shape[0]
+        if not values.ndim:
+            return values
+        return lax.dynamic_slice_in_dim(values, layout.index() * size, size)
+
+    return jax.tree.map(own, update(*jax.tree.map(of_all, (row_grads, row_state, rows))))
+
+
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Returns the rows [N, D] of ids [N] (or pairs [N, 2]), as read by their owners.
 

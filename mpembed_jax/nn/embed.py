@@ -55,8 +55,8 @@ class CachedEmbed(nnx.Module):
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
-      embedding_init: `(key, shape, dtype) -> array`, as for nnx.Embed; see mpembed_jax.TableSpec. None
-        for nnx.Embed's default.
+      embedding_init: `(key, shape, dtype) -> array`, as for nnx.Embed; see mpembed_jax.TableSpec.
+        None for nnx.Embed's default.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.

@@ -5,6 +5,7 @@ scattered back. A scalar leaf advances once per step. `init` refuses any other l
 not in the batch keep their state.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,11 @@ import optax
 
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits, rounding
+from mpembed_jax.optim import row_locality
+from mpembed_jax.row_ids import NO_ID
+
+# States of transformations that hold back gradients until a later step.
+_ACCUMULATORS = (optax.MultiStepsState, optax.ApplyEvery)
 
 
 class RowLeaf(NamedTuple):
@@ -68,11 +74,13 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
             )
 
     state = initial(small, 0.0)
-    for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.MultiStepsState)):
-        if isinstance(node, optax.MultiStepsState):
+    for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, _ACCUMULATORS)):
+        if isinstance(node, _ACCUMULATORS):
             raise ValueError(
-                "optax.MultiSteps accumulates dense gradients of the whole table; accumulate "
-                "batches instead"
+                f"tx holds back gradients until a later step ({type(node).__name__} of "
+                "optax.MultiSteps or optax.apply_every), but a row gets an update only in the "
+                "steps whose batch has it; accumulate instead: prefetch the ids of all "
+                "microbatches at once, add up their row gradients, and apply them once"
             )
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     larger, filled = jax.tree.leaves(initial(large, 0.0)), jax.tree.leaves(initial(small, 3.7))
@@ -150,8 +158,14 @@ def init_rows(
 
     Returns:
       A pytree whose row leaves have leading dimension V.
+
+    Raises:
+      TypeError: as row_leaves.
+      ValueError: as row_leaves and row_locality.check_mixing.
     """
     leaves, treedef = row_leaves(tx, embedding_dim)
+    if not row_locality.is_row_local(tx, embedding_dim):
+        row_locality.check_mixing(tx, embedding_dim)
 
     def make(leaf: RowLeaf) -> jax.Array:
         if not leaf.is_row:
@@ -186,19 +200,22 @@ def update_rows(
     key: random_bits.Key,
     step: jax.Array,
     is_applied: jax.Array,
+    over_all_rows: Callable | None = None,
 ) -> tuple[jax.Array, Any]:
     """Updates gathered rows and their optimizer state.
 
     Args:
       tx: the transformation that `row_state` was made for.
       row_state: as returned by `init_rows`.
-      ids: int32 [U]; entries that are not ids of the table store no state.
+      ids: int32 [U]; NO_ID stores no state, and its gradient counts as zero, whatever it is.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
       dtype: storage dtype of the row state.
       key: uint32 [2].
       step: int32 scalar.
       is_applied: bool scalar; if False, scalars (such as schedule counts) do not change.
+      over_all_rows: None, or what is called instead of tx.update: the same function, if these are
+        not all rows of the batch and tx mixes rows.
 
     Returns:
       The new rows [U, D] and the new row state.
@@ -219,6 +236,7 @@ def update_rows(
             f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
             "to init and apply_gradients"
         )
+    over_all_rows = tx.update if over_all_rows is None else over_all_rows
     num_rows = next((a.shape[0] for a, leaf in zip(held, leaves, strict=True) if leaf.is_row), 0)
     is_row_id = (ids >= 0) & (ids < num_rows)
     place = jnp.where(is_row_id, ids, num_rows)
@@ -237,7 +255,8 @@ def update_rows(
 
     def update(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
-        updates, new_state = tx.update(row_grads, old_state, rows)
+        own_grads = jnp.where((ids != NO_ID)[:, None], row_grads, jnp.float32(0))
+        updates, new_state = over_all_rows(own_grads, old_state, rows)
         new_state = jax.tree.map(
             lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state
         )

@@ -430,7 +430,23 @@ REFUSED = {
     "muon": (lambda: optax.contrib.muon(0.1), r"leaf .*ns_coeffs"),
     "multi-steps": (
         lambda: optax.MultiSteps(optax.sgd(0.1), 2),
-        "MultiSteps.*accumulate batches instead",
+        "holds back gradients.*MultiSteps.*prefetch the ids of all microbatches at once",
+    ),
+    "apply every": (
+        lambda: optax.chain(optax.apply_every(2), optax.sgd(0.1)),
+        "holds back gradients.*apply_every",
+    ),
+    "mean over rows": (
+        lambda: optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)),
+        "mixes rows.*how many rows of zeros.*clip_by_row_norm",
+    ),
+    "mean of parameters": (
+        lambda: optax.chain(optax.scale_by_param_block_rms(), optax.sgd(0.1)),
+        "mixes rows.*how many rows of zeros",
+    ),
+    "order of rows": (
+        lambda: optax.stateless(lambda updates, _: jnp.cumsum(updates, axis=0)),
+        "mixes rows.*depends on their order",
     ),
     "multi-steps in a chain": (
         lambda: optax.chain(
@@ -592,6 +608,53 @@ def test_bfloat16_row_state_of_untouched_rows_does_not_move():
             row_leaves_of(state)[0][~is_touched], accumulator[~is_touched]
         )
         assert (row_leaves_of(state)[0][is_touched] != accumulator[is_touched]).all()
+
+
+# --- transformations that mix rows
+
+MIXING = {
+    "global norm": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)),
+    "update norm": lambda: optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.5)),
+    "lamb": lambda: optax.lamb(0.05, eps=1e-3),
+    "novograd": lambda: optax.novograd(0.05, eps=1e-3),
+    "adaptive clipping": lambda: optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.5)),
+    "if finite": lambda: optax.apply_if_finite(optax.sgd(0.5), 3),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_gradients_of_padding_rows_are_nothing_whatever_they_are(name):
+    """The rows are normalized before pooling.
+
+    All padding rows are zeros, so their gradients are not numbers.
+    """
+    tx, ids = MIXING[name](), np.array([3, 3, 3, 5, NO_ID], np.int32)
+
+    def trained(with_padding):
+        state = mpembed.init(jax.random.key(0), stack(), tx)
+
+        @jax.jit
+        def step(state, ids):
+            state, plan = mpembed.prefetch(state, ids)
+            rows = mpembed.lookup(state, plan)
+
+            def loss_of(rows):
+                if not with_padding:
+                    rows = jnp.where((plan.unique_ids == NO_ID)[:, None], jnp.float32(1), rows)
+                unit = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+                return jnp.sum(mpembed.pool(unit, plan.inverse[:4]) ** 3)
+
+            row_grads = jax.grad(loss_of)(rows)
+            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), row_grads
+
+        before = mpembed.to_dense(state)["t"]
+        state, row_grads = step(state, ids)
+        assert np.isnan(row_grads[2:]).all() == with_padding
+        moved = mpembed.to_dense(state)["t"]
+        assert (moved != before).any()
+        return moved
+
+    np.testing.assert_array_equal(trained(True), trained(False))
 
 
 # --- rows with non-finite gradients

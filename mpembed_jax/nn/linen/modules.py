@@ -80,8 +80,8 @@ class CachedEmbed(linen.Module):
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
-      embedding_init: `(key, shape, dtype) -> array`, as for linen.Embed; see mpembed_jax.TableSpec. None
-        for linen.Embed's default.
+      embedding_init: `(key, shape, dtype) -> array`, as for linen.Embed; see mpembed_jax.TableSpec.
+        None for linen.Embed's default.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
