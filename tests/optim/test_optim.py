@@ -622,6 +622,7 @@ MIXING = {
 }
 
 
+@training.OPTAX_ADAM
 @pytest.mark.parametrize("name", MIXING)
 def test_gradients_of_padding_rows_are_nothing_whatever_they_are(name):
     """The rows are normalized before pooling.
