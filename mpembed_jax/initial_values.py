@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from mpembed_jax.optim import row_locality
 from mpembed_jax.spec import TableSpec
@@ -52,7 +51,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
             )
         return jnp.asarray(result).astype(jnp.float32)
 
-    def trace(size: int) -> ClosedJaxpr:
+    def trace(size: int) -> Any:
         return jax.make_jaxpr(lambda key: values(key, size))(key)
 
     if num_rows <= BLOCK:
@@ -66,17 +65,15 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
 
     def block_values(block: jax.Array | int, size: int) -> jax.Array:
         block_key, part = jax.random.fold_in(key, block), trace(size)
-        if _has_same_numbers(part, whole):
+        if _has_same_numbers(part.jaxpr, whole.jaxpr):
             return values(block_key, size)
-        (result,) = _evaluate(part, whole, [block_key])
+        (result,) = _evaluate(part.jaxpr, whole.jaxpr, [block_key])
         return result
 
     return block_values
 
 
-def _is_drawn_by_row(
-    trace: Callable[[int], ClosedJaxpr], num_rows: int, embedding_dim: int
-) -> bool:
+def _is_drawn_by_row(trace: Callable[[int], Any], num_rows: int, embedding_dim: int) -> bool:
     """Whether an initializer draws each row by itself, in the same way for any number of rows."""
     sizes = [row_locality.ROWS, BLOCK, num_rows % BLOCK or BLOCK, num_rows]
     try:
@@ -87,48 +84,47 @@ def _is_drawn_by_row(
     return is_apart and all(_forms(t.jaxpr) == _forms(traced[0].jaxpr) for t in traced)
 
 
-def _forms(jaxpr: Jaxpr) -> list[Any]:
+def _forms(jaxpr: Any) -> list[Any]:
     """Returns what must be equal in two traces for one to take the numbers of the other."""
-    result: list[Any] = [[isinstance(atom, Literal) for atom in jaxpr.outvars]]
+    result: list[Any] = [[row_locality.is_literal(atom) for atom in jaxpr.outvars]]
     for eqn in jaxpr.eqns:
         inner = row_locality.inner_of(eqn)
         result.append(
             (
                 eqn.primitive.name,
-                [isinstance(atom, Literal) for atom in eqn.invars],
-                None if inner is None else _forms(inner.jaxpr),
+                [row_locality.is_literal(atom) for atom in eqn.invars],
+                None if inner is None else _forms(inner),
             )
         )
     return result
 
 
-def _has_same_numbers(part: ClosedJaxpr, whole: ClosedJaxpr) -> bool:
+def _has_same_numbers(part: Any, whole: Any) -> bool:
     """Whether the numbers of two traces are equal up to rounding, so that the rows alone differ."""
-    pairs = zip(_numbers(part.jaxpr), _numbers(whole.jaxpr), strict=True)
+    pairs = zip(_numbers(part), _numbers(whole), strict=True)
     return all(np.isclose(one, other, rtol=1e-6, atol=0, equal_nan=True) for one, other in pairs)
 
 
-def _numbers(jaxpr: Jaxpr) -> list[Any]:
+def _numbers(jaxpr: Any) -> list[Any]:
     """Returns the literal operands of all equations."""
     result = []
     for eqn in jaxpr.eqns:
-        result += [atom.val for atom in eqn.invars if isinstance(atom, Literal)]
+        result += [atom.val for atom in eqn.invars if row_locality.is_literal(atom)]
         inner = row_locality.inner_of(eqn)
-        result += _numbers(inner.jaxpr) if inner is not None else []
+        result += _numbers(inner) if inner is not None else []
     return result
 
 
-def _evaluate(part: ClosedJaxpr, whole: ClosedJaxpr, operands: list[jax.Array]) -> list[jax.Array]:
-    """Evaluates the trace of a block with the literal operands of the trace of the whole table."""
-    held = dict(zip(part.jaxpr.invars, operands, strict=True))
+def _evaluate(part: Any, whole: Any, operands: list[jax.Array]) -> list[jax.Array]:
+    """Evaluates the jaxpr of a block with the literal operands of the jaxpr of the whole table."""
+    held = dict(zip(part.invars, operands, strict=True))
 
     def value(atom: Any, in_whole: Any) -> jax.Array:
-        if isinstance(atom, Literal):
-            aval: Any = atom.aval
-            return jnp.asarray(in_whole.val, aval.dtype)
+        if row_locality.is_literal(atom):
+            return jnp.asarray(in_whole.val, atom.aval.dtype)
         return held[atom]
 
-    for eqn, in_whole in zip(part.jaxpr.eqns, whole.jaxpr.eqns, strict=True):
+    for eqn, in_whole in zip(part.eqns, whole.eqns, strict=True):
         given = [value(a, b) for a, b in zip(eqn.invars, in_whole.invars, strict=True)]
         inner, inner_whole = row_locality.inner_of(eqn), row_locality.inner_of(in_whole)
         if inner is not None and inner_whole is not None:
@@ -137,5 +133,5 @@ def _evaluate(part: ClosedJaxpr, whole: ClosedJaxpr, operands: list[jax.Array]) 
             results = eqn.primitive.bind(*given, **eqn.params)
             results = results if eqn.primitive.multiple_results else [results]
         held.update(zip(eqn.outvars, results, strict=True))
-    pairs = zip(part.jaxpr.outvars, whole.jaxpr.outvars, strict=True)
+    pairs = zip(part.outvars, whole.outvars, strict=True)
     return [value(a, b) for a, b in pairs]

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr, Literal
 
 _ELEMENTWISE = frozenset(
     """
@@ -63,14 +62,19 @@ def draws_rows_apart(traced: Any) -> bool:
       traced: ClosedJaxpr of the initializer as a function of a key, for ROWS rows.
     """
     (result,) = traced.jaxpr.outvars
-    is_computed = _has_rows(result) and not isinstance(result, Literal) and not traced.consts
+    is_computed = _has_rows(result) and not is_literal(result) and not traced.consts
     return is_computed and _keeps_rows_apart(traced.jaxpr, True)
 
 
 def inner_of(eqn: Any) -> Any:
-    """Returns the ClosedJaxpr that an equation calls with its operands, or None."""
+    """Returns the jaxpr that an equation calls with its operands, or None."""
     inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-    return inner if inner is None or hasattr(inner, "jaxpr") else ClosedJaxpr(inner, ())
+    return getattr(inner, "jaxpr", inner)
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a number, or an array, written into the jaxpr."""
+    return hasattr(atom, "val")
 
 
 def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
@@ -129,14 +133,15 @@ def _keeps_rows_apart(jaxpr: Any, is_drawn: bool = False) -> bool:
 def _is_local(eqn: Any, is_drawn: bool) -> bool:
     if any(ROWS in v.aval.shape[1:] for v in eqn.outvars):
         return False
-    if any(isinstance(v, Literal) and np.shape(v.val) for v in eqn.invars):
+    if any(is_literal(v) and np.shape(v.val) for v in eqn.invars):
         return False  # an array may hold something for each row
     operands = [v for v in eqn.invars if _has_rows(v)]
     name, params = eqn.primitive.name, eqn.params
     inner = inner_of(eqn)
     if inner is not None:
         is_called = name in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat")
-        return is_called and not inner.consts and _keeps_rows_apart(inner.jaxpr, is_drawn)
+        is_closed = not inner.constvars
+        return is_called and is_closed and _keeps_rows_apart(inner, is_drawn)
     if name == "random_bits":
         return is_drawn and _has_rows(eqn.outvars[0])  # one draw for all rows is not one for each
     if name == "broadcast_in_dim":
