@@ -81,6 +81,7 @@ class Operation:
     step: int | None  # the step that is saved; None: nothing is
     tree: Callable[[int], dict[str, Any]]  # what a step holds
     may_delete: bool = False  # whether earlier steps may be gone once the new one is complete
+    is_shared: bool = False  # whether the kinds of errors share the calls, each of which fails once
 
 
 def _prepare(folder: Path) -> None:
@@ -113,9 +114,10 @@ OPERATIONS = {
         lambda d: checkpoint.save(d, 3, _numbers(3), wait=False).wait(),
         3,
         _numbers,
+        is_shared=True,
     ),
     "incremental save": Operation(
-        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0]
+        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0], is_shared=True
     ),
     "pruning": Operation(
         _prepare,
@@ -137,6 +139,7 @@ OPERATIONS = {
         lambda d: checkpoint.restore(d, _embedding(0)[0]),
         None,
         lambda n: _embedding(n)[0],
+        is_shared=True,
     ),
 }
 
@@ -389,8 +392,9 @@ def _main() -> None:
         report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0}
         for number, kind in enumerate(kinds):
             start = time.perf_counter()
+            each = stride * (len(ERRORS) if OPERATIONS[name].is_shared else 1)
             # With a stride, every kind begins at another call.
-            found = fail_each(name, kind, stride, number * stride // len(kinds))
+            found = fail_each(name, kind, each, number % len(ERRORS) * each // len(ERRORS))
             report[name]["calls"] = max(report[name]["calls"], found["calls"])
             report[name]["faults"][kind] = found["faults"]
             for what in ("survived", "unnamed"):

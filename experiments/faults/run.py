@@ -49,7 +49,7 @@ class Settings:
     steps: int = setting(400, "Steps of the killed run.", "STEPS", at_least=2)
     worker_kills: int = setting(4, "SIGKILLs of one of two workers.", "KILLS", at_least=1)
     stride: int = setting(
-        1, "Every how many-th system call fails; 1 takes two hours.", "CALLS", at_least=1
+        1, "Every how many-th system call fails; 1 takes an hour.", "CALLS", at_least=1
     )
     sequences: int = setting(300, "Random sequences of 25 actions.", "SEQUENCES", at_least=1)
     mutations: int = setting(10_000, "Mutated files of each kind.", "FILES", at_least=1)

@@ -596,6 +596,7 @@ def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
     np.testing.assert_array_equal(np.array(back.row_state[0].sum_of_squares), values)
 
 
+@training.OPTAX_ADAM
 def test_what_cannot_be_converted_is_refused(saved, tmp_path):
     folder, emb = saved
     options = CASES["int8-lfu"][0]
