@@ -510,7 +510,7 @@ def spec_of_mode(mode):
     return spec, tx, implementation
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", named(list(MODES), marks={"bfloat16": training.OPTAX_ADAM}))
 def test_no_rank_is_promoted(mode):
     """Traced only, over a mesh too."""
     spec, tx, implementation = spec_of_mode(mode)
@@ -534,7 +534,13 @@ def test_no_rank_is_promoted(mode):
             jax.eval_shape(mpembed.read, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
 
 
-@pytest.mark.parametrize("mode", [pytest.param("int8", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("bfloat16", marks=training.OPTAX_ADAM),
+    ],
+)
 def test_every_verb_runs_without_jit(mode):
     """Up to the last bits of float32, which may decide between two steps of a grid below 0.02."""
     spec, tx, implementation = spec_of_mode(mode)
@@ -547,7 +553,7 @@ def test_every_verb_runs_without_jit(mode):
         np.testing.assert_array_equal(getattr(plain["state"], name), getattr(jitted["state"], name))
 
 
-@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+@pytest.mark.parametrize("mode", ["int8", pytest.param("bfloat16", marks=training.OPTAX_ADAM)])
 def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
     """Also when they are traced for the first time."""
     spec, tx, implementation = spec_of_mode(mode)

@@ -53,7 +53,8 @@ def test_every_program_is_here():
         for path in (ROOT / "experiments").rglob("*.py")
         if 'if __name__ == "__main__"' in path.read_text()
     ]
-    assert sorted(found) == sorted([*PROGRAMS, "speed.peers"])
+    parts = ["speed.peers", "faults.calls", "faults.mutations", "faults.sequences"]
+    assert sorted(found) == sorted([*PROGRAMS, *parts])
 
 
 class Wrong(NamedTuple):

@@ -148,8 +148,10 @@ def failed_calls(stride):
     for name, counts in found.items():
         assert counts["calls"] > 50, name
         assert counts["unnamed"] <= 12, f"{name}: messages without their cause"
-        for kind, faults in counts["faults"].items():
-            assert faults >= (counts["calls"] // stride if kind in calls.ERRORS else 0), name
+        # Kinds of errors share the calls of the long operations.
+        assert sum(counts["faults"][kind] for kind in calls.ERRORS) >= counts["calls"] // stride, (
+            name
+        )
     return found
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -198,7 +199,7 @@ def mixed_steps(tx, mesh=None, placement=None):
     ("name", "placement"),
     [
         ("global norm", "rows"),
-        ("lamb", "rows"),
+        pytest.param("lamb", "rows", marks=training.OPTAX_ADAM),
         ("novograd", "rows"),
         ("global norm", "replicated"),
     ],

@@ -865,6 +865,7 @@ WRAPPED = {  # of which the second step is the one that moves nothing
 }
 
 
+@pytest.mark.standard_promotion("optax's wrappers add float32 zeros to bfloat16 updates")
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrappers_that_leave_out_updates_stand_before_the_rounding_link(name):
     """A step that is left out leaves bfloat16 parameters as they are.
