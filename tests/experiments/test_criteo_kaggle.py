@@ -393,5 +393,3 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     )  # fmt: skip
     record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128
-    with pytest.raises(ValueError, match="needs path"):
-        train_dlrm.run(train_dlrm.Settings(data="criteo"))
