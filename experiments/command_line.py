@@ -313,6 +313,18 @@ def refuse(flag: str, value: Any, wanted: str) -> typing.NoReturn:
     raise Refused(f"{flag} is {value}, but must be {wanted}")
 
 
+def check_devices(devices: int, batch: int, wanted: str = "a power of two") -> None:
+    """Refuses a number of devices that is no power of two, and a batch that it does not divide.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if devices & (devices - 1):
+        refuse("--devices", devices, wanted)
+    if batch % devices:
+        refuse("--batch", batch, f"a multiple of --devices {devices}")
+
+
 def words_of(settings: Any, *, without: Iterable[str] = ()) -> list[str]:
     """Returns the arguments that give these settings: what differs from the defaults."""
     words: list[str] = []

@@ -57,7 +57,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
     if num_rows <= BLOCK:
         return lambda block, size: values(jax.random.fold_in(key, block), size)
     whole = trace(num_rows)
-    if not _is_drawn_by_row(trace, num_rows, embedding_dim):
+    if not _is_drawn_by_row(trace, whole, num_rows, embedding_dim):
         table_values = values(jax.random.fold_in(key, 0), num_rows)
         return lambda block, size: lax.dynamic_slice_in_dim(
             table_values, jnp.asarray(block, jnp.int32) * BLOCK, size
@@ -73,11 +73,16 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
     return block_values
 
 
-def _is_drawn_by_row(trace: Callable[[int], Any], num_rows: int, embedding_dim: int) -> bool:
-    """Whether an initializer draws each row by itself, in the same way for any number of rows."""
-    sizes = [row_locality.ROWS, BLOCK, num_rows % BLOCK or BLOCK, num_rows]
+def _is_drawn_by_row(
+    trace: Callable[[int], Any], whole: Any, num_rows: int, embedding_dim: int
+) -> bool:
+    """Whether an initializer draws each row by itself, in the same way for any number of rows.
+
+    `whole` is the trace for all `num_rows` rows.
+    """
+    sizes = dict.fromkeys((row_locality.ROWS, BLOCK, num_rows % BLOCK or BLOCK))
     try:
-        traced = [trace(size) for size in sizes]
+        traced = [*map(trace, sizes), whole]
     except Exception:  # made for one shape alone, so it is called with that shape
         return False
     is_apart = embedding_dim != row_locality.ROWS and row_locality.draws_rows_apart(traced[0])

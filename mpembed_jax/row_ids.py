@@ -60,6 +60,12 @@ def in_mapping_of(ids: Mapping[str, Any], values: dict[str, Any]) -> Any:
     return treedef.unflatten([values[key] for key in keys]) if is_known else values
 
 
+def joined(leaves: list[jax.Array], width: tuple[int, ...] = ()) -> jax.Array:
+    """Returns the ids of all leaves (int32 [.., *width] each) one after another, [N, *width]."""
+    flat = [leaf.reshape(-1, *width) for leaf in leaves]
+    return jnp.concatenate(flat) if flat else jnp.zeros((0, *width), jnp.int32)
+
+
 def in_range(ids: jax.Array, num_rows: int) -> jax.Array:
     """Returns whether each id names a row of a stack of `num_rows` rows (bool, shape of ids)."""
     return (ids >= 0) & (ids < num_rows)

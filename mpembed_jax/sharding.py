@@ -80,7 +80,7 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
         geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
         if is_other:
             cache = residency.init(geometry, cache.policy, state.spec.embedding_dim)
-        fields = {name: getattr(cache, name) for name in order.CACHE_FIELDS}
+        fields = {name: getattr(cache, name) for name in residency.ARRAYS}
         if old is not None and not is_other:
             fields = order.cache_by_id(old, fields)
         if new is not None:

@@ -55,12 +55,7 @@ def check(settings: Settings) -> None:
     Raises:
       Refused: in one sentence.
     """
-    if settings.devices & (settings.devices - 1):
-        command_line.refuse("--devices", settings.devices, "a power of two")
-    if settings.batch % settings.devices:
-        command_line.refuse(
-            "--batch", settings.batch, f"a multiple of --devices {settings.devices}"
-        )
+    command_line.check_devices(settings.devices, settings.batch)
     command_line.check_out(settings.out)
 
 

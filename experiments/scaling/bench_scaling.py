@@ -78,10 +78,7 @@ def check(settings: Settings) -> None:
       Refused: in one sentence.
     """
     for devices in settings.devices:
-        if devices & (devices - 1):
-            command_line.refuse("--devices", devices, "powers of two")
-        if settings.batch % devices:
-            command_line.refuse("--batch", settings.batch, f"a multiple of --devices {devices}")
+        command_line.check_devices(devices, settings.batch, "powers of two")
     command_line.check_out(settings.out)
 
 

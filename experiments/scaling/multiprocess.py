@@ -76,12 +76,7 @@ def check(settings: Settings) -> None:
     """
     if settings.worker is not None:
         return
-    if settings.devices & (settings.devices - 1):
-        command_line.refuse("--devices", settings.devices, "a power of two")
-    if settings.batch % settings.devices:
-        command_line.refuse(
-            "--batch", settings.batch, f"a multiple of --devices {settings.devices}"
-        )
+    command_line.check_devices(settings.devices, settings.batch)
     for processes in settings.processes:
         if settings.devices % processes:
             command_line.refuse(

@@ -26,11 +26,12 @@ from mpembed_jax.row_ids import NO_ID
 # The sketch has two rows of two counters per line. When measured, this was as exact as four rows of
 # one counter per line, at half the memory accesses.
 SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
+ARRAYS = ("tags", "priority", "dirty", "rows", "sketch")  # the fields of a CacheState that are
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tags", "priority", "dirty", "rows", "sketch"],
+    data_fields=ARRAYS,
     meta_fields=["policy", "groups"],
 )
 @dataclasses.dataclass(frozen=True)

@@ -88,11 +88,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 
 def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
     """Returns the request of a batch on one device: its distinct ids, within the budget."""
-    flat = (
-        jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-        if leaves
-        else jnp.zeros(0, jnp.int32)
-    )
+    flat = row_ids.joined(leaves)
     is_request = row_ids.in_range(flat, state.spec.num_rows)
     num_requests = jnp.sum(is_request, dtype=jnp.int32)
     num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
@@ -250,9 +246,9 @@ def apply_gradients(
         call for one prefetch.
     """
     layout = state.layout
-    width = plan.unique_ids.shape[0]
-    _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
     if layout is not None:
+        width = plan.unique_ids.shape[0]
+        _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
         layout.check_bound("apply_gradients")
         rows = lookup_held(state, plan)
         row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
@@ -285,7 +281,7 @@ def apply_held_gradients(
     layout = state.layout
     moves, is_pending = _pending(state, plan)
     _check("apply_gradients", state, plan, moves.ids.shape[0], rows=rows, row_grads=row_grads)
-    is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
+    is_updated = moves.is_row
     num_nonfinite = jnp.int32(0)
     if state.spec.skip_nonfinite:
         is_finite = jnp.all(jnp.isfinite(row_grads), axis=-1)

@@ -10,6 +10,7 @@ The functions take NumPy arrays (checkpoints) or jax arrays (`sharding.relayout`
 same kind.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,8 +21,6 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import offsets
 
 Array = Any  # np.ndarray or jax.Array
-
-CACHE_FIELDS = ("tags", "priority", "dirty", "rows", "sketch")  # the arrays of a CacheState
 
 
 def rows_by_id(layout: Layout, rows: Array) -> Array:
@@ -67,8 +66,7 @@ def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     if layout.table_shards is not None:
         return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=True)}
     global_tags = _library(tags).where(tags == NO_ID, NO_ID, tags * layout.shards + shard)
-    cache = cache | {"tags": global_tags}
-    return {name: _sets(name, array, layout.shards, tags.shape[0]) for name, array in cache.items()}
+    return _by_set(cache | {"tags": global_tags}, lambda size: layout.shards)
 
 
 def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
@@ -81,10 +79,7 @@ def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
         shard = _shard_of_sets(layout, tags)
         return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=False)}
     local_tags = _library(tags).where(tags == NO_ID, NO_ID, tags // layout.shards)
-    cache = cache | {"tags": local_tags}
-    return {
-        name: _sets(name, array, -layout.shards, tags.shape[0]) for name, array in cache.items()
-    }
+    return _by_set(cache | {"tags": local_tags}, lambda size: size // layout.shards)
 
 
 def _library(array: Array) -> Any:
@@ -99,17 +94,23 @@ def _transposed(array: Array, count: int, axis: int) -> Array:
     return matrix.swapaxes(axis, axis + 1).reshape(array.shape)
 
 
-def _sets(name: str, array: Array, shards: int, num_sets: int) -> Array:
-    """Reorders a field of a cache by set, by line or by group.
+def _by_set(cache: dict[str, Array], count: Callable[[int], int]) -> dict[str, Array]:
+    """Reorders the fields of a cache by set, by line or by group; see `_transposed`.
 
-    The shards are merged if `shards` is positive, and made if it is negative.
+    Args:
+      cache: {field: array}.
+      count: the count of `_transposed`, from the number of sets or groups.
     """
-    if array is None or not array.ndim:
-        return array
-    axis = 1 if name == "sketch" else 0
-    lined = array.reshape(num_sets, -1) if name == "rows" else array
-    count = shards if shards > 0 else lined.shape[axis] // -shards
-    return _transposed(lined, count, axis).reshape(array.shape)
+    num_sets = cache["tags"].shape[0]
+
+    def reordered(name: str, array: Array) -> Array:
+        if array is None:
+            return None
+        axis = 1 if name == "sketch" else 0
+        by_set = array.reshape(num_sets, -1) if name == "rows" else array
+        return _transposed(by_set, count(by_set.shape[axis]), axis).reshape(array.shape)
+
+    return {name: reordered(name, array) for name, array in cache.items()}
 
 
 def _shard_of_sets(layout: Layout, tags: Array) -> Array:

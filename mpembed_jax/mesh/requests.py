@@ -5,11 +5,13 @@ row), which `sharding.pairs` computes on the host in 64 bits. With summation blo
 distinct only within a block.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax import ops
+from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import indexing
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.ops import Unique
@@ -24,7 +26,7 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
       neither number.
     """
     if not layout.is_paired:
-        is_row = (ids >= 0) & (ids < layout.spec.num_rows)
+        is_row = row_ids.in_range(ids, layout.spec.num_rows)
         is_padding, masked = ids == NO_ID, jnp.where(is_row, ids, NO_ID)
     else:
         shard, row = ids[:, 0], ids[:, 1]
@@ -74,9 +76,7 @@ def deduplicate(
       ValueError: if summation blocks do not divide the leading axis of a leaf.
     """
     width = (2,) if layout.is_paired else ()
-    flat = [leaf.reshape(-1, *width) for leaf in leaves]
-    ids = jnp.concatenate(flat) if flat else jnp.zeros((0, *width), jnp.int32)
-    ids, num_requests, num_out_of_range = masked(layout, ids)
+    ids, num_requests, num_out_of_range = masked(layout, row_ids.joined(leaves, width))
     num_ids, budget = ids.shape[0], layout.spec.max_unique_ids
     blocks = (
         1
@@ -98,10 +98,11 @@ def deduplicate(
             f"{blocks} summation blocks per device must divide the leading axis of all ids, got "
             f"{bad[0]}"
         )
-    ends = np.cumsum([len(leaf) for leaf in flat])
+    sizes = [leaf.size // math.prod(width) for leaf in leaves]
+    ends = np.cumsum(sizes)
     members = [
-        np.arange(end - len(leaf), end).reshape(blocks, -1)
-        for leaf, end in zip(flat, ends, strict=True)
+        np.arange(end - size, end).reshape(blocks, -1)
+        for size, end in zip(sizes, ends, strict=True)
     ]
     position = np.concatenate(members, axis=1)  # one row of positions per block
     parts = [find(ids[position[block]]) for block in range(blocks)]

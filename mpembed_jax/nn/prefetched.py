@@ -22,14 +22,14 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import ops
+from mpembed_jax import ops, row_ids
 from mpembed_jax.cache.plan import CachePlan, Route
 from mpembed_jax.embedding import step
 from mpembed_jax.embedding.pooling import pool
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_specs
 from mpembed_jax.mesh import exchange
 from mpembed_jax.nn import routing, verbs
-from mpembed_jax.row_ids import NO_ID, in_range
+from mpembed_jax.row_ids import NO_ID
 
 _MISSING = NO_ID  # in an inverse: the row was not prefetched
 
@@ -180,20 +180,18 @@ def _find(
 ) -> tuple[list[jax.Array], Route | None]:
     """Returns where ids are among the rows of a plan, and on a mesh the route that brings them."""
     layout: Any = state.layout
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
     if verbs.is_whole(state):
         batch = PartitionSpec(layout.batch_axes)
         specs = (exchange.plan_specs(layout), batch)
         run = over_mesh(_find, state, *specs, result=(batch, exchange.route_specs(layout)))
-        return run(state, plan, [jnp.asarray(leaf) for leaf in leaves])
+        return run(state, plan, leaves)
     shapes = [np.shape(leaf) for leaf in leaves]
     if layout is not None:
-        index, is_missing, route = exchange.find(
-            layout, exchange.route_of(plan), [jnp.asarray(leaf) for leaf in leaves], plan.step
-        )
+        index, is_missing, route = exchange.find(layout, exchange.route_of(plan), leaves, plan.step)
     else:
-        flat = [jnp.asarray(leaf).reshape(-1) for leaf in leaves]
-        ids = jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
-        ids = jnp.where(in_range(ids, state.spec.num_rows), ids, NO_ID)
+        ids = row_ids.joined(leaves)
+        ids = jnp.where(row_ids.in_range(ids, state.spec.num_rows), ids, NO_ID)
         index, is_held = ops.find(plan.unique_ids, ids, implementation=state.implementation)
         is_missing, route = (ids != NO_ID) & ~is_held, None
     # Ids over the budget of the step are not in its plan. They read as zeros and are counted.
