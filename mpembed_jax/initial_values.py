@@ -64,7 +64,8 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
         )
 
     def block_values(block: jax.Array | int, size: int) -> jax.Array:
-        block_key, part = jax.random.fold_in(key, block), trace(size)
+        block_key = jax.random.fold_in(key, block)
+        part = trace(size)
         if _has_same_numbers(part.jaxpr, whole.jaxpr):
             return values(block_key, size)
         (result,) = _evaluate(part.jaxpr, whole.jaxpr, [block_key])

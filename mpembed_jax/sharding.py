@@ -156,7 +156,8 @@ def plan(
 def _largest_share(layout: Layout, batch: Any) -> float:
     """Returns the largest share of a device's budget that its ids for a single owner take."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-    devices, spec = layout.shards, layout.spec
+    devices = layout.shards
+    spec = layout.spec
     if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):
         raise ValueError(
             f"batches must divide over {devices} devices, got {[leaf.shape for leaf in leaves]}"

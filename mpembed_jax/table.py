@@ -72,7 +72,8 @@ def encode_rows(
     Returns:
       uint16 or uint32 [n, row_words].
     """
-    fmt, dim = table.format, table.embedding_dim
+    fmt = table.format
+    dim = table.embedding_dim
     if once is None or not fmt.is_integer:
         return encode(rows, fmt, _bits_for(fmt, key, stream, step, ids, dim))
     scale, bias = row_parameters(rows, fmt)
@@ -200,7 +201,8 @@ def init_table(
             continue
         table_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), index)
         values_of = initial_values.of_blocks(table, table_key, embedding_dim)
-        start, num_rows = int(starts[index]), int(table.vocabulary_size)
+        start = int(starts[index])
+        num_rows = int(table.vocabulary_size)
         num_full, tail = divmod(num_rows, initial_values.BLOCK)
 
         def put_block(

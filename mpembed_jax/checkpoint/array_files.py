@@ -23,7 +23,8 @@ LAYOUT = ".zarray"
 _MAX_LAYOUT_BYTES = 1 << 16
 _FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
 _PIECE_NAME = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
-_ZSTD_MAGIC, _ZSTD_BLOCK = b"\x28\xb5\x2f\xfd", 1 << 17  # bytes: a block decompresses to no more
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_BLOCK = 1 << 17  # bytes: a block decompresses to no more
 
 
 class Layout(NamedTuple):
@@ -107,7 +108,8 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> Layout:
     if not isinstance(held, dict):
         raise DamagedError(f"{where} is no JSON object")
     wanted = {**_FIXED, "shape": shape, "dtype": zarr_dtype(dtype)}
-    chunks, compressor = held.get("chunks"), held.get("compressor")
+    chunks = held.get("chunks")
+    compressor = held.get("compressor")
     for name, value in wanted.items():
         if held.get(name) != value or isinstance(held.get(name), bool):
             raise DamagedError(f"{where} says {name} {held.get(name)!r}, not {value!r}")
@@ -148,7 +150,9 @@ def _check_piece(file: Any, path: Path, layout: Layout) -> None:
     says = int.from_bytes(head[at : at + width], "little") + (256 if width == 2 else 0)
     if width and says != layout.piece_bytes:
         raise DamagedError(f"{path} becomes {says} bytes, the array needs {layout.piece_bytes}")
-    at, bound, is_last = at + width, 0, 0
+    at = at + width
+    bound = 0
+    is_last = 0
     limit = 8 * layout.piece_bytes + _ZSTD_BLOCK
     while not is_last:
         file.seek(at)

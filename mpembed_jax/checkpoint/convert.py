@@ -44,7 +44,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       ValueError: if the specs differ in tables or dim, or the states of the optimizer have other
         leaves; there is no conversion.
     """
-    spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
+    spec = state.spec
+    name = repr(prefix) if prefix else "the embedding state"
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
     if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
         raise ValueError(
@@ -79,12 +80,14 @@ def check(
       DamagedError: if the arrays are not those of such a state.
       ValueError: if the optimizer's state has another structure.
     """
-    spec, name = target.spec, prefix or "the embedding state"
+    spec = target.spec
+    name = prefix or "the embedding state"
     held = {inner: records[outer] for inner, outer in entry["names"].items()}
     wanted = leaves.named(target)
     division = placements.Division.read(entry)
     try:
-        fmt, dim = RowFormat(*entry["storage"]), spec.embedding_dim
+        fmt = RowFormat(*entry["storage"])
+        dim = spec.embedding_dim
         num_rows = placements.num_rows(division, spec)
         expected = {
             "table.rows": ((num_rows, fmt.row_words(dim)), fmt.word_dtype(dim).name),
@@ -132,12 +135,15 @@ def convert(
       ValueError: if a leaf of the optimizer's state has another shape, or if the state was saved
         between prefetch and apply_gradients and the cache would change.
     """
-    spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
+    spec = target.spec
+    wanted = leaves.named(target)
+    name = prefix or "the embedding state"
     before, after = placements.Division.read(entry), placements.Division.of(target)
     if before != after:
         _LOG.warning("%s: rows of %s placed on %s", name, before, after)
     saved = placements.by_id(saved, before, spec)
-    fmt, ours = RowFormat(*entry["storage"]), digests.describe(spec)
+    fmt = RowFormat(*entry["storage"])
+    ours = digests.describe(spec)
     key, step = saved["key"], saved["step"]
     result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
     result["fingerprint"] = target.expected_fingerprint
@@ -180,8 +186,10 @@ def convert(
         num_flushed = 0
         if entry["cache"] is not None:
             dirty = saved["cache.dirty"].reshape(-1)
-            ids, lines = saved["cache.tags"].reshape(-1)[dirty], saved["cache.rows"][dirty]
-            rows, num_flushed = rows if rows.flags.writeable else rows.copy(), len(ids)
+            ids = saved["cache.tags"].reshape(-1)[dirty]
+            lines = saved["cache.rows"][dirty]
+            rows = rows if rows.flags.writeable else rows.copy()
+            num_flushed = len(ids)
             for block, block_ids in _blocks(lines, ids):
                 packed = np.asarray(
                     _encode(

@@ -84,7 +84,8 @@ def digest_of(state: EmbeddingState) -> np.ndarray:
 
 def describe(spec: EmbeddingSpec) -> dict[str, Any]:
     """Returns JSON that describes the arrays of a state with this spec."""
-    storage, cache = spec.storage, None
+    storage = spec.storage
+    cache = None
     if spec.cache is not None:
         cache = {**spec.cache.geometry(spec.num_rows)._asdict(), "policy": spec.cache.policy}
     return {

@@ -79,7 +79,8 @@ def contents(folder: Path, name: str) -> bytes:
       OSError: if the system cannot read it now.
     """
     with open_inside(folder, name) as file:
-        left, pieces = size_of(file), []
+        left = size_of(file)
+        pieces = []
         while left > 0 and (piece := file.read(left)):
             pieces.append(piece)
             left -= len(piece)

@@ -82,10 +82,8 @@ def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) 
     Rows are read one block at a time.
     """
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
-    take, size = (
-        jax.jit(indexing.take),
-        min(_rows_of_block(array, block_bytes), 1 << max(0, index.size - 1).bit_length()),
-    )
+    take = jax.jit(indexing.take)
+    size = min(_rows_of_block(array, block_bytes), 1 << max(0, index.size - 1).bit_length())
     for first in range(0, index.size, size):
         piece = index[first : first + size]
         result[first : first + size] = np.asarray(

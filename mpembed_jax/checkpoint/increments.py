@@ -97,7 +97,8 @@ def track(state: EmbeddingState) -> RowTracker:
             "this state has a prefetch without its apply_gradients; start tracking after "
             "apply_gradients"
         )
-    begin, everywhere = _begin, None
+    begin = _begin
+    everywhere = None
     if layout is not None:
         if layout.shards * layout.num_rows >= NO_ID:
             raise ValueError(
@@ -247,7 +248,8 @@ def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> Non
         for f in ("key", "fingerprint")
     ):
         raise ValueError(f"{what} belongs to another embedding state (another key or spec)")
-    seen, now = int(tracker.step), int(state.step)
+    seen = int(tracker.step)
+    now = int(state.step)
     told, held = (np.asarray(x)[:_NUM_STEP_COUNTERS] for x in (tracker.counters, state.counters))
     if bool(tracker.has_gap) or seen != now or not np.array_equal(told, held):
         fault = (
@@ -298,7 +300,8 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
 def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
     state = member.state
     shards = 1 if state.layout is None else state.layout.shards
-    num_rows, cache = state.table.num_rows // shards, state.cache  # num_rows is per shard
+    num_rows = state.table.num_rows // shards  # of a shard
+    cache = state.cache
     is_touched, was_dirty = (
         _unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty)
     )

@@ -63,7 +63,8 @@ def embeddings(tree: Any) -> dict[str, Member]:
         tree, is_leaf=lambda x: isinstance(x, EmbeddingState)
     )
     prefixes = iter(_names([path for path, leaf in found if isinstance(leaf, EmbeddingState)]))
-    names, result = iter(named(tree)), {}
+    names = iter(named(tree))
+    result = {}
     for _, leaf in found:
         if isinstance(leaf, EmbeddingState):
             inner = {name: next(names) for name in named(leaf)}

@@ -181,7 +181,8 @@ def check(directory: Path, step: int, body: dict[str, Any], *, contents: bool = 
     def check_file(name: str) -> None:
         size, expected = body["files"][name]
         with files.open_inside(folder, name) as file:
-            found, value = files.size_of(file), expected
+            found = files.size_of(file)
+            value = expected
             if found == size and contents:
                 found, value = files.checksum(file)
         if found != size:

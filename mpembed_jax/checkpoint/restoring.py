@@ -70,7 +70,8 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     folder = Path(directory).absolute()
     saving.finish_pending(folder)
     chain = agreement.from_first(lambda: _choose(folder, step))
-    named, members = leaves.named(target), leaves.embeddings(target)
+    named = leaves.named(target)
+    members = leaves.embeddings(target)
     held = chain[0]
     converted = _compare(held, named, members, partial)
     values = {}
@@ -284,7 +285,8 @@ def _read(
     try:
         waiting: dict[str, tuple[Any, dict[Any, Any]]] = {}
         for name, opening in stores.items():
-            store, place = opening.result(), places[name]
+            store = opening.result()
+            place = places[name]
             parts: Any = [(slice(None),) * store.rank]
             if place.kind == "sharding":
                 parts = place.sharding.addressable_devices_indices_map(store.shape).values()

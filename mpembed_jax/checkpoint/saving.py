@@ -51,7 +51,8 @@ def save_args(value: Any, chunk_bytes: int = 128 << 20) -> ocp.SaveArgs:
     single row if necessary. A stack with a prime number of rows (such as Criteo-Kaggle's
     33,762,577) would become as many files, so it is written in one piece.
     """
-    shape, is_divisible = np.shape(value), True
+    shape = np.shape(value)
+    is_divisible = True
     if shape and shape[0]:
         row_bytes = value.dtype.itemsize * math.prod(shape[1:])
         least = -(-shape[0] * row_bytes // chunk_bytes)  # number of pieces needed
@@ -209,7 +210,8 @@ def save(
         soon as the new one is complete. The error of an earlier save that nobody waited for is
         logged (logger `mpembed_jax.checkpoint`); it does not hinder this one.
     """
-    folder, step = Path(directory).absolute(), operator.index(step)
+    folder = Path(directory).absolute()
+    step = operator.index(step)
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     if keep is not None and keep < 1:
@@ -453,7 +455,8 @@ def _prune(directory: Path, keep: int, newest: int) -> None:
     stay too. They may be damaged or belong to a run that was rolled back, and must not displace
     good ones.
     """
-    found, bases = [], {}
+    found = []
+    bases = {}
     for step in manifest.steps(directory):
         try:
             bases[step] = manifest.read(directory, step)["base"]

@@ -73,7 +73,8 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 
 @partial(jax.jit, donate_argnums=0)
 def _store(state: EmbeddingState, first: jax.Array, block: jax.Array) -> EmbeddingState:
-    table, layout = state.table, state.layout
+    table = state.table
+    layout = state.layout
     if layout is not None and not layout.is_bound:
         everywhere = PartitionSpec()
         return over_mesh(_store, state, everywhere, everywhere)(state, first, block)

@@ -103,7 +103,8 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
 
     `read` accepts this table in place of a state.
     """
-    table, layout = flush(state).table, state.layout
+    table = flush(state).table
+    layout = state.layout
     return (
         table
         if layout is None

@@ -58,14 +58,14 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     layout = state.layout
     request = _ask(state, leaves) if layout is None else exchange.ask(layout, leaves, state.step)
     state, moves, inverse, counts = _place(state, request)
-    unique_ids, route, shapes = moves.ids, None, [leaf.shape for leaf in leaves]
+    unique_ids = moves.ids
+    route = None
+    shapes = [leaf.shape for leaf in leaves]
     if layout is not None:
         route, counts = exchange.settle(layout, request, moves, inverse, counts)
-        unique_ids, inverse, shapes = (
-            request.own.ids,
-            request.own.inverse,
-            [layout.shape_of(leaf) for leaf in leaves],
-        )
+        unique_ids = request.own.ids
+        inverse = request.own.inverse
+        shapes = [layout.shape_of(leaf) for leaf in leaves]
     plan = CachePlan(
         unique_ids=unique_ids,
         inverse=treedef.unflatten(divided(inverse, shapes)),
@@ -92,7 +92,8 @@ def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
     is_request = row_ids.in_range(flat, state.spec.num_rows)
     num_requests = jnp.sum(is_request, dtype=jnp.int32)
     num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
-    num_positions, budget = flat.shape[0], state.spec.max_unique_ids
+    num_positions = flat.shape[0]
+    budget = state.spec.max_unique_ids
     width = (num_positions if budget is None else min(budget, num_positions)) + 1
     found = ops.unique(
         jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
@@ -117,14 +118,15 @@ def _place(
       The state with its cache and table changed; the moves; for each position, the index of its row
       among the moves (int32); and the counts.
     """
-    found, cache, zero = request.rows, state.cache, jnp.int32(0)
+    found = request.rows
+    cache = state.cache
+    zero = jnp.int32(0)
     if cache is None:
         width = found.ids.shape[0]
-        no_line, no_victim = jnp.zeros(width, jnp.int32), jnp.full(width, NO_ID, jnp.int32)
-        moves, inverse = (
-            Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids),
-            found.inverse,
-        )
+        no_line = jnp.zeros(width, jnp.int32)
+        no_victim = jnp.full(width, NO_ID, jnp.int32)
+        moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids)
+        inverse = found.inverse
         evictions = write_backs = hit_requests = zero
     else:
         cache, moves, inverse, hit_requests = ops.plan(
@@ -335,7 +337,8 @@ def apply_pooled_gradients(
       ValueError: as in `pool` and `apply_gradients`, or if the tree, a shape or a dtype of
         pooled_grads differs from that of pool's result.
     """
-    spec, pooling_of = state.spec, (weights, combiner)
+    spec = state.spec
+    pooling_of = (weights, combiner)
     options: dict[str, Any] = {
         "segment_ids": segment_ids,
         "num_segments": num_segments,

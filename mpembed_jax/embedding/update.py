@@ -178,11 +178,14 @@ def _apply_any(
     [U, D] array of new rows exists. The bits are the same with and without chunks.
     A transformation that mixes rows gets the rows of all shards, on every device.
     """
-    table, row_state, draw = state.table, state.row_state, Draw(state.row_key, step)
+    table = state.table
+    row_state = state.row_state
+    draw = Draw(state.row_key, step)
     cache_rows = None if state.cache is None else state.cache.rows
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
 
-    width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
+    width = ids.shape[0]
+    chunk = ops.chunk_of(state.implementation)
     is_local = row_locality.is_row_local(tx, rows.shape[1])
     over_all_rows = None
     if state.layout is not None and not is_local:

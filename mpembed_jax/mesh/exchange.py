@@ -154,7 +154,8 @@ def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
     """
     layout.check_bound("prefetch")
     own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step)
-    num_dropped, num_positions = own.num_dropped, own.inverse.shape[0]
+    num_dropped = own.num_dropped
+    num_positions = own.inverse.shape[0]
     rows, own, route = request(layout, own, step)
     num_dropped = total_over_batch(layout, num_dropped) + total_over_shards(
         layout, rows.num_dropped
@@ -211,7 +212,8 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
       per received entry); `wanted` without the ids over the budget, in `ids` and in `inverse`; and
       the route. The route's `asked`, `rows` and numbers are replaced once the plan is made.
     """
-    num_entries, budget = wanted.ids.shape[0] - 1, layout.spec.max_unique_ids
+    num_entries = wanted.ids.shape[0] - 1
+    budget = layout.spec.max_unique_ids
     owner, row, rank = _assign(layout, wanted.ids)
     room = _width(layout, num_entries, False)
     is_over = jnp.any((owner < layout.shards) & (rank >= room))
@@ -251,7 +253,8 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
 def _keep_budget(
     layout: Layout, found: Unique, wanted: Unique, route: Route, budget: int, step: jax.Array
 ) -> tuple[Unique, Unique, Route]:
-    size, shard = found.ids.shape[0], layout.shard(layout.index())
+    size = found.ids.shape[0]
+    shard = layout.shard(layout.index())
     is_real = found.ids != NO_ID
     mixed = random_bits.fmix32(shard.ids_of(found.ids)[0] ^ step.astype(jnp.uint32))
 

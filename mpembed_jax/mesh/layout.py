@@ -258,7 +258,8 @@ class Layout:
         If a shard has no row of a table, the table's entry equals the next one.
         """
         if self.table_shards is None:
-            starts, shard = offsets(self.spec.tables), np.arange(self.shards)[:, None]
+            starts = offsets(self.spec.tables)
+            shard = np.arange(self.shards)[:, None]
             return ((starts - shard + self.shards - 1) // self.shards).astype(np.int32)
         sizes = np.zeros((self.shards, len(self.spec.tables)), np.int64)
         for number, table in enumerate(self.spec.tables):

@@ -40,7 +40,8 @@ def rows_by_shard(layout: Layout, rows: Array) -> Array:
         return _transposed(library.pad(rows, widths), layout.num_rows, 0)
     starts = offsets(layout.spec.tables)
     # Shards are padded to the longest, so the parts between tables are zero.
-    parts, end = [], 0
+    parts = []
+    end = 0
     for start, (first, size) in sorted(
         zip(starts, layout.table_slices(), strict=False), key=lambda pair: pair[1]
     ):

@@ -27,15 +27,14 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     """
     if not layout.is_paired:
         is_row = row_ids.in_range(ids, layout.spec.num_rows)
-        is_padding, masked = ids == NO_ID, jnp.where(is_row, ids, NO_ID)
+        is_padding = ids == NO_ID
+        masked = jnp.where(is_row, ids, NO_ID)
     else:
         shard, row = ids[:, 0], ids[:, 1]
         rows = jnp.asarray(layout.first_rows[:, -1])[jnp.clip(shard, 0, layout.shards - 1)]
         is_row = (shard >= 0) & (shard < layout.shards) & (row >= 0) & (row < rows)
-        is_padding, masked = (
-            row == NO_ID,
-            jnp.where(is_row[:, None], ids, jnp.asarray([layout.shards, NO_ID], jnp.int32)),
-        )
+        is_padding = row == NO_ID
+        masked = jnp.where(is_row[:, None], ids, jnp.asarray([layout.shards, NO_ID], jnp.int32))
     return masked, jnp.sum(is_row, dtype=jnp.int32), jnp.sum(~is_row & ~is_padding, dtype=jnp.int32)
 
 
@@ -77,7 +76,8 @@ def deduplicate(
     """
     width = (2,) if layout.is_paired else ()
     ids, num_requests, num_out_of_range = masked(layout, row_ids.joined(leaves, width))
-    num_ids, budget = ids.shape[0], layout.spec.max_unique_ids
+    num_ids = ids.shape[0]
+    budget = layout.spec.max_unique_ids
     blocks = (
         1
         if layout.placement.summation_blocks is None

@@ -193,7 +193,8 @@ def _find(
         ids = row_ids.joined(leaves)
         ids = jnp.where(row_ids.in_range(ids, state.spec.num_rows), ids, NO_ID)
         index, is_held = ops.find(plan.unique_ids, ids, implementation=state.implementation)
-        is_missing, route = (ids != NO_ID) & ~is_held, None
+        is_missing = (ids != NO_ID) & ~is_held
+        route = None
     # Ids over the budget of the step are not in its plan. They read as zeros and are counted.
     is_missing = is_missing & (plan.counts.dropped == 0)
     return step.divided(jnp.where(is_missing, _MISSING, index), shapes), route

@@ -156,7 +156,8 @@ def _bags(
     single = {}
     bags = {}
     for feature, index in inverse.items():
-        combiner, weight = combiners[feature], weights.get(feature)
+        combiner = combiners[feature]
+        weight = weights.get(feature)
         if combiner is None:
             if weight is not None:
                 raise ValueError(

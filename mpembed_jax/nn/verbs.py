@@ -60,10 +60,12 @@ def read(state: EmbeddingState, ids: Any) -> Any:
 def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
     treedef: Any
     leaves, treedef = jax.tree.flatten(ids)
-    dim, num_positions = state.spec.embedding_dim, sum(leaf.size for leaf in leaves)
+    dim = state.spec.embedding_dim
+    num_positions = sum(leaf.size for leaf in leaves)
     vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(evaluation.read(state, ids))]
     rows = jnp.concatenate([*vectors, jnp.zeros((1, dim), jnp.float32)])
-    inverse, first = [], 0
+    inverse = []
+    first = 0
     for leaf in leaves:
         index = first + jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape)
         is_real = (jnp.asarray(leaf) >= 0) & (jnp.asarray(leaf) < state.spec.num_rows)

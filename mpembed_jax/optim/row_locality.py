@@ -97,7 +97,8 @@ def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
     many[:, place] = few
 
     def updates(arrays: np.ndarray) -> list[np.ndarray]:
-        rows, found = jnp.asarray(arrays[0]), []
+        rows = jnp.asarray(arrays[0])
+        found = []
         state = tx.init(rows)
         for row_grads in arrays[1:]:
             step, state = tx.update(jnp.asarray(row_grads), state, rows)
@@ -136,7 +137,8 @@ def _is_local(eqn: Any, is_drawn: bool) -> bool:
     if any(is_literal(v) and np.shape(v.val) for v in eqn.invars):
         return False  # an array may hold something for each row
     operands = [v for v in eqn.invars if _has_rows(v)]
-    name, params = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
+    params = eqn.params
     inner = inner_of(eqn)
     if inner is not None:
         is_called = name in ("jit", "pjit", "closed_call", "custom_jvp_call", "remat")

@@ -122,7 +122,8 @@ class CachedEmbed(linen.Module):
           TypeError: if ids are not integers.
           ValueError: outside jit, if an id was not prefetched.
         """
-        stack, rows = self.stack.value, _held_rows(self, TABLE)
+        stack = self.stack.value
+        rows = _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
         if rows is None:
             vectors = verbs.read(stack.state, mapped)
@@ -218,7 +219,8 @@ class CachedEmbedBags(linen.Module):
         parts = []
         routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
         for i, (held, part, own) in enumerate(zip(self.stacks, routed, given, strict=True)):
-            stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
+            stack = held.value
+            rows = _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
             else:

@@ -65,7 +65,8 @@ def _address_of(context, function):
         kinds = (types.int64,) * count
         compiled_ = made.get_compile_result(types.void(*kinds))
         target.active_code_library.add_linking_library(compiled_.library)
-        word, name = ir.IntType(64), f"c.{compiled_.fndesc.mangled_name}"
+        word = ir.IntType(64)
+        name = f"c.{compiled_.fndesc.mangled_name}"
         outer = builder.module.globals.get(name)
         if outer is None:
             kind = ir.FunctionType(ir.VoidType(), [word] * count)
@@ -200,7 +201,8 @@ def _is_query(frame):
     extension = _word(frame, 1)
     while extension != 0:
         if numba.carray(_pointer(extension + 8), 1, np.int32)[0] == _METADATA:
-            metadata, api = _word(extension, 3), _word(frame, 2)
+            metadata = _word(extension, 3)
+            api = _word(frame, 2)
             numba.carray(_pointer(metadata), 4, np.int64)[3] = _word(api, 4)  # (major, minor)
             is_query = True
         extension = _word(extension, 2)

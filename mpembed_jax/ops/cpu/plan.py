@@ -32,7 +32,8 @@ _BEST, _WINNER, _FULL = range(16, 19)
 _AHEAD = 16  # ids between a prefetch and its use
 # An unsigned index needs no wrapping of negative values. The wrapping would keep loops over ways
 # from being vectorized.
-_ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
+_ONE = np.uint64(1)
+_MAX_WAYS = np.uint64(MAX_WAYS)
 
 
 def _find_half(frame, half):
@@ -155,7 +156,9 @@ def _enter(
             use = np.int64(cheapest // _MAX_WAYS)
             if policy.may_enter(by, use, estimate[i]):
                 victim[i], victim_use[i] = tags[here], use - 1
-                tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
+                tags[here] = ids[i]
+                priority[here] = policy.pinned(by, step)
+                line[i] = here
                 order[num_cached] = i
                 num_cached += 1
             else:
@@ -257,7 +260,9 @@ def _plan(frame):
     best = result(frame, _BEST, np.int32)
     winner = result(frame, _WINNER, np.int32)
     full = result(frame, _FULL, np.int32)
-    num_ids, step, must_halve = numbers[0], numbers[1], numbers[2]
+    num_ids = numbers[0]
+    step = numbers[1]
+    must_halve = numbers[2]
     sets = np.int64(shape[0])
     ways = np.int64(shape[1])
     by = shape[4]

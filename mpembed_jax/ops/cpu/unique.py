@@ -57,7 +57,8 @@ def _unique(frame):
         unique_ids[index], counts[index] = seen[index], times[index]
     for index in range(num_ids, size):
         unique_ids[index], counts[index] = _NO_ID, 0
-    numbers[0], numbers[1] = num_ids, num_found - num_ids
+    numbers[0] = num_ids
+    numbers[1] = num_found - num_ids
 
 
 @compiled

@@ -126,10 +126,8 @@ def _update(
     draw: Draw,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    layout, block = (
-        Layout(store.table.format, rows.shape[1], is_interpreted),
-        kernel.block_rows(rows.shape[1]),
-    )
+    layout = Layout(store.table.format, rows.shape[1], is_interpreted)
+    block = kernel.block_rows(rows.shape[1])
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)

@@ -60,7 +60,9 @@ def enter(
       The carry after the last round.
     """
     is_lfu = policy.counts_use(by)
-    width, ways, lines = ids.shape[0], geometry.ways, geometry.lines
+    width = ids.shape[0]
+    ways = geometry.ways
+    lines = geometry.lines
     num_buckets = geometry.election_buckets(width)
     is_direct = num_buckets == geometry.sets
 

@@ -52,7 +52,8 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     _, first, _ = lax.while_loop(lambda carry: jnp.any(carry[2]), claim, start)
     is_first = is_real & (first == position)
     rank = jnp.cumsum(is_first.astype(jnp.int32))
-    num_found, num_ids = rank[-1], jnp.minimum(rank[-1], size - 1)
+    num_found = rank[-1]
+    num_ids = jnp.minimum(rank[-1], size - 1)
     rank = rank - 1
     if size - 1 < num_positions:
 
