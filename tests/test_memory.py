@@ -36,7 +36,10 @@ def nbytes(tree):
 
 
 @pytest.mark.parametrize(
-    "storage", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"]
+    "storage",
+    named(
+        ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"], fast={"float32", "int4"}
+    ),
 )
 @pytest.mark.parametrize(
     "case",

@@ -293,6 +293,7 @@ def test_initial_rows_are_unbiased_roundings_of_the_same_values(fmt):
     assert abs((exact - rounded).mean()) <= 5 * gap / 2 / np.sqrt(exact.size)
 
 
+@pytest.mark.slow
 def test_callables_see_blocks_and_do_not_depend_on_other_tables_shapes():
     """8,192 rows a call, the key folded by (table, block)."""
 

@@ -6,6 +6,7 @@ Lines, victims, bypasses, priorities, the sketch and counts are compared.
 import dataclasses
 from fractions import Fraction
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,18 +146,21 @@ def test_residency_in_full_width_passes(policy):
     check(model, state, shapes.skewed_ids(11, 60, 160, 700, drift=10, ragged=True))
 
 
-@pytest.mark.parametrize(
-    ("geometry", "policy"),
-    [
-        ("one-line", "lru"),
-        ("one-line", "lfu"),
-        ("larger-than-table", "lfu"),
-        ("groups", "lru"),
-        ("groups", "lfu"),
-    ],
-)
-def test_residency_at_the_geometries_ends(policy, geometry):
+class End(NamedTuple):
+    """A geometry of shapes.GEOMETRIES, and a policy."""
+
+    geometry: str
+    policy: str
+
+
+ENDS = [End("one-line", "lru"), End("one-line", "lfu"), End("larger-than-table", "lfu")]
+ENDS += [End("groups", "lru"), End("groups", "lfu")]
+
+
+@pytest.mark.parametrize("end", named(ENDS, fast={"one-line-lru", "groups-lfu"}))
+def test_residency_at_the_geometries_ends(end):
     """One line; more lines than rows; 512 sets in 64 groups of id mod 64."""
+    geometry, policy = end
     num_ids, lines, ways = shapes.GEOMETRIES[geometry]
     state, model = start(num_ids, lines, ways, policy)
     check(

@@ -581,6 +581,7 @@ def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     assert np.abs(all_rows(narrow) - all_rows(emb)).max() < 0.5
 
 
+@pytest.mark.slow
 def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
     folder, emb = saved
     options = {**CASES["int8-lfu"][0], "row_state_dtype": "bfloat16"}

@@ -73,6 +73,7 @@ def assert_same(state, other):
         assert indexing.is_on_host(a) == indexing.is_on_host(home), path
 
 
+@pytest.mark.slow
 @KINDS
 def test_training_goes_on_after_a_restore_from_either_memory_to_either(kinds, tmp_path):
     """Into a live state and into shapes, which do not say where a table is kept."""

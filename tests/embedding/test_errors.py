@@ -5,7 +5,7 @@ Each mistake ends in a message that names the fix, and harms no row.
 
 import warnings
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -403,13 +403,24 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones():
 PADDING = {"a": np.full((2, 3), NO_ID, np.int32), "b": np.zeros(0, np.int32)}
 
 
-@pytest.mark.parametrize(
-    ("ids", "lines"),
-    [(np.zeros((3, 0), np.int32), None), ({}, 8), (PADDING, 8)],
-    ids=["empty bags-table", "no features-cache", "all padding-cache"],
-)
-def test_batches_without_ids_just_work(ids, lines):
+class Empty(NamedTuple):
+    """A batch without ids, and the lines of a cache; None without one."""
+
+    ids: Any
+    lines: int | None
+
+
+EMPTY = {
+    "empty bags": Empty(np.zeros((3, 0), np.int32), None),
+    "no features": Empty({}, 8),
+    "all padding": Empty(PADDING, 8),
+}
+
+
+@pytest.mark.parametrize("batch", named(EMPTY, fast={"all padding"}))
+def test_batches_without_ids_just_work(batch):
     """A step is counted, nothing else happens, before and after real batches."""
+    ids, lines = batch
     cache = lines and CacheSpec(num_rows=lines, ways=4)
     state = start(stack(storage="int8", cache=cache), seed=4)
     state, _, _ = train(state, np.array([1, 2, 2], np.int32))
@@ -428,22 +439,29 @@ def test_batches_without_ids_just_work(ids, lines):
     assert (stats.steps, stats.requests, stats.unique, stats.refused_updates) == (3, 6, 4, 0)
 
 
-@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 4)], ids=str)
-def test_reading_no_ids_gives_no_rows(shape):
+@pytest.mark.slow
+def test_reading_no_ids_gives_no_rows():
     """In every format, with a cache and frozen, on one device and over a mesh."""
-    ids, wanted = np.zeros(shape, np.int32), (*shape, DIM)
+    ids = {str(shape): np.zeros(shape, np.int32) for shape in ((0,), (4, 0), (0, 4))}
+    wanted = {name: (*array.shape, DIM) for name, array in ids.items()}
+
+    def shapes_of(rows):
+        return {name: array.shape for name, array in rows.items()}
+
     for name in shapes.FORMATS:
         spec = stack(storage=name, cache=CacheSpec(num_rows=4))
         state = jax.eval_shape(lambda: start(spec))  # noqa: B023
         for held in (state, jax.eval_shape(mpembed.freeze, state)):
-            assert jax.eval_shape(mpembed.read, held, ids).shape == wanted
-        packed = jax.eval_shape(lambda rows: mpembed.encode(rows, name), jnp.zeros(wanted))  # noqa: B023
-        decoded = jax.eval_shape(lambda words: mpembed.decode(words, name, DIM), packed)  # noqa: B023
-        assert decoded.shape == wanted
+            assert shapes_of(jax.eval_shape(mpembed.read, held, ids)) == wanted
+        for shape in wanted.values():
+            packed = jax.eval_shape(partial(mpembed.encode, format=name), jnp.zeros(shape))
+            decode = partial(mpembed.decode, format=name, embedding_dim=DIM)
+            assert jax.eval_shape(decode, packed).shape == shape
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     state = mpembed.init(jax.random.key(0), stack(storage="int8"), TX, mesh=mesh)
     for held in (start(stack(storage="int8")), state, mpembed.freeze(state)):
-        assert mpembed.read(held, {"a": ids, "b": np.int32(3)})["a"].shape == wanted
+        rows = mpembed.read(held, ids | {"one": np.int32(3)})
+        assert shapes_of(rows) == wanted | {"one": (DIM,)}
 
 
 @pytest.mark.parametrize(
@@ -510,7 +528,9 @@ def spec_of_mode(mode):
     return spec, tx, implementation
 
 
-@pytest.mark.parametrize("mode", named(list(MODES), marks={"bfloat16": training.OPTAX_ADAM}))
+@pytest.mark.parametrize(
+    "mode", named(list(MODES), fast={"int8"}, marks={"bfloat16": training.OPTAX_ADAM})
+)
 def test_no_rank_is_promoted(mode):
     """Traced only, over a mesh too."""
     spec, tx, implementation = spec_of_mode(mode)
@@ -534,12 +554,9 @@ def test_no_rank_is_promoted(mode):
             jax.eval_shape(mpembed.read, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode",
-    [
-        pytest.param("int8", marks=pytest.mark.slow),
-        pytest.param("bfloat16", marks=training.OPTAX_ADAM),
-    ],
+    "mode", named(["int8", "bfloat16"], marks={"bfloat16": training.OPTAX_ADAM})
 )
 def test_every_verb_runs_without_jit(mode):
     """Up to the last bits of float32, which may decide between two steps of a grid below 0.02."""
@@ -553,7 +570,9 @@ def test_every_verb_runs_without_jit(mode):
         np.testing.assert_array_equal(getattr(plain["state"], name), getattr(jitted["state"], name))
 
 
-@pytest.mark.parametrize("mode", ["int8", pytest.param("bfloat16", marks=training.OPTAX_ADAM)])
+@pytest.mark.parametrize(
+    "mode", named(["int8", "bfloat16"], fast={"int8"}, marks={"bfloat16": training.OPTAX_ADAM})
+)
 def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
     """Also when they are traced for the first time."""
     spec, tx, implementation = spec_of_mode(mode)
@@ -566,16 +585,16 @@ def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
         assert mpembed.stats(state).steps == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [
-        (1, dict(storage="int2", cache=CacheSpec(1.0, policy="lru"))),
-        (1, dict(storage="float32")),
-        (3, dict(storage="int4", cache=CacheSpec())),
-    ],
-    ids=["1-int2-lru", "1-float32-table", "3-int4-lfu"],
-)
-def test_vocabularies_of_one_and_three_rows_just_work(size, options):
+TINY = {
+    "1-int2-lru": (1, dict(storage="int2", cache=CacheSpec(1.0, policy="lru"))),
+    "1-float32-table": (1, dict(storage="float32")),
+    "3-int4-lfu": (3, dict(storage="int4", cache=CacheSpec())),
+}
+
+
+@pytest.mark.parametrize("case", named(TINY, fast={"1-int2-lru"}))
+def test_vocabularies_of_one_and_three_rows_just_work(case):
+    size, options = case
     spec = stack((size,), **options)
     state = start(spec)
     before = all_rows(state)

@@ -97,6 +97,7 @@ def test_rates_and_sizes():
     assert np.mean(rows[0][:, 11] == 0) > 0.765 > 0.7  # missing I12 reads as 0, like real zeros
 
 
+@pytest.mark.slow
 def test_dense_features_alone_are_clearly_worse():
     twin = synthetic.CriteoTwin(num_rows=7, scale=0.01)
     dense, _, label, logits = twin._rows(60_000, day=2, key=0, block=0)

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import OPTAX_ADAM
@@ -35,6 +36,7 @@ def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
     assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):
     with caplog.at_level(logging.CRITICAL):
@@ -155,6 +157,7 @@ def failed_calls(stride):
     return found
 
 
+@pytest.mark.slow
 def test_some_calls_of_every_operation_fail_and_nothing_is_lost():
     """Every 197th call, each kind of fault beginning at another one."""
     found = failed_calls(197)
@@ -179,12 +182,14 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(ACTIONS)
 def test_a_directory_of_checkpoints_agrees_with_full_copies_in_memory(actions):
     sequences.run(actions)
 
 
+@pytest.mark.slow
 def test_a_sequence_of_every_action_agrees_with_full_copies_in_memory(caplog):
     with caplog.at_level(logging.CRITICAL):
         found = sequences.many(3, 20)
@@ -192,7 +197,7 @@ def test_a_sequence_of_every_action_agrees_with_full_copies_in_memory(caplog):
         assert found[what] > 0, what
 
 
-@pytest.mark.parametrize("kind", mutations.KINDS)
+@pytest.mark.parametrize("kind", named(list(mutations.KINDS), fast={"parquet"}))
 def test_mutated_files_are_refused_or_right(kind):
     found = mutations.many(kind, 60, first=10**6)
     assert found["files"] == sum(

@@ -176,6 +176,7 @@ def test_no_temporary_folder_is_left(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_the_main_job_trains_on_movielens(folder, tmp_path):
     settings = train_dlrm.Settings(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from scipy import stats
 from training import OPTAX_ADAM
 
@@ -257,6 +258,7 @@ def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     )
 
 
+@pytest.mark.slow
 def test_post_training_quantization_is_the_nearest_row_of_the_format():
     tables = (mpembed.TableSpec("a", 50), mpembed.TableSpec("b", 7))
     spec, tx = mpembed.EmbeddingSpec(tables, 8, "float32", None), optax.sgd(0.1)
@@ -285,7 +287,7 @@ def test_the_smallest_tables_fill_their_share():
 
 
 @OPTAX_ADAM
-@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("as_dict", named([False, True], fast={"True"}))
 def test_two_stacks_of_fp32_train_as_one(as_dict):
     """Initial values and the order of vectors agree. The order of float additions may differ."""
 
@@ -433,6 +435,7 @@ def test_the_report_pairs_and_draws(finished):
         assert (settings.out / f"paper_table_{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_criteos_own_file_goes_the_same_way(tmp_path):
     rng = np.random.default_rng(0)

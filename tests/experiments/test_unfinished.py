@@ -189,6 +189,7 @@ def whole(tmp_path):
     return results(tmp_path / "whole", "synthetic")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
     """Saved in the background after each chunk, in full and then by touched rows; killed twice."""
     saves, save = [], checkpoint.save
@@ -216,6 +217,7 @@ def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
     assert {is_increment for is_increment, _ in saves} == {False, True}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_saved_is_said_and_training_goes_on(whole, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise checkpoint.CheckpointError("No space left on device")
@@ -245,6 +247,7 @@ def held(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_begun_anew(stopped, capsys):
     before = held(stopped)
     assert train_dlrm.main([*SMALL, "--out", str(stopped)]) == 2
@@ -252,6 +255,7 @@ def test_an_unfinished_run_is_not_begun_anew(stopped, capsys):
     assert held(stopped) == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_with_the_differences(stopped, capsys):
     before = held(stopped)
     words = [*SMALL, "--out", str(stopped), "--resume", "--storage", "int4", "--seeds", "0", "3"]
@@ -262,6 +266,7 @@ def test_other_settings_are_refused_with_the_differences(stopped, capsys):
     assert held(stopped) == before
 
 
+@pytest.mark.slow
 def test_settings_that_are_not_of_the_run_may_change(stopped, whole):
     moved = stopped.with_name("moved")
     shutil.move(stopped, moved)
@@ -275,6 +280,7 @@ def test_there_must_be_something_to_go_on_with(tmp_path, capsys):
     assert "no unfinished run of --data synthetic is saved in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_save_is_told(stopped, capsys):
     for path in stopped.rglob("manifest.json"):
         path.write_text("{")
@@ -282,6 +288,7 @@ def test_a_damaged_save_is_told(stopped, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_data_are_refused(tmp_path, monkeypatch, capsys):
     words = [*words_for("criteo", tmp_path, monkeypatch), "--out", str(tmp_path / "out")]
     tell(monkeypatch, 9)
@@ -292,6 +299,7 @@ def test_other_data_are_refused(tmp_path, monkeypatch, capsys):
     assert "the data have changed: train 1200 there, 858 here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_environment_is_told(stopped, monkeypatch, capsys):
     monkeypatch.setattr(unfinished.provenance, "commit", lambda: "another")
     assert train_dlrm.main([*SMALL, "--out", str(stopped), "--resume"]) == 0
@@ -322,6 +330,7 @@ def test_a_signal_stops_the_process_in_order(number, tmp_path):
 # --- curves
 
 
+@pytest.mark.slow
 def test_the_curve_is_a_table_of_what_happened(whole):
     outcomes, curve = whole
     assert list(curve[0]) == [name for name in curves.HEAD if name != "seconds"]

@@ -38,9 +38,7 @@ OPTIMIZERS = {
 # --- 1. transparency
 
 
-@pytest.mark.parametrize(
-    "optimizer", named([*OPTIMIZERS, "adagrad, skipping"], fast={"sgd", "rowwise_adagrad"})
-)
+@pytest.mark.parametrize("optimizer", named([*OPTIMIZERS, "adagrad, skipping"], fast={"sgd"}))
 def test_a_float32_cache_is_invisible(optimizer):
     """Over geometries, the table and row state of cache=None, bit for bit.
 

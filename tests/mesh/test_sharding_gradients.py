@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import training
+from cases import named
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -180,10 +181,8 @@ def mixed_steps(tx, mesh=None, placement=None):
     state = mpembed.init(jax.random.key(0), MIXED_SPEC, tx, mesh=mesh, placement=placement)
 
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jax.grad(lambda rows: mpembed.pool(rows, plan.inverse).sum())(rows)
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        ones = jnp.ones((*ids.shape, MIXED_SPEC.embedding_dim))
+        return training.step(state, ids, tx, training.of_vectors(ones)).state
 
     if mesh is not None:
         specs = mpembed.partition_specs(state)
@@ -195,17 +194,22 @@ def mixed_steps(tx, mesh=None, placement=None):
     return mpembed.to_dense(state)["t"], scalars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "placement"),
-    [
-        ("global norm", "rows"),
-        pytest.param("lamb", "rows", marks=training.OPTAX_ADAM),
-        ("novograd", "rows"),
-        ("global norm", "replicated"),
-    ],
+    "case",
+    named(
+        {
+            "global norm": ("global norm", "rows"),
+            "lamb": ("lamb", "rows"),
+            "novograd": ("novograd", "rows"),
+            "global norm, replicated": ("global norm", "replicated"),
+        },
+        marks={"lamb": training.OPTAX_ADAM},
+    ),
 )
-def test_optimizers_that_mix_rows_see_those_of_all_shards(name, placement):
+def test_optimizers_that_mix_rows_see_those_of_all_shards(case):
     """Norms summed in another order: values of about 1 agree within 8 roundings."""
+    name, placement = case
     mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got, want, rtol=2e-6, atol=2**-21),
@@ -219,9 +223,7 @@ def test_optimizers_that_mix_rows_see_those_of_all_shards_inside_pmap():
 
     def run(ids, axis_name=None):
         state = mpembed.init(jax.random.key(0), MIXED_SPEC, tx, axis_name=axis_name)
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        state = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx)
+        state = training.step(state, ids, tx).state
         return mpembed.read(state, jnp.arange(16, dtype=jnp.int32))
 
     got = jax.pmap(lambda ids: run(ids, "x"), axis_name="x", devices=jax.devices()[:DEVICES])(

@@ -172,6 +172,7 @@ def embed_over(mesh, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "placement"),
     [*((m, p) for m in MESHES for p in PLACEMENTS if p != "undivided"), ("replicas", "undivided")],

@@ -74,6 +74,7 @@ def test_a_module_with_a_row_transformation_is_made_printed_and_copied(tx):
     np.testing.assert_array_equal(twin.apply(variables, IDS), module.apply(variables, IDS))
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     added = code_changes("linen_plain.py", "linen_cached.py")

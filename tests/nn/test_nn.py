@@ -43,6 +43,7 @@ from mpembed_jax import nn
 # --- the change from plain nnx
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     added = code_changes("nnx_plain.py", "nnx_cached.py")
@@ -124,6 +125,7 @@ def plain_twin(cached: Model) -> Model:
     return plain
 
 
+@pytest.mark.slow
 def test_float32_storage_equals_nnx_embed_with_sgd_clipped_by_the_global_norm():
     clip = 1.5
     cached, _ = cached_model(storage="float32")
@@ -349,6 +351,7 @@ def test_attend_equals_the_product_with_the_dense_table_and_differentiates_in_th
     )
 
 
+@pytest.mark.slow
 def test_training_through_attend_raises_and_names_sampled_softmax_which_trains():
     model, _ = cached_model(**SMALL)
     ids = {"inputs": np.arange(8, dtype=np.int32), "candidates": np.arange(20, dtype=np.int32)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from flax import nnx
 from nn_models import ROW_TX, assert_same_bits
 
@@ -76,7 +77,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", ["jit", "eager", "remat"])
+@pytest.mark.parametrize("way", named(["jit", "eager", "remat"], fast={"jit"}))
 @pytest.mark.parametrize("options", [FLOAT32, CACHED], ids=["float32", "int8 with a cache"])
 def test_a_call_of_prefetched_ids_equals_a_read(options, way):
     """In every bit; also of padding and of ids outside the table."""
@@ -169,6 +170,7 @@ def test_two_calls_of_a_linen_module_train_like_the_dense_table():
     np.testing.assert_allclose(trained, table - 0.5 * gradient, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_prefetched_arrays_themselves_are_not_looked_up(monkeypatch):
     """The usual step costs no look-up.
 
@@ -422,16 +424,19 @@ def of_the_whole_batch():
     return gradients_of(whole)
 
 
+SPLITS = (
+    in_microbatches,
+    in_scanned_microbatches,
+    per_example,
+    per_time_step,
+    rematerialized,
+    of_two_tasks,
+)
+
+
 @pytest.mark.parametrize(
     "split",
-    [
-        in_microbatches,
-        in_scanned_microbatches,
-        per_example,
-        per_time_step,
-        rematerialized,
-        of_two_tasks,
-    ],
+    named({split.__name__: split for split in SPLITS}, fast={"in_microbatches", "per_example"}),
 )
 def test_any_split_of_a_batch_after_one_prefetch_has_the_gradients_of_the_whole(
     split, of_the_whole_batch

@@ -171,6 +171,7 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, size):
     )
 
 
+@pytest.mark.slow
 def test_batches_of_whole_lives_are_lives_one_after_another():
     """vmap over keys and batches equals one after another.
 

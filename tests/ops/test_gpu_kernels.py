@@ -119,7 +119,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     return store, num_written, rows, stored
 
 
-@pytest.mark.parametrize("case", named(OPTIONS, fast={"int8-128", "int4-float16-100"}))
+@pytest.mark.parametrize("case", named(OPTIONS, fast={"int4-float16-100"}))
 def test_swap_lookup_and_write_make_the_same_bits(case):
     """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean
     victims.
@@ -166,7 +166,7 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", named(EVERY, fast=[case.name for case in SOME[1::2]]))
+@pytest.mark.parametrize("case", named(EVERY, fast={"bfloat16-7", "int8-128"}))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, and two updates.
 
@@ -280,6 +280,7 @@ class Cached(NamedTuple):
     ways: int
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     named(
@@ -472,6 +473,7 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     assert np.asarray(is_updated).tolist() == [True] * (width - 1) + [False]
 
 
+@pytest.mark.slow
 def test_skipped_rows_and_infinite_factors_are_the_reference_s():
     """D = 6 is padded to 8 in a kernel.
 

@@ -218,7 +218,13 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
     np.testing.assert_array_equal(state.table.rows, before)
 
 
-@pytest.mark.parametrize("make", [optim.sgd, optim.rowwise_adagrad, optim.rowwise_adam])
+@pytest.mark.parametrize(
+    "make",
+    named(
+        {make.__name__: make for make in (optim.sgd, optim.rowwise_adagrad, optim.rowwise_adam)},
+        fast={"rowwise_adagrad"},
+    ),
+)
 def test_injected_hyperparameters_train_as_given_ones(make):
     """Also a coefficient of decay, which may be zero in one step and not in the next."""
     ids, grads = batches()

@@ -59,7 +59,8 @@ def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("name", named(["scheduled", "clipped by global norm"], fast={"scheduled"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scheduled", "clipped by global norm"])
 def test_chunks_and_full_width_passes_give_the_same_bits(name):
     """More unique ids than a chunk holds.
 
