@@ -20,6 +20,7 @@ import optax
 
 import mpembed_jax as mpembed
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 from mpembed_jax import checkpoint
 
 
@@ -94,10 +95,7 @@ def _train(state: Any, ids: jax.Array, row_grads: jax.Array, tx: Any) -> tuple[A
 
     Returns the state, the plan and the rows as they were before.
     """
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    return mpembed.apply_gradients(state, plan, rows, pull_back(row_grads)[0], tx=tx), plan, rows
+    return embedding_step(state, ids, row_grads, tx=tx)[:3]
 
 
 # --- ids from hell

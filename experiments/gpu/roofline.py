@@ -27,6 +27,7 @@ import mpembed_jax as mpembed
 from experiments import command_line, provenance
 from experiments.command_line import setting
 from experiments.speed import workload
+from experiments.speed.step import embedding_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +141,8 @@ def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: jax.Array) -> Any:
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx), plan.counts
+        state, plan, _, _ = embedding_step(state, ids, jnp.ones((*ids.shape, 1)), tx=tx)
+        return state, plan.counts
 
     for turn in range(
         warm

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments import command_line, provenance
 from experiments.command_line import setting
+from experiments.speed.step import embedding_step
 
 # Workers that share one machine may be busy or stopped for long: nothing but the launcher's own
 # limit ends them.
@@ -138,10 +139,7 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
 
     def step(state: Any, batch: Any) -> Any:
         ids, upstream = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
+        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=tx)
         return state, (plan.counts, vectors)
 
     sharding = everywhere = None

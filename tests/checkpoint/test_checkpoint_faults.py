@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 
 import mpembed_jax as mpembed
 
@@ -46,10 +47,8 @@ def first():
 
 @jax.jit
 def train_step(state, tracker, ids):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    tracker = checkpoint.mark(tracker, plan)
-    return mpembed.apply_gradients(state, plan, rows, rows + 1, tx=TX), tracker
+    state, plan, _ = training.step(state, ids, TX, lambda rows, plan: rows + 1)
+    return state, checkpoint.mark(tracker, plan)
 
 
 def trained(state, step):

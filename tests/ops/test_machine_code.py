@@ -143,6 +143,30 @@ def test_two_threads_register_a_target_at_once():
     np.testing.assert_array_equal(results, np.tile([0, 2, 4], (4, 1)))
 
 
+ONE_OP = """
+import sys
+import jax.numpy as jnp, numpy as np
+from mpembed_jax.ops.cpu import rows
+
+array = jnp.arange(12, dtype=jnp.float32).reshape(4, 3)
+index = jnp.asarray([2, 0], jnp.int32)
+if "take" in sys.argv:
+    np.testing.assert_array_equal(rows.take(array, index), np.asarray(array)[[2, 0]])
+if "put" in sys.argv:
+    changed = np.array(array)
+    changed[[2, 0]] = -1
+    np.testing.assert_array_equal(rows.put(array, index, jnp.full((2, 3), -1.0)), changed)
+"""
+
+
+def test_code_of_two_processes_works_in_a_third(tmp_path):
+    """Each was the first function of its process, so both have the same count in their symbols."""
+    env = os.environ | {"MPEMBED_JAX_CACHE_DIR": str(tmp_path)}
+    for ops in (["take"], ["put"], ["take", "put"]):
+        subprocess.run([sys.executable, "-c", ONE_OP, *ops], env=env, check=True)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.slow
 def test_new_process_loads_code_and_programs(tmp_path):
     """Two processes that start at once, and a third one that finds their files and compiles
@@ -160,7 +184,7 @@ def test_new_process_loads_code_and_programs(tmp_path):
     first = [process.communicate()[0].split() for process in (start(), start())]
     programs = set(os.listdir(tmp_path / "programs"))
     later = start().communicate()[0].split()
-    assert int(first[0][0]) == 4
+    assert 4 <= sum(int(made) for made, _ in first) <= 8  # who is later may find a file
     assert later == ["0", first[0][1]]
     assert first[1][1] == first[0][1]
     assert {p for p in os.listdir(tmp_path / "programs") if not p.endswith("-atime")} <= programs
