@@ -1,6 +1,9 @@
-"""Several forced CPU devices, deterministic hypothesis, and strict dtype promotion."""
+"""Several forced CPU devices, deterministic hypothesis, strict dtype promotion, bounded memory."""
 
+import gc
+import itertools
 import os
+from pathlib import Path
 
 # Before jax is imported: the flags are read once. On a busy machine one of eight devices may be
 # late by more than the 40 seconds after which XLA ends the process.
@@ -37,6 +40,20 @@ def pytest_runtest_protocol(item):
         raise pytest.UsageError(f"{item.nodeid}: standard_promotion needs a reason")
     with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
         return (yield)
+
+
+_MAPS = Path("/proc/self/maps")
+_num_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown(item):
+    """Drops compiled programs before their memory maps reach Linux's limit for a process (65,530).
+
+    Beyond it, LLVM ends the process. A program holds some ten maps, and looking takes milliseconds.
+    """
+    if next(_num_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
