@@ -76,7 +76,7 @@ def convert(
     saved = placements.by_id(saved, before, spec)
     fmt, ours = RowFormat(*entry["storage"]), digests.describe(spec)
     key, step = saved["key"], saved["step"]
-    result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
+    result = {inner: saved[inner] for inner in ("key", "step", "clock", "pending", "counters")}
     result["fingerprint"] = target.expected_fingerprint
     same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:

@@ -36,7 +36,9 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 
     Raises:
       KeyError: on an unknown name.
+      ValueError: if the state was made for another spec, or averaged.
     """
+    state.check_spec()
     known = [t.name for t in state.spec.tables]
     names = known if tables is None else list(tables)
     unknown = [n for n in names if n not in known]

@@ -27,7 +27,11 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
       ids: any nest of int32 arrays of global ids.
 
     Returns:
-      The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
+      The same nest of float32 [.., D]; padding and ids outside the table read as zeros. Inside jit, a state whose arrays
+      were made for another spec, or were averaged, reads as NaN.
+
+    Raises:
+      ValueError: on such a state outside jit.
     """
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
@@ -35,7 +39,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     state.check_spec()
     layout = state.layout
     if layout is None:
-        return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
+        return treedef.unflatten([_or_nan(state, _read_rows(state, leaf)) for leaf in leaves])
     shapes = [layout.shape_of(leaf) for leaf in leaves]
     width = (2,) if layout.is_paired else ()
     flat = (
@@ -54,11 +58,19 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
         padded = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(width)], constant_values=NO_ID)
         divided = PartitionSpec(layout.batch_axes)
         rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
+    rows = _or_nan(state, rows)
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
     pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
     return treedef.unflatten(
         [p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
     )
+
+
+def _or_nan(state: EmbeddingState, rows: jax.Array) -> jax.Array:
+    """Returns rows, or NaN where it is not known while tracing whether the state is sound, and it is not."""
+    if not isinstance(state.fingerprint, jax.core.Tracer):
+        return rows
+    return jnp.where(state.is_sound, rows, jnp.float32(jnp.nan))
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:

@@ -26,6 +26,21 @@ from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, init_table
 
+_CLOCK_TOLERANCE = np.float32(2**-20)
+_AVERAGED = (
+    "packed rows and cache lines cannot be averaged: average the other parameters alone (nnx.state(model, nnx.Param)) and "
+    "copy the embedding, or train an embedding of averages (README: Averages and target networks)"
+)
+
+
+def clock_of(step: Any) -> Any:
+    """Returns float32 in [0, 1), of the shape of step: multiples of the golden ratio, modulo 1.
+
+    Its values at steps close to each other are far apart.
+    """
+    mixed = step.astype(np.uint32) * np.full(step.shape, 0x9E3779B9, np.uint32)
+    return (mixed >> np.full(step.shape, 9, np.uint32)).astype(np.float32) * np.float32(2**-23)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -35,6 +50,7 @@ from mpembed_jax.table import QuantizedTable, init_table
         "row_state",
         "key",
         "step",
+        "clock",
         "pending",
         "counters",
         "fingerprint",
@@ -52,6 +68,7 @@ class EmbeddingState:
     )
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []  number of prefetches so far
+    clock: jax.Array  # f32 []  clock_of(step): averaging the floats of two states breaks this
     pending: Any  # bool []  a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]  low and high words of 64-bit counts
     fingerprint: (
@@ -84,8 +101,24 @@ class EmbeddingState:
             return self.spec.fingerprint
         return self.spec.fingerprint ^ self.layout.fingerprint
 
+    @property
+    def is_sound(self) -> jax.Array:
+        """bool []: whether the arrays were made for this spec and layout, and belong to one step."""
+        is_own = jnp.all(self.fingerprint == self.expected_fingerprint)
+        return is_own & (jnp.abs(self.clock - clock_of(self.step)) < _CLOCK_TOLERANCE)
+
     def check_spec(self) -> None:
-        """Raises ValueError if the arrays are concrete and were made for another spec."""
+        """Checks that the arrays are those of a state of this spec.
+
+        Raises:
+          ValueError: if they have other dtypes; or if they are concrete and were made for another spec, or were averaged.
+        """
+        is_packed = jnp.issubdtype(self.table.rows.dtype, jnp.unsignedinteger)
+        if not is_packed or self.step.dtype != np.int32:
+            raise ValueError(
+                f"the arrays of this state were computed with: its packed rows are {self.table.rows.dtype}, its step is "
+                f"{self.step.dtype}; {_AVERAGED}"
+            )
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
             held = np.asarray(self.fingerprint)
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
@@ -94,6 +127,11 @@ class EmbeddingState:
                     f"storage, cache, row_state_dtype (of a sharded state also its placement and number of shards) must be "
                     f"those of the saved state; restore with those, then move the rows with to_dense and from_dense "
                     f"(or the state with sharding.relayout)"
+                )
+            gap = np.abs(np.asarray(self.clock) - clock_of(np.asarray(self.step)))
+            if not (gap < _CLOCK_TOLERANCE).all():
+                raise ValueError(
+                    f"the arrays of this state belong to several steps, as if states had been averaged; {_AVERAGED}"
                 )
 
 
@@ -250,6 +288,7 @@ def assemble(
         row_state=row_state,
         key=key,
         step=jnp.zeros((), jnp.int32),
+        clock=clock_of(jnp.zeros((), jnp.int32)),
         pending=jnp.zeros((), bool),
         counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
         fingerprint=jnp.zeros(2, jnp.uint32),

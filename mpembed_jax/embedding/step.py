@@ -21,7 +21,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import pooling, update
 from mpembed_jax.embedding.counters import count_step, count_updates
-from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.mesh import exchange
 from mpembed_jax.ops import Draw, Moves, Request
 from mpembed_jax.row_ids import NO_ID
@@ -70,6 +70,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     state = dataclasses.replace(
         state,
         step=state.step + 1,
+        clock=clock_of(state.step + 1),
         pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
         counters=count_step(state.counters, counts),
     )
@@ -349,8 +350,7 @@ def _check(verb: str, state: EmbeddingState, width: int, **arrays: jax.Array) ->
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     """Returns the rows an update may touch, none if the plan is not the state's latest; and whether it is (bool [])."""
-    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    is_pending = state.pending & is_own & (plan.step == state.step - 1)
+    is_pending = state.pending & state.is_sound & (plan.step == state.step - 1)
     moves = _moves(plan)
     num_cached, num_ids = (
         jnp.where(is_pending, moves.num_cached, 0),

@@ -166,7 +166,7 @@ def _apply_any(
 
     width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
     is_local = row_locality.is_row_local(tx, rows.shape[1])
-    over_all_rows = tx.update
+    over_all_rows = None
     if state.layout is not None and not is_local:
         over_all_rows = partial(exchange.over_shards, state.layout, tx.update)
 

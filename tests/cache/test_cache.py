@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import mpembed_jax as mpembed
 from mpembed_jax import ops
 from mpembed_jax.cache import residency
+from mpembed_jax.embedding.state import clock_of
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 SGD = optax.sgd(0.25)
@@ -191,7 +192,8 @@ def test_lru_ages_saturate_and_then_ties_go_to_the_lowest_way():
     state, _ = record(state, jnp.asarray(batches[:45]))
     for step in (2**25 - 1, 2**25 + 10, 2**30):
         model.step = step
-        jumped = dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype))
+        now = jnp.asarray(step, state.step.dtype)
+        jumped = dataclasses.replace(state, step=now, clock=clock_of(now))
         check(copy_of(model), jumped, batches[45:])
 
 

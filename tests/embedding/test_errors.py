@@ -11,6 +11,7 @@ import pytest
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
+from mpembed_jax.embedding.counters import COUNTERS
 
 TX = optax.sgd(0.5)
 DIM = 4
@@ -461,3 +462,61 @@ def test_a_nonfinite_gradient_stays_in_its_row(storage):
     rows = all_rows(state)
     assert not np.isfinite(rows[5]).any()
     assert np.isfinite(np.delete(rows, 5, axis=0)).all()
+
+
+# --- states that were computed with
+
+
+def averages(average, state):
+    """Ways to average two states leaf by leaf, as averages over a whole model state do."""
+
+    def mix(a, b):
+        return (0.9 * np.asarray(a) + 0.1 * np.asarray(b)).astype(np.float32)
+
+    def is_float(leaf):
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    return {
+        "all arrays": jax.tree.map(mix, average, state),
+        "floats, the rest of the average": jax.tree.map(
+            lambda a, b: mix(a, b) if is_float(a) else a, average, state
+        ),
+        "floats, the rest of the state": jax.tree.map(
+            lambda a, b: mix(a, b) if is_float(a) else b, average, state
+        ),
+    }
+
+
+@pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=4, ways=2)], ids=["uncached", "cached"])
+def test_an_average_of_two_states_is_refused_at_its_next_use(cache):
+    """Lines of one number hold other ids in the two states, and packed rows are no numbers."""
+    first = start(stack(cache=cache, storage="int8"))
+    later = first
+    for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 5, 9, 2]):
+        later, _, _ = jax.jit(run)(later, jnp.asarray(ids, jnp.int32))
+    for name, average in averages(first, later).items():
+        for use in (mpembed.stats, mpembed.flush, mpembed.to_dense):
+            with pytest.raises(ValueError, match=r"averaged: average the other parameters alone"):
+                use(average)
+        if name == "all arrays":
+            with pytest.raises(ValueError, match=r"its packed rows are float32"):
+                read(average, jnp.arange(4, dtype=jnp.int32))
+            continue
+        assert np.isnan(read(average, jnp.arange(4, dtype=jnp.int32))).all()
+        trained, _, _ = jax.jit(run)(average, jnp.arange(4, dtype=jnp.int32))
+        assert int(trained.counters[COUNTERS.index("refused_updates"), 0]) == 1
+        assert_same_bits = np.testing.assert_array_equal
+        jax.tree.map(assert_same_bits, trained.row_state, average.row_state)
+    # Of equal states, an average is a copy up to rounding.
+    same = averages(later, later)["floats, the rest of the state"]
+    np.testing.assert_allclose(all_rows(same), all_rows(later), rtol=1e-6)
+
+
+def test_a_state_under_another_spec_reads_as_nan_inside_jit():
+    """Tables of 8 and 12 rows under a spec of 12 and 8, as arrays restored by other means may be."""
+    state, other = start(stack((8, 12))), start(stack((12, 8)))
+    mixed = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(state))
+    with pytest.raises(ValueError, match="another spec"):
+        mpembed.read(mixed, jnp.arange(4, dtype=jnp.int32))
+    assert np.isnan(read(mixed, {"a": jnp.arange(4, dtype=jnp.int32)})["a"]).all()
+    assert np.isfinite(read(state, jnp.arange(4, dtype=jnp.int32))).all()

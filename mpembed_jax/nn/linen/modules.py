@@ -53,6 +53,12 @@ def _stack(
     return module.variable(COLLECTION, name, make)
 
 
+def _checked(stack: Stack, spec: EmbeddingSpec) -> Stack:
+    """Returns the stack, if it has the tables of the module's spec."""
+    verbs.check_tables(stack.state, spec)
+    return stack
+
+
 def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
@@ -105,6 +111,7 @@ class CachedEmbed(linen.Module):
         spec = embed_spec(
             self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init
         )
+        self.spec = spec
         self.stack = _stack(self, TABLE, spec, DEFAULT_TX if self.tx is None else self.tx)
 
     def __call__(self, ids: Any) -> Any:
@@ -122,7 +129,7 @@ class CachedEmbed(linen.Module):
           TypeError: if ids are not integers.
           ValueError: outside jit, if an id was not prefetched.
         """
-        stack, rows = self.stack.value, _held_rows(self, TABLE)
+        stack, rows = _checked(self.stack.value, self.spec), _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
         if rows is None:
             vectors = verbs.read(stack.state, mapped)
@@ -153,7 +160,7 @@ class CachedEmbed(linen.Module):
         """
         is_training = _held_rows(self, TABLE) is not None
         return verbs.attend(
-            self.stack.value.state,
+            _checked(self.stack.value, self.spec).state,
             query,
             jnp.float32 if self.dtype is None else self.dtype,
             is_training,
@@ -218,7 +225,8 @@ class CachedEmbedBags(linen.Module):
         parts = []
         routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
         for i, (held, part, own) in enumerate(zip(self.stacks, routed, given, strict=True)):
-            stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
+            stack = _checked(held.value, self.known[i])
+            rows = _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
             else:
