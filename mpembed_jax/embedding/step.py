@@ -1,4 +1,4 @@
-"""The training step: prefetch, lookup, apply_gradients, and apply_pooled_gradients for who has gradients of vectors.
+"""The training step: prefetch, lookup, apply_gradients; apply_pooled_gradients for who has gradients of vectors; a norm.
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache. prefetch plans and swaps, lookup gathers the
 unique rows, and after the user's gradient apply_gradients updates each unique row once: in its FP32 line where it is cached,
@@ -326,6 +326,34 @@ def apply_pooled_gradients(
     state, is_updated = update.apply_summed(tx, state, moves, rows, positions, step=plan.step)
     num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
     return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_pending)
+
+
+def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) -> jax.Array:
+    """Returns the L2 norm of the gradients of all rows of a batch, to clip them together with dense gradients.
+
+    On a mesh, a device has its part of a row's gradient, and other devices may have more. They are summed first, as
+    apply_gradients does, so this is the norm of one device, and the same on all. Padding rows do not count.
+
+    Args:
+      state: from prefetch; not consumed.
+      plan: from the same prefetch.
+      row_grads: float32 [U, D], the gradient with respect to the rows that `lookup` returned.
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: on another shape or dtype, or if the state has no prefetch waiting.
+    """
+    layout = state.layout
+    _check("gradient_norm", state, plan.unique_ids.shape[0], row_grads=row_grads)
+    if layout is not None:
+        layout.check_bound("gradient_norm")
+        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+    ids, _, num_ids = plan.placed
+    is_row = jnp.arange(ids.shape[0], dtype=jnp.int32) < num_ids
+    total = jnp.sum(jnp.square(jnp.where(is_row[:, None], row_grads, jnp.float32(0))))
+    return jnp.sqrt(total if layout is None else exchange.total_over_shards(layout, total))
 
 
 def _check(verb: str, state: EmbeddingState, width: int, **arrays: jax.Array) -> None:
