@@ -70,7 +70,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     state = dataclasses.replace(
         state,
         step=state.step + 1,
-        clock=clock_of(state.step + 1),
+        clock=jnp.where(state.is_sound, clock_of(state.step + 1), jnp.float32(jnp.nan)),
         pending=np.True_,  # a concrete value: within one trace a second apply_gradients is seen at once
         counters=count_step(state.counters, counts),
     )
