@@ -80,8 +80,22 @@ class CachedEmbedBags(nnx.Module):
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
-        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
+        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs.
+
+        Between steps, other states of the same tables may be assigned.
+
+        Raises:
+          ValueError: if a state is of other tables, or if a step is in progress.
+        """
         return tuple(stack.embedding_state() for stack in self.stacks)
+
+    @states.setter
+    def states(self, states: Sequence[EmbeddingState]) -> None:
+        """See above."""
+        for stack, state in zip(self.stacks, states, strict=True):
+            verbs.check_tables(state, stack.spec)
+        for stack, state in zip(self.stacks, states, strict=True):
+            stack.set_embedding_state(state)
 
     def prefetch(self, ids: Any) -> None:
         """Plans a batch and holds its rows for one step.
