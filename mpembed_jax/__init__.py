@@ -16,6 +16,7 @@ from mpembed_jax.embedding.step import (
     lookup,
     prefetch,
 )
+from mpembed_jax.embedding.writing import write_rows
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import decode, encode
@@ -54,4 +55,5 @@ __all__ = [
     "segments_from_offsets",
     "stats",
     "to_dense",
+    "write_rows",
 ]
