@@ -80,18 +80,18 @@ class CachedEmbedBags(nnx.Module):
 
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
-        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs.
+        """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
+        return tuple(stack.embedding_state() for stack in self.stacks)
 
-        Between steps, other states of the same tables may be assigned.
+    def set_states(self, states: Sequence[EmbeddingState]) -> None:
+        """Replaces the EmbeddingStates between steps, for example by those of write_rows.
+
+        Args:
+          states: one per spec, of the same tables; consumed, if later steps donate the model.
 
         Raises:
           ValueError: if a state is of other tables, or if a step is in progress.
         """
-        return tuple(stack.embedding_state() for stack in self.stacks)
-
-    @states.setter
-    def states(self, states: Sequence[EmbeddingState]) -> None:
-        """See above."""
         for stack, state in zip(self.stacks, states, strict=True):
             verbs.check_tables(state, stack.spec)
         for stack, state in zip(self.stacks, states, strict=True):

@@ -125,19 +125,18 @@ class CachedEmbed(nnx.Module):
 
     @property
     def state(self) -> EmbeddingState:
-        """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs.
+        """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
+        return self.stack.embedding_state()
 
-        Between steps, another state of the same tables may be assigned, such as the result of
-        mpembed_jax.write_rows.
+    def set_state(self, state: EmbeddingState) -> None:
+        """Replaces the EmbeddingState between steps, for example by one from write_rows.
+
+        Args:
+          state: of the same tables; consumed, if later steps donate the model.
 
         Raises:
           ValueError: if the state is of other tables, or if a step is in progress.
         """
-        return self.stack.embedding_state()
-
-    @state.setter
-    def state(self, state: EmbeddingState) -> None:
-        """See above."""
         self.stack.set_embedding_state(state)
 
     def prefetch(self, ids: Any) -> None:

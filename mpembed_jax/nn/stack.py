@@ -75,8 +75,8 @@ class Stack(nnx.Module):
         verbs.check_tables(state, self.spec)
         if self.is_prefetched:
             raise ValueError(
-                "the state of an embedding was assigned between prefetch and nn.apply_gradients, "
-                "whose update would overwrite it; assign it between steps"
+                "the state of an embedding was replaced between prefetch and nn.apply_gradients, "
+                "whose update would overwrite it; replace it between steps"
             )
         self.state.set_value(state)
 
