@@ -9,7 +9,14 @@ from mpembed_jax.embedding.evaluation import flush, freeze, read
 from mpembed_jax.embedding.pooling import pool, segments_from_offsets
 from mpembed_jax.embedding.state import EmbeddingState, init, partition_specs
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.embedding.step import apply_gradients, apply_pooled_gradients, lookup, prefetch
+from mpembed_jax.embedding.step import (
+    apply_gradients,
+    apply_pooled_gradients,
+    gradient_norm,
+    lookup,
+    prefetch,
+)
+from mpembed_jax.embedding.writing import write_rows
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import decode, encode
@@ -36,6 +43,7 @@ __all__ = [
     "flush",
     "freeze",
     "from_dense",
+    "gradient_norm",
     "init",
     "lookup",
     "memory",
@@ -47,4 +55,5 @@ __all__ = [
     "segments_from_offsets",
     "stats",
     "to_dense",
+    "write_rows",
 ]

@@ -124,7 +124,7 @@ def report(
         "sketch": _nbytes(cache.sketch) if cache is not None else 0,
         "row state": _nbytes(state.row_state),
         "counters": _nbytes(
-            (state.key, state.step, state.pending, state.counters, state.fingerprint)
+            (state.key, state.step, state.clock, state.pending, state.counters, state.fingerprint)
         ),
     }
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]

@@ -50,8 +50,10 @@ def relayout(
       The state over the new mesh.
 
     Raises:
-      ValueError: if the stack cannot be divided in this way.
+      ValueError: if the stack cannot be divided in this way, or if the state was made for another
+        spec, or averaged.
     """
+    state.check_spec()
     new = Layout.of(state.spec, mesh, axis_name, placement)
     if new is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,6 +7,7 @@ folders of arrays are numbered, so that any name will do.
 import base64
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from mpembed_jax.arrays import indexing
 from mpembed_jax.checkpoint import array_files, host_memory
-from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState, clock_of
 
 _PLAIN = (bool, int, float, str, bytes)
 
@@ -45,6 +46,27 @@ def named(tree: Any) -> dict[str, Any]:
     """Returns {name: leaf} in the order of the tree's leaves."""
     found = jax.tree_util.tree_leaves_with_path(tree)
     return dict(zip(_names([path for path, _ in found]), (leaf for _, leaf in found), strict=True))
+
+
+def without_clocks(tree: Any) -> Any:
+    """Returns a tree whose embedding states have no clocks, as a checkpoint holds it."""
+    return _with_clocks(tree, lambda step: None)
+
+
+def with_clocks(tree: Any) -> Any:
+    """Returns a restored tree whose embedding states have the clocks of their steps again."""
+    on_device = jax.jit(clock_of)
+    return _with_clocks(
+        tree, lambda step: on_device(step) if isinstance(step, jax.Array) else clock_of(step)
+    )
+
+
+def _with_clocks(tree: Any, clock_of: Callable[[Any], Any]) -> Any:
+    def changed(node: Any) -> Any:
+        is_state = isinstance(node, EmbeddingState)
+        return dataclasses.replace(node, clock=clock_of(node.step)) if is_state else node
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, EmbeddingState))
 
 
 class Member(NamedTuple):

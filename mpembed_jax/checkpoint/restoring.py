@@ -70,6 +70,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     folder = Path(directory).absolute()
     saving.finish_pending(folder)
     chain = agreement.from_first(lambda: _choose(folder, step))
+    target = leaves.without_clocks(target)
     named = leaves.named(target)
     members = leaves.embeddings(target)
     held = chain[0]
@@ -108,7 +109,8 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
                 name = member.names[inner_name]
                 values[name] = leaves.finish(named[name], {}, places[name].put(array))
     leaves_ = [values[name] for name in named]
-    return huge_pages.place(jax.tree.unflatten(jax.tree.structure(target), leaves_))
+    tree = jax.tree.unflatten(jax.tree.structure(target), leaves_)
+    return huge_pages.place(leaves.with_clocks(tree))
 
 
 # --- choice of the checkpoint

@@ -204,7 +204,8 @@ def save(
     Raises:
       TypeError: if a leaf cannot be saved; the message names it.
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
-        checkpoint from which it started.
+        checkpoint from which it started. Also if an embedding state was made for another spec, or
+        averaged.
       CheckpointError: if this save failed. Also if another process is saving in this directory, or
         if a checkpoint of this step exists already, unless it is damaged: then it is replaced, as
         soon as the new one is complete. The error of an earlier save that nobody waited for is
@@ -216,6 +217,9 @@ def save(
         raise ValueError(f"step must be at least 0, got {step}")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
+    for member in leaves.embeddings(tree).values():
+        member.state.check_spec()
+    tree = leaves.without_clocks(tree)
     named = leaves.named(tree)
     arrays, values = leaves.split(named)
     with _LOCK:

@@ -39,8 +39,10 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 
     Raises:
       KeyError: if a name is unknown.
-      ValueError: if the stack has 2**31 - 1 rows or more.
+      ValueError: if the stack has 2**31 - 1 rows or more, or if the state was made for another
+        spec, or averaged.
     """
+    state.check_spec()
     known = [t.name for t in state.spec.tables]
     names = known if tables is None else list(tables)
     unknown = [n for n in names if n not in known]

@@ -31,11 +31,12 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
 
     Returns:
       float32 [.., D] for each array, in the same nesting. Padding and ids outside the table read as
-      zeros.
+      zeros. Inside jit, a state that was made for another spec, or averaged, reads as NaN.
 
     Raises:
       TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32, or the state was made for another spec.
+      ValueError: if host ids do not fit int32. Outside jit, if the state was made for another spec,
+        or averaged.
     """
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
@@ -43,7 +44,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     state.check_spec()
     layout = state.layout
     if layout is None:
-        return treedef.unflatten([_read_rows(state, leaf) for leaf in leaves])
+        return treedef.unflatten([_or_nan(state, _read_rows(state, leaf)) for leaf in leaves])
     shapes = [layout.shape_of(leaf) for leaf in leaves]
     width = (2,) if layout.is_paired else ()
     flat = (
@@ -62,11 +63,19 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
         padded = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(width)], constant_values=NO_ID)
         divided = PartitionSpec(layout.batch_axes)
         rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
+    rows = _or_nan(state, rows)
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
     pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
     return treedef.unflatten(
         [p.reshape(*shape, *rows.shape[1:]) for p, shape in zip(pieces, shapes, strict=True)]
     )
+
+
+def _or_nan(state: EmbeddingState, rows: jax.Array) -> jax.Array:
+    """Returns rows, or NaN if the state is traced and not sound."""
+    if state.is_concrete:
+        return rows  # check_spec has raised if it is not sound
+    return jnp.where(state.is_sound, rows, jnp.float32(jnp.nan))
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:

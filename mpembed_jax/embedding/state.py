@@ -26,6 +26,17 @@ from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, init_table
 
+_AVERAGED = (
+    "packed rows and cache lines cannot be averaged: average the other parameters alone "
+    "(nnx.state(model, nnx.Param)) and copy the embedding, or train an embedding of averages "
+    "(mpembed_jax/RECIPES.md)"
+)
+
+
+def clock_of(step: Any) -> Any:
+    """Returns the clock of a step (int32 [..]): the step modulo 2**16 in float32, exactly."""
+    return (step & np.int32(2**16 - 1)).astype(np.float32)
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -35,6 +46,7 @@ from mpembed_jax.table import QuantizedTable, init_table
         "row_state",
         "key",
         "step",
+        "clock",
         "pending",
         "counters",
         "fingerprint",
@@ -43,7 +55,7 @@ from mpembed_jax.table import QuantizedTable, init_table
 )
 @dataclasses.dataclass(frozen=True)
 class EmbeddingState:
-    """A stack of tables in training. It holds what a checkpoint needs, and nothing else."""
+    """A stack of tables in training. It holds what a checkpoint needs, and a clock."""
 
     table: QuantizedTable
     cache: CacheState | None
@@ -51,6 +63,9 @@ class EmbeddingState:
     row_state: Any
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []: the number of prefetches so far
+    # f32 []: clock_of(step), which an average of the floats of two states is not. NaN once such a
+    # state was used. A checkpoint does not hold it: there, it is None.
+    clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
@@ -85,12 +100,34 @@ class EmbeddingState:
             return self.spec.fingerprint
         return self.spec.fingerprint ^ self.layout.fingerprint
 
+    @property
+    def is_sound(self) -> jax.Array:
+        """Whether the arrays are of this spec and layout, and of one step (bool [])."""
+        is_own = jnp.all(self.fingerprint == self.expected_fingerprint)
+        return is_own & (self.clock == clock_of(self.step))
+
+    @property
+    def is_concrete(self) -> bool:
+        """Whether check_spec knows if the state is sound, because nothing that tells is traced."""
+        told = (self.fingerprint, self.clock, self.step)
+        return not any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in told)
+
     def check_spec(self) -> None:
-        """Checks that the arrays were made for this spec; a traced state passes.
+        """Checks that the arrays were made for this spec and belong to one step.
+
+        What is traced is checked later, by is_sound.
 
         Raises:
-          ValueError: if the arrays were made for another spec.
+          ValueError: if the arrays were made for another spec, or if states were averaged.
         """
+        lines = None if self.cache is None else self.cache.rows.dtype
+        is_packed = jnp.issubdtype(self.table.rows.dtype, jnp.unsignedinteger)
+        if not is_packed or lines not in (None, np.float32) or self.step.dtype != np.int32:
+            raise ValueError(
+                f"the arrays of this state were computed with: its packed rows are "
+                f"{self.table.rows.dtype}, its cache lines {lines}, its step is "
+                f"{self.step.dtype}; {_AVERAGED}"
+            )
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
             held = np.asarray(jax.device_get(self.fingerprint))
             if held.shape != (2,) or (held != self.expected_fingerprint).any():
@@ -100,6 +137,13 @@ class EmbeddingState:
                     "row_state_dtype of the saved state (if it is sharded, also with its placement "
                     "and number of shards), then move the rows with to_dense and from_dense, or "
                     "the state with sharding.relayout"
+                )
+        if self.is_concrete:
+            clock, step = map(np.asarray, jax.device_get((self.clock, self.step)))
+            if not np.array_equal(clock, clock_of(step)):
+                raise ValueError(
+                    "the arrays of this state belong to several steps, as if states had been "
+                    f"averaged; {_AVERAGED}"
                 )
 
 
@@ -277,6 +321,7 @@ def assemble(
         row_state=row_state,
         key=key,
         step=jnp.zeros((), jnp.int32),
+        clock=clock_of(jnp.zeros((), jnp.int32)),
         pending=jnp.zeros((), bool),
         counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
         fingerprint=jnp.zeros(2, jnp.uint32),

@@ -6,6 +6,7 @@ One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `apply_gradients` updates each unique row once. A cached row is updated in its float32 line, any
   other row in the table, with stochastic rounding.
 - `apply_pooled_gradients` does the same from the gradients of pooled vectors.
+- `gradient_norm` is the norm of the gradients of all rows.
 
 The verbs are pure; jit them with the state donated. `mesh.exchange` holds what a mesh adds. The
 system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
@@ -27,7 +28,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import pooling, update
 from mpembed_jax.embedding.counters import count_step, count_updates
-from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.mesh import exchange
 from mpembed_jax.ops import Draw, Moves, Request
 from mpembed_jax.row_ids import NO_ID
@@ -79,6 +80,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     state = dataclasses.replace(
         state,
         step=state.step + 1,
+        clock=jnp.where(state.is_sound, clock_of(state.step + 1), jnp.float32(jnp.nan)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
         counters=count_step(state.counters, counts),
@@ -363,6 +365,35 @@ def apply_pooled_gradients(
     return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
+def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) -> jax.Array:
+    """Returns the L2 norm of the gradients of all rows of a batch.
+
+    With it, row gradients are clipped together with dense ones. Over a mesh, a device has only its
+    part of a row's gradient. The parts are first summed, as by apply_gradients. The norm is thus
+    that of one device, and the same on all devices. Padding rows do not count.
+
+    Args:
+      state: from prefetch; not consumed.
+      plan: from the same prefetch.
+      row_grads: float32 [U, D], the gradient with respect to the rows that `lookup` returned.
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: if the shape or dtype is wrong, or if the plan is known not to be the state's
+        latest, or to be applied.
+    """
+    layout = state.layout
+    _check("gradient_norm", state, plan, plan.unique_ids.shape[0], row_grads=row_grads)
+    if layout is not None:
+        layout.check_bound("gradient_norm")
+        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+    is_row = _moves(plan).is_row
+    total = jnp.sum(jnp.square(jnp.where(is_row[:, None], row_grads, jnp.float32(0))))
+    return jnp.sqrt(total if layout is None else exchange.total_over_shards(layout, total))
+
+
 def _check(
     verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
 ) -> None:
@@ -409,8 +440,7 @@ def _check_latest(verb: str, state: EmbeddingState, plan: CachePlan) -> None:
 
 def _is_latest(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Returns whether the plan is of this state's latest prefetch (bool [])."""
-    is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    return is_own & (plan.step == state.step - 1)
+    return state.is_sound & (plan.step == state.step - 1)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:

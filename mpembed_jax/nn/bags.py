@@ -83,6 +83,20 @@ class CachedEmbedBags(nnx.Module):
         """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
         return tuple(stack.embedding_state() for stack in self.stacks)
 
+    def set_states(self, states: Sequence[EmbeddingState]) -> None:
+        """Replaces the EmbeddingStates between steps, for example by those of write_rows.
+
+        Args:
+          states: one per spec, of the same tables; consumed, if later steps donate the model.
+
+        Raises:
+          ValueError: if a state is of other tables, or if a step is in progress.
+        """
+        for stack, state in zip(self.stacks, states, strict=True):
+            verbs.check_tables(state, stack.spec)
+        for stack, state in zip(self.stacks, states, strict=True):
+            stack.set_embedding_state(state)
+
     def prefetch(self, ids: Any) -> None:
         """Plans a batch and holds its rows for one step.
 

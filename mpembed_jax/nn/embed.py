@@ -31,12 +31,16 @@ def embed_spec(
     storage: RowFormat | str,
     cache: CacheSpec | None,
     embedding_init: Any,
+    **options: Any,
 ) -> EmbeddingSpec:
-    """Returns the spec of the one-table stack of a CachedEmbed with these arguments."""
+    """Returns the spec of the one-table stack of a CachedEmbed with these arguments.
+
+    `options` are fields of EmbeddingSpec.
+    """
     table = TableSpec(
         "embedding", num_embeddings, DEFAULT_INIT if embedding_init is None else embedding_init
     )
-    return EmbeddingSpec((table,), features, as_format(storage), cache)
+    return EmbeddingSpec((table,), features, as_format(storage), cache, **options)
 
 
 class CachedEmbed(nnx.Module):
@@ -57,6 +61,11 @@ class CachedEmbed(nnx.Module):
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
       embedding_init: `(key, shape, dtype) -> array`, as for nnx.Embed; see mpembed_jax.TableSpec.
         None for nnx.Embed's default.
+      out_of_range: the rule for ids outside the table, see mpembed_jax.EmbeddingSpec.
+      max_unique_ids: the budget of distinct ids per batch, see mpembed_jax.EmbeddingSpec.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
+      memory_kind: None, or "pinned_host" for a table in host memory.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
@@ -79,13 +88,29 @@ class CachedEmbed(nnx.Module):
         cache: CacheSpec | None = CacheSpec(),  # noqa: B008
         dtype: Any = None,
         embedding_init: Any = None,
+        out_of_range: str = "drop",
+        max_unique_ids: int | None = None,
+        skip_nonfinite: bool = False,
+        row_state_dtype: str = "float32",
+        memory_kind: str | None = None,
         mesh: Any = None,
         axis_name: Any = None,
         placement: Placement | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        spec = embed_spec(num_embeddings, features, storage, cache, embedding_init)
+        spec = embed_spec(
+            num_embeddings,
+            features,
+            storage,
+            cache,
+            embedding_init,
+            out_of_range=out_of_range,
+            max_unique_ids=max_unique_ids,
+            skip_nonfinite=skip_nonfinite,
+            row_state_dtype=row_state_dtype,
+            memory_kind=memory_kind,
+        )
         self.num_embeddings = num_embeddings
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
@@ -103,6 +128,17 @@ class CachedEmbed(nnx.Module):
         """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
         return self.stack.embedding_state()
 
+    def set_state(self, state: EmbeddingState) -> None:
+        """Replaces the EmbeddingState between steps, for example by one from write_rows.
+
+        Args:
+          state: of the same tables; consumed, if later steps donate the model.
+
+        Raises:
+          ValueError: if the state is of other tables, or if a step is in progress.
+        """
+        self.stack.set_embedding_state(state)
+
     def prefetch(self, ids: Any) -> None:
         """Plans a batch and holds its rows for one step.
 
@@ -110,8 +146,8 @@ class CachedEmbed(nnx.Module):
 
         Args:
           ids: integers [..] in [0, num_embeddings), or any nest of such arrays. NO_ID is padding.
-            Ids outside the table read as zeros and are counted. 64-bit host arrays are checked
-            before jax would truncate them.
+            Ids outside the table are treated by the rule `out_of_range`. 64-bit host arrays are
+            checked before jax would truncate them.
 
         Raises:
           TypeError: if ids are not integers.

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from mpembed_jax.embedding.state import EmbeddingState, init
-from mpembed_jax.nn import prefetched
+from mpembed_jax.nn import prefetched, verbs
 from mpembed_jax.nn.routing import Part
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -56,8 +56,29 @@ class Stack(nnx.Module):
         return hasattr(self, "rows")
 
     def embedding_state(self) -> EmbeddingState:
-        """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense."""
-        return self.state.get_value()
+        """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense.
+
+        Raises:
+          ValueError: if it is the state of other tables than those of the spec.
+        """
+        state = self.state.get_value()
+        verbs.check_tables(state, self.spec)
+        return state
+
+    def set_embedding_state(self, state: EmbeddingState) -> None:
+        """Replaces the state.
+
+        Raises:
+          ValueError: if it is the state of other tables than those of the spec, or if rows are
+            held.
+        """
+        verbs.check_tables(state, self.spec)
+        if self.is_prefetched:
+            raise ValueError(
+                "the state of an embedding was replaced between prefetch and nn.apply_gradients, "
+                "whose update would overwrite it; replace it between steps"
+            )
+        self.state.set_value(state)
 
     def prefetch(self, ids: Any, given: Any, is_training: bool) -> None:
         """Plans a batch, brings its rows into the cache and holds them for one step.
@@ -84,7 +105,7 @@ class Stack(nnx.Module):
                 "after each prefetch (several inputs in one step: prefetch one nest of them), or "
                 "nn.discard(model) to give up a step"
             )
-        state, plan, rows = prefetched.fetch(self.state.get_value(), ids, given)
+        state, plan, rows = prefetched.fetch(self.embedding_state(), ids, given)
         self.state.set_value(state)
         self.plan = PlanVariable(plan)
         self.rows = CachedRows(rows)
@@ -105,13 +126,13 @@ class Stack(nnx.Module):
                 "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
                 "model.eval() if this is evaluation"
             )
-        state, plan, rows = self.state.get_value(), self.plan.get_value(), self.rows.get_value()
+        state, plan, rows = self.embedding_state(), self.plan.get_value(), self.rows.get_value()
         return prefetched.part(state, plan, rows, ids, given)
 
     def update(self, row_grads: jax.Array) -> None:
         """Applies one optimizer update to the held rows, then drops them and their plan."""
         plan, rows = self.plan.get_value(), self.rows.get_value()
-        state = prefetched.update(self.state.get_value(), plan, rows, row_grads, self.tx)
+        state = prefetched.update(self.embedding_state(), plan, rows, row_grads, self.tx)
         self.state.set_value(state)
         self.drop()
 

@@ -19,6 +19,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from mpembed_jax.embedding import evaluation
 from mpembed_jax.embedding.pooling import pool
 from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.spec import EmbeddingSpec
 
 _BLOCK = 8192  # rows of the table that attend decodes at once
 
@@ -32,8 +33,29 @@ def run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any
     """Returns verb(state, *args, **static), compiled once if it is called outside jit."""
     if isinstance(state.step, jax.core.Tracer):
         return verb(state, *args, **static)
+    state.check_spec()
     # The state is not donated, because a caller outside jit may still hold it.
     return _jitted(verb, tuple(static))(state, *args, **static)
+
+
+def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
+    """Checks that a module of this spec holds the state of its tables, also while tracing.
+
+    Raises:
+      ValueError: if it holds the state of other tables.
+    """
+    held = state.spec
+    if (held.tables, held.embedding_dim) != (spec.tables, spec.embedding_dim):
+
+        def text(of: EmbeddingSpec) -> str:
+            sizes = ", ".join(f"{t.name}: {t.vocabulary_size}" for t in of.tables)
+            return f"{{{sizes}}} x {of.embedding_dim}"
+
+        raise ValueError(
+            f"this module was made for tables {text(spec)}, but holds the state of {text(held)}, "
+            "which came from another model (nnx.update, a restored checkpoint); make the module "
+            "with the specs of that model, or move the rows with to_dense and from_dense"
+        )
 
 
 def is_whole(state: EmbeddingState) -> bool:

@@ -168,16 +168,76 @@ def init_rows(
         row_locality.check_mixing(tx, embedding_dim)
 
     def make(leaf: RowLeaf) -> jax.Array:
+        value = _initial(leaf, dtype)
         if not leaf.is_row:
-            return jnp.asarray(leaf.initial)
-        value = jnp.asarray(leaf.initial)
-        if _is_narrow(leaf, dtype):
-            value = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None).astype(
-                jnp.uint16
-            )
+            return value
         return indexing.filled((num_rows, *leaf.shape), value, memory_kind if leaf.shape else None)
 
     return treedef.unflatten([make(leaf) for leaf in leaves])
+
+
+def _initial(leaf: RowLeaf, dtype: str) -> jax.Array:
+    """Returns the stored initial value of one row's entry, or of a scalar."""
+    value = jnp.asarray(leaf.initial)
+    if not _is_narrow(leaf, dtype):
+        return value
+    packed = rounding.encode_float(value, rounding.FLOAT_FORMATS["bfloat16"], None)
+    return packed.astype(jnp.uint16)
+
+
+def reset(
+    tx: optax.GradientTransformation,
+    row_state: Any,
+    ids: jax.Array,
+    embedding_dim: int,
+    dtype: str,
+) -> Any:
+    """Gives rows their initial optimizer state.
+
+    Args:
+      tx: the transformation that `row_state` was made for.
+      row_state: as returned by `init_rows`.
+      ids: int32 [n], distinct but for NO_ID, which resets nothing.
+      embedding_dim: D.
+      dtype: storage dtype of the row state.
+
+    Returns:
+      The row state; its scalars are unchanged.
+
+    Raises:
+      ValueError: if row_state was made for another transformation.
+    """
+    leaves, treedef, held = _matched(tx, row_state, embedding_dim, dtype)
+    return treedef.unflatten(
+        [
+            indexing.put(array, ids, _initial(leaf, dtype)) if leaf.is_row else array
+            for array, leaf in zip(held, leaves, strict=True)
+        ]
+    )
+
+
+def _matched(
+    tx: optax.GradientTransformation, row_state: Any, embedding_dim: int, dtype: str
+) -> tuple[list[RowLeaf], Any, list[jax.Array]]:
+    """Returns the leaves and structure of tx's state, and the arrays of a row state made for tx.
+
+    Raises:
+      ValueError: if row_state was made for another transformation.
+    """
+    leaves, treedef = row_leaves(tx, embedding_dim)
+    held, held_def = jax.tree.flatten(row_state)
+    wide = [jnp.uint16 if _is_narrow(leaf, dtype) else leaf.dtype for leaf in leaves]
+    is_same = held_def == treedef and all(
+        a.dtype == d and a.shape[1 if leaf.is_row else 0 :] == leaf.shape
+        for a, d, leaf in zip(held, wide, leaves, strict=True)
+    )
+    if not is_same:
+        raise ValueError(
+            "tx does not match the row state: init was called with a transformation whose state "
+            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
+            "to init and apply_gradients"
+        )
+    return leaves, treedef, held
 
 
 def is_moved(old_rows: jax.Array, new_rows: jax.Array) -> jax.Array:
@@ -223,19 +283,7 @@ def update_rows(
     Raises:
       ValueError: if row_state was made for another transformation.
     """
-    leaves, treedef = row_leaves(tx, rows.shape[1])
-    held, held_def = jax.tree.flatten(row_state)
-    wide = [jnp.uint16 if _is_narrow(leaf, dtype) else leaf.dtype for leaf in leaves]
-    is_same = held_def == treedef and all(
-        a.dtype == d and a.shape[1 if leaf.is_row else 0 :] == leaf.shape
-        for a, d, leaf in zip(held, wide, leaves, strict=True)
-    )
-    if not is_same:
-        raise ValueError(
-            "tx does not match the row state: init was called with a transformation whose state "
-            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
-            "to init and apply_gradients"
-        )
+    leaves, treedef, held = _matched(tx, row_state, rows.shape[1], dtype)
     over_all_rows = tx.update if over_all_rows is None else over_all_rows
     num_rows = next((a.shape[0] for a, leaf in zip(held, leaves, strict=True) if leaf.is_row), 0)
     is_row_id = (ids >= 0) & (ids < num_rows)

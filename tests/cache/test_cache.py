@@ -24,6 +24,7 @@ import mpembed_jax as mpembed
 from mpembed_jax import ops
 from mpembed_jax.cache import policy, residency
 from mpembed_jax.cache.spec import Geometry
+from mpembed_jax.embedding.state import clock_of
 
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(0)
@@ -216,7 +217,8 @@ def test_lru_ages_saturate_and_then_ties_go_to_the_lowest_way():
     state, _ = record(state, jnp.asarray(batches[:45]))
     for step in (2**25 - 1, 2**25 + 10, 2**30):
         model.step = step
-        jumped = dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype))
+        now = jnp.asarray(step, state.step.dtype)
+        jumped = dataclasses.replace(state, step=now, clock=clock_of(now))
         check(copy_of(model), jumped, batches[45:])
 
 

@@ -18,6 +18,7 @@ from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
+from mpembed_jax.embedding.counters import COUNTERS
 
 TX = optax.sgd(0.5)
 DIM = 4
@@ -632,3 +633,63 @@ def test_a_nonfinite_gradient_stays_in_its_row(storage):
     rows = all_rows(state)
     assert not np.isfinite(rows[5]).any()
     assert np.isfinite(np.delete(rows, 5, axis=0)).all()
+
+
+# --- states that were computed with
+
+
+def averages(average, state):
+    """Ways to average two states leaf by leaf, as averages over a whole model state do."""
+
+    def mix(a, b):
+        return (0.9 * np.asarray(a) + 0.1 * np.asarray(b)).astype(np.float32)
+
+    def is_float(leaf):
+        return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    return {
+        "all arrays": jax.tree.map(mix, average, state),
+        "all arrays, in their dtypes": jax.tree.map(
+            lambda a, b: mix(a, b).astype(a.dtype), average, state
+        ),
+        "floats, the rest of the average": jax.tree.map(
+            lambda a, b: mix(a, b) if is_float(a) else a, average, state
+        ),
+        "floats, the rest of the state": jax.tree.map(
+            lambda a, b: mix(a, b) if is_float(a) else b, average, state
+        ),
+    }
+
+
+@pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=4, ways=2)], ids=["uncached", "cached"])
+def test_an_average_of_two_states_is_refused_at_its_next_use(cache):
+    """Lines of one number hold other ids in the two states, and packed rows are no numbers."""
+    first = start(stack(cache=cache, storage="int8"))
+    later = first
+    for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 5, 9, 2]):
+        later, _, _ = jax.jit(run)(later, jnp.asarray(ids, jnp.int32))
+    for name, average in averages(first, later).items():
+        for use in (mpembed.stats, mpembed.flush, mpembed.to_dense):
+            message = r"made for another spec" if "dtypes" in name else r"cannot be averaged"
+            with pytest.raises(ValueError, match=message):
+                use(average)
+        if name == "all arrays":
+            with pytest.raises(ValueError, match=r"its packed rows are float32"):
+                training.read(average, jnp.arange(4, dtype=jnp.int32))
+            continue
+        assert np.isnan(training.read(average, jnp.arange(4, dtype=jnp.int32))).all()
+        trained, _, _ = jax.jit(run)(average, jnp.arange(4, dtype=jnp.int32))
+        assert int(trained.counters[COUNTERS.index("refused_updates"), 0]) == 1
+        training.assert_same(trained.row_state, jax.tree.map(jnp.asarray, average.row_state))
+        with pytest.raises(ValueError, match=r"belong to several steps|made for another spec"):
+            mpembed.stats(trained)
+
+
+def test_a_state_under_another_spec_reads_as_nan_inside_jit():
+    """Tables of 8 and 12 rows under a spec of 12 and 8, as other checkpointers may restore them."""
+    state, other = start(stack((8, 12))), start(stack((12, 8)))
+    mixed = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(state))
+    with pytest.raises(ValueError, match="another spec"):
+        mpembed.read(mixed, jnp.arange(4, dtype=jnp.int32))
+    assert np.isnan(training.read(mixed, {"a": jnp.arange(4, dtype=jnp.int32)})["a"]).all()
+    assert np.isfinite(training.read(state, jnp.arange(4, dtype=jnp.int32))).all()

@@ -20,6 +20,7 @@ import mpembed_jax as mpembed
 from experiments.scaling.collectives import collectives
 from mpembed_jax import sharding
 from mpembed_jax.embedding.counters import COUNTERS
+from mpembed_jax.embedding.state import clock_of
 from mpembed_jax.mesh.layout import Layout
 
 KEY = jax.random.key(3)
@@ -519,10 +520,15 @@ def test_stats_warn_where_most_steps_exceed_the_room_of_the_exchange():
     state = initial(spec_of("lfu"), 2)
     words = np.zeros((len(COUNTERS), 2), np.uint32)
     words[COUNTERS.index("wide_exchanges"), 0] = 60
+
+    def after(steps):
+        now = np.int32(steps)
+        return dataclasses.replace(state, counters=words, step=now, clock=clock_of(now))
+
     for steps in (99, 121):
-        mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(steps)))
+        mpembed.stats(after(steps))
     with pytest.warns(UserWarning, match=r"in 60 of 100 steps, .*: raise Placement\(capacity"):
-        mpembed.stats(dataclasses.replace(state, counters=words, step=np.int32(100)))
+        mpembed.stats(after(100))
 
 
 # --- choosing a placement

@@ -232,3 +232,29 @@ def test_optimizers_that_mix_rows_see_those_of_all_shards_inside_pmap():
     expected = jax.jit(run)(ids)
     for device in got:
         np.testing.assert_allclose(device, expected, rtol=0, atol=2**-21)
+
+
+def test_the_norm_of_row_gradients_is_that_of_one_device_with_and_without_a_mesh():
+    """A row that several devices ask for counts once, with the sum; padding rows do not count."""
+    ids = np.array([*range(10), 3, 3, 7, mpembed.NO_ID, 3, 3], np.int32)
+    upstream = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    dense = np.zeros((500, 8))
+    np.add.at(dense, ids[ids != mpembed.NO_ID], upstream[ids != mpembed.NO_ID])
+
+    def norm(state, ids, upstream):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        row_grads = jax.grad(lambda rows: (mpembed.pool(rows, plan.inverse) * upstream).sum())(rows)
+        if mesh is None:  # on a mesh, padding may lie anywhere
+            row_grads = row_grads.at[-2].set(jnp.nan)
+        return mpembed.gradient_norm(state, plan, row_grads)
+
+    for mesh in (None, jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        state = mpembed.init(jax.random.key(0), MIXED_SPEC, SGD, mesh=mesh)
+        run = norm
+        if mesh is not None:
+            specs = (mpembed.partition_specs(state), P("x"), P("x"))
+            run = jax.shard_map(norm, mesh=mesh, in_specs=specs, out_specs=P())
+        np.testing.assert_allclose(
+            jax.jit(run)(state, ids, upstream), np.linalg.norm(dense), rtol=1e-5
+        )

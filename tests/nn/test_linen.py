@@ -238,3 +238,18 @@ def test_misuse_raises_and_says_what_to_do():
         TrainState.create(
             apply_fn=Model().apply, variables={"params": state.params}, tx=optax.sgd(0.1)
         )
+
+
+def test_variables_of_other_tables_are_refused():
+    table = CachedEmbed(30, DIM, ROW_TX, cache=None)
+    variables = table.init(jax.random.key(0), IDS)
+    with pytest.raises(ValueError, match=r"made for tables \{embedding: 20\} x 4, but holds"):
+        CachedEmbed(20, DIM, ROW_TX, cache=None).apply(variables, IDS)
+    specs = [
+        mpembed.EmbeddingSpec([mpembed.TableSpec("a", a), mpembed.TableSpec("b", b)], 4, cache=None)
+        for a, b in ((20, 30), (30, 20))
+    ]
+    ids = {"a": np.array([[5]])}
+    variables = CachedEmbedBags(specs[0], ROW_TX).init(jax.random.key(0), ids)
+    with pytest.raises(ValueError, match=r"made for tables \{a: 30, b: 20\} x 4, but holds"):
+        jax.jit(CachedEmbedBags(specs[1], ROW_TX).apply)(variables, ids)

@@ -288,3 +288,51 @@ def test_pooling_follows_the_implementation_of_the_state():
         4,
     )  # two features have bags of more than one id; each is pooled twice
     assert_same_bits(kernels, plain)
+
+
+# --- states of other models
+
+
+def bags_of_sizes(a, b, seed=0):
+    spec = EmbeddingSpec([TableSpec("a", a), TableSpec("b", b)], 4, cache=None)
+    return nn.CachedEmbedBags(spec, ROW_TX, rngs=nnx.Rngs(seed))
+
+
+def test_the_state_of_a_model_of_other_tables_is_refused_at_its_next_use():
+    """As many rows in all, so that every array has the same shape."""
+    ids = {"a": np.array([[25]]), "b": np.array([[5]])}
+    bags = bags_of_sizes(30, 20)
+    nnx.update(bags, nnx.state(bags_of_sizes(20, 30)))
+    message = r"made for tables \{a: 30, b: 20\} x 4, but holds the state of \{a: 20, b: 30\}"
+    uses = [
+        lambda bags: bags.prefetch(ids),
+        lambda bags: nnx.view(bags, deterministic=True)(ids),
+        lambda bags: bags.states,
+    ]
+    for use in uses:
+        for call in (use, nnx.jit(use)):
+            with pytest.raises(ValueError, match=message):
+                call(bags)
+    with pytest.raises(ValueError, match=message):
+        bags.stats()
+    # A model of the same tables takes the state, and reads what the other did.
+    twin, other = bags_of_sizes(20, 30, seed=1), bags_of_sizes(20, 30)
+    nnx.update(twin, nnx.state(other))
+    ids = {"a": np.array([[15]]), "b": np.array([[25]])}
+    assert_same_bits(*(nnx.view(b, deterministic=True)(ids) for b in (twin, other)))
+
+
+def test_arrays_of_other_tables_under_the_own_spec_are_refused_too():
+    """As a checkpointer that keeps arrays alone restores them."""
+    bags, other = bags_of_sizes(30, 20), bags_of_sizes(20, 30)
+    graph, held = nnx.split(bags)
+    bags = nnx.merge(
+        graph, jax.tree.unflatten(jax.tree.structure(held), jax.tree.leaves(nnx.state(other)))
+    )
+    ids = {"a": np.array([[25]]), "b": np.array([[5]])}
+    with pytest.raises(ValueError, match="another spec"):
+        bags.prefetch(ids)
+    view = nnx.view(bags, deterministic=True)
+    with pytest.raises(ValueError, match="another spec"):
+        view(ids)
+    assert np.isnan(nnx.jit(lambda bags: bags(ids)["a"])(view)).all()

@@ -53,6 +53,12 @@ def _stack(
     return module.variable(COLLECTION, name, make)
 
 
+def _checked(stack: Stack, spec: EmbeddingSpec) -> Stack:
+    """Returns the stack, if it has the tables of the module's spec."""
+    verbs.check_tables(stack.state, spec)
+    return stack
+
+
 def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
@@ -82,6 +88,11 @@ class CachedEmbed(linen.Module):
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
       embedding_init: `(key, shape, dtype) -> array`, as for linen.Embed; see mpembed_jax.TableSpec.
         None for linen.Embed's default.
+      out_of_range: the rule for ids outside the table, see mpembed_jax.EmbeddingSpec.
+      max_unique_ids: the budget of distinct ids per batch, see mpembed_jax.EmbeddingSpec.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
+      memory_kind: None, or "pinned_host" for a table in host memory.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
@@ -95,6 +106,11 @@ class CachedEmbed(linen.Module):
     cache: CacheSpec | None = CacheSpec()
     dtype: Any = None
     embedding_init: Callable | None = None
+    out_of_range: str = "drop"
+    max_unique_ids: int | None = None
+    skip_nonfinite: bool = False
+    row_state_dtype: str = "float32"
+    memory_kind: str | None = None
     mesh: Any = None
     axis_name: Any = None
     placement: Placement | None = None
@@ -103,8 +119,18 @@ class CachedEmbed(linen.Module):
     def setup(self) -> None:
         """Declares the stack."""
         spec = embed_spec(
-            self.num_embeddings, self.features, self.storage, self.cache, self.embedding_init
+            self.num_embeddings,
+            self.features,
+            self.storage,
+            self.cache,
+            self.embedding_init,
+            out_of_range=self.out_of_range,
+            max_unique_ids=self.max_unique_ids,
+            skip_nonfinite=self.skip_nonfinite,
+            row_state_dtype=self.row_state_dtype,
+            memory_kind=self.memory_kind,
         )
+        self.spec = spec
         self.stack = _stack(self, TABLE, spec, DEFAULT_TX if self.tx is None else self.tx)
 
     def __call__(self, ids: Any) -> Any:
@@ -122,7 +148,7 @@ class CachedEmbed(linen.Module):
           TypeError: if ids are not integers.
           ValueError: outside jit, if an id was not prefetched.
         """
-        stack = self.stack.value
+        stack = _checked(self.stack.value, self.spec)
         rows = _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
         if rows is None:
@@ -154,7 +180,7 @@ class CachedEmbed(linen.Module):
         """
         is_training = _held_rows(self, TABLE) is not None
         return verbs.attend(
-            self.stack.value.state,
+            _checked(self.stack.value, self.spec).state,
             query,
             jnp.float32 if self.dtype is None else self.dtype,
             is_training,
@@ -219,7 +245,7 @@ class CachedEmbedBags(linen.Module):
         parts = []
         routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
         for i, (held, part, own) in enumerate(zip(self.stacks, routed, given, strict=True)):
-            stack = held.value
+            stack = _checked(held.value, self.known[i])
             rows = _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))

@@ -15,8 +15,9 @@ import optax
 from flax import core, struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.nn import prefetched, routing
+from mpembed_jax.nn import prefetched, routing, verbs
 from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 
@@ -95,6 +96,55 @@ class TrainState(struct.PyTreeNode):
         flat = flatten_dict(self.collections[COLLECTION])
         return {path: value for path, value in flat.items() if isinstance(value, Stack)}
 
+    @property
+    def embeddings(self) -> dict[str, EmbeddingState]:
+        """{path of a stack: its EmbeddingState}, for read, to_dense and the other verbs."""
+        return {"/".join(path): stack.state for path, stack in self._stacks().items()}
+
+    def replace_embeddings(self, embeddings: Mapping[str, EmbeddingState]) -> "TrainState":
+        """Replaces states of stacks, for example by results of mpembed_jax.write_rows.
+
+        Args:
+          embeddings: {path of a stack: state of the same tables}.
+
+        Returns:
+          The new train state.
+
+        Raises:
+          KeyError: if a path is unknown.
+          ValueError: if a state is of other tables, or if a step is in progress.
+        """
+        stacks = {"/".join(path): (path, stack) for path, stack in self._stacks().items()}
+        held = flatten_dict(self.collections[COLLECTION])
+        for name, state in embeddings.items():
+            if name not in stacks:
+                raise KeyError(f"no stack is called {name!r}; the model has {list(stacks)}")
+            path, stack = stacks[name]
+            verbs.check_tables(state, stack.state.spec)
+            if stack.plan is not None:
+                raise ValueError(
+                    "the state of an embedding was replaced between prefetch and apply_gradients, "
+                    "whose update would overwrite it; replace it between steps"
+                )
+            held[path] = Stack(state, None, stack.tx)
+        return self.replace(collections={**self.collections, COLLECTION: unflatten_dict(held)})
+
+    def discard(self) -> "TrainState":
+        """Abandons a step: removes the prefetched rows from `params` without an update.
+
+        Returns:
+          The new state, the same if nothing is prefetched.
+        """
+        params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
+        for path, stack in self._stacks().items():
+            if stack.plan is not None:
+                params.pop(path, None)
+                held[path] = Stack(stack.state, None, stack.tx)
+        return self.replace(
+            params=unflatten_dict(params),
+            collections={**self.collections, COLLECTION: unflatten_dict(held)},
+        )
+
     def prefetch(self, ids: Any) -> "TrainState":
         """Plans a batch and puts its rows into `params` for one step.
 
@@ -119,7 +169,7 @@ class TrainState(struct.PyTreeNode):
             raise ValueError(
                 "prefetch was called twice without apply_gradients in between, which would lose "
                 "the first batch's update; call state = state.apply_gradients(grads=grads) after "
-                "each prefetch"
+                "each prefetch, or state = state.discard() to give up a step"
             )
         if len(modules) == 1:
             by_module = {modules[0]: ids}

@@ -1,0 +1,129 @@
+"""Writing single rows: pretrained vectors, rows that are reset."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from mpembed_jax import row_ids
+from mpembed_jax.arrays import chunks, indexing
+from mpembed_jax.cache import residency
+from mpembed_jax.embedding.counters import count_updates
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.optim import row_state
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import encode_rows
+
+_BLOCK = 8192  # rows packed at once
+
+
+def write_rows(
+    state: EmbeddingState,
+    ids: Any,
+    rows: jax.Array,
+    *,
+    tx: optax.GradientTransformation | None = None,
+) -> EmbeddingState:
+    """Gives rows new values.
+
+    A cached row is written to its line in float32. Any other row is rounded into the table by the
+    rule of its format, as from_dense rounds it. Donate the state; otherwise, the call copies the
+    table. Call it between steps: a state whose prefetch waits for its update stays as it is, and
+    the call is counted as a refused update. If this is known while tracing, it raises an error.
+
+    Args:
+      state: consumed if donated. A sharded state may be whole, or inside jax.shard_map, where all
+        devices pass the same ids and rows.
+      ids: int32 [..], global ids. NO_ID, and ids outside the stack, write nothing. Of an id that
+        occurs several times, the last row counts.
+      rows: float [.., D], one for each of the ids.
+      tx: None, or the transformation given to init: it then starts anew on these rows, with the
+        initial optimizer state of a row. Scalars of the state, such as counts, stay.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: if ids are not integers of 32 bits or fewer, or rows are not floating.
+      ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
+        was made for another spec or transformation; or if the stack has 2**31 - 1 rows or more.
+    """
+    state.check_spec()
+    (ids,) = row_ids.checked([ids])[0]
+    rows = jnp.asarray(rows)
+    shape, dim = ids.shape, state.spec.embedding_dim
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise TypeError(f"rows must be floating [.., D], got {rows.dtype} {list(rows.shape)}")
+    if rows.shape[:-1] != shape or rows.shape[-1:] != (dim,):
+        raise ValueError(
+            f"rows must be {[*shape, dim]}, one for each of the ids, got {list(rows.shape)}"
+        )
+    if state.layout is not None and state.layout.is_paired:
+        raise ValueError(
+            f"write_rows takes no pairs, and this stack has {state.spec.num_rows} rows"
+        )
+    if not isinstance(state.pending, jax.core.Tracer) and bool(state.pending):
+        raise ValueError(
+            "write_rows was called between prefetch and apply_gradients, whose update would "
+            "overwrite the rows; call it between steps"
+        )
+    rows = rows.astype(jnp.float32).reshape(-1, dim)
+    return _write(state, *_distinct(ids.reshape(-1), rows), tx=tx)
+
+
+def _distinct(ids: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sorts ids [N] and their rows, and replaces all but the last occurrence of an id by NO_ID."""
+    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    ids, order = lax.sort((ids, position), num_keys=1, is_stable=True)
+    is_last = jnp.append(ids[1:] != ids[:-1], jnp.ones(min(1, ids.shape[0]), bool))
+    return jnp.where(is_last, ids, NO_ID), indexing.take(rows, order)
+
+
+def _write(
+    state: EmbeddingState,
+    ids: jax.Array,
+    rows: jax.Array,
+    tx: optax.GradientTransformation | None,
+) -> EmbeddingState:
+    layout = state.layout
+    if layout is not None and not layout.is_bound:
+        everywhere = PartitionSpec()
+        write = partial(_write, tx=tx)
+        return over_mesh(write, state, everywhere, everywhere)(state, ids, rows)
+    is_pending = jnp.asarray(state.pending)
+    is_written = row_ids.in_range(ids, state.spec.num_rows) & ~is_pending
+    here = jnp.where(is_written, ids, NO_ID)
+    if layout is not None:
+        here = jnp.where(is_written, layout.shard(layout.index()).rows_of(ids), NO_ID)
+    states = state.row_state
+    if tx is not None:
+        dim, dtype = state.spec.embedding_dim, state.spec.row_state_dtype
+        states = row_state.reset(tx, states, here, dim, dtype)
+    cache = state.cache
+    if cache is not None:
+        line = residency.locate(cache, here)
+        num_lines = cache.geometry.lines
+        lines = indexing.put(cache.rows, line, rows)
+        cache = dataclasses.replace(residency.commit(cache, line), rows=lines)
+        here = jnp.where(line < num_lines, NO_ID, here)
+
+    def store(window: chunks.Window, packed: jax.Array) -> jax.Array:
+        to = jnp.where(window.is_live, window.take(here), NO_ID)
+        draw = (state.row_key, random_bits.INITIAL_ROUNDING, state.step)
+        return indexing.put(packed, to, encode_rows(window.take(rows), to, state.table, *draw))
+
+    num_ids = ids.shape[0]
+    packed = chunks.each(0, num_ids, num_ids, _BLOCK, store, state.table.rows)
+    return dataclasses.replace(
+        state,
+        table=dataclasses.replace(state.table, rows=packed),
+        cache=cache,
+        row_state=states,
+        counters=count_updates(state.counters, jnp.int32(0), is_pending),
+    )

@@ -1,0 +1,241 @@
+"""Vocabularies that change: a state moved to a spec with larger, more, fewer or renamed tables."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpembed_jax import ops, sharding
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache import residency
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.embedding.state import EmbeddingState, init
+from mpembed_jax.ops import Draw, Store
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import EmbeddingSpec
+
+_BLOCK = 65536  # rows copied at once
+
+
+def restack(
+    state: EmbeddingState,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    *,
+    renamed: Mapping[str, str] | None = None,
+) -> EmbeddingState:
+    """Moves a state to a stack of other tables: larger, more, fewer, or under other names.
+
+    A table keeps the rows, cache lines and optimizer state of the table of its name. All other rows
+    are as init makes them. Counts, step and key stay.
+
+    If the cache keeps its sizes (CacheSpec(num_rows=..)) and the kept tables keep their first rows,
+    lines and sketch stay where they are. Otherwise, each line moves to the set of its new id, in
+    the order of use, and the sketch starts anew. A line that finds no room there is written back to
+    the table (rounded, as by flush), as are all lines if the policy changes.
+
+    Args:
+      state: concrete and between steps; not consumed. A sharded state is held on one device while
+        it is moved.
+      spec: of the new state. It has the dim, storage and row_state_dtype of the old spec.
+      tx: the transformation given to init.
+      renamed: {new name: old name} of tables; other tables keep their names.
+
+    Returns:
+      The new state, on the same device or mesh.
+
+    Raises:
+      KeyError: if a name in `renamed` is unknown.
+      ValueError: if a kept table would lose rows; if dim, storage or row_state_dtype differ; if a
+        prefetch waits for its update; if tx is another one; if the state was made for another spec,
+        or averaged; or if the state is divided over several processes.
+    """
+    state.check_spec()
+    if bool(jax.device_get(state.pending)):
+        raise ValueError("restack was called between prefetch and apply_gradients; call it between")
+    kept = _kept(state.spec, spec, dict(renamed or {}))
+    layout = state.layout
+    if layout is not None:
+        if not state.key.is_fully_addressable:
+            raise ValueError(
+                "this state is divided over several processes: save it, and restore and restack "
+                "it in one process"
+            )
+        single = _restacked(sharding.relayout(state), spec, tx, kept)
+        axes = layout.axes or None
+        return sharding.relayout(
+            single, mesh=layout.mesh, axis_name=axes, placement=layout.placement
+        )
+    return _restacked(state, spec, tx, kept)
+
+
+def _kept(
+    old: EmbeddingSpec, new: EmbeddingSpec, renamed: dict[str, str]
+) -> list[tuple[int, int, int]]:
+    """Returns the first old row, the first new row and the old size of each kept table.
+
+    Raises:
+      KeyError: see restack.
+      ValueError: see restack.
+    """
+    for field in ("embedding_dim", "storage", "row_state_dtype"):
+        ours, theirs = getattr(old, field), getattr(new, field)
+        if ours != theirs:
+            raise ValueError(
+                f"restack changes tables and the cache; {field} is {ours} and would become "
+                f"{theirs} (see to_dense and from_dense)"
+            )
+    names, new_names = ([t.name for t in of.tables] for of in (old, new))
+    for to, name in renamed.items():
+        if to not in new_names or name not in names:
+            raise KeyError(
+                f"renamed={{{to!r}: {name!r}}} must map a table of {new_names} to one of {names}"
+            )
+    source = {to: renamed.get(to, to) for to in new_names}
+    taken = [name for name in source.values() if name in names]
+    if len(set(taken)) != len(taken):
+        raise ValueError(f"two tables of {new_names} would take the rows of one of {names}")
+    kept = []
+    for to, name in source.items():
+        if name not in names:
+            continue
+        (first, size), (begin, room) = old.table_range(name), new.table_range(to)
+        if room < size:
+            raise ValueError(
+                f"table {to!r} would lose rows: {name!r} has {size}, the new spec {room}"
+            )
+        kept.append((first, begin, size))
+    return kept
+
+
+def _restacked(
+    state: EmbeddingState,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    kept: list[tuple[int, int, int]],
+) -> EmbeddingState:
+    new = init(state.key, spec, tx, implementation=state.implementation)  # type: ignore[arg-type]
+    treedef: Any
+    old_leaves, old_def = jax.tree.flatten(state.row_state)
+    leaves, treedef = jax.tree.flatten(new.row_state)
+    before, after = ([(a.dtype, a.shape[1:], a.ndim) for a in x] for x in (old_leaves, leaves))
+    if (old_def, before) != (treedef, after):
+        raise ValueError(
+            f"tx does not match the row state: it was made for a transformation whose state is "
+            f"{old_def}, this one's is {treedef}; pass the same tx"
+        )
+    rows = _copied(new.table.rows, state.table.rows, kept)
+    leaves = [
+        _copied(array, old, kept) if array.ndim else old
+        for array, old in zip(leaves, old_leaves, strict=True)
+    ]
+    same = {name: getattr(state, name) for name in ("key", "step", "clock", "counters")}
+    new = dataclasses.replace(
+        new,
+        table=dataclasses.replace(new.table, rows=rows),
+        row_state=treedef.unflatten(leaves),
+        **jax.tree.map(jnp.copy, same),
+    )
+    return new if state.cache is None else _with_lines(new, state, state.cache, kept)
+
+
+def _copied(array: jax.Array, source: jax.Array, kept: list[tuple[int, int, int]]) -> jax.Array:
+    """Returns `array` [V, ..], which is consumed, with the kept rows of `source`."""
+    for first, begin, size in kept:
+        block = min(_BLOCK, size)
+        for offset in range(0, size, block):
+            offset = min(offset, size - block)
+            places = np.int32(first + offset), np.int32(begin + offset)
+            array = _copy_block(array, source, *places, size=block)
+    return array
+
+
+@partial(jax.jit, static_argnames="size", donate_argnames="array")
+def _copy_block(
+    array: jax.Array, source: jax.Array, first: jax.Array, begin: jax.Array, *, size: int
+) -> jax.Array:
+    ids = first + jnp.arange(size, dtype=jnp.int32)
+    return indexing.put_block(array, begin, indexing.take(source, ids))
+
+
+def _with_lines(
+    new: EmbeddingState,
+    state: EmbeddingState,
+    old: CacheState,
+    kept: list[tuple[int, int, int]],
+) -> EmbeddingState:
+    """Returns the new state, which is consumed, with the lines of the old cache."""
+    tags, priority, dirty = (
+        np.asarray(jax.device_get(a)) for a in (old.tags, old.priority, old.dirty)
+    )
+    ids = np.full_like(tags, NO_ID)
+    for first, begin, size in kept:
+        ids = np.where((tags >= first) & (tags < first + size), tags - first + begin, ids)
+    cache = new.cache
+    is_same = cache is not None and (cache.geometry, cache.policy) == (old.geometry, old.policy)
+    if cache is not None and is_same and all(first == begin for first, begin, _ in kept):
+        is_line = ids != NO_ID
+        return dataclasses.replace(
+            new,
+            cache=dataclasses.replace(
+                cache,
+                tags=jnp.asarray(ids),
+                priority=jnp.asarray(np.where(is_line, priority, 0)),
+                dirty=jnp.asarray(dirty & is_line),
+                rows=jnp.copy(old.rows),
+                sketch=jax.tree.map(jnp.copy, old.sketch),
+            ),
+        )
+    flat, use, is_dirty = ids.reshape(-1), priority.reshape(-1), dirty.reshape(-1)
+    num_lines = 0 if cache is None else cache.geometry.lines
+    line = np.full(flat.size, num_lines, np.int32)
+    if cache is not None and cache.policy == old.policy:
+        line = _places(flat, use, cache)
+        held = line < num_lines
+        shape = cache.tags.shape
+
+        def moved(values: np.ndarray, empty: Any) -> jax.Array:
+            lines = np.full(num_lines, empty, values.dtype)
+            lines[line[held]] = values[held]
+            return jnp.asarray(lines.reshape(shape))
+
+        cache = dataclasses.replace(
+            cache,
+            tags=moved(flat, NO_ID),
+            priority=moved(use, 0),
+            dirty=moved(is_dirty, False),
+            rows=_put(cache.rows, line, old.rows),
+        )
+    homeless = np.where((line == num_lines) & is_dirty, flat, NO_ID)
+    table = _write_back(new.table, old.rows, homeless, new.key, new.step)
+    return dataclasses.replace(new, table=table, cache=cache)
+
+
+def _places(ids: np.ndarray, use: np.ndarray, cache: CacheState) -> np.ndarray:
+    """Returns the line (int32 [n]) of each id: in its set, in descending order of use, or C."""
+    geometry = cache.geometry
+    sets = np.asarray(jax.device_get(jax.jit(residency.set_of, static_argnums=1)(ids, geometry)))
+    sets = np.where(ids == NO_ID, geometry.sets, sets)
+    order = np.lexsort((-use.astype(np.int64), sets))
+    first = np.searchsorted(sets[order], sets[order])
+    way = np.empty(ids.size, np.int64)
+    way[order] = np.arange(ids.size) - first
+    has_room = (ids != NO_ID) & (way < geometry.ways)
+    return np.where(has_room, sets * geometry.ways + way, geometry.lines).astype(np.int32)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    return indexing.put(array, index, values)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_back(
+    table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
+) -> Any:
+    return ops.write_back(Store(table, lines, ids != NO_ID), ids, Draw(key, step))
