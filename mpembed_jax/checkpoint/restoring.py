@@ -36,6 +36,8 @@ from mpembed_jax.checkpoint.errors import (
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
+# Arrays of an embedding state whose values its entry in the manifest repeats.
+_IN_ENTRY = {"fingerprint": "fingerprint", "key": "key", "step": "step", "pending": "is_pending"}
 
 
 def restore(directory: Any, target: Any, *, step: int | None = None, partial: bool = False) -> Any:
@@ -349,8 +351,15 @@ def _check_rows(
 ) -> None:
     """Checks the rows against the digest of the saved state's rows.
 
-    This finds rows lost between the disk, the increments and this process.
+    This finds rows lost between the disk, the increments and this process. What the entry says of
+    small arrays is compared first.
     """
+    for inner, field in _IN_ENTRY.items():
+        if np.asarray(arrays[inner]).tolist() != entry[field]:
+            raise DamagedError(
+                f"step {step} of {directory}: {inner} of embedding state "
+                f"{prefix or 'in the tree'!r} is not what the manifest says"
+            )
     kept = {i: a for i, a in arrays.items() if i.split(".")[0] in ("table", "row_state", "cache")}
     rows = {
         i: a
