@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh import exchange, requests
 from mpembed_jax.row_ids import NO_ID
@@ -28,7 +29,13 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
 
     Returns:
       The same nest of float32 [.., D]; padding and ids outside the table read as zeros.
+
+    Raises:
+      TypeError: if state is neither, or ids are not integers.
+      ValueError: if the state was donated before.
     """
+    if not isinstance(state, QuantizedTable):
+        arguments.check_state("read(state, ids)", state)
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
         return treedef.unflatten([read_rows(state, leaf) for leaf in leaves])
@@ -68,6 +75,7 @@ def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:
 
 def flush(state: EmbeddingState) -> EmbeddingState:
     """Writes every dirty line to the table, keeps tags and FP32 rows, clears dirty. Consumes the state where donated."""
+    arguments.check_state("flush(state)", state)
     state.check_spec()
     cache = state.cache
     if cache is None:
@@ -83,5 +91,6 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
 def freeze(state: EmbeddingState) -> QuantizedTable:
     """Returns the flushed rows of `state` as a table that `read` takes without a cache, in the order of global ids."""
+    arguments.check_state("freeze(state)", state)
     table, layout = flush(state).table, state.layout
     return table if layout is None else dataclasses.replace(table, rows=layout.in_order(table.rows))

@@ -12,6 +12,7 @@ import numpy as np
 
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.plan import CachePlan
 from mpembed_jax.embedding import row_sums
 from mpembed_jax.ops import Positions
 
@@ -56,6 +57,13 @@ def _checked(
         )
     treedef: Any
     index, treedef = jax.tree.flatten(inverse)
+    for i in index:
+        if not hasattr(i, "dtype") or i.dtype.kind not in "iu" or isinstance(inverse, CachePlan):
+            what = "a CachePlan" if isinstance(inverse, CachePlan) else getattr(i, "dtype", type(i))
+            raise TypeError(
+                "pool(rows, inverse, weights, combiner): inverse must be plan.inverse, int32 arrays "
+                f"of places in rows, got {what}"
+            )
     factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
     for i, w in zip(index, factors, strict=True):
         if w is not None and w.shape != i.shape:
@@ -105,6 +113,7 @@ def pool(
       Nest of float32: [.., D] without combiner; [.., D] with the last axis of inverse reduced; [num_segments, D].
 
     Raises:
+      TypeError: if inverse is not of integer arrays.
       ValueError: on an unknown combiner, weights without combiner or of other shape, segment_ids of another shape, or an
         unknown implementation.
     """
@@ -280,6 +289,12 @@ def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
 
     Returns:
       int32 [N].
+
+    Raises:
+      TypeError: if offsets are not integers.
     """
+    offsets = jnp.asarray(offsets)
+    if offsets.dtype.kind not in "iu":
+        raise TypeError(f"offsets must be int32 [B], got {offsets.dtype} {list(offsets.shape)}")
     position = jnp.arange(num_positions, dtype=offsets.dtype)
     return (jnp.searchsorted(offsets, position, side="right") - 1).astype(jnp.int32)

@@ -97,6 +97,16 @@ class EmbeddingState:
                 )
 
 
+def check_spec(call: str, spec: Any) -> None:
+    """Checks that an argument is a spec.
+
+    Raises:
+      TypeError: if it is something else; the message has `call`, which says the order of arguments.
+    """
+    if not isinstance(spec, EmbeddingSpec):
+        raise TypeError(f"{call}: spec must be an EmbeddingSpec, got {type(spec).__name__}")
+
+
 def init(
     key: jax.Array,
     spec: EmbeddingSpec,
@@ -127,10 +137,11 @@ def init(
       The state, on the default device or over the mesh.
 
     Raises:
-      TypeError: if key or tx is something else.
+      TypeError: if key, spec or tx is something else.
       ValueError: if tx cannot work on gathered rows, the message names the state leaf; or if the stack cannot be divided
         over the mesh so.
     """
+    check_spec("init(key, spec, tx)", spec)
     chosen = ops.choose(
         implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
     )
@@ -186,7 +197,14 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
 
     Returns:
       A tree like state; arrays by row and by set are divided over the sharding axes, everything else is on all devices.
+
+    Raises:
+      TypeError: if state is something else.
     """
+    if not isinstance(state, EmbeddingState):
+        raise TypeError(
+            f"partition_specs(state): state must be an EmbeddingState, got {type(state).__name__}"
+        )
     axes = () if state.layout is None else state.layout.axes
     rows, sketch = PartitionSpec(axes or None), PartitionSpec(None, axes or None)
     cache = state.cache

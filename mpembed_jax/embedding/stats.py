@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
@@ -70,10 +71,11 @@ def stats(state: EmbeddingState) -> CacheStats:
       CacheStats.
 
     Raises:
-      TypeError: under a trace; log `plan.counts` there.
-      ValueError: if the state was made for another spec, ids were out of range under out_of_range="raise", or
+      TypeError: under a trace; log `plan.counts` there. Also if state is something else.
+      ValueError: if the state was donated, or made for another spec, ids were out of range under out_of_range="raise", or
         updates were refused.
     """
+    arguments.check_state("stats(state)", state)
     if isinstance(state.counters, jax.core.Tracer):
         raise TypeError(
             "stats reads the host and cannot be traced; inside jit log plan.counts, which are device scalars"

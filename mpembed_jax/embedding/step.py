@@ -19,7 +19,7 @@ import optax
 from mpembed_jax import ops, row_ids
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import pooling, update
+from mpembed_jax.embedding import arguments, pooling, update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.mesh import exchange
@@ -41,9 +41,10 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       The state, one step further, and the plan of this step.
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32.
+      TypeError: if state is no state, or ids are not integers of 32 bits or fewer.
+      ValueError: if host ids do not fit int32, or the state was donated before.
     """
+    arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
@@ -164,7 +165,12 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     Returns:
       [U, D] in dtype.
+
+    Raises:
+      TypeError: if state or plan is something else.
     """
+    arguments.check_state("lookup(state, plan)", state)
+    arguments.check_plan("lookup(state, plan)", plan)
     rows = _gather(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
@@ -208,10 +214,11 @@ def apply_gradients(
       The state.
 
     Raises:
+      TypeError: if state or plan is something else.
       ValueError: on other shapes or dtypes, another tx than init's, or a second call for one prefetch.
     """
-    layout = state.layout
     _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
+    layout = state.layout
     moves, is_pending = _pending(state, plan)
     if layout is not None:
         layout.check_bound("apply_gradients")
@@ -272,15 +279,16 @@ def apply_pooled_gradients(
       The state.
 
     Raises:
+      TypeError: if state or plan is something else.
       ValueError: as `pool` and `apply_gradients`; on gradients of another tree, shape or dtype than pool's result.
     """
+    _check("apply_pooled_gradients", state, plan, rows=rows)
     spec, pooling_of = state.spec, (weights, combiner)
     options: dict[str, Any] = {
         "segment_ids": segment_ids,
         "num_segments": num_segments,
         "implementation": state.implementation,
     }
-    _check("apply_pooled_gradients", state, plan, rows=rows)
     index, factors, leaves = pooling.check_gradients(
         spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
     )
@@ -299,8 +307,15 @@ def apply_pooled_gradients(
 
 def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
     """Checks the shapes and dtypes of arrays per unique row, and that the state has a prefetch waiting, if that is known."""
+    call = f"{verb}(state, plan, rows, ..)"
+    arguments.check_state(call, state)
+    arguments.check_plan(call, plan)
     expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
     for name, array in arrays.items():
+        if not hasattr(array, "shape"):
+            raise TypeError(
+                f"{call}: {name} must be an array, float32 {expected}, got {type(array).__name__}"
+            )
         if array.shape != expected:
             raise ValueError(
                 f"{name} must be float32 {expected}, one row per unique id of the plan, got {array.dtype} {array.shape}; "

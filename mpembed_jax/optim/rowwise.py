@@ -52,6 +52,15 @@ def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
     return tx.rule if isinstance(tx, RowTransformation) else None
 
 
+def _check_rate(learning_rate: Any) -> None:
+    if isinstance(learning_rate, str) or not (
+        callable(learning_rate) or hasattr(learning_rate, "__float__")
+    ):
+        raise TypeError(
+            f"learning_rate must be a number or an optax schedule, got {learning_rate!r}"
+        )
+
+
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """Stochastic gradient descent, w -= lr * g, like optax.sgd without momentum.
 
@@ -63,6 +72,7 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     Returns:
       An optax transformation.
     """
+    _check_rate(learning_rate)
     plain = optax.sgd(learning_rate)
     if callable(learning_rate):
         return plain
@@ -165,6 +175,7 @@ def _with_decay(
     weight_decay: float,
     decoupled: bool,
 ) -> optax.GradientTransformation:
+    _check_rate(learning_rate)
     parts = [scaling]
     if weight_decay:
         parts.insert(1 if decoupled else 0, optax.add_decayed_weights(weight_decay))
