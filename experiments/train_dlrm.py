@@ -192,6 +192,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
     Raises:
       Refused: if a file is missing or is not what it should be, or leaves nothing to train on.
     """
+    check_data(settings)
     rows = settings.num_rows
     match settings.data:
         case "synthetic":

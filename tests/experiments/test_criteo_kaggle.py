@@ -387,5 +387,5 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a float to an int32 power
         record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128
-    with pytest.raises(ValueError, match="needs path"):
+    with pytest.raises(ValueError, match="--path is missing"):
         train_dlrm.run(train_dlrm.Settings(data="criteo"))
