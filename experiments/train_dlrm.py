@@ -192,6 +192,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
     Raises:
       Refused: if a file is missing or is not what it should be, or leaves nothing to train on.
     """
+    check_data(settings)
     rows = settings.num_rows
     match settings.data:
         case "synthetic":
@@ -447,11 +448,14 @@ def train(
         "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},
         "finished": [],
     }
-    saved = unfinished.read(folder) if settings.resume else None
+    saved, resumed = unfinished.read(folder) if settings.resume else None, None
     if saved is not None:
         if found := unfinished.differences(saved["data"], about["data"]):
             raise command_line.Refused(f"--resume: the data have changed: {'; '.join(found)}")
         about["finished"] = saved["finished"]
+        # Before anything is written: it may be refused.
+        resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
+        unfinished.restore(folder, saved, resumed, job)
     again = command_line.words_of(dataclasses.replace(settings, resume=True))
     command = command_line.command_of(command_line.name_of(run), again)
     outcomes = [training.outcome_of(values) for values in about["finished"]]
@@ -472,10 +476,11 @@ def train(
             if seed in done:
                 continue
             console.print(f"seed {seed}")
-            going = training.begin(source, contenders, recipe, job, seed=seed)
-            if saved is not None and saved["run"]["seed"] == seed:
-                unfinished.restore(folder, saved, going, job)
+            if resumed is not None and resumed.seed == seed:
+                going, resumed = resumed, None
                 console.print(f"going on at {going.place}")
+            else:
+                going = training.begin(source, contenders, recipe, job, seed=seed)
             before = {}
             for contender, curve, steps in zip(contenders, going.curves, going.steps, strict=True):
                 written.add(seed, contender.name, curve)

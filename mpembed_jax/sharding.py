@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from mpembed_jax.arrays import huge_pages
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import evaluation
-from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.embedding.state import EmbeddingState, check_spec, partition_specs
 from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
@@ -128,8 +128,14 @@ def plan(
       A Placement.
 
     Raises:
-      ValueError: if margin is below 1, or a batch does not divide over the devices.
+      TypeError: if spec or num_shards is something else.
+      ValueError: if margin or num_shards is below 1, or a batch does not divide over the devices.
     """
+    check_spec("sharding.plan(spec, num_shards, batches)", spec)
+    if isinstance(num_shards, bool) or not isinstance(num_shards, int | np.integer):
+        raise TypeError(f"num_shards must be a number of devices, got {num_shards!r}")
+    if num_shards < 1:
+        raise ValueError(f"num_shards must be at least 1, got {num_shards}")
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
     groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups

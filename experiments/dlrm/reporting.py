@@ -277,7 +277,7 @@ def _draw_memory(
     axis.set_xlim(middle - half, middle + half)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.ticklabel_format(axis="x", useOffset=False, style="plain")
-    axis.set_xlabel("AUC on the test rows, a dot per seed (in brackets: minus FP32)")
+    axis.set_xlabel("test AUC, a dot per seed (in brackets: minus FP32)")
     axis.set_title("What was reached, and in how much memory", fontsize=10)
     axis.grid(axis="x", alpha=0.25)
 

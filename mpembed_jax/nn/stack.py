@@ -46,6 +46,10 @@ class Stack(nnx.Module):
     def __init__(
         self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any
     ):
+        if not callable(getattr(rngs, "params", None)):
+            raise TypeError(
+                f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}"
+            )
         self.spec = spec
         self.tx = tx
         self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))

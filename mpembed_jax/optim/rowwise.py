@@ -64,6 +64,15 @@ def _with_rule(
     return optax.GradientTransformation(tx.init, RuledUpdate(tx.update, rule))
 
 
+def _check_rate(learning_rate: Any) -> None:
+    if isinstance(learning_rate, str) or not (
+        callable(learning_rate) or hasattr(learning_rate, "__float__")
+    ):
+        raise TypeError(
+            f"learning_rate must be a number or an optax schedule, got {learning_rate!r}"
+        )
+
+
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """Stochastic gradient descent, w -= lr * g, like optax.sgd without momentum.
 
@@ -75,6 +84,7 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     Returns:
       An optax transformation.
     """
+    _check_rate(learning_rate)
     return _with_rule(optax.sgd(learning_rate), learning_rate, False)
 
 
@@ -179,6 +189,7 @@ def _with_decay(
     weight_decay: float,
     decoupled: bool,
 ) -> optax.GradientTransformation:
+    _check_rate(learning_rate)
     parts = [scaling]
     if _is_given(weight_decay):
         parts.insert(1 if decoupled else 0, optax.add_decayed_weights(weight_decay))
