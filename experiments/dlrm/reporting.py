@@ -200,6 +200,7 @@ def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> N
 
 
 COLOURS = ("#222222", "#ee7733", "#0077bb", "#009988", "#cc3311", "#ee3377")
+ROUND = (1, 2, 5, 10)  # digits of ticks
 PANELS = (  # field of a point, title, unit, factor
     ("loss", "Loss of a training row", "nats", 1),
     ("auc", "AUC of rows before training on them", "AUC", 1),
@@ -228,8 +229,8 @@ def save_picture(outcomes: list[Outcome], batch_size: int, path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit)
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
         axis.grid(alpha=0.25)
         axis.margins(x=0.02)
     for axis in axes[2:]:
@@ -275,8 +276,8 @@ def _draw_memory(
     found = [o.auc for group in groups.values() for o in group]
     middle, half = (max(found) + min(found)) / 2, max(max(found) - min(found), 0.002)
     axis.set_xlim(middle - half, middle + half)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.ticklabel_format(axis="x", useOffset=False, style="plain")
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.12g}")
     axis.set_xlabel("test AUC, a dot per seed (in brackets: minus FP32)")
     axis.set_title("What was reached, and in how much memory", fontsize=10)
     axis.grid(axis="x", alpha=0.25)
