@@ -26,7 +26,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that `python experiments/train_dlrm.py` works too
 
-from experiments import command_line
+from experiments import command_line, running
 from experiments.command_line import setting
 from experiments.data import reddit, synthetic
 from experiments.dlrm import curves, reporting, training, unfinished
@@ -366,7 +366,7 @@ def check_memory(
     needed = training.state_bytes(source, contenders, recipe)
     # A step's rows, vectors and their gradients.
     needed += 8 * 4 * recipe.batch_size * len(source.tables) * recipe.embedding_dim
-    there = command_line.free_memory()
+    there = running.free_memory()
     if needed > there:
         raise command_line.Refused(
             f"--embedding-dim is {recipe.embedding_dim}, and tables, layers and a batch then take "
@@ -383,7 +383,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     console = reporting.make_console()
-    with command_line.working(f"opening the data {settings.data}"):
+    with running.working(f"opening the data {settings.data}"):
         source = make_source(settings, console.print)
     recipe = make_recipe(settings)
     check_rows(source, recipe)
@@ -462,7 +462,7 @@ def train(
     done = {outcome.seed for outcome in outcomes}
     rows = source.num_train // recipe.batch_size * recipe.batch_size
     with (
-        command_line.stoppable() as stop,
+        running.stoppable() as stop,
         curves.curves(
             settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
         ) as written,

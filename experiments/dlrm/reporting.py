@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.dlrm.curves import Point
 from experiments.dlrm.outcomes import Outcome
 
@@ -118,7 +118,7 @@ def bars(
     names: list[str],
     num_rows: int,
     done: dict[str, int] | None = None,
-    period_s: float = command_line.PERIOD_S,
+    period_s: float = running.PERIOD_S,
 ) -> Iterator[Bars]:
     """Shows bars with rows/s, loss and hit rate.
 
@@ -140,7 +140,7 @@ def bars(
             yield Bars(shown, names, num_rows, done)
         return
     found = Bars(None, names, num_rows, done)
-    with command_line.progress(found.line, period_s):
+    with running.progress(found.line, period_s):
         yield found
     if found.last:
         found.measured = ""

@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import copy_bandwidth, embedding_step
@@ -282,7 +282,7 @@ def run(settings: Settings) -> None:
     grid = cases(settings.quick)
     todo = chosen(settings)
     for number, case in enumerate(todo, 1):
-        with command_line.working(f"case {number} of {len(todo)}"):
+        with running.working(f"case {number} of {len(todo)}"):
             result = measure(case, settings.steps, settings.warm, bandwidth)
         result["commit"] = facts["commit"]
         measured[case] = result

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.accuracy import paper_report, records
 from experiments.accuracy.grid import Case
 from experiments.command_line import setting
@@ -120,13 +120,13 @@ def measure(settings: Settings) -> dict[str, Any]:
         curves[name] = []
         for rows in settings.rows:
             case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
-            with command_line.working(f"{name}: {rows:,} rows"):
+            with running.working(f"{name}: {rows:,} rows"):
                 result = bench_step.measure(case, 30, 40, bandwidth)
             curves[name].append((result["num_rows"], result["ms"]))
             print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
     curves["dense flax FP32"] = []
     for rows in settings.dense_rows:
-        with command_line.working(f"dense flax: {rows:,} rows"):
+        with running.working(f"dense flax: {rows:,} rows"):
             milliseconds = dense_step_ms(rows, settings.dim)
         curves["dense flax FP32"].append((sum(workload.sizes_for(rows)), milliseconds))
         print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
