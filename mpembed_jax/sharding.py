@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from mpembed_jax.arrays import huge_pages
 from mpembed_jax.cache import residency
-from mpembed_jax.embedding import evaluation
+from mpembed_jax.embedding import arguments, evaluation
 from mpembed_jax.embedding.state import EmbeddingState, check_spec, partition_specs
 from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
@@ -50,8 +50,10 @@ def relayout(
       The state over the new mesh.
 
     Raises:
-      ValueError: if the stack cannot be divided in this way.
+      TypeError: if state has another type.
+      ValueError: if the state was donated, or if the stack cannot be divided in this way.
     """
+    arguments.check_state("relayout(state, *, mesh, axis_name, placement)", state)
     new = Layout.of(state.spec, mesh, axis_name, placement)
     if new is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -199,10 +201,11 @@ def pairs(state: EmbeddingState, ids: Any) -> Any:
 
     Raises:
       KeyError: if a feature is unknown.
-      TypeError: if ids are not integers.
+      TypeError: if state has another type, or ids are not integers.
       ValueError: if the last axis is not T; if ids lie outside their table and out_of_range is
         "raise"; or if the stack takes plain ids.
     """
+    arguments.expect("pairs(state, ids)", "state", state, EmbeddingState, "from init")
     layout = state.layout
     if layout is None:
         raise ValueError(

@@ -67,9 +67,12 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
       CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
         the array and the file. Without `step`, also if a newer checkpoint than the newest good one
         cannot be read now, or was written by a newer version: it may be good.
+      TypeError: if directory is no path, or step no whole number.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
-    folder = Path(directory).absolute()
+    call = "restore(directory, target)"
+    folder = manifest.path_of(call, directory)
+    step = None if step is None else manifest.number_of(call, step)
     saving.finish_pending(folder)
     chain = agreement.from_first(lambda: _choose(folder, step))
     named = leaves.named(target)

@@ -334,8 +334,13 @@ def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
       int32 [N], the segment_ids for `pool`.
 
     Raises:
-      TypeError: if offsets are not integers.
+      TypeError: if offsets are not integers, or num_positions is no whole number.
     """
+    if not isinstance(num_positions, int | np.integer):
+        raise TypeError(
+            "segments_from_offsets(offsets, num_positions): num_positions must be a whole number, "
+            f"got {type(num_positions).__name__}"
+        )
     offsets = jnp.asarray(offsets)
     if offsets.dtype.kind not in "iu":
         raise TypeError(f"offsets must be int32 [B], got {offsets.dtype} {list(offsets.shape)}")

@@ -152,6 +152,7 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
       The other gradients, for nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads).
 
     Raises:
+      TypeError: if grads are no gradients of a model.
       ValueError: if the model has no cached embedding, if none was prefetched, or if grads lack the
         rows of one that was.
     """
@@ -161,6 +162,11 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
             "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) "
             "once before each nnx.value_and_grad (a step that trains no embedding needs no "
             "nn.apply_gradients)"
+        )
+    if hasattr(grads, "shape"):
+        raise TypeError(
+            "nn.apply_gradients(model, grads): grads must be what nnx.grad or nnx.value_and_grad "
+            f"returned for the model, got {type(grads).__name__}"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
     row_grads = []

@@ -6,7 +6,7 @@ Each mistake ends in a message that names the fix, and harms no row.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,19 @@ import pytest
 import shapes
 import training
 from cases import named
+from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, sharding
+from mpembed_jax import (
+    NO_ID,
+    CacheSpec,
+    EmbeddingSpec,
+    TableSpec,
+    checkpoint,
+    nn,
+    optim,
+    sharding,
+)  # fmt: skip
 
 TX = optax.sgd(0.5)
 DIM = 4
@@ -786,6 +796,98 @@ MISTAKES = {
     "sharding.plan, no shards": Mistake(
         lambda m: sharding.plan(m.spec, 0), ValueError, "num_shards must be at least 1"
     ),
+    "sharding.relayout, spec": Mistake(
+        lambda m: sharding.relayout(m.spec), TypeError, r"relayout\(state.*got EmbeddingSpec"
+    ),
+    "sharding.pairs, swapped": Mistake(
+        lambda m: sharding.pairs(m.ids, m.state), TypeError, r"pairs\(state, ids\): state must be"
+    ),
+    "scale_by_rowwise_adagrad, text": Mistake(
+        lambda m: optim.scale_by_rowwise_adagrad("x"), TypeError, "eps must be a number, got 'x'"
+    ),
+    "scale_by_rowwise_adam, None": Mistake(
+        lambda m: optim.scale_by_rowwise_adam(None), TypeError, "b1 must be a number, got None"
+    ),
+    "rowwise_adagrad, decay": Mistake(
+        lambda m: optim.rowwise_adagrad(0.1, weight_decay="x"), TypeError, "weight_decay must be a"
+    ),
+    "clip_by_row_norm, negative": Mistake(
+        lambda m: optim.clip_by_row_norm(-1.0), ValueError, "max_norm must be at least 0, got -1.0"
+    ),
+    "rule_of, rate": Mistake(
+        lambda m: optim.rule_of(0.1), TypeError, "tx must be an optax gradient"
+    ),
+    "transformation_of, tx": Mistake(
+        lambda m: optim.transformation_of(TX), TypeError, "rule must be a RowRule, got Gradient"
+    ),
+    "encode, swapped": Mistake(
+        lambda m: mpembed.encode(mpembed.RowFormat("int8"), m.rows),
+        TypeError,
+        r"encode\(rows, format, random_bits\): rows must be float32",
+    ),
+    "decode, swapped": Mistake(
+        lambda m: mpembed.decode(mpembed.RowFormat("int8"), m.rows, DIM),
+        TypeError,
+        "packed must be an array of words, got RowFormat",
+    ),
+    "segments_from_offsets, swapped": Mistake(
+        lambda m: mpembed.segments_from_offsets(4, m.ids),
+        TypeError,
+        "num_positions must be a whole",
+    ),
+    "checkpoint.save, tree first": Mistake(
+        lambda m: checkpoint.save(m.state, 1, "x"),
+        TypeError,
+        r"save\(directory, step, tree\): directory must be a path, got EmbeddingState",
+    ),
+    "checkpoint.save, swapped": Mistake(
+        lambda m: checkpoint.save("x", m.state, 1), TypeError, "step must be a whole number, got"
+    ),
+    "checkpoint.save, state as tracker": Mistake(
+        lambda m: checkpoint.save("x", 1, m.state, tracker=m.state),
+        TypeError,
+        "tracker must be a RowTracker.*got EmbeddingState",
+    ),
+    "checkpoint.restore, swapped": Mistake(
+        lambda m: checkpoint.restore(m.state, "x"), TypeError, "directory must be a path, got Embed"
+    ),
+    "checkpoint.restore, text": Mistake(
+        lambda m: checkpoint.restore("x", m.state, step="1"), TypeError, "step must be a whole numb"
+    ),
+    "checkpoint.steps, state": Mistake(
+        lambda m: checkpoint.steps(m.state), TypeError, r"steps\(directory\): directory must be"
+    ),
+    "checkpoint.latest_step, number": Mistake(
+        lambda m: checkpoint.latest_step(3), TypeError, "directory must be a path, got int"
+    ),
+    "checkpoint.track, plan": Mistake(
+        lambda m: checkpoint.track(m.plan), TypeError, r"track\(state\): state must be.*CachePlan"
+    ),
+    "checkpoint.track, donated": Mistake(
+        lambda m: checkpoint.track(m.donated), ValueError, "was donated to an earlier call"
+    ),
+    "checkpoint.mark, swapped": Mistake(
+        lambda m: checkpoint.mark(m.plan, m.tracker),
+        TypeError,
+        r"mark\(tracker, plan\): tracker must be a RowTracker",
+    ),
+    "checkpoint.mark, state": Mistake(
+        lambda m: checkpoint.mark(m.tracker, m.state), TypeError, "plan must be a CachePlan"
+    ),
+    "checkpoint.partition_specs, state": Mistake(
+        lambda m: checkpoint.partition_specs(m.state), TypeError, "tracker must be a RowTracker"
+    ),
+    "nn.apply_gradients, swapped": Mistake(
+        lambda m: nn.apply_gradients(nnx.State({}), m.model), ValueError, "pass the model that has"
+    ),
+    "nn.apply_gradients, loss": Mistake(
+        lambda m: nn.apply_gradients(m.model, jnp.float32(1)),
+        TypeError,
+        r"apply_gradients\(model, grads\): grads must be what nnx.grad",
+    ),
+    "nn.discard, state": Mistake(
+        lambda m: nn.discard(m.state), ValueError, "holds no cached embedding; pass the model"
+    ),
 }
 
 
@@ -793,11 +895,13 @@ MISTAKES = {
 def mistaken():
     ids = np.arange(3, dtype=np.int32)
     state, plan = mpembed.prefetch(start(stack()), ids)
+    model = nn.CachedEmbed(20, DIM, tx=TX, rngs=nnx.Rngs(0))
+    model.prefetch(ids)
     donated = start(stack())
     jax.block_until_ready(train(donated, ids))
     return SimpleNamespace(
         spec=stack(), ids=ids, state=state, plan=plan, rows=mpembed.lookup(state, plan),
-        donated=donated,
+        donated=donated, tracker=checkpoint.track(start(stack())), model=model,
     )  # fmt: skip
 
 
@@ -810,8 +914,18 @@ def test_a_mistake_of_the_first_hour_says_what_goes_where(name, mistaken):
 
 def test_every_public_function_has_a_mistake():
     functions = {n for n in mpembed.__all__ if callable(getattr(mpembed, n))}
-    results = {"CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable"}
-    assert {name.split(",")[0] for name in MISTAKES} >= functions - results
+    functions -= {"CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable"}
+    for room in (sharding, checkpoint, optim, mpembed.memory, nn):
+        place = "" if room is optim else room.__name__.split(".")[-1] + "."
+        functions |= {
+            place + name
+            for name, value in vars(room).items()
+            if isinstance(value, FunctionType)
+            and name in getattr(room, "__all__", vars(room))
+            and (value.__module__ == room.__name__ or hasattr(room, "__all__"))
+            and not name.startswith("_")
+        }
+    assert {name.split(",")[0] for name in MISTAKES} >= functions
 
 
 def test_one_table_may_be_named_without_a_list(mistaken):
