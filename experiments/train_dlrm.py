@@ -26,7 +26,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that `python experiments/train_dlrm.py` works too
 
-from experiments import command_line
+from experiments import command_line, running
 from experiments.command_line import setting
 from experiments.data import reddit, synthetic
 from experiments.dlrm import curves, reporting, training, unfinished
@@ -192,6 +192,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
     Raises:
       Refused: if a file is missing or is not what it should be, or leaves nothing to train on.
     """
+    check_data(settings)
     rows = settings.num_rows
     match settings.data:
         case "synthetic":
@@ -365,7 +366,7 @@ def check_memory(
     needed = training.state_bytes(source, contenders, recipe)
     # A step's rows, vectors and their gradients.
     needed += 8 * 4 * recipe.batch_size * len(source.tables) * recipe.embedding_dim
-    there = command_line.free_memory()
+    there = running.free_memory()
     if needed > there:
         raise command_line.Refused(
             f"--embedding-dim is {recipe.embedding_dim}, and tables, layers and a batch then take "
@@ -382,7 +383,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     console = reporting.make_console()
-    with command_line.working(f"opening the data {settings.data}"):
+    with running.working(f"opening the data {settings.data}"):
         source = make_source(settings, console.print)
     recipe = make_recipe(settings)
     check_rows(source, recipe)
@@ -447,18 +448,21 @@ def train(
         "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},
         "finished": [],
     }
-    saved = unfinished.read(folder) if settings.resume else None
+    saved, resumed = unfinished.read(folder) if settings.resume else None, None
     if saved is not None:
         if found := unfinished.differences(saved["data"], about["data"]):
             raise command_line.Refused(f"--resume: the data have changed: {'; '.join(found)}")
         about["finished"] = saved["finished"]
+        # Before anything is written: it may be refused.
+        resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
+        unfinished.restore(folder, saved, resumed, job)
     again = command_line.words_of(dataclasses.replace(settings, resume=True))
     command = command_line.command_of(command_line.name_of(run), again)
     outcomes = [training.outcome_of(values) for values in about["finished"]]
     done = {outcome.seed for outcome in outcomes}
     rows = source.num_train // recipe.batch_size * recipe.batch_size
     with (
-        command_line.stoppable() as stop,
+        running.stoppable() as stop,
         curves.curves(
             settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
         ) as written,
@@ -472,10 +476,11 @@ def train(
             if seed in done:
                 continue
             console.print(f"seed {seed}")
-            going = training.begin(source, contenders, recipe, job, seed=seed)
-            if saved is not None and saved["run"]["seed"] == seed:
-                unfinished.restore(folder, saved, going, job)
+            if resumed is not None and resumed.seed == seed:
+                going, resumed = resumed, None
                 console.print(f"going on at {going.place}")
+            else:
+                going = training.begin(source, contenders, recipe, job, seed=seed)
             before = {}
             for contender, curve, steps in zip(contenders, going.curves, going.steps, strict=True):
                 written.add(seed, contender.name, curve)

@@ -15,7 +15,7 @@ import optax
 
 from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.embedding import pooling, step
-from mpembed_jax.embedding.state import init
+from mpembed_jax.embedding.state import check_spec, init
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -110,8 +110,15 @@ def report(
       A Report whose total equals the sum of `nbytes` over the arrays of the live state.
 
     Raises:
+      TypeError: if spec or batch_shape is something else.
       ValueError: if tx cannot work on gathered rows.
     """
+    check_spec("memory.report(spec, tx, batch_shape)", spec)
+    if batch_shape is not None and not isinstance(batch_shape, tuple | list):
+        raise TypeError(
+            "batch_shape must be the shape of a batch's ids, such as (2048, 26), got "
+            f"{batch_shape!r}"
+        )
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     state = jax.eval_shape(lambda key: init(key, spec, tx), key)
     cache = state.cache

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 
 from mpembed_jax.arrays import huge_pages
 from mpembed_jax.cache import residency
-from mpembed_jax.embedding import evaluation
-from mpembed_jax.embedding.state import EmbeddingState, partition_specs
+from mpembed_jax.embedding import arguments, evaluation
+from mpembed_jax.embedding.state import EmbeddingState, check_spec, partition_specs
 from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
@@ -50,9 +50,11 @@ def relayout(
       The state over the new mesh.
 
     Raises:
-      ValueError: if the stack cannot be divided in this way, or if the state was made for another
-        spec, or averaged.
+      TypeError: if state has another type.
+      ValueError: if the state was donated, made for another spec, or averaged, or if the stack
+        cannot be divided in this way.
     """
+    arguments.check_state("relayout(state, *, mesh, axis_name, placement)", state)
     state.check_spec()
     new = Layout.of(state.spec, mesh, axis_name, placement)
     if new is None:
@@ -130,8 +132,14 @@ def plan(
       A Placement.
 
     Raises:
-      ValueError: if margin is below 1, or a batch does not divide over the devices.
+      TypeError: if spec or num_shards is something else.
+      ValueError: if margin or num_shards is below 1, or a batch does not divide over the devices.
     """
+    check_spec("sharding.plan(spec, num_shards, batches)", spec)
+    if isinstance(num_shards, bool) or not isinstance(num_shards, int | np.integer):
+        raise TypeError(f"num_shards must be a number of devices, got {num_shards!r}")
+    if num_shards < 1:
+        raise ValueError(f"num_shards must be at least 1, got {num_shards}")
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
     groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
@@ -195,10 +203,11 @@ def pairs(state: EmbeddingState, ids: Any) -> Any:
 
     Raises:
       KeyError: if a feature is unknown.
-      TypeError: if ids are not integers.
+      TypeError: if state has another type, or ids are not integers.
       ValueError: if the last axis is not T; if ids lie outside their table and out_of_range is
         "raise"; or if the stack takes plain ids.
     """
+    arguments.expect("pairs(state, ids)", "state", state, EmbeddingState, "from init")
     layout = state.layout
     if layout is None:
         raise ValueError(

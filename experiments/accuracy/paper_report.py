@@ -177,13 +177,13 @@ def write(found: list[dict[str, Any]], out: Path) -> None:
     groups = group(found)
     (out / "paper_table.md").write_text(text(groups))
     largest = max(groups, key=lambda g: sum(map(len, g.cases.values())))
-    for name, panel in (("accuracy", _accuracy), ("hits", _hits), ("losses", _losses)):
+    for name, panel in (("accuracy", draw_accuracy), ("hits", _hits), ("losses", _losses)):
         figure = Figure(figsize=(8.5, 5), layout="constrained")
         axis = figure.subplots()
         ends = panel(axis, largest)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        _label_ends(figure, axis, ends)
+        label_ends(figure, axis, ends)
         figure.savefig(out / f"paper_table_{name}.png", dpi=110)
 
 
@@ -196,7 +196,7 @@ class End(NamedTuple):
     colour: str
 
 
-def _label_ends(figure: Figure, axis: Any, ends: list[End]) -> None:
+def label_ends(figure: Figure, axis: Any, ends: list[End]) -> None:
     """Writes each line's name beside its end, names that would meet one above the other."""
     figure.canvas.draw()
     places = (
@@ -214,14 +214,14 @@ def _label_ends(figure: Figure, axis: Any, ends: list[End]) -> None:
         )  # fmt: skip
 
 
-def _round_ticks(axis: Any, which: str, ticks: Iterable[float], low: float, high: float) -> None:
+def round_ticks(axis: Any, which: str, ticks: Iterable[float], low: float, high: float) -> None:
     """Sets those of the ticks that lie within the limits, and no others."""
     shown = [tick for tick in ticks if low <= tick <= high]
     getattr(axis, f"set_{which}ticks")(shown, [f"{tick:g}" for tick in shown])
     getattr(axis, f"{which}axis").set_minor_locator(NullLocator())
 
 
-def _accuracy(axis: Any, group: Group) -> list[End]:
+def draw_accuracy(axis: Any, group: Group) -> list[End]:
     """AUC lost against bytes per row: a line per method that has several sizes."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for case in group.cases:
@@ -245,8 +245,8 @@ def _accuracy(axis: Any, group: Group) -> list[End]:
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1, linscale=0.7)
     axis.set_xlim(0.9 * min(xs[1:], default=full / 2), 1.35 * max(xs[1:], default=full))
-    _round_ticks(axis, "x", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256), *axis.get_xlim())
-    _round_ticks(axis, "y", (-5, -2, -1, 0, 1, 2, 5, 10, 20, 50), min(ys) - 1, max(ys) + 10)
+    round_ticks(axis, "x", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256), *axis.get_xlim())
+    round_ticks(axis, "y", (-5, -2, -1, 0, 1, 2, 5, 10, 20, 50), min(ys) - 1, max(ys) + 10)
     axis.set_xlabel(f"bytes per row of the embedding (FP32: {full:.0f}), all metadata counted")
     axis.set_ylabel("AUC lost against FP32, thousandths (95 % intervals)")
     axis.set_title(f"How few bytes a row can have, and what that costs ({group.title})")
@@ -274,7 +274,7 @@ def _hits(axis: Any, group: Group) -> list[End]:
     axis.set_xscale("log")
     axis.set_xlim(0.8 * min(xs), 1.6 * max(xs))
     axis.set_ylim(0, 100)
-    _round_ticks(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), *axis.get_xlim())
+    round_ticks(axis, "x", (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), *axis.get_xlim())
     axis.set_xlabel("rows in the cache, % of all rows")
     axis.set_ylabel("ids found in the cache, %")
     axis.set_title(f"What a small cache catches ({group.title})")
@@ -300,10 +300,10 @@ def _losses(axis: Any, group: Group) -> list[End]:
         axis.plot(steps, lost, style, color=colour, linewidth=1.5)
         ends.append(End(steps[-1], lost[-1], case.name, colour))
         values += lost.tolist()
-    axis.axhline(0, color="black", linewidth=0.8)
+    axis.plot((0, plain[-1, 0]), (0, 0), color="black", linewidth=0.8)
     axis.set_xlim(0, 1.25 * plain[-1, 0])
     axis.set_yscale("symlog", linthresh=1, linscale=0.7)
-    _round_ticks(
+    round_ticks(
         axis, "y", (-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100), min(values), max(values) + 5
     )
     axis.set_xlabel("training step")

@@ -32,7 +32,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # so that `python PATH/paper_table.py` works too
 
-from experiments import command_line, provenance, train_dlrm
+from experiments import command_line, provenance, running, train_dlrm
 from experiments.accuracy import grid, paper_report, paper_runs, records
 from experiments.accuracy.grid import FP32, Case, Method
 from experiments.command_line import setting
@@ -222,7 +222,7 @@ def record_of(
 def train(
     settings: Settings,
     console: Any,
-    stop: command_line.Stop,
+    stop: running.Stop,
     cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of,
 ) -> None:
     """Runs what is missing, seed by seed, so that an unfinished grid has few seeds of all cases.
@@ -237,7 +237,7 @@ def train(
     for dim in settings.dims:
         task = task_of(settings, dim)
         if source is None:
-            with command_line.working(f"opening the data {settings.data}"):
+            with running.working(f"opening the data {settings.data}"):
                 source = train_dlrm.make_source(task, console.print)
         data, recipe = data_of(task, source), train_dlrm.make_recipe(task)
         train_dlrm.check_rows(source, recipe)
@@ -311,7 +311,7 @@ def run(settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] 
     """
     console = reporting.make_console()
     if not settings.report:
-        with command_line.stoppable() as stop:
+        with running.stoppable() as stop:
             train(settings, console, stop, cases_at)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     paper_report.write(found, settings.out)

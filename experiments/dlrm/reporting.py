@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.dlrm.curves import Point
 from experiments.dlrm.outcomes import Outcome
 
@@ -118,7 +118,7 @@ def bars(
     names: list[str],
     num_rows: int,
     done: dict[str, int] | None = None,
-    period_s: float = command_line.PERIOD_S,
+    period_s: float = running.PERIOD_S,
 ) -> Iterator[Bars]:
     """Shows bars with rows/s, loss and hit rate.
 
@@ -140,7 +140,7 @@ def bars(
             yield Bars(shown, names, num_rows, done)
         return
     found = Bars(None, names, num_rows, done)
-    with command_line.progress(found.line, period_s):
+    with running.progress(found.line, period_s):
         yield found
     if found.last:
         found.measured = ""
@@ -200,6 +200,7 @@ def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> N
 
 
 COLOURS = ("#222222", "#ee7733", "#0077bb", "#009988", "#cc3311", "#ee3377")
+ROUND = (1, 2, 5, 10)  # digits of ticks
 PANELS = (  # field of a point, title, unit, factor
     ("loss", "Loss of a training row", "nats", 1),
     ("auc", "AUC of rows before training on them", "AUC", 1),
@@ -228,8 +229,8 @@ def save_picture(outcomes: list[Outcome], batch_size: int, path: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_ylabel(unit)
         axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+        axis.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.12g}")
         axis.grid(alpha=0.25)
         axis.margins(x=0.02)
     for axis in axes[2:]:
@@ -275,9 +276,9 @@ def _draw_memory(
     found = [o.auc for group in groups.values() for o in group]
     middle, half = (max(found) + min(found)) / 2, max(max(found) - min(found), 0.002)
     axis.set_xlim(middle - half, middle + half)
-    axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.ticklabel_format(axis="x", useOffset=False, style="plain")
-    axis.set_xlabel("AUC on the test rows, a dot per seed (in brackets: minus FP32)")
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.12g}")
+    axis.set_xlabel("test AUC, a dot per seed (in brackets: minus FP32)")
     axis.set_title("What was reached, and in how much memory", fontsize=10)
     axis.grid(axis="x", alpha=0.25)
 

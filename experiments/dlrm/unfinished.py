@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from experiments import provenance
-from experiments.command_line import Refused, Stop, Stopped
+from experiments.command_line import Refused
+from experiments.running import Stop, Stopped
 from mpembed_jax import checkpoint
 
 if TYPE_CHECKING:

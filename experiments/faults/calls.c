@@ -2,7 +2,7 @@
 
    Every function of libc below that Python, tensorstore and orbax use on files is replaced by one that counts its calls on
    paths below the folder. At call `target` it fails with an error number, does half of its work, or kills the process.
-   Calls that do not go through libc are not seen; calls.py compares the count with strace's where that is installed. */
+   Calls that do not go through libc are not seen. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.faults import (
     calls,
@@ -191,7 +191,7 @@ def run(settings: Settings) -> None:
         report["parts"] = json.loads(settings.out.read_text())["parts"]
     for name in settings.only or parts:
         start = time.perf_counter()
-        with command_line.working(name):
+        with running.working(name):
             found = parts[name]()
         report["parts"][name] = {
             **found,

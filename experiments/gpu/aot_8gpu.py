@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.gpu import targets
 from experiments.scaling.collectives import collectives
@@ -136,7 +136,7 @@ def run(settings: Settings) -> None:
         topology=f"1x1x{settings.devices}",
     )
     mesh = jax.sharding.Mesh(topology.devices, ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    with command_line.working("compiling the exchange"):
+    with running.working("compiling the exchange"):
         compiled, state = compile_step(settings, mesh)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     arrays = {"table": state.table.rows, "cache rows": state.cache.rows, "tags": state.cache.tags}
@@ -158,7 +158,7 @@ def run(settings: Settings) -> None:
         "aliased_bytes": memory.alias_size_in_bytes,
         "copies_of_a_shard_s_array": copies,
     }
-    with command_line.working("compiling the divided table"):
+    with running.working("compiling the divided table"):
         plain = compile_all_gather(settings, mesh).as_text()
     for name, program, is_wide in (
         ("ordinary", text, False),

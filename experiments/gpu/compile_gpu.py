@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.gpu.targets import TARGETS, description, missing_compiler
 from experiments.speed.step import embedding_step
@@ -207,7 +207,7 @@ def _elements(shape: str) -> int:
 def measure(target: str, function: Any, arguments: tuple, donated: Any, state: Any) -> dict:
     """Compiles for a target and returns the figures, and the seconds it took."""
     begin = time.perf_counter()
-    with command_line.working(f"compiling for {target}"):
+    with running.working(f"compiling for {target}"):
         compiled = compile_for(target, function, *arguments, donate_argnums=donated)
     seconds = time.perf_counter() - begin
     return figures(compiled, state) | {"compile_seconds": round(seconds, 2)}

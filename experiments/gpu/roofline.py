@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import embedding_step
@@ -179,7 +179,7 @@ def run(settings: Settings) -> None:
     """Writes the floors of each verb for three dims and two batch sizes."""
     found, runs = provenance.environment(), []
     for batch in (65536, 16384):
-        with command_line.working(f"training with batches of {batch}"):
+        with running.working(f"training with batches of {batch}"):
             # The cache is filled by ids, not by steps.
             counts = counts_of(batch, settings.skew, settings.warm * 65536 // batch)
         for dim in (16, 64, 128):

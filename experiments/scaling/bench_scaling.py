@@ -36,7 +36,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
@@ -179,7 +179,7 @@ def run(settings: Settings) -> None:
     results = []
     for dim in settings.dims:
         for devices in settings.devices:
-            with command_line.working(f"D={dim} devices={devices}"):
+            with running.working(f"D={dim} devices={devices}"):
                 result = measure(settings, dim, devices, ids, samples)
             results.append(result)
             is_same = result["rows_digest"] == next(

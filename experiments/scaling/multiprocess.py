@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed.step import embedding_step
 
@@ -254,10 +254,10 @@ def run(settings: Settings) -> None:
         "settings": {name: getattr(settings, name) for name in TRAINING},
         "runs": [],
     }
-    with command_line.working("training in one process"):
+    with running.working("training in one process"):
         expected = launch(settings, 0)
     for processes in (0, *settings.processes):
-        with command_line.working(f"training in {processes} processes"):
+        with running.working(f"training in {processes} processes"):
             result = launch(settings, processes) if processes else expected
         is_same = result == expected
         totals = {

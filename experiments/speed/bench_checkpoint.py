@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import embedding_step
@@ -92,7 +92,7 @@ def is_equal(first: Any, second: Any) -> bool:
 
 def run(settings: Settings) -> None:
     """Measures and writes the results."""
-    with command_line.working("measuring"):
+    with running.working("measuring"):
         result = measure(settings)
     for name, value in result.items():
         print(

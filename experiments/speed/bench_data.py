@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.data import batches, criteo, synthetic
 from experiments.data.background import in_background
@@ -119,7 +119,7 @@ def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measures, prints and saves; returns what the JSON file holds."""
-    with command_line.working("measuring"):
+    with running.working("measuring"):
         return measure(settings)
 
 

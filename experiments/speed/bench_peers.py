@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed.peers import Case
 
@@ -160,7 +160,7 @@ def start(name, dim, args):
 
 def alternate(names, dim, args):
     """Runs one group of peers side by side, the first of them ours; returns their results."""
-    with command_line.working(f"D={dim}: {', '.join(names)}"):
+    with running.working(f"D={dim}: {', '.join(names)}"):
         workers = [w for w in (start(name, dim, args) for name in names) if w]
         for _ in range(args.rounds):
             for worker in workers:

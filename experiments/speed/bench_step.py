@@ -25,9 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import copy_bandwidth, embedding_step
@@ -232,35 +233,33 @@ def check(settings: Settings) -> None:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draws the step time of each case beside its bytes floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def name(r: dict[str, Any]) -> str:
-        cache = (
-            ""
-            if r["fraction"] is None
-            else f" + {r['lines'] or format(r['fraction'], '.0%')} {r['policy']} W={r['ways']}"
+    """Draws the step time by dim and format beside its bytes floor."""
+    usual = dataclasses.asdict(Case())
+    free = ("dim", "storage", "fraction")
+    shown = [r for r in results if all(r[k] == v for k, v in usual.items() if k not in free)]
+    shown.sort(key=lambda r: (r["dim"], r["ms"]))
+    names = [
+        f"D = {r['dim']}, {r['storage'].upper()}"
+        + (f" + {100 * r['fraction']:g} %" if r["fraction"] else "")
+        for r in shown
+    ]
+    figure = Figure(figsize=(8.5, 0.36 * len(shown) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    place = range(len(shown))
+    axis.barh(place, [r["ms"] for r in shown], color="#99bbdd")
+    axis.barh(place, [r["floor_ms"] for r in shown], color="#0077bb", height=0.35)
+    for at, r in zip(place, shown, strict=True):
+        text = f"{r['ms']:.1f} ms; its bytes alone take {r['floor_ms']:.1f} ms"
+        axis.annotate(
+            text, (r["ms"], at), (6, 0), textcoords="offset points", va="center", fontsize=9
         )
-        marks = (" bags" if r["bag"] > 1 else "") + (" cold" if r["cold"] else "")
-        return (
-            f"D={r['dim']} B={r['batch']} {r['storage']}{cache} z={r['skew']} "
-            f"V={r['num_rows'] / 1e6:.1f}M{marks}"
-        )
-
-    figure, axes = plt.subplots(figsize=(9, 0.24 * len(results) + 1.2))
-    place = np.arange(len(results))[::-1]
-    axes.barh(place, [r["ms"] for r in results], color="#4477aa", label="step")
-    axes.barh(
-        place, [r["floor_ms"] for r in results], color="#ee6677", height=0.35, label="bytes floor"
-    )
-    axes.set(xscale="log", xlabel="ms")
-    axes.set_yticks(place, [name(r) for r in results], fontsize=6)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    axis.set_yticks(place, names)
+    axis.set_xlim(0, 1.7 * max((r["ms"] for r in shown), default=1))
+    axis.set_ylim(len(shown) - 0.4, -0.6)
+    axis.set_xlabel("ms per step (dark: its bytes at the speed of a copy)")
+    axis.set_title(f"What a step of {usual['batch']:,} x 26 ids takes on 2 CPU cores")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def run(settings: Settings) -> None:
@@ -283,7 +282,7 @@ def run(settings: Settings) -> None:
     grid = cases(settings.quick)
     todo = chosen(settings)
     for number, case in enumerate(todo, 1):
-        with command_line.working(f"case {number} of {len(todo)}"):
+        with running.working(f"case {number} of {len(todo)}"):
             result = measure(case, settings.steps, settings.warm, bandwidth)
         result["commit"] = facts["commit"]
         measured[case] = result

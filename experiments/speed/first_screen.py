@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.accuracy import paper_report, records
-from experiments.accuracy.grid import FP32, Case
+from experiments.accuracy.grid import Case
 from experiments.command_line import setting
 from experiments.speed import bench_step, workload
 from experiments.speed.step import copy_bandwidth
@@ -79,14 +81,6 @@ def check(settings: Settings) -> None:
     command_line.check_out(settings.out, is_file=False)
 
 
-FAMILIES = {
-    "INT8": {"fmt": "o-", "color": "#4477aa"},
-    "INT4": {"fmt": "s-", "color": "#228833"},
-    "INT2": {"fmt": "D-", "color": "#aa3377"},
-    "FP32 hashed": {"fmt": "x:", "color": "#888888"},
-    "FP32 pruned": {"fmt": "+:", "color": "#888888"},
-    "FP32 narrow": {"fmt": "1:", "color": "#888888"},
-}
 FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
 
 
@@ -126,13 +120,13 @@ def measure(settings: Settings) -> dict[str, Any]:
         curves[name] = []
         for rows in settings.rows:
             case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
-            with command_line.working(f"{name}: {rows:,} rows"):
+            with running.working(f"{name}: {rows:,} rows"):
                 result = bench_step.measure(case, 30, 40, bandwidth)
             curves[name].append((result["num_rows"], result["ms"]))
             print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
     curves["dense flax FP32"] = []
     for rows in settings.dense_rows:
-        with command_line.working(f"dense flax: {rows:,} rows"):
+        with running.working(f"dense flax: {rows:,} rows"):
             milliseconds = dense_step_ms(rows, settings.dim)
         curves["dense flax FP32"].append((sum(workload.sizes_for(rows)), milliseconds))
         print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
@@ -178,79 +172,39 @@ Device and commit:
     return "\n".join([*head, *rows, note])
 
 
-def _draw_family(axis: Any, quality: paper_report.Group, family: str, look: dict[str, Any]) -> None:
-    """Draws the loss of each case of a family against its bytes.
-
-    The points of ours have the cache's share beside them.
-    """
-    cases = [case for case in quality.cases if case != FP32 and case.family == family]
-    cases.sort(key=lambda case: quality.mean(case, "bytes_per_row"))
-    lost = [quality.difference(case, "auc") for case in cases]
-    size = [quality.mean(case, "bytes_per_row") for case in cases]
-    axis.errorbar(
-        size,
-        [-x.mean for x in lost],
-        [x.half for x in lost],
-        label=family,
-        capsize=2,
-        lw=1.2,
-        ms=4.5,
-        elinewidth=0.8,
-        **look,
-    )
-    for case, x, y in zip(cases, size, lost, strict=True):
-        if case.method == "trained":
-            share = f"{100 * case.cache:.3g} %" if case.cache else "no cache"
-            axis.annotate(
-                share,
-                (x, -y.mean),
-                fontsize=6.5,
-                color=look["color"],
-                xytext=(4, 3),
-                textcoords="offset points",
-            )
-
-
 def draw(
     settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path
 ) -> None:
     """Draws the picture of README's first screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    ends = []
     for (name, points), colour in zip(
-        curves.items(), ("#4477aa", "#228833", "#ee6677"), strict=True
+        curves.items(), ("#0077bb", "#228833", "#222222"), strict=True
     ):
-        left.plot(*zip(*points, strict=True), "o-", label=name, color=colour)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="table rows",
-        ylabel="ms per step",
-        title=f"step time, D = {settings.dim}, 2 CPU cores",
+        left.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4)
+        ends.append(paper_report.End(*points[-1], name, colour))
+    sizes, times = zip(*(point for points in curves.values() for point in points), strict=True)
+    left.set(xscale="log", yscale="log", xlabel="rows of the table", ylabel="ms per step")
+    left.set_xlim(0.8 * min(sizes), 6 * max(sizes))
+    left.set_ylim(0.7 * min(times), 1.4 * max(times))
+    paper_report.round_ticks(left, "x", (1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8), *left.get_xlim())
+    left.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    paper_report.round_ticks(
+        left, "y", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), *left.get_ylim()
     )
-    left.legend()
-    left.grid(alpha=0.3)
-    if quality is not None:
-        for family, look in FAMILIES.items():
-            _draw_family(right, quality, family, look)
-        right.legend(fontsize=7, loc="lower left")
-        right.set_yscale("symlog", linthresh=2e-4)
-        right.axhline(0, color="black", lw=0.5)
-        right.set(
-            xscale="log",
-            xticks=(8, 12, 16, 24, 32),
-            xticklabels=("8", "12", "16", "24", "32"),
-            xlabel="bytes per row (64 in FP32), all metadata counted",
-            ylabel="AUC lost against FP32",
-            title="Reddit, D = 16, paired seeds, 95 % intervals",
-        )
-        right.minorticks_off()
-        right.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    left.set_title(f"A step's time does not grow with the table (D = {settings.dim})", fontsize=11)
+    panels = [(left, ends)]
+    if quality is None:
+        right.set_visible(False)
+    else:
+        panels.append((right, paper_report.draw_accuracy(right, quality)))
+        right.title.set_fontsize(11)
+    for axis, ends in panels:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        paper_report.label_ends(figure, axis, ends)
+    figure.savefig(path, dpi=110)
 
 
 def run(settings: Settings) -> None:

@@ -56,6 +56,10 @@ class CacheSpec:
     policy: str = "lfu"
 
     def __post_init__(self) -> None:
+        if isinstance(self.fraction, bool) or not isinstance(
+            self.fraction, int | float | np.integer | np.floating
+        ):
+            raise ValueError(f"cache fraction must be a number in (0, 1], got {self.fraction!r}")
         if self.num_rows is None and not 0 < self.fraction <= 1:
             raise ValueError(
                 f"cache fraction must be in (0, 1], got {self.fraction}; use cache=None for no "

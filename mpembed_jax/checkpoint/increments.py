@@ -27,6 +27,7 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
 from mpembed_jax.checkpoint.errors import CheckpointError, UnreadableError
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh.layout import Layout
@@ -86,10 +87,13 @@ def track(state: EmbeddingState) -> RowTracker:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
-      ValueError: if a prefetch has not yet been followed by its apply_gradients, because its rows
-        would change without a plan. Also if the state was made inside jax.pmap, or if its shards
-        together have 2**31 - 1 rows or more; save full checkpoints of such a state.
+      TypeError: if state has another type.
+      ValueError: if the state was donated. Also if a prefetch has not yet been followed by its
+        apply_gradients, because its rows would change without a plan. Also if the state was made
+        inside jax.pmap, or if its shards together have 2**31 - 1 rows or more; save full
+        checkpoints of such a state.
     """
+    arguments.check_state("track(state)", state)
     state.check_spec()
     layout = state.layout
     if bool(state.pending):
@@ -131,7 +135,11 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
     Returns:
       A tree like tracker. Bitmaps are divided like the state's rows. Everything else is on all
       devices.
+
+    Raises:
+      TypeError: if tracker has another type.
     """
+    arguments.expect("partition_specs(tracker)", "tracker", tracker, RowTracker, "from track")
     axes = () if tracker.layout is None else tracker.layout.axes
     everywhere = jax.tree.map(lambda _: PartitionSpec(), tracker)
     return dataclasses.replace(
@@ -174,8 +182,12 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
       The tracker, one step further.
 
     Raises:
+      TypeError: if tracker or plan has another type.
       ValueError: for a state over a mesh, outside jax.shard_map.
     """
+    call = "mark(tracker, plan)"
+    arguments.expect(call, "tracker", tracker, RowTracker, "from track")
+    arguments.check_plan(call, plan)
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
     # Victims are never in the batch, so all of these ids are distinct.

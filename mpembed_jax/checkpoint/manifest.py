@@ -10,6 +10,7 @@ trusted. `schema` checks its types and names, `array_files` the files of its arr
 """
 
 import json
+import operator
 import os
 import re
 import zlib
@@ -33,6 +34,29 @@ def folder_of(directory: Path, step: int) -> Path:
     return directory / f"step_{step}"
 
 
+def path_of(call: str, directory: Any) -> Path:
+    """Returns the absolute path of a directory.
+
+    Raises:
+      TypeError: if it is no path; the message has `call`, which says the order of arguments.
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"{call}: directory must be a path, got {type(directory).__name__}")
+    return Path(directory).absolute()
+
+
+def number_of(call: str, step: Any) -> int:
+    """Returns the number of a step.
+
+    Raises:
+      TypeError: if it is no whole number; the message has `call`.
+    """
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"{call}: step must be a whole number, got {type(step).__name__}") from None
+
+
 def steps(directory: Any) -> list[int]:
     """Returns the steps that were saved completely, in ascending order.
 
@@ -46,7 +70,9 @@ def steps(directory: Any) -> list[int]:
 
     Raises:
       OSError: if the system cannot read the directory.
+      TypeError: if directory is no path.
     """
+    directory = path_of("steps(directory)", directory)
     try:
         names = os.listdir(directory)
     except FileNotFoundError:

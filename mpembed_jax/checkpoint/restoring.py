@@ -36,6 +36,8 @@ from mpembed_jax.checkpoint.errors import (
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
+# Arrays of an embedding state whose values its entry in the manifest repeats.
+_IN_ENTRY = {"fingerprint": "fingerprint", "key": "key", "step": "step", "pending": "is_pending"}
 
 
 def restore(directory: Any, target: Any, *, step: int | None = None, partial: bool = False) -> Any:
@@ -65,9 +67,12 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
       CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
         the array and the file. Without `step`, also if a newer checkpoint than the newest good one
         cannot be read now, or was written by a newer version: it may be good.
+      TypeError: if directory is no path, or step no whole number.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
-    folder = Path(directory).absolute()
+    call = "restore(directory, target)"
+    folder = manifest.path_of(call, directory)
+    step = None if step is None else manifest.number_of(call, step)
     saving.finish_pending(folder)
     chain = agreement.from_first(lambda: _choose(folder, step))
     target = leaves.without_clocks(target)
@@ -351,8 +356,15 @@ def _check_rows(
 ) -> None:
     """Checks the rows against the digest of the saved state's rows.
 
-    This finds rows lost between the disk, the increments and this process.
+    This finds rows lost between the disk, the increments and this process. What the entry says of
+    small arrays is compared first.
     """
+    for inner, field in _IN_ENTRY.items():
+        if np.asarray(arrays[inner]).tolist() != entry[field]:
+            raise DamagedError(
+                f"step {step} of {directory}: {inner} of embedding state "
+                f"{prefix or 'in the tree'!r} is not what the manifest says"
+            )
     kept = {i: a for i, a in arrays.items() if i.split(".")[0] in ("table", "row_state", "cache")}
     rows = {
         i: a

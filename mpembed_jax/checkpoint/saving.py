@@ -9,12 +9,12 @@ import contextlib
 import itertools
 import logging
 import math
-import operator
 import os
 import secrets
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,8 @@ def save(
       A Saving; its `wait()` returns when the checkpoint is complete.
 
     Raises:
-      TypeError: if a leaf cannot be saved; the message names it.
+      TypeError: if a leaf cannot be saved; the message names it. Also if directory is no path, step
+        no whole number or tracker no tracker.
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
         checkpoint from which it started. Also if an embedding state was made for another spec, or
         averaged.
@@ -211,8 +212,16 @@ def save(
         soon as the new one is complete. The error of an earlier save that nobody waited for is
         logged (logger `mpembed_jax.checkpoint`); it does not hinder this one.
     """
-    folder = Path(directory).absolute()
-    step = operator.index(step)
+    call = "save(directory, step, tree)"
+    folder = manifest.path_of(call, directory)
+    step = manifest.number_of(call, step)
+    trackers = tracker.values() if isinstance(tracker, Mapping) else (tracker,)
+    for each in trackers:
+        if tracker is not None and not isinstance(each, increments.RowTracker):
+            raise TypeError(
+                f"{call}: tracker must be a RowTracker (from track), or a mapping of the names of "
+                f"embedding states to theirs, got {type(each).__name__}"
+            )
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     if keep is not None and keep < 1:

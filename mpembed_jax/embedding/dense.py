@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
-from mpembed_jax.embedding import evaluation
-from mpembed_jax.embedding.state import EmbeddingState, make, over_mesh
+from mpembed_jax.embedding import arguments, evaluation
+from mpembed_jax.embedding.state import EmbeddingState, check_spec, make, over_mesh
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics import random_bits
@@ -27,12 +27,14 @@ from mpembed_jax.table import QuantizedTable, encode_rows
 _BLOCK = 65536  # rows converted at once
 
 
-def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def to_dense(
+    state: EmbeddingState, tables: Sequence[str] | str | None = None
+) -> dict[str, np.ndarray]:
     """Returns float32 tables on the host, with the rows that `read` returns for their ids.
 
     Args:
       state: not consumed.
-      tables: names of tables; None for all.
+      tables: a name, or several; None for all.
 
     Returns:
       {name: float32 [vocabulary_size, D]}.
@@ -42,9 +44,10 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
       ValueError: if the stack has 2**31 - 1 rows or more, or if the state was made for another
         spec, or averaged.
     """
+    arguments.check_state("to_dense(state, tables)", state)
     state.check_spec()
     known = [t.name for t in state.spec.tables]
-    names = known if tables is None else list(tables)
+    names = known if tables is None else [tables] if isinstance(tables, str) else list(tables)
     unknown = [n for n in names if n not in known]
     if unknown:
         raise KeyError(f"unknown tables {unknown}; this spec has {known}")
@@ -122,9 +125,16 @@ def from_dense(
 
     Raises:
       KeyError: if a name is missing or unknown.
+      TypeError: if spec or tables has another type.
       ValueError: if an array has another shape.
     """
+    check_spec("from_dense(key, spec, tx, tables)", spec)
     names = [t.name for t in spec.tables]
+    if not isinstance(tables, Mapping):
+        raise TypeError(
+            f"from_dense(key, spec, tx, tables): tables must be a mapping {{name: [rows, D]}}, "
+            f"got {type(tables).__name__}"
+        )
     if set(tables) != set(names):
         raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
     for t in spec.tables:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh import exchange, order, requests
 from mpembed_jax.row_ids import NO_ID
@@ -34,10 +35,12 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
       zeros. Inside jit, a state that was made for another spec, or averaged, reads as NaN.
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32. Outside jit, if the state was made for another spec,
-        or averaged.
+      TypeError: if state is neither, or if ids are not integers of 32 bits or fewer.
+      ValueError: if host ids do not fit int32, or if the state was donated. Outside jit, if the
+        state was made for another spec, or averaged.
     """
+    if not isinstance(state, QuantizedTable):
+        arguments.check_state("read(state, ids)", state)
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
         return treedef.unflatten([read_rows(state, leaf) for leaf in leaves])
@@ -93,7 +96,12 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
     Returns:
       The state.
+
+    Raises:
+      TypeError: if state has another type.
+      ValueError: if the state was donated, or made for another spec.
     """
+    arguments.check_state("flush(state)", state)
     state.check_spec()
     cache = state.cache
     if cache is None:
@@ -111,7 +119,12 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
     """Returns the flushed table of a state, with its rows in the order of global ids.
 
     `read` accepts this table in place of a state.
+
+    Raises:
+      TypeError: if state has another type.
+      ValueError: if the state was donated, or made for another spec.
     """
+    arguments.check_state("freeze(state)", state)
     table = flush(state).table
     layout = state.layout
     return (

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.plan import CachePlan
 from mpembed_jax.embedding import row_sums
 from mpembed_jax.ops import Positions
 
@@ -65,6 +66,13 @@ def _checked(
         )
     treedef: Any
     index, treedef = jax.tree.flatten(inverse)
+    for i in index:
+        if not hasattr(i, "dtype") or i.dtype.kind not in "iu" or isinstance(inverse, CachePlan):
+            what = "a CachePlan" if isinstance(inverse, CachePlan) else getattr(i, "dtype", type(i))
+            raise TypeError(
+                "pool(rows, inverse, weights, combiner): inverse must be plan.inverse, int32 "
+                f"arrays of places in rows, got {what}"
+            )
     factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
     for i, w in zip(index, factors, strict=True):
         if w is not None and w.shape != i.shape:
@@ -125,6 +133,7 @@ def pool(
       [num_segments, D].
 
     Raises:
+      TypeError: if inverse does not hold arrays of integers.
       ValueError: if the combiner or the implementation is unknown; if weights or segment_ids come
         without a combiner or in another shape than inverse; if segment_ids come without
         num_segments or with several inverses; or if a combiner is given and an inverse is a
@@ -323,6 +332,17 @@ def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
 
     Returns:
       int32 [N], the segment_ids for `pool`.
+
+    Raises:
+      TypeError: if offsets are not integers, or num_positions is no whole number.
     """
+    if not isinstance(num_positions, int | np.integer):
+        raise TypeError(
+            "segments_from_offsets(offsets, num_positions): num_positions must be a whole number, "
+            f"got {type(num_positions).__name__}"
+        )
+    offsets = jnp.asarray(offsets)
+    if offsets.dtype.kind not in "iu":
+        raise TypeError(f"offsets must be int32 [B], got {offsets.dtype} {list(offsets.shape)}")
     position = jnp.arange(num_positions, dtype=offsets.dtype)
     return (jnp.searchsorted(offsets, position, side="right") - 1).astype(jnp.int32)

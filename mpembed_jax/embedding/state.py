@@ -147,6 +147,16 @@ class EmbeddingState:
                 )
 
 
+def check_spec(call: str, spec: Any) -> None:
+    """Checks that an argument is a spec.
+
+    Raises:
+      TypeError: if it is something else; the message has `call`, which says the order of arguments.
+    """
+    if not isinstance(spec, EmbeddingSpec):
+        raise TypeError(f"{call}: spec must be an EmbeddingSpec, got {type(spec).__name__}")
+
+
 def init(
     key: jax.Array,
     spec: EmbeddingSpec,
@@ -180,10 +190,11 @@ def init(
       The state, on the default device or over the mesh.
 
     Raises:
-      TypeError: if key or tx has another type.
+      TypeError: if key, spec or tx has another type.
       ValueError: if tx cannot work on gathered rows (the message names the state leaf), or if the
         stack cannot be divided over the mesh in this way.
     """
+    check_spec("init(key, spec, tx)", spec)
     chosen = ops.choose(
         implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
     )
@@ -244,7 +255,14 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
     Returns:
       A tree like state. Arrays by row and arrays by cache set are divided over the sharding axes.
       All other arrays are replicated.
+
+    Raises:
+      TypeError: if state has another type.
     """
+    if not isinstance(state, EmbeddingState):
+        raise TypeError(
+            f"partition_specs(state): state must be an EmbeddingState, got {type(state).__name__}"
+        )
     axes = () if state.layout is None else state.layout.axes
     rows, sketch = PartitionSpec(axes or None), PartitionSpec(None, axes or None)
     cache = state.cache

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
@@ -81,10 +82,11 @@ def stats(state: EmbeddingState) -> CacheStats:
       The counts.
 
     Raises:
-      TypeError: if the state is traced; log `plan.counts` instead.
-      ValueError: if the state was made for another spec, if ids were out of range under
+      TypeError: if the state is traced (log `plan.counts` instead), or has another type.
+      ValueError: if the state was donated or made for another spec, if ids were out of range under
         out_of_range="raise", or if updates were refused.
     """
+    arguments.check_state("stats(state)", state)
     if isinstance(state.counters, jax.core.Tracer):
         raise TypeError(
             "stats returns host values and cannot be traced; inside jit, log plan.counts, which "

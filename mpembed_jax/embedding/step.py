@@ -26,7 +26,7 @@ from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import pooling, update
+from mpembed_jax.embedding import arguments, pooling, update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.mesh import exchange
@@ -51,9 +51,10 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       The state, advanced by one step, and the plan of this step.
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer.
-      ValueError: if host ids do not fit int32, or the state was made for another spec.
+      TypeError: if state has another type, or if ids are not integers of 32 bits or fewer.
+      ValueError: if host ids do not fit int32, or the state was donated or made for another spec.
     """
+    arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
@@ -182,8 +183,12 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
       [U, D] in dtype.
 
     Raises:
-      ValueError: if the plan is concrete and not of the state's latest prefetch.
+      TypeError: if state or plan has another type.
+      ValueError: if the state was donated, or if the plan is concrete and not of the state's latest
+        prefetch.
     """
+    arguments.check_state("lookup(state, plan)", state)
+    arguments.check_plan("lookup(state, plan)", plan)
     _check_latest("lookup", state, plan)
     rows = lookup_held(state, plan)
     if state.layout is not None:
@@ -246,9 +251,11 @@ def apply_gradients(
       The state.
 
     Raises:
-      ValueError: if a shape or dtype is wrong, if tx is not the one given to init, or on a second
-        call for one prefetch.
+      TypeError: if state or plan has another type.
+      ValueError: if a shape or dtype is wrong, if tx is not the one given to init, if the state was
+        donated, or on a second call for one prefetch.
     """
+    _check_kinds("apply_gradients", state, plan)
     layout = state.layout
     if layout is not None:
         width = plan.unique_ids.shape[0]
@@ -336,9 +343,11 @@ def apply_pooled_gradients(
       The state.
 
     Raises:
+      TypeError: if state or plan has another type.
       ValueError: as in `pool` and `apply_gradients`, or if the tree, a shape or a dtype of
         pooled_grads differs from that of pool's result.
     """
+    _check_kinds("apply_pooled_gradients", state, plan)
     spec = state.spec
     pooling_of = (weights, combiner)
     options: dict[str, Any] = {
@@ -394,6 +403,13 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
     return jnp.sqrt(total if layout is None else exchange.total_over_shards(layout, total))
 
 
+def _check_kinds(verb: str, state: Any, plan: Any) -> None:
+    """Checks the types of the state and the plan that a verb was given."""
+    call = f"{verb}(state, plan, rows, ..)"
+    arguments.check_state(call, state)
+    arguments.check_plan(call, plan)
+
+
 def _check(
     verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
 ) -> None:
@@ -402,10 +418,16 @@ def _check(
     If state.pending is traced, `_pending` makes the latter check on the device.
 
     Raises:
+      TypeError: if one is no array.
       ValueError: if a check fails.
     """
+    call = f"{verb}(state, plan, rows, ..)"
     expected = (width, state.spec.embedding_dim)
     for name, array in arrays.items():
+        if not hasattr(array, "shape"):
+            raise TypeError(
+                f"{call}: {name} must be an array, float32 {expected}, got {type(array).__name__}"
+            )
         if array.shape != expected:
             raise ValueError(
                 f"{name} must be float32 {expected}, one row per unique id of the plan, got "

@@ -56,6 +56,7 @@ class Layout:
           placement: as in init.
 
         Raises:
+          TypeError: if mesh is something else.
           ValueError: if the mesh has no such axis, or the stack cannot be divided in this way.
         """
         if mesh is None and axis_name is None:
@@ -71,6 +72,10 @@ class Layout:
                 )
             return None
         placement = Placement() if placement is None else placement
+        if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+            raise TypeError(
+                f"mesh must be a jax.sharding.Mesh (jax.make_mesh), got {type(mesh).__name__}"
+            )
         _check_axis_types(mesh)
         if mesh is None:
             names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

@@ -86,8 +86,28 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
     return tuple((f, chosen[f]) for f in features)
 
 
+def as_arrays(ids: Any) -> Any:
+    """Returns a list of integers, or of such lists, as an array; everything else as it is.
+
+    Raises:
+      ValueError: if lists have different lengths.
+    """
+    if not isinstance(ids, list | tuple) or not ids:
+        return ids
+    leaves = jax.tree.leaves(ids)
+    if not all(isinstance(leaf, int | np.integer) for leaf in leaves):
+        return ids
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        raise ValueError(
+            "ids are lists of different lengths; pad them with NO_ID to one length"
+        ) from None
+
+
 def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
     """Maps any nest of a single table's ids to global ids, and checks them against its size."""
+    ids = as_arrays(ids)
     ((feature, _),) = spec.feature_tables
     return jax.tree.map(lambda leaf: spec.global_ids({feature: leaf})[feature], ids)
 

@@ -46,6 +46,10 @@ class Stack(nnx.Module):
     def __init__(
         self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any
     ):
+        if not callable(getattr(rngs, "params", None)):
+            raise TypeError(
+                f"rngs must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}"
+            )
         self.spec = spec
         self.tx = tx
         self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))
@@ -169,6 +173,7 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
       The other gradients, for nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads).
 
     Raises:
+      TypeError: if grads are no gradients of a model.
       ValueError: if the model has no cached embedding, if none was prefetched, or if grads lack the
         rows of one that was.
     """
@@ -178,6 +183,11 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
             "nn.apply_gradients found no prefetched rows in the model; call module.prefetch(ids) "
             "once before each nnx.value_and_grad (a step that trains no embedding needs no "
             "nn.apply_gradients)"
+        )
+    if hasattr(grads, "shape"):
+        raise TypeError(
+            "nn.apply_gradients(model, grads): grads must be what nnx.grad or nnx.value_and_grad "
+            f"returned for the model, got {type(grads).__name__}"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
     row_grads = []

@@ -59,8 +59,12 @@ def encode(
       TypeError: if rows are not float32.
       ValueError: if random_bits are not uint32 of the shape of rows, or rows have no columns.
     """
-    if rows.dtype != jnp.float32:
-        raise TypeError(f"rows must be float32 [.., D], got {rows.dtype}; cast them before encode")
+    if getattr(rows, "dtype", None) != jnp.float32:
+        found = getattr(rows, "dtype", type(rows).__name__)
+        raise TypeError(
+            f"encode(rows, format, random_bits): rows must be float32 [.., D], got {found}; cast "
+            "them before encode"
+        )
     if rows.ndim < 1 or rows.shape[-1] < 1:
         raise ValueError(f"rows must be float32 [.., D] with D >= 1, got shape {rows.shape}")
     if random_bits is not None and (
@@ -111,8 +115,14 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
       float32 [.., D].
 
     Raises:
+      TypeError: if packed is no array, or format no format.
       ValueError: if the words' dtype or number does not match the format and dim.
     """
+    if not hasattr(packed, "dtype"):
+        raise TypeError(
+            "decode(packed, format, embedding_dim): packed must be an array of words, got "
+            f"{type(packed).__name__}"
+        )
     fmt = as_format(format).resolve(embedding_dim)
     dtype, num_words = fmt.word_dtype(embedding_dim), fmt.row_words(embedding_dim)
     if packed.dtype != dtype or packed.ndim < 1 or packed.shape[-1] != num_words:

@@ -40,7 +40,12 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
 
     Returns:
       An optax transformation whose update needs `params`.
+
+    Raises:
+      TypeError: if key is something else.
     """
+
+    key_words(key)  # raises where it is none
 
     def init(params: Any) -> StochasticRoundState:
         del params

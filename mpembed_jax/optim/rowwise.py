@@ -49,8 +49,16 @@ def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
     """Returns the rule of `tx`, or None, as for a chain of several transformations.
 
     Without a rule, only plain XLA can run the update.
+
+    Raises:
+      TypeError: if tx is no transformation.
     """
     update = getattr(tx, "update", None)
+    if update is None:
+        raise TypeError(
+            "tx must be an optax gradient transformation such as optim.rowwise_adagrad(0.05), got "
+            f"{type(tx).__name__}"
+        )
     return update.rule if isinstance(update, RuledUpdate) else None
 
 
@@ -64,6 +72,18 @@ def _with_rule(
     return optax.GradientTransformation(tx.init, RuledUpdate(tx.update, rule))
 
 
+def _check_rate(learning_rate: Any) -> None:
+    if not callable(learning_rate):
+        _check_numbers("a number or an optax schedule", learning_rate=learning_rate)
+
+
+def _check_numbers(wanted: str = "a number", **values: Any) -> None:
+    """Raises TypeError for what is no number; a number may be traced."""
+    for name, value in values.items():
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be {wanted}, got {value!r}")
+
+
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """Stochastic gradient descent, w -= lr * g, like optax.sgd without momentum.
 
@@ -75,6 +95,7 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     Returns:
       An optax transformation.
     """
+    _check_rate(learning_rate)
     return _with_rule(optax.sgd(learning_rate), learning_rate, False)
 
 
@@ -95,7 +116,11 @@ def scale_by_rowwise_adagrad(
 
     Returns:
       An optax transformation for parameters [.., D]. Its state has one float32 per row.
+
+    Raises:
+      TypeError: if an argument is no number.
     """
+    _check_numbers(eps=eps, initial_accumulator_value=initial_accumulator_value)
 
     def init(params: Any) -> ScaleByRowwiseAdagradState:
         return ScaleByRowwiseAdagradState(
@@ -144,7 +169,11 @@ def scale_by_rowwise_adam(
 
     Returns:
       An optax transformation for parameters [.., D].
+
+    Raises:
+      TypeError: if an argument is no number.
     """
+    _check_numbers(b1=b1, b2=b2, eps=eps)
 
     def init(params: Any) -> ScaleByRowwiseAdamState:
         mu = jax.tree.map(jnp.zeros_like, params)
@@ -179,6 +208,8 @@ def _with_decay(
     weight_decay: float,
     decoupled: bool,
 ) -> optax.GradientTransformation:
+    _check_rate(learning_rate)
+    _check_numbers(weight_decay=weight_decay)
     parts = [scaling]
     if _is_given(weight_decay):
         parts.insert(1 if decoupled else 0, optax.add_decayed_weights(weight_decay))
@@ -240,7 +271,15 @@ def rowwise_adam(
 
 
 def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales each row's gradient down to an L2 norm of at most max_norm. It has no state."""
+    """Scales each row's gradient down to an L2 norm of at most max_norm. It has no state.
+
+    Raises:
+      TypeError: if max_norm is no number.
+      ValueError: if it is negative.
+    """
+    _check_numbers(max_norm=max_norm)
+    if isinstance(max_norm, int | float) and max_norm < 0:
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
 
     def clip(g: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(jnp.square(g), axis=-1, keepdims=True))
@@ -252,7 +291,15 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def transformation_of(rule: RowRule) -> optax.GradientTransformation:
-    """Returns the transformation that does what `rule` says."""
+    """Returns the transformation that does what `rule` says.
+
+    Raises:
+      TypeError: if rule is no RowRule.
+    """
+    if not isinstance(rule, RowRule):
+        raise TypeError(
+            f"transformation_of(rule): rule must be a RowRule, got {type(rule).__name__}"
+        )
     if rule.has_sums:
         return rowwise_adagrad(rule.learning_rate, rule.eps)
     return sgd(rule.learning_rate)

@@ -4,7 +4,9 @@ Each mistake ends in a message that names the fix, and harms no row.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +17,19 @@ import pytest
 import shapes
 import training
 from cases import named
+from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
+from mpembed_jax import (
+    NO_ID,
+    CacheSpec,
+    EmbeddingSpec,
+    TableSpec,
+    checkpoint,
+    nn,
+    optim,
+    sharding,
+)  # fmt: skip
 from mpembed_jax.embedding.counters import COUNTERS
 
 TX = optax.sgd(0.5)
@@ -693,3 +705,289 @@ def test_a_state_under_another_spec_reads_as_nan_inside_jit():
         mpembed.read(mixed, jnp.arange(4, dtype=jnp.int32))
     assert np.isnan(training.read(mixed, {"a": jnp.arange(4, dtype=jnp.int32)})["a"]).all()
     assert np.isfinite(training.read(state, jnp.arange(4, dtype=jnp.int32))).all()
+
+
+# --- mistakes of the first hour: one per public function, and each says what goes where
+
+
+class Mistake(NamedTuple):
+    """A wrong call; it gets a state, its plan, its rows, and a state that was donated."""
+
+    call: Callable
+    error: type
+    says: str
+
+
+KEY = jax.random.key(0)
+MISTAKES = {
+    "init, swapped": Mistake(
+        lambda m: mpembed.init(m.spec, KEY, TX), TypeError, r"init\(key, spec, tx\): spec must be"
+    ),
+    "init, tables": Mistake(
+        lambda m: mpembed.init(KEY, m.spec.tables, TX), TypeError, "an EmbeddingSpec, got tuple"
+    ),
+    "init, tx not called": Mistake(
+        lambda m: mpembed.init(KEY, m.spec, mpembed.optim.rowwise_adagrad), TypeError, "tx must be"
+    ),
+    "init, mesh by name": Mistake(
+        lambda m: mpembed.init(KEY, m.spec, TX, mesh="x"), TypeError, "mesh must be a jax.sharding"
+    ),
+    "CacheSpec, text": Mistake(
+        lambda m: CacheSpec("5 %"), ValueError, r"fraction must be a number in \(0, 1\], got '5 %'"
+    ),
+    "CacheSpec, per cent": Mistake(lambda m: CacheSpec(5), ValueError, r"in \(0, 1\], got 5"),
+    "TableSpec, swapped": Mistake(lambda m: TableSpec(50, "t"), ValueError, "vocabulary_size must"),
+    "EmbeddingSpec, mapping": Mistake(
+        lambda m: EmbeddingSpec({"t": 5}, DIM), TypeError, "a non-empty sequence of TableSpec"
+    ),
+    "EmbeddingSpec, fraction": Mistake(
+        lambda m: EmbeddingSpec([TableSpec("t", 5)], DIM, "int8", 0.05), TypeError, "a CacheSpec or"
+    ),
+    "RowFormat, bits": Mistake(lambda m: mpembed.RowFormat(8), ValueError, "unknown row format 8"),
+    "Placement, axis": Mistake(
+        lambda m: mpembed.Placement("x"), ValueError, "one of rows, tables, replicated"
+    ),
+    "prefetch, swapped": Mistake(
+        lambda m: mpembed.prefetch(m.ids, m.state), TypeError, r"prefetch\(state, ids\): state must"
+    ),
+    "prefetch, spec": Mistake(
+        lambda m: mpembed.prefetch(m.spec, m.ids), TypeError, "from init.*got EmbeddingSpec"
+    ),
+    "prefetch, donated": Mistake(
+        lambda m: mpembed.prefetch(m.donated, m.ids),
+        ValueError,
+        "was donated.*go on with the state",
+    ),
+    "lookup, swapped": Mistake(
+        lambda m: mpembed.lookup(m.plan, m.state), TypeError, r"lookup\(state, plan\): state must"
+    ),
+    "lookup, ids": Mistake(
+        lambda m: mpembed.lookup(m.state, m.ids), TypeError, "plan must be a CachePlan.*of prefetch"
+    ),
+    "lookup, donated": Mistake(
+        lambda m: mpembed.lookup(m.donated, m.plan), ValueError, "was donated to an earlier call"
+    ),
+    "pool, swapped": Mistake(
+        lambda m: mpembed.pool(m.plan.inverse, m.rows),
+        TypeError,
+        "must be plan.inverse.*got float32",
+    ),
+    "pool, plan": Mistake(
+        lambda m: mpembed.pool(m.rows, m.plan), TypeError, "must be plan.inverse.*got a CachePlan"
+    ),
+    "pool, list": Mistake(
+        lambda m: mpembed.pool(m.rows, [0, 1]), TypeError, "must be plan.inverse.*int"
+    ),
+    "apply_gradients, swapped": Mistake(
+        lambda m: mpembed.apply_gradients(m.plan, m.state, m.rows, m.rows, tx=TX),
+        TypeError,
+        "state must be an EmbeddingState.*got CachePlan",
+    ),
+    "apply_gradients, list": Mistake(
+        lambda m: mpembed.apply_gradients(m.state, m.plan, m.rows, [1.0], tx=TX),
+        TypeError,
+        "row_grads must be an array, float32",
+    ),
+    "apply_gradients, donated": Mistake(
+        lambda m: mpembed.apply_gradients(m.donated, m.plan, m.rows, m.rows, tx=TX),
+        ValueError,
+        "was donated to an earlier call",
+    ),
+    "apply_pooled_gradients, ids": Mistake(
+        lambda m: mpembed.apply_pooled_gradients(m.state, m.ids, m.rows, m.rows, tx=TX),
+        TypeError,
+        "plan must be a CachePlan",
+    ),
+    "read, swapped": Mistake(
+        lambda m: mpembed.read(m.ids, m.state), TypeError, r"read\(state, ids\): state must be"
+    ),
+    "read, donated": Mistake(
+        lambda m: mpembed.read(m.donated, m.ids), ValueError, "was donated to an earlier call"
+    ),
+    "flush, plan": Mistake(
+        lambda m: mpembed.flush(m.plan), TypeError, r"flush\(state\): state must"
+    ),
+    "freeze, table": Mistake(
+        lambda m: mpembed.freeze(m.state.table), TypeError, "got QuantizedTable"
+    ),
+    "to_dense, spec": Mistake(lambda m: mpembed.to_dense(m.spec), TypeError, "got EmbeddingSpec"),
+    "to_dense, donated": Mistake(
+        lambda m: mpembed.to_dense(m.donated), ValueError, "was donated to an earlier call"
+    ),
+    "from_dense, swapped": Mistake(
+        lambda m: mpembed.from_dense(m.spec, KEY, TX, {}), TypeError, "spec must be an Embedding"
+    ),
+    "from_dense, array": Mistake(
+        lambda m: mpembed.from_dense(KEY, m.spec, TX, np.zeros((20, DIM))),
+        TypeError,
+        r"tables must be a mapping \{name: \[rows, D\]\}, got ndarray",
+    ),
+    "stats, spec": Mistake(lambda m: mpembed.stats(m.spec), TypeError, "got EmbeddingSpec"),
+    "partition_specs, spec": Mistake(
+        lambda m: mpembed.partition_specs(m.spec), TypeError, "got EmbeddingSpec"
+    ),
+    "segments_from_offsets, float": Mistake(
+        lambda m: mpembed.segments_from_offsets([0.0, 2.0], 4), TypeError, "must be int32"
+    ),
+    "encode, integers": Mistake(
+        lambda m: mpembed.encode(np.arange(4), mpembed.RowFormat("int8")), TypeError, "float32"
+    ),
+    "decode, rows": Mistake(
+        lambda m: mpembed.decode(m.rows, mpembed.RowFormat("int8"), DIM), ValueError, "are uint16"
+    ),
+    "memory.report, swapped": Mistake(
+        lambda m: mpembed.memory.report(TX, m.spec), TypeError, r"report\(spec, tx, batch_shape\)"
+    ),
+    "memory.report, batch": Mistake(
+        lambda m: mpembed.memory.report(m.spec, TX, 2048), TypeError, r"such as \(2048, 26\)"
+    ),
+    "sgd, text": Mistake(lambda m: mpembed.optim.sgd("0.1"), TypeError, "a number or an optax"),
+    "rowwise_adagrad, None": Mistake(
+        lambda m: mpembed.optim.rowwise_adagrad(None), TypeError, "a number or an optax schedule"
+    ),
+    "rowwise_adam, text": Mistake(
+        lambda m: mpembed.optim.rowwise_adam("0.1"), TypeError, "a number or an optax schedule"
+    ),
+    "stochastic_round_updates, seed": Mistake(
+        lambda m: mpembed.optim.stochastic_round_updates(0), TypeError, "key must be jax.random.key"
+    ),
+    "sharding.plan, text": Mistake(
+        lambda m: sharding.plan(m.spec, "2"), TypeError, "num_shards must be a number of devices"
+    ),
+    "sharding.plan, no shards": Mistake(
+        lambda m: sharding.plan(m.spec, 0), ValueError, "num_shards must be at least 1"
+    ),
+    "sharding.relayout, spec": Mistake(
+        lambda m: sharding.relayout(m.spec), TypeError, r"relayout\(state.*got EmbeddingSpec"
+    ),
+    "sharding.pairs, swapped": Mistake(
+        lambda m: sharding.pairs(m.ids, m.state), TypeError, r"pairs\(state, ids\): state must be"
+    ),
+    "scale_by_rowwise_adagrad, text": Mistake(
+        lambda m: optim.scale_by_rowwise_adagrad("x"), TypeError, "eps must be a number, got 'x'"
+    ),
+    "scale_by_rowwise_adam, None": Mistake(
+        lambda m: optim.scale_by_rowwise_adam(None), TypeError, "b1 must be a number, got None"
+    ),
+    "rowwise_adagrad, decay": Mistake(
+        lambda m: optim.rowwise_adagrad(0.1, weight_decay="x"), TypeError, "weight_decay must be a"
+    ),
+    "clip_by_row_norm, negative": Mistake(
+        lambda m: optim.clip_by_row_norm(-1.0), ValueError, "max_norm must be at least 0, got -1.0"
+    ),
+    "rule_of, rate": Mistake(
+        lambda m: optim.rule_of(0.1), TypeError, "tx must be an optax gradient"
+    ),
+    "transformation_of, tx": Mistake(
+        lambda m: optim.transformation_of(TX), TypeError, "rule must be a RowRule, got Gradient"
+    ),
+    "encode, swapped": Mistake(
+        lambda m: mpembed.encode(mpembed.RowFormat("int8"), m.rows),
+        TypeError,
+        r"encode\(rows, format, random_bits\): rows must be float32",
+    ),
+    "decode, swapped": Mistake(
+        lambda m: mpembed.decode(mpembed.RowFormat("int8"), m.rows, DIM),
+        TypeError,
+        "packed must be an array of words, got RowFormat",
+    ),
+    "segments_from_offsets, swapped": Mistake(
+        lambda m: mpembed.segments_from_offsets(4, m.ids),
+        TypeError,
+        "num_positions must be a whole",
+    ),
+    "checkpoint.save, tree first": Mistake(
+        lambda m: checkpoint.save(m.state, 1, "x"),
+        TypeError,
+        r"save\(directory, step, tree\): directory must be a path, got EmbeddingState",
+    ),
+    "checkpoint.save, swapped": Mistake(
+        lambda m: checkpoint.save("x", m.state, 1), TypeError, "step must be a whole number, got"
+    ),
+    "checkpoint.save, state as tracker": Mistake(
+        lambda m: checkpoint.save("x", 1, m.state, tracker=m.state),
+        TypeError,
+        "tracker must be a RowTracker.*got EmbeddingState",
+    ),
+    "checkpoint.restore, swapped": Mistake(
+        lambda m: checkpoint.restore(m.state, "x"), TypeError, "directory must be a path, got Embed"
+    ),
+    "checkpoint.restore, text": Mistake(
+        lambda m: checkpoint.restore("x", m.state, step="1"), TypeError, "step must be a whole numb"
+    ),
+    "checkpoint.steps, state": Mistake(
+        lambda m: checkpoint.steps(m.state), TypeError, r"steps\(directory\): directory must be"
+    ),
+    "checkpoint.latest_step, number": Mistake(
+        lambda m: checkpoint.latest_step(3), TypeError, "directory must be a path, got int"
+    ),
+    "checkpoint.track, plan": Mistake(
+        lambda m: checkpoint.track(m.plan), TypeError, r"track\(state\): state must be.*CachePlan"
+    ),
+    "checkpoint.track, donated": Mistake(
+        lambda m: checkpoint.track(m.donated), ValueError, "was donated to an earlier call"
+    ),
+    "checkpoint.mark, swapped": Mistake(
+        lambda m: checkpoint.mark(m.plan, m.tracker),
+        TypeError,
+        r"mark\(tracker, plan\): tracker must be a RowTracker",
+    ),
+    "checkpoint.mark, state": Mistake(
+        lambda m: checkpoint.mark(m.tracker, m.state), TypeError, "plan must be a CachePlan"
+    ),
+    "checkpoint.partition_specs, state": Mistake(
+        lambda m: checkpoint.partition_specs(m.state), TypeError, "tracker must be a RowTracker"
+    ),
+    "nn.apply_gradients, swapped": Mistake(
+        lambda m: nn.apply_gradients(nnx.State({}), m.model), ValueError, "pass the model that has"
+    ),
+    "nn.apply_gradients, loss": Mistake(
+        lambda m: nn.apply_gradients(m.model, jnp.float32(1)),
+        TypeError,
+        r"apply_gradients\(model, grads\): grads must be what nnx.grad",
+    ),
+    "nn.discard, state": Mistake(
+        lambda m: nn.discard(m.state), ValueError, "holds no cached embedding; pass the model"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    ids = np.arange(3, dtype=np.int32)
+    state, plan = mpembed.prefetch(start(stack()), ids)
+    model = nn.CachedEmbed(20, DIM, tx=TX, rngs=nnx.Rngs(0))
+    model.prefetch(ids)
+    donated = start(stack())
+    jax.block_until_ready(train(donated, ids))
+    return SimpleNamespace(
+        spec=stack(), ids=ids, state=state, plan=plan, rows=mpembed.lookup(state, plan),
+        donated=donated, tracker=checkpoint.track(start(stack())), model=model,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_of_the_first_hour_says_what_goes_where(name, mistaken):
+    call, error, says = MISTAKES[name]
+    with pytest.raises(error, match=says):
+        call(mistaken)
+
+
+def test_every_public_function_has_a_mistake():
+    functions = {n for n in mpembed.__all__ if callable(getattr(mpembed, n))}
+    functions -= {"CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable"}
+    for room in (sharding, checkpoint, optim, mpembed.memory, nn):
+        place = "" if room is optim else room.__name__.split(".")[-1] + "."
+        functions |= {
+            place + name
+            for name, value in vars(room).items()
+            if isinstance(value, FunctionType)
+            and name in getattr(room, "__all__", vars(room))
+            and (value.__module__ == room.__name__ or hasattr(room, "__all__"))
+            and not name.startswith("_")
+        }
+    assert {name.split(",")[0] for name in MISTAKES} >= functions
+
+
+def test_one_table_may_be_named_without_a_list(mistaken):
+    assert list(mpembed.to_dense(start(stack((5, 6))), "t1")) == ["t1"]

@@ -21,7 +21,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import command_line, train_dlrm
+from experiments import command_line, running, train_dlrm
 from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,30 +267,27 @@ def test_help_explains_every_setting(name, capsys):
     assert text.startswith(f"usage: python -m experiments.{name} [")
     assert module.__doc__.strip().splitlines()[0][:60] in text
     flat = " ".join(text.split())
-    for field, (declared, _, limits) in command_line.fields_of(module.Settings).items():
-        flag = command_line.flag_of(field)
+    fields = command_line.fields_of(module.Settings).values()
+    for flag, default, kind, _, _, limits in fields:
         if limits.is_hidden:
             assert not re.search(rf"{flag}(?![\w-])", text)
             continue
         assert re.search(rf"^  {flag}\b", text, re.MULTILINE)
         assert re.fullmatch(r"[A-Z].*\.", limits.help), f"{flag}: {limits.help!r} is no sentence"
-        assert declared.default not in (None, ()) or limits.shown
-        is_number = isinstance(declared.default, int | float) and not isinstance(
-            declared.default, bool
-        )
-        assert not is_number or re.search(rf"{flag} {limits.unit}\b", flat)
-    assert flat.count("Default: ") >= sum(
-        not limits.is_hidden for _, _, limits in command_line.fields_of(module.Settings).values()
-    )
+        assert default not in (None, ()) or limits.shown
+        assert kind not in (int, float) or re.search(rf"{flag} {limits.unit}\b", flat)
+    assert flat.count("Default: ") >= sum(not field.limits.is_hidden for field in fields)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_number_has_a_unit_and_limits(name):
-    for field, (_, hint, limits) in command_line.fields_of(program(name).Settings).items():
-        if not re.search(r"\b(int|float)\b", str(hint)) or limits.is_hidden:
+    for flag, _, kind, choices, _, limits in command_line.fields_of(
+        program(name).Settings
+    ).values():
+        if kind not in (int, float) or choices or limits.is_hidden:
             continue
-        assert limits.unit, field
-        assert limits.at_least is not None or limits.above is not None, field
+        assert limits.unit, flag
+        assert limits.at_least is not None or limits.above is not None, flag
 
 
 @pytest.mark.parametrize("name", PROGRAMS[:-1])
@@ -314,7 +311,7 @@ def test_words_give_all_kinds_of_settings():
 
 
 def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys):
-    with command_line.progress(iter(["one", None, "three", *["more"] * 99]).__next__, 0.05):
+    with running.progress(iter(["one", None, "three", *["more"] * 99]).__next__, 0.05):
         time.sleep(0.22)
     assert capsys.readouterr().out.splitlines()[:2] == ["one", "three"]
 
@@ -354,8 +351,8 @@ def test_a_second_signal_ends_the_process_at_once():
     """Even while it computes outside Python, where a handler of Python would wait."""
     code = """
 import hashlib, time
-from experiments import command_line
-with command_line.stoppable() as stop:
+from experiments import running
+with running.stoppable() as stop:
     print("ready", flush=True)
     while not stop:
         time.sleep(0.01)

@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -294,6 +295,16 @@ def test_who_comes_second_waits_and_uses_what_the_first_prepared(tmp_path, monke
     second.join(60)
     assert len(parses) == len(set(parses))
     same(*(list(source.train(64)) for source in sources))
+
+
+def test_preparing_leaves_no_temporary_folder_and_asks_no_network(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("temporary", "data")]
+    for place in places:
+        place.mkdir()
+    write(places[1], random_lines(1400)[0])
+    monkeypatch.setattr(tempfile, "tempdir", str(places[0]))
+    criteo.CriteoLog(places[1], log=lambda text: None)
+    assert not list(places[0].iterdir())
 
 
 PREPARE = """

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are 
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
-from experiments import command_line, train_dlrm
+from experiments import command_line, running, train_dlrm
 from experiments.accuracy import paper_table
 from experiments.accuracy.grid import FP32, Case
 from experiments.data import movielens, reddit
@@ -56,7 +56,7 @@ def one_compilation():
         yield
 
 
-class Told(command_line.Stop):
+class Told(running.Stop):
     """A Stop that is set when it is asked for the n-th time, as a signal would at that moment."""
 
     def __init__(self, after):

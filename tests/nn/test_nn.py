@@ -438,3 +438,31 @@ def test_misuse_of_an_embed_raises_and_says_what_to_do(case):
     model, _ = cached_model(**SMALL)
     with pytest.raises(case.error, match=case.message):
         case.call(model)
+
+
+@pytest.mark.parametrize("ids", [[3, 1, 3], [[3, 1], [2, 3]], (3, 1, 3)], ids=str)
+def test_a_list_of_integers_is_an_array_of_ids(ids):
+    """What one types first."""
+    embed = nn.CachedEmbed(50, 4, tx=optax.sgd(0.1), rngs=nnx.Rngs(0))
+    embed.prefetch(ids)
+    vectors = embed(ids)
+    np.testing.assert_array_equal(vectors, embed(np.asarray(ids)))
+    assert vectors.shape == (*np.shape(ids), 4)
+    nn.discard(embed)
+    embed.eval()
+    np.testing.assert_array_equal(embed(ids), vectors)
+
+
+def test_lists_of_different_lengths_are_refused():
+    embed = nn.CachedEmbed(50, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="different lengths; pad them with NO_ID"):
+        embed.prefetch([[1, 2], [3]])
+
+
+@pytest.mark.parametrize("rngs", [jax.random.key(0), 0, None], ids=["key", "seed", "none"])
+def test_what_is_no_rngs_is_refused_with_the_way_to_make_one(rngs):
+    with pytest.raises(TypeError, match=r"rngs must be nnx.Rngs, such as nnx.Rngs\(0\), got"):
+        nn.CachedEmbed(50, 4, rngs=rngs)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 50)], 4)
+    with pytest.raises(TypeError, match=r"rngs must be nnx\.Rngs"):
+        nn.CachedEmbedBags(spec, optax.sgd(0.1), rngs=rngs)

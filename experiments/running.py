@@ -1,0 +1,116 @@
+"""While a program runs: it says how far it is, and stops in order when it is told to."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PERIOD_S = 10.0  # between two lines of progress
+
+
+@contextlib.contextmanager
+def progress(say: Callable[[], str | None], period_s: float = PERIOD_S) -> Iterator[None]:
+    """Prints what `say` returns, unless it is None, every `period_s` seconds, from a thread."""
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.wait(period_s):
+            if (line := say()) is not None:
+                print(line, flush=True)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """Says every ten seconds what the program is at, and for how long, until it is done."""
+    start = time.perf_counter()
+    with progress(lambda: f".. {what}, {time.perf_counter() - start:.0f} s"):
+        yield
+
+
+class Stopped(Exception):
+    """The user, or the system, told the program to stop, and it did so in order."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.status = 128 + number  # what a shell reports of a program that a signal ended
+
+
+class Stop:
+    """Whether the process was told to stop; see stoppable."""
+
+    number = 0  # of the signal
+
+    def __bool__(self) -> bool:
+        return self.number != 0
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Yields a Stop, which SIGINT and SIGTERM set; a second one ends the process at once.
+
+    Outside the main thread, which alone receives signals, nothing sets it.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    # Python runs a handler between two of its own instructions, which can be after a compilation
+    # of half a minute. The number of a signal is written into the pipe at once.
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+
+    def listen() -> None:
+        while (numbers := os.read(out, 16)) and numbers != b"\0":
+            for number in numbers:
+                if number not in (signal.SIGINT, signal.SIGTERM):
+                    continue
+                if stop:
+                    os._exit(128 + number)
+                stop.number = number
+                print(
+                    "\nstopping after this step; once more stops at once, and loses what is not "
+                    "saved",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    before = [signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)]
+    wakeup = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    try:
+        yield stop
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+        os.write(into, b"\0")
+        thread.join()
+        os.close(into)
+        os.close(out)
+
+
+def free_memory() -> int:
+    """Returns the bytes that this process can still take: the system's, or less in a container."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
