@@ -390,9 +390,11 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
       float32 [].
 
     Raises:
-      ValueError: if the shape or dtype is wrong, or if the plan is known not to be the state's
-        latest, or to be applied.
+      TypeError: if the state or the plan has another type.
+      ValueError: if the shape or dtype is wrong, if the plan is known not to be the state's latest,
+        or to be applied, or if the state was donated.
     """
+    _check_kinds("gradient_norm", state, plan)
     layout = state.layout
     _check("gradient_norm", state, plan, plan.unique_ids.shape[0], row_grads=row_grads)
     if layout is not None:
@@ -405,7 +407,7 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
 
 def _check_kinds(verb: str, state: Any, plan: Any) -> None:
     """Checks the types of the state and the plan that a verb was given."""
-    call = f"{verb}(state, plan, rows, ..)"
+    call = f"{verb}(state, plan, ..)"
     arguments.check_state(call, state)
     arguments.check_plan(call, plan)
 
@@ -421,7 +423,7 @@ def _check(
       TypeError: if one is no array.
       ValueError: if a check fails.
     """
-    call = f"{verb}(state, plan, rows, ..)"
+    call = f"{verb}(state, plan, ..)"
     expected = (width, state.spec.embedding_dim)
     for name, array in arrays.items():
         if not hasattr(array, "shape"):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from mpembed_jax import row_ids
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.cache import residency
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import count_updates
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.numerics import random_bits
@@ -50,10 +51,13 @@ def write_rows(
       The state.
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer, or rows are not floating.
+      TypeError: if state has another type, ids are not integers of 32 bits or fewer, or rows are
+        not floating.
       ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
-        was made for another spec or transformation; or if the stack has 2**31 - 1 rows or more.
+        was donated, or made for another spec or transformation; or if the stack has 2**31 - 1 rows
+        or more.
     """
+    arguments.check_state("write_rows(state, ids, rows)", state)
     state.check_spec()
     (ids,) = row_ids.checked([ids])[0]
     rows = jnp.asarray(rows)

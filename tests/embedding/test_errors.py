@@ -801,6 +801,17 @@ MISTAKES = {
     "read, swapped": Mistake(
         lambda m: mpembed.read(m.ids, m.state), TypeError, r"read\(state, ids\): state must be"
     ),
+    "write_rows, swapped": Mistake(
+        lambda m: mpembed.write_rows(m.ids, m.state, m.rows),
+        TypeError,
+        r"write_rows\(state, ids, rows\): state must be",
+    ),
+    "write_rows, integers": Mistake(
+        lambda m: mpembed.write_rows(m.state, m.ids, m.ids), TypeError, "rows must be floating"
+    ),
+    "gradient_norm, ids": Mistake(
+        lambda m: mpembed.gradient_norm(m.state, m.ids, m.rows), TypeError, "plan must be a Cache"
+    ),
     "read, donated": Mistake(
         lambda m: mpembed.read(m.donated, m.ids), ValueError, "was donated to an earlier call"
     ),
