@@ -1,4 +1,4 @@
-"""While a program runs: it says how far it is, and stops in order when it is told to."""
+"""While a program runs: it says how far it is, stops in order, and starts parts of itself."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 PERIOD_S = 10.0  # between two lines of progress
 
@@ -114,3 +115,17 @@ def free_memory() -> int:
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
     return free
+
+
+def words_from(program: str, *kinds: Callable[[str], Any]) -> list[Any]:
+    """Returns the words that `program` gave to a process that it started, each of its kind.
+
+    A call by hand ends with one sentence and status 2.
+    """
+    try:
+        return [kind(word) for kind, word in zip(kinds, sys.argv[1:], strict=True)]
+    except (ValueError, TypeError):
+        name = f"{Path(sys.argv[0]).resolve().parent.name}.{Path(sys.argv[0]).stem}"
+        text = f"experiments.{name}: is started by python -m experiments.{program}, not by hand"
+        print(text, file=sys.stderr)
+        sys.exit(2)

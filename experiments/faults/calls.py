@@ -31,7 +31,7 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.faults.training import bits_of, marked_step
 from mpembed_jax import checkpoint
 
@@ -361,7 +361,7 @@ def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "-m", "experiments.faults.calls", str(stride), *kinds]
+        command = [sys.executable, "-m", "experiments.faults.calls", str(stride), ",".join(kinds)]
         done = subprocess.run(
             command, cwd=provenance.ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -383,10 +383,10 @@ def report(stride: int = 1) -> dict[str, Any]:
 def _main() -> None:
     for name in ("absl", "mpembed_jax.checkpoint"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if sys.argv[1] == "forker":
+    if sys.argv[1:] == ["forker"]:
         _fork_on_demand()
         return
-    stride, kinds = int(sys.argv[1]), sys.argv[2:]
+    stride, kinds = running.words_from("faults.run", int, lambda text: text.split(","))
     report: dict[str, Any] = {}
     for name in OPERATIONS:
         report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0}

@@ -29,7 +29,7 @@ import numpy as np
 import polars as pl
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import provenance, running
 from experiments.data import criteo, prepared, reddit
 from experiments.faults.training import bits_of, marked_step
 from mpembed_jax import checkpoint
@@ -435,4 +435,5 @@ def many(kind: str, files: int, first: int = 0) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    kind, first, last = running.words_from("faults.run", str, int, int)
+    work(kind, first, last)

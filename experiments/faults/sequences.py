@@ -27,7 +27,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import provenance, running
 from experiments.faults.training import bits_of
 from mpembed_jax import checkpoint
 
@@ -362,4 +362,4 @@ def in_a_process(sequences: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(many(int(sys.argv[1]))))
+    print(json.dumps(many(*running.words_from("faults.run", int))))

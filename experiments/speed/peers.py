@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 
+from experiments import running
 from experiments.speed import workload
 
 LEARNING_RATE = 0.05
@@ -333,8 +334,4 @@ def serve(case):
 
 
 if __name__ == "__main__":
-    try:
-        chosen = Case(**json.loads(sys.argv[1]))
-    except (IndexError, TypeError, ValueError):
-        sys.exit("experiments.speed.peers is started by python -m experiments.speed.bench_peers")
-    serve(chosen)
+    serve(*running.words_from("speed.bench_peers", lambda text: Case(**json.loads(text))))

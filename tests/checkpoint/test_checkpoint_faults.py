@@ -810,7 +810,6 @@ print(json.dumps(said))
 @pytest.mark.slow
 def test_processes_that_save_together_fail_together(tmp_path, request):
     """The first one looks; an error is raised in all, and none of them waits for another one."""
-    pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
     from experiments.scaling import multiprocess
 
     (tmp_path / "file").write_text("no folder")

@@ -34,6 +34,13 @@ PROGRAMS = (
 )  # fmt: skip
 
 
+# Processes that a program starts, and which one.
+PARTS = {
+    "speed.peers": "speed.bench_peers", "faults.calls": "faults.run",
+    "faults.mutations": "faults.run", "faults.sequences": "faults.run",
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def same_environment():
     """bench_scaling asks jax for eight devices in the environment, where it is imported."""
@@ -53,8 +60,7 @@ def test_every_program_is_here():
         for path in (ROOT / "experiments").rglob("*.py")
         if 'if __name__ == "__main__"' in path.read_text()
     ]
-    parts = ["speed.peers", "faults.calls", "faults.mutations", "faults.sequences"]
-    assert sorted(found) == sorted([*PROGRAMS, *parts])
+    assert sorted(found) == sorted([*PROGRAMS, *PARTS])
 
 
 class Wrong(NamedTuple):
@@ -252,6 +258,15 @@ def test_a_module_shows_no_traceback_and_ends_with_2(tmp_path):
         "experiments.train_dlrm: --ways is 0, but must be a whole number of at least 1 and at most "
         "64\n"
     )
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_program_is_not_started_by_hand(name):
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = f"experiments.{name}: is started by python -m experiments.{PARTS[name]}, not by hand\n"
+    assert done.stderr == said
 
 
 # --- help
