@@ -69,7 +69,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     """
     folder = Path(directory).absolute()
     saving.finish_pending(folder)
-    chain = agreement.from_first(lambda: _choose(folder, step))
+    chain = agreement.from_first(lambda: choose(folder, step))
     named = leaves.named(target)
     members = leaves.embeddings(target)
     held = chain[0]
@@ -102,7 +102,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
             for i, name in entry["names"].items()
         }
         _check_rows(folder, held["step"], prefix, entry, ours)
-        _check_tags(folder, held["step"], prefix, entry, ours)
+        check_tags(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
                 name = member.names[inner_name]
@@ -114,7 +114,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
 # --- choice of the checkpoint
 
 
-def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
+def choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
     """Returns the manifests to restore from, newest first."""
     try:
         if step is None:
@@ -365,7 +365,7 @@ def _check_rows(
         )
 
 
-def _check_tags(
+def check_tags(
     directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
 ) -> None:
     """Checks that cache lines hold rows that the shard has: a step writes to where a tag points."""

@@ -19,7 +19,12 @@ import mpembed_jax as mpembed
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mpembed_jax"
 
-ADAPTERS = {"sharding", "nn", "checkpoint"}  # the public rooms that the core does not import
+ADAPTERS = {
+    "sharding",
+    "nn",
+    "checkpoint",
+    "serving",
+}  # the public rooms that the core does not import
 HEAVY = (
     "flax",
     "numba",

@@ -288,11 +288,11 @@ def halves(half: Callable[[int, int], None]) -> Callable:
     """
     part = compiled(half)
 
-    @compiled
     def run(frame):
         _run_halves(frame, _address_of(part))
 
-    return run
+    run.__qualname__ = f"halves.{half.__qualname__}"  # see _register
+    return compiled(run)
 
 
 def register(name: str, body: Callable[[int], None]) -> None:
@@ -317,6 +317,9 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
             run(frame)
         return 0  # no error
 
+    # numba names machine code after this name and a count of the process. Code of two processes
+    # that is loaded by a third must differ by this name: of two equal symbols only one is called.
+    handler.__qualname__ = f"handler.{name}"
     code, address = machine_code.load(name, handler, types.int64(types.int64))
     make_capsule = ctypes.pythonapi.PyCapsule_New
     make_capsule.restype = ctypes.py_object

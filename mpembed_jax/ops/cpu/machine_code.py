@@ -36,7 +36,8 @@ def load(name: str, function: Callable, signature: Any) -> tuple[Any, int]:
 
     Args:
       name: of the file. Functions of different code need different names.
-      function: a Python function that numba can compile as a C callback.
+      function: a Python function that numba can compile as a C callback. Its `__qualname__`, and
+        that of every function of ours that it calls, belongs to it alone.
       signature: numba's.
 
     Returns:
