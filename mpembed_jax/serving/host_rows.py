@@ -46,12 +46,21 @@ def decode(packed: np.ndarray, fmt: RowFormat, dim: int) -> np.ndarray:
             return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
     values = byte_table(fmt)[codes]
     values = values.reshape(num_rows, codes.shape[1] * values.shape[2])[:, :dim]
+    scale, bias = parameters(row, fmt, dim)
+    values = values * scale
+    if fmt.symmetric is False:
+        values += bias
+    return values
+
+
+def parameters(row: np.ndarray, fmt: RowFormat, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the scale and bias (float32 [n, 1]) of rows uint8 [n, bytes]; without bias, zeros."""
     width = 4 if fmt.scale_dtype == "float32" else 2
     start = fmt.row_bytes(dim) - 2 * fmt.metadata_halves(dim)
-    values = values * _parameter(row[:, start : start + width], fmt)
-    if fmt.symmetric is False:
-        values += _parameter(row[:, start + width : start + 2 * width], fmt)
-    return values
+    scale = _parameter(row[:, start : start + width], fmt)
+    if fmt.symmetric is not False:
+        return scale, np.zeros_like(scale)
+    return scale, _parameter(row[:, start + width : start + 2 * width], fmt)
 
 
 def _parameter(stored: np.ndarray, fmt: RowFormat) -> np.ndarray:
