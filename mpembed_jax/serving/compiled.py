@@ -34,7 +34,7 @@ _WIDTH = 16  # values in a vector
 _GROUP = 8  # vectors of a bag's sum that are in registers at once
 _AHEAD = 16  # positions between a prefetch and its use
 _PIECE = 1024  # positions whose addresses are found at once
-_MIN_SPLIT = 4096  # values (positions times dim / 16) that are worth a second thread
+_MIN_SPLIT = 1 << 16  # vectors of values whose work is worth waking a thread for
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -42,42 +42,40 @@ _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 
 class Reader:
-    """The compiled functions of one row format and dim, and the threads that run them."""
+    """Reads the rows of one table, by functions compiled for its format and dim, on threads."""
 
-    def __init__(self, fmt: RowFormat, dim: int, threads: int):
-        self.fmt, self.dim, self.threads = fmt, dim, threads
+    def __init__(self, packed: np.ndarray, fmt: RowFormat, dim: int, threads: int):
+        self.packed, self.fmt, self.dim, self.threads = packed, fmt, dim, threads
+        self._rows, self._num_rows = _address(packed), len(packed)
         self._take, self._bag, self._score = _functions(fmt, dim)
         self._table = host_rows.byte_table(fmt) if fmt.code_bits == 8 else np.zeros(1, np.float32)
-        self._lut = self._table.ctypes.data
+        self._lut = _address(self._table)
 
-    def take(self, packed: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, int]:
+    def take(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """See host_rows.take; ids are contiguous int32 or int64 [N]."""
-        out = np.empty((len(ids), self.dim), np.float32)
-        rows, num_rows = packed.ctypes.data, len(packed)
-        where, is_wide = ids.ctypes.data, int(ids.dtype.itemsize == 8)
+        num = len(ids)
+        out = np.empty((num, self.dim), np.float32)
+        given = _address(out), _address(ids), ids.itemsize == 8
+        table = self._rows, self._num_rows, self._lut
+        if num * self.dim < _WIDTH * _MIN_SPLIT:
+            return out, self._take(*given, 0, num, *table)
 
         def part(first: int, last: int) -> int:
-            return self._take(
-                out.ctypes.data, where, is_wide, first, last, rows, num_rows, self._lut
-            )
+            return self._take(*given, first, last, *table)
 
-        return out, self._divided(part, len(ids), 1)
+        return out, self._divided(part, num, 1)
 
-    def decode(self, packed: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
+    def decode(self, first: int, last: int, out: np.ndarray) -> None:
         """Writes rows [first, last) to out, float32 [last - first, D]."""
-        base = out.ctypes.data - first * 4 * self.dim
-        self._take(base, 0, 0, first, last, packed.ctypes.data, len(packed), self._lut)
+        base = _address(out) - first * 4 * self.dim
+        self._take(base, 0, 0, first, last, self._rows, self._num_rows, self._lut)
 
-    def score(
-        self, packed: np.ndarray, first: int, last: int, query: np.ndarray, out: np.ndarray
-    ) -> None:
+    def score(self, first: int, last: int, query: np.ndarray, out: np.ndarray) -> None:
         """Writes the products of rows [first, last) with a query (float32 [D]) to out."""
-        where = (out.ctypes.data, query.ctypes.data, packed.ctypes.data)
-        self._score(*where, first, last, self._lut)
+        self._score(_address(out), _address(query), self._rows, first, last, self._lut)
 
     def bag(
         self,
-        packed: np.ndarray,
         ids: np.ndarray,
         offsets: np.ndarray | None,
         length: int,
@@ -87,27 +85,14 @@ class Reader:
         """See host_rows.bag. Without offsets, every bag has `length` positions."""
         num_bags = len(ids) // length if offsets is None else len(offsets) - 1
         out = np.empty((num_bags, self.dim), np.float32)
-        rows, num_rows = packed.ctypes.data, len(packed)
-        where, is_wide = ids.ctypes.data, int(ids.dtype.itemsize == 8)
-        ends = 0 if offsets is None else offsets.ctypes.data
-        given = 0 if weights is None else weights.ctypes.data
+        ends = 0 if offsets is None else _address(offsets)
+        factors = 0 if weights is None else _address(weights)
+        given = _address(out), _address(ids), ids.itemsize == 8, ends, length, factors
         kind = _COMBINERS[combiner]
+        table = self._rows, self._num_rows, self._lut
 
         def part(first: int, last: int) -> int:
-            return self._bag(
-                out.ctypes.data,
-                where,
-                is_wide,
-                ends,
-                length,
-                given,
-                kind,
-                first,
-                last,
-                rows,
-                num_rows,
-                self._lut,
-            )
+            return self._bag(*given, kind, first, last, *table)
 
         return out, self._divided(part, num_bags, max(1, len(ids) // max(1, num_bags)))
 
@@ -131,6 +116,11 @@ class Reader:
         first, *later = itertools.pairwise(bounds)
         waiting = [_pool(os.getpid()).submit(part, *bound) for bound in later]
         return [part(*first), *(future.result() for future in waiting)]
+
+
+def _address(array: np.ndarray) -> int:
+    """Returns the address of an array, in half the time that `array.ctypes` takes."""
+    return array.__array_interface__["data"][0]
 
 
 _LOCK = threading.Lock()
@@ -356,44 +346,51 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
 
         return types.void(types.int64), codegen
 
-    @intrinsic
-    def add_rows(context, addresses, factors, num, out, lut):
-        """Adds factors[i] * row at addresses[i] to the values at `out`, in order.
+    def adder(is_weighted: bool) -> Callable:
+        @intrinsic
+        def add_rows(context, addresses, factors, num, out, lut):
+            """Writes the sum of factors[i] * row at addresses[i], in order, from zero.
 
-        Entries up to `_AHEAD` after the last are read, too.
-        """
+            Entries up to `_AHEAD` after the last are read, too. Without weights, factors are 1.
+            """
 
-        def codegen(target, builder, signature, arguments):
-            addresses, factors, num, out, lut = arguments
-            address_at = builder.inttoptr(addresses, _I64.as_pointer())
-            factor_at = builder.inttoptr(factors, _F32.as_pointer())
-            for begin in range(0, len(chunks), _GROUP):
-                group = chunks[begin : begin + _GROUP]
-                sums = []
-                for column, width in group:
-                    kind = ir.VectorType(_F32, width)
-                    total = cgutils.alloca_once(builder, kind)
-                    place = _float_place(builder, out, column, width)
-                    builder.store(builder.load(place, align=4), total)
-                    sums.append(total)
-                with cgutils.for_range(builder, num) as loop:
-                    if begin == 0:
-                        later = builder.add(loop.index, _I64(_AHEAD))
-                        ask_for(builder, builder.load(builder.gep(address_at, [later])))
-                    address = builder.load(builder.gep(address_at, [loop.index]))
-                    factor = builder.load(builder.gep(factor_at, [loop.index]))
-                    row = _Row(builder, address, lut, fmt, dim)
+            def codegen(target, builder, signature, arguments):
+                addresses, factors, num, out, lut = arguments
+                address_at = builder.inttoptr(addresses, _I64.as_pointer())
+                factor_at = builder.inttoptr(factors, _F32.as_pointer())
+                for begin in range(0, len(chunks), _GROUP):
+                    group = chunks[begin : begin + _GROUP]
+                    sums = []
+                    for _, width in group:
+                        kind = ir.VectorType(_F32, width)
+                        total = cgutils.alloca_once(builder, kind)
+                        builder.store(ir.Constant(kind, [0.0] * width), total)
+                        sums.append(total)
+                    with cgutils.for_range(builder, num) as loop:
+                        if begin == 0:
+                            later = builder.add(loop.index, _I64(_AHEAD))
+                            ask_for(builder, builder.load(builder.gep(address_at, [later])))
+                        address = builder.load(builder.gep(address_at, [loop.index]))
+                        row = _Row(builder, address, lut, fmt, dim)
+                        if is_weighted:
+                            factor = builder.load(builder.gep(factor_at, [loop.index]))
+                        for (column, width), total in zip(group, sums, strict=True):
+                            term = row.chunk(column, width)
+                            if is_weighted:
+                                # Not fused with the sum: the reference rounds the product.
+                                term = builder.fmul(splat(builder, factor, width), term)
+                            builder.store(builder.fadd(builder.load(total), term), total)
                     for (column, width), total in zip(group, sums, strict=True):
-                        # Not fused: the reference rounds the product.
-                        term = builder.fmul(splat(builder, factor, width), row.chunk(column, width))
-                        builder.store(builder.fadd(builder.load(total), term), total)
-                for (column, width), total in zip(group, sums, strict=True):
-                    place = _float_place(builder, out, column, width)
-                    builder.store(builder.load(total), place, align=4)
-            return target.get_dummy_value()
+                        place = _float_place(builder, out, column, width)
+                        builder.store(builder.load(total), place, align=4)
+                return target.get_dummy_value()
 
-        kinds = [types.int64] * 5
-        return types.void(*kinds), codegen
+            kinds = [types.int64] * 5
+            return types.void(*kinds), codegen
+
+        return add_rows
+
+    add_rows, sum_rows = adder(True), adder(False)
 
     @intrinsic
     def product(context, address, query, lut):
@@ -447,69 +444,56 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
             for b in range(first, last):
                 longest = max(longest, end_of[b + 1] - end_of[b])
         room = max(_PIECE, longest) + _AHEAD
-        block = _malloc(12 * room)
+        block = _malloc(12 * room + 8 * _PIECE)
         address = array(block, room, np.int64)
         factor = array(block + 8 * room, room, np.float32)
+        size = array(block + 12 * room, _PIECE, np.int64)
         b = first
         while b < last:
-            # As many bags as have room, at least one.
             begin = b
             num = 0
-            while b < last:
+            while b < last:  # as many bags as have room, at least one
                 start = b * length
                 end = start + length
                 if ends != 0:
                     start, end = end_of[b], end_of[b + 1]
-                if b > begin and num + end - start > room - _AHEAD:
+                is_full = num + end - start > room - _AHEAD or b - begin == _PIECE
+                if b > begin and is_full:
                     break
-                num += end - start
-                b += 1
-            num = 0
-            for c in range(begin, b):
-                start = c * length
-                end = start + length
-                if ends != 0:
-                    start, end = end_of[c], end_of[c + 1]
-                for i in range(start, end):
-                    here = _id(ids, is_wide, i)
-                    if np.uint64(here) < np.uint64(num_rows):
-                        address[num] = rows + here * row_bytes
-                        if num < _AHEAD:
-                            prefetch(address[num])
-                        num += 1
-                    else:
-                        num_outside += here != NO_ID
-            for i in range(num, num + _AHEAD):
-                address[i] = rows
-            num = 0
-            for c in range(begin, b):
-                start = c * length
-                end = start + length
-                if ends != 0:
-                    start, end = end_of[c], end_of[c + 1]
                 own = num
                 total = np.float32(0)
                 for i in range(start, end):
                     here = _id(ids, is_wide, i)
-                    if np.uint64(here) < np.uint64(num_rows):
-                        weight = np.float32(1)
-                        if weights != 0:
-                            weight = array(weights, i + 1, np.float32)[i]
-                        factor[num] = weight
-                        if kind == 1:
-                            total += weight
-                        elif kind == 2:
-                            total += weight * weight
-                        num += 1
+                    if np.uint64(here) >= np.uint64(num_rows):
+                        num_outside += here != NO_ID
+                        continue
+                    address[num] = rows + here * row_bytes
+                    if num < _AHEAD:
+                        prefetch(address[num])
+                    weight = np.float32(1)
+                    if weights != 0:
+                        weight = array(weights, i + 1, np.float32)[i]
+                    factor[num] = weight
+                    total += weight * weight if kind == 2 else weight
+                    num += 1
                 if kind == 2:
                     total = np.sqrt(total)
                 if kind != 0:
                     for i in range(own, num):
                         factor[i] = factor[i] / total if total != 0 else np.float32(0)
+                size[b - begin] = num - own
+                b += 1
+            for i in range(num, num + _AHEAD):
+                address[i] = rows
+            own = 0
+            for c in range(begin, b):
+                here = size[c - begin]
                 place = out + c * 4 * dim
-                zero_row(place)
-                if num > own:
-                    add_rows(block + 8 * own, block + 8 * room + 4 * own, num - own, place, lut)
+                if weights == 0 and kind == 0:
+                    sum_rows(block + 8 * own, 0, here, place, lut)
+                else:
+                    add_rows(block + 8 * own, block + 8 * room + 4 * own, here, place, lut)
+                own += here
         _free(block)
         return num_outside
 

@@ -85,15 +85,15 @@ class _Host:
         self._lock = threading.Lock()
         self.num_out_of_range = 0
 
-    def reader(self, table: Table) -> Any:
-        """Returns the compiled functions of a table, or None for NumPy."""
+    def reader(self, table: Table, packed: np.ndarray) -> Any:
+        """Returns the compiled reader of a table, or None for NumPy."""
         if self.implementation == "numpy":
             return None
         if table.name not in self._readers:
             # Imported here, because numba is optional.
             from mpembed_jax.serving import compiled
 
-            made = compiled.Reader(table.format, table.embedding_dim, self.threads)
+            made = compiled.Reader(packed, table.format, table.embedding_dim, self.threads)
             self._readers[table.name] = made
         return self._readers[table.name]
 
@@ -266,11 +266,11 @@ class ServingTable:
     def decode_block(self, table: Table, first: int, last: int) -> np.ndarray:
         """Returns rows [first, last) of a table on the host, float32 [last - first, D]."""
         packed = self.rows[table.name]
-        reader = self.host.reader(table)
+        reader = self.host.reader(table, packed)
         if reader is None:
             return host_rows.decode(packed[first:last], table.format, table.embedding_dim)
         out = np.empty((last - first, table.embedding_dim), np.float32)
-        reader.decode(packed, first, last, out)
+        reader.decode(first, last, out)
         return out
 
     def __reduce__(self) -> Any:
@@ -329,11 +329,11 @@ class ServingTable:
             (checked,), _ = row_ids.checked(ids)
             return read_rows(QuantizedTable(packed, table.format, dim), checked)
         host, shape = _host_ids(feature, ids)
-        reader = self.host.reader(table)
+        reader = self.host.reader(table, packed)
         if reader is None:
             rows, num_outside = host_rows.take(packed, table.format, dim, host)
         else:
-            rows, num_outside = reader.take(packed, host)
+            rows, num_outside = reader.take(host)
         if num_outside:
             self.host.count(num_outside, feature, host, table)
         return rows.reshape(*shape, dim)
@@ -369,14 +369,14 @@ class ServingTable:
                 return np.zeros((*lead, dim), np.float32)
         if weights is not None:
             weights = np.ascontiguousarray(weights, np.float32).reshape(-1)
-        reader = self.host.reader(table)
+        reader = self.host.reader(table, packed)
         if reader is None:
             if ends is None:
                 ends = np.arange(0, len(host) + 1, length, dtype=np.int64)
             given = (packed, table.format, dim, host, ends, weights, combiner)
             bags, num_outside = host_rows.bag(*given)
         else:
-            bags, num_outside = reader.bag(packed, host, ends, length, weights, combiner)
+            bags, num_outside = reader.bag(host, ends, length, weights, combiner)
         if num_outside:
             self.host.count(num_outside, feature, host, table)
         return bags.reshape(*lead, dim)
@@ -386,7 +386,7 @@ class ServingTable:
     def _best(
         self, table: Table, packed: np.ndarray, queries: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        reader = self.host.reader(table)
+        reader = self.host.reader(table, packed)
         best = top_k.Best(len(queries), k)
         step = top_k.BLOCK
         if reader is None or len(queries) > _FEW_QUERIES:
@@ -402,7 +402,7 @@ class ServingTable:
                 last = min(first + step, end)
                 scores = np.empty((len(queries), last - first), np.float32)
                 for query, out in zip(queries, scores, strict=True):
-                    reader.score(packed, first, last, query, out)
+                    reader.score(first, last, query, out)
                 own.add(scores, np.arange(first, last))
             return own
 

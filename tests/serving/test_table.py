@@ -112,16 +112,16 @@ def test_every_format_is_decoded_to_the_bits_of_the_package(fmt, dim):
     packed = np.asarray(jax.jit(encode, static_argnums=1)(rows, fmt))
     expected = np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(packed, fmt, dim))
     assert host_rows.decode(packed, fmt, dim).tobytes() == expected.tobytes()
-    reader = compiled.Reader(fmt, dim, 2)
+    reader = compiled.Reader(packed, fmt, dim, 2)
     ids, num_outside = ids_of(300, 4000, np.int64)
-    for found, count in (reader.take(packed, ids), host_rows.take(packed, fmt, dim, ids)):
+    for found, count in (reader.take(ids), host_rows.take(packed, fmt, dim, ids)):
         assert count == num_outside
         inside = (ids >= 0) & (ids < 300)
         assert found[inside].tobytes() == expected[ids[inside]].tobytes()
         assert not found[~inside].any()
     query = np.random.default_rng(0).standard_normal(dim).astype(np.float32)
     scores = np.empty(250, np.float32)
-    reader.score(packed, 10, 260, query, scores)
+    reader.score(10, 260, query, scores)
     terms = expected[10:260].astype(np.float64) * query
     assert (np.abs(scores - terms.sum(1)) <= dim * 2.0**-22 * np.abs(terms).sum(1)).all()
 
