@@ -74,7 +74,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     folder = manifest.path_of(call, directory)
     step = None if step is None else manifest.number_of(call, step)
     saving.finish_pending(folder)
-    chain = agreement.from_first(lambda: _choose(folder, step))
+    chain = agreement.from_first(lambda: choose(folder, step))
     target = leaves.without_clocks(target)
     named = leaves.named(target)
     members = leaves.embeddings(target)
@@ -108,7 +108,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
             for i, name in entry["names"].items()
         }
         _check_rows(folder, held["step"], prefix, entry, ours)
-        _check_tags(folder, held["step"], prefix, entry, ours)
+        check_tags(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
                 name = member.names[inner_name]
@@ -121,7 +121,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
 # --- choice of the checkpoint
 
 
-def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
+def choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
     """Returns the manifests to restore from, newest first."""
     try:
         if step is None:
@@ -379,7 +379,7 @@ def _check_rows(
         )
 
 
-def _check_tags(
+def check_tags(
     directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
 ) -> None:
     """Checks that cache lines hold rows that the shard has: a step writes to where a tag points."""

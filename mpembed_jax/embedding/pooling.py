@@ -20,7 +20,7 @@ from mpembed_jax.ops import Positions
 COMBINERS = ("sum", "mean", "sqrtn")
 
 
-def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
+def coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
     """Returns the factor (float32 [.., L]) of each position; an empty bag has factors of zero."""
     w = (
         is_real.astype(jnp.float32)
@@ -152,9 +152,7 @@ def pool(
     pooled = []
     for i, w in zip(index, factors, strict=True):
         pooled.append(
-            row_sums.bag(
-                implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)
-            )
+            row_sums.bag(implementation, rows, i, coefficients(w, i != rows.shape[0] - 1, combiner))
         )
     return treedef.unflatten(pooled)
 
@@ -305,7 +303,7 @@ def positions(
     weighted = source = None
     if combiner != "sum" or any(w is not None for w in weights):
         of_leaves = [
-            _coefficients(w, i != num_rows - 1, combiner)
+            coefficients(w, i != num_rows - 1, combiner)
             for i, w in zip(index, weights, strict=True)
         ]
         weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])

@@ -24,6 +24,7 @@ ADAPTERS = {
     "vocabulary",
     "nn",
     "checkpoint",
+    "serving",
 }  # the public rooms that the core does not import
 HEAVY = (
     "flax",

@@ -1,10 +1,10 @@
 """Machine code of foreign functions: compiled by numba once, and kept on disk for later processes.
 
 Compilation takes seconds, loading takes milliseconds. A file is named after the function and a
-digest of everything that its code depends on: the sources of this folder and of the rooms that it
-takes constants from, the versions of numba, llvmlite, jaxlib and Python, and the processor with its
-features. A file that is missing, broken or not ours is compiled anew. Where no folder can be
-written, every process compiles for itself.
+digest of everything that its code depends on: the sources of this folder, of `serving`, and of the
+rooms that they take constants from, the versions of numba, llvmlite, jaxlib and Python, and the
+processor with its features. A file that is missing, broken or not ours is compiled anew. Where no
+folder can be written, every process compiles for itself.
 
 The environment variable MPEMBED_JAX_CACHE_DIR names the folder. If it is set but empty, nothing is
 kept. By default it is `mpembed_jax` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
@@ -72,7 +72,7 @@ def _digest() -> str:
     digest = hashlib.sha256("\n".join(parts).encode())
     package = pathlib.Path(__file__).parents[2]
     # The constants of compiled functions come from these rooms too.
-    rooms = ("ops/cpu/*.py", "cache/*.py", "numerics/*.py", "row_ids.py")
+    rooms = ("ops/cpu/*.py", "serving/*.py", "cache/*.py", "numerics/*.py", "row_ids.py")
     for source in sorted(path for room in rooms for path in package.glob(room)):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Exact byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
+"""Byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
 
 Nothing is allocated. The shapes come from tracing `init`, and the peak comes from compiling one
 training step.
@@ -20,8 +20,12 @@ from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 
 
-def _nbytes(tree: Any) -> int:
-    """Returns the total bytes of the arrays (or shapes) of a pytree."""
+def nbytes(tree: Any) -> int:
+    """Returns the total bytes of the arrays (or shapes) of a pytree.
+
+    Args:
+      tree: of arrays or jax.ShapeDtypeStructs.
+    """
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -123,14 +127,14 @@ def report(
     state = jax.eval_shape(lambda key: init(key, spec, tx), key)
     cache = state.cache
     components = {
-        "table": _nbytes(state.table),
-        "cache rows": _nbytes(cache.rows) if cache is not None else 0,
-        "cache metadata": _nbytes((cache.tags, cache.priority, cache.dirty))
+        "table": nbytes(state.table),
+        "cache rows": nbytes(cache.rows) if cache is not None else 0,
+        "cache metadata": nbytes((cache.tags, cache.priority, cache.dirty))
         if cache is not None
         else 0,
-        "sketch": _nbytes(cache.sketch) if cache is not None else 0,
-        "row state": _nbytes(state.row_state),
-        "counters": _nbytes(
+        "sketch": nbytes(cache.sketch) if cache is not None else 0,
+        "row state": nbytes(state.row_state),
+        "counters": nbytes(
             (state.key, state.step, state.clock, state.pending, state.counters, state.fingerprint)
         ),
     }
@@ -142,9 +146,9 @@ def report(
         num_rows=spec.num_rows,
         embedding_dim=spec.embedding_dim,
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,
-        float32_row_state_bytes=_nbytes(plain),
+        float32_row_state_bytes=nbytes(plain),
         step_peak_bytes=None if batch_shape is None else _step_peak(state, tx, batch_shape),
-        host_bytes=0 if spec.memory_kind is None else _nbytes((state.table, wide_row_state)),
+        host_bytes=0 if spec.memory_kind is None else nbytes((state.table, wide_row_state)),
     )
 
 

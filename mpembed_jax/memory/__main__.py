@@ -1,0 +1,101 @@
+"""The planner's command line: python -m mpembed_jax.memory plan FILE --budget 16GB."""
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpembed_jax import optim
+from mpembed_jax.memory.planner import plan
+
+_COLUMNS = {"rows", "dim"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the planner.
+
+    Args:
+      arguments: of the command line; None: those of this process.
+
+    Returns:
+      The exit status: 0; 2 where an argument is wrong; 1 where a file is, or nothing fits.
+    """
+    parser = argparse.ArgumentParser("python -m mpembed_jax.memory", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    own = commands.add_parser("plan", help="choose stacks that fit a budget")
+    own.add_argument(
+        "file",
+        type=Path,
+        help="CSV or parquet: of tables, with the columns rows, dim and perhaps name; or of ids, "
+        "with a column for each table, whose distinct ids are counted",
+    )
+    own.add_argument("--budget", required=True, help="per device, such as 16GB")
+    own.add_argument("--dim", type=int, help="of all tables, if the file has ids")
+    own.add_argument("--devices", type=int, default=1, help="that divide the rows")
+    own.add_argument("--batch", type=int, help="rows of data in a step, whose temporaries count")
+    own.add_argument("--host-budget", help="host memory for tables that do not fit")
+    given = parser.parse_args(arguments)
+    try:
+        columns = _columns(given.file)
+        ids = None
+        if columns.keys() >= _COLUMNS:
+            names = columns.get("name", [f"table{i}" for i in range(len(columns["rows"]))])
+            sizes = zip(map(_count, columns["rows"]), map(_count, columns["dim"]), strict=True)
+            tables = dict(zip(map(str, names), sizes, strict=True))
+            if len(tables) != len(columns["rows"]):
+                raise ValueError(f"{given.file}: names of tables must be distinct")
+        elif given.dim is None:
+            raise ValueError(
+                f"{given.file} has columns {list(columns)}; a file of tables has rows and dim; for "
+                "a file of ids, give --dim"
+            )
+        else:
+            ids = {
+                name: np.unique(values, return_inverse=True)[1] for name, values in columns.items()
+            }
+            tables = {name: (int(own.max(initial=0)) + 1, given.dim) for name, own in ids.items()}
+        chosen = plan(
+            tables,
+            given.budget,
+            tx=optim.rowwise_adagrad(0.05),
+            devices=given.devices,
+            ids=ids,
+            batch_shape=None if given.batch is None else (given.batch,),
+            host_budget=given.host_budget,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    print(chosen)
+    print("optimizer: row-wise Adagrad, one number per row")
+    return 0
+
+
+def _count(value: Any) -> int:
+    text = str(value).replace("_", "").strip()
+    if not text.isdecimal():
+        raise ValueError(f"rows and dim must be whole numbers, got {value!r}")
+    return int(text)
+
+
+def _columns(path: Path) -> dict[str, Any]:
+    """Returns {column: values} of a CSV or parquet file."""
+    if path.suffix == ".parquet":
+        if importlib.util.find_spec("polars") is None:
+            raise ImportError(f"reading {path} needs polars, or save it as CSV")
+        frame = importlib.import_module("polars").read_parquet(path)
+        return {name: frame[name].to_numpy() for name in frame.columns}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file, skipinitialspace=True))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

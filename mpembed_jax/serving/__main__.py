@@ -1,0 +1,107 @@
+"""The command line of serving files: python -m mpembed_jax.serving export | inspect | verify."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mpembed_jax.numerics.formats import RowFormat
+from mpembed_jax.serving import container
+from mpembed_jax.serving.container import Contents
+from mpembed_jax.serving.errors import ServingError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: of the command line; None: those of this process.
+
+    Returns:
+      The exit status: 0; 2 where an argument is wrong; 1 where a file is.
+    """
+    parser = argparse.ArgumentParser("python -m mpembed_jax.serving", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write the tables of a checkpoint to one file")
+    export.add_argument("checkpoint", type=Path, help="directory of checkpoint.save")
+    export.add_argument("out", type=Path, help="the file to write")
+    export.add_argument(
+        "--storage",
+        help="a row format, such as int8, int4, int2 or float16, to nearest; default: as trained",
+    )
+    export.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
+    for name, text in (
+        ("inspect", "print tables, formats, bytes and errors"),
+        ("verify", "check every byte"),
+    ):
+        commands.add_parser(name, help=text).add_argument("file", type=Path)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        match given.command:
+            case "export":
+                try:
+                    storage = None if given.storage is None else RowFormat(given.storage)
+                except ValueError as error:
+                    parser.error(str(error))
+                contents = _export(given.checkpoint, given.out, storage, given.step)
+            case "inspect":
+                contents = container.open_file(given.file).contents
+            case _:
+                contents = container.verify(given.file)
+                print(f"{given.file}: every byte is right")
+    except (ServingError, OSError, RuntimeError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    print(table_of(contents))
+    return 0
+
+
+def _export(checkpoint: Path, out: Path, storage: RowFormat | None, step: int | None) -> Contents:
+    # Only this command needs orbax.
+    from mpembed_jax.serving import checkpoints
+
+    return checkpoints.export(checkpoint, out, storage=storage, step=step, progress=_progress())
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Returns a function that prints each further tenth of the rows."""
+    last = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // total
+        if tenth > last:
+            last = tenth
+            print(f"{done:,} of {total:,} rows", file=sys.stderr, flush=True)
+
+    return show
+
+
+def table_of(contents: Contents) -> str:
+    """Returns the tables of a file as text: rows, dim, format, bytes, errors."""
+    lines = [("table", "rows", "dim", "format", "bytes", "largest error", "mean error")]
+    for table in contents.tables:
+        fmt = table.format
+        kind = {True: "symmetric", False: "with bias", None: ""}[fmt.symmetric]
+        largest, mean, num_nonfinite = table.errors
+        lines.append(
+            (
+                f"{table.stack}/{table.name}" if table.stack else table.name,
+                f"{table.num_rows:,}",
+                str(table.embedding_dim),
+                " ".join(word for word in (fmt.name, kind, fmt.scale_dtype) if word),
+                f"{table.nbytes:,}",
+                f"{largest:.3g}",
+                f"{mean:.3g}" + (f" ({num_nonfinite} not finite)" if num_nonfinite else ""),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in lines]
+    total = sum(table.nbytes for table in contents.tables)
+    return "\n".join([*(row.rstrip() for row in rows), f"{total:,} bytes of packed rows"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The stacks of a checkpoint as sources of a serving file, without the model that was trained.
+
+Only packed rows and cache lines are read, into host memory. The optimizer's state stays on disk. A
+checkpoint does not record features or the rule of rounding: each table is its own feature, and
+lines are rounded stochastically, if they are not encoded again.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from mpembed_jax.cache.spec import Geometry
+from mpembed_jax.checkpoint import leaves, manifest, placements, restoring
+from mpembed_jax.checkpoint.errors import DamagedError
+from mpembed_jax.numerics.formats import RowFormat
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.serving import saving, sources
+from mpembed_jax.serving.container import Contents
+from mpembed_jax.serving.sources import Source
+from mpembed_jax.spec import EmbeddingSpec, TableSpec
+
+_LOG = logging.getLogger("mpembed_jax.serving")
+_CACHE = ("tags", "dirty", "rows")
+
+
+def export(
+    checkpoint: Any,
+    path: Any,
+    *,
+    storage: RowFormat | str | None = None,
+    step: int | None = None,
+    progress: saving.Progress | None = None,
+) -> Contents:
+    """Writes all embedding states of a checkpoint to one serving file.
+
+    Args:
+      checkpoint: directory of `checkpoint.save`.
+      path: as in save.
+      storage: as in save.
+      step: of the checkpoint; None for the newest good one.
+      progress: as in save.
+
+    Returns:
+      What the file holds.
+
+    Raises:
+      FileNotFoundError: if the directory has no checkpoint (of this step).
+      CheckpointError: if the checkpoint is damaged or cannot be read now.
+      OSError: if the file cannot be written.
+      ValueError: if the checkpoint holds no embedding state, or names are not distinct.
+    """
+    directory = Path(checkpoint).absolute()
+    chain = restoring.choose(directory, step)
+    held = chain[0]
+    if not held["embeddings"]:
+        raise ValueError(f"step {held['step']} of {directory} holds no embedding state")
+    _LOG.info("exporting step %d of %s", held["step"], directory)
+    stacks = [_source(directory, chain, prefix) for prefix in held["embeddings"]]
+    return saving.write(path, stacks, storage, progress)
+
+
+def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source:
+    """Returns the source of one embedding state, whose rows are then in memory.
+
+    Raises:
+      CheckpointError: if its arrays are not those of such a state, or cannot be read.
+    """
+    held = chain[0]
+    entry = held["embeddings"][prefix]
+    wanted = {"table.rows", "key", "step"}
+    if entry["cache"] is not None:
+        wanted |= {f"cache.{field}" for field in _CACHE}
+    names = {inner: entry["names"][inner] for inner in wanted}
+    try:
+        tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
+        storage = RowFormat(*entry["storage"])
+        spec = EmbeddingSpec(tables, entry["embedding_dim"], storage, None)
+        division = placements.Division.read(entry)
+        _check_arrays(entry, {i: held["arrays"][n] for i, n in names.items()}, spec, division)
+        layout = None if division.shards == 1 else placements.layout(division, spec)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DamagedError(
+            f"step {held['step']}: embedding state {prefix!r} does not hold what the manifest says "
+            f"of it: {error}"
+        ) from None
+    places = {name: leaves.Place("host") for name in names.values()}
+    found = restoring.read_arrays(directory, chain, places)
+    if any(manifest.read(directory, body["step"]) != body for body in chain):
+        raise DamagedError(f"step {held['step']} of {directory} was replaced while it was read")
+    arrays = {inner: found[name] for inner, name in names.items()}
+    restoring.check_tags(directory, held["step"], prefix, entry, arrays)
+    cache = {field: arrays[f"cache.{field}"] for field in _CACHE if f"cache.{field}" in arrays}
+    return sources.of_arrays(
+        prefix, spec, layout, arrays["table.rows"], cache, arrays["key"], arrays["step"]
+    )
+
+
+def _check_arrays(
+    entry: dict[str, Any],
+    records: dict[str, Any],
+    spec: EmbeddingSpec,
+    division: placements.Division,
+) -> None:
+    """Checks the shapes and dtypes of a state's arrays, which the manifest gives as records.
+
+    Raises:
+      ValueError: if they are not those of the spec and the cache.
+    """
+    dim = spec.embedding_dim
+    if spec.num_rows >= NO_ID:
+        raise ValueError(f"it has {spec.num_rows} rows; a serving file holds fewer than 2**31 - 1")
+    num_rows = placements.num_rows(division, spec)
+    expected: dict[str, tuple[Any, str]] = {
+        "table.rows": (
+            (num_rows, spec.storage.row_words(dim)),
+            spec.storage.word_dtype(dim).name,
+        )
+    }
+    if entry["cache"] is not None:
+        geometry = Geometry(*(entry["cache"][field] for field in Geometry._fields))
+        lines = (geometry.sets, geometry.ways)
+        if geometry.sets % division.shards or geometry.groups % division.shards:
+            raise ValueError(f"{geometry.sets} sets in {division.shards} shards")
+        expected |= {
+            "cache.tags": (lines, "int32"),
+            "cache.dirty": (lines, "bool"),
+            "cache.rows": ((geometry.lines, dim), "float32"),
+        }
+    for inner, (shape, dtype) in expected.items():
+        record = records[inner]
+        if (record["shape"], record["dtype"]) != (list(shape), dtype):
+            raise ValueError(f"{inner} is {record['dtype']} {record['shape']}")

@@ -1,0 +1,310 @@
+"""The serving file: its header, and where its rows and checksums lie.
+
+The file is a safetensors file: 8 bytes with the length of a JSON header, the header, the arrays.
+Each table is one array of packed words [V, words], in the layout of `numerics.packing`. The array
+`mpembed_jax.checksums` (uint32) has a CRC-32 for each block of rows of each table, in the order of
+the tables. The header's metadata have a JSON text `mpembed_jax` that describes the tables, and its
+CRC-32. Every byte of the file is therefore checked by something.
+
+A table's entry has a place for the vocabulary of its raw ids. Version 1 has none: the place is
+null. A file whose place is filled is refused, because its ids would read wrong rows.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpembed_jax.numerics.formats import RowFormat
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.serving.errors import ServingError
+
+VERSION = 1
+OURS = "mpembed_jax"
+CHECKSUMS = "mpembed_jax.checksums"
+_MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
+_ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
+_ROOM = 96  # bytes kept free in the header for each table's errors, known only at the end
+_DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+
+
+class Errors(NamedTuple):
+    """The difference between a table's rows in the file and its rows in training."""
+
+    largest: float  # of all finite elements
+    mean: float  # of the absolute differences of all elements
+    num_nonfinite: int  # elements that are not finite in training; they count as zero
+
+
+class Table(NamedTuple):
+    """One table of a file."""
+
+    name: str
+    stack: str  # the name of its stack in the saved tree, "" if the tree was one state
+    num_rows: int  # V
+    embedding_dim: int  # D
+    format: RowFormat  # resolved
+    errors: Errors
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of its packed rows."""
+        return self.num_rows, self.format.row_words(self.embedding_dim)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of its words."""
+        return self.format.word_dtype(self.embedding_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its packed rows."""
+        return self.num_rows * self.format.row_bytes(self.embedding_dim)
+
+    @property
+    def block_rows(self) -> int:
+        """The number of rows of a block: some megabytes, and fewer in the last block."""
+        return max(1, (1 << 21) // self.embedding_dim)
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks of rows, each with a checksum."""
+        return -(-self.num_rows // self.block_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds."""
+
+    tables: tuple[Table, ...]
+    features: tuple[tuple[str, str], ...]  # (feature, table name)
+    checksums_crc32: int = 0  # of the array of checksums
+
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Returns the header's entry of each array.
+
+        Checksums come first, then tables of 32-bit words, then tables of 16-bit words, so that
+        every array is aligned.
+        """
+        num_blocks = sum(t.num_blocks for t in self.tables)
+        arrays: list[tuple[str, str, tuple[int, ...]]] = [(CHECKSUMS, "U32", (num_blocks,))]
+        for code in ("U32", "U16"):
+            arrays += [(t.name, code, t.shape) for t in self.tables if t.dtype == _DTYPES[code]]
+        entries = {}
+        end = 0
+        for name, code, shape in arrays:
+            begin, end = end, end + math.prod(shape) * _DTYPES[code].itemsize
+            entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+        return entries
+
+    def header(self) -> bytes:
+        """Returns the JSON of the header, without padding."""
+        text = json.dumps(
+            {
+                "version": VERSION,
+                "checksums_crc32": self.checksums_crc32,
+                "features": [list(pair) for pair in self.features],
+                "tables": [_described(t) for t in self.tables],
+            }
+        )
+        metadata = {OURS: text, "crc32": str(zlib.crc32(text.encode()))}
+        return json.dumps({"__metadata__": metadata} | self.tensors()).encode()
+
+
+def _described(table: Table) -> dict[str, Any]:
+    storage = table.format
+    return {
+        "name": table.name,
+        "stack": table.stack,
+        "rows": table.num_rows,
+        "dim": table.embedding_dim,
+        "storage": [storage.name, storage.symmetric, storage.scale_dtype],
+        "errors": list(table.errors),
+        "vocabulary": None,
+    }
+
+
+def header_room(contents: Contents) -> int:
+    """Returns the bytes before the arrays, with room for the errors of all tables."""
+    size = 8 + len(contents.header()) + _ROOM * (1 + len(contents.tables))
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def padded_header(contents: Contents, room: int) -> bytes:
+    """Returns the bytes before the arrays: the length, the JSON, and spaces."""
+    text = contents.header()
+    if len(text) > min(room - 8, _MAX_HEADER):
+        raise ValueError(f"{len(contents.tables)} tables need a header of {len(text)} bytes")
+    return (room - 8).to_bytes(8, "little") + text.ljust(room - 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A file whose header is right and whose size fits it. Its arrays were not read."""
+
+    path: Path
+    contents: Contents
+    data: np.ndarray  # u8 [bytes of the arrays], mapped and read-only
+
+    def array(self, name: str) -> np.ndarray:
+        """Returns an array of the file, mapped and read-only."""
+        entry = self.contents.tensors()[name]
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        return self.data[begin:end].view(dtype).reshape(entry["shape"])
+
+
+def open_file(path: Any) -> Opened:
+    """Opens a serving file and checks everything but the bytes of its arrays.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ServingError: if it is not such a file, is cut short, or is of a newer version.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise ServingError(
+                f"{path} is no serving file, or is cut short: it has {size} bytes, and its first "
+                "8 bytes are not the length of a header"
+            )
+        head = file.read(length)
+    contents = _read_header(path, head)
+    tensors = contents.tensors()
+    total = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
+    if size < total:
+        lost = [n for n, entry in tensors.items() if 8 + length + entry["data_offsets"][1] > size]
+        raise ServingError(
+            f"{path} is cut short: it has {size} of {total} bytes; table {lost[0]!r} is not whole"
+        )
+    if size > total:
+        raise ServingError(f"{path} has {size} bytes, but its header says {total}")
+    if (8 + length) % _ALIGNMENT:
+        raise ServingError(f"{path} is damaged: its arrays are not aligned")
+    data = np.memmap(path, np.uint8, "r", offset=8 + length)
+    if len(data) != total - 8 - length:
+        raise ServingError(f"{path} changed while it was opened")
+    return Opened(path, contents, data)
+
+
+def _read_header(path: Path, head: bytes) -> Contents:
+    try:
+        header = json.loads(head)
+    except (ValueError, RecursionError):
+        header = None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(OURS), str):
+        if isinstance(header, dict):
+            raise ServingError(f"{path} is a safetensors file that mpembed_jax did not write")
+        raise ServingError(f"{path} is no serving file: its header is not JSON of safetensors")
+    text = metadata[OURS]
+    if metadata.get("crc32") != str(zlib.crc32(text.encode())):
+        raise ServingError(f"{path} is damaged: the checksum of its description differs")
+    try:
+        body = json.loads(text)
+        version = body["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ServingError(f"{path} is damaged: its description is no JSON: {error}") from None
+    if type(version) is int and version > VERSION:
+        raise ServingError(
+            f"{path} is of version {version}, this library reads {VERSION}; use the version of "
+            "mpembed_jax that wrote it, or a newer one"
+        )
+    try:
+        contents = _contents(body)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ServingError(f"{path} is damaged: {error}") from None
+    # A file says everything once, in one way, so that no byte of a header can change unnoticed.
+    if contents.header().ljust(len(head)) != head:
+        raise ServingError(f"{path} is damaged: its header is not what its description says")
+    return contents
+
+
+def _contents(body: dict[str, Any]) -> Contents:
+    """Returns the description of a header.
+
+    Raises:
+      ValueError: or another error, if a field is missing, or has a wrong type or value.
+    """
+    tables = []
+    if type(body["version"]) is not int or body["version"] < 1:
+        raise ValueError(f"its version is {body['version']!r}")
+    for entry in body["tables"]:
+        name = entry["name"]
+        if entry["vocabulary"] is not None:
+            raise ValueError(f"table {name!r} has a vocabulary, which version 1 does not have")
+        num_rows, dim = entry["rows"], entry["dim"]
+        if type(name) is not str or type(entry["stack"]) is not str:
+            raise ValueError(f"the name of table {name!r} is no text")
+        if type(num_rows) is not int or type(dim) is not int or not 1 <= num_rows < NO_ID:
+            raise ValueError(f"table {name!r} has {num_rows!r} rows of dim {dim!r}")
+        if not 1 <= dim <= 1 << 20:
+            raise ValueError(f"table {name!r} has dim {dim}")
+        storage = RowFormat(*entry["storage"])
+        if storage != storage.resolve(dim):
+            raise ValueError(f"table {name!r} has storage {entry['storage']}")
+        largest, mean, num_nonfinite = entry["errors"]
+        errors = Errors(float(largest), float(mean), int(num_nonfinite))
+        tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors))
+    features = tuple((str(f), str(t)) for f, t in body["features"])
+    return checked(Contents(tuple(tables), features, int(body["checksums_crc32"])))
+
+
+def checked(contents: Contents) -> Contents:
+    """Returns the contents, whose names are distinct and known.
+
+    Raises:
+      ValueError: if they are not.
+    """
+    names = [t.name for t in contents.tables]
+    for name in names:
+        if names.count(name) > 1 or name in ("__metadata__", CHECKSUMS):
+            raise ValueError(f"the name of table {name!r} is taken; names must be distinct")
+    features = [f for f, _ in contents.features]
+    for feature, table in contents.features:
+        if features.count(feature) > 1 or table not in names:
+            raise ValueError(f"feature {feature!r} of table {table!r} is not distinct or known")
+    if not names or not features:
+        raise ValueError("it has no tables")
+    return contents
+
+
+def verify(path: Any) -> Contents:
+    """Checks every byte of a serving file.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      What the file holds.
+
+    Raises:
+      ServingError: if a byte is wrong; the message names the file, the table and its rows.
+    """
+    opened = open_file(path)
+    sums = opened.array(CHECKSUMS)
+    if zlib.crc32(sums.data) != opened.contents.checksums_crc32:
+        raise ServingError(f"{path} is damaged: its checksums have changed")
+    first = 0
+    for table in opened.contents.tables:
+        rows = opened.array(table.name)
+        for block in range(table.num_blocks):
+            begin = block * table.block_rows
+            end = min(begin + table.block_rows, table.num_rows)
+            if zlib.crc32(rows[begin:end].data) != sums[first + block]:
+                raise ServingError(
+                    f"{path} is damaged: table {table.name!r} has changed bytes in rows {begin} to "
+                    f"{end - 1}"
+                )
+        first += table.num_blocks
+    return opened.contents

@@ -1,0 +1,242 @@
+"""Saving: embedding states become one serving file, block by block.
+
+The rows are those that `read` returns in training. Lines that are newer than the table are encoded
+as `flush` encodes them, or all rows are encoded again, to nearest, in another format. No second
+copy of a table is made.
+"""
+
+import dataclasses
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.arrays import indexing
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.numerics.formats import RowFormat, as_format
+from mpembed_jax.numerics.packing import decode, encode
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.serving import container, sources
+from mpembed_jax.serving.container import Contents, Errors, Table
+from mpembed_jax.serving.sources import Source
+from mpembed_jax.table import QuantizedTable, encode_rows
+
+Progress = Callable[[int, int], None]  # (rows written, rows of all tables)
+_NOTHING = Errors(0.0, 0.0, 0)
+
+
+def save(
+    path: Any,
+    states: Any,
+    *,
+    storage: RowFormat | str | None = None,
+    progress: Progress | None = None,
+) -> Contents:
+    """Writes embedding states to one serving file.
+
+    The file appears whole or not at all. It holds the rows of every table, their formats and
+    checksums, and the names of tables and features. It holds no optimizer state.
+
+    Args:
+      path: of the file. An existing file is replaced.
+      states: an EmbeddingState, or any tree that holds some; not consumed. Names of tables and
+        features must be distinct over all of them.
+      storage: None: rows as trained, and lines that are newer than the table are encoded as by
+        `flush`. A RowFormat or its name: rows of another format are encoded again, to nearest.
+      progress: called with the number of rows written and the number of all rows.
+
+    Returns:
+      What the file holds. `errors` of a table is its difference from `read` in training.
+
+    Raises:
+      OSError: if the file cannot be written; an existing file stays.
+      ValueError: if there is no embedding state, names are not distinct, or a state is traced,
+        abstract or spread over several processes.
+    """
+    found = sources.states_of(states)
+    return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)
+
+
+def write(
+    path: Any,
+    stacks: list[Source],
+    storage: RowFormat | str | None = None,
+    progress: Progress | None = None,
+) -> Contents:
+    """Writes the stacks of `sources` to one file; see `save`."""
+    path = Path(path)
+    wanted = None if storage is None else as_format(storage)
+    tables: list[Table] = []
+    owners: list[tuple[Source, int]] = []  # the stack and the first global row of each table
+    features: list[tuple[str, str]] = []
+    for source in stacks:
+        spec = source.spec
+        dim = spec.embedding_dim
+        fmt = spec.storage if wanted is None else wanted.resolve(dim)
+        for table in spec.tables:
+            first, num_rows = spec.table_range(table.name)
+            tables.append(Table(table.name, source.name, num_rows, dim, _bare(fmt), _NOTHING))
+            owners.append((source, first))
+        features += spec.feature_tables
+    contents = container.checked(Contents(tuple(tables), tuple(features)))
+    room = container.header_room(contents)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            contents = _write_arrays(file, contents, owners, room, wanted is None, progress)
+            file.seek(0)
+            file.write(container.padded_header(contents, room))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return contents
+
+
+def _bare(fmt: RowFormat) -> RowFormat:
+    """Returns the format without its rounding, which does not matter to a reader."""
+    return dataclasses.replace(fmt, rounding="stochastic")
+
+
+def _sync_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write_arrays(
+    file: Any,
+    contents: Contents,
+    owners: list[tuple[Source, int]],
+    room: int,
+    is_as_trained: bool,
+    progress: Progress | None,
+) -> Contents:
+    """Writes the arrays after the header's room; returns the contents with errors and checksum."""
+    entries = contents.tensors()
+    total = sum(t.num_rows for t in contents.tables)
+    num_written = 0
+    sums: list[int] = []
+    tables = []
+    for table, (source, first) in zip(contents.tables, owners, strict=True):
+        file.seek(room + entries[table.name]["data_offsets"][0])
+        measured = _Measured()
+        for packed in _blocks(source, first, table, is_as_trained, measured):
+            sums.append(zlib.crc32(packed.data))
+            file.write(packed)
+            num_written += len(packed)
+            if progress is not None:
+                progress(num_written, total)
+        tables.append(table._replace(errors=measured.errors(table)))
+    checksums = np.asarray(sums, "<u4")
+    file.seek(room + entries[container.CHECKSUMS]["data_offsets"][0])
+    file.write(checksums)
+    return Contents(tuple(tables), contents.features, zlib.crc32(checksums.data))
+
+
+class _Measured:
+    """Sums of the differences between rows in training and rows in the file."""
+
+    def __init__(self) -> None:
+        self.largest, self.total, self.num_nonfinite = 0.0, 0.0, 0
+
+    def add(self, largest: Any, total: Any, num_nonfinite: Any) -> None:
+        """Adds the differences of some rows."""
+        self.largest = max(self.largest, float(largest))
+        self.total += float(total)
+        self.num_nonfinite += int(num_nonfinite)
+
+    def errors(self, table: Table) -> Errors:
+        """Returns the errors of a whole table."""
+        mean = self.total / (table.num_rows * table.embedding_dim)
+        return Errors(self.largest, mean, self.num_nonfinite)
+
+
+def _blocks(
+    source: Source, first: int, table: Table, is_as_trained: bool, measured: _Measured
+) -> Iterator[np.ndarray]:
+    """Yields the packed rows of a table of the file, block by block."""
+    before, after = source.spec.storage, table.format
+    is_kept = (before.name, before.symmetric, before.scale_dtype) == (
+        after.name,
+        after.symmetric,
+        after.scale_dtype,
+    )
+    rounding = before if is_as_trained else dataclasses.replace(after, rounding="nearest")
+    for begin in range(0, table.num_rows, table.block_rows):
+        num = min(table.block_rows, table.num_rows - begin)
+        packed = source.read(first + begin, num)
+        low, high = np.searchsorted(source.line_ids, [first + begin, first + begin + num])
+        ids = source.line_ids[low:high]
+        lines = source.lines(source.line_of[low:high])
+        # Lengths are powers of two, so that few programs are compiled.
+        extra = (1 << max(0, len(ids) - 1).bit_length()) - len(ids) if len(ids) else 0
+        padded_ids = np.pad(ids, (0, extra), constant_values=NO_ID).astype(np.int32)
+        lines = np.pad(lines, [(0, extra), (0, 0)])
+        if is_kept:
+            if len(ids):
+                new, *differences = _encode_lines(
+                    lines, padded_ids, source.key, source.step, fmt=rounding
+                )
+                measured.add(*differences)
+                packed = packed.copy()
+                packed[ids - (first + begin)] = np.asarray(new)[: len(ids)]
+        else:
+            size = min(table.block_rows, table.num_rows)
+            rows = np.pad(packed, [(0, size - num), (0, 0)])
+            place = np.where(padded_ids == NO_ID, size, padded_ids - (first + begin))
+            new, *differences = _encode_again(
+                rows, np.int32(num), place.astype(np.int32), lines, before=before, after=rounding
+            )
+            measured.add(*differences)
+            packed = np.asarray(new)[:num]
+        yield np.ascontiguousarray(packed)
+
+
+@partial(jax.jit, static_argnames="fmt")
+def _encode_lines(
+    lines: Any, ids: Any, key: Any, step: Any, *, fmt: RowFormat
+) -> tuple[jax.Array, ...]:
+    """Packs lines (float32 [n, D]) with the random bits of a flush; returns their differences."""
+    lines, ids = jnp.asarray(lines), jnp.asarray(ids)
+    # encode_rows uses only the format and the dim of the table.
+    table = QuantizedTable(lines, fmt, lines.shape[1])
+    draw = (jnp.asarray(key), random_bits.FLUSH, jnp.asarray(step))
+    packed = encode_rows(lines, ids, table, *draw)
+    return packed, *_differences(lines, packed, fmt, ids != NO_ID)
+
+
+@partial(jax.jit, static_argnames=("before", "after"))
+def _encode_again(
+    packed: Any, num: Any, place: Any, lines: Any, *, before: RowFormat, after: RowFormat
+) -> tuple[jax.Array, ...]:
+    """Packs rows in another format, to nearest, and measures what that changes."""
+    dim = lines.shape[1]
+    rows = indexing.put(decode(jnp.asarray(packed), before, dim), jnp.asarray(place), lines)
+    new = encode(rows, after)
+    is_row = jnp.arange(rows.shape[0], dtype=jnp.int32) < num
+    return new, *_differences(rows, new, after, is_row)
+
+
+def _differences(
+    rows: jax.Array, packed: jax.Array, fmt: RowFormat, is_row: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns the largest difference, their sum, and the number of elements that are not finite."""
+    is_finite = jnp.isfinite(rows) & is_row[:, None]
+    difference = jnp.abs(decode(packed, fmt, rows.shape[1]) - rows)
+    difference = jnp.where(is_finite, difference, jnp.float32(0))
+    num = jnp.sum(~jnp.isfinite(rows) & is_row[:, None], dtype=jnp.int32)
+    return jnp.max(difference, initial=0), jnp.sum(difference), num

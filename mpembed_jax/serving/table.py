@@ -1,0 +1,481 @@
+"""ServingTable: the tables of a file, mapped into memory and read from their packed rows."""
+
+import dataclasses
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpembed_jax import row_ids
+from mpembed_jax.embedding import pooling
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.serving import container, host_rows, top_k
+from mpembed_jax.serving.container import Contents, Table
+from mpembed_jax.table import QuantizedTable, read_rows
+
+IMPLEMENTATIONS = ("numba", "numpy")
+_FEW_QUERIES = 8  # up to so many are scored from packed rows, one after another
+
+
+def load(
+    path: Any,
+    *,
+    out_of_range: str = "drop",
+    threads: int | None = None,
+    implementation: str | None = None,
+) -> "ServingTable":
+    """Maps a serving file into memory.
+
+    This takes milliseconds for any size: the header is checked, and no row is read. Processes that
+    load the same file share its memory. The bytes of the rows are checked by `verify` only.
+
+    Args:
+      path: of a file that `save` wrote. It must not change while it is mapped.
+      out_of_range: "drop": ids outside their table read as zeros and are counted. "raise": they are
+        an error, on the host.
+      threads: threads that read a large batch on the host; None: one for each core.
+      implementation: "numba" or "numpy", for the host. Both give the same rows and bags. None:
+        numba if it is installed.
+
+    Returns:
+      The tables.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ImportError: if numba is named and not installed.
+      ServingError: if it is not such a file, is cut short, or is of a newer version.
+      ValueError: if an argument is none of these.
+    """
+    if out_of_range not in ("drop", "raise"):
+        raise ValueError(f'out_of_range must be "drop" or "raise", got {out_of_range!r}')
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f'implementation must be "numba" or "numpy", got {implementation!r}')
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    has_numba = importlib.util.find_spec("numba") is not None
+    if implementation == "numba" and not has_numba:
+        raise ImportError('implementation="numba" needs numba; install mpembed_jax[cpu]')
+    opened = container.open_file(path)
+    return ServingTable(
+        rows={table.name: opened.array(table.name) for table in opened.contents.tables},
+        contents=opened.contents,
+        host=_Host(
+            out_of_range,
+            threads or os.cpu_count() or 1,
+            implementation or ("numba" if has_numba else "numpy"),
+            Path(path).absolute(),
+        ),
+    )
+
+
+class _Host:
+    """Settings of reading on the host, the compiled functions, and the count of ids outside."""
+
+    def __init__(self, out_of_range: str, threads: int, implementation: str, path: Path):
+        self.out_of_range, self.threads = out_of_range, threads
+        self.implementation, self.path = implementation, path
+        self._readers: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self.num_out_of_range = 0
+
+    def reader(self, table: Table, packed: np.ndarray) -> Any:
+        """Returns the compiled reader of a table, or None for NumPy."""
+        if self.implementation == "numpy":
+            return None
+        if table.name not in self._readers:
+            # Imported here, because numba is optional.
+            from mpembed_jax.serving import compiled
+
+            made = compiled.Reader(packed, table.format, table.embedding_dim, self.threads)
+            self._readers[table.name] = made
+        return self._readers[table.name]
+
+    def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
+        """Counts ids outside.
+
+        Raises:
+          ValueError: if there are some and out_of_range is "raise".
+        """
+        if self.out_of_range == "raise":
+            is_outside = ((ids < 0) | (ids >= table.num_rows)) & (ids != NO_ID)
+            place = int(np.argmax(is_outside))
+            raise ValueError(
+                f"feature {feature!r}: id {int(ids[place])} at position {place} is outside table "
+                f"{table.name!r} of {table.num_rows} rows ({num_outside} such ids); "
+                'out_of_range="drop" reads them as zeros and counts them'
+            )
+        with self._lock:
+            self.num_out_of_range += num_outside
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingTable:
+    """The tables of a serving file. Read-only, and safe to use from many threads.
+
+    It is a pytree. `to_device` puts its rows on the device; in a jitted function, they are an
+    argument, and the same methods read them there. Ids are local to their tables: id r is row r.
+    `mpembed_jax.NO_ID` is padding.
+
+    Attributes:
+      rows: {table name: packed words [V, words]}.
+      contents: the description of the file: tables and features.
+    """
+
+    rows: dict[str, Any]
+    contents: Contents
+    host: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The tables: names, rows, dims, formats, errors."""
+        return self.contents.tables
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed rows."""
+        return sum(table.nbytes for table in self.tables)
+
+    @property
+    def num_out_of_range(self) -> int:
+        """The number of ids outside their table that the host has read as zeros so far."""
+        return 0 if self.host is None else self.host.num_out_of_range
+
+    def to_device(self) -> "ServingTable":
+        """Returns the tables with their rows on the default device."""
+        return ServingTable({n: jnp.asarray(a) for n, a in self.rows.items()}, self.contents)
+
+    def lookup(self, ids: Any) -> Any:
+        """Returns the rows of ids.
+
+        Of a file with rows as trained, these are the bits of `read(freeze(state), ids)`.
+
+        Args:
+          ids: {feature: integers [..]}; or integers [..], if there is a single feature. On the host
+            of any integer dtype; in a jitted function int32.
+
+        Returns:
+          float32 [.., D] for each array: NumPy from the host, jax from the device. Padding and ids
+          outside read as zeros.
+
+        Raises:
+          KeyError: if a feature is unknown.
+          TypeError: if ids are not integers.
+          ValueError: if an id is outside and out_of_range is "raise"; or if ids are no mapping and
+            there are several features.
+        """
+        return self._each(ids, self._lookup)
+
+    def bag(self, ids: Any, combiner: str = "sum", weights: Any = None, offsets: Any = None) -> Any:
+        """Returns one vector for each bag of ids.
+
+        Terms are added in the order of the positions. Padding and ids outside count neither in the
+        sum nor in the divisor of "mean" (the sum of weights) and "sqrtn" (the root of the sum of
+        squared weights). The vector of an empty bag is zero.
+
+        Args:
+          ids: {feature: integers [.., L]}, or one such array, as in lookup; with offsets [N].
+          combiner: "sum", "mean" or "sqrtn".
+          weights: float32 of the shapes of ids, in the same nesting; None: all are 1.
+          offsets: {feature: integers [B + 1]}, or one such array: bag b has the positions
+            offsets[b] to offsets[b + 1]. On the host only. None: a bag is the last axis.
+
+        Returns:
+          float32 [.., D] for each array; [B, D] with offsets.
+
+        Raises:
+          KeyError, TypeError, ValueError: as in lookup; also if the combiner is unknown, or weights
+            or offsets do not fit the ids.
+        """
+        if combiner not in pooling.COMBINERS:
+            raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
+        if isinstance(ids, Mapping):
+            weights = weights or {}
+            offsets = offsets or {}
+            for name, given in (("weights", weights), ("offsets", offsets)):
+                if not isinstance(given, Mapping) or set(given) - set(ids):
+                    raise ValueError(f"{name} must be a mapping with features of ids")
+
+        def of(given: Any, feature: str) -> Any:
+            return given.get(feature) if isinstance(ids, Mapping) else given
+
+        def read(feature: str, table: Table, here: Any) -> Any:
+            own = of(weights, feature), of(offsets, feature)
+            return self._bag(feature, table, here, combiner, *own)
+
+        return self._each(ids, read)
+
+    def top_k(
+        self, query: Any, k: int, table: str | None = None, *, sketch: Any = None, oversample=10
+    ) -> tuple[Any, Any]:
+        """Returns the rows with the largest products with each query.
+
+        Rows are decoded in blocks, so no float32 table exists. Of rows with equal scores, those
+        with lower ids come first. Scores are sums in float32, whose last bits depend on their
+        order.
+
+        Args:
+          query: float32 [.., D].
+          k: the number of rows, at most V.
+          table: its name; optional if there is a single table.
+          sketch: a SignSketch of the table: `oversample` * k rows are chosen by it, and the best k
+            of them by their exact scores. On the host only. None: all rows are scored.
+          oversample: at least 1.
+
+        Returns:
+          Scores float32 [.., k], in descending order, and ids int32 [.., k]. If fewer rows have a
+          score that is a number, the rest is -inf and NO_ID.
+
+        Raises:
+          KeyError: if the table is unknown.
+          ValueError: if k or a shape is wrong.
+        """
+        chosen = self._table(table)
+        packed = self.rows[chosen.name]
+        dim, num_rows = chosen.embedding_dim, chosen.num_rows
+        if not 1 <= k <= num_rows:
+            raise ValueError(f"k must be in [1, {num_rows}] for table {chosen.name!r}, got {k}")
+        if np.ndim(query) < 1 or np.shape(query)[-1] != dim:
+            raise ValueError(
+                f"query must be float32 [.., {dim}] for table {chosen.name!r}, got "
+                f"{list(np.shape(query))}"
+            )
+        lead = np.shape(query)[:-1]
+        if not self._is_on_host(packed, query):
+            if sketch is not None:
+                raise ValueError("a sketch is used on the host only; call top_k outside jit")
+            given = jnp.asarray(query, jnp.float32).reshape(-1, dim)
+            on_device = top_k.on_device(packed, chosen.format, dim, given, k)
+            return on_device[0].reshape(*lead, k), on_device[1].reshape(*lead, k)
+        queries = np.ascontiguousarray(query, np.float32).reshape(-1, dim)
+        if sketch is None:
+            scores, ids = self._best(chosen, packed, queries, k)
+        else:
+            if oversample < 1:
+                raise ValueError(f"oversample must be at least 1, got {oversample}")
+            candidates = sketch.candidates(chosen, queries, min(num_rows, oversample * k))
+            scores, ids = self._ranked(chosen, queries, candidates, k)
+        return scores.reshape(*lead, k), ids.reshape(*lead, k)
+
+    def decode_block(self, table: Table, first: int, last: int) -> np.ndarray:
+        """Returns rows [first, last) of a table on the host, float32 [last - first, D]."""
+        packed = self.rows[table.name]
+        reader = self.host.reader(table, packed)
+        if reader is None:
+            return host_rows.decode(packed[first:last], table.format, table.embedding_dim)
+        out = np.empty((last - first, table.embedding_dim), np.float32)
+        reader.decode(first, last, out)
+        return out
+
+    def __reduce__(self) -> Any:
+        """A process that gets a host table maps the file itself."""
+        if self.host is None:
+            return ServingTable, (self.rows, self.contents)
+        return _load_again, (
+            self.host.path,
+            self.host.out_of_range,
+            self.host.threads,
+            self.host.implementation,
+        )
+
+    # --- one feature
+
+    def _table(self, name: str | None) -> Table:
+        known = {table.name: table for table in self.tables}
+        if name is None and len(known) == 1:
+            return self.tables[0]
+        if name not in known:
+            raise KeyError(f"unknown table {name!r}; this file has {list(known)}")
+        return known[name]
+
+    def _each(self, ids: Any, read: Callable[[str, Table, Any], Any]) -> Any:
+        features = dict(self.contents.features)
+        if not isinstance(ids, Mapping):
+            if len(features) > 1:
+                raise ValueError(
+                    f"ids must be a mapping from features to arrays; this file has {list(features)}"
+                )
+            ((feature, table),) = features.items()
+            return read(feature, self._table(table), ids)
+        if unknown := [feature for feature in ids if feature not in features]:
+            raise KeyError(f"unknown features {unknown}; this file has {list(features)}")
+        found = {f: read(f, self._table(features[f]), here) for f, here in ids.items()}
+        return row_ids.in_mapping_of(ids, found)
+
+    def _is_on_host(self, packed: Any, given: Any) -> bool:
+        """Whether the host reads the rows.
+
+        Raises:
+          TypeError: if it would have to read them while a function is traced.
+        """
+        is_host = isinstance(packed, np.ndarray)
+        if is_host and isinstance(given, jax.core.Tracer):
+            raise TypeError(
+                "a table on the host cannot be read in a jitted function; pass table.to_device() "
+                "as an argument of the function"
+            )
+        return is_host
+
+    def _lookup(self, feature: str, table: Table, ids: Any) -> Any:
+        packed = self.rows[table.name]
+        dim = table.embedding_dim
+        if not self._is_on_host(packed, ids):
+            (checked,), _ = row_ids.checked(ids)
+            return read_rows(QuantizedTable(packed, table.format, dim), checked)
+        host, shape = _host_ids(feature, ids)
+        reader = self.host.reader(table, packed)
+        if reader is None:
+            rows, num_outside = host_rows.take(packed, table.format, dim, host)
+        else:
+            rows, num_outside = reader.take(host)
+        if num_outside:
+            self.host.count(num_outside, feature, host, table)
+        return rows.reshape(*shape, dim)
+
+    def _bag(
+        self, feature: str, table: Table, ids: Any, combiner: str, weights: Any, offsets: Any
+    ) -> Any:
+        packed = self.rows[table.name]
+        dim = table.embedding_dim
+        if weights is not None and np.shape(weights) != np.shape(ids):
+            raise ValueError(
+                f"feature {feature!r}: weights must have the shape of ids "
+                f"{list(np.shape(ids))}, got {list(np.shape(weights))}"
+            )
+        if not self._is_on_host(packed, ids):
+            if offsets is not None:
+                raise TypeError("offsets are used on the host only; pad the bags with NO_ID")
+            (checked,), _ = row_ids.checked(ids)
+            return _device_bag(
+                QuantizedTable(packed, table.format, dim), checked, combiner, weights
+            )
+        host, shape = _host_ids(feature, ids)
+        ends = None
+        length = shape[-1] if shape else 0
+        if offsets is not None:
+            ends = _checked_offsets(feature, offsets, shape)
+            lead: tuple[int, ...] = (len(ends) - 1,)
+        elif not shape:
+            raise ValueError(f"feature {feature!r}: a bag is the last axis of ids, got a scalar")
+        else:
+            lead = shape[:-1]
+            if length == 0:
+                return np.zeros((*lead, dim), np.float32)
+        if weights is not None:
+            weights = np.ascontiguousarray(weights, np.float32).reshape(-1)
+        reader = self.host.reader(table, packed)
+        if reader is None:
+            if ends is None:
+                ends = np.arange(0, len(host) + 1, length, dtype=np.int64)
+            given = (packed, table.format, dim, host, ends, weights, combiner)
+            bags, num_outside = host_rows.bag(*given)
+        else:
+            bags, num_outside = reader.bag(host, ends, length, weights, combiner)
+        if num_outside:
+            self.host.count(num_outside, feature, host, table)
+        return bags.reshape(*lead, dim)
+
+    # --- top k on the host
+
+    def _best(
+        self, table: Table, packed: np.ndarray, queries: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        reader = self.host.reader(table, packed)
+        best = top_k.Best(len(queries), k)
+        step = top_k.BLOCK
+        if reader is None or len(queries) > _FEW_QUERIES:
+            for first in range(0, table.num_rows, step):
+                last = min(first + step, table.num_rows)
+                rows = self.decode_block(table, first, last)
+                best.add(queries @ rows.T, np.arange(first, last))
+            return best.result()
+
+        def part(begin: int, end: int) -> top_k.Best:
+            own = top_k.Best(len(queries), k)
+            for first in range(begin, end, step):
+                last = min(first + step, end)
+                scores = np.empty((len(queries), last - first), np.float32)
+                for query, out in zip(queries, scores, strict=True):
+                    reader.score(first, last, query, out)
+                own.add(scores, np.arange(first, last))
+            return own
+
+        for own in reader.parts(part, table.num_rows, step):
+            best.merge(own)
+        return best.result()
+
+    def _ranked(
+        self, table: Table, queries: np.ndarray, candidates: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the best k of each query's candidates, int32 [Q, m] of ascending ids."""
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        ids = np.full((len(queries), k), NO_ID, np.int32)
+        for index, (query, found) in enumerate(zip(queries, candidates, strict=True)):
+            rows = self._lookup(table.name, table, found[found != NO_ID])
+            best = top_k.Best(1, k)
+            best.add((rows @ query)[None], found[found != NO_ID])
+            scores[index : index + 1], ids[index : index + 1] = best.result()
+        return scores, ids
+
+
+jax.tree_util.register_pytree_node(
+    ServingTable,
+    lambda table: (
+        tuple(table.rows[t.name] for t in table.contents.tables),
+        table.contents,
+    ),
+    lambda contents, rows: ServingTable(
+        {t.name: array for t, array in zip(contents.tables, rows, strict=True)}, contents
+    ),
+)
+
+
+def _load_again(path: Path, out_of_range: str, threads: int, implementation: str) -> ServingTable:
+    return load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
+
+
+def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Returns ids as int32 or int64 [N], and their shape."""
+    array = np.asarray(ids)
+    kind = array.dtype
+    if kind.kind not in "iu" and array.size:
+        raise TypeError(f"feature {feature!r}: ids must be integers, got {kind}; cast them first")
+    if kind != np.int64 and kind != np.int32:
+        if kind == np.uint64:
+            array = np.minimum(array, np.uint64(2**63 - 1))
+        array = array.astype(np.int64)
+    return np.ascontiguousarray(array).reshape(-1), array.shape
+
+
+def _checked_offsets(feature: str, offsets: Any, shape: tuple[int, ...]) -> np.ndarray:
+    ends = np.ascontiguousarray(offsets, np.int64)
+    is_right = len(shape) == 1 and ends.ndim == 1 and len(ends) > 0
+    if not is_right or ends[0] != 0 or ends[-1] != shape[0] or (np.diff(ends) < 0).any():
+        raise ValueError(
+            f"feature {feature!r}: offsets must rise from 0 to the number of ids [N], got offsets "
+            f"{list(ends.shape)} for ids {list(shape)}"
+        )
+    return ends
+
+
+def _device_bag(table: QuantizedTable, ids: jax.Array, combiner: str, weights: Any) -> jax.Array:
+    """Returns bags float32 [.., D] of ids int32 [.., L], one position of all bags at a time."""
+    if ids.ndim == 0:
+        raise ValueError("a bag is the last axis of ids, got a scalar")
+    is_row = row_ids.in_range(ids, table.num_rows)
+    given = None if weights is None else jnp.asarray(weights, jnp.float32)
+    factors = pooling.coefficients(given, is_row, combiner)
+
+    def body(position: jax.Array, total: jax.Array) -> jax.Array:
+        here = lax.dynamic_index_in_dim(ids, position, -1, keepdims=False)
+        factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
+        return total + factor[..., None] * read_rows(table, here)
+
+    zeros = jnp.zeros((*ids.shape[:-1], table.embedding_dim), jnp.float32)
+    return lax.fori_loop(0, ids.shape[-1], body, zeros)

@@ -1,0 +1,197 @@
+"""A plan fits its budget, its bytes are those of the live states, and it says why."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training
+from cases import Refused, named
+
+import mpembed_jax as mpembed
+from mpembed_jax import memory
+from mpembed_jax.memory import __main__, planner
+
+TX = mpembed.optim.rowwise_adagrad(0.1)
+ROOT = Path(__file__).parents[2]
+TABLES = {"user": (20_000, 64), "item": (30_000, 64), "tag": (900, 16), "shop": (40_000, 16)}
+FLOAT32 = sum(4 * rows * (dim + 1) for rows, dim in TABLES.values())
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+class Budget(NamedTuple):
+    """A budget, and the formats that it allows."""
+
+    share: float  # of the float32 state
+    formats: dict[str, str]
+
+    @property
+    def name(self):
+        return str(self.share)
+
+
+BUDGETS = (
+    Budget(1.1, {"dim64": "float32", "dim16": "float32", "small16": "float32"}),
+    Budget(0.5, {"dim64": "int8", "dim16": "float32"}),
+    Budget(0.25, {"dim64": "int4", "dim16": "int8"}),
+    Budget(0.19, {"dim64": "int4", "dim16": "int4"}),
+)
+
+
+@pytest.mark.parametrize("budget", named(BUDGETS))
+def test_the_live_states_have_the_bytes_of_the_plan_and_fit(budget):
+    limit = int(budget.share * FLOAT32)
+    plan = memory.plan(TABLES, limit, tx=TX)
+    states = {name: mpembed.init(jax.random.key(0), spec, TX) for name, spec in plan.specs.items()}
+    assert plan.device_bytes == sum(map(nbytes, states.values())) <= limit
+    for choice in plan.choices:
+        assert choice.device_bytes == nbytes(states[choice.name])
+    formats = {name: spec.storage.name for name, spec in plan.specs.items()}
+    assert formats.items() >= budget.formats.items()
+    if budget.share == 0.19:  # a smaller cache, before fewer bits
+        assert plan.specs["dim64"].cache.fraction == 0.01
+    planned = [(t.name, s.embedding_dim) for s in plan.specs.values() for t in s.tables]
+    assert sorted(planned) == sorted((name, dim) for name, (_, dim) in TABLES.items())
+
+
+def test_the_smallest_budget_that_works_is_said_and_works():
+    with pytest.raises(ValueError, match="smallest budget that works is") as refused:
+        memory.plan(TABLES, 1_000_000, tx=TX)
+    needed = int(re.search(r"works is ([\d,]+)", str(refused.value))[1].replace(",", ""))
+    assert memory.plan(TABLES, needed, tx=TX).device_bytes <= needed
+    with pytest.raises(ValueError, match=f"works is {needed:,}"):
+        memory.plan(TABLES, needed - 1, tx=TX)
+
+
+def test_the_bytes_of_a_mesh_are_those_of_each_device():
+    plan = memory.plan(TABLES, 8_000_000, tx=TX, devices=4)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    kinds = set()
+    for choice in plan.choices:
+        state = mpembed.init(
+            jax.random.key(0), choice.spec, TX, mesh=mesh, placement=choice.placement
+        )
+        kinds.add(choice.placement.kind)
+        for device in mesh.devices:
+            held = sum(
+                shard.data.nbytes
+                for leaf in jax.tree.leaves(state)
+                for shard in leaf.addressable_shards
+                if shard.device == device
+            )
+            assert held == choice.device_bytes
+    assert kinds == {"rows", "replicated"}
+
+
+@pytest.mark.slow
+def test_temporaries_are_those_of_a_compiled_step():
+    plan = memory.plan({"a": (50_000, 32)}, "20MB", tx=TX, batch_shape=(4096,))
+    (choice,) = plan.choices
+
+    def train_step(state, ids, grads):
+        return training.step(state, ids, TX, training.of_positions(grads)).state
+
+    state = mpembed.init(jax.random.key(0), choice.spec, TX)
+    ids = jnp.zeros((4096, 1), jnp.int32)
+    grads = jnp.zeros((4096, 1, 32), jnp.float32)
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
+    sizes = compiled.memory_analysis()
+    peak = (
+        sizes.argument_size_in_bytes
+        + sizes.temp_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+    assert plan.device_bytes == pytest.approx(peak, rel=0.1)
+    assert choice.temporary_bytes > ids.nbytes + grads.nbytes
+
+
+def test_host_memory_takes_the_packed_rows_of_what_does_not_fit():
+    plan = memory.plan(TABLES, 1_500_000, tx=TX, host_budget="5MB")
+    hosted = [c for c in plan.choices if c.host_bytes]
+    assert hosted and plan.device_bytes <= 1_500_000 and plan.host_bytes <= 5_000_000
+    for choice in hosted:
+        assert choice.spec.memory_kind == "pinned_host"
+        assert "packed rows are in host memory" in choice.reason
+        report = memory.report(choice.spec, TX)
+        assert choice.host_bytes == report.host_bytes == report.components["table"]
+
+
+def test_a_sample_of_ids_shows_what_the_cache_takes_and_saves_a_cache_that_buys_nothing():
+    rows = {"a": (100_000, 16)}
+    limit = 100_000 * 20
+    rng = np.random.default_rng(0)
+    even = {"a": rng.integers(0, 100_000, 400_000)}
+    skewed = {"a": np.minimum(rng.zipf(2.0, 400_000), 100_000) - 1}
+    assert memory.plan(rows, limit, tx=TX, ids=even).specs["dim16"].cache.fraction == 0.05
+    plan = memory.plan(rows, limit, tx=TX, ids=skewed)
+    assert plan.specs["dim16"].cache.fraction == 0.01
+    used = np.sort(np.bincount(skewed["a"]))[::-1]
+    share = used[:1000].sum() / used.sum()
+    assert f"the cached share of rows takes {share:.0%} of the ids" in str(plan)
+
+
+def test_accuracy_is_that_of_the_measured_table():
+    page = (ROOT / planner.SOURCE.split(",")[0]).read_text()
+    header, *lines = (
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in page.splitlines()
+        if line.startswith("| ")
+    )
+    measured = {line[0]: dict(zip(header, line, strict=False)) for line in lines}
+    for level in planner.LEVELS[1:]:
+        row = measured[f"{level.storage.upper()} + {100 * level.fraction:.0f} %"]
+        for dim, accuracy in level.accuracy.items():
+            assert row[f"Reddit, D = {dim}"] == accuracy
+
+
+def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
+    file = tmp_path / "tables.csv"
+    lines = [f"{name},{rows},{dim}" for name, (rows, dim) in TABLES.items()]
+    file.write_text("name,rows,dim\n" + "\n".join(lines) + "\n")
+    assert __main__.main(["plan", str(file), "--budget", "8MB"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"dim64 +50,000 +64", printed) and "of 8,000,000 bytes" in printed
+    assert __main__.main(["plan", str(file), "--budget", "1MB"]) == 1
+    assert "smallest budget that works" in capsys.readouterr().err
+    ids = tmp_path / "ids.csv"
+    ids.write_text("user,item\n" + "".join(f"u{i % 70},{i}\n" for i in range(300)))
+    assert __main__.main(["plan", str(ids), "--budget", "1MB"]) == 1
+    assert "give --dim" in capsys.readouterr().err
+    assert __main__.main(["plan", str(ids), "--budget", "1MB", "--dim", "16"]) == 0
+    assert "370 " in capsys.readouterr().out
+    polars = pytest.importorskip("polars")
+    polars.read_csv(file).write_parquet(tmp_path / "tables.parquet")
+    assert __main__.main(["plan", str(tmp_path / "tables.parquet"), "--budget", "8MB"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    named([
+        Refused(lambda: memory.plan(5, 1, tx=TX), "tables must be", TypeError),
+        Refused(lambda: memory.plan([], 1, tx=TX), "there are no tables"),
+        Refused(lambda: memory.plan([(0, 4)], 1, tx=TX), "'table0' has 0 rows of dim 4"),
+        Refused(lambda: memory.plan([(3, 4, 5)], 1, tx=TX), r"'table0' must be \(rows, dim\)"),
+        Refused(lambda: memory.plan([(3, 4)], "much", tx=TX), "a size is a number of bytes"),
+        Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, devices=0), "devices must be"),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, devices=2, batch_shape=(3,)), "for one device"
+        ),
+        Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, ids={"b": []}), r"ids name tables \['b'"),
+    ]),
+)  # fmt: skip
+def test_what_is_wrong_is_said(mistake):
+    with pytest.raises(mistake.error, match=mistake.message):
+        mistake.call()
+
+
+def test_sizes_are_numbers_or_texts():
+    sizes = {"16GB": 16 * 10**9, "1.5 GiB": 3 * 2**29, "300": 300, 7: 7, "2k": 2000, "1_000": 1000}
+    assert {size: planner.parse_bytes(size) for size in sizes} == sizes

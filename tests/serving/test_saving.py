@@ -1,0 +1,301 @@
+"""A serving file holds the rows of training, whole and checked, or it is refused."""
+
+import json
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import shapes
+import training
+from cases import Refused, named
+
+import mpembed_jax as mpembed
+from mpembed_jax import checkpoint, serving, sharding
+from mpembed_jax.serving import __main__, checkpoints, container
+
+TX = mpembed.optim.rowwise_adagrad(0.5)
+SIZES = (900, 7, 300)
+
+
+def trained(spec, steps=8, **where):
+    """A state whose cache has lines that are newer than the table."""
+    state = mpembed.init(jax.random.key(3), spec, TX)
+    ids = shapes.skewed_ids(1, steps, 96, spec.num_rows, drift=2)
+    grads = np.random.default_rng(2).standard_normal((*ids.shape, spec.embedding_dim))
+    state = training.train(state, ids, grads.astype(np.float32), TX).state
+    return sharding.relayout(state, **where) if where else state
+
+
+def arrays(path):
+    """{table: packed rows} of a file."""
+    opened = container.open_file(path)
+    return {t.name: np.array(opened.array(t.name)) for t in opened.contents.tables}
+
+
+def flushed(state):
+    """{table: packed rows} of a flushed state."""
+    rows = np.asarray(jax.jit(mpembed.freeze)(state).rows)
+    return {
+        t.name: rows[slice(first, first + size)]
+        for t in state.spec.tables
+        for first, size in [state.spec.table_range(t.name)]
+    }
+
+
+@pytest.mark.parametrize(
+    "storage", named(shapes.FORMATS, fast={"int4", "int8", "float32", "bfloat16"})
+)
+def test_rows_as_trained_are_those_of_a_flush_and_any_reader_of_safetensors_sees_them(
+    storage, tmp_path
+):
+    state = trained(shapes.stack(SIZES, 7, storage=storage, lines=64))
+    assert np.asarray(state.cache.dirty).any()
+    path = tmp_path / "model.safetensors"
+    contents = serving.save(path, state)
+    assert serving.verify(path) == contents == container.open_file(path).contents
+    expected, read = flushed(state), safetensors.numpy.load_file(path)
+    for name, rows in arrays(path).items():
+        np.testing.assert_array_equal(rows, expected[name])
+        np.testing.assert_array_equal(rows, read[name])
+    everything = training.all_rows(state)
+    for table in contents.tables:
+        first, size = state.spec.table_range(table.name)
+        values = np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(
+            read[table.name], table.format, table.embedding_dim
+        ))  # fmt: skip
+        difference = np.abs(values - everything[first : first + size])
+        assert table.errors.largest == difference.max()
+        assert table.errors.mean == pytest.approx(difference.mean(dtype=np.float64), rel=1e-5)
+
+
+@pytest.mark.parametrize("storage", named(["int8", "int4", "int2", "float16"], fast={"int4"}))
+def test_rows_of_another_format_are_those_of_read_rounded_to_nearest(storage, tmp_path):
+    state = trained(shapes.stack(SIZES, 33, storage="bfloat16", lines=64))
+    contents = serving.save(tmp_path / "a", {"items": state}, storage=storage)
+    rows = training.all_rows(state)
+    fmt = mpembed.RowFormat(storage)
+    packed = np.asarray(jax.jit(mpembed.encode, static_argnums=1)(rows, fmt))
+    values = np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(packed, fmt, 33))
+    for table in contents.tables:
+        first, size = state.spec.table_range(table.name)
+        here = slice(first, first + size)
+        np.testing.assert_array_equal(arrays(tmp_path / "a")[table.name], packed[here])
+        assert table.errors.largest == np.abs(values - rows)[here].max()
+        assert table.stack == "items"
+
+
+def test_a_format_that_the_rows_have_already_keeps_their_bits(tmp_path):
+    state = trained(shapes.stack(SIZES, 16, storage="int4", lines=64))
+    serving.save(tmp_path / "a", state, storage="int4")
+    dirty = np.asarray(state.cache.dirty)
+    changed = np.asarray(state.cache.tags)[dirty]
+    kept = np.setdiff1d(np.arange(sum(SIZES)), changed)
+    both = [np.concatenate(list(found.values())) for found in (arrays(tmp_path / "a"),)]
+    np.testing.assert_array_equal(both[0][kept], np.asarray(state.table.rows)[kept])
+    lines = np.asarray(state.cache.rows)[dirty.reshape(-1)]
+    nearest = jax.jit(mpembed.encode, static_argnums=1)(lines, mpembed.RowFormat("int4"))
+    np.testing.assert_array_equal(both[0][changed], np.asarray(nearest))
+
+
+class Division(NamedTuple):
+    """A mesh and a placement; its name is the placement's kind."""
+
+    placement: mpembed.Placement
+    devices: int = 4
+
+    @property
+    def name(self):
+        return self.placement.kind
+
+
+@pytest.mark.parametrize(
+    "division",
+    named(
+        [Division(mpembed.Placement(kind)) for kind in ("rows", "tables", "replicated")],
+        fast={"rows"},
+    ),
+)
+@pytest.mark.parametrize("is_checkpoint", [False, True], ids=["state", "checkpoint"])
+def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
+    division, is_checkpoint, tmp_path
+):
+    mesh = jax.make_mesh((division.devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = shapes.stack((900, 70, 300, 800), 16, storage="int4", lines=512, ways=8)
+    state = trained(spec, mesh=mesh, placement=division.placement)
+    if is_checkpoint:
+        checkpoint.save(tmp_path / "steps", 3, {"emb": state, "other": jnp.ones(3)})
+        checkpoints.export(tmp_path / "steps", tmp_path / "a")
+    else:
+        serving.save(tmp_path / "a", {"emb": state})
+    expected = flushed(state)
+    for name, rows in arrays(tmp_path / "a").items():
+        np.testing.assert_array_equal(rows, expected[name])
+
+
+def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_path, capsys):
+    spec = shapes.stack(SIZES, 16, storage="int8", lines=64)
+    state = trained(spec)
+    folder, out = tmp_path / "steps", tmp_path / "model.safetensors"
+    checkpoint.save(folder, 1, {"emb": state})
+    tracker = checkpoint.track(state)
+    state, plan = mpembed.prefetch(state, np.arange(40, dtype=np.int32))
+    tracker = checkpoint.mark(tracker, plan)
+    rows = mpembed.lookup(state, plan)
+    state = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=TX)
+    checkpoint.save(folder, 2, {"emb": state}, tracker=tracker)
+    assert __main__.main(["export", str(folder), str(out), "--storage", "int4"]) == 0
+    printed = capsys.readouterr()
+    assert "1,207 of 1,207 rows" in printed.err
+    assert f"{sum(SIZES) * 10:,} bytes of packed rows" in printed.out
+    other = tmp_path / "other"
+    serving.save(other, {"emb": state}, storage="int4")
+    assert out.read_bytes() == other.read_bytes()
+    assert __main__.main(["inspect", str(out)]) == 0
+    assert __main__.main(["verify", str(out)]) == 0
+    assert "every byte is right" in capsys.readouterr().out
+    damaged = bytearray(out.read_bytes())
+    damaged[-1] ^= 1
+    out.write_bytes(damaged)
+    assert __main__.main(["verify", str(out)]) == 1
+    assert "table 'table2' has changed bytes in rows 0 to 299" in capsys.readouterr().err
+    assert __main__.main(["export", str(tmp_path / "none"), str(out)]) == 1
+    assert "no checkpoint in" in capsys.readouterr().err
+
+
+# --- what is refused
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "model.safetensors"
+    serving.save(path, trained(shapes.stack((30, 5), 7, storage="int8", lines=16)))
+    return path
+
+
+def test_every_changed_byte_is_found(good, tmp_path):
+    whole = good.read_bytes()
+    path = tmp_path / "changed"
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(serving.ServingError, match="changed"):  # the name of the file
+            serving.verify(path)
+
+
+def test_every_shorter_and_longer_file_is_refused_when_opened(good, tmp_path):
+    whole = good.read_bytes()
+    path = tmp_path / "cut"
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(serving.ServingError):
+            container.open_file(path)
+    with pytest.raises(serving.ServingError, match=r"cut short.*table 'table1' is not whole"):
+        container.open_file(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(serving.ServingError, match="its header says"):
+        container.open_file(path)
+
+
+def rewritten(good, path, change):
+    """A file whose description is changed, with right checksums."""
+    whole = good.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    body = json.loads(header["__metadata__"]["mpembed_jax"])
+    change(body)
+    text = json.dumps(body)
+    header["__metadata__"] |= {"mpembed_jax": text, "crc32": str(zlib.crc32(text.encode()))}
+    head = json.dumps(header).encode().ljust(length)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + whole[8 + length :])
+    return path
+
+
+class Lie(NamedTuple):
+    """A change of a description, and what is said about it."""
+
+    name: str
+    message: str
+    change: Any
+
+
+def of_first(**fields):
+    """A change of the first table's fields."""
+    return lambda body: body["tables"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    named([
+        Lie("future", "is of version 2, this library reads 1", lambda b: b.update(version=2)),
+        Lie("vocabulary", "'table0' has a vocabulary", of_first(vocabulary=1)),
+        Lie("rows", "not what its description says", of_first(rows=29)),
+        Lie("many rows", "'table0' has 4611686018427387904 rows", of_first(rows=2**62)),
+        Lie("format", "unknown row format", of_first(storage=["int3", None, None])),
+        Lie("names", "name of table 'table1' is taken", of_first(name="table1")),
+        Lie("feature", "feature 'f' of table 'g'", lambda b: b["features"].append(["f", "g"])),
+        Lie("no tables", "damaged", lambda b: b.update(tables=3)),
+        Lie("nothing", "damaged", lambda b: b.clear()),
+    ]),
+)  # fmt: skip
+def test_a_description_that_is_wrong_is_refused(lie, good, tmp_path):
+    with pytest.raises(serving.ServingError, match=lie.message):
+        container.open_file(rewritten(good, tmp_path / "a", lie.change))
+
+
+def test_files_of_other_programs_are_refused(tmp_path):
+    path = tmp_path / "a"
+    safetensors.numpy.save_file({"x": np.ones(3, np.float32)}, path)
+    with pytest.raises(serving.ServingError, match="mpembed_jax did not write"):
+        container.open_file(path)
+    for text in (b"", b"\x93NUMPY" * 40, b"[" * 4000):
+        path.write_bytes(text)
+        with pytest.raises(serving.ServingError, match="no serving file"):
+            container.open_file(path)
+    with pytest.raises(FileNotFoundError):
+        container.open_file(tmp_path / "none")
+
+
+SMALL = shapes.stack((30, 5), 4)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    named([
+        Refused(lambda path: serving.save(path, {"w": jnp.ones(3)}), "no embedding state to save"),
+        Refused(
+            lambda path: serving.save(path, [mpembed.init(jax.random.key(0), SMALL, TX)] * 2),
+            "name of table 'table0' is taken",
+        ),
+        Refused(
+            lambda path: serving.save(
+                path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), SMALL, TX))
+            ),
+            "traced or abstract",
+        ),
+        Refused(lambda path: serving.save(path, trained(SMALL), storage="int3"), "unknown row"),
+    ]),
+)  # fmt: skip
+def test_what_cannot_be_saved_is_refused_and_leaves_the_file_alone(mistake, tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(mistake.error, match=mistake.message):
+        mistake.call(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_save_that_is_interrupted_leaves_the_old_file(tmp_path):
+    state = trained(SMALL)
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        serving.save(path, state, progress=stop)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
