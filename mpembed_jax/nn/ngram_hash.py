@@ -148,7 +148,8 @@ class NGramHash:
 
     @property
     def _rows_by_order(self) -> tuple[int, ...]:
-        return self.rows if isinstance(self.rows, tuple) else (self.rows,) * len(self.orders)
+        rows: Any = self.rows
+        return rows if isinstance(rows, tuple) else (rows,) * len(self.orders)
 
     @property
     def tables(self) -> tuple[tuple[int, int], ...]:
