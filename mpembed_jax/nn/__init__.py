@@ -6,6 +6,8 @@ Changing five lines of a plain nnx training loop is enough to use them.
 from mpembed_jax.nn import linen
 from mpembed_jax.nn.bags import CachedEmbedBags
 from mpembed_jax.nn.embed import CachedEmbed
+from mpembed_jax.nn.ngram import NGramMemory, ngram_spec
+from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.nn.stack import CachedRows, EmbeddingVariable, apply_gradients, discard
 
 __all__ = [
@@ -13,7 +15,10 @@ __all__ = [
     "CachedEmbedBags",
     "CachedRows",
     "EmbeddingVariable",
+    "NGramHash",
+    "NGramMemory",
     "apply_gradients",
     "discard",
     "linen",
+    "ngram_spec",
 ]

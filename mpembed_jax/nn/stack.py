@@ -34,7 +34,7 @@ class PlanVariable(nnx.Variable):
 
 
 class Stack(nnx.Module):
-    """A stack of tables; CachedEmbed has one, and CachedEmbedBags has one per spec.
+    """A stack of tables; CachedEmbed and NGramMemory have one, CachedEmbedBags one per spec.
 
     Args:
       spec: the stack.
@@ -152,7 +152,7 @@ def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no cached embedding; pass the model that has the "
-            "CachedEmbed or CachedEmbedBags"
+            "CachedEmbed, CachedEmbedBags or NGramMemory"
         )
     return found
 

@@ -6,7 +6,7 @@ Everything is elementwise integer and float32 arithmetic, so the same functions 
 `jax.jit` and inside a kernel body.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ INITIAL_VALUE, INITIAL_ROUNDING, WRITE_BACK, BYPASS, FLUSH, ROW_STATE = 0, 1, 2,
 _GOLDEN = 0x9E3779B9
 
 
-def fmix32(x: jax.Array) -> jax.Array:
-    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, which is a bijection."""
+def fmix32(x: Any) -> Any:
+    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, which is a bijection.
+
+    NumPy arrays stay on the host.
+    """
     x = x ^ (x >> 16)
-    x = x * jnp.uint32(0x85EBCA6B)
+    x = x * np.uint32(0x85EBCA6B)
     x = x ^ (x >> 13)
-    x = x * jnp.uint32(0xC2B2AE35)
+    x = x * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

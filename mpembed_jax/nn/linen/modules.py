@@ -1,4 +1,4 @@
-"""CachedEmbed and CachedEmbedBags for linen.
+"""CachedEmbed, CachedEmbedBags and NGramMemory for linen.
 
 A module keeps each stack of tables, with its row optimizer, in the collection "embedding". If
 the params of a call contain rows (see train_state.py), the call is part of a training step and uses
@@ -6,7 +6,7 @@ them. Otherwise it reads the table, as in evaluation.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ import optax
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import prefetched, routing, verbs
+from mpembed_jax.nn import ngram, ngram_hash, prefetched, routing, verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
+from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -28,7 +29,11 @@ COLLECTION = "embedding"
 TABLE, STACK = "table", "stack_"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["state", "plan"], meta_fields=["tx"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["state", "plan", "canonical"],
+    meta_fields=["tx", "ngrams"],
+)
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """The contents of the collection for one stack of tables."""
@@ -36,10 +41,17 @@ class Stack:
     state: EmbeddingState
     plan: prefetched.Prefetched | None  # the plan of the step in progress
     tx: optax.GradientTransformation
+    ngrams: NGramHash | None = None  # of an NGramMemory
+    canonical: jax.Array | None = None  # i32 [vocabulary_size], of an NGramMemory with one
 
 
 def _stack(
-    module: Any, name: str, spec: EmbeddingSpec, tx: optax.GradientTransformation
+    module: Any,
+    name: str,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    ngrams: NGramHash | None = None,
+    canonical: Any = None,
 ) -> linen.Variable:
     """Declares a stack variable. Its prefetched rows are the param of the same name."""
 
@@ -48,7 +60,9 @@ def _stack(
             name: getattr(module, name)
             for name in ("mesh", "axis_name", "placement", "implementation")
         }
-        return Stack(init(module.make_rng("params"), spec, tx, **where), None, tx)
+        state = init(module.make_rng("params"), spec, tx, **where)
+        held = None if canonical is None else jnp.asarray(canonical)
+        return Stack(state, None, tx, ngrams, held)
 
     return module.variable(COLLECTION, name, make)
 
@@ -253,3 +267,113 @@ class CachedEmbedBags(linen.Module):
                 parts.append(_planned(stack, rows, part, own))
         dtype = jnp.float32 if self.dtype is None else self.dtype
         return routing.combine(self.known, self.combiners, parts, ids, weights, dtype)
+
+
+class NGramMemory(linen.Module):
+    """Turns tokens into the vectors of their n-grams, with quantized tables and a float32 cache.
+
+    Each position gets one row from each table: `heads` tables for each of `orders`. See
+    nn.NGramHash for the rows of n-grams. Train the module with `nn.linen.TrainState`, whose
+    `prefetch` takes the tokens.
+
+    Attributes:
+      vocabulary_size: tokens are in [0, vocabulary_size).
+      features: D, the width of a row.
+      rows: rows of a table, for all orders or for each; rounded up to distinct primes.
+      orders: orders n of the n-grams, each at least 2.
+      heads: tables of each order.
+      canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
+        n-grams. A tuple, if the module is hashed. It is kept in the collection.
+      boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
+      padding: a token that stands for no token, or None; its vectors are zeros.
+      seed: of the hash; give each memory of a model another one.
+      tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
+      storage: RowFormat, or its name, in which rows outside the cache are stored.
+      cache: CacheSpec of all tables together, or None to train every row in its table.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
+        for linen.Embed's default.
+      memory_kind: see mpembed_jax.EmbeddingSpec.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; it also selects the pooling.
+    """
+
+    vocabulary_size: int
+    features: int
+    rows: int | Sequence[int]
+    orders: Sequence[int] = (2, 3)
+    heads: int = 2
+    canonical: Any = None
+    boundary: int | None = None
+    padding: int | None = None
+    seed: int = 0
+    tx: optax.GradientTransformation | None = None
+    storage: RowFormat | str = "int8"
+    cache: CacheSpec | None = CacheSpec()
+    dtype: Any = None
+    embedding_init: Callable | None = None
+    memory_kind: str | None = None
+    mesh: Any = None
+    axis_name: Any = None
+    placement: Placement | None = None
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        """Declares the stack."""
+        ngrams = NGramHash(
+            self.vocabulary_size,
+            self.orders,
+            self.heads,
+            self.rows,
+            boundary=self.boundary,
+            padding=self.padding,
+            seed=self.seed,
+        )
+        spec = ngram.ngram_spec(
+            ngrams,
+            self.features,
+            storage=self.storage,
+            cache=self.cache,
+            embedding_init=self.embedding_init,
+            memory_kind=self.memory_kind,
+        )
+        canonical = (
+            None if self.canonical is None else ngram_hash.check_canonical(ngrams, self.canonical)
+        )
+        tx = DEFAULT_TX if self.tx is None else self.tx
+        self.stack = _stack(self, TABLE, spec, tx, ngrams, canonical)
+
+    def __call__(self, tokens: Any, context: Any = None) -> Any:
+        """Returns the vectors of the n-grams that end at each token.
+
+        They are differentiable in the prefetched rows.
+
+        Args:
+          tokens: integers [.., T] in [0, vocabulary_size) or a nest of such arrays. NO_ID and
+            `padding` stand for no token. If rows were prefetched, the n-grams must be among them.
+          context: None if texts begin with these tokens, or, in the nesting of tokens, integers
+            [.., max(orders) - 1], the tokens before them; see nn.NGramHash.context_after.
+
+        Returns:
+          [.., T, orders x heads x features] in `dtype`, in the nesting of tokens. Padding gives
+          zeros. In training inside jit, n-grams that were not prefetched give NaN.
+
+        Raises:
+          TypeError: if tokens are not integers.
+          ValueError: if a concrete token is outside the vocabulary, or outside jit, if an n-gram
+            was not prefetched.
+        """
+        stack = self.stack.value
+        rows = _held_rows(self, TABLE)
+        ids, given = ngram.ngram_ids(
+            stack.state.spec, stack.ngrams, stack.canonical, tokens, context
+        )
+        if rows is None:
+            vectors = verbs.read(stack.state, ids)
+        else:
+            part = _planned(stack, rows, ids, given)
+            vectors = part.pool(part.rows, part.inverse)
+        dtype = jnp.float32 if self.dtype is None else self.dtype
+        return jax.tree.map(lambda v: ngram.joined_heads(v, dtype), vectors)

@@ -6,6 +6,7 @@ puts them there, so that an unchanged jax.value_and_grad differentiates with res
 the step. The names follow flax.training.train_state.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.nn import prefetched, routing, verbs
+from mpembed_jax.nn import ngram, prefetched, routing, verbs
 from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 
@@ -65,8 +66,8 @@ class TrainState(struct.PyTreeNode):
         if COLLECTION not in others:
             raise ValueError(
                 f"variables have no collection {COLLECTION!r}, only {list(variables)}; pass "
-                "variables=model.init(..) of a model that holds a CachedEmbed or "
-                "CachedEmbedBags, not only its params"
+                "variables=model.init(..) of a model that holds a CachedEmbed, "
+                "CachedEmbedBags or NGramMemory, not only its params"
             )
         params = variables.get("params", {})
         return cls(jnp.zeros((), jnp.int32), params, tx.init(params), others, apply_fn, tx)
@@ -152,8 +153,9 @@ class TrainState(struct.PyTreeNode):
 
         Args:
           ids: all ids with which the model's cached embedding will be called in this step, as one
-            nest. If the model has several cached embeddings, {path: ids}, such as
-            {"user/items": ids}, for those that this step trains.
+            nest; for an NGramMemory, tokens at the beginning of texts. If the model has several
+            cached embeddings, {path: ids}, such as {"user/items": ids}, for those that this step
+            trains.
 
         Returns:
           The new state. If this state is donated, its tables are consumed.
@@ -189,14 +191,17 @@ class TrainState(struct.PyTreeNode):
                 key=lambda path: (len(path[-1]), path[-1]),
             )
             specs = tuple(stacks[path].state.spec for path in paths)
-            is_table = paths[0][-1] == TABLE
-            if is_table:
+            first = stacks[paths[0]]
+            if first.ngrams is not None:
+                part, own = ngram.ngram_ids(specs[0], first.ngrams, first.canonical, value, None)
+                routed, given = [part], [own]
+            elif paths[0][-1] == TABLE:
                 routed, given = [routing.table_ids(specs[0], value)], [value]
             else:
                 routed, given = routing.route(specs, value), routing.given(specs, value)
             for path, part, own in zip(paths, routed, given, strict=True):
                 state, plan, params[path] = prefetched.fetch(stacks[path].state, part, own)
-                held[path] = Stack(state, plan, stacks[path].tx)
+                held[path] = dataclasses.replace(stacks[path], state=state, plan=plan)
         return self.replace(
             params=unflatten_dict(params),
             collections={**self.collections, COLLECTION: unflatten_dict(held)},
@@ -235,7 +240,7 @@ class TrainState(struct.PyTreeNode):
             state = prefetched.update(
                 stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx
             )
-            held[path] = Stack(state, None, stack.tx)
+            held[path] = dataclasses.replace(stack, state=state, plan=None)
         dense = unflatten_dict(params)
         collections = kwargs.pop("collections", self.collections)
         updates, opt_state = self.tx.update(unflatten_dict(gradients), self.opt_state, dense)

@@ -1,0 +1,241 @@
+"""Trains the language model with one memory, and says what a run depends on."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import mpembed_jax as mpembed
+from experiments.ngram import text
+from experiments.ngram.model import LanguageModel
+from experiments.ngram.text import BOUNDARY, Text
+from mpembed_jax import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all contenders share."""
+
+    steps: int = 800
+    batch: int = 16
+    length: int = 128
+    width: int = 96
+    num_blocks: int = 2
+    heads: int = 4
+    rate: float = 3e-3  # of Adam for the model: warmed up, then a cosine to a tenth
+    row_rate: float = 0.1  # of row-wise Adagrad
+    row_init: float = 0.02  # standard deviation of initial rows
+    orders: tuple[int, ...] = (2, 3)
+    ngram_heads: int = 2
+    rows: int = 500_000
+    features: int = 32
+    validation_batches: int = 100
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        """The rate of the model by step."""
+        warm = min(50, self.steps // 4)
+        return optax.warmup_cosine_decay_schedule(0, self.rate, warm, self.steps, self.rate / 10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A memory: storage of its rows, share of them in the cache, optimizer, size."""
+
+    name: str
+    storage: str | None  # None: no memory
+    cache: float = 0
+    optimizer: str = "adagrad"  # row-wise, or "adam" at five times the model's rate
+    bytes_of: str | None = None  # only as many rows as fit in the bytes of this contender
+
+
+# In the order in which they are run: those that answer the question first.
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("none", None),
+        Contender("FP32", "float32"),
+        Contender("INT4 + 5 %", "int4", 0.05),
+        Contender("INT8 + 5 %", "int8", 0.05),
+        Contender("INT4 + 1 %", "int4", 0.01),
+        Contender("FP32 in INT4 + 5 %'s bytes", "float32", bytes_of="INT4 + 5 %"),
+        Contender("INT4, no cache", "int4"),
+        Contender("FP32, Adam", "float32", optimizer="adam"),
+        Contender("INT2 + 5 %", "int2", 0.05),
+    )
+}
+
+
+def row_tx(recipe: Recipe, contender: Contender) -> optax.GradientTransformation:
+    """Returns the optimizer of a contender's rows."""
+    if contender.optimizer == "adam":
+        schedule = recipe.schedule
+        return optax.adam(lambda count: 5 * schedule(count))
+    return mpembed.optim.rowwise_adagrad(recipe.row_rate)
+
+
+def ngrams(recipe: Recipe, contender: Contender, vocabulary_size: int) -> nn.NGramHash:
+    """Returns the hash of a contender, with as many rows as its bytes allow."""
+    rows = recipe.rows
+    if contender.bytes_of is not None:
+        most = planned_bytes(recipe, CONTENDERS[contender.bytes_of], vocabulary_size)
+        per_row = 4 * recipe.features + 4
+        rows = most // (per_row * len(recipe.orders) * recipe.ngram_heads)
+    return nn.NGramHash(vocabulary_size, recipe.orders, recipe.ngram_heads, rows, boundary=BOUNDARY)
+
+
+def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) -> int:
+    """Returns the bytes of a contender's whole embedding state, before it is made."""
+    spec = nn.ngram_spec(
+        ngrams(recipe, contender, vocabulary_size),
+        recipe.features,
+        storage=contender.storage,
+        cache=_cache(contender),
+    )
+    return mpembed.memory.report(spec, row_tx(recipe, contender)).total
+
+
+def _cache(contender: Contender) -> mpembed.CacheSpec | None:
+    return mpembed.CacheSpec(contender.cache) if contender.cache else None
+
+
+def build(recipe: Recipe, contender: Contender, vocabulary_size: int, seed: int) -> LanguageModel:
+    """Returns the untrained model; without its memory, it is that of every contender."""
+
+    def memory(rngs: nnx.Rngs) -> nn.NGramMemory:
+        hashed = ngrams(recipe, contender, vocabulary_size)
+        return nn.NGramMemory(
+            vocabulary_size,
+            recipe.features,
+            orders=hashed.orders,
+            heads=hashed.heads,
+            rows=hashed.rows,
+            boundary=BOUNDARY,
+            tx=row_tx(recipe, contender),
+            storage=contender.storage,
+            cache=_cache(contender),
+            embedding_init=jax.nn.initializers.normal(recipe.row_init),
+            rngs=rngs,
+        )
+
+    return LanguageModel(
+        vocabulary_size,
+        length=recipe.length,
+        width=recipe.width,
+        num_blocks=recipe.num_blocks,
+        heads=recipe.heads,
+        memory=None if contender.storage is None else memory,
+        seed=seed,
+    )
+
+
+def batch_of(tokens: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """Returns random windows of a text (int32 [B, T + 1])."""
+    starts = rng.integers(0, len(tokens) - recipe.length, recipe.batch)
+    return text.windows(tokens, starts, recipe.length + 1)
+
+
+def losses_of(model: LanguageModel, window: jax.Array) -> jax.Array:
+    """Returns the loss of each token but the first, in nats (float32 [B, T])."""
+    logits = model(window[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:])
+
+
+@nnx.jit(donate_argnums=(0, 1))
+def train_step(model: LanguageModel, optimizer: nnx.Optimizer, window: jax.Array) -> jax.Array:
+    """Takes one step and returns its mean loss."""
+    model.prefetch(window[:, :-1])
+    loss, grads = nnx.value_and_grad(lambda model: jnp.mean(losses_of(model, window)))(model)
+    if model.gated is not None:
+        grads = nn.apply_gradients(model, grads)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def evaluation_step(model: LanguageModel, window: jax.Array) -> jax.Array:
+    """Returns the loss of each token but the first (float32 [B, T])."""
+    return losses_of(model, window)
+
+
+class Outcome(NamedTuple):
+    """What a run gave."""
+
+    loss: float  # of validation, nats a token
+    state_bytes: int  # all arrays of the embedding state, the optimizer's included
+    num_rows: int
+    hit_rate: float | None  # requests of training that found their row in the cache
+    losses: list[tuple[int, float]]  # of training, (step, mean of the steps since the last)
+    seconds: float  # of training; a machine that others use too makes it longer
+
+
+class Trained(NamedTuple):
+    """A trained model and what its run gave."""
+
+    model: LanguageModel
+    outcome: Outcome
+    validation: np.ndarray  # i32 [M, T + 1]: the windows
+    token_losses: np.ndarray  # f32 [M, T]
+
+
+def state_bytes(model: LanguageModel) -> int:
+    """Returns the bytes of the memory's whole state, 0 without a memory."""
+    if model.gated is None:
+        return 0
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.gated.memory.state))
+
+
+def train(
+    data: Text,
+    recipe: Recipe,
+    contender: Contender,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Trained:
+    """Trains one contender and validates it.
+
+    Args:
+      data: the text.
+      recipe: of all contenders.
+      contender: the memory.
+      seed: of weights, rows and batches; the same for all contenders, which makes them paired.
+      on_step: is called with the number of each step and its loss; it may raise to end the run.
+    """
+    model = build(recipe, contender, data.vocabulary_size, seed)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(recipe.schedule))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    rng, losses, start = np.random.default_rng(seed), [], time.perf_counter()
+    for step in range(recipe.steps):
+        loss = train_step(model, optimizer, jnp.asarray(batch_of(data.train, recipe, rng)))
+        losses.append(float(loss))
+        on_step(step, losses[-1])
+    seconds = time.perf_counter() - start
+    model.eval()
+    # The same windows for every seed and contender.
+    rng = np.random.default_rng(12345)
+    windows = [batch_of(data.validation, recipe, rng) for _ in range(recipe.validation_batches)]
+    token_losses = [np.asarray(evaluation_step(model, jnp.asarray(w))) for w in windows]
+    hit_rate, num_rows = None, 0
+    if model.gated is not None:
+        stats, num_rows = model.gated.memory.stats(), model.gated.memory.stack.spec.num_rows
+        hit_rate = stats.hit_requests / max(1, stats.requests) if contender.cache else None
+    every = max(1, recipe.steps // 40)
+    curve = [
+        (at + every, round(float(np.mean(losses[at : at + every])), 5))
+        for at in range(0, recipe.steps - every + 1, every)
+    ]
+    outcome = Outcome(
+        loss=float(np.mean(token_losses, dtype=np.float64)),
+        state_bytes=state_bytes(model),
+        num_rows=num_rows,
+        hit_rate=hit_rate,
+        losses=curve,
+        seconds=round(seconds, 2),
+    )
+    return Trained(model, outcome, np.concatenate(windows), np.concatenate(token_losses))

@@ -1,0 +1,267 @@
+"""NGramMemory: an nnx module of hashed n-gram tables, whose rows are quantized and cached.
+
+It is the memory of Engram (arXiv 2601.07372) and of other language models with n-gram embeddings:
+each token looks up a row for the n-grams that end there. Most parameters of such a model are in
+these tables, a step touches few of them, and accesses are Zipf-distributed. What the model does
+with the vectors (gates, projections) is left to it.
+
+Rows are found by a hash. A memory that gives each n-gram a row of its own is not there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mpembed_jax.cache.spec import CacheSpec
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.stats import CacheStats, stats
+from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.nn import ngram_hash, verbs
+from mpembed_jax.nn.embed import DEFAULT_INIT, DEFAULT_TX
+from mpembed_jax.nn.ngram_hash import NGramHash
+from mpembed_jax.nn.stack import Stack
+from mpembed_jax.numerics.formats import RowFormat, as_format
+from mpembed_jax.spec import EmbeddingSpec, TableSpec
+
+
+class CanonicalTokens(nnx.Variable):
+    """Holds the map of tokens, int32 [vocabulary_size]; it is saved and restored with the model."""
+
+
+def ngram_spec(
+    ngrams: NGramHash,
+    features: int,
+    *,
+    storage: RowFormat | str = "int8",
+    cache: CacheSpec | None = CacheSpec(),  # noqa: B008
+    embedding_init: Any = None,
+    memory_kind: str | None = None,
+) -> EmbeddingSpec:
+    """Returns the spec of the stack of an NGramMemory, as for mpembed_jax.memory.report.
+
+    Args:
+      ngrams: the hash; each of its tables is one of the stack.
+      features: D, the width of a row.
+      storage: RowFormat, or its name.
+      cache: CacheSpec of the whole stack, or None.
+      embedding_init: see NGramMemory.
+      memory_kind: see mpembed_jax.EmbeddingSpec.
+    """
+    initializer = DEFAULT_INIT if embedding_init is None else embedding_init
+    tables = tuple(
+        TableSpec(f"{order}-gram_{head}", rows, initializer)
+        for (order, head), rows in zip(ngrams.tables, ngrams.table_sizes, strict=True)
+    )
+    return EmbeddingSpec(tables, features, as_format(storage), cache, memory_kind=memory_kind)
+
+
+def ngram_ids(
+    spec: EmbeddingSpec, ngrams: NGramHash, canonical: Any, tokens: Any, context: Any
+) -> tuple[Any, Any]:
+    """Returns the global ids of tokens, and what stands for them as the user's own arrays.
+
+    Args:
+      spec: of the stack.
+      ngrams: its hash.
+      canonical: the map of tokens, or None.
+      tokens: any nest of integers [.., T].
+      context: None, or the nest of integers [.., context_size].
+
+    Returns:
+      The nest of int32 [.., T, tables]; and the nest of tokens, or of the ids if there is a
+      context, because tokens alone then do not determine them.
+    """
+
+    def of(tokens: Any, context: Any = None) -> Any:
+        return spec.global_ids(ngrams.ids(tokens, canonical, context))
+
+    if context is None:
+        return jax.tree.map(of, tokens), tokens
+    ids = jax.tree.map(of, tokens, context)
+    return ids, ids
+
+
+def joined_heads(vectors: jax.Array, dtype: Any) -> jax.Array:
+    """Returns vectors [.., tables, D] as [.., tables x D] in `dtype`."""
+    return vectors.reshape(*vectors.shape[:-2], -1).astype(dtype)
+
+
+class NGramMemory(nnx.Module):
+    """Turns tokens into the vectors of their n-grams, with quantized tables and a float32 cache.
+
+    Each position gets one row from each table: `heads` tables for each of `orders`. See
+    nn.NGramHash for the rows of n-grams. All tables share one cache. The rows in use are cached and
+    trained in float32. A training step runs under nnx.jit with the model donated. It calls
+    `prefetch(tokens)` before nnx.value_and_grad, and `grads = nn.apply_gradients(model, grads)`
+    after it. After `model.eval()`, calls need no prefetch.
+
+    Args:
+      vocabulary_size: tokens are in [0, vocabulary_size).
+      features: D, the width of a row.
+      orders: orders n of the n-grams, each at least 2.
+      heads: tables of each order.
+      rows: rows of a table, for all orders or for each; rounded up to distinct primes.
+      canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
+        n-grams, such as a word in upper and lower case. It is saved with the model.
+      boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
+      padding: a token that stands for no token, or None; its vectors are zeros.
+      seed: of the hash; give each memory of a model another one.
+      tx: optax transformation for the rows. None: optim.rowwise_adagrad(0.05). The model's own
+        optimizer never sees the tables.
+      storage: RowFormat, or its name, in which rows outside the cache are stored.
+      cache: CacheSpec of all tables together, or None to train every row in its table.
+      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
+        for nnx.Embed's default.
+      memory_kind: "pinned_host" keeps the packed rows in host memory, behind the cache; see
+        mpembed_jax.EmbeddingSpec.
+      mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
+        a mesh, the model is still called on whole arrays; it divides their leading axis.
+      axis_name: the mesh axis that divides rows, see mpembed_jax.init.
+      placement: see mpembed_jax.Placement.
+      implementation: see mpembed_jax.init; it also selects the pooling.
+      rngs: its `params` stream determines the initial values and the embedding's own randomness.
+
+    Raises:
+      TypeError: if an argument has another type.
+      ValueError: if a size is out of range, if canonical has another length, or if tx cannot work
+        on gathered rows.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        features: int,
+        *,
+        orders: Sequence[int] = (2, 3),
+        heads: int = 2,
+        rows: int | Sequence[int],
+        canonical: Any = None,
+        boundary: int | None = None,
+        padding: int | None = None,
+        seed: int = 0,
+        tx: optax.GradientTransformation | None = None,
+        storage: RowFormat | str = "int8",
+        cache: CacheSpec | None = CacheSpec(),  # noqa: B008
+        dtype: Any = None,
+        embedding_init: Any = None,
+        memory_kind: str | None = None,
+        mesh: Any = None,
+        axis_name: Any = None,
+        placement: Placement | None = None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.ngrams = NGramHash(
+            vocabulary_size, orders, heads, rows, boundary=boundary, padding=padding, seed=seed
+        )
+        self.features = features
+        self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+        self.deterministic = False
+        self.canonical = (
+            None
+            if canonical is None
+            else CanonicalTokens(jnp.asarray(ngram_hash.check_canonical(self.ngrams, canonical)))
+        )
+        spec = ngram_spec(
+            self.ngrams,
+            features,
+            storage=storage,
+            cache=cache,
+            embedding_init=embedding_init,
+            memory_kind=memory_kind,
+        )
+        where = {
+            "mesh": mesh,
+            "axis_name": axis_name,
+            "placement": placement,
+            "implementation": implementation,
+        }
+        self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **where)
+
+    @property
+    def state(self) -> EmbeddingState:
+        """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
+        return self.stack.embedding_state()
+
+    def _ids(self, tokens: Any, context: Any) -> tuple[Any, Any]:
+        canonical = None if self.canonical is None else self.canonical.get_value()
+        return ngram_ids(self.stack.spec, self.ngrams, canonical, tokens, context)
+
+    def prefetch(self, tokens: Any, context: Any = None) -> None:
+        """Plans a batch and holds its rows for one step.
+
+        Call it once per step, outside the differentiated function, with the tokens of all calls.
+        The rows depend on tokens alone, so that it can come before everything else of the step.
+
+        Args:
+          tokens: integers [.., T] in [0, vocabulary_size), or any nest of such arrays. NO_ID and
+            `padding` stand for no token. In a trace, the n-grams of a token outside the vocabulary
+            read as zeros and are counted.
+          context: None if texts begin with these tokens, or, in the nesting of tokens, integers
+            [.., max(orders) - 1], the tokens before them.
+
+        Raises:
+          TypeError: if tokens are not integers.
+          ValueError: if a concrete token is outside the vocabulary, in evaluation mode, or if
+            nn.apply_gradients was not called after the last prefetch.
+        """
+        ids, given = self._ids(tokens, context)
+        self.stack.prefetch(ids, given, not self.deterministic)
+
+    def __call__(self, tokens: Any, context: Any = None) -> Any:
+        """Returns the vectors of the n-grams that end at each token.
+
+        They are differentiable in the prefetched rows.
+
+        Args:
+          tokens: in training, tokens whose n-grams were prefetched; after eval(), any tokens. For
+            decoding, one new token at a time, [.., 1], with its context.
+          context: see prefetch. `context_after` gives the one of the next token.
+
+        Returns:
+          [.., T, orders x heads x features] in `dtype`, in the nesting of tokens: for each order
+          in turn the rows of its heads. Padding gives zeros. In training inside jit, n-grams that
+          were not prefetched give NaN.
+
+        Raises:
+          TypeError: if tokens are not integers.
+          ValueError: if a concrete token is outside the vocabulary; in training, if prefetch was
+            not called, or outside jit if it was not given an n-gram.
+        """
+        ids, given = self._ids(tokens, context)
+        if self.deterministic:
+            vectors = verbs.read(self.stack.embedding_state(), ids)
+        else:
+            part = self.stack.part(ids, given)
+            vectors = part.pool(part.rows, part.inverse)
+        return jax.tree.map(lambda v: joined_heads(v, self.dtype), vectors)
+
+    def context_after(self, tokens: Any, context: Any = None) -> Any:
+        """Returns the context for the token that follows (int32 [.., max(orders) - 1]).
+
+        Args:
+          tokens: integers [.., T], one array.
+          context: of the tokens; None if a text begins with them.
+
+        Raises:
+          TypeError: if tokens are not integers.
+          ValueError: if a concrete token is outside the vocabulary, or context has another shape.
+        """
+        return self.ngrams.context_after(tokens, context)
+
+    def stats(self) -> CacheStats:
+        """Returns the counts since init (hit_rate and others) as host numbers.
+
+        See mpembed_jax.stats.
+        """
+        return stats(self.state)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode of a view, for nnx.view; `deterministic=True` means evaluation."""
+        if deterministic is not None:
+            self.deterministic = deterministic

@@ -1,0 +1,358 @@
+"""Rows of hashed n-grams: which row of which table an n-gram of tokens has.
+
+The n-gram of order n at a position is the token there and the n - 1 tokens before it. Each order
+has several heads, and each head has its own table, as in Engram (arXiv 2601.07372). Two n-grams
+that share a row of one head rarely share one of another.
+
+A trained table depends on this hash, so that it never changes. All arithmetic is of uint32, modulo
+2^32. For head h of order n, with s = seed * 2654435761 + 1024 n + h:
+
+  m_k = fmix32(fmix32(s) + k) | 1                  for k = 0 .. n - 1
+  x = fmix32(s);  x = fmix32(x xor (token_k * m_k))  for k = 0 .. n - 1
+  row = x mod p
+
+token_0 is the token at the position, token_k the k-th before it, after the map of tokens. A token
+that is missing counts as 2^31 - 1. fmix32 is Murmur3's finalizer. p is the number of rows of the
+table: the smallest prime of at least the rows asked for that no earlier table has.
+
+NumPy arrays give NumPy ids, and jax arrays give the same ids on the device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.numerics import random_bits
+from mpembed_jax.row_ids import NO_ID
+
+MAX_ORDER, MAX_HEADS = 64, 1024
+_SPREAD = 2_654_435_761  # of seeds
+_OUTSIDE = -1  # the id of an n-gram with a token outside the vocabulary
+
+
+def _is_prime(number: int) -> bool:
+    """Returns whether a number below 2^32 is a prime, by the test of Miller and Rabin."""
+    if number < 2 or number % 2 == 0:
+        return number == 2
+    odd = number - 1
+    twos = (odd & -odd).bit_length() - 1
+    odd >>= twos
+    # These witnesses are exact below 3,215,031,751.
+    for witness in (2, 3, 5, 7):
+        if witness % number == 0:
+            continue
+        power = pow(witness, odd, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(twos - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
+    """Returns distinct primes: for each number of rows the smallest that is free and not below."""
+    sizes: list[int] = []
+    for wanted in rows:
+        size = wanted
+        while size in sizes or not _is_prime(size):
+            size += 1
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+    return int(value)
+
+
+def _integers(name: str, value: Any, low: int, high: int) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
+    return tuple(_integer(f"each of {name}", v, low, high) for v in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class NGramHash:
+    """What determines the rows of n-grams; frozen and hashable.
+
+    Attributes:
+      vocabulary_size: tokens are in [0, vocabulary_size); at most 2^31 - 1.
+      orders: distinct orders n of the n-grams, each in [2, 64].
+      heads: tables of each order, 1 to 1,024.
+      rows: rows of a table: one number for all, or one for each order. A table has the smallest
+        prime number of rows that is not below it and that no other table has.
+      boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
+        the first token of an n-gram and no other one. It is compared before the map of tokens.
+      padding: a token that stands for no token, or None. NO_ID always does. Its position has no
+        rows, and no n-gram reaches across it.
+      seed: another seed gives another hash, as for a second memory in one model; 0 to 2^31 - 1.
+
+    Raises:
+      TypeError: if a value is not an integer.
+      ValueError: if a value is out of range, or if the tables have 2^31 - 1 rows or more in all.
+    """
+
+    vocabulary_size: int
+    orders: Sequence[int]
+    heads: int
+    rows: int | Sequence[int]
+    _: dataclasses.KW_ONLY
+    boundary: int | None = None
+    padding: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        size = _integer("vocabulary_size", self.vocabulary_size, 1, NO_ID)
+        orders = _integers("orders", self.orders, 2, MAX_ORDER)
+        if not orders or len(set(orders)) < len(orders):
+            raise ValueError(f"orders must be distinct and at least one, got {list(orders)}")
+        heads = _integer("heads", self.heads, 1, MAX_HEADS)
+        rows: int | tuple[int, ...]
+        if isinstance(self.rows, Sequence | np.ndarray) and not isinstance(self.rows, str):
+            rows = _integers("rows", self.rows, 1, NO_ID - 1)
+            if len(rows) != len(orders):
+                raise ValueError(
+                    f"rows must be one number, or one for each of orders {list(orders)}, got "
+                    f"{list(rows)}"
+                )
+        else:
+            rows = _integer("rows", self.rows, 1, NO_ID - 1)
+        for name in ("boundary", "padding"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _integer(name, value, 0, size - 1))
+        if self.boundary is not None and self.boundary == self.padding:
+            raise ValueError(f"boundary and padding must be different tokens, got {self.padding}")
+        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, 2**31 - 1))
+        object.__setattr__(self, "vocabulary_size", size)
+        object.__setattr__(self, "orders", orders)
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "rows", rows)
+        wanted = [n for n in self._rows_by_order for _ in range(heads)]
+        if sum(wanted) >= NO_ID or sum(self.table_sizes) >= NO_ID:
+            raise ValueError(
+                f"the {len(wanted)} tables must have fewer than 2**31 - 1 rows in all, got "
+                f"{sum(wanted):,}; take fewer rows, or several memories with other seeds"
+            )
+
+    @property
+    def _rows_by_order(self) -> tuple[int, ...]:
+        rows: Any = self.rows
+        return rows if isinstance(rows, tuple) else (rows,) * len(self.orders)
+
+    @property
+    def tables(self) -> tuple[tuple[int, int], ...]:
+        """The pair (order, head) of each table, in the order of the ids."""
+        return tuple((order, head) for order in self.orders for head in range(self.heads))
+
+    @property
+    def table_sizes(self) -> tuple[int, ...]:
+        """The rows of each table: distinct primes."""
+        return prime_sizes([n for n in self._rows_by_order for _ in range(self.heads)])
+
+    @property
+    def context_size(self) -> int:
+        """How many tokens before a position its n-grams can hold."""
+        return max(self.orders) - 1
+
+    def ids(self, tokens: Any, canonical: Any = None, context: Any = None) -> Any:
+        """Returns the row of each n-gram in its table.
+
+        A whole sequence, parts of it with the context before them, and one token at a time give the
+        same ids.
+
+        Args:
+          tokens: integers [.., T] in [0, vocabulary_size). NO_ID and `padding` are padding.
+          canonical: None, or integers [vocabulary_size]; tokens with the same number are the same
+            in an n-gram.
+          context: None for the beginning of a text, or integers [.., context_size], the tokens
+            before the first; see context_after.
+
+        Returns:
+          int32 [.., T, tables], with the tables of `tables`; of NumPy for NumPy tokens. Padding
+          has NO_ID. Traced tokens outside the vocabulary, and n-grams that hold one, have -1.
+
+        Raises:
+          TypeError: if tokens, context or canonical are not integers.
+          ValueError: if a concrete token is outside the vocabulary, or a shape does not fit.
+        """
+        joined = _with_context(self, tokens, context)
+        if isinstance(canonical, jax.core.Tracer):
+            joined = jnp.asarray(joined)
+        elif canonical is not None:
+            canonical = check_canonical(self, canonical)
+        xp: Any = np if isinstance(joined, np.ndarray) else jnp
+        size, length = self.context_size, joined.shape[-1] - self.context_size
+
+        def back(k: int) -> Any:
+            """Returns the tokens k positions before (int32 [.., T])."""
+            return joined[..., size - k : size - k + length]
+
+        def word(token: Any) -> Any:
+            if canonical is None:
+                return token.astype(np.uint32)
+            is_token = (token != NO_ID) & (token != _OUTSIDE)
+            place = xp.where(is_token, token, 0)
+            return xp.where(is_token, xp.asarray(canonical)[place], token).astype(np.uint32)
+
+        newest = back(0)
+        words, outside = [word(newest)], [newest == _OUTSIDE]
+        is_open = newest != NO_ID
+        for k in range(1, max(self.orders)):
+            token, newer = back(k), back(k - 1)
+            is_open = is_open & (token != NO_ID)
+            if self.boundary is not None:
+                is_open = is_open & (newer != self.boundary)
+            words.append(xp.where(is_open, word(token), np.uint32(NO_ID)))
+            outside.append(outside[-1] | (is_open & (token == _OUTSIDE)))
+        columns = []
+        for (order, head), rows in zip(self.tables, self.table_sizes, strict=True):
+            mixed, multipliers = _start(self.seed, order, head)
+            for token, multiplier in zip(words, multipliers, strict=False):
+                mixed = random_bits.fmix32(mixed ^ (token * multiplier))
+            row = (mixed % np.uint32(rows)).astype(np.int32)
+            row = xp.where(outside[order - 1], np.int32(_OUTSIDE), row)
+            columns.append(xp.where(newest == NO_ID, np.int32(NO_ID), row))
+        return xp.stack(columns, axis=-1)
+
+    def context_after(self, tokens: Any, context: Any = None) -> Any:
+        """Returns the context of the token that follows.
+
+        Args:
+          tokens: integers [.., T], the tokens so far, or those since `context`.
+          context: integers [.., context_size] before them; None for the beginning of a text.
+
+        Returns:
+          int32 [.., context_size]; NO_ID stands for no token.
+
+        Raises:
+          TypeError: see `ids`.
+          ValueError: see `ids`.
+        """
+        joined = _with_context(self, tokens, context)
+        return joined[..., joined.shape[-1] - self.context_size :]
+
+
+def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
+    """Returns a map of tokens as int32 [vocabulary_size].
+
+    Args:
+      spec: the hash.
+      canonical: integers [vocabulary_size] in [0, 2^31 - 1): tokens with the same number are the
+        same token in an n-gram.
+
+    Raises:
+      TypeError: if it does not consist of integers.
+      ValueError: if it has another shape, or a value is out of range.
+    """
+    array = np.asarray(canonical)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"canonical must be integers [{spec.vocabulary_size}], got {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    if array.shape != (spec.vocabulary_size,):
+        raise ValueError(
+            f"canonical must have one number for each token, [{spec.vocabulary_size}], got "
+            f"{list(array.shape)}"
+        )
+    if array.min() < 0 or array.max() >= NO_ID:
+        raise ValueError(
+            f"canonical must be in [0, 2**31 - 2], got values from {array.min()} to {array.max()}"
+        )
+    return array.astype(np.int32)
+
+
+def check_tokens(spec: NGramHash, tokens: Any, name: str = "tokens") -> Any:
+    """Returns tokens as an int32 array of NumPy or jax, in which padding is NO_ID.
+
+    Concrete tokens are checked. A traced token outside the vocabulary becomes -1.
+
+    Args:
+      spec: the hash.
+      tokens: integers [.., T] in [0, vocabulary_size), or NO_ID.
+      name: what errors call them.
+
+    Raises:
+      TypeError: if they are not integers.
+      ValueError: if they have no axis, or a concrete token is outside the vocabulary.
+    """
+    if not isinstance(tokens, jax.core.Tracer):
+        is_host = not isinstance(tokens, jax.Array)
+        array = _checked_host(spec, np.asarray(tokens), name)
+        return array if is_host else jnp.asarray(array)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be integers [.., T], got {tokens.dtype} {list(tokens.shape)}; cast them"
+        )
+    if tokens.ndim < 1:
+        raise ValueError(f"{name} must be [.., T], got a scalar; pass tokens[None]")
+    if tokens.dtype.itemsize < 4:
+        tokens = tokens.astype(jnp.int32)
+    # The comparison is in the dtype of the tokens, because a cast could wrap around.
+    is_padding = tokens == NO_ID
+    if spec.padding is not None and spec.padding <= jnp.iinfo(tokens.dtype).max:
+        is_padding = is_padding | (tokens == spec.padding)
+    is_inside = (tokens >= 0) & (tokens < spec.vocabulary_size)
+    inside = jnp.where(is_inside, tokens, 0).astype(jnp.int32)
+    return jnp.where(is_padding, jnp.int32(NO_ID), jnp.where(is_inside, inside, _OUTSIDE)).astype(
+        jnp.int32
+    )
+
+
+def _checked_host(spec: NGramHash, tokens: np.ndarray, name: str) -> np.ndarray:
+    if tokens.dtype.kind not in "iu" and tokens.size:
+        raise TypeError(
+            f"{name} must be integers [.., T], got {tokens.dtype} {list(tokens.shape)}; cast them"
+        )
+    if tokens.ndim < 1:
+        raise ValueError(f"{name} must be [.., T], got a scalar; pass tokens[None]")
+    wide = np.minimum(tokens, 2**62).astype(np.int64) if tokens.dtype == np.uint64 else tokens
+    wide = wide.astype(np.int64)
+    is_padding = wide == NO_ID
+    bad = ~is_padding & ((wide < 0) | (wide >= spec.vocabulary_size))
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name} must be in [0, {spec.vocabulary_size}), the vocabulary, got "
+            f"{int(tokens[where])} at {list(where)} ({int(bad.sum())} such tokens)"
+        )
+    if spec.padding is not None:
+        is_padding = is_padding | (wide == spec.padding)
+    return np.where(is_padding, NO_ID, wide).astype(np.int32)
+
+
+def _with_context(spec: NGramHash, tokens: Any, context: Any) -> Any:
+    """Returns context and tokens in one array (int32 [.., context_size + T])."""
+    size = spec.context_size
+    tokens = check_tokens(spec, tokens)
+    if context is None:
+        context = np.full((*tokens.shape[:-1], size), NO_ID, np.int32)
+    else:
+        context = check_tokens(spec, context, "context")
+        if context.shape != (*tokens.shape[:-1], size):
+            raise ValueError(
+                f"context must be the {size} tokens before each sequence, "
+                f"{[*tokens.shape[:-1], size]}, got {list(context.shape)}; NO_ID stands for none"
+            )
+    is_host = isinstance(tokens, np.ndarray) and isinstance(context, np.ndarray)
+    return (np if is_host else jnp).concatenate([context, tokens], axis=-1)
+
+
+def _start(seed: int, order: int, head: int) -> tuple[Any, np.ndarray]:
+    """Returns the first word (uint32) and the multipliers (uint32 [order]) of a head."""
+    first = random_bits.fmix32(
+        np.asarray([(seed * _SPREAD + 1024 * order + head) % 2**32], np.uint32)
+    )
+    return first[0], random_bits.fmix32(first + np.arange(order, dtype=np.uint32)) | np.uint32(1)

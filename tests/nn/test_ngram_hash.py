@@ -1,0 +1,228 @@
+"""Rows of n-grams: frozen values, and the same ids on the device, on the host, and token by token.
+
+The oracle is the definition in Python's own integers, one position at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Refused, named
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpembed_jax import NO_ID
+from mpembed_jax.nn import NGramHash
+from mpembed_jax.nn.ngram_hash import prime_sizes
+
+
+def fmix32(x):
+    x ^= x >> 16
+    x = x * 0x85EBCA6B % 2**32
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+def oracle(spec, tokens, canonical=None):
+    """The ids of one sequence (list of ints), [T, tables]."""
+    result = []
+    for at, newest in enumerate(tokens):
+        row = []
+        for (order, head), rows in zip(spec.tables, spec.table_sizes, strict=True):
+            if newest in (NO_ID, spec.padding):
+                row.append(NO_ID)
+                continue
+            words = [newest]
+            while len(words) < order:
+                before = at - len(words)
+                is_end = before < 0 or words[-1] == spec.boundary
+                if is_end or tokens[before] in (NO_ID, spec.padding):
+                    break
+                words.append(tokens[before])
+            if canonical is not None:
+                words = [int(canonical[word]) for word in words]
+            words += [NO_ID] * (order - len(words))
+            start = fmix32((spec.seed * 2654435761 + 1024 * order + head) % 2**32)
+            mixed = start
+            for k, word in enumerate(words):
+                multiplier = fmix32((start + k) % 2**32) | 1
+                mixed = fmix32(mixed ^ word * multiplier % 2**32)
+            row.append(mixed % rows)
+        result.append(row)
+    return np.array(result, np.int64).reshape(len(tokens), len(spec.tables))
+
+
+FROZEN = [
+    [19, 37, 600, 383],
+    [44, 35, 173, 493],
+    [17, 57, 273, 155],
+    [37, 36, 67, 918],
+    [NO_ID, NO_ID, NO_ID, NO_ID],
+    [17, 35, 945, 86],
+    [17, 57, 742, 682],
+    [19, 37, 600, 383],
+    [37, 9, 758, 378],
+]
+FROZEN_SEED = [26, 16, 731, 862]
+
+
+def test_the_rows_of_n_grams_never_change():
+    """A trained table depends on them."""
+    spec = NGramHash(100, (2, 3), 2, (50, 1000), boundary=0, padding=1)
+    assert spec.table_sizes == (53, 59, 1009, 1013)
+    assert spec.tables == ((2, 0), (2, 1), (3, 0), (3, 1))
+    ids = spec.ids(np.array([0, 7, 8, 99, 1, 7, 8, 0, 99]))
+    np.testing.assert_array_equal(ids, FROZEN)
+    other = NGramHash(100, (2, 3), 2, (50, 1000), boundary=0, padding=1, seed=2**31 - 1)
+    np.testing.assert_array_equal(other.ids(np.array([7, 8]))[1], FROZEN_SEED)
+
+
+def test_table_sizes_are_the_smallest_free_primes():
+    def is_prime(n):
+        return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+    assert prime_sizes([1, 1, 4, 4, 2**31 - 2]) == (2, 3, 5, 7, 2**31 - 1)
+    for wanted in (2, 561, 41_041, 500_000):
+        (size,) = prime_sizes([wanted])
+        assert is_prime(size) and not any(map(is_prime, range(wanted, size)))
+
+
+@st.composite
+def hashed(draw):
+    size = draw(st.sampled_from([3, 50, 2**16 + 1, 2**31 - 1]))
+    tokens = st.integers(0, size - 1)
+    pool = draw(st.lists(tokens, min_size=1, max_size=4))  # so that n-grams repeat
+    boundary, padding = draw(st.sampled_from([(None, None), (0, None), (None, 1), (1, 2)]))
+    orders = draw(st.lists(st.integers(2, 6), min_size=1, max_size=3, unique=True))
+    rows = draw(
+        st.one_of(
+            st.integers(1, 100_000_000),
+            st.lists(st.integers(1, 1000), min_size=len(orders), max_size=len(orders)),
+        )
+    )
+    spec = NGramHash(
+        size, orders, draw(st.integers(1, 3)), rows, boundary=boundary, padding=padding,
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )  # fmt: skip
+    length = draw(st.sampled_from([1, 2, 7]))
+    choice = st.sampled_from([*pool, *(t for t in (boundary, padding) if t is not None), NO_ID])
+    sequences = st.lists(choice, min_size=length, max_size=length)
+    batch = draw(st.lists(sequences, min_size=1, max_size=2))
+    cut = draw(st.integers(0, length))
+    return spec, np.array(batch, np.int64), cut
+
+
+@settings(max_examples=60)
+@given(hashed())
+def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case):
+    spec, tokens, cut = case
+    canonical = None
+    if spec.vocabulary_size < 2**20:
+        canonical = np.arange(spec.vocabulary_size) // 2
+    wanted = np.stack([oracle(spec, sequence.tolist(), canonical) for sequence in tokens])
+    host = spec.ids(tokens, canonical)
+    assert isinstance(host, np.ndarray) and host.dtype == np.int32
+    np.testing.assert_array_equal(host, wanted)
+    traced = jax.jit(spec.ids)(jnp.asarray(tokens, jnp.int32), canonical)
+    np.testing.assert_array_equal(traced, wanted)
+    np.testing.assert_array_equal(spec.ids(jnp.asarray(tokens, jnp.int32), canonical), wanted)
+    # The last part, with what was before it.
+    context = spec.context_after(tokens[:, :cut])
+    np.testing.assert_array_equal(spec.ids(tokens[:, cut:], canonical, context), wanted[:, cut:])
+    context = None
+    for at in range(tokens.shape[1]):
+        token = tokens[:, at : at + 1]
+        got = spec.ids(token, canonical, context)
+        np.testing.assert_array_equal(got, wanted[:, at : at + 1])
+        context = spec.context_after(token, context)
+
+
+def test_no_n_gram_crosses_a_boundary_and_padding_stands_for_no_token():
+    spec = NGramHash(100, (2, 3, 4), 2, 1000, boundary=0, padding=1)
+    text, other = np.array([5, 6, 7, 8]), np.array([9, 9, 0, 5, 6, 7, 8])
+    alone = spec.ids(np.concatenate([[0], text]))
+    np.testing.assert_array_equal(spec.ids(other)[2:], alone)
+    padded = spec.ids(np.array([1, NO_ID, *text, 1, 1]))
+    np.testing.assert_array_equal(padded[2:6], spec.ids(text))
+    assert (padded[[0, 1, 6, 7]] == NO_ID).all()
+    # A first token has another row after a boundary than after nothing, and after another token.
+    assert len({tuple(ids) for ids in (alone[1], spec.ids(text)[0], spec.ids(other[:2])[1])}) == 3
+
+
+def test_tokens_of_one_canonical_number_are_the_same_in_n_grams():
+    spec = NGramHash(10, (2,), 1, 1000)
+    canonical = np.array([0, 1, 2, 2, 4, 5, 6, 7, 8, 9])
+    one, other = (spec.ids(np.array(t), canonical) for t in ([1, 2, 4], [1, 3, 4]))
+    np.testing.assert_array_equal(one, other)
+    assert (spec.ids(np.array([1, 2])) != spec.ids(np.array([1, 3])))[1].all()
+
+
+def test_rows_are_used_evenly_and_heads_collide_apart():
+    """n = 40,000 distinct 3-grams, each head of 10,007 rows or so."""
+    spec = NGramHash(50, (3,), 2, 10_000)
+    tokens = np.stack(np.unravel_index(np.arange(40_000), (50, 50, 50)), axis=-1)
+    ids = spec.ids(tokens)[:, 2]
+    for head, size in enumerate(spec.table_sizes):
+        counts = np.bincount(ids[:, head], minlength=size)
+        expected = 40_000 / size
+        # Chi-square over its degrees of freedom: mean 1, deviation sqrt(2 / size). 5 deviations.
+        assert abs(((counts - expected) ** 2).sum() / expected / size - 1) < 5 * (2 / size) ** 0.5
+    # Pairs that share both rows: 40,000^2 / 2 / 10^8 = 8 expected; 8 + 5 sqrt(8).
+    assert len(np.unique(ids, axis=0)) > 40_000 - 23
+
+
+def test_traced_tokens_outside_the_vocabulary_have_no_row():
+    spec = NGramHash(10, (2, 3), 1, 100)
+    ids = jax.jit(spec.ids)(jnp.array([1, 10, 2, 3, 4, -5], jnp.int32))
+    whole = spec.ids(np.array([1, 9, 2, 3, 4, 5]))
+    np.testing.assert_array_equal(ids[:, 0] == -1, [False, True, True, False, False, True])
+    np.testing.assert_array_equal(ids[:, 1] == -1, [False, True, True, True, False, True])
+    np.testing.assert_array_equal(ids[4], whole[4])
+
+
+SPEC = NGramHash(10, (2, 3), 1, 100)
+
+
+@pytest.mark.parametrize(
+    "case",
+    named(
+        [
+            Refused(lambda: SPEC.ids(np.array([1, 10])), r"in \[0, 10\).*got 10 at \[1\] \(1 such"),
+            Refused(lambda: SPEC.ids(jnp.array([[-1, 3]])), r"the vocabulary, got -1 at \[0, 0\]"),
+            Refused(lambda: SPEC.ids(np.array([2**40])), "got 1099511627776 at"),
+            Refused(lambda: SPEC.ids(np.array([2**63], np.uint64)), "got 9223372036854775808 at"),
+            Refused(lambda: SPEC.ids(np.ones(3)), "tokens must be integers.*float64", TypeError),
+            Refused(
+                lambda: jax.jit(SPEC.ids)(jnp.ones(3)), "integers .*float32 .3.; cast", TypeError
+            ),
+            Refused(lambda: SPEC.ids(3), "got a scalar"),
+            Refused(
+                lambda: SPEC.ids(np.array([[1, 2]]), None, np.array([[1]])),
+                r"context must be the 2 tokens.*\[1, 2\], got \[1, 1\]",
+            ),
+            Refused(lambda: SPEC.ids(np.array([1]), None, np.ones(2)), "context.*float", TypeError),
+            Refused(lambda: SPEC.ids(np.array([1]), np.arange(9)), r"each token, \[10\], got \[9"),
+            Refused(lambda: SPEC.ids(np.array([1]), np.ones(10)), "canonical.*float64", TypeError),
+            Refused(lambda: SPEC.ids(np.array([1]), np.arange(10) - 1), "from -1 to 8"),
+            Refused(lambda: NGramHash(10, (1, 2), 1, 9), r"each of orders must be in \[2, 64\]"),
+            Refused(lambda: NGramHash(10, (2, 2), 1, 9), "orders must be distinct"),
+            Refused(lambda: NGramHash(10, (), 1, 9), "orders must be distinct and at least one"),
+            Refused(lambda: NGramHash(10, 2, 1, 9), "orders must be a sequence", TypeError),
+            Refused(lambda: NGramHash(10, (2.0,), 1, 9), "orders must be an integer", TypeError),
+            Refused(lambda: NGramHash(10, (2,), 0, 9), r"heads must be in \[1, 1024\], got 0"),
+            Refused(lambda: NGramHash(10, (2,), 1, 0), "rows must be in .*got 0"),
+            Refused(lambda: NGramHash(10, (2,), 1, True), "rows must be an integer", TypeError),
+            Refused(lambda: NGramHash(10, (2,), 1, (9, 9)), r"one for each of orders \[2\]"),
+            Refused(lambda: NGramHash(10, (2,), 9, 2**30), "fewer than .* rows in all, got 9,663"),
+            Refused(lambda: NGramHash(0, (2,), 1, 9), r"vocabulary_size must be in .*got 0"),
+            Refused(lambda: NGramHash(2**31, (2,), 1, 9), r"vocabulary_size must be in"),
+            Refused(lambda: NGramHash(10, (2,), 1, 9, boundary=10), r"boundary must be in \[0, 9"),
+            Refused(lambda: NGramHash(10, (2,), 1, 9, boundary=1, padding=1), "different tokens"),
+            Refused(lambda: NGramHash(10, (2,), 1, 9, seed=-1), "seed must be in"),
+        ]
+    ),
+)
+def test_wrong_tokens_and_settings_are_refused(case):
+    with pytest.raises(case.error, match=case.message):
+        case.call()
