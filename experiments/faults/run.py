@@ -197,6 +197,7 @@ def run(settings: Settings) -> None:
             **found,
             "seconds": round(time.perf_counter() - start, 1),
             "commit": environment["commit"],
+            "command": environment["command"],
         }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
