@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import polars as pl
@@ -354,6 +355,7 @@ def test_warnings_of_this_project_reach_the_user_and_others_do_not(capsys):
     def run(settings):
         logging.getLogger("orbax").warning("theirs")
         logging.getLogger("absl").warning("theirs")
+        sys.unraisablehook(SimpleNamespace(exc_traceback=None))  # of a callback in C++
         warnings.warn_explicit("theirs", DeprecationWarning, "/lib/jax/x.py", 1)
         warnings.warn_explicit("ours", UserWarning, str(ROOT / "mpembed_jax" / "x.py"), 1)
         logging.getLogger("mpembed_jax.checkpoint").warning("also ours")
