@@ -161,12 +161,17 @@ CALLS = {
         ("large batches", "--num-rows 70 --batch-sizes 64", "--batch-sizes is 64", "at most 60"),
     ],
     "speed.bench_checkpoint": [
-        ("too many rows", "--dim 4096 --rows 1000000000", "--rows is 1,0", "GB are free"),
+        ("too many rows", "--dim 4096 --rows 1000000000", "--rows is 1,000,000,000", "GB are free"),
         ("no folder", "--directory gone", "--directory is gone", "a folder that is there"),
         ("unknown format", "--storage int9", "--storage is int9", "one of float32"),
     ],
     "speed.first_screen": [
-        ("tables too large", "--dim 4096 --rows 1000000000", "--rows is 1,0", "GB are free"),
+        (
+            "tables too large",
+            "--dim 4096 --rows 1000000000",
+            "--rows is 1,000,000,000",
+            "GB are free",
+        ),
         ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
     ],
     "gpu.bench_gpu": [
