@@ -336,6 +336,10 @@ def _quietly() -> Iterator[None]:
         if filename.startswith(project):
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
+    def show_unraisable(found: Any) -> None:  # as of tensorstore after a save that failed
+        if any(f.filename.startswith(project) for f in traceback.extract_tb(found.exc_traceback)):
+            before(found)
+
     root, ours = logging.getLogger(), logging.getLogger("mpembed_jax")
     handlers = list(ours.handlers)
     if not root.handlers:  # without any, Python prints what libraries log
@@ -347,12 +351,13 @@ def _quietly() -> Iterator[None]:
         absl_logging = importlib.import_module("absl.logging")
         absl_logging.set_verbosity(absl_logging.FATAL)
         absl_logging.set_stderrthreshold(absl_logging.FATAL)
+    before = sys.unraisablehook
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning, sys.unraisablehook = show, show_unraisable
         try:
             yield
         finally:  # callers may go on, such as tests
-            ours.handlers[:] = handlers
+            ours.handlers[:], sys.unraisablehook = handlers, before
 
 
 def main(
@@ -363,14 +368,10 @@ def main(
     *,
     check: Callable[[Any], None] | None = None,
 ) -> int:
-    """Reads the command line, checks it and runs the program.
+    """Reads the command line of this process, or `arguments`, checks it and runs the program.
 
-    Args:
-      run: takes the settings.
-      settings: their dataclass.
-      description: the docstring of the program's module.
-      arguments: of the command line; None: those of this process.
-      check: takes the settings; it raises Refused if they do not go together or a file is wrong.
+    `run` takes the settings, as does `check`, which raises Refused if they do not go together or a
+    file is wrong. The description is the docstring of the program's module.
 
     Returns:
       The exit status: 0; 2 where a setting or a file is refused; 1 where something failed on the

@@ -70,6 +70,7 @@ class Settings:
         "Rows of data in a step.",
         "ROWS",
         at_least=1,
+        at_most=MAX_SEED,
         shown="2048, or 1024 for reddit and movielens",
     )
     row_learning_rate: float | None = setting(
@@ -121,6 +122,7 @@ class Settings:
         "Rows of data to use. Criteo: lines of the file. Reddit: per split.",
         "ROWS",
         at_least=1,
+        at_most=10**12,
         shown="800000 synthetic ones, or all rows of a file",
     )
     in_time_order: bool = setting(
@@ -142,6 +144,7 @@ class Settings:
         "Values seen fewer times in training share one id.",
         "TIMES",
         at_least=1,
+        at_most=MAX_SEED,
         only={"data": ("criteo",), "mapping": ("dictionary",)},
     )
     hash_size: int = setting(
@@ -153,7 +156,12 @@ class Settings:
         only={"data": ("criteo",), "mapping": ("hash",)},
     )
     max_bad_lines: int = setting(
-        100, "Bad lines skipped before giving up.", "LINES", at_least=0, only={"data": ("criteo",)}
+        100,
+        "Bad lines skipped before giving up.",
+        "LINES",
+        at_least=0,
+        at_most=MAX_SEED,
+        only={"data": ("criteo",)},
     )
     holdout: Literal["test", "validation", "day"] = setting(
         "test", "Which part of the last day to evaluate on.", only={"data": ("criteo",)}

@@ -95,6 +95,7 @@ class Settings:
         "Rows of data to use. Criteo: lines of the file. Reddit: per split.",
         "ROWS",
         at_least=1,
+        at_most=10**12,
         shown="2100000 synthetic ones, or all rows of a file",
     )
     in_time_order: bool = setting(
@@ -123,6 +124,7 @@ class Settings:
         "Values seen fewer times in training share one id.",
         "TIMES",
         at_least=1,
+        at_most=2**31 - 1,
         only={"data": ("criteo",)},
     )
     cache_dir: Path | None = setting(
@@ -132,7 +134,12 @@ class Settings:
         only={"data": ("criteo",)},
     )
     batch_size: int | None = setting(
-        None, "Rows of data in a step.", "ROWS", at_least=1, shown="2048, or 1024 for reddit"
+        None,
+        "Rows of data in a step.",
+        "ROWS",
+        at_least=1,
+        at_most=2**31 - 1,
+        shown="2048, or 1024 for reddit",
     )
     hidden: tuple[int, int] = setting(
         (512, 256),

@@ -45,19 +45,39 @@ PARTS = (
 class Settings:
     """How much of each."""
 
-    kills: int = setting(24, "SIGKILLs, half of them aimed at saves.", "KILLS", at_least=1)
-    steps: int = setting(400, "Steps of the killed run.", "STEPS", at_least=2)
-    worker_kills: int = setting(4, "SIGKILLs of one of two workers.", "KILLS", at_least=1)
-    stride: int = setting(
-        1, "Every how many-th system call fails; 1 takes an hour.", "CALLS", at_least=1
+    kills: int = setting(
+        24, "SIGKILLs, half of them aimed at saves.", "KILLS", at_least=1, at_most=1_000_000
     )
-    sequences: int = setting(300, "Random sequences of 25 actions.", "SEQUENCES", at_least=1)
-    mutations: int = setting(10_000, "Mutated files of each kind.", "FILES", at_least=1)
-    examples: int = setting(4000, "Batches of ids from hell.", "BATCHES", at_least=1)
-    gradients: int = setting(300, "Steps with NaN and infinite gradients.", "STEPS", at_least=1)
-    soak: int = setting(20_000, "Steps of the soak.", "STEPS", at_least=1)
+    steps: int = setting(400, "Steps of the killed run.", "STEPS", at_least=2, at_most=1_000_000)
+    worker_kills: int = setting(
+        4, "SIGKILLs of one of two workers.", "KILLS", at_least=1, at_most=1_000_000
+    )
+    stride: int = setting(
+        1,
+        "Every how many-th system call fails; 1 takes an hour.",
+        "CALLS",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    sequences: int = setting(
+        300, "Random sequences of 25 actions.", "SEQUENCES", at_least=1, at_most=1_000_000
+    )
+    mutations: int = setting(
+        10_000, "Mutated files of each kind.", "FILES", at_least=1, at_most=100_000_000
+    )
+    examples: int = setting(
+        4000, "Batches of ids from hell.", "BATCHES", at_least=1, at_most=1_000_000
+    )
+    gradients: int = setting(
+        300, "Steps with NaN and infinite gradients.", "STEPS", at_least=1, at_most=1_000_000
+    )
+    soak: int = setting(20_000, "Steps of the soak.", "STEPS", at_least=1, at_most=100_000_000)
     check_every: int = setting(
-        1000, "Steps between checks of the invariants in the soak.", "STEPS", at_least=1
+        1000,
+        "Steps between checks of the invariants in the soak.",
+        "STEPS",
+        at_least=1,
+        at_most=1_000_000,
     )
     only: tuple[str, ...] = setting((), "Parts to run.", choices=PARTS, shown="all of them")
     out: Path = setting(Path("experiments/results/faults.json"), "File for the results.")
@@ -197,6 +217,7 @@ def run(settings: Settings) -> None:
             **found,
             "seconds": round(time.perf_counter() - start, 1),
             "commit": environment["commit"],
+            "command": environment["command"],
         }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)

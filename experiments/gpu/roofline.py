@@ -161,7 +161,11 @@ class Settings:
     )
     skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
     warm: int = setting(
-        60, "Steps before the counted one, of 65,536 rows of data each.", "STEPS", at_least=1
+        60,
+        "Steps before the counted one, of 65,536 rows of data each.",
+        "STEPS",
+        at_least=1,
+        at_most=100_000,
     )
     out: Path = setting(Path("experiments/results/roofline.json"), "File for the results.")
 

@@ -41,7 +41,7 @@ from experiments.command_line import setting
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
 from experiments.speed import workload
-from experiments.speed.step import embedding_step
+from experiments.speed.step import check_memory, embedding_step
 from mpembed_jax import sharding
 
 
@@ -60,13 +60,14 @@ class Settings:
     )
     batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
     skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
-    steps: int = setting(20, "Timed steps.", "STEPS", at_least=1)
-    warm: int = setting(5, "Steps before the timed ones.", "STEPS", at_least=0)
+    steps: int = setting(20, "Timed steps.", "STEPS", at_least=1, at_most=10_000)
+    warm: int = setting(5, "Steps before the timed ones.", "STEPS", at_least=0, at_most=10_000)
     samples: int = setting(
         8,
         "Batches from which the planner measures the exchange's room; others than the run's.",
         "BATCHES",
         at_least=1,
+        at_most=10_000,
     )
     out: Path = setting(Path("experiments/results/bench_scaling.json"), "File for the results.")
 
@@ -80,6 +81,7 @@ def check(settings: Settings) -> None:
     for devices in settings.devices:
         command_line.check_devices(devices, settings.batch, "powers of two")
     command_line.check_out(settings.out)
+    check_memory(settings.rows, max(settings.dims))
 
 
 def exchange_step(tx: Any) -> Any:

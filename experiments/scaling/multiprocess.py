@@ -62,7 +62,7 @@ class Settings:
     features: int = setting(
         4, "Tables, with one id each in a row.", "TABLES", at_least=1, at_most=64
     )
-    steps: int = setting(20, "Training steps.", "STEPS", at_least=1)
+    steps: int = setting(20, "Training steps.", "STEPS", at_least=1, at_most=1_000_000)
     out: Path = setting(Path("experiments/results/multiprocess.json"), "File for the results.")
     # Set by the launcher: which worker this is, -1 for the run without a mesh.
     worker: int | None = setting(None, unit="NUMBER", is_hidden=True)

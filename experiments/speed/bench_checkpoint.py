@@ -26,7 +26,7 @@ import mpembed_jax as mpembed
 from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed import workload
-from experiments.speed.step import embedding_step
+from experiments.speed.step import check_memory, embedding_step
 from mpembed_jax import checkpoint
 
 
@@ -58,8 +58,12 @@ class Settings:
         ),
     )
     batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
-    warm: int = setting(200, "Steps before the first checkpoint.", "STEPS", at_least=1)
-    steps: int = setting(1000, "Steps before the increment.", "STEPS", at_least=2)
+    warm: int = setting(
+        200, "Steps before the first checkpoint.", "STEPS", at_least=1, at_most=1_000_000
+    )
+    steps: int = setting(
+        1000, "Steps before the increment.", "STEPS", at_least=2, at_most=1_000_000
+    )
     directory: Path | None = setting(
         None, "Folder in which the temporary one is made.", shown="the system's"
     )
@@ -77,6 +81,7 @@ def check(settings: Settings) -> None:
             command_line.refuse("--directory", settings.directory, "a folder that is there")
         command_line.check_out(settings.directory, is_file=False, flag="--directory")
     command_line.check_out(settings.out)
+    check_memory(settings.rows, settings.dim, settings.storage)
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -50,10 +50,12 @@ class Settings:
         0.02, "Vocabulary sizes as a share of Criteo-Kaggle's.", "SHARE", above=0, at_most=1
     )
     batch_sizes: tuple[int, ...] = setting(
-        (2048, 65536), "Rows of data in a batch.", "ROWS", at_least=1
+        (2048, 65536), "Rows of data in a batch.", "ROWS", at_least=1, at_most=100_000_000
     )
-    num_epochs: int = setting(4, "Epochs of one measurement.", "EPOCHS", at_least=1)
-    repeats: int = setting(5, "Measurements, after one that opens the files.", "TIMES", at_least=1)
+    num_epochs: int = setting(4, "Epochs of one measurement.", "EPOCHS", at_least=1, at_most=10_000)
+    repeats: int = setting(
+        5, "Measurements, after one that opens the files.", "TIMES", at_least=1, at_most=10_000
+    )
     out: Path = setting(Path("experiments/results/bench_data.json"), "File for the results.")
 
 

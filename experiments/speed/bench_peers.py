@@ -27,6 +27,7 @@ from typing import Literal
 from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.speed.peers import Case
+from experiments.speed.step import check_memory
 
 PEERS = (
     "ours-int8-w32",
@@ -59,18 +60,33 @@ class Settings:
         shown="Kaggle's 33.76 M",
     )
     skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
-    rounds: int = setting(7, "Rounds in which the peers alternate.", "ROUNDS", at_least=1)
+    rounds: int = setting(
+        7, "Rounds in which the peers alternate.", "ROUNDS", at_least=1, at_most=10_000
+    )
     distinct: int = setting(
-        70, "Batches that the timed steps cycle through.", "BATCHES", at_least=1
+        70, "Batches that the timed steps cycle through.", "BATCHES", at_least=1, at_most=10_000
     )
     warm: int = setting(
-        700, "Steps that fill our cache; peers without one take 40.", "STEPS", at_least=1
+        700,
+        "Steps that fill our cache; peers without one take 40.",
+        "STEPS",
+        at_least=1,
+        at_most=1_000_000,
     )
     threads: int = setting(
-        os.cpu_count() or 1, "Threads of each peer.", "THREADS", at_least=1, shown="all cores"
+        os.cpu_count() or 1,
+        "Threads of each peer.",
+        "THREADS",
+        at_least=1,
+        at_most=4096,
+        shown="all cores",
     )
     together: int = setting(
-        2, "Processes alternated at once; their tables share the memory.", "PROCESSES", at_least=2
+        2,
+        "Processes alternated at once; their tables share the memory.",
+        "PROCESSES",
+        at_least=2,
+        at_most=64,
     )
     peers: tuple[str, ...] = setting(
         (),
@@ -102,6 +118,7 @@ def check(settings: Settings) -> None:
     if shutil.which(settings.peers_python) is None:
         command_line.refuse("--peers-python", settings.peers_python, "a program that is there")
     command_line.check_out(settings.out)
+    check_memory(settings.rows, max(settings.dims))
 
 
 class Worker:

@@ -39,8 +39,10 @@ class Settings:
     """What to measure."""
 
     quick: bool = setting(False, "Only D = 16 and 64 with batches of 2,048.")
-    steps: int = setting(30, "Timed steps per case.", "STEPS", at_least=3)
-    warm: int = setting(40, "Steps before them, which fill the cache.", "STEPS", at_least=1)
+    steps: int = setting(30, "Timed steps per case.", "STEPS", at_least=3, at_most=10_000)
+    warm: int = setting(
+        40, "Steps before them, which fill the cache.", "STEPS", at_least=1, at_most=10_000
+    )
     only: tuple[str, ...] = setting(
         (),
         "Only cases that have all of these, batch=512 or cold=True say; they replace theirs in the "

@@ -34,7 +34,7 @@ from experiments.accuracy import paper_report, records
 from experiments.accuracy.grid import Case
 from experiments.command_line import setting
 from experiments.speed import bench_step, workload
-from experiments.speed.step import copy_bandwidth
+from experiments.speed.step import check_memory, copy_bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ def check(settings: Settings) -> None:
     with command_line.reading("--out", settings.out, ValueError):
         records.load(settings.out / "paper_table.jsonl")
     command_line.check_out(settings.out, is_file=False)
+    check_memory(max(settings.rows), settings.dim)
 
 
 FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))

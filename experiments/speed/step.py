@@ -12,6 +12,31 @@ import jax
 import jax.numpy as jnp
 
 import mpembed_jax as mpembed
+from experiments import running
+from experiments.command_line import Refused
+from experiments.speed import workload
+
+
+def check_memory(rows: int | None, dim: int, storage: str = "int8") -> None:
+    """Refuses tables that do not fit the memory of this machine.
+
+    Args:
+      rows: of all tables; None: Kaggle's.
+      dim: numbers of a row.
+      storage: format of the rows; the smallest of a comparison.
+
+    Raises:
+      Refused: with the gigabytes that are needed and there.
+    """
+    tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.sizes_for(rows))]
+    spec = mpembed.EmbeddingSpec(tables, dim, storage, cache=None)
+    needed = mpembed.memory.report(spec, mpembed.optim.sgd(0.1)).total
+    there = running.free_memory()
+    if needed > there:
+        raise Refused(
+            f"--rows is {spec.num_rows if rows is None else rows:,}, and tables of {dim} numbers a row then take "
+            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free"
+        )
 
 
 def embedding_step(

@@ -40,7 +40,8 @@ def place(tree: Tree) -> Tree:
 
 
 def _advise(array: Any) -> None:
-    begin = array.unsafe_buffer_pointer()  # waits for the array
+    # An array that could not be made has no address: to ask for it would end the process.
+    begin = array.block_until_ready().unsafe_buffer_pointer()
     first = -(-begin // _HUGE) * _HUGE
     size = (begin + array.nbytes) // _HUGE * _HUGE - first
     for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):

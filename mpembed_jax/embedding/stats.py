@@ -164,7 +164,7 @@ def _check_buffer(state: EmbeddingState, steps: int) -> None:
     rows = state.table.rows
     if not rows.is_fully_addressable or len(rows.sharding.device_set) > 1:
         return
-    address = rows.unsafe_buffer_pointer()
+    address = rows.block_until_ready().unsafe_buffer_pointer()
     before = _LOOKS.get(_name(state))
     _LOOKS[_name(state)] = _Look(steps, address, weakref.ref(rows))
     if before is None or before.steps >= steps or before.address == address:

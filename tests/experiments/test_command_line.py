@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import polars as pl
@@ -143,6 +144,7 @@ CALLS = {
     ],
     "speed.bench_step": [
         ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),
+        ("steps without end", "--steps 99999999999", "--steps is 99999999999", "at most 10,000"),
         ("no steps", "--steps 0", "--steps is 0", "at least 3"),
     ],
     "speed.bench_peers": [
@@ -159,10 +161,17 @@ CALLS = {
         ("large batches", "--num-rows 70 --batch-sizes 64", "--batch-sizes is 64", "at most 60"),
     ],
     "speed.bench_checkpoint": [
+        ("too many rows", "--dim 4096 --rows 1000000000", "--rows is 1,000,000,000", "GB are free"),
         ("no folder", "--directory gone", "--directory is gone", "a folder that is there"),
         ("unknown format", "--storage int9", "--storage is int9", "one of float32"),
     ],
     "speed.first_screen": [
+        (
+            "tables too large",
+            "--dim 4096 --rows 1000000000",
+            "--rows is 1,000,000,000",
+            "GB are free",
+        ),
         ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
     ],
     "gpu.bench_gpu": [
@@ -303,6 +312,7 @@ def test_every_number_has_a_unit_and_limits(name):
             continue
         assert limits.unit, flag
         assert limits.at_least is not None or limits.above is not None, flag
+        assert kind is not int or limits.at_most is not None, flag
 
 
 @pytest.mark.parametrize("name", PROGRAMS[:-1])
@@ -350,6 +360,7 @@ def test_warnings_of_this_project_reach_the_user_and_others_do_not(capsys):
     def run(settings):
         logging.getLogger("orbax").warning("theirs")
         logging.getLogger("absl").warning("theirs")
+        sys.unraisablehook(SimpleNamespace(exc_traceback=None))  # of a callback in C++
         warnings.warn_explicit("theirs", DeprecationWarning, "/lib/jax/x.py", 1)
         warnings.warn_explicit("ours", UserWarning, str(ROOT / "mpembed_jax" / "x.py"), 1)
         logging.getLogger("mpembed_jax.checkpoint").warning("also ours")
