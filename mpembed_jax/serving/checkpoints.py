@@ -83,7 +83,7 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
             f"step {held['step']}: embedding state {prefix!r} does not hold what the manifest says "
             f"of it: {error}"
         ) from None
-    places = {name: leaves.Place("host") for name in names.values()}
+    places = {name: leaves.Destination("host") for name in names.values()}
     found = restoring.read_arrays(directory, chain, places)
     if any(manifest.read(directory, body["step"]) != body for body in chain):
         raise DamagedError(f"step {held['step']} of {directory} was replaced while it was read")
