@@ -1,8 +1,8 @@
-"""Residency: the set-associative bookkeeping of which id is in which line of the FP32 cache.
+"""Residency: the record of the id in each line of the set-associative FP32 cache.
 
-The bookkeeping consists of integers; this module never computes with a row. The policies are LRU
-and LFU. LFU admits a newcomer only if it is used more than the id in the line that it takes. A
-count-min sketch, sized by the cache, estimates the use of ids without a line.
+The record has no floats; this module never computes with a row. The policies are LRU and LFU. With
+LFU, a newcomer takes an empty line, or the line of an id with a lower estimated use. A count-min
+sketch, sized by the cache, estimates the use of ids without a line.
 
 The structure follows FBGEMM's table-batched embedding cache (32-way sets, LRU and LFU). The order
 inside a set, admission, halving and the conservative sketch update are this library's own rules.
@@ -26,7 +26,7 @@ from mpembed_jax.row_ids import NO_ID
 # The sketch has two rows of two counters per line. When measured, this was as exact as four rows of
 # one counter per line, at half the memory accesses.
 SKETCH_SEEDS = (0x9E3779B9, 0x85EBCA6B)
-ARRAYS = ("tags", "priority", "dirty", "rows", "sketch")  # the fields of a CacheState that are
+ARRAYS = ("tags", "priority", "dirty", "rows", "sketch")  # the fields of CacheState that are arrays
 
 
 @partial(
@@ -100,7 +100,7 @@ def set_of(ids: jax.Array, geometry: Geometry) -> jax.Array:
 def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
     """Returns the line (int32, shape of ids) that holds each id, or C if no line holds it.
 
-    No line holds NO_ID.
+    NO_ID gives C: it is the tag of empty lines, and no id.
     """
     sets = set_of(ids, cache.geometry)
     is_here = indexing.take(cache.tags, sets) == ids[..., None]

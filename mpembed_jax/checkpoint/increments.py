@@ -1,14 +1,15 @@
-"""Incremental checkpoints: a bitmap on the device of the rows touched since the last checkpoint.
+"""Incremental checkpoints. A bitmap on the device marks the rows touched since the last one.
 
 A step changes a table in two places. prefetch writes victims back. apply_gradients updates rows of
 the batch that are trained in the table, and optimizer state. The step's plan names all of these
-rows. `flush` has no plan, but it writes only lines that were dirty. Every changed row is therefore
-in the bitmap of the run's plans, or in a line that was dirty at the start and is clean now.
+rows. `flush` has no plan, but it writes only lines that were dirty. A row therefore
+changed only if it is in a plan since the start, or if its line was dirty at the start and is clean
+now.
 
 A tracker keeps the same counts as the state, so that a missed step is noticed. A digest of all rows
-ties the tracker to the checkpoint from which it started; the digest is compared again after
-restoring. Over a mesh, every shard has a bitmap of its own rows. A checkpoint holds arrays as they
-lie in memory, shard after shard, and so do the entries of an increment.
+ties the tracker to its first checkpoint. Restoring compares it again. Over a mesh, every shard has
+a bitmap of its own rows. A checkpoint holds arrays shard after shard, as in memory. The indices in
+an increment count in this order.
 """
 
 import dataclasses
@@ -81,17 +82,16 @@ def track(state: EmbeddingState) -> RowTracker:
     No row is touched yet.
 
     Args:
-      state: not consumed; between apply_gradients and the next prefetch.
+      state: not consumed. No prefetch may be waiting for its apply_gradients.
 
     Returns:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
       TypeError: if state has another type.
-      ValueError: if the state was donated. Also if a prefetch has not yet been followed by its
-        apply_gradients, because its rows would change without a plan. Also if the state was made
-        inside jax.pmap, or if its shards together have 2**31 - 1 rows or more; save full
-        checkpoints of such a state.
+      ValueError: if the state was donated, or if a prefetch waits for its apply_gradients: its rows
+        would change without a plan. If the state was made inside jax.pmap, or its shards have
+        2**31 - 1 rows or more in total: save full checkpoints of these states.
     """
     arguments.check_state("track(state)", state)
     state.check_spec()
@@ -130,7 +130,7 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
     """Returns the PartitionSpecs of a tracker, for jax.shard_map's in_specs and out_specs.
 
     Args:
-      tracker: of a state over a mesh.
+      tracker: the tracker of a state over a mesh.
 
     Returns:
       A tree like tracker. Bitmaps are divided like the state's rows. Everything else is on all
@@ -221,7 +221,7 @@ def collect(
     """Finds the checkpoint to build on, and the rows and lines that changed since then.
 
     Args:
-      directory: of the checkpoints.
+      directory: the folder of the checkpoints.
       step: the step that is being saved.
       members: the tree's embedding states.
       trackers: see save.
@@ -312,7 +312,7 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
 def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str, Patch]:
     state = member.state
     shards = 1 if state.layout is None else state.layout.shards
-    num_rows = state.table.num_rows // shards  # of a shard
+    num_rows = state.table.num_rows // shards  # rows of one shard
     cache = state.cache
     is_touched, was_dirty = (
         _unpack(x, shards, num_rows) for x in (tracker.bits, tracker.was_dirty)
@@ -324,7 +324,7 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
         # The first row of each line's shard.
         first = np.repeat(np.arange(shards, dtype=np.int32) * num_rows, len(tags) // shards)
         held = np.where(is_held, tags + first, 0)
-        # The line is still dirty, so its row was not written, and the table holds the old value.
+        # A line that is still dirty was not written back. The table has not changed there.
         was_dirty[held[is_held & dirty]] = False
         lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)

@@ -50,11 +50,11 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     Args:
       directory: as in save.
       target: a tree like the saved one, of arrays or jax.ShapeDtypeStructs; not consumed. It gives
-        the structure and the shardings. A leaf without a sharding, or an array without a device of
-        its own, goes to the mesh of its embedding state or to the default device. An EmbeddingState
+        the structure and the shardings. A leaf without a sharding, or an uncommitted array, goes
+        to the mesh of its embedding state, or else to the default device. An EmbeddingState
         may have another storage, row state dtype, cache or placement than the saved one. Its rows
         are then encoded again or moved, and the log says so.
-      step: of the checkpoint; None for the newest good one.
+      step: the checkpoint's step. None: the newest good one.
       partial: whether the checkpoint may hold leaves that the target lacks.
 
     Returns:
@@ -143,9 +143,8 @@ def _newest(directory: Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
-      CheckpointError: if all are damaged. Also if a newer one than the newest good one may be good
-        too, but cannot be read now or by this version: a run that went on from an older one would
-        lose what the newer one holds.
+      CheckpointError: if all are damaged, or if a newer one may be good but cannot be read now, or
+        not by this version. A run from an older one would lose its steps.
     """
     while True:
         found = manifest.steps(directory)
@@ -246,9 +245,9 @@ def read_arrays(
     """Reads the arrays of the newest manifest of a chain and applies the patches.
 
     Args:
-      directory: of the checkpoints.
+      directory: the folder of the checkpoints.
       chain: manifests, newest first.
-      places: {name: place}. Only shardings are used here; everything else is read to the host.
+      places: {name: place}. Arrays with a sharding are read onto it, all others to the host.
 
     Returns:
       {name: array}. Arrays whose place is a sharding are jax arrays.
@@ -277,7 +276,7 @@ def _read(
     body: dict[str, Any],
     places: dict[str, leaves.Destination],
 ) -> dict[str, Any]:
-    """Reads arrays of one folder. Arrays without entries are not on disk."""
+    """Reads arrays of one folder. Empty arrays are not on disk."""
     folder = manifest.folder_of(directory, body["step"])
     result: dict[str, Any] = {}
     stores = {}
@@ -321,7 +320,7 @@ def _part(values: dict[Any, np.ndarray], part: tuple[slice, ...]) -> np.ndarray:
 
 
 def _slices(part: tuple[slice, ...]) -> tuple:
-    """Returns slices as a key of a dictionary, which Python 3.11 does not make of slices."""
+    """Returns slices as tuples, because Python 3.11 cannot hash slices."""
     return tuple((s.start, s.stop, s.step) for s in part)
 
 
@@ -356,7 +355,7 @@ def _check_rows(
 ) -> None:
     """Checks the rows against the digest of the saved state's rows.
 
-    This finds rows lost between the disk, the increments and this process. What the entry says of
+    It finds rows that were lost when files were read or increments applied. What the entry says of
     small arrays is compared first.
     """
     for inner, field in _IN_ENTRY.items():
@@ -382,7 +381,7 @@ def _check_rows(
 def check_tags(
     directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
 ) -> None:
-    """Checks that cache lines hold rows that the shard has: a step writes to where a tag points."""
+    """Checks that each tag is a row of its shard. A step writes to the row of a tag."""
     if (tags := arrays.get("cache.tags")) is None:
         return
     num_rows = arrays["table.rows"].shape[0] // entry["shards"]

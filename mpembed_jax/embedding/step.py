@@ -8,8 +8,9 @@ One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `apply_pooled_gradients` does the same from the gradients of pooled vectors.
 - `gradient_norm` is the norm of the gradients of all rows.
 
-The verbs are pure; jit them with the state donated. `mesh.exchange` holds what a mesh adds. The
-system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
+The verbs are pure; jit them with the state donated. `mesh` holds what several devices add; the
+verbs call it through `mesh.exchange`. The system follows Yang et al., "Mixed-Precision Embedding
+Using a Cache" (arXiv 2010.11305).
 """
 
 import dataclasses
@@ -118,8 +119,8 @@ def _place(
     """Plans the requested rows and brings them into their cache lines.
 
     Returns:
-      The state with its cache and table changed; the moves; for each position, the index of its row
-      among the moves (int32); and the counts.
+      The state with its cache and table changed; the moves; for each position (on a mesh: for each
+      received entry), the index of its row among the moves (int32); and the counts.
     """
     found = request.rows
     cache = state.cache
@@ -209,7 +210,7 @@ def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Gathers the planned rows that this device holds.
 
     On a mesh, these are the rows of its shard that any device requests. Each row of
-    the batch is on exactly one device. `exchange.fetch`, which is differentiable, brings the rows
+    the batch is on exactly one shard. `exchange.fetch`, which is differentiable, brings the rows
     to the devices that request them.
 
     Returns:
@@ -415,9 +416,9 @@ def _check_kinds(verb: str, state: Any, plan: Any) -> None:
 def _check(
     verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
 ) -> None:
-    """Checks that `arrays` have `width` rows each, and that the plan was not applied yet.
+    """Checks shapes and dtypes of `arrays`, of `width` rows each, and that the plan may be applied.
 
-    If state.pending is traced, `_pending` makes the latter check on the device.
+    If state.pending is traced, `_pending` checks on the device whether the plan was applied.
 
     Raises:
       TypeError: if one is no array.

@@ -1,10 +1,11 @@
 """The exchange between shards in one step: ids to their owners, rows back, gradients to the owners.
 
-A device deduplicates its ids first, so each of its rows travels once in each direction. all_to_all
-moves fixed-size arrays with the same room for each owner. If any device has more ids for an owner
-than fit, all devices use full-width arrays in that step; nothing is lost, and the step is counted.
-Owners deduplicate what they receive. Every row is therefore planned, gathered and updated once,
-with its occurrences and gradients summed over devices. Replicas of a shard gather the same requests
+A device deduplicates its ids first. Each row that it requests then travels once in each direction
+(with summation blocks, once per block). all_to_all moves fixed-size arrays with the same room for
+each owner. If the ids of one device for an owner do not fit, all devices use full-width arrays in
+that step, and the step is counted. Nothing is lost. Owners deduplicate what they receive. Each row
+is therefore planned, gathered and updated once. Its occurrences and gradients are summed over
+devices. Replicas of a shard gather the same requests
 and compute the same results.
 
 The scheme follows model-parallel embeddings (the row-wise sharding of FBGEMM / TorchRec). It does
@@ -47,8 +48,8 @@ def route_of(plan: CachePlan) -> Route:
 def plan_specs(layout: Layout) -> CachePlan:
     """Returns the PartitionSpecs of a plan, as a prefix of its tree.
 
-    They are the out_specs and in_specs with which a plan leaves one jax.shard_map and enters
-    another.
+    Use them as out_specs of the jax.shard_map that returns a plan, and as in_specs of the one that
+    takes it.
     """
     specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes)]
     batch, shard = specs
@@ -67,7 +68,8 @@ def route_specs(layout: Layout) -> Route:
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
     """Returns how many entries a device sends to each owner; num_entries is static."""
-    # Devices along the sharding axes have the same ids, so each asks for a share of them.
+    # If the sharding axes do not divide the batch, devices along them have the same ids. Each then
+    # requests its share of them.
     if not layout.is_batch_divided:
         num_entries = -(-num_entries // layout.shards)
     return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
@@ -91,7 +93,7 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
         is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    # One pass per shard is faster than a key-value sort for as many shards as a machine has.
+    # For the number of shards in one machine, one pass per shard is faster than a sort.
     for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
@@ -145,10 +147,10 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
-    """Sends this device's distinct ids to their owners; returns what all devices request of it.
+    """Sends this device's distinct ids to their owners; returns the requests of its own rows.
 
     Args:
-      layout: of the stack.
+      layout: the stack's layout.
       leaves: the ids of this device, int32 [..] or pairs [.., 2].
       step: int32 scalar.
     """
@@ -177,11 +179,11 @@ def settle(
     """Returns the route to the rows that were planned, and the counts of the whole batch.
 
     Args:
-      layout: of the stack.
+      layout: the stack's layout.
       asked: see `ask`.
       moves: the rows of this shard, in the plan's order.
       inverse: int32 [received], for each received id, the index of its row in `moves`.
-      counts: of this device's requests and this shard's rows.
+      counts: the counts of this device's requests and of this shard's rows.
     """
     assert asked.route is not None
     route = dataclasses.replace(
@@ -202,15 +204,15 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
     xor step) stay, as on one device.
 
     Args:
-      layout: of the stack.
+      layout: the stack's layout.
       wanted: the distinct ids of this device's share of the batch. NO_ID may appear anywhere among
         them.
       step: int32 scalar.
 
     Returns:
-      A tuple of the distinct local rows that this shard is asked for (its `inverse` has one entry
-      per received entry); `wanted` without the ids over the budget, in `ids` and in `inverse`; and
-      the route. The route's `asked`, `rows` and numbers are replaced once the plan is made.
+      The distinct local rows that are requested of this shard (`inverse` has one entry per received
+      entry), `wanted` without the ids over the budget (in `ids` and in `inverse`), and the route.
+      `settle` replaces the route's `rows`, `num_cached`, `num_rows` and `asked`.
     """
     num_entries = wanted.ids.shape[0] - 1
     budget = layout.spec.max_unique_ids
@@ -309,7 +311,7 @@ def _keep_budget(
 
 
 def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
-    """Returns the rows [U, ..] of this device's entries, taken from the owners' rows [Q, ..].
+    """Returns the rows [U, ..] of this device's entries; `rows` [Q, ..] are those of its own shard.
 
     Entries without a row get zeros.
     """
@@ -365,19 +367,19 @@ fetch.defvjp(_fetch_fwd, _fetch_bwd)
 def find(
     layout: Layout, planned: Route, leaves: list[jax.Array], step: jax.Array
 ) -> tuple[jax.Array, jax.Array, Route]:
-    """Finds ids among the rows that a plan holds, on whichever shard they are.
+    """Finds ids among the planned rows of all shards.
 
     Args:
-      layout: of the stack.
+      layout: the stack's layout.
       planned: the plan's route.
       leaves: ids of this device, int32 [..] or pairs [.., 2]; they may differ from those that
         were prefetched.
       step: int32 scalar, the plan's.
 
     Returns:
-      For each position the number of its entry on this device (int32 [N], the last one for
-      padding), whether its row is missing in the plan (bool [N]), and the route by which `fetch`
-      brings the rows of these entries.
+      For each position, the index of its entry on this device (int32 [N]; padding has the last).
+      For each position, whether the plan lacks its row (bool [N]). The route with which `fetch`
+      brings the rows of the entries.
     """
     wanted, _, _ = requests.deduplicate(layout, leaves, step)
     asked, own, route = request(layout, wanted, step)
@@ -399,12 +401,12 @@ def find(
 def over_shards(
     layout: Layout, update: Callable, row_grads: jax.Array, row_state: Any, rows: jax.Array
 ) -> tuple[jax.Array, Any]:
-    """Returns this shard's part of what an optimizer's update gives for the rows of all shards.
+    """Runs an optimizer's update on the rows of all shards; returns this shard's part.
 
     Every shard gathers everything and computes the same. This is for optimizers that mix rows.
 
     Args:
-      layout: of the stack.
+      layout: the stack's layout.
       update: an optax update.
       row_grads: float32 [Q, D].
       row_state: a tree of arrays [Q, ..] and scalars.

@@ -154,7 +154,7 @@ class Layout:
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """uint32 [2]: a hash of the positions of rows; zero for a single shard."""
+        """A hash (uint32 [2]) of how rows are divided; zero for one shard."""
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
@@ -223,10 +223,7 @@ class Layout:
 
     @property
     def is_bound(self) -> bool:
-        """Whether the traced code runs once per device, in jax.shard_map or jax.pmap.
-
-        The mapped axes must include all of this layout's axes.
-        """
+        """True inside a jax.shard_map or jax.pmap over all axes of this layout."""
         return set(self.all_axes) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
     def check_bound(self, verb: str) -> None:
@@ -243,10 +240,9 @@ class Layout:
         return lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def positions(self, num_positions: int) -> Fraction:
-        """Returns the number of ids of a whole batch divided by the number of shards.
+        """Returns N / P (a fraction), where N is the number of ids in the whole batch.
 
-        num_positions is the number of ids of one device. The result is a fraction and need not be
-        whole.
+        num_positions is the number of ids of one device.
         """
         return Fraction(num_positions * self.batch_shards, self.shards)
 
@@ -296,7 +292,7 @@ class Layout:
     def table_slices(self) -> list[tuple[int, int]]:
         """Returns each table's first row in the arrays of all shards, and its number of rows.
 
-        The tables are placed whole.
+        Call it only if tables are placed whole (table_shards is not None).
         """
         first = self.first_rows
         shards = self.table_shards or ()
@@ -317,7 +313,7 @@ def _alternatives(numbers: list[int]) -> str:
 
 
 def _check_axis_types(mesh: Any) -> None:
-    """Raises ValueError if an axis of the mesh (None: no mesh) is not one that XLA divides over."""
+    """Raises ValueError if an axis of the mesh is not of type Auto; None is no mesh."""
     types = () if mesh is None else mesh.axis_types
     if any(kind != AxisType.Auto for kind in types):
         sizes, names = tuple(mesh.shape.values()), tuple(mesh.shape)

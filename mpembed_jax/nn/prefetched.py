@@ -1,13 +1,13 @@
 """The rows and the plan of a prefetch, for the calls of its step.
 
-A call may name the prefetched ids in any shape, order and number, so that a step can call a module
-several times, or once per microbatch. Where a call has the very arrays that prefetch had, this is
-known while tracing, and the plan already says where their rows are. Otherwise the ids are looked up
-among those of the plan. An id that was not prefetched raises ValueError outside jit; inside jit its
-vectors are NaN.
+A call may use the prefetched ids in any shape and order, and any number of times. So a step can
+call a module several times, or once per microbatch. If a call gets the same array objects as
+prefetch, tracing detects it, and the plan's inverse is used. Otherwise the ids are looked up in the
+plan. An id that was not prefetched raises ValueError outside jit. Inside jit, its vector is NaN. If
+the step dropped ids over its budget, such an id reads as zeros instead.
 
-This module does not use flax. Over a mesh, the rows are those that the shards hold, so that each
-row of the batch, and its gradient, exists once; a call brings them to the devices that ask.
+This module does not use flax. Over a mesh, the rows are those of the shards. Each row of the batch,
+and its gradient, then exists once. A call brings rows to the devices that request them.
 """
 
 import dataclasses
@@ -35,14 +35,15 @@ _MISSING = NO_ID  # in an inverse: the row was not prefetched
 
 
 class Origin:
-    """The arrays that prefetch was given, each with the leaf of the plan's inverse made from it.
+    """Pairs of an array given to prefetch and the leaf of the plan's inverse made from it.
 
-    It is static, and equal to any other: it says only where two objects of one trace are the same.
+    It is static. All Origins compare equal, so none causes a retrace: they are used only to
+    recognize an array object within one trace.
     """
 
     def __init__(self, inverse: list[Any], given: list[Any]):
-        # Held weakly: a tracer must not outlive its trace. Arrays of the host have no trace, and
-        # may change afterwards: they are copied.
+        # References are weak, because a tracer must not outlive its trace. Host arrays are copied,
+        # because they may change.
         self._pairs = [
             (weakref.ref(index), weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids))
             for index, ids in zip(inverse, given, strict=True)
@@ -84,7 +85,7 @@ def fetch(state: EmbeddingState, ids: Any, given: Any) -> tuple[EmbeddingState, 
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
-      given: nest like ids of the user's own arrays, from which the ids were computed.
+      given: the user's own arrays, in the nesting of `ids`, which were computed from them.
 
     Returns:
       The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
@@ -139,17 +140,17 @@ def _update(
 def part(
     state: EmbeddingState, prefetched: Prefetched, rows: jax.Array, ids: Any, given: Any
 ) -> routing.Part:
-    """Returns the rows of a step and where a call's ids are among them.
+    """Returns a step's rows, the index of each id of a call among them, and the pool function.
 
     Args:
-      state: of the step.
-      prefetched: of the step.
+      state: the step's state.
+      prefetched: the plan and its origin, from `fetch`.
       rows: float32 [Q, D], from `fetch`.
       ids: nest of int32 arrays of global ids.
-      given: nest like ids of the user's own arrays.
+      given: the user's own arrays, in the nesting of `ids`.
 
     Raises:
-      ValueError: if an id was not prefetched, where the ids are concrete.
+      ValueError: if the ids are concrete and one was not prefetched.
     """
     plan = prefetched.plan
     treedef: Any
@@ -178,7 +179,7 @@ def part(
 def _find(
     state: EmbeddingState, plan: CachePlan, leaves: list[Any]
 ) -> tuple[list[jax.Array], Route | None]:
-    """Returns where ids are among the rows of a plan, and on a mesh the route that brings them."""
+    """Returns the index of each id in the plan's rows, and on a mesh the route that brings them."""
     layout: Any = state.layout
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     if verbs.is_whole(state):
@@ -195,7 +196,8 @@ def _find(
         index, is_held = ops.find(plan.unique_ids, ids, implementation=state.implementation)
         is_missing = (ids != NO_ID) & ~is_held
         route = None
-    # Ids over the budget of the step are not in its plan. They read as zeros and are counted.
+    # A dropped id cannot be told from one that was not prefetched. So no id is missing if the step
+    # dropped any: both read as zeros.
     is_missing = is_missing & (plan.counts.dropped == 0)
     return step.divided(jnp.where(is_missing, _MISSING, index), shapes), route
 
@@ -207,7 +209,7 @@ def _pool_or_nan(
     combiner: str | None = None,
     **options: Any,
 ) -> Any:
-    """See pool. The vector of an id that is missing, or of a bag with such an id, is NaN."""
+    """Runs `pool`. A vector is NaN if its id, or an id of its bag, is missing."""
     is_missing = jax.tree.map(lambda index: index == _MISSING, inverse)
     inverse = jax.tree.map(
         lambda index, missing: jnp.where(missing, rows.shape[0] - 1, index), inverse, is_missing
@@ -221,7 +223,7 @@ def _pool_or_nan(
 
 
 def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
-    """Returns `pool` with the state's implementation, over the mesh if the rows lie over one."""
+    """Returns `pool` with the state's implementation; in jax.shard_map for whole meshed arrays."""
     pool = partial(pool, implementation=state.implementation)
     if not verbs.is_whole(state):
         return pool

@@ -39,10 +39,10 @@ _MAX_WAYS = np.uint64(MAX_WAYS)
 def _find_half(frame, half):
     """Finds the lines of one half of the ids, pins those lines, and queues the misses.
 
-    It also estimates the use of every id. Hits go to `order` and misses to `queue`, both from
-    the position of the half's first id on. found[half] counts the hits, found[2 + half] the misses.
-    Memory is prefetched well
-    before it is read: first the tags of the id's set, then the priority of its line.
+    It also estimates the use of every id. Hits are written to `order` and misses to
+    `queue`, both from the index of the half's first id on. found[half] counts the hits, and
+    found[2 + half] the misses. Memory is prefetched some ids ahead: first the tags of an id's set,
+    then the priority of its line.
     """
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
@@ -77,8 +77,8 @@ def _find_half(frame, half):
             ask_for(tags, home * ways, ways)
         i = ahead - _AHEAD
         if begin <= i < end:
-            # This does not branch on whether the id is found. A mispredicted branch would end the
-            # overlap of memory accesses.
+            # The search has no branch on a match. A mispredicted branch would stop the overlap of
+            # memory accesses.
             first = np.uint64(np.int64(set_of[i]) * ways)
             place = np.uint64(0)
             for way in range(np.uint64(ways)):
@@ -118,7 +118,7 @@ _find = call_frame.halves(_find_half)
 
 @compiled
 def _join(values, begin, num_first, num_second):
-    """Moves num_second entries from `begin` to behind the first num_first; returns their number."""
+    """Moves num_second entries from index `begin` to index num_first; returns where they end."""
     for k in range(num_second):
         values[num_first + k] = values[begin + k]
     return num_first + num_second
@@ -129,7 +129,9 @@ def _enter(
     ids, step, ways, by, tags, priority, line, estimate, set_of, bucket_of, victim, victim_use,
     order, num_cached, queue, num_waiting, best, winner, full,
 ):  # fmt: skip
-    """Runs the rounds of xla.rounds.enter, and appends the misses that enter to `order`.
+    """Runs the rounds of xla.rounds.enter.
+
+    A miss that gets a line is appended to `order`. A bypassed id is put at its back.
 
     Returns the number of ids that are in lines.
     """
@@ -182,7 +184,7 @@ def _enter(
 
 
 def _place_half(frame, half):
-    """Puts one half of the ids into the order of the plan, and stores their estimates.
+    """Puts one part of the ids into the order of the plan, and stores their estimates.
 
     An estimate is stored at the id's line, or in the sketch if the id has no line.
     """
@@ -285,7 +287,7 @@ def _plan(frame):
     found[0], found[1] = num_hits, num_cached
     _place(frame)
     found[2] += found[3]
-    moved = queue  # the queue has been worked off; its array now holds the new index of each id
+    moved = queue  # the queue is empty; its array now holds the new index of each id
     for k in range(num_ids, len(ids)):
         placed_ids[k] = _NO_ID
         placed_line[k] = sets * ways

@@ -1,6 +1,6 @@
 """The rounds in which the misses of a batch enter the cache.
 
-In each round, the best waiting miss of every set meets the cheapest way of the set.
+In each round, the best waiting miss of every set is compared with the cheapest way of the set.
 `plan.make_plan` states the rules.
 """
 
@@ -93,8 +93,8 @@ def enter(
         rank = (cheapest // jnp.uint32(MAX_WAYS)).astype(jnp.int32)
         may = policy.may_enter(by, rank, estimate)
         chosen = (cheapest % jnp.uint32(MAX_WAYS)).astype(jnp.int32)
-        # The victim comes from the same gather, because XLA would not order a second read of the
-        # tags before their update.
+        # The victim is taken from the tags gathered above. XLA would not order a second read before
+        # the update of the tags.
         is_chosen = way == chosen.astype(jnp.uint32)[:, None]
         victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
         return sets * ways + chosen, victim, rank - 1, may
