@@ -33,9 +33,10 @@ def check_memory(rows: int | None, dim: int, storage: str = "int8") -> None:
     needed = mpembed.memory.report(spec, mpembed.optim.sgd(0.1)).total
     there = running.free_memory()
     if needed > there:
+        given = spec.num_rows if rows is None else rows
         raise Refused(
-            f"--rows is {spec.num_rows if rows is None else rows:,}, and tables of {dim} "
-            f"numbers a row then take {needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free"
+            f"--rows is {given:,}, and tables of {dim} numbers a row then take "
+            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free"
         )
 
 
