@@ -145,7 +145,7 @@ def test_states_from_outside_are_trained_and_those_of_other_tables_refused():
     with pytest.raises(KeyError, match="no stack is called 'users/table'"):
         state.replace_embeddings({"users/table": other})
     embed.prefetch(IDS)
-    with pytest.raises(ValueError, match="between prefetch and nn.apply_gradients"):
+    with pytest.raises(ValueError, match=r"between prefetch and nn\.apply_gradients"):
         embed.set_state(held())
     with pytest.raises(ValueError, match="between prefetch and apply_gradients"):
         state.prefetch(IDS).replace_embeddings({"items/table": held()})
