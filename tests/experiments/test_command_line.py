@@ -28,8 +28,8 @@ from experiments.dlrm import curves, reporting, training
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers",
-    "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu",
-    "gpu.compile_gpu", "gpu.roofline",
+    "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "speed.bench_ahead",
+    "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
     "faults.killed_worker",
 )  # fmt: skip
@@ -164,6 +164,9 @@ CALLS = {
         ("too many rows", "--dim 4096 --rows 1000000000", "--rows is 1,000,000,000", "GB are free"),
         ("no folder", "--directory gone", "--directory is gone", "a folder that is there"),
         ("unknown format", "--storage int9", "--storage is int9", "one of float32"),
+    ],
+    "speed.bench_ahead": [
+        ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
     ],
     "speed.first_screen": [
         (
