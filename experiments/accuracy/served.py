@@ -124,5 +124,10 @@ def run(settings: Settings) -> dict[str, Any]:
     return record
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the command line and runs."""
+    return command_line.main(run, Settings, __doc__ or "", arguments, check=check)
+
+
 if __name__ == "__main__":
-    sys.exit(command_line.main(run, Settings, __doc__ or "", check=check))
+    sys.exit(main())

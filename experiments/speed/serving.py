@@ -233,5 +233,10 @@ def line_of(case: dict[str, Any]) -> str:
     return f"D {case['dim']} B {case['bags']} L {case['length']}  us: {text}  ratios: {ours}"
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the command line and runs."""
+    return command_line.main(run, Settings, __doc__ or "", arguments, check=check)
+
+
 if __name__ == "__main__":
-    sys.exit(command_line.main(run, Settings, __doc__ or "", check=check))
+    sys.exit(main())

@@ -26,7 +26,8 @@ from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step", "speed.bench_peers",
+    "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step",
+    "speed.bench_peers",
     "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu",
     "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
