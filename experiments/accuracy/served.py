@@ -58,11 +58,11 @@ def check(settings: Settings) -> None:
     Raises:
       Refused: in one sentence.
     """
+    command_line.check_out(settings.out)
     try:
         reddit.check(settings.path)
     except (FileNotFoundError, ValueError) as error:
         raise command_line.Refused(str(error)) from None
-    command_line.check_out(settings.out)
 
 
 def served(state: mpembed.EmbeddingState, path: Path) -> mpembed.EmbeddingState:
