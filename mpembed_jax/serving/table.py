@@ -237,7 +237,7 @@ class ServingTable:
           KeyError: if the table is unknown.
           ValueError: if k or a shape is wrong.
         """
-        chosen = self._table(table)
+        chosen = self.table(table)
         packed = self.rows[chosen.name]
         dim, num_rows = chosen.embedding_dim, chosen.num_rows
         if not 1 <= k <= num_rows:
@@ -295,7 +295,12 @@ class ServingTable:
     def _by_feature(self) -> dict[str, Table]:
         return {feature: self._by_name[table] for feature, table in self.contents.features}
 
-    def _table(self, name: str | None) -> Table:
+    def table(self, name: str | None = None) -> Table:
+        """Returns a table by its name, which is optional if there is a single table.
+
+        Raises:
+          KeyError: if it is unknown.
+        """
         known = self._by_name
         if name is None and len(known) == 1:
             return self.tables[0]
