@@ -8,14 +8,17 @@ from mpembed_jax.serving.container import verify
 from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.serving.interchange import export_program, write_npy
 from mpembed_jax.serving.saving import save
+from mpembed_jax.serving.sketch import SignSketch, sketch
 from mpembed_jax.serving.table import ServingTable, load
 
 __all__ = [
     "ServingError",
     "ServingTable",
+    "SignSketch",
     "export_program",
     "load",
     "save",
+    "sketch",
     "verify",
     "write_npy",
 ]

@@ -506,6 +506,59 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
     return {"take": (take, 8), "bag": (bag, 12), "score": (score, 6)}
 
 
+# --- signs
+
+
+@functools.cache
+def sign_scores(num_words: int) -> Callable:
+    """Returns a function of a sign sketch with so many words per row.
+
+    It is score(signs, norms, query, cosines, first, last, out): out[i - first] is norms[i] times
+    the cosine of the number of bits in which row i and the query differ.
+    """
+
+    @intrinsic
+    def differing(context, one, other):
+        """Returns the number of bits that differ in `num_words` words at two addresses."""
+
+        def codegen(target, builder, signature, arguments):
+            kind = ir.VectorType(_I64, num_words)
+            words = [builder.inttoptr(place, kind.as_pointer()) for place in arguments]
+            bits = builder.xor(*(builder.load(word, align=8) for word in words))
+            total = _I64(0)
+            for word in range(num_words):
+                total = builder.add(total, builder.ctpop(builder.extract_element(bits, _I32(word))))
+            return total
+
+        return types.int64(types.int64, types.int64), codegen
+
+    array = _array
+
+    def scores(out, signs, norms, query, cosines, first, last):
+        result = array(out, last - first, np.float32)
+        norm = array(norms, last, np.float32)
+        cosine = array(cosines, 64 * num_words + 1, np.float32)
+        for i in range(first, last):
+            result[i - first] = norm[i] * cosine[differing(signs + 8 * num_words * i, query)]
+        return 0
+
+    with _LOCK:
+        made = _callable(f"serving-signs-{num_words}", scores, 7)
+
+    def score(
+        signs: np.ndarray,
+        norms: np.ndarray,
+        query: np.ndarray,
+        cosines: np.ndarray,
+        first: int,
+        last: int,
+        out: np.ndarray,
+    ) -> None:
+        made(*(_address(a) for a in (out, signs, norms, query, cosines)), first, last)
+
+    return score
+
+
 _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
 

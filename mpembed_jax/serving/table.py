@@ -1,6 +1,7 @@
 """ServingTable: the tables of a file, mapped into memory and read from their packed rows."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import threading
@@ -87,15 +88,15 @@ class _Host:
 
     def reader(self, table: Table, packed: np.ndarray) -> Any:
         """Returns the compiled reader of a table, or None for NumPy."""
-        if self.implementation == "numpy":
-            return None
-        if table.name not in self._readers:
+        if (found := self._readers.get(table.name)) is not None:
+            return found
+        if self.implementation != "numpy":
             # Imported here, because numba is optional.
             from mpembed_jax.serving import compiled
 
             made = compiled.Reader(packed, table.format, table.embedding_dim, self.threads)
-            self._readers[table.name] = made
-        return self._readers[table.name]
+            found = self._readers[table.name] = made
+        return found
 
     def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
         """Counts ids outside.
@@ -236,7 +237,7 @@ class ServingTable:
           KeyError: if the table is unknown.
           ValueError: if k or a shape is wrong.
         """
-        chosen = self._table(table)
+        chosen = self.table(table)
         packed = self.rows[chosen.name]
         dim, num_rows = chosen.embedding_dim, chosen.num_rows
         if not 1 <= k <= num_rows:
@@ -286,8 +287,21 @@ class ServingTable:
 
     # --- one feature
 
-    def _table(self, name: str | None) -> Table:
-        known = {table.name: table for table in self.tables}
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Table]:
+        return {table.name: table for table in self.tables}
+
+    @functools.cached_property
+    def _by_feature(self) -> dict[str, Table]:
+        return {feature: self._by_name[table] for feature, table in self.contents.features}
+
+    def table(self, name: str | None = None) -> Table:
+        """Returns a table by its name, which is optional if there is a single table.
+
+        Raises:
+          KeyError: if it is unknown.
+        """
+        known = self._by_name
         if name is None and len(known) == 1:
             return self.tables[0]
         if name not in known:
@@ -295,17 +309,17 @@ class ServingTable:
         return known[name]
 
     def _each(self, ids: Any, read: Callable[[str, Table, Any], Any]) -> Any:
-        features = dict(self.contents.features)
-        if not isinstance(ids, Mapping):
+        features = self._by_feature
+        if type(ids) is np.ndarray or not isinstance(ids, Mapping):
             if len(features) > 1:
                 raise ValueError(
                     f"ids must be a mapping from features to arrays; this file has {list(features)}"
                 )
             ((feature, table),) = features.items()
-            return read(feature, self._table(table), ids)
+            return read(feature, table, ids)
         if unknown := [feature for feature in ids if feature not in features]:
             raise KeyError(f"unknown features {unknown}; this file has {list(features)}")
-        found = {f: read(f, self._table(features[f]), here) for f, here in ids.items()}
+        found = {f: read(f, features[f], here) for f, here in ids.items()}
         return row_ids.in_mapping_of(ids, found)
 
     def _is_on_host(self, packed: Any, given: Any) -> bool:

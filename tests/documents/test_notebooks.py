@@ -112,6 +112,19 @@ def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     assert re.search(r"^float32, no cache .* does not fit", printed, re.MULTILINE)
 
 
+@pytest.mark.slow
+def test_the_serving_notebook_compares_the_formats():
+    printed = run("serving")
+    assert "figures: 1" in printed
+    assert re.search(r"loaded in \d+\.\d ms", printed) and "ids outside so far: 1" in printed
+    trained = number(r"read in training +AUC (0\.\d+)", printed)
+    assert trained > 0.6
+    lost = dict(re.findall(r"^([\w ]+?) +AUC 0\.\d+ \(([+-]0\.\d+)\)", printed, re.MULTILINE))
+    assert list(lost) == ["as trained", "int2", "int4", "int8", "float16", "float32"]
+    assert abs(float(lost["float32"])) <= 0.0001 >= abs(float(lost["float16"]))
+    assert float(lost["int2"]) < float(lost["int8"]) + 0.0005
+
+
 # --- the install cell: it stands alone, so its functions are taken from the notebook
 
 
@@ -120,7 +133,7 @@ def install_cell(path):
 
 
 def test_all_notebooks_install_in_the_same_way():
-    assert len(NOTEBOOKS) == 3
+    assert len(NOTEBOOKS) == 4
     assert len({install_cell(path) for path in NOTEBOOKS}) == 1
 
 

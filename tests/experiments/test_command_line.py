@@ -27,9 +27,9 @@ from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers",
-    "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "speed.bench_ahead",
-    "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
+    "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step",
+    "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
+    "speed.bench_ahead", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
     "faults.killed_worker",
 )  # fmt: skip
@@ -141,6 +141,12 @@ CALLS = {
         ("report of nothing", "--report --out FOLDER", "run without --report first"),
         ("damaged results", "--out RESULTS", "--out is", "paper_table.jsonl:1"),
         ("grid on criteo", "--data criteo", "--path is missing"),
+    ],
+    "accuracy.served": [
+        ("no posts", "--path gone", "no posts_before_2012-07.parquet", "pass its folder"),
+    ],
+    "speed.serving": [
+        ("no rounds", "--rounds 1", "--rounds is 1", "at least 3"),
     ],
     "speed.bench_step": [
         ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),

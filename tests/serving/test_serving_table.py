@@ -249,6 +249,40 @@ def test_of_equal_rows_the_lowest_ids_win_and_rows_without_a_score_are_last():
         assert (own_ids[len(order) :] == NO_ID).all() and np.isneginf(own[len(order) :]).all()
 
 
+@pytest.mark.parametrize("bits", [128, 256])
+def test_a_sign_sketch_finds_the_best_rows_of_skewed_norms(bits, tmp_path):
+    """Rows of low rank with norms of many sizes, as training makes them; recall@100 of 1,000."""
+    rng = np.random.default_rng(0)
+    tastes = rng.standard_normal((8, 32)) / 8**0.5
+    rows = rng.standard_normal((20_000, 8)) @ tastes + 0.1 * rng.standard_normal((20_000, 32))
+    rows *= rng.gamma(2.0, 0.5, (20_000, 1))
+    spec = shapes.stack(20_000, 32, storage="int8")
+    state = mpembed.from_dense(
+        jax.random.key(0), spec, mpembed.optim.rowwise_adagrad(0.1), {"table0": rows}
+    )
+    serving.save(tmp_path / "a", state)
+    queries = (rng.standard_normal((60, 8)) @ tastes).astype(np.float32)
+    found = []
+    for host in HOSTS:
+        table = serving.load(tmp_path / "a", implementation=host)
+        made = serving.sketch(table, bits=bits)
+        assert made.nbytes == 20_000 * (bits // 8 + 4)
+        exact = table.top_k(queries, 100)
+        scores, ids = table.top_k(queries, 100, sketch=made)
+        found.append((scores, ids))
+        hits = [np.isin(own, best).mean() for own, best in zip(ids, exact[1], strict=True)]
+        assert np.mean(hits) >= 0.95
+        # What it finds has the exact scores, in their order.
+        rows_of = table.lookup(ids)
+        own = np.einsum("qkd,qd->qk", rows_of, queries)
+        np.testing.assert_allclose(scores, own, rtol=1e-4, atol=1e-4)
+        everything = table.top_k(queries, 100, sketch=made, oversample=200)
+        np.testing.assert_array_equal(everything[1], exact[1])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    with pytest.raises(ValueError, match="multiple of 64"):
+        serving.sketch(table, bits=100)
+
+
 def test_many_threads_read_one_table_and_a_process_that_gets_it_maps_it_again(model):
     states, path = model
     table = serving.load(path, threads=3)

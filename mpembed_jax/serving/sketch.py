@@ -1,0 +1,112 @@
+"""A sign sketch of a table: a few bits per row, by which `top_k` chooses rows to score exactly.
+
+Bit j of a row says on which side of a random hyperplane through the origin the row lies. The share
+of bits in which a row and a query differ estimates the angle between them, and with the row's norm
+their product: norm * cos(pi * share). The hyperplanes are orthogonal to each other in groups of D.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mpembed_jax.serving import top_k
+from mpembed_jax.serving.container import Table
+from mpembed_jax.serving.table import ServingTable
+
+_WORD = 64  # bits
+
+
+@dataclasses.dataclass(frozen=True)
+class SignSketch:
+    """The signs and norms of a table's rows; for ServingTable.top_k."""
+
+    table: str
+    signs: np.ndarray  # u64 [V, bits / 64]
+    norms: np.ndarray  # f32 [V]
+    planes: np.ndarray  # f32 [bits, D]
+    score: Any  # the compiled function of compiled.sign_scores; None for NumPy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the signs and norms."""
+        return self.signs.nbytes + self.norms.nbytes
+
+    def candidates(self, table: Table, queries: np.ndarray, num: int) -> np.ndarray:
+        """Returns the rows with the largest estimated products with each query.
+
+        Args:
+          table: that of the sketch.
+          queries: float32 [Q, D].
+          num: rows for each query.
+
+        Returns:
+          int32 [Q, num], ascending; NO_ID, which sorts last, where rows lack.
+
+        Raises:
+          ValueError: if the sketch is of another table.
+        """
+        if table.name != self.table or table.num_rows != len(self.signs):
+            raise ValueError(f"the sketch is of table {self.table!r}, not of {table.name!r}")
+        num_bits = len(self.planes)
+        cosines = np.cos(np.pi * np.arange(num_bits + 1) / num_bits).astype(np.float32)
+        best = top_k.Best(len(queries), num)
+        signs = _signs_of(queries, self.planes)
+        step = top_k.BLOCK
+        for first in range(0, table.num_rows, step):
+            last = min(first + step, table.num_rows)
+            scores = np.empty((len(queries), last - first), np.float32)
+            for query, out in zip(signs, scores, strict=True):
+                if self.score is not None:
+                    self.score(self.signs, self.norms, query, cosines, first, last, out)
+                    continue
+                differing = np.bitwise_count(self.signs[first:last] ^ query).sum(1, dtype=np.intp)
+                out[:] = self.norms[first:last] * cosines[differing]
+            best.add(scores, np.arange(first, last))
+        return np.sort(best.result()[1], axis=1)
+
+
+def _signs_of(rows: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    packed = np.packbits(rows @ planes.T > 0, axis=1, bitorder="little")
+    return packed.view(np.uint64)
+
+
+def sketch(
+    tables: ServingTable, table: str | None = None, *, bits: int = 256, seed: int = 0
+) -> SignSketch:
+    """Makes the sign sketch of a table, block by block.
+
+    Args:
+      tables: on the host.
+      table: its name; optional if there is a single table.
+      bits: hyperplanes, a multiple of 64. A row takes bits / 8 + 4 bytes.
+      seed: of the hyperplanes.
+
+    Returns:
+      The sketch.
+
+    Raises:
+      KeyError: if the table is unknown.
+      ValueError: if bits is no multiple of 64.
+    """
+    if bits < _WORD or bits % _WORD:
+        raise ValueError(f"bits must be a multiple of {_WORD}, got {bits}")
+    chosen = tables.table(table)
+    dim = chosen.embedding_dim
+    rng = np.random.default_rng(seed)
+    groups = [np.linalg.qr(rng.standard_normal((dim, dim)))[0] for _ in range(-(-bits // dim))]
+    planes = np.concatenate(groups)[:bits].astype(np.float32)
+    signs = np.empty((chosen.num_rows, bits // _WORD), np.uint64)
+    norms = np.empty(chosen.num_rows, np.float32)
+    for first in range(0, chosen.num_rows, top_k.BLOCK):
+        last = min(first + top_k.BLOCK, chosen.num_rows)
+        rows = tables.decode_block(chosen, first, last)
+        signs[first:last] = _signs_of(rows, planes)
+        norms[first:last] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    score = None
+    if tables.host.implementation == "numba":
+        # Imported here, because numba is optional.
+        from mpembed_jax.serving import compiled
+
+        score = compiled.sign_scores(bits // _WORD)
+    return SignSketch(chosen.name, signs, norms, planes, score)
