@@ -108,7 +108,6 @@ def train(settings: Settings) -> None:
       Stopped: if the process was told to stop; the run at that time is lost, the others are not.
     """
     path, environment = settings.out / report.RECORDS, provenance.environment()
-    settings.out.mkdir(parents=True, exist_ok=True)
     done = records.load(path)
     folder = settings.text or text.standard_library()
     with (
@@ -126,6 +125,7 @@ def train(settings: Settings) -> None:
         f"{data.vocabulary_size:,}",
         flush=True,
     )
+    settings.out.mkdir(parents=True, exist_ok=True)
     runs = [
         (recipe_of(settings, features), training.CONTENDERS[name], seed)
         for features in settings.features
@@ -137,7 +137,7 @@ def train(settings: Settings) -> None:
     print(f"{len(missing)} of {len(runs)} runs to do", flush=True)
     with command_line.stoppable() as stop:
         for number, ((recipe, contender, seed), key) in enumerate(missing, 1):
-            outcome = _one(data, recipe, contender, seed, stop, settings)
+            outcome = run_one(data, recipe, contender, seed, stop, settings)
             record = {
                 "key": key,
                 **depends_on(data, recipe, contender, seed),
@@ -153,7 +153,7 @@ def train(settings: Settings) -> None:
             )
 
 
-def _one(
+def run_one(
     data: text.Text,
     recipe: training.Recipe,
     contender: training.Contender,
@@ -161,6 +161,11 @@ def _one(
     stop: command_line.Stop,
     settings: Settings,
 ) -> training.Outcome:
+    """Trains one contender and says every ten seconds where it is.
+
+    Raises:
+      Stopped: at the next step, if the process was told to stop.
+    """
     place = {"step": 0, "loss": float("nan")}
 
     def on_step(step: int, loss: float) -> None:
@@ -196,8 +201,8 @@ def check(settings: Settings) -> None:
     else:
         if settings.width % 8:
             command_line.refuse("--width", settings.width, "a multiple of 8")
-        if settings.text is not None and not settings.text.is_dir():
-            command_line.refuse("--text", settings.text, "a folder")
+        if settings.text is not None and not text.files_of(settings.text):
+            command_line.refuse("--text", settings.text, "a folder with Python files")
     command_line.check_out(settings.out, is_file=False)
 
 

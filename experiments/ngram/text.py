@@ -41,11 +41,11 @@ class Text(NamedTuple):
         sizes = {"train": len(self.train), "validation": len(self.validation)}
         return {**sizes, "vocabulary": self.vocabulary_size, "digest": digest.hexdigest()}
 
-    def spelled(self, token: int) -> str:
-        """Returns a token as text."""
+    def spelled(self, token: int) -> bytes:
+        """Returns a token as UTF-8: a whole piece, one byte of a piece, or nothing."""
         if token >= _FIRST_WORD:
-            return self.words[token - _FIRST_WORD]
-        return "<begin>" if token == BOUNDARY else repr(bytes([token - 1]))[1:]
+            return self.words[token - _FIRST_WORD].encode()
+        return b"" if token == BOUNDARY else bytes([token - 1])
 
 
 def standard_library() -> Path:

@@ -110,6 +110,19 @@ def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     )  # row of D = 64, optimizer's number
     assert re.search(r"^int4 \+ 5% cache .* fits in 12.0 GB", printed, re.MULTILINE)
     assert re.search(r"^float32, no cache .* does not fit", printed, re.MULTILINE)
+    assert re.search(
+        r"^\| DeepSeek-V4\.1 \| 768 M \| 256 \| 196\.6 B \| 2,753 ", printed, re.MULTILINE
+    )
+
+
+@pytest.mark.slow
+def test_the_ngram_notebook_compares_memories_by_how_often_n_grams_were_seen():
+    printed = run("ngram_memory")
+    assert "figures: 2" in printed
+    losses = dict(re.findall(r"^(none|FP32|INT4 \+ 5 %) +validation loss ([\d.]+) ", printed, re.M))
+    assert len(losses) == 3 and all(5 < float(loss) < 9 for loss in losses.values())
+    shares = re.findall(r"^\d[\d -]*(?:and more)? +([\d.]+)% ", printed, re.MULTILINE)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
 
 
 @pytest.mark.slow

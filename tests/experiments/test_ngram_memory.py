@@ -1,0 +1,183 @@
+"""The experiment with n-gram memories pairs, counts bytes and resumes; its text loses nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from training import OPTAX_ADAM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
+
+from experiments import command_line
+from experiments.ngram import known_models, memory_table, report, step_time, text, training
+from experiments.ngram.training import CONTENDERS
+
+TINY = training.Recipe(
+    steps=2, batch=2, length=8, width=16, rows=2000, features=8, validation_batches=2
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Forty files of made-up code."""
+    path = tmp_path_factory.mktemp("code")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        words = rng.choice(
+            ["alpha", "Beta", "gamma", "π", "x1", "if", "\n    ", " ", "(", "))"], 80
+        )
+        (path / f"file{number}.py").write_text("".join(words), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return text.read(folder, 263, 10**6)
+
+
+# --- the text
+
+
+def test_tokens_spell_the_files_and_validation_has_others(folder, data):
+    def files(tokens):
+        ends = np.flatnonzero(tokens == text.BOUNDARY)[1:]
+        return {b"".join(map(data.spelled, part)).decode() for part in np.split(tokens, ends)}
+
+    train, validation = files(data.train), files(data.validation)
+    assert train | validation == {path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert train.isdisjoint(validation) and len(validation) < len(train)
+    assert data.vocabulary_size == 263 and data.train.max() < 263
+    assert (data.train >= 257).mean() > 0.3, "frequent pieces are tokens of their own"
+
+
+def test_the_same_files_give_the_same_text_and_others_another(folder, data, tmp_path):
+    assert text.read(folder, 263, 10**6).identity == data.identity
+    assert text.read(folder, 263, 1000).identity != data.identity
+    with pytest.raises(ValueError, match="0 Python files are too few"):
+        text.read(tmp_path, 263, 10**6)
+    assert text.files_of(text.standard_library())
+
+
+# --- the contenders
+
+
+def test_contenders_of_a_seed_differ_in_their_memory_only(data):
+    models = [
+        training.build(TINY, CONTENDERS[name], data.vocabulary_size, seed)
+        for name, seed in (("none", 0), ("INT4 + 5 %", 0), ("FP32", 0), ("none", 1))
+    ]
+    none, int4, fp32, other = (
+        {k: v.get_value() for k, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+        for model in models
+    )
+    assert none.keys() < int4.keys() == fp32.keys()
+    for name, value in int4.items():
+        np.testing.assert_array_equal(value, fp32[name])
+        np.testing.assert_array_equal(value, none.get(name, value))
+    assert any((none[name] != other[name]).any() for name in none)
+    initial = jax.tree.leaves(models[2].gated.memory.state.table)[0]
+    assert np.ptp(np.asarray(initial)) > 0
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CONTENDERS if name not in ("none", "FP32, Adam")]
+)
+def test_bytes_are_known_before_a_memory_is_made(data, name):
+    model = training.build(TINY, CONTENDERS[name], data.vocabulary_size, 0)
+    planned = training.planned_bytes(TINY, CONTENDERS[name], data.vocabulary_size)
+    assert training.state_bytes(model) == planned
+
+
+def test_fp32_in_as_few_bytes_has_as_few_bytes(data):
+    small, int4 = (
+        training.planned_bytes(training.Recipe(), CONTENDERS[name], data.vocabulary_size)
+        for name in ("FP32 in INT4 + 5 %'s bytes", "INT4 + 5 %")
+    )
+    assert small == pytest.approx(int4, rel=1e-3)
+
+
+# --- the command
+
+
+def arguments(folder, out, *more):
+    return [
+        *("--text", str(folder), "--out", str(out), "--vocabulary", "300", "--rows", "1000"),
+        *("--steps", "2", "--batch", "2", "--length", "8", "--width", "16", "--features", "8"),
+        *more,
+    ]
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
+    chosen = ("--contenders", "none", "FP32", "INT4, no cache")
+    assert memory_table.main(arguments(folder, tmp_path, *chosen, "--seeds", "0")) == 0
+    assert memory_table.main(arguments(folder, tmp_path, *chosen, "--seeds", "0", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 3 runs to do" in printed and "3 of 6 runs to do" in printed
+    lines = [json.loads(line) for line in (tmp_path / report.RECORDS).read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == 6
+    assert (tmp_path / "ngram_memory.png").stat().st_size > 1000
+    (group,) = report.group(lines)
+    wanted = [
+        group.runs["INT4, no cache"][seed]["outcome"]["loss"]
+        - group.runs["FP32"][seed]["outcome"]["loss"]
+        for seed in (0, 1)
+    ]
+    assert group.difference("INT4, no cache").mean == pytest.approx(np.mean(wanted))
+    page = (tmp_path / "ngram_memory.md").read_text()
+    size = group.mean("FP32", "state_bytes") / group.mean("INT4, no cache", "state_bytes")
+    assert f"| {size:.2f}x |" in page
+    assert memory_table.main(["--report", "--out", str(tmp_path)]) == 0
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(data, tmp_path):
+    stop = command_line.Stop()
+    stop.number = 2
+    settings = memory_table.Settings(out=tmp_path)
+    with pytest.raises(command_line.Stopped, match=r"go on with:\n  python -m .*memory_table"):
+        memory_table.run_one(data, TINY, CONTENDERS["none"], 0, stop, settings)
+
+
+def test_the_command_knows_every_contender():
+    assert memory_table.Settings().contenders == tuple(CONTENDERS)
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_step_times_of_all_contenders_are_measured(tmp_path):
+    words = "--rows 4000 --rounds 2 --steps 1 --batch 2 --length 8 --width 16"
+    assert step_time.main([*words.split(), "--out", str(tmp_path)]) == 0
+    (size,) = json.loads((tmp_path / "ngram_step_time.json").read_text())["sizes"]
+    assert set(size["ms"]) == {"none", *step_time.OURS, step_time.DENSE}
+    assert min(size["ms"].values()) > 0
+
+
+# --- the tables of known models
+
+
+def test_tables_of_known_models_have_their_published_sizes_and_our_bytes():
+    published = {
+        "Engram-27B": 5.7e9,
+        "LongCat-Flash-Lite": 31.4e9,
+        "Qwen3.8-Flash-Next": 51e9,
+        "DeepSeek-V4.1": 196e9,
+    }
+    results = {result["model"]: result for result in known_models.measure()}
+    assert results.keys() == published.keys()
+    for name, wanted in published.items():
+        result = results[name]
+        assert result["parameters"] == pytest.approx(wanted, rel=0.02)
+        each = {way: size / result["parameters"] for way, size in result["bytes"].items()}
+        assert each["Megatron"] == 14
+        assert each["FP32 + Adam"] == pytest.approx(12, rel=1e-3)
+        assert each["BF16 + FP32 Adam"] == pytest.approx(10, rel=1e-3)
+        assert each["ours, INT4 + 1 %"] < 0.65
+        assert 14 / each["ours, INT4 + 5 %"] > 17
+    assert "DeepSeek-V4.1" in known_models.table(list(results.values()))
