@@ -1,7 +1,7 @@
 """Vocabularies that change: a state moved to a spec with larger, more, fewer or renamed tables."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ def restack(
     tx: optax.GradientTransformation,
     *,
     renamed: Mapping[str, str] | None = None,
+    removed: Collection[str] = (),
 ) -> EmbeddingState:
     """Moves a state to a stack of other tables: larger, more, fewer, or under other names.
 
@@ -45,20 +46,24 @@ def restack(
       spec: of the new state. It has the dim, storage and row_state_dtype of the old spec.
       tx: the transformation given to init.
       renamed: {new name: old name} of tables; other tables keep their names.
+      removed: names of the old tables that the new spec leaves out.
 
     Returns:
       The new state, on the same device or mesh.
 
     Raises:
-      KeyError: if a name in `renamed` is unknown.
-      ValueError: if a kept table would lose rows; if dim, storage or row_state_dtype differ; if a
-        prefetch waits for its update; if tx is another one; if the state was made for another spec,
-        or averaged; or if the state is divided over several processes.
+      KeyError: if a name in `renamed` or `removed` is unknown.
+      ValueError: if a table is left out that is not in `removed`, or would lose rows; if dim,
+        storage or row_state_dtype differ; if a prefetch waits for its update; if tx is another one;
+        if the state was made for another spec, or averaged; or if it is divided over several
+        processes.
     """
     state.check_spec()
     if bool(jax.device_get(state.pending)):
-        raise ValueError("restack was called between prefetch and apply_gradients; call it between")
-    kept = _kept(state.spec, spec, dict(renamed or {}))
+        raise ValueError(
+            "restack was called between prefetch and apply_gradients; call it between steps"
+        )
+    kept = _kept(state.spec, spec, dict(renamed or {}), removed)
     layout = state.layout
     if layout is not None:
         if not state.key.is_fully_addressable:
@@ -75,7 +80,7 @@ def restack(
 
 
 def _kept(
-    old: EmbeddingSpec, new: EmbeddingSpec, renamed: dict[str, str]
+    old: EmbeddingSpec, new: EmbeddingSpec, renamed: dict[str, str], removed: Collection[str]
 ) -> list[tuple[int, int, int]]:
     """Returns the first old row, the first new row and the old size of each kept table.
 
@@ -100,6 +105,13 @@ def _kept(
     taken = [name for name in source.values() if name in names]
     if len(set(taken)) != len(taken):
         raise ValueError(f"two tables of {new_names} would take the rows of one of {names}")
+    if unknown := [name for name in removed if name not in names]:
+        raise KeyError(f"removed={unknown} are no tables of {names}")
+    if lost := [name for name in names if (name in taken) == (name in removed)]:
+        raise ValueError(
+            f"each of the tables {names} must either be in the new spec {new_names}, perhaps under "
+            f"another name (renamed={{new: old}}), or in removed=[..]; {lost} are not"
+        )
     kept = []
     for to, name in source.items():
         if name not in names:
@@ -119,7 +131,9 @@ def _restacked(
     tx: optax.GradientTransformation,
     kept: list[tuple[int, int, int]],
 ) -> EmbeddingState:
-    new = init(state.key, spec, tx, implementation=state.implementation)  # type: ignore[arg-type]
+    (device,) = state.key.devices()
+    with jax.default_device(device):
+        new = init(state.key, spec, tx, implementation=state.implementation)  # type: ignore[arg-type]
     treedef: Any
     old_leaves, old_def = jax.tree.flatten(state.row_state)
     leaves, treedef = jax.tree.flatten(new.row_state)
@@ -131,7 +145,7 @@ def _restacked(
         )
     rows = _copied(new.table.rows, state.table.rows, kept)
     leaves = [
-        _copied(array, old, kept) if array.ndim else old
+        _copied(array, old, kept) if array.ndim else jnp.copy(old)
         for array, old in zip(leaves, old_leaves, strict=True)
     ]
     same = {name: getattr(state, name) for name in ("key", "step", "clock", "counters")}

@@ -67,6 +67,13 @@ def assert_kept(before, after, renamed=None, *, every_line=True):
         np.testing.assert_array_equal(new_rows[:size][same], rows[same])
 
 
+def restacked(state, spec, renamed):
+    """The state under a spec; old tables that it does not name are removed."""
+    kept = [(renamed or {}).get(t.name, t.name) for t in spec.tables]
+    removed = [t.name for t in state.spec.tables if t.name not in kept]
+    return restacking.restack(state, spec, TX, renamed=renamed, removed=removed)
+
+
 GROWN = {
     "a larger last table": ({"a": 200, "b": 400}, None),
     "one more table": ({**SIZES, "c": 50}, None),
@@ -86,7 +93,7 @@ MOVED = {
 def test_tables_that_keep_their_ids_keep_rows_lines_and_sketch_in_place(case):
     sizes, renamed = case
     before = trained()
-    after = restacking.restack(before, spec_of(sizes), TX, renamed=renamed)
+    after = restacked(before, spec_of(sizes), renamed)
     assert_kept(before, after, renamed)
     np.testing.assert_array_equal(after.cache.sketch, before.cache.sketch)
     tags = np.asarray(after.cache.tags)
@@ -105,7 +112,7 @@ def test_tables_that_keep_their_ids_keep_rows_lines_and_sketch_in_place(case):
 def test_tables_whose_ids_move_keep_rows_and_lines_as_far_as_there_is_room(case, cache):
     sizes, renamed = case
     before = trained()
-    after = restacking.restack(before, spec_of(sizes, cache), TX, renamed=renamed)
+    after = restacked(before, spec_of(sizes, cache), renamed)
     has_room = cache is not None and cache.num_rows is None
     assert_kept(before, after, renamed, every_line=has_room)
     cache = after.cache
@@ -170,7 +177,7 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
                 "table 'a' would lose rows: 'a' has 200, the new spec 199",
             ),
             Refused(
-                lambda s: restacking.restack(s, spec_of({"a": 200}), TX, renamed={"a": "z"}),
+                lambda s: restacking.restack(s, spec_of(SIZES), TX, renamed={"a": "z"}),
                 "must map a table of",
                 KeyError,
             ),
@@ -179,6 +186,15 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
                     s, spec_of({"a": 300, "b": 300}), TX, renamed={"a": "b"}
                 ),
                 "two tables of .* would take the rows of one",
+            ),
+            Refused(
+                lambda s: restacking.restack(s, spec_of({"a": 200, "bought": 300}), TX),
+                r"must either be in the new spec .* \['b'\] are not",
+            ),
+            Refused(
+                lambda s: restacking.restack(s, spec_of({"a": 200}), TX, removed=["c"]),
+                r"removed=\['c'\] are no tables of",
+                KeyError,
             ),
             Refused(
                 lambda s: restacking.restack(s, spec_of(SIZES, storage="int4"), TX),
