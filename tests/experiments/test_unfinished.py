@@ -71,7 +71,7 @@ class Told(running.Stop):
 
 def tell(monkeypatch, after):
     stop = Told(after)
-    monkeypatch.setattr(command_line, "stoppable", lambda: contextlib.nullcontext(stop))
+    monkeypatch.setattr(running, "stoppable", lambda: contextlib.nullcontext(stop))
     return stop
 
 
