@@ -1,6 +1,8 @@
 """A serving file holds the rows of training, whole and checked, or it is refused."""
 
 import json
+import subprocess
+import sys
 import zlib
 from typing import Any, NamedTuple
 
@@ -164,6 +166,41 @@ def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_pat
     assert "table 'table2' has changed bytes in rows 0 to 299" in capsys.readouterr().err
     assert __main__.main(["export", str(tmp_path / "none"), str(out)]) == 1
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+MEMORY = """
+import resource, sys
+import jax
+import mpembed_jax as mpembed
+from mpembed_jax import serving
+
+def made(num_rows):
+    spec = mpembed.EmbeddingSpec(mpembed.TableSpec("a", num_rows), 64, "int8", None)
+    return mpembed.init(jax.random.key(0), spec, mpembed.optim.rowwise_adagrad(0.1))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large = made(100_000), jax.block_until_ready(made(6_000_000))
+for storage in (None, "int4"):
+    serving.save(sys.argv[1], small, storage=storage)  # compiles
+    begin = peak()
+    serving.save(sys.argv[1], large, storage=storage)
+    print(peak() - begin, large.table.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is Linux's")
+def test_saving_makes_no_second_copy_of_a_table(tmp_path):
+    """The peak of a process may grow by some blocks, not by a table of 408 MB."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        grown, nbytes = map(int, line.split())
+        assert nbytes == 6_000_000 * 68
+        assert grown < nbytes / 4
 
 
 # --- what is refused
