@@ -14,22 +14,40 @@ import safetensors.numpy
 import shapes
 import training
 from cases import Refused, named
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, serving, sharding
+from mpembed_jax import checkpoint, nn, serving
 from mpembed_jax.serving import __main__, checkpoints, container
 
 TX = mpembed.optim.rowwise_adagrad(0.5)
 SIZES = (900, 7, 300)
 
 
-def trained(spec, steps=8, **where):
+def trained(spec, steps=8):
     """A state whose cache has lines that are newer than the table."""
     state = mpembed.init(jax.random.key(3), spec, TX)
     ids = shapes.skewed_ids(1, steps, 96, spec.num_rows, drift=2)
     grads = np.random.default_rng(2).standard_normal((*ids.shape, spec.embedding_dim))
-    state = training.train(state, ids, grads.astype(np.float32), TX).state
-    return sharding.relayout(state, **where) if where else state
+    return training.train(state, ids, grads.astype(np.float32), TX).state
+
+
+def trained_over(mesh, spec, placement):
+    """The same over a mesh."""
+    state = mpembed.init(jax.random.key(3), spec, TX, mesh=mesh, placement=placement)
+    specs = mpembed.partition_specs(state)
+
+    def step(state, ids):
+        return training.step(state, ids, TX).state
+
+    over_mesh = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, PartitionSpec("x")), out_specs=specs, check_vma=False
+    )
+    for ids in shapes.skewed_ids(1, 3, 96, spec.num_rows, drift=2):
+        state = jax.jit(over_mesh)(state, ids)
+    assert np.asarray(state.cache.dirty).any()
+    return state
 
 
 def arrays(path):
@@ -127,7 +145,7 @@ def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
 ):
     mesh = jax.make_mesh((division.devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = shapes.stack((900, 70, 300, 800), 16, storage="int4", lines=512, ways=8)
-    state = trained(spec, mesh=mesh, placement=division.placement)
+    state = trained_over(mesh, spec, division.placement)
     if is_checkpoint:
         checkpoint.save(tmp_path / "steps", 3, {"emb": state, "other": jnp.ones(3)})
         checkpoints.export(tmp_path / "steps", tmp_path / "a")
@@ -166,6 +184,15 @@ def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_pat
     assert "table 'table2' has changed bytes in rows 0 to 299" in capsys.readouterr().err
     assert __main__.main(["export", str(tmp_path / "none"), str(out)]) == 1
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_the_tables_of_a_flax_model_are_saved_from_its_state(tmp_path):
+    model = nn.CachedEmbed(300, 16, rngs=nnx.Rngs(0))
+    serving.save(tmp_path / "a", nnx.state(model))
+    ids = np.arange(300, dtype=np.int32)
+    model.eval()
+    rows = serving.load(tmp_path / "a").lookup(ids)
+    assert rows.tobytes() == np.asarray(model(ids)).tobytes()
 
 
 MEMORY = """
