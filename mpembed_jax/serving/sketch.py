@@ -6,6 +6,7 @@ their product: norm * cos(pi * share). The hyperplanes are orthogonal to each ot
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,16 @@ class SignSketch:
         """Bytes of the signs and norms."""
         return self.signs.nbytes + self.norms.nbytes
 
-    def candidates(self, table: Table, queries: np.ndarray, num: int) -> np.ndarray:
+    def candidates(
+        self, table: Table, queries: np.ndarray, num: int, parts: Callable | None = None
+    ) -> np.ndarray:
         """Returns the rows with the largest estimated products with each query.
 
         Args:
           table: that of the sketch.
           queries: float32 [Q, D].
           num: rows for each query.
+          parts: divides ranges of rows over threads, as Reader.parts does; None: one thread.
 
         Returns:
           int32 [Q, num], ascending; NO_ID, which sorts last, where rows lack.
@@ -50,20 +54,35 @@ class SignSketch:
             raise ValueError(f"the sketch is of table {self.table!r}, not of {table.name!r}")
         num_bits = len(self.planes)
         cosines = np.cos(np.pi * np.arange(num_bits + 1) / num_bits).astype(np.float32)
-        best = top_k.Best(len(queries), num)
         signs = _signs_of(queries, self.planes)
         step = top_k.BLOCK
-        for first in range(0, table.num_rows, step):
-            last = min(first + step, table.num_rows)
-            scores = np.empty((len(queries), last - first), np.float32)
-            for query, out in zip(signs, scores, strict=True):
-                if self.score is not None:
-                    self.score(self.signs, self.norms, query, cosines, first, last, out)
-                    continue
-                differing = np.bitwise_count(self.signs[first:last] ^ query).sum(1, dtype=np.intp)
-                out[:] = self.norms[first:last] * cosines[differing]
-            best.add(scores, np.arange(first, last))
+
+        def part(begin: int, end: int) -> top_k.Best:
+            best = top_k.Best(len(queries), num)
+            for first in range(begin, end, step):
+                last = min(first + step, end)
+                scores = np.empty((len(queries), last - first), np.float32)
+                for query, out in zip(signs, scores, strict=True):
+                    self._score(query, cosines, first, last, out)
+                best.add(scores, np.arange(first, last))
+            return best
+
+        if parts is None:
+            best = part(0, table.num_rows)
+        else:
+            best, *others = parts(part, table.num_rows, step)
+            for other in others:
+                best.merge(other)
         return np.sort(best.result()[1], axis=1)
+
+    def _score(
+        self, query: np.ndarray, cosines: np.ndarray, first: int, last: int, out: np.ndarray
+    ) -> None:
+        if self.score is not None:
+            self.score(self.signs, self.norms, query, cosines, first, last, out)
+            return
+        differing = np.bitwise_count(self.signs[first:last] ^ query).sum(1, dtype=np.intp)
+        out[:] = self.norms[first:last] * cosines[differing]
 
 
 def _signs_of(rows: np.ndarray, planes: np.ndarray) -> np.ndarray:

@@ -260,7 +260,9 @@ class ServingTable:
         else:
             if oversample < 1:
                 raise ValueError(f"oversample must be at least 1, got {oversample}")
-            candidates = sketch.candidates(chosen, queries, min(num_rows, oversample * k))
+            reader = self.host.reader(chosen, packed)
+            parts = None if reader is None else reader.parts
+            candidates = sketch.candidates(chosen, queries, min(num_rows, oversample * k), parts)
             scores, ids = self._ranked(chosen, queries, candidates, k)
         return scores.reshape(*lead, k), ids.reshape(*lead, k)
 

@@ -132,6 +132,7 @@ def test_the_serving_notebook_compares_the_formats():
     assert re.search(r"loaded in \d+\.\d ms", printed) and "ids outside so far: 1" in printed
     trained = number(r"read in training +AUC (0\.\d+)", printed)
     assert trained > 0.6
+    assert number(r"recall@100 by the sketch: ([\d.]+)", printed) >= 0.95
     lost = dict(re.findall(r"^([\w ]+?) +AUC 0\.\d+ \(([+-]0\.\d+)\)", printed, re.MULTILINE))
     assert list(lost) == ["as trained", "int2", "int4", "int8", "float16", "float32"]
     assert abs(float(lost["float32"])) <= 0.0001 >= abs(float(lost["float16"]))

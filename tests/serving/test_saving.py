@@ -1,6 +1,8 @@
 """A serving file holds the rows of training, whole and checked, or it is refused."""
 
 import json
+import subprocess
+import sys
 import zlib
 from typing import Any, NamedTuple
 
@@ -12,22 +14,40 @@ import safetensors.numpy
 import shapes
 import training
 from cases import Refused, named
+from flax import nnx
+from jax.sharding import PartitionSpec
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, serving, sharding
+from mpembed_jax import checkpoint, nn, serving
 from mpembed_jax.serving import __main__, checkpoints, container
 
 TX = mpembed.optim.rowwise_adagrad(0.5)
 SIZES = (900, 7, 300)
 
 
-def trained(spec, steps=8, **where):
+def trained(spec, steps=8):
     """A state whose cache has lines that are newer than the table."""
     state = mpembed.init(jax.random.key(3), spec, TX)
     ids = shapes.skewed_ids(1, steps, 96, spec.num_rows, drift=2)
     grads = np.random.default_rng(2).standard_normal((*ids.shape, spec.embedding_dim))
-    state = training.train(state, ids, grads.astype(np.float32), TX).state
-    return sharding.relayout(state, **where) if where else state
+    return training.train(state, ids, grads.astype(np.float32), TX).state
+
+
+def trained_over(mesh, spec, placement):
+    """The same over a mesh."""
+    state = mpembed.init(jax.random.key(3), spec, TX, mesh=mesh, placement=placement)
+    specs = mpembed.partition_specs(state)
+
+    def step(state, ids):
+        return training.step(state, ids, TX).state
+
+    over_mesh = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, PartitionSpec("x")), out_specs=specs, check_vma=False
+    )
+    for ids in shapes.skewed_ids(1, 3, 96, spec.num_rows, drift=2):
+        state = jax.jit(over_mesh)(state, ids)
+    assert np.asarray(state.cache.dirty).any()
+    return state
 
 
 def arrays(path):
@@ -125,7 +145,7 @@ def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
 ):
     mesh = jax.make_mesh((division.devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = shapes.stack((900, 70, 300, 800), 16, storage="int4", lines=512, ways=8)
-    state = trained(spec, mesh=mesh, placement=division.placement)
+    state = trained_over(mesh, spec, division.placement)
     if is_checkpoint:
         checkpoint.save(tmp_path / "steps", 3, {"emb": state, "other": jnp.ones(3)})
         checkpoints.export(tmp_path / "steps", tmp_path / "a")
@@ -164,6 +184,50 @@ def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_pat
     assert "table 'table2' has changed bytes in rows 0 to 299" in capsys.readouterr().err
     assert __main__.main(["export", str(tmp_path / "none"), str(out)]) == 1
     assert "no checkpoint in" in capsys.readouterr().err
+
+
+def test_the_tables_of_a_flax_model_are_saved_from_its_state(tmp_path):
+    model = nn.CachedEmbed(300, 16, rngs=nnx.Rngs(0))
+    serving.save(tmp_path / "a", nnx.state(model))
+    ids = np.arange(300, dtype=np.int32)
+    model.eval()
+    rows = serving.load(tmp_path / "a").lookup(ids)
+    assert rows.tobytes() == np.asarray(model(ids)).tobytes()
+
+
+MEMORY = """
+import resource, sys
+import jax
+import mpembed_jax as mpembed
+from mpembed_jax import serving
+
+def made(num_rows):
+    spec = mpembed.EmbeddingSpec(mpembed.TableSpec("a", num_rows), 64, "int8", None)
+    return mpembed.init(jax.random.key(0), spec, mpembed.optim.rowwise_adagrad(0.1))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large = made(100_000), jax.block_until_ready(made(6_000_000))
+for storage in (None, "int4"):
+    serving.save(sys.argv[1], small, storage=storage)  # compiles
+    begin = peak()
+    serving.save(sys.argv[1], large, storage=storage)
+    print(peak() - begin, large.table.nbytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is Linux's")
+def test_saving_makes_no_second_copy_of_a_table(tmp_path):
+    """The peak of a process may grow by some blocks, not by a table of 408 MB."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        grown, nbytes = map(int, line.split())
+        assert nbytes == 6_000_000 * 68
+        assert grown < nbytes / 4
 
 
 # --- what is refused
