@@ -9,13 +9,8 @@ from mpembed_jax.embedding.evaluation import flush, freeze, read
 from mpembed_jax.embedding.pooling import pool, segments_from_offsets
 from mpembed_jax.embedding.state import EmbeddingState, init, partition_specs
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.embedding.step import (
-    apply_gradients,
-    apply_pooled_gradients,
-    gradient_norm,
-    lookup,
-    prefetch,
-)
+from mpembed_jax.embedding.step import apply_gradients, gradient_norm, lookup, prefetch
+from mpembed_jax.embedding.vectors import VectorPlan, apply_pooled_gradients, embed
 from mpembed_jax.embedding.writing import write_rows
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics.formats import RowFormat
@@ -36,9 +31,11 @@ __all__ = [
     "QuantizedTable",
     "RowFormat",
     "TableSpec",
+    "VectorPlan",
     "apply_gradients",
     "apply_pooled_gradients",
     "decode",
+    "embed",
     "encode",
     "flush",
     "freeze",

@@ -37,7 +37,7 @@ def coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -
     return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
 
 
-def _checked(
+def check(
     inverse: Any,
     weights: Any,
     combiner: str | None,
@@ -53,7 +53,7 @@ def _checked(
     Raises:
       ValueError: see `pool`.
     """
-    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+    if isinstance(implementation, str) and implementation not in ops.IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; choose one of "
             f"{', '.join(ops.IMPLEMENTATIONS)}"
@@ -139,7 +139,7 @@ def pool(
         num_segments or with several inverses; or if a combiner is given and an inverse is a
         scalar.
     """
-    index, factors, treedef = _checked(
+    index, factors, treedef = check(
         inverse, weights, combiner, segment_ids, num_segments, implementation
     )
     if combiner is None:
@@ -157,7 +157,7 @@ def pool(
     return treedef.unflatten(pooled)
 
 
-def _segments(
+def segments(
     num_rows: int,
     index: jax.Array,
     weights: jax.Array | None,
@@ -199,7 +199,7 @@ def _pool_segments(
     num_segments: int,
     implementation: ops.Named | None,
 ) -> jax.Array:
-    segment, factors = _segments(
+    segment, factors = segments(
         rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation
     )
     return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[
@@ -237,7 +237,7 @@ def check_gradients(
       ValueError: as in `pool`, or if the tree, a shape or a dtype of the gradients differs from
         that of pool's result.
     """
-    index, weight, treedef = _checked(
+    index, weight, treedef = check(
         inverse, weights, combiner, segment_ids, num_segments, implementation
     )
     leaves, grads_def = jax.tree.flatten(pooled_grads)
@@ -293,7 +293,7 @@ def positions(
     if combiner is None:
         return Positions(grads, row, None, None)
     if segment_ids is not None and num_segments is not None:
-        segment, factors = _segments(
+        segment, factors = segments(
             num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation
         )
         # A position outside every bag goes to the padding row. Its factor is zero, but zero times

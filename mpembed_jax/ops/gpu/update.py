@@ -59,18 +59,39 @@ class _Gradients(NamedTuple):
     ]  # (references, row, mask) -> float32 [R, W] by place
 
 
-def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
+def _stepped(
+    rule: RowRule, rows: list, grads: list, total: jax.Array | None, number: jax.Array
+) -> list[jax.Array]:
     """Returns the rows after one step of the rule.
 
     `rows`, `grads` and the result are lists by place. `total` (float32 [R]) is G of row-wise
-    Adagrad, or None for SGD.
+    Adagrad, or None for SGD. `number` is for rounding.apart.
     """
     rate = jnp.float32(-rule.learning_rate)
-    if total is None:
-        return [w + rate * g for w, g in zip(rows, grads, strict=True)]
-    root = jnp.sqrt(total) + jnp.float32(rule.eps)
-    divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
-    return [w + rate * (g / divisor) for w, g in zip(rows, grads, strict=True)]
+    if total is not None:
+        root = jnp.sqrt(total) + jnp.float32(rule.eps)
+        inverse = (jnp.float32(1) / jnp.where(root > 0, root, jnp.float32(1)))[:, None]
+        grads = [g * inverse for g in grads]
+    return [w + rounding.apart(rate * g, number) for w, g in zip(rows, grads, strict=True)]
+
+
+def _mean_of_squares(grads: list[jax.Array], dim: int, number: jax.Array) -> jax.Array:
+    """Returns the mean square of each row (float32 [R]) of a list by place (float32 [R, W]).
+
+    The order of the sum is that of `optim.rowwise.mean_of_squares`: by halves. Element d lies at
+    place d mod P and word d div P, so the words are halved first. Padding is zero. `number` is for
+    rounding.apart.
+    """
+    squares = [rounding.apart(g * g, number) for g in grads]
+    while squares[0].shape[1] > 1:
+        rows, words = squares[0].shape
+        # A sum of two numbers has one order.
+        squares = [jnp.sum(s.reshape(rows, 2, words // 2), axis=1) for s in squares]
+    while len(squares) > 1:
+        half = len(squares) // 2
+        squares = [a + b for a, b in zip(squares[:half], squares[half:], strict=True)]
+    total = squares[0].reshape(squares[0].shape[0])
+    return rounding.apart(total * jnp.float32(1 / dim), number)
 
 
 def update(
@@ -267,7 +288,7 @@ def _launch(
                     total = _add_squares(
                         into.accumulator, grads, here, is_updated, seeds, row_words
                     )
-                places = _stepped(rule, old, grads, total)
+                places = _stepped(rule, old, grads, total, seeds[0])
             moved = [
                 jnp.max(jnp.where((new != before) & (c < dim)[None, :], 1, 0), axis=1)
                 for new, before, c in zip(places, old, columns, strict=True)
@@ -317,8 +338,7 @@ def _add_squares(
     before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
-    squares = sum(jnp.sum(jnp.square(g), axis=1) for g in grads)
-    total = stored = before + squares / jnp.float32(row_words.dim)
+    total = stored = before + _mean_of_squares(grads, row_words.dim, seeds[2])
     if is_narrow:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
