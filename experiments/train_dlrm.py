@@ -1,16 +1,15 @@
 """Trains a recommender with cached low-precision embeddings, and the same one in FP32 beside it.
 
-DLRM on a synthetic twin of Criteo-Kaggle (the default; no file, no network), DLRM on Criteo's own
-train.txt from a folder, or a small model on Reddit posts or MovieLens ratings. A third run, FP32
-with ids hashed into as many bytes as ours, is the baseline that any compression has to beat. All
-runs see the same batches, seeds and initial dense parameters. At the end: a table, a picture and a
-JSON file in the output folder, and a projection of one full Criteo-Kaggle epoch. From the
-repository root:
+The data are a synthetic twin of Criteo-Kaggle (the default; no file, no network), Criteo's own
+train.txt from a folder, Reddit posts, or MovieLens ratings. A third run, FP32 with ids hashed into
+as many bytes as ours, is the baseline that any compression has to beat. All runs see the same
+batches, seeds and initial dense parameters. At the end: a table, a picture and a JSON file in the
+output folder, and a projection of one full Criteo-Kaggle epoch. From the repository root:
 
     python -m experiments.train_dlrm
     python -m experiments.train_dlrm --storage int4 --cache-fraction 0.01 --embedding-dim 64
     python -m experiments.train_dlrm --data criteo --path ~/criteo --min-count 10
-    python -m experiments.train_dlrm --data reddit --seeds 0 1 2
+    python -m experiments.train_dlrm --data reddit --path FILE --seeds 0 1 2
     python -m experiments.train_dlrm --data movielens --seeds 0 1 2
 """
 
@@ -20,131 +19,217 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # so that `python experiments/train_dlrm.py` works too
 
+from experiments import command_line
+from experiments.command_line import setting
 from experiments.data import reddit, synthetic
 from experiments.dlrm import reporting, training
+
+MAX_SEED = 2**31 - 1
+SMALL = ("reddit", "movielens")  # data of the small model
+WITH_DENSE = ("synthetic", "criteo")  # data of DLRM
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything a run depends on."""
 
-    data: Literal["synthetic", "criteo", "reddit", "movielens"] = "synthetic"
-    path: Path | None = None
-    """Folder (or file) of the data, for criteo and reddit."""
-    storage: training.Storage = "int8"
-    cache_fraction: float = 0.05
-    """Rows that the FP32 cache holds, as a share of all; 0: no cache."""
-    policy: Literal["lfu", "lru"] = "lfu"
-    ways: int = 32
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
-    embedding_dim: int = 16
-    batch_size: int | None = None
-    """None: 2,048, or 1,024 for reddit and movielens."""
-    row_learning_rate: float | None = None
-    """Of row-wise Adagrad on the embedding rows. None: 0.02, or 0.05 for reddit and movielens."""
-    dense_learning_rate: float | None = None
-    """Of Adam on the rest. None: 1e-3, or 2e-3 for reddit and movielens."""
-    hidden: tuple[int, int] = (512, 256)
-    """Hidden widths of DLRM's two MLPs; the bottom one adds a layer of 64."""
-    max_unique_ids: int | None = None
-    """Budget of distinct ids in a batch; None: as many as ids."""
-    hashed_baseline: bool = True
-    """Also train FP32 tables of the same bytes as ours, into which ids are hashed."""
-    seeds: tuple[int, ...] = (0,)
-    scale: float = 0.02
-    """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's."""
-    num_rows: int | None = None
-    """Rows in all. None: 800,000 synthetic ones; a whole file. Criteo: lines. Reddit: per split."""
-    in_time_order: bool = False
-    """Reddit: train on the posts as they came, so that ids drift."""
-    data_seed: int = 0
-    """Synthetic: which data. Movielens: which rows train and which test."""
-    mapping: Literal["dictionary", "hash"] = "dictionary"
-    """Criteo: how categories become ids."""
-    min_count: int = 1
-    """Criteo, dictionary: values seen fewer times in training share one id."""
-    hash_size: int = 1_000_000
-    """Criteo, hash: ids per feature."""
-    max_bad_lines: int = 100
-    """Criteo: bad lines skipped before giving up."""
-    holdout: Literal["test", "validation", "day"] = "test"
-    """Criteo: which part of the last day to evaluate on."""
-    cache_dir: Path | None = None
-    """Where datasets go. None: mpembed_cache beside Criteo's text, or ~/tensorflow_datasets."""
-    out: Path = Path("results/train_dlrm")
-    """Folder for the table, the picture and the JSON file."""
+    data: Literal["synthetic", "criteo", "reddit", "movielens"] = setting(
+        "synthetic", "What to train on."
+    )
+    path: Path | None = setting(
+        None,
+        "Folder or file of the data.",
+        shown="none; for reddit the folder that MPEMBED_DATA names",
+        only={"data": ("criteo", "reddit")},
+    )
+    storage: training.Storage = setting("int8", "Format of the rows in the table.")
+    cache_fraction: float = setting(
+        0.05,
+        "Rows in the FP32 cache, as a share of all; 0: no cache.",
+        "SHARE",
+        at_least=0,
+        at_most=1,
+    )
+    policy: Literal["lfu", "lru"] = setting("lfu", "Which row leaves a full cache set.")
+    ways: int = setting(32, "Rows that one cache set holds.", "ROWS", at_least=1, at_most=64)
+    rounding: Literal["stochastic", "nearest"] = setting(
+        "stochastic", "How a trained row is rounded to its format."
+    )
+    embedding_dim: int = setting(
+        16, "Numbers in a row of an embedding table.", "NUMBERS", at_least=1, at_most=4096
+    )
+    batch_size: int | None = setting(
+        None,
+        "Rows of data in a step.",
+        "ROWS",
+        at_least=1,
+        shown="2048, or 1024 for reddit and movielens",
+    )
+    row_learning_rate: float | None = setting(
+        None,
+        "Learning rate of row-wise Adagrad on the embedding rows.",
+        "RATE",
+        above=0,
+        shown="0.02, or 0.05 for reddit and movielens",
+    )
+    dense_learning_rate: float | None = setting(
+        None,
+        "Learning rate of Adam on the dense layers.",
+        "RATE",
+        above=0,
+        shown="0.001, or 0.002 for reddit and movielens",
+    )
+    hidden: tuple[int, int] = setting(
+        (512, 256),
+        "Hidden widths of DLRM's two MLPs; the bottom one adds a layer of 64.",
+        "UNITS",
+        at_least=1,
+        at_most=65_536,
+        only={"data": WITH_DENSE},
+    )
+    max_unique_ids: int | None = setting(
+        None,
+        "Room for distinct ids in a batch; ids beyond it are not trained.",
+        "IDS",
+        at_least=1,
+        at_most=MAX_SEED,
+        shown="as many as a batch has ids",
+    )
+    hashed_baseline: bool = setting(
+        True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
+    )
+    seeds: tuple[int, ...] = setting(
+        (0,), "Seeds; each trains every run once.", "SEED", at_least=0, at_most=MAX_SEED
+    )
+    scale: float = setting(
+        0.02,
+        "Vocabulary sizes as a share of Criteo-Kaggle's.",
+        "SHARE",
+        above=0,
+        at_most=1,
+        only={"data": ("synthetic",)},
+    )
+    num_rows: int | None = setting(
+        None,
+        "Rows of data to use. Criteo: lines of the file. Reddit: per split.",
+        "ROWS",
+        at_least=1,
+        shown="800000 synthetic ones, or all rows of a file",
+    )
+    in_time_order: bool = setting(
+        False, "Train on the posts as they came, so that ids drift.", only={"data": ("reddit",)}
+    )
+    data_seed: int = setting(
+        0,
+        "Synthetic: which data. Movielens: which rows train and which test.",
+        "SEED",
+        at_least=0,
+        at_most=MAX_SEED,
+        only={"data": ("synthetic", "movielens")},
+    )
+    mapping: Literal["dictionary", "hash"] = setting(
+        "dictionary", "How categories become ids.", only={"data": ("criteo",)}
+    )
+    min_count: int = setting(
+        1,
+        "Values seen fewer times in training share one id.",
+        "TIMES",
+        at_least=1,
+        only={"data": ("criteo",), "mapping": ("dictionary",)},
+    )
+    hash_size: int = setting(
+        1_000_000,
+        "Ids of each of the 26 features.",
+        "IDS",
+        at_least=3,
+        at_most=MAX_SEED // 26,
+        only={"data": ("criteo",), "mapping": ("hash",)},
+    )
+    max_bad_lines: int = setting(
+        100, "Bad lines skipped before giving up.", "LINES", at_least=0, only={"data": ("criteo",)}
+    )
+    holdout: Literal["test", "validation", "day"] = setting(
+        "test", "Which part of the last day to evaluate on.", only={"data": ("criteo",)}
+    )
+    cache_dir: Path | None = setting(
+        None,
+        "Folder in which datasets are kept.",
+        shown="mpembed_cache beside Criteo's text, ~/tensorflow_datasets for movielens",
+        only={"data": ("criteo", "movielens")},
+    )
+    out: Path = setting(
+        Path("results/train_dlrm"), "Folder for the table, the picture and the JSON file."
+    )
 
 
 def make_source(settings: Settings, log: Any = print) -> Any:
     """Opens the input that the settings name; see experiments/data.
 
     Raises:
-      ValueError: if criteo has no path.
+      Refused: if a file is missing or is not what it should be, or leaves nothing to train on.
     """
+    rows = settings.num_rows
     match settings.data:
         case "synthetic":
-            rows = 800_000 if settings.num_rows is None else settings.num_rows
+            rows = 800_000 if rows is None else rows
+            if rows < synthetic.CriteoTwin.num_days:
+                wanted = f"at least {synthetic.CriteoTwin.num_days}, one row per day"
+                command_line.refuse("--num-rows", rows, wanted)
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
-            return reddit.RedditPosts(
-                settings.path, settings.num_rows, in_time_order=settings.in_time_order
-            )
+            with command_line.reading("--path", settings.path, ValueError):
+                return reddit.RedditPosts(settings.path, rows, in_time_order=settings.in_time_order)
         case "movielens":
-            from experiments.data import (
-                movielens,  # tensorflow-datasets is needed for these two only
-            )
+            # tensorflow-datasets is needed for these two only
+            from experiments.data import movielens
 
-            return movielens.MovielensRatings(
-                settings.cache_dir, settings.num_rows, settings.data_seed, log
-            )
+            with command_line.reading("--data", "movielens", ValueError, RuntimeError):
+                return movielens.MovielensRatings(settings.cache_dir, rows, settings.data_seed, log)
         case "criteo":
             from experiments.data import criteo
 
-            if settings.path is None:
-                raise ValueError(
-                    "data=criteo needs path: the folder that holds train.txt or train.txt.gz"
+            with command_line.reading("--path", settings.path, ValueError, RuntimeError):
+                return criteo.CriteoLog(
+                    settings.path,
+                    cache_dir=settings.cache_dir,
+                    mapping=settings.mapping,
+                    min_count=settings.min_count,
+                    hash_size=settings.hash_size,
+                    max_bad_lines=settings.max_bad_lines,
+                    max_rows=rows,
+                    holdout=settings.holdout,
+                    log=log,
                 )
-            return criteo.CriteoLog(
-                settings.path, cache_dir=settings.cache_dir, mapping=settings.mapping,
-                min_count=settings.min_count,
-                hash_size=settings.hash_size, max_bad_lines=settings.max_bad_lines,
-                max_rows=settings.num_rows,
-                holdout=settings.holdout, log=log,
-            )  # fmt: skip
 
 
-def make_recipe(settings: Settings) -> training.Recipe:
-    """Returns what all contenders share.
+def make_recipe(settings: Any) -> training.Recipe:
+    """Returns what all contenders share, with the defaults of the data where settings say None."""
+    is_small = settings.data in SMALL
 
-    If a setting is None, the data's default is taken.
-    """
-    is_small = settings.data in ("reddit", "movielens")  # another model
+    def chosen(name: str, large: Any, small: Any) -> Any:
+        value = getattr(settings, name)
+        return (small if is_small else large) if value is None else value
+
     return training.Recipe(
         embedding_dim=settings.embedding_dim,
-        batch_size=settings.batch_size or (1024 if is_small else 2048),
-        row_learning_rate=settings.row_learning_rate or (0.05 if is_small else 0.02),
-        dense_learning_rate=settings.dense_learning_rate or (2e-3 if is_small else 1e-3),
+        batch_size=chosen("batch_size", 2048, 1024),
+        row_learning_rate=chosen("row_learning_rate", 0.02, 0.05),
+        dense_learning_rate=chosen("dense_learning_rate", 1e-3, 2e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
     )
 
 
-def main(settings: Settings) -> dict[str, Any]:
-    """Trains, evaluates, prints and saves; returns what the JSON file holds."""
-    start = time.perf_counter()
-    console = reporting.make_console()
-    source = make_source(settings, console.print)
-    recipe = make_recipe(settings)
-    has_kaggle_day = (
-        source.num_dense > 0
-    )  # reddit and movielens: no epoch of Criteo's to project to
+def make_contenders(
+    settings: Settings, source: Any, recipe: training.Recipe
+) -> list[training.Contender]:
+    """Returns FP32, ours, and FP32 of as many bytes."""
     cached = (
         f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     )
@@ -156,24 +241,135 @@ def main(settings: Settings) -> dict[str, Any]:
     contenders = [training.FP32, ours]
     if settings.hashed_baseline:
         contenders.append(training.hashed_of_equal_bytes(source, ours, recipe))
+    return contenders
+
+
+def check(settings: Settings) -> None:
+    """Refuses what does not go together, files that are not there, and an unwritable folder.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    for name in ("policy", "ways"):
+        if not settings.cache_fraction and getattr(settings, name) != getattr(Settings(), name):
+            raise command_line.Refused(
+                f"{command_line.flag_of(name)} is {getattr(settings, name)}, but is used with a "
+                f"cache only, and this run has --cache-fraction 0"
+            )
+    if settings.storage == "float32" and settings.rounding != "stochastic":
+        raise command_line.Refused(
+            f"--rounding is {settings.rounding}, but FP32 rows are not rounded, and this run has "
+            f"--storage float32"
+        )
+    check_data(settings)
+    command_line.check_out(settings.out, is_file=False)
+
+
+def check_data(settings: Any) -> None:
+    """Looks at the file that the settings name, as far as that takes no time.
+
+    Raises:
+      Refused: naming what is wrong with it.
+    """
+    if settings.data == "reddit":
+        with command_line.reading("--path", settings.path, ValueError):
+            reddit.check(settings.path)
+    if settings.data == "criteo":
+        if settings.path is None:
+            raise command_line.Refused(
+                "--path is missing: --data criteo needs the folder that holds train.txt or "
+                "train.txt.gz"
+            )
+        from experiments.data import criteo_kaggle
+
+        with command_line.reading("--path", settings.path, ValueError, EOFError):
+            criteo_kaggle.check(settings.path)
+
+
+def check_rows(source: Any, recipe: training.Recipe) -> None:
+    """Refuses rows that make no batch, or of whose labels no AUC can be told.
+
+    Raises:
+      Refused: naming the setting to change.
+    """
+    if source.num_train < recipe.batch_size:
+        command_line.refuse(
+            "--batch-size",
+            f"{recipe.batch_size:,}",
+            f"at most the number of training rows, {source.num_train:,}",
+        )
+    seen: set[float] = set()
+    for batch in source.test(recipe.batch_size):
+        seen |= set(batch["label"].tolist())
+        if len(seen) > 1:
+            return
+    raise command_line.Refused(
+        f"--num-rows leaves {source.num_test:,} test rows whose labels are all the same, and "
+        f"their AUC is not defined: use more rows"
+    )
+
+
+def check_memory(
+    source: Any, contenders: list[training.Contender], recipe: training.Recipe
+) -> None:
+    """Refuses tables and layers that do not fit the memory of this machine.
+
+    Raises:
+      Refused: with the gigabytes that are needed and there.
+    """
+    needed = training.state_bytes(source, contenders, recipe)
+    # A step's rows, vectors and their gradients.
+    needed += 8 * 4 * recipe.batch_size * len(source.tables) * recipe.embedding_dim
+    there = command_line.free_memory()
+    if needed > there:
+        raise command_line.Refused(
+            f"--embedding-dim is {recipe.embedding_dim}, and tables, layers and a batch then take "
+            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free: lower it, or --scale, "
+            f"--hidden, --num-rows or --batch-size"
+        )
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Trains, evaluates, prints and saves; returns what the JSON file holds.
+
+    Raises:
+      Refused: before training, if the settings do not fit the data.
+    """
+    start = time.perf_counter()
+    console = reporting.make_console()
+    with command_line.working(f"opening the data {settings.data}"):
+        source = make_source(settings, console.print)
+    recipe = make_recipe(settings)
+    check_rows(source, recipe)
+    contenders = make_contenders(settings, source, recipe)
+    check_memory(source, contenders, recipe)
+    has_kaggle_day = (
+        source.num_dense > 0
+    )  # reddit and movielens: no epoch of Criteo's to project to
     console.print(
         f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, "
-        f"{len(source.tables)} tables "
-        f"with {sum(source.tables.values()):,} ids, D = {recipe.embedding_dim}, batches of "
-        f"{recipe.batch_size:,}"
+        f"{len(source.tables)} tables with {sum(source.tables.values()):,} ids, "
+        f"D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
     )
     job, outcomes = training.make_job(source, recipe), []
     for seed in settings.seeds:
         console.print(f"seed {seed}")
-        with reporting.make_progress(console) as progress:
-            rows = source.num_train // recipe.batch_size * recipe.batch_size
-            bars = reporting.Bars(progress, [c.name for c in contenders], rows)
-            outcomes += training.train(source, contenders, recipe, job, seed=seed, on_chunk=bars)
+        rows = source.num_train // recipe.batch_size * recipe.batch_size
+        with reporting.bars(console, [c.name for c in contenders], rows) as bars:
+            outcomes += training.train(
+                source,
+                contenders,
+                recipe,
+                job,
+                seed=seed,
+                on_chunk=bars,
+                on_measure=bars.measuring,
+            )
     table = reporting.make_table(
         outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass"
     )
     console.print(table)
-    reporting.print_advice(console, outcomes)
+    reporting.print_advice(console, outcomes, Settings)
     seconds = {
         o.contender.name: reporting.projection(o, recipe.batch_size)
         for o in outcomes[-len(contenders) :]
@@ -190,13 +386,17 @@ def main(settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     if has_kaggle_day:
         console.print(
-            "PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these "
-            f"steps: {projected} "
-            f"(evaluation, and reading the text once, not included)"
+            f"PROJECTION, not a measurement: one pass over Criteo-Kaggle's 45.8 M rows at these "
+            f"steps: {projected} (evaluation, and reading the text once, not included)"
         )
     console.print(f"{total:.0f} s in all; {source.name}.json, .txt and .png are in {settings.out}")
     return record
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

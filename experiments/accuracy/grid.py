@@ -216,7 +216,8 @@ def choose(
         c for c in cases if all(v is None or getattr(c, field) in v for field, v in wanted.items())
     ]
     if not [c for c in kept if c != FP32]:
-        raise ValueError(
-            f"no case of the grid has { ({k: v for k, v in wanted.items() if v is not None}) }"
+        asked = ", ".join(
+            f"{name} {' or '.join(map(str, v))}" for name, v in wanted.items() if v is not None
         )
+        raise ValueError(f"no case of the grid has {asked}")
     return tuple(dict.fromkeys((FP32, *kept)))

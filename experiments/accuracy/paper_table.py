@@ -25,15 +25,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[2])
 )  # so that `python PATH/paper_table.py` works too
 
-from experiments import provenance, train_dlrm
+from experiments import command_line, provenance, train_dlrm
 from experiments.accuracy import grid, paper_report, paper_runs, records
-from experiments.accuracy.grid import Case, Method
+from experiments.accuracy.grid import FP32, Case, Method
+from experiments.command_line import setting
 from experiments.dlrm import reporting, training
 
 
@@ -41,40 +40,107 @@ from experiments.dlrm import reporting, training
 class Settings:
     """Everything the grid depends on."""
 
-    data: Literal["synthetic", "reddit", "criteo"] = "synthetic"
-    path: Path | None = None
-    """Folder (or file) of the data, for criteo and reddit."""
-    dims: tuple[int, ...] = (16,)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    grid: Literal["headline", "targets", "full"] = "headline"
-    """headline: some forty cases; targets: a dozen for the paper's claim; full: all, some 300."""
-    storage: tuple[training.Storage, ...] | None = None
-    """Only these storages, and FP32 for the differences; likewise the five below. None: all."""
-    cache: tuple[float, ...] | None = None
-    policy: tuple[Literal["lfu", "lru"], ...] | None = None
-    rounding: tuple[Literal["stochastic", "nearest"], ...] | None = None
-    ways: tuple[int, ...] | None = None
-    method: tuple[Method, ...] | None = None
-    num_rows: int | None = None
-    """Rows in all. None: 2,100,000 synthetic ones; all rows of a file. Reddit: per split."""
-    in_time_order: bool = False
-    """Reddit: train on the posts in time order (ids drift); seeds change initial values only."""
-    scale: float = 0.03
-    """Synthetic: vocabulary sizes as a share of Criteo-Kaggle's; 0.03 is a million ids."""
-    data_seed: int = 0
-    """Synthetic: which data."""
-    min_count: int = 10
-    """Criteo: values seen fewer times in training share one id."""
-    cache_dir: Path | None = None
-    """Criteo: where the text is kept in binary form; None: mpembed_cache beside it."""
-    batch_size: int | None = None
-    """None: 2,048, or 1,024 for reddit. The learning rates are those of train_dlrm."""
-    hidden: tuple[int, int] = (512, 256)
-    """Hidden widths of DLRM's two MLPs; the bottom one adds a layer of 64."""
-    report: bool = False
-    """Run nothing; make tables and pictures of what is there."""
-    out: Path = Path("experiments/results")
-    """Folder of paper_table.jsonl, .md and the pictures."""
+    data: Literal["synthetic", "reddit", "criteo"] = setting("synthetic", "What to train on.")
+    path: Path | None = setting(
+        None,
+        "Folder or file of the data.",
+        shown="none; for reddit the folder that MPEMBED_DATA names",
+        only={"data": ("criteo", "reddit")},
+    )
+    dims: tuple[int, ...] = setting(
+        (16,), "Numbers in a row of an embedding table.", "NUMBERS", at_least=1, at_most=4096
+    )
+    seeds: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4), "Seeds of every case.", "SEED", at_least=0, at_most=train_dlrm.MAX_SEED
+    )
+    grid: Literal["headline", "targets", "full"] = setting(
+        "headline",
+        "Cases: some forty; a dozen for the paper's claim (targets); all, some 300 (full).",
+    )
+    storage: tuple[training.Storage, ...] | None = setting(
+        None, "Only cases of these formats, and FP32.", shown="all"
+    )
+    cache: tuple[float, ...] | None = setting(
+        None,
+        "Only cases of these caches, as a share of all rows, and FP32.",
+        "SHARE",
+        at_least=0,
+        at_most=1,
+        shown="all",
+    )
+    policy: tuple[Literal["lfu", "lru"], ...] | None = setting(
+        None, "Only cases of these policies, and FP32.", shown="all"
+    )
+    rounding: tuple[Literal["stochastic", "nearest"], ...] | None = setting(
+        None, "Only cases of these roundings, and FP32.", shown="all"
+    )
+    ways: tuple[int, ...] | None = setting(
+        None,
+        "Only cases with so many rows in a cache set, and FP32.",
+        "ROWS",
+        at_least=1,
+        at_most=64,
+        shown="all",
+    )
+    method: tuple[Method, ...] | None = setting(
+        None, "Only cases of these methods, and FP32.", shown="all"
+    )
+    num_rows: int | None = setting(
+        None,
+        "Rows of data to use. Criteo: lines of the file. Reddit: per split.",
+        "ROWS",
+        at_least=1,
+        shown="2100000 synthetic ones, or all rows of a file",
+    )
+    in_time_order: bool = setting(
+        False,
+        "Train on the posts as they came, so that ids drift; seeds then differ in initial values.",
+        only={"data": ("reddit",)},
+    )
+    scale: float = setting(
+        0.03,
+        "Vocabulary sizes as a share of Criteo-Kaggle's; 0.03 is a million ids.",
+        "SHARE",
+        above=0,
+        at_most=1,
+        only={"data": ("synthetic",)},
+    )
+    data_seed: int = setting(
+        0,
+        "Which data.",
+        "SEED",
+        at_least=0,
+        at_most=train_dlrm.MAX_SEED,
+        only={"data": ("synthetic",)},
+    )
+    min_count: int = setting(
+        10,
+        "Values seen fewer times in training share one id.",
+        "TIMES",
+        at_least=1,
+        only={"data": ("criteo",)},
+    )
+    cache_dir: Path | None = setting(
+        None,
+        "Folder in which the text is kept in binary form.",
+        shown="mpembed_cache beside the text",
+        only={"data": ("criteo",)},
+    )
+    batch_size: int | None = setting(
+        None, "Rows of data in a step.", "ROWS", at_least=1, shown="2048, or 1024 for reddit"
+    )
+    hidden: tuple[int, int] = setting(
+        (512, 256),
+        "Hidden widths of DLRM's two MLPs; the bottom one adds a layer of 64.",
+        "UNITS",
+        at_least=1,
+        at_most=65_536,
+        only={"data": train_dlrm.WITH_DENSE},
+    )
+    report: bool = setting(False, "Run nothing; make tables and pictures of what is there.")
+    out: Path = setting(
+        Path("experiments/results"), "Folder of paper_table.jsonl, .md and the pictures."
+    )
 
 
 def task_of(settings: Settings, embedding_dim: int) -> train_dlrm.Settings:
@@ -141,7 +207,7 @@ def record_of(
     }  # fmt: skip
 
 
-def run(
+def train(
     settings: Settings,
     console: Any,
     cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of,
@@ -152,8 +218,12 @@ def run(
     done, source = records.load(path), None
     for dim in settings.dims:
         task = task_of(settings, dim)
-        source = source or train_dlrm.make_source(task, console.print)
+        if source is None:
+            with command_line.working(f"opening the data {settings.data}"):
+                source = train_dlrm.make_source(task, console.print)
         data, recipe = data_of(task, source), train_dlrm.make_recipe(task)
+        train_dlrm.check_rows(source, recipe)
+        train_dlrm.check_memory(source, [FP32.contender()], recipe)
         bench, cases = paper_runs.Workbench(source, recipe), cases_at(settings, dim)
         keys = {
             (case, seed): records.key_of(paper_runs.depends_on(data, recipe, case, seed))
@@ -170,8 +240,7 @@ def run(
             for group in paper_runs.groups([c for c in cases if keys[c, seed] not in done]):
                 start = time.perf_counter()
                 rows = source.num_train // recipe.batch_size * recipe.batch_size
-                with reporting.make_progress(console) as progress:
-                    bars = reporting.Bars(progress, [group[0].contender().name], rows)
+                with reporting.bars(console, [group[0].contender().name], rows) as bars:
                     for result in bench.run(group, seed, bars):
                         depends = paper_runs.depends_on(data, recipe, result.case, seed)
                         records.append(path, record_of(depends, result, environment))
@@ -185,9 +254,29 @@ def run(
                         )
 
 
-def main(
-    settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of
-) -> None:
+def check(settings: Settings) -> None:
+    """Refuses a choice that leaves no case, wrong files, and an unwritable folder.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    path = settings.out / "paper_table.jsonl"
+    with command_line.reading("--out", settings.out, ValueError):
+        found = records.load(path)
+    if settings.report:
+        if not found:
+            raise command_line.Refused(f"no results in {path}; run without --report first")
+    else:
+        for dim in settings.dims:
+            try:
+                cases_of(settings, dim)
+            except ValueError as error:
+                raise command_line.Refused(f"--grid is {settings.grid}, but {error}") from error
+        train_dlrm.check_data(settings)
+    command_line.check_out(settings.out, is_file=False)
+
+
+def run(settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of) -> None:
     """Runs what is missing and reports on everything in the results file.
 
     Args:
@@ -196,16 +285,17 @@ def main(
     """
     console = reporting.make_console()
     if not settings.report:
-        run(settings, console, cases_at)
+        train(settings, console, cases_at)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
-    if not found:
-        raise SystemExit(
-            f"no results in {settings.out / 'paper_table.jsonl'}; run without --report first"
-        )
     paper_report.write(found, settings.out)
     console.print((settings.out / "paper_table.md").read_text(), soft_wrap=True, highlight=False)
     console.print(f"paper_table.jsonl, .md and pictures are in {settings.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

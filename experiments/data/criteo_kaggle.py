@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import gzip
 import itertools
+import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ def find(path: Path | str) -> Path:
         if place.is_file():
             return place
     raise FileNotFoundError(f"{path} is neither a file nor a folder with {' or '.join(NAMES)}")
+
+
+def check(path: Path | str) -> None:
+    """Looks whether the first lines of the text are Criteo's.
+
+    Raises:
+      FileNotFoundError: as find.
+      BadLinesError: if none of them is.
+    """
+    file = find(path)
+    try:
+        with criteo_format.open_file(file) as source:
+            block = next(criteo_format.read_blocks(source, 1 << 16), b"")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadLinesError(f"{file} is a gzip file, cut short or damaged: {error}") from error
+    if not block:
+        raise BadLinesError(f"{file} is empty")
+    rows = criteo_format.parse(block)
+    if len(rows.bad) == rows.num_lines:
+        raise BadLinesError(f"{file} is not Criteo's text: line 1 has {rows.bad[0].reason}")
 
 
 def fingerprint(file: Path) -> list:
@@ -122,7 +143,7 @@ class TextRows:
                 for block in criteo_format.read_blocks(source, self.text_bytes):
                     yield block
                     num_lines += block.count(b"\n")
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise BadLinesError(
                 f"{self.file}:{num_lines + 1}: the gzip file is cut short or damaged: {error}"
             ) from error
@@ -207,6 +228,13 @@ def by_dictionary(min_count: int) -> CriteoConfig:
     return CriteoConfig(name=f"min_count_{min_count}", description=description, min_count=min_count)
 
 
+class Info(tfds.core.DatasetInfo):
+    """A description that is not looked for in a bucket of Google's, which has none."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing; the original makes a temporary folder, leaves it, and asks the network."""
+
+
 class CriteoKaggle(tfds.core.ShardBasedBuilder):
     """Criteo-Kaggle in blocks of rows.
 
@@ -255,7 +283,7 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         dense = {
             "dense": ((criteo_format.NUM_DENSE,), np.float32)
         }  # log(x + 1), missing and negative 0
-        return tfds.core.DatasetInfo(
+        return Info(
             builder=self,
             description=__doc__,
             features=block_features({"label": ((), np.uint8), **dense, **categories}),

@@ -8,6 +8,7 @@ not part of the project: its folder is given, or named by MPEMBED_DATA, or ../sh
 repository. Links, scores and authors are not used.
 """
 
+import contextlib
 import datetime
 import os
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from experiments.data import batches
 from experiments.data.in_memory import InMemory, numbered, numbered_bags
 
 FILE = Path("reddit") / "posts_before_2012-07.parquet"
+COLUMNS = ("created_utc", "subreddit", "domain", "is_self", "title", "num_comments")
 SINGLES = ("subreddit", "domain", "hour", "weekday", "is_self")
 MAX_TOKENS = 16
 MIN_COMMENTS = 11
@@ -51,6 +53,36 @@ def find(path: Path | str | None = None) -> Path:
     )
 
 
+def check(path: Path | str | None = None) -> None:
+    """Looks whether the file is a parquet file with the columns of posts; reads no rows.
+
+    Raises:
+      FileNotFoundError: naming every place looked at.
+      ValueError: if it is something else.
+    """
+    file = find(path)
+    with _told(file):
+        columns = pl.read_parquet_schema(file)
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise ValueError(f"{file} has no column {missing[0]}; posts have {', '.join(COLUMNS)}")
+
+
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Turns what polars raises into a ValueError of one line."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except BaseException as error:
+        # A panic of polars is no Exception.
+        is_polars = isinstance(error, pl.exceptions.PolarsError)
+        if not is_polars and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file} is not a parquet file of posts: {reason}") from error
+
+
 class RedditPosts(InMemory):
     """The source, about 60 MB: 588,138 posts in time order.
 
@@ -73,12 +105,19 @@ class RedditPosts(InMemory):
         in_time_order: bool = False,
     ):
         self.in_time_order = in_time_order
+        check(path)
+        with _told(find(path)):
+            self._read(path, num_rows)
+
+    def _read(self, path: Path | str | None, num_rows: int | None) -> None:
         posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
         if num_rows is not None:
             is_train = pl.col("created_utc") < TEST_FROM
             posts = pl.concat(
                 [posts.filter(is_train).tail(num_rows), posts.filter(~is_train).head(num_rows)]
             )
+        if posts.is_empty():
+            raise ValueError(f"{find(path)} has no posts")
         created = pl.from_epoch(pl.col("created_utc"), time_unit="s")
         posts = posts.with_columns(
             hour=created.dt.hour(),

@@ -35,6 +35,7 @@ class Outcome:
     unique_hit_rate: float
     evictions_per_step: float
     bypasses_per_step: float
+    bypass_share: float  # of a batch's distinct ids, those that found no cache line
     step_ms: float  # median over chunks, without the first, which compiles
     first_chunk_s: float
     num_steps: int
@@ -94,6 +95,8 @@ def measure(
     """
     with warnings.catch_warnings(record=True) as advice:
         warnings.simplefilter("always")
+        # The table has this share, and says what it means.
+        warnings.filterwarnings("ignore", ".* found no place in the cache")
         counts, *others = map(mpembed.stats, fitted.learner.emb)
     if outside := sum(c.out_of_range for c in (counts, *others)):
         raise ValueError(f"{source.name} made {outside} ids outside their tables")
@@ -110,6 +113,7 @@ def measure(
         hit_rate=counts.hit_rate, unique_hit_rate=counts.unique_hit_rate,
         evictions_per_step=counts.evictions / fitted.num_steps,
         bypasses_per_step=counts.bypasses / fitted.num_steps,
+        bypass_share=counts.bypasses / max(1, counts.unique),
         step_ms=1e3 * float(np.median(fitted.step_s[1:] or fitted.step_s)),
         first_chunk_s=fitted.first_chunk_s,
         num_steps=fitted.num_steps, losses=fitted.losses, advice=[str(w.message) for w in advice],

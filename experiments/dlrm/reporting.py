@@ -5,9 +5,12 @@ being the FP32 baseline. AUC differences are paired: a contender against the bas
 seed. It runs nothing itself.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments import provenance
+from experiments import command_line, provenance
 from experiments.dlrm.training import Outcome
 
 KAGGLE_ROWS = 45_840_617
@@ -48,47 +51,79 @@ def make_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 130)
 
 
-def make_progress(console: Console) -> Progress:
-    """Returns bars with samples/s, loss and hit rate: tasks need the fields rate, loss and hits."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn(
-            "{task.fields[rate]:,.0f} samples/s  loss {task.fields[loss]:.4f}  "
-            "hits {task.fields[hits]:.1%}"
-        ),
-        console=console,
-    )  # fmt: skip
-
-
 class Bars:
     """Feeds `training.train`'s on_chunk to one bar per contender.
 
     The rate is over a contender's own turns.
     """
 
-    def __init__(self, progress: Progress, names: list[str], num_rows: int):
-        self.progress, self.rows, self.seconds = (
-            progress,
-            dict.fromkeys(names, 0),
-            dict.fromkeys(names, 0.0),
-        )
-        self.compiled = dict.fromkeys(names, False)
+    def __init__(self, progress: Progress | None, names: list[str], num_rows: int):
+        self.progress, self.num_rows, self.start = progress, num_rows, time.perf_counter()
+        self.done, self.rows = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.last: dict[str, tuple[float, float]] = {}  # loss, hit rate
+        self.measured = ""
         nothing = {"rate": 0.0, "loss": float("nan"), "hits": 0.0}
-        self.tasks = {name: progress.add_task(name, total=num_rows, **nothing) for name in names}
+        self.tasks = {}
+        if progress is not None:
+            self.tasks = {n: progress.add_task(n, total=num_rows, **nothing) for n in names}
 
     def __call__(
         self, name: str, num_rows: int, loss: float, hit_rate: float, seconds: float
     ) -> None:
         """Advances a contender's bar."""
-        if self.compiled[name]:  # the first turn compiles and does not count
+        if name in self.last:  # the first turn compiles and does not count
             self.rows[name] += num_rows
             self.seconds[name] += seconds
-        self.compiled[name] = True
+        self.last[name] = loss, hit_rate
+        self.done[name] += num_rows
         rate = self.rows[name] / self.seconds[name] if self.rows[name] else num_rows / seconds
-        self.progress.update(
-            self.tasks[name], advance=num_rows, rate=rate, loss=loss, hits=hit_rate
-        )
+        if self.progress is not None:
+            self.progress.update(
+                self.tasks[name], advance=num_rows, rate=rate, loss=loss, hits=hit_rate
+            )
+
+    def measuring(self, name: str) -> None:
+        """Notes which contender is being evaluated."""
+        self.measured = name
+
+    def line(self) -> str:
+        """Says how far all contenders are."""
+        seconds = time.perf_counter() - self.start
+        if self.measured:
+            return f"{seconds:5.0f} s  evaluating {self.measured}"
+        if not self.last:
+            return f"{seconds:5.0f} s  making tables and compiling"
+        share = sum(self.done.values()) / (len(self.done) * self.num_rows)
+        parts = [
+            f"{name} loss {loss:.4f}" + (f" hits {hits:.1%}" if hits else "")
+            for name, (loss, hits) in self.last.items()
+        ]
+        return f"{seconds:5.0f} s  {share:4.0%} trained  {', '.join(parts)}"
+
+
+@contextlib.contextmanager
+def bars(console: Console, names: list[str], num_rows: int) -> Iterator[Bars]:
+    """Shows bars with rows/s, loss and hit rate, or a line every ten seconds without a terminal."""
+    if console.is_terminal:
+        shown = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn(
+                "{task.fields[rate]:,.0f} rows/s  loss {task.fields[loss]:.4f}  "
+                "hits {task.fields[hits]:.1%}"
+            ),
+            console=console,
+        )  # fmt: skip
+        with shown:
+            yield Bars(shown, names, num_rows)
+        return
+    found = Bars(None, names, num_rows)
+    with command_line.progress(found.line):
+        yield found
+    if found.last:
+        found.measured = ""
+        print(found.line(), flush=True)
 
 
 def make_table(outcomes: list[Outcome], title: str) -> Table:
@@ -99,7 +134,7 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
     several = len({o.seed for o in outcomes}) > 1
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    heads = ("AUC", "dAUC", "logloss", "NE", "MB", "ratio", "+opt", "hits", "ms")
+    heads = ("AUC", "dAUC", "logloss", "NE", "MB", "ratio", "+opt", "hits", "bypass", "ms")
     for name in (*heads, "dAUC per seed") if several else heads:
         table.add_column(name, justify="right", no_wrap=True)
     differences = auc_differences(outcomes)
@@ -118,6 +153,7 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
             f"{first.ratio:.2f}",
             f"{first.ratio_with_row_state:.2f}",
             f"{mean('hit_rate'):.1%}" if first.contender.cache_fraction > 0 else "",
+            f"{mean('bypass_share'):.0%}" if first.contender.cache_fraction > 0 else "",
             f"{mean('step_ms'):.1f}",
         ]
         if several:
@@ -125,18 +161,21 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
         table.add_row(name, *cells)
     table.caption = (
         "dAUC: to the FP32 run of the same seed. NE: normalized entropy. MB: embedding state "
-        "without the optimizer's; "
-        "ratio: float32 rows over that; +opt: the same with the optimizer's row state on both "
-        "sides. ms: per step."
+        "without the optimizer's; ratio: float32 rows over that; +opt: the same with the "
+        "optimizer's row state on both sides. hits: share of all ids that were in the cache. "
+        "bypass: share of a batch's distinct ids that found no cache line and were trained in the "
+        "table; most are rare ids, and dAUC shows what it cost. ms: per step."
     )
     return table
 
 
-def print_advice(console: Console, outcomes: list[Outcome]) -> None:
-    """Prints what the library advised, once per contender."""
+def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> None:
+    """Prints what the library advised, once per contender, with the flags of the settings."""
     for name, group in by_contender(outcomes).items():
         for text in group[0].advice:
-            console.print(f"{name}: {text}", style="dim")
+            console.print(
+                f"{name}: {command_line.with_flags(text, settings)}", style="dim", soft_wrap=True
+            )
 
 
 def save_picture(outcomes: list[Outcome], path: Path) -> None:

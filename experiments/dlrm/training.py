@@ -9,6 +9,7 @@ learning-rate schedule. What a run reached is in `outcomes`.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -120,6 +121,19 @@ def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> 
     ]
     share = sum(size.total for size in sizes) / sum(size.float32_bytes for size in sizes)
     return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=share)
+
+
+def state_bytes(source: Any, contenders: list[Contender], recipe: Recipe) -> int:
+    """Returns the bytes that all contenders' tables, layers and optimizer states have together."""
+    job = make_job(source, recipe)
+    params = jax.eval_shape(job.init_params, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    layers = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    tables = [
+        mpembed.memory.report(spec, job.row_tx).total
+        for contender in contenders
+        for spec in stacks.make_specs(source, contender, recipe)
+    ]
+    return sum(tables) + 3 * 4 * layers * len(contenders)  # Adam keeps two more of each parameter
 
 
 def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
@@ -276,11 +290,16 @@ def train(
     *,
     seed: int,
     on_chunk: Callable[..., None],
+    on_measure: Callable[[str], None] = lambda name: None,
 ) -> list[Outcome]:
-    """Trains every contender for one pass (see `fit`) and evaluates it."""
+    """Trains every contender for one pass (see `fit`) and evaluates it.
+
+    `on_measure` is called with the name of each contender before its evaluation.
+    """
     fitted = fit(source, contenders, recipe, job, seed=seed, on_chunk=on_chunk)
     [plain] = stacks.make_specs(source, FP32, recipe)
     outcomes = []
     while fitted:  # a learner evaluated is let go: the next evaluation has its memory
+        on_measure(fitted[0].contender.name)
         outcomes.append(measure(job, fitted.pop(0), source, plain, recipe.batch_size))
     return outcomes

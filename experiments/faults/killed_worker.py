@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.faults import killing
 from experiments.scaling import multiprocess
 from experiments.speed import workload
@@ -50,10 +50,10 @@ TX = mpembed.optim.rowwise_adagrad(0.05)
 class Settings:
     """One worker, started by the launcher."""
 
-    worker: int
-    port: int
-    directory: Path
-    steps: int
+    worker: int = setting(-1, unit="NUMBER", is_hidden=True)
+    port: int = setting(0, unit="NUMBER", is_hidden=True)
+    directory: Path | None = setting(None, is_hidden=True)
+    steps: int = setting(0, unit="STEPS", is_hidden=True)
 
 
 # --- a worker
@@ -86,7 +86,7 @@ def work(settings: Settings) -> str:
             "w": tree["w"] - 0.01 * grad,
         }
 
-    run = jax.jit(
+    jitted = jax.jit(
         jax.shard_map(step, mesh=mesh, in_specs=(specs, P("x")), out_specs=specs), donate_argnums=0
     )
     begin, saving = 0, None
@@ -99,7 +99,7 @@ def work(settings: Settings) -> str:
             np.random.default_rng([7, number]), SPEC.num_rows, (BATCH,), 1.05
         ).astype(np.int32)
         tree = jax.block_until_ready(
-            run(tree, jax.make_array_from_callback(ids.shape, divided, ids.__getitem__))
+            jitted(tree, jax.make_array_from_callback(ids.shape, divided, ids.__getitem__))
         )
         print(f"step {number + 1}", flush=True)
         if (number + 1) % SAVE_EVERY == 0:
@@ -234,5 +234,27 @@ def _run_and_kill(
     return resume
 
 
+def check(settings: Settings) -> None:
+    """Refuses a call by hand.
+
+    Raises:
+      Refused: naming the command that starts it.
+    """
+    if settings.worker < 0 or settings.directory is None:
+        raise command_line.Refused(
+            'a worker is started by python -m experiments.faults.run --only "killed worker"'
+        )
+
+
+def run(settings: Settings) -> None:
+    """Is one worker, and says its bits."""
+    print(f"bits {work(settings)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    print(f"bits {work(tyro.cli(Settings))}")
+    sys.exit(main())

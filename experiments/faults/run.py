@@ -4,9 +4,9 @@ It has kills, damaged files, full and vanished disks, ids from hell, NaN gradien
 Every part works by itself and returns counts; a part that finds anything wrong raises. The training
 is that of README's step: an INT8 table with an LFU cache, row-wise Adagrad, Adam on dense
 parameters, checkpoints in the background, full and incremental in turns. Kills are SIGKILL in a
-process of its own (`--worker`), at random moments of training and of saving; the bits at the end
-are compared with those of a run nobody interrupted. In `killed_worker` one of two processes that
-train together is killed. Writes experiments/results/faults.json.
+process of its own, at random moments of training and of saving; the bits at the end are compared
+with those of a run nobody interrupted. In `killed_worker` one of two processes that train together
+is killed. Writes experiments/results/faults.json.
 """
 
 import dataclasses
@@ -20,39 +20,50 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.faults import files, invariants, killed_worker, killing
 from experiments.faults.training import work
 from mpembed_jax import checkpoint
+
+PARTS = (
+    "kills", "killed worker", "damaged files", "disks", "ids from hell", "gradients", "soak"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How much of each."""
 
-    kills: int = 24
-    """SIGKILLs, half of them aimed at saves."""
-    steps: int = 400
-    """Steps of the killed run."""
-    worker_kills: int = 4
-    """SIGKILLs of one of two workers."""
-    examples: int = 4000
-    """Batches of ids from hell."""
-    gradients: int = 300
-    """Steps with NaN and inf gradients."""
-    soak: int = 20_000
-    """Steps of the soak."""
-    check_every: int = 1000
-    """Steps between checks of the invariants in the soak."""
-    only: tuple[str, ...] = ()
-    """Parts to run; none: all."""
-    worker: Path | None = None
-    """Internal: train in this directory, resuming from what is there."""
-    fill: Path | None = None
-    """Internal: save into this directory until its device is full."""
-    out: Path = Path("experiments/results/faults.json")
+    kills: int = setting(24, "SIGKILLs, half of them aimed at saves.", "KILLS", at_least=1)
+    steps: int = setting(400, "Steps of the killed run.", "STEPS", at_least=2)
+    worker_kills: int = setting(4, "SIGKILLs of one of two workers.", "KILLS", at_least=1)
+    examples: int = setting(4000, "Batches of ids from hell.", "BATCHES", at_least=1)
+    gradients: int = setting(300, "Steps with NaN and infinite gradients.", "STEPS", at_least=1)
+    soak: int = setting(20_000, "Steps of the soak.", "STEPS", at_least=1)
+    check_every: int = setting(
+        1000, "Steps between checks of the invariants in the soak.", "STEPS", at_least=1
+    )
+    only: tuple[str, ...] = setting((), "Parts to run.", choices=PARTS, shown="all of them")
+    out: Path = setting(Path("experiments/results/faults.json"), "File for the results.")
+    # Train in this folder, resuming from what is there.
+    worker: Path | None = setting(None, is_hidden=True)
+    # Save into this folder until its device is full.
+    fill: Path | None = setting(None, is_hidden=True)
+
+
+def check(settings: Settings) -> None:
+    """Refuses an unwritable file, and one that holds something else where parts are added.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if settings.worker is not None or settings.fill is not None:
+        return
+    if settings.only and settings.out.exists():
+        with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
+            json.loads(settings.out.read_text())["parts"]
+    command_line.check_out(settings.out)
 
 
 def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
@@ -137,7 +148,7 @@ def _run_and_kill(directory: Path, steps: int, aim: str, until: int, rng: random
     return resume
 
 
-def main(settings: Settings) -> None:
+def run(settings: Settings) -> None:
     """Runs every part and writes the report."""
     if settings.worker is not None:
         print(f"bits {work(settings.worker, settings.steps)}")
@@ -158,11 +169,10 @@ def main(settings: Settings) -> None:
     report: dict[str, Any] = {**environment, "parts": {}}
     if settings.only and settings.out.exists():  # parts that run again replace their own
         report["parts"] = json.loads(settings.out.read_text())["parts"]
-    if unknown := [name for name in settings.only if name not in parts]:
-        raise SystemExit(f"no part {unknown[0]!r}; there are {', '.join(parts)}")
     for name in settings.only or parts:
         start = time.perf_counter()
-        found = parts[name]()
+        with command_line.working(name):
+            found = parts[name]()
         report["parts"][name] = {
             **found,
             "seconds": round(time.perf_counter() - start, 1),
@@ -173,5 +183,10 @@ def main(settings: Settings) -> None:
     settings.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

@@ -1,9 +1,7 @@
 """What would eight GPUs exchange in a step? Compiled ahead of time, without one.
 
-    # JAX is the version of the installed jax. Leave the dependencies out.
-    pip install jax-cuda12-plugin==JAX jax-cuda12-pjrt==JAX
-    # About a minute:
-    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu
+    pip install -e .[aot]
+    JAX_PLATFORMS=cpu python -m experiments.gpu.aot_8gpu              # about a minute
 
 Compiles the training step of mpembed_jax over a mesh of eight NVIDIA H200 (Kaggle's 33.76 M rows,
 INT8 + 5 % cache, 65,536 x 26 ids) from shapes alone, and lists the collectives in the program, the
@@ -15,18 +13,19 @@ values and times are not checked here. Without the plugin it says so and ends.
 import dataclasses
 import json
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.gpu import targets
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
@@ -38,13 +37,31 @@ from experiments.speed.step import embedding_step
 class Settings:
     """What to compile."""
 
-    devices: int = 8
-    dim: int = 64
-    batch: int = 65_536
-    unique_share: float = 0.4
-    """max_unique_ids over the ids of a whole batch."""
-    capacity: float = 1.25
-    out: Path = Path("experiments/results/aot_8gpu.json")
+    devices: int = setting(8, "GPUs of the mesh, a power of two.", "GPUS", at_least=1, at_most=64)
+    dim: int = setting(64, "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096)
+    batch: int = setting(65_536, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 24)
+    unique_share: float = setting(
+        0.4, "Room for distinct ids, over the ids of a batch.", "SHARE", above=0, at_most=1
+    )
+    capacity: float = setting(
+        1.25, "Room of the exchange, over the mean ids per shard.", "TIMES", at_least=1
+    )
+    out: Path = setting(Path("experiments/results/aot_8gpu.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses a mesh that cannot divide the batch, and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if settings.devices & (settings.devices - 1):
+        command_line.refuse("--devices", settings.devices, "a power of two")
+    if settings.batch % settings.devices:
+        command_line.refuse(
+            "--batch", settings.batch, f"a multiple of --devices {settings.devices}"
+        )
+    command_line.check_out(settings.out)
 
 
 def compile_step(settings: Settings, mesh: Any) -> tuple[Any, Any]:
@@ -108,11 +125,14 @@ def compile_all_gather(settings: Settings, mesh: Any) -> Any:
     return jax.jit(run, donate_argnums=0).lower(table, *abstract_batch(settings, mesh)).compile()
 
 
-def main(settings: Settings) -> None:
-    """Compiles, prints and writes what the program exchanges."""
+def run(settings: Settings) -> None:
+    """Compiles, prints and writes what the program exchanges.
+
+    Raises:
+      Failed: without the compiler.
+    """
     if reason := targets.missing_compiler():
-        print(f"not compiled: {reason}")
-        return
+        raise command_line.Failed(f"not compiled: {reason}")
     from jax.experimental import topologies
 
     topology = topologies.get_topology_desc(
@@ -121,7 +141,8 @@ def main(settings: Settings) -> None:
         topology=f"1x1x{settings.devices}",
     )
     mesh = jax.sharding.Mesh(topology.devices, ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    compiled, state = compile_step(settings, mesh)
+    with command_line.working("compiling the exchange"):
+        compiled, state = compile_step(settings, mesh)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     arrays = {"table": state.table.rows, "cache rows": state.cache.rows, "tags": state.cache.tags}
     arrays |= {
@@ -142,7 +163,8 @@ def main(settings: Settings) -> None:
         "aliased_bytes": memory.alias_size_in_bytes,
         "copies_of_a_shard_s_array": copies,
     }
-    plain = compile_all_gather(settings, mesh).as_text()
+    with command_line.working("compiling the divided table"):
+        plain = compile_all_gather(settings, mesh).as_text()
     for name, program, is_wide in (
         ("ordinary", text, False),
         ("full_width", text, True),
@@ -158,8 +180,14 @@ def main(settings: Settings) -> None:
         f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} "
         "MB"
     )
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    sys.exit(main())

@@ -17,10 +17,9 @@ must move over the copy bandwidth measured first (roofline.py). The swap is time
 whose planning is the same XLA either way. Needs jax, optax and numpy alone.
 """
 
-import argparse
+import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -28,11 +27,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.gpu.parts import PARTS
 from experiments.gpu.steps import Bench, failure
 
@@ -96,59 +97,82 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
             yield {"error": why, "where": errors.read()[-2000:]}
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    """Runs the parts and returns what was written."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--interpret", action="store_true", help="tiny sizes, interpreted kernels, any device"
-    )
-    parser.add_argument(
-        "--budget", type=float, default=450.0, help="seconds after which everything ends"
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/bench_gpu.json")
-    )
-    parser.add_argument(
-        "--part", choices=PARTS, help=argparse.SUPPRESS
-    )  # what a part's process is told
-    parser.add_argument("--bandwidth", type=float, default=0.0, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    bench = Bench(options.interpret, options.bandwidth)
-    if options.part is not None:
-        if not options.interpret and jax.default_backend() != "gpu":
-            raise SystemExit(
-                f"needs a GPU, this is {jax.devices()[0].device_kind}; --interpret runs all tiny "
-                "on any device"
-            )
-        rows = list(_print_rows(rows_of(options.part, bench)))
-        return {"parts": {options.part: rows}}
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to run."""
+
+    interpret: bool = setting(False, "Tiny sizes and interpreted kernels, on any device.")
+    budget: float = setting(450.0, "Time after which everything ends.", "SECONDS", at_least=0)
+    parts: tuple[str, ...] = setting(tuple(PARTS), "Parts to run.", choices=tuple(PARTS))
+    out: Path = setting(Path("experiments/results/bench_gpu.json"), "File for the results.")
+    part: str | None = setting(None, choices=tuple(PARTS), is_hidden=True)
+    bandwidth: float = setting(0.0, unit="BYTES", is_hidden=True)
+
+
+def check(settings: Settings) -> None:
+    """Refuses an unwritable file, and a machine without a GPU.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if settings.part is not None:
+        if not settings.interpret and jax.default_backend() != "gpu":
+            raise command_line.Refused(_no_gpu(jax.devices()[0].device_kind))
+        return
+    command_line.check_out(settings.out)
+    if settings.interpret:
+        return
+    # In a process of its own: jax would keep most of the device's memory from the parts.
+    words = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind, sep='\\n')"
+    asked = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    backend, kind = (asked.stdout.splitlines() or ["none", "none"])[-2:]
+    if backend != "gpu":
+        raise command_line.Refused(_no_gpu(kind))
+
+
+def _no_gpu(kind: str) -> str:
+    return f"a GPU is needed, and this is {kind}; --interpret runs all parts, tiny, on any device"
+
+
+def run(settings: Settings) -> dict:
+    """Runs the parts and returns what was written.
+
+    Raises:
+      Failed: if the bandwidth, to which all floors relate, could not be measured.
+    """
+    bench = Bench(settings.interpret, settings.bandwidth)
+    if settings.part is not None:
+        rows = list(_print_rows(rows_of(settings.part, bench)))
+        return {"parts": {settings.part: rows}}
 
     # Nothing here touches a device: jax would keep most of its memory from the parts.
     begin, parts, left_out = time.perf_counter(), {}, []
     results: dict[str, Any] = {
         "commit": provenance.commit(),
-        "is_smoke_test": options.interpret,
+        "is_smoke_test": settings.interpret,
         "parts": parts,
         "left_out": left_out,
     }
-    for name in dict.fromkeys(["copy bandwidth", *options.parts]):  # floors need the bandwidth
-        rows, remaining = parts.setdefault(name, []), options.budget - (time.perf_counter() - begin)
+    for name in dict.fromkeys(["copy bandwidth", *settings.parts]):  # floors need the bandwidth
+        rows, remaining = (
+            parts.setdefault(name, []),
+            settings.budget - (time.perf_counter() - begin),
+        )
         if remaining < 15:  # less than a process needs to begin
             left_out.append(name)
         else:
             for row in rows_of_process(name, bench, min(PARTS[name].limit, remaining)):
                 rows.append(row)
                 print(name, json.dumps(row), flush=True)
-                _write(options.out, results, begin)
+                _write(settings.out, results, begin)
         if name == "copy bandwidth" and name not in left_out:
             if "error" in rows[-1]:
-                parser.error(
+                raise command_line.Failed(
                     "the copy bandwidth could not be measured: "
                     f"{rows[-1]['error']}\n{rows[-1]['where']}"
                 )
             bench = bench._replace(bandwidth=rows[-1]["bytes_per_second"])
-    _write(options.out, results, begin)
+    _write(settings.out, results, begin)
     return results
 
 
@@ -158,11 +182,16 @@ def _print_rows(rows: Iterator[dict]) -> Iterator[dict]:
         yield row
 
 
-def _write(out: pathlib.Path, results: dict, begin: float) -> None:
+def _write(out: Path, results: dict, begin: float) -> None:
     results["seconds"] = round(time.perf_counter() - begin, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

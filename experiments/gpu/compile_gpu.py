@@ -10,12 +10,12 @@ driver is needed. What the figures cannot say is time: for that there is bench_g
 no more than jax, optax and numpy.
 """
 
-import argparse
 import dataclasses
 import json
-import pathlib
 import re
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ import numpy as np
 import optax
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.gpu.targets import TARGETS, description, missing_compiler
 from experiments.speed.step import embedding_step
 
@@ -206,29 +207,51 @@ def _elements(shape: str) -> int:
 def measure(target: str, function: Any, arguments: tuple, donated: Any, state: Any) -> dict:
     """Compiles for a target and returns the figures, and the seconds it took."""
     begin = time.perf_counter()
-    compiled = compile_for(target, function, *arguments, donate_argnums=donated)
+    with command_line.working(f"compiling for {target}"):
+        compiled = compile_for(target, function, *arguments, donate_argnums=donated)
     seconds = time.perf_counter() - begin
     return figures(compiled, state) | {"compile_seconds": round(seconds, 2)}
 
 
-def main() -> None:
-    """Compiles the step for every target and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=65536)
-    parser.add_argument("--rows", type=int, default=33_762_577)
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/compile_gpu.json")
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compile."""
+
+    batch: int = setting(
+        65_536, "Rows of data in a step, of 26 ids each.", "ROWS", at_least=1, at_most=1 << 24
     )
-    options = parser.parse_args()
+    rows: int = setting(33_762_577, "Rows of the table.", "ROWS", at_least=1, at_most=2**31 - 2)
+    dims: tuple[int, ...] = setting(
+        (16, 64, 128), "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096
+    )
+    targets: tuple[str, ...] = setting(
+        tuple(TARGETS), "GPUs to compile for.", choices=tuple(TARGETS)
+    )
+    out: Path = setting(Path("experiments/results/compile_gpu.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    command_line.check_out(settings.out)
+
+
+def run(settings: Settings) -> None:
+    """Compiles the step for every target and writes the figures.
+
+    Raises:
+      Failed: without the compiler.
+    """
     if reason := missing_compiler():
-        raise SystemExit(reason)
+        raise command_line.Failed(reason)
     found = provenance.environment()
-    tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (options.batch, 26), [], []
-    table = [mpembed.TableSpec("ids", options.rows)]
-    for target in options.targets:
-        for dim in options.dims:
+    tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (settings.batch, 26), [], []
+    table = [mpembed.TableSpec("ids", settings.rows)]
+    for target in settings.targets:
+        for dim in settings.dims:
             for implementation, is_pooled in (
                 ("xla", False),
                 ("pallas_triton", False),
@@ -248,11 +271,11 @@ def main() -> None:
                 }
                 case |= measure(target, step, arguments, 0, arguments[0])
                 case["temporaries_per_vector_array"] = case["temporary_bytes"] / (
-                    4 * dim * options.batch * 26
+                    4 * dim * settings.batch * 26
                 )
                 runs.append(case)
                 print(json.dumps(case), flush=True)
-        dim = options.dims[-1]
+        dim = settings.dims[-1]
         spec = mpembed.EmbeddingSpec(table, dim, memory_kind="pinned_host")
         state = abstract_state(spec, "xla", tx)
         for verb, (function, arguments, donated) in host_verbs(spec, shape, tx).items():
@@ -260,21 +283,27 @@ def main() -> None:
                 "target": target,
                 "dim": dim,
                 "verb": verb,
-                "table_bytes": spec.storage.row_bytes(dim) * options.rows,
+                "table_bytes": spec.storage.row_bytes(dim) * settings.rows,
             }
             host_runs.append(case | measure(target, function, arguments, donated, state))
             print("host tables", json.dumps(host_runs[-1]), flush=True)
-    settings = {
-        "batch": options.batch,
+    chosen = {
+        "batch": settings.batch,
         "features": 26,
-        "rows": options.rows,
+        "rows": settings.rows,
         "storage": "int8",
         "cache": "5 %, 32 ways",
     }
     found["versions"] |= provenance.versions(("jax-cuda12-plugin",))
-    found |= {"settings": settings, "runs": runs, "host_tables": host_runs}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    found |= {"settings": chosen, "runs": runs, "host_tables": host_runs}
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,19 +12,20 @@ The counts come from training the same batches on this machine, in rows of one e
 decisions do not depend on the width.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import pathlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.speed import workload
 
 
@@ -151,57 +152,71 @@ def counts_of(batch: int, skew: float, warm: int) -> dict[str, int]:
     return {name: int(value) for name, value in dataclasses.asdict(jax.device_get(counts)).items()}
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to count for."""
+
+    bandwidth: float = setting(
+        4.3e12, "Bytes a second that a copy moves; an H200's is about 4.3e12.", "BYTES", above=0
+    )
+    skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
+    warm: int = setting(
+        60, "Steps before the counted one, of 65,536 rows of data each.", "STEPS", at_least=1
+    )
+    out: Path = setting(Path("experiments/results/roofline.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    command_line.check_out(settings.out)
+
+
+def run(settings: Settings) -> None:
     """Writes the floors of each verb for three dims and two batch sizes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--bandwidth",
-        type=float,
-        default=4.3e12,
-        help="bytes a second; an H200 copies at about 4.3e12",
-    )
-    parser.add_argument("--skew", type=float, default=1.05)
-    parser.add_argument(
-        "--warm",
-        type=int,
-        default=60,
-        help="steps before the counted one, of 65,536 samples' ids each",
-    )
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("experiments/results/roofline.json")
-    )
-    options = parser.parse_args()
     found, runs = provenance.environment(), []
     for batch in (65536, 16384):
-        counts = counts_of(
-            batch, options.skew, options.warm * 65536 // batch
-        )  # the cache is filled by ids, not by steps
+        with command_line.working(f"training with batches of {batch}"):
+            # The cache is filled by ids, not by steps.
+            counts = counts_of(batch, settings.skew, settings.warm * 65536 // batch)
         for dim in (16, 64, 128):
             tables = [mpembed.TableSpec("ids", sum(workload.KAGGLE_SIZES))]
             work = Work.of(mpembed.EmbeddingSpec(tables, dim), batch * 26, counts)
             verbs = work.by_verb() | work.by_verb(is_pooled=True)
             micros = {
-                verb: round(size / options.bandwidth * 1e6, 1) for verb, size in verbs.items()
+                verb: round(size / settings.bandwidth * 1e6, 1) for verb, size in verbs.items()
             }
-            run = {
+            line = {
                 "batch": batch,
                 "dim": dim,
                 "megabytes": round(work.step / 1e6, 1),
                 "counts": counts,
             }
             runs.append(
-                run
-                | {"microseconds": micros | {"step": round(work.step / options.bandwidth * 1e6, 1)}}
+                line
+                | {
+                    "microseconds": micros
+                    | {"step": round(work.step / settings.bandwidth * 1e6, 1)}
+                }
             )
             print(json.dumps(runs[-1]), flush=True)
-    settings = {
-        "bytes_per_second": options.bandwidth,
-        "skew": options.skew,
-        "warm_steps": options.warm,
+    chosen = {
+        "bytes_per_second": settings.bandwidth,
+        "skew": settings.skew,
+        "warm_steps": settings.warm,
     }
-    found |= {"settings": settings, "storage": "int8, 5 % cache", "runs": runs}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    found |= {"settings": chosen, "storage": "int8, 5 % cache", "runs": runs}
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

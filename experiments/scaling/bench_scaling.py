@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,12 +32,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.scaling.collectives import collectives
 from experiments.scaling.divided_table import all_gather_step
 from experiments.speed import workload
@@ -48,16 +49,40 @@ from mpembed_jax import sharding
 class Settings:
     """What to measure."""
 
-    devices: tuple[int, ...] = (1, 2, 4, 8)
-    dims: tuple[int, ...] = (16, 64)
-    rows: int = 2_000_000
-    batch: int = 2048
-    skew: float = 1.05
-    steps: int = 20
-    warm: int = 5
-    samples: int = 8
-    """Batches from which the planner measures the exchange's room; others than those of the run."""
-    out: Path = Path("experiments/results/bench_scaling.json")
+    devices: tuple[int, ...] = setting(
+        (1, 2, 4, 8), "Devices of a run, powers of two.", "DEVICES", at_least=1, at_most=8
+    )
+    dims: tuple[int, ...] = setting(
+        (16, 64), "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096
+    )
+    rows: int = setting(
+        2_000_000, "Rows of all tables.", "ROWS", at_least=100_000, at_most=1_000_000_000
+    )
+    batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
+    skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
+    steps: int = setting(20, "Timed steps.", "STEPS", at_least=1)
+    warm: int = setting(5, "Steps before the timed ones.", "STEPS", at_least=0)
+    samples: int = setting(
+        8,
+        "Batches from which the planner measures the exchange's room; others than the run's.",
+        "BATCHES",
+        at_least=1,
+    )
+    out: Path = setting(Path("experiments/results/bench_scaling.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses numbers of devices that do not divide the batch, and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    for devices in settings.devices:
+        if devices & (devices - 1):
+            command_line.refuse("--devices", devices, "powers of two")
+        if settings.batch % devices:
+            command_line.refuse("--batch", settings.batch, f"a multiple of --devices {devices}")
+    command_line.check_out(settings.out)
 
 
 def exchange_step(tx: Any) -> Any:
@@ -101,13 +126,13 @@ def measure(
     upstream = jax.device_put(upstream, divided)
     batches = [(jax.device_put(i, divided), upstream) for i in ids]
 
-    run = jax.shard_map(
+    over_mesh = jax.shard_map(
         exchange_step(tx),
         mesh=mesh,
         in_specs=(specs, P("x"), P("x")),
         out_specs=(specs, P("x"), P()),
     )
-    compiled = jax.jit(run, donate_argnums=0).lower(state, *batches[0]).compile()
+    compiled = jax.jit(over_mesh, donate_argnums=0).lower(state, *batches[0]).compile()
     text = compiled.as_text()
     state, results, seconds = timed(compiled, state, batches, settings.warm)
     counts = [jax.device_get(counts) for _, counts in results]
@@ -144,7 +169,7 @@ def measure(
     }  # fmt: skip
 
 
-def main(settings: Settings) -> None:
+def run(settings: Settings) -> None:
     """Measures every case, prints a line each, writes the results."""
     sizes = workload.sizes_for(settings.rows)
 
@@ -157,7 +182,8 @@ def main(settings: Settings) -> None:
     results = []
     for dim in settings.dims:
         for devices in settings.devices:
-            result = measure(settings, dim, devices, ids, samples)
+            with command_line.working(f"D={dim} devices={devices}"):
+                result = measure(settings, dim, devices, ids, samples)
             results.append(result)
             is_same = result["rows_digest"] == next(
                 r["rows_digest"] for r in results if r["dim"] == dim
@@ -181,5 +207,10 @@ def main(settings: Settings) -> None:
             )  # after each case: a cut run leaves what it has
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    sys.exit(main())

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 
 # Workers that share one machine may be busy or stopped for long: nothing but the launcher's own
 # limit ends them.
@@ -45,18 +45,49 @@ XLA_FLAGS = (
 class Settings:
     """What to train."""
 
-    processes: tuple[int, ...] = (2, 4)
-    devices: int = 4
-    """Devices of all processes together; forced CPU devices."""
-    rows: int = 20_000
-    dim: int = 16
-    batch: int = 512
-    features: int = 4
-    steps: int = 20
-    out: Path = Path("experiments/results/multiprocess.json")
-    worker: int | None = None
-    """Set by the launcher: which worker this is, -1 for the run without a mesh."""
-    port: int = 0
+    processes: tuple[int, ...] = setting(
+        (2, 4), "Processes of a run.", "PROCESSES", at_least=1, at_most=16
+    )
+    devices: int = setting(
+        4,
+        "CPU devices of all processes together, a power of two.",
+        "DEVICES",
+        at_least=1,
+        at_most=16,
+    )
+    rows: int = setting(20_000, "Rows of each table.", "ROWS", at_least=2000, at_most=100_000_000)
+    dim: int = setting(16, "Numbers in a row of a table.", "NUMBERS", at_least=1, at_most=4096)
+    batch: int = setting(512, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
+    features: int = setting(
+        4, "Tables, with one id each in a row.", "TABLES", at_least=1, at_most=64
+    )
+    steps: int = setting(20, "Training steps.", "STEPS", at_least=1)
+    out: Path = setting(Path("experiments/results/multiprocess.json"), "File for the results.")
+    # Set by the launcher: which worker this is, -1 for the run without a mesh.
+    worker: int | None = setting(None, unit="NUMBER", is_hidden=True)
+    port: int = setting(0, unit="NUMBER", is_hidden=True)
+
+
+def check(settings: Settings) -> None:
+    """Refuses devices that do not divide over the processes, and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if settings.worker is not None:
+        return
+    if settings.devices & (settings.devices - 1):
+        command_line.refuse("--devices", settings.devices, "a power of two")
+    if settings.batch % settings.devices:
+        command_line.refuse(
+            "--batch", settings.batch, f"a multiple of --devices {settings.devices}"
+        )
+    for processes in settings.processes:
+        if settings.devices % processes:
+            command_line.refuse(
+                "--processes", processes, f"divisors of --devices {settings.devices}"
+            )
+    command_line.check_out(settings.out)
 
 
 TRAINING = (
@@ -125,7 +156,7 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
             step, mesh=mesh, in_specs=(specs, P("x")), out_specs=(specs, (P(), P("x")))
         )
         sharding, everywhere = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
-    run = jax.jit(step, donate_argnums=0)
+    jitted = jax.jit(step, donate_argnums=0)
     gather = (
         partial(jax.device_get) if mesh is None else jax.jit(lambda x: x, out_shardings=everywhere)
     )
@@ -142,7 +173,7 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
             batch = tuple(
                 jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream)
             )
-        state, (counts, vectors) = run(state, batch)
+        state, (counts, vectors) = jitted(state, batch)
         digest.update(np.asarray(gather(vectors)).tobytes())
         totals.append(
             {name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"}
@@ -206,9 +237,9 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
                     )
             for index, worker in enumerate(workers):
                 if worker.wait(PATIENCE_S):
-                    raise RuntimeError(
-                        f"worker {index} of {processes} ended with an "
-                        f"error:\n{said[index].read_text()[-3000:]}"
+                    raise command_line.Failed(
+                        f"worker {index} of {processes} ended with an error:\n"
+                        f"{said[index].read_text()[-3000:]}"
                     )
         finally:
             for worker in workers:
@@ -217,18 +248,24 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
         return json.loads(said[0].read_text().split("RESULT ", 1)[1].splitlines()[0])
 
 
-def main(settings: Settings) -> None:
-    """Launches every run, compares, writes the results."""
-    for processes in settings.processes:
-        if settings.devices % processes:
-            raise ValueError(f"{settings.devices} devices do not divide over {processes} processes")
+def run(settings: Settings) -> None:
+    """Launches every run, compares, writes the results; as a worker, trains.
+
+    Raises:
+      Failed: if two runs differ.
+    """
+    if settings.worker is not None:
+        work(settings)
+        return
     record = provenance.environment() | {
         "settings": {name: getattr(settings, name) for name in TRAINING},
         "runs": [],
     }
-    expected = launch(settings, 0)
+    with command_line.working("training in one process"):
+        expected = launch(settings, 0)
     for processes in (0, *settings.processes):
-        result = launch(settings, processes) if processes else expected
+        with command_line.working(f"training in {processes} processes"):
+            result = launch(settings, processes) if processes else expected
         is_same = result == expected
         totals = {
             name: sum(step[name] for step in result["counts"]) for name in result["counts"][0]
@@ -250,11 +287,15 @@ def main(settings: Settings) -> None:
             flush=True,
         )
         if not is_same:
-            raise SystemExit(f"{processes} processes gave other numbers than one")
+            raise command_line.Failed(f"{processes} processes gave other numbers than one")
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    chosen = tyro.cli(Settings)
-    work(chosen) if chosen.worker is not None else main(chosen)
+    sys.exit(main())

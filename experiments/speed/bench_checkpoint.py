@@ -12,6 +12,7 @@ experiments/results/bench_checkpoint.json.
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import embedding_step
 from mpembed_jax import checkpoint
@@ -33,18 +34,49 @@ from mpembed_jax import checkpoint
 class Settings:
     """What to measure."""
 
-    rows: int | None = None
-    """None: all 33.76 M."""
-    dim: int = 16
-    storage: str = "int8"
-    batch: int = 2048
-    warm: int = 200
-    """Steps before the first checkpoint."""
-    steps: int = 1000
-    """Steps before the increment."""
-    directory: Path | None = None
-    """Where the temporary directory is made; None: the system's."""
-    out: Path = Path("experiments/results/bench_checkpoint.json")
+    rows: int | None = setting(
+        None,
+        "Rows of all tables.",
+        "ROWS",
+        at_least=100_000,
+        at_most=1_000_000_000,
+        shown="all 33.76 M",
+    )
+    dim: int = setting(16, "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096)
+    storage: str = setting(
+        "int8",
+        "Format of the rows.",
+        choices=(
+            "float32",
+            "bfloat16",
+            "float16",
+            "float8_e4m3fn",
+            "float8_e5m2",
+            "int8",
+            "int4",
+            "int2",
+        ),
+    )
+    batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
+    warm: int = setting(200, "Steps before the first checkpoint.", "STEPS", at_least=1)
+    steps: int = setting(1000, "Steps before the increment.", "STEPS", at_least=2)
+    directory: Path | None = setting(
+        None, "Folder in which the temporary one is made.", shown="the system's"
+    )
+    out: Path = setting(Path("experiments/results/bench_checkpoint.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses folders that cannot be written.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if settings.directory is not None:
+        if not settings.directory.is_dir():
+            command_line.refuse("--directory", settings.directory, "a folder that is there")
+        command_line.check_out(settings.directory, is_file=False, flag="--directory")
+    command_line.check_out(settings.out)
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -58,8 +90,21 @@ def is_equal(first: Any, second: Any) -> bool:
     return all(bool(jnp.array_equal(a, b, equal_nan=a.dtype.kind == "f")) for a, b in pairs)
 
 
-def main(settings: Settings) -> None:
+def run(settings: Settings) -> None:
     """Measures and writes the results."""
+    with command_line.working("measuring"):
+        result = measure(settings)
+    for name, value in result.items():
+        print(
+            f"{name:<24} {value if not isinstance(value, float) else format(value, '.4g')}",
+            flush=True,
+        )
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(json.dumps(provenance.environment() | result, indent=1) + "\n")
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Trains, saves and restores; returns bytes and times."""
     workload.keep_freed_memory()
     sizes = workload.sizes_for(settings.rows)
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(sizes)]
@@ -155,14 +200,13 @@ def main(settings: Settings) -> None:
         restored, result["increment_restore_s"] = timed(checkpoint.restore, directory, target)
         assert is_equal(restored, emb)
     result["resident_peak_bytes"] = workload.peak_bytes()
-    for name, value in result.items():
-        print(
-            f"{name:<24} {value if not isinstance(value, float) else format(value, '.4g')}",
-            flush=True,
-        )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(provenance.environment() | result, indent=1) + "\n")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.data import batches, criteo, synthetic
 from experiments.data.background import in_background
 from experiments.data.hashing import fmix32
@@ -39,15 +39,37 @@ TARGET = 300_000  # rows/s
 class Settings:
     """What is measured."""
 
-    num_rows: int = 400_000
-    """Lines of the text; six sevenths of them are training rows."""
-    scale: float = 0.02
-    """Vocabulary sizes as a share of Criteo-Kaggle's."""
-    batch_sizes: tuple[int, ...] = (2048, 65536)
-    num_epochs: int = 4
-    """Epochs of one measurement."""
-    repeats: int = 5
-    out: Path = Path("experiments/results/bench_data.json")
+    num_rows: int = setting(
+        400_000,
+        "Lines of the text; six sevenths of them are training rows.",
+        "LINES",
+        at_least=14,
+        at_most=100_000_000,
+    )
+    scale: float = setting(
+        0.02, "Vocabulary sizes as a share of Criteo-Kaggle's.", "SHARE", above=0, at_most=1
+    )
+    batch_sizes: tuple[int, ...] = setting(
+        (2048, 65536), "Rows of data in a batch.", "ROWS", at_least=1
+    )
+    num_epochs: int = setting(4, "Epochs of one measurement.", "EPOCHS", at_least=1)
+    repeats: int = setting(5, "Measurements, after one that opens the files.", "TIMES", at_least=1)
+    out: Path = setting(Path("experiments/results/bench_data.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses batches larger than the training rows, and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    num_train = settings.num_rows - settings.num_rows // 7
+    for size in settings.batch_sizes:
+        if size > num_train:
+            command_line.refuse(
+                "--batch-sizes", size, f"at most {num_train}, the training rows of --num-rows"
+            )
+    command_line.check_out(settings.out)
 
 
 def write_text(path: Path, settings: Settings) -> None:
@@ -95,8 +117,14 @@ def arrived(host: Iterator[batches.Arrays]) -> Iterator[Any]:
     return map(jax.block_until_ready, in_background(map(jax.device_put, host)))
 
 
-def main(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Measures, prints and saves; returns what the JSON file holds."""
+    with command_line.working("measuring"):
+        return measure(settings)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Does what `run` says."""
     console = reporting.make_console()
     record: dict[str, Any] = {
         **provenance.environment(),
@@ -153,5 +181,10 @@ def main(settings: Settings) -> dict[str, Any]:
     return record
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

@@ -14,17 +14,18 @@ its lines, so that the timed ones evict. --task dlrm times the whole training: h
 dense part, embedding, optimizers.
 """
 
-import argparse
 import dataclasses
 import json
 import os
-import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.speed.peers import Case
 
 PEERS = (
@@ -39,6 +40,68 @@ PEERS = (
 )
 DLRM_PEERS = ("ours-int8-w32", "torch-sparse", "flax-dense")
 STEPS_PER_ROUND = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compare."""
+
+    dims: tuple[int, ...] = setting(
+        (16, 64, 128), "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096
+    )
+    batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
+    rows: int | None = setting(
+        None,
+        "Rows of all tables together.",
+        "ROWS",
+        at_least=100_000,
+        at_most=1_000_000_000,
+        shown="Kaggle's 33.76 M",
+    )
+    skew: float = setting(1.05, "Exponent of the ids' Zipf law.", "EXPONENT", above=0, at_most=4)
+    rounds: int = setting(7, "Rounds in which the peers alternate.", "ROUNDS", at_least=1)
+    distinct: int = setting(
+        70, "Batches that the timed steps cycle through.", "BATCHES", at_least=1
+    )
+    warm: int = setting(
+        700, "Steps that fill our cache; peers without one take 40.", "STEPS", at_least=1
+    )
+    threads: int = setting(
+        os.cpu_count() or 1, "Threads of each peer.", "THREADS", at_least=1, shown="all cores"
+    )
+    together: int = setting(
+        2, "Processes alternated at once; their tables share the memory.", "PROCESSES", at_least=2
+    )
+    peers: tuple[str, ...] = setting(
+        (),
+        "The first is compared with the others.",
+        choices=PEERS,
+        shown="all of them",
+    )
+    peers_python: Path = setting(
+        Path(sys.executable),
+        "Interpreter that has torch and fbgemm-gpu-cpu.",
+        shown="this one",
+    )
+    task: Literal["embedding", "dlrm"] = setting("embedding", "What a step trains.")
+    out: Path = setting(Path("experiments/results/bench_peers.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses peers that cannot do the task, a missing interpreter and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    chosen = settings.peers or PEERS
+    if len(chosen) < 2:
+        command_line.refuse("--peers", " ".join(chosen), "two of them at least")
+    for name in settings.peers:
+        if settings.task == "dlrm" and name not in DLRM_PEERS:
+            command_line.refuse("--peers", name, f"some of {', '.join(DLRM_PEERS)} for --task dlrm")
+    if shutil.which(settings.peers_python) is None:
+        command_line.refuse("--peers-python", settings.peers_python, "a program that is there")
+    command_line.check_out(settings.out)
 
 
 class Worker:
@@ -87,9 +150,8 @@ def start(name, dim, args):
     case = Case(
         name, args.task, dim, args.batch, args.skew, args.rows, args.distinct, warm, args.threads
     )
-    worker = Worker(
-        case, args.peers_python if name.startswith(("fbgemm", "torch")) else sys.executable
-    )
+    python = str(args.peers_python)
+    worker = Worker(case, python if name.startswith(("fbgemm", "torch")) else sys.executable)
     if "missing" not in worker.facts:
         return worker
     print(f"{name}: left out, {worker.facts['missing']} (pip install 'mpembed_jax[peers]')")
@@ -98,10 +160,11 @@ def start(name, dim, args):
 
 def alternate(names, dim, args):
     """Runs one group of peers side by side, the first of them ours; returns their results."""
-    workers = [w for w in (start(name, dim, args) for name in names) if w]
-    for _ in range(args.rounds):
-        for worker in workers:
-            worker.round(3 if worker.name == "flax-dense" else STEPS_PER_ROUND)
+    with command_line.working(f"D={dim}: {', '.join(names)}"):
+        workers = [w for w in (start(name, dim, args) for name in names) if w]
+        for _ in range(args.rounds):
+            for worker in workers:
+                worker.round(3 if worker.name == "flax-dense" else STEPS_PER_ROUND)
     results = []
     for worker in workers:
         ours, theirs = workers[0].times, worker.times
@@ -152,59 +215,19 @@ def run(args):
             or "nobody"
         )
     )
-    words = [
-        w for w in sys.argv[1:] if w not in ("--peers-python", args.peers_python)
-    ]  # no path of one machine
-    command = shlex.join(["python", "-m", "experiments.speed.bench_peers", *words])
-    out = Path(args.out)
+    # No path of one machine.
+    words = command_line.words_of(args, without=("peers_python",))
+    command, out = command_line.command_of("experiments.speed.bench_peers", words), args.out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
         json.dumps(provenance.environment() | {"command": command, "results": results}, indent=1)
     )
 
 
-def main():
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128])
-    parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=None,
-        help="rows of all tables together; default Kaggle's 33.76 M",
-    )
-    parser.add_argument("--skew", type=float, default=1.05)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--distinct", type=int, default=70, help="batches that the timed steps cycle through"
-    )
-    parser.add_argument(
-        "--warm", type=int, default=700, help="steps that fill our cache; peers without one take 40"
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--together",
-        type=int,
-        default=2,
-        help="processes alternated at once (their tables share the memory)",
-    )
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        help=f"some of {', '.join(PEERS)}; the first is compared with the others",
-    )
-    parser.add_argument(
-        "--peers-python",
-        default=sys.executable,
-        help="interpreter that has torch and fbgemm-gpu-cpu",
-    )
-    parser.add_argument("--task", choices=("embedding", "dlrm"), default="embedding")
-    parser.add_argument("--out", default="experiments/results/bench_peers.json")
-    run(parser.parse_args())
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
+from experiments.command_line import setting
 from experiments.speed import workload
 from experiments.speed.step import embedding_step
 
@@ -36,13 +37,19 @@ from experiments.speed.step import embedding_step
 class Settings:
     """What to measure."""
 
-    quick: bool = False
-    steps: int = 30
-    """Timed steps per case, after as many warm ones as make the cache warm."""
-    warm: int = 40
-    only: tuple[str, ...] = ()
-    """Only cases that have all of these, say batch=512 or cold=True; the file keeps the others."""
-    out: Path = Path("experiments/results/bench_step.json")
+    quick: bool = setting(False, "Only D = 16 and 64 with batches of 2,048.")
+    steps: int = setting(30, "Timed steps per case.", "STEPS", at_least=3)
+    warm: int = setting(40, "Steps before them, which fill the cache.", "STEPS", at_least=1)
+    only: tuple[str, ...] = setting(
+        (),
+        "Only cases that have all of these, batch=512 or cold=True say; they replace theirs in the "
+        "file.",
+        "NAME=VALUE",
+        shown="all cases",
+    )
+    out: Path = setting(
+        Path("experiments/results/bench_step.json"), "File for the results; the picture beside it."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +223,29 @@ def cases(quick: bool) -> list[Case]:
     return list(dict.fromkeys(grid))
 
 
+def chosen(settings: Settings) -> list[Case]:
+    """Returns the cases of the grid that --only leaves."""
+
+    def has_all(case: Case) -> bool:
+        values = {f"{name}={value}" for name, value in dataclasses.asdict(case).items()}
+        return values.issuperset(settings.only)
+
+    return [case for case in cases(settings.quick) if has_all(case)]
+
+
+def check(settings: Settings) -> None:
+    """Refuses a choice that leaves no case, and an unwritable file.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if not chosen(settings):
+        names = ", ".join(field.name for field in dataclasses.fields(Case))
+        wanted = f"what some case of the grid has; its names are {names}"
+        command_line.refuse("--only", " ".join(settings.only), wanted)
+    command_line.check_out(settings.out)
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draws the step time of each case beside its bytes floor."""
     import matplotlib
@@ -248,7 +278,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(settings: Settings) -> None:
+def run(settings: Settings) -> None:
     """Measures the grid and writes the results."""
     workload.keep_freed_memory()
     bandwidth = copy_bandwidth()
@@ -266,13 +296,11 @@ def main(settings: Settings) -> None:
         Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held
     }
     grid = cases(settings.quick)
-    for case in grid:
-        values = {f"{name}={value}" for name, value in dataclasses.asdict(case).items()}
-        if not values.issuperset(settings.only):
-            continue
-        result = measure(case, settings.steps, settings.warm, bandwidth) | {
-            "commit": facts["commit"]
-        }
+    todo = chosen(settings)
+    for number, case in enumerate(todo, 1):
+        with command_line.working(f"case {number} of {len(todo)}"):
+            result = measure(case, settings.steps, settings.warm, bandwidth)
+        result["commit"] = facts["commit"]
         measured[case] = result
         parts = " ".join(f"{k} {v:.2f}" for k, v in result.get("phases_ms", {}).items())
         print(
@@ -291,5 +319,10 @@ def main(settings: Settings) -> None:
     draw(results, settings.out.with_suffix(".png"))
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

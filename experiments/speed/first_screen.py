@@ -17,6 +17,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
 import mpembed_jax as mpembed
+from experiments import command_line
 from experiments.accuracy import paper_report, records
 from experiments.accuracy.grid import FP32, Case
+from experiments.command_line import setting
 from experiments.speed import bench_step, workload
 
 
@@ -38,11 +40,44 @@ from experiments.speed import bench_step, workload
 class Settings:
     """What to measure and where to write."""
 
-    dim: int = 64
-    rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 33_762_577)
-    dense_rows: tuple[int, ...] = (100_000, 300_000, 1_000_000, 3_000_000)
-    """Rows at which dense flax is timed; beyond them, the table has labelled extrapolations."""
-    out: Path = Path("experiments/results")
+    dim: int = setting(64, "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096)
+    rows: tuple[int, ...] = setting(
+        (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 33_762_577),
+        "Rows of our tables.",
+        "ROWS",
+        at_least=100_000,
+        at_most=1_000_000_000,
+    )
+    dense_rows: tuple[int, ...] = setting(
+        (100_000, 300_000, 1_000_000, 3_000_000),
+        "Rows of the dense tables, two sizes at least; more rows are extrapolated.",
+        "ROWS",
+        at_least=100_000,
+        at_most=1_000_000_000,
+    )
+    out: Path = setting(
+        Path("experiments/results"), "Folder of the results, with paper_table.jsonl in it."
+    )
+
+
+README = command_line.ROOT / "README.md"
+BEGIN = "<!-- first screen table: python -m experiments.speed.first_screen -->"
+END = "<!-- end of table -->"
+
+
+def check(settings: Settings) -> None:
+    """Refuses a single dense size, a README without the place of the table, an unwritable folder.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    if len(settings.dense_rows) < 2:
+        command_line.refuse("--dense-rows", settings.dense_rows[0], "two sizes at least")
+    if not README.is_file() or BEGIN not in README.read_text():
+        raise command_line.Refused(f"{README} has no line {BEGIN}, after which the table goes")
+    with command_line.reading("--out", settings.out, ValueError):
+        records.load(settings.out / "paper_table.jsonl")
+    command_line.check_out(settings.out, is_file=False)
 
 
 FAMILIES = {
@@ -92,14 +127,15 @@ def measure(settings: Settings) -> dict[str, Any]:
         curves[name] = []
         for rows in settings.rows:
             case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
-            result = bench_step.measure(case, 30, 40, bandwidth)
+            with command_line.working(f"{name}: {rows:,} rows"):
+                result = bench_step.measure(case, 30, 40, bandwidth)
             curves[name].append((result["num_rows"], result["ms"]))
             print(f"{name}: {rows:,} rows, {result['ms']:.2f} ms", flush=True)
     curves["dense flax FP32"] = []
     for rows in settings.dense_rows:
-        curves["dense flax FP32"].append(
-            (sum(workload.sizes_for(rows)), dense_step_ms(rows, settings.dim))
-        )
+        with command_line.working(f"dense flax: {rows:,} rows"):
+            milliseconds = dense_step_ms(rows, settings.dim)
+        curves["dense flax FP32"].append((sum(workload.sizes_for(rows)), milliseconds))
         print(f"dense flax: {rows:,} rows, {curves['dense flax FP32'][-1][1]:.1f} ms", flush=True)
     return curves
 
@@ -218,7 +254,7 @@ def draw(
     figure.savefig(path, dpi=130)
 
 
-def main(settings: Settings) -> None:
+def run(settings: Settings) -> None:
     """Measures, draws and writes."""
     groups = paper_report.group(records.load(settings.out / "paper_table.jsonl").values())
     quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
@@ -233,27 +269,22 @@ def main(settings: Settings) -> None:
         "device": str(jax.devices()[0]),
         "commit": commit,
     }
+    settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "first_screen.json").write_text(
         json.dumps(facts | {"curves": curves}, indent=1) + "\n"
     )
     draw(settings, curves, quality, settings.out / "first_screen.png")
     markdown = table(settings, curves, quality)
-    readme = Path("README.md")
-    begin, end = (
-        "<!-- first screen table: python -m experiments.speed.first_screen -->",
-        "<!-- end of table -->",
-    )
-    text = readme.read_text()
-    readme.write_text(
-        re.sub(
-            f"{re.escape(begin)}.*?{re.escape(end)}",
-            f"{begin}\n{markdown}\n{end}",
-            text,
-            flags=re.DOTALL,
-        )
-    )
+    new = f"{BEGIN}\n{markdown}\n{END}"
+    place = f"{re.escape(BEGIN)}.*?{re.escape(END)}"
+    README.write_text(re.sub(place, lambda _: new, README.read_text(), flags=re.DOTALL))
     print(markdown)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main())

@@ -333,4 +333,8 @@ def serve(case):
 
 
 if __name__ == "__main__":
-    serve(Case(**json.loads(sys.argv[1])))
+    try:
+        chosen = Case(**json.loads(sys.argv[1]))
+    except (IndexError, TypeError, ValueError):
+        sys.exit("experiments.speed.peers is started by python -m experiments.speed.bench_peers")
+    serve(chosen)

@@ -5,8 +5,9 @@ states. Each checkpoint has a checksum of every file. A checkpoint that was cut 
 never used. Moving arrays between disk and devices, also from many processes, is left to orbax.
 """
 
+from mpembed_jax.checkpoint.errors import CheckpointError
 from mpembed_jax.checkpoint.increments import RowTracker, mark, partition_specs, track
-from mpembed_jax.checkpoint.manifest import CheckpointError, latest_step, steps
+from mpembed_jax.checkpoint.manifest import latest_step, steps
 from mpembed_jax.checkpoint.restoring import restore
 from mpembed_jax.checkpoint.saving import Saving, save
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.cache import residency
+from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.checkpoint import digests, leaves, placements
+from mpembed_jax.checkpoint.errors import DamagedError
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.numerics import random_bits, rounding
 from mpembed_jax.numerics.formats import RowFormat
@@ -49,6 +51,53 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             "row_state_dtype may differ (see to_dense and from_dense)"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
+
+
+def check(
+    prefix: str, entry: dict[str, Any], records: dict[str, Any], target: EmbeddingState
+) -> None:
+    """Checks the saved arrays of a state against its entry and the target, before they are read.
+
+    Args:
+      prefix: the state's name.
+      entry: its record in the manifest.
+      records: {name in the tree: record of an array}.
+      target: concrete or abstract.
+
+    Raises:
+      DamagedError: if the arrays are not those of such a state.
+      ValueError: if the optimizer's state has another structure.
+    """
+    spec, name = target.spec, prefix or "the embedding state"
+    held = {inner: records[outer] for inner, outer in entry["names"].items()}
+    wanted = leaves.named(target)
+    division = placements.Division.read(entry)
+    try:
+        fmt, dim = RowFormat(*entry["storage"]), spec.embedding_dim
+        num_rows = placements.num_rows(division, spec)
+        expected = {
+            "table.rows": ((num_rows, fmt.row_words(dim)), fmt.word_dtype(dim).name),
+            "counters": (wanted["counters"].shape, "uint32"),
+        }
+        if entry["cache"] is not None:
+            sizes = {n: v for n, v in entry["cache"].items() if n != "policy"}
+            if sizes["sets"] % division.shards or sizes["groups"] % division.shards:
+                raise ValueError(f"{sizes['sets']} sets in {division.shards} shards")
+            make = partial(residency.init, Geometry(**sizes), entry["cache"]["policy"], dim)
+            expected |= {
+                f"cache.{inner}": (leaf.shape, leaf.dtype.name)
+                for inner, leaf in leaves.named(jax.eval_shape(make)).items()
+            }
+        for inner, (shape, dtype) in expected.items():
+            found = held.get(inner, {"shape": None, "dtype": None})
+            if (found["shape"], found["dtype"]) != (list(shape), dtype):
+                raise ValueError(f"{inner} is {found['dtype']} {found['shape']}")
+        rows = [inner for inner in held if inner.startswith("row_state")]
+        if any(held[inner]["shape"][:1] not in ([], [num_rows]) for inner in rows):
+            raise ValueError(f"the optimizer's state is not that of {num_rows} rows")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DamagedError(f"{name} does not hold what the manifest says of it: {error}") from None
+    _check_row_state(name, held, wanted)
 
 
 def convert(
@@ -163,33 +212,43 @@ def _row_state(
 ) -> dict[str, np.ndarray]:
     """Returns the optimizer's state in the dtypes of `wanted`; bfloat16 bit patterns are uint16."""
     held = {inner: array for inner, array in saved.items() if inner.startswith("row_state")}
-    if list(held) != list(wanted):
-        raise ValueError(
-            f"{name}: the optimizer's state on disk is {list(held)}, the target's is "
-            f"{list(wanted)}; pass the same tx"
-        )
     result = {}
     for index, (inner, array) in enumerate(held.items()):
         leaf = wanted[inner]
-        if array.shape[1:] != leaf.shape[1:] or array.ndim != leaf.ndim:
-            raise ValueError(
-                f"{name}: {inner} is {list(array.shape)} on disk, {list(leaf.shape)} in the "
-                "target; pass the same tx"
-            )
         if array.dtype == leaf.dtype:
             result[inner] = array
-        elif (array.dtype, leaf.dtype) == (np.uint16, np.float32):
+        elif array.dtype == np.uint16:
             result[inner] = (array.astype(np.uint32) << 16).view(np.float32)
-        elif (array.dtype, leaf.dtype) == (np.float32, np.uint16):
+        else:
             narrow = partial(_narrow, key=key, step=step, stream=random_bits.ROW_STATE + index)
             result[inner] = _by_blocks(narrow, array, leaf)
             _LOG.warning("%s: %s rounded stochastically to bfloat16", name, inner)
-        else:
-            raise ValueError(
-                f"{name}: {inner} is {array.dtype} on disk, {leaf.dtype} in the target; pass the "
-                "same tx"
-            )
     return result
+
+
+def _check_row_state(name: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Checks that the optimizer's state on disk, given as records, can become the target's."""
+    saved, ours = (
+        [inner for inner in names if inner.startswith("row_state")] for names in (held, wanted)
+    )
+    if saved != ours:
+        raise ValueError(
+            f"{name}: the optimizer's state on disk is {saved}, the target's is {ours}; pass the "
+            "same tx"
+        )
+    for inner in saved:
+        leaf, record = wanted[inner], held[inner]
+        if (record["shape"][1:], len(record["shape"])) != (list(leaf.shape[1:]), leaf.ndim):
+            raise ValueError(
+                f"{name}: {inner} is {record['shape']} on disk, {list(leaf.shape)} in the target; "
+                "pass the same tx"
+            )
+        dtypes = {record["dtype"], np.dtype(leaf.dtype).name}
+        if len(dtypes) > 1 and dtypes != {"uint16", "float32"}:
+            raise ValueError(
+                f"{name}: {inner} is {record['dtype']} on disk, {leaf.dtype} in the target; pass "
+                "the same tx"
+            )
 
 
 def _blocks(array: np.ndarray, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
+from mpembed_jax.checkpoint.errors import CheckpointError, UnreadableError
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh.layout import Layout
@@ -219,6 +220,7 @@ def collect(
     Raises:
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
         checkpoint from which it started.
+      UnreadableError: if the system cannot read a checkpoint of the directory now.
     """
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
@@ -266,10 +268,15 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
         name: (digests.numbers(t.digest), int(t.started), digests.numbers(t.fingerprint))
         for name, t in trackers.items()
     }
+    unreadable: UnreadableError | None = None
     for candidate in reversed(manifest.steps(directory)):
         try:
-            body = manifest.read(directory, candidate)
-        except manifest.CheckpointError:
+            # The files are read when the checkpoint is restored; here that would take too long.
+            body = manifest.chain(directory, candidate, contents=False)[0]
+        except UnreadableError as error:
+            unreadable = unreadable or error
+            continue
+        except CheckpointError:
             continue
         held = {
             n: (e["digest"], e["step"], e["fingerprint"])
@@ -278,6 +285,8 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
         }
         if held == wanted and candidate != step:
             return {"step": candidate, "identity": manifest.identity(body)}
+    if unreadable is not None:
+        raise unreadable
     started = sorted({start for _, start, _ in wanted.values()})
     raise ValueError(
         f"no checkpoint in {directory} holds the rows that the tracker started from (state step "

@@ -1,47 +1,50 @@
 """The named leaves of a pytree: arrays for the disk and plain values for the manifest.
 
-Names are paths through the tree, joined by dots. They appear in messages and, percent-encoded, as
-folder names.
+Names are paths through the tree, joined by dots. They appear in messages and in the manifest. The
+folders of arrays are numbered, so that any name will do.
 """
 
 import base64
+import collections
 import dataclasses
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.arrays import indexing
-from mpembed_jax.checkpoint import host_memory
+from mpembed_jax.checkpoint import array_files, host_memory
 from mpembed_jax.embedding.state import EmbeddingState
 
 _PLAIN = (bool, int, float, str, bytes)
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _names(paths: list[tuple]) -> list[str]:
+    """Returns a name of each path: its keys, joined by dots, or as Python where that is ambiguous.
+
+    The names are distinct and depend on the paths alone.
+    """
+    simple = [jax.tree_util.keystr(path, simple=True, separator=".") or "tree" for path in paths]
+    num_of = collections.Counter(simple)
+    names: list[str] = []
+    taken = set(simple)
+    for path, name in zip(paths, simple, strict=True):
+        if num_of[name] > 1:
+            full = name = jax.tree_util.keystr(path)
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{full}#{number}"
+            taken.add(name)
+        names.append(name)
+    return names
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Returns {name: leaf} in the order of the tree's leaves.
-
-    Raises:
-      ValueError: if two leaves have the same name.
-    """
-    leaves = [
-        (_name(path) or "tree", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    result = dict(leaves)
-    if len(result) != len(leaves):
-        names = [name for name, _ in leaves]
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
-        raise ValueError(
-            f"two leaves of the tree are both called {twice!r}: rename a key, because dots in "
-            "keys are ambiguous"
-        )
-    return result
+    """Returns {name: leaf} in the order of the tree's leaves."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return dict(zip(_names([path for path, _ in found]), (leaf for _, leaf in found), strict=True))
 
 
 class Member(NamedTuple):
@@ -54,17 +57,19 @@ class Member(NamedTuple):
 
 def embeddings(tree: Any) -> dict[str, Member]:
     """Returns every EmbeddingState of a tree by its name, which is "" if the tree itself is one."""
+    if isinstance(tree, EmbeddingState):
+        return {"": Member(tree, {name: name for name in named(tree)})}
     found = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: isinstance(x, EmbeddingState)
     )
-    result = {}
-    for path, state in found:
-        if isinstance(state, EmbeddingState):
-            prefix = _name(path)
-            inner = [_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
-            result[prefix] = Member(
-                state, {name: f"{prefix}.{name}" if prefix else name for name in inner}
-            )
+    prefixes = iter(_names([path for path, leaf in found if isinstance(leaf, EmbeddingState)]))
+    names, result = iter(named(tree)), {}
+    for _, leaf in found:
+        if isinstance(leaf, EmbeddingState):
+            inner = {name: next(names) for name in named(leaf)}
+            result[next(prefixes)] = Member(leaf, inner)
+        else:
+            next(names)
     return result
 
 
@@ -88,7 +93,7 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, leaf in leaves.items():
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             arrays[name] = jax.random.key_data(leaf) if is_key(leaf) else leaf
-        elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind != "O":
+        elif isinstance(leaf, np.ndarray | np.generic):
             arrays[name] = np.asarray(leaf)
         elif type(leaf) in _PLAIN:
             text = base64.b64encode(leaf).decode() if isinstance(leaf, bytes) else leaf
@@ -99,13 +104,18 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"leaf {name!r} is {what}; a checkpoint holds concrete arrays, numbers, strings "
                 "and bytes"
             )
+        if name in arrays and array_files.zarr_dtype(arrays[name].dtype.name) is None:
+            raise TypeError(
+                f"leaf {name!r} is an array of {arrays[name].dtype}, which orbax cannot write; "
+                "convert it to numbers"
+            )
     return arrays, values
 
 
-def describe(name: str, leaf: Any, array: Any) -> dict[str, Any]:
-    """Returns an array's entry in the manifest."""
+def describe(key: str, leaf: Any, array: Any) -> dict[str, Any]:
+    """Returns an array's entry in the manifest; `key` is the name of its folder."""
     record = {
-        "key": quote(name, safe=""),
+        "key": key,
         "shape": list(array.shape),
         "dtype": np.dtype(array.dtype).name,
     }
@@ -191,10 +201,26 @@ def mismatch(name: str, leaf: Any, record: dict[str, Any]) -> str | None:
         if is_key(leaf)
         else (tuple(leaf.shape), np.dtype(leaf.dtype).name)
     )
-    saved = tuple(record["shape"][: len(shape)]) if is_key(leaf) else tuple(record["shape"])
+    saved = tuple(record["shape"])
+    if is_key(leaf):
+        saved, words = saved[: len(shape)], saved[len(shape) :]
+        if (fault := _key_fault(record, words)) is not None:
+            return f"{name!r}: {fault}"
     if shape != saved or dtype not in (None, record["dtype"]):
         return (
             f"{name!r} is {record['dtype']} {list(saved)} on disk, but {leaf.dtype} {list(shape)} "
             "in the target"
         )
     return None
+
+
+def _key_fault(record: dict[str, Any], words: tuple[int, ...]) -> str | None:
+    """Returns why an array on disk holds no random keys, or None if it does."""
+    impl = record["random_key"]
+    try:
+        one = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+    except (ValueError, TypeError):
+        return f"random keys of an unknown kind {impl!r}"
+    if (one.shape, one.dtype.name) == (words, record["dtype"]):
+        return None
+    return f"{record['dtype']} {list(words)} on disk is no random key of kind {impl!r}"

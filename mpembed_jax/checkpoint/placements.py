@@ -145,12 +145,21 @@ def _reordered(
 ) -> dict[str, np.ndarray]:
     if division.shards == 1:
         return arrays
-    tables = division.table_shards
-    placement = Placement() if tables is None else Placement("tables", table_shards=tables)
-    layout = Layout.bare(spec, placement, division.shards)
+    layout = _layout(division, spec)
     rows = {n: reorder_rows(layout, a) for n, a in arrays.items() if _is_by_row(n, a)}
     prefix = "cache."
     cache = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
     if cache:
         cache = reorder_cache(layout, cache)
     return arrays | rows | {prefix + name: array for name, array in cache.items()}
+
+
+def num_rows(division: Division, spec: EmbeddingSpec) -> int:
+    """Returns the rows of all shards together, padding included."""
+    return division.shards * _layout(division, spec).num_rows
+
+
+def _layout(division: Division, spec: EmbeddingSpec) -> Layout:
+    tables = division.table_shards
+    placement = Placement() if tables is None else Placement("tables", table_shards=tables)
+    return Layout.bare(spec, placement, division.shards)

@@ -5,28 +5,30 @@ shape and dtype. Increments are applied to the full checkpoint on which they bui
 of another format or cache go through `convert`.
 """
 
-import json
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
-from jax.experimental import multihost_utils
 
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.checkpoint import (
+    agreement,
+    array_files,
     convert,
     digests,
+    files,
     increments,
     leaves,
     manifest,
     placements,
     saving,
+    schema,
 )
-from mpembed_jax.checkpoint.manifest import CheckpointError
+from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 
@@ -56,12 +58,13 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     Raises:
       FileNotFoundError: if the directory has no checkpoint (of this step).
       CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
-        the array and the file.
+        the array and the file. Without `step`, also if a newer checkpoint than the newest good one
+        cannot be read now, or was written by a newer version: it may be good.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
     folder = Path(directory).absolute()
-    saving.finish_pending(folder, quietly=True)
-    chain = _agree(folder, step)
+    saving.finish_pending(folder)
+    chain = agreement.from_first(lambda: _choose(folder, step))
     named, members = leaves.named(target), leaves.embeddings(target)
     held = chain[0]
     converted = _compare(held, named, members, partial)
@@ -77,7 +80,10 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     for member in members.values():
         places |= placements.places(member)
     direct = {name: place for name, place in places.items() if name not in others}
+    for prefix in converted:
+        convert.check(prefix, held["embeddings"][prefix], held["arrays"], members[prefix].state)
     arrays = read_arrays(folder, chain, direct | dict.fromkeys(inner, leaves.Place("host")))
+    _check_unchanged(folder, chain)
     for name, place in direct.items():
         array = arrays.pop(name)
         if isinstance(array, np.ndarray):
@@ -90,6 +96,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
             for i, name in entry["names"].items()
         }
         _check_rows(folder, held["step"], prefix, entry, ours)
+        _check_tags(folder, held["step"], prefix, entry, ours)
         if prefix in converted:
             for inner_name, array in convert.convert(prefix, entry, ours, member.state).items():
                 name = member.names[inner_name]
@@ -101,82 +108,77 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
 # --- choice of the checkpoint
 
 
-def _agree(directory: Path, step: int | None) -> list[dict[str, Any]]:
-    """Returns the manifests to restore from, newest first.
-
-    With several processes, the first one reads the files and decides.
-    """
-    if jax.process_count() == 1:
-        return _choose(directory, step)
-    message = b""
-    failure: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            message = json.dumps(_choose(directory, step)).encode()
-        except (CheckpointError, FileNotFoundError) as error:
-            failure = error
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    if failure is not None:
-        raise failure
-    if size == 0:
-        raise CheckpointError(
-            f"no checkpoint could be restored from {directory}; the first process says why"
-        )
-    padded = np.frombuffer(message.ljust(size, b" "), np.uint8)
-    return json.loads(
-        np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
-    )
-
-
 def _choose(directory: Path, step: int | None) -> list[dict[str, Any]]:
-    found = manifest.steps(directory)
-    if step is not None:
-        if not manifest.folder_of(directory, step).exists():
+    """Returns the manifests to restore from, newest first."""
+    try:
+        if step is None:
+            return _newest(directory)
+        if not files.exists(manifest.folder_of(directory, step)):
             raise FileNotFoundError(
-                f"no checkpoint of step {step} in {directory}; there are {found or 'none'}"
+                f"no checkpoint of step {step} in {directory}; there are "
+                f"{manifest.steps(directory) or 'none'}"
             )
-        return _chain(directory, step)
-    if not found:
-        raise FileNotFoundError(
-            f"no checkpoint in {directory}"
-            + ("" if directory.exists() else ", which does not exist")
-            + "; save one first"
-        )
-    refused = []
-    for candidate in reversed(found):
-        try:
-            chain = _chain(directory, candidate)
-        except CheckpointError as error:
-            refused.append(str(error))
-            _LOG.warning("refused checkpoint: %s", error)
+        return manifest.chain(directory, step)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{directory} cannot be read now: {error}") from error
+
+
+def _newest(directory: Path) -> list[dict[str, Any]]:
+    """Returns the chain of the newest good checkpoint.
+
+    Raises:
+      FileNotFoundError: if there is no checkpoint.
+      CheckpointError: if all are damaged. Also if a newer one than the newest good one may be good
+        too, but cannot be read now or by this version: a run that went on from an older one would
+        lose what the newer one holds.
+    """
+    while True:
+        found = manifest.steps(directory)
+        if not found:
+            raise FileNotFoundError(
+                f"no checkpoint in {directory}"
+                + ("" if files.exists(directory) else ", which does not exist")
+                + "; save one first"
+            )
+        refused = []
+        for candidate in reversed(found):
+            try:
+                chain = manifest.chain(directory, candidate)
+            except DamagedError as error:
+                refused.append(str(error))
+            except CheckpointError as error:
+                raise type(error)(
+                    f"{error}; to go on from an older checkpoint, restore it with step="
+                ) from error
+            else:
+                break
         else:
-            if refused:
-                _LOG.warning(
-                    "using step %d, the newest good checkpoint of %s", candidate, directory
-                )
-            return chain
-    raise CheckpointError(f"no good checkpoint in {directory}: " + "; ".join(refused))
+            chain = []
+        if refused and manifest.steps(directory) != found:
+            continue  # A writer saved or deleted checkpoints meanwhile.
+        for reason in refused:
+            _LOG.warning("refused checkpoint: %s", reason)
+        if not chain:
+            raise DamagedError(f"no good checkpoint in {directory}: " + "; ".join(refused))
+        if refused:
+            _LOG.warning("using step %d, the newest good checkpoint of %s", candidate, directory)
+        return chain
 
 
-def _chain(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Returns the checked manifests of a step and of those on which it builds, newest first."""
-    body = manifest.read(directory, step)
-    manifest.check(directory, step, body)
-    chain = [body]
-    while (base := chain[-1]["base"]) is not None:
-        try:
-            body = manifest.read(directory, base["step"])
-            if manifest.identity(body) != base["identity"]:
-                raise CheckpointError(
-                    f"step {base['step']} is no longer the checkpoint that it builds on"
-                )
-            manifest.check(directory, base["step"], body)
-        except CheckpointError as error:
+def _check_unchanged(directory: Path, chain: list[dict[str, Any]]) -> None:
+    """Checks that no checkpoint of a chain was replaced while its arrays were read.
+
+    Raises:
+      CheckpointError: if one was.
+    """
+    for body in chain:
+        if manifest.identity(manifest.read(directory, body["step"])) != manifest.identity(body):
             raise CheckpointError(
-                f"step {step} builds on step {base['step']}, which is refused: {error}"
-            ) from error
-        chain.append(body)
-    return chain
+                f"step {body['step']} of {directory} was replaced while it was being restored; "
+                "restore again"
+            )
 
 
 def _compare(
@@ -241,9 +243,11 @@ def read_arrays(
         wanted = dict(full)
         index_names = {n: body["arrays"][n]["patch"] for n in waiting if n not in full}
         wanted |= dict.fromkeys([*index_names, *index_names.values()], leaves.Place("host"))
-        found = _read(directory, body, wanted, {n: index_names.get(n) for n in wanted})
+        found = _read(directory, body, wanted)
         for name, index_name in index_names.items():
-            patches[name].append((found[index_name], found[name]))
+            index = found[index_name]
+            _check_index(body, name, index)
+            patches[name].append((index, found[name]))
         for name in full:
             result[name] = found[name]
             del waiting[name]
@@ -254,36 +258,60 @@ def _read(
     directory: Path,
     body: dict[str, Any],
     places: dict[str, leaves.Place],
-    index_of: dict[str, str | None],
 ) -> dict[str, Any]:
     """Reads arrays of one folder. Arrays without entries are not on disk."""
+    folder = manifest.folder_of(directory, body["step"])
     result: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    keys = {}
-    for name, place in places.items():
+    stores = {}
+    for name in places:
         record = body["arrays"][name]
-        shape = list(record["shape"])
-        if (index_name := index_of[name]) is not None:
-            shape[0] = body["arrays"][index_name]["shape"][0]
+        shape = schema.shape_on_disk(body, record)
         if 0 in shape:
             result[name] = np.zeros(shape, record["dtype"])
-        elif place.kind == "sharding":
-            arguments[record["key"]] = ocp.ArrayRestoreArgs(sharding=place.sharding, strict=True)
-            keys[record["key"]] = name
         else:
-            arguments[record["key"]] = ocp.RestoreArgs(restore_type=np.ndarray)
-            keys[record["key"]] = name
-    if arguments:
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        request = ocp.args.PyTreeRestore(
-            item=dict.fromkeys(arguments, 0), restore_args=arguments, partial_restore=True
-        )
-        found = handler.restore(
-            epath.Path(manifest.folder_of(directory, body["step"])), args=request
-        )
-        handler.close()
-        result |= {keys[key]: array for key, array in found.items()}
+            stores[name] = array_files.open_store(folder / record["key"])
+    name = ""
+    try:
+        waiting: dict[str, tuple[Any, dict[Any, Any]]] = {}
+        for name, opening in stores.items():
+            store, place = opening.result(), places[name]
+            parts: Any = [(slice(None),) * store.rank]
+            if place.kind == "sharding":
+                parts = place.sharding.addressable_devices_indices_map(store.shape).values()
+            waiting[name] = store, {_slices(part): store[part].read() for part in parts}
+        for name, (store, reads) in waiting.items():
+            place = places[name]
+            if place.kind != "sharding":
+                (read,) = reads.values()
+                result[name] = read.result()
+                continue
+            values = {part: read.result() for part, read in reads.items()}
+            result[name] = jax.make_array_from_callback(
+                store.shape, place.sharding, functools.partial(_part, values)
+            )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UnreadableError(
+            f"step {body['step']}: array {name!r} could not be read from {folder}: "
+            f"{str(error).split(' [')[0]}"
+        ) from error
     return result
+
+
+def _part(values: dict[Any, np.ndarray], part: tuple[slice, ...]) -> np.ndarray:
+    return values[_slices(part)]
+
+
+def _slices(part: tuple[slice, ...]) -> tuple:
+    """Returns slices as a key of a dictionary, which Python 3.11 does not make of slices."""
+    return tuple((s.start, s.stop, s.step) for s in part)
+
+
+def _check_index(body: dict[str, Any], name: str, index: np.ndarray) -> None:
+    size = body["arrays"][name]["shape"][0]
+    if index.size and (index.min() < 0 or index.max() >= size):
+        raise DamagedError(
+            f"step {body['step']}: the increment of array {name!r} names rows outside of its {size}"
+        )
 
 
 def _patched(array: Any, patches: list[tuple[np.ndarray, np.ndarray]]) -> Any:
@@ -322,4 +350,18 @@ def _check_rows(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
             "differ from the saved ones, although no file is damaged; restore an older step and "
             "report this"
+        )
+
+
+def _check_tags(
+    directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
+) -> None:
+    """Checks that cache lines hold rows that the shard has: a step writes to where a tag points."""
+    if (tags := arrays.get("cache.tags")) is None:
+        return
+    num_rows = arrays["table.rows"].shape[0] // entry["shards"]
+    if not bool(((tags == NO_ID) | ((tags >= 0) & (tags < num_rows))).all()):
+        raise DamagedError(
+            f"step {step} of {directory}: the cache of embedding state {prefix or 'in the tree'!r} "
+            f"names rows outside of its {num_rows}"
         )

@@ -5,11 +5,15 @@ bytes, also from many processes, and renames the finished folder. This module de
 written. It also deletes old checkpoints, but not before the new one is complete.
 """
 
+import contextlib
+import itertools
 import logging
 import math
 import operator
 import os
+import secrets
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mpembed_jax.checkpoint import digests, host_memory, increments, leaves, manifest
-from mpembed_jax.checkpoint.manifest import CheckpointError
+from mpembed_jax.checkpoint import (
+    agreement,
+    digests,
+    files,
+    host_memory,
+    increments,
+    leaves,
+    manifest,
+)
+from mpembed_jax.checkpoint.claim import Claim
+from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
-_PENDING: dict[Path, "Saving"] = {}
+_DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is being replaced
+
+_PENDING: dict[str, "Saving"] = {}  # by the real path of the directory
+_LOCK = threading.RLock()  # saves of several threads start one after another
 
 
 def save_args(value: Any, chunk_bytes: int = 128 << 20) -> ocp.SaveArgs:
@@ -77,11 +93,44 @@ class Saving:
         nbytes: int,
         checkpointer: ocp.AsyncCheckpointer,
         keep: int | None,
+        claim: Claim | None,
     ):
         self.directory, self.step, self.nbytes = directory, step, nbytes
-        self._checkpointer: ocp.AsyncCheckpointer | None = checkpointer
         self._keep = keep
         self._error: CheckpointError | None = None
+        self._thread = threading.Thread(
+            target=self._finish, args=(checkpointer, claim), name=f"save of step {step}"
+        )
+        self._thread.start()
+
+    def _finish(self, checkpointer: ocp.AsyncCheckpointer, claim: Claim | None) -> None:
+        """Waits for orbax, deletes what is no longer needed, and gives the directory up."""
+        try:
+            checkpointer.wait_until_finished()
+            if claim is not None and not files.exists(
+                manifest.folder_of(self.directory, self.step) / manifest.NAME
+            ):
+                raise CheckpointError("the checkpoint is not there after its save")
+        except BaseException as error:
+            self._error = _failure(self.directory, self.step, error, claim)
+            self._error.__cause__ = error
+        else:
+            if claim is not None:
+                self._clean()
+        finally:
+            _close(checkpointer)
+            if claim is not None:
+                claim.release()
+
+    def _clean(self) -> None:
+        try:
+            shutil.rmtree(_aside(self.directory, self.step), ignore_errors=True)
+            if self._keep is not None:
+                _prune(self.directory, self._keep, self.step)
+        except (OSError, CheckpointError) as error:
+            _LOG.warning(
+                "step %d is saved, but older ones could not be deleted: %s", self.step, error
+            )
 
     def wait(self) -> None:
         """Waits until the checkpoint is complete on disk.
@@ -89,43 +138,32 @@ class Saving:
         Raises:
           CheckpointError: if it could not be written. Earlier checkpoints are unchanged.
         """
-        if self._checkpointer is not None:
-            checkpointer, self._checkpointer = self._checkpointer, None
-            try:
-                checkpointer.wait_until_finished()
-            except Exception as error:
-                self._error = _failure(self.directory, self.step, error)
-                self._error.__cause__ = error
-            else:
-                if self._keep is not None and jax.process_index() == 0:
-                    try:
-                        _prune(self.directory, self._keep, self.step)
-                    except (OSError, CheckpointError) as error:
-                        _LOG.warning(
-                            "step %d is saved, but older ones could not be deleted: %s",
-                            self.step,
-                            error,
-                        )
-            finally:
-                checkpointer.close()
-                if _PENDING.get(self.directory) is self:
-                    del _PENDING[self.directory]
+        self._thread.join()
+        for key, pending in list(_PENDING.items()):
+            if pending is self:
+                del _PENDING[key]
         if self._error is not None:
             raise self._error
 
 
-def finish_pending(directory: Path, *, quietly: bool = False) -> None:
-    """Waits for this process's unfinished save in `directory`.
-
-    Its error is raised, or logged if `quietly`.
-    """
-    if (pending := _PENDING.get(directory)) is not None:
+def finish_pending(directory: Path) -> None:
+    """Waits for this process's unfinished save in `directory`. Its error is logged."""
+    if (pending := _PENDING.get(os.path.realpath(directory))) is not None:
         try:
             pending.wait()
         except CheckpointError as error:
-            if not quietly:
-                raise
-            _LOG.warning("%s", error)
+            _LOG.error("%s", error)
+
+
+def _finish_all() -> None:
+    for pending in list(_PENDING.values()):
+        finish_pending(pending.directory)
+
+
+# Python ends its pools of threads before it waits for other threads, but a save needs them. This
+# function is private; without it, a save that nobody waited for is lost when the program ends.
+if (_register := getattr(threading, "_register_atexit", None)) is not None:
+    _register(_finish_all)
 
 
 def save(
@@ -166,23 +204,54 @@ def save(
       TypeError: if a leaf cannot be saved; the message names it.
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
         checkpoint from which it started.
-      CheckpointError: if this save failed, or an earlier one that was not waited for. Also if a
-        good checkpoint of this step exists already (a damaged one is replaced).
+      CheckpointError: if this save failed. Also if another process is saving in this directory, or
+        if a checkpoint of this step exists already, unless it is damaged: then it is replaced, as
+        soon as the new one is complete. The error of an earlier save that nobody waited for is
+        logged (logger `mpembed_jax.checkpoint`); it does not hinder this one.
     """
     folder, step = Path(directory).absolute(), operator.index(step)
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
-    finish_pending(folder)
     named = leaves.named(tree)
-    _make_room(folder, step)
     arrays, values = leaves.split(named)
+    with _LOCK:
+        finish_pending(folder)
+        claim = _claim(folder, step)
+        try:
+            saving = _start(folder, step, tree, named, arrays, values, tracker, keep, claim)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+        _PENDING[os.path.realpath(folder)] = saving
+    if wait:
+        saving.wait()
+    return saving
+
+
+def _start(
+    folder: Path,
+    step: int,
+    tree: Any,
+    named: dict[str, Any],
+    arrays: dict[str, Any],
+    values: dict[str, Any],
+    tracker: Any,
+    keep: int | None,
+    claim: Claim | None,
+) -> Saving:
+    """Copies the values of the tree and starts to write them, in a directory that was claimed."""
+    token, is_damaged = agreement.from_first(lambda: _make_room(folder, step))
     body: dict[str, Any] = {"step": step, "time": time.time(), "values": values, "base": None}
     members = leaves.embeddings(tree)
     body["embeddings"] = {name: digests.record(member) for name, member in members.items()}
+    # Arrays of different saves have different folders, so that a writer that a failed save left
+    # behind cannot write into a later save of the same step.
+    keys = (f"{number}.{token}" for number in itertools.count())
     body["arrays"] = {
-        name: leaves.describe(name, named[name], array) for name, array in arrays.items()
+        name: leaves.describe(next(keys), named[name], array) for name, array in arrays.items()
     }
     if tracker is not None:
         base, replaced = increments.collect(folder, step, members, tracker)
@@ -193,32 +262,46 @@ def save(
             replaced = {}
         body["base"] = base if replaced else None
         for name, patch in replaced.items():
+            index_name = patch.index_name
+            while index_name in named:
+                index_name += "_"
             arrays[name] = patch.values
-            arrays[patch.index_name] = patch.where
-            body["arrays"][name]["patch"] = patch.index_name
-            body["arrays"][patch.index_name] = leaves.describe(
-                patch.index_name, patch.where, patch.where
-            )
+            arrays[index_name] = patch.where
+            body["arrays"][name]["patch"] = index_name
+            if index_name not in body["arrays"]:
+                body["arrays"][index_name] = leaves.describe(next(keys), patch.where, patch.where)
     written = {
         body["arrays"][name]["key"]: _snapshot(array)
         for name, array in arrays.items()
         if array.size
-    }
+    } or {next(keys): np.zeros(1, np.uint8)}  # orbax does not write an empty tree
     nbytes = sum(a.size * a.dtype.itemsize for a in written.values())
-    checkpointer = ocp.AsyncCheckpointer(
-        _Handler(body, list(written)),
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-    )
     pieces = {key: save_args(value) for key, value in written.items()}
+    checkpointer = None
     try:
+        if is_damaged and claim is not None:
+            _set_aside(folder, step)
+        checkpointer = ocp.AsyncCheckpointer(
+            _Handler(body, list(written)),
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         checkpointer.save(manifest.folder_of(folder, step), args=_Save(written, save_args=pieces))
+        return Saving(folder, step, nbytes, checkpointer, keep, claim)
+    except BaseException as error:
+        _close(checkpointer)
+        failure = _failure(folder, step, error, claim)
+        if isinstance(error, Exception):
+            raise failure from error
+        raise
+
+
+def _close(checkpointer: ocp.AsyncCheckpointer | None) -> None:
+    """Frees the resources of a checkpointer. It may raise the error of its save once more."""
+    try:
+        if checkpointer is not None:
+            checkpointer.close()
     except Exception as error:
-        checkpointer.close()
-        raise _failure(folder, step, error) from error
-    saving = _PENDING[folder] = Saving(folder, step, nbytes, checkpointer, keep)
-    if wait:
-        saving.wait()
-    return saving
+        _LOG.debug("closing the checkpointer: %s", error)
 
 
 def _snapshot(array: Any) -> Any:
@@ -237,40 +320,86 @@ def _snapshot(array: Any) -> Any:
     return jnp.copy(array) if next(iter(array.sharding.device_set)).platform == "cpu" else array
 
 
-def _make_room(directory: Path, step: int) -> None:
-    """Prepares the directory for a save of this step.
+def _claim(directory: Path, step: int) -> Claim | None:
+    """Makes the directory and claims it for this save.
 
-    It makes the directory, deletes what killed saves left behind, and refuses or removes an earlier
-    checkpoint of this step.
+    With several processes, the first one does it for all, and the others return None.
+
+    Raises:
+      CheckpointError: in all processes, if another writer holds the claim, or if the directory
+        cannot be written.
+    """
+    taken: list[Claim] = []
+
+    def take() -> None:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            taken.append(Claim(directory))
+        except (OSError, CheckpointError) as error:
+            raise _error(directory, step, error) from error
+
+    agreement.from_first(take)
+    return taken[0] if taken else None
+
+
+def _make_room(directory: Path, step: int) -> tuple[str, bool]:
+    """Deletes what killed saves left behind, and refuses to replace a checkpoint that may be good.
+
+    Returns:
+      A new token for the names of this save's folders, and whether a damaged checkpoint of this
+      step is to be replaced.
     """
     final = manifest.folder_of(directory, step)
+    is_damaged = False
     try:
-        os.makedirs(directory, exist_ok=True)
-        is_there = final.exists()
-        if is_there and not (final / manifest.NAME).exists():
-            raise CheckpointError(
-                f"{final} exists but was not written by mpembed_jax; move it away"
-            )
-        if is_there and not _is_damaged(directory, step):
-            raise CheckpointError(
-                f"{final} is already a good checkpoint; save under another step, or delete it first"
-            )
-        if jax.process_index() == 0:
-            if is_there:
-                _remove(final)
-            for left in directory.glob(f"step_*{_TEMPORARY}*"):
-                shutil.rmtree(left)
+        for left in directory.glob(f"step_*{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in directory.glob(f"step_*{_DAMAGED}"):
+            if files.exists(left.with_name(left.name.removesuffix(_DAMAGED)) / manifest.NAME):
+                shutil.rmtree(left, ignore_errors=True)  # its replacement is complete
+        if files.exists(final):
+            if not files.exists(final / manifest.NAME):
+                raise CheckpointError(
+                    f"{final} exists but was not written by mpembed_jax; move it away"
+                )
+            is_damaged = _is_damaged(directory, step)
     except OSError as error:
-        raise _failure(directory, step, error) from error
+        raise _error(directory, step, error) from error
+    return secrets.token_hex(4), is_damaged
 
 
 def _is_damaged(directory: Path, step: int) -> bool:
+    """Whether the checkpoint of a step is damaged, or one on which it builds, and may be replaced.
+
+    Raises:
+      CheckpointError: if it is good, or if it may be.
+    """
+    final = manifest.folder_of(directory, step)
     try:
-        manifest.check(directory, step, manifest.read(directory, step))
-    except CheckpointError as error:
+        manifest.chain(directory, step)
+    except DamagedError as error:
         _LOG.warning("replacing a damaged checkpoint: %s", error)
         return True
-    return False
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{final} is there and may be a good checkpoint; save under another step, or delete it "
+            f"first ({error})"
+        ) from error
+    raise CheckpointError(
+        f"{final} is already a good checkpoint; save under another step, or delete it first"
+    )
+
+
+def _aside(directory: Path, step: int) -> Path:
+    """Returns where a damaged checkpoint lies while its replacement is written."""
+    return manifest.folder_of(directory, step).with_name(f"step_{step}{_DAMAGED}")
+
+
+def _set_aside(directory: Path, step: int) -> None:
+    """Moves a damaged checkpoint out of the way of its replacement."""
+    aside = _aside(directory, step)
+    shutil.rmtree(aside, ignore_errors=True)
+    manifest.folder_of(directory, step).rename(aside)
 
 
 def _remove(folder: Path) -> None:
@@ -285,13 +414,23 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(unfinished)
 
 
-def _failure(directory: Path, step: int, error: Exception) -> CheckpointError:
-    """Deletes the unfinished folder, to free its space, and returns the error to raise."""
-    if jax.process_index() == 0:
-        shutil.rmtree(
-            manifest.folder_of(directory, step).with_name(f"step_{step}{_TEMPORARY}"),
-            ignore_errors=True,
-        )
+def _failure(
+    directory: Path, step: int, error: BaseException, claim: Claim | None
+) -> CheckpointError:
+    """Undoes a failed save, as far as the system lets it, and returns the error to raise.
+
+    It frees the space of the unfinished folder, and puts a damaged checkpoint back in its place.
+    """
+    final = manifest.folder_of(directory, step)
+    if claim is not None:
+        shutil.rmtree(final.with_name(f"step_{step}{_TEMPORARY}"), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if files.exists(_aside(directory, step)) and not files.exists(final):
+                _aside(directory, step).rename(final)
+    return _error(directory, step, error)
+
+
+def _error(directory: Path, step: int, error: BaseException) -> CheckpointError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     reason = reason.split(" [tensorstore_spec=")[0]
     return CheckpointError(
@@ -307,21 +446,23 @@ def _prune(directory: Path, keep: int, newest: int) -> None:
     stay too. They may be damaged or belong to a run that was rolled back, and must not displace
     good ones.
     """
-    found = manifest.steps(directory)
-    earlier = [step for step in found if step <= newest]
-    needed = {step for step in found if step > newest} | set(earlier[-keep:])
-    for step in reversed(found):
-        if step not in needed:
-            continue
+    found, bases = [], {}
+    for step in manifest.steps(directory):
         try:
-            base = manifest.read(directory, step)["base"]
-        except CheckpointError:
-            if step <= newest:
-                raise
-            # A damaged later checkpoint cannot say on which one it builds.
-            continue
-        if base is not None:
+            bases[step] = manifest.read(directory, step)["base"]
+        except DamagedError:
+            # It cannot say on which one it builds, and nothing can be restored from it.
+            if step > newest:
+                continue
+        found.append(step)
+    earlier = [step for step in found if step <= newest and step in bases]
+    needed = {step for step in found if step > newest} | set(earlier[-keep:])
+    waiting = sorted(needed)
+    while waiting:
+        base = bases[waiting.pop()]
+        if base is not None and base["step"] in bases and base["step"] not in needed:
             needed.add(base["step"])
+            waiting.append(base["step"])
     for step in found:
         if step not in needed:
             _remove(manifest.folder_of(directory, step))

@@ -438,8 +438,6 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
         assert message in str(caught.value)
     with pytest.raises(TypeError, match=r"leaf 'f' is a function"):
         checkpoint.save(tmp_path, 2, {"f": stack})
-    with pytest.raises(ValueError, match=r"both called 'a.b'"):
-        checkpoint.save(tmp_path, 2, {"a": {"b": 1}, "a.b": 2})
     with pytest.raises(ValueError, match="step must be at least 0"):
         checkpoint.save(tmp_path, -1, tree)
     with pytest.raises(checkpoint.CheckpointError, match="is already a good checkpoint"):

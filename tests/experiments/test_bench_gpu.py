@@ -3,6 +3,7 @@
 import ast
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
-from experiments import provenance
+from experiments import command_line, provenance
 from experiments.gpu import bench_gpu, checks, parts, roofline, steps
 from experiments.speed import step, workload
 
-MODULES = [bench_gpu, checks, parts, steps, roofline, workload, step, provenance]
+MODULES = [command_line, bench_gpu, checks, parts, steps, roofline, workload, step, provenance]
 TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
@@ -72,7 +73,7 @@ def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     out = tmp_path / "bench.json"
     monkeypatch.setitem(bench_gpu.PARTS, "step", bench_gpu.PARTS["step"]._replace(limit=0.2))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    written = bench_gpu.main(["--interpret", "--out", str(out), "--parts", "step"])
+    written = bench_gpu.run(bench_gpu.Settings(interpret=True, out=out, parts=("step",)))
     assert json.loads(out.read_text()) == written and written["is_smoke_test"]
     assert written["parts"]["copy bandwidth"][0]["bytes_per_second"] > 0
     assert written["parts"]["step"][-1]["error"] == "ended after 0.2 seconds"
@@ -87,14 +88,17 @@ def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):
     out = tmp_path / "bench.json"
-    written = bench_gpu.main(["--interpret", "--budget", "0", "--out", str(out)])
+    written = bench_gpu.run(bench_gpu.Settings(interpret=True, budget=0, out=out))
     assert set(written["left_out"]) == set(bench_gpu.PARTS)
     assert not any(written["parts"].values()) and json.loads(out.read_text()) == written
 
 
-def test_without_a_gpu_it_says_what_to_do():
-    with pytest.raises(SystemExit, match=r"needs a GPU.*--interpret"):
-        bench_gpu.main(["--part", "copy bandwidth"])
+@pytest.mark.parametrize("words", [[], ["--part", "copy bandwidth"]])
+def test_without_a_gpu_it_says_what_to_do(words, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert bench_gpu.main([*words, "--out", str(out)]) == 2
+    assert re.search(r"a GPU is needed.*--interpret", capsys.readouterr().err)
+    assert not out.exists()
 
 
 def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
@@ -115,7 +119,6 @@ def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
         "rich",
         "sklearn",
         "torch",
-        "tyro",
     }
 
 

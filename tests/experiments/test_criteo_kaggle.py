@@ -374,7 +374,7 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
         data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False, batch_size=128,
         hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
     )  # fmt: skip
-    record = train_dlrm.main(settings)
+    record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128
     with pytest.raises(ValueError, match="needs path"):
-        train_dlrm.main(train_dlrm.Settings(data="criteo"))
+        train_dlrm.run(train_dlrm.Settings(data="criteo"))

@@ -315,9 +315,8 @@ def small_settings(tmp_path, **changes):
     return train_dlrm.Settings(out=tmp_path / "out", **{**settings, **changes})
 
 
-@OPTAX_ADAM
-def test_the_main_job_trains_evaluates_and_saves(tmp_path):
-    record = train_dlrm.main(small_settings(tmp_path, seeds=(0, 1)))
+def test_the_main_job_trains_evaluates_and_saves(tmp_path, optax_adam):
+    record = train_dlrm.run(small_settings(tmp_path, seeds=(0, 1)))
     assert json.loads((tmp_path / "out" / "synthetic.json").read_text()) == json.loads(
         json.dumps(record)
     )

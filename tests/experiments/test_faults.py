@@ -11,7 +11,6 @@ import pytest
 from training import OPTAX_ADAM
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
-pytest.importorskip("tyro", reason="the [experiments] extra is not installed")
 
 import mpembed_jax as mpembed
 from experiments.faults import files, invariants, killed_worker, run

@@ -1,13 +1,17 @@
 """MovieLens through tensorflow-datasets' own builder, on a hand-made download: no network, no TensorFlow."""
 
+import functools
 import json
 import sys
+import tempfile
+import threading
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
-import tensorflow_datasets as tfds
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
@@ -18,6 +22,12 @@ from mpembed_jax import NO_ID
 
 GENRES = ["Action", "Children's", "Comedy", "Drama", "Film-Noir", "Horror", "Sci-Fi", "War"]
 NUM_USERS, NUM_MOVIES, NUM_RATINGS = 40, 60, 900
+
+
+def pack(download, data):
+    with zipfile.ZipFile(data / "ml-1m.zip", "w") as archive:
+        for path in sorted(download.iterdir()):
+            archive.write(path, f"ml-1m/{path.name}")
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +53,10 @@ def folder(tmp_path_factory):
     for name, lines in (("movies", movies), ("users", users), ("ratings", rated)):
         (download / f"{name}.dat").write_bytes("\n".join([*lines, ""]).encode("iso-8859-1"))
     data = tmp_path_factory.mktemp("data")
-    asked = []
-
-    def given(self, url):
-        asked.append(url)
-        return download.parent
-
+    pack(download, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tfds.download.DownloadManager, "download_and_extract", given)
+        patch.setattr(movielens, "_check_archive", lambda archive, checksum: None)
         movielens.read(data, log=lambda text: None)
-    assert asked == ["https://files.grouplens.org/datasets/movielens/ml-1m.zip"]
     assert "tensorflow" not in sys.modules
     return (
         data,
@@ -61,11 +65,12 @@ def folder(tmp_path_factory):
             for p, s in zip(pairs, stars, strict=True)
         },
         genres,
+        download,
     )
 
 
 def test_ratings_are_read_whole_and_in_one_order(folder):
-    data, stars, genres = folder
+    data, stars, genres, _ = folder
     ratings = movielens.read(data)
     assert len(ratings) == NUM_RATINGS
     got = {
@@ -79,7 +84,7 @@ def test_ratings_are_read_whole_and_in_one_order(folder):
 
 
 def test_threes_are_left_out_and_a_tenth_is_held_out_by_the_seed(folder):
-    data, stars, _ = folder
+    data, stars, *_ = folder
     source = movielens.MovielensRatings(data)
     kept = [s for s in stars.values() if s != 3]
     assert source.num_test == len(kept) // 10 and source.num_train + source.num_test == len(kept)
@@ -101,15 +106,68 @@ def test_threes_are_left_out_and_a_tenth_is_held_out_by_the_seed(folder):
     assert batch["dense"].shape == (32, 0) and batch["label"].dtype == np.float32
 
 
-def test_without_network_the_reason_is_said(tmp_path, monkeypatch):
-    def unreachable(self, url):
+def test_a_download_that_breaks_off_is_told(tmp_path, monkeypatch):
+    def broken(*_, **__):
         raise requests.exceptions.ConnectionError("no route to host")
 
-    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", unreachable)
-    with pytest.raises(
-        ConnectionError, match=r"MovieLens-1M is not in .*1m-ratings.* no route to host"
-    ):
+    monkeypatch.setattr(movielens, "unreachable", lambda: None)
+    monkeypatch.setattr(requests, "get", broken)
+    with pytest.raises(ConnectionError, match=r"MovieLens-1M is not in .*no route to host"):
         movielens.MovielensRatings(tmp_path)
+    assert not list(tmp_path.rglob("*.zip*"))
+
+
+def test_a_download_is_kept_whole(folder, tmp_path, monkeypatch):
+    asked = []
+
+    class Answer:
+        content = (folder[0] / "ml-1m.zip").read_bytes()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def raise_for_status(self):
+            pass
+
+    monkeypatch.setattr(movielens, "unreachable", lambda: None)
+    monkeypatch.setattr(movielens, "_check_archive", lambda archive, checksum: None)
+    monkeypatch.setattr(requests, "get", lambda url, **_: asked.append(url) or Answer())
+    assert len(movielens.read(tmp_path, log=lambda text: None)) == NUM_RATINGS
+    assert asked == ["https://files.grouplens.org/datasets/movielens/ml-1m.zip"]
+    assert (tmp_path / "ml-1m.zip").read_bytes() == Answer.content
+
+
+def test_without_network_one_line_says_what_to_put_where(tmp_path, monkeypatch, capsys):
+    """The host of the download is one that no network has; nothing waits for long."""
+    monkeypatch.setattr(movielens, "URL", "https://files.grouplens.invalid/datasets/ml-1m.zip")
+    words = ["--data", "movielens", "--cache-dir", str(tmp_path / "data"), "--out", str(tmp_path)]
+    start = time.perf_counter()
+    assert train_dlrm.main(words) == 2
+    assert time.perf_counter() - start < 15
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "--data is movielens" in line and "ml-1m.zip elsewhere and put it there" in line
+    assert f"is not in {tmp_path / 'data'}" in line
+
+
+def test_a_host_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(requests, "head", lambda *_, **__: threading.Event().wait())
+    monkeypatch.setattr(movielens, "unreachable", functools.partial(movielens.unreachable, -1.5))
+    assert "did not answer" in movielens.unreachable()
+
+
+def test_another_archive_is_refused(folder, tmp_path):
+    pack(folder[3], tmp_path)
+    with pytest.raises(ValueError, match=r"ml-1m\.zip is not the file at"):
+        movielens.read(tmp_path)
+
+
+def test_no_temporary_folder_is_left(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    movielens.read(folder[0])
+    assert not list(tmp_path.iterdir())
 
 
 @OPTAX_ADAM
@@ -122,7 +180,7 @@ def test_the_main_job_trains_on_movielens(folder, tmp_path):
         cache_fraction=0.3,
         out=tmp_path,
     )
-    record = train_dlrm.main(settings)
+    record = train_dlrm.run(settings)
     assert (
         record["outcomes"][0]["num_steps"] > 5 and record["projected_kaggle_epoch_seconds"] is None
     )

@@ -351,12 +351,12 @@ def finished(tmp_path_factory):
 
         patch.setattr(records, "append", killed)
         with pytest.raises(KeyboardInterrupt):
-            paper_table.main(settings, lambda *_: cases)
+            paper_table.run(settings, lambda *_: cases)
         patch.setattr(records, "append", append)
         before = (out / "paper_table.jsonl").read_bytes()
         with (out / "paper_table.jsonl").open("ab") as file:
             file.write(b'{"key": "cut')
-        paper_table.main(settings, lambda *_: cases)
+        paper_table.run(settings, lambda *_: cases)
     return settings, before, calls
 
 
@@ -442,7 +442,7 @@ def test_criteos_own_file_goes_the_same_way(tmp_path):
         batch_size=200,
         min_count=2,
     )
-    paper_table.main(settings, lambda *_: [FP32, Case("int4", 0.3)])
+    paper_table.run(settings, lambda *_: [FP32, Case("int4", 0.3)])
     found = lines(tmp_path / "out")
     assert [r["name"] for r in found] == ["FP32", "INT4 + 30 %"]
     assert (
@@ -452,9 +452,9 @@ def test_criteos_own_file_goes_the_same_way(tmp_path):
     )
 
 
-def test_without_results_the_report_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="run without --report first"):
-        paper_table.main(small(tmp_path, report=True))
+def test_without_results_the_report_says_so(tmp_path, capsys):
+    assert paper_table.main(["--report", "--out", str(tmp_path)]) == 2
+    assert "run without --report first" in capsys.readouterr().err
 
 
 def test_the_script_runs_as_a_file_and_shows_its_settings():

@@ -267,7 +267,7 @@ def _launch(
                 into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1])
             )
 
-    # The state of row-wise Adagrad is leaf 0 of its tree.
+    # G is leaf 0 of the state tree of row-wise Adagrad, so its bits come from stream ROW_STATE + 0.
     seeds = [draw.seed(stream) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
     operands = [
         jnp.concatenate(seeds),

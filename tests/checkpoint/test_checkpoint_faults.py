@@ -1,0 +1,518 @@
+"""A checkpoint is lost, mixed or hidden by no fault: full tables of handles, other versions, other writers, any name."""
+
+import errno
+import io
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpembed_jax as mpembed
+
+pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
+
+from mpembed_jax import checkpoint
+from mpembed_jax.checkpoint import leaves, saving
+
+TX = mpembed.optim.rowwise_adagrad(0.1)
+SPEC = mpembed.EmbeddingSpec(
+    [mpembed.TableSpec("a", 900), mpembed.TableSpec("b", 13)],
+    8,
+    "int8",
+    mpembed.CacheSpec(num_rows=32, ways=4),
+)
+
+
+@cache
+def first():
+    return mpembed.init(jax.random.key(0), SPEC, TX)
+
+
+@jax.jit
+def train_step(state, tracker, ids):
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    tracker = checkpoint.mark(tracker, plan)
+    return mpembed.apply_gradients(state, plan, rows, rows + 1, tx=TX), tracker
+
+
+def trained(state, step):
+    """The state one step further, and a tracker of this step."""
+    ids = np.random.default_rng(step).integers(0, SPEC.num_rows, 24).astype(np.int32)
+    return train_step(state, checkpoint.track(state), ids)
+
+
+def bits_of(tree):
+    """Every leaf: its type and its bits."""
+    found = {}
+    for name, leaf in leaves.named(tree).items():
+        array = jax.random.key_data(leaf) if leaves.is_key(leaf) else leaf
+        is_array = isinstance(array, jax.Array | np.ndarray | np.generic)
+        found[name] = (
+            (type(leaf), str(array.dtype), array.shape, np.asarray(array).tobytes())
+            if is_array
+            else (type(leaf), leaf)
+        )
+    return found
+
+
+def numbers(value, size=1000):
+    return {"x": np.full(size, value), "n": value}
+
+
+def restored(folder, step=None, like=None):
+    return checkpoint.restore(folder, numbers(0) if like is None else like, step=step)["n"]
+
+
+def manifest_of(folder, step):
+    path = folder / f"step_{step}" / "manifest.json"
+    return json.loads(json.loads(path.read_text())["body"])
+
+
+def write_manifest(folder, step, body):
+    """Writes a manifest with the right checksum, as anybody can."""
+    text = json.dumps(body, sort_keys=True)
+    outer = {"crc32": zlib.crc32(text.encode()), "body": text}
+    (folder / f"step_{step}" / "manifest.json").write_text(json.dumps(outer))
+
+
+def largest_file(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def damage(folder):
+    """Changes one bit of the largest array."""
+    path = max(
+        (f for f in folder.rglob("*") if f.is_file() and f.parent != folder),
+        key=lambda f: f.stat().st_size,
+    )
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+# --- what cannot be read now, is of another version, or is damaged
+
+
+@pytest.fixture
+def no_free_handles():
+    """Leaves no file handle to open, until the with statement ends."""
+
+    class Starved:
+        def __enter__(self):
+            self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self.held = [os.open(os.devnull, os.O_RDONLY)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (self.held[0] + 1, self.limits[1]))
+
+        def __exit__(self, *_):
+            resource.setrlimit(resource.RLIMIT_NOFILE, self.limits)
+            os.close(self.held.pop())
+
+    return Starved()
+
+
+def test_without_a_free_handle_a_good_checkpoint_stays(tmp_path, no_free_handles):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    with (
+        no_free_handles,
+        pytest.raises(checkpoint.CheckpointError, match="Too many open files"),
+    ):
+        checkpoint.save(tmp_path, 1, numbers(2))
+    assert checkpoint.steps(tmp_path) == [1]
+    assert restored(tmp_path) == 1
+    with pytest.raises(checkpoint.CheckpointError, match="is already a good checkpoint"):
+        checkpoint.save(tmp_path, 1, numbers(2))
+    checkpoint.save(tmp_path, 2, numbers(2))
+
+
+def test_without_a_free_handle_a_restore_does_not_go_back(tmp_path, no_free_handles, monkeypatch):
+    """Neither where no file can be opened, nor where only one of the newest cannot."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, numbers(step))
+    with no_free_handles, pytest.raises((OSError, checkpoint.CheckpointError), match="Too many"):
+        restored(tmp_path)
+    opening, victim = os.open, largest_file(tmp_path / "step_2")
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == str(victim):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opening(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step 2: .*Input/output.*with step="):
+        restored(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"may be a good .*Input/output error"):
+        checkpoint.save(tmp_path, 2, numbers(5))
+    assert restored(tmp_path, step=1) == 1
+    monkeypatch.undo()
+    assert restored(tmp_path) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
+def test_without_permission_to_read_a_good_checkpoint_stays(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents):  # let the other user in
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    directory = tmp_path / "run"
+    checkpoint.save(directory, 1, numbers(1))
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(0o777)
+    victim = largest_file(directory / "step_1")
+    victim.chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match="Permission denied"):
+            checkpoint.save(directory, 1, numbers(2))
+        with pytest.raises(checkpoint.CheckpointError, match="Permission denied"):
+            restored(directory)
+    finally:
+        os.seteuid(0)
+    assert restored(directory) == 1
+
+
+@pytest.mark.parametrize("place", ["body", "outside"])
+def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_replaced_nor_passed_over(
+    place, tmp_path
+):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, numbers(step))
+    path = tmp_path / "step_2" / "manifest.json"
+    if place == "body":
+        write_manifest(tmp_path, 2, {**manifest_of(tmp_path, 2), "version": 2})
+    else:
+        path.write_text(json.dumps({"version": 2, "what": "a later format"}))
+    content = path.read_bytes()
+    for step in (2, None):
+        with pytest.raises(
+            checkpoint.CheckpointError, match="is of version 2, this library reads 1"
+        ):
+            restored(tmp_path, step)
+    with pytest.raises(checkpoint.CheckpointError, match="is of version 2"):
+        checkpoint.save(tmp_path, 2, numbers(5))
+    assert path.read_bytes() == content
+    checkpoint.save(tmp_path, 3, numbers(3), keep=1)  # deletes nothing that it cannot read
+    assert checkpoint.steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    damage(tmp_path / "step_1")
+    before = sorted(p.name for p in (tmp_path / "step_1").rglob("*"))
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saving.manifest, "write", fail)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+        checkpoint.save(tmp_path, 1, numbers(2))
+    assert sorted(p.name for p in (tmp_path / "step_1").rglob("*")) == before
+    monkeypatch.undo()
+    checkpoint.save(tmp_path, 1, numbers(3))
+    assert restored(tmp_path) == 3
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".writer"] == ["step_1"]
+
+
+def test_good_means_the_same_to_restore_and_to_save_chains_included(tmp_path, caplog):
+    """After its base was damaged, an increment is refused by restore, and so the run can save that step again."""
+    state = first()
+    checkpoint.save(tmp_path, 90, {"emb": state})
+    middle, tracker = trained(state, 0)
+    checkpoint.save(tmp_path, 100, {"emb": middle})
+    newest, tracker = trained(middle, 1)
+    checkpoint.save(tmp_path, 110, {"emb": newest}, tracker=tracker)
+    damage(tmp_path / "step_100")
+    for step in (100, 110):
+        with pytest.raises(checkpoint.CheckpointError, match=r"step 100.*has changed bytes"):
+            checkpoint.restore(tmp_path, {"emb": state}, step=step)
+    back = checkpoint.restore(tmp_path, {"emb": first()})
+    assert bits_of(back) == bits_of({"emb": state})
+    checkpoint.save(tmp_path, 110, {"emb": newest})
+    assert bits_of(checkpoint.restore(tmp_path, {"emb": state})) == bits_of({"emb": newest})
+    with pytest.raises(checkpoint.CheckpointError, match="is already a good checkpoint"):
+        checkpoint.save(tmp_path, 110, {"emb": newest})
+
+
+def test_an_increment_does_not_build_on_what_is_lost(tmp_path):
+    state = first()
+    checkpoint.save(tmp_path, 1, {"emb": state})
+    after, tracker = trained(state, 0)
+    largest_file(tmp_path / "step_1").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* holds the rows"):
+        checkpoint.save(tmp_path, 2, {"emb": after}, tracker=tracker)
+    checkpoint.save(tmp_path, 2, {"emb": after})
+    assert bits_of(checkpoint.restore(tmp_path, {"emb": state})) == bits_of({"emb": after})
+
+
+def test_a_manifest_that_is_damaged_does_not_stop_pruning(tmp_path):
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, step, numbers(step))
+    (tmp_path / "step_3" / "manifest.json").write_text("{}")
+    checkpoint.save(tmp_path, 5, numbers(5), keep=2)
+    assert checkpoint.steps(tmp_path) == [4, 5]
+
+
+# --- two writers
+
+
+WRITER = """
+import sys, numpy as np
+from mpembed_jax import checkpoint
+from mpembed_jax.checkpoint import saving
+folder, value = sys.argv[1], int(sys.argv[2])
+if sys.argv[3] == "hold":
+  write = saving.manifest.write
+  def held_up(*args):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    write(*args)
+  saving.manifest.write = held_up
+for step in range(int(sys.argv[4])):
+  try:
+    checkpoint.save(folder, step, {"x": np.full((40, 1000), value), "y": np.full(5, value), "n": value})
+    print("saved", step, flush=True)
+  except checkpoint.CheckpointError as error:
+    print("refused", str(error).splitlines()[0], flush=True)
+"""
+
+
+def start_writer(request, folder, value, mode, steps):
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder), str(value), mode, str(steps)],
+        cwd=request.path.parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path, request):
+    """Also under another path of the same directory; the first one's checkpoint becomes complete."""
+    with start_writer(request, tmp_path, 7, "hold", 1) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        link = tmp_path.parent / f"{tmp_path.name}-link"
+        link.symlink_to(tmp_path)
+        for folder in (tmp_path, link):
+            with pytest.raises(
+                checkpoint.CheckpointError,
+                match=rf"process {writer.pid} on \S+ holds, since \d{{4}}-\d\d-\d\d",
+            ):
+                checkpoint.save(folder, 5, numbers(5))
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+        assert writer.stdout.readline() == "saved 0\n"
+        checkpoint.save(tmp_path, 5, numbers(5))  # although the first one still runs
+        writer.stdin.close()
+    assert checkpoint.steps(tmp_path) == [0, 5]
+
+
+def test_the_claim_of_a_killed_writer_is_taken_over(tmp_path, request):
+    with start_writer(request, tmp_path, 7, "hold", 1) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        writer.send_signal(signal.SIGKILL)
+    checkpoint.save(tmp_path, 0, numbers(5))
+    assert restored(tmp_path) == 5
+
+
+@pytest.mark.slow
+def test_two_writers_at_once_never_mix(tmp_path, request):
+    """What is saved is one's or the other's; readers meanwhile see nothing else either."""
+    writers = [start_writer(request, tmp_path, value, "go", 30) for value in (1, 2)]
+    like = {"x": np.zeros((40, 1000), int), "y": np.zeros(5, int), "n": 0}
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        try:
+            tree = checkpoint.restore(tmp_path, like)
+        except FileNotFoundError:
+            time.sleep(0.01)
+            continue
+        assert set(np.unique(tree["x"])) == set(np.unique(tree["y"])) == {tree["n"]}
+        seen += 1
+    said = [writer.communicate()[0].splitlines() for writer in writers]
+    assert all(len(lines) == 30 for lines in said)
+    assert all("good checkpoint" in t or "holds" in t for s in said for t in s if "refused" in t)
+    saved = [line.split()[1] for lines in said for line in lines if line.startswith("saved")]
+    assert sorted(map(int, saved)) == checkpoint.steps(tmp_path)
+    assert len(saved) == len(set(saved)) > 10
+    assert seen > 3
+    for step in checkpoint.steps(tmp_path):
+        tree = checkpoint.restore(tmp_path, like, step=step)
+        assert set(np.unique(tree["x"])) == set(np.unique(tree["y"])) == {tree["n"]}
+
+
+def test_a_reader_is_told_when_its_checkpoint_was_replaced(tmp_path, monkeypatch):
+    """Between the check of the files and their reading: values of one must not go with arrays of the other."""
+    checkpoint.save(tmp_path, 1, numbers(1))
+    checkpoint.save(tmp_path / "other", 1, numbers(2))
+    read = checkpoint.restoring.read_arrays
+
+    def replaced(*args):
+        (tmp_path / "step_1").rename(tmp_path / "away")
+        (tmp_path / "other" / "step_1").rename(tmp_path / "step_1")
+        chain = [manifest_of(tmp_path, 1)]
+        return read(args[0], chain, args[2])
+
+    monkeypatch.setattr(checkpoint.restoring, "read_arrays", replaced)
+    with pytest.raises(
+        checkpoint.CheckpointError, match="was replaced while it was being restored"
+    ):
+        restored(tmp_path)
+
+
+# --- names
+
+
+NAMES = [
+    "checkpoint", "manifest.json", "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "array_metadatas",
+    "commit_success.txt", "..", ".", "", "a/b", "/", "\x00", "x" * 300, "é" * 200, "%2e", "tree", "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_any_key_is_saved_and_restored(name, tmp_path):
+    for step, tree in enumerate(
+        [
+            {name: np.arange(3)},
+            {name: 5},
+            {name: {name: jnp.arange(2), "x": np.zeros((0, 2))}, "other": [1, np.float32(2)]},
+        ]
+    ):
+        checkpoint.save(tmp_path, step, tree)
+        assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of(tree)
+
+
+def test_keys_that_look_alike_are_kept_apart(tmp_path):
+    emb = first()
+    trees = [
+        {"a": {"b": np.arange(1)}, "a.b": np.arange(2), "['a.b']": np.arange(3)},
+        {"": np.arange(1), "tree": np.arange(2)},
+        {"a": {"b": 1}, "a.b": 2},
+        {"a": {"emb": emb}, "a.emb": trained(emb, 3)[0]},
+        {"": emb, "x": 1},
+        {"emb": emb, "emb.touched_rows": np.arange(5), "emb.touched_lines": 3},
+    ]
+    for step, tree in enumerate(trees):
+        checkpoint.save(tmp_path, step, tree)
+        assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of(tree), tree.keys()
+    after, tracker = trained(emb, 0)
+    tree = trees[-1] | {"emb": after}
+    checkpoint.save(tmp_path, 99, tree, tracker=tracker)
+    assert manifest_of(tmp_path, 99)["base"]
+    assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of(tree)
+    # A part of an ambiguous tree is refused, not guessed.
+    with pytest.raises(ValueError, match="lacks leaves of the target"):
+        checkpoint.restore(tmp_path, {"a.b": np.arange(2)}, step=0, partial=True)
+
+
+def test_a_tree_without_arrays_is_saved(tmp_path):
+    for step, tree in enumerate([{"step": 3}, {}, [], {"x": np.zeros((0, 3))}]):
+        checkpoint.save(tmp_path, step, tree)
+        assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of(tree)
+
+
+@pytest.mark.parametrize("dtype", ["U5", "datetime64[s]", "i4,f4", "O"])
+def test_an_array_that_cannot_be_written_is_named(dtype, tmp_path):
+    with pytest.raises(TypeError, match="leaf 'x' is an array of"):
+        checkpoint.save(tmp_path, 1, {"x": np.zeros(2, dtype)})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- a failed save and the next one
+
+
+def test_a_failed_save_does_not_hinder_the_next(tmp_path, monkeypatch, caplog):
+    """Not even if closing its checkpointer fails again, or if nobody waited for it."""
+    checkpoint.save(tmp_path, 1, numbers(1))
+    write = saving.manifest.write
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail_to_close(self):
+        raise OSError(errno.ENOSPC, "close: no space")
+
+    for is_awaited in (True, False):
+        monkeypatch.setattr(saving.manifest, "write", fail)
+        monkeypatch.setattr(saving.ocp.AsyncCheckpointer, "close", fail_to_close)
+        under_way = checkpoint.save(tmp_path, 2, numbers(2), wait=False)
+        if is_awaited:
+            for _ in range(2):
+                with pytest.raises(checkpoint.CheckpointError, match=r"step 2 .* No space left"):
+                    under_way.wait()
+        else:
+            under_way._thread.join()
+        monkeypatch.setattr(saving.manifest, "write", write)
+        step = 3 + is_awaited
+        with caplog.at_level(logging.ERROR, "mpembed_jax.checkpoint"):
+            checkpoint.save(tmp_path, step, numbers(step))
+        assert restored(tmp_path, step) == step
+        assert ("step 2 could not be saved" in caplog.text) == (not is_awaited)
+        caplog.clear()
+    assert checkpoint.steps(tmp_path) == [1, 3, 4]
+    assert restored(tmp_path, 1) == 1
+
+
+AT_EXIT = """
+import sys, numpy as np
+from mpembed_jax import checkpoint
+checkpoint.save(sys.argv[1], 1, {"x": np.random.default_rng(0).random(3_000_000)}, wait=False)
+"""
+
+
+def test_a_save_that_nobody_waits_for_is_complete_when_the_program_ends(tmp_path, request):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, str(tmp_path)],
+        cwd=request.path.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    tree = checkpoint.restore(tmp_path, {"x": np.zeros(3_000_000)})
+    np.testing.assert_array_equal(tree["x"], np.random.default_rng(0).random(3_000_000))
+
+
+# --- checkpoints of earlier code
+
+
+def test_a_checkpoint_of_earlier_code_is_restored(tmp_path, request):
+    """Full and incremental, written when folders still had the names of leaves; and increments go on from it."""
+    with zipfile.ZipFile(request.path.parent / "version_1.zip") as archive:
+        archive.extractall(tmp_path)
+    tree = {
+        "emb": first(),
+        "key": jax.random.key(0),
+        "odd": {
+            "a/b c": np.zeros((2, 3)),
+            "empty": np.zeros((2, 0), np.int8),
+            "half": jnp.zeros(2, jnp.bfloat16),
+        },
+        "plain": {"position": 0, "loss": 0.0, "name": "", "iterator": b"", "on": False},
+    }
+    assert checkpoint.steps(tmp_path) == [4, 5]
+    for step in (4, 5):
+        back = checkpoint.restore(tmp_path, tree, step=step)
+        with np.load(io.BytesIO((tmp_path / f"wanted_{step}.npz").read_bytes())) as wanted:
+            for name, leaf in leaves.named(back["emb"]).items():
+                np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+        plain = dict(position=step, loss=0.25, name="é", iterator=b"\x00\xff", on=True)
+        assert back["plain"] == plain
+        np.testing.assert_array_equal(back["odd"]["a/b c"], np.arange(6.0).reshape(2, 3))
+        np.testing.assert_array_equal(np.float32(back["odd"]["half"]), [1.5, -2])
+        assert (jax.random.key_data(back["key"]) == jax.random.key_data(jax.random.key(5))).all()
+    after, tracker = trained(back["emb"], 5)
+    checkpoint.save(tmp_path, 6, {**back, "emb": after}, tracker=tracker)
+    assert manifest_of(tmp_path, 6)["base"]["step"] == 5
+    assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of({**back, "emb": after})

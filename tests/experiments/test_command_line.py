@@ -1,0 +1,395 @@
+"""Wrong calls of every program end at once, with one sentence and status 2, and nothing is written."""
+
+import gzip
+import importlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
+
+from experiments import command_line, train_dlrm
+from experiments.dlrm import reporting, training
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = (
+    "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers", "speed.bench_data",
+    "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
+    "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
+    "faults.killed_worker",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """bench_scaling asks jax for eight devices in the environment, where it is imported."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def program(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+def test_every_program_is_here():
+    found = [
+        ".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts)
+        for path in (ROOT / "experiments").rglob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text()
+    ]
+    assert sorted(found) == sorted([*PROGRAMS, "speed.peers"])
+
+
+class Wrong(NamedTuple):
+    """A call that is refused, and what its sentence must say."""
+
+    name: str
+    program: str
+    words: str
+    says: tuple[str, ...]
+
+
+CALLS = {
+    "train_dlrm": [
+        ("negative batch", "--batch-size -3", "--batch-size is -3", "at least 1"),
+        ("no batch", "--batch-size 0", "--batch-size is 0", "at least 1"),
+        ("batch of text", "--batch-size many", "--batch-size is many", "a whole number"),
+        ("half a batch", "--batch-size 2.5", "--batch-size is 2.5", "a whole number"),
+        ("large cache", "--cache-fraction 2", "--cache-fraction is 2", "at most 1"),
+        ("no ways", "--ways 0", "--ways is 0", "at least 1 and at most 64"),
+        ("no dim", "--embedding-dim 0", "--embedding-dim is 0", "at least 1"),
+        ("no scale", "--scale 0", "--scale is 0", "above 0 and at most 1"),
+        ("few rows", "--num-rows 5", "--num-rows is 5", "at least 7"),
+        ("one test row", "--num-rows 8 --batch-size 2", "--num-rows", "labels are all the same"),
+        ("rows below a batch", "--num-rows 700", "--batch-size is 2,048", "training rows, 600"),
+        ("no hidden units", "--hidden 0 0", "--hidden is 0", "2 whole numbers", "at least 1"),
+        ("one hidden width", "--hidden 8", "--hidden", "2 whole numbers"),
+        ("no seed", "--seeds", "--seeds", "a whole number or several"),
+        ("seed twice", "--seeds 1 0 1", "--seeds has 1 twice"),
+        ("negative seed", "--seeds -1", "--seeds is -1", "at least 0"),
+        ("unwritable", "--out /proc/x", "--out is /proc/x", "a folder that can be written"),
+        ("a file for a folder", "--out FILE", "--out is", "a folder that can be written"),
+        ("negative rate", "--row-learning-rate -1", "--row-learning-rate is -1", "above 0"),
+        ("small negative rate", "--row-learning-rate -1e-3", "--row-learning-rate is -1e-3"),
+        ("rate that is no number", "--row-learning-rate nan", "--row-learning-rate is nan"),
+        ("infinite rate", "--dense-learning-rate inf", "--dense-learning-rate is inf"),
+        ("no rate", "--dense-learning-rate 0", "--dense-learning-rate is 0", "above 0"),
+        ("unknown data", "--data kaggle", "--data is kaggle", "synthetic, criteo, reddit"),
+        ("unknown storage", "--storage int3", "--storage is int3", "int8, int4, int2"),
+        ("unknown flag", "--cache-fracton 1", "--cache-fracton", "did you mean --cache-fraction?"),
+        ("a word too many", "cache", "cache", "no such setting"),
+        ("criteo without path", "--data criteo", "--path is missing", "train.txt"),
+        ("criteo, missing", "--data criteo --path gone", "--path is gone", "neither a file nor"),
+        ("criteo, empty folder", "--data criteo --path FOLDER", "--path is", "train.txt"),
+        ("criteo, empty", "--data criteo --path EMPTY", "--path is", "is empty"),
+        ("criteo, not it", "--data criteo --path FILE", "--path is", "1 columns instead of 40"),
+        ("criteo, cut gzip", "--data criteo --path GZIP", "--path is", "cut short or damaged"),
+        ("reddit, missing", "--data reddit --path gone", "--path is gone", "no posts_before"),
+        ("reddit, no parquet", "--data reddit --path FILE", "--path is", "not a parquet file"),
+        ("reddit, empty", "--data reddit --path EMPTY", "--path is", "not a parquet file"),
+        ("reddit, others", "--data reddit --path PARQUET", "--path is", "no column subreddit"),
+        ("reddit, no posts", "--data reddit --path NO_POSTS", "--path is", "has no posts"),
+        ("path of no data", "--path FOLDER", "--path", "with --data criteo or --data reddit only"),
+        ("scale of posts", "--data reddit --scale 0.1", "--scale is 0.1", "--data synthetic only"),
+        ("ways without cache", "--cache-fraction 0 --ways 8", "--ways is 8", "a cache only"),
+        ("rounding of FP32", "--storage float32 --rounding nearest", "--rounding is nearest"),
+        (
+            "dictionary's setting",
+            "--data criteo --mapping hash --min-count 2",
+            "--min-count is 2",
+            "with --mapping dictionary only",
+        ),
+        (
+            "hash's setting",
+            "--data criteo --hash-size 9",
+            "--hash-size is 9",
+            "--mapping hash only",
+        ),
+        (
+            "too much memory",
+            "--embedding-dim 4096 --scale 1 --num-rows 7000",
+            "--embedding-dim is 4096",
+            "GB are free",
+        ),
+    ],
+    "accuracy.paper_table": [
+        ("grid without a case", "--cache 0.33", "--grid is headline", "no case of the grid"),
+        ("report of nothing", "--report --out FOLDER", "run without --report first"),
+        ("damaged results", "--out RESULTS", "--out is", "paper_table.jsonl:1"),
+        ("grid on criteo", "--data criteo", "--path is missing"),
+    ],
+    "speed.bench_step": [
+        ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),
+        ("no steps", "--steps 0", "--steps is 0", "at least 3"),
+    ],
+    "speed.bench_peers": [
+        ("one peer", "--peers ours-int8-w8", "--peers", "two of them"),
+        ("unknown peer", "--peers tensorflow", "--peers is tensorflow", "fbgemm-fp32"),
+        (
+            "peer of another task",
+            "--task dlrm --peers ours-int8-w32 fbgemm-fp32",
+            "--peers is fbgemm-fp32",
+        ),
+        ("no interpreter", "--peers-python gone", "--peers-python is gone"),
+    ],
+    "speed.bench_data": [
+        ("large batches", "--num-rows 70 --batch-sizes 64", "--batch-sizes is 64", "at most 60"),
+    ],
+    "speed.bench_checkpoint": [
+        ("no folder", "--directory gone", "--directory is gone", "a folder that is there"),
+        ("unknown format", "--storage int9", "--storage is int9", "one of float32"),
+    ],
+    "speed.first_screen": [
+        ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
+    ],
+    "gpu.bench_gpu": [
+        ("no such part", "--parts nothing", "--parts is nothing", "'copy bandwidth'"),
+        ("negative budget", "--budget -1", "--budget is -1", "at least 0"),
+    ],
+    "gpu.compile_gpu": [
+        ("no such GPU", "--targets v100", "--targets is v100", "h200, a100, l4, t4"),
+    ],
+    "gpu.roofline": [
+        ("no bandwidth", "--bandwidth 0", "--bandwidth is 0", "above 0"),
+    ],
+    "gpu.aot_8gpu": [
+        ("three GPUs", "--devices 3", "--devices is 3", "a power of two"),
+    ],
+    "scaling.bench_scaling": [
+        ("three devices", "--devices 3", "--devices is 3", "powers of two"),
+        ("odd batch", "--batch 9 --devices 2", "--batch is 9", "a multiple of --devices 2"),
+    ],
+    "scaling.multiprocess": [
+        ("processes", "--processes 3", "--processes is 3", "divisors of --devices 4"),
+    ],
+    "faults.run": [
+        ("unknown part", "--only nothing", "--only is nothing", "'killed worker'"),
+        ("other results", "--only kills --out FILE", "--out is"),
+    ],
+    "faults.killed_worker": [
+        ("a worker by hand", "", "experiments.faults.run"),
+    ],
+}
+WRONG = [
+    *(
+        Wrong(name, program, words, tuple(says))
+        for program, calls in CALLS.items()
+        for name, words, *says in calls
+    ),
+    *(
+        Wrong(f"unwritable, {name}", name, "--out /proc/x/y", ("--out is /proc/x/y",))
+        for name in PROGRAMS[1:-1]
+    ),
+]
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder with the wrong files that the calls name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FOLDER", "RESULTS"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "FILE").write_text("hello\n")
+    (tmp_path / "EMPTY").touch()
+    (tmp_path / "GZIP").write_bytes(gzip.compress(os.urandom(9000))[:4000])
+    (tmp_path / "RESULTS" / "paper_table.jsonl").write_text("{}\n")
+    pl.DataFrame({"created_utc": [1, 2]}).write_parquet(tmp_path / "PARQUET")
+    texts = {name: pl.Series(name, [], pl.String) for name in ("subreddit", "domain", "title")}
+    numbers = {n: pl.Series(n, [], pl.Int64) for n in ("created_utc", "is_self", "num_comments")}
+    pl.DataFrame(texts | numbers).write_parquet(tmp_path / "NO_POSTS")
+    return tmp_path
+
+
+def listing(folder):
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("call", WRONG, ids=lambda call: call.name)
+def test_a_wrong_call_is_refused_in_one_sentence(call, places, capsys, monkeypatch):
+    module, before = program(call.program), listing(places)
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("it trains"))
+    start = time.perf_counter()
+    assert module.main(call.words.split()) == 2
+    assert time.perf_counter() - start < 15
+    said = capsys.readouterr()
+    [line] = said.err.strip().splitlines()
+    assert line.startswith(f"experiments.{call.program}: ")
+    for part in call.says:
+        assert part in line
+    assert not re.search(r"[a-z]_(size|rows|fraction|dim|rate|count)\b", line)  # a Python argument
+    assert listing(places) == before
+
+
+def test_debug_shows_where_it_was_refused(capsys):
+    assert train_dlrm.main(["--ways", "0", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.strip().endswith("of at least 1 and at most 64")
+
+
+def test_a_module_shows_no_traceback_and_ends_with_2(tmp_path):
+    """As a user calls it: the process, not the function."""
+    command = [sys.executable, "-m", "experiments.train_dlrm", "--ways", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "experiments.train_dlrm: --ways is 0, but must be a whole number of at least 1 and at most "
+        "64\n"
+    )
+
+
+# --- help
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_explains_every_setting(name, capsys):
+    module = program(name)
+    with pytest.raises(SystemExit) as left:
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert text.startswith(f"usage: python -m experiments.{name} [")
+    assert module.__doc__.strip().splitlines()[0][:60] in text
+    flat = " ".join(text.split())
+    for field, (declared, _, limits) in command_line.fields_of(module.Settings).items():
+        flag = command_line.flag_of(field)
+        if limits.is_hidden:
+            assert not re.search(rf"{flag}(?![\w-])", text)
+            continue
+        assert re.search(rf"^  {flag}\b", text, re.MULTILINE)
+        assert re.fullmatch(r"[A-Z].*\.", limits.help), f"{flag}: {limits.help!r} is no sentence"
+        assert declared.default not in (None, ()) or limits.shown
+        is_number = isinstance(declared.default, int | float) and not isinstance(
+            declared.default, bool
+        )
+        assert not is_number or re.search(rf"{flag} {limits.unit}\b", flat)
+    assert flat.count("Default: ") >= sum(
+        not limits.is_hidden for _, _, limits in command_line.fields_of(module.Settings).values()
+    )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_number_has_a_unit_and_limits(name):
+    for field, (_, hint, limits) in command_line.fields_of(program(name).Settings).items():
+        if not re.search(r"\b(int|float)\b", str(hint)) or limits.is_hidden:
+            continue
+        assert limits.unit, field
+        assert limits.at_least is not None or limits.above is not None, field
+
+
+@pytest.mark.parametrize("name", PROGRAMS[:-1])
+def test_settings_come_back_from_the_words_that_give_them(name):
+    module = program(name)
+    assert command_line.words_of(module.Settings()) == []
+    assert command_line.parse(module.Settings, "", name, []) == module.Settings()
+
+
+def test_words_give_all_kinds_of_settings():
+    chosen = train_dlrm.Settings(
+        data="criteo", path=Path("~/x y"), hidden=(3, 4), seeds=(2, 1), hashed_baseline=False
+    )
+    words = command_line.words_of(chosen)
+    read = command_line.parse(train_dlrm.Settings, "", "x", words)
+    assert read == train_dlrm.Settings(**{**vars(chosen), "path": Path("~/x y").expanduser()})
+    assert command_line.command_of("experiments.x", ["--path", "x y"]).endswith("--path 'x y'")
+
+
+# --- while a program runs
+
+
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "PERIOD_S", 0.05)
+    with command_line.progress(iter(["one", None, "three", *["more"] * 99]).__next__):
+        time.sleep(0.22)
+    assert capsys.readouterr().out.splitlines()[:2] == ["one", "three"]
+
+
+def test_lines_of_progress_say_what_happens(capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "PERIOD_S", 0.05)
+    console = reporting.make_console()
+    with reporting.bars(console, ["FP32", "ours"], 200) as bars:
+        time.sleep(0.12)
+        bars("FP32", 100, 0.5, 0.0, 1.0)
+        bars("ours", 100, 0.4, 0.9, 1.0)
+        time.sleep(0.12)
+        bars.measuring("ours")
+        time.sleep(0.12)
+    text = capsys.readouterr().out
+    assert re.search(r"\d s  making tables and compiling", text)
+    assert "50% trained  FP32 loss 0.5000, ours loss 0.4000 hits 90.0%" in text
+    assert "evaluating ours" in text
+
+
+def test_warnings_of_this_project_reach_the_user_and_others_do_not(capsys):
+    def run(settings):
+        logging.getLogger("orbax").warning("theirs")
+        logging.getLogger("absl").warning("theirs")
+        warnings.warn_explicit("theirs", DeprecationWarning, "/lib/jax/x.py", 1)
+        warnings.warn_explicit("ours", UserWarning, str(ROOT / "mpembed_jax" / "x.py"), 1)
+        logging.getLogger("mpembed_jax.checkpoint").warning("also ours")
+
+    run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert command_line.main(run, train_dlrm.Settings, "", []) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["warning: ours", "WARNING: also ours"]
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    """Even while it computes outside Python, where a handler of Python would wait."""
+    code = """
+import hashlib, time
+from experiments import command_line
+with command_line.stoppable() as stop:
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.01)
+    print("told", stop.number, flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+            try:
+                assert process.stdout.readline() == "ready\n"
+                process.send_signal(number)
+                assert process.stdout.readline() == f"told {int(number)}\n"
+                time.sleep(0.1)
+                process.send_signal(number)
+                _, said = process.communicate(timeout=10)
+            finally:
+                process.kill()
+        assert process.returncode == 128 + number
+        assert "stopping after this step" in said
+
+
+def test_a_failure_on_the_way_is_one_line_and_status_1(capsys):
+    def run(settings):
+        raise OSError(28, "No space left on device", "results.json")
+
+    run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
+    assert command_line.main(run, train_dlrm.Settings, "", []) == 1
+    assert capsys.readouterr().err == (
+        "experiments.train_dlrm: [Errno 28] No space left on device: 'results.json'\n"
+    )
+
+
+def test_interrupted_before_anything_is_saved_it_says_so(capsys):
+    def run(settings):
+        raise KeyboardInterrupt
+
+    run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
+    assert command_line.main(run, train_dlrm.Settings, "", []) == 130
+    assert capsys.readouterr().err == "experiments.train_dlrm: stopped\n"
