@@ -99,6 +99,20 @@ class Positions(NamedTuple):
     factors: jax.Array | None  # f32 [N]: factors of the positions' gradients; None: all are 1
 
 
+class Places(NamedTuple):
+    """The rows of a batch by partition, and the positions of each: what a fused forward call leaves.
+
+    The rows of a partition begin where its positions do. Entries between its last row and the next
+    partition mean nothing.
+    """
+
+    facts: jax.Array  # i32 [..]  counts, and where each partition begins; see ops.cpu.bag_step
+    ids: jax.Array  # i32 [N]
+    line: jax.Array  # i32 [N]  -1 where the row has none
+    stop: jax.Array  # i32 [N]  a row's positions end before order[stop], counted in its partition
+    order: jax.Array  # i32 [N]  positions, row by row, ascending
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """The settings of an implementation of the ops; static.

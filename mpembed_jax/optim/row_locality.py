@@ -16,10 +16,11 @@ import optax
 
 _ELEMENTWISE = frozenset(
     """
-    abs add add_any and cbrt ceil clamp convert_element_type copy cos cosh div eq erf exp exp2 expm1
-    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
-    pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    abs add add_any and bitcast_convert_type cbrt ceil clamp convert_element_type copy cos cosh
+    div eq erf exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min
+    mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan
+    tanh xor
     """.split()  # noqa: SIM905  one name per line would hide that this is a list of names
 )
 _REDUCTIONS = frozenset(
@@ -82,6 +83,12 @@ def _is_local(eqn: Any) -> bool:
         return 0 not in params["axes"]
     if name == "reshape":
         return params["dimensions"] is None and params["new_sizes"][0] == _ROWS
+    if name == "slice":
+        strides = params["strides"] or (1,)
+        whole = (params["start_indices"][0], params["limit_indices"][0], strides[0])
+        return whole == (0, _ROWS, 1)
+    if name == "pad":
+        return params["padding_config"][0] == (0, 0, 0) and not _has_rows(eqn.invars[1])
     if name == "squeeze":
         return 0 not in params["dimensions"]
     return False

@@ -20,7 +20,14 @@ from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.ops.cpu import call_frame, codec, lanes, partitions
-from mpembed_jax.ops.cpu.call_frame import argument, argument_address, compiled, fence, result, result_address
+from mpembed_jax.ops.cpu.call_frame import (
+    argument,
+    argument_address,
+    compiled,
+    fence,
+    result,
+    result_address,
+)
 from mpembed_jax.ops.cpu.hashes import fmix32
 from mpembed_jax.ops.cpu.lanes import LANES, bits_of, float_of
 from mpembed_jax.ops.cpu.partitions import MAX_PARTS
@@ -62,6 +69,16 @@ _OF_PARTS = (  # numbers of each partition
 ) = tuple(_ROWS + k * MAX_PARTS for k in range(6))  # fmt: skip
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
 _DEAL = MAX_PARTS + 2  # numbers of a chunk: for each partition, for no row, and out of range
+# What the sums of bags are given.
+_BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING, _IS_CONTRACTED = range(6)
+# Arguments and results of the backward call, and what it is given.
+_GRADS, _FACTORS, _SOURCE, _UPDATE, _RATES, _PLAN = range(6)  # the plan has five arrays
+_STORED = _PLAN + 5
+_NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = range(6)
+(
+    _UPDATE_DIM, _PER_GRAD, _UPDATE_TASKS, _SKIPS, _HAS_SUMS, _IS_NARROW, _IS_APPLIED,
+    _BYPASS_SEED0, _BYPASS_SEED1, _STATE_SEED,
+) = range(10)  # fmt: skip
 
 
 # --- forward
@@ -137,19 +154,9 @@ def _part_of(frame, index, begin, end):
 
 
 @compiled
-def _buckets(frame, begin, num):
-    """Returns a partition's buckets, a power of two: at least two for each of its positions."""
-    num_buckets = 16
-    while num_buckets < 2 * num:
-        num_buckets *= 2
-    # Each partition has room for 4 a position and 16.
-    return result(frame, _BUCKET, np.int32)[4 * begin : 4 * begin + num_buckets]
-
-
-@compiled
 def _buckets_of(frame, facts, part):
     begin, end = _bounds(facts, part)
-    num_buckets = 16
+    num_buckets = 16  # a power of two, at least two for each position: there is room for four
     while num_buckets < 2 * (end - begin):
         num_buckets *= 2
     first = 4 * begin + 16 * part
@@ -167,7 +174,7 @@ def _deduplicate(frame, part):
     )  # fmt: skip
 
 
-_deduplicate_parts = call_frame.parts(lambda frame, part: _deduplicate(frame, part))
+_deduplicate_parts = call_frame.parts(_deduplicate)
 
 
 @compiled
@@ -249,7 +256,10 @@ def _buffer_of(frame, index, part, number, dim):
 def _list(frame, part):
     facts = result(frame, _FACTS, np.int32)
     begin, end = _bounds(facts, part)
-    positions, row_of = _part_of(frame, _POSITIONS, begin, end), _part_of(frame, _ROW_OF, begin, end)
+    positions, row_of = (
+        _part_of(frame, _POSITIONS, begin, end),
+        _part_of(frame, _ROW_OF, begin, end),
+    )
     partitions.list_positions(
         positions, row_of, _part_of(frame, _COUNT, begin, end), facts[_NUM_UNIQUE + part],
         _part_of(frame, _STOP, begin, end), _part_of(frame, _ORDER, begin, end),
@@ -260,6 +270,7 @@ def _list(frame, part):
                 _blank(frame, positions[k])
 
 
+@compiled
 def _blank_part(frame, part):
     facts, positions = result(frame, _FACTS, np.int32), result(frame, _POSITIONS, np.int32)
     begin, end = _bounds(facts, part)
@@ -412,6 +423,413 @@ def _forward_of(fmt: RowFormat) -> str:
     return name
 
 
+# --- bags
+
+
+def _sum_parts(fmt: RowFormat) -> Any:
+    rows, bytes_of = codec.of(fmt), codec.row_bytes(fmt)
+    decode = rows.decode
+
+    def sum_part(frame, part):
+        """Sums the rows of a range of bags, positions ascending."""
+        row_of_position = argument(frame, 0, np.int32)
+        factors, bag = argument(frame, 1, np.float32), argument(frame, 2, np.int32)
+        given = argument(frame, 3, np.int32)
+        ids, line = argument(frame, 4, np.int32), argument(frame, 5, np.int32)
+        table, cached = argument_address(frame, 6), argument_address(frame, 7)
+        out, dim = result_address(frame, 0), np.int64(given[_BAG_DIM])
+        num_bags, num_parts = np.int64(given[_NUM_BAGS]), np.int64(given[_BAG_PARTS])
+        begin, end = num_bags * part // num_parts, num_bags * (part + 1) // num_parts
+        row_bytes, buffer = bytes_of(dim), _buffer_of(frame, 1, part, 0, dim)
+        num_positions = len(bag)
+        for number in range(begin, end):
+            lanes.clear(out + number * 4 * dim, dim)
+        position = 0
+        if given[_IS_ASCENDING]:
+            low, high = 0, num_positions
+            while low < high:
+                middle = (low + high) // 2
+                if bag[middle] < begin:
+                    low = middle + 1
+                else:
+                    high = middle
+            position = low
+        while position < num_positions:
+            number, row = np.int64(bag[position]), np.int64(row_of_position[position])
+            if number >= end and given[_IS_ASCENDING]:
+                break
+            if begin <= number < end and row >= 0:
+                ahead = np.int64(row_of_position[min(position + _AHEAD, num_positions - 1)])
+                if ahead >= 0:
+                    if line[ahead] >= 0:
+                        lanes.ask_for(cached + np.int64(line[ahead]) * 4 * dim, 4 * dim)
+                    else:
+                        lanes.ask_for(table + ids[ahead] * row_bytes, row_bytes)
+                source = cached + np.int64(line[row]) * 4 * dim
+                if line[row] < 0:
+                    decode(table + ids[row] * row_bytes, buffer, dim)
+                    source = buffer
+                total = out + number * 4 * dim
+                if given[_IS_CONTRACTED]:
+                    lanes.accumulate(total, factors[position], source, dim)
+                else:
+                    lanes.accumulate_rounded(total, factors[position], source, dim)
+            position += 1
+
+    return call_frame.parts(sum_part)
+
+
+@functools.cache
+def _sums_of(fmt: RowFormat) -> str:
+    """Registers the sums of bags of a resolved format; returns the call's name."""
+    sum_parts = _sum_parts(fmt)
+
+    def sums(frame):
+        given = argument(frame, 3, np.int32)
+        num_tasks = min(call_frame.num_threads(frame), np.int64(given[_BAG_TASKS]))
+        sum_parts(frame, given[_BAG_PARTS], num_tasks)
+
+    name = f"mpembed_bag_sums_{_key(fmt)}"
+    call_frame.register(name, sums)
+    return name
+
+
+# --- backward
+
+
+@compiled
+def _sum_of_squares(scratch, grads, dim):
+    """Sums the squares of a buffer as optim.rowwise does: the upper half added to the lower one."""
+    lanes.square(scratch, grads, dim)
+    num_blocks, half = (dim + LANES - 1) // LANES, 1
+    while 2 * half < num_blocks:
+        half *= 2
+    while num_blocks > 1:
+        for block in range(num_blocks - half):
+            lanes.add_block(scratch, block, block + half)
+        num_blocks, half = half, half // 2
+    return lanes.fold(scratch)
+
+
+@compiled
+def _bfloat16_code(x, bits):
+    """See rounding.encode_float."""
+    raw = bits_of(x)
+    magnitude = raw & U32(0x7FFFFFFF)
+    code = min(U32(magnitude + (bits >> U32(16))) >> U32(16), U32(0x7F7F))
+    code = U32(0x7FC0) if magnitude > U32(0x7F800000) else code
+    return np.uint16(code | ((raw >> U32(31)) << U32(15)))
+
+
+@compiled
+def _add_to_sum(frame, x, mean, given):
+    """Adds a row's mean square to its G, and returns G before it is rounded for storage."""
+    if given[_IS_NARROW]:
+        sums = result(frame, _ACCUMULATOR, np.uint16)
+        total = float_of(U32(U32(sums[x]) << U32(16))) + mean
+        bits = fmix32(fmix32(U32(x) ^ U32(given[_STATE_SEED])))
+        sums[x] = _bfloat16_code(total, bits)
+        return total
+    wide = result(frame, _ACCUMULATOR, np.float32)
+    wide[x] += mean
+    return wide[x]
+
+
+@functools.cache
+def _backward_of(fmt: RowFormat) -> str:
+    """Registers the backward call of a resolved format; returns its name."""
+    rows, bytes_of = codec.of(fmt), codec.row_bytes(fmt)
+    decode, encode = rows.decode, rows.encode
+
+    def update_part(frame, part):
+        """Sums, updates and stores the rows of a partition."""
+        given, rates = argument(frame, _UPDATE, np.int32), argument(frame, _RATES, np.float32)
+        facts = argument(frame, _PLAN, np.int32)
+        begin, end = _bounds(facts, part)
+        ids = argument(frame, _PLAN + 1, np.int32)[begin:end]
+        line = argument(frame, _PLAN + 2, np.int32)[begin:end]
+        stop = argument(frame, _PLAN + 3, np.int32)[begin:end]
+        order = argument(frame, _PLAN + 4, np.int32)[begin:end]
+        grads = argument_address(frame, _GRADS)
+        factors, source = argument(frame, _FACTORS, np.float32), argument(frame, _SOURCE, np.int32)
+        has_factors, has_source = len(factors) > 0, len(source) > 0
+        table, cached = result_address(frame, _NEW_TABLE), result_address(frame, _NEW_LINES)
+        dirty, dim = result(frame, _NEW_DIRTY, np.uint8), np.int64(given[_UPDATE_DIM])
+        accumulator = result_address(frame, _ACCUMULATOR)
+        row_bytes, per_grad = bytes_of(dim), np.int64(given[_PER_GRAD])
+        state_bytes = 2 if given[_IS_NARROW] else 4
+        seed0, seed1 = U32(given[_BYPASS_SEED0]), U32(given[_BYPASS_SEED1])
+        rate, eps, inverse_dim = rates[0], rates[1], rates[2]
+        total = _buffer_of(frame, _UPDATE_BUFFER, part, 0, dim)
+        old = _buffer_of(frame, _UPDATE_BUFFER, part, 1, dim)
+        new = _buffer_of(frame, _UPDATE_BUFFER, part, 2, dim)
+        num_rows, num_nonfinite, at = np.int64(facts[_NUM_UNIQUE + part]), 0, 0
+        num_positions = end - begin
+        for row in range(num_rows):
+            if row + _AHEAD < num_rows:
+                x, ahead = np.int64(ids[row + _AHEAD]), np.int64(line[row + _AHEAD])
+                if given[_HAS_SUMS]:
+                    lanes.ask_for(accumulator + x * state_bytes, state_bytes)
+                if ahead >= 0:
+                    lanes.ask_for(cached + ahead * 4 * dim, 4 * dim)
+                else:
+                    lanes.ask_for(table + x * row_bytes, row_bytes)
+            lanes.clear(total, dim)
+            while at < stop[row]:
+                if at + 2 * _AHEAD < num_positions:
+                    ahead = np.int64(order[at + 2 * _AHEAD])
+                    ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
+                    lanes.ask_for(grads + ahead * 4 * dim, 4 * dim)
+                position = np.int64(order[at])
+                here = np.int64(source[position]) if has_source else position // per_grad
+                if has_factors:
+                    lanes.add_product(total, factors[position], grads + here * 4 * dim, dim)
+                else:
+                    lanes.add(total, grads + here * 4 * dim, dim)
+                at += 1
+            if given[_SKIPS] and lanes.largest_exponent(total, dim) == 255:
+                num_nonfinite += 1
+                continue
+            x, here, inverse = np.int64(ids[row]), np.int64(line[row]), F32(1)
+            if given[_HAS_SUMS]:
+                mean = _sum_of_squares(new, total, dim) * inverse_dim
+                root = np.sqrt(_add_to_sum(frame, x, mean, given)) + eps
+                inverse = F32(1) / (root if root > F32(0) else F32(1))
+            if here >= 0:
+                place = cached + here * 4 * dim
+                if lanes.move(new, place, rate, total, inverse, dim):
+                    lanes.copy(place, new, dim)
+                    dirty[here] = 1
+            else:
+                place = table + x * row_bytes
+                decode(place, old, dim)
+                if lanes.move(new, old, rate, total, inverse, dim):
+                    encode(new, place, dim, x, seed0, seed1)
+        result(frame, _NONFINITE, np.int32)[part] = num_nonfinite
+
+    update_parts = call_frame.parts(update_part)
+
+    def backward(frame):
+        given, facts = argument(frame, _UPDATE, np.int32), argument(frame, _PLAN, np.int32)
+        result(frame, _NONFINITE, np.int32)[:] = 0
+        if given[_IS_APPLIED]:
+            num_tasks = min(call_frame.num_threads(frame), np.int64(given[_UPDATE_TASKS]))
+            update_parts(frame, facts[_PARTS], num_tasks)
+
+    name = f"mpembed_bag_backward_{_key(fmt)}"
+    call_frame.register(name, backward)
+    return name
+
+
 def _key(fmt: RowFormat) -> str:
     kind = {None: "", True: "_symmetric", False: "_asymmetric"}[fmt.symmetric]
     return f"{fmt.name}{kind}_{fmt.scale_dtype}_{fmt.rounding}"
+
+
+# --- the calls
+
+
+def _as_int32(words: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+
+def _shapes(arrays: list[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+
+
+def _buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
+    width = -(-dim // LANES) * LANES
+    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.float32)
+
+
+def forward(
+    table: QuantizedTable,
+    cache: CacheState | None,
+    ids: jax.Array,
+    *,
+    budget: int | None,
+    step: jax.Array,
+    must_halve: jax.Array,
+    draw: Draw,
+    is_listed: bool,
+) -> tuple[QuantizedTable, CacheState | None, jax.Array, Places]:
+    """Plans a batch, swaps, and writes each row to its positions: unique, plan, swap and lookup in one call.
+
+    Args:
+      table: the stack.
+      cache: of the stack.
+      ids: int32 [N], N > 0; those outside the table, NO_ID among them, read as zeros.
+      budget: most distinct ids, None: all; see xla.unique.
+      step: int32 scalar, number of this prefetch.
+      must_halve: bool scalar, see policy.is_time_to_halve.
+      draw: names the random bits of the victims' rounding.
+      is_listed: return each position's row instead of its vector.
+
+    Returns:
+      The table and the cache, changed in place; float32 [N, D], or int32 [N], the place of each
+      position's row in the plan, -1 for none; and the plan.
+    """
+    (num,), dim = ids.shape, table.embedding_dim
+    nothing = jnp.zeros((0,), jnp.int32)
+    if cache is None:
+        held: list[Any] = [table.rows, jnp.zeros((0,), jnp.float32), nothing, nothing,
+                           jnp.zeros((0,), bool), jnp.zeros((0,), jnp.uint16)]  # fmt: skip
+        sets, ways, groups, width = 0, 0, MAX_PARTS, 0
+    else:
+        is_lfu = cache.policy == "lfu"
+        sketch = cache.sketch if is_lfu else jnp.zeros((0,), jnp.uint16)
+        held = [table.rows, cache.rows, cache.tags, cache.priority, cache.dirty, sketch]
+        sets, ways, groups = cache.geometry
+        width = sketch.shape[-1] if is_lfu else 0
+    limit = -1 if budget is None or budget >= num else budget
+    fixed = [table.num_rows, dim, sets, ways, groups, width, limit, MAX_TASKS]
+    given = jnp.concatenate(
+        [
+            jnp.asarray(fixed, jnp.int32),
+            jnp.stack([step, must_halve.astype(jnp.int32)]),
+            _as_int32(draw.seed(random_bits.WRITE_BACK)),
+        ]
+    )
+    words = dict.fromkeys(range(_ROW_IDS, _BUFFER), num)
+    words |= {_FACTS: _NUM_FACTS, _ROW_OF_POSITION: num if is_listed else 0}
+    words |= {_BUCKET: 4 * num + 16 * MAX_PARTS, _DEALS: _CHUNKS * _DEAL}
+    vectors = jax.ShapeDtypeStruct((0 if is_listed else num, dim), jnp.float32)
+    others = [jax.ShapeDtypeStruct((words[k],), jnp.int32) for k in range(_FACTS, _BUFFER)]
+    results: Any = jax.ffi.ffi_call(
+        _forward_of(table.format),
+        [*_shapes(held), vectors, *others, _buffers(MAX_PARTS, dim)],
+        input_output_aliases={_HELD + k: k for k in range(len(held))},
+    )(ids, given, *held)
+    table = dataclasses.replace(table, rows=results[_TABLE])
+    if cache is not None:
+        cache = dataclasses.replace(
+            cache, rows=results[_LINES], tags=results[_TAGS], priority=results[_PRIORITY],
+            dirty=results[_DIRTY], sketch=results[_SKETCH] if cache.policy == "lfu" else None,
+        )  # fmt: skip
+    places = Places(*(results[k] for k in (_FACTS, _ROW_IDS, _LINE, _STOP, _ORDER)))
+    return table, cache, results[_ROW_OF_POSITION if is_listed else _VECTORS], places
+
+
+def counts(places: Places) -> dict[str, jax.Array]:
+    """Returns the counts (int32 scalars) of a forward call, by their names in cache.plan.Counts."""
+    names = (
+        "unique",
+        "hits",
+        "hit_requests",
+        "num_new",
+        "evictions",
+        "write_backs",
+        "out_of_range",
+    )
+    found = {name: places.facts[_COUNTS + k] for k, name in enumerate(names)}
+    num_parts = places.facts[_PARTS]
+    found["requests"] = places.facts[_BEGIN + num_parts]
+    found["dropped"] = places.facts[_OVER]
+    found["misses"] = found["unique"] - found["hits"]
+    found["bypasses"] = found["misses"] - found.pop("num_new")
+    return found
+
+
+def bags(
+    table: QuantizedTable,
+    lines: jax.Array | None,
+    places: Places,
+    row_of_position: jax.Array,
+    factors: jax.Array,
+    bag: jax.Array,
+    num_bags: int,
+    *,
+    is_ascending: bool,
+    is_contracted: bool,
+) -> jax.Array:
+    """Sums factors[n] * row of position n by bag, positions ascending; positions without a row are left out.
+
+    Args:
+      table: after the forward call.
+      lines: after the forward call; None without a cache.
+      places: from the forward call.
+      row_of_position: int32 [N], from the forward call.
+      factors: float32 [N].
+      bag: int32 [N]; outside [0, num_bags): none.
+      num_bags: M.
+      is_ascending: whether bags ascend, so that the positions of one follow one another.
+      is_contracted: whether a product and its sum are rounded once, as xla.bag does, or one by one,
+        as xla.sums does.
+
+    Returns:
+      float32 [M, D].
+    """
+    dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
+    if not is_ascending:
+        num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
+    given = [dim, num_bags, num_parts, MAX_TASKS, is_ascending, is_contracted]
+    lines = jnp.zeros((0,), jnp.float32) if lines is None else lines
+    out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
+    results: Any = jax.ffi.ffi_call(_sums_of(table.format), [out, _buffers(num_parts, dim)])(
+        row_of_position, factors, bag, np.asarray(given, np.int32), places.ids, places.line,
+        table.rows, lines,
+    )  # fmt: skip
+    return results[0]
+
+
+def backward(
+    store: Store,
+    accumulator: jax.Array | None,
+    places: Places,
+    grads: jax.Array,
+    factors: jax.Array | None,
+    source: jax.Array | None,
+    *,
+    rule: RowRule,
+    draw: Draw,
+    skip_nonfinite: bool,
+    is_applied: jax.Array,
+) -> tuple[Store, jax.Array | None, jax.Array]:
+    """Sums the gradients of each row's positions, updates the row once and stores it: see xla.update.update_summed.
+
+    Args:
+      store: table, lines and dirty bits; the lines that it changes become dirty.
+      accumulator: G of row-wise Adagrad, float32 [V], or bfloat16 bit patterns uint16 [V]; None for
+        SGD.
+      places: from the forward call of N positions.
+      grads: float32 [M, D], M > 0.
+      factors: float32 [N] or None, multiplied with each position's gradient.
+      source: int32 [N] of grads; None: position n takes grads[n // (N / M)].
+      rule: the optimizer's.
+      draw: names the random bits of the roundings.
+      skip_nonfinite: leave rows as they are whose summed gradient is not finite.
+      is_applied: bool scalar; if False, nothing changes.
+
+    Returns:
+      The store, the accumulator, and the number of rows skipped.
+    """
+    table, dim, num = store.table, store.table.embedding_dim, places.order.shape[0]
+    nothing = jnp.zeros((0,), jnp.float32)
+    sums = nothing if accumulator is None else accumulator
+    lines = nothing if store.lines is None else store.lines
+    dirty = jnp.zeros((0,), bool) if store.dirty is None else store.dirty
+    per_grad = 1 if source is not None else num // grads.shape[0]
+    fixed = [dim, per_grad, MAX_TASKS, skip_nonfinite, rule.has_sums, sums.dtype == jnp.uint16]
+    given = jnp.concatenate(
+        [
+            jnp.asarray(fixed, jnp.int32),
+            is_applied.astype(jnp.int32).reshape(1),
+            _as_int32(draw.seed(random_bits.BYPASS)),
+            _as_int32(draw.seed(random_bits.ROW_STATE)),
+        ]
+    )
+    rates = np.asarray([-rule.learning_rate, rule.eps, 1 / dim], np.float32)
+    held = [table.rows, lines, dirty, sums]
+    results: Any = jax.ffi.ffi_call(
+        _backward_of(table.format),
+        [*_shapes(held), jax.ShapeDtypeStruct((MAX_PARTS,), jnp.int32), _buffers(MAX_PARTS, dim)],
+        input_output_aliases={_STORED + k: k for k in range(len(held))},
+    )(
+        grads, nothing if factors is None else factors,
+        jnp.zeros((0,), jnp.int32) if source is None else source, given, rates, *places, *held,
+    )  # fmt: skip
+    table = dataclasses.replace(table, rows=results[_NEW_TABLE])
+    if store.lines is not None:
+        store = store._replace(lines=results[_NEW_LINES], dirty=results[_NEW_DIRTY])
+    accumulator = None if accumulator is None else results[_ACCUMULATOR]
+    return store._replace(table=table), accumulator, jnp.sum(results[_NONFINITE], dtype=jnp.int32)

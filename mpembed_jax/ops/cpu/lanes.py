@@ -107,15 +107,11 @@ class Lanes:
 
     def minimum(self, other: Any) -> "Lanes":
         """Returns the smaller one, NaN if one is."""
-        return self._with(
-            _call(self.builder, "llvm.minimum.v8f32", self.value, self._other(other))
-        )
+        return self._with(_call(self.builder, "llvm.minimum.v8f32", self.value, self._other(other)))
 
     def maximum(self, other: Any) -> "Lanes":
         """Returns the larger one, NaN if one is."""
-        return self._with(
-            _call(self.builder, "llvm.maximum.v8f32", self.value, self._other(other))
-        )
+        return self._with(_call(self.builder, "llvm.maximum.v8f32", self.value, self._other(other)))
 
     def multiply_add(self, factor: Any, addend: Any) -> "Lanes":
         """Returns self * factor + addend, rounded once where the processor can do that."""
@@ -149,7 +145,9 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
     kind = ir.VectorType(scalar.type, LANES)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _WORD(0))
     undefined = ir.Constant(kind, ir.Undefined)
-    return Lanes(builder, builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES)))
+    return Lanes(
+        builder, builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
+    )
 
 
 class Block:
@@ -293,9 +291,7 @@ def add(context, buffer, source, dim):
     """buffer += source."""
 
     def write(builder, buffer, source, dim):
-        each_block(
-            builder, dim, lambda b: b.buffer(buffer, b.buffered(buffer) + b.floats(source))
-        )
+        each_block(builder, dim, lambda b: b.buffer(buffer, b.buffered(buffer) + b.floats(source)))
 
     return _row_function(write, types.void, _ROW, _ROW, types.int64)
 
@@ -347,38 +343,32 @@ def accumulate_rounded(context, row, factor, source, dim):
 
 
 @intrinsic
-def move(context, row, old, rate, grads, inverse, dim):
-    """row = rate * (grads * inverse) + old, contracted; grads is a buffer."""
+def move(context, buffer, old, rate, grads, inverse, dim):
+    """buffer = rate * (grads * inverse) + old, contracted; grads is a buffer, too.
 
-    def write(builder, row, old, rate, grads, inverse, dim):
+    Returns whether an element differs from the old one (int64, 0 or not): NaN does, -0 from 0 not.
+    """
+
+    def write(builder, buffer, old, rate, grads, inverse, dim):
         rates, inverses = splat(builder, rate), splat(builder, inverse)
+        zeros, ones = (constant(builder, n, is_float=False) for n in (0, 1))
+        found = cgutils.alloca_once_value(builder, zeros.value)
 
         def body(block):
-            step = block.buffered(grads) * inverses
-            block.store(row, rates.multiply_add(step, block.floats(old)).value)
+            before = block.floats(old)
+            after = rates.multiply_add(block.buffered(grads) * inverses, before)
+            block.buffer(buffer, after)
+            is_other = ones.where(after.compare("!=", before), zeros)
+            if block.rest is not None:
+                is_other = is_other.where(block.live(), zeros)
+            builder.store((Lanes(builder, builder.load(found)) | is_other).value, found)
 
         each_block(builder, dim, body)
+        any_other = Lanes(builder, builder.load(found)).halved(lambda a, b: a | b)
+        return builder.zext(any_other, _LONG)
 
     kinds = (_ROW, _ROW, types.float32, _ROW, types.float32, types.int64)
-    return _row_function(write, types.void, *kinds)
-
-
-@intrinsic
-def differs(context, row, other, dim):
-    """Whether two buffers differ in a bit (int64: 0 or not)."""
-
-    def write(builder, row, other, dim):
-        found = cgutils.alloca_once_value(builder, ir.Constant(_WORDS, [0] * LANES))
-
-        def body(block):
-            difference = block.buffered(row).bits() ^ block.buffered(other).bits()
-            builder.store((Lanes(builder, builder.load(found)) | difference).value, found)
-
-        each_block(builder, dim, body)
-        any_bit = Lanes(builder, builder.load(found)).halved(lambda a, b: a | b)
-        return builder.zext(any_bit, _LONG)
-
-    return _row_function(write, types.int64, _ROW, _ROW, types.int64)
+    return _row_function(write, types.int64, *kinds)
 
 
 @intrinsic
