@@ -43,7 +43,16 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.ops import xla
-from mpembed_jax.ops.records import Draw, Implementation, Moves, Positions, Request, Store, Unique
+from mpembed_jax.ops.records import (
+    Draw,
+    Implementation,
+    Moves,
+    Places,
+    Positions,
+    Request,
+    Store,
+    Unique,
+)
 from mpembed_jax.ops.xla.rows import write_back
 from mpembed_jax.ops.xla.sums import add_duplicates
 from mpembed_jax.optim import RowRule
@@ -71,6 +80,7 @@ __all__ = [
     "Implementation",
     "Moves",
     "Named",
+    "Places",
     "Positions",
     "Request",
     "Store",
@@ -80,6 +90,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "has_bag_step",
     "has_kernels",
     "lookup",
     "plan",
@@ -178,6 +189,11 @@ def compiled(implementation: Named | None) -> Any:
     from mpembed_jax.ops import cpu
 
     return cpu
+
+
+def has_bag_step(implementation: Named, table: QuantizedTable) -> bool:
+    """Returns whether an implementation runs `cpu.bag_step`: a whole step of a table in two calls."""
+    return compiled(implementation) is not None and not indexing.is_on_host(table.rows)
 
 
 def _gather_of(implementation: Named, table: QuantizedTable) -> xla.rows.Gather | None:

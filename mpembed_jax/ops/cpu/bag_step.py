@@ -579,14 +579,17 @@ def _backward_of(fmt: RowFormat) -> str:
                 if at + 2 * _AHEAD < num_positions:
                     ahead = np.int64(order[at + 2 * _AHEAD])
                     ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
+                    # An address that is not ours, of a source -1, may be asked for.
                     lanes.ask_for(grads + ahead * 4 * dim, 4 * dim)
                 position = np.int64(order[at])
                 here = np.int64(source[position]) if has_source else position // per_grad
+                at += 1
+                if here < 0:
+                    continue
                 if has_factors:
                     lanes.add_product(total, factors[position], grads + here * 4 * dim, dim)
                 else:
                     lanes.add(total, grads + here * 4 * dim, dim)
-                at += 1
             if given[_SKIPS] and lanes.largest_exponent(total, dim) == 255:
                 num_nonfinite += 1
                 continue
@@ -794,7 +797,7 @@ def backward(
       places: from the forward call of N positions.
       grads: float32 [M, D], M > 0.
       factors: float32 [N] or None, multiplied with each position's gradient.
-      source: int32 [N] of grads; None: position n takes grads[n // (N / M)].
+      source: int32 [N] of grads, -1 for none; None: position n takes grads[n // (N / M)].
       rule: the optimizer's.
       draw: names the random bits of the roundings.
       skip_nonfinite: leave rows as they are whose summed gradient is not finite.
