@@ -1,5 +1,6 @@
 """Ids from a user: any nest of integer arrays, checked before jax could truncate them to int32."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,6 +44,20 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
             )
         checked.append(leaf.astype(jnp.int32))
     return checked, treedef
+
+
+def in_mapping_of(ids: Mapping[str, Any], values: dict[str, Any]) -> Any:
+    """Returns `values` in a mapping of the type of `ids`, which have the same keys.
+
+    It is a dict if jax does not take that type apart.
+    """
+    if type(ids) is dict:
+        return values
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(ids, is_leaf=lambda node: node is not ids)
+    keys: list[Any] = [getattr(path[0], "key", None) for path, _ in paths if path]
+    is_known = len(paths) == len(keys) and set(keys) == set(values)
+    return treedef.unflatten([values[key] for key in keys]) if is_known else values
 
 
 def in_range(ids: jax.Array, num_rows: int) -> jax.Array:

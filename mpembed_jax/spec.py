@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax import row_ids
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.numerics.formats import RowFormat, as_format
@@ -197,7 +198,7 @@ class EmbeddingSpec:
 
         Args:
           ids: {feature: integers [..]}, or integers [.., T] with one column per feature, in the
-            order of `feature_tables`.
+            order of `feature_tables`. For a mapping that is no pytree, the result is a dict.
 
         Returns:
           int32 (or int64, see above), in the nesting and shapes of ids.
@@ -216,7 +217,7 @@ class EmbeddingSpec:
             if unknown:
                 raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
             mapped = {f: self._map(v, [f], *self.table_range(known[f])) for f, v in ids.items()}
-            return type(ids)(mapped) if type(ids) is not dict else mapped  # type: ignore[call-arg]
+            return row_ids.in_mapping_of(ids, mapped)
         array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
         if array.ndim < 1 or array.shape[-1] != len(pairs):
             raise ValueError(

@@ -2,11 +2,12 @@
 
 import os
 
-# Before jax is imported: the flags are read once. On a busy machine one of eight devices may be late by more than the 40
-# seconds after which XLA ends the process.
+# Before jax is imported: the flags are read once. On a busy machine one of eight devices may be
+# late by more than the 40 seconds after which XLA ends the process.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=3600"
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=3600"
 )
 
 import jax
@@ -40,7 +41,10 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Each worker begins with a part of the files in one piece, which share compiled programs; who is done first helps."""
+    """Each worker begins with a part of the files in one piece, which share compiled programs.
+
+    Who is done first helps.
+    """
     from xdist.scheduler import WorkStealingScheduling
 
     return (

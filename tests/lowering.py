@@ -10,7 +10,10 @@ from jaxlib.triton import dialect as triton
 
 
 def lowered_for(platform, function, *args, donate_argnums=()):
-    """The lowered `function` for "cuda" (an H200) or "tpu"; args are arrays or their shape structs."""
+    """The lowered `function` for "cuda" (an H200) or "tpu".
+
+    Args are arrays or their shape structs.
+    """
     context = contextlib.nullcontext()
     if platform == "cuda" and tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (
         0,
@@ -77,7 +80,10 @@ def kernel_modules(lowered):
 
 
 def address_widths(lowered):
-    """{kernel: {"i32" or "i64": number of address computations}} of the Triton kernels that a lowered module calls."""
+    """{kernel: {"i32" or "i64": number of address computations}}.
+
+    Of the Triton kernels that a lowered module calls.
+    """
     kernels = kernel_modules(lowered).items()
     return {
         name: collections.Counter(re.findall(r"tt\.addptr .*, tensor<\S*?(i\d+)>", text))

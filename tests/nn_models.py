@@ -1,4 +1,7 @@
-"""Small flax models with cached embeddings, their training step, and the snippets that show the five changed lines."""
+"""Small flax models with cached embeddings, and their training step.
+
+The snippets show the five changed lines.
+"""
 
 import difflib
 import functools
@@ -34,7 +37,10 @@ def code_changes(before: str, after: str) -> list[str]:
 
 
 def run_snippet(name: str, look) -> tuple[dict, int, object, object]:
-    """Runs a snippet; returns its names, how often its step was traced, and what `look` saw before and after training."""
+    """Runs a snippet.
+
+    Returns its names, how often its step was traced, and what `look` saw before and after training.
+    """
     setup, loop = (SNIPPETS / name).read_text().split("\nfor _ in", 1)
     names: dict = {"__name__": name}
     exec(compile(setup, name, "exec"), names)
@@ -66,6 +72,7 @@ def batches(num: int, seed=0):
 
 
 ((IDS, LABELS),) = batches(1)
+OTHER_IDS = np.setdiff1d(np.arange(ROWS, dtype=np.int32), IDS)
 
 
 class Model(nnx.Module):
@@ -128,7 +135,10 @@ def assert_same_bits(one, other) -> None:
 
 
 def bag_specs(**options) -> list[EmbeddingSpec]:
-    """Two widths; features `seen` and `bought` share a table. Without a cache unless asked: it compiles faster."""
+    """Two widths.
+
+    Features `seen` and `bought` share a table. Without a cache unless asked: it compiles faster.
+    """
     options = {"cache": None, **options}
     features = {"seen": "items", "bought": "items", "user": "users"}
     items = EmbeddingSpec(

@@ -1,8 +1,9 @@
-"""Slow, obvious models of what the package must do, in NumPy and plain Python, written from DESIGN.md alone.
+"""Slow, obvious models of what the package must do, in NumPy and plain Python.
 
-`DictCache` is a brute-force set-associative LRU / LFU cache, one Python object per line; `ExactLfuCache` replaces its
-sketch by true counts; `DictEmbedding` adds rows to it, so a whole training step has one right answer; `dense_training`
-trains every row. Nothing here imports the package or jax. Row formats are in row_oracle.py.
+They are written from DESIGN.md alone. Nothing here imports the package or jax. `DictCache` is a
+brute-force set-associative LRU / LFU cache, one Python object per line. `ExactLfuCache` replaces
+its sketch by true counts. `DictEmbedding` adds rows to it, so a whole training step has one right
+answer. `dense_training` trains every row. Row formats are in row_oracle.py.
 """
 
 import math
@@ -208,7 +209,10 @@ class DictCache:
             line.priority >>= 1
 
     def count(self, occurrences):
-        """Estimates after this batch: a resident's use is counted at its line, everybody else's in the sketch."""
+        """Estimates after this batch.
+
+        A resident's use is counted at its line, everybody else's in the sketch.
+        """
         lines = {i: self.line_of(i) for i in occurrences}
         used = {
             i: min(self.sketch.get(k, 0) for k in self.geo.columns(i))
@@ -219,7 +223,10 @@ class DictCache:
         return {i: min(65535, used[i] + c) for i, c in occurrences.items()}
 
     def remember(self, uses):
-        """Conservative update of the count-min sketch with the estimates of ids that have no line."""
+        """Conservative update of the count-min sketch.
+
+        It takes the estimates of ids that have no line.
+        """
         for i, use in uses.items():
             for k in self.geo.columns(i):
                 self.sketch[k] = max(self.sketch.get(k, 0), use)
@@ -248,8 +255,8 @@ class ExactLfuCache(DictCache):
 class DictEmbedding(DictCache):
     """The whole mixed-precision embedding trained by SGD, row by row.
 
-    `store(row, stream, step, row_id)` is what one trip through the table does to a row; the streams are "WRITE_BACK",
-    "BYPASS" and "FLUSH".
+    `store(row, stream, step, row_id)` is what one trip through the table does to a row. The streams
+    are "WRITE_BACK", "BYPASS" and "FLUSH".
     """
 
     def __init__(self, table, geo, policy, store, **options):
@@ -257,7 +264,10 @@ class DictEmbedding(DictCache):
         self.table, self.store = {i: row.copy() for i, row in enumerate(table)}, store
 
     def train(self, ids, grads, learning_rate):
-        """grads: f32 [N, D], one for each id position. Returns the plan and {id: row before the update}."""
+        """grads: f32 [N, D], one for each id position.
+
+        Returns the plan and {id: row before the update}.
+        """
         t = self.step
         plan = self.prefetch(ids)
         for line in plan.victims.values():
@@ -269,11 +279,12 @@ class DictEmbedding(DictCache):
         rows = {i: self.read(i) for i in plan.line}
         for i, row in rows.items():
             new = row - F32(learning_rate) * grads[np.asarray(ids) == i].sum(0, dtype=F32)
+            if (new == row).all():  # a row that its update does not move keeps its bits
+                continue
             if plan.line[i] < self.geo.lines:
-                self.line_of(i).row = new
+                self.line_of(i).row, self.line_of(i).dirty = new, True
             else:
                 self.table[i] = self.store(new, "BYPASS", t, i)
-        self.mark_dirty(plan)
         return plan, rows
 
     def read(self, row_id):
@@ -291,8 +302,9 @@ class DictEmbedding(DictCache):
 def dense_training(table, batches, grads, learning_rate, *, feedback, adagrad=None):
     """Every row trained in float64, by SGD or Adagrad.
 
-    The gradient of a position is `grads` there plus `feedback` times its row; duplicates add up. `adagrad` is None, or
-    (eps, initial accumulator, whether rows share one accumulator): G += g^2 or its row mean; w -= lr g / (sqrt(G) + eps).
+    The gradient of a position is `grads` there plus `feedback` times its row. Duplicates add up.
+    `adagrad` is None, or (eps, initial accumulator, whether rows share one accumulator): G += g^2
+    or its row mean, w -= lr g / (sqrt(G) + eps).
     """
     table = table.astype(np.float64)
     eps, initial, is_rowwise = adagrad or (0, 0, False)

@@ -1,6 +1,7 @@
-"""One embedding row at a time, bit by bit: the row formats of DESIGN.md 6 in NumPy and exact fractions.
+"""One embedding row at a time, bit by bit.
 
-A `Codec` encodes a row to its packed words and back; `round_float` rounds to a floating format. Slow and obvious, and
+The row formats of DESIGN.md 6 in NumPy and exact fractions. A `Codec` encodes a row to its packed
+words and back. `round_float` rounds to a floating format. They are slow and obvious, and
 independent of the package and of jax.
 """
 
@@ -29,7 +30,10 @@ def uniform(bits):
 
 
 def towards(x, dtype, sign):
-    """The neighbour of the real number x in dtype that is not on the wrong side: sign +1 up, -1 down; finite."""
+    """The neighbour of the real number x in dtype that is not on the wrong side.
+
+    Sign +1 is up, -1 is down. The neighbour is finite.
+    """
     dtype = np.dtype(dtype)
     raw = np.dtype(f"u{dtype.itemsize}")
     limit = float(ml_dtypes.finfo(dtype).max) if dtype != F32 else float(np.finfo(F32).max)
@@ -44,9 +48,10 @@ def towards(x, dtype, sign):
 
 
 def round_float(x, name, bits=None):
-    """Real numbers rounded into a floating format, as f32: nearest even without bits, stochastically with them.
+    """Real numbers rounded into a floating format, as f32.
 
-    The gap between neighbours halves with the exponent down to the smallest normal's; float64 makes all of it exact.
+    To nearest even without bits, stochastically with them. The gap between neighbours halves with
+    the exponent down to the smallest normal's. In float64 all of it is exact.
     """
     mantissa, least, limit = FLOATS[name]
     size = np.abs(np.asarray(x, np.float64))
@@ -87,7 +92,10 @@ class Codec:
         return halves * 2 // self.word_dtype(dim).itemsize
 
     def grid(self, row):
-        """(scale, bias) of a row as the format stores them: the smallest scale whose top code reaches the row's extreme."""
+        """(scale, bias) of a row as the format stores them.
+
+        The smallest scale whose top code reaches the row's extreme.
+        """
         row = np.asarray(row, F32)
         bias, top = F32(0), np.max(np.abs(row))
         if self.is_int and not self.symmetric:

@@ -1,6 +1,7 @@
-"""Runs a notebook's code cells from top to bottom in this process: python tests/run_notebook.py NOTEBOOK.
+"""Runs a notebook's code cells from top to bottom: python tests/run_notebook.py NOTEBOOK.
 
-What a kernel adds is left out: cells are plain Python, figures are drawn when shown and counted. A traceback names the cell.
+They run in this process. What a kernel adds is left out: cells are plain Python, figures are drawn
+when shown and counted. A traceback names the cell.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Named cases shared by the tests: every row format, the odd dims, cache geometries and skewed streams of ids."""
+"""Named cases shared by the tests.
+
+Every row format, the odd dims, cache geometries and skewed streams of ids.
+"""
 
 import numpy as np
 import oracles
@@ -28,7 +31,8 @@ CODECS |= {
 }
 CODECS |= {name: row_oracle.Codec(name) for name in ("float32", "bfloat16", "float16")}
 
-# name: (number of ids, cache lines asked, ways). `groups` truncates: 550 sets become 512 in 64 groups.
+# name: (number of ids, cache lines asked, ways). `groups` truncates: 550 sets become 512 in 64
+# groups.
 GEOMETRIES = {
     "one-line": (50, 1, 4),
     "larger-than-table": (40, 64, 8),
@@ -42,7 +46,9 @@ def default_codec(name, dim):
 
 
 def skewed_ids(seed, steps, num, num_ids, *, exponent=1.05, drift=0, ragged=False):
-    """i32 [steps, num] ids of a Zipf law over shuffled rows; every `drift` steps the popular rows move.
+    """i32 [steps, num] ids of a Zipf law over shuffled rows.
+
+    Every `drift` steps the popular rows move.
 
     With `ragged`, each batch holds a random number of ids, from none to `num`, among padding.
     """
@@ -65,7 +71,10 @@ def dyadic(seed, shape, *, bits=4, scale=2.0**-6):
 
 
 def rows(seed, num, dim):
-    """f32 [num, dim] rows that a format must survive: ordinary ones of many sizes, then awkward ones."""
+    """f32 [num, dim] rows that a format must survive.
+
+    Ordinary ones of many sizes, then awkward ones.
+    """
     rng = np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-5, 2, (num, 1))
     out = (rng.standard_normal((num, dim)) * sizes).astype(np.float32)
@@ -84,7 +93,10 @@ def rows(seed, num, dim):
 def stack(
     num_ids, dim=4, *, storage="float32", lines=None, ways=8, policy="lfu", max_unique_ids=None
 ):
-    """A spec of one or more tables; `num_ids` is a vocabulary or a tuple of them, `lines=None` means no cache."""
+    """A spec of one or more tables.
+
+    `num_ids` is a vocabulary or a tuple of them. `lines=None` means no cache.
+    """
     sizes = num_ids if isinstance(num_ids, tuple) else (num_ids,)
     return mpembed.EmbeddingSpec(
         tuple(mpembed.TableSpec(f"table{k}", size) for k, size in enumerate(sizes)),

@@ -1,11 +1,30 @@
-"""The report of a spec equals the arrays of its live state, byte for byte, and says what float32 would take."""
+"""The report of a spec equals the arrays of its live state, byte for byte.
+
+It says what float32 would take.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import pytest
+from cases import named
 
 import mpembed_jax as mpembed
+from mpembed_jax import CacheSpec
 
 TABLES = (mpembed.TableSpec("a", 4_000), mpembed.TableSpec("b", 7))
+
+
+class Case(NamedTuple):
+    """A dim, a cache and a row optimizer; its name is the dim."""
+
+    dim: int
+    cache: CacheSpec | None
+    tx: Any
+
+    @property
+    def name(self):
+        return str(self.dim)
 
 
 def live(spec, tx):
@@ -20,13 +39,17 @@ def nbytes(tree):
     "storage", ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "int2"]
 )
 @pytest.mark.parametrize(
-    ("dim", "policy", "fraction"), [(16, "lfu", 0.05), (7, "lru", 0.3), (64, None, None)]
-)
-def test_the_report_is_the_sum_of_the_live_arrays(storage, dim, policy, fraction):
-    cache = None if policy is None else mpembed.CacheSpec(fraction, policy=policy)
+    "case",
+    named([
+        Case(16, CacheSpec(0.05), mpembed.optim.rowwise_adagrad(0.1)),
+        Case(7, CacheSpec(0.3, policy="lru"), mpembed.optim.rowwise_adam(0.1)),
+        Case(64, None, mpembed.optim.rowwise_adagrad(0.1)),
+    ]),
+)  # fmt: skip
+def test_the_report_is_the_sum_of_the_live_arrays(storage, case):
+    dim, cache, tx = case
     dtype = "bfloat16" if storage == "int4" else "float32"
     spec = mpembed.EmbeddingSpec(TABLES, dim, storage, cache, row_state_dtype=dtype)
-    tx = mpembed.optim.rowwise_adagrad(0.1) if dim != 7 else mpembed.optim.rowwise_adam(0.1)
     report, state = mpembed.memory.report(spec, tx), live(spec, tx)
     assert report.total == sum(report.components.values()) == nbytes(state)
     assert (
@@ -42,7 +65,9 @@ def test_the_report_is_the_sum_of_the_live_arrays(storage, dim, policy, fraction
         assert report.geometry == state.cache.geometry
         assert report.components["cache rows"] == 4 * dim * report.geometry.lines
         assert report.components["cache metadata"] == 9 * report.geometry.lines
-        assert report.components["sketch"] == (8 * report.geometry.lines if policy == "lfu" else 0)
+        assert report.components["sketch"] == (
+            8 * report.geometry.lines if cache.policy == "lfu" else 0
+        )
 
 
 def test_ratios_count_the_optimizer_on_both_sides():

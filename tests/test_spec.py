@@ -1,12 +1,18 @@
-"""Specs refuse what they cannot mean, compare by value, and map ids so that none ever names a row of the next table."""
+"""Specs refuse what they cannot mean, compare by value, and map ids.
+
+No id ever names a row of the next table.
+"""
 
 import collections
+import types
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import Refused, named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,78 +33,66 @@ def stack(**options):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (
-            lambda: TableSpec("t", 0),
-            ValueError,
-            r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]",
-        ),
-        (lambda: TableSpec("t", 2**31 - 1), ValueError, "vocabulary_size"),
-        (lambda: TableSpec("t", 2.5), ValueError, "vocabulary_size"),
-        (lambda: TableSpec("t", True), ValueError, "vocabulary_size"),
-        (lambda: CacheSpec(fraction=0.0), ValueError, "cache=None for no cache"),
-        (lambda: CacheSpec(fraction=1.5), ValueError, r"fraction must be in \(0, 1\]"),
-        (lambda: CacheSpec(num_rows=0), ValueError, "cache=None for no cache"),
-        (lambda: CacheSpec(ways=0), ValueError, r"ways must be in \[1, 64\]"),
-        (lambda: CacheSpec(ways=65), ValueError, r"ways must be in \[1, 64\]"),
-        (lambda: CacheSpec(ways=8.5), ValueError, "ways must be"),
-        (lambda: CacheSpec(num_rows=2.5), ValueError, "num_rows must be"),
-        (lambda: stack(max_unique_ids=2.5), ValueError, "max_unique_ids must be"),
-        (lambda: CacheSpec(policy="fifo"), ValueError, '"lru" or "lfu"'),
-        (lambda: RowFormat("int7"), ValueError, "unknown row format .int7.; choose one of"),
-        (lambda: RowFormat("int8", rounding="up"), ValueError, '"stochastic" or "nearest"'),
-        (lambda: RowFormat("bfloat16", symmetric=True), ValueError, "int8, int4 and int2 only"),
-        (
-            lambda: RowFormat("int8", scale_dtype="float64"),
-            ValueError,
-            "scale_dtype must be one of",
-        ),
-        (lambda: RowFormat("float16", scale_dtype="float32"), ValueError, "leave scale_dtype out"),
-        (lambda: EmbeddingSpec((), 8), TypeError, "non-empty sequence of TableSpec"),
-        (lambda: EmbeddingSpec(("users",), 8), TypeError, "non-empty sequence of TableSpec"),
-        (
-            lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8),
-            ValueError,
-            "names must be distinct",
-        ),
-        (
-            lambda: mpembed.init(
-                KEY,
-                EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8),
-                optax.sgd(0.1),
+    "case",
+    named(
+        [
+            Refused(
+                lambda: TableSpec("t", 0),
+                r"'t': vocabulary_size must be an integer in \[1, 2\*\*31 - 2\]",
             ),
-            ValueError,
-            "one device holds at most .* over a mesh, or make two stacks",
-        ),
-        (
-            lambda: EmbeddingSpec(USERS, 0),
-            ValueError,
-            "embedding_dim must be an integer of at least 1",
-        ),
-        (lambda: EmbeddingSpec(USERS, 8.0), ValueError, "embedding_dim"),
-        (lambda: stack(storage="fp8"), ValueError, "unknown row format 'fp8'; choose one of"),
-        (lambda: stack(storage=8), TypeError, 'a RowFormat or a name such as "int8"'),
-        (lambda: stack(cache=0.05), TypeError, "cache must be a CacheSpec or None"),
-        (
-            lambda: stack(max_unique_ids=0),
-            ValueError,
-            "max_unique_ids must be an integer of at least 1",
-        ),
-        (lambda: stack(out_of_range="wrap"), ValueError, '"drop", "clip" or "raise"'),
-        (lambda: stack(row_state_dtype="float16"), ValueError, '"float32" or "bfloat16"'),
-        (lambda: stack(features={"author": "person"}), ValueError, "'author' -> 'person'"),
-        (lambda: stack(features={}), ValueError, "features must map feature names to tables"),
-        (
-            lambda: stack(features=(("author", "users"), ("author", "items"))),
-            ValueError,
-            "distinct",
-        ),
-    ],
+            Refused(lambda: TableSpec("t", 2**31 - 1), "vocabulary_size"),
+            Refused(lambda: TableSpec("t", 2.5), "vocabulary_size"),
+            Refused(lambda: TableSpec("t", True), "vocabulary_size"),
+            Refused(lambda: CacheSpec(fraction=0.0), "cache=None for no cache"),
+            Refused(lambda: CacheSpec(fraction=1.5), r"fraction must be in \(0, 1\]"),
+            Refused(lambda: CacheSpec(num_rows=0), "cache=None for no cache"),
+            Refused(lambda: CacheSpec(ways=0), r"ways must be in \[1, 64\]"),
+            Refused(lambda: CacheSpec(ways=65), r"ways must be in \[1, 64\]"),
+            Refused(lambda: CacheSpec(ways=8.5), "ways must be"),
+            Refused(lambda: CacheSpec(num_rows=2.5), "num_rows must be"),
+            Refused(lambda: stack(max_unique_ids=2.5), "max_unique_ids must be"),
+            Refused(lambda: CacheSpec(policy="fifo"), '"lru" or "lfu"'),
+            Refused(lambda: RowFormat("int7"), "unknown row format .int7.; choose one of"),
+            Refused(lambda: RowFormat("int8", rounding="up"), '"stochastic" or "nearest"'),
+            Refused(lambda: RowFormat("bfloat16", symmetric=True), "int8, int4 and int2 only"),
+            Refused(lambda: RowFormat("int8", scale_dtype="float64"), "scale_dtype must be one of"),
+            Refused(lambda: RowFormat("float16", scale_dtype="float32"), "leave scale_dtype out"),
+            Refused(lambda: EmbeddingSpec((), 8), "non-empty sequence of TableSpec", TypeError),
+            Refused(
+                lambda: EmbeddingSpec(("users",), 8), "non-empty sequence of TableSpec", TypeError
+            ),
+            Refused(
+                lambda: EmbeddingSpec((USERS, TableSpec("users", 7)), 8), "names must be distinct"
+            ),
+            Refused(
+                lambda: mpembed.init(
+                    KEY,
+                    EmbeddingSpec((TableSpec("a", 2**30), TableSpec("b", 2**30)), 8),
+                    optax.sgd(0.1),
+                ),
+                "one device holds at most .* over a mesh, or make two stacks",
+            ),
+            Refused(
+                lambda: EmbeddingSpec(USERS, 0), "embedding_dim must be an integer of at least 1"
+            ),
+            Refused(lambda: EmbeddingSpec(USERS, 8.0), "embedding_dim"),
+            Refused(lambda: stack(storage="fp8"), "unknown row format 'fp8'; choose one of"),
+            Refused(lambda: stack(storage=8), 'a RowFormat or a name such as "int8"', TypeError),
+            Refused(lambda: stack(cache=0.05), "cache must be a CacheSpec or None", TypeError),
+            Refused(
+                lambda: stack(max_unique_ids=0), "max_unique_ids must be an integer of at least 1"
+            ),
+            Refused(lambda: stack(out_of_range="wrap"), '"drop", "clip" or "raise"'),
+            Refused(lambda: stack(row_state_dtype="float16"), '"float32" or "bfloat16"'),
+            Refused(lambda: stack(features={"author": "person"}), "'author' -> 'person'"),
+            Refused(lambda: stack(features={}), "features must map feature names to tables"),
+            Refused(lambda: stack(features=(("author", "users"), ("author", "items"))), "distinct"),
+        ]
+    ),
 )
-def test_a_value_that_means_nothing_is_refused_with_its_fix(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
+def test_a_value_that_means_nothing_is_refused_with_its_fix(case):
+    with pytest.raises(case.error, match=case.message):
+        case.call()
 
 
 def test_the_largest_stack_is_accepted():
@@ -211,7 +205,9 @@ def fitting(dtype):
 @pytest.mark.parametrize("out_of_range", ["drop", "clip"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_host_ids_of_every_integer_dtype_are_checked_in_64_bits(dtype, out_of_range):
-    """2**32 + 5 is not row 5, -1 is not the last row, and the id after a table's last is not the next table's first."""
+    """2**32 + 5 is not row 5, -1 is not the last row, and the id after a table's last is not the
+    next table's first.
+    """
     ids = fitting(dtype)
     spec = stack(out_of_range=out_of_range)
     mapped = spec.global_ids({name: ids for name in SIZES})
@@ -269,7 +265,10 @@ def test_64_bit_device_ids_are_not_truncated_under_x64(where):
     out_of_range=st.sampled_from(["drop", "clip"]),
 )
 def test_array_columns_follow_the_order_of_the_features(ids, out_of_range):
-    """[.., T]: column t is checked against the table of feature t; a dict of the columns says the same."""
+    """[.., T]: column t is checked against the table of feature t.
+
+    A dict of the columns says the same.
+    """
     features = {"likes": "items", "reads": "users", "buys": "items"}
     spec = stack(features=features, out_of_range=out_of_range)
     array = np.array(ids, np.int64)
@@ -292,8 +291,21 @@ def test_features_may_share_a_table_and_any_subset_may_come():
     np.testing.assert_array_equal(mapped["seen"], [101, 101])
     assert list(mapped) == ["bought", "seen"]
     assert spec.global_ids({}) == {}
-    ordered = spec.global_ids(collections.OrderedDict(who=np.array([5])))
-    assert type(ordered) is collections.OrderedDict
+    for many in ({"who": [5], "bought": [1]}, {}):
+        for ids, wanted in (
+            (collections.OrderedDict(many), collections.OrderedDict),
+            (collections.defaultdict(list, many), collections.defaultdict),
+            (flax.core.freeze(many), flax.core.FrozenDict),
+            (collections.ChainMap(many), dict),
+            (collections.UserDict(many), dict),
+            (types.MappingProxyType(many), dict),
+        ):
+            mapped = spec.global_ids(ids)
+            assert type(mapped) is wanted
+            assert {f: np.asarray(i).tolist() for f, i in mapped.items()} == {
+                f: [i + 100 * (f == "bought") for i in local] for f, local in many.items()
+            }
+            jax.tree.map(np.shape, mapped)  # prefetch takes it
     assert spec.global_ids({"who": 7})["who"] == 7
 
 

@@ -1,6 +1,10 @@
-"""Row formats: layout and codes equal row_oracle, rows stay on their grid, rounding is unbiased; initial tables."""
+"""Row formats and initial tables.
+
+Layout and codes equal row_oracle. Rows stay on their grid. Rounding is unbiased.
+"""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import row_oracle
 import shapes
+from cases import named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,26 +40,38 @@ def row_format(codec):
     )
 
 
+class Case(NamedTuple):
+    """Rows of a dim, in the oracle's words and in the package's."""
+
+    codec: row_oracle.Codec
+    format: mpembed.RowFormat | str
+    dim: int
+
+
 # Every codec at an odd dim, and what a bare name means at the other dims.
-CASES = [
-    pytest.param(codec, row_format(codec), 7, id=f"{name}-7")
-    for name, codec in shapes.CODECS.items()
-]
-CASES += [
-    pytest.param(shapes.default_codec(name, dim), name, dim, id=f"{name}-default-{dim}")
+CASES = {f"{name}-7": Case(codec, row_format(codec), 7) for name, codec in shapes.CODECS.items()}
+CASES |= {
+    f"{name}-default-{dim}": Case(shapes.default_codec(name, dim), name, dim)
     for name in shapes.FORMATS
     for dim in shapes.DIMS
     if dim != 7
-]
+}
+
+
+QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
 
 
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize(("codec", "fmt", "dim"), CASES)
-def test_packed_words_equal_the_oracle(codec, fmt, dim):
-    """Bias, scale, codes and zero padding, bit for bit; half the rows are dyadic, so exact quotients are common."""
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK))
+def test_packed_words_equal_the_oracle(case):
+    """Bias, scale, codes and zero padding, bit for bit.
+
+    Half the rows are dyadic, so exact quotients are common.
+    """
+    codec, fmt, dim = case
     x = np.concatenate([shapes.rows(dim, 40, dim), shapes.dyadic(dim, (60, dim), bits=9)])
     noise = draws(dim, x.shape)
     for bits, (packed, decoded) in zip(
@@ -81,8 +98,14 @@ def scaled_codecs():
     return {name: codec for name, codec in shapes.CODECS.items() if codec.metadata_bytes}
 
 
+SCALED_BY_BFLOAT16 = {name for name in scaled_codecs() if name.endswith("-bfloat16")}
+
+
 def errors_allowed(codec, row, scale, bias):
-    """Largest distance of a row from its stochastically rounded self: one gap, plus float32 arithmetic."""
+    """Largest distance of a row from its stochastically rounded self.
+
+    One gap, plus float32 arithmetic.
+    """
     slack = 2.0**-21 * float(np.max(np.abs(row)) + abs(bias))
     if codec.is_int:
         return float(scale) + slack
@@ -91,7 +114,7 @@ def errors_allowed(codec, row, scale, bias):
     return 2.0 ** (np.floor(np.log2(size)) - mantissa) * float(scale) + slack
 
 
-@pytest.mark.parametrize("name", scaled_codecs())
+@pytest.mark.parametrize("name", named(list(scaled_codecs()), fast=SCALED_BY_BFLOAT16))
 @given(
     row=st.lists(
         st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=False)
@@ -102,7 +125,10 @@ def errors_allowed(codec, row, scale, bias):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_row_never_leaves_its_grid(name, row, seed):
-    """Clamping never bites beyond float32 rounding: every element, extremes too, decodes within one gap."""
+    """Clamping never bites beyond float32 rounding.
+
+    Every element, extremes too, decodes within one gap.
+    """
     codec = shapes.CODECS[name]
     if codec.scale == "float16":
         row = np.clip(
@@ -126,12 +152,19 @@ def test_a_row_never_leaves_its_grid(name, row, seed):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, c in shapes.CODECS.items() if not n.startswith("float32")]
+    "name",
+    named(
+        [name for name in shapes.CODECS if name != "float32"],
+        fast={*SCALED_BY_BFLOAT16, "bfloat16", "float16"},
+    ),
 )
 def test_stored_rounding_is_unbiased(name):
-    """6 rows x 8,192 draws of row_bits: each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).
+    """6 rows x 8,192 draws of row_bits.
 
-    Rows: ordinary, DLRM's initial values (3e-4, subnormal in float16 and float8), wide, offset, tiny, mixed sizes.
+    Each element's mean within 5 sigma, sigma <= gap / 2 / sqrt(n).
+
+    Rows: ordinary, DLRM's initial values (3e-4, subnormal in float16 and float8), wide, offset,
+    tiny, mixed sizes.
     """
     codec, n, dim = shapes.CODECS[name], 8192, 7
     rng = np.random.default_rng(3)
@@ -181,9 +214,12 @@ def test_encode_accepts_any_leading_shape():
     assert encode(x[:0], "int4").shape == (0, 5)
 
 
-@pytest.mark.parametrize("name", ["int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", named(["int4", "float8_e4m3fn"], fast={"int4"}))
 def test_jitted_words_equal_eager_words(name):
-    """Also where a quotient is exact: a compiler's multiplication by 1/7 would store the next scale up."""
+    """Also where a quotient is exact.
+
+    A compiler's multiplication by 1/7 would store the next scale up.
+    """
     x = shapes.dyadic(0, (200, 5), bits=10)
     packed = encode(x, name)
     np.testing.assert_array_equal(mpembed.encode(jnp.asarray(x), name), packed)
@@ -222,7 +258,10 @@ def values(made):
 
 
 def test_default_initial_values_are_uniform_in_each_tables_bound():
-    """Vocabularies 1, 3 and 20,000: bounds 1/sqrt(V); mean and variance of n = 80,000 within 5 sigma."""
+    """Vocabularies 1, 3 and 20,000: bounds 1/sqrt(V).
+
+    Mean and variance of n = 80,000 within 5 sigma.
+    """
     specs = [
         mpembed.TableSpec("one", 1),
         mpembed.TableSpec("three", 3),
@@ -243,7 +282,10 @@ def test_default_initial_values_are_uniform_in_each_tables_bound():
 
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 def test_initial_rows_are_unbiased_roundings_of_the_same_values(fmt):
-    """int rows of 10,000 x 4 against float32's: within a gap each; mean difference within 5 sigma."""
+    """int rows of 10,000 x 4 against float32's: within a gap each.
+
+    Mean difference within 5 sigma.
+    """
     specs = (mpembed.TableSpec("a", 10000),)
     exact, rounded = values(make(0, specs)), values(make(0, specs, fmt))
     gap = 0.01 / (2 ** (8 if fmt == "int8" else 4) / 2 - 1) * 1.01
@@ -252,7 +294,10 @@ def test_initial_rows_are_unbiased_roundings_of_the_same_values(fmt):
 
 
 def test_callables_see_blocks_and_do_not_depend_on_other_tables_shapes():
-    """8,192 rows a call, the key folded by (table, block): sizes seen, and equality with blocks made by hand."""
+    """8,192 rows a call, the key folded by (table, block).
+
+    Sizes seen, and equality with blocks made by hand.
+    """
     seen = []
 
     def normal(key, shape, dtype):

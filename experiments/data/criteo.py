@@ -24,7 +24,7 @@ from experiments.data.criteo_kaggle import (
     fingerprint,
     quote,
 )
-from experiments.data.prepared import SIZES, BlockSplit, Sizes, prepared
+from experiments.data.prepared import SIZES, BlockSplit, Sizes, described, prepared
 
 HOLDOUTS = {"test": ("test",), "validation": ("validation",), "day": ("validation", "test")}
 
@@ -104,12 +104,22 @@ class CriteoLog:
 
         def make() -> CriteoKaggle:
             options = {"max_bad_lines": max_bad_lines, "max_rows": max_rows, "log": log}
-            return CriteoKaggle(text=file, data_dir=folder, config=config, sizes=sizes, **options)
+            with described(folder):
+                return CriteoKaggle(
+                    text=file, data_dir=folder, config=config, sizes=sizes, **options
+                )
 
         builder = prepared(make)
-        self.bad_lines = [
-            criteo_format.BadLine(*line) for line in builder.info.metadata["bad_lines"]
-        ]
+        with described(folder):
+            self.bad_lines = [
+                criteo_format.BadLine(int(number), str(reason))
+                for number, reason in builder.info.metadata["bad_lines"]
+            ]
+            self.tables: dict[str, int] = (
+                dict.fromkeys(CATEGORIES, hash_size)
+                if mapping == "hash"
+                else _tables(builder.info.metadata["tables"])
+            )
         if len(self.bad_lines) > max_bad_lines:
             raise BadLinesError(
                 f"{file} has {len(self.bad_lines)} bad lines, more than {max_bad_lines} "
@@ -120,11 +130,9 @@ class CriteoLog:
             log(f"{len(self.bad_lines)} bad lines skipped:\n{quote(file, self.bad_lines)}")
 
         def blocks(split: str) -> batches.Blocks:
-            return (
-                Hashed(BlockSplit(builder, split), hash_size)
-                if mapping == "hash"
-                else BlockSplit(builder, split)
-            )
+            if mapping == "hash":
+                return Hashed(BlockSplit(builder, split), hash_size)
+            return BlockSplit(builder, split, {"ids": np.array(list(self.tables.values()))})
 
         self._blocks_together = sizes.blocks_together
         self.train_blocks, self._held_out = (
@@ -134,10 +142,6 @@ class CriteoLog:
         self.num_train, self.num_test = (
             self.train_blocks.num_rows,
             sum(b.num_rows for b in self._held_out),
-        )
-        hashed = dict.fromkeys(CATEGORIES, hash_size)
-        self.tables: dict[str, int] = (
-            hashed if mapping == "hash" else dict(builder.info.metadata["tables"])
         )
 
     def train(
@@ -164,6 +168,16 @@ class CriteoLog:
         """
         for blocks in self._held_out:
             yield from map(_as_batch, batches.in_order(blocks, batch_size))
+
+
+def _tables(sizes: dict[str, int]) -> dict[str, int]:
+    """Returns the vocabulary sizes of a dataset's description, after checking them."""
+    if list(sizes) != list(CATEGORIES):
+        raise ValueError(f"tables {list(sizes)}")
+    for name, size in sizes.items():
+        if type(size) is not int or not 2 <= size < 2**31:
+            raise ValueError(f"{name} has {size!r} ids")
+    return dict(sizes)
 
 
 def _as_batch(rows: batches.Arrays) -> batches.Arrays:

@@ -34,6 +34,7 @@ from experiments.data.prepared import (
     BlockSplit,
     Sizes,
     block_features,
+    described,
     is_whole,
     prepared,
 )
@@ -362,7 +363,8 @@ class CriteoKaggle(tfds.core.ShardBasedBuilder):
         text = self._text
 
         def make() -> CriteoKaggle:
-            return CriteoKaggle(config=RAW, data_dir=self.data_dir_root, text=text, **options)
+            with described(Path(self.data_dir_root)):
+                return CriteoKaggle(config=RAW, data_dir=self.data_dir_root, text=text, **options)
 
         if text is None and not is_whole(make()):
             text = find(dl_manager.manual_dir)

@@ -8,13 +8,16 @@ right name is whole. Two processes that prepare the same dataset at once would c
 renaming: here the second waits for the first and uses its result.
 """
 
+import contextlib
 import fcntl
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 
 from experiments.data import batches, criteo_format
 from experiments.data.batches import Arrays
@@ -44,6 +47,29 @@ SIZES = Sizes()
 class DamagedError(RuntimeError):
     """Files of a prepared dataset are missing, cut or changed."""
 
+    @staticmethod
+    def at(folder: Path, reason: object) -> "DamagedError":
+        """Returns the error that says what to do."""
+        text = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+        return DamagedError(f"{folder} is damaged ({text}); delete it and prepare it again")
+
+
+@contextlib.contextmanager
+def described(folder: Path) -> Iterator[None]:
+    """Turns what a damaged description of a dataset in `folder` raises into a DamagedError.
+
+    It may come from a stranger, so nothing that it says is taken for granted.
+    """
+    try:
+        yield
+    except (DamagedError, FileNotFoundError, PermissionError, FileExistsError):
+        raise
+    except (
+        ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, OSError,
+        RuntimeError, AssertionError, ParseError,
+    ) as error:  # fmt: skip
+        raise DamagedError.at(folder, error) from error
+
 
 def block_features(features: dict[str, tuple[tuple[int, ...], type]]) -> tfds.features.FeaturesDict:
     """Describes a record that is a block: {feature: (shape of one row, dtype)}."""
@@ -63,24 +89,32 @@ class BlockSplit:
     Args:
       builder: prepared; its metadata holds num_rows {split: rows} and block_rows.
       split: its name.
+      limits: {feature: numbers [columns] below which its values lie, from 0 on}.
 
     Raises:
       DamagedError: if the files do not hold the blocks that the metadata promises.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
-        self.num_rows: int = builder.info.metadata["num_rows"][split]
-        self.block_rows: int = builder.info.metadata["block_rows"]
-        self.folder = Path(builder.data_dir)
-        self._records = builder.as_data_source(split)
-        if len(self._records) != -(-self.num_rows // self.block_rows):
-            raise self._damaged(
-                f"{len(self._records)} blocks of {self.block_rows} for {split}'s {self.num_rows} "
-                "rows"
-            )
-
-    def _damaged(self, reason: object) -> "DamagedError":
-        return DamagedError(f"{self.folder} is damaged ({reason}); delete it and prepare it again")
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        limits: dict[str, np.ndarray] | None = None,
+    ):
+        self.folder, self._limits = Path(builder.data_dir), limits or {}
+        with described(self.folder):
+            metadata = builder.info.metadata
+            self.num_rows: int = metadata["num_rows"][split]
+            self.block_rows: int = metadata["block_rows"]
+            for size in (self.num_rows, self.block_rows):
+                if type(size) is not int or size < 1:
+                    raise ValueError(f"{size!r} rows")
+            self._records = builder.as_data_source(split)
+            if len(self._records) != -(-self.num_rows // self.block_rows):
+                raise ValueError(
+                    f"{len(self._records)} blocks of {self.block_rows} for {split}'s "
+                    f"{self.num_rows} rows"
+                )
 
     def read(self, numbers: Sequence[int]) -> list[Arrays]:
         """Returns the blocks with these numbers.
@@ -88,17 +122,16 @@ class BlockSplit:
         Raises:
           DamagedError: if a file is missing, cut or changed.
         """
-        try:
+        # array_record raises RuntimeError and ValueError for its files, the decoding for records.
+        with described(self.folder):
             blocks = self._records.__getitems__(numbers)
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # what array_record raises for its files, the decoding for their records
-            raise self._damaged(error) from error
-        for number, block in zip(numbers, blocks, strict=True):
-            num_rows = min(self.block_rows, self.num_rows - number * self.block_rows)
-            if any(len(array) != num_rows for array in block.values()):
-                raise self._damaged(f"block {number} has not {num_rows} rows")
+            for number, block in zip(numbers, blocks, strict=True):
+                num_rows = min(self.block_rows, self.num_rows - number * self.block_rows)
+                if any(len(array) != num_rows for array in block.values()):
+                    raise ValueError(f"block {number} has not {num_rows} rows")
+                for name, limit in self._limits.items():
+                    if not ((block[name] >= 0) & (block[name] < limit)).all():
+                        raise ValueError(f"{name} of block {number} are out of range")
         return blocks
 
 

@@ -6,7 +6,8 @@ is that of README's step: an INT8 table with an LFU cache, row-wise Adagrad, Ada
 parameters, checkpoints in the background, full and incremental in turns. Kills are SIGKILL in a
 process of its own, at random moments of training and of saving; the bits at the end are compared
 with those of a run nobody interrupted. In `killed_worker` one of two processes that train together
-is killed. Writes experiments/results/faults.json.
+is killed. In `calls` every system call fails once, in `sequences` a directory is compared with
+copies in memory, in `mutations` files are a stranger's. Writes experiments/results/faults.json.
 """
 
 import dataclasses
@@ -22,12 +23,21 @@ from typing import Any
 
 from experiments import command_line, provenance
 from experiments.command_line import setting
-from experiments.faults import files, invariants, killed_worker, killing
+from experiments.faults import (
+    calls,
+    files,
+    invariants,
+    killed_worker,
+    killing,
+    mutations,
+    sequences,
+)
 from experiments.faults.training import work
 from mpembed_jax import checkpoint
 
 PARTS = (
-    "kills", "killed worker", "damaged files", "disks", "ids from hell", "gradients", "soak"
+    "kills", "killed worker", "calls", "sequences", "damaged files", "mutations", "disks",
+    "ids from hell", "gradients", "soak",
 )  # fmt: skip
 
 
@@ -38,6 +48,11 @@ class Settings:
     kills: int = setting(24, "SIGKILLs, half of them aimed at saves.", "KILLS", at_least=1)
     steps: int = setting(400, "Steps of the killed run.", "STEPS", at_least=2)
     worker_kills: int = setting(4, "SIGKILLs of one of two workers.", "KILLS", at_least=1)
+    stride: int = setting(
+        1, "Every how many-th system call fails; 1 takes two hours.", "CALLS", at_least=1
+    )
+    sequences: int = setting(300, "Random sequences of 25 actions.", "SEQUENCES", at_least=1)
+    mutations: int = setting(10_000, "Mutated files of each kind.", "FILES", at_least=1)
     examples: int = setting(4000, "Batches of ids from hell.", "BATCHES", at_least=1)
     gradients: int = setting(300, "Steps with NaN and infinite gradients.", "STEPS", at_least=1)
     soak: int = setting(20_000, "Steps of the soak.", "STEPS", at_least=1)
@@ -159,7 +174,12 @@ def run(settings: Settings) -> None:
     parts = {
         "kills": lambda: kill_and_resume(settings.kills, settings.steps),
         "killed worker": lambda: killed_worker.kill_and_resume(settings.worker_kills),
+        "calls": lambda: calls.report(settings.stride),
+        "sequences": lambda: sequences.in_a_process(settings.sequences),
         "damaged files": files.damage,
+        "mutations": lambda: {
+            kind: mutations.many(kind, settings.mutations) for kind in mutations.KINDS
+        },
         "disks": files.disks,
         "ids from hell": lambda: invariants.ids_from_hell(settings.examples),
         "gradients": lambda: invariants.bad_gradients(settings.gradients),

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 
 from mpembed_jax.checkpoint.errors import CheckpointError
@@ -22,6 +23,7 @@ except ImportError:  # Windows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _NAME = ".writer"
+_IS_LINUX = sys.platform == "linux"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -56,7 +58,8 @@ class Claim:
                 raise OSError(errno.ENOSYS, "this system has no fcntl")
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            # POSIX allows both. Linux says EAGAIN, and EACCES for other reasons.
+            if error.errno == errno.EAGAIN or (error.errno == errno.EACCES and not _IS_LINUX):
                 raise CheckpointError(
                     f"{_holder(self._file)}, which saves in {directory}; wait until it is done, or "
                     "save in another directory"

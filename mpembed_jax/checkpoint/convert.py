@@ -28,6 +28,7 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
+_SMALL = {"key", "step", "pending", "fingerprint"}  # arrays whose shapes schema checks
 _BLOCK = 65536  # rows per block
 
 
@@ -40,7 +41,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables or dim, for which there is no conversion.
+      ValueError: if the specs differ in tables or dim, or the states of the optimizer have other
+        leaves; there is no conversion.
     """
     spec, name = state.spec, repr(prefix) if prefix else "the embedding state"
     tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
@@ -49,6 +51,15 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "
             f"target has {tables} of dim {spec.embedding_dim}; only storage, cache and "
             "row_state_dtype may differ (see to_dense and from_dense)"
+        )
+    held, wanted = (
+        {n for n in names if n.startswith("row_state")}
+        for names in (entry["names"], leaves.named(state))
+    )
+    if held != wanted:
+        raise ValueError(
+            f"{name}: the optimizer's state on disk is {sorted(held)}, the target's is "
+            f"{sorted(wanted)}; pass the same tx"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
@@ -93,6 +104,9 @@ def check(
             if (found["shape"], found["dtype"]) != (list(shape), dtype):
                 raise ValueError(f"{inner} is {found['dtype']} {found['shape']}")
         rows = [inner for inner in held if inner.startswith("row_state")]
+        others = held.keys() - expected.keys() - {*rows} - _SMALL
+        if others:
+            raise ValueError(f"it has arrays {sorted(others)}")
         if any(held[inner]["shape"][:1] not in ([], [num_rows]) for inner in rows):
             raise ValueError(f"the optimizer's state is not that of {num_rows} rows")
     except (ValueError, TypeError, OverflowError) as error:
@@ -115,8 +129,8 @@ def convert(
       {inner name: host array} for every leaf of the target.
 
     Raises:
-      ValueError: if the optimizer's state has another structure, or if the state was saved between
-        prefetch and apply_gradients and the cache would change.
+      ValueError: if a leaf of the optimizer's state has another shape, or if the state was saved
+        between prefetch and apply_gradients and the cache would change.
     """
     spec, wanted, name = target.spec, leaves.named(target), prefix or "the embedding state"
     before, after = placements.Division.read(entry), placements.Division.of(target)

@@ -14,3 +14,11 @@ class DamagedError(CheckpointError):
 
 class UnreadableError(CheckpointError):
     """Raised if the system could not read a checkpoint now. It may be good."""
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns the first line of an error's message, without what tensorstore adds for itself."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    return text.splitlines()[0].split(" [tensorstore_spec=")[0].split(" [source locations=")[0]

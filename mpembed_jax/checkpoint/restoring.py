@@ -27,7 +27,12 @@ from mpembed_jax.checkpoint import (
     saving,
     schema,
 )
-from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+from mpembed_jax.checkpoint.errors import (
+    CheckpointError,
+    DamagedError,
+    UnreadableError,
+    cause_of,
+)
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
@@ -197,6 +202,11 @@ def _compare(
         skip |= set(member.names.values()) | set(entry["names"].values())
         if convert.is_needed(prefix, entry, member.state):
             converted.add(prefix)
+        elif entry["names"] != member.names:
+            raise ValueError(
+                f"{where} names the arrays of embedding state {prefix!r} {entry['names']}, the "
+                f"target {member.names}"
+            )
     saved = held["arrays"].keys() | held["values"].keys()
     saved -= {record["patch"] for record in held["arrays"].values() if "patch" in record}
     if missing := [name for name in named if name not in saved and name not in skip]:
@@ -292,7 +302,7 @@ def _read(
     except (ValueError, OSError, RuntimeError) as error:
         raise UnreadableError(
             f"step {body['step']}: array {name!r} could not be read from {folder}: "
-            f"{str(error).split(' [')[0]}"
+            f"{cause_of(error)}"
         ) from error
     return result
 

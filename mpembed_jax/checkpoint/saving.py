@@ -33,7 +33,7 @@ from mpembed_jax.checkpoint import (
     manifest,
 )
 from mpembed_jax.checkpoint.claim import Claim
-from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError
+from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_of
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
@@ -221,9 +221,11 @@ def save(
         claim = _claim(folder, step)
         try:
             saving = _start(folder, step, tree, named, arrays, values, tracker, keep, claim)
-        except BaseException:
+        except BaseException as error:
             if claim is not None:
                 claim.release()
+            if isinstance(error, OSError):
+                raise _error(folder, step, error) from error
             raise
         _PENDING[os.path.realpath(folder)] = saving
     if wait:
@@ -333,7 +335,8 @@ def _claim(directory: Path, step: int) -> Claim | None:
 
     def take() -> None:
         try:
-            os.makedirs(directory, exist_ok=True)
+            if not files.exists(directory):
+                os.makedirs(directory, exist_ok=True)
             taken.append(Claim(directory))
         except (OSError, CheckpointError) as error:
             raise _error(directory, step, error) from error
@@ -431,10 +434,8 @@ def _failure(
 
 
 def _error(directory: Path, step: int, error: BaseException) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    reason = reason.split(" [tensorstore_spec=")[0]
     return CheckpointError(
-        f"step {step} could not be saved in {directory}: {reason}; checkpoints saved before are "
+        f"step {step} could not be saved in {directory}: {cause_of(error)}; checkpoints saved before are "
         "unchanged"
     )
 

@@ -65,7 +65,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
     pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
     return treedef.unflatten(
-        [p.reshape(*shape, -1) for p, shape in zip(pieces, shapes, strict=True)]
+        [p.reshape(*shape, *rows.shape[1:]) for p, shape in zip(pieces, shapes, strict=True)]
     )
 
 

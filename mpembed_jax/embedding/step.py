@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import update
@@ -67,7 +68,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         )
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten(_divided(inverse, shapes)),
+        inverse=treedef.unflatten(divided(inverse, shapes)),
         line=moves.line,
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
@@ -156,7 +157,7 @@ def _place(
     return state, moves, inverse, counts
 
 
-def _divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+def divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
     """Splits `inverse` into consecutive pieces of the given shapes."""
     if not shapes:
         return []
@@ -169,6 +170,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     A cached row is read from its float32 line, any other row from the table. Padding rows are zero.
 
+    A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest
+    are therefore NaN. If this is known before the step runs, the call raises an error instead.
+
     Args:
       state: the state that prefetch returned with the plan.
       plan: from that prefetch.
@@ -176,15 +180,36 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     Returns:
       [U, D] in dtype.
+
+    Raises:
+      ValueError: if the plan is concrete and not of the state's latest prefetch.
     """
-    rows = _gather(state, plan)
+    _check_latest("lookup", state, plan.step)
+    rows = lookup_held(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
+    width = rows.shape[0]
+    rows = chunks.each(
+        0,
+        jnp.where(is_latest(state, plan.step), 0, width),  # nothing to do where all is well
+        width,
+        ops.chunk_of(state.implementation),
+        lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
+        rows,
+    )
     return rows.astype(dtype)
 
 
-def _gather(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Gathers the planned rows of this device; on a mesh, they are those of its shard."""
+def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
+    """Gathers the planned rows that this device holds.
+
+    On a mesh, these are the rows of its shard that any device requests. Over all devices, each row
+    of the batch is there once. `exchange.fetch`, which is differentiable, brings the rows to the
+    devices that request them.
+
+    Returns:
+      float32 [Q, D]. On one device, the same as `lookup`.
+    """
     return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
 
 
@@ -206,9 +231,9 @@ def apply_gradients(
     """Applies exactly one optimizer update to each unique row of the plan and stores the row.
 
     A cached row is written to its line in float32. A bypassed row is stochastically rounded into
-    the table. Donate the state. A plan that is not the state's latest, or was already applied,
-    changes nothing and is counted in `stats`. If this is known before the step runs, the call
-    raises an error instead.
+    the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
+    that is not the state's latest, or was already applied, changes nothing and is counted in
+    `stats`. If this is known before the step runs, the call raises an error instead.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -225,14 +250,41 @@ def apply_gradients(
         call for one prefetch.
     """
     layout = state.layout
-    _check("apply_gradients", state, plan, rows=rows, row_grads=row_grads)
-    moves, is_applied = _pending(state, plan)
+    width = plan.unique_ids.shape[0]
+    _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
     if layout is not None:
         layout.check_bound("apply_gradients")
-        rows, row_grads = (
-            _gather(state, plan),
-            exchange.collect(layout, exchange.route_of(plan), row_grads),
-        )
+        rows = lookup_held(state, plan)
+        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+    return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
+
+
+def apply_held_gradients(
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    *,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Does what `apply_gradients` does, for the rows that `lookup_held` returned.
+
+    Args:
+      state: from prefetch; consumed if donated.
+      plan: from the same prefetch.
+      rows: float32 [Q, D], from lookup_held.
+      row_grads: float32 [Q, D], summed over all devices.
+      tx: the transformation given to init.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: as apply_gradients.
+    """
+    layout = state.layout
+    moves, is_pending = _pending(state, plan)
+    _check("apply_gradients", state, plan, moves.ids.shape[0], rows=rows, row_grads=row_grads)
     is_updated = jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids
     num_nonfinite = jnp.int32(0)
     if state.spec.skip_nonfinite:
@@ -243,13 +295,13 @@ def apply_gradients(
     else:
         # All padding positions share the last row. No position reads the other padding rows.
         row_grads = row_grads.at[-1].set(0)
-    moves = moves._replace(
-        ids=jnp.where(is_updated, moves.ids, NO_ID), line=_lines(state, plan, is_updated)
+    moves = moves.only(is_updated, state.store.num_lines)
+    state, is_stored = update.apply(
+        tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending
     )
-    state = update.apply(tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_applied)
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return _finish(state, moves.line, num_nonfinite, is_applied)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
 def apply_positions(
@@ -277,22 +329,26 @@ def apply_positions(
     Raises:
       ValueError: as apply_gradients.
     """
-    _check("apply_pooled_gradients", state, plan, rows=rows)
-    moves, is_applied = _pending(state, plan)
-    state, is_updated = update.apply_summed(tx, state, moves, rows, positions, step=plan.step)
+    _check("apply_pooled_gradients", state, plan, plan.unique_ids.shape[0], rows=rows)
+    moves, is_pending = _pending(state, plan)
+    state, is_updated, is_stored = update.apply_summed(
+        tx, state, moves, rows, positions, step=plan.step
+    )
     num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
-    return _finish(state, _lines(state, plan, is_updated), num_nonfinite, is_applied)
+    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
-def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Array) -> None:
-    """Checks the shapes and dtypes of `arrays` (one row per unique id) and that a prefetch waits.
+def _check(
+    verb: str, state: EmbeddingState, plan: CachePlan, width: int, **arrays: jax.Array
+) -> None:
+    """Checks the shapes and dtypes of `arrays` (`width` rows each) and that a prefetch waits.
 
     If state.pending is traced, `_pending` makes the second check on the device.
 
     Raises:
       ValueError: if a check fails.
     """
-    expected = (plan.unique_ids.shape[0], state.spec.embedding_dim)
+    expected = (width, state.spec.embedding_dim)
     for name, array in arrays.items():
         if array.shape != expected:
             raise ValueError(
@@ -305,23 +361,38 @@ def _check(verb: str, state: EmbeddingState, plan: CachePlan, **arrays: jax.Arra
                 f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 "
                 "and cast the vectors computed from them"
             )
-    check_pending(verb, "prefetch", state)
+    check_waiting(verb, "prefetch", state, plan.step)
 
 
-def check_pending(verb: str, planner: str, state: EmbeddingState) -> None:
-    """Raises ValueError if it is known that no plan of the verb `planner` waits for `verb`."""
+def check_waiting(verb: str, planner: str, state: EmbeddingState, step: jax.Array) -> None:
+    """Raises ValueError if it is known that no plan of the verb `planner` waits for `verb`.
+
+    The plan that waits is the one that the state's latest step made; `step` is the given plan's.
+    """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
             f"{verb} needs a {planner} of its own, but this state has none waiting (it comes from "
-            f"init, or its plan was already applied); call {planner} once before each "
-            f"{verb}"
+            f"init, or its plan was already applied); call {planner} once before each {verb}"
         )
+    _check_latest(verb, state, step)
 
 
-def is_pending(state: EmbeddingState, step: jax.Array) -> jax.Array:
-    """Returns whether the plan of that step is the state's latest and was not applied (bool [])."""
+def _check_latest(verb: str, state: EmbeddingState, step: jax.Array) -> None:
+    """Raises ValueError if a plan's step is known not to be that of the state's latest prefetch."""
+    if not isinstance(state.step, jax.core.Tracer) and not isinstance(step, jax.core.Tracer):
+        made, latest = int(step), int(state.step) - 1
+        if made != latest:
+            raise ValueError(
+                f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
+                f"that of number {made}: its rows may have left their lines since; pass the state "
+                "and the plan that one prefetch returned"
+            )
+
+
+def is_latest(state: EmbeddingState, step: jax.Array) -> jax.Array:
+    """Returns whether a plan's step is that of this state's latest prefetch (bool [])."""
     is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    return state.pending & is_own & (step == state.step - 1)
+    return is_own & (step == state.step - 1)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
@@ -330,33 +401,24 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
     update may touch no row.
     """
-    is_applied = is_pending(state, plan.step)
+    is_pending = state.pending & is_latest(state, plan.step)
     moves = _moves(plan)
     num_cached, num_ids = (
-        jnp.where(is_applied, moves.num_cached, 0),
-        jnp.where(is_applied, moves.num_ids, 0),
+        jnp.where(is_pending, moves.num_cached, 0),
+        jnp.where(is_pending, moves.num_ids, 0),
     )
-    return moves._replace(num_cached=num_cached, num_ids=num_ids), is_applied
-
-
-def _lines(state: EmbeddingState, plan: CachePlan, is_updated: jax.Array) -> jax.Array:
-    """Returns the line of each row; a row that is not updated gets the number of lines."""
-    return (
-        plan.line
-        if state.cache is None
-        else jnp.where(is_updated, plan.line, state.cache.geometry.lines)
-    )
+    return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 
 def _finish(
-    state: EmbeddingState, line: jax.Array, num_nonfinite: jax.Array, is_applied: jax.Array
+    state: EmbeddingState, moves: Moves, num_nonfinite: jax.Array, is_pending: jax.Array
 ) -> EmbeddingState:
-    """Returns the state after an update that wrote the lines in `line`.
+    """Returns the state after an update that stored the rows of `moves`.
 
-    These lines are marked dirty, and the update is counted.
+    Their lines are marked dirty, and the update is counted.
     """
-    cache = None if state.cache is None else residency.commit(state.cache, line)
-    return finished(dataclasses.replace(state, cache=cache), num_nonfinite, is_applied)
+    cache = None if state.cache is None else residency.commit(state.cache, moves.line)
+    return finished(dataclasses.replace(state, cache=cache), num_nonfinite, is_pending)
 
 
 def finished(

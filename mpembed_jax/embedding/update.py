@@ -18,7 +18,7 @@ from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule, row_locality
-from mpembed_jax.optim.row_state import update_rows
+from mpembed_jax.optim.row_state import is_moved, update_rows
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
@@ -37,11 +37,11 @@ def apply(
     *,
     step: jax.Array,
     is_applied: jax.Array,
-) -> EmbeddingState:
+) -> tuple[EmbeddingState, jax.Array]:
     """Updates rows once and stores them.
 
     A row that has a line is stored there in float32. Any other row is stochastically rounded into
-    the table.
+    the table. A row that its update does not move is not stored: it keeps its bits.
 
     Args:
       tx: the transformation given to init.
@@ -55,7 +55,8 @@ def apply(
         not change.
 
     Returns:
-      The state with its table, cache rows and row state changed.
+      The state with its table, cache rows and row state changed, and which rows were stored
+      (bool [U]).
 
     Raises:
       ValueError: if the row state was made for another transformation.
@@ -63,7 +64,7 @@ def apply(
     rule = optim.rule_of(tx)
     if rule is None or not has_kernel(tx, state):
         return _apply_any(tx, state, moves, rows, row_grads, step=step, is_applied=is_applied)
-    store, accumulator = ops.update(
+    store, accumulator, is_stored = ops.update(
         state.store,
         accumulator_of(tx, rule, state),
         moves,
@@ -73,7 +74,7 @@ def apply(
         draw=Draw(state.key, step),
         implementation=state.implementation,
     )
-    return stored(state, store, with_accumulator(state, accumulator))
+    return stored(state, store, with_accumulator(state, accumulator)), is_stored
 
 
 def apply_summed(
@@ -84,7 +85,7 @@ def apply_summed(
     positions: Positions,
     *,
     step: jax.Array,
-) -> tuple[EmbeddingState, jax.Array]:
+) -> tuple[EmbeddingState, jax.Array, jax.Array]:
     """Updates rows once, as `apply` does, with a kernel that sums the gradients of positions.
 
     Call it only if has_kernel(tx, state).
@@ -98,7 +99,7 @@ def apply_summed(
       step: int32 scalar, the plan's step.
 
     Returns:
-      The state, and which rows were updated (bool [U]).
+      The state, which rows were updated, and which of them were stored (bool [U] each).
 
     Raises:
       ValueError: if the row state was made for another transformation, or no kernel runs tx.
@@ -109,7 +110,7 @@ def apply_summed(
             "apply_summed needs a transformation that a kernel can run; call apply if has_kernel "
             "returns False"
         )
-    store, accumulator, is_updated = ops.update_summed(
+    store, accumulator, is_updated, is_stored = ops.update_summed(
         state.store,
         accumulator_of(tx, rule, state),
         moves,
@@ -120,7 +121,8 @@ def apply_summed(
         skip_nonfinite=state.spec.skip_nonfinite,
         implementation=state.implementation,
     )
-    return stored(state, store, with_accumulator(state, accumulator)), is_updated
+    state = stored(state, store, with_accumulator(state, accumulator))
+    return state, is_updated, is_stored
 
 
 def accumulator_of(
@@ -166,7 +168,7 @@ def _apply_any(
     *,
     step: jax.Array,
     is_applied: jax.Array,
-) -> EmbeddingState:
+) -> tuple[EmbeddingState, jax.Array]:
     """Runs any transformation without kernels; see `apply`.
 
     If the implementation loops over chunks, a transformation that treats each row by itself runs in
@@ -186,42 +188,49 @@ def _apply_any(
     width, chunk = ids.shape[0], ops.chunk_of(state.implementation)
     if chunk is None or not row_locality.is_row_local(tx, rows.shape[1]):
         new_rows, row_state = update(row_state, ids, rows, row_grads)
-        store = ops.write(state.store, moves, new_rows, draw, implementation=state.implementation)
-        return stored(state, store, row_state)
+        store, is_stored = ops.write(
+            state.store, moves, rows, new_rows, draw, implementation=state.implementation
+        )
+        return stored(state, store, row_state), is_stored
 
     old_scalars = [leaf for leaf in jax.tree.leaves(row_state) if not leaf.ndim]
 
-    def update_window(window: chunks.Window, row_state: Any) -> tuple[jax.Array, jax.Array, Any]:
+    def update_window(
+        window: chunks.Window, row_state: Any, is_stored: jax.Array
+    ) -> tuple[jax.Array, Any, jax.Array]:
         here = jnp.where(window.is_live, window.take(ids), NO_ID)
+        old_rows = window.take(rows)
         # All chunks belong to the same step, so each begins with the same scalars.
         row_state = _with_scalars(row_state, old_scalars)
-        return here, *update(row_state, here, window.take(rows), window.take(row_grads))
+        new_rows, row_state = update(row_state, here, old_rows, window.take(row_grads))
+        is_stored = window.put(is_stored, (here != NO_ID) & is_moved(old_rows, new_rows))
+        return new_rows, row_state, is_stored
 
-    def to_lines(window: chunks.Window, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-        row_state, cache_rows = carry
-        _, new_rows, row_state = update_window(window, row_state)
-        here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
+    def to_lines(window: chunks.Window, carry: tuple) -> tuple:
+        row_state, cache_rows, is_stored = carry
+        new_rows, row_state, is_stored = update_window(window, row_state, is_stored)
+        is_here = window.is_live & window.take(is_stored)
+        here = jnp.where(is_here, window.take(line), cache_rows.shape[0])
         native = ops.compiled(state.implementation)
         put = indexing.put if native is None else native.rows.put
-        return row_state, put(cache_rows, here, new_rows)
+        return row_state, put(cache_rows, here, new_rows), is_stored
 
+    is_stored = jnp.zeros(width, bool)
     if cache_rows is not None:
-        row_state, cache_rows = chunks.each(
-            0, num_cached, width, chunk, to_lines, (row_state, cache_rows)
+        row_state, cache_rows, is_stored = chunks.each(
+            0, num_cached, width, chunk, to_lines, (row_state, cache_rows, is_stored)
         )
     once = (num_ids > num_cached).astype(jnp.int32)
 
-    def to_table(window: chunks.Window, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-        row_state, packed = carry
-        here, new_rows, row_state = update_window(window, row_state)
-        return row_state, indexing.put(
-            packed,
-            here,
-            encode_rows(new_rows, here, table, draw.key, random_bits.BYPASS, step, once),
-        )
+    def to_table(window: chunks.Window, carry: tuple) -> tuple:
+        row_state, packed, is_stored = carry
+        new_rows, row_state, is_stored = update_window(window, row_state, is_stored)
+        here = jnp.where(window.is_live & window.take(is_stored), window.take(ids), NO_ID)
+        encoded = encode_rows(new_rows, here, table, draw.key, random_bits.BYPASS, step, once)
+        return row_state, indexing.put(packed, here, encoded), is_stored
 
-    row_state, packed = chunks.each(
-        num_cached, num_ids, width, chunk, to_table, (row_state, table.rows)
+    row_state, packed, is_stored = chunks.each(
+        num_cached, num_ids, width, chunk, to_table, (row_state, table.rows, is_stored)
     )
     if old_scalars:
         # Schedule counts advance once per step, even if no chunk ran.
@@ -235,7 +244,7 @@ def _apply_any(
             row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim]
         )
     table = QuantizedTable(packed, table.format, table.embedding_dim)
-    return stored(state, Store(table, cache_rows, None), row_state)
+    return stored(state, Store(table, cache_rows, None), row_state), is_stored
 
 
 def _with_scalars(row_state: Any, scalars: list[jax.Array]) -> Any:

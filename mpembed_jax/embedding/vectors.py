@@ -288,7 +288,7 @@ def apply_pooled_gradients(
             "apply_pooled_gradients"
         )
     native, dim, cache = ops.compiled(state.implementation), state.spec.embedding_dim, state.cache
-    is_pending = step.is_pending(state, plan.step)
+    is_pending = state.pending & step.is_latest(state, plan.step)
     num_nonfinite = jnp.int32(0)
     if any(leaf.size for leaf in leaves):
         store, accumulator, num_nonfinite = native.bag_step.backward(
@@ -321,7 +321,7 @@ def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list
             f"pooled_grads must be like the vectors of embed: float32 {wanted} in {how.tree}, "
             f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {treedef}"
         )
-    step.check_pending("apply_pooled_gradients", "embed", state)
+    step.check_waiting("apply_pooled_gradients", "embed", state, plan.step)
     return leaves
 
 

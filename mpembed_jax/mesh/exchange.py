@@ -13,6 +13,7 @@ not use ragged_all_to_all, which some back ends cannot run.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,13 +50,19 @@ def plan_specs(layout: Layout) -> CachePlan:
     They are the out_specs and in_specs with which a plan leaves one jax.shard_map and enters
     another.
     """
-    specs: Any = [
-        PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes, layout.all_axes)
-    ]
-    batch, shard, both = specs
+    specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes)]
+    batch, shard = specs
     everywhere: Any = PartitionSpec()
-    route = Route(shard, shard, shard, shard, both, both, everywhere)
+    route: Any = route_specs(layout)
     return CachePlan(batch, batch, shard, shard, shard, everywhere, everywhere, route)
+
+
+def route_specs(layout: Layout) -> Route:
+    """Returns the PartitionSpecs of a route."""
+    specs: Any = [PartitionSpec(axes or None) for axes in (layout.axes, layout.all_axes)]
+    shard, both = specs
+    everywhere: Any = PartitionSpec()
+    return Route(shard, shard, shard, shard, both, both, everywhere)
 
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
@@ -315,11 +322,13 @@ def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
     return received if layout.is_batch_divided else _sum(received, layout.axes)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 @jax.named_scope("exchange_rows")
 def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
     """Returns the rows [U, D] of this device's unique ids, taken from the owners' rows [Q, D].
 
-    The last of the owners' rows must be zero.
+    The last of the owners' rows must be zero. The gradient with respect to the owners' rows is what
+    `collect` returns.
     """
     return _return(layout, route, rows)
 
@@ -339,6 +348,49 @@ def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
         return ops.add_duplicates(total, route.asked[: received.shape[0]], received)
 
     return _either(layout, route.is_wide, route.owner.shape[0] - 1, send)
+
+
+def _fetch_fwd(layout: Layout, route: Route, rows: jax.Array) -> tuple[jax.Array, Route]:
+    return fetch(layout, route, rows), route
+
+
+def _fetch_bwd(layout: Layout, route: Route, row_grads: jax.Array) -> tuple[None, jax.Array]:
+    return None, collect(layout, route, row_grads)
+
+
+fetch.defvjp(_fetch_fwd, _fetch_bwd)
+
+
+def find(
+    layout: Layout, planned: Route, leaves: list[jax.Array], step: jax.Array
+) -> tuple[jax.Array, jax.Array, Route]:
+    """Finds ids among the rows that a plan holds, on whichever shard they are.
+
+    Args:
+      layout: of the stack.
+      planned: the plan's route.
+      leaves: ids of this device, int32 [..] or pairs [.., 2]; others than it prefetched, perhaps.
+      step: int32 scalar, the plan's.
+
+    Returns:
+      For each position the number of its entry on this device (int32 [N], the last one for
+      padding), whether its row is missing in the plan (bool [N]), and the route by which `fetch`
+      brings the rows of these entries.
+    """
+    wanted, _, _ = requests.deduplicate(layout, leaves, step)
+    asked, own, route = request(layout, wanted, step)
+    index, _ = ops.find(planned.rows, asked.ids)
+    route = dataclasses.replace(
+        planned,
+        asked=indexing.take(index, route.asked),
+        owner=route.owner,
+        rank=route.rank,
+        is_wide=route.is_wide,
+    )
+    is_row = (planned.rows != NO_ID).astype(jnp.int32)
+    has_row = _return(layout, route, is_row[:, None])[:, 0] > 0
+    is_padding = wanted.inverse == wanted.ids.shape[0] - 1
+    return own.inverse, ~is_padding & ~indexing.take(has_row, wanted.inverse), route
 
 
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -86,7 +86,7 @@ class CachedEmbedBags(nnx.Module):
     def prefetch(self, ids: Any) -> None:
         """Plans a batch and holds its rows for one step.
 
-        Call it outside the differentiated function.
+        Call it once per step, outside the differentiated function, with the ids of all calls.
 
         Args:
           ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; local to
@@ -98,33 +98,37 @@ class CachedEmbedBags(nnx.Module):
           ValueError: if an array does not fit the features, in evaluation mode, or if
             nn.apply_gradients was not called after the last prefetch.
         """
-        for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True):
-            stack.prefetch(part, not self.deterministic)
+        routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
+        for stack, part, own in zip(self.stacks, routed, given, strict=True):
+            stack.prefetch(part, own, not self.deterministic)
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
         """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
 
         Args:
-          ids: in training, the ids that prefetch was given; after eval(), any ids.
+          ids: in training, ids that were prefetched, of any of the features, in any shape, order
+            and number; after eval(), any ids.
           weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
             leave features out.
 
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
-          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros.
+          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
+          training inside jit, bags with ids that were not prefetched give NaN.
 
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if weights have another nesting.
-          ValueError: in training, if prefetch was not called or was given other ids. Also if ids
-            have no bag axis, if weights have another shape, or if there are weights without a
-            combiner.
+          ValueError: in training, if prefetch was not called, or outside jit if it was not given
+            an id. Also if ids have no bag axis, if weights have another shape, or if there are
+            weights without a combiner.
         """
+        routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         parts = [
             routing.Part(*verbs.read_unpooled(stack.embedding_state(), part))
             if self.deterministic
-            else stack.part(part)
-            for stack, part in zip(self.stacks, routing.route(self.specs, ids), strict=True)
+            else stack.part(part, own)
+            for stack, part, own in zip(self.stacks, routed, given, strict=True)
         ]
         return routing.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)
 

@@ -106,7 +106,7 @@ class CachedEmbed(nnx.Module):
     def prefetch(self, ids: Any) -> None:
         """Plans a batch and holds its rows for one step.
 
-        Call it outside the differentiated function.
+        Call it once per step, outside the differentiated function, with the ids of all calls.
 
         Args:
           ids: integers [..] in [0, num_embeddings), or any nest of such arrays. NO_ID is padding.
@@ -118,27 +118,30 @@ class CachedEmbed(nnx.Module):
           ValueError: in evaluation mode, or if nn.apply_gradients was not called after the last
             prefetch.
         """
-        self.stack.prefetch(routing.table_ids(self.stack.spec, ids), not self.deterministic)
+        mapped = routing.table_ids(self.stack.spec, ids)
+        self.stack.prefetch(mapped, ids, not self.deterministic)
 
     def __call__(self, ids: Any) -> Any:
         """Returns the vectors of ids, differentiable in the prefetched rows.
 
         Args:
-          ids: in training, the ids that prefetch was given; after eval(), any ids.
+          ids: in training, ids that were prefetched, in any shape, order and number; after
+            eval(), any ids.
 
         Returns:
           [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
-          zeros.
+          zeros. In training inside jit, ids that were not prefetched give NaN.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: in training, if prefetch was not called or was given other ids.
+          ValueError: in training, if prefetch was not called, or outside jit if it was not given
+            an id.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         if self.deterministic:
             vectors = verbs.read(self.stack.embedding_state(), mapped)
         else:
-            part = self.stack.part(mapped)
+            part = self.stack.part(mapped, ids)
             vectors = part.pool(part.rows, part.inverse)
         return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
 

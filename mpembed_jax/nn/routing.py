@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mpembed_jax import row_ids
 from mpembed_jax.embedding.pooling import COMBINERS, pool
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -133,6 +134,16 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
 
+def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
+    """Returns the user's own arrays in the nesting of `route`, of the same ids.
+
+    Arguments and errors are those of `route`. An array [.., T] stands for its columns.
+    """
+    if isinstance(ids, Mapping):
+        return [{f: ids[f] for f, _ in s.feature_tables if f in ids} for s in specs]
+    return [ids] * len(specs)
+
+
 def _as_float(weights: Any) -> jax.Array:
     return jnp.asarray(weights).astype(jnp.float32)
 
@@ -216,7 +227,7 @@ def combine(
         for part in parts:
             vectors.update(_bags(part, by_feature, weights or {}))
         ordered = {f: vectors[f].astype(dtype) for f in ids}
-        return ordered if type(ids) is dict else type(ids)(ordered)  # type: ignore[call-arg]
+        return row_ids.in_mapping_of(ids, ordered)
     if weights is None:
         # A column is a bag of one id, so every combiner gives its vector.
         return jnp.concatenate(

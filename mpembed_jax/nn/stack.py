@@ -12,9 +12,8 @@ import jax
 import optax
 from flax import nnx
 
-from mpembed_jax.cache.plan import CachePlan
 from mpembed_jax.embedding.state import EmbeddingState, init
-from mpembed_jax.nn import verbs
+from mpembed_jax.nn import prefetched
 from mpembed_jax.nn.routing import Part
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -24,14 +23,14 @@ class EmbeddingVariable(nnx.Variable):
 
 
 class CachedRows(nnx.Param):
-    """Holds the gathered rows (float32 [U, D]) of one step.
+    """Holds the rows of one step, float32 [Q, D]; over a mesh, each row of the batch once.
 
     It exists between prefetch and nn.apply_gradients.
     """
 
 
 class PlanVariable(nnx.Variable):
-    """Holds the CachePlan of one step; it exists between prefetch and nn.apply_gradients."""
+    """Holds the plan of one step; it exists between prefetch and nn.apply_gradients."""
 
 
 class Stack(nnx.Module):
@@ -60,11 +59,12 @@ class Stack(nnx.Module):
         """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense."""
         return self.state.get_value()
 
-    def prefetch(self, ids: Any, is_training: bool) -> None:
+    def prefetch(self, ids: Any, given: Any, is_training: bool) -> None:
         """Plans a batch, brings its rows into the cache and holds them for one step.
 
         Args:
           ids: nest of int32 arrays of global ids.
+          given: nest like ids of the user's own arrays.
           is_training: whether the calling module is in training mode.
 
         Raises:
@@ -84,19 +84,20 @@ class Stack(nnx.Module):
                 "after each prefetch (several inputs in one step: prefetch one nest of them), or "
                 "nn.discard(model) to give up a step"
             )
-        state, plan, rows = verbs.fetch(self.state.get_value(), ids)
+        state, plan, rows = prefetched.fetch(self.state.get_value(), ids, given)
         self.state.set_value(state)
         self.plan = PlanVariable(plan)
         self.rows = CachedRows(rows)
 
-    def part(self, ids: Any) -> Part:
-        """Returns the held rows, the plan's inverse and the pool function for them.
+    def part(self, ids: Any, given: Any) -> Part:
+        """Returns the held rows, where ids are among them, and the pool function for them.
 
         Args:
-          ids: nest of int32 arrays of global ids; they are compared with the prefetched ones.
+          ids: nest of int32 arrays of global ids.
+          given: nest like ids of the user's own arrays.
 
         Raises:
-          ValueError: if nothing was prefetched, or if other ids were.
+          ValueError: if nothing was prefetched, or if an id was not, where the ids are concrete.
         """
         if not self.is_prefetched:
             raise ValueError(
@@ -104,14 +105,14 @@ class Stack(nnx.Module):
                 "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
                 "model.eval() if this is evaluation"
             )
-        plan: CachePlan = self.plan.get_value()
-        verbs.check_prefetched(plan, ids)
-        return Part(self.rows.get_value(), plan.inverse, verbs.pool_of(self.state.get_value()))
+        state, plan, rows = self.state.get_value(), self.plan.get_value(), self.rows.get_value()
+        return prefetched.part(state, plan, rows, ids, given)
 
     def update(self, row_grads: jax.Array) -> None:
         """Applies one optimizer update to the held rows, then drops them and their plan."""
         plan, rows = self.plan.get_value(), self.rows.get_value()
-        self.state.set_value(verbs.update(self.state.get_value(), plan, rows, row_grads, self.tx))
+        state = prefetched.update(self.state.get_value(), plan, rows, row_grads, self.tx)
+        self.state.set_value(state)
         self.drop()
 
     def drop(self) -> None:

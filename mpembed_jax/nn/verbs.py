@@ -2,8 +2,8 @@
 
 Outside jit, the loops of a verb would be compiled again at every call. Arithmetic outside jit also
 differs from jitted arithmetic in the last bit. This module also holds what the modules add to the
-verbs, without using flax: the check that a call sees the ids that were prefetched, a read for
-evaluation that returns rows and inverse like a plan's, and dense logits over a whole table.
+verbs, without using flax: a read for evaluation that returns rows and inverse like a plan's, and
+dense logits over a whole table.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
-from jax.sharding import PartitionSpec
 
-from mpembed_jax.cache.plan import CachePlan
-from mpembed_jax.embedding import evaluation, step
+from mpembed_jax.embedding import evaluation
 from mpembed_jax.embedding.pooling import pool
-from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_specs
-from mpembed_jax.mesh import exchange
-from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.embedding.state import EmbeddingState
 
 _BLOCK = 8192  # rows of the table that attend decodes at once
 
@@ -33,84 +28,20 @@ def _jitted(verb: Callable, static: tuple[str, ...]) -> Callable:
     return jax.jit(verb, static_argnames=static)
 
 
-def _run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any:
+def run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any:
+    """Returns verb(state, *args, **static), compiled once if it is called outside jit."""
     if isinstance(state.step, jax.core.Tracer):
         return verb(state, *args, **static)
     # The state is not donated, because a caller outside jit may still hold it.
     return _jitted(verb, tuple(static))(state, *args, **static)
 
 
-def _is_whole(state: EmbeddingState) -> bool:
+def is_whole(state: EmbeddingState) -> bool:
     """Whether a sharded state is held as whole arrays, outside jax.shard_map.
 
     The verbs then run over its mesh.
     """
     return state.layout is not None and not state.layout.is_bound
-
-
-def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
-    if _is_whole(state):
-        layout: Any = state.layout
-        batch = PartitionSpec(layout.batch_axes)
-        result = (partition_specs(state), exchange.plan_specs(layout), batch)
-        return over_mesh(_fetch, state, batch, result=result)(state, jax.tree.map(jnp.asarray, ids))
-    state, plan = step.prefetch(state, ids)
-    return state, plan, step.lookup(state, plan)
-
-
-def fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
-    """Returns the state and plan of step.prefetch, and the plan's rows (float32 [U, D])."""
-    return _run(_fetch, state, ids)
-
-
-def update(
-    state: EmbeddingState,
-    plan: CachePlan,
-    rows: jax.Array,
-    row_grads: jax.Array,
-    tx: optax.GradientTransformation,
-) -> EmbeddingState:
-    """Returns the state after step.apply_gradients."""
-    return _run(_update, state, plan, rows, row_grads, tx=tx)
-
-
-def _update(
-    state: EmbeddingState,
-    plan: CachePlan,
-    rows: jax.Array,
-    row_grads: jax.Array,
-    tx: optax.GradientTransformation,
-) -> EmbeddingState:
-    if not _is_whole(state):
-        return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
-    layout: Any = state.layout
-    batch = PartitionSpec(layout.batch_axes)
-    run = over_mesh(partial(_update, tx=tx), state, exchange.plan_specs(layout), batch, batch)
-    return run(state, plan, rows, row_grads)
-
-
-def pool_of(state: EmbeddingState) -> Callable:
-    """Returns the `pool` function for the rows and inverse of fetch.
-
-    It uses the state's implementation, and runs over the mesh if the rows lie over one.
-    """
-    pool_here = partial(pool, implementation=state.implementation)
-    if not _is_whole(state):
-        return pool_here
-    layout: Any = state.layout
-    batch = PartitionSpec(layout.batch_axes)
-
-    def pool_over_mesh(
-        rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
-    ) -> Any:
-        def run(rows: jax.Array, inverse: Any, weights: Any) -> Any:
-            return pool_here(rows, inverse, weights, combiner)
-
-        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
-            rows, inverse, weights
-        )
-
-    return pool_over_mesh
 
 
 def read(state: EmbeddingState, ids: Any) -> Any:
@@ -123,7 +54,7 @@ def read(state: EmbeddingState, ids: Any) -> Any:
     Returns:
       float32 [.., D] for each array, in the same nesting.
     """
-    return _run(evaluation.read, state, ids)
+    return run(evaluation.read, state, ids)
 
 
 def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
@@ -155,46 +86,7 @@ def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Call
       implementation, but without foreign calls, so that jax.export can export an evaluation.
     """
     implementation = None if state.implementation == "numba" else state.implementation
-    return *_run(_read_unpooled, state, ids), partial(pool, implementation=implementation)
-
-
-def check_prefetched(plan: CachePlan, ids: Any) -> None:
-    """Checks that a call's global ids are those of the plan.
-
-    Nesting and shapes are always compared, and values if they are concrete.
-
-    Raises:
-      ValueError: if they differ.
-    """
-
-    def shapes(nest: Any) -> Any:
-        return jax.tree.map(lambda leaf: list(np.shape(leaf)), nest)
-
-    planned_def: Any
-    planned, planned_def = jax.tree.flatten(plan.inverse)
-    called, called_def = jax.tree.flatten(ids)
-    if planned_def != called_def or [p.shape for p in planned] != [np.shape(c) for c in called]:
-        raise ValueError(
-            f"called with ids of shapes {shapes(ids)}, but prefetch was given "
-            f"{shapes(plan.inverse)}; give prefetch and the call the same ids (several inputs: "
-            "one nest of them, in one call)"
-        )
-    # Over a mesh, each device's inverse refers to its own rows.
-    if plan.route is not None:
-        return
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (plan.unique_ids, *planned, *called)):
-        return
-    unique_ids = np.asarray(plan.unique_ids)
-    for index, given in zip(planned, called, strict=True):
-        found = unique_ids[np.asarray(index)]
-        is_other = (found != NO_ID) & (found != np.asarray(given))
-        if is_other.any():
-            where = tuple(int(i) for i in np.argwhere(is_other)[0])
-            raise ValueError(
-                f"called with other ids than prefetch: at {list(where)} the call names row "
-                f"{int(np.asarray(given)[where])}, and prefetch named row {int(found[where])}; "
-                "give prefetch and the call the same ids"
-            )
+    return *run(_read_unpooled, state, ids), partial(pool, implementation=implementation)
 
 
 # --- dense logits
@@ -303,4 +195,4 @@ def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: boo
         raise ValueError(
             f"query must be [.., {dim}], the embedding's features, got {list(query.shape)}"
         )
-    return _run(_attend, state, query, dtype=np.dtype(dtype), is_training=is_training)
+    return run(_attend, state, query, dtype=np.dtype(dtype), is_training=is_training)

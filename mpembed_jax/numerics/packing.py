@@ -31,9 +31,8 @@ def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
             jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
         )
     shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(code_bits)
-    return jnp.sum(
-        codes.reshape(*codes.shape[:-1], -1, per_word) << shifts, axis=-1, dtype=jnp.uint32
-    )
+    shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # also of no rows
+    return jnp.sum(codes.reshape(shape) << shifts, axis=-1, dtype=jnp.uint32)
 
 
 def encode(
@@ -122,7 +121,8 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
     if per_word > 1:
         shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(fmt.code_bits)
         codes = (codes[..., None] >> shifts) & jnp.uint32(2**fmt.code_bits - 1)
-        codes = codes.reshape(*packed.shape[:-1], -1)[..., :embedding_dim]
+        shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # also of no rows
+        codes = codes.reshape(shape)[..., :embedding_dim]
     scale = bias = jnp.zeros((*packed.shape[:-1], 1), jnp.float32)
     if fmt.scale_dtype is not None:
         num_halves = fmt.metadata_halves(embedding_dim)

@@ -14,14 +14,16 @@ that cover only the rows that are needed. No other rows cross the bus.
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
+  find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
+                                               whether it is among them
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
                                                newcomers dequantized into lines
   lookup(store, moves)                      -> f32 [U, D]: each row from its line or the table
   read(table, cache, ids)                   -> f32 [.., D]: the same, for ids without a plan
-  write(store, moves, new_rows, draw)       -> Store: rows copied to lines or rounded into the
-                                               table
+  write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
+                                               rounded into the table; which ones
   update(store, accumulator, moves, ..)     -> SGD or row-wise Adagrad on each row, then write
   update_summed(store, accumulator, ..)     -> update, with gradients of positions or bags, which
                                                are summed for each row
@@ -90,6 +92,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "find",
     "has_bag_step",
     "has_kernels",
     "lookup",
@@ -222,6 +225,27 @@ def unique(
     return native.unique.unique(ids, size, step)
 
 
+@jax.custom_batching.custom_vmap  # foreign calls have no batched form
+def _find_natively(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return compiled("numba").unique.find(known, ids)
+
+
+@_find_natively.def_vmap
+def _find_batches(
+    size: int, is_batched: tuple[bool, bool], known: jax.Array, ids: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    axes = tuple(0 if batched else None for batched in is_batched)
+    return jax.vmap(xla.unique.find, axes, axis_size=size)(known, ids), (True, True)
+
+
+def find(
+    known: jax.Array, ids: jax.Array, *, implementation: Named | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See `xla.unique.find`."""
+    is_native = compiled(implementation) is not None
+    return _find_natively(known, ids) if is_native else xla.unique.find(known, ids)
+
+
 def plan(
     cache: CacheState,
     unique: Unique,
@@ -313,15 +337,20 @@ def read(
 
 @jax.named_scope("write")
 def write(
-    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, implementation: Named
-) -> Store:
-    """Stores updated rows (float32 [U, D]); see `xla.rows.write`."""
+    store: Store,
+    moves: Moves,
+    old_rows: jax.Array,
+    new_rows: jax.Array,
+    draw: Draw,
+    *,
+    implementation: Named,
+) -> tuple[Store, jax.Array]:
+    """Stores the updated rows that moved; see `xla.rows.write`."""
+    given = (store, moves, old_rows, new_rows, draw)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.update.write(store, moves, new_rows, draw, is_interpreted=is_interpreted)
-    return xla.rows.write(
-        store, moves, new_rows, draw, chunk=_chunk_for(implementation, store.table)
-    )
+        return kernels.update.write(*given, is_interpreted=is_interpreted)
+    return xla.rows.write(*given, chunk=_chunk_for(implementation, store.table))
 
 
 @jax.named_scope("update")
@@ -335,7 +364,7 @@ def update(
     rule: RowRule,
     draw: Draw,
     implementation: Named,
-) -> tuple[Store, jax.Array | None]:
+) -> tuple[Store, jax.Array | None, jax.Array]:
     """Updates each row once and stores it; see `xla.update.update`."""
     given = (store, accumulator, moves, old_rows, row_grads)
     if has_kernels(implementation, store.table):
@@ -358,8 +387,8 @@ def update_summed(
     draw: Draw,
     skip_nonfinite: bool,
     implementation: Named,
-) -> tuple[Store, jax.Array | None, jax.Array]:
-    """Sums the gradients of each row and updates it; see `xla.update.update_summed`."""
+) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
+    """See `xla.update.update_summed`."""
     given = (store, accumulator, moves, old_rows, positions)
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)

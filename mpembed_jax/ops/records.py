@@ -9,10 +9,12 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.cache.plan import Route
 from mpembed_jax.numerics.random_bits import Key, draw_seed
+from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
 
@@ -57,6 +59,21 @@ class Moves(NamedTuple):
     num_cached: jax.Array  # i32 []: hits and newcomers, the rows in lines during this step
     num_ids: jax.Array  # i32 []: rows that are not padding
 
+    @property
+    def is_row(self) -> jax.Array:
+        """Which entries are rows (bool [U]). The others are padding, or rows that stay as is."""
+        position = jnp.arange(self.ids.shape[0], dtype=jnp.int32)
+        return (position < self.num_ids) & (self.ids != NO_ID)
+
+    def only(self, is_row: jax.Array, num_lines: int) -> "Moves":
+        """Returns the moves of the entries in `is_row` (bool [U]).
+
+        The others have no id, and the line num_lines.
+        """
+        return self._replace(
+            ids=jnp.where(is_row, self.ids, NO_ID), line=jnp.where(is_row, self.line, num_lines)
+        )
+
 
 class Store(NamedTuple):
     """The arrays that an op changes in place."""
@@ -64,6 +81,11 @@ class Store(NamedTuple):
     table: QuantizedTable
     lines: jax.Array | None  # f32 [C, D]; None without a cache
     dirty: jax.Array | None  # bool [C]; None without a cache, and for ops that do not use it
+
+    @property
+    def num_lines(self) -> int:
+        """C, 0 without a cache."""
+        return 0 if self.lines is None else self.lines.shape[0]
 
 
 class Draw(NamedTuple):

@@ -3,7 +3,6 @@
 from mpembed_jax.optim.rounding import StochasticRoundState, stochastic_round_updates
 from mpembed_jax.optim.rowwise import (
     RowRule,
-    RowTransformation,
     ScaleByRowwiseAdagradState,
     ScaleByRowwiseAdamState,
     clip_by_row_norm,
@@ -18,7 +17,6 @@ from mpembed_jax.optim.rowwise import (
 
 __all__ = [
     "RowRule",
-    "RowTransformation",
     "ScaleByRowwiseAdagradState",
     "ScaleByRowwiseAdamState",
     "StochasticRoundState",

@@ -164,6 +164,14 @@ def init_rows(
     return treedef.unflatten([make(leaf) for leaf in leaves])
 
 
+def is_moved(old_rows: jax.Array, new_rows: jax.Array) -> jax.Array:
+    """Returns which rows an update moved, bool [U] of float32 [U, D].
+
+    A row with a NaN has moved. From -0 to 0 is no move.
+    """
+    return jnp.any(new_rows != old_rows, axis=-1)
+
+
 @jax.named_scope("update")
 def update_rows(
     tx: optax.GradientTransformation,

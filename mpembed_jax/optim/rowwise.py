@@ -6,6 +6,7 @@ Adagrad. Row-wise Adam follows FBGEMM's partial row-wise Adam.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,28 +30,38 @@ class RowRule:
     eps: float = 0.0
 
 
-class RowTransformation(optax.GradientTransformation):
-    """An optax transformation of rows that carries its rule.
+@dataclasses.dataclass(frozen=True)
+class RuledUpdate:
+    """An optax update function that does what its rule says.
 
-    If it is chained with others, the chain is an ordinary transformation without a rule.
+    The function carries the rule, not the pair (init, update). Whoever copies the pair or builds it
+    anew keeps the rule, and whoever puts another function in its place loses it.
     """
 
-    # None for a copy made by _replace, whose functions may do anything.
-    rule: RowRule | None = None
+    update: Callable
+    rule: RowRule
 
-    def __new__(cls, init: Any, update: Any, rule: RowRule) -> "RowTransformation":
-        """Makes the pair (init, update), which must do what `rule` says."""
-        self = super().__new__(cls, init, update)
-        self.rule = rule
-        return self
+    def __call__(self, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        """Returns the updates and the new state, as optax does."""
+        return self.update(updates, state, params)
 
 
 def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
-    """Returns the rule that `tx` carries, or None.
+    """Returns the rule of `tx`, or None, as for a chain of several transformations.
 
     Without a rule, only plain XLA can run the update.
     """
-    return tx.rule if isinstance(tx, RowTransformation) else None
+    return tx.update.rule if isinstance(tx.update, RuledUpdate) else None
+
+
+def _with_rule(
+    tx: optax.GradientTransformation, learning_rate: Any, has_sums: bool, eps: Any = 0.0
+) -> optax.GradientTransformation:
+    """Returns `tx` with its rule, or unchanged if a number is traced or the rate is a schedule."""
+    if callable(learning_rate) or any(isinstance(x, jax.core.Tracer) for x in (learning_rate, eps)):
+        return tx
+    rule = RowRule(float(learning_rate), has_sums, float(eps))
+    return optax.GradientTransformation(tx.init, RuledUpdate(tx.update, rule))
 
 
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -64,10 +75,7 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     Returns:
       An optax transformation.
     """
-    plain = optax.sgd(learning_rate)
-    if callable(learning_rate):
-        return plain
-    return RowTransformation(plain.init, plain.update, RowRule(float(learning_rate), False))
+    return _with_rule(optax.sgd(learning_rate), learning_rate, False)
 
 
 class ScaleByRowwiseAdagradState(NamedTuple):
@@ -192,6 +200,11 @@ def scale_by_rowwise_adam(
     return optax.GradientTransformation(init, update)
 
 
+def _is_given(weight_decay: Any) -> bool:
+    """Whether there is decay. An array, as from optax.inject_hyperparams, may have any value."""
+    return isinstance(weight_decay, jax.Array) or bool(weight_decay)
+
+
 def _with_decay(
     scaling: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
@@ -199,7 +212,7 @@ def _with_decay(
     decoupled: bool,
 ) -> optax.GradientTransformation:
     parts = [scaling]
-    if weight_decay:
+    if _is_given(weight_decay):
         parts.insert(1 if decoupled else 0, optax.add_decayed_weights(weight_decay))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
@@ -229,9 +242,7 @@ def rowwise_adagrad(
     """
     scaling = scale_by_rowwise_adagrad(eps, initial_accumulator_value)
     tx = _with_decay(scaling, learning_rate, weight_decay, decoupled)
-    if callable(learning_rate) or weight_decay:
-        return tx
-    return RowTransformation(tx.init, tx.update, RowRule(float(learning_rate), True, eps))
+    return tx if _is_given(weight_decay) else _with_rule(tx, learning_rate, True, eps)
 
 
 def rowwise_adam(

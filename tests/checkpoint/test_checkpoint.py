@@ -1,4 +1,7 @@
-"""Checkpoints: the same bits after a restore, whatever the tree holds, during training, in increments, on shardings."""
+"""A restored checkpoint has the same bits.
+
+This holds whatever the tree contains, during training, in increments and on other shardings.
+"""
 
 import dataclasses
 import json
@@ -14,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import OPTAX_ADAM
+import training
+from cases import named
+from training import all_rows, assert_same
 
 import mpembed_jax as mpembed
 from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec
@@ -49,7 +54,10 @@ def stack(**options):
 
 
 def batch(step, width=48):
-    """Ids of one step: skewed, drifting, with padding; the same for the same step, so a position is a whole data state."""
+    """Ids of one step: skewed, drifting, with padding.
+
+    The same step has the same ids, so a position is a whole data state.
+    """
     rng = np.random.default_rng(step)
     ids = (rng.zipf(1.15, width) * 7 + step // 20 * 31) % sum(SIZES)
     return np.where(rng.random(width) < 0.1, mpembed.NO_ID, ids).astype(np.int32)
@@ -101,31 +109,18 @@ def trained(case, begin, end, tree=None):
     return tree
 
 
-def assert_same(first, second):
-    """Structure, types, dtypes and every bit."""
-    assert jax.tree.structure(first) == jax.tree.structure(second)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True
-    ):
-        assert type(a) is type(b), path
-        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        if hasattr(a, "dtype"):
-            assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-            assert np.array(a).tobytes() == np.array(b).tobytes(), path
-        else:
-            assert a == b, path
-
-
 def only(tree, *names):
     return {name: tree[name] for name in names}
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
 )
 def test_training_goes_on_after_a_restore_bit_for_bit(case, tmp_path):
-    """60 steps, saved at 30 and restored into shapes and into a live state of another seed, against 60 without."""
+    """60 steps, saved at 30 and restored, against 60 without.
+
+    Restored into shapes and into a live state of another seed.
+    """
     tree = trained(case, 0, 30)
     checkpoint.save(tmp_path, 30, tree)
     uninterrupted = trained(case, 30, 60, tree)
@@ -188,7 +183,10 @@ def test_everything_a_tree_may_hold_comes_back_as_it_was(tmp_path):
 
 
 def test_training_with_donation_goes_on_during_a_save(tmp_path):
-    """The files get the values at the call, although their buffers are reused at once; nothing is copied in the steps."""
+    """The files get the values at the call, although their buffers are reused at once.
+
+    Nothing is copied in the steps.
+    """
     tree = trained("int8-lfu", 0, 20)
     wanted = jax.tree.map(jnp.copy, tree)
     address = tree["emb"].table.rows.unsafe_buffer_pointer()
@@ -261,10 +259,12 @@ def test_only_the_newest_are_kept_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
 )
 def test_a_chain_of_increments_restores_exactly(case, tmp_path):
-    """Every link equals the live tree, flushes in between included, and is far smaller than a full checkpoint."""
+    """Every link equals the live tree, flushes in between included, and is far smaller than a full
+    checkpoint.
+    """
     tree = trained(case, 0, 40)
     full = checkpoint.save(tmp_path, 40, only(tree, "emb", "params"))
     for step in range(40, 64, 8):
@@ -298,7 +298,10 @@ def test_a_flush_alone_is_in_the_increment(tmp_path):
 
 
 def test_a_tracker_that_missed_something_is_refused(tmp_path):
-    """Whatever could lose a row: a step or plan left out, another state's plan or tracker, another start."""
+    """Whatever could lose a row.
+
+    A step or plan left out, another state's plan or tracker, another start.
+    """
     emb = trained("int8-lfu", 0, 10)["emb"]
     checkpoint.save(tmp_path, 10, emb)
     start = checkpoint.track(emb)
@@ -339,7 +342,8 @@ def test_a_tracker_that_missed_something_is_refused(tmp_path):
         checkpoint.save(tmp_path, 12, {"a": second, "b": second}, tracker=right)
     with pytest.raises(ValueError, match="without its apply_gradients"):
         checkpoint.track(pending)
-    # A run of other values, though of the same key, spec and counts, is not the one in the directory.
+    # A run of other values, though of the same key, spec and counts, is not the one in the
+    # directory.
     checkpoint.save(tmp_path, 11, first)
     changed = dataclasses.replace(
         first, table=dataclasses.replace(first.table, rows=first.table.rows.at[7, 0].add(1))
@@ -372,6 +376,7 @@ def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplo
 # --- shardings
 
 
+@pytest.mark.slow
 def test_arrays_go_to_the_shardings_of_the_target(tmp_path):
     """Rows split over 2 and 8 devices and replicated, from one device and back; increments too."""
     tree = trained("int8-lfu", 0, 30)
@@ -497,10 +502,6 @@ def test_a_save_returns_before_it_is_complete(tmp_path, monkeypatch):
 # --- into another format or cache
 
 
-def all_rows(emb):
-    return np.array(jax.jit(mpembed.read)(emb, np.arange(sum(SIZES), dtype=np.int32)))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A trained int8 state with dirty lines, and its folder; its optimizer rows are not zero."""
@@ -516,20 +517,17 @@ def restored_into(folder, caplog, **options):
     with caplog.at_level(logging.WARNING):
         emb = checkpoint.restore(folder, target)
     emb.check_spec()
-    ids = np.arange(64, dtype=np.int32)  # it trains
-
-    @jax.jit
-    def step(emb):
-        emb, plan = mpembed.prefetch(emb, ids)
-        rows = mpembed.lookup(emb, plan)
-        return mpembed.apply_gradients(emb, plan, rows, rows, tx=ADAGRAD)
-
-    assert int(step(emb).step) == int(emb.step) + 1
+    step = jax.jit(training.step, static_argnames="tx")
+    trained = step(emb, np.arange(64, dtype=np.int32), ADAGRAD).state
+    assert int(trained.step) == int(emb.step) + 1
     return emb
 
 
 def test_another_format_keeps_what_rows_mean(saved, caplog):
-    """Lines are carried over bit for bit; other rows lie within one step of the new grid, unbiased; in float32 exactly."""
+    """Lines are carried over bit for bit.
+
+    Other rows lie within one step of the new grid, without bias. In float32 they are equal.
+    """
     folder, emb = saved
     before, held = all_rows(emb), set(np.array(emb.cache.tags).ravel()) - {mpembed.NO_ID}
     outside = np.asarray([i for i in range(sum(SIZES)) if i not in held])
@@ -555,7 +553,15 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
 
 
 @pytest.mark.parametrize(
-    "new", [None, CacheSpec(num_rows=64, ways=4), CacheSpec(**SMALL, policy="lru")]
+    "new",
+    named(
+        {
+            "none": None,
+            "smaller": CacheSpec(num_rows=64, ways=4),
+            "lru": CacheSpec(**SMALL, policy="lru"),
+        },
+        fast={"smaller"},
+    ),
 )
 def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     """The same bits as `flush` leaves in the table; the rest of the state is carried over."""
@@ -602,14 +608,13 @@ def test_what_cannot_be_converted_is_refused(saved, tmp_path):
         checkpoint.restore(
             folder, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, ADAGRAD))
         )
-    narrow = stack(**{**options, "storage": "int4"})
-    with pytest.raises(ValueError, match="pass the same tx"):
-        checkpoint.restore(
-            folder,
-            jax.eval_shape(
-                lambda: mpembed.init(jax.random.key(0), narrow, optax.sgd(0.1, momentum=0.9))
-            ),
-        )
+    for storage, tx in (("int4", ADAM), ("int8", ADAM), ("int8", optax.sgd(0.1))):
+        other = stack(**{**options, "storage": storage})
+        target = jax.eval_shape(lambda: mpembed.init(jax.random.key(0), other, tx))  # noqa: B023
+        with pytest.raises(
+            ValueError, match=r"state on disk is \['row_state.*sum_of_squares'\].* pass the same tx"
+        ):
+            checkpoint.restore(folder, target)
     pending, _ = jax.jit(mpembed.prefetch)(emb, batch(40))
     checkpoint.save(tmp_path, 0, pending)
     with pytest.raises(ValueError, match="between prefetch and apply_gradients"):
@@ -635,7 +640,10 @@ def test_an_increment_is_converted_too(saved, caplog):
 
 
 def test_arrays_of_shards_are_a_permutation_of_one_devices(saved):
-    """By definition: row r is row r div P of shard r mod P, sets and groups likewise; tags are rows of their shard."""
+    """By definition: row r is row r div P of shard r mod P, sets and groups likewise.
+
+    Tags are rows of their shard.
+    """
     _, emb = saved
     num_rows = sum(SIZES) - 3  # not a multiple
     spec = EmbeddingSpec([TableSpec("a", num_rows)], DIM)

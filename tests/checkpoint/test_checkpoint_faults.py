@@ -516,3 +516,232 @@ def test_a_checkpoint_of_earlier_code_is_restored(tmp_path, request):
     checkpoint.save(tmp_path, 6, {**back, "emb": after}, tracker=tracker)
     assert manifest_of(tmp_path, 6)["base"]["step"] == 5
     assert bits_of(checkpoint.restore(tmp_path, tree)) == bits_of({**back, "emb": after})
+
+
+# --- files from strangers
+
+
+def crafted(folder, change, step=1):
+    """Changes a manifest and gives it the right checksum."""
+    body = manifest_of(folder, step)
+    change(body)
+    write_manifest(folder, step, body)
+
+
+def put(folder, body, name, content):
+    """Writes a file of a checkpoint, with its right size and checksum in the manifest."""
+    (folder / "step_1" / name).write_bytes(content)
+    body["files"][name] = [len(content), zlib.crc32(content)]
+
+
+def refused(folder, target, match):
+    with pytest.raises(checkpoint.CheckpointError, match=match):
+        checkpoint.restore(folder, target)
+    assert [p for p in folder.iterdir() if p.name not in ("step_1", ".writer")] == []
+
+
+def set_layout(folder, **fields):
+    """Changes fields of the layout of array x, in a manifest with the right checksums."""
+
+    def change(body):
+        name = f"{body['arrays']['x']['key']}/.zarray"
+        layout = json.loads((folder / "step_1" / name).read_text())
+        put(folder, body, name, json.dumps({**layout, **fields}).encode())
+
+    crafted(folder, change)
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_is_allocated(tmp_path):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    good = {"shape": [1000], "chunks": [1000], "compressor": {"id": "zstd", "level": 1}}
+    for fields in (
+        {"chunks": [10**11]},
+        {"shape": [10**11], "chunks": [10**11]},
+        {"chunks": [1]},
+        {"chunks": [0]},
+        {"chunks": [-1]},
+        {"chunks": "1000"},
+        {"chunks": None},
+        {"shape": [10, 100], "chunks": [10, 100]},
+        {"dtype": "<f8"},
+        {"fill_value": 1},
+        {"filters": [{"id": "delta"}]},
+        {"order": "F"},
+        {"zarr_format": 3},
+        {"dimension_separator": "/"},
+        {"compressor": {"id": "blosc"}},
+        {"compressor": None},
+        {"compressor": 5},
+    ):
+        set_layout(tmp_path, **fields)
+        refused(tmp_path, numbers(0), "array 'x': ")
+        set_layout(tmp_path, **good, dtype="<i8", fill_value=None, filters=None, order="C",
+                   zarr_format=2, dimension_separator=".")  # fmt: skip
+        assert restored(tmp_path) == 1
+
+
+def zstd(blocks, size):
+    """A frame of zstd that says it becomes `size` bytes: of blocks (kind, length, content)."""
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0b11100000]) + size.to_bytes(8, "little")
+    for at, (kind, length, content) in enumerate(blocks):
+        head = (at == len(blocks) - 1) | kind << 1 | length << 3
+        frame += head.to_bytes(3, "little") + content
+    return frame
+
+
+def test_a_piece_that_would_swell_is_refused_before_it_is_decompressed(tmp_path):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    repeated = (1, 1 << 17, b"a")
+    pieces = {
+        "becomes 2147483648 bytes": zstd([repeated], 1 << 31),
+        "is not what zstd makes of 8000 bytes": zstd([repeated] * 10_000, 8000),
+        "is not compressed": b"PK" * 50,
+        "is not what zstd makes": zstd([(3, 5, b"aaaaa")], 8000),
+        "has bytes after": zstd([(1, 8000, b"a")], 8000) + b"more",
+    }
+    for match, piece in pieces.items():
+        crafted(tmp_path, lambda body: put(tmp_path, body, f"{key_of(body)}/0", piece))  # noqa: B023
+        refused(tmp_path, numbers(0), match)
+    frame = zstd([(1, 8000, b"\x01")], 8000)
+    crafted(tmp_path, lambda body: put(tmp_path, body, f"{key_of(body)}/0", frame))
+    assert checkpoint.restore(tmp_path, numbers(0))["x"][0] == 0x0101010101010101
+
+
+def key_of(body, name="x"):
+    return body["arrays"][name]["key"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc/passwd", "a/../../b", "..", "a/b/c", "a//b"]
+)
+def test_names_that_lead_out_of_the_folder_are_refused(name, tmp_path):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    body = manifest_of(tmp_path, 1)
+    crafted(tmp_path, lambda body: body["arrays"]["x"].update(key=name))
+    refused(tmp_path, numbers(0), r"is not a manifest: arrays\['x'\]\['key'\] is ")
+    write_manifest(tmp_path, 1, body)
+    crafted(tmp_path, lambda body: body["files"].update({name: [1, 1]}))
+    refused(tmp_path, numbers(0), "is not a manifest: a name of files is ")
+
+
+def test_links_pipes_and_folders_instead_of_files_are_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    body = manifest_of(tmp_path, 1)
+    folder = tmp_path / "step_1"
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    for name in ("manifest.json", f"{key_of(body)}/0", f"{key_of(body)}/.zarray"):
+        path = folder / name
+        content = path.read_bytes()
+        (outside / "copy").write_bytes(content)
+        for make, match in (
+            (lambda: path.symlink_to(outside / "copy"), "is a link out of the checkpoint"),  # noqa: B023
+            (lambda: path.symlink_to("/dev/zero"), "is a link out of the checkpoint"),  # noqa: B023
+            (lambda: os.mkfifo(path), "is not a file"),  # noqa: B023
+            (path.mkdir, "is not a file|Is a directory"),
+        ):
+            path.unlink()
+            make()
+            refused(tmp_path, numbers(0), match)
+            path.rmdir() if path.is_dir() else path.unlink()
+            path.write_bytes(content)
+    array = folder / key_of(body)
+    array.rename(outside / "array")
+    array.symlink_to(outside / "array")
+    refused(tmp_path, numbers(0), "is a link out of the checkpoint")
+    array.unlink()
+    (outside / "array").rename(array)
+    assert restored(tmp_path) == 1
+
+
+WRONG_FIELDS = {
+    "arrays is": lambda body: body.update(arrays=[]),
+    "values is": lambda body: body.update(values=None),
+    "files is": lambda body: body.pop("files"),
+    "embeddings is": lambda body: body.update(embeddings=[1]),
+    "base is": lambda body: body.update(base={"step": "0", "identity": 1}),
+    "step is": lambda body: body.update(step=7),
+    "version is": lambda body: body.update(version="1"),
+    r"arrays\['x'\] is": lambda body: body["arrays"].update(x=3),
+    r"arrays\['x'\]\['shape'\] is": lambda body: body["arrays"]["x"].update(shape=[-1]),
+    r"arrays\['x'\]\['dtype'\] is": lambda body: body["arrays"]["x"].update(dtype="O"),
+    r"arrays\['x'\]\['patch'\] is": lambda body: body["arrays"]["x"].update(patch="y"),
+    r"values\['n'\] is": lambda body: body["values"].update(n=["int", "1"]),
+    r"files\['_METADATA'\] is": lambda body: body["files"].update(_METADATA=["1", 2]),
+    r"embeddings\['e'\]": lambda body: body["embeddings"].update(e={}),
+    "missing in the manifest": lambda body: [
+        body["files"].pop(name) for name in list(body["files"]) if name.endswith(".zarray")
+    ],
+    "has 0 of 1 files": lambda body: [
+        body["files"].pop(name) for name in list(body["files"]) if name.endswith("/0")
+    ],
+}
+
+
+@pytest.mark.parametrize("match", WRONG_FIELDS)
+def test_a_manifest_with_a_wrong_field_is_refused_by_name(match, tmp_path):
+    checkpoint.save(tmp_path, 1, numbers(1))
+    crafted(tmp_path, WRONG_FIELDS[match])
+    refused(tmp_path, numbers(0), match)
+
+
+def crafted_array(folder, step, name, change):
+    """Changes the values of an array on disk, with the right checksums; it has one piece."""
+    body = manifest_of(folder, step)
+    record = body["arrays"][name]
+    path = folder / f"step_{step}" / record["key"]
+    store = checkpoint.restoring.array_files.tensorstore.open(
+        {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    ).result()
+    store.write(change(store.read().result())).result()
+    for file in path.iterdir():
+        content = file.read_bytes()
+        body["files"][f"{record['key']}/{file.name}"] = [len(content), zlib.crc32(content)]
+    write_manifest(folder, step, body)
+
+
+def test_numbers_that_point_outside_of_the_table_are_refused(tmp_path):
+    """A step writes where a tag says, and an increment where its index says."""
+    state = first()
+    checkpoint.save(tmp_path, 1, {"emb": state})
+    after, tracker = trained(state, 0)
+    checkpoint.save(tmp_path, 2, {"emb": after}, tracker=tracker)
+    for value in (SPEC.num_rows, 2**30, -1):
+        crafted_array(tmp_path, 2, "emb.touched_rows", lambda index: np.full_like(index, value))  # noqa: B023
+        with pytest.raises(checkpoint.CheckpointError, match="names rows outside of its 913"):
+            checkpoint.restore(tmp_path, {"emb": state})
+        crafted_array(tmp_path, 1, "emb.cache.tags", lambda tags: np.full_like(tags, value))  # noqa: B023
+        for spec in (SPEC, mpembed.EmbeddingSpec(SPEC.tables, 8, "int4", None)):
+            with pytest.raises(checkpoint.CheckpointError, match="names rows outside of its 913"):
+                checkpoint.restore(
+                    tmp_path, {"emb": mpembed.init(jax.random.key(1), spec, TX)}, step=1
+                )
+
+
+def test_a_chain_that_comes_back_to_itself_ends(tmp_path, monkeypatch):
+    """The identities of a circle can be computed, as those of CRC-32 can."""
+    checkpoint.save(tmp_path, 1, numbers(1))
+    crafted(tmp_path, lambda body: body.update(base={"step": 1, "identity": 0}))
+    monkeypatch.setattr(saving.manifest, "identity", lambda _: 0)
+    refused(tmp_path, numbers(0), "step 1 builds on itself")
+
+
+def test_an_embedding_whose_entry_does_not_fit_its_arrays_is_refused(tmp_path):
+    """Sizes of arrays that are to be converted come from the entry, and must be the target's."""
+    checkpoint.save(tmp_path, 1, {"emb": first()})
+    body = manifest_of(tmp_path, 1)
+    other = mpembed.init(jax.random.key(1), mpembed.EmbeddingSpec(SPEC.tables, 8, "int4", None), TX)
+    for fields in (
+        {"shards": 2},
+        {"shards": 2**20},
+        {"shards": 4, "table_shards": [0, 1]},
+        {"storage": ["int2", None, None]},
+        {"storage": ["int9", None, None]},
+        {"cache": {**body["embeddings"]["emb"]["cache"], "sets": 2**20}},
+        {"cache": None},
+    ):
+        crafted(tmp_path, lambda body: body["embeddings"]["emb"].update(fields))  # noqa: B023
+        with pytest.raises(checkpoint.CheckpointError, match=r"does not hold what|differ from"):
+            checkpoint.restore(tmp_path, {"emb": other})
+        write_manifest(tmp_path, 1, body)
+    checkpoint.restore(tmp_path, {"emb": other})

@@ -1,4 +1,7 @@
-"""Checkpoints of tables in host memory: the same bits as on the device, from either to either, and nothing whole on it."""
+"""Checkpoints of tables in host memory hold the same bits as those of tables on the device.
+
+They are restored from either memory to either. The device never holds such a table whole.
+"""
 
 from functools import cache, partial
 
@@ -7,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
+from cases import named
 
 import mpembed_jax as mpembed
 
@@ -20,7 +25,7 @@ MOMENTUM = optax.sgd(0.125, momentum=0.5)
 HOST = "pinned_host"
 SMALL = 1 << 11  # bytes of a block: several of every array, the last one shorter
 KINDS = pytest.mark.parametrize(
-    "kinds", [(None, HOST), (HOST, None), (HOST, HOST)], ids=lambda kinds: f"{kinds[0]}-{kinds[1]}"
+    "kinds", named([(None, HOST), (HOST, None), (HOST, HOST)], fast={f"{HOST}-{HOST}"})
 )
 
 
@@ -40,11 +45,8 @@ def batch(step):
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def train_step(state, tracker, ids):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    return mpembed.apply_gradients(state, plan, rows, rows * 8, tx=MOMENTUM), checkpoint.mark(
-        tracker, plan
-    )
+    state, plan, _ = training.step(state, ids, MOMENTUM, lambda rows, plan: rows * 8)
+    return state, checkpoint.mark(tracker, plan)
 
 
 def trained(kind, begin, end, state=None, tracker=None):
@@ -57,7 +59,10 @@ def trained(kind, begin, end, state=None, tracker=None):
 
 
 def assert_same(state, other):
-    """Every bit; and every array where a state of its spec keeps it, in its type as in its sharding."""
+    """Every bit is the same, and every array lies where a state of its spec keeps it.
+
+    Its type says so, as its sharding does.
+    """
     named = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True)
     for ((path, a), b), home in zip(
         named, jax.tree.leaves(first(state.spec.memory_kind)), strict=True
@@ -100,7 +105,8 @@ def test_increments_restore_from_either_memory_to_either(kinds, tmp_path):
 def test_a_save_in_the_background_keeps_the_values_of_its_call(tmp_path):
     state, tracker = trained(HOST, 0, 4)
     wanted = jax.tree.map(np.array, state)
-    # Where jax.device_put to host memory copies nothing, as on accelerators, orbax would read what the steps overwrite.
+    # Where jax.device_put to host memory copies nothing, as on accelerators, orbax would read what
+    # the steps overwrite.
     assert isinstance(saving._snapshot(state.table.rows), np.ndarray)
     background = checkpoint.save(tmp_path, 4, {"emb": state}, wait=False)
     for step in range(4, 8):
@@ -124,6 +130,7 @@ def test_a_damaged_file_is_refused_and_the_older_checkpoint_taken(tmp_path):
     assert_same(checkpoint.restore(tmp_path, {"emb": first(HOST)})["emb"], older)
 
 
+@pytest.mark.slow
 def test_another_format_is_encoded_anew_in_host_memory(tmp_path):
     """To the bits that the same conversion makes on the device."""
     state, _ = trained(HOST, 0, 4)

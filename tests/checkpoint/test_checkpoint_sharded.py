@@ -1,17 +1,24 @@
-"""Checkpoints of stacks over a mesh: the rows, and the training, of the state that was saved, on any number of devices."""
+"""Checkpoints of stacks over a mesh are restored on any number of devices.
+
+The rows, and the training that follows, are those of the state that was saved.
+"""
 
 import dataclasses
 import json
 import logging
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 import pytest
 import shapes
+import training
+from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from training import all_rows
 
 import mpembed_jax as mpembed
 from mpembed_jax import sharding
@@ -34,10 +41,8 @@ def init(shards, seed=3, placement=None):
 
 def step(state, batch):
     ids, upstream = batch
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX), plan.counts
+    state, plan, _ = training.step(state, ids, TX, training.of_vectors(upstream))
+    return state, plan.counts
 
 
 @cache
@@ -64,20 +69,11 @@ def train(state, seed):
     return trainer(layout and layout.shards, layout and layout.placement)(state, stream(seed))[0]
 
 
-def all_rows(state):
-    return np.asarray(jax.jit(mpembed.read)(state, np.arange(V, dtype=np.int32)))
-
-
 def assert_same(state, expected):
     """Every array of two states of one layout, bit for bit, and where they lie."""
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
-    for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
-    ):
-        name = jax.tree_util.keystr(path)
-        assert got.dtype == want.dtype, name
-        np.testing.assert_array_equal(got, want, err_msg=name)
-        assert got.sharding.is_equivalent_to(want.sharding, got.ndim), name
+    training.assert_same(state, expected)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +93,24 @@ def of_tables():
     return train(init(2, placement=TABLES), 0)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 2), (4, 8), (4, None), (None, 4)])
-def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(before, after, saved, caplog):
-    """Rows as they were; all arrays those of `relayout`; on as many devices, training goes on as if uninterrupted."""
+class Moved(NamedTuple):
+    """The devices before and after a restore; None: one, without a mesh."""
+
+    before: int | None
+    after: int | None
+
+
+MOVES = [Moved(4, 4), Moved(4, 2), Moved(4, 8), Moved(4, None), Moved(None, 4)]
+
+
+@pytest.mark.parametrize("case", named(MOVES, fast={"4-4", "4-None"}))
+def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(case, saved, caplog):
+    """Rows as they were.
+
+    All arrays those of `relayout`. On as many devices, training goes on as if uninterrupted.
+    """
     folders, states = saved
+    before, after = case
     target = {"emb": init(after, seed=9), "position": 0}
     with caplog.at_level(logging.WARNING):
         restored = checkpoint.restore(folders[before], target)
@@ -137,11 +147,14 @@ def test_a_target_of_shapes_is_placed_by_its_layout(saved):
     assert_same(checkpoint.restore(folders[4], target)["emb"], states[4])
 
 
-@pytest.mark.parametrize("after", [None, 4])
+@pytest.mark.parametrize("after", named([None, 4], fast=()))
 def test_whole_tables_move_with_their_dirty_lines_written(
     after, saved, of_tables, tmp_path, caplog
 ):
-    """From whole tables per shard to rows by MOD and back: as `relayout`, which flushes and begins with an empty cache."""
+    """From whole tables per shard to rows by MOD and back.
+
+    As `relayout`, which flushes and begins with an empty cache.
+    """
     state = of_tables
     checkpoint.save(tmp_path, 1, state)
     assert_same(checkpoint.restore(tmp_path, init(2, 9, TABLES)), state)
@@ -157,6 +170,7 @@ def test_whole_tables_move_with_their_dirty_lines_written(
     assert_same(back, sharding.relayout(states[4], mesh=layout.mesh, placement=TABLES))
 
 
+@pytest.mark.slow
 def test_a_format_is_changed_on_whole_tables_with_their_lines(of_tables, tmp_path):
     """The cache stays as it is where only the storage is another."""
     state = of_tables
@@ -186,14 +200,8 @@ def marked_trainer(shards, placement=None):
     def run(state, tracker, batches):
         def marked(carry, batch):
             (state, tracker), (ids, upstream) = carry, batch
-            state, plan = mpembed.prefetch(state, ids)
-            tracker = checkpoint.mark(tracker, plan)
-            rows = mpembed.lookup(state, plan)
-            _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-            return (
-                mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=TX),
-                tracker,
-            ), None
+            state, plan, _ = training.step(state, ids, TX, training.of_vectors(upstream))
+            return (state, checkpoint.mark(tracker, plan)), None
 
         return jax.lax.scan(marked, (state, tracker), batches)[0]
 
@@ -227,7 +235,10 @@ def manifest_of(folder, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "tables", "replicated"])
 def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables, tmp_path):
-    """Two links, a flush between their steps; on other devices too; as many rows as one device's increment holds."""
+    """Two links, a flush between their steps.
+
+    On other devices too. As many rows as one device's increment holds.
+    """
     _, states = saved
     state = states[4]
     if kind == "replicated":
@@ -273,6 +284,7 @@ def relaid(state, shards):
     return sharding.relayout(state, mesh=init(shards).layout.mesh)
 
 
+@pytest.mark.slow
 def test_a_tracker_over_a_mesh_that_missed_a_step_is_refused(saved, tmp_path):
     _, states = saved
     checkpoint.save(tmp_path, 0, states[4])

@@ -1,4 +1,7 @@
-"""Stock orbax saves and restores a state with no code of ours, and training goes on bit for bit as if nothing had been."""
+"""Stock orbax saves and restores a state with no code of ours.
+
+Training goes on bit for bit as if nothing had been.
+"""
 
 import json
 import os
@@ -11,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import OPTAX_ADAM
+import training
+from cases import named
+from training import assert_same
 
 import mpembed_jax as mpembed
 from mpembed_jax import CacheSpec, EmbeddingSpec, RowFormat, TableSpec
@@ -48,36 +53,30 @@ def ids_of(steps, seed=0, width=32):
     return np.where(rng.random(ids.shape) < 0.1, mpembed.NO_ID, ids * 7 % NUM_ROWS).astype(np.int32)
 
 
-def training(tx):
+def trainer(tx):
     """A jitted scan over batches; the gradient depends on the rows, so one wrong bit spreads."""
 
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        grads = jax.grad(lambda rows: jnp.sum(jnp.sin(3 * mpembed.pool(rows, plan.inverse)) + 0.1))(
-            rows
-        )
-        return mpembed.apply_gradients(state, plan, rows, grads, tx=tx), None
+        def gradient(rows, plan):
+            def loss(rows):
+                return jnp.sum(jnp.sin(3 * mpembed.pool(rows, plan.inverse)) + 0.1)
+
+            return jax.grad(loss)(rows)
+
+        return training.step(state, ids, tx, gradient).state, None
 
     return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches)[0])
 
 
-def assert_bit_equal(first, second):
-    assert jax.tree.structure(first) == jax.tree.structure(second)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=OPTAX_ADAM if "adam" in c else ()) for c in CASES]
+    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
 )
 def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     """Into shapes with shardings, as orbax documents it, and into a live state of another key."""
     options, tx = CASES[case]
     spec = stack(**options)
     state = mpembed.init(jax.random.key(0), spec, tx)
-    train = training(tx)
+    train = trainer(tx)
     batches = ids_of(100)
     state = train(
         state, batches
@@ -92,11 +91,11 @@ def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
         other = checkpointer.restore(tmp_path / "state", mpembed.init(jax.random.key(1), spec, tx))
     assert type(restored) is mpembed.EmbeddingState
     assert restored.spec == spec
-    assert_bit_equal(restored, state)
-    assert_bit_equal(other, state)
+    assert_same(restored, state)
+    assert_same(other, state)
     later = ids_of(100, seed=1)
     uninterrupted, resumed = train(state, later), train(restored, later)
-    assert_bit_equal(resumed, uninterrupted)
+    assert_same(resumed, uninterrupted)
     assert int(resumed.step) == 200
     if spec.cache is not None:
         with warnings.catch_warnings():
@@ -118,7 +117,7 @@ def test_a_state_advanced_outside_jit_is_saved_too(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "applied", applied)
         checkpointer.wait_until_finished()
-        assert_bit_equal(checkpointer.restore(tmp_path / "applied", state), applied)
+        assert_same(checkpointer.restore(tmp_path / "applied", state), applied)
 
 
 MISMATCHES = """
@@ -150,7 +149,10 @@ print(json.dumps(found))
 
 
 def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
-    """In a process of its own: orbax leaves unfinished reads behind when it refuses, which would be reported elsewhere."""
+    """In a process of its own.
+
+    Orbax leaves unfinished reads behind when it refuses, which would be reported elsewhere.
+    """
     done = subprocess.run(
         [sys.executable, "-c", MISMATCHES, str(tmp_path / "state")],
         cwd=request.path.parents[1],
@@ -186,7 +188,10 @@ EQUAL_SHAPES = {
 
 @pytest.mark.parametrize("case", EQUAL_SHAPES)
 def test_restoring_into_another_spec_of_equal_shapes_does_not_go_unnoticed(case, tmp_path):
-    """orbax ignores what the target lacks, casts dtypes and compares shapes only: the state must notice by itself."""
+    """orbax ignores what the target lacks, casts dtypes and compares shapes only.
+
+    The state must notice by itself.
+    """
     saved, target = (stack(**options) for options in EQUAL_SHAPES[case])
     tx = mpembed.optim.rowwise_adagrad(0.1)
     with ocp.StandardCheckpointer() as checkpointer:

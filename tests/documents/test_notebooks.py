@@ -1,4 +1,7 @@
-"""Notebooks are valid, run from top to bottom on a CPU, and install a jax that fits without replacing a good one."""
+"""Notebooks are valid and run from top to bottom on a CPU.
+
+They install a jax that fits, and do not replace a good one.
+"""
 
 import ast
 import json
@@ -8,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 import numpy as np
@@ -132,7 +136,7 @@ def cell():
 
 HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}   |"
 RENAMED = "| NVIDIA-SMI 610.43.02    KMD Version: 610.43.02    CUDA UMD Version: {}   |"
-NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest .."
+NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make .."
 
 
 @pytest.mark.parametrize(
@@ -170,35 +174,48 @@ OLD, NEW = {"jax": "0.7.2", "jaxlib": "0.7.2"}, {"jax": "0.12.0.1", "jaxlib": "0
 PINS = ["jax==0.12.0.1", "jaxlib==0.12.0.1"]
 
 
+class Runtime(NamedTuple):
+    """What a notebook's machine has, and what pip must be asked for."""
+
+    cuda: int | None  # of the driver
+    versions: dict[str, str]
+    platform: str | None  # that jax uses
+    wanted: list[str]
+
+
 @pytest.mark.parametrize(
-    ("cuda", "versions", "platform", "wanted"),
+    "case",
     [
         # No GPU: a new jax stays, an old or missing or broken one is pip's to bring up to date.
-        (None, NEW, "cpu", PINS),
-        (None, {"jax": "0.10.2", "jaxlib": "0.10.2"}, "cpu", ["jax==0.10.2", "jaxlib==0.10.2"]),
-        (None, {"jax": "0.10.1", "jaxlib": "0.10.1"}, "cpu", ["jax"]),
-        (None, {"jax": "0.10.2", "jaxlib": "0.10.1"}, "cpu", ["jax"]),
-        (None, OLD, "cpu", ["jax"]),
-        (None, {}, None, ["jax"]),
-        (None, {"jax": "unknown", "jaxlib": "0.12.0"}, None, ["jax"]),
+        Runtime(None, NEW, "cpu", PINS),
+        Runtime(
+            None, {"jax": "0.10.2", "jaxlib": "0.10.2"}, "cpu", ["jax==0.10.2", "jaxlib==0.10.2"]
+        ),
+        Runtime(None, {"jax": "0.10.1", "jaxlib": "0.10.1"}, "cpu", ["jax"]),
+        Runtime(None, {"jax": "0.10.2", "jaxlib": "0.10.1"}, "cpu", ["jax"]),
+        Runtime(None, OLD, "cpu", ["jax"]),
+        Runtime(None, {}, None, ["jax"]),
+        Runtime(None, {"jax": "unknown", "jaxlib": "0.12.0"}, None, ["jax"]),
         # Colab's own, new enough and on its GPU or TPU: nothing of jax is installed.
-        (12, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
-        (13, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
-        (None, NEW, "tpu", PINS),
-        # A GPU that the installed jax does not use: the driver's CUDA, at the version of a jax that is new enough.
-        (12, NEW, "cpu", ["jax[cuda12]", *PINS]),
-        (13, NEW, "cpu", ["jax[cuda13]", *PINS]),
-        (14, {}, None, ["jax[cuda13]"]),
-        (12, OLD, "cpu", ["jax[cuda12]"]),
+        Runtime(12, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
+        Runtime(13, NEW | {"jax-cuda12-plugin": "0.12.0.1"}, "gpu", PINS),
+        Runtime(None, NEW, "tpu", PINS),
+        # A GPU that the installed jax does not use: the driver's CUDA, at the version of a jax that
+        # is new enough.
+        Runtime(12, NEW, "cpu", ["jax[cuda12]", *PINS]),
+        Runtime(13, NEW, "cpu", ["jax[cuda13]", *PINS]),
+        Runtime(14, {}, None, ["jax[cuda13]"]),
+        Runtime(12, OLD, "cpu", ["jax[cuda12]"]),
         # An old jax on the GPU is replaced; with the plugin that is there, if the driver runs it.
-        (12, OLD | {"jax-cuda12-plugin": "0.7.2"}, "gpu", ["jax[cuda12]"]),
-        (13, OLD | {"jax-cuda12-plugin": "0.7.2"}, "gpu", ["jax[cuda12]"]),
-        (13, OLD | {"jax-cuda13-plugin": "0.7.2"}, "gpu", ["jax[cuda13]"]),
-        (12, NEW | {"jax-cuda13-plugin": "0.12.0.1"}, "cpu", ["jax[cuda12]", *PINS]),
+        Runtime(12, OLD | {"jax-cuda12-plugin": "0.7.2"}, "gpu", ["jax[cuda12]"]),
+        Runtime(13, OLD | {"jax-cuda12-plugin": "0.7.2"}, "gpu", ["jax[cuda12]"]),
+        Runtime(13, OLD | {"jax-cuda13-plugin": "0.7.2"}, "gpu", ["jax[cuda13]"]),
+        Runtime(12, NEW | {"jax-cuda13-plugin": "0.12.0.1"}, "cpu", ["jax[cuda12]", *PINS]),
     ],
+    ids=str,
 )
-def test_pip_is_asked_for_a_jax_that_fits(cell, cuda, versions, platform, wanted):
-    assert cell["choose_jax"](cuda, versions, platform) == wanted
+def test_pip_is_asked_for_a_jax_that_fits(cell, case):
+    assert cell["choose_jax"](case.cuda, case.versions, case.platform) == case.wanted
 
 
 def test_extras_of_the_project_itself_are_asked_for_by_what_they_need(cell):

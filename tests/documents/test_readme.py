@@ -1,4 +1,7 @@
-"""README says what is true: its snippets run in order, its diff is that of two working scripts, its bytes add up."""
+"""README says what is true.
+
+Its snippets run in order. Its diff is that of two working scripts. Its bytes add up.
+"""
 
 import difflib
 import re

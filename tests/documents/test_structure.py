@@ -1,4 +1,7 @@
-"""Imports point one way, public names are documented, and importing the package is cheap and leaves jax as it was."""
+"""Imports point one way, and public names are documented.
+
+Importing the package is cheap and leaves jax as it was.
+"""
 
 import ast
 import importlib
@@ -65,7 +68,10 @@ def package_modules():
 
 
 def package_imports(tree, package="mpembed_jax"):
-    """Rooms of the package that a file imports; `from mpembed_jax import name` counts where name is a room."""
+    """Rooms of the package that a file imports.
+
+    `from mpembed_jax import name` counts where name is a room.
+    """
     rooms = package_modules()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -231,7 +237,10 @@ def is_public(name):
 
 
 def definitions(tree):
-    """(qualified name, node) of every public function, class and method of a module; property setters included."""
+    """(qualified name, node) of every public function, class and method of a module.
+
+    Property setters included.
+    """
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_public(node.name):
             yield node.name, node
@@ -357,7 +366,10 @@ print(json.dumps(dict(
 
 
 def test_import_is_cheap_loads_no_adapter_and_changes_no_configuration():
-    """At most half of the processor's time for jax, numpy and optax (it is a fifth); importing starts no back end."""
+    """At most half of the processor's time for jax, numpy and optax (it is a fifth).
+
+    Importing starts no back end.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", IMPORT], cwd=ROOT, capture_output=True, text=True
     )

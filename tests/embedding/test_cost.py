@@ -1,12 +1,17 @@
-"""What a compiled step may cost, counted and not timed: copies, sorts, temporaries. (Traces: test_invariants.py.)"""
+"""What a compiled step may cost, counted and not timed: copies, sorts and temporaries.
+
+Traces are counted in test_invariants.py.
+"""
 
 import re
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import named
 
 import mpembed_jax as mpembed
 
@@ -14,10 +19,18 @@ BATCH, FEATURES, DIM, ROWS = 512, 8, 32, 1_000_000
 POSITIONS = BATCH * FEATURES
 
 
-def compiled_step(storage, policy, budget, implementation):
-    cache = None if policy is None else mpembed.CacheSpec(0.05, policy=policy)
+class Stack(NamedTuple):
+    """A stack of one table; `policy` is None without a cache."""
+
+    storage: str
+    policy: str | None
+    budget: int | None = None  # of unique ids
+
+
+def compiled_step(stack, implementation):
+    cache = None if stack.policy is None else mpembed.CacheSpec(0.05, policy=stack.policy)
     spec = mpembed.EmbeddingSpec(
-        [mpembed.TableSpec("items", ROWS)], DIM, storage, cache, max_unique_ids=budget
+        [mpembed.TableSpec("items", ROWS)], DIM, stack.storage, cache, max_unique_ids=stack.budget
     )
     tx = mpembed.optim.rowwise_adagrad(0.05)
 
@@ -41,20 +54,29 @@ def compiled_step(storage, policy, budget, implementation):
 
 @pytest.mark.parametrize("implementation", ["xla_chunked", "numba"])
 @pytest.mark.parametrize(
-    ("storage", "policy", "budget"),
-    [("int8", "lfu", None), ("int8", "lru", 800), ("int4", "lfu", 800), ("float32", None, None)],
+    "stack",
+    named(
+        {
+            "int8": Stack("int8", "lfu"),
+            "int8 lru with a budget": Stack("int8", "lru", 800),
+            "int4 with a budget": Stack("int4", "lfu", 800),
+            "float32 without cache": Stack("float32", None),
+        },
+        fast={"int4 with a budget"},
+    ),
 )
-def test_a_step_passes_over_nothing_larger_than_its_batch(storage, policy, budget, implementation):
+def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):
     if implementation == "numba":
         pytest.importorskip("numba", reason="the [cpu] extra is not installed")
-    state, compiled = compiled_step(storage, policy, budget, implementation)
+    state, compiled = compiled_step(stack, implementation)
     text = compiled.as_text()
     large = {math_prod(leaf.shape) for leaf in jax.tree.leaves(state) if leaf.size > 4 * POSITIONS}
     copied = [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text) if math_prod(s) in large]
     assert copied == [], "an array of the state is copied"
-    # No key-value sort; with a budget XLA has one single-operand sort, inside the branch that runs when it overflows.
+    # No key-value sort. With a budget XLA has one single-operand sort, inside the branch that runs
+    # when it overflows.
     sorts = re.findall(r" sort\(([^)]*)\)", text)
-    assert len(sorts) == (budget is not None and implementation != "numba")
+    assert len(sorts) == (stack.budget is not None and implementation != "numba")
     assert all("," not in operands for operands in sorts)
     assert compiled.memory_analysis().temp_size_in_bytes < 5 * POSITIONS * DIM * 4
 

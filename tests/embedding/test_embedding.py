@@ -1,7 +1,10 @@
-"""The verbs, end to end: every row, line and bit of a training stream equals a dictionary of rows."""
+"""The verbs, end to end.
+
+Every row, line and bit of a training stream equals those of a dictionary of rows.
+"""
 
 import dataclasses
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ import oracles
 import pytest
 import row_oracle
 import shapes
+from cases import named
+from training import all_rows, read, train
 
 import mpembed_jax as mpembed
 from mpembed_jax.numerics import random_bits
@@ -18,24 +23,8 @@ from mpembed_jax.table import read_rows
 
 SGD = optax.sgd(0.25)
 KEY = jax.random.key(7)
-read = jax.jit(mpembed.read)
 flush = jax.jit(mpembed.flush)
 row_bits = jax.jit(random_bits.row_bits, static_argnames=("stream", "num_columns"))
-
-
-@partial(jax.jit, static_argnames="tx", donate_argnames="state")
-def train(state, batches, grads, tx):
-    """Trains on all batches; grads are f32 [steps, N, D], one per id position. Returns the state, and rows as looked up."""
-
-    def step(state, batch):
-        ids, g = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jnp.zeros_like(rows).at[plan.inverse].add(g)
-        state = mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
-        return state, (plan.unique_ids, rows, plan.counts)
-
-    return jax.lax.scan(step, state, (batches, grads))
 
 
 @jax.jit
@@ -44,12 +33,10 @@ def table_rows(state):
     return read_rows(state.table, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
 
 
-def all_rows(state):
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
-
-
 def stream(seed, steps, num, num_ids, dim):
-    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every position."""
+    """Skewed ids with padding and ids out of range among them, and dyadic gradients for every
+    position.
+    """
     ids = shapes.skewed_ids(seed, steps, num, num_ids, drift=10, ragged=True)
     ids[:, 0] = np.resize([-1, num_ids, oracles.NO_ID, 2**31 - 2], steps)
     return ids, shapes.dyadic(seed, (steps, num, dim))
@@ -57,59 +44,75 @@ def stream(seed, steps, num, num_ids, dim):
 
 # --- against the model, bit for bit
 
-MODELS = [  # format, dim, policy, lines, ways, budget, rounding
-    ("float32", 33, "lru", 24, 1, 9, "stochastic"),
-    ("bfloat16", 7, "lfu", 24, 8, None, "stochastic"),
-    ("bfloat16", 7, "lfu", 24, 8, None, "nearest"),
-    ("float16", 33, "lfu", 24, 2, None, "stochastic"),
-    ("float8_e4m3fn", 16, "lfu", 24, 8, None, "stochastic"),
-    ("float8_e5m2", 100, "lru", 24, 32, None, "stochastic"),
-    ("int8", 33, "lfu", 24, 8, None, "stochastic"),
-    ("int8", 1, None, None, None, 9, "stochastic"),
-    ("int8", 33, "lru", 24, 8, None, "nearest"),
-    ("int4", 7, "lfu", 24, 8, 9, "stochastic"),
-    ("int4", 16, "lru", 1, 4, None, "nearest"),
-    ("int2", 100, "lfu", 24, 8, None, "stochastic"),
-]
+
+class Case(NamedTuple):
+    """A stack of 120 rows; `policy` is None without a cache."""
+
+    storage: str
+    dim: int
+    policy: str | None = "lfu"
+    lines: int = 24
+    ways: int = 8
+    budget: int | None = None  # of unique ids
+    rounding: str = "stochastic"
 
 
-@pytest.mark.parametrize(("name", "dim", "policy", "lines", "ways", "budget", "rounding"), MODELS)
-def test_training_equals_a_dictionary_of_rows(name, dim, policy, lines, ways, budget, rounding):
-    """40 steps of SGD: every looked-up row, line and stored row, after flush too; random bits named by row and step only.
+MODELS = {
+    "float32 with a budget": Case("float32", 33, "lru", ways=1, budget=9),
+    "bfloat16": Case("bfloat16", 7),
+    "bfloat16 to nearest": Case("bfloat16", 7, rounding="nearest"),
+    "float16": Case("float16", 33, ways=2),
+    "float8_e4m3fn": Case("float8_e4m3fn", 16),
+    "float8_e5m2": Case("float8_e5m2", 100, "lru", ways=32),
+    "int8": Case("int8", 33),
+    "int8 without cache": Case("int8", 1, None, budget=9),
+    "int8 to nearest": Case("int8", 33, "lru", rounding="nearest"),
+    "int4 with a budget": Case("int4", 7, budget=9),
+    "int4 of one line": Case("int4", 16, "lru", lines=1, ways=4, rounding="nearest"),
+    "int2": Case("int2", 100),
+}
+QUICK = {"bfloat16", "int8 without cache", "int8 to nearest", "int4 with a budget", "float8_e5m2"}
 
-    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step, id), so the line and
-    the company of a row cannot matter; and the same batches shuffled make the same state.
+
+@pytest.mark.parametrize("case", named(MODELS, fast=QUICK))
+def test_training_equals_a_dictionary_of_rows(case):
+    """40 steps of SGD: every looked-up row, line and stored row, after flush too.
+
+    Rows whose trip through the table is stochastic take their bits from row_bits(key, stream, step,
+    id), so the line and the company of a row cannot matter. The same batches shuffled make the same
+    state.
     """
-    num_ids = 120
+    num_ids, dim, policy = 120, case.dim, case.policy or "lru"
+    lines = case.lines if case.policy else None
     spec = shapes.stack(
-        num_ids, dim, storage=mpembed.RowFormat(name, rounding=rounding), lines=lines, ways=ways or 1,
-        policy=policy or "lru", max_unique_ids=budget,
+        num_ids, dim, storage=mpembed.RowFormat(case.storage, rounding=case.rounding), lines=lines,
+        ways=case.ways, policy=policy, max_unique_ids=case.budget,
     )  # fmt: skip
     state = mpembed.init(KEY, spec, SGD)
-    codec = shapes.default_codec(name, dim)
+    codec = shapes.default_codec(case.storage, dim)
     key = np.asarray(state.key)
 
     def store(row, stream, step, row_id):
-        if rounding == "nearest" or name == "float32":
+        if case.rounding == "nearest" or case.storage == "float32":
             return codec.store(row)
         bits = row_bits(
             key, getattr(random_bits, stream), np.int32(step), np.int32([row_id]), num_columns=dim
         )
         return codec.store(row, np.asarray(bits)[0])
 
-    geo = oracles.geometry(num_ids, num_rows=lines, ways=ways) if lines else oracles.NO_CACHE
+    geo = oracles.geometry(num_ids, num_rows=lines, ways=case.ways) if lines else oracles.NO_CACHE
     model = oracles.DictEmbedding(
-        np.asarray(table_rows(state)), geo, policy or "lru", store, max_unique_ids=budget
+        np.asarray(table_rows(state)), geo, policy, store, max_unique_ids=case.budget
     )
     batches, grads = stream(dim, 40, 24, num_ids, dim)
     twin = jax.tree.map(jnp.copy, state)
-    state, (unique_ids, rows, _) = train(state, batches, grads, SGD)
+    state, plans, rows = train(state, batches, grads, SGD)
     order = np.stack([np.random.default_rng(t).permutation(24) for t in range(40)])
     shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
     jax.tree.map(np.testing.assert_array_equal, train(twin, *shuffled, SGD)[0], state)
     for t, ids in enumerate(batches):
         _, wanted = model.train(ids, grads[t], 0.25)
-        got = {int(i): row for i, row in zip(unique_ids[t], np.asarray(rows[t]), strict=True)}
+        got = {int(i): row for i, row in zip(plans.unique_ids[t], np.asarray(rows[t]), strict=True)}
         np.testing.assert_array_equal(got.pop(mpembed.NO_ID), np.zeros(dim))
         assert sorted(got) == sorted(wanted)
         for i, row in wanted.items():
@@ -201,7 +204,7 @@ def test_the_same_state_makes_the_same_next_state():
 # --- dense tables in and out
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", named(["float32", "int8"], fast={"int8"}))
 def test_to_dense_is_read_of_all_ids(storage):
     state = trained(storage)
     dense = mpembed.to_dense(state)
@@ -224,7 +227,11 @@ def test_float32_tables_survive_from_dense_to_dense():
 
 
 def test_from_dense_rounds_each_row_with_its_own_bits_and_reads_memory_maps(tmp_path):
-    """150,003 rows, more than a block: nearest equals the codec; stochastic stays within a gap, unbiased; maps alike."""
+    """150,003 rows, more than a block.
+
+    Nearest rounding equals the codec. Stochastic rounding stays within a gap and is unbiased.
+    Memory maps give the same table.
+    """
     x = np.random.default_rng(0).standard_normal((150_003, 3)).astype(np.float32)
     spec = shapes.stack((5, len(x)), 3, storage=mpembed.RowFormat("int4"), lines=64)
     mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
@@ -277,7 +284,10 @@ def test_nested_ids_keep_their_nesting(int4_state):
 
 
 def test_counters_pass_the_limits_of_32_bits():
-    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits; what 20 steps add must arrive, no more, no less."""
+    """Each counter starts 10 below a limit of 31, 32, 34 or 53 bits.
+
+    What 20 steps add must arrive, no more, no less.
+    """
     state = mpembed.init(KEY, shapes.stack(200, 2, lines=150, ways=4, policy="lru"), SGD)
     begin = np.resize(
         [2**31 - 10, 2**32 - 10, 5 * 2**32 - 10, 2**53 - 10], len(oracles.COUNTS)
@@ -289,10 +299,63 @@ def test_counters_pass_the_limits_of_32_bits():
     words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
     state = dataclasses.replace(state, counters=jnp.asarray(words))
     batches, grads = stream(1, 20, 24, 200, 2)
-    state, (_, _, counts) = train(state, batches, grads, SGD)
+    state, plans, _ = train(state, batches, grads, SGD)
     stats = mpembed.stats(state)
     for name, start in zip(oracles.COUNTS, begin.tolist(), strict=True):
-        assert getattr(stats, name) == start + int(np.sum(getattr(counts, name))), name
+        assert getattr(stats, name) == start + int(np.sum(getattr(plans.counts, name))), name
         assert isinstance(getattr(stats, name), int)
     assert stats.requests > begin[0] + 10
     assert stats.hits > begin[2] + 10
+
+
+# --- rows that do not move
+
+FROZEN = {  # name: (transformation, gradient, implementation)
+    "set_to_zero": (optax.set_to_zero(), 1, "numba"),
+    "set_to_zero, full width": (optax.set_to_zero(), 1, "xla"),
+    "set_to_zero, kernels": (optax.set_to_zero(), 1, "pallas_interpret"),
+    "rate zero": (mpembed.optim.sgd(0.0), 1, "xla_chunked"),
+    "no gradient": (mpembed.optim.rowwise_adagrad(0.1), 0, "pallas_interpret"),
+    "no gradient, no momentum": (optax.adam(0.1), 0, "numba"),
+    "masked": (optax.masked(optax.set_to_zero(), True), 1, "numba"),
+    "labels": (optax.multi_transform({"frozen": optax.set_to_zero()}, "frozen"), 1, "numba"),
+    "mixing rows": (optax.chain(optax.normalize_by_update_norm(), optax.scale(0.0)), 1, "numba"),
+}
+
+
+@pytest.mark.parametrize(("tx", "gradient", "implementation"), FROZEN.values(), ids=FROZEN)
+def test_a_row_whose_update_is_zero_keeps_its_bits(tx, gradient, implementation):
+    """Every visit of INT8 rows, in lines and in the table, leaves the flushed table as it was."""
+    spec = shapes.stack(200, 8, storage="int8", lines=24, ways=8)
+    with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
+        state = mpembed.init(KEY, spec, tx, implementation=implementation)
+        before = np.array(state.table.rows)
+        batches = np.stack([np.random.default_rng(t).permutation(200)[:60] for t in range(4)])
+        batches[:, 0] = mpembed.NO_ID
+        grads = np.full((4, 60, 8), gradient, np.float32)
+        state, (_, _, counts) = train(state, batches.astype(np.int32), grads, tx)
+    assert int(counts.bypasses.sum()) > 20
+    assert int(counts.evictions.sum()) > 5
+    assert int(counts.write_backs.sum()) == 0
+    np.testing.assert_array_equal(flush(state).table.rows, before)
+
+
+@pytest.mark.parametrize("storage", shapes.FORMATS)
+def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
+    """Even ids have no gradient and keep their bits. Every implementation makes the same state."""
+    others = ("xla_chunked", "numba", "pallas_interpret")
+    other = others[shapes.FORMATS.index(storage) % 3]
+    tx = mpembed.optim.sgd(0.5)
+    spec = shapes.stack(60, 7, storage=storage, lines=16, ways=8, policy="lru")
+    ids = np.random.default_rng(0).permutation(60).astype(np.int32)[None]
+    grads = np.where(ids[..., None] % 2 == 0, np.float32(0), shapes.dyadic(0, (1, 60, 7)))
+    states = [mpembed.init(KEY, spec, tx, implementation=name) for name in ("xla", other)]
+    before = np.array(states[0].table.rows)
+    one, two = (jax.device_get(train(state, ids, grads, tx)[0]) for state in states)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(one), jax.tree.leaves(two))
+    is_even = np.arange(60) % 2 == 0
+    is_other = (np.asarray(flush(one).table.rows) != before).any(axis=1)
+    assert not is_other[is_even].any()
+    assert is_other[~is_even].mean() > 0.9
+    held = one.cache.tags[one.cache.dirty]
+    assert held.size and (held % 2 == 1).all()

@@ -1,13 +1,20 @@
-"""Twelve deliberate mistakes, each ending in a message that names the fix, no row harmed; then odd inputs that just work."""
+"""Twelve deliberate mistakes, then odd inputs that just work.
+
+Each mistake ends in a message that names the fix, and harms no row.
+"""
 
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import shapes
+import training
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
@@ -31,28 +38,20 @@ def start(spec, tx=TX, seed=0):
     return mpembed.init(jax.random.key(seed), spec, tx)
 
 
-def run(state, ids, scale=1.0):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors = mpembed.pool(rows, plan.inverse)
-    return (
-        mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, scale), tx=TX),
-        vectors,
-        plan,
-    )
+def run(state, ids):
+    state, plan, rows = training.step(state, ids, TX)
+    return state, mpembed.pool(rows, plan.inverse), plan
 
 
 train = jax.jit(run, donate_argnums=0)
 prefetch = jax.jit(mpembed.prefetch)
-read = jax.jit(mpembed.read)
 
 
 def all_rows(state):
     if state.cache is None and state.spec.storage.name == "float32":
-        return np.array(state.table.rows).view(
-            np.float32
-        )  # the packed layout of float32, without a compilation
-    return np.asarray(read(state, np.arange(state.spec.num_rows, dtype=np.int32)))
+        # The packed layout of float32, without a compilation.
+        return np.array(state.table.rows).view(np.float32)
+    return training.all_rows(state)
 
 
 def assert_only_these_rows_moved(before, after, moved):
@@ -128,22 +127,28 @@ def test_negative_ids_do_not_wrap_to_the_last_rows():
     assert_only_these_rows_moved(before, all_rows(state), {3})
     np.testing.assert_array_equal(vectors[:3], 0.0)
     assert int(plan.counts.out_of_range) == 3
-    np.testing.assert_array_equal(read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
+    np.testing.assert_array_equal(training.read(state, np.array([-1, 20, NO_ID], np.int32)), 0.0)
     with pytest.raises(ValueError, match=r"'t0': id -1 at \[1\].*out_of_range="):
         stack(out_of_range="raise").global_ids({"t0": np.array([0, -1])})
 
 
-@pytest.mark.parametrize(
-    ("out_of_range", "moved", "num_out"), [("drop", {0}, 2), ("clip", {0, 2}, 0)]
-)
-def test_an_id_past_its_table_never_reaches_the_next_table(out_of_range, moved, num_out):
+class OutOfRange(NamedTuple):
+    """A rule for ids outside their table, and what it does with two such ids."""
+
+    name: str
+    moved_rows: set[int]
+    num_counted: int
+
+
+@pytest.mark.parametrize("rule", named([OutOfRange("drop", {0}, 2), OutOfRange("clip", {0, 2}, 0)]))
+def test_an_id_past_its_table_never_reaches_the_next_table(rule):
     """Tables of 3 and 5 rows: id 3 of the first is row 0 of the second in a naive stack."""
-    spec = stack((3, 5), out_of_range=out_of_range)
+    spec = stack((3, 5), out_of_range=rule.name)
     state = start(spec)
     before = all_rows(state)
     state, _, plan = train(state, spec.global_ids({"t0": np.array([3, 7, 0])})["t0"])
-    assert_only_these_rows_moved(before, all_rows(state), moved)
-    assert int(plan.counts.out_of_range) == num_out
+    assert_only_these_rows_moved(before, all_rows(state), rule.moved_rows)
+    assert int(plan.counts.out_of_range) == rule.num_counted
     with pytest.raises(
         ValueError, match=r"'t0': id 3 at \[0\] is outside its table of 3 rows \(2 such ids\)"
     ):
@@ -164,7 +169,10 @@ def test_a_forgotten_prefetch_is_refused():
 
 
 def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
-    """Called directly or within one trace it raises; across jitted calls it changes nothing, is counted and stats raises."""
+    """Called directly or within one trace it raises.
+
+    Across jitted calls it changes nothing, is counted and stats raises.
+    """
     state = start(stack(cache=CacheSpec(num_rows=8)))
     state, plan = prefetch(state, np.array([1, 2], np.int32))
     rows = mpembed.lookup(state, plan)
@@ -193,14 +201,23 @@ def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
         mpembed.stats(twice)
 
 
-def test_an_old_plan_changes_nothing_and_stats_names_it():
-    """Two prefetches, then the first one's plan."""
-    state = start(stack())
-    state, old = prefetch(state, np.array([1, 2], np.int32))
-    state, _ = prefetch(state, np.array([3, 4], np.int32))
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation):
+    """Two prefetches, then the first one's plan. Called directly, lookup and the update raise."""
+    spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
+    state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
+    state, old = prefetch(state, np.arange(8, dtype=np.int32))
     rows = mpembed.lookup(state, old)
+    state, plan = prefetch(state, np.arange(12, 20, dtype=np.int32))
+    with pytest.raises(ValueError, match="lookup needs the plan of the state's latest prefetch"):
+        mpembed.lookup(state, old)
+    with pytest.raises(ValueError, match="number 1, and got that of number 0"):
+        mpembed.apply_gradients(state, old, rows, rows, tx=TX)
+    assert np.isnan(jax.jit(mpembed.lookup)(state, old)).all()
+    wanted = [*all_rows(state)[plan.unique_ids[:-1]], np.zeros(DIM)]
+    np.testing.assert_array_equal(jax.jit(mpembed.lookup)(state, plan), wanted)
     after = jax.jit(partial(mpembed.apply_gradients, tx=TX))(state, old, rows, jnp.ones_like(rows))
-    np.testing.assert_array_equal(after.table.rows, state.table.rows)
+    np.testing.assert_array_equal(all_rows(after), all_rows(state))
     with pytest.raises(ValueError, match="an old plan and changed nothing"):
         mpembed.stats(after)
 
@@ -274,8 +291,11 @@ OTHER_SPECS = {
 
 @pytest.mark.parametrize("case", OTHER_SPECS)
 def test_a_checkpoint_of_another_spec_is_refused_even_where_all_shapes_agree(case):
-    """A checkpointer puts saved arrays into the tree of a target; equal shapes pass it (test_checkpoint_stock.py), so the
-    state itself must tell that its arrays were made for another spec."""
+    """A checkpointer puts saved arrays into the tree of a target.
+
+    Equal shapes pass it (test_checkpoint_stock.py), so the state itself must tell that its arrays
+    were made for another spec.
+    """
     saved, target = (stack(**options) for options in OTHER_SPECS[case])
     structure = jax.tree.structure(
         jax.eval_shape(lambda key: mpembed.init(key, target, TX), jax.random.key(0))
@@ -317,7 +337,10 @@ def test_ids_over_the_budget_are_counted_read_as_zeros_and_harm_no_row():
 
 
 def test_a_cache_smaller_than_the_batch_trains_every_row_and_is_warned_of():
-    """Six lines, 100 unique ids a batch: the values are those of no cache at all; the warning names both numbers."""
+    """Six lines, 100 unique ids a batch: the values are those of no cache at all.
+
+    The warning names both numbers.
+    """
     ids = np.stack([np.random.default_rng(s).permutation(120)[:100] for s in range(11)]).astype(
         np.int32
     )
@@ -405,6 +428,24 @@ def test_batches_without_ids_just_work(ids, lines):
     assert (stats.steps, stats.requests, stats.unique, stats.refused_updates) == (3, 6, 4, 0)
 
 
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 4)], ids=str)
+def test_reading_no_ids_gives_no_rows(shape):
+    """In every format, with a cache and frozen, on one device and over a mesh."""
+    ids, wanted = np.zeros(shape, np.int32), (*shape, DIM)
+    for name in shapes.FORMATS:
+        spec = stack(storage=name, cache=CacheSpec(num_rows=4))
+        state = jax.eval_shape(lambda: start(spec))  # noqa: B023
+        for held in (state, jax.eval_shape(mpembed.freeze, state)):
+            assert jax.eval_shape(mpembed.read, held, ids).shape == wanted
+        packed = jax.eval_shape(lambda rows: mpembed.encode(rows, name), jnp.zeros(wanted))  # noqa: B023
+        decoded = jax.eval_shape(lambda words: mpembed.decode(words, name, DIM), packed)  # noqa: B023
+        assert decoded.shape == wanted
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = mpembed.init(jax.random.key(0), stack(storage="int8"), TX, mesh=mesh)
+    for held in (start(stack(storage="int8")), state, mpembed.freeze(state)):
+        assert mpembed.read(held, {"a": ids, "b": np.int32(3)})["a"].shape == wanted
+
+
 @pytest.mark.parametrize(
     "cache", [None, CacheSpec(), CacheSpec(policy="lru")], ids=["table", "lfu", "lru"]
 )
@@ -445,15 +486,18 @@ def test_vocabularies_of_one_and_three_rows_just_work(size, options):
 
 @pytest.mark.parametrize("storage", ["int8"])
 def test_a_nonfinite_gradient_stays_in_its_row(storage):
-    """Without skip_nonfinite the row is lost and no other; through the cache, its eviction and the table."""
+    """Without skip_nonfinite the row is lost, and no other.
+
+    This holds in the cache, at its eviction and in the table.
+    """
     state = start(stack(storage=storage, cache=CacheSpec(num_rows=2, ways=2, policy="lru")))
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, ids, value):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        grads = jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
-        return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+        def gradient(rows, plan):
+            return jnp.where(plan.unique_ids[:, None] == 5, value, jnp.ones_like(rows))
+
+        return training.step(state, ids, TX, gradient).state
 
     state = step(state, np.array([5, 6], np.int32), jnp.float32(jnp.nan))
     for pair in ([7, 8], [5, 9], [1, 2]):

@@ -1,4 +1,7 @@
-"""Tables in host memory: the same verbs, the same bits, and nothing but the table changes its place."""
+"""Tables in host memory: the same verbs and the same bits.
+
+Nothing but the table changes its place.
+"""
 
 import dataclasses
 from functools import partial
@@ -9,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -27,10 +32,8 @@ def kinds(tree):
 
 @partial(jax.jit, static_argnames="tx", donate_argnames="state")
 def train_step(state, ids, upstream, tx):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
+    state, plan, rows = training.step(state, ids, tx, training.of_vectors(upstream))
+    return state, mpembed.pool(rows, plan.inverse)
 
 
 def stack(storage, lines, memory_kind):
@@ -42,7 +45,7 @@ def stack(storage, lines, memory_kind):
     return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", named(list(CASES), fast={"int8 cached"}))
 def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     """Six steps, then flush and read; arrays stay where they are, buffers are reused."""
     storage, lines, tx = CASES[case]
@@ -70,9 +73,12 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     assert spec.fingerprint.tolist() == stack(storage, lines, None).fingerprint.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
 def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
-    """In chunks of rows, here of 16, over the newcomers and over the bypassed: no gather from host memory is wider.
+    """In chunks of rows, here of 16, over the newcomers and over the bypassed.
+
+    No gather from host memory is wider.
 
     Where kernels are named, the table is moved by XLA all the same.
     """

@@ -1,4 +1,7 @@
-"""Pooling equals a loop over bags in float64, its gradients equal central differences, and bags never become [.., L, D]."""
+"""Pooling equals a loop over bags in float64.
+
+Its gradients equal central differences. Bags never become [.., L, D].
+"""
 
 import math
 
@@ -94,7 +97,9 @@ def slopes(function, x, step=1e-5):
 @pytest.mark.parametrize("layout", ["bags", "segments"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_values_and_gradients_equal_a_loop(combiner, layout, weighted):
-    """Gradients with respect to rows and weights, denominators included, are central differences of the loop."""
+    """Gradients with respect to rows and weights, denominators included, are central differences of
+    the loop.
+    """
     rows = unique_rows()
     if layout == "bags":
         index, extra, oracle = BAGS, {}, pool_bags
@@ -155,7 +160,10 @@ def test_a_zero_denominator_gives_zeros_and_zero_gradients(combiner):
 
 
 def test_padding_and_offsets_describe_the_same_bags():
-    """The same ragged bags, padded by NO_ID and flat with offsets, through prefetch: equal, and equal to the plain rows."""
+    """The same ragged bags, padded by NO_ID and flat with offsets, through prefetch.
+
+    They are equal, and equal to the plain rows.
+    """
     ragged = [[3, 9, 3], [], [5], [9, 1], []]
     padded = np.full((5, 4), NO_ID, np.int32)
     for bag, ids in enumerate(ragged):
@@ -184,7 +192,10 @@ def test_padding_and_offsets_describe_the_same_bags():
 
 @pytest.mark.parametrize("offsets", [[0, 2, 5], [0, 0, 3], [0, 3, 3, 6], [0, 6], [0], [0, 0, 0]])
 def test_segments_from_offsets_equals_a_loop(offsets):
-    """Equal neighbours are empty bags, the last bag runs to the end: torch.nn.EmbeddingBag's convention."""
+    """Equal neighbours are empty bags, the last bag runs to the end.
+
+    torch.nn.EmbeddingBag's convention.
+    """
     ends = [*offsets[1:], 6]
     expected = [
         bag
@@ -197,7 +208,10 @@ def test_segments_from_offsets_equals_a_loop(offsets):
 
 
 def test_without_a_combiner_every_id_has_its_vector():
-    """[..] -> [.., D]; a row's gradient is the sum over the positions that hold it, the padding row's is zero."""
+    """[..] -> [.., D].
+
+    A row's gradient is the sum over the positions that hold it, the padding row's is zero.
+    """
     rows = unique_rows()
     cotangent = np.random.default_rng(3).normal(size=(*BAGS.shape, DIM)).astype(np.float32)
     out, vjp = jax.vjp(jax.jit(lambda rows: mpembed.pool(rows, BAGS)), rows)
@@ -267,7 +281,9 @@ def sizes_in(jaxpr):
 
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
 def test_bags_of_ten_make_no_array_of_all_positions(combiner):
-    """Neither the program nor the compiled buffers of value and gradients hold [B, L, D], forward or saved for backward."""
+    """Neither the program nor the compiled buffers of value and gradients hold [B, L, D], forward
+    or saved for backward.
+    """
     num_bags, length, dim, num_rows = 256, 10, 32, 64
     index = np.random.default_rng(0).integers(0, num_rows, (num_bags, length)).astype(np.int32)
 

@@ -1,4 +1,7 @@
-"""What stats reports: counts that outlive 32 bits, rates, one warning per setting to change, errors that name the fix."""
+"""What stats reports: counts that outlive 32 bits, and rates.
+
+There is one warning per setting to change. Errors name the fix.
+"""
 
 import dataclasses
 import warnings
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec
@@ -18,9 +22,7 @@ TX = optax.sgd(0.5)
 
 
 def run(state, ids):
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    return mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=TX), plan
+    return training.step(state, ids, TX)[:2]
 
 
 donating = jax.jit(run, donate_argnums=0)
@@ -43,7 +45,10 @@ def test_a_new_state_has_counted_nothing():
 
 
 def test_counts_and_rates_of_two_known_batches():
-    """Four requests, one padding and three ids out of range, twice: the first all misses, the second all hits."""
+    """Four requests, one padding and three ids out of range, twice.
+
+    The first all misses, the second all hits.
+    """
     ids = np.array([[7, 7, 3, 5], [NO_ID, 100, -1, NO_ID - 1]], np.int32)
     state = start(stack(cache=CacheSpec(num_rows=100, ways=32), name="two batches"))
     totals = dict.fromkeys(COUNTERS, 0)
@@ -102,7 +107,10 @@ def test_counts_are_device_scalars_that_log_inside_jit_and_scan():
 
 
 def messages(function):
-    """What stats warns of in `function` under Python's default filter, which shows a warning once per place and text."""
+    """What stats warns of in `function` under Python's default filter.
+
+    That filter shows a warning once per place and text.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         function()
@@ -145,7 +153,10 @@ def test_dropped_ids_name_the_budget():
 
 @pytest.mark.parametrize("kind", ["bypasses", "dropped"])
 def test_a_loop_that_asks_every_step_is_warned_once(kind):
-    """The counts in the message move from step to step; the warning must not come back with each of them."""
+    """The counts in the message move from step to step.
+
+    The warning must not come back with each of them.
+    """
     cache = CacheSpec(num_rows=8) if kind == "bypasses" else None
     state = start(stack(cache=cache, max_unique_ids=1, name=f"loop {kind}"))
 
@@ -164,7 +175,10 @@ def test_a_loop_that_asks_every_step_is_warned_once(kind):
 
 
 def test_two_runs_of_one_seed_are_not_taken_for_a_missing_donation():
-    """A baseline beside the main run, a restored checkpoint: same spec, same key, another buffer, both donating."""
+    """A baseline beside the main run, a restored checkpoint.
+
+    Same spec, same key, another buffer, both donating.
+    """
     spec = stack(50_000, name="moving")
 
     def both():

@@ -1,4 +1,7 @@
-"""The order of batches: every row once an epoch, fixed by the seed, resumed anywhere; and the sources that keep to it."""
+"""The order of batches: every row once an epoch, fixed by the seed, resumed anywhere.
+
+The sources keep to it.
+"""
 
 import functools
 import itertools

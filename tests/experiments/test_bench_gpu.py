@@ -68,8 +68,12 @@ def test_bits_that_differ_are_counted_by_name():
     }
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
-    """One raises inside its process, one is ended for taking too long, one would begin too late; all is in the file."""
+    """One raises inside its process, one is ended for taking too long, one would begin too late.
+
+    All is in the file.
+    """
     out = tmp_path / "bench.json"
     monkeypatch.setitem(bench_gpu.PARTS, "step", bench_gpu.PARTS["step"]._replace(limit=0.2))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -102,7 +106,8 @@ def test_without_a_gpu_it_says_what_to_do(words, tmp_path, capsys):
 
 
 def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
-    code = "import sys; from experiments.gpu import bench_gpu; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys; from experiments.gpu import bench_gpu; "
+    code += "print(*{name.split('.')[0] for name in sys.modules})"
     loaded = subprocess.run(
         [sys.executable, "-c", code],
         cwd=provenance.ROOT,
@@ -139,7 +144,10 @@ def test_it_imports_nothing_that_a_plain_checkout_lacks(module):
 
 
 def test_the_floor_of_a_step_by_hand():
-    """10 positions, 6 unique rows of D = 16: 5 cached, 2 of them new, 1 written back; INT8 rows of 18 bytes."""
+    """10 positions, 6 unique rows of D = 16: 5 cached, 2 of them new, 1 written back.
+
+    INT8 rows of 18 bytes.
+    """
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 1000)], 16, "int8", mpembed.CacheSpec(num_rows=64, ways=8)
     )

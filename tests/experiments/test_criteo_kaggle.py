@@ -1,4 +1,7 @@
-"""Criteo-Kaggle from text to batches: the builder, its splits, what it refuses, and the order of batches."""
+"""Criteo-Kaggle from text to batches.
+
+The builder, its splits, what it refuses, and the order of batches.
+"""
 
 import functools
 import os
@@ -6,10 +9,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from cases import named
 from criteo_text import line, random_lines, write
 from training import OPTAX_ADAM
 
@@ -41,13 +46,25 @@ def same(one, other):
 # --- from text to batches
 
 
-@pytest.mark.parametrize(
-    "name, newline, end",
-    [("train.txt", "\n", True), ("train.txt", "\r\n", False), ("train.txt.gz", "\n", True)],
-)
-def test_a_folder_becomes_batches(tmp_path, name, newline, end):
+class Text(NamedTuple):
+    """A file, and how its lines end."""
+
+    file: str
+    newline: str = "\n"
+    has_last_newline: bool = True
+
+
+TEXTS = {
+    "plain": Text("train.txt"),
+    "windows": Text("train.txt", "\r\n", has_last_newline=False),
+    "gzip": Text("train.txt.gz"),
+}
+
+
+@pytest.mark.parametrize("form", named(TEXTS))
+def test_a_folder_becomes_batches(tmp_path, form):
     text, label, dense, categories = random_lines(700)
-    write(tmp_path, text, newline, name, end)
+    write(tmp_path, text, form.newline, form.file, form.has_last_newline)
     source = log_of(tmp_path, holdout="day")
     assert (source.num_train, source.num_test) == (600, 100)
     train = list(source.train(64, seed=3))
@@ -371,8 +388,8 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
 def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
     settings = train_dlrm.Settings(
-        data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False, batch_size=128,
-        hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
+        data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False,
+        batch_size=128, hidden=(32, 16), cache_fraction=0.3, out=tmp_path / "out",
     )  # fmt: skip
     record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128

@@ -1,4 +1,7 @@
-"""The inputs of the experiments do what their files promise, and the main job runs end to end on small data."""
+"""The inputs of the experiments do what their files promise.
+
+The main job runs end to end on small data.
+"""
 
 import json
 import os
@@ -351,7 +354,8 @@ def test_posts_can_come_in_time_order(posts):
 
 @OPTAX_ADAM
 def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
-    # A float32 cache changes nothing (DESIGN.md 5.1), so any difference would come from other batches or initial values.
+    # A float32 cache changes nothing (DESIGN.md 5.1), so any difference would come from other
+    # batches or initial values.
     contenders = [training.FP32, training.Contender("cached", "float32", 0.3)]
     source, recipe = reddit.RedditPosts(num_rows=20_000), training.Recipe(16, 1024, 0.05, 2e-3)
     job = training.make_job(source, recipe)

@@ -8,12 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from training import OPTAX_ADAM
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 import mpembed_jax as mpembed
-from experiments.faults import files, invariants, killed_worker, run
+from experiments.faults import calls, files, invariants, killed_worker, mutations, run, sequences
 from mpembed_jax import checkpoint
 
 
@@ -43,7 +45,10 @@ def test_every_array_cut_or_changed_is_refused_by_name(caplog):
 
 @pytest.mark.slow
 def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
-    """In a process of its own: orbax leaves unfinished writes behind when one fails, which would be reported elsewhere."""
+    """In a process of its own.
+
+    Orbax leaves unfinished writes behind when one fails, which would be reported elsewhere.
+    """
     command = [
         sys.executable,
         "-m",
@@ -63,20 +68,25 @@ def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
     assert all("checkpoints saved before are unchanged" in m for m in messages.values())
 
 
+@pytest.mark.slow
 def test_ids_from_hell_change_only_what_was_asked_for():
     found = invariants.ids_from_hell(300)
     assert found["examples"] >= 300
     assert min(found.values()) > 100
 
 
+@pytest.mark.slow
 def test_bad_gradients_stay_where_they_are():
     found = invariants.bad_gradients(40, ("int8", "float32"))
     assert found["rows skipped"] > 20
     assert found["rows that became no number"] > 20
 
 
+@pytest.mark.slow
 def test_a_soak_of_a_thousand_steps():
-    """Three states, invariants every 125 steps, increments restored exactly at the end, memory flat."""
+    """Three states, invariants every 125 steps, increments restored exactly at the end, memory
+    flat.
+    """
     found = invariants.soak(1000, 125, ())
     assert found["checks"] == 8
     assert found["evictions"]["int8"] > 1000
@@ -125,3 +135,65 @@ def test_steps_of_a_directory_ignore_what_is_unfinished(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="was not written by mpembed_jax"):
         checkpoint.save(tmp_path, 4, np.arange(2))
     assert (tmp_path / "step_4").exists()
+
+
+# --- every call, random sequences, mutated files
+
+
+def failed_calls(stride):
+    found = calls.everything(stride)
+    if found is None:
+        pytest.skip("calls can be made to fail on Linux with a C compiler")
+    assert found.keys() == calls.OPERATIONS.keys()
+    for name, counts in found.items():
+        assert counts["calls"] > 50, name
+        assert counts["unnamed"] <= 12, f"{name}: messages without their cause"
+        for kind, faults in counts["faults"].items():
+            assert faults >= (counts["calls"] // stride if kind in calls.ERRORS else 0), name
+    return found
+
+
+def test_some_calls_of_every_operation_fail_and_nothing_is_lost():
+    """Every 197th call, each kind of fault beginning at another one."""
+    found = failed_calls(197)
+    assert sum(sum(counts["faults"].values()) for counts in found.values()) > 40
+
+
+@pytest.mark.slow
+def test_many_calls_of_every_operation_fail_and_nothing_is_lost():
+    failed_calls(11)
+
+
+ACTIONS = st.lists(
+    st.builds(
+        sequences.Action,
+        kind=st.sampled_from(sequences.KINDS),
+        step=st.integers(0, sequences.MAX_STEP),
+        keep=st.sampled_from((0, 0, 1, 2)),
+        devices=st.sampled_from(sequences.DEVICES),
+        seed=st.integers(0, 999),
+    ),
+    max_size=15,
+)
+
+
+@settings(max_examples=12)
+@given(ACTIONS)
+def test_a_directory_of_checkpoints_agrees_with_full_copies_in_memory(actions):
+    sequences.run(actions)
+
+
+def test_a_sequence_of_every_action_agrees_with_full_copies_in_memory(caplog):
+    with caplog.at_level(logging.CRITICAL):
+        found = sequences.many(3, 20)
+    for what in ("full saves", "increments", "files damaged", "restores refused", "saves refused"):
+        assert found[what] > 0, what
+
+
+@pytest.mark.parametrize("kind", mutations.KINDS)
+def test_mutated_files_are_refused_or_right(kind):
+    found = mutations.many(kind, 60, first=10**6)
+    assert found["files"] == sum(
+        n for what, n in found.items() if what.startswith(("ref", "right"))
+    )
+    assert found["right"] < 60

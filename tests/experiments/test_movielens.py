@@ -1,4 +1,7 @@
-"""MovieLens through tensorflow-datasets' own builder, on a hand-made download: no network, no TensorFlow."""
+"""MovieLens through tensorflow-datasets' own builder, on a hand-made download.
+
+No network, no TensorFlow.
+"""
 
 import functools
 import json
@@ -32,7 +35,10 @@ def pack(download, data):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A data folder prepared by the real builder from files in the format of ml-1m.zip; the pairs and their ratings."""
+    """A data folder prepared by the real builder from files in the format of ml-1m.zip.
+
+    The pairs and their ratings.
+    """
     rng = np.random.default_rng(0)
     download = tmp_path_factory.mktemp("download") / "ml-1m"
     download.mkdir()

@@ -1,4 +1,7 @@
-"""The page on accuracy per byte says what the recorded runs say, and those are still the runs that its commands ask for."""
+"""The page on accuracy per byte says what the recorded runs say.
+
+Those are still the runs that its commands ask for.
+"""
 
 import math
 import sys
@@ -83,7 +86,10 @@ def lost(group, case):
 
 
 def test_targets_called_met_are_met(groups):
-    """The issue's numbers, held against the runs; a target that is missed is said to be in the page."""
+    """The issue's numbers, held against the runs.
+
+    A target that is missed is said to be in the page.
+    """
     int8 = Case("int8", 0.05)
     for title in ("reddit, D = 16", "reddit, D = 64", "reddit, D = 128", "synthetic, D = 16"):
         group = groups[title]

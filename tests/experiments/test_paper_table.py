@@ -1,4 +1,7 @@
-"""The paper's grid: it resumes, pairs, counts bytes, and its baselines do the mathematics they are named after."""
+"""The paper's grid resumes, pairs and counts bytes.
+
+Its baselines do the mathematics they are named after.
+"""
 
 import json
 import math
@@ -223,6 +226,7 @@ def test_fake_quantization_rounds_clips_and_passes_gradients_straight_through():
     np.testing.assert_array_equal(grads, upstream)
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_scales_are_the_absmax_of_each_table_and_are_refreshed_on_time():
     source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
@@ -283,7 +287,7 @@ def test_the_smallest_tables_fill_their_share():
 @OPTAX_ADAM
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_two_stacks_of_fp32_train_as_one(as_dict):
-    """Same initial values, vectors in the same order: only the order of float additions may differ."""
+    """Initial values and the order of vectors agree. The order of float additions may differ."""
 
     class Source(Tiny):
         num_train, num_test = 64, 64
@@ -331,7 +335,10 @@ def test_two_stacks_of_fp32_train_as_one(as_dict):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A tiny grid: the cases of the paper's claim and every kind of baseline, two seeds, killed once on the way."""
+    """A tiny grid.
+
+    The cases of the paper's claim and every kind of baseline, two seeds, killed once on the way.
+    """
     out = tmp_path_factory.mktemp("grid")
     settings = small(out)
     cases = [
@@ -370,11 +377,12 @@ def test_a_killed_grid_continues_where_it_was(finished):
     names = [r["name"] for r in found]
     assert len(names) == len(set(names)) == len({r["key"] for r in found})
     assert set(names) == {
-        "FP32", "INT4 + 5 %", "INT4 no cache", "FP32 hashed to 0.5", "FP32 pruned to 0.5", "FP32 narrow to 0.5",
-        "INT4 post-training", "INT4 quantization-aware",
+        "FP32", "INT4 + 5 %", "INT4 no cache", "FP32 hashed to 0.5",
+        "FP32 pruned to 0.5", "FP32 narrow to 0.5", "INT4 post-training", "INT4 quantization-aware",
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_bytes_of_every_method_are_what_they_keep(finished):
     settings, _, _ = finished
@@ -409,6 +417,7 @@ def test_bytes_of_every_method_are_what_they_keep(finished):
         assert {"commit", "device", "versions", "command"} <= set(record["environment"])
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_the_report_pairs_and_draws(finished):
     settings, _, _ = finished

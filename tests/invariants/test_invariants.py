@@ -1,4 +1,7 @@
-"""The five invariants of DESIGN.md 5 on training streams, and what the compiled step may not do: copy, retrace, grow."""
+"""The five invariants of DESIGN.md 5 on training streams.
+
+The compiled step copies no table, is traced once and does not grow with the table.
+"""
 
 import dataclasses
 import re
@@ -12,8 +15,10 @@ import optax
 import oracles
 import pytest
 import shapes
+from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training import all_rows, step, train
 
 import mpembed_jax as mpembed
 from mpembed_jax import optim
@@ -30,42 +35,21 @@ OPTIMIZERS = {
 }
 
 
-@partial(jax.jit, static_argnames=("tx", "feedback"), donate_argnames="state")
-def train(state, batches, grads, tx, feedback=0.0):
-    """Trains on all batches. A position's gradient is `grads` there plus `feedback` times its row."""
-
-    def step(state, batch):
-        ids, g = batch
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = (
-            jnp.zeros_like(rows)
-            .at[plan.inverse]
-            .add(g + jnp.float32(feedback) * rows[plan.inverse])
-        )
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), plan
-
-    return jax.lax.scan(step, state, (batches, grads))
-
-
-@jax.jit
-def all_rows(state):
-    return mpembed.read(state, jnp.arange(state.spec.num_rows, dtype=jnp.int32))
-
-
 # --- 1. transparency
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "skip"), [(name, False) for name in OPTIMIZERS] + [("adagrad", True)]
+    "optimizer", named([*OPTIMIZERS, "adagrad, skipping"], fast={"sgd", "rowwise_adagrad"})
 )
-def test_a_float32_cache_is_invisible(optimizer, skip):
-    """Bit for bit the table and row state of cache=None, over geometries; dense float64 training within rounding.
+def test_a_float32_cache_is_invisible(optimizer):
+    """Over geometries, the table and row state of cache=None, bit for bit.
 
-    Nothing is dyadic: not even a contracted multiply-add may differ between programs. Gradients have feedback from their
-    rows, so an early difference would grow. A row is updated at most 60 times with about five roundings of terms below
-    4, so the rounding error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
+    They are those of dense float64 training within rounding. Nothing is dyadic: not even a
+    contracted multiply-add may differ between programs. Gradients have feedback from their rows, so
+    an early difference would grow. A row is updated at most 60 times with about five roundings of
+    terms below 4, so the rounding error stays below 60 * 5 * 4 * 2^-24 = 7e-5.
     """
+    optimizer, *skip = optimizer.split(", ")
     tx, adagrad = OPTIMIZERS[optimizer]
     batches = shapes.skewed_ids(0, 60, 32, 150, drift=20, ragged=True)
     grads = np.random.default_rng(0).standard_normal((60, 32, 5)).astype(np.float32) / 4
@@ -81,16 +65,16 @@ def test_a_float32_cache_is_invisible(optimizer, skip):
             {"lines": 400, "ways": 2, "policy": "lfu"},
         ]
     for options in caches:
-        spec = dataclasses.replace(shapes.stack(150, 5, **options), skip_nonfinite=skip)
-        state, _ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
-        results.append((options, np.asarray(all_rows(state)), jax.device_get(state.row_state)))
+        spec = dataclasses.replace(shapes.stack(150, 5, **options), skip_nonfinite=bool(skip))
+        state, *_ = train(mpembed.init(KEY, spec, tx), batches, grads, tx, 0.1)
+        results.append((options, all_rows(state), jax.device_get(state.row_state)))
     _, table_only, row_state = results[0]
     for options, rows, other_row_state in results[1:]:
         np.testing.assert_array_equal(rows, table_only, err_msg=str(options))
         jax.tree.map(
             partial(np.testing.assert_array_equal, err_msg=str(options)), other_row_state, row_state
         )
-    start = np.asarray(all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx)))
+    start = all_rows(mpembed.init(KEY, shapes.stack(150, 5), tx))
     wanted = oracles.dense_training(start, batches, grads, 0.1, feedback=0.1, adagrad=adagrad)
     np.testing.assert_allclose(table_only, wanted, rtol=0, atol=7e-5)
     assert np.abs(wanted - start).max() > 0.1
@@ -110,7 +94,7 @@ def test_victims_are_never_in_the_batch_and_lines_are_never_shared(policy, seed,
     """24 batches of 20 ids, 16 lines; nothing here but the definitions."""
     state = first_state(policy)
     batches = shapes.skewed_ids(seed, 24, 20, 60, exponent=exponent, drift=drift)
-    final, plans = jax.device_get(
+    final, plans, _ = jax.device_get(
         train(jax.tree.map(jnp.copy, state), batches, np.zeros((24, 20, 2), np.float32), SGD)
     )
     for t, ids in enumerate(batches):
@@ -140,11 +124,12 @@ def first_state(policy):
 # --- 3. position independence
 
 
-@pytest.mark.parametrize("storage", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("storage", named(["int8", "float8_e4m3fn"], fast={"int8"}))
 def test_the_order_of_a_batch_changes_no_bit(storage):
-    """Every batch shuffled, gradients dyadic so that sums do not depend on order: same tables, lines and row state.
+    """Every batch shuffled: the same tables, lines and row state.
 
-    For every other format: test_training_equals_a_dictionary_of_rows.
+    Gradients are dyadic, so that sums do not depend on order. For every other format:
+    test_training_equals_a_dictionary_of_rows.
     """
     spec = shapes.stack(150, 5, storage=storage, lines=24, ways=8)
     tx = OPTIMIZERS["rowwise_adagrad"][0]
@@ -152,15 +137,18 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
     grads = shapes.dyadic(1, (40, 32, 5))
     order = np.stack([np.random.default_rng(t).permutation(32) for t in range(40)])
     shuffled = np.take_along_axis(batches, order, 1), np.take_along_axis(grads, order[..., None], 1)
-    first, plans = jax.device_get(train(mpembed.init(KEY, spec, tx), batches, grads, tx))
-    second, _ = jax.device_get(train(mpembed.init(KEY, spec, tx), *shuffled, tx))
+    first, plans, _ = jax.device_get(train(mpembed.init(KEY, spec, tx), batches, grads, tx))
+    second, *_ = jax.device_get(train(mpembed.init(KEY, spec, tx), *shuffled, tx))
     jax.tree.map(np.testing.assert_array_equal, second, first)
     assert plans.counts.write_backs.sum() > 20
     assert plans.counts.bypasses.sum() > 20
 
 
 def test_implementations_agree_bit_for_bit():
-    """6,000 ids a batch, several chunks wide: full-width passes, chunked loops and compiled planning make the same state."""
+    """6,000 ids a batch, several chunks wide.
+
+    Full-width passes, chunked loops and compiled planning make the same state.
+    """
     tx = OPTIMIZERS["rowwise_adagrad"][0]
     batches = shapes.skewed_ids(2, 6, 6000, 30_000, exponent=0.8, drift=2)
     grads = shapes.dyadic(2, (6, 6000, 4))
@@ -171,7 +159,7 @@ def test_implementations_agree_bit_for_bit():
         "xla_chunked",
         "numba",
     ):  # kernels: test_gpu_kernels; numba: test_native
-        state, plans = train(
+        state, plans, _ = train(
             mpembed.init(KEY, spec, tx, implementation=implementation), batches, grads, tx
         )
         results.append(jax.device_get((jax.tree.leaves(state), plans.counts)))
@@ -181,13 +169,16 @@ def test_implementations_agree_bit_for_bit():
 
 
 def test_a_row_is_rounded_alike_in_any_company_and_place():
-    """Row 5, trained in an int4 table: alone, or among others, in another position and another batch size."""
+    """Row 5, trained in an int4 table.
+
+    Alone, or among others, in another position and another batch size.
+    """
     spec = shapes.stack(64, 8, storage="int4")
     wanted = None
     for ids in ([5], [63, 1, 5, 2], list(range(40, 0, -1))):
         batch = np.asarray([ids], np.int32)
         grads = np.broadcast_to(shapes.dyadic(4, (8,)), (1, len(ids), 8))
-        state, _ = train(mpembed.init(KEY, spec, SGD), batch, grads, SGD)
+        state, *_ = train(mpembed.init(KEY, spec, SGD), batch, grads, SGD)
         row = np.asarray(state.table.rows)[5]
         wanted = row if wanted is None else wanted
         np.testing.assert_array_equal(row, wanted)
@@ -196,11 +187,12 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
 # --- 5. clean lines
 
 
-@pytest.mark.parametrize(("policy", "turns"), [("lru", 1), ("lfu", 2)])
-def test_clean_lines_are_never_written_back(policy, turns):
-    """int2 rows re-encode to other bits, so a single needless write would show: loads and evictions leave no trace.
+@pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}))
+def test_clean_lines_are_never_written_back(policy):
+    """Loads and evictions leave no trace.
 
-    First without training; in a second turn after training and a flush.
+    int2 rows re-encode to other bits, so a single needless write would show. The first turn is
+    without training, the second one after training and a flush.
     """
     spec = shapes.stack(200, 6, storage="int2", lines=24, ways=4, policy=policy)
     state = mpembed.init(KEY, spec, SGD)
@@ -214,13 +206,13 @@ def test_clean_lines_are_never_written_back(policy, turns):
         )
 
     batches = shapes.skewed_ids(5, 40, 32, 200, drift=4)
-    for turn in range(turns):
+    for turn in range(2):
         seen, counts = browse(state, batches)
         assert int(counts.evictions.sum()) > 50
         assert int(counts.write_backs.sum()) == 0
         np.testing.assert_array_equal(seen.table.rows, state.table.rows)
-        if turn + 1 < turns:
-            trained, _ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
+        if turn == 0:
+            trained, *_ = train(seen, batches, shapes.dyadic(5, (40, 32, 6)), SGD)
             state = jax.jit(mpembed.flush)(trained)
 
 
@@ -229,9 +221,12 @@ def test_clean_lines_are_never_written_back(policy, turns):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
-    """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99; nearest stays at 1.0 without a cache.
+    """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99.
 
-    With 64 one-way lines among 256 rows that all come in every batch, a row is in the table or a line by turns.
+    Nearest stays at 1.0 without a cache.
+
+    With 64 one-way lines among 256 rows that all come in every batch, a row is in the table or a
+    line by turns.
     """
     start = {"table0": np.ones((256, 16), np.float32)}
     ids = np.arange(256, dtype=np.int32)
@@ -239,19 +234,17 @@ def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
 
     @jax.jit
     def run(state):
-        def step(_, state):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            return mpembed.apply_gradients(state, plan, rows, jnp.full_like(rows, 1e-5), tx=tx)
+        def body(_, state):
+            return step(state, ids, tx, lambda rows, plan: jnp.full_like(rows, 1e-5)).state
 
-        return jax.lax.fori_loop(0, 1000, step, state)
+        return jax.lax.fori_loop(0, 1000, body, state)
 
     for rounding in ("stochastic",) if cached else ("stochastic", "nearest"):
         storage = mpembed.RowFormat("bfloat16", rounding=rounding)
         spec = shapes.stack(
             256, 16, storage=storage, lines=64 if cached else None, ways=1, policy="lru"
         )
-        mean = np.asarray(all_rows(run(mpembed.from_dense(KEY, spec, tx, start)))).mean()
+        mean = all_rows(run(mpembed.from_dense(KEY, spec, tx, start))).mean()
         if rounding == "stochastic":
             assert abs(mean - 0.99) < 0.00099
         else:
@@ -318,7 +311,10 @@ def batch(spec, seed):
 
 
 def check_compiled(compiled, num_rows):
-    """No float table, no operation that makes a table-sized array, and temporaries far below a table."""
+    """No float table, no operation that makes a table-sized array.
+
+    Temporaries are far below a table.
+    """
     text = compiled.as_text()
     assert not re.search(rf"\b(f32|bf16|f16|f8\w*)\[{num_rows},", text), (
         "a float array with a row per id"
@@ -329,11 +325,13 @@ def check_compiled(compiled, num_rows):
         if m.group(1).split(".")[0] not in ALLOWED
     }
     assert not makes_table, "operations whose result is as large as the table"
-    # Batch-sized work, 57 KB when written: 192 ids of 16 floats, 1,024 hash buckets. The smallest table has 3.2 MB.
+    # Batch-sized work, 57 KB when written: 192 ids of 16 floats, 1,024 hash buckets. The smallest
+    # table has 3.2 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 200_000
 
 
-# Operations that pass an array on or write into it; XLA:CPU writes scatters as loops of dynamic-update-slice.
+# Operations that pass an array on or write into it. XLA:CPU writes scatters as loops of
+# dynamic-update-slice.
 ALLOWED = {
     "parameter",
     "get-tuple-element",
@@ -348,12 +346,12 @@ ALLOWED = {
 ALLOWED |= {"dynamic-update-slice", "optimization-barrier"}
 
 
-@pytest.mark.parametrize("storage", shapes.FORMATS)
+@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16", "int8"}))
 def test_steps_work_in_place_and_compile_once(storage):
     """prefetch, apply_gradients and the whole step, on every format.
 
-    From shapes alone they compile without a copy of the table; run twice, they keep every large buffer where it is,
-    consume their donated argument and do not trace again.
+    From shapes alone they compile without a copy of the table. Run twice, they keep every large
+    buffer where it is, consume their donated argument and do not trace again.
     """
     row_tx = OPTIMIZERS["rowwise_adagrad"][0]
     spec = compiled_spec(storage)
@@ -392,7 +390,10 @@ def test_steps_work_in_place_and_compile_once(storage):
 
 
 def is_consumed(emb):
-    """Whether donation was accepted for every array; the flag `pending` is overwritten, so jit drops it as an argument."""
+    """Whether donation was accepted for every array.
+
+    The flag `pending` is overwritten, so jit drops it as an argument.
+    """
     kept = [k for k, x in jax.tree_util.tree_leaves_with_path(emb) if not x.is_deleted()]
     return {jax.tree_util.keystr(k) for k in kept} <= {".pending"}
 
@@ -406,7 +407,10 @@ def large_buffers(emb):
 
 
 def test_the_step_does_not_grow_with_the_table():
-    """V = 1,000,003 against 33,762,577, from shapes: the same operations in the same numbers, flops and temporaries."""
+    """V = 1,000,003 against 33,762,577, from shapes.
+
+    The same operations in the same numbers, flops and temporaries.
+    """
     row_tx = OPTIMIZERS["rowwise_adagrad"][0]
     seen = []
     for num_rows in (1_000_003, 33_762_577):
@@ -442,19 +446,21 @@ def test_flush_and_read_copy_no_table(name):
 
 
 def test_verbs_run_on_abstract_values_and_in_a_scan_of_scans():
-    """eval_shape of a whole life, and jit(scan(..)) of it: nothing concrete is asked for, no key is threaded."""
+    """eval_shape of a whole life, and jit(scan(..)) of it.
+
+    Nothing concrete is asked for, no key is threaded.
+    """
     spec = shapes.stack((30, 50), 4, storage="int4", lines=16, ways=4)
 
     def life(key):
         state = mpembed.init(key, spec, SGD)
 
-        def step(state, ids):
-            state, plan = mpembed.prefetch(state, {"a": ids, "b": ids[:2]})
-            rows = mpembed.lookup(state, plan)
-            return mpembed.apply_gradients(state, plan, rows, rows, tx=SGD), plan.counts.hits
+        def body(state, ids):
+            state, plan, _ = step(state, {"a": ids, "b": ids[:2]}, SGD, lambda rows, plan: rows)
+            return state, plan.counts.hits
 
         ids = jnp.arange(24, dtype=jnp.int32).reshape(2, 3, 4)
-        state, hits = jax.lax.scan(lambda s, block: jax.lax.scan(step, s, block), state, ids)
+        state, hits = jax.lax.scan(lambda s, block: jax.lax.scan(body, s, block), state, ids)
         return mpembed.read(mpembed.flush(state), ids), mpembed.freeze(state).rows, hits
 
     shape = jax.eval_shape(life, KEY)

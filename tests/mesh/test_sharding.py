@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
+from cases import named
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -43,16 +46,16 @@ def spec_of(policy="lfu", storage="int8", **options):
 
 def step(tx, state, batch):
     ids, upstream = batch
-    state, plan = mpembed.prefetch(state, ids)
-    rows = mpembed.lookup(state, plan)
-    vectors, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
-    return state, (plan.counts, vectors)
+    state, plan, rows = training.step(state, ids, tx, training.of_vectors(upstream))
+    return state, (plan.counts, mpembed.pool(rows, plan.inverse))
 
 
 @cache
 def initial(spec, *sizes, tx=SGD, axis_name=None, placement=None):
-    """A state made once for all tests: over a mesh of these sizes, or on one device. None of them donates it."""
+    """A state made once for all tests: over a mesh of these sizes, or on one device.
+
+    None of them donates it.
+    """
     mesh = mesh_of(*sizes) if sizes else None
     return mpembed.init(KEY, spec, tx, mesh=mesh, axis_name=axis_name, placement=placement)
 
@@ -115,49 +118,90 @@ def assert_same_counts(counts, expected):
             np.testing.assert_array_equal(getattr(counts, name), want, err_msg=name)
 
 
+def test_an_old_plan_reads_nan_over_a_mesh():
+    state = initial(spec_of(), 2)
+    specs, ids = mpembed.partition_specs(state), jnp.arange(64, dtype=jnp.int32).reshape(2, 32)
+
+    def late(state, ids):
+        state, old = mpembed.prefetch(state, ids[0])
+        state, plan = mpembed.prefetch(state, ids[1])
+        return mpembed.lookup(state, old), mpembed.lookup(state, plan)
+
+    run = jax.shard_map(
+        late, mesh=state.layout.mesh, in_specs=(specs, P(None, "x")), out_specs=P("x")
+    )
+    old, rows = jax.jit(run)(state, ids)
+    assert np.isnan(old).all()
+    assert np.isfinite(rows).all()
+
+
 # --- results do not depend on the number of devices
 
 
-@pytest.mark.parametrize(
-    ("policy", "storage", "shards"),
-    [
-        ("lfu", "int8", 1),
-        ("lfu", "int8", 2),
-        ("lru", "int4", 4),
-        (None, "int2", 4),
-        ("lfu", "int8", 8),
-    ],
-)
-def test_any_number_of_shards_makes_the_state_of_one_device(policy, storage, shards):
-    """Tags, priorities, sketches, packed rows, lines, counts, vectors: gradients whose sums are exact, so every bit."""
-    spec = spec_of(policy, storage)
+class Case(NamedTuple):
+    """A stack over a mesh of one axis; `policy` is None without a cache."""
+
+    policy: str | None
+    storage: str
+    shards: int
+
+
+NUMBERS = [
+    Case("lfu", "int8", 1),
+    Case("lfu", "int8", 2),
+    Case("lru", "int4", 4),
+    Case(None, "int2", 4),
+    Case("lfu", "int8", 8),
+]
+
+
+@pytest.mark.parametrize("case", named(NUMBERS, fast={"lfu-int8-2", "lru-int4-4"}))
+def test_any_number_of_shards_makes_the_state_of_one_device(case):
+    """Tags, priorities, sketches, packed rows, lines, counts and vectors.
+
+    Sums of gradients are exact, so every bit is equal.
+    """
+    spec = spec_of(case.policy, case.storage)
     expected, counts, vectors = on_one_device(spec)
-    state = initial(spec, shards)
+    state = initial(spec, case.shards)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, expected)
-    if policy is not None:
+    if case.policy is not None:
         assert counts.evictions.sum() > 20
         assert counts.bypasses.sum() + counts.hits.sum() > 20
 
 
-@pytest.mark.parametrize(
-    ("sizes", "axis_name", "batch_axes"),
-    [((2, 4), "y", None), ((2, 4), ("x", "y"), None), ((4, 2), "y", ("x",))],
-)
-def test_two_dimensional_meshes_make_the_state_of_one_device(sizes, axis_name, batch_axes):
+class TwoAxes(NamedTuple):
+    """A mesh with axes x and y of these sizes, and what they divide."""
+
+    sizes: tuple[int, int]
+    row_axes: str | tuple[str, ...]
+    batch_axes: tuple[str, ...] | None = None  # None: both
+
+
+MESHES = {
+    "rows over y": TwoAxes((2, 4), "y"),
+    "rows over both": TwoAxes((2, 4), ("x", "y")),
+    "rows over y, batches over x": TwoAxes((4, 2), "y", ("x",)),
+}
+
+
+@pytest.mark.parametrize("mesh", named(MESHES, fast=()))
+def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
     spec = spec_of("lfu")
     expected, counts, vectors = on_one_device(spec)
-    placement = mpembed.Placement(batch_axes=batch_axes)
-    state = initial(spec, *sizes, axis_name=axis_name, placement=placement)
+    placement = mpembed.Placement(batch_axes=mesh.batch_axes)
+    state = initial(spec, *mesh.sizes, axis_name=mesh.row_axes, placement=placement)
     state, (got_counts, got_vectors) = train(state, *stream())
     np.testing.assert_array_equal(got_vectors, vectors)
     assert_same_counts(got_counts, counts)
     assert_same_state(state, expected)
 
 
+@pytest.mark.slow
 def test_replicated_stacks_train_as_one_device():
     spec = spec_of("lfu")
     expected, counts, _ = on_one_device(spec)
@@ -169,7 +213,10 @@ def test_replicated_stacks_train_as_one_device():
 
 
 def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
-    """A tenth of an even share has room, and one owner gets nearly all: counted, and nothing else changes."""
+    """A tenth of an even share has room, and one owner gets nearly all.
+
+    Counted, and nothing else changes.
+    """
     spec = spec_of("lfu")
     ids, upstream = stream()
     ids = np.where(ids == mpembed.NO_ID, ids, ids // 8 * 8 % V)
@@ -184,9 +231,20 @@ def test_ids_beyond_the_room_of_the_exchange_travel_all_the_same():
     )
 
 
-@pytest.mark.parametrize(("budget", "policy"), [(60, None), (12, "lfu")])
-def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(budget, policy):
-    """Also where one device alone exceeds it; an id that several devices drop on their own counts for each of them."""
+class Budget(NamedTuple):
+    """Unique ids of a batch, and the policy of the cache; None without one."""
+
+    budget: int
+    policy: str | None
+
+
+@pytest.mark.parametrize("case", named([Budget(60, None), Budget(12, "lfu")], fast=()))
+def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(case):
+    """Also where one device alone exceeds it.
+
+    An id that several devices drop on their own counts for each of them.
+    """
+    budget, policy = case
     spec = spec_of(policy, max_unique_ids=budget)
     expected, counts, vectors = on_one_device(spec)
     state, (got_counts, got_vectors) = train(initial(spec, 4), *stream())
@@ -202,7 +260,10 @@ def test_a_budget_of_unique_ids_is_that_of_the_whole_batch(budget, policy):
 
 @pytest.mark.slow
 def test_float_sums_in_a_fixed_order_have_the_same_bits_on_any_number_of_devices():
-    """Eight summation blocks; gradients are not dyadic. Without blocks the sums differ, within rounding."""
+    """Eight summation blocks.
+
+    Gradients are not dyadic. Without blocks the sums differ, within rounding.
+    """
     spec, (ids, _) = spec_of(None, "float32"), stream()  # sums are made before any cache is asked
     upstream = np.random.default_rng(0).standard_normal((STEPS, BATCH, DIM)).astype(np.float32)
     ids = np.where(ids == mpembed.NO_ID, ids, ids % 300)  # many duplicates
@@ -219,7 +280,8 @@ def test_float_sums_in_a_fixed_order_have_the_same_bits_on_any_number_of_devices
         for s in (states[4], jax.device_put(first))
     )
     assert (rows != wanted).any()
-    # STEPS updates of a quarter of a sum of at most BATCH terms, whose magnitudes add up to less than BATCH.
+    # STEPS updates of a quarter of a sum of at most BATCH terms, whose magnitudes add up to less
+    # than BATCH.
     np.testing.assert_allclose(rows, wanted, rtol=0, atol=STEPS * 0.25 * BATCH * 2**-24 * BATCH)
 
 
@@ -258,8 +320,12 @@ def test_initial_rows_are_those_of_one_device():
         assert_same_rows(mpembed.init(KEY, spec, SGD, mesh=mesh_of(4), placement=placement), wanted)
 
 
+@pytest.mark.slow
 def test_row_state_schedules_and_skipped_rows_are_those_of_one_device():
-    """Row state in bfloat16, rounded stochastically; a step count; NaN gradients from some positions."""
+    """Row state in bfloat16, rounded stochastically, and a step count.
+
+    Some positions have NaN gradients.
+    """
     spec = dataclasses.replace(spec_of("lru"), row_state_dtype="bfloat16", skip_nonfinite=True)
     tx = mpembed.optim.rowwise_adagrad(optax.linear_schedule(0.5, 0.25, 8), 1e-3)
     ids, upstream = stream()
@@ -326,7 +392,10 @@ def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
 
 
 def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
-    """The compiled step: no copy of an array of a shard; all_to_all of ids, rows and gradients, narrow and wide."""
+    """The compiled step copies no array of a shard.
+
+    It has an all_to_all of ids, rows and gradients, narrow and wide.
+    """
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("items", 400_000)], 32, "int8", max_unique_ids=2048
     )
@@ -392,7 +461,7 @@ def test_what_cannot_be_sharded_is_refused_with_its_fix():
     spec, mesh = spec_of("lfu"), mesh_of(4)
     with pytest.raises(
         ValueError,
-        match=r'over 3 shards; .* 1, 2, 4, 8 or 16\. Replicate this stack, Placement\("replicated"\)',
+        match=r'over 3 shards; .* 1, 2, 4, 8 or 16\. Replicate .*, Placement\("replicated"\)',
     ):
         mpembed.init(KEY, spec, SGD, mesh=mesh_of(3))
     with pytest.raises(ValueError, match=r"several axes \('x', 'y'\)"):
@@ -522,6 +591,7 @@ class PairedLayout(Layout):
     is_paired = True
 
 
+@pytest.mark.slow
 def test_pairs_train_as_plain_ids_do():
     """A small stack that takes pairs: the same state."""
     spec = spec_of("lfu")
@@ -542,8 +612,12 @@ def test_pairs_train_as_plain_ids_do():
 # --- pmap
 
 
+@pytest.mark.slow
 def test_the_verbs_run_inside_pmap():
-    """Without a typed mesh a loss of one device has no pmean inside; here gradients are given, so nothing changes."""
+    """Without a typed mesh a loss of one device has no pmean inside.
+
+    Here gradients are given, so nothing changes.
+    """
     spec = spec_of("lfu")
     expected, _, vectors = on_one_device(spec)
     ids, upstream = (

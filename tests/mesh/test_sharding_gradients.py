@@ -27,7 +27,9 @@ DEVICES = 4
 
 
 def step_of(name, replace=()):
-    """The function `name` of README's snippets, without its decorators, after (old, new) replacements in its text."""
+    """The function `name` of README's snippets, without its decorators, after (old, new)
+    replacements in its text.
+    """
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     (found,) = [
         n for n in ast.parse(code).body if isinstance(n, ast.FunctionDef) and n.name == name
@@ -97,7 +99,8 @@ def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_re
         ("return jax.lax.pmean(loss, 'x')", "return loss"),
         (
             "emb = mpembed.apply",
-            "loss = jax.lax.pmean(loss, 'x'); grads = jax.tree.map(lambda g: g / 4, grads)\n    emb = mpembed.apply",
+            "loss = jax.lax.pmean(loss, 'x'); grads = jax.tree.map(lambda g: g / 4, grads)\n"
+            "    emb = mpembed.apply",
         ),
     ]
     late_dense, late = gradients(step_of("sharded_step", averaged_late), mesh)
@@ -112,8 +115,12 @@ def test_the_sharded_step_has_the_gradients_of_one_device_and_the_known_wrong_re
             np.testing.assert_allclose(wrong["item"], rows["item"], rtol=0.5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_readmes_recipe_for_pmap_has_the_gradients_of_one_device(one_device):
-    """The loss divided by the number of devices, dense gradients summed; no other change to the sharded step."""
+    """The loss divided by the number of devices, dense gradients summed.
+
+    No other change to the sharded step.
+    """
     recipe = [
         ("return jax.lax.pmean(loss, 'x')", "return loss / jax.lax.axis_size('x')"),
         (

@@ -146,3 +146,123 @@ def test_linen_modules_over_a_mesh_train_as_on_one_device():
         jax.tree.map(np.testing.assert_array_equal, mpembed.to_dense(got), mpembed.to_dense(want))
         assert len(got.table.rows.sharding.device_set) == 4
         assert mpembed.stats(got).steps == 3
+
+
+# --- rows and gradients of one step, over a mesh as on one device
+
+MESHES = {
+    "x": lambda: mesh_of(4),
+    "replicas": lambda: jax.make_mesh(
+        (2, 2), ("r", "x"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    ),
+}
+PLACEMENTS = {
+    "rows": {},
+    "replicated": {"placement": mpembed.Placement(kind="replicated")},
+    "blocks": {"placement": mpembed.Placement(summation_blocks=8)},
+    "undivided": {"placement": mpembed.Placement(batch_axes="r")},
+}
+
+
+def embed_over(mesh, **options):
+    axis_name = None if mesh is None else "x"
+    return nn.CachedEmbed(
+        500, 8, tx=TX, storage="float32", cache=None, mesh=mesh, axis_name=axis_name,
+        rngs=nnx.Rngs(0), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placement"),
+    [*((m, p) for m in MESHES for p in PLACEMENTS if p != "undivided"), ("replicas", "undivided")],
+)
+def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, placement):
+    """A row that several devices ask for has one gradient, their sum, so that clipping by any norm is right."""
+    ids = np.array([0, 0, 1, 9, 0, 0, 9, 0] * 2, np.int32)
+
+    @nnx.jit
+    def step(embed, ids):
+        embed.prefetch(ids)
+        grads = nnx.grad(lambda embed: (embed(ids) * jnp.arange(8.0)).sum())(embed)
+        norms = optax.tree.norm(grads), optax.tree.norm(grads, ord=1), optax.tree.max(grads)
+        grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+        nn.apply_gradients(embed, grads)
+        return norms
+
+    one = embed_over(None)
+    many = embed_over(MESHES[mesh](), **PLACEMENTS[placement])
+    np.testing.assert_allclose(step(many, ids), step(one, ids), rtol=1e-6)
+    np.testing.assert_allclose(
+        mpembed.to_dense(many.state)["embedding"],
+        mpembed.to_dense(one.state)["embedding"],
+        rtol=0,
+        atol=2**-23,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
+    """Microbatches take other parts of the batch than prefetch divided; ids that no device prefetched are NaN."""
+    ids = np.random.default_rng(0).integers(0, 500, (32, 3)).astype(np.int32)
+    ids[3], ids[5, 0] = mpembed.NO_ID, -1
+
+    @nnx.jit
+    def step(embed, ids):
+        embed.prefetch(ids)
+        missing = embed(jnp.full((4, 1), 499, jnp.int32).at[0].set(ids[0, 0]))
+        vectors = embed({"a": ids[::-1], "b": ids[8:16, 0]}), embed(ids)
+        parts = [nnx.grad(lambda embed, part=part: jnp.sin(embed(part)).sum())(embed)
+                 for part in (ids[:16], ids[16:])]  # fmt: skip
+        nn.apply_gradients(embed, jax.tree.map(jnp.add, *parts))
+        return vectors, missing
+
+    assert 499 not in ids
+    first, second = embed_over(None), embed_over(MESHES[mesh]())
+    (one, one_missing), (many, missing) = step(first, ids), step(second, ids)
+    jax.tree.map(np.testing.assert_array_equal, many, one)
+    np.testing.assert_array_equal(missing, one_missing)
+    np.testing.assert_array_equal(np.isnan(missing)[:, 0, 0], [False, True, True, True])
+    np.testing.assert_allclose(
+        mpembed.to_dense(second.state)["embedding"],
+        mpembed.to_dense(first.state)["embedding"],
+        rtol=0,
+        atol=2**-23,
+    )
+    second.prefetch(ids)
+    np.testing.assert_array_equal(second(ids[::-1])[-1, 0], mpembed.read(second.state, ids[0, 0]))
+    with pytest.raises(ValueError, match="the call names row 499"):
+        second(np.full(4, 499, np.int32))
+
+
+@jax.jit
+def microbatched_linen_step(state, ids, upstream):
+    """As linen_step, in two microbatches of one prefetch."""
+    state = state.prefetch({"bags": {"tags": ids["tags"]}, "words": ids["words"]})
+
+    def loss_of(params, part):
+        given = jax.tree.map(lambda leaf: leaf[part::2], ids)
+        return (state.apply_fn({"params": params}, given) * upstream[part::2]).sum()
+
+    parts = [jax.value_and_grad(loss_of)(state.params, part) for part in range(2)]
+    loss, grads = jax.tree.map(jnp.add, *parts)
+    return state.apply_gradients(grads=grads), loss
+
+
+@pytest.mark.slow
+def test_linen_microbatches_over_a_mesh_equal_the_whole_batch_on_one_device():
+    """Gradients with exact sums: the INT8 rows agree in every bit."""
+    trained = []
+    for mesh, step in ((mesh_of(4), microbatched_linen_step), (None, linen_step)):
+        model = LinenModel(mesh)
+        ids, upstream = batch(0)
+        state = TrainState.create(
+            apply_fn=model.apply, variables=model.init(jax.random.key(0), ids), tx=TX
+        )
+        state, loss = step(state, ids, upstream[:, :12])
+        held = state.collections["embedding"]
+        trained.append((loss, [mpembed.to_dense(held[m][s].state) for m, s in
+                               (("bags", "stack_0"), ("words", "table"))]))  # fmt: skip
+    (loss, many), (expected, one) = trained
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, many, one)

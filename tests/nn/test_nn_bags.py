@@ -1,12 +1,18 @@
-"""Properties of nn.CachedEmbedBags: pooling, shared tables, several widths, array and dict ids, what misuse raises."""
+"""Properties of nn.CachedEmbedBags.
 
+Pooling, shared tables, several widths, array and dict ids, and what misuse raises.
+"""
+
+import collections
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import Refused, named
 from flax import nnx
 from nn_models import BAG_IDS, IDS, ROW_TX, address, assert_same_bits, bag_specs
 
@@ -23,6 +29,16 @@ def pooled_by_hand(tables, ids, weights, combiner):
         divisor = {"sum": 1.0, "mean": w.sum(), "sqrtn": np.sqrt((w**2).sum())}[combiner]
         out.append(total / divisor if real else total)
     return np.stack(out)
+
+
+def test_other_mappings_than_dicts_are_taken():
+    model = nn.CachedEmbedBags(bag_specs(), optax.sgd(0.1), rngs=nnx.Rngs(0))
+    model.eval()
+    wanted = model(BAG_IDS)
+    for ids in (collections.defaultdict(list, BAG_IDS), types.MappingProxyType(BAG_IDS)):
+        vectors = model(ids)
+        assert type(vectors) is (dict if type(ids) is types.MappingProxyType else type(ids))
+        assert_same_bits(dict(vectors), wanted)
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
@@ -116,7 +132,7 @@ def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
     assert [s.steps for s in bags.stats()] == [3, 3]
 
 
-@pytest.mark.parametrize("num_specs", [1, 2])
+@pytest.mark.parametrize("num_specs", named([1, 2], fast={"1"}))
 def test_array_ids_give_the_vectors_of_bags_of_one(num_specs):
     tables = [TableSpec(n, 9) for n in "abc"]
     specs = [EmbeddingSpec(tables, 4, cache=None)]
@@ -171,72 +187,87 @@ def bags_of(**options):
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: bags_of(combiner="max"),
-            ValueError,
-            "combiner of feature 'seen' must be one of sum, mean",
-        ),
-        (
-            lambda: bags_of(combiner={"seen": "sum"}),
-            ValueError,
-            "combiner must name exactly the features",
-        ),
-        (lambda: bags_of(tx=[optax.sgd(0.1)] * 3), ValueError, "got 3 for 2 specs"),
-        (
-            lambda: nn.CachedEmbedBags([], optax.sgd(0.1), rngs=nnx.Rngs(0)),
-            ValueError,
-            "one EmbeddingSpec or several",
-        ),
-        (
-            lambda: nn.CachedEmbedBags(["x"], optax.sgd(0.1), rngs=nnx.Rngs(0)),
-            TypeError,
-            "one EmbeddingSpec or several",
-        ),
-        (
-            lambda: nn.CachedEmbedBags(bag_specs() * 2, optax.sgd(0.1), rngs=nnx.Rngs(0)),
-            ValueError,
-            "are in several specs",
-        ),
-        (lambda: _built_bags().prefetch({"sean": IDS}), KeyError, "unknown features.*sean"),
-        (lambda: _built_bags().prefetch(IDS), ValueError, r"array ids must be \[.., 4\]"),
-        (
-            lambda: _built_bags().prefetch(np.zeros((2, 4), np.int32)),
-            ValueError,
-            "one embedding_dim for all features",
-        ),
-        (lambda: _built_bags()({"seen": IDS}), ValueError, "without prefetch"),
-    ],
+    "case",
+    named(
+        [
+            Refused(
+                lambda: bags_of(combiner="max"),
+                "combiner of feature 'seen' must be one of sum, mean",
+            ),
+            Refused(
+                lambda: bags_of(combiner={"seen": "sum"}), "combiner must name exactly the features"
+            ),
+            Refused(lambda: bags_of(tx=[optax.sgd(0.1)] * 3), "got 3 for 2 specs"),
+            Refused(
+                lambda: nn.CachedEmbedBags([], optax.sgd(0.1), rngs=nnx.Rngs(0)),
+                "one EmbeddingSpec or several",
+            ),
+            Refused(
+                lambda: nn.CachedEmbedBags(["x"], optax.sgd(0.1), rngs=nnx.Rngs(0)),
+                "one EmbeddingSpec or several",
+                TypeError,
+            ),
+            Refused(
+                lambda: nn.CachedEmbedBags(bag_specs() * 2, optax.sgd(0.1), rngs=nnx.Rngs(0)),
+                "are in several specs",
+            ),
+            Refused(
+                lambda: _built_bags().prefetch({"sean": IDS}), "unknown features.*sean", KeyError
+            ),
+            Refused(lambda: _built_bags().prefetch(IDS), r"array ids must be \[.., 4\]"),
+            Refused(
+                lambda: _built_bags().prefetch(np.zeros((2, 4), np.int32)),
+                "one embedding_dim for all features",
+            ),
+            Refused(lambda: _built_bags()({"seen": IDS}), "without prefetch"),
+        ]
+    ),
 )
-def test_misuse_of_bags_raises_and_says_what_to_do(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+def test_misuse_of_bags_raises_and_says_what_to_do(case):
+    with pytest.raises(case.error, match=case.message):
+        case.call()
 
 
 @pytest.mark.parametrize(
-    ("ids", "weights", "error", "message"),
-    [
-        (
-            {"seen": IDS[0]},
-            None,
-            ValueError,
-            r"ids \[3\], but combiner 'sum' reduces the last axis",
-        ),
-        ({"seen": IDS}, {"seen": np.ones((2, 2))}, ValueError, r"weights must have the shape"),
-        ({"seen": IDS}, {"user": IDS}, KeyError, "weights name features.*user"),
-        ({"seen": IDS}, np.ones((16, 3)), TypeError, "weights must be a mapping like ids"),
-        ({"user": IDS}, {"user": np.ones((16, 3))}, ValueError, "its combiner is None"),
-    ],
+    "case",
+    named(
+        [
+            Refused(
+                lambda bags: bags({"seen": IDS[0]}),
+                r"ids \[3\], but combiner 'sum' reduces the last",
+            ),
+            Refused(
+                lambda bags: bags({"seen": IDS}, {"seen": np.ones((2, 2))}),
+                "weights must have the shape",
+            ),
+            Refused(
+                lambda bags: bags({"seen": IDS}, {"user": IDS}),
+                "weights name features.*user",
+                KeyError,
+            ),
+            Refused(
+                lambda bags: bags({"seen": IDS}, np.ones((16, 3))),
+                "weights must be a mapping like ids",
+                TypeError,
+            ),
+            Refused(
+                lambda bags: bags({"user": IDS}, {"user": np.ones((16, 3))}), "its combiner is None"
+            ),
+        ]
+    ),
 )
-def test_misuse_of_bags_in_a_call_raises(ids, weights, error, message):
+def test_misuse_of_bags_in_a_call_raises(case):
     bags = nnx.view(_built_bags(), deterministic=True)
-    with pytest.raises(error, match=message):
-        bags(ids, weights)
+    with pytest.raises(case.error, match=case.message):
+        case.call(bags)
 
 
+@pytest.mark.slow
 def test_pooling_follows_the_implementation_of_the_state():
-    """Kernels where they are named, in training and after eval(); bags without weights are the same sums in order."""
+    """Kernels where they are named, in training and after eval().
+
+    Bags without weights are the same sums in order.
+    """
 
     def vectors(implementation):
         specs = bag_specs(storage="float32")

@@ -1,4 +1,7 @@
-"""Random bits depend on their five coordinates alone and look random; rounding is exact, unbiased and bounded."""
+"""Random bits depend on their five coordinates alone and look random.
+
+Rounding is exact, unbiased and bounded.
+"""
 
 from itertools import pairwise
 
@@ -62,13 +65,18 @@ def test_bits_change_with_every_coordinate():
 
 
 def correlation(a, b):
-    """Correlation of two sets of words as numbers, in standard deviations of its own sampling error."""
+    """Correlation of two sets of words as numbers, in standard deviations of its own sampling
+    error.
+    """
     a, b = a.ravel() / 2.0**32 - 0.5, b.ravel() / 2.0**32 - 0.5
     return 12 * np.mean(a * b) * np.sqrt(a.size)
 
 
 def test_streams_steps_rows_and_columns_are_uncorrelated():
-    """Two uniform variables correlate by 1/sqrt(n); about 60 pairs of n = 61,440 or more, so 5 sigma."""
+    """Two uniform variables correlate by 1/sqrt(n).
+
+    About 60 pairs of n = 61,440 or more, so 5 sigma.
+    """
     by_stream = [bits(stream=s) for s in STREAMS]
     pairs = [(a, b) for i, a in enumerate(by_stream) for b in by_stream[:i]]
     pairs += pairwise([bits(step=s) for s in range(12)])
@@ -81,7 +89,10 @@ def test_streams_steps_rows_and_columns_are_uncorrelated():
 
 
 def test_every_bit_is_balanced_and_values_are_uniform():
-    """n = 65,536 words: each bit's mean within 5 sigma of 1/2; chi-square of 256 bins within 5 sigma of 255."""
+    """n = 65,536 words.
+
+    Each bit's mean within 5 sigma of 1/2. chi-square of 256 bins within 5 sigma of 255.
+    """
     words = bits().ravel()
     means = ((words[:, None] >> np.arange(32, dtype=np.uint32)) & 1).mean(0)
     assert np.abs(means - 0.5).max() < 5 * 0.5 / np.sqrt(words.size)
@@ -92,13 +103,19 @@ def test_every_bit_is_balanced_and_values_are_uniform():
 
 
 def test_row_means_scatter_as_independent_draws_do():
-    """4,096 rows of 16 draws: the variance of row means is 1/(12 * 16) within 5 sigma (relative sqrt(2/n) = 2.2 %)."""
+    """4,096 rows of 16 draws.
+
+    The variance of row means is 1/(12 * 16) within 5 sigma (relative sqrt(2/n) = 2.2 %).
+    """
     means = (bits() / 2.0**32).mean(1)
     assert abs(means.var() * 12 * 16 - 1) < 5 * np.sqrt(2 / means.size)
 
 
 def patterns(name):
-    """f32 values that matter to a format: normals, subnormals, both sides of every border, and out of range."""
+    """f32 values that matter to a format.
+
+    Normals, subnormals, both sides of every border, and out of range.
+    """
     mantissa, least, limit = row_oracle.FLOATS[name]
     rng = np.random.default_rng(0)
     exponents = np.concatenate(
@@ -126,7 +143,10 @@ def test_rounding_equals_the_oracle(name):
 
 @pytest.mark.parametrize("name", FLOATS)
 def test_values_of_the_format_never_move(name):
-    """Every finite value of the format, whatever the bits; subnormal float32 is the platform's to flush."""
+    """Every finite value of the format, whatever the bits.
+
+    Subnormal float32 is the platform's to flush.
+    """
     bits_of = np.arange(
         2 ** row_oracle.CODE_BITS[name], dtype=f"u{row_oracle.DTYPES[name].itemsize}"
     )
@@ -166,7 +186,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "part"), CASES)
 def test_rounding_is_unbiased(name, part):
-    """16 values x 65,536 draws from row_bits: each mean within 5 sigma, sigma = gap sqrt(p (1 - p) / n)."""
+    """16 values x 65,536 draws from row_bits.
+
+    Each mean within 5 sigma, sigma = gap sqrt(p (1 - p) / n).
+    """
     mantissa, least, limit = row_oracle.FLOATS[name]
     gap = 2.0 ** (least - mantissa)
     first = {
@@ -188,7 +211,11 @@ def test_rounding_is_unbiased(name, part):
 
 @pytest.mark.parametrize("mode", ["stochastic", "nearest"])
 def test_a_thousand_small_updates_of_bfloat16(mode):
-    """-1e-5 a thousand times from 1.0, 4,096 elements: 0.99 within 0.1 % with SR; nearest stays, below half a gap."""
+    """-1e-5 a thousand times from 1.0, 4,096 elements.
+
+    Stochastic rounding ends at 0.99 within 0.1 %. Nearest rounding stays, as an update is below
+    half a gap.
+    """
 
     @jax.jit
     def train(x):

@@ -1,4 +1,7 @@
-"""What numba compiles (deduplication, planning, movements of rows): the reference's bits, in place, refused without it."""
+"""What numba compiles: deduplication, planning and movements of rows.
+
+It makes the reference's bits, in place. It is refused where numba is missing.
+"""
 
 import importlib.util
 import os
@@ -6,15 +9,18 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import named
 
 pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
 import shapes
+import training
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -28,36 +34,41 @@ TX = mpembed.optim.sgd(0.1)
 @jax.jit
 def plan_batches(state, batches):
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        return mpembed.apply_gradients(
-            state, plan, mpembed.lookup(state, plan), jnp.zeros((len(plan.line), 2)), tx=TX
-        ), plan
+        return training.step(state, ids, TX, lambda rows, plan: jnp.zeros_like(rows))[:2]
 
     return jax.lax.scan(step, state, batches)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"rows": 300, "lines": 24, "ways": 4, "width": 64},
-        {"rows": 5000, "lines": 480, "ways": 32, "width": 700, "policy": "lru"},
-        {"rows": 5000, "lines": 3000, "ways": 8, "width": 700, "budget": 300},
-        {"rows": 5000, "lines": 64, "ways": 1, "width": 700, "budget": 40, "policy": "lru"},
-        {
-            "rows": 70_000,
-            "lines": 60_000,
-            "ways": 1,
-            "width": 80,
-        },  # more sets than election buckets
-        {"rows": 70_000, "lines": 60_000, "ways": 1, "width": 80, "policy": "lru"},
-        {"rows": 10, "lines": 1, "ways": 1, "width": 3, "budget": 1},
-    ],
-    ids=str,
-)
+class Planned(NamedTuple):
+    """A cache, and batches of `width` ids of `rows` rows."""
+
+    rows: int
+    lines: int
+    ways: int
+    width: int
+    policy: str = "lfu"
+    budget: int | None = None  # of unique ids
+
+
+PLANS = {
+    "small": Planned(300, 24, 4, 64),
+    "lru": Planned(5000, 480, 32, 700, "lru"),
+    "budget": Planned(5000, 3000, 8, 700, budget=300),
+    "one way": Planned(5000, 64, 1, 700, "lru", budget=40),
+    "more sets than election buckets": Planned(70_000, 60_000, 1, 80),
+    "more sets than election buckets, lru": Planned(70_000, 60_000, 1, 80, "lru"),
+    "one line": Planned(10, 1, 1, 3, budget=1),
+}
+
+
+@pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget"}))
 def test_plans_and_states_equal_the_references(case):
-    """Skewed ids with drift, uniform ones, padding and ids out of range; LFU's counts are halved on the way."""
+    """Skewed ids with drift, uniform ones, padding and ids out of range.
+
+    LFU's counts are halved on the way.
+    """
     rng = np.random.default_rng(0)
-    rows, width = case["rows"], case["width"]
+    rows, width = case.rows, case.width
     batches = shapes.skewed_ids(1, 24, width, rows, exponent=1.05, drift=rows // 50).astype(
         np.int32
     )
@@ -68,8 +79,8 @@ def test_plans_and_states_equal_the_references(case):
     for implementation in ("xla", "numba"):
         spec = mpembed.EmbeddingSpec(
             [mpembed.TableSpec("a", rows)], 2, "int8",
-            mpembed.CacheSpec(num_rows=case["lines"], ways=case["ways"], policy=case.get("policy", "lfu")),
-            max_unique_ids=case.get("budget"),
+            mpembed.CacheSpec(num_rows=case.lines, ways=case.ways, policy=case.policy),
+            max_unique_ids=case.budget,
         )  # fmt: skip
         state = mpembed.init(jax.random.key(0), spec, TX, implementation=implementation)
         state, plans = plan_batches(state, batches)
@@ -110,11 +121,20 @@ def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
         ops.choose("numba")
 
 
+class Size(NamedTuple):
+    """A number of indices, and the array [rows, dim] that they point into."""
+
+    num: int
+    rows: int
+    dim: int
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
-    ("num", "rows", "dim"), [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 40, 1)]
+    "size", named([Size(700, 900, 16), Size(1, 3, 5), Size(0, 4, 2), Size(40, 40, 1)])
 )
-def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim):
+def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, size):
+    num, rows, dim = size
     rng = np.random.default_rng(num)
     array, values = (rng.integers(0, 1 << 20, (n, dim)).astype(dtype) for n in (rows, num))
     index = rng.permutation(rows)[:num].astype(np.int32)
@@ -128,11 +148,18 @@ def test_put_equals_a_scatter_and_drops_what_lies_outside(dtype, num, rows, dim)
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint32])
 @pytest.mark.parametrize(
-    ("num", "rows", "dim"),
-    [(700, 900, 16), (1, 3, 5), (0, 4, 2), (40, 1, 1), (53_000, 900, 64), (50_000, 300, 65)],
-)
-def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
-    """The last two are past 12 MiB: the first of them is written past the caches, the other is not aligned for it."""
+    "size",
+    named([
+        Size(700, 900, 16), Size(1, 3, 5), Size(0, 4, 2), Size(40, 1, 1), Size(53_000, 900, 64),
+        Size(50_000, 300, 65),
+    ]),
+)  # fmt: skip
+def test_take_equals_a_gather_with_zeros_outside(dtype, size):
+    """The last two are past 12 MiB.
+
+    The first of them is written past the caches, the other is not aligned for it.
+    """
+    num, rows, dim = size
     rng = np.random.default_rng(num)
     array = rng.integers(1, 1 << 20, (rows, dim)).astype(dtype)
     index = rng.integers(0, rows, num).astype(np.int32)
@@ -146,7 +173,10 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, num, rows, dim):
 
 @pytest.mark.parametrize("combiner", [None, "mean"])
 def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(combiner):
-    """First and second derivative, a batch of index arrays, one of rows; an index outside takes the nearest row."""
+    """First and second derivative, a batch of index arrays, one of rows.
+
+    An index outside takes the nearest row.
+    """
     rng = np.random.default_rng(3)
     rows = jnp.asarray(rng.normal(size=(40, 8)), jnp.float32)
     index = jnp.asarray(rng.integers(-2, 42, (3, 5, 4)), jnp.int32)
@@ -181,7 +211,9 @@ def test_pooling_by_foreign_calls_equals_xlas_with_its_derivatives_and_batches(c
     )
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+@pytest.mark.parametrize(
+    "dtype", named(["int8", "uint8", "int16", "uint16", "uint32"], fast={"int8", "uint32"})
+)
 def test_indices_of_other_dtypes_are_pooled_right(dtype):
     """The foreign call reads int32: others go to XLA."""
     rows = jnp.arange(80, dtype=jnp.float32).reshape(40, 2)
@@ -253,6 +285,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="needs Linux: a process on one core"
 )
@@ -269,3 +302,23 @@ def test_both_halves_are_done_where_xla_has_no_thread_to_spare():
         timeout=120,
     )
     assert done.stdout.endswith("done\n"), done.stderr[-2000:]
+
+
+def test_find_equals_the_reference_alone_and_under_vmap():
+    """Known ids in any order before padding; ids that are known or not, padding, none at all."""
+    rng = np.random.default_rng(0)
+    for num_known, width, num_ids in ((40, 64, 300), (0, 1, 5), (64, 64, 0), (7, 8, 8)):
+        known = np.full(width, mpembed.NO_ID, np.int32)
+        known[:num_known] = rng.permutation(100)[:num_known]
+        ids = rng.choice([*range(-3, 103), mpembed.NO_ID], num_ids).astype(np.int32)
+        index, is_known = jax.jit(partial(ops.find, implementation="numba"))(known, ids)
+        np.testing.assert_array_equal(is_known, np.isin(ids, known[:num_known]))
+        np.testing.assert_array_equal(known[index][np.asarray(is_known)], ids[np.asarray(is_known)])
+        assert (np.asarray(index)[~np.asarray(is_known)] == width - 1).all()
+        for wanted, got in zip(jax.jit(ops.find)(known, ids), (index, is_known), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+        batched = jax.vmap(partial(ops.find, implementation="numba"), (None, 0))(
+            known, ids.reshape(-1, 1)
+        )
+        for wanted, got in zip((index, is_known), batched, strict=True):
+            np.testing.assert_array_equal(got[:, 0], wanted)

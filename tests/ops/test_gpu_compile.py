@@ -1,15 +1,19 @@
-"""Ahead-of-time compilation for GPUs this machine does not have: no copy of the table, bounded temporaries, real kernels.
+"""Ahead-of-time compilation for GPUs this machine does not have.
+
+There is no copy of the table, temporaries are bounded, and kernels are real.
 
 Needs XLA's GPU compiler: pip install -e .[aot]. Runs under JAX_PLATFORMS=cpu like every other test.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 import shapes
+from cases import named
 
 import mpembed_jax as mpembed
 from experiments.gpu import checks, compile_gpu, targets
@@ -23,35 +27,46 @@ pytestmark = [
 ]
 BATCH, DIM = (65536, 26), 16
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
-CASES = [("h200", "xla", False), ("t4", "xla", False)]
-CASES += [
-    (target, "pallas_triton", is_pooled)
+
+
+class Program(NamedTuple):
+    """A verb compiled for a GPU; of a step, whether it takes the gradients of bags."""
+
+    target: str
+    implementation: str
+    verb: str = "step"
+    is_pooled: bool = False
+
+
+STEPS = [Program("h200", "xla"), Program("t4", "xla")]
+STEPS += [
+    Program(target, "pallas_triton", is_pooled=is_pooled)
     for target in ("h200", "a100", "l4")
     for is_pooled in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("target", "implementation", "is_pooled"), CASES)
-def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(
-    target, implementation, is_pooled
-):
-    """33.76 M rows. The vectors of all positions are 109 MB; everything temporary together is at most six times that.
+@pytest.mark.parametrize("case", named(STEPS))
+def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(case):
+    """33.76 M rows, and 109 MB for the vectors of all positions.
 
-    Where gradients are applied as they are summed, there is one array of that size less: at most 2.5 times.
+    Everything temporary together is at most six times that. Where gradients are applied as they are
+    summed, there is one array of that size less: at most 2.5 times.
     """
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("ids", 33_762_577)], DIM, "int8")
     step, arguments = compile_gpu.step_and_arguments(
-        spec, implementation, BATCH, ADAGRAD, is_pooled=is_pooled
+        spec, case.implementation, BATCH, ADAGRAD, is_pooled=case.is_pooled
     )
     found = compile_gpu.figures(
-        compile_gpu.compile_for(target, step, *arguments, donate_argnums=0), arguments[0]
+        compile_gpu.compile_for(case.target, step, *arguments, donate_argnums=0), arguments[0]
     )
     assert found["state_sized_copies"] == 0
-    assert found["temporary_bytes"] < (2.5 if is_pooled else 6) * 4 * DIM * BATCH[0] * BATCH[1]
+    assert found["temporary_bytes"] < (2.5 if case.is_pooled else 6) * 4 * DIM * BATCH[0] * BATCH[1]
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0]))
     assert found["aliased_bytes"] >= state_bytes - 1  # the flag `pending` leaves as a constant
     # swap, lookup, update, and one for the sums of duplicates if they are not the update's
-    assert found["kernels"] == {"xla": 0, "pallas_triton": 3 if is_pooled else 4}[implementation]
+    kernels = {"xla": 0, "pallas_triton": 3 if case.is_pooled else 4}
+    assert found["kernels"] == kernels[case.implementation]
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
@@ -65,25 +80,29 @@ def test_a_copy_of_the_state_would_be_seen(implementation):
     assert found["state_sized_copies"] >= 2 and found["aliased_bytes"] == 0
 
 
-HOST_CASES = [("h200", verb, "xla") for verb in ("step", "read", "flush", "init")]
-HOST_CASES += [("a100", "step", "xla"), ("t4", "step", "xla"), ("h200", "step", "pallas_triton")]
+HOST_PROGRAMS = [Program("h200", "xla", verb) for verb in ("step", "read", "flush", "init")]
+HOST_PROGRAMS += [Program("a100", "xla"), Program("t4", "xla"), Program("h200", "pallas_triton")]
 
 
-@pytest.mark.parametrize(("target", "verb", "implementation"), HOST_CASES)
-def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(target, verb, implementation):
-    """33.76 M rows, 608 MB: in the program's host memory from beginning to end, aliased, never on the device, never copied.
+@pytest.mark.parametrize("case", named(HOST_PROGRAMS))
+def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(case):
+    """33.76 M rows, 608 MB, in the program's host memory from beginning to end.
 
-    Through host memory go chunks of packed rows alone: at most 16,384 rows of 18 bytes, of three verbs' loops. No part of
-    the program is handed to the host's processor, although XLA warns that it might be.
+    The table is aliased, never on the device and never copied. Through host memory go chunks of
+    packed rows alone: at most 16,384 rows of 18 bytes, of three verbs' loops. No part of the
+    program is handed to the host's processor, although XLA warns that it might be.
     """
     tx = mpembed.optim.rowwise_adagrad(0.05)
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("ids", 33_762_577)], DIM, "int8", memory_kind="pinned_host"
     )
-    function, arguments, donated = compile_gpu.host_verbs(spec, BATCH, tx, implementation)[verb]
-    state = compile_gpu.abstract_state(spec, implementation, tx)
+    verb = case.verb
+    function, arguments, donated = compile_gpu.host_verbs(spec, BATCH, tx, case.implementation)[
+        verb
+    ]
+    state = compile_gpu.abstract_state(spec, case.implementation, tx)
     assert compile_gpu.is_on_host(state.table.rows)
-    compiled = compile_gpu.compile_for(target, function, *arguments, donate_argnums=donated)
+    compiled = compile_gpu.compile_for(case.target, function, *arguments, donate_argnums=donated)
     found, table_bytes = compile_gpu.figures(compiled, state), 18 * 33_762_577
     assert found["state_sized_copies"] == 0
     assert found["host_argument_bytes"] == (0 if verb == "init" else table_bytes)
@@ -96,7 +115,10 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(target, ve
 
 
 def test_wide_optimizer_state_is_made_in_host_memory():
-    """Momentum of 16 floats for each of 10 M rows, and a float32 table: no array of their size on the device."""
+    """Momentum of 16 floats for each of 10 M rows, and a float32 table.
+
+    No array of their size on the device.
+    """
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("ids", 10_000_000)], DIM, "float32", None, memory_kind="pinned_host"
     )
@@ -129,7 +151,10 @@ def test_kernels_of_other_formats_compile_to_machine_code(storage, dim):
 
 @pytest.mark.parametrize(("storage", "dim"), [("int8", 16), ("float32", 64)])
 def test_what_the_benchmark_compares_compiles_with_the_table_in_host_memory(storage, dim):
-    """Twelve steps in one scan, the table in host memory, momentum too: nothing of their size on the device."""
+    """Twelve steps in one scan, the table in host memory, momentum too.
+
+    Nothing of their size on the device.
+    """
     tx = optax.sgd(0.25, momentum=0.5) if storage == "float32" else mpembed.optim.sgd(0.25)
     small = checks.Small(storage, dim, "xla", tx, "pinned_host")
     cache = mpembed.CacheSpec(num_rows=128, ways=8)

@@ -1,11 +1,12 @@
-"""The GPU kernels, interpreted: the same bits as the reference for every format, at odd dims and edges of a plan.
+"""The GPU kernels, interpreted, make the same bits as the reference.
 
-Interpreting shows values; that they compile for a GPU is shown by test_gpu_lowering and test_gpu_compile, that they run
-fast by experiments/gpu/bench_gpu.py.
+For every format, at odd dims and edges of a plan. Interpreting shows values. test_gpu_lowering and
+test_gpu_compile show that they compile for a GPU, experiments/gpu/bench_gpu.py that they run fast.
 """
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 import shapes
+import training
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops, optim
@@ -29,34 +32,50 @@ STEP = jnp.int32(5)
 DRAW = Draw(KEY, STEP)
 KERNEL, REFERENCE = "pallas_interpret", "xla"
 
+
+class Rows(NamedTuple):
+    """Rows of a dim in a format."""
+
+    format: RowFormat
+    dim: int
+
+    @property
+    def name(self):
+        scale = f"-{self.format.scale_dtype}" if self.format.scale_dtype else ""
+        return f"{self.format.name}{scale}-{self.dim}"
+
+
 DIMS = (1, 7, 16, 64, 100, 128)
-CASES = [(RowFormat(name), dim) for name in shapes.FORMATS for dim in DIMS]
+EVERY = [Rows(RowFormat(name), dim) for name in shapes.FORMATS for dim in DIMS]
+# Every format and every dim once.
+SOME = [Rows(RowFormat(name), DIMS[i % len(DIMS)]) for i, name in enumerate(shapes.FORMATS)]
 # Other kinds of scale, symmetric or not, nearest rounding.
 OPTIONS = [
-    (RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
-    (RowFormat("float8_e5m2", scale_dtype="float16"), 16),
-    (RowFormat("int8", scale_dtype="float32"), 7),
-    (RowFormat("int8", rounding="nearest"), 128),
-    (RowFormat("int4", scale_dtype="float16"), 100),
-    (RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
+    Rows(RowFormat("float8_e4m3fn", scale_dtype="float32"), 64),
+    Rows(RowFormat("float8_e5m2", scale_dtype="float16"), 16),
+    Rows(RowFormat("int8", scale_dtype="float32"), 7),
+    Rows(RowFormat("int8", rounding="nearest"), 128),
+    Rows(RowFormat("int4", scale_dtype="float16"), 100),
+    Rows(RowFormat("int2", symmetric=True, scale_dtype="float32"), 7),
 ]
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # programs that run once
-
-
-def name_of(case):
-    fmt, dim = case
-    return f"{fmt.name}-{fmt.scale_dtype}-{dim}"
 
 
 def same(one, other):
     """Equal bit for bit: NaN equals NaN of the same bits, -0 is not 0."""
     one, other = jax.device_get((one, other))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.ascontiguousarray(a).view(np.uint8), b.view(np.uint8)),
-                 jax.tree.map(np.ascontiguousarray, one), jax.tree.map(np.ascontiguousarray, other))  # fmt: skip
+
+    def as_bytes(array):
+        return np.ascontiguousarray(array).view(np.uint8)
+
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(as_bytes(a), as_bytes(b)), one, other)
 
 
 def stage(fmt, dim, seed=0):
-    """A table and cache with awkward rows, and a plan: 11 hits, then newcomers, then bypassed rows, padding."""
+    """A table and cache with awkward rows, and a plan.
+
+    11 hits, then newcomers, then bypassed rows, padding.
+    """
     rng = np.random.default_rng(seed)
     fmt = fmt.resolve(dim)
     with np.errstate(over="ignore"):
@@ -87,7 +106,7 @@ def uncached(ids, line, num_ids):
     )
 
 
-@partial(jax.jit, static_argnames="implementation")
+@partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
 def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     """Swap, then lookup, then a write of other rows: all row movements of a step."""
     moves = Moves(ids, line, victims, *bounds)
@@ -95,15 +114,16 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
         Store(table, lines, dirty), moves, DRAW, implementation=implementation
     )
     rows = ops.lookup(store, moves, implementation=implementation)
-    stored = ops.write(
-        store, moves, rows[::-1] * jnp.float32(1.5), DRAW, implementation=implementation
-    )
+    new_rows = jnp.where(ids[:, None] % 3 == 0, rows, rows[::-1] * jnp.float32(1.5))
+    stored = ops.write(store, moves, rows, new_rows, DRAW, implementation=implementation)
     return store, num_written, rows, stored
 
 
-@pytest.mark.parametrize("case", OPTIONS, ids=name_of)
+@pytest.mark.parametrize("case", named(OPTIONS, fast={"int8-128", "int4-float16-100"}))
 def test_swap_lookup_and_write_make_the_same_bits(case):
-    """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean victims."""
+    """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean
+    victims.
+    """
     staged = stage(*case)
     bounds = jnp.asarray([11, 57, 66], jnp.int32)
     wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
@@ -126,7 +146,10 @@ def resident(lines):
 
 
 def spread(rng, row_grads, num):
-    """Gradients and positions whose sums are row_grads: an odd number for each row, all but one cancelling in pairs."""
+    """Gradients and positions whose sums are row_grads.
+
+    Each row has an odd number of them, of which all but one cancel in pairs.
+    """
     index, grads = [], []
     for row, wanted in enumerate(row_grads[:num]):
         pairs = (
@@ -143,15 +166,17 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", named(EVERY, fast=[case.name for case in SOME[1::2]]))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
-    """Read through the tags, swap, lookup, then an update from row gradients +-2^-k and one from positions' that sum to it.
+    """Read through the tags, swap, lookup, and two updates.
 
-    One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way round. The mean of squares
-    is 4^-k and its root 2^-k, exactly: Adagrad's step is +-lr and rounds once, in the sum; the sums are known in advance.
+    One update is from row gradients +-2^-k, the other from gradients of positions that sum to them.
+    One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way
+    round. The mean of squares is 4^-k and its root 2^-k, exactly. Adagrad's step is +-lr and rounds
+    once, in the sum. The sums are known in advance.
     """
     table, lines, dirty, ids, line, victims = stage(*case)
-    rng, dim = np.random.default_rng(4), case[1]
+    rng, dim = np.random.default_rng(4), case.dim
     signs = rng.choice(np.float32([-1, 1]), (WIDTH, dim))
     magnitude = np.exp2(rng.integers(-6, 1, (WIDTH, 1))).astype(np.float32)
     queries = jnp.asarray([*range(-2, V + 2), -(2**31), NO_ID], jnp.int32)
@@ -171,11 +196,11 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
         rules = optim.RowRule(0.25, True), optim.RowRule(0.25, False)
         given, other = rules if DIMS.index(dim) % 2 else rules[::-1]
         accumulators = {rule: jnp.zeros(V) if rule.has_sums else None for rule in rules}
-        updated = ops.update(
+        *updated, is_stored = ops.update(
             store, accumulators[given], moves, rows, signs * magnitude, rule=given, **options
         )
         positions = Positions(grads, index, None, None)
-        *summed, is_updated = ops.update_summed(
+        *summed, is_updated, is_stored_too = ops.update_summed(
             store,
             accumulators[other],
             moves,
@@ -186,22 +211,26 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
             **options,
         )
         if implementation == KERNEL:
-            return (read, dirty, num, lines, rows, is_updated), (updated, tuple(summed)), None
+            return (
+                (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too),
+                (updated, summed),
+                None,
+            )
         new = {
             True: rows - jnp.float32(0.25) * signs,
             False: rows - jnp.float32(0.25) * (signs * magnitude),
         }
         sums = jnp.zeros(V).at[ids].set(jnp.square(magnitude[:, 0]), mode="drop")
         formulas = [
-            (
-                ops.write(store, moves, new[rule.has_sums], **options),
+            [
+                ops.write(store, moves, rows, new[rule.has_sums], **options)[0],
                 sums if rule.has_sums else None,
-            )
+            ]
             for rule in (given, other)
         ]
         return (
-            (read, dirty, num, lines, rows, is_updated),
-            (updated, tuple(summed)),
+            (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too),
+            (updated, summed),
             tuple(formulas),
         )
 
@@ -233,23 +262,33 @@ def test_empty_parts_of_a_plan(bounds):
 def test_without_a_cache():
     table, _, _, ids, line, _ = stage(RowFormat("int4"), 7)
 
-    @partial(jax.jit, static_argnames="implementation")
+    @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
     def move(implementation):
         store, moves = Store(table, None, None), uncached(ids, line, 66)
         rows = ops.lookup(store, moves, implementation=implementation)
-        return rows, ops.write(
-            store, moves, rows + jnp.float32(1), DRAW, implementation=implementation
-        )
+        new_rows = rows + jnp.float32(1)
+        return rows, ops.write(store, moves, rows, new_rows, DRAW, implementation=implementation)
 
     same(move(implementation=KERNEL), move(implementation=REFERENCE))
 
 
+class Cached(NamedTuple):
+    """Rows in a cache with so many ways."""
+
+    storage: str
+    dim: int
+    ways: int
+
+
 @pytest.mark.parametrize(
-    ("storage", "dim", "ways"), [("int8", 16, 8), ("int4", 7, 5), ("float32", 100, 64)]
+    "case",
+    named(
+        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)], fast={"int4-7-5"}
+    ),
 )
-def test_read_matches_the_ways_of_a_set(storage, dim, ways):
+def test_read_matches_the_ways_of_a_set(case):
     """Ids below zero, past the table and NO_ID among them; ways that are no power of two."""
-    spec = shapes.stack(300, dim, storage=storage, lines=128, ways=ways)
+    spec = shapes.stack(300, case.dim, storage=case.storage, lines=128, ways=case.ways)
     state = mpembed.init(jax.random.key(0), spec, optax.sgd(0.1))
     state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 4, dtype=jnp.int32))
     state, _ = jax.jit(mpembed.prefetch)(state, jnp.arange(0, 300, 3, dtype=jnp.int32))
@@ -267,54 +306,50 @@ def test_read_matches_the_ways_of_a_set(storage, dim, ways):
 # --- row update
 
 
-def update_both(tx, spec, ids, grads, *, row_scale=1.0):
-    """The state after one update, by the XLA path and by the kernel, from the same planned state."""
+def update_both(tx, spec, ids, grads):
+    """The state after one update, by the XLA path and by the kernel.
+
+    Both start from the same planned state.
+    """
     results = []
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(1), spec, tx, implementation=implementation)
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=FAST_COMPILE)
         def step(state):
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan) * jnp.float32(row_scale)
-            row_grads = jnp.zeros_like(rows).at[plan.inverse].add(grads)
-            return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), rows
+            state, _, rows = training.step(state, ids, tx, training.of_positions(grads))
+            return state, rows
 
         results.append(jax.device_get(step(state)))
     return results
 
 
-# Every format and every dim once, the row state in each dtype.
-UPDATES = [
-    (name, DIMS[i % len(DIMS)], ("float32", "bfloat16")[i % 2])
-    for i, name in enumerate(shapes.FORMATS)
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("storage", "dim", "row_state_dtype"), UPDATES)
-def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(
-    storage, dim, row_state_dtype
-):
-    """Adagrad with gradients of one magnitude 2^-k per row: the mean of squares is 4^-k, its root 2^-k, and -lr g / root
-    is +-lr, all exact; with bypassed rows, padding and a cache."""
+@pytest.mark.parametrize("case", named(SOME))
+def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
+    """Adagrad with gradients of one magnitude 2^-k per row.
+
+    The mean of squares is 4^-k, its root 2^-k, and -lr g / root is +-lr, all exact. There are
+    bypassed rows, padding and a cache.
+    """
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 150)],
-        dim,
-        storage,
+        case.dim,
+        case.format,
         mpembed.CacheSpec(num_rows=24, ways=4),
-        row_state_dtype=row_state_dtype,
+        row_state_dtype=("float32", "bfloat16")[SOME.index(case) % 2],
     )
     ids = np.concatenate([rng.permutation(150)[:60], [NO_ID] * 5]).astype(np.int32)
-    signs = rng.choice(np.float32([-1, 1]), (65, dim))
+    signs = rng.choice(np.float32([-1, 1]), (65, case.dim))
     grads = signs * np.exp2(rng.integers(-6, 1, (65, 1))).astype(np.float32)
     (one, _), (other, _) = update_both(tx, spec, ids, grads)
     same(jax.tree.leaves(other), jax.tree.leaves(one))
     assert one.row_state != () and np.asarray(jax.tree.leaves(one.row_state)[0]).any()
 
 
+@pytest.mark.slow
 def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     spec = shapes.stack(150, 9, storage="bfloat16", lines=24)
     ids = np.random.default_rng(1).permutation(150)[:50].astype(np.int32)
@@ -322,10 +357,13 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
-    """G is D + 1 roundings off at most, its root half of that, then come a sum, a quotient and a product; the sum with w
-    rounds once in each program: |difference| <= 2^-23 (|w| + |u| (D / 2 + 5))."""
+    """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
+
+    G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
+    product. The sum with w rounds once in each program.
+    """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
     spec = shapes.stack(150, dim, storage="float32", lines=24)
@@ -360,7 +398,7 @@ def test_skipped_and_refused_updates_change_nothing():
     (one, _), (other, _) = update_both(tx, spec, ids, grads)
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
     def twice(state):
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
@@ -382,9 +420,12 @@ def test_an_optimizer_of_another_state_is_refused():
         mpembed.apply_gradients(state, plan, rows, rows, tx=optim.rowwise_adagrad(0.1))
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
-    """SGD: n products and n - 1 sums, then a product and a sum: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order."""
+    """By SGD: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order.
+
+    There are n products and n - 1 sums, then a product and a sum.
+    """
     rng = np.random.default_rng(dim)
     fmt = RowFormat("float32").resolve(dim)
     num, width, lr = 400, 21, 0.1
@@ -404,7 +445,7 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     )
     grads = rng.standard_normal((9, dim)).astype(np.float32)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
     def update(table, rows):
         return ops.update_summed(
             Store(table, None, None),
@@ -418,7 +459,7 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
             implementation=KERNEL,
         )
 
-    new, _, is_updated = update(table, rows)
+    new, _, is_updated, _ = update(table, rows)
     terms = factors[:, None].astype(np.float64) * grads[source]
     total, size = np.zeros((2, width, dim))
     np.add.at(total, index, terms)
@@ -432,7 +473,10 @@ def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
 
 
 def test_skipped_rows_and_infinite_factors_are_the_reference_s():
-    """D = 6 is padded to 8 in a kernel: zero times an infinite factor must not reach the mean of squares."""
+    """D = 6 is padded to 8 in a kernel.
+
+    Zero times an infinite factor must not reach the mean of squares.
+    """
     dim, width = 6, 9
     fmt = RowFormat("float32").resolve(dim)
     table = QuantizedTable(encode(jnp.asarray(shapes.dyadic(0, (20, dim))), fmt), fmt, dim)
@@ -449,7 +493,11 @@ def test_skipped_rows_and_infinite_factors_are_the_reference_s():
     )
     factors = jnp.ones(8).at[5].set(jnp.inf)
 
-    @partial(jax.jit, static_argnames=("implementation", "skip_nonfinite"))
+    @partial(
+        jax.jit,
+        static_argnames=("implementation", "skip_nonfinite"),
+        compiler_options=FAST_COMPILE,
+    )
     def update(table, implementation, skip_nonfinite):
         store, moves = Store(table, None, None), uncached(ids, line, 8)
         rows = ops.lookup(store, moves, implementation=REFERENCE)
@@ -467,7 +515,7 @@ def test_skipped_rows_and_infinite_factors_are_the_reference_s():
 
     for skip_nonfinite in (True, False):
         wanted, got = (update(table, name, skip_nonfinite) for name in (REFERENCE, KERNEL))
-        assert np.asarray(got[2]).tolist() == np.asarray(wanted[2]).tolist()
+        same(got[2:], wanted[2:])
         assert int(got[2].sum()) == (5 if skip_nonfinite else 8)
         for one, other in ((wanted[0].table.rows, got[0].table.rows), (wanted[1], got[1])):
             one, other = (np.asarray(x).view(np.float32) for x in (one, other))
@@ -488,7 +536,15 @@ INDICES = {
 }
 
 
-@partial(jax.jit, static_argnames=("size", "implementation"))
+class Sums(NamedTuple):
+    """So many positions of so many rows."""
+
+    num: int
+    size: int
+    dim: int
+
+
+@partial(jax.jit, static_argnames=("size", "implementation"), compiler_options=FAST_COMPILE)
 def summed(values, index, size, implementation):
     if implementation == "sorted":
         return ops.xla.sums.add_sorted(
@@ -499,10 +555,15 @@ def summed(values, index, size, implementation):
 
 @pytest.mark.parametrize("implementation", [KERNEL, "sorted"])
 @pytest.mark.parametrize(
-    ("num", "size", "dim"), [(96, 97, 7), (300, 40, 16), (1, 3, 4), (64, 3, 1), (150, 30, 100)]
+    "case",
+    named([Sums(96, 97, 7), Sums(300, 40, 16), Sums(1, 3, 4), Sums(64, 3, 1), Sums(150, 30, 100)]),
 )
-def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
-    """Rows of up to 32 positions, which are summed side by side, and longer ones; dyadic, so sums are exact."""
+def test_sums_of_duplicates_equal_a_loop(case, implementation):
+    """Rows of up to 32 positions, which are summed side by side, and longer ones.
+
+    Dyadic, so sums are exact.
+    """
+    num, size, dim = case
     for kind, draw in INDICES.items():
         index = draw(np.random.default_rng(num), num, size).astype(np.int32)
         values = shapes.dyadic(num, (num, dim))
@@ -514,13 +575,19 @@ def test_sums_of_duplicates_equal_a_loop(num, size, dim, implementation):
         )
 
 
-@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
 def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
-    """n products and n - 1 sums, each rounded once: |error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|; dyadic: none."""
+    """|error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|.
+
+    There are n products and n - 1 sums, each rounded once. Dyadic numbers have no error.
+    """
     rng = np.random.default_rng(dim)
     index = rng.integers(0, 12, (37, 5)).astype(np.int32)
-    gather = jax.jit(partial(ops.bag, implementation=KERNEL))
-    spread = jax.jit(lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f))
+    gather = jax.jit(partial(ops.bag, implementation=KERNEL), compiler_options=FAST_COMPILE)
+    spread = jax.jit(
+        lambda v, i, f: ops.sum_duplicates(v, i, 13, implementation=KERNEL, factors=f),
+        compiler_options=FAST_COMPILE,
+    )
     for is_dyadic in (True, False):
         draw = (
             partial(shapes.dyadic, dim)
@@ -551,7 +618,7 @@ def close(got, wanted, size, num_terms):
     assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
-@pytest.mark.parametrize("combiner", [None, "sum", "mean", "sqrtn"])
+@pytest.mark.parametrize("combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}))
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)
@@ -566,7 +633,7 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
         else jax.tree.map(lambda i: jnp.asarray(shapes.dyadic(2, i.shape)), index)
     )
 
-    @partial(jax.jit, static_argnames="implementation")
+    @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
     def value_and_grads(rows, weights, implementation):
         def loss(rows, weights):
             out = mpembed.pool(rows, index, weights, combiner, implementation=implementation)
@@ -590,6 +657,7 @@ def test_pooling_and_its_gradients_by_kernels(combiner):
 # --- whole steps
 
 
+@pytest.mark.slow
 def test_training_with_kernels_makes_the_state_of_the_reference():
     """20 batches, evictions, bypasses and ragged bags: every array of the state, bit for bit."""
     tx = optim.sgd(0.25)
@@ -597,30 +665,22 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
     batches = shapes.skewed_ids(5, 20, 40, 150, drift=5, ragged=True).reshape(20, 10, 4)
     grads = shapes.dyadic(5, (20, 10, 6))
 
-    @partial(jax.jit, donate_argnames="state")
+    @partial(jax.jit, donate_argnames="state", compiler_options=FAST_COMPILE)
     def train(state, batches, grads):
         def step(state, batch):
             ids, upstream = batch
-            state, plan = mpembed.prefetch(state, ids)
-            rows = mpembed.lookup(state, plan)
-            pool = partial(
-                mpembed.pool,
-                inverse=plan.inverse,
-                combiner="sum",
-                implementation=state.implementation,
+            gradient = training.of_vectors(
+                upstream, combiner="sum", implementation=state.implementation
             )
-            bags, pull_back = jax.vjp(pool, rows)
-            return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), (
-                bags,
-                plan.counts,
-            )
+            state, plan, _ = training.step(state, ids, tx, gradient)
+            return state, plan.counts
 
         return jax.lax.scan(step, state, (batches, grads))
 
     results = []
     for implementation in (REFERENCE, KERNEL):
         state = mpembed.init(jax.random.key(2), spec, tx, implementation=implementation)
-        state, (_, counts) = train(state, batches, grads)
+        state, counts = train(state, batches, grads)
         results.append((jax.tree.leaves(jax.jit(mpembed.flush)(state)), counts))
     same(results[1], results[0])
     assert int(results[0][1].write_backs.sum()) > 20

@@ -145,7 +145,9 @@ def test_two_threads_register_a_target_at_once():
 
 @pytest.mark.slow
 def test_new_process_loads_code_and_programs(tmp_path):
-    """Two processes that start at once, and a third one that finds their files and compiles nothing."""
+    """Two processes that start at once, and a third one that finds their files and compiles
+    nothing.
+    """
     env = os.environ | {
         "MPEMBED_JAX_CACHE_DIR": str(tmp_path / "code"),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),

@@ -1,11 +1,15 @@
-"""Which optimizers may be applied to a part of a batch's rows at a time, and that this gives the bits of the whole."""
+"""Which optimizers may be applied to a part of a batch's rows at a time.
+
+Applied so, they make the bits of the whole.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import OPTAX_ADAM
+import training
+from cases import named
 
 import mpembed_jax as mpembed
 from mpembed_jax.optim import row_locality
@@ -45,27 +49,22 @@ MIXING = {
 }
 
 
-def cases(transformations):
-    adam = {"adamw", "lamb"}
-    return [
-        pytest.param(tx, id=name, marks=OPTAX_ADAM if name in adam else ())
-        for name, tx in transformations.items()
-    ]
-
-
-@pytest.mark.parametrize("tx", cases(LOCAL))
+@pytest.mark.parametrize("tx", named(LOCAL, marks={"adamw": training.OPTAX_ADAM}))
 def test_optimizers_that_treat_each_row_by_itself_are_recognized(tx):
     assert row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("tx", cases(MIXING))
+@pytest.mark.parametrize("tx", named(MIXING, marks={"lamb": training.OPTAX_ADAM}))
 def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "clipped by global norm"])
+@pytest.mark.parametrize("name", named(["scheduled", "clipped by global norm"], fast={"scheduled"}))
 def test_chunks_and_full_width_passes_give_the_same_bits(name):
-    """More unique ids than a chunk holds; the schedule's count moves once per step, also in a step without any id."""
+    """More unique ids than a chunk holds.
+
+    The schedule's count moves once per step, also in a step without any id.
+    """
     tx = (LOCAL | MIXING)[name]
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 9000)], 8, "int8", mpembed.CacheSpec(0.3))
     rng = np.random.default_rng(0)
@@ -75,10 +74,7 @@ def test_chunks_and_full_width_passes_give_the_same_bits(name):
 
     @jax.jit
     def step(state, ids):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        row_grads = jax.vjp(lambda r: mpembed.pool(r, plan.inverse), rows)[1](grads)[0]
-        return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        return training.step(state, ids, tx, training.of_vectors(grads)).state
 
     results = []
     for implementation in ("xla", "xla_chunked"):

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpembed_jax.cache.plan import CachePlan
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import routing, verbs
+from mpembed_jax.nn import prefetched, routing, verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
@@ -35,7 +34,7 @@ class Stack:
     """The contents of the collection for one stack of tables."""
 
     state: EmbeddingState
-    plan: CachePlan | None  # the plan of the step in progress
+    plan: prefetched.Prefetched | None  # the plan of the step in progress
     tx: optax.GradientTransformation
 
 
@@ -58,15 +57,14 @@ def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _planned(stack: Stack, rows: jax.Array, ids: Any) -> routing.Part:
+def _planned(stack: Stack, rows: jax.Array, ids: Any, given: Any) -> routing.Part:
     if stack.plan is None:
         raise ValueError(
             f"params hold prefetched rows, but collection {COLLECTION!r} holds no plan: params "
             "and collections are of different steps; take both from one TrainState: "
             f"state.apply_fn({{'params': params}}, ..), or state.variables"
         )
-    verbs.check_prefetched(stack.plan, ids)
-    return routing.Part(rows, stack.plan.inverse, verbs.pool_of(stack.state))
+    return prefetched.part(stack.state, stack.plan, rows, ids, given)
 
 
 class CachedEmbed(linen.Module):
@@ -114,22 +112,22 @@ class CachedEmbed(linen.Module):
 
         Args:
           ids: integers [..] in [0, num_embeddings) or a nest of such arrays. If rows were
-            prefetched, they must be the prefetched ids.
+            prefetched, the ids must be among them, in any shape, order and number.
 
         Returns:
           [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
-          zeros.
+          zeros. In training inside jit, ids that were not prefetched give NaN.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: if other ids were prefetched.
+          ValueError: outside jit, if an id was not prefetched.
         """
         stack, rows = self.stack.value, _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
         if rows is None:
             vectors = verbs.read(stack.state, mapped)
         else:
-            part = _planned(stack, rows, mapped)
+            part = _planned(stack, rows, mapped, ids)
             vectors = part.pool(part.rows, part.inverse)
         return jax.tree.map(
             lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors
@@ -202,28 +200,28 @@ class CachedEmbedBags(linen.Module):
 
         Args:
           ids: {feature: integers [.., L]} of some or all features, or integers [.., T]. If rows
-            were prefetched, they must be the prefetched ids.
+            were prefetched, the ids must be among them, in any shape, order and number.
           weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
             leave features out.
 
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
-          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros.
+          None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
+          training inside jit, bags with ids that were not prefetched give NaN.
 
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if weights have another nesting.
-          ValueError: if other ids were prefetched, if ids have no bag axis, if weights have another
-            shape, or if there are weights without a combiner.
+          ValueError: outside jit, if an id was not prefetched. Also if ids have no bag axis, if
+            weights have another shape, or if there are weights without a combiner.
         """
         parts = []
-        for i, (held, part) in enumerate(
-            zip(self.stacks, routing.route(self.known, ids), strict=True)
-        ):
+        routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
+        for i, (held, part, own) in enumerate(zip(self.stacks, routed, given, strict=True)):
             stack, rows = held.value, _held_rows(self, f"{STACK}{i}")
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
             else:
-                parts.append(_planned(stack, rows, part))
+                parts.append(_planned(stack, rows, part, own))
         dtype = jnp.float32 if self.dtype is None else self.dtype
         return routing.combine(self.known, self.combiners, parts, ids, weights, dtype)

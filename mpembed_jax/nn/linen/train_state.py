@@ -16,7 +16,7 @@ from flax import core, struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.nn import routing, verbs
+from mpembed_jax.nn import prefetched, routing
 from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 
@@ -101,9 +101,9 @@ class TrainState(struct.PyTreeNode):
         Call it outside the differentiated function.
 
         Args:
-          ids: the ids with which the model's cached embedding will be called. If the model has
-            several cached embeddings, {path: ids}, such as {"user/items": ids}, for those that this
-            step trains.
+          ids: all ids with which the model's cached embedding will be called in this step, as one
+            nest. If the model has several cached embeddings, {path: ids}, such as
+            {"user/items": ids}, for those that this step trains.
 
         Returns:
           The new state. If this state is donated, its tables are consumed.
@@ -140,11 +140,12 @@ class TrainState(struct.PyTreeNode):
             )
             specs = tuple(stacks[path].state.spec for path in paths)
             is_table = paths[0][-1] == TABLE
-            routed = (
-                [routing.table_ids(specs[0], value)] if is_table else routing.route(specs, value)
-            )
-            for path, part in zip(paths, routed, strict=True):
-                state, plan, params[path] = verbs.fetch(stacks[path].state, part)
+            if is_table:
+                routed, given = [routing.table_ids(specs[0], value)], [value]
+            else:
+                routed, given = routing.route(specs, value), routing.given(specs, value)
+            for path, part, own in zip(paths, routed, given, strict=True):
+                state, plan, params[path] = prefetched.fetch(stacks[path].state, part, own)
                 held[path] = Stack(state, plan, stacks[path].tx)
         return self.replace(
             params=unflatten_dict(params),
@@ -181,7 +182,7 @@ class TrainState(struct.PyTreeNode):
                     "with respect to state.params, taken after prefetch, and pass the gradients "
                     "unchanged"
                 )
-            state = verbs.update(
+            state = prefetched.update(
                 stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx
             )
             held[path] = Stack(state, None, stack.tx)

@@ -104,6 +104,15 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
             inverse[position] = moved[inverse[position]]
 
 
+def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `xla.unique.find`. The distinct ids of both, in order of first occurrence, begin with the known ones."""
+    num_known = known.shape[0]
+    both = jnp.concatenate([known, ids])
+    index = unique(both, both.shape[0] + 1, jnp.int32(0)).inverse[num_known:]
+    is_known = index < jnp.sum(known != NO_ID, dtype=jnp.int32)
+    return jnp.where(is_known, index, num_known - 1), is_known
+
+
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     """Returns the distinct ids of int32 ids [N], N > 0; see `xla.unique.unique`.
 

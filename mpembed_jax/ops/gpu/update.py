@@ -49,12 +49,14 @@ class _Stored(NamedTuple):
 class _Gradients(NamedTuple):
     """The source of the gradients of a kernel's rows."""
 
-    operands: list[jax.Array]  # the arrays that `places` reads
-    block: int  # R, the number of rows per program
-    # num_ids -> (the rows of a program int32 [R], whether each is a row bool [R])
-    rows_of: Callable[[Any], tuple]
-    # (references, row, mask) -> the gradients, float32 [R, W] for each place; None for no gradients
-    places: Callable[[list, jax.Array, jax.Array], list | None]
+    operands: list[jax.Array]
+    block: int  # R, rows of a program
+    rows_of: Callable[
+        [Any], tuple
+    ]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
+    places: Callable[
+        [list, jax.Array, jax.Array], list
+    ]  # (references, row, mask) -> float32 [R, W] by place
 
 
 def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
@@ -81,8 +83,8 @@ def update(
     rule: RowRule,
     draw: Draw,
     is_interpreted: bool,
-) -> tuple[Store, jax.Array | None]:
-    """Updates each row once and stores it, in one pass; see `xla.update.update`."""
+) -> tuple[Store, jax.Array | None, jax.Array]:
+    """See `xla.update.update`, in one pass."""
     return _update(
         store,
         accumulator,
@@ -96,12 +98,21 @@ def update(
 
 
 def write(
-    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, is_interpreted: bool
-) -> Store:
-    """Stores updated rows by the kernel of `update`, without gradients; see `xla.rows.write`."""
-    return _update(
-        store, None, moves, new_rows, None, rule=None, draw=draw, is_interpreted=is_interpreted
-    )[0]
+    store: Store,
+    moves: Moves,
+    old_rows: jax.Array,
+    new_rows: jax.Array,
+    draw: Draw,
+    *,
+    is_interpreted: bool,
+) -> tuple[Store, jax.Array]:
+    """Stores the updated rows that moved; see `xla.rows.write`.
+
+    This is the update's kernel without a rule. The new rows take the place of gradients.
+    """
+    given = (store, None, moves, old_rows, new_rows)
+    store, _, is_stored = _update(*given, rule=None, draw=draw, is_interpreted=is_interpreted)
+    return store, is_stored
 
 
 def _update(
@@ -109,27 +120,27 @@ def _update(
     accumulator: jax.Array | None,
     moves: Moves,
     rows: jax.Array,
-    row_grads: jax.Array | None,
+    row_grads: jax.Array,
     *,
     rule: RowRule | None,
     draw: Draw,
     is_interpreted: bool,
-) -> tuple[Store, jax.Array | None]:
-    layout = Layout(store.table.format, rows.shape[1], is_interpreted)
-    block = kernel.block_rows(rows.shape[1])
+) -> tuple[Store, jax.Array | None, jax.Array]:
+    layout, block = (
+        Layout(store.table.format, rows.shape[1], is_interpreted),
+        kernel.block_rows(rows.shape[1]),
+    )
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
         return row, row < num_ids
 
-    def places(refs: list, row: jax.Array, mask: jax.Array) -> list | None:
+    def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
         columns = kernel.place_columns(layout)
-        return (
-            [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns] if refs else None
-        )
+        return [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns]
 
-    gradients = _Gradients([] if row_grads is None else [row_grads], block, in_order, places)
-    stored, _ = _launch(
+    gradients = _Gradients([row_grads], block, in_order, places)
+    stored, is_stored, _ = _launch(
         "mpembed_update",
         _Stored(store.table.rows, store.lines, accumulator),
         layout,
@@ -140,7 +151,7 @@ def _update(
         draw=draw,
         skip_nonfinite=False,
     )
-    return _restored(store, stored), stored.accumulator
+    return _restored(store, stored), stored.accumulator, moves.is_row & (is_stored != 0)
 
 
 def update_summed(
@@ -154,7 +165,7 @@ def update_summed(
     draw: Draw,
     skip_nonfinite: bool,
     is_interpreted: bool,
-) -> tuple[Store, jax.Array | None, jax.Array]:
+) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
     """Sums the gradients of each row and updates it; see `xla.update.update_summed`.
 
     XLA sorts the positions. One kernel then does the sums of `gpu.sums` and the update.
@@ -187,7 +198,7 @@ def update_summed(
         lambda num_ids: sums.spread_positions(block, num_ids),
         places,
     )
-    stored, is_finite = _launch(
+    stored, is_stored, is_finite = _launch(
         "mpembed_update_summed",
         _Stored(store.table.rows, store.lines, accumulator),
         layout,
@@ -198,10 +209,8 @@ def update_summed(
         draw=draw,
         skip_nonfinite=skip_nonfinite,
     )
-    is_updated = (jnp.arange(width, dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
-    if is_finite is not None:
-        is_updated = is_updated & (is_finite != 0)
-    return _restored(store, stored), stored.accumulator, is_updated
+    is_updated = moves.is_row if is_finite is None else moves.is_row & (is_finite != 0)
+    return _restored(store, stored), stored.accumulator, is_updated, is_updated & (is_stored != 0)
 
 
 def _restored(store: Store, stored: _Stored) -> Store:
@@ -221,12 +230,13 @@ def _launch(
     rule: RowRule | None,
     draw: Draw,
     skip_nonfinite: bool,
-) -> tuple[_Stored, jax.Array | None]:
+) -> tuple[_Stored, jax.Array, jax.Array | None]:
     """Runs the kernel.
 
     Returns:
-      The stored arrays. If skip_nonfinite is true, also whether each row's gradient is finite
-      (int32 [U]); otherwise None.
+      The stored arrays, and whether each row was stored (int32 [U]). If skip_nonfinite is true,
+      also whether each row's gradient is finite (int32 [U]); otherwise None. The values of entries
+      that are no rows are arbitrary.
     """
     bounds = jnp.stack([moves.num_cached, moves.num_ids])
     width, dim = rows.shape
@@ -246,9 +256,9 @@ def _launch(
         def update_block() -> None:
             here = kernel.load(ids_ref, (position,), is_row, NO_ID)
             is_updated = is_row & (here != NO_ID)
-            places = [kernel.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
-            grads = gradients.places(grad_refs, position, is_updated)
-            if grads is not None and rule is not None:
+            old = [kernel.load_row(rows_ref, position, is_updated, c, dim) for c in columns]
+            places = grads = gradients.places(grad_refs, position, is_updated)
+            if rule is not None:
                 if skip_nonfinite:
                     wrong = [jnp.max(jnp.where(jnp.abs(g) < jnp.inf, 0, 1), axis=1) for g in grads]
                     is_finite = functools.reduce(jnp.maximum, wrong) == 0
@@ -257,14 +267,20 @@ def _launch(
                 total = None
                 if into.accumulator is not None:
                     total = _add_squares(into.accumulator, grads, here, is_updated, seeds, layout)
-                places = _stepped(rule, places, grads, total)
-            is_cached = is_updated & (position < num_cached)
+                places = _stepped(rule, old, grads, total)
+            moved = [
+                jnp.max(jnp.where((new != before) & (c < dim)[None, :], 1, 0), axis=1)
+                for new, before, c in zip(places, old, columns, strict=True)
+            ]
+            is_stored = is_updated & (functools.reduce(jnp.maximum, moved) > 0)
+            kernel.store(outputs[len(held)], (position,), is_stored.astype(jnp.int32), is_row)
+            is_cached = is_stored & (position < num_cached)
             if into.lines is not None:
                 place = kernel.load(line_ref, (position,), is_cached)
                 for values, c in zip(places, columns, strict=True):
                     kernel.store_row(into.lines, place, is_cached, c, dim, values)
             kernel.write_packed(
-                into.packed, here, is_updated & ~is_cached, places, layout, (seeds[0], seeds[1])
+                into.packed, here, is_stored & ~is_cached, places, layout, (seeds[0], seeds[1])
             )
 
     # G is leaf 0 of the state tree of row-wise Adagrad, so its bits come from stream ROW_STATE + 0.
@@ -280,15 +296,13 @@ def _launch(
     ]
     shapes = [kernel.shape_of(array) for array in held]
     results = kernel.launch(
-        body,
-        pl.cdiv(width, gradients.block),
-        operands,
-        shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * skip_nonfinite,
-        name=name,
-        is_interpreted=layout.is_interpreted,
+        body, pl.cdiv(width, gradients.block), operands,
+        shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * (1 + skip_nonfinite),
+        name=name, is_interpreted=layout.is_interpreted,
         aliases={len(operands) - len(held) + i: i for i in range(len(held))},
-    )
-    return stored.holding(results), results[-1] if skip_nonfinite else None
+    )  # fmt: skip
+    is_stored = results[len(held)]
+    return stored.holding(results), is_stored, results[-1] if skip_nonfinite else None
 
 
 def _add_squares(

@@ -18,6 +18,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.packing import decode
 from mpembed_jax.ops.records import Draw, Moves, Store
+from mpembed_jax.optim import row_state
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows, read_rows
 
@@ -188,22 +189,34 @@ def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> j
 
 @jax.named_scope("write")
 def write(
-    store: Store, moves: Moves, new_rows: jax.Array, draw: Draw, *, chunk: int | None
-) -> Store:
+    store: Store,
+    moves: Moves,
+    old_rows: jax.Array,
+    new_rows: jax.Array,
+    draw: Draw,
+    *,
+    chunk: int | None,
+) -> tuple[Store, jax.Array]:
     """Stores updated rows: in their lines as float32, or rounded into the table.
+
+    A row that did not move is not stored, so it keeps its bits. A decoded row that is encoded again
+    may get another scale.
 
     Args:
       store: table and lines.
       moves: the rows of the step. Entries with line C are not written to a line. Entries with id
         NO_ID are not written to the table.
+      old_rows: float32 [U, D], from lookup.
       new_rows: float32 [U, D].
       draw: the source of the random bits for rounding.
       chunk: see chunks.each.
 
     Returns:
-      The store.
+      The store, and which rows were stored (bool [U]).
     """
     table, cache_rows, _ = store
+    is_stored = moves.is_row & row_state.is_moved(old_rows, new_rows)
+    moves = moves.only(is_stored, store.num_lines)
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
     if cache_rows is not None:
@@ -221,9 +234,8 @@ def write(
         return indexing.put(rows, jnp.where(window.is_live, here, NO_ID), packed)
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
-    return store._replace(
-        table=QuantizedTable(rows, table.format, table.embedding_dim), lines=cache_rows
-    )
+    table = QuantizedTable(rows, table.format, table.embedding_dim)
+    return store._replace(table=table, lines=cache_rows), is_stored
 
 
 @jax.named_scope("write_back")

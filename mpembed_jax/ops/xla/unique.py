@@ -72,3 +72,21 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     )
     counts = indexing.add(jnp.zeros(size, jnp.int32), inverse, 1).at[size - 1].set(0)
     return Unique(unique_ids, inverse, counts, num_ids, num_found - num_ids)
+
+
+@jax.named_scope("find")
+def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where each id stands among known ones, and whether it does.
+
+    Args:
+      known: int32 [n], n > 0: distinct ids in any order, then NO_ID.
+      ids: int32 [N].
+
+    Returns:
+      int32 [N] in [0, n), n - 1 for an id that is not known and for padding; bool [N].
+    """
+    order = jnp.argsort(known).astype(jnp.int32)
+    ascending = indexing.take(known, order)
+    place = jnp.searchsorted(ascending, ids).astype(jnp.int32)
+    is_known = (indexing.take(ascending, place) == ids) & (ids != NO_ID)
+    return jnp.where(is_known, indexing.take(order, place), known.shape[0] - 1), is_known

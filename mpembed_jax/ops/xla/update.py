@@ -12,12 +12,6 @@ from mpembed_jax import optim
 from mpembed_jax.ops.records import Draw, Moves, Positions, Store
 from mpembed_jax.ops.xla import rows, sums
 from mpembed_jax.optim.row_state import update_rows
-from mpembed_jax.row_ids import NO_ID
-
-
-def is_updated(moves: Moves) -> jax.Array:
-    """Returns whether each entry of the moves is a row to update (bool [U])."""
-    return (jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_ids) & (moves.ids != NO_ID)
 
 
 def update(
@@ -30,7 +24,7 @@ def update(
     rule: optim.RowRule,
     draw: Draw,
     chunk: int | None,
-) -> tuple[Store, jax.Array | None]:
+) -> tuple[Store, jax.Array | None, jax.Array]:
     """Updates each row once and stores it.
 
     SGD is w -= lr g. Row-wise Adagrad is G += mean(g^2), then w -= lr g / (sqrt(G) + eps).
@@ -48,12 +42,9 @@ def update(
       chunk: see chunks.each; it applies to the stores.
 
     Returns:
-      The store and the accumulator.
+      The store, the accumulator, and which rows were stored (bool [U]; see `rows.write`).
     """
-    is_row = is_updated(moves)
-    moves = moves._replace(ids=jnp.where(is_row, moves.ids, NO_ID))
-    if store.lines is not None:
-        moves = moves._replace(line=jnp.where(is_row, moves.line, store.lines.shape[0]))
+    moves = moves.only(moves.is_row, store.num_lines)
     tx = optim.transformation_of(rule)
     treedef: Any = jax.tree.structure(
         jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1, old_rows.shape[1]), jnp.float32))
@@ -63,8 +54,8 @@ def update(
     new_rows, state = update_rows(
         tx, state, moves.ids, old_rows, row_grads, dtype, draw.key, draw.step, jnp.bool_(True)
     )
-    store = rows.write(store, moves, new_rows, draw, chunk=chunk)
-    return store, None if accumulator is None else jax.tree.leaves(state)[0]
+    store, is_stored = rows.write(store, moves, old_rows, new_rows, draw, chunk=chunk)
+    return store, None if accumulator is None else jax.tree.leaves(state)[0], is_stored
 
 
 def update_summed(
@@ -78,7 +69,7 @@ def update_summed(
     draw: Draw,
     skip_nonfinite: bool,
     chunk: int | None,
-) -> tuple[Store, jax.Array | None, jax.Array]:
+) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
     """Sums the gradients of each row's positions, then updates the rows as `update` does.
 
     Args:
@@ -93,16 +84,17 @@ def update_summed(
       chunk: see `update`.
 
     Returns:
-      The store, the accumulator, and whether each row was updated (bool [U]).
+      The store, the accumulator, which rows were updated, and which of them were stored (bool [U]
+      each).
     """
     row_grads = sums.sum_duplicates(
         positions.grads, positions.row, old_rows.shape[0], positions.factors, positions.source
     )
-    is_row = is_updated(moves)
+    is_row = moves.is_row
     if skip_nonfinite:
         is_row = is_row & jnp.all(jnp.isfinite(row_grads), axis=1)
-    moves = moves._replace(ids=jnp.where(is_row, moves.ids, NO_ID))
-    store, accumulator = update(
+    moves = moves.only(is_row, store.num_lines)
+    store, accumulator, is_stored = update(
         store, accumulator, moves, old_rows, row_grads, rule=rule, draw=draw, chunk=chunk
     )
-    return store, accumulator, is_row
+    return store, accumulator, is_row, is_stored

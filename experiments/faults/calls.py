@@ -1,0 +1,400 @@
+"""Every system call of save, incremental save, pruning, replacement and restore fails once, at every index.
+
+    python -m experiments.faults.run --only calls
+
+`calls.c` stands between this process and libc (LD_PRELOAD, so Linux with a C compiler): it counts the calls on files below
+the checkpoints' directory, also those of tensorstore and orbax, and makes the one of a given index fail with an error
+number, do half of its work, or kill the process. Afterwards every earlier good step must restore bit for bit, the new step
+must be complete or absent, the message must name the cause, and the next save must work.
+"""
+
+import ctypes
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import mpembed_jax as mpembed
+from experiments import command_line, provenance
+from experiments.faults.training import bits_of
+from mpembed_jax import checkpoint
+
+ERRORS = ("ENOSPC", "EMFILE", "EIO", "EACCES", "EROFS", "EDQUOT")
+KINDS = (*ERRORS, "short", "SIGKILL")
+_FAIL, _SHORT, _KILL = range(3)
+# What orbax says if it asked whether something exists, and the call that would have told failed. It drops the cause.
+_NO_CAUSE = (
+    "Path is not a directory",
+    "Checkpoint directory does not exist",
+    "No ArrayMetadata found",
+)
+
+
+# --- what is done
+
+
+def _numbers(step: int) -> dict[str, Any]:
+    return {"x": np.arange(60) * step, "position": step}
+
+
+_TX = optax.sgd(0.125)
+_SPEC = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 50)], 4, "int8", None)
+
+
+@jax.jit
+def _train_step(state: Any, tracker: Any, ids: jax.Array) -> tuple[Any, Any]:
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    state = mpembed.apply_gradients(state, plan, rows, rows + 1, tx=_TX)
+    return state, checkpoint.mark(tracker, plan)
+
+
+@functools.cache
+def _embedding(step: int) -> tuple[dict[str, Any], Any]:
+    """Returns a tree of `step` training steps, and the tracker of the last one."""
+    state, tracker = mpembed.init(jax.random.key(0), _SPEC, _TX), None
+    for number in range(step):
+        ids = np.array([number, 7, 11], np.int32)
+        state, tracker = _train_step(state, checkpoint.track(state), ids)
+    return {"emb": state, "position": step}, tracker
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is done to a directory of checkpoints while a call fails."""
+
+    prepare: Callable[[Path], None]  # makes the directory
+    good: tuple[int, ...]  # its good steps
+    run: Callable[[Path], Any]
+    step: int | None  # the step that is saved; None: nothing is
+    tree: Callable[[int], dict[str, Any]]  # what a step holds
+    may_delete: bool = False  # whether earlier steps may be gone once the new one is complete
+
+
+def _prepare(folder: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(folder, step, _numbers(step))
+
+
+def _prepare_damaged(folder: Path) -> None:
+    _prepare(folder)
+    pieces = [p for p in (folder / "step_2").rglob("0") if p.is_file()]
+    pieces[0].write_bytes(b"damaged")
+
+
+def _prepare_chain(folder: Path) -> None:
+    for step in (1, 2):
+        tree, tracker = _embedding(step)
+        checkpoint.save(folder, step, tree, tracker=tracker if step == 2 else None)
+
+
+def _save_increment(folder: Path) -> None:
+    tree, tracker = _embedding(3)
+    checkpoint.save(folder, 3, tree, tracker=tracker)
+
+
+OPERATIONS = {
+    "save": Operation(_prepare, (1, 2), lambda d: checkpoint.save(d, 3, _numbers(3)), 3, _numbers),
+    "save in the background": Operation(
+        _prepare,
+        (1, 2),
+        lambda d: checkpoint.save(d, 3, _numbers(3), wait=False).wait(),
+        3,
+        _numbers,
+    ),
+    "incremental save": Operation(
+        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0]
+    ),
+    "pruning": Operation(
+        _prepare,
+        (1, 2),
+        lambda d: checkpoint.save(d, 3, _numbers(3), keep=1),
+        3,
+        _numbers,
+        may_delete=True,
+    ),
+    "replacement of a damaged step": Operation(
+        _prepare_damaged, (1,), lambda d: checkpoint.save(d, 2, _numbers(2)), 2, _numbers
+    ),
+    "restore": Operation(
+        _prepare, (1, 2), lambda d: checkpoint.restore(d, _numbers(0)), None, _numbers
+    ),
+    "restore of an increment": Operation(
+        _prepare_chain,
+        (1, 2),
+        lambda d: checkpoint.restore(d, _embedding(0)[0]),
+        None,
+        lambda n: _embedding(n)[0],
+    ),
+}
+
+
+def _check(directory: Path, operation: Operation, outcome: Any, kind: str) -> bool:
+    """Checks what a fault left behind, and that the next save works.
+
+    Returns whether the message names the cause: true unless orbax dropped it.
+
+    Args:
+      directory: of the checkpoints.
+      operation: what was done.
+      outcome: what it returned, the exception that it raised, or "killed".
+      kind: of the fault.
+
+    Raises:
+      AssertionError: saying what is wrong.
+    """
+    trees = {step: operation.tree(step) for step in (*operation.good, operation.step) if step}
+    found, new = checkpoint.steps(directory), operation.step
+    failed = isinstance(outcome, BaseException) or outcome == "killed"
+    is_named = True
+    if isinstance(outcome, BaseException):
+        assert isinstance(outcome, checkpoint.CheckpointError), repr(outcome)
+        if kind in ERRORS:
+            cause = os.strerror(getattr(errno, kind))
+            is_named = cause.lower() in str(outcome).lower()
+            is_orbax = any(text in str(outcome) for text in _NO_CAUSE)
+            assert is_named or is_orbax, f"no {cause!r} in {outcome}"
+
+    def is_right(step: int) -> bool:
+        try:
+            restored = checkpoint.restore(directory, trees[step], step=step)
+        except checkpoint.CheckpointError:
+            return False
+        assert bits_of(restored) == bits_of(trees[step]), f"step {step} has other bits"
+        return True
+
+    is_complete = new is not None and new in found and is_right(new)
+    if new is None and not failed:
+        newest = operation.good[-1]
+        assert bits_of(outcome) == bits_of(trees[newest]), "other bits than those saved"
+    assert failed or new is None or is_complete, f"step {new} is not there after its save"
+    if new in found and not is_complete:
+        assert new not in operation.good and new == 2, f"step {new} is neither complete nor absent"
+    for step in operation.good:
+        is_deleted = operation.may_delete and is_complete and step not in found
+        assert is_deleted or is_right(step), f"step {step} is lost"
+    later = [9] if new is None or is_complete else [new, 9]
+    for step in later:
+        checkpoint.save(directory, step, operation.tree(3))
+        restored = checkpoint.restore(directory, operation.tree(3), step=step)
+        assert bits_of(restored) == bits_of(operation.tree(3))
+    left = [p.name for p in directory.iterdir() if not p.name.removeprefix("step_").isdigit()]
+    assert left in ([], [".writer"]), f"left behind: {left}"
+    return is_named
+
+
+# --- the fault
+
+
+def build(folder: Path) -> Path | None:
+    """Compiles calls.c; returns the library, or None where there is no C compiler."""
+    library = folder / "calls.so"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        return None
+    source = Path(__file__).with_suffix(".c")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def _library() -> Any:
+    library = ctypes.CDLL(None)
+    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+    library.faults_disarm.restype = ctypes.c_long
+    library.faults_call.restype = ctypes.c_char_p
+    return library
+
+
+def _mode(kind: str) -> tuple[int, int]:
+    if kind == "SIGKILL":
+        return _KILL, 0
+    return (_SHORT, 0) if kind == "short" else (_FAIL, getattr(errno, kind))
+
+
+def _run(operation: Operation, directory: Path, kind: str, index: int) -> tuple[Any, int, str]:
+    """Runs an operation with a fault; returns its outcome, the number of calls, and which call met it."""
+    library = _library()
+    library.faults_arm(str(directory).encode(), index, *_mode(kind))
+    try:
+        outcome = operation.run(directory)
+    except Exception as error:
+        outcome = error
+    num_calls = library.faults_disarm()
+    return outcome, num_calls, library.faults_call().decode() if library.faults_happened() else ""
+
+
+def _in_a_child(operation: Operation, directory: Path, index: int) -> str:
+    """Runs an operation in a fork that is killed at a call; returns whether it was, as "killed" or ""."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            outcome, _, _ = _run(operation, directory, "SIGKILL", index)
+            status = 0 if not isinstance(outcome, BaseException) else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return "killed"
+    assert os.WEXITSTATUS(status) == 0, f"the operation failed by itself: {status}"
+    return ""
+
+
+def fail_each(name: str, kind: str, stride: int = 1, first: int = 0) -> dict[str, Any]:
+    """Makes each call of an operation meet one fault, or each `stride`-th.
+
+    Runs in a process with calls.c loaded.
+
+    Returns:
+      Counts: calls of the operation, faults, how many of them the operation survived, and after how
+      many the message does not name the cause.
+
+    Raises:
+      AssertionError: naming the fault after which something is lost.
+    """
+    operation = OPERATIONS[name]
+    counts = {"calls": 0, "faults": 0, "survived": 0, "unnamed": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        before, directory = Path(folder) / "before", Path(folder) / "run"
+        operation.prepare(before)
+        shutil.copytree(before, directory)
+        if kind != "SIGKILL":
+            _, counts["calls"], _ = _run(operation, directory, kind, -1)
+        index = first
+        while True:
+            shutil.rmtree(directory)
+            shutil.copytree(before, directory)
+            if kind == "SIGKILL":
+                outcome, call = _ask_forker(name, directory, index), "a call"
+                is_over = not outcome
+            else:
+                outcome, _, call = _run(operation, directory, kind, index)
+                is_over = not call
+            if is_over:
+                break
+            try:
+                counts["unnamed"] += not _check(directory, operation, outcome, kind)
+            except (AssertionError, checkpoint.CheckpointError, OSError, ValueError) as error:
+                raise AssertionError(
+                    f"{name}, {kind} at call {index} ({call}): {error!r} after {outcome!r}"
+                ) from error
+            counts["faults"] += 1
+            counts["survived"] += not isinstance(outcome, BaseException | str)
+            index += stride
+        counts["calls"] = counts["calls"] or index - stride + 1
+    return counts
+
+
+# --- processes: one with calls.c loaded, and one that forks what is killed
+
+
+def _ask_forker(name: str, directory: Path, index: int) -> str:
+    """Lets the forker run an operation; it has imported everything, but jax has no threads in it yet."""
+    print(json.dumps([name, str(directory), index]), file=_forker_in(), flush=True)
+    return json.loads(_FORKER[0].stdout.readline())
+
+
+_FORKER: list[subprocess.Popen] = []
+
+
+def _forker_in() -> Any:
+    if not _FORKER:
+        command = [sys.executable, "-m", "experiments.faults.calls", "forker"]
+        pipe = subprocess.PIPE
+        _FORKER.append(
+            subprocess.Popen(command, cwd=provenance.ROOT, stdin=pipe, stdout=pipe, text=True)
+        )
+    return _FORKER[0].stdin
+
+
+def _fork_on_demand() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        name, directory, index = json.loads(line)
+        answer = _in_a_child(OPERATIONS[name], Path(directory), index)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any] | None:
+    """Runs every operation with every kind of fault in a process of its own; returns counts by operation.
+
+    Returns None where calls.c cannot be compiled.
+
+    Raises:
+      AssertionError: naming the fault after which something is lost.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder))
+        if library is None:
+            return None
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", "experiments.faults.calls", str(stride), *kinds]
+        done = subprocess.run(
+            command, cwd=provenance.ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(stride: int = 1) -> dict[str, Any]:
+    """Returns the counts of `everything` for the report.
+
+    Raises:
+      Failed: where calls.c cannot be compiled.
+    """
+    if (found := everything(stride)) is None:
+        raise command_line.Failed("calls can be made to fail on Linux with a C compiler")
+    return {"stride": stride, "operations": found}
+
+
+def _main() -> None:
+    for name in ("absl", "mpembed_jax.checkpoint"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.argv[1] == "forker":
+        _fork_on_demand()
+        return
+    stride, kinds = int(sys.argv[1]), sys.argv[2:]
+    report: dict[str, Any] = {}
+    for name in OPERATIONS:
+        report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0}
+        for number, kind in enumerate(kinds):
+            start = time.perf_counter()
+            # With a stride, every kind begins at another call.
+            found = fail_each(name, kind, stride, number * stride // len(kinds))
+            report[name]["calls"] = max(report[name]["calls"], found["calls"])
+            report[name]["faults"][kind] = found["faults"]
+            for what in ("survived", "unnamed"):
+                report[name][what] += found[what]
+            print(
+                f"{name}, {kind}: {found}, {time.perf_counter() - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,253 @@
+"""What a prefetch leaves for the calls of its step: rows, a plan, and which arrays of ids it was given.
+
+A call may name the prefetched ids in any shape, order and number, so that a step can call a module
+several times, or once per microbatch. Where a call has the very arrays that prefetch had, this is
+known while tracing, and the plan already says where their rows are. Otherwise the ids are looked up
+among those of the plan. An id that was not prefetched raises ValueError outside jit; inside jit its
+vectors are NaN.
+
+This module does not use flax. Over a mesh, the rows are those that the shards hold, so that each
+row of the batch, and its gradient, exists once; a call brings them to the devices that ask.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from mpembed_jax import ops
+from mpembed_jax.cache.plan import CachePlan, Route
+from mpembed_jax.embedding import step
+from mpembed_jax.embedding.pooling import pool
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_specs
+from mpembed_jax.mesh import exchange
+from mpembed_jax.nn import routing, verbs
+from mpembed_jax.row_ids import NO_ID, in_range
+
+_MISSING = NO_ID  # in an inverse: the row was not prefetched
+
+
+class Origin:
+    """The arrays that prefetch was given, each with the leaf of the plan's inverse made from it.
+
+    It is static, and equal to any other: it says only where two objects of one trace are the same.
+    """
+
+    def __init__(self, inverse: list[Any], given: list[Any]):
+        # Held weakly: a tracer must not outlive its trace. Arrays of the host have no trace, and
+        # may change afterwards: they are copied.
+        self._pairs = [
+            (weakref.ref(index), weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids))
+            for index, ids in zip(inverse, given, strict=True)
+            if isinstance(index, jax.core.Tracer)
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)
+
+    def inverse_of(self, ids: Any, inverse: list[Any]) -> Any:
+        """Returns the leaf of `inverse` that was made from `ids`, or None if that is not known."""
+        for made, given in self._pairs:
+            held = next((index for index in inverse if index is made()), None)
+            if held is None:
+                continue
+            if isinstance(given, weakref.ref):
+                if given() is ids:
+                    return held
+            elif not isinstance(ids, jax.Array) and np.array_equal(given, ids):
+                return held
+        return None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["plan"], meta_fields=["origin"])
+@dataclasses.dataclass(frozen=True)
+class Prefetched:
+    """The plan of a step in progress."""
+
+    plan: CachePlan
+    origin: Origin
+
+
+def fetch(state: EmbeddingState, ids: Any, given: Any) -> tuple[EmbeddingState, Prefetched, Any]:
+    """Plans a batch and brings its rows into the cache.
+
+    Args:
+      state: not consumed.
+      ids: nest of int32 arrays of global ids.
+      given: nest like ids of the user's own arrays, from which the ids were computed.
+
+    Returns:
+      The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
+    """
+    state, plan, rows = verbs.run(_fetch, state, ids)
+    treedef: Any = jax.tree.structure(ids)
+    origin = Origin(treedef.flatten_up_to(plan.inverse), treedef.flatten_up_to(given))
+    return state, Prefetched(plan, origin), rows
+
+
+def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    if verbs.is_whole(state):
+        layout: Any = state.layout
+        result = (partition_specs(state), exchange.plan_specs(layout), _held(layout))
+        run = over_mesh(_fetch, state, PartitionSpec(layout.batch_axes), result=result)
+        return run(state, jax.tree.map(jnp.asarray, ids))
+    state, plan = step.prefetch(state, ids)
+    return state, plan, step.lookup_held(state, plan)
+
+
+def _held(layout: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of the rows that the shards hold."""
+    return PartitionSpec(layout.axes or None)
+
+
+def update(
+    state: EmbeddingState,
+    prefetched: Prefetched,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Returns the state after one update of the rows that `fetch` returned."""
+    return verbs.run(_update, state, prefetched.plan, rows, row_grads, tx=tx)
+
+
+def _update(
+    state: EmbeddingState,
+    plan: CachePlan,
+    rows: jax.Array,
+    row_grads: jax.Array,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    apply = partial(step.apply_held_gradients, tx=tx)
+    if not verbs.is_whole(state):
+        return apply(state, plan, rows, row_grads)
+    held = _held(state.layout)
+    run = over_mesh(apply, state, exchange.plan_specs(state.layout), held, held)  # type: ignore[arg-type]
+    return run(state, plan, rows, row_grads)
+
+
+def part(
+    state: EmbeddingState, prefetched: Prefetched, rows: jax.Array, ids: Any, given: Any
+) -> routing.Part:
+    """Returns the rows of a step and where a call's ids are among them.
+
+    Args:
+      state: of the step.
+      prefetched: of the step.
+      rows: float32 [Q, D], from `fetch`.
+      ids: nest of int32 arrays of global ids.
+      given: nest like ids of the user's own arrays.
+
+    Raises:
+      ValueError: if an id was not prefetched, where the ids are concrete.
+    """
+    plan = prefetched.plan
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(ids)
+    planned = jax.tree.leaves(plan.inverse)
+    known = [prefetched.origin.inverse_of(g, planned) for g in treedef.flatten_up_to(given)]
+    if all(index is not None for index in known):
+        rows = _brought(state, rows, plan.route)
+        return routing.Part(rows, treedef.unflatten(known), _pool_of(state, pool))
+    inverse, route = verbs.run(_find, state, plan, leaves)
+    for index, of_leaf in zip(inverse, leaves, strict=True):
+        if isinstance(index, jax.core.Tracer) or not index.is_fully_addressable:
+            continue
+        missing = np.argwhere(np.asarray(index) == _MISSING)
+        if missing.size:
+            where = tuple(int(i) for i in missing[0])
+            raise ValueError(
+                f"called with ids that were not prefetched: at {list(where)} the call names row "
+                f"{int(np.asarray(of_leaf)[where])} ({len(missing)} such ids); give prefetch all "
+                "ids of the step's calls (several inputs: one nest of them)"
+            )
+    rows = _brought(state, rows, route)
+    return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, _pool_or_nan))
+
+
+def _find(
+    state: EmbeddingState, plan: CachePlan, leaves: list[Any]
+) -> tuple[list[jax.Array], Route | None]:
+    """Returns where ids are among the rows of a plan, and on a mesh the route that brings them."""
+    layout: Any = state.layout
+    if verbs.is_whole(state):
+        batch = PartitionSpec(layout.batch_axes)
+        specs = (exchange.plan_specs(layout), batch)
+        run = over_mesh(_find, state, *specs, result=(batch, exchange.route_specs(layout)))
+        return run(state, plan, [jnp.asarray(leaf) for leaf in leaves])
+    shapes = [np.shape(leaf) for leaf in leaves]
+    if layout is not None:
+        index, is_missing, route = exchange.find(
+            layout, exchange.route_of(plan), [jnp.asarray(leaf) for leaf in leaves], plan.step
+        )
+    else:
+        flat = [jnp.asarray(leaf).reshape(-1) for leaf in leaves]
+        ids = jnp.concatenate(flat) if flat else jnp.zeros(0, jnp.int32)
+        ids = jnp.where(in_range(ids, state.spec.num_rows), ids, NO_ID)
+        index, is_held = ops.find(plan.unique_ids, ids, implementation=state.implementation)
+        is_missing, route = (ids != NO_ID) & ~is_held, None
+    # Ids over the budget of the step are not in its plan. They read as zeros and are counted.
+    is_missing = is_missing & (plan.counts.dropped == 0)
+    return step.divided(jnp.where(is_missing, _MISSING, index), shapes), route
+
+
+def _pool_or_nan(
+    rows: jax.Array,
+    inverse: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    **options: Any,
+) -> Any:
+    """See pool. The vector of an id that is missing, or of a bag with such an id, is NaN."""
+    is_missing = jax.tree.map(lambda index: index == _MISSING, inverse)
+    inverse = jax.tree.map(
+        lambda index, missing: jnp.where(missing, rows.shape[0] - 1, index), inverse, is_missing
+    )
+
+    def or_nan(vectors: jax.Array, missing: jax.Array) -> jax.Array:
+        missing = missing if combiner is None else jnp.any(missing, axis=-1)
+        return jnp.where(missing[..., None], jnp.float32(jnp.nan), vectors)
+
+    return jax.tree.map(or_nan, pool(rows, inverse, weights, combiner, **options), is_missing)
+
+
+def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
+    """Returns `pool` with the state's implementation, over the mesh if the rows lie over one."""
+    pool = partial(pool, implementation=state.implementation)
+    if not verbs.is_whole(state):
+        return pool
+    layout: Any = state.layout
+    batch = PartitionSpec(layout.batch_axes)
+
+    def pool_over_mesh(
+        rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
+    ) -> Any:
+        run = partial(pool, combiner=combiner)
+        return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
+            rows, inverse, weights
+        )
+
+    return pool_over_mesh
+
+
+def _brought(state: EmbeddingState, rows: jax.Array, route: Route | None) -> jax.Array:
+    """Returns the rows that a route brings to each device, from those that the shards hold."""
+    layout: Any = state.layout
+    if layout is None:
+        return rows
+    bring = partial(exchange.fetch, layout)
+    if not verbs.is_whole(state):
+        return bring(route, rows)
+    specs = (exchange.route_specs(layout), _held(layout))
+    batch = PartitionSpec(layout.batch_axes)
+    return jax.shard_map(bring, mesh=layout.mesh, in_specs=specs, out_specs=batch)(route, rows)
