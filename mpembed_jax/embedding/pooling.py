@@ -52,7 +52,7 @@ def check(
     Raises:
       ValueError: see `pool`.
     """
-    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+    if isinstance(implementation, str) and implementation not in ops.IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; choose one of "
             f"{', '.join(ops.IMPLEMENTATIONS)}"

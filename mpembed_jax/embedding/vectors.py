@@ -142,7 +142,7 @@ def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
     return (
         state.layout is None
         and optim.rule_of(tx) is not None
-        and ops.has_bag_step(state.implementation, state.table)
+        and ops.bag_step(state.implementation, state.table) is not None
     )
 
 
@@ -154,12 +154,13 @@ def _embed_natively(
     how: Pooling,
 ) -> tuple[EmbeddingState, VectorPlan, Any]:
     state.check_spec()
-    native, cache = ops.compiled(state.implementation), state.cache
+    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    max_threads = ops.max_threads(state.implementation)
     ids = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
     halve = jnp.bool_(False)
     if cache is not None:
         halve = policy.is_time_to_halve(cache, state.step, Fraction(ids.shape[0]))
-    table, cache, found, places = native.bag_step.forward(
+    table, cache, found, places = native.forward(
         state.table,
         cache,
         ids,
@@ -168,15 +169,16 @@ def _embed_natively(
         must_halve=halve,
         draw=Draw(state.key, state.step),
         is_listed=how.combiner is not None,
+        max_threads=max_threads,
     )
-    counts = Counts(**native.bag_step.counts(places), wide_exchanges=jnp.int32(0))
+    counts = Counts(**native.counts(places), wide_exchanges=jnp.int32(0))
     factors = source = None
     vectors = found
     if how.combiner is not None:
         bag, factors, source = _bags(found >= 0, weights, segment_ids, how, state.implementation)
         num_bags = sum(int(np.prod(lead)) for lead in how.lead)
         is_ragged = segment_ids is not None
-        vectors = native.bag_step.bags(
+        vectors = native.bags(
             table,
             None if cache is None else cache.rows,
             places,
@@ -186,6 +188,7 @@ def _embed_natively(
             num_bags,
             is_ascending=not is_ragged,
             is_contracted=not is_ragged,
+            max_threads=max_threads,
         )
     plan = VectorPlan(counts, state.step, how, places, factors, source)
     state = dataclasses.replace(
@@ -287,11 +290,12 @@ def apply_pooled_gradients(
             "optim.rowwise_adagrad(0.05); pass the same tx to init, embed and "
             "apply_pooled_gradients"
         )
-    native, dim, cache = ops.compiled(state.implementation), state.spec.embedding_dim, state.cache
+    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    dim = state.spec.embedding_dim
     is_pending = state.pending & step.is_latest(state, plan.step)
     num_nonfinite = jnp.int32(0)
     if any(leaf.size for leaf in leaves):
-        store, accumulator, num_nonfinite = native.bag_step.backward(
+        store, accumulator, num_nonfinite = native.backward(
             state.store if cache is None else state.store._replace(dirty=cache.dirty),
             update.accumulator_of(tx, rule, state),
             plan.places,
@@ -302,6 +306,7 @@ def apply_pooled_gradients(
             draw=Draw(state.key, plan.step),
             skip_nonfinite=state.spec.skip_nonfinite,
             is_applied=is_pending,
+            max_threads=ops.max_threads(state.implementation),
         )
         state = update.stored(state, store, update.with_accumulator(state, accumulator))
         if state.cache is not None:

@@ -89,13 +89,14 @@ __all__ = [
     "Unique",
     "add_duplicates",
     "bag",
+    "bag_step",
     "choose",
     "chunk_of",
     "compiled",
     "find",
-    "has_bag_step",
     "has_kernels",
     "lookup",
+    "max_threads",
     "plan",
     "read",
     "sum_duplicates",
@@ -194,9 +195,15 @@ def compiled(implementation: Named | None) -> Any:
     return cpu
 
 
-def has_bag_step(implementation: Named, table: QuantizedTable) -> bool:
-    """Returns whether an implementation runs `cpu.bag_step`: a whole step of a table in two calls."""
-    return compiled(implementation) is not None and not indexing.is_on_host(table.rows)
+def bag_step(implementation: Named, table: QuantizedTable) -> Any:
+    """Returns `cpu.bag_step`, a whole step of a table in two calls; None where it does not run."""
+    native = compiled(implementation)
+    return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
+
+
+def max_threads(implementation: Named) -> int:
+    """Returns how many threads an implementation asks for at most."""
+    return _of(implementation).max_threads
 
 
 def _gather_of(implementation: Named, table: QuantizedTable) -> xla.rows.Gather | None:

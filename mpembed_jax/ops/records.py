@@ -144,6 +144,7 @@ class Implementation:
       chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
       host_chunk: the same for a table in host memory, used if chunk is None.
       is_native: whether numba runs deduplication, planning and the movements of large rows.
+      max_threads: most threads of XLA's pool that share a fused step.
       is_kernel: whether Pallas kernels run the row movements.
       is_interpreted: whether the kernels are traced into plain jax operations.
     """
@@ -154,5 +155,6 @@ class Implementation:
     # microseconds.
     host_chunk: int = 16384
     is_native: bool = False
+    max_threads: int = 64
     is_kernel: bool = False
     is_interpreted: bool = False

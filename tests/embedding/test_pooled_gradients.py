@@ -306,7 +306,7 @@ def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
                 ),
                 given,
             )
-            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, given)
 
 
 @pytest.mark.slow

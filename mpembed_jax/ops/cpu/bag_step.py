@@ -37,8 +37,6 @@ from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
-MAX_TASKS = 64  # how many threads a step asks for, at most; read when a step is traced
-
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 8  # rows
 _FEW_PARTS, _FEW_TASKS = 16, 4  # larger partitions cost less where few threads share them
@@ -655,6 +653,7 @@ def forward(
     must_halve: jax.Array,
     draw: Draw,
     is_listed: bool,
+    max_threads: int,
 ) -> tuple[QuantizedTable, CacheState | None, jax.Array, Places]:
     """Plans a batch, swaps, and writes each row to its positions: unique, plan, swap and lookup in one call.
 
@@ -667,6 +666,7 @@ def forward(
       must_halve: bool scalar, see policy.is_time_to_halve.
       draw: names the random bits of the victims' rounding.
       is_listed: return each position's row instead of its vector.
+      max_threads: how many threads may share the work.
 
     Returns:
       The table and the cache, changed in place; float32 [N, D], or int32 [N], the place of each
@@ -685,7 +685,7 @@ def forward(
         sets, ways, groups = cache.geometry
         width = sketch.shape[-1] if is_lfu else 0
     limit = -1 if budget is None or budget >= num else budget
-    fixed = [table.num_rows, dim, sets, ways, groups, width, limit, MAX_TASKS]
+    fixed = [table.num_rows, dim, sets, ways, groups, width, limit, max_threads]
     given = jnp.concatenate(
         [
             jnp.asarray(fixed, jnp.int32),
@@ -744,6 +744,7 @@ def bags(
     *,
     is_ascending: bool,
     is_contracted: bool,
+    max_threads: int,
 ) -> jax.Array:
     """Sums factors[n] * row of position n by bag, positions ascending; positions without a row are left out.
 
@@ -758,6 +759,7 @@ def bags(
       is_ascending: whether bags ascend, so that the positions of one follow one another.
       is_contracted: whether a product and its sum are rounded once, as xla.bag does, or one by one,
         as xla.sums does.
+      max_threads: how many threads may share the work.
 
     Returns:
       float32 [M, D].
@@ -765,7 +767,7 @@ def bags(
     dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
         num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
-    given = [dim, num_bags, num_parts, MAX_TASKS, is_ascending, is_contracted]
+    given = [dim, num_bags, num_parts, max_threads, is_ascending, is_contracted]
     lines = jnp.zeros((0,), jnp.float32) if lines is None else lines
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
     results: Any = jax.ffi.ffi_call(_sums_of(table.format), [out, _buffers(num_parts, dim)])(
@@ -787,6 +789,7 @@ def backward(
     draw: Draw,
     skip_nonfinite: bool,
     is_applied: jax.Array,
+    max_threads: int,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
     """Sums the gradients of each row's positions, updates the row once and stores it: see xla.update.update_summed.
 
@@ -802,6 +805,7 @@ def backward(
       draw: names the random bits of the roundings.
       skip_nonfinite: leave rows as they are whose summed gradient is not finite.
       is_applied: bool scalar; if False, nothing changes.
+      max_threads: how many threads may share the work.
 
     Returns:
       The store, the accumulator, and the number of rows skipped.
@@ -812,7 +816,7 @@ def backward(
     lines = nothing if store.lines is None else store.lines
     dirty = jnp.zeros((0,), bool) if store.dirty is None else store.dirty
     per_grad = 1 if source is not None else num // grads.shape[0]
-    fixed = [dim, per_grad, MAX_TASKS, skip_nonfinite, rule.has_sums, sums.dtype == jnp.uint16]
+    fixed = [dim, per_grad, max_threads, skip_nonfinite, rule.has_sums, sums.dtype == jnp.uint16]
     given = jnp.concatenate(
         [
             jnp.asarray(fixed, jnp.int32),
