@@ -178,7 +178,7 @@ def _embed_natively(
         bag, factors, source = _bags(found >= 0, weights, segment_ids, how, state.implementation)
         num_bags = sum(int(np.prod(lead)) for lead in how.lead)
         is_ragged = segment_ids is not None
-        vectors = native.bags(
+        table, lines, vectors = native.bags(
             table,
             None if cache is None else cache.rows,
             places,
@@ -190,6 +190,8 @@ def _embed_natively(
             is_contracted=not is_ragged,
             max_threads=max_threads,
         )
+        if cache is not None:
+            cache = dataclasses.replace(cache, rows=lines)
     plan = VectorPlan(counts, state.step, how, places, factors, source)
     state = dataclasses.replace(
         state,

@@ -172,13 +172,14 @@ def test_every_pooling(pooling):
     check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
 
 
-QUICK = Case({"name": "int8"}, 16, 100, 8, "lfu", 60, "weighted mean", "adagrad")
+QUICK = Case({"name": "int8"}, 16, 100, 8, "lfu", 40, "weighted mean", "adagrad")
 
 
 def test_a_step_of_bags():
     """With hits, evictions, bypassed rows, and ids over the budget."""
     state = check(QUICK, implementations=("numba", "xla_chunked"))
-    stats = mpembed.stats(state)
+    with pytest.warns(UserWarning, match="unique ids exceeded max_unique_ids=40"):
+        stats = mpembed.stats(state)
     assert min(stats.hits, stats.evictions, stats.bypasses, stats.dropped, stats.out_of_range) > 0
 
 
@@ -261,7 +262,7 @@ def test_a_step_makes_no_array_of_unique_rows_and_copies_nothing(combiner):
     rows_of = [int(n) for n in re.findall(r"f32\[(\d+),24\]", text)]
     wanted = 3000 if combiner is None else 500
     assert wanted in rows_of
-    assert set(rows_of) <= {wanted, state.cache.rows.shape[0]}
+    assert set(rows_of) <= {0, wanted, state.cache.rows.shape[0]}
     large = {leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 20_000}
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
     assert not [s for s in copied if np.prod([int(n) for n in s.split(",")]) in large]

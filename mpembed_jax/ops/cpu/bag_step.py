@@ -562,7 +562,7 @@ def _backward_of(fmt: RowFormat) -> str:
         old = _buffer_of(frame, _UPDATE_BUFFER, part, 1, dim)
         new = _buffer_of(frame, _UPDATE_BUFFER, part, 2, dim)
         num_rows, num_nonfinite, at = np.int64(facts[_NUM_UNIQUE + part]), 0, 0
-        num_positions = end - begin
+        num_listed = np.int64(stop[num_rows - 1]) if num_rows > 0 else 0
         for row in range(num_rows):
             if row + _AHEAD < num_rows:
                 x, ahead = np.int64(ids[row + _AHEAD]), np.int64(line[row + _AHEAD])
@@ -574,7 +574,7 @@ def _backward_of(fmt: RowFormat) -> str:
                     lanes.ask_for(table + x * row_bytes, row_bytes)
             lanes.clear(total, dim)
             while at < stop[row]:
-                if at + 2 * _AHEAD < num_positions:
+                if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
                     ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
                     # An address that is not ours, of a source -1, may be asked for.
@@ -745,7 +745,7 @@ def bags(
     is_ascending: bool,
     is_contracted: bool,
     max_threads: int,
-) -> jax.Array:
+) -> tuple[QuantizedTable, jax.Array | None, jax.Array]:
     """Sums factors[n] * row of position n by bag, positions ascending; positions without a row are left out.
 
     Args:
@@ -762,19 +762,25 @@ def bags(
       max_threads: how many threads may share the work.
 
     Returns:
-      float32 [M, D].
+      The table, the lines, and float32 [M, D].
     """
     dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
         num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
     given = [dim, num_bags, num_parts, max_threads, is_ascending, is_contracted]
-    lines = jnp.zeros((0,), jnp.float32) if lines is None else lines
+    held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
-    results: Any = jax.ffi.ffi_call(_sums_of(table.format), [out, _buffers(num_parts, dim)])(
+    # Table and lines are passed on: what changes them in place comes after.
+    results: Any = jax.ffi.ffi_call(
+        _sums_of(table.format),
+        [out, _buffers(num_parts, dim), *_shapes(held)],
+        input_output_aliases={6: 2, 7: 3},
+    )(
         row_of_position, factors, bag, np.asarray(given, np.int32), places.ids, places.line,
-        table.rows, lines,
+        *held,
     )  # fmt: skip
-    return results[0]
+    table = dataclasses.replace(table, rows=results[2])
+    return table, None if lines is None else results[3], results[0]
 
 
 def backward(

@@ -175,7 +175,7 @@ def _line_up(i, ways, ids, estimate, home, bucket, following):
     while following[before] >= 0 and not _comes_first(i, following[before], ids, estimate):
         before = following[before]
         num_before += 1
-        if num_before == ways:
+        if num_before >= ways:
             return -1  # no way is left for it
     if num_before < ways:
         following[i], following[before] = following[before], i
