@@ -9,7 +9,8 @@ from mpembed_jax.embedding.evaluation import flush, freeze, read
 from mpembed_jax.embedding.pooling import pool, segments_from_offsets
 from mpembed_jax.embedding.state import EmbeddingState, init, partition_specs
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.embedding.step import apply_gradients, apply_pooled_gradients, lookup, prefetch
+from mpembed_jax.embedding.step import apply_gradients, lookup, prefetch
+from mpembed_jax.embedding.vectors import VectorPlan, apply_pooled_gradients, embed
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import decode, encode
@@ -29,9 +30,11 @@ __all__ = [
     "QuantizedTable",
     "RowFormat",
     "TableSpec",
+    "VectorPlan",
     "apply_gradients",
     "apply_pooled_gradients",
     "decode",
+    "embed",
     "encode",
     "flush",
     "freeze",

@@ -122,11 +122,11 @@ class Work:
     def by_verb(self, *, is_pooled: bool = False) -> dict[str, int]:
         """Returns the bytes of each verb of a step.
 
-        The step ends in apply_gradients or in apply_pooled_gradients.
+        The step runs by gradients of rows, or by embed and apply_pooled_gradients.
         """
         verbs = {"prefetch": self.bookkeeping + self.swap, "lookup": self.lookup, "pool": self.pool}
         if is_pooled:
-            return verbs | {"apply_pooled_gradients": self.pooled_update}
+            return {"embed": sum(verbs.values()), "apply_pooled_gradients": self.pooled_update}
         return verbs | {"row gradients": self.row_gradients, "apply_gradients": self.update}
 
 

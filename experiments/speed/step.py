@@ -30,23 +30,24 @@ def embedding_step(
       ids: global ids.
       upstream: the gradient of what pool returns.
       tx: the transformation given to init.
-      is_pooled: end in apply_pooled_gradients, otherwise in the gradients of rows and
-        apply_gradients.
-      pooling: weights and combiner, for pool.
+      is_pooled: run embed and apply_pooled_gradients; otherwise prefetch, lookup, pool, the
+        gradients of rows and apply_gradients.
+      pooling: weights and combiner, for pool or embed.
 
     Returns:
-      The state, the plan, the rows and the pooled vectors.
+      The state, the plan, the rows (None if there is no array of them) and the pooled vectors.
     """
+    if is_pooled:
+        state, bag_plan, vectors = mpembed.embed(state, ids, **pooling, tx=tx)
+        state = mpembed.apply_pooled_gradients(state, bag_plan, upstream, tx=tx)
+        return state, bag_plan, bag_plan.rows, vectors
     state, plan = mpembed.prefetch(state, ids)
     rows = mpembed.lookup(state, plan)
     pool = functools.partial(
         mpembed.pool, inverse=plan.inverse, implementation=state.implementation, **pooling
     )
     vectors, pull_back = jax.vjp(pool, rows)
-    if is_pooled:
-        state = mpembed.apply_pooled_gradients(state, plan, rows, upstream, **pooling, tx=tx)
-    else:
-        state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
+    state = mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx)
     return state, plan, rows, vectors
 
 

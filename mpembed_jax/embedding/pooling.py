@@ -19,7 +19,7 @@ from mpembed_jax.ops import Positions
 COMBINERS = ("sum", "mean", "sqrtn")
 
 
-def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
+def coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) -> jax.Array:
     """Returns the factor (float32 [.., L]) of each position; an empty bag has factors of zero."""
     w = (
         is_real.astype(jnp.float32)
@@ -36,7 +36,7 @@ def _coefficients(weights: jax.Array | None, is_real: jax.Array, combiner: str) 
     return jnp.where(total != 0, w / jnp.where(total != 0, total, jnp.float32(1)), jnp.float32(0))
 
 
-def _checked(
+def check(
     inverse: Any,
     weights: Any,
     combiner: str | None,
@@ -52,7 +52,7 @@ def _checked(
     Raises:
       ValueError: see `pool`.
     """
-    if implementation is not None and implementation not in ops.IMPLEMENTATIONS:
+    if isinstance(implementation, str) and implementation not in ops.IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; choose one of "
             f"{', '.join(ops.IMPLEMENTATIONS)}"
@@ -130,7 +130,7 @@ def pool(
         num_segments or with several inverses; or if a combiner is given and an inverse is a
         scalar.
     """
-    index, factors, treedef = _checked(
+    index, factors, treedef = check(
         inverse, weights, combiner, segment_ids, num_segments, implementation
     )
     if combiner is None:
@@ -143,14 +143,12 @@ def pool(
     pooled = []
     for i, w in zip(index, factors, strict=True):
         pooled.append(
-            row_sums.bag(
-                implementation, rows, i, _coefficients(w, i != rows.shape[0] - 1, combiner)
-            )
+            row_sums.bag(implementation, rows, i, coefficients(w, i != rows.shape[0] - 1, combiner))
         )
     return treedef.unflatten(pooled)
 
 
-def _segments(
+def segments(
     num_rows: int,
     index: jax.Array,
     weights: jax.Array | None,
@@ -192,7 +190,7 @@ def _pool_segments(
     num_segments: int,
     implementation: ops.Named | None,
 ) -> jax.Array:
-    segment, factors = _segments(
+    segment, factors = segments(
         rows.shape[0], index, weights, combiner, segment_ids, num_segments, implementation
     )
     return row_sums.ragged_bag(implementation, rows, index, factors, segment, num_segments + 1)[
@@ -230,7 +228,7 @@ def check_gradients(
       ValueError: as in `pool`, or if the tree, a shape or a dtype of the gradients differs from
         that of pool's result.
     """
-    index, weight, treedef = _checked(
+    index, weight, treedef = check(
         inverse, weights, combiner, segment_ids, num_segments, implementation
     )
     leaves, grads_def = jax.tree.flatten(pooled_grads)
@@ -286,7 +284,7 @@ def positions(
     if combiner is None:
         return Positions(grads, row, None, None)
     if segment_ids is not None and num_segments is not None:
-        segment, factors = _segments(
+        segment, factors = segments(
             num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation
         )
         # A position outside every bag goes to the padding row. Its factor is zero, but zero times
@@ -296,7 +294,7 @@ def positions(
     weighted = source = None
     if combiner != "sum" or any(w is not None for w in weights):
         of_leaves = [
-            _coefficients(w, i != num_rows - 1, combiner)
+            coefficients(w, i != num_rows - 1, combiner)
             for i, w in zip(index, weights, strict=True)
         ]
         weighted = jnp.concatenate([factor.reshape(-1) for factor in of_leaves])

@@ -1,14 +1,14 @@
-"""The training step: prefetch, lookup, and apply_gradients or apply_pooled_gradients.
+"""The training step by gradients of rows: prefetch, lookup, apply_gradients.
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `prefetch` plans a batch and brings its rows into the cache.
 - `lookup` gathers the unique rows, from which the user computes gradients.
 - `apply_gradients` updates each unique row once. A cached row is updated in its float32 line, any
   other row in the table, with stochastic rounding.
-- `apply_pooled_gradients` does the same from the gradients of pooled vectors.
 
-The verbs are pure; jit them with the state donated. `mesh.exchange` holds what a mesh adds. The
-system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
+`vectors` holds the same step by gradients of vectors. The verbs are pure; jit them with the state
+donated. `mesh.exchange` holds what a mesh adds. The system follows Yang et al., "Mixed-Precision
+Embedding Using a Cache" (arXiv 2010.11305).
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import pooling, update
+from mpembed_jax.embedding import update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.mesh import exchange
-from mpembed_jax.ops import Draw, Moves, Request
+from mpembed_jax.ops import Draw, Moves, Positions, Request
 from mpembed_jax.row_ids import NO_ID
 
 
@@ -182,14 +182,14 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     Raises:
       ValueError: if the plan is concrete and not of the state's latest prefetch.
     """
-    _check_latest("lookup", state, plan)
+    _check_latest("lookup", state, plan.step)
     rows = lookup_held(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
     width = rows.shape[0]
     rows = chunks.each(
         0,
-        jnp.where(_is_latest(state, plan), 0, width),  # empty range if the plan is the latest
+        jnp.where(is_latest(state, plan.step), 0, width),  # empty range if the plan is the latest
         width,
         ops.chunk_of(state.implementation),
         lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
@@ -298,63 +298,32 @@ def apply_held_gradients(
     return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
 
 
-def apply_pooled_gradients(
+def apply_positions(
     state: EmbeddingState,
     plan: CachePlan,
     rows: jax.Array,
-    pooled_grads: Any,
-    weights: Any = None,
-    combiner: str | None = None,
+    positions: Positions,
     *,
-    segment_ids: jax.Array | None = None,
-    num_segments: int | None = None,
     tx: optax.GradientTransformation,
 ) -> EmbeddingState:
-    """Applies exactly one optimizer update to each unique row, from gradients of pooled vectors.
+    """Applies one update to each unique row, like apply_gradients, from the gradients of positions.
 
-    The result is the same as differentiating `pool(rows, plan.inverse, weights, combiner, ..)` with
-    respect to rows and passing the gradient to `apply_gradients`. If a kernel can run the
-    transformation, this kernel sums the gradients of each row, updates the row and stores it. No
-    array of row gradients then exists. Otherwise, and over a mesh, the function runs the gradient
-    of pool and `apply_gradients`. For gradients with respect to weights, use jax.grad.
+    The update sums them itself; a kernel makes no array of row gradients.
 
     Args:
-      state: from prefetch; consumed if donated.
+      state: from prefetch.
       plan: from the same prefetch.
       rows: float32 [U, D], from lookup.
-      pooled_grads: nest of float32, the gradient with respect to what `pool` returned for
-        plan.inverse. Inside jax.shard_map, it varies over the same mesh axes as pool's result.
-      weights: as given to pool.
-      combiner: as given to pool.
-      segment_ids: as given to pool.
-      num_segments: as given to pool.
-      tx: the transformation given to init.
+      positions: see pooling.positions.
+      tx: the transformation given to init; it has a rule.
 
     Returns:
       The state.
 
     Raises:
-      ValueError: as in `pool` and `apply_gradients`, or if the tree, a shape or a dtype of
-        pooled_grads differs from that of pool's result.
+      ValueError: as apply_gradients.
     """
-    spec = state.spec
-    pooling_of = (weights, combiner)
-    options: dict[str, Any] = {
-        "segment_ids": segment_ids,
-        "num_segments": num_segments,
-        "implementation": state.implementation,
-    }
     _check("apply_pooled_gradients", state, plan, plan.unique_ids.shape[0], rows=rows)
-    index, factors, leaves = pooling.check_gradients(
-        spec.embedding_dim, plan.inverse, pooled_grads, *pooling_of, **options
-    )
-    is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
-    if state.layout is not None or not update.has_kernel(tx, state) or is_empty:
-        _, pull_back = jax.vjp(
-            lambda rows: pooling.pool(rows, plan.inverse, *pooling_of, **options), rows
-        )
-        return apply_gradients(state, plan, rows, pull_back(pooled_grads)[0], tx=tx)
-    positions = pooling.positions(rows.shape[0], index, factors, leaves, combiner, **options)
     moves, is_pending = _pending(state, plan)
     state, is_updated, is_stored = update.apply_summed(
         tx, state, moves, rows, positions, step=plan.step
@@ -386,19 +355,26 @@ def _check(
                 f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 "
                 "and cast the vectors computed from them"
             )
+    check_waiting(verb, "prefetch", state, plan.step)
+
+
+def check_waiting(verb: str, planner: str, state: EmbeddingState, step: jax.Array) -> None:
+    """Raises ValueError if it is known that no plan of the verb `planner` waits for `verb`.
+
+    The plan that waits is the one that the state's latest step made; `step` is the given plan's.
+    """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
-            f"{verb} needs a prefetch of its own, but this state has none waiting (it comes from "
-            "init, or its plan was already applied); call prefetch once before each "
-            f"{verb}"
+            f"{verb} needs a {planner} of its own, but this state has none waiting (it comes from "
+            f"init, or its plan was already applied); call {planner} once before each {verb}"
         )
-    _check_latest(verb, state, plan)
+    _check_latest(verb, state, step)
 
 
-def _check_latest(verb: str, state: EmbeddingState, plan: CachePlan) -> None:
-    """Raises ValueError if the plan is known not to be of the state's latest prefetch."""
-    if not isinstance(state.step, jax.core.Tracer) and not isinstance(plan.step, jax.core.Tracer):
-        made, latest = int(plan.step), int(state.step) - 1
+def _check_latest(verb: str, state: EmbeddingState, step: jax.Array) -> None:
+    """Raises ValueError if a plan's step is known not to be that of the state's latest prefetch."""
+    if not isinstance(state.step, jax.core.Tracer) and not isinstance(step, jax.core.Tracer):
+        made, latest = int(step), int(state.step) - 1
         if made != latest:
             raise ValueError(
                 f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
@@ -407,10 +383,10 @@ def _check_latest(verb: str, state: EmbeddingState, plan: CachePlan) -> None:
             )
 
 
-def _is_latest(state: EmbeddingState, plan: CachePlan) -> jax.Array:
-    """Returns whether the plan is of this state's latest prefetch (bool [])."""
+def is_latest(state: EmbeddingState, step: jax.Array) -> jax.Array:
+    """Returns whether a plan's step is that of this state's latest prefetch (bool [])."""
     is_own = jnp.all(state.fingerprint == state.expected_fingerprint)
-    return is_own & (plan.step == state.step - 1)
+    return is_own & (step == state.step - 1)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
@@ -419,7 +395,7 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
     update may touch no row.
     """
-    is_pending = state.pending & _is_latest(state, plan)
+    is_pending = state.pending & is_latest(state, plan.step)
     moves = _moves(plan)
     num_cached, num_ids = (
         jnp.where(is_pending, moves.num_cached, 0),
@@ -435,9 +411,16 @@ def _finish(
 
     Their lines are marked dirty, and the update is counted.
     """
+    cache = None if state.cache is None else residency.commit(state.cache, moves.line)
+    return finished(dataclasses.replace(state, cache=cache), num_nonfinite, is_pending)
+
+
+def finished(
+    state: EmbeddingState, num_nonfinite: jax.Array, is_applied: jax.Array
+) -> EmbeddingState:
+    """Returns the state after an update: no plan is pending, and the update is counted."""
     return dataclasses.replace(
         state,
-        cache=None if state.cache is None else residency.commit(state.cache, moves.line),
         pending=np.False_,
-        counters=count_updates(state.counters, num_nonfinite, ~is_pending),
+        counters=count_updates(state.counters, num_nonfinite, ~is_applied),
     )

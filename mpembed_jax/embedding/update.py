@@ -68,7 +68,7 @@ def apply(
         return _apply_any(tx, state, moves, rows, row_grads, step=step, is_applied=is_applied)
     store, accumulator, is_stored = ops.update(
         state.store,
-        _accumulator(tx, rule, state),
+        accumulator_of(tx, rule, state),
         moves,
         rows,
         row_grads,
@@ -76,7 +76,7 @@ def apply(
         draw=Draw(state.key, step),
         implementation=state.implementation,
     )
-    return _stored(state, store, _with_accumulator(state, accumulator)), is_stored
+    return stored(state, store, with_accumulator(state, accumulator)), is_stored
 
 
 def apply_summed(
@@ -114,7 +114,7 @@ def apply_summed(
         )
     store, accumulator, is_updated, is_stored = ops.update_summed(
         state.store,
-        _accumulator(tx, rule, state),
+        accumulator_of(tx, rule, state),
         moves,
         rows,
         positions,
@@ -123,11 +123,11 @@ def apply_summed(
         skip_nonfinite=state.spec.skip_nonfinite,
         implementation=state.implementation,
     )
-    state = _stored(state, store, _with_accumulator(state, accumulator))
+    state = stored(state, store, with_accumulator(state, accumulator))
     return state, is_updated, is_stored
 
 
-def _accumulator(
+def accumulator_of(
     tx: optax.GradientTransformation, rule: RowRule, state: EmbeddingState
 ) -> jax.Array | None:
     """Returns the accumulator that the rule updates, or None if the rule has none.
@@ -147,7 +147,7 @@ def _accumulator(
     return leaves[0] if rule.has_sums else None
 
 
-def _with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> Any:
+def with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> Any:
     """Returns the row state with a new accumulator; None leaves it unchanged."""
     if accumulator is None:
         return state.row_state
@@ -155,7 +155,7 @@ def _with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> A
     return treedef.unflatten([accumulator])
 
 
-def _stored(state: EmbeddingState, store: Store, row_state: Any) -> EmbeddingState:
+def stored(state: EmbeddingState, store: Store, row_state: Any) -> EmbeddingState:
     """Returns the state with the arrays that an update changed."""
     cache = None if state.cache is None else dataclasses.replace(state.cache, rows=store.lines)
     return dataclasses.replace(state, table=store.table, cache=cache, row_state=row_state)
@@ -213,7 +213,7 @@ def _apply_any(
         store, is_stored = ops.write(
             state.store, moves, rows, new_rows, draw, implementation=state.implementation
         )
-        return _stored(state, store, row_state), is_stored
+        return stored(state, store, row_state), is_stored
 
     old_scalars = [leaf for leaf in jax.tree.leaves(row_state) if not leaf.ndim]
 
@@ -266,7 +266,7 @@ def _apply_any(
             row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim]
         )
     table = QuantizedTable(packed, table.format, table.embedding_dim)
-    return _stored(state, Store(table, cache_rows, None), row_state), is_stored
+    return stored(state, Store(table, cache_rows, None), row_state), is_stored
 
 
 def _with_scalars(row_state: Any, scalars: list[jax.Array]) -> Any:

@@ -45,7 +45,16 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.ops import xla
-from mpembed_jax.ops.records import Draw, Implementation, Moves, Positions, Request, Store, Unique
+from mpembed_jax.ops.records import (
+    Draw,
+    Implementation,
+    Moves,
+    Places,
+    Positions,
+    Request,
+    Store,
+    Unique,
+)
 from mpembed_jax.ops.xla.rows import write_back
 from mpembed_jax.ops.xla.sums import add_duplicates
 from mpembed_jax.optim import RowRule
@@ -73,18 +82,21 @@ __all__ = [
     "Implementation",
     "Moves",
     "Named",
+    "Places",
     "Positions",
     "Request",
     "Store",
     "Unique",
     "add_duplicates",
     "bag",
+    "bag_step",
     "choose",
     "chunk_of",
     "compiled",
     "find",
     "has_kernels",
     "lookup",
+    "max_threads",
     "plan",
     "read",
     "sum_duplicates",
@@ -181,6 +193,17 @@ def compiled(implementation: Named | None) -> Any:
     from mpembed_jax.ops import cpu
 
     return cpu
+
+
+def bag_step(implementation: Named, table: QuantizedTable) -> Any:
+    """Returns `cpu.bag_step`, a whole step of a table in two calls; None where it does not run."""
+    native = compiled(implementation)
+    return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
+
+
+def max_threads(implementation: Named) -> int:
+    """Returns how many threads an implementation asks for at most."""
+    return _of(implementation).max_threads
 
 
 def _gather_of(implementation: Named, table: QuantizedTable) -> xla.rows.Gather | None:

@@ -121,6 +121,20 @@ class Positions(NamedTuple):
     factors: jax.Array | None  # f32 [N]: factors of the positions' gradients; None: all are 1
 
 
+class Places(NamedTuple):
+    """The rows of a batch by partition, and the positions of each: what a fused forward call leaves.
+
+    The rows of a partition begin where its positions do. Entries between its last row and the next
+    partition mean nothing.
+    """
+
+    facts: jax.Array  # i32 [..]  counts, and where each partition begins; see ops.cpu.bag_step
+    ids: jax.Array  # i32 [N]
+    line: jax.Array  # i32 [N]  -1 where the row has none
+    stop: jax.Array  # i32 [N]  a row's positions end before order[stop], counted in its partition
+    order: jax.Array  # i32 [N]  positions, row by row, ascending
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """The settings of an implementation of the ops; static.
@@ -130,6 +144,7 @@ class Implementation:
       chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
       host_chunk: the same for a table in host memory, used if chunk is None.
       is_native: whether numba runs deduplication, planning and the movements of large rows.
+      max_threads: most threads of XLA's pool that share a fused step.
       is_kernel: whether Pallas kernels run the row movements.
       is_interpreted: whether the kernels are traced into plain jax operations.
     """
@@ -140,5 +155,6 @@ class Implementation:
     # microseconds.
     host_chunk: int = 16384
     is_native: bool = False
+    max_threads: int = 64
     is_kernel: bool = False
     is_interpreted: bool = False

@@ -160,6 +160,12 @@ def _is_local(eqn: Any, is_drawn: bool) -> bool:
         return 0 not in params["axes"]
     if name == "reshape":
         return params["dimensions"] is None and params["new_sizes"][0] == ROWS
+    if name == "slice":
+        strides = params["strides"] or (1,)
+        whole = (params["start_indices"][0], params["limit_indices"][0], strides[0])
+        return whole == (0, ROWS, 1)
+    if name == "pad":
+        return params["padding_config"][0] == (0, 0, 0) and not _has_rows(eqn.invars[1])
     if name == "squeeze":
         return 0 not in params["dimensions"]
     return False

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 ScalarOrSchedule = Any  # a float, or a function of the step count
 
@@ -84,6 +85,40 @@ class ScaleByRowwiseAdagradState(NamedTuple):
     sum_of_squares: Any  # f32 [V]; for each leaf of the parameters, its shape without the last axis
 
 
+def mean_of_squares(g: jax.Array) -> jax.Array:
+    """Returns the mean of g^2 over the last axis: the same bits in every program.
+
+    The squares, padded with zeros to a power of two of at least 8, are summed by halves: the upper
+    half is added to the lower half until one is left. The mean is the sum times 1 / D. Each
+    operation is rounded by itself. (XLA adds up a reduction in an order that depends on the vectors
+    of the processor and on the other dimensions, and contracts multiplications with additions.)
+
+    Args:
+      g: float [.., D].
+
+    Returns:
+      float [..].
+    """
+    dim = g.shape[-1]
+    squares = _rounded(jnp.square(g))
+    half = max(8, 1 << (dim - 1).bit_length()) // 2
+    while half:
+        lower, upper = squares[..., :half], squares[..., half:]
+        missing = lower.shape[-1] - upper.shape[-1]
+        upper = jnp.pad(upper, [(0, 0)] * (g.ndim - 1) + [(0, missing)]) if missing else upper
+        squares, half = lower + upper, half // 2
+    return _rounded(squares[..., 0] * jnp.asarray(1 / dim, g.dtype))
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Returns x, a product that is not negative, such that XLA cannot contract it with a sum."""
+    if x.dtype != jnp.float32:
+        return x
+    # The sign bit is not set: clearing it changes nothing, but keeps the two instructions apart.
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def scale_by_rowwise_adagrad(
     eps: float = 1e-8, initial_accumulator_value: float = 0.0
 ) -> optax.GradientTransformation:
@@ -108,13 +143,11 @@ def scale_by_rowwise_adagrad(
         updates: Any, state: ScaleByRowwiseAdagradState, params: Any = None
     ) -> tuple[Any, Any]:
         del params
-        total = jax.tree.map(
-            lambda g, s: s + jnp.mean(jnp.square(g), axis=-1), updates, state.sum_of_squares
-        )
+        total = jax.tree.map(lambda g, s: s + mean_of_squares(g), updates, state.sum_of_squares)
 
         def scale(g: jax.Array, s: jax.Array) -> jax.Array:
             root = jnp.sqrt(s) + eps
-            return g / jnp.where(root > 0, root, jnp.float32(1))[..., None]
+            return g * (1 / jnp.where(root > 0, root, jnp.float32(1)))[..., None]
 
         return jax.tree.map(scale, updates, total), ScaleByRowwiseAdagradState(total)
 

@@ -1,8 +1,9 @@
-"""apply_pooled_gradients makes the state of pool's gradient followed by apply_gradients.
+"""embed and apply_pooled_gradients make the state of the separate verbs.
 
 This holds for every implementation.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -78,6 +79,10 @@ def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state):
+        if is_pooled:
+            state, plan, vectors = mpembed.embed(state, ids, **options, tx=tx)
+            grads = jax.tree.map(lambda v: upstream(v.shape), vectors)
+            return mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
         pool = partial(
@@ -85,8 +90,6 @@ def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for)
         )
         vectors, pull_back = jax.vjp(pool, rows)
         grads = jax.tree.map(lambda v: upstream(v.shape), vectors)
-        if is_pooled:
-            return mpembed.apply_pooled_gradients(state, plan, rows, grads, **options, tx=tx)
         return mpembed.apply_gradients(state, plan, rows, pull_back(grads)[0], tx=tx)
 
     for _ in range(steps):
@@ -109,15 +112,16 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["pallas_interpret", "numba", "xla_chunked"])
 @pytest.mark.parametrize("name", POOLS)
-def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
+def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
     """With hits, evictions and bypassed rows.
 
     There are padding, ids outside the table and empty bags where sums stay exact.
     """
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     ids = ids_for(POOLS[name][0], has_padding="mean" not in name and name != "sqrtn")
-    one, other = by_both_ways(spec, ids, options_for(name, ids))
+    one, other = by_both_ways(spec, ids, options_for(name, ids), implementation=implementation)
     same(one, other)
     assert mpembed.stats(one).bypasses > 0 and mpembed.stats(one).hits > 0
 
@@ -126,7 +130,7 @@ def test_one_kernel_makes_the_state_of_the_pair_of_verbs(name):
 @pytest.mark.parametrize(
     "name", named(["weighted sum", "ragged mean", "nest of sums"], fast={"ragged mean"})
 )
-def test_without_kernels_it_is_that_pair(name, implementation):
+def test_without_kernels_and_with_a_rule(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
     ids = ids_for(POOLS[name][0])
     same(
@@ -195,58 +199,58 @@ def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     ids = np.arange(40, dtype=np.int32)
     grads = np.full((40, 4), 0.5, np.float32)
     results = []
-    for is_pooled in (True, False):
-        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+    for is_pooled, implementation in ((False, KERNEL), (True, KERNEL), (True, "numba")):
+        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
+        _, seen = jax.jit(mpembed.prefetch)(state, ids)
+        bypassed = jnp.argmax((seen.inverse >= seen.placed[1]).astype(jnp.int32))
+        cached = jnp.argmax((seen.inverse < seen.placed[1]).astype(jnp.int32))
+        wrong = jnp.asarray(grads).at[cached, 1].set(jnp.nan).at[bypassed, 0].set(-jnp.inf)
 
         @partial(jax.jit, donate_argnums=0)
-        def step(state):
+        def step(state, wrong):
+            if is_pooled:  # noqa: B023 -- traced at once
+                state, plan, _ = mpembed.embed(state, ids, tx=SGD)
+                return mpembed.apply_pooled_gradients(state, plan, wrong, tx=SGD)
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
-            bypassed = jnp.argmax((plan.inverse >= plan.placed[1]).astype(jnp.int32))
-            cached = jnp.argmax((plan.inverse < plan.placed[1]).astype(jnp.int32))
-            wrong = jnp.asarray(grads).at[cached, 1].set(jnp.nan).at[bypassed, 0].set(-jnp.inf)
-            if is_pooled:  # noqa: B023 -- traced at once
-                return mpembed.apply_pooled_gradients(state, plan, rows, wrong, tx=SGD)
             pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)[1]
             return mpembed.apply_gradients(state, plan, rows, pull_back(wrong)[0], tx=SGD)
 
-        results.append(step(state))
-    same(*results)
+        results.append(step(state, wrong))
+    for other in results[1:]:
+        same(results[0], other)
     assert mpembed.stats(results[0]).nonfinite_rows == 2
     assert int(np.sum(results[0].cache.dirty)) == 15
 
 
 @pytest.mark.slow
-def test_a_second_call_changes_nothing_and_is_counted():
+@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+def test_a_second_call_changes_nothing_and_is_counted(implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
-    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
-    ids = ids_for("dense")
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
+    ids, grads = ids_for("dense"), jnp.ones((BAGS, LENGTH, 6))
 
     @jax.jit
     def twice(state):
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        grads = jnp.ones((BAGS, LENGTH, 6))
-        once = mpembed.apply_pooled_gradients(state, plan, rows, grads, tx=SGD)
+        state, plan, _ = mpembed.embed(state, ids, tx=SGD)
+        once = mpembed.apply_pooled_gradients(state, plan, grads, tx=SGD)
         return once, mpembed.apply_pooled_gradients(
-            jax.lax.optimization_barrier(once), plan, rows, grads, tx=SGD
+            jax.lax.optimization_barrier(once), plan, grads, tx=SGD
         )
 
     once, again = twice(state)
     same((once.table, once.cache), (again.table, again.cache))
     with pytest.raises(ValueError, match="1 apply_gradients calls had no prefetch of their own"):
         mpembed.stats(again)
-    with pytest.raises(ValueError, match="needs a prefetch of its own"):
-        eager, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(eager, plan)
-        eager = mpembed.apply_pooled_gradients(
-            eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD
-        )
-        mpembed.apply_pooled_gradients(eager, plan, rows, jnp.ones((BAGS, LENGTH, 6)), tx=SGD)
+    eager, plan, _ = mpembed.embed(state, ids, tx=SGD)
+    eager = mpembed.apply_pooled_gradients(eager, plan, grads, tx=SGD)
+    with pytest.raises(ValueError, match="of its own, but this state has none waiting"):
+        mpembed.apply_pooled_gradients(eager, plan, grads, tx=SGD)
 
 
 @pytest.mark.slow
-def test_a_batch_without_ids_or_bags():
+@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+def test_a_batch_without_ids_or_bags(implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     for ids, options, grads in (
         ([], {}, []),
@@ -258,27 +262,26 @@ def test_a_batch_without_ids_or_bags():
             np.zeros((0, 6), np.float32),
         ),
     ):
-        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
-        prefetched, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(prefetched, plan)
-        after = mpembed.apply_pooled_gradients(prefetched, plan, rows, grads, **options, tx=SGD)
-        np.testing.assert_array_equal(after.table.rows, prefetched.table.rows)
+        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
+        embedded, plan, vectors = mpembed.embed(state, ids, **options, tx=SGD)
+        jax.tree.map(lambda v, g: np.testing.assert_array_equal(v, 0 * g), vectors, grads)
+        after = mpembed.apply_pooled_gradients(embedded, plan, grads, tx=SGD)
+        np.testing.assert_array_equal(after.table.rows, embedded.table.rows)
 
 
-def test_a_gradient_that_is_no_number_stays_in_its_bag():
+@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+def test_a_gradient_that_is_no_number_stays_in_its_bag(implementation):
     """Positions outside every bag take none, though the last bag's is not finite."""
     spec = shapes.stack(NUM_IDS, 6, storage="float32")
     ids, segments = np.int32([1, 2, 3, 4]), np.int32([0, 1, -1, 7])
-    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
 
     @jax.jit
     def step(state):
-        state, plan = mpembed.prefetch(state, ids)
-        grads = jnp.ones((2, 6)).at[1].set(jnp.nan)
         options = {"combiner": "sum", "segment_ids": segments, "num_segments": 2}
-        return mpembed.apply_pooled_gradients(
-            state, plan, mpembed.lookup(state, plan), grads, **options, tx=SGD
-        )
+        state, plan, _ = mpembed.embed(state, ids, **options, tx=SGD)
+        grads = jnp.ones((2, 6)).at[1].set(jnp.nan)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=SGD)
 
     before, after = (np.asarray(mpembed.read(s, ids)) for s in (state, step(state)))
     np.testing.assert_array_equal(after[2:], before[2:])
@@ -288,21 +291,22 @@ def test_a_gradient_that_is_no_number_stays_in_its_bag():
 
 @pytest.mark.parametrize("name", ["vectors", "nest of weighted sums", "ragged mean"])
 def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
-    """Traced only, both ways, with kernels."""
+    """Traced only, both ways, with kernels and with numba."""
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     ids = ids_for(POOLS[name][0])
     with jax.enable_x64(True):
         state = jax.eval_shape(
             lambda: mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
         )
-        for is_pooled in (True, False):
+        native = dataclasses.replace(state, implementation="numba")
+        for given, is_pooled in ((state, True), (state, False), (native, True)):
             after = jax.eval_shape(
                 lambda state, is_pooled=is_pooled: train(
                     state, ids, options_for(name, ids), SGD, is_pooled=is_pooled, steps=1
                 ),
-                state,
+                given,
             )
-            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+            assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, given)
 
 
 @pytest.mark.slow
@@ -316,15 +320,14 @@ def test_over_a_mesh_it_is_that_pair():
         specs = mpembed.partition_specs(state)
 
         def step(state, ids):
+            if is_pooled:  # noqa: B023 -- traced at once
+                state, plan, bags = mpembed.embed(state, ids, combiner="sum", tx=SGD)
+                return mpembed.apply_pooled_gradients(state, plan, jnp.ones_like(bags), tx=SGD)
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
             bags, pull_back = jax.vjp(
                 lambda rows: mpembed.pool(rows, plan.inverse, combiner="sum"), rows
             )
-            if is_pooled:  # noqa: B023 -- traced at once
-                return mpembed.apply_pooled_gradients(
-                    state, plan, rows, jnp.ones_like(bags), combiner="sum", tx=SGD
-                )
             return mpembed.apply_gradients(
                 state, plan, rows, pull_back(jnp.ones_like(bags))[0], tx=SGD
             )
@@ -334,25 +337,27 @@ def test_over_a_mesh_it_is_that_pair():
     same(*results)
 
 
-def test_bad_gradients_are_refused():
+@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+def test_bad_gradients_and_arguments_are_refused(implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
-    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)
-    state, plan = jax.jit(mpembed.prefetch)(state, ids_for("dense"))
-    rows = jax.jit(mpembed.lookup)(state, plan)
-    apply = partial(mpembed.apply_pooled_gradients, state, plan, rows, tx=SGD)
+    state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
+    embed = partial(mpembed.embed, state, ids_for("dense"), tx=SGD)
     vectors, bags = jnp.ones((BAGS, LENGTH, 6)), jnp.ones((BAGS, 6))
-    for grads, options in (
-        (bags, {}),
-        (vectors, {"combiner": "sum"}),
-        ([vectors], {}),
-        (vectors.astype(jnp.bfloat16), {}),
-        (jnp.ones((BAGS, LENGTH, 5)), {}),
+    for grads, combiner in (
+        (bags, None),
+        (vectors, "sum"),
+        ([vectors], None),
+        (vectors.astype(jnp.bfloat16), None),
+        (jnp.ones((BAGS, LENGTH, 5)), None),
     ):
-        with pytest.raises(ValueError, match="pooled_grads must match what pool returned"):
-            apply(grads, **options)
+        embedded, plan, _ = embed(combiner=combiner)
+        with pytest.raises(ValueError, match="pooled_grads must be like the vectors of embed"):
+            mpembed.apply_pooled_gradients(embedded, plan, grads, tx=SGD)
     with pytest.raises(ValueError, match="combiner must be None"):
-        apply(bags, combiner="max")
+        embed(combiner="max")
     with pytest.raises(ValueError, match="weights and segment_ids need a combiner"):
-        apply(vectors, weights=vectors[..., 0])
-    with pytest.raises(ValueError, match=r"rows must be float32"):
-        mpembed.apply_pooled_gradients(state, plan, rows[:-1], vectors, tx=SGD)
+        embed(weights=vectors[..., 0])
+    if implementation == "numba":
+        embedded, plan, _ = embed()
+        with pytest.raises(ValueError, match="pass the same tx to init, embed and"):
+            mpembed.apply_pooled_gradients(embedded, plan, vectors, tx=optax.adam(0.1))

@@ -56,10 +56,14 @@ def step_and_arguments(
     shape = (BATCH * LENGTH,) if is_ragged else (BATCH, LENGTH)
 
     def step(state, ids, weights, segment_ids, target):
+        extra = {"segment_ids": segment_ids, "num_segments": BATCH} if is_ragged else {}
+        if is_pooled:
+            given = options | extra | ({"weights": weights} if is_weighted else {})
+            state, plan, vectors = mpembed.embed(state, ids, **given, tx=tx)
+            grads = vectors - target
+            return mpembed.apply_pooled_gradients(state, plan, grads, tx=tx), weights
         state, plan = mpembed.prefetch(state, ids)
         rows = mpembed.lookup(state, plan)
-
-        extra = {"segment_ids": segment_ids, "num_segments": BATCH} if is_ragged else {}
 
         def pool(rows, weights):
             given = extra | ({"weights": weights} if is_weighted else {})
@@ -70,10 +74,6 @@ def step_and_arguments(
         def loss(rows, weights):
             return jnp.sum(jnp.square(pool(rows, weights) - target))
 
-        if is_pooled:
-            given = options | extra | ({"weights": weights} if is_weighted else {})
-            grads = pool(rows, weights) - target
-            return mpembed.apply_pooled_gradients(state, plan, rows, grads, **given, tx=tx), weights
         row_grads, weight_grads = jax.grad(loss, argnums=(0, 1))(rows, weights)
         return mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), weight_grads
 

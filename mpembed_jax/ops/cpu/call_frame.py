@@ -29,7 +29,9 @@ from numba.extending import intrinsic
 from mpembed_jax.ops.cpu import machine_code
 
 _METADATA = 1  # XLA_FFI_Extension_Metadata
-_SCHEDULE = 17  # index of XLA_FFI_ThreadPool_Schedule among the words of XLA_FFI_Api
+# Indices of XLA_FFI_ThreadPool_Schedule and .._NumThreads among the words of XLA_FFI_Api.
+_SCHEDULE, _NUM_THREADS = 17, 18
+_NEXT, _DONE, _HOLDERS = 0, 8, 16  # bytes in the block of `_run_parts`
 _LINE = 16  # 32-bit words in a cache line of the processor
 _handlers: dict[str, Any] = {}  # keeps compiled code alive as long as the process
 _lock = threading.Lock()
@@ -94,8 +96,8 @@ def _call(context, function, argument):
 
 
 @intrinsic
-def _call_half(context, function, frame, half):
-    """Calls the function at an address with a frame and the number of a half."""
+def _call_part(context, function, frame, part):
+    """Calls the function at an address with a frame and the number of a part."""
 
     def codegen(target, builder, signature, arguments):
         word = ir.IntType(64)
@@ -219,6 +221,18 @@ def _flat(buffer, dtype):
 
 
 @compiled
+def argument_address(frame, index):
+    """Returns the address of the index-th operand."""
+    return _word(_word(_word(frame, 9), index), 3)
+
+
+@compiled
+def result_address(frame, index):
+    """Returns the address of the index-th result."""
+    return _word(_word(_word(frame, 14), index), 3)
+
+
+@compiled
 def argument(frame, index, dtype):
     """Returns the index-th operand as a flat array of `dtype`, which is not checked."""
     return _flat(_word(_word(frame, 9), index), dtype)
@@ -235,61 +249,93 @@ def result(frame, index, dtype):
 
 @compiled
 def _release(block):
-    if _add(block + 16, -1) == 1:
+    if _add(block + _HOLDERS, -1) == 1:
         _free(block)
 
 
 @compiled
+def _take_parts(block):
+    """Runs parts that nobody has begun until there are none."""
+    frame, function, num = _word(block, 3), _word(block, 4), _word(block, 5)
+    part = _add(block + _NEXT, 1)
+    while part < num:
+        _call_part(function, frame, part)
+        _add(block + _DONE, 1)
+        part = _add(block + _NEXT, 1)
+
+
+@compiled
 def _task(block):
-    if _add(block, 1) == 0:
-        _call_half(_word(block, 4), _word(block, 3), 1)
-        _add(block + 8, 1)
+    _take_parts(block)
     _release(block)
 
 
 @compiled
-def _run_halves(frame, half):
-    # The block has ten words: 0 how many threads asked for the second half; 1 whether that half is
-    # done; 2 how many threads still use the block; 3 the frame; 4 the function; 5 to 9 the
-    # arguments of XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
-    block = _malloc(80)
-    words = numba.carray(_pointer(block), 10, np.int64)
-    words[0], words[1], words[2], words[3], words[4] = 0, 0, 2, frame, half
-    words[5], words[6], words[7], words[8], words[9] = (
-        40,
-        0,
-        _word(frame, 3),
-        _address_of(_task),
-        block,
-    )
-    is_refused = _call(_word(_word(frame, 2), _SCHEDULE), block + 40) != 0
-    _call_half(half, frame, 0)
-    if _add(block, 1) == 0:
-        _call_half(half, frame, 1)
-    else:
-        while _add(block + 8, 0) == 0:
-            _yield()
-    # If the pool refused the task, nobody else releases the task's share of the block.
-    if is_refused:
-        _release(block)
+def num_threads(frame):
+    """Returns the number of threads of XLA's pool, or 1 if it does not answer."""
+    # Four words are the arguments of XLA_FFI_ThreadPool_NumThreads (size, extension, context, where
+    # the answer goes). The fifth is the answer.
+    words = np.empty(5, np.int64)
+    words[0], words[1], words[2], words[4] = 32, 0, _word(frame, 3), 1
+    words[3] = words.ctypes.data + 32
+    is_refused = _call(_word(_word(frame, 2), _NUM_THREADS), words.ctypes.data) != 0
+    return 1 if is_refused else max(words[4], 1)
+
+
+@compiled
+def _run_parts(frame, function, num, num_tasks):
+    # The block has eleven words: 0 the next part; 1 how many parts are done; 2 how many tasks still
+    # use the block; 3 the frame; 4 the function; 5 the number of parts; 6 to 10 the arguments of
+    # XLA_FFI_ThreadPool_Schedule (size, extension, context, task, data).
+    block = _malloc(88)
+    words = numba.carray(_pointer(block), 11, np.int64)
+    words[0], words[1], words[2] = 0, 0, num_tasks
+    words[3], words[4], words[5] = frame, function, num
+    words[6], words[7], words[8] = 40, 0, _word(frame, 3)
+    words[9], words[10] = _address_of(_task), block
+    schedule = _word(_word(frame, 2), _SCHEDULE)
+    for _ in range(num_tasks - 1):
+        # If the pool refuses a task, nobody else releases the task's share of the block.
+        if _call(schedule, block + 48) != 0:
+            _release(block)
+    _take_parts(block)
+    while _add(block + _DONE, 0) < num:
+        _yield()
     _release(block)
+
+
+def parts(part: Callable[[int, int], None]) -> Callable:
+    """Returns a numba function run(frame, num, num_tasks) that runs part(frame, k) for each k < num.
+
+    Up to num_tasks threads take parts one after another, the caller among them. XLA's thread pool
+    may be busy, or may itself wait for the caller. The caller therefore runs every part that no
+    other thread has begun, and never waits for work that has not begun.
+
+    Args:
+      part: a Python or numba function. It must not raise. No part may write anything that another
+        one reads or writes.
+    """
+    whole = compiled(getattr(part, "py_func", part))
+
+    @compiled
+    def run(frame, num, num_tasks):
+        _run_parts(frame, _address_of(whole), num, num_tasks)
+
+    return run
 
 
 def halves(half: Callable[[int, int], None]) -> Callable:
     """Returns a numba function of a call frame that runs half(frame, 0) and half(frame, 1).
 
-    The two halves run at the same time if a thread of XLA's pool is free. The pool may be busy, or
-    may itself wait for the caller. The caller therefore runs the second half if no other thread has
-    begun it, and never waits for work that has not begun.
+    The two halves run at the same time if a thread of XLA's pool is free.
 
     Args:
-      half: a Python function, compiled here by numba. It must not raise. Neither half may write
-        anything that the other half reads or writes.
+      half: see `parts`.
     """
-    part = compiled(half)
+    run_parts = parts(half)
 
     def run(frame):
-        _run_halves(frame, _address_of(part))
+        run_parts(frame, 2, 2)
 
     run.__qualname__ = f"halves.{half.__qualname__}"  # see _register
     return compiled(run)

@@ -62,7 +62,7 @@ def _unique(frame):
 
 
 @compiled
-def _smallest(values, num):
+def smallest(values, num):
     """Returns the num-th smallest of `values` (uint32), counted from 1; 0 is taken as 1.
 
     It counts the upper halves of the values first, then the lower halves. There is no sort that
@@ -93,7 +93,7 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
     moved = np.empty(num_found, np.int32)
     for index in range(num_found):
         mixed[index] = fmix32(np.uint32(seen[index]) ^ np.uint32(step))
-    limit = _smallest(mixed, num_kept)
+    limit = smallest(mixed, num_kept)
     kept = 0
     for index in range(num_found):
         moved[index] = padding

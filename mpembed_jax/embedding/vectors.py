@@ -1,0 +1,361 @@
+"""The fused pair of verbs: ids to vectors, and gradients of vectors to stored rows.
+
+`embed` does what prefetch, lookup and pool do, and `apply_pooled_gradients` what the gradient of
+pool and apply_gradients do. The vectors are the leaf: differentiate the loss with respect to them.
+
+    emb, plan, vectors = mpembed.embed(emb, ids, tx=row_tx)
+    loss, (grads, vector_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, vectors)
+    emb = mpembed.apply_pooled_gradients(emb, plan, vector_grads, tx=row_tx)
+
+Where numba runs the ops on a CPU and the transformation carries a rule (`optim.sgd`,
+`optim.rowwise_adagrad`), each verb is one foreign call (bags take two), and no array [U, D] of
+unique rows or of their gradients exists. Elsewhere the verbs run the others. The results are the
+same. Whoever needs the gradients of rows, for example to clip them by their global norm, uses
+prefetch, lookup, pool and apply_gradients.
+"""
+
+import dataclasses
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpembed_jax import ops, optim, row_ids
+from mpembed_jax.cache import policy
+from mpembed_jax.cache.plan import CachePlan, Counts
+from mpembed_jax.embedding import pooling, step, update
+from mpembed_jax.embedding.counters import count_step
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.ops import Draw, Places
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """How a batch's rows become vectors; static."""
+
+    combiner: str | None
+    num_segments: int | None  # of ragged bags
+    shapes: tuple[tuple[int, ...], ...]  # of the ids
+    tree: Any  # of the ids
+
+    @property
+    def lead(self) -> list[tuple[int, ...]]:
+        """Shapes of the vectors without their last axis."""
+        if self.num_segments is not None:
+            return [(self.num_segments,)]
+        return [shape if self.combiner is None else shape[:-1] for shape in self.shapes]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "counts",
+        "step",
+        "places",
+        "factors",
+        "source",
+        "plan",
+        "rows",
+        "weights",
+        "segment_ids",
+    ],
+    meta_fields=["pooling"],
+)
+@dataclasses.dataclass(frozen=True)
+class VectorPlan:
+    """What `embed` decided about one batch; it lives until its apply_pooled_gradients.
+
+    Either `places` describes the batch's rows, with `factors` and `source` of each position, or
+    `plan`, `rows`, `weights` and `segment_ids` are those of the separate verbs.
+    """
+
+    counts: Counts
+    step: jax.Array  # i32 []  which embed made it
+    pooling: Pooling
+    places: Places | None = None
+    factors: jax.Array | None = None  # f32 [N]  None: all are 1
+    source: Any = None  # i32 [N]  of the gradients; None: in order. -1: takes none
+    plan: CachePlan | None = None
+    rows: jax.Array | None = None  # f32 [U, D]
+    weights: Any = None
+    segment_ids: jax.Array | None = None
+
+
+def embed(
+    state: EmbeddingState,
+    ids: Any,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    tx: optax.GradientTransformation,
+) -> tuple[EmbeddingState, VectorPlan, Any]:
+    """Plans a batch, brings its rows into the cache, and returns one vector per id or per bag.
+
+    In training, exactly one apply_pooled_gradients must follow each embed. Donate the state;
+    otherwise, each step copies the table. Gradients with respect to weights need the separate
+    verbs.
+
+    Args:
+      state: consumed if donated.
+      ids: any nest of int32 arrays of global ids, as for prefetch; NO_ID is padding.
+      weights: None, or like ids: float32 factor of each position; see pool.
+      combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each
+        array of ids; see pool.
+      segment_ids: int32 [N], the bag of each position of flat ids [N], instead of the last axis.
+      num_segments: number of bags; needed with segment_ids.
+      tx: the transformation given to init.
+
+    Returns:
+      The state, advanced by one step; the plan of this step; and a nest of float32: [.., D], with
+      the last axis of ids reduced if there is a combiner, or [num_segments, D].
+
+    Raises:
+      TypeError: if ids are not integers of 32 bits or fewer.
+      ValueError: as `prefetch` and `pool`.
+    """
+    leaves, treedef = row_ids.checked(ids)
+    options: dict[str, Any] = {
+        "segment_ids": segment_ids,
+        "num_segments": num_segments,
+        "implementation": state.implementation,
+    }
+    flat_weights = pooling.check(treedef.unflatten(leaves), weights, combiner, **options)[1]
+    shapes = tuple(leaf.shape for leaf in leaves)
+    how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
+    if is_fused(tx, state) and any(leaf.size for leaf in leaves):
+        return _embed_natively(state, leaves, flat_weights, segment_ids, how)
+    state, plan = step.prefetch(state, treedef.unflatten(leaves))
+    rows = step.lookup(state, plan)
+    vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
+    held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}
+    return state, VectorPlan(plan.counts, plan.step, how, **held), vectors
+
+
+def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
+    """Whether each of the two verbs is one call to native code, without an array of unique rows."""
+    return (
+        state.layout is None
+        and optim.rule_of(tx) is not None
+        and ops.bag_step(state.implementation, state.table) is not None
+    )
+
+
+def _embed_natively(
+    state: EmbeddingState,
+    leaves: list[jax.Array],
+    weights: list[jax.Array | None],
+    segment_ids: jax.Array | None,
+    how: Pooling,
+) -> tuple[EmbeddingState, VectorPlan, Any]:
+    state.check_spec()
+    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    max_threads = ops.max_threads(state.implementation)
+    ids = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    halve = jnp.bool_(False)
+    if cache is not None:
+        halve = policy.is_time_to_halve(cache, state.step, Fraction(ids.shape[0]))
+    table, cache, found, places = native.forward(
+        state.table,
+        cache,
+        ids,
+        budget=state.spec.max_unique_ids,
+        step=state.step,
+        must_halve=halve,
+        draw=Draw(state.key, state.step),
+        is_listed=how.combiner is not None,
+        max_threads=max_threads,
+    )
+    counts = Counts(**native.counts(places), wide_exchanges=jnp.int32(0))
+    factors = source = None
+    vectors = found
+    if how.combiner is not None:
+        bag, factors, source = _bags(found >= 0, weights, segment_ids, how, state.implementation)
+        num_bags = sum(int(np.prod(lead)) for lead in how.lead)
+        is_ragged = segment_ids is not None
+        table, lines, vectors = native.bags(
+            table,
+            None if cache is None else cache.rows,
+            places,
+            found,
+            (found >= 0).astype(jnp.float32) if factors is None else factors,
+            bag,
+            num_bags,
+            is_ascending=not is_ragged,
+            is_contracted=not is_ragged,
+            max_threads=max_threads,
+        )
+        if cache is not None:
+            cache = dataclasses.replace(cache, rows=lines)
+    plan = VectorPlan(counts, state.step, how, places, factors, source)
+    state = dataclasses.replace(
+        state,
+        table=table,
+        cache=cache,
+        step=state.step + 1,
+        pending=np.True_,
+        counters=count_step(state.counters, counts),
+    )
+    return state, plan, _parted(vectors, how)
+
+
+def _parted(vectors: jax.Array, how: Pooling) -> Any:
+    """Returns consecutive vectors [M, D] as the nest of ids has them."""
+    sizes = np.cumsum([int(np.prod(lead)) for lead in how.lead])[:-1]
+    parts = jnp.split(vectors, sizes) if sizes.size else [vectors]
+    shaped = [
+        part.reshape(*lead, vectors.shape[-1]) for part, lead in zip(parts, how.lead, strict=True)
+    ]
+    return how.tree.unflatten(shaped)
+
+
+def _bags(
+    is_real: jax.Array,
+    weights: list[jax.Array | None],
+    segment_ids: jax.Array | None,
+    how: Pooling,
+    implementation: ops.Named,
+) -> tuple[Any, jax.Array | None, Any]:
+    """Returns each position's bag (int32 [N]), and its factor and source in the gradients or None.
+
+    Positions are those of all arrays of ids, one after another. The factor is None if all are 1.
+    """
+    combiner, num_segments = how.combiner, how.num_segments
+    assert combiner is not None
+    if segment_ids is not None and num_segments is not None:
+        # Of two rows the last is padding, and of padding pooling makes nothing.
+        row = jnp.where(is_real, 0, 1).astype(jnp.int32)
+        segment, factors = pooling.segments(
+            2, row, weights[0], combiner, segment_ids, num_segments, implementation
+        )
+        return segment, factors, jnp.where(segment < num_segments, segment, -1)
+    lengths = [shape[-1] for shape in how.shapes]
+    num_bags = [int(np.prod(lead)) for lead in how.lead]
+    firsts = np.cumsum([0, *num_bags[:-1]])
+    bag = np.concatenate(
+        [
+            np.repeat(np.arange(first, first + num), length)
+            for first, num, length in zip(firsts, num_bags, lengths, strict=True)
+        ]
+    ).astype(np.int32)
+    every: jax.Array | None = None
+    if combiner != "sum" or any(w is not None for w in weights):
+        ends = np.cumsum([int(np.prod(shape)) for shape in how.shapes])[:-1]
+        parts = [
+            pooling.coefficients(w, part.reshape(shape), combiner).reshape(-1)
+            for w, part, shape in zip(weights, jnp.split(is_real, ends), how.shapes, strict=True)
+        ]
+        every = jnp.concatenate(parts)
+    return bag, every, bag if len(set(lengths)) > 1 else None
+
+
+def apply_pooled_gradients(
+    state: EmbeddingState,
+    plan: VectorPlan,
+    pooled_grads: Any,
+    *,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Applies exactly one optimizer update to each unique row, from the gradients of vectors.
+
+    Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
+    the table. Each row's gradient is the sum over its positions, in ascending order. Donate the
+    state. A plan that is not the state's latest, or was applied before, changes nothing and is
+    counted; if that is known while tracing, it raises.
+
+    Args:
+      state: from embed; consumed if donated.
+      plan: from the same embed.
+      pooled_grads: nest of float32, the gradient with respect to what embed returned. Inside
+        jax.shard_map, it varies over the same mesh axes as that.
+      tx: the transformation given to init and embed.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: if the tree, a shape or a dtype of pooled_grads differs from that of the vectors;
+        if tx is not embed's; or on a second call for one embed.
+    """
+    leaves = _checked(state, plan, pooled_grads)
+    if plan.places is None:
+        return _apply_separately(state, plan, pooled_grads, tx)
+    rule = optim.rule_of(tx)
+    if rule is None:
+        raise ValueError(
+            "tx does not match the plan: embed was given a transformation with a rule, such as "
+            "optim.rowwise_adagrad(0.05); pass the same tx to init, embed and "
+            "apply_pooled_gradients"
+        )
+    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    dim = state.spec.embedding_dim
+    is_pending = state.pending & step.is_latest(state, plan.step)
+    num_nonfinite = jnp.int32(0)
+    if any(leaf.size for leaf in leaves):
+        store, accumulator, num_nonfinite = native.backward(
+            state.store if cache is None else state.store._replace(dirty=cache.dirty),
+            update.accumulator_of(tx, rule, state),
+            plan.places,
+            jnp.concatenate([leaf.reshape(-1, dim) for leaf in leaves]),
+            plan.factors,
+            plan.source,
+            rule=rule,
+            draw=Draw(state.key, plan.step),
+            skip_nonfinite=state.spec.skip_nonfinite,
+            is_applied=is_pending,
+            max_threads=ops.max_threads(state.implementation),
+        )
+        state = update.stored(state, store, update.with_accumulator(state, accumulator))
+        if state.cache is not None:
+            cache = dataclasses.replace(state.cache, dirty=store.dirty)
+            state = dataclasses.replace(state, cache=cache)
+    return step.finished(state, num_nonfinite, is_pending)
+
+
+def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list[jax.Array]:
+    """Returns the leaves of the gradients."""
+    how, dim = plan.pooling, state.spec.embedding_dim
+    leaves, treedef = jax.tree.flatten(pooled_grads)
+    wanted = [(*lead, dim) for lead in how.lead]
+    is_like = treedef == how.tree and [g.shape for g in leaves] == wanted
+    if not is_like or any(g.dtype != jnp.float32 for g in leaves):
+        raise ValueError(
+            f"pooled_grads must be like the vectors of embed: float32 {wanted} in {how.tree}, "
+            f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {treedef}"
+        )
+    step.check_waiting("apply_pooled_gradients", "embed", state, plan.step)
+    return leaves
+
+
+def _apply_separately(
+    state: EmbeddingState,
+    plan: VectorPlan,
+    pooled_grads: Any,
+    tx: optax.GradientTransformation,
+) -> EmbeddingState:
+    """Applies by `update_summed` if the transformation has a rule, else by the gradient of pool."""
+    how, held, rows = plan.pooling, plan.plan, plan.rows
+    assert held is not None and rows is not None
+    options: dict[str, Any] = {
+        "segment_ids": plan.segment_ids,
+        "num_segments": how.num_segments,
+        "implementation": state.implementation,
+    }
+    index, factors, leaves = pooling.check_gradients(
+        state.spec.embedding_dim, held.inverse, pooled_grads, plan.weights, how.combiner, **options
+    )
+    is_empty = not sum(i.size for i in index) or not sum(g.size for g in leaves)
+    if state.layout is not None or optim.rule_of(tx) is None or is_empty:
+
+        def pool(rows: jax.Array) -> Any:
+            return pooling.pool(rows, held.inverse, plan.weights, how.combiner, **options)
+
+        _, pull_back = jax.vjp(pool, rows)
+        return step.apply_gradients(state, held, rows, pull_back(pooled_grads)[0], tx=tx)
+    positions = pooling.positions(rows.shape[0], index, factors, leaves, how.combiner, **options)
+    return step.apply_positions(state, held, rows, positions, tx=tx)

@@ -1,0 +1,495 @@
+"""Eight lanes of 32 bits at a time, for loops over the elements of a row.
+
+numba's arrays may alias for all LLVM knows, so its loops over a row stay scalar. Here the
+instructions are written as LLVM's vectors. Rows are given by their addresses (int64) and have any
+number of elements `dim` (int64): whole blocks of eight, and a rest of fewer. A buffer is a row of
+our own with room for whole blocks; its lanes beyond dim hold zeros.
+
+Products and sums are rounded one by one, except in `multiply_add`, which contracts where the
+processor can, as XLA's loops do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 8
+_BYTE, _HALF, _WORD, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOAT = ir.FloatType()
+_WORDS, _FLOATS = ir.VectorType(_WORD, LANES), ir.VectorType(_FLOAT, LANES)
+
+
+class Lanes:
+    """Eight float32 or uint32 in code that is being written; operators write instructions.
+
+    The other operand is Lanes of the same type or a Python number.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value):
+        self.builder, self.value = builder, value
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the lanes are float32."""
+        return self.value.type == _FLOATS
+
+    def _other(self, other: Any) -> ir.Value:
+        if isinstance(other, Lanes):
+            return other.value
+        return constant(self.builder, other, is_float=self.is_float).value
+
+    def _with(self, value: ir.Value) -> "Lanes":
+        return Lanes(self.builder, value)
+
+    def __add__(self, other: Any) -> "Lanes":
+        add = self.builder.fadd if self.is_float else self.builder.add
+        return self._with(add(self.value, self._other(other)))
+
+    def __sub__(self, other: Any) -> "Lanes":
+        subtract = self.builder.fsub if self.is_float else self.builder.sub
+        return self._with(subtract(self.value, self._other(other)))
+
+    def __mul__(self, other: Any) -> "Lanes":
+        multiply = self.builder.fmul if self.is_float else self.builder.mul
+        return self._with(multiply(self.value, self._other(other)))
+
+    def __truediv__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.fdiv(self.value, self._other(other)))
+
+    def __and__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.and_(self.value, self._other(other)))
+
+    def __or__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.or_(self.value, self._other(other)))
+
+    def __xor__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.xor(self.value, self._other(other)))
+
+    def __lshift__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.shl(self.value, self._other(other)))
+
+    def __rshift__(self, other: Any) -> "Lanes":
+        return self._with(self.builder.lshr(self.value, self._other(other)))
+
+    def compare(self, sign: str, other: Any) -> ir.Value:
+        """Returns <8 x i1>; False where a float is NaN, but for "!="."""
+        if not self.is_float:
+            return self.builder.icmp_unsigned(sign, self.value, self._other(other))
+        compare = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
+        return compare(sign, self.value, self._other(other))
+
+    def where(self, condition: ir.Value, other: Any) -> "Lanes":
+        """Returns these lanes where the condition holds, else the other's."""
+        return self._with(self.builder.select(condition, self.value, self._other(other)))
+
+    def bits(self) -> "Lanes":
+        """Returns the bit patterns of floats."""
+        return self._with(self.builder.bitcast(self.value, _WORDS))
+
+    def as_float(self) -> "Lanes":
+        """Returns the floats of bit patterns."""
+        return self._with(self.builder.bitcast(self.value, _FLOATS))
+
+    def to_float(self) -> "Lanes":
+        """Converts signed integers."""
+        return self._with(self.builder.sitofp(self.value, _FLOATS))
+
+    def to_integer(self) -> "Lanes":
+        """Converts floats that are integers in the range of int32."""
+        return self._with(self.builder.fptosi(self.value, _WORDS))
+
+    def floor(self) -> "Lanes":
+        """Rounds down."""
+        return self._with(_call(self.builder, "llvm.floor.v8f32", self.value))
+
+    def minimum(self, other: Any) -> "Lanes":
+        """Returns the smaller one, NaN if one is."""
+        return self._with(_call(self.builder, "llvm.minimum.v8f32", self.value, self._other(other)))
+
+    def maximum(self, other: Any) -> "Lanes":
+        """Returns the larger one, NaN if one is."""
+        return self._with(_call(self.builder, "llvm.maximum.v8f32", self.value, self._other(other)))
+
+    def multiply_add(self, factor: Any, addend: Any) -> "Lanes":
+        """Returns self * factor + addend, rounded once where the processor can do that."""
+        operands = (self.value, self._other(factor), self._other(addend))
+        return self._with(_call(self.builder, "llvm.fmuladd.v8f32", *operands))
+
+    def halved(self, join: Callable[["Lanes", "Lanes"], "Lanes"]) -> ir.Value:
+        """Joins the upper half with the lower half until one lane is left, and returns it."""
+        lanes, undefined = self, ir.Constant(self.value.type, ir.Undefined)
+        for width in (4, 2, 1):
+            order = [width + i if i < width else i for i in range(LANES)]
+            mask = ir.Constant(_WORDS, order)
+            upper = self.builder.shuffle_vector(lanes.value, undefined, mask)
+            lanes = join(lanes, self._with(upper))
+        return self.builder.extract_element(lanes.value, _WORD(0))
+
+
+def _call(builder: ir.IRBuilder, name: str, *operands: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(operands[0].type, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+def constant(builder: ir.IRBuilder, number: Any, *, is_float: bool) -> Lanes:
+    """Returns lanes that all hold a number, or those of a list."""
+    numbers = number if isinstance(number, list) else [number] * LANES
+    return Lanes(builder, ir.Constant(_FLOATS if is_float else _WORDS, numbers))
+
+
+def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
+    """Returns lanes that all hold a scalar."""
+    kind = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, _WORD(0))
+    undefined = ir.Constant(kind, ir.Undefined)
+    return Lanes(
+        builder, builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * LANES))
+    )
+
+
+class Block:
+    """The eight elements of a row from `first` (i64) on; `rest` (i64): only so many exist."""
+
+    def __init__(self, builder: ir.IRBuilder, first: ir.Value, rest: ir.Value | None):
+        self.builder, self.first, self.rest = builder, first, rest
+
+    def live(self) -> ir.Value:
+        """Returns <8 x i1>: the elements that exist; only of a block with a rest."""
+        numbers = constant(self.builder, list(range(LANES)), is_float=False)
+        rest = splat(self.builder, self.builder.trunc(self.rest, _WORD))
+        return numbers.compare("<", rest)
+
+    def _place(self, address: ir.Value, bits: int) -> tuple[ir.Value, ir.Value | None]:
+        """Returns the address of the block in a row of elements of so many bits, and its bytes."""
+        builder = self.builder
+        offset = builder.lshr(builder.mul(self.first, _LONG(bits)), _LONG(3))
+        num_bytes = None
+        if self.rest is not None:
+            rest_bits = builder.mul(self.rest, _LONG(bits))
+            num_bytes = builder.lshr(builder.add(rest_bits, _LONG(7)), _LONG(3))
+        return builder.add(address, offset), num_bytes
+
+    def load(self, address: ir.Value, kind: ir.Type, bits: int = 32) -> ir.Value:
+        """Loads 8 elements of `bits` bits as a value of so many bytes; zeros beyond the rest."""
+        builder = self.builder
+        place, num_bytes = self._place(address, bits)
+        if num_bytes is None:
+            return builder.load(builder.inttoptr(place, kind.as_pointer()), align=1)
+        held = cgutils.alloca_once(builder, kind)
+        builder.store(ir.Constant(kind, None), held)
+        _copy_bytes(builder, place, builder.ptrtoint(held, _LONG), num_bytes)
+        return builder.load(held)
+
+    def store(self, address: ir.Value, value: ir.Value, bits: int = 32) -> None:
+        """Stores 8 elements of `bits` bits; of a rest of codes, up to whole halves."""
+        builder = self.builder
+        place, num_bytes = self._place(address, bits)
+        if num_bytes is None:
+            builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=1)
+            return
+        held = cgutils.alloca_once(builder, value.type)
+        builder.store(value, held)
+        whole = builder.and_(builder.add(num_bytes, _LONG(1)), _LONG(-2))
+        _copy_bytes(builder, builder.ptrtoint(held, _LONG), place, whole)
+
+    def floats(self, address: ir.Value) -> Lanes:
+        """Loads float32."""
+        return Lanes(self.builder, self.load(address, _FLOATS))
+
+    def buffered(self, address: ir.Value) -> Lanes:
+        """Loads float32 from a buffer."""
+        return Lanes(self.builder, Block(self.builder, self.first, None).load(address, _FLOATS))
+
+    def buffer(self, address: ir.Value, lanes: Lanes) -> None:
+        """Stores float32 to a buffer, zeros beyond the rest."""
+        if self.rest is not None:
+            lanes = lanes.where(self.live(), 0.0)
+        Block(self.builder, self.first, None).store(address, lanes.value)
+
+
+def _copy_bytes(builder: ir.IRBuilder, source: ir.Value, target: ir.Value, num: ir.Value) -> None:
+    with cgutils.for_range(builder, num) as loop:
+        here = builder.inttoptr(builder.add(source, loop.index), _BYTE.as_pointer())
+        there = builder.inttoptr(builder.add(target, loop.index), _BYTE.as_pointer())
+        builder.store(builder.load(here), there)
+
+
+def each_block(builder: ir.IRBuilder, dim: ir.Value, body: Callable[[Block], None]) -> None:
+    """Writes a loop over the blocks of a row of dim (i64) elements."""
+    with cgutils.for_range(builder, builder.lshr(dim, _LONG(3))) as loop:
+        body(Block(builder, builder.shl(loop.index, _LONG(3)), None))
+    rest = builder.and_(dim, _LONG(LANES - 1))
+    with builder.if_then(builder.icmp_unsigned("!=", rest, _LONG(0))):
+        body(Block(builder, builder.sub(dim, rest), rest))
+
+
+_ROW = types.int64  # an address
+
+
+def _row_function(write: Callable, returns: types.Type, *kinds: types.Type) -> tuple:
+    """Returns what an intrinsic returns, for write(builder, *operands)."""
+
+    def codegen(target: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        answer = write(builder, *operands)
+        return target.get_dummy_value() if answer is None else answer
+
+    return returns(*kinds), codegen
+
+
+@intrinsic
+def clear(context, buffer, dim):
+    """buffer = 0."""
+
+    def write(builder, buffer, dim):
+        zeros = constant(builder, 0.0, is_float=True)
+        each_block(builder, dim, lambda block: block.buffer(buffer, zeros))
+
+    return _row_function(write, types.void, _ROW, types.int64)
+
+
+@intrinsic
+def copy(context, row, source, dim):
+    """row = source."""
+
+    def write(builder, row, source, dim):
+        each_block(builder, dim, lambda b: b.store(row, b.floats(source).value))
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
+def stream(context, row, source, dim):
+    """row = source, past the processor's caches; dim is a multiple of 8, row aligned to 32 bytes."""
+
+    def write(builder, row, source, dim):
+        def body(block):
+            place, _ = block._place(row, 32)
+            pointer = builder.inttoptr(place, _FLOATS.as_pointer())
+            store = builder.store(block.floats(source).value, pointer, align=32)
+            store.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
+
+        each_block(builder, dim, body)
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
+def load(context, buffer, source, dim):
+    """buffer = source."""
+
+    def write(builder, buffer, source, dim):
+        each_block(builder, dim, lambda b: b.buffer(buffer, b.floats(source)))
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
+def add(context, buffer, source, dim):
+    """buffer += source."""
+
+    def write(builder, buffer, source, dim):
+        each_block(builder, dim, lambda b: b.buffer(buffer, b.buffered(buffer) + b.floats(source)))
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
+def add_product(context, buffer, factor, source, dim):
+    """buffer += factor * source, product and sum rounded one by one."""
+
+    def write(builder, buffer, factor, source, dim):
+        factors = splat(builder, factor)
+
+        def body(block):
+            block.buffer(buffer, block.buffered(buffer) + factors * block.floats(source))
+
+        each_block(builder, dim, body)
+
+    return _row_function(write, types.void, _ROW, types.float32, _ROW, types.int64)
+
+
+@intrinsic
+def accumulate(context, row, factor, source, dim):
+    """row = factor * source + row, contracted."""
+
+    def write(builder, row, factor, source, dim):
+        factors = splat(builder, factor)
+
+        def body(block):
+            total = factors.multiply_add(block.floats(source), block.floats(row))
+            block.store(row, total.value)
+
+        each_block(builder, dim, body)
+
+    return _row_function(write, types.void, _ROW, types.float32, _ROW, types.int64)
+
+
+@intrinsic
+def accumulate_rounded(context, row, factor, source, dim):
+    """row += factor * source, product and sum rounded one by one."""
+
+    def write(builder, row, factor, source, dim):
+        factors = splat(builder, factor)
+
+        def body(block):
+            block.store(row, (block.floats(row) + factors * block.floats(source)).value)
+
+        each_block(builder, dim, body)
+
+    return _row_function(write, types.void, _ROW, types.float32, _ROW, types.int64)
+
+
+@intrinsic
+def move(context, buffer, old, rate, grads, inverse, dim):
+    """buffer = rate * (grads * inverse) + old, contracted; grads is a buffer, too.
+
+    Returns whether an element differs from the old one (int64, 0 or not): NaN does, -0 from 0 not.
+    """
+
+    def write(builder, buffer, old, rate, grads, inverse, dim):
+        rates, inverses = splat(builder, rate), splat(builder, inverse)
+        zeros, ones = (constant(builder, n, is_float=False) for n in (0, 1))
+        found = cgutils.alloca_once_value(builder, zeros.value)
+
+        def body(block):
+            before = block.floats(old)
+            after = rates.multiply_add(block.buffered(grads) * inverses, before)
+            block.buffer(buffer, after)
+            is_other = ones.where(after.compare("!=", before), zeros)
+            if block.rest is not None:
+                is_other = is_other.where(block.live(), zeros)
+            builder.store((Lanes(builder, builder.load(found)) | is_other).value, found)
+
+        each_block(builder, dim, body)
+        any_other = Lanes(builder, builder.load(found)).halved(lambda a, b: a | b)
+        return builder.zext(any_other, _LONG)
+
+    kinds = (_ROW, _ROW, types.float32, _ROW, types.float32, types.int64)
+    return _row_function(write, types.int64, *kinds)
+
+
+@intrinsic
+def largest_exponent(context, buffer, dim):
+    """The largest exponent field of a buffer (int64); 255 if an element is not finite."""
+
+    def write(builder, buffer, dim):
+        found = cgutils.alloca_once_value(builder, ir.Constant(_WORDS, [0] * LANES))
+
+        def join(a, b):
+            return a.where(a.compare(">", b), b)
+
+        def body(block):
+            exponent = (block.buffered(buffer).bits() >> 23) & 255
+            builder.store(join(Lanes(builder, builder.load(found)), exponent).value, found)
+
+        each_block(builder, dim, body)
+        return builder.zext(Lanes(builder, builder.load(found)).halved(join), _LONG)
+
+    return _row_function(write, types.int64, _ROW, types.int64)
+
+
+@intrinsic
+def square(context, buffer, grads, dim):
+    """buffer = grads ** 2, each rounded; both are buffers."""
+
+    def write(builder, buffer, grads, dim):
+        def body(block):
+            values = block.buffered(grads)
+            block.buffer(buffer, ((values * values).bits() & 0x7FFFFFFF).as_float())
+
+        each_block(builder, dim, body)
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
+def add_block(context, buffer, block, other):
+    """Adds a block of a buffer, by its number, to another one: buffer[block] += buffer[other]."""
+
+    def write(builder, buffer, block, other):
+        here, there = (Block(builder, builder.shl(b, _LONG(3)), None) for b in (block, other))
+        here.buffer(buffer, here.buffered(buffer) + there.buffered(buffer))
+
+    return _row_function(write, types.void, _ROW, types.int64, types.int64)
+
+
+@intrinsic
+def fold(context, buffer):
+    """Sums the first block of a buffer: upper half and lower half, until one is left."""
+
+    def write(builder, buffer):
+        first = Block(builder, _LONG(0), None).buffered(buffer)
+        return first.halved(lambda a, b: a + b)
+
+    return _row_function(write, types.float32, _ROW)
+
+
+def _extreme(write_join: Callable, start: float, is_magnitude: bool) -> Callable:
+    def typed(context, buffer, dim):
+        def write(builder, buffer, dim):
+            first = constant(builder, start, is_float=True)
+            found = cgutils.alloca_once_value(builder, first.value)
+
+            def body(block):
+                values = block.buffered(buffer)
+                if is_magnitude:
+                    values = (values.bits() & 0x7FFFFFFF).as_float()
+                if block.rest is not None:
+                    values = values.where(block.live(), start)
+                builder.store(write_join(Lanes(builder, builder.load(found)), values).value, found)
+
+            each_block(builder, dim, body)
+            return Lanes(builder, builder.load(found)).halved(write_join)
+
+        return _row_function(write, types.float32, _ROW, types.int64)
+
+    return typed
+
+
+smallest = intrinsic(_extreme(Lanes.minimum, float("inf"), False))  # of a buffer; NaN if one is
+largest = intrinsic(_extreme(Lanes.maximum, float("-inf"), False))
+largest_magnitude = intrinsic(_extreme(Lanes.maximum, 0.0, True))
+
+
+@intrinsic
+def ask_for(context, row, num_bytes):
+    """Asks for the cache lines of so many bytes from an address on; does not wait for them."""
+
+    def write(builder, row, num_bytes):
+        byte = _BYTE.as_pointer()
+        kinds = [byte, _WORD, _WORD, _WORD]
+        fetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), kinds)
+        )
+        skipped = builder.and_(row, _LONG(63))
+        row, num_bytes = builder.sub(row, skipped), builder.add(num_bytes, skipped)
+        num_lines = builder.lshr(builder.add(num_bytes, _LONG(63)), _LONG(6))
+        with cgutils.for_range(builder, num_lines) as loop:
+            place = builder.add(row, builder.shl(loop.index, _LONG(6)))
+            # For reading, to all levels, data.
+            builder.call(fetch, [builder.inttoptr(place, byte), _WORD(0), _WORD(3), _WORD(1)])
+
+    return _row_function(write, types.void, _ROW, types.int64)
+
+
+@intrinsic
+def bits_of(context, x):
+    """The bit pattern of a float32."""
+
+    def write(builder, x):
+        return builder.bitcast(x, _WORD)
+
+    return _row_function(write, types.uint32, types.float32)
+
+
+@intrinsic
+def float_of(context, x):
+    """The float32 of a bit pattern."""
+
+    def write(builder, x):
+        return builder.bitcast(x, _FLOAT)
+
+    return _row_function(write, types.float32, types.uint32)

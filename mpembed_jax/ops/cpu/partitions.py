@@ -1,0 +1,257 @@
+"""The integers of a fused step on a CPU: a batch dealt to partitions, each of which finds its rows by itself.
+
+A partition of ids owns its sets: the set of an id is a function of the id, so nothing that one
+partition reads or writes belongs to another, and no number of threads changes a result. Rules:
+`xla.plan.make_plan`, `xla.unique`. Here a row is a distinct id of a partition, by its number there.
+"""
+
+import numpy as np
+
+from mpembed_jax.cache.spec import MAX_WAYS
+from mpembed_jax.ops.cpu import policy
+from mpembed_jax.ops.cpu.call_frame import ask_for, compiled
+from mpembed_jax.ops.cpu.hashes import cell, fmix32, scale_to
+from mpembed_jax.row_ids import NO_ID
+
+MAX_PARTS = 64
+_NO_ID = np.int32(NO_ID)
+_AHEAD = 16  # rows
+# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+_ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
+
+
+@compiled
+def part_of(x, num_rows, groups, num_parts):
+    """Returns the partition that owns an id, num_parts if the id names no row."""
+    if x < 0 or x >= num_rows:
+        return num_parts
+    return np.int64(np.uint32(x) % np.uint32(groups)) * num_parts // groups
+
+
+@compiled
+def deduplicate(dealt, ids, count, row_of, bucket):
+    """Fills the distinct ids of a partition, their occurrences, and the row of each dealt id.
+
+    Args:
+      dealt: i32 [n], the ids dealt to this partition, in the order of positions.
+      ids: i32 [n], filled with the distinct ones in order of first occurrence.
+      count: i32 [n], filled with how often each occurs.
+      row_of: i32 [n], filled with each dealt id's row.
+      bucket: i32 [2 n or more, a power of two], scratch.
+
+    Returns:
+      The number of rows.
+    """
+    bucket[:] = 0
+    mask, num_rows = np.int64(len(bucket) - 1), 0
+    for k in range(len(dealt)):
+        x = dealt[k]
+        b = np.int64(fmix32(x) >> np.uint32(6)) & mask
+        row = bucket[b]
+        while row != 0 and ids[row - 1] != x:
+            b = (b + 1) & mask
+            row = bucket[b]
+        if row == 0:
+            ids[num_rows], count[num_rows] = x, 0
+            num_rows += 1
+            row = num_rows
+            bucket[b] = row
+        count[row - 1] += 1
+        row_of[k] = row - 1
+    return num_rows
+
+
+@compiled
+def drop(limit, step, ids, count, row_of, num_rows, moved):
+    """Keeps the rows whose fmix32(id xor step) is at most `limit`; others' dealt ids have row -1.
+
+    Returns:
+      The number of rows left.
+    """
+    num_kept = 0
+    for row in range(num_rows):
+        moved[row] = -1
+        if fmix32(np.uint32(ids[row]) ^ np.uint32(step)) <= limit:
+            moved[row] = num_kept
+            ids[num_kept], count[num_kept] = ids[row], count[row]
+            num_kept += 1
+    for k in range(len(row_of)):
+        row_of[k] = moved[row_of[k]]
+    return num_kept
+
+
+@compiled
+def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
+    """Finds the lines of a partition's rows; pins those that exist, estimates and queues the misses.
+
+    Cache lines are asked for well before they are looked at: tags first, then, when the line is
+    known, its priority, or the sketch's cells.
+
+    Args:
+      ids: i32 [U], distinct.
+      count: i32 [U].
+      step: number of this prefetch.
+      shape: sets, ways, groups, the width of a row of the sketch, and the policy's number.
+      tags: of the cache; this, priority and sketch are flat.
+      priority: of the cache.
+      sketch: of the cache.
+      home: i32 [U], filled with each row's set.
+      line: i32 [U], filled with its line, -1 for a miss.
+      estimate: i32 [U], filled; zeros for LRU.
+      queue: i32 [U], filled with the misses.
+
+    Returns:
+      The number of misses, and the occurrences of the hits.
+    """
+    sets, ways, groups, width, by = shape
+    is_lfu, per_group, num_rows = policy.counts_use(by), sets // groups, len(ids)
+    num_misses, hit_requests = 0, 0
+    for ahead in range(num_rows + 2 * _AHEAD):
+        if ahead < num_rows:
+            x = np.uint32(ids[ahead])
+            quotient, group = x // np.uint32(groups), np.int64(x % np.uint32(groups))
+            home[ahead] = group + groups * scale_to(fmix32(quotient), per_group)
+            ask_for(tags, np.int64(home[ahead]) * ways, ways)
+        i = ahead - _AHEAD
+        if 0 <= i < num_rows:
+            first, place = np.uint64(np.int64(home[i]) * ways), np.uint64(0)
+            for way in range(np.uint64(ways)):
+                place += way + _ONE if tags[first + way] == ids[i] else np.uint64(0)
+            here = np.int64(first + place) - 1 if place > np.uint64(0) else -1
+            line[i] = here
+            if here >= 0:
+                ask_for(priority, here, 1)
+            else:
+                ask_for(priority, np.int64(first), ways)
+                if is_lfu:
+                    ask_for(sketch, cell(0, ids[i], groups, width), 1)
+                    ask_for(sketch, cell(1, ids[i], groups, width), 1)
+        i -= _AHEAD
+        if 0 <= i < num_rows:
+            here = line[i]
+            estimate[i] = 0
+            if here >= 0:
+                if is_lfu:
+                    estimate[i] = policy.estimate(by, priority[here], count[i])
+                priority[here] = policy.pinned(by, step)
+                hit_requests += count[i]
+            else:
+                if is_lfu:
+                    first_cell = cell(0, ids[i], groups, width)
+                    second_cell = cell(1, ids[i], groups, width)
+                    seen = min(sketch[first_cell], sketch[second_cell])
+                    estimate[i] = policy.estimate(by, np.int32(seen), count[i])
+                queue[num_misses] = i
+                num_misses += 1
+    return num_misses, hit_requests
+
+
+@compiled
+def _comes_first(i, k, ids, estimate):
+    """Whether one miss of a set is served before another one."""
+    return estimate[i] > estimate[k] or (estimate[i] == estimate[k] and ids[i] < ids[k])
+
+
+@compiled
+def _line_up(i, ways, ids, estimate, home, bucket, following):
+    """Puts a miss in the line of its set, behind at most ways - 1 others.
+
+    Returns:
+      The set's bucket if it had none yet, else -1.
+    """
+    mask = np.int64(len(bucket) - 1)
+    b = np.int64(fmix32(home[i]) >> np.uint32(6)) & mask
+    while bucket[b] != 0 and home[bucket[b] - 1] != home[i]:
+        b = (b + 1) & mask
+    following[i] = -1
+    if bucket[b] == 0:
+        bucket[b] = i + 1
+        return b
+    before = bucket[b] - 1
+    if _comes_first(i, before, ids, estimate):
+        following[i], bucket[b] = before, i + 1
+        return -1
+    num_before = 1
+    while following[before] >= 0 and not _comes_first(i, following[before], ids, estimate):
+        before = following[before]
+        num_before += 1
+        if num_before >= ways:
+            return -1  # no way is left for it
+    if num_before < ways:
+        following[i], following[before] = following[before], i
+    return -1
+
+
+@compiled
+def _remember(sketch, x, use, groups, width):
+    """Raises the cells of an id without a line to its use."""
+    for depth in range(2):
+        place = cell(depth, x, groups, width)
+        sketch[place] = max(sketch[place], np.uint16(use))
+
+
+@compiled
+def enter(
+    ids, step, shape, tags, priority, sketch, home, line, estimate, queue, victim,
+    bucket, following, open_buckets,
+):  # fmt: skip
+    """Lets the misses of a partition enter its sets, exactly: see xla.plan.make_plan.
+
+    Args:
+      ids: this, step, shape, tags, priority, sketch, home, line, estimate: see `find`.
+      queue: i32 [num_misses].
+      victim: i32 [U], filled for newcomers with the id whose line they take, or NO_ID.
+      bucket: scratch, as in `deduplicate`.
+      following: i32 [U], scratch.
+      open_buckets: i32 [num_misses], scratch.
+
+    Returns:
+      The numbers of newcomers and of evictions.
+    """
+    _, ways, groups, width, by = shape
+    is_lfu, num_new, num_evicted, num_open = policy.counts_use(by), 0, 0, 0
+    bucket[:] = 0
+    for k in range(len(queue)):
+        b = _line_up(queue[k], ways, ids, estimate, home, bucket, following)
+        if b >= 0:
+            open_buckets[num_open] = b
+            num_open += 1
+    for k in range(num_open):
+        i = np.int64(bucket[open_buckets[k]]) - 1
+        first = np.uint64(np.int64(home[i]) * ways)
+        while i >= 0:  # meets the cheapest way of its set
+            cheapest = np.uint64(1) << np.uint64(40)
+            for way in range(np.uint64(ways)):
+                rank = policy.rank(by, tags[first + way], priority[first + way], step)
+                cheapest = min(cheapest, rank * _MAX_WAYS + way)
+            here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            if not policy.may_enter(by, use, estimate[i]):
+                break
+            victim[i] = tags[here]
+            if tags[here] != _NO_ID:
+                num_evicted += 1
+                if is_lfu:
+                    _remember(sketch, tags[here], use - 1, groups, width)
+            tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
+            num_new += 1
+            i = np.int64(following[i])
+    if is_lfu:
+        for k in range(len(queue)):
+            i = queue[k]
+            if line[i] < 0:
+                _remember(sketch, ids[i], estimate[i], groups, width)
+    return num_new, num_evicted
+
+
+@compiled
+def list_positions(positions, row_of, count, num_rows, stop, order):
+    """Lists the positions of each row, ascending: those of row r end before order[stop[r]]."""
+    begin = 0
+    for row in range(num_rows):
+        stop[row] = begin
+        begin += count[row]
+    for k in range(len(positions)):
+        row = row_of[k]
+        if row >= 0:
+            order[stop[row]] = positions[k]
+            stop[row] += 1

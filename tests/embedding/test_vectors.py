@@ -1,0 +1,291 @@
+"""embed and apply_pooled_gradients: native code makes the reference's bits, in place."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpembed_jax as mpembed
+from mpembed_jax import ops
+from mpembed_jax.embedding import vectors
+
+pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+KEY = jax.random.key(3)
+NUM_IDS = 700
+TRANSFORMATIONS = {
+    "adagrad": mpembed.optim.rowwise_adagrad(0.1),
+    "adagrad, start": mpembed.optim.rowwise_adagrad(0.3, eps=1e-3, initial_accumulator_value=0.1),
+    "sgd": mpembed.optim.sgd(0.2),
+}
+CODECS = [
+    {"name": codec.name}
+    | ({"symmetric": codec.symmetric} if codec.name.startswith("int") else {})
+    | ({"scale_dtype": codec.scale} if name != codec.name else {})
+    for name, codec in shapes.CODECS.items()
+]
+
+
+@partial(jax.jit, static_argnames=("tx", "combiner", "num_segments"), donate_argnums=0)
+def train_step(state, ids, weights, segment_ids, seed, *, tx, combiner, num_segments):
+    """One step; gradients depend on the vectors, so that an early difference would grow."""
+    state, plan, found = mpembed.embed(
+        state, ids, weights, combiner, segment_ids=segment_ids, num_segments=num_segments, tx=tx
+    )
+
+    def gradient(number, v):
+        noise = jax.random.normal(jax.random.key(seed + number), v.shape, jnp.float32)
+        return noise + jnp.float32(0.1) * v
+
+    leaves, treedef = jax.tree.flatten(found)
+    grads = treedef.unflatten([gradient(k, v) for k, v in enumerate(leaves)])
+    state = mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
+    return state, found, plan.counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One stack and its batches."""
+
+    codec: dict
+    dim: int
+    lines: int | None
+    ways: int
+    policy: str
+    budget: int | None
+    pooling: str
+    transformation: str
+    row_state: str = "float32"
+    skips: bool = False
+    num_ids: int = NUM_IDS
+    width: int = 96
+    seed: int = 0
+
+    def spec(self):
+        cache = None
+        if self.lines is not None:
+            cache = mpembed.CacheSpec(num_rows=self.lines, ways=self.ways, policy=self.policy)
+        return mpembed.EmbeddingSpec(
+            [mpembed.TableSpec("t", self.num_ids)], self.dim, mpembed.RowFormat(**self.codec),
+            cache, max_unique_ids=self.budget, row_state_dtype=self.row_state,
+            skip_nonfinite=self.skips,
+        )  # fmt: skip
+
+    def batches(self, steps):
+        """Skewed ids that drift, with padding and ids outside the table, in the shape of a pooling."""
+        ids = shapes.skewed_ids(self.seed, steps, self.width, self.num_ids, drift=3)
+        ids[:, 5::17], ids[:, 6], ids[:, 7] = mpembed.NO_ID, -3, self.num_ids
+        return [self.batch(row, np.random.default_rng(self.seed + t)) for t, row in enumerate(ids)]
+
+    def batch(self, ids, rng):
+        """The arguments (ids, weights, segment_ids) and the static ones of train_step."""
+        combiner = self.pooling.split()[-1] if self.pooling != "vectors" else None
+        static = {"tx": TRANSFORMATIONS[self.transformation], "combiner": combiner}
+        weights = segment_ids = num_segments = None
+        if "nest" in self.pooling:
+            half = len(ids) // 2
+            ids = {
+                "a": ids[:half].reshape(-1, 3),
+                "b": ids[half:].reshape(-1, 2),
+                "c": ids[:0].reshape(4, 0),
+            }
+        elif "ragged" in self.pooling:
+            num_segments = 20
+            segment_ids = np.sort(rng.integers(-1, num_segments + 1, ids.shape)).astype(np.int32)
+            if "mixed" in self.pooling:
+                segment_ids = rng.permutation(segment_ids)
+        elif combiner is not None:
+            ids = ids.reshape(-1, 4)
+        if "weighted" in self.pooling:
+            weights = jax.tree.map(lambda i: rng.normal(size=i.shape).astype(np.float32), ids)
+        return (ids, weights, segment_ids), static | {"num_segments": num_segments}
+
+
+POOLINGS = (
+    "vectors", "sum", "mean", "weighted sum", "weighted mean", "weighted sqrtn", "nest sum",
+    "nest weighted mean", "ragged sum", "ragged weighted mean", "ragged mixed weighted sqrtn",
+)  # fmt: skip
+
+
+def state_of(case, implementation):
+    return mpembed.init(
+        KEY, case.spec(), TRANSFORMATIONS[case.transformation], implementation=implementation
+    )
+
+
+def check(case, *, implementations=("numba",), steps=6):
+    """Every implementation's state, vectors and counts equal the reference's, step by step."""
+    states = [state_of(case, name) for name in ("xla", *implementations)]
+    for number, (arguments, static) in enumerate(case.batches(steps)):
+        results = []
+        for k, state in enumerate(states):
+            states[k], *found = train_step(state, *arguments, 1000 * number, **static)
+            results.append(jax.device_get((jax.tree.leaves(states[k]), found)))
+        for other in results[1:]:
+            jax.tree.map(
+                partial(np.testing.assert_array_equal, err_msg=f"{case}, step {number}"),
+                other,
+                results[0],
+            )
+    return states[0]
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(
+    st.builds(
+        Case,
+        codec=st.sampled_from(CODECS),
+        dim=st.sampled_from([1, 3, 8, 16, 33, 100]),
+        lines=st.sampled_from([None, 1, 24, 300, 1100]),
+        ways=st.sampled_from(shapes.WAYS),
+        policy=st.sampled_from(shapes.POLICIES),
+        budget=st.sampled_from([None, 1, 30]),
+        pooling=st.sampled_from(POOLINGS),
+        transformation=st.sampled_from(list(TRANSFORMATIONS)),
+        row_state=st.sampled_from(["float32", "bfloat16"]),
+        skips=st.booleans(),
+        num_ids=st.sampled_from([40, NUM_IDS]),
+        seed=st.integers(0, 1000),
+    )
+)
+def test_native_code_makes_the_reference_s_bits(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: "-".join(map(str, codec.values())))
+def test_every_format(codec):
+    check(Case(codec, 17, 40, 4, "lfu", None, "vectors", "adagrad"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_every_pooling(pooling):
+    check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
+
+
+QUICK = Case({"name": "int8"}, 16, 100, 8, "lfu", 40, "weighted mean", "adagrad")
+
+
+def test_a_step_of_bags():
+    """With hits, evictions, bypassed rows, and ids over the budget."""
+    state = check(QUICK, implementations=("numba", "xla_chunked"))
+    with pytest.warns(UserWarning, match="unique ids exceeded max_unique_ids=40"):
+        stats = mpembed.stats(state)
+    assert min(stats.hits, stats.evictions, stats.bypasses, stats.dropped, stats.out_of_range) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lines", "policy"), [(2500, "lfu"), (2500, "lru"), (6, "lfu"), (None, "lfu")]
+)
+def test_any_number_of_threads_makes_the_same_bits(lines, policy):
+    """6,000 positions; 16 or 64 partitions where the cache has so many groups of sets."""
+    case = Case(
+        {"name": "int8"},
+        8,
+        lines,
+        8,
+        policy,
+        2000,
+        "vectors",
+        "adagrad",
+        num_ids=30_000,
+        width=6000,
+    )
+    numba = ops.IMPLEMENTATIONS["numba"]
+    threads = [dataclasses.replace(numba, max_threads=number) for number in (1, 2, 3, 8)]
+    check(case, implementations=threads, steps=4)
+    ragged = dataclasses.replace(case, pooling="ragged mixed weighted sqrtn", width=3000)
+    check(ragged, implementations=threads[::3], steps=2)
+
+
+def test_many_misses_of_one_set_enter_in_their_order():
+    """300 ids meet 2 sets of 4 ways, again and again, with estimates that differ."""
+    for policy in shapes.POLICIES:
+        check(
+            Case({"name": "int4"}, 4, 8, 4, policy, None, "vectors", "sgd", num_ids=300, width=900)
+        )
+
+
+def test_rows_that_do_not_move_keep_their_bits():
+    """A zero gradient for even ids, in lines and in the table: the flushed rows are as before."""
+    case = Case({"name": "int8"}, 8, 24, 8, "lfu", None, "vectors", "adagrad", num_ids=200)
+    states, tx = [state_of(case, name) for name in ("xla", "numba")], TRANSFORMATIONS["adagrad"]
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, ids):
+        state, plan, found = mpembed.embed(state, ids, tx=tx)
+        grads = jnp.where(ids[:, None] % 2 == 0, jnp.float32(0), jnp.ones_like(found))
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
+
+    before = np.array(states[0].table.rows)
+    for ids in shapes.skewed_ids(0, 6, 60, 200, drift=2):
+        states = [step(state, ids) for state in states]
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same(*(jax.device_get(jax.tree.leaves(state)) for state in states))
+    after = np.asarray(jax.jit(mpembed.flush)(states[1]).table.rows)
+    np.testing.assert_array_equal(after[::2], before[::2])
+    assert (after[1::2] != before[1::2]).any()
+
+
+# --- what the compiled step may cost, and who takes which way
+
+
+def compiled_step(tx, spec, ids, combiner):
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, ids, upstream):
+        state, plan, found = mpembed.embed(state, ids, combiner=combiner, tx=tx)
+        return mpembed.apply_pooled_gradients(state, plan, upstream, tx=tx), found
+
+    state = jax.eval_shape(lambda: mpembed.init(KEY, spec, tx, implementation="numba"))
+    lead = ids.shape if combiner is None else ids.shape[:-1]
+    grads = jax.ShapeDtypeStruct((*lead, spec.embedding_dim), jnp.float32)
+    return state, step.lower(state, ids, grads).compile()
+
+
+@pytest.mark.parametrize("combiner", [None, "mean"])
+def test_a_step_makes_no_array_of_unique_rows_and_copies_nothing(combiner):
+    """The only float arrays as wide as the batch are the vectors and their gradients."""
+    spec = shapes.stack(400_009, 24, storage="int8", lines=20_000, ways=8)
+    ids = jax.ShapeDtypeStruct((500, 6), jnp.int32)
+    state, compiled = compiled_step(TRANSFORMATIONS["adagrad"], spec, ids, combiner)
+    text = compiled.as_text()
+    rows_of = [int(n) for n in re.findall(r"f32\[(\d+),24\]", text)]
+    wanted = 3000 if combiner is None else 500
+    assert wanted in rows_of
+    assert set(rows_of) <= {0, wanted, state.cache.rows.shape[0]}
+    large = {leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 20_000}
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
+    assert not [s for s in copied if np.prod([int(n) for n in s.split(",")]) in large]
+    # Integers: some 20 words a position. There is nothing as large as 3,000 rows of 24 floats.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3000 * (24 * 4 + 4 * 20)
+
+
+@pytest.mark.parametrize("name", ["momentum", "clipped", "mesh of one"])
+def test_what_is_not_fused_takes_the_separate_verbs(name):
+    """A momentum, a clipping of rows; one pass over them makes the state of the separate verbs."""
+    tx = {
+        "momentum": optax.sgd(0.1, momentum=0.9),
+        "clipped": optax.chain(mpembed.optim.clip_by_row_norm(0.5), mpembed.optim.sgd(0.1)),
+    }.get(name, TRANSFORMATIONS["sgd"])
+    spec = shapes.stack(60, 4, storage="int8", lines=16, ways=4)
+    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]) if name == "mesh of one" else None
+    state = jax.eval_shape(lambda: mpembed.init(KEY, spec, tx, mesh=mesh, implementation="numba"))
+    assert not vectors.is_fused(tx, state)
+    assert vectors.is_fused(TRANSFORMATIONS["sgd"], dataclasses.replace(state, layout=None))
+    if mesh is None:
+        state = mpembed.init(KEY, spec, tx, implementation="numba")
+        ids = np.arange(30, dtype=np.int32)
+        state, plan, found = mpembed.embed(state, ids, tx=tx)
+        assert plan.places is None
+        np.testing.assert_array_equal(found, mpembed.read(state, ids))
+        mpembed.apply_pooled_gradients(state, plan, found, tx=tx)
