@@ -443,7 +443,7 @@ def _sum_parts(fmt: RowFormat) -> Any:
         row_bytes, buffer = bytes_of(dim), _buffer_of(frame, 1, part, 0, dim)
         num_positions = len(bag)
         for number in range(begin, end):
-            lanes.clear(out + number * 4 * dim, dim)
+            lanes.erase(out + number * 4 * dim, dim)
         position = 0
         if given[_IS_ASCENDING]:
             low, high = 0, num_positions

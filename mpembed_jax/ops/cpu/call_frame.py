@@ -366,7 +366,9 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
     # numba names machine code after this name and a count of the process. Code of two processes
     # that is loaded by a third must differ by this name: of two equal symbols only one is called.
     handler.__qualname__ = f"handler.{name}"
-    code, address = machine_code.load(name, handler, types.int64(types.int64))
+    one = (types.int64,)
+    parts = [(_is_query, one), (run, one)]
+    code, address = machine_code.load(name, handler, types.int64(types.int64), parts)
     make_capsule = ctypes.pythonapi.PyCapsule_New
     make_capsule.restype = ctypes.py_object
     make_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

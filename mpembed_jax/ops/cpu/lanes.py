@@ -251,6 +251,17 @@ def clear(context, buffer, dim):
 
 
 @intrinsic
+def erase(context, row, dim):
+    """row = 0, for a row that is no buffer: nothing beyond dim is written."""
+
+    def write(builder, row, dim):
+        zeros = constant(builder, 0.0, is_float=True)
+        each_block(builder, dim, lambda block: block.store(row, zeros.value))
+
+    return _row_function(write, types.void, _ROW, types.int64)
+
+
+@intrinsic
 def copy(context, row, source, dim):
     """row = source."""
 

@@ -10,6 +10,7 @@ The environment variable MPEMBED_JAX_CACHE_DIR names the folder. If it is set bu
 kept. By default it is `mpembed_jax` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -19,11 +20,14 @@ import os
 import pathlib
 import platform
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
@@ -31,7 +35,9 @@ _LOG = logging.getLogger("mpembed_jax")
 _MAGIC = b"mpembed_jax machine code 1\n"
 
 
-def load(name: str, function: Callable, signature: Any) -> tuple[Any, int]:
+def load(
+    name: str, function: Callable, signature: Any, parts: list[tuple[Any, Any]]
+) -> tuple[Any, int]:
     """Returns the compiled form of a function and its address.
 
     Args:
@@ -39,6 +45,7 @@ def load(name: str, function: Callable, signature: Any) -> tuple[Any, int]:
       function: a Python function that numba can compile as a C callback. Its `__qualname__`, and
         that of every function of ours that it calls, belongs to it alone.
       signature: numba's.
+      parts: what the function calls: numba functions and the types of their arguments.
 
     Returns:
       An object that owns the code, and the address (valid while the object lives).
@@ -47,10 +54,50 @@ def load(name: str, function: Callable, signature: Any) -> tuple[Any, int]:
     found = None if path is None else _read(path)
     if found is not None:
         return found
+    for part, kinds in parts:
+        with _kept_as_written():
+            part.compile(kinds)
     made: Any = numba.cfunc(signature)(function)
     if path is not None:
         _write(path, made)
     return made, made.address
+
+
+class _Written(JITCodeLibrary):
+    """Code of a function as numba wrote it, to be linked: not optimized, and not executable.
+
+    numba would optimize a function again in each function that calls it.
+    """
+
+    def _optimize_functions(self, ll_module: Any) -> None:
+        ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """Returns 0: there is none."""
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """What numba asks to set a global variable of the code, which nobody reads."""
+        return types.SimpleNamespace(set_env=lambda name, environment: None)
+
+
+@contextlib.contextmanager
+def _kept_as_written() -> Iterator[None]:
+    """What numba compiles inside is only written, see _Written."""
+    codegen = _codegen()
+    with global_compiler_lock:
+        codegen._library_class = _Written
+        try:
+            yield
+        finally:
+            del codegen._library_class
 
 
 def _folder() -> pathlib.Path | None:
@@ -103,9 +150,11 @@ def _read(path: pathlib.Path) -> tuple[Any, int] | None:
         return None
     header, _, body = rest.partition(b"\n")
     entry = json.loads(header)
+    # A linker of its own for each file: files of several processes may hold symbols of one name.
+    codegen = JITCPUCodegen("mpembed_jax")
     rtsys.initialize(cpu_target.target_context)  # what allocates numba's arrays
     code, shared = body[: entry["size"]], body[entry["size"] :]
-    library = _codegen().unserialize_library((entry["library"], "object", (code, shared)))
+    library = codegen.unserialize_library((entry["library"], "object", (code, shared)))
     return library, library.get_pointer_to_function(entry["symbol"])
 
 
