@@ -18,6 +18,7 @@ from jax import lax
 
 from mpembed_jax import ops
 from mpembed_jax.arrays import carries, indexing
+from mpembed_jax.numerics import rounding
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,6 +75,8 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
     if index.size == 0:
         return jnp.zeros_like(rows), None, factors
 
+    number = index.reshape(-1)[0]
+
     # The loop handles one position of all bags at a time, as in the forward pass. There is no
     # [.., L, D] array.
     def body(
@@ -83,7 +86,7 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
         if not ops.has_kernels(implementation):
             factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-            addend = (factor[..., None] * grad).reshape(-1, rows.shape[1])
+            addend = rounding.apart(factor[..., None] * grad, number).reshape(-1, rows.shape[1])
             row_grads = ops.add_duplicates(row_grads, here.reshape(-1), addend)
         along = jnp.sum(grad * indexing.take(rows, here), axis=-1)
         return row_grads, lax.dynamic_update_index_in_dim(

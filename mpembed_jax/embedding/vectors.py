@@ -177,7 +177,6 @@ def _embed_natively(
     if how.combiner is not None:
         bag, factors, source = _bags(found >= 0, weights, segment_ids, how, state.implementation)
         num_bags = sum(int(np.prod(lead)) for lead in how.lead)
-        is_ragged = segment_ids is not None
         table, lines, vectors = native.bags(
             table,
             None if cache is None else cache.rows,
@@ -186,8 +185,7 @@ def _embed_natively(
             (found >= 0).astype(jnp.float32) if factors is None else factors,
             bag,
             num_bags,
-            is_ascending=not is_ragged,
-            is_contracted=not is_ragged,
+            is_ascending=segment_ids is None,
             max_threads=max_threads,
         )
         if cache is not None:

@@ -14,6 +14,26 @@ from jax import lax
 from mpembed_jax.numerics.random_bits import uniform
 
 
+def apart(product: jax.Array, number: jax.Array) -> jax.Array:
+    """Returns a product such that no compiler contracts it with a sum that it is added to.
+
+    A contracted product is not rounded before it is added. Whether a compiler contracts depends on
+    how it fuses a program, so two programs might give different bits. A barrier does not help: XLA
+    drops it on a CPU. Here the bits of the product meet a zero that compilers cannot foresee.
+
+    Args:
+      product: float32 [..].
+      number: int32 or uint32 scalar; any number that is not known when the program is compiled.
+
+    Returns:
+      The same float32 [..].
+    """
+    number = number.astype(jnp.uint32)
+    is_never = (number * number) & jnp.uint32(7) == jnp.uint32(5)  # no square is 5 modulo 8
+    bits = lax.bitcast_convert_type(product, jnp.uint32) ^ is_never.astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Rounds float32 to an integral float32.
 

@@ -260,7 +260,7 @@ def update_rows(
         new_state = jax.tree.map(
             lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state
         )
-        return rows + updates.astype(jnp.float32), new_state
+        return rows + rounding.apart(updates.astype(jnp.float32), step), new_state
 
     new_rows, new_state = carries.at_most_once(
         update, is_applied.astype(jnp.int32), (rows, gathered)

@@ -42,7 +42,8 @@ def train_step(state, ids, weights, segment_ids, seed, *, tx, combiner, num_segm
 
     def gradient(number, v):
         noise = jax.random.normal(jax.random.key(seed + number), v.shape, jnp.float32)
-        return noise + jnp.float32(0.1) * v
+        # A choice, not a sum: two programs might contract a sum with its products in two ways.
+        return jnp.where(jnp.abs(noise) < 1, noise, v)
 
     leaves, treedef = jax.tree.flatten(found)
     grads = treedef.unflatten([gradient(k, v) for k, v in enumerate(leaves)])

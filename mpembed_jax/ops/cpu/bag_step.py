@@ -5,7 +5,7 @@ misses enter, swaps, lists the positions of each row and writes each row to its 
 sums a row's gradients over its positions, updates and stores. No array [U, D] exists, a row is read
 once forward and once backward, and the bits are the reference's: `xla.unique`, `xla.plan`,
 `xla.rows` and `xla.update.update_summed`, of which this is the composition. How a row is rounded is
-in `codec`; what contracts into a multiply-add is in `lanes`.
+in `codec`. Every product and every sum is rounded by itself.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ _OF_PARTS = (  # numbers of each partition
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
 _DEAL = MAX_PARTS + 2  # numbers of a chunk: for each partition, for no row, and out of range
 # What the sums of bags are given.
-_BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING, _IS_CONTRACTED = range(6)
+_BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING = range(5)
 # Arguments and results of the backward call, and what it is given.
 _GRADS, _FACTORS, _SOURCE, _UPDATE, _RATES, _PLAN = range(6)  # the plan has five arrays
 _STORED = _PLAN + 5
@@ -469,11 +469,7 @@ def _sum_parts(fmt: RowFormat) -> Any:
                 if line[row] < 0:
                     decode(table + ids[row] * row_bytes, buffer, dim)
                     source = buffer
-                total = out + number * 4 * dim
-                if given[_IS_CONTRACTED]:
-                    lanes.accumulate(total, factors[position], source, dim)
-                else:
-                    lanes.accumulate_rounded(total, factors[position], source, dim)
+                lanes.accumulate(out + number * 4 * dim, factors[position], source, dim)
             position += 1
 
     return call_frame.parts(sum_part)
@@ -745,7 +741,6 @@ def bags(
     num_bags: int,
     *,
     is_ascending: bool,
-    is_contracted: bool,
     max_threads: int,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array]:
     """Sums factors[n] * row of position n by bag, positions ascending; positions without a row are left out.
@@ -759,8 +754,6 @@ def bags(
       bag: int32 [N]; outside [0, num_bags): none.
       num_bags: M.
       is_ascending: whether bags ascend, so that the positions of one follow one another.
-      is_contracted: whether a product and its sum are rounded once, as xla.bag does, or one by one,
-        as xla.sums does.
       max_threads: how many threads may share the work.
 
     Returns:
@@ -769,7 +762,7 @@ def bags(
     dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
         num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
-    given = [dim, num_bags, num_parts, max_threads, is_ascending, is_contracted]
+    given = [dim, num_bags, num_parts, max_threads, is_ascending]
     held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
     # Table and lines are passed on: what changes them in place comes after.

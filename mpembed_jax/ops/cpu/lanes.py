@@ -5,8 +5,7 @@ instructions are written as LLVM's vectors. Rows are given by their addresses (i
 number of elements `dim` (int64): whole blocks of eight, and a rest of fewer. A buffer is a row of
 our own with room for whole blocks; its lanes beyond dim hold zeros.
 
-Products and sums are rounded one by one, except in `multiply_add`, which contracts where the
-processor can, as XLA's loops do.
+Products and sums are rounded one by one.
 """
 
 from collections.abc import Callable
@@ -112,11 +111,6 @@ class Lanes:
     def maximum(self, other: Any) -> "Lanes":
         """Returns the larger one, NaN if one is."""
         return self._with(_call(self.builder, "llvm.maximum.v8f32", self.value, self._other(other)))
-
-    def multiply_add(self, factor: Any, addend: Any) -> "Lanes":
-        """Returns self * factor + addend, rounded once where the processor can do that."""
-        operands = (self.value, self._other(factor), self._other(addend))
-        return self._with(_call(self.builder, "llvm.fmuladd.v8f32", *operands))
 
     def halved(self, join: Callable[["Lanes", "Lanes"], "Lanes"]) -> ir.Value:
         """Joins the upper half with the lower half until one lane is left, and returns it."""
@@ -324,22 +318,6 @@ def add_product(context, buffer, factor, source, dim):
 
 @intrinsic
 def accumulate(context, row, factor, source, dim):
-    """row = factor * source + row, contracted."""
-
-    def write(builder, row, factor, source, dim):
-        factors = splat(builder, factor)
-
-        def body(block):
-            total = factors.multiply_add(block.floats(source), block.floats(row))
-            block.store(row, total.value)
-
-        each_block(builder, dim, body)
-
-    return _row_function(write, types.void, _ROW, types.float32, _ROW, types.int64)
-
-
-@intrinsic
-def accumulate_rounded(context, row, factor, source, dim):
     """row += factor * source, product and sum rounded one by one."""
 
     def write(builder, row, factor, source, dim):
@@ -355,7 +333,7 @@ def accumulate_rounded(context, row, factor, source, dim):
 
 @intrinsic
 def move(context, buffer, old, rate, grads, inverse, dim):
-    """buffer = rate * (grads * inverse) + old, contracted; grads is a buffer, too.
+    """buffer = rate * (grads * inverse) + old; grads is a buffer, too.
 
     Returns whether an element differs from the old one (int64, 0 or not): NaN does, -0 from 0 not.
     """
@@ -367,7 +345,7 @@ def move(context, buffer, old, rate, grads, inverse, dim):
 
         def body(block):
             before = block.floats(old)
-            after = rates.multiply_add(block.buffered(grads) * inverses, before)
+            after = before + rates * (block.buffered(grads) * inverses)
             block.buffer(buffer, after)
             is_other = ones.where(after.compare("!=", before), zeros)
             if block.rest is not None:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.numerics import rounding
 from mpembed_jax.ops.gpu import kernel
 
 _MOST_ROWS = 64  # largest number of rows per program
@@ -129,11 +130,10 @@ def sum_rows(
         found = kernel.load_row(
             values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim
         )
-        return (
-            found * kernel.load(factors_ref[0], (position,), is_inside)[:, None]
-            if factors_ref
-            else found
-        )
+        if not factors_ref:
+            return found
+        factor = kernel.load(factors_ref[0], (position,), is_inside)[:, None]
+        return rounding.apart(found * factor, pl.program_id(0))
 
     def side_by_side(carry: tuple) -> tuple:
         turn, total = carry
@@ -244,7 +244,7 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
             row = kernel.load_row(
                 rows_ref, kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim
             )
-            return total + factor[:, None] * row
+            return total + rounding.apart(factor[:, None] * row, pl.program_id(0))
 
         total = lax.fori_loop(0, length, add, jnp.zeros((block, columns.shape[0]), jnp.float32))
         kernel.store_row(out, bag, is_inside, columns, dim, total)

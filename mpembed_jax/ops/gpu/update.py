@@ -66,11 +66,31 @@ def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) ->
     Adagrad, or None for SGD.
     """
     rate = jnp.float32(-rule.learning_rate)
-    if total is None:
-        return [w + rate * g for w, g in zip(rows, grads, strict=True)]
-    root = jnp.sqrt(total) + jnp.float32(rule.eps)
-    divisor = jnp.where(root > 0, root, jnp.float32(1))[:, None]
-    return [w + rate * (g / divisor) for w, g in zip(rows, grads, strict=True)]
+    if total is not None:
+        root = jnp.sqrt(total) + jnp.float32(rule.eps)
+        inverse = (jnp.float32(1) / jnp.where(root > 0, root, jnp.float32(1)))[:, None]
+        grads = [g * inverse for g in grads]
+    number = pl.program_id(0)
+    return [w + rounding.apart(rate * g, number) for w, g in zip(rows, grads, strict=True)]
+
+
+def _mean_of_squares(grads: list[jax.Array], dim: int) -> jax.Array:
+    """Returns the mean square of each row (float32 [R]) of a list by place (float32 [R, W]).
+
+    The order of the sum is that of `optim.rowwise.mean_of_squares`: by halves. Element d lies at
+    place d mod P and word d div P, so the words are halved first. Padding is zero.
+    """
+    number = pl.program_id(0)
+    squares = [rounding.apart(g * g, number) for g in grads]
+    while squares[0].shape[1] > 1:
+        rows, words = squares[0].shape
+        # A sum of two numbers has one order.
+        squares = [jnp.sum(s.reshape(rows, 2, words // 2), axis=1) for s in squares]
+    while len(squares) > 1:
+        half = len(squares) // 2
+        squares = [a + b for a, b in zip(squares[:half], squares[half:], strict=True)]
+    total = squares[0].reshape(squares[0].shape[0])
+    return rounding.apart(total * jnp.float32(1 / dim), number)
 
 
 def update(
@@ -315,8 +335,7 @@ def _add_squares(
     before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
-    squares = sum(jnp.sum(jnp.square(g), axis=1) for g in grads)
-    total = stored = before + squares / jnp.float32(layout.dim)
+    total = stored = before + _mean_of_squares(grads, layout.dim)
     if is_narrow:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpembed_jax.arrays import carries, indexing
+from mpembed_jax.numerics import rounding
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
@@ -21,13 +22,14 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
       float32 [.., D].
     """
     zeros = jnp.zeros((*index.shape[:-1], rows.shape[1]), jnp.float32)
-    if index.shape[-1] == 0:
+    if index.size == 0:
         return zeros
+    number = index.reshape(-1)[0]
 
     def body(position: jax.Array, total: jax.Array) -> jax.Array:
         here = lax.dynamic_index_in_dim(index, position, -1, keepdims=False)
         factor = lax.dynamic_index_in_dim(factors, position, -1, keepdims=False)
-        return total + factor[..., None] * indexing.take(rows, here)
+        return total + rounding.apart(factor[..., None] * indexing.take(rows, here), number)
 
     start = carries.with_final_types(lambda total: body(jnp.int32(0), total), zeros)
     return lax.fori_loop(0, index.shape[-1], body, start)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.numerics import rounding
 
 
 def sum_duplicates(
@@ -35,6 +36,7 @@ def sum_duplicates(
         values = jnp.repeat(values, index.shape[0] // values.shape[0], axis=0)
     if factors is not None:
         values = values * factors.reshape(-1, *[1] * (values.ndim - 1))
+        values = rounding.apart(values, index[0]) if index.shape[0] else values
     return add_duplicates(jnp.zeros((size, *values.shape[1:]), values.dtype), index, values)
 
 
