@@ -122,7 +122,7 @@ class Positions(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The rows of a batch by partition, and the positions of each: what a fused forward call leaves.
+    """What a fused forward call leaves: the rows of a batch by partition, the positions of each.
 
     The rows of a partition begin where its positions do. Entries between its last row and the next
     partition mean nothing.

@@ -80,7 +80,7 @@ class Case:
         )  # fmt: skip
 
     def batches(self, steps):
-        """Skewed ids that drift, with padding and ids outside the table, in the shape of a pooling."""
+        """Skewed ids that drift, with padding and ids outside the table, shaped for a pooling."""
         ids = shapes.skewed_ids(self.seed, steps, self.width, self.num_ids, drift=3)
         ids[:, 5::17], ids[:, 6], ids[:, 7] = mpembed.NO_ID, -3, self.num_ids
         return [self.batch(row, np.random.default_rng(self.seed + t)) for t, row in enumerate(ids)]

@@ -1,4 +1,4 @@
-"""A fused step on a CPU: ids to vectors in one call, gradients of vectors to stored rows in another.
+"""A fused step on a CPU: ids to vectors in one call, gradients of vectors to rows in another.
 
 Positions are dealt to partitions (`partitions`). Each one deduplicates, finds its rows, lets
 misses enter, swaps, lists the positions of each row and writes each row to its positions; later it
@@ -653,7 +653,9 @@ def forward(
     is_listed: bool,
     max_threads: int,
 ) -> tuple[QuantizedTable, CacheState | None, jax.Array, Places]:
-    """Plans a batch, swaps, and writes each row to its positions: unique, plan, swap and lookup in one call.
+    """Plans a batch, swaps, and writes each row to its positions.
+
+    It is unique, plan, swap and lookup in one call.
 
     Args:
       table: the stack.
@@ -743,7 +745,9 @@ def bags(
     is_ascending: bool,
     max_threads: int,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array]:
-    """Sums factors[n] * row of position n by bag, positions ascending; positions without a row are left out.
+    """Sums factors[n] * row of position n by bag, positions ascending.
+
+    Positions without a row are left out.
 
     Args:
       table: after the forward call.
@@ -792,7 +796,9 @@ def backward(
     is_applied: jax.Array,
     max_threads: int,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    """Sums the gradients of each row's positions, updates the row once and stores it: see xla.update.update_summed.
+    """Sums the gradients of each row's positions, updates the row once and stores it.
+
+    See xla.update.update_summed.
 
     Args:
       store: table, lines and dirty bits; the lines that it changes become dirty.

@@ -305,7 +305,7 @@ def _run_parts(frame, function, num, num_tasks):
 
 
 def parts(part: Callable[[int, int], None]) -> Callable:
-    """Returns a numba function run(frame, num, num_tasks) that runs part(frame, k) for each k < num.
+    """Returns a numba function run(frame, num, num_tasks): it runs part(frame, k), k < num.
 
     Up to num_tasks threads take parts one after another, the caller among them. XLA's thread pool
     may be busy, or may itself wait for the caller. The caller therefore runs every part that no

@@ -1,6 +1,6 @@
-"""Decoding and encoding a packed row on a CPU: the rules of `numerics.formats` and `rounding`, eight elements at a time.
+"""Decoding and encoding a packed row on a CPU, eight elements at a time.
 
-The same bits as the reference. A row of words is read as its bytes, little-endian: codes from
+The rules are those of `numerics.formats` and `rounding`, and so are the bits. A row of words is read as its bytes, little-endian: codes from
 element 0 on, padded to whole halves of 16 bits, then scale and bias.
 """
 

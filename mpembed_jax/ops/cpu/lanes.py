@@ -267,7 +267,10 @@ def copy(context, row, source, dim):
 
 @intrinsic
 def stream(context, row, source, dim):
-    """row = source, past the processor's caches; dim is a multiple of 8, row aligned to 32 bytes."""
+    """row = source, past the processor's caches.
+
+    dim is a multiple of 8, and the row is aligned to 32 bytes.
+    """
 
     def write(builder, row, source, dim):
         def body(block):

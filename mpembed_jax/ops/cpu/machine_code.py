@@ -21,7 +21,7 @@ import pathlib
 import platform
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import llvmlite
@@ -36,7 +36,7 @@ _MAGIC = b"mpembed_jax machine code 1\n"
 
 
 def load(
-    name: str, function: Callable, signature: Any, parts: list[tuple[Any, Any]]
+    name: str, function: Callable, signature: Any, parts: Sequence[tuple[Any, Any]] = ()
 ) -> tuple[Any, int]:
     """Returns the compiled form of a function and its address.
 
@@ -45,7 +45,8 @@ def load(
       function: a Python function that numba can compile as a C callback. Its `__qualname__`, and
         that of every function of ours that it calls, belongs to it alone.
       signature: numba's.
-      parts: what the function calls: numba functions and the types of their arguments.
+      parts: numba functions that the function calls, and the types of their arguments. They are
+        optimized only as parts of the function.
 
     Returns:
       An object that owns the code, and the address (valid while the object lives).

@@ -1,4 +1,4 @@
-"""The integers of a fused step on a CPU: a batch dealt to partitions, each of which finds its rows by itself.
+"""The integers of a fused step on a CPU: partitions of a batch that find their rows by themselves.
 
 A partition of ids owns its sets: the set of an id is a function of the id, so nothing that one
 partition reads or writes belongs to another, and no number of threads changes a result. Rules:
@@ -16,7 +16,8 @@ from mpembed_jax.row_ids import NO_ID
 MAX_PARTS = 64
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # rows
-# An index known to be at least 0 needs no wrapping, which would keep loops over ways from being vectorized.
+# An index known to be at least 0 needs no wrapping. Wrapping would keep loops over ways from being
+# vectorized.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
 
 
@@ -82,7 +83,7 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows; pins those that exist, estimates and queues the misses.
+    """Finds the lines of a partition's rows, and pins them; estimates and queues the misses.
 
     Cache lines are asked for well before they are looked at: tags first, then, when the line is
     known, its priority, or the sketch's cells.
