@@ -1,7 +1,8 @@
 """Decoding and encoding a packed row on a CPU, eight elements at a time.
 
-The rules are those of `numerics.formats` and `rounding`, and so are the bits. A row of words is read as its bytes, little-endian: codes from
-element 0 on, padded to whole halves of 16 bits, then scale and bias.
+The rules are those of `numerics.formats` and `rounding`, and so are the bits. A row of words
+is read as its bytes, little-endian: codes from element 0 on, padded to whole halves of 16 bits,
+then scale and bias.
 """
 
 import functools
