@@ -126,6 +126,8 @@ def sum_rows(
     lane = jnp.arange(row.shape[0], dtype=jnp.int32)
     is_short = length <= _SHORT
 
+    number = pl.program_id(0)
+
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
         found = kernel.load_row(
             values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim
@@ -133,7 +135,7 @@ def sum_rows(
         if not factors_ref:
             return found
         factor = kernel.load(factors_ref[0], (position,), is_inside)[:, None]
-        return rounding.apart(found * factor, pl.program_id(0))
+        return rounding.apart(found * factor, number)
 
     def side_by_side(carry: tuple) -> tuple:
         turn, total = carry
@@ -234,7 +236,8 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
     block = kernel.block_rows(dim)
 
     def body(rows_ref: Any, index_ref: Any, factors_ref: Any, out: Any) -> None:
-        bag = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        number = pl.program_id(0)
+        bag = number * block + jnp.arange(block, dtype=jnp.int32)
         is_inside = bag < num
         columns = kernel.columns_of(dim)
 
@@ -244,7 +247,7 @@ def bag(rows: jax.Array, index: jax.Array, factors: jax.Array, is_interpreted: b
             row = kernel.load_row(
                 rows_ref, kernel.load(index_ref, (position,), is_inside), is_inside, columns, dim
             )
-            return total + rounding.apart(factor[:, None] * row, pl.program_id(0))
+            return total + rounding.apart(factor[:, None] * row, number)
 
         total = lax.fori_loop(0, length, add, jnp.zeros((block, columns.shape[0]), jnp.float32))
         kernel.store_row(out, bag, is_inside, columns, dim, total)

@@ -59,28 +59,29 @@ class _Gradients(NamedTuple):
     ]  # (references, row, mask) -> float32 [R, W] by place
 
 
-def _stepped(rule: RowRule, rows: list, grads: list, total: jax.Array | None) -> list[jax.Array]:
+def _stepped(
+    rule: RowRule, rows: list, grads: list, total: jax.Array | None, number: jax.Array
+) -> list[jax.Array]:
     """Returns the rows after one step of the rule.
 
     `rows`, `grads` and the result are lists by place. `total` (float32 [R]) is G of row-wise
-    Adagrad, or None for SGD.
+    Adagrad, or None for SGD. `number` is for rounding.apart.
     """
     rate = jnp.float32(-rule.learning_rate)
     if total is not None:
         root = jnp.sqrt(total) + jnp.float32(rule.eps)
         inverse = (jnp.float32(1) / jnp.where(root > 0, root, jnp.float32(1)))[:, None]
         grads = [g * inverse for g in grads]
-    number = pl.program_id(0)
     return [w + rounding.apart(rate * g, number) for w, g in zip(rows, grads, strict=True)]
 
 
-def _mean_of_squares(grads: list[jax.Array], dim: int) -> jax.Array:
+def _mean_of_squares(grads: list[jax.Array], dim: int, number: jax.Array) -> jax.Array:
     """Returns the mean square of each row (float32 [R]) of a list by place (float32 [R, W]).
 
     The order of the sum is that of `optim.rowwise.mean_of_squares`: by halves. Element d lies at
-    place d mod P and word d div P, so the words are halved first. Padding is zero.
+    place d mod P and word d div P, so the words are halved first. Padding is zero. `number` is for
+    rounding.apart.
     """
-    number = pl.program_id(0)
     squares = [rounding.apart(g * g, number) for g in grads]
     while squares[0].shape[1] > 1:
         rows, words = squares[0].shape
@@ -285,7 +286,7 @@ def _launch(
                 total = None
                 if into.accumulator is not None:
                     total = _add_squares(into.accumulator, grads, here, is_updated, seeds, layout)
-                places = _stepped(rule, old, grads, total)
+                places = _stepped(rule, old, grads, total, seeds[0])
             moved = [
                 jnp.max(jnp.where((new != before) & (c < dim)[None, :], 1, 0), axis=1)
                 for new, before, c in zip(places, old, columns, strict=True)
@@ -335,7 +336,7 @@ def _add_squares(
     before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
-    total = stored = before + _mean_of_squares(grads, layout.dim)
+    total = stored = before + _mean_of_squares(grads, layout.dim, seeds[2])
     if is_narrow:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
