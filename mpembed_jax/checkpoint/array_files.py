@@ -27,7 +27,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_BLOCK = 1 << 17  # bytes: a block decompresses to no more
 
 
-class Layout(NamedTuple):
+class ZarrArray(NamedTuple):
     """What `.zarray` says of an array."""
 
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def check(folder: Path, key: str, names: list[str], shape: list[int], dtype: str
             _check_piece(file, folder / key / name, layout)
 
 
-def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> Layout:
+def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
     """Returns the layout that `.zarray` gives.
 
     Raises:
@@ -125,10 +125,10 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> Layout:
     if compressor is not None and not is_compressed:
         raise DamagedError(f"{where} says compressor {compressor!r}; this library writes zstd")
     item = np.dtype(dtype).itemsize
-    return Layout(tuple(shape), tuple(chunks), math.prod(chunks) * item, is_compressed)
+    return ZarrArray(tuple(shape), tuple(chunks), math.prod(chunks) * item, is_compressed)
 
 
-def _check_piece(file: Any, path: Path, layout: Layout) -> None:
+def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
     """Checks that a piece becomes as many bytes as the layout says when it is decompressed.
 
     A block of zstd does not say how many bytes it becomes, but it is at most `_ZSTD_BLOCK`. zstd

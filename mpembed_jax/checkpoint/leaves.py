@@ -140,8 +140,8 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The place where a restored array goes."""
+class Destination:
+    """Where a restored array goes: the host, a device, or shards of a mesh."""
 
     # "host": NumPy. "default": the default device, uncommitted, because the target names no
     # device. "sharding": the target's sharding. "memory": host memory.
@@ -152,19 +152,19 @@ class Place:
     memory_kind: str = ""
 
     @staticmethod
-    def of(leaf: Any) -> "Place":
-        """Returns the place of a target's leaf.
+    def of(leaf: Any) -> "Destination":
+        """Returns the destination of a target's leaf.
 
-        NumPy arrays stay NumPy. For jax arrays and shapes, the place is their sharding.
+        NumPy arrays stay NumPy. For jax arrays and shapes, it is their sharding.
         """
         if isinstance(leaf, np.ndarray | np.generic):
-            return Place("host")
+            return Destination("host")
         sharding = getattr(leaf, "sharding", None)
         if sharding is None or (isinstance(leaf, jax.Array) and not leaf.committed):
-            return Place("default")
+            return Destination("default")
         if sharding.memory_kind in indexing.HOST_KINDS and len(sharding.device_set) == 1:
-            return Place("memory", sharding, sharding.memory_kind)
-        return Place("sharding", sharding)
+            return Destination("memory", sharding, sharding.memory_kind)
+        return Destination("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
         """Puts a host array there. jax owns the copy, so it can be donated to a step."""

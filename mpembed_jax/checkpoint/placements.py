@@ -62,7 +62,7 @@ class Division:
         )
 
 
-def places(member: leaves.Member) -> dict[str, leaves.Place]:
+def places(member: leaves.Member) -> dict[str, leaves.Destination]:
     """Returns {name in the tree: place} of the leaves whose place the state's spec or mesh decides.
 
     These are leaves that name no devices although their state lies over a mesh, and leaves that the
@@ -77,7 +77,9 @@ def places(member: leaves.Member) -> dict[str, leaves.Place]:
             if _is_kept_by_spec(inner, leaf)
         }
         return {
-            member.names[n]: leaves.Place("memory", leaves.Place.of(leaf).sharding, kind)
+            member.names[n]: leaves.Destination(
+                "memory", leaves.Destination.of(leaf).sharding, kind
+            )
             for n, leaf in held.items()
         }
     if state.layout is None or not isinstance(state.layout.mesh, Mesh):
@@ -85,9 +87,9 @@ def places(member: leaves.Member) -> dict[str, leaves.Place]:
     specs = leaves.named(partition_specs(state))
     here = leaves.named(state)
     return {
-        name: leaves.Place("sharding", NamedSharding(state.layout.mesh, specs[inner]))
+        name: leaves.Destination("sharding", NamedSharding(state.layout.mesh, specs[inner]))
         for inner, name in member.names.items()
-        if leaves.Place.of(here[inner]).kind == "default"
+        if leaves.Destination.of(here[inner]).kind == "default"
     }
 
 

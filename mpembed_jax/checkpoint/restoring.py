@@ -82,13 +82,13 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
     others = values.keys() | {
         name for prefix in converted for name in members[prefix].names.values()
     }
-    places = {name: leaves.Place.of(leaf) for name, leaf in named.items()}
+    places = {name: leaves.Destination.of(leaf) for name, leaf in named.items()}
     for member in members.values():
         places |= placements.places(member)
     direct = {name: place for name, place in places.items() if name not in others}
     for prefix in converted:
         convert.check(prefix, held["embeddings"][prefix], held["arrays"], members[prefix].state)
-    arrays = read_arrays(folder, chain, direct | dict.fromkeys(inner, leaves.Place("host")))
+    arrays = read_arrays(folder, chain, direct | dict.fromkeys(inner, leaves.Destination("host")))
     _check_unchanged(folder, chain)
     for name, place in direct.items():
         array = arrays.pop(name)
@@ -234,7 +234,7 @@ def _compare(
 
 
 def read_arrays(
-    directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Place]
+    directory: Path, chain: list[dict[str, Any]], places: dict[str, leaves.Destination]
 ) -> dict[str, Any]:
     """Reads the arrays of the newest manifest of a chain and applies the patches.
 
@@ -253,7 +253,7 @@ def read_arrays(
         full = {n: p for n, p in waiting.items() if "patch" not in body["arrays"][n]}
         wanted = dict(full)
         index_names = {n: body["arrays"][n]["patch"] for n in waiting if n not in full}
-        wanted |= dict.fromkeys([*index_names, *index_names.values()], leaves.Place("host"))
+        wanted |= dict.fromkeys([*index_names, *index_names.values()], leaves.Destination("host"))
         found = _read(directory, body, wanted)
         for name, index_name in index_names.items():
             index = found[index_name]
@@ -268,7 +268,7 @@ def read_arrays(
 def _read(
     directory: Path,
     body: dict[str, Any],
-    places: dict[str, leaves.Place],
+    places: dict[str, leaves.Destination],
 ) -> dict[str, Any]:
     """Reads arrays of one folder. Arrays without entries are not on disk."""
     folder = manifest.folder_of(directory, body["step"])

@@ -181,7 +181,7 @@ def _apply_any(
     table = state.table
     row_state = state.row_state
     draw = Draw(state.row_key, step)
-    cache_rows = None if state.cache is None else state.cache.rows
+    lines = None if state.cache is None else state.cache.rows
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
 
     width = ids.shape[0]
@@ -229,18 +229,18 @@ def _apply_any(
         return new_rows, row_state, is_stored
 
     def to_lines(window: chunks.Window, carry: tuple) -> tuple:
-        row_state, cache_rows, is_stored = carry
+        row_state, lines, is_stored = carry
         new_rows, row_state, is_stored = update_window(window, row_state, is_stored)
         is_here = window.is_live & window.take(is_stored)
-        here = jnp.where(is_here, window.take(line), cache_rows.shape[0])
+        here = jnp.where(is_here, window.take(line), lines.shape[0])
         native = ops.compiled(state.implementation)
         put = indexing.put if native is None else native.rows.put
-        return row_state, put(cache_rows, here, new_rows), is_stored
+        return row_state, put(lines, here, new_rows), is_stored
 
     is_stored = jnp.zeros(width, bool)
-    if cache_rows is not None:
-        row_state, cache_rows, is_stored = chunks.each(
-            0, num_cached, width, chunk, to_lines, (row_state, cache_rows, is_stored)
+    if lines is not None:
+        row_state, lines, is_stored = chunks.each(
+            0, num_cached, width, chunk, to_lines, (row_state, lines, is_stored)
         )
     once = (num_ids > num_cached).astype(jnp.int32)
 
@@ -266,7 +266,7 @@ def _apply_any(
             row_state, [leaf for leaf in jax.tree.leaves(advanced) if not leaf.ndim]
         )
     table = QuantizedTable(packed, table.format, table.embedding_dim)
-    return stored(state, Store(table, cache_rows, None), row_state), is_stored
+    return stored(state, Store(table, lines, None), row_state), is_stored
 
 
 def _with_scalars(row_state: Any, scalars: list[jax.Array]) -> Any:

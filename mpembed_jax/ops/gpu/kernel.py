@@ -40,7 +40,7 @@ def block_rows(embedding_dim: int) -> int:
     return max(1, _ELEMENTS // ceil_power(embedding_dim))
 
 
-class Layout(NamedTuple):
+class RowWords(NamedTuple):
     """The layout of a format's rows in words; static."""
 
     format: RowFormat
@@ -139,44 +139,44 @@ def columns_of(dim: int) -> jax.Array:
     return jnp.arange(ceil_power(dim), dtype=jnp.int32)
 
 
-def place_columns(layout: Layout) -> list[jax.Array]:
+def place_columns(row_words: RowWords) -> list[jax.Array]:
     """Returns for each place in a word the columns (int32 [W]) that have this place.
 
     W is the number of code words, rounded up to a power of two.
     """
-    words = jnp.arange(layout.padded_words, dtype=jnp.int32)
+    words = jnp.arange(row_words.padded_words, dtype=jnp.int32)
     # Words past the codes have no columns of the row. They get the column `dim`, which is masked.
     return [
-        jnp.where(words < layout.code_words, words * layout.per_word + p, layout.dim)
-        for p in range(layout.per_word)
+        jnp.where(words < row_words.code_words, words * row_words.per_word + p, row_words.dim)
+        for p in range(row_words.per_word)
     ]
 
 
-def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, layout: Layout) -> jax.Array:
+def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, row_words: RowWords) -> jax.Array:
     """Dequantizes the rows ids [R] of a table to float32 [R, P]; P is the padded dim.
 
     The result is zero where `mask` (bool [R]) is false and past the dim.
     """
-    columns = columns_of(layout.dim)
-    bits = layout.format.code_bits
-    word = jnp.where(columns < layout.dim, columns // layout.per_word, layout.code_words)
-    words = load_row(ref, ids, mask, word, layout.code_words).astype(jnp.uint32)
-    if layout.per_word > 1:
-        shift = (columns % layout.per_word * bits).astype(jnp.uint32)
+    columns = columns_of(row_words.dim)
+    bits = row_words.format.code_bits
+    word = jnp.where(columns < row_words.dim, columns // row_words.per_word, row_words.code_words)
+    words = load_row(ref, ids, mask, word, row_words.code_words).astype(jnp.uint32)
+    if row_words.per_word > 1:
+        shift = (columns % row_words.per_word * bits).astype(jnp.uint32)
         words = (words >> shift[None, :]) & jnp.uint32((1 << bits) - 1)
     scale = bias = jnp.zeros((ids.shape[0], 1), jnp.float32)
-    if layout.format.scale_dtype is not None:
+    if row_words.format.scale_dtype is not None:
         halves = [
             (
                 load(ref, (ids, jnp.full(ids.shape, word, jnp.int32)), mask).astype(jnp.uint32)
                 >> shift
             )
             & jnp.uint32(0xFFFF)
-            for word, shift in layout.half_places()
+            for word, shift in row_words.half_places()
         ]
-        scale, bias = (x[:, None] for x in formats.parameters_from(halves, layout.format))
-    values = formats.dequantize(words, scale, bias, layout.format)
-    return jnp.where(mask[:, None] & (columns < layout.dim)[None, :], values, jnp.float32(0))
+        scale, bias = (x[:, None] for x in formats.parameters_from(halves, row_words.format))
+    values = formats.dequantize(words, scale, bias, row_words.format)
+    return jnp.where(mask[:, None] & (columns < row_words.dim)[None, :], values, jnp.float32(0))
 
 
 def write_packed(
@@ -184,7 +184,7 @@ def write_packed(
     ids: jax.Array,
     mask: jax.Array,
     places: list[jax.Array],
-    layout: Layout,
+    row_words: RowWords,
     seed: tuple[jax.Array, jax.Array],
 ) -> None:
     """Quantizes rows and stores them to the rows `ids` of a table.
@@ -194,40 +194,40 @@ def write_packed(
       ids: int32 [R].
       mask: bool [R].
       places: the elements of the rows, float32 [R, W] for each place; see place_columns.
-      layout: the layout of the table's rows.
+      row_words: the layout of the table's rows.
       seed: the two words of random_bits.draw_seed.
     """
-    fmt = layout.format
-    columns = place_columns(layout)
+    fmt = row_words.format
+    columns = place_columns(row_words)
     halves: list[jax.Array] = []
     scale = bias = jnp.zeros((ids.shape[0], 1), jnp.float32)
     if fmt.scale_dtype is not None:
-        scale, bias = _parameters(places, columns, layout)
+        scale, bias = _parameters(places, columns, row_words)
         halves = formats.parameter_halves(scale, bias, fmt)
     words = jnp.zeros(places[0].shape, jnp.uint32)
     for place, (x, column) in enumerate(zip(places, columns, strict=True)):
         bits = None
         if fmt.rounding == "stochastic" and fmt.name != "float32":
             bits = random_bits.bits_at(seed, ids[:, None], column[None, :])  # type: ignore[arg-type]
-        codes = formats.quantize(x, scale, bias, fmt, bits, layout.divide)
-        codes = jnp.where((column < layout.dim)[None, :], codes, jnp.uint32(0))
+        codes = formats.quantize(x, scale, bias, fmt, bits, row_words.divide)
+        codes = jnp.where((column < row_words.dim)[None, :], codes, jnp.uint32(0))
         words = words | (codes << (place * fmt.code_bits) if place else codes)
     position = jnp.arange(words.shape[1], dtype=jnp.int32)
     tail: dict[int, jax.Array] = {}
-    for (word, shift), half in zip(layout.half_places(), halves, strict=True):
+    for (word, shift), half in zip(row_words.half_places(), halves, strict=True):
         shifted = half << shift if shift else half
-        if word < layout.code_words:
+        if word < row_words.code_words:
             words = words | jnp.where((position == word)[None, :], shifted, jnp.uint32(0))
         else:
             tail[word] = tail[word] | shifted if word in tail else shifted
-    store_row(ref, ids, mask, position, layout.code_words, words.astype(ref.dtype))
+    store_row(ref, ids, mask, position, row_words.code_words, words.astype(ref.dtype))
     for word, value in tail.items():
         index = (ids, jnp.full(ids.shape, word, jnp.int32))
         store(ref, index, jnp.sum(value, axis=1, dtype=jnp.uint32).astype(ref.dtype), mask)
 
 
 def _parameters(
-    places: list[jax.Array], columns: list[jax.Array], layout: Layout
+    places: list[jax.Array], columns: list[jax.Array], row_words: RowWords
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the stored scale and bias (float32 [R, 1] each).
 
@@ -239,18 +239,18 @@ def _parameters(
     ) -> jax.Array:
         total = None
         for x, column in zip(values, columns, strict=True):
-            x = jnp.where((column < layout.dim)[None, :], x, jnp.float32(outside))
+            x = jnp.where((column < row_words.dim)[None, :], x, jnp.float32(outside))
             total = x if total is None else combine(total, x)
         return reduce(total, axis=1)[:, None]
 
     is_nan = across([(x != x).astype(jnp.float32) for x in places], 0.0, jnp.maximum, jnp.max) > 0
     marked = jnp.float32(jnp.nan)
-    if layout.format.symmetric is False:
+    if row_words.format.symmetric is False:
         low = jnp.where(is_nan, marked, across(places, jnp.inf, jnp.minimum, jnp.min))
         high = jnp.where(is_nan, marked, across(places, -jnp.inf, jnp.maximum, jnp.max))
-        return formats.parameters_of(low, high, layout.format)
+        return formats.parameters_of(low, high, row_words.format)
     absmax = across([jnp.abs(x) for x in places], 0.0, jnp.maximum, jnp.max)
-    return formats.parameters_of(None, jnp.where(is_nan, marked, absmax), layout.format)
+    return formats.parameters_of(None, jnp.where(is_nan, marked, absmax), row_words.format)
 
 
 def barrier(is_interpreted: bool) -> None:

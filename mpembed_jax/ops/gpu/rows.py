@@ -17,7 +17,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops.gpu import kernel
-from mpembed_jax.ops.gpu.kernel import Layout
+from mpembed_jax.ops.gpu.kernel import RowWords
 from mpembed_jax.ops.records import Draw, Moves, Store
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
@@ -32,11 +32,11 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
 
     One pass writes each row once, from its line or dequantized from the table.
     """
-    table, cache_rows, _ = store
+    table, lines, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
     dim = table.embedding_dim
-    layout = Layout(table.format, dim, is_interpreted)
+    row_words = RowWords(table.format, dim, is_interpreted)
     block = kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
@@ -52,7 +52,7 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
             row = kernel.load_row(lines[0], here, from_line, columns, dim)
             from_table = from_table & ~from_line
         read = kernel.read_packed(
-            packed, kernel.load(ids_ref, (position,), from_table), from_table, layout
+            packed, kernel.load(ids_ref, (position,), from_table), from_table, row_words
         )
         kernel.store_row(
             out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row)
@@ -60,7 +60,7 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
 
     # Without a cache num_cached is 0.
     operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
-    operands += [] if cache_rows is None else [cache_rows]
+    operands += [] if lines is None else [lines]
     (out,) = kernel.launch(
         body,
         pl.cdiv(width, block),
@@ -95,7 +95,7 @@ def read(
     (width,) = flat.shape
     if width == 0:
         return jnp.zeros((*ids.shape, dim), jnp.float32)
-    layout = Layout(table.format, dim, is_interpreted)
+    row_words = RowWords(table.format, dim, is_interpreted)
     block = kernel.block_rows(dim)
 
     def body(*refs: Any) -> None:
@@ -126,7 +126,7 @@ def read(
             from_line = is_valid & (found > 0)
             from_table = is_valid & ~from_line
             row = kernel.load_row(lines, sets * ways + found - 1, from_line, columns, dim)
-        read = kernel.read_packed(packed, here, from_table, layout)
+        read = kernel.read_packed(packed, here, from_table, row_words)
         kernel.store_row(
             out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row)
         )
@@ -150,13 +150,13 @@ def swap(
 
     Each dirty victim is quantized into the table, and its newcomer is dequantized into the line.
     """
-    table, cache_rows, dirty = store
-    assert cache_rows is not None and dirty is not None
+    table, lines, dirty = store
+    assert lines is not None and dirty is not None
     ids, line, victim_ids = moves.ids, moves.line, moves.victim_ids
     begin, end = moves.num_hits, moves.num_cached
     width = ids.shape[0]
     dim = table.embedding_dim
-    layout = Layout(table.format, dim, is_interpreted)
+    row_words = RowWords(table.format, dim, is_interpreted)
     block = kernel.block_rows(dim)
     position = jnp.arange(width, dtype=jnp.int32)
     is_live = (position >= begin) & (position < end)
@@ -176,15 +176,16 @@ def swap(
             victim = kernel.load(victim_ref, (position,), is_live, -1)
             writes = is_live & (victim >= 0)
             old = [
-                kernel.load_row(lines, here, writes, c, dim) for c in kernel.place_columns(layout)
+                kernel.load_row(lines, here, writes, c, dim)
+                for c in kernel.place_columns(row_words)
             ]
             # A row of this batch is never a victim in it (invariant 2). So no program writes what
             # is read here.
             new = kernel.read_packed(
-                packed_in, kernel.load(ids_ref, (position,), is_live), is_live, layout
+                packed_in, kernel.load(ids_ref, (position,), is_live), is_live, row_words
             )
             kernel.barrier(is_interpreted)
-            kernel.write_packed(packed, victim, writes, old, layout, (seed[0], seed[1]))
+            kernel.write_packed(packed, victim, writes, old, row_words, (seed[0], seed[1]))
             kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
 
     operands = [
@@ -194,13 +195,13 @@ def swap(
         line,
         jnp.where(must_write, victim_ids, -1),
         table.rows,
-        cache_rows,
+        lines,
     ]
     packed, lines = kernel.launch(
         body,
         pl.cdiv(width, block),
         operands,
-        [kernel.shape_of(table.rows), kernel.shape_of(cache_rows)],
+        [kernel.shape_of(table.rows), kernel.shape_of(lines)],
         name="mpembed_swap",
         is_interpreted=is_interpreted,
         aliases={5: 0, 6: 1},

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from mpembed_jax.numerics import random_bits, rounding
 from mpembed_jax.ops.gpu import kernel, sums
-from mpembed_jax.ops.gpu.kernel import Layout
+from mpembed_jax.ops.gpu.kernel import RowWords
 from mpembed_jax.ops.records import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
@@ -147,7 +147,7 @@ def _update(
     draw: Draw,
     is_interpreted: bool,
 ) -> tuple[Store, jax.Array | None, jax.Array]:
-    layout = Layout(store.table.format, rows.shape[1], is_interpreted)
+    row_words = RowWords(store.table.format, rows.shape[1], is_interpreted)
     block = kernel.block_rows(rows.shape[1])
 
     def in_order(num_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,14 +155,14 @@ def _update(
         return row, row < num_ids
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
-        columns = kernel.place_columns(layout)
-        return [kernel.load_row(refs[0], row, mask, c, layout.dim) for c in columns]
+        columns = kernel.place_columns(row_words)
+        return [kernel.load_row(refs[0], row, mask, c, row_words.dim) for c in columns]
 
     gradients = _Gradients([row_grads], block, in_order, places)
     stored, is_stored, _ = _launch(
         "mpembed_update",
         _Stored(store.table.rows, store.lines, accumulator),
-        layout,
+        row_words,
         moves,
         rows,
         gradients,
@@ -190,8 +190,8 @@ def update_summed(
     XLA sorts the positions. One kernel then does the sums of `gpu.sums` and the update.
     """
     width, dim = old_rows.shape
-    layout = Layout(store.table.format, dim, is_interpreted)
-    num_columns = layout.padded_words * layout.per_word
+    row_words = RowWords(store.table.format, dim, is_interpreted)
+    num_columns = row_words.padded_words * row_words.per_word
     block = sums.block_rows(num_columns)
     segments = sums.sort_positions(
         positions.row, width, positions.grads.shape[0], positions.source, positions.factors
@@ -200,15 +200,15 @@ def update_summed(
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
         *segment_refs, grads_ref = refs
         columns = jnp.arange(num_columns, dtype=jnp.int32)
-        total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, layout.dim)
-        if layout.per_word == 1:
+        total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, row_words.dim)
+        if row_words.per_word == 1:
             return [total]
-        words = total.reshape(block, -1, layout.per_word)
-        place = jnp.arange(layout.per_word, dtype=jnp.int32)
+        words = total.reshape(block, -1, row_words.per_word)
+        place = jnp.arange(row_words.per_word, dtype=jnp.int32)
         # A sum with zeros picks the elements of a place, because Triton cannot index registers.
         return [
             jnp.sum(jnp.where(place[None, None, :] == p, words, jnp.float32(0)), axis=2)
-            for p in range(layout.per_word)
+            for p in range(row_words.per_word)
         ]
 
     gradients = _Gradients(
@@ -220,7 +220,7 @@ def update_summed(
     stored, is_stored, is_finite = _launch(
         "mpembed_update_summed",
         _Stored(store.table.rows, store.lines, accumulator),
-        layout,
+        row_words,
         moves,
         old_rows,
         gradients,
@@ -241,7 +241,7 @@ def _restored(store: Store, stored: _Stored) -> Store:
 def _launch(
     name: str,
     stored: _Stored,
-    layout: Layout,
+    row_words: RowWords,
     moves: Moves,
     rows: jax.Array,
     gradients: _Gradients,
@@ -269,7 +269,7 @@ def _launch(
         into = stored.holding(outputs)
         num_cached, num_ids = bounds_ref[0], bounds_ref[1]
         position, is_row = gradients.rows_of(num_ids)
-        columns = kernel.place_columns(layout)
+        columns = kernel.place_columns(row_words)
 
         @pl.when(jnp.max(is_row.astype(jnp.int32)) > 0)
         def update_block() -> None:
@@ -285,7 +285,9 @@ def _launch(
                     is_updated = is_updated & is_finite
                 total = None
                 if into.accumulator is not None:
-                    total = _add_squares(into.accumulator, grads, here, is_updated, seeds, layout)
+                    total = _add_squares(
+                        into.accumulator, grads, here, is_updated, seeds, row_words
+                    )
                 places = _stepped(rule, old, grads, total, seeds[0])
             moved = [
                 jnp.max(jnp.where((new != before) & (c < dim)[None, :], 1, 0), axis=1)
@@ -299,7 +301,7 @@ def _launch(
                 for values, c in zip(places, columns, strict=True):
                     kernel.store_row(into.lines, place, is_cached, c, dim, values)
             kernel.write_packed(
-                into.packed, here, is_stored & ~is_cached, places, layout, (seeds[0], seeds[1])
+                into.packed, here, is_stored & ~is_cached, places, row_words, (seeds[0], seeds[1])
             )
 
     # G is leaf 0 of the state tree of row-wise Adagrad, so its bits come from stream ROW_STATE + 0.
@@ -317,7 +319,7 @@ def _launch(
     results = kernel.launch(
         body, pl.cdiv(width, gradients.block), operands,
         shapes + [jax.ShapeDtypeStruct((width,), jnp.int32)] * (1 + skip_nonfinite),
-        name=name, is_interpreted=layout.is_interpreted,
+        name=name, is_interpreted=row_words.is_interpreted,
         aliases={len(operands) - len(held) + i: i for i in range(len(held))},
     )  # fmt: skip
     is_stored = results[len(held)]
@@ -325,7 +327,7 @@ def _launch(
 
 
 def _add_squares(
-    accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, layout: Layout
+    accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, row_words: RowWords
 ) -> jax.Array:
     """Adds the mean square of each row's gradient to its stored G, and returns the sum.
 
@@ -336,12 +338,12 @@ def _add_squares(
     before = kernel.load(accumulator, (ids,), mask)
     if is_narrow:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
-    total = stored = before + _mean_of_squares(grads, layout.dim, seeds[2])
+    total = stored = before + _mean_of_squares(grads, row_words.dim, seeds[2])
     if is_narrow:
         bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
     # All threads with a copy of the old sum must have read it before one of them stores the new
     # sum.
-    kernel.barrier(layout.is_interpreted)
+    kernel.barrier(row_words.is_interpreted)
     kernel.store(accumulator, (ids,), stored, mask)
     return total

@@ -45,22 +45,22 @@ def swap(
     Returns:
       The store, and the number of dirty victims (int32 scalar).
     """
-    table, cache_rows, dirty = store
-    assert cache_rows is not None and dirty is not None
+    table, lines, dirty = store
+    assert lines is not None and dirty is not None
     ids, line, victim_ids = moves.ids, moves.line, moves.victim_ids
     begin, end = moves.num_hits, moves.num_cached
     once = (end > begin).astype(jnp.int32) if chunk else None
     gather = gather or indexing.take
 
     def body(window: chunks.Window, carry: tuple) -> tuple:
-        rows, cache_rows, dirty, num_written = carry
-        here = jnp.where(window.is_live, window.take(line), cache_rows.shape[0])
+        rows, lines, dirty, num_written = carry
+        here = jnp.where(window.is_live, window.take(line), lines.shape[0])
         victims = window.take(victim_ids)
         # Without the barrier, XLA on a GPU reads the bits a second time after they are cleared, and
         # keeps a copy of the whole array for this.
         was_dirty = lax.optimization_barrier(window.is_live & indexing.take(dirty, here))
         must_write = was_dirty & (victims != NO_ID)
-        old = gather(cache_rows, here)
+        old = gather(lines, here)
         packed = encode_rows(old, victims, table, draw.key, random_bits.WRITE_BACK, draw.step, once)
         # The read uses the result of the write, which orders the two. The rows that are written and
         # read are disjoint, so the order does not change the values.
@@ -71,19 +71,17 @@ def swap(
             table.format,
             table.embedding_dim,
         )
-        cache_rows = indexing.put(cache_rows, here, new)
+        lines = indexing.put(lines, here, new)
         dirty = indexing.put(dirty, jnp.where(was_dirty, here, dirty.shape[0]), False)
-        return rows, cache_rows, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
+        return rows, lines, dirty, num_written + jnp.sum(must_write, dtype=jnp.int32)
 
     # There are few newcomers, and a chunk is always processed as a whole. A chunk of half the
     # length wastes less.
-    carry = (table.rows, cache_rows, dirty, jnp.int32(0))
-    rows, cache_rows, dirty, num_written = chunks.each(
+    carry = (table.rows, lines, dirty, jnp.int32(0))
+    rows, lines, dirty, num_written = chunks.each(
         begin, end, ids.shape[0], chunk and chunk // 2, body, carry
     )
-    return Store(
-        QuantizedTable(rows, table.format, table.embedding_dim), cache_rows, dirty
-    ), num_written
+    return Store(QuantizedTable(rows, table.format, table.embedding_dim), lines, dirty), num_written
 
 
 @jax.named_scope("lookup")
@@ -104,15 +102,15 @@ def lookup(
     Returns:
       float32 [U, D].
     """
-    table, cache_rows, _ = store
+    table, lines, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
-    if cache_rows is None:
+    if lines is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:
         # This pass over the full width also makes the zeros. On a CPU, a loop over exact chunks was
         # slower by half.
-        out = indexing.take(cache_rows, line, 0) if gather is None else gather(cache_rows, line)
+        out = indexing.take(lines, line, 0) if gather is None else gather(lines, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
         here = _wanted(window, ids, table.rows)
@@ -150,8 +148,9 @@ def read(
       float32 [.., D].
     """
     ids = jnp.where((ids >= 0) & (ids < table.num_rows), ids, NO_ID)
-    line, lines = (None, 0) if held is None else (residency.locate(held, ids), held.geometry.lines)
-    from_table = ids if line is None else jnp.where(line < lines, NO_ID, ids)
+    line = None if held is None else residency.locate(held, ids)
+    num_lines = 0 if held is None else held.geometry.lines
+    from_table = ids if line is None else jnp.where(line < num_lines, NO_ID, ids)
     if indexing.is_on_host(table.rows):
         rows = _read_missing(table, from_table.reshape(-1), chunk).reshape(
             *ids.shape, table.embedding_dim
@@ -160,7 +159,7 @@ def read(
         rows = read_rows(table, from_table)
     if held is None or line is None:
         return rows
-    return jnp.where((line < lines)[..., None], indexing.take(held.rows, line), rows)
+    return jnp.where((line < num_lines)[..., None], indexing.take(held.rows, line), rows)
 
 
 def _read_missing(table: QuantizedTable, ids: jax.Array, chunk: int | None) -> jax.Array:
@@ -214,15 +213,15 @@ def write(
     Returns:
       The store, and which rows were stored (bool [U]).
     """
-    table, cache_rows, _ = store
+    table, lines, _ = store
     is_stored = moves.is_row & row_state.is_moved(old_rows, new_rows)
     moves = moves.only(is_stored, store.num_lines)
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
     width = ids.shape[0]
-    if cache_rows is not None:
+    if lines is not None:
         # One pass over the full width writes the lines, because slices of new_rows would be copied.
         # Lines out of range are dropped.
-        cache_rows = indexing.put(cache_rows, line, new_rows)
+        lines = indexing.put(lines, line, new_rows)
 
     once = (num_ids > num_cached).astype(jnp.int32) if chunk else None
 
@@ -235,7 +234,7 @@ def write(
 
     rows = chunks.each(num_cached, num_ids, width, chunk, to_table, table.rows)
     table = QuantizedTable(rows, table.format, table.embedding_dim)
-    return store._replace(table=table, lines=cache_rows), is_stored
+    return store._replace(table=table, lines=lines), is_stored
 
 
 @jax.named_scope("write_back")
@@ -250,14 +249,12 @@ def write_back(store: Store, tags: jax.Array, draw: Draw) -> QuantizedTable:
     Returns:
       The table.
     """
-    table, cache_rows, dirty = store
-    assert cache_rows is not None and dirty is not None
+    table, lines, dirty = store
+    assert lines is not None and dirty is not None
 
     def body(window: chunks.Window, rows: jax.Array) -> jax.Array:
         ids = jnp.where(window.is_live & window.take(dirty), window.take(tags), NO_ID)
-        packed = encode_rows(
-            window.take(cache_rows), ids, table, draw.key, random_bits.FLUSH, draw.step
-        )
+        packed = encode_rows(window.take(lines), ids, table, draw.key, random_bits.FLUSH, draw.step)
         return indexing.put(rows, ids, packed)
 
     rows = chunks.each(0, tags.shape[0], tags.shape[0], 8192, body, table.rows)
