@@ -25,11 +25,12 @@ import numpy as np
 import optax
 
 from mpembed_jax import ops, optim, row_ids
+from mpembed_jax.arrays import carries
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import pooling, step, update
+from mpembed_jax.embedding import arguments, pooling, step, update
 from mpembed_jax.embedding.counters import count_step
-from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.ops import Draw, Places
 
 
@@ -116,9 +117,10 @@ def embed(
       the last axis of ids reduced if there is a combiner, or [num_segments, D].
 
     Raises:
-      TypeError: if ids are not integers of 32 bits or fewer.
+      TypeError: if state has another type, or ids are not integers of 32 bits or fewer.
       ValueError: as `prefetch` and `pool`.
     """
+    arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
     leaves, treedef = row_ids.checked(ids)
     options: dict[str, Any] = {
         "segment_ids": segment_ids,
@@ -191,11 +193,16 @@ def _embed_natively(
         if cache is not None:
             cache = dataclasses.replace(cache, rows=lines)
     plan = VectorPlan(counts, state.step, how, places, factors, source)
+    is_sound = state.is_sound
+    vectors = carries.at_most_once(  # a loop, because a select would pass over all vectors
+        lambda vectors: jnp.full_like(vectors, jnp.nan), (~is_sound).astype(jnp.int32), vectors
+    )
     state = dataclasses.replace(
         state,
         table=table,
         cache=cache,
         step=state.step + 1,
+        clock=jnp.where(is_sound, clock_of(state.step + 1), jnp.float32(jnp.nan)),
         pending=np.True_,
         counters=count_step(state.counters, counts),
     )
@@ -277,9 +284,13 @@ def apply_pooled_gradients(
       The state.
 
     Raises:
+      TypeError: if state or plan has another type.
       ValueError: if the tree, a shape or a dtype of pooled_grads differs from that of the vectors;
-        if tx is not embed's; or on a second call for one embed.
+        if tx is not embed's; if the state was donated; or on a second call for one embed.
     """
+    call = "apply_pooled_gradients(state, plan, pooled_grads, *, tx)"
+    arguments.check_state(call, state)
+    arguments.expect(call, "plan", plan, VectorPlan, "the second result of embed")
     leaves = _checked(state, plan, pooled_grads)
     if plan.places is None:
         return _apply_separately(state, plan, pooled_grads, tx)

@@ -511,9 +511,8 @@ def whole_life(spec, tx, implementation, combiners=(None, "sum", "mean", "sqrtn"
         pool = partial(mpembed.pool, combiner=combiner, implementation=implementation)
         vectors, pull_back = jax.vjp(lambda rows: pool(rows, index, weights), rows)  # noqa: B023
         state = mpembed.apply_gradients(state, plan, rows, pull_back(vectors)[0], tx=tx)
-        state, plan = mpembed.prefetch(state, ids)
-        rows = mpembed.lookup(state, plan)
-        state = mpembed.apply_pooled_gradients(state, plan, rows, vectors, weights, combiner, tx=tx)
+        state, plan, vectors = mpembed.embed(state, ids, weights, combiner, tx=tx)
+        state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=tx)
     state, plan = mpembed.prefetch(state, ids["b"])
     rows, segments = mpembed.lookup(state, plan), jnp.asarray([0, 0, 1, 1], jnp.int32)
     ragged = partial(
@@ -794,9 +793,12 @@ MISTAKES = {
         "was donated to an earlier call",
     ),
     "apply_pooled_gradients, ids": Mistake(
-        lambda m: mpembed.apply_pooled_gradients(m.state, m.ids, m.rows, m.rows, tx=TX),
+        lambda m: mpembed.apply_pooled_gradients(m.state, m.plan, m.rows, tx=TX),
         TypeError,
-        "plan must be a CachePlan",
+        "plan must be a VectorPlan.*of embed.*got CachePlan",
+    ),
+    "embed, swapped": Mistake(
+        lambda m: mpembed.embed(m.ids, m.state, tx=TX), TypeError, "state must be an EmbeddingState"
     ),
     "read, swapped": Mistake(
         lambda m: mpembed.read(m.ids, m.state), TypeError, r"read\(state, ids\): state must be"
@@ -986,7 +988,9 @@ def test_a_mistake_of_the_first_hour_says_what_goes_where(name, mistaken):
 
 def test_every_public_function_has_a_mistake():
     functions = {n for n in mpembed.__all__ if callable(getattr(mpembed, n))}
-    functions -= {"CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable"}
+    functions -= {
+        "CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable", "VectorPlan"
+    }  # fmt: skip
     for room in (sharding, checkpoint, optim, mpembed.memory, nn):
         place = "" if room is optim else room.__name__.split(".")[-1] + "."
         functions |= {
