@@ -242,7 +242,7 @@ def make_parser(settings: type, description: str, name: str) -> argparse.Argumen
         unit = limits.unit or ("PATH" if kind is Path else "TEXT")
         if choices or limits.choices:
             unit = "NAME"
-            listed = ", ".join(map(str, choices or limits.choices))
+            listed = ", ".join(map(str, choices or limits.choices)).replace("%", "%%")
             text = (
                 text if limits.is_hidden else text.replace(" Default:", f" {listed}. Default:", 1)
             )

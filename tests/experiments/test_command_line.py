@@ -29,8 +29,9 @@ PROGRAMS = (
     "train_dlrm", "accuracy.paper_table", "speed.bench_step", "speed.bench_peers",
     "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen", "gpu.bench_gpu",
     "gpu.compile_gpu", "gpu.roofline",
-    "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
-    "faults.killed_worker", "ngram.memory_table", "ngram.step_time", "ngram.known_models",
+    "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess",
+    "ngram.memory_table", "ngram.step_time", "ngram.known_models", "faults.run",
+    "faults.killed_worker",
 )  # fmt: skip
 
 
@@ -184,11 +185,10 @@ CALLS = {
         ("odd width", "--width 20", "--width is 20", "a multiple of 8"),
         ("no text", "--text gone", "--text is gone", "a folder with Python files"),
         ("text of no files", "--text FILE", "--text is", "a folder with Python files"),
-        ("a contender of no kind", "--contenders INT3", "--contenders is INT3", "INT4 + 5 %"),
+        ("unknown contender", "--contenders INT3", "--contenders is INT3", "'INT4 + 5 %'"),
         ("nothing to report", "--report --out FOLDER", "run without --report first"),
     ],
     "ngram.step_time": [("one round", "--rounds 1", "--rounds is 1", "at least 2")],
-    "ngram.known_models": [("unwritable", "--out /proc/x", "--out is /proc/x", "a folder")],
     "faults.run": [
         ("unknown part", "--only nothing", "--only is nothing", "'killed worker'"),
         ("other results", "--only kills --out FILE", "--out is"),
