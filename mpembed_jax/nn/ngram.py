@@ -57,7 +57,8 @@ def ngram_spec(
     """
     if not isinstance(ngrams, NGramHash):
         raise TypeError(
-            f"ngram_spec(ngrams, features): ngrams must be an NGramHash, got {type(ngrams).__name__}"
+            "ngram_spec(ngrams, features): ngrams must be an NGramHash, got "
+            f"{type(ngrams).__name__}"
         )
     initializer = DEFAULT_INIT if embedding_init is None else embedding_init
     tables = tuple(
