@@ -244,7 +244,7 @@ def test_grown_stacks_and_models_keep_their_rows(recipes):
     np.testing.assert_array_equal(restored["product"][:10_000], mpembed.to_dense(saved)["item"])
     # The grown model was made before the rows of the old one were replaced.
     model, grown = recipes["Scorer"](nnx.Rngs(0)), recipes["Scorer"](nnx.Rngs(1), num_items=12_000)
-    state = recipes["vocabulary"].restack(
+    state = recipes["restacking"].restack(
         model.items.state, grown.items.state.spec, recipes["row_tx"]
     )
     grown.items.set_state(state)

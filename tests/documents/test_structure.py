@@ -21,7 +21,7 @@ PACKAGE = ROOT / "mpembed_jax"
 
 ADAPTERS = {
     "sharding",
-    "vocabulary",
+    "restacking",
     "nn",
     "checkpoint",
 }  # the public rooms that the core does not import

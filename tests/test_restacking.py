@@ -8,7 +8,7 @@ import training
 from cases import Refused, named
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, sharding, vocabulary
+from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, restacking, sharding
 
 DIM = 8
 TX = mpembed.optim.rowwise_adagrad(0.5)
@@ -71,7 +71,7 @@ def restacked(state, spec, renamed):
     """The state under a spec; old tables that it does not name are removed."""
     kept = [(renamed or {}).get(t.name, t.name) for t in spec.tables]
     removed = [t.name for t in state.spec.tables if t.name not in kept]
-    return vocabulary.restack(state, spec, TX, renamed=renamed, removed=removed)
+    return restacking.restack(state, spec, TX, renamed=renamed, removed=removed)
 
 
 GROWN = {
@@ -132,7 +132,7 @@ def test_tables_whose_ids_move_keep_rows_and_lines_as_far_as_there_is_room(case,
 
 def test_a_state_that_grew_at_its_end_trains_on_as_if_it_had_not():
     before = trained()
-    after = vocabulary.restack(before, spec_of({"a": 200, "b": 400}), TX)
+    after = restacking.restack(before, spec_of({"a": 200, "b": 400}), TX)
     more = batches(5, seed=1)
     old = training.train(before, *more, TX).state
     new = training.train(after, *more, TX).state
@@ -148,9 +148,9 @@ def test_a_state_over_a_mesh_grows_as_on_one_device():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     cache = CacheSpec(num_rows=128, ways=4)
     before, sizes = trained(spec_of(SIZES, cache)), {"a": 250, "b": 301, "c": 7}
-    expected = vocabulary.restack(before, spec_of(sizes, cache), TX)
+    expected = restacking.restack(before, spec_of(sizes, cache), TX)
     four = sharding.relayout(before, mesh=mesh)
-    after = vocabulary.restack(four, spec_of(sizes, cache), TX)
+    after = restacking.restack(four, spec_of(sizes, cache), TX)
     assert after.layout.shards == 4
     assert_same = training.assert_same
     assert_same(sharding.relayout(after), jax.device_put(expected))
@@ -159,7 +159,7 @@ def test_a_state_over_a_mesh_grows_as_on_one_device():
 def test_a_table_in_host_memory_grows_as_on_the_device():
     sizes = {"a": 250, "b": 300}
     hosted, plain = (
-        vocabulary.restack(
+        restacking.restack(
             trained(spec_of(SIZES, memory_kind=kind)), spec_of(sizes, memory_kind=kind), TX
         )
         for kind in ("pinned_host", None)
@@ -173,38 +173,38 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
     named(
         [
             Refused(
-                lambda s: vocabulary.restack(s, spec_of({"a": 199, "b": 300}), TX),
+                lambda s: restacking.restack(s, spec_of({"a": 199, "b": 300}), TX),
                 "table 'a' would lose rows: 'a' has 200, the new spec 199",
             ),
             Refused(
-                lambda s: vocabulary.restack(s, spec_of(SIZES), TX, renamed={"a": "z"}),
+                lambda s: restacking.restack(s, spec_of(SIZES), TX, renamed={"a": "z"}),
                 "must map a table of",
                 KeyError,
             ),
             Refused(
-                lambda s: vocabulary.restack(
+                lambda s: restacking.restack(
                     s, spec_of({"a": 300, "b": 300}), TX, renamed={"a": "b"}
                 ),
                 "two tables of .* would take the rows of one",
             ),
             Refused(
-                lambda s: vocabulary.restack(s, spec_of({"a": 200, "bought": 300}), TX),
+                lambda s: restacking.restack(s, spec_of({"a": 200, "bought": 300}), TX),
                 r"must either be in the new spec .* \['b'\] are not",
             ),
             Refused(
-                lambda s: vocabulary.restack(s, spec_of({"a": 200}), TX, removed=["c"]),
+                lambda s: restacking.restack(s, spec_of({"a": 200}), TX, removed=["c"]),
                 r"removed=\['c'\] are no tables of",
                 KeyError,
             ),
             Refused(
-                lambda s: vocabulary.restack(s, spec_of(SIZES, storage="int4"), TX),
+                lambda s: restacking.restack(s, spec_of(SIZES, storage="int4"), TX),
                 "storage is .* and would become",
             ),
             Refused(
-                lambda s: vocabulary.restack(s, spec_of(SIZES), optax.sgd(0.1)), "pass the same tx"
+                lambda s: restacking.restack(s, spec_of(SIZES), optax.sgd(0.1)), "pass the same tx"
             ),
             Refused(
-                lambda s: vocabulary.restack(
+                lambda s: restacking.restack(
                     jax.jit(mpembed.prefetch)(s, batches(1)[0][0])[0], spec_of(SIZES), TX
                 ),
                 "between prefetch and apply_gradients",
