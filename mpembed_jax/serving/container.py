@@ -266,14 +266,16 @@ def checked(contents: Contents) -> Contents:
     Raises:
       ValueError: if they are not.
     """
-    names = [t.name for t in contents.tables]
-    for name in names:
-        if names.count(name) > 1 or name in ("__metadata__", CHECKSUMS):
-            raise ValueError(f"the name of table {name!r} is taken; names must be distinct")
-    features = [f for f, _ in contents.features]
-    for feature, table in contents.features:
-        if features.count(feature) > 1 or table not in names:
-            raise ValueError(f"feature {feature!r} of table {table!r} is not distinct or known")
+    names: set[str] = set()
+    for table in contents.tables:
+        if table.name in names or table.name in ("__metadata__", CHECKSUMS):
+            raise ValueError(f"the name of table {table.name!r} is taken; names must be distinct")
+        names.add(table.name)
+    features: set[str] = set()
+    for feature, owner in contents.features:
+        if feature in features or owner not in names:
+            raise ValueError(f"feature {feature!r} of table {owner!r} is not distinct or known")
+        features.add(feature)
     if not names or not features:
         raise ValueError("it has no tables")
     return contents

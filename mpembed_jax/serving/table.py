@@ -173,6 +173,30 @@ class ServingTable:
         """
         return self._each(ids, self._lookup)
 
+    def count_outside(self, ids: Any) -> Any:
+        """Returns how many ids are outside their tables; padding is not.
+
+        A table on the device reads them as zeros and keeps no count of its own. This counts them in
+        the same jitted function.
+
+        Args:
+          ids: as in lookup.
+
+        Returns:
+          An integer: int32 [] from the device.
+        """
+
+        def count(feature: str, table: Table, here: Any) -> Any:
+            if self._is_on_host(self.rows[table.name], here):
+                host, _ = _host_ids(feature, here)
+                is_outside = ((host < 0) | (host >= table.num_rows)) & (host != NO_ID)
+                return int(np.count_nonzero(is_outside))
+            (checked,), _ = row_ids.checked(here)
+            is_outside = ~row_ids.in_range(checked, table.num_rows) & (checked != NO_ID)
+            return jnp.sum(is_outside, dtype=jnp.int32)
+
+        return sum(jax.tree.leaves(self._each(ids, count)))
+
     def bag(self, ids: Any, combiner: str = "sum", weights: Any = None, offsets: Any = None) -> Any:
         """Returns one vector for each bag of ids.
 

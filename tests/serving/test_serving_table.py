@@ -190,7 +190,10 @@ def test_ragged_bags_of_any_length_agree(model):
 def test_a_table_on_the_device_reads_the_same_rows_in_a_jitted_function(model):
     states, path = model
     table = serving.load(path).to_device()
-    ids, _ = ids_of(5000, (40, 3), np.int32)
+    ids, num_outside = ids_of(5000, (40, 3), np.int32)
+    count = jax.jit(lambda table, ids: table.count_outside({"liked": ids, "seen": ids}))
+    assert int(count(table, ids)) == 2 * num_outside > 0
+    assert serving.load(path).count_outside({"liked": ids, "seen": ids}) == 2 * num_outside
     model_of = jax.jit(lambda table, ids: table.lookup({"liked": ids})["liked"])
     rows = np.asarray(model_of(table, ids))
     assert rows.tobytes() == reference(states["items"], "items", ids).tobytes()
