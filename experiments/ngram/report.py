@@ -6,7 +6,6 @@ optimizer's included.
 """
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,5 +149,7 @@ def picture(axis: Any, group: Group) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("MB of the whole embedding state, optimizer included")
     axis.set_ylabel("validation loss, nats a token")
-    if math.isfinite(axis.get_ylim()[0]):
-        axis.margins(y=0.15)
+    # At least a twentieth of a nat, so that what seeds change does not look large.
+    low, high = axis.get_ylim()
+    middle, half = (low + high) / 2, max(0.025, 0.6 * (high - low))
+    axis.set_ylim(middle - half, middle + half)

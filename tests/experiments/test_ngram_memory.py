@@ -51,7 +51,7 @@ def test_tokens_spell_the_files_and_validation_has_others(folder, data):
     assert train | validation == {path.read_text(encoding="utf-8") for path in folder.iterdir()}
     assert train.isdisjoint(validation) and len(validation) < len(train)
     assert data.vocabulary_size == 263 and data.train.max() < 263
-    assert (data.train >= 257).mean() > 0.3, "frequent pieces are tokens of their own"
+    assert (data.train >= 257).mean() > 0.2, "frequent pieces are tokens of their own"
 
 
 def test_the_same_files_give_the_same_text_and_others_another(folder, data, tmp_path):
@@ -162,6 +162,7 @@ def test_step_times_of_all_contenders_are_measured(tmp_path):
 # --- the tables of known models
 
 
+@OPTAX_ADAM
 def test_tables_of_known_models_have_their_published_sizes_and_our_bytes():
     published = {
         "Engram-27B": 5.7e9,
