@@ -50,7 +50,16 @@ def ngram_spec(
       cache: CacheSpec of the whole stack, or None.
       embedding_init: see NGramMemory.
       memory_kind: see mpembed_jax.EmbeddingSpec.
+
+    Raises:
+      TypeError: if ngrams is no NGramHash.
+      ValueError: see mpembed_jax.EmbeddingSpec.
     """
+    if not isinstance(ngrams, NGramHash):
+        raise TypeError(
+            "ngram_spec(ngrams, features): ngrams must be an NGramHash, got "
+            f"{type(ngrams).__name__}"
+        )
     initializer = DEFAULT_INIT if embedding_init is None else embedding_init
     tables = tuple(
         TableSpec(f"{order}-gram_{head}", rows, initializer)

@@ -849,6 +849,17 @@ MISTAKES = {
     "memory.report, swapped": Mistake(
         lambda m: mpembed.memory.report(TX, m.spec), TypeError, r"report\(spec, tx, batch_shape\)"
     ),
+    "memory.plan, number": Mistake(
+        lambda m: mpembed.memory.plan(5, "16GB", tx=TX), TypeError, r"tables must be \{name: \(rows"
+    ),
+    "memory.plan, specs": Mistake(
+        lambda m: mpembed.memory.plan(m.spec.tables, "16GB", tx=TX),
+        ValueError,
+        r"must be \(rows, dim",
+    ),
+    "nn.ngram_spec, text": Mistake(
+        lambda m: nn.ngram_spec("x", DIM), TypeError, "ngrams must be an NGramHash, got str"
+    ),
     "memory.report, batch": Mistake(
         lambda m: mpembed.memory.report(m.spec, TX, 2048), TypeError, r"such as \(2048, 26\)"
     ),
