@@ -3,7 +3,8 @@
 Rows and widths give each model's published number of parameters within 2 %. Not every size was
 found in a source, and where the division into tables was not published, it is a guess, which hardly
 changes the bytes. Megatron's way is 14 bytes a parameter: BF16, an FP32 master copy, and two
-moments. The other ways are counted by mpembed_jax.memory.report, optimizer state included. "ours" has row-wise Adagrad.
+moments. The other ways are counted by mpembed_jax.memory.report, optimizer state included. "ours"
+has row-wise Adagrad.
 
     python -m experiments.ngram.known_models
 
