@@ -47,8 +47,12 @@ class Settings:
     )
     embedding_dim: int = setting(16, "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096)
     cache: float = setting(0.01, "Share of rows in the cache.", "SHARE", above=0, at_most=1)
-    seeds: tuple[int, ...] = setting((0, 1, 2, 3, 4), "Seeds.", "SEEDS", at_least=0)
-    num_rows: int | None = setting(None, "Posts that are read.", "ROWS", at_least=100, shown="all")
+    seeds: tuple[int, ...] = setting(
+        (0, 1, 2, 3, 4), "Seeds.", "SEEDS", at_least=0, at_most=2**31 - 1
+    )
+    num_rows: int | None = setting(
+        None, "Posts that are read.", "ROWS", at_least=100, at_most=10**9, shown="all"
+    )
     out: Path = setting(Path("experiments/results/served.json"), "File for the results.")
 
 

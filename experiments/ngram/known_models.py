@@ -1,9 +1,10 @@
 """Bytes of the n-gram tables of known language models, by way of training them; nothing is made.
 
-Rows and their width are those published of each model; where the division into tables was not, it
-is a guess, which hardly changes the bytes. Megatron's way is 14 bytes a
-parameter: BF16, an FP32 master copy, and two moments. The other ways are counted by
-mpembed_jax.memory.report, optimizer state included. "ours" has row-wise Adagrad.
+Rows and widths give each model's published number of parameters within 2 %. Not every size was
+found in a source, and where the division into tables was not published, it is a guess, which hardly
+changes the bytes. Megatron's way is 14 bytes a parameter: BF16, an FP32 master copy, and two
+moments. The other ways are counted by mpembed_jax.memory.report, optimizer state included. "ours"
+has row-wise Adagrad.
 
     python -m experiments.ngram.known_models
 

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.accuracy import records
 from experiments.command_line import setting
 from experiments.ngram import report, text, training
@@ -111,7 +111,7 @@ def train(settings: Settings) -> None:
     done = records.load(path)
     folder = settings.text or text.standard_library()
     with (
-        command_line.working("reading the text"),
+        running.working("reading the text"),
         command_line.reading("--text", folder, ValueError),
     ):
         data = text.read(folder, settings.vocabulary, settings.tokens)
@@ -135,7 +135,7 @@ def train(settings: Settings) -> None:
     keys = [records.key_of(depends_on(data, *run)) for run in runs]
     missing = [(run, key) for run, key in zip(runs, keys, strict=True) if key not in done]
     print(f"{len(missing)} of {len(runs)} runs to do", flush=True)
-    with command_line.stoppable() as stop:
+    with running.stoppable() as stop:
         for number, ((recipe, contender, seed), key) in enumerate(missing, 1):
             outcome = run_one(data, recipe, contender, seed, stop, settings)
             record = {
@@ -158,7 +158,7 @@ def run_one(
     recipe: training.Recipe,
     contender: training.Contender,
     seed: int,
-    stop: command_line.Stop,
+    stop: running.Stop,
     settings: Settings,
 ) -> training.Outcome:
     """Trains one contender and says every ten seconds where it is.
@@ -182,7 +182,7 @@ def run_one(
     def say() -> str:
         return f".. {contender.name}: step {place['step']} of {recipe.steps}, {place['loss']:.3f}"
 
-    with command_line.progress(say):
+    with running.progress(say):
         return training.train(data, recipe, contender, seed, on_step).outcome
 
 

@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.ngram import training
 from experiments.ngram.model import GatedMemory, LanguageModel
@@ -139,7 +139,7 @@ def measure(settings: Settings, rows: int) -> dict[str, Any]:
     """Returns milliseconds of a step for each contender, and ratios to no memory and to FP32."""
     steppers = contenders(settings, rows)
     for name, step in steppers.items():
-        with command_line.working(f"compiling {name}, {rows:,} rows"):
+        with running.working(f"compiling {name}, {rows:,} rows"):
             step()
             step()
     times: dict[str, list[float]] = {name: [] for name in steppers}

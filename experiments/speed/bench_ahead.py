@@ -38,10 +38,16 @@ class Settings:
         4_000_000, "Rows of all tables together.", "ROWS", at_least=100_000, at_most=100_000_000
     )
     widths: tuple[int, ...] = setting(
-        (64, 1024), "Widths of the MLP's two hidden layers, one case each.", "NUMBERS", at_least=1
+        (64, 1024),
+        "Widths of the MLP's two hidden layers, one case each.",
+        "NUMBERS",
+        at_least=1,
+        at_most=65_536,
     )
-    rounds: int = setting(15, "Rounds in which the two loops alternate.", "ROUNDS", at_least=2)
-    steps: int = setting(10, "Steps of one loop in a round.", "STEPS", at_least=1)
+    rounds: int = setting(
+        15, "Rounds in which the two loops alternate.", "ROUNDS", at_least=2, at_most=10_000
+    )
+    steps: int = setting(10, "Steps of one loop in a round.", "STEPS", at_least=1, at_most=10_000)
     out: Path = setting(Path("experiments/results/bench_ahead.json"), "File for the results.")
 
 

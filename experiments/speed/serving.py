@@ -48,12 +48,23 @@ class Settings:
     """What is measured."""
 
     rows: int = setting(8_000_000, "Rows of the table.", "ROWS", at_least=1000, at_most=10**9)
-    dims: tuple[int, ...] = setting((64, 128), "Numbers in a row.", "NUMBERS", at_least=1)
-    batches: tuple[int, ...] = setting((1, 64, 2048), "Bags in a call.", "BAGS", at_least=1)
-    lengths: tuple[int, ...] = setting((1, 20, 80), "Ids in a bag.", "IDS", at_least=1)
-    rounds: int = setting(9, "Turns of each peer.", "ROUNDS", at_least=3)
+    dims: tuple[int, ...] = setting(
+        (64, 128), "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096
+    )
+    batches: tuple[int, ...] = setting(
+        (1, 64, 2048), "Bags in a call.", "BAGS", at_least=1, at_most=10**6
+    )
+    lengths: tuple[int, ...] = setting(
+        (1, 20, 80), "Ids in a bag.", "IDS", at_least=1, at_most=10**4
+    )
+    rounds: int = setting(9, "Turns of each peer.", "ROUNDS", at_least=3, at_most=10**4)
     threads: int = setting(
-        os.cpu_count() or 1, "Threads of each.", "THREADS", at_least=1, shown="all cores"
+        os.cpu_count() or 1,
+        "Threads of each.",
+        "THREADS",
+        at_least=1,
+        at_most=1024,
+        shown="all cores",
     )
     out: Path = setting(Path("experiments/results/serving.json"), "File for the results.")
 

@@ -187,9 +187,9 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     """
     call = "mark(tracker, plan)"
     arguments.expect(call, "tracker", tracker, RowTracker, "from track")
-    arguments.check_plan(call, plan)
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
+    arguments.check_plan(call, plan)
     # Victims are never in the batch, so all of these ids are distinct.
     ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
     return dataclasses.replace(

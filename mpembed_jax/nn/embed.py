@@ -174,11 +174,7 @@ class CachedEmbed(nnx.Module):
             an id.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
-        if self.deterministic:
-            vectors = verbs.read(self.stack.embedding_state(), mapped)
-        else:
-            part = self.stack.part(mapped, ids)
-            vectors = part.pool(part.rows, part.inverse)
+        vectors = self.stack.vectors(mapped, ids, not self.deterministic)
         return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
 
     def attend(self, query: jax.Array) -> jax.Array:

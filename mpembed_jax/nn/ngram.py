@@ -20,7 +20,7 @@ from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import ngram_hash, verbs
+from mpembed_jax.nn import ngram_hash
 from mpembed_jax.nn.embed import DEFAULT_INIT, DEFAULT_TX
 from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.nn.stack import Stack
@@ -243,11 +243,7 @@ class NGramMemory(nnx.Module):
             not called, or outside jit if it was not given an n-gram.
         """
         ids, given = self._ids(tokens, context)
-        if self.deterministic:
-            vectors = verbs.read(self.stack.embedding_state(), ids)
-        else:
-            part = self.stack.part(ids, given)
-            vectors = part.pool(part.rows, part.inverse)
+        vectors = self.stack.vectors(ids, given, not self.deterministic)
         return jax.tree.map(lambda v: joined_heads(v, self.dtype), vectors)
 
     def context_after(self, tokens: Any, context: Any = None) -> Any:

@@ -133,6 +133,16 @@ class Stack(nnx.Module):
         state, plan, rows = self.embedding_state(), self.plan.get_value(), self.rows.get_value()
         return prefetched.part(state, plan, rows, ids, given)
 
+    def vectors(self, ids: Any, given: Any, is_training: bool) -> Any:
+        """Returns the vectors of ids: from the held rows in training, else read from the table.
+
+        Arguments and errors are those of `part`.
+        """
+        if not is_training:
+            return verbs.read(self.embedding_state(), ids)
+        part = self.part(ids, given)
+        return part.pool(part.rows, part.inverse)
+
     def update(self, row_grads: jax.Array) -> None:
         """Applies one optimizer update to the held rows, then drops them and their plan."""
         plan, rows = self.plan.get_value(), self.rows.get_value()

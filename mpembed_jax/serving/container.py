@@ -10,13 +10,16 @@ A table's entry has a place for the vocabulary of its raw ids. Version 1 has non
 null. A file whose place is filled is refused, because its ids would read wrong rows.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import secrets
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -310,3 +313,27 @@ def verify(path: Any) -> Contents:
                 )
         first += table.num_blocks
     return opened.contents
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file for writing, which becomes `path` when it is whole and on the disk.
+
+    After an error, the file that was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

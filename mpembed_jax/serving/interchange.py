@@ -7,8 +7,6 @@ symmetric row gets the bias -2^(bits - 1) * scale. Nothing is rounded: a row tha
 hold is an error.
 """
 
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from jax import export
 
 from mpembed_jax.numerics.formats import RowFormat
-from mpembed_jax.serving import host_rows
+from mpembed_jax.serving import container, host_rows
 from mpembed_jax.serving.container import Table
 from mpembed_jax.serving.table import ServingTable
 
@@ -71,22 +69,14 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
 
 
 def _write(path: Path, table: Table, block_of: Callable[[int, int], np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for first in range(0, table.num_rows, table.block_rows):
-                block = block_of(first, min(first + table.block_rows, table.num_rows))
-                if first == 0:
-                    shape = (table.num_rows, block.shape[1])
-                    kind = {"descr": block.dtype.str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, kind)
-                file.write(np.ascontiguousarray(block).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with container.replacing(path) as file:
+        for first in range(0, table.num_rows, table.block_rows):
+            block = block_of(first, min(first + table.block_rows, table.num_rows))
+            if first == 0:
+                shape = (table.num_rows, block.shape[1])
+                kind = {"descr": block.dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, kind)
+            file.write(np.ascontiguousarray(block).data)
 
 
 def fbgemm_rows(

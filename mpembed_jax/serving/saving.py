@@ -6,8 +6,6 @@ copy of a table is made.
 """
 
 import dataclasses
-import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -87,34 +85,16 @@ def write(
         features += spec.feature_tables
     contents = container.checked(Contents(tuple(tables), tuple(features)))
     room = container.header_room(contents)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            contents = _write_arrays(file, contents, owners, room, wanted is None, progress)
-            file.seek(0)
-            file.write(container.padded_header(contents, room))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with container.replacing(path) as file:
+        contents = _write_arrays(file, contents, owners, room, wanted is None, progress)
+        file.seek(0)
+        file.write(container.padded_header(contents, room))
     return contents
 
 
 def _bare(fmt: RowFormat) -> RowFormat:
     """Returns the format without its rounding, which does not matter to a reader."""
     return dataclasses.replace(fmt, rounding="stochastic")
-
-
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _write_arrays(

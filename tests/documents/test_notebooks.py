@@ -147,7 +147,7 @@ def install_cell(path):
 
 
 def test_all_notebooks_install_in_the_same_way():
-    assert len(NOTEBOOKS) == 4
+    assert len(NOTEBOOKS) == 5
     assert len({install_cell(path) for path in NOTEBOOKS}) == 1
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.gpu import bench_gpu, checks, parts, roofline, steps
 from experiments.speed import step, workload
 
-MODULES = [command_line, bench_gpu, checks, parts, steps, roofline, workload, step, provenance]
+MODULES = [
+    command_line, bench_gpu, checks, parts, steps, roofline, workload, step, provenance, running
+]  # fmt: skip
 TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 

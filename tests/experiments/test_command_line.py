@@ -31,7 +31,7 @@ PROGRAMS = (
     "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
     "speed.bench_ahead", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
-    "faults.killed_worker", "ngram.memory_table", "ngram.step_time", "ngram.known_models",
+    "ngram.memory_table", "ngram.step_time", "ngram.known_models", "faults.killed_worker",
 )  # fmt: skip
 
 

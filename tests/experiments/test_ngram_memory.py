@@ -12,7 +12,7 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import command_line
+from experiments import running
 from experiments.ngram import known_models, memory_table, report, step_time, text, training
 from experiments.ngram.training import CONTENDERS
 
@@ -138,10 +138,10 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
 @OPTAX_ADAM
 @pytest.mark.slow
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(data, tmp_path):
-    stop = command_line.Stop()
+    stop = running.Stop()
     stop.number = 2
     settings = memory_table.Settings(out=tmp_path)
-    with pytest.raises(command_line.Stopped, match=r"go on with:\n  python -m .*memory_table"):
+    with pytest.raises(running.Stopped, match=r"go on with:\n  python -m .*memory_table"):
         memory_table.run_one(data, TINY, CONTENDERS["none"], 0, stop, settings)
 
 

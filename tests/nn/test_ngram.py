@@ -336,3 +336,12 @@ def test_misuse_raises_and_says_what_to_do(case):
     memory = memory_of()
     with pytest.raises(case.error, match=case.message):
         case.call(memory)
+
+
+def test_a_linen_memory_refuses_the_collection_of_other_tables():
+    tokens = np.arange(6, dtype=np.int32).reshape(1, 6)
+    modules = [nn.linen.NGramMemory(100, 4, rows=rows, heads=1) for rows in (50, 70)]
+    variables = [module.init(jax.random.key(0), tokens) for module in modules]
+    modules[0].apply(variables[0], tokens)
+    with pytest.raises(ValueError, match="holds the state of"):
+        modules[0].apply(variables[1], tokens)

@@ -87,6 +87,15 @@ def _planned(stack: Stack, rows: jax.Array, ids: Any, given: Any) -> routing.Par
     return prefetched.part(stack.state, stack.plan, rows, ids, given)
 
 
+def _vectors(module: Any, stack: Stack, ids: Any, given: Any) -> Any:
+    """Returns the vectors of a module's only table: from the held rows, or read from the table."""
+    rows = _held_rows(module, TABLE)
+    if rows is None:
+        return verbs.read(stack.state, ids)
+    part = _planned(stack, rows, ids, given)
+    return part.pool(part.rows, part.inverse)
+
+
 class CachedEmbed(linen.Module):
     """Turns ids into vectors like linen.Embed, with a quantized table and a float32 cache.
 
@@ -163,13 +172,8 @@ class CachedEmbed(linen.Module):
           ValueError: outside jit, if an id was not prefetched.
         """
         stack = _checked(self.stack.value, self.spec)
-        rows = _held_rows(self, TABLE)
         mapped = routing.table_ids(stack.state.spec, ids)
-        if rows is None:
-            vectors = verbs.read(stack.state, mapped)
-        else:
-            part = _planned(stack, rows, mapped, ids)
-            vectors = part.pool(part.rows, part.inverse)
+        vectors = _vectors(self, stack, mapped, ids)
         return jax.tree.map(
             lambda v: v.astype(jnp.float32 if self.dtype is None else self.dtype), vectors
         )
@@ -343,6 +347,7 @@ class NGramMemory(linen.Module):
             None if self.canonical is None else ngram_hash.check_canonical(ngrams, self.canonical)
         )
         tx = DEFAULT_TX if self.tx is None else self.tx
+        self.spec = spec
         self.stack = _stack(self, TABLE, spec, tx, ngrams, canonical)
 
     def __call__(self, tokens: Any, context: Any = None) -> Any:
@@ -365,15 +370,11 @@ class NGramMemory(linen.Module):
           ValueError: if a concrete token is outside the vocabulary, or outside jit, if an n-gram
             was not prefetched.
         """
-        stack = self.stack.value
-        rows = _held_rows(self, TABLE)
+        stack = _checked(self.stack.value, self.spec)
+        assert stack.ngrams is not None
         ids, given = ngram.ngram_ids(
             stack.state.spec, stack.ngrams, stack.canonical, tokens, context
         )
-        if rows is None:
-            vectors = verbs.read(stack.state, ids)
-        else:
-            part = _planned(stack, rows, ids, given)
-            vectors = part.pool(part.rows, part.inverse)
+        vectors = _vectors(self, stack, ids, given)
         dtype = jnp.float32 if self.dtype is None else self.dtype
         return jax.tree.map(lambda v: ngram.joined_heads(v, dtype), vectors)
