@@ -46,7 +46,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
-    tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
+    tables = digests.table_sizes(spec)
     if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
         raise ValueError(
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "

@@ -21,7 +21,7 @@ from mpembed_jax.embedding.state import EmbeddingState, make, over_mesh
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics import random_bits
-from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.spec import EmbeddingSpec, size_of
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _BLOCK = 65536  # rows converted at once
@@ -39,7 +39,7 @@ def to_dense(state: EmbeddingState, tables: Sequence[str] | None = None) -> dict
 
     Raises:
       KeyError: if a name is unknown.
-      ValueError: if the stack has 2**31 - 1 rows or more.
+      ValueError: if the stack has 2**31 - 1 rows or more, or a vocabulary.
     """
     known = [t.name for t in state.spec.tables]
     names = known if tables is None else list(tables)
@@ -120,13 +120,13 @@ def from_dense(
 
     Raises:
       KeyError: if a name is missing or unknown.
-      ValueError: if an array has another shape.
+      ValueError: if an array has another shape, or if the stack has a vocabulary.
     """
     names = [t.name for t in spec.tables]
     if set(tables) != set(names):
         raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
     for t in spec.tables:
-        if np.shape(tables[t.name]) != (t.vocabulary_size, spec.embedding_dim):
+        if np.shape(tables[t.name]) != (size_of(t), spec.embedding_dim):
             raise ValueError(
                 f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got "
                 f"{list(np.shape(tables[t.name]))}"

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.embedding import admission
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh import exchange, order, requests
 from mpembed_jax.row_ids import NO_ID
@@ -27,7 +28,8 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     Args:
       state: a state, which is not consumed, or a frozen table (see freeze).
       ids: any nest of int32 arrays of global ids. For a stack of 2**31 - 1 rows or more, pairs
-        [.., 2] (see sharding.pairs).
+        [.., 2] (see sharding.pairs). For a state with a vocabulary, pairs uint32 [.., 2] of raw ids
+        (see spec.raw_ids). None of them is admitted; an unknown one reads the row it shares.
 
     Returns:
       float32 [.., D] for each array, in the same nesting. Padding and ids outside the table read as
@@ -37,6 +39,9 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
       TypeError: if ids are not integers of 32 bits or fewer.
       ValueError: if host ids do not fit int32, or the state was made for another spec.
     """
+    if isinstance(state, EmbeddingState) and state.vocabulary is not None:
+        state.check_spec()
+        ids = admission.rows_of(state, ids)
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
         return treedef.unflatten([read_rows(state, leaf) for leaf in leaves])
@@ -102,7 +107,15 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
     """Returns the flushed table of a state, with its rows in the order of global ids.
 
     `read` accepts this table in place of a state.
+
+    Raises:
+      ValueError: if the state has a vocabulary, without which nobody knows whose rows they are.
     """
+    if state.vocabulary is not None:
+        raise ValueError(
+            "the rows of a state with a vocabulary belong to raw ids, which a frozen table does "
+            "not know; evaluate with read(state, spec.raw_ids(..))"
+        )
     table = flush(state).table
     layout = state.layout
     return (

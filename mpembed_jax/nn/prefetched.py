@@ -197,7 +197,7 @@ def _find(
         route = None
     # Ids over the budget of the step are not in its plan. They read as zeros and are counted.
     is_missing = is_missing & (plan.counts.dropped == 0)
-    return step.divided(jnp.where(is_missing, _MISSING, index), shapes), route
+    return row_ids.divided(jnp.where(is_missing, _MISSING, index), shapes), route
 
 
 def _pool_or_nan(
