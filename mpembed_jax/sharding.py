@@ -128,8 +128,11 @@ def plan(
       A Placement.
 
     Raises:
-      ValueError: if margin is below 1, or a batch does not divide over the devices.
+      ValueError: if margin is below 1, if a batch does not divide over the devices, or if the stack
+        has a vocabulary.
     """
+    if spec.vocabulary is not None:
+        raise ValueError("a stack with a vocabulary lies on one device so far; it has no placement")
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
     groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups

@@ -88,10 +88,16 @@ def track(state: EmbeddingState) -> RowTracker:
     Raises:
       ValueError: if a prefetch has not yet been followed by its apply_gradients, because its rows
         would change without a plan. Also if the state was made inside jax.pmap, or if its shards
-        together have 2**31 - 1 rows or more; save full checkpoints of such a state.
+        together have 2**31 - 1 rows or more, or if the state has a vocabulary; save full
+        checkpoints of such a state.
     """
     state.check_spec()
     layout = state.layout
+    if state.vocabulary is not None:
+        raise ValueError(
+            "rows of a state with a vocabulary cannot be tracked, because a row that changes its "
+            "owner changes without a plan; save full checkpoints of it"
+        )
     if bool(state.pending):
         raise ValueError(
             "this state has a prefetch without its apply_gradients; start tracking after "

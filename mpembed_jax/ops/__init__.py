@@ -254,6 +254,9 @@ def admit(
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`."""
+    native = compiled(implementation)
+    if native is not None:
+        return native.admit.admit(vocabulary, pairs, must_halve, rules)
     return xla.admit.admit(vocabulary, pairs, must_halve, rules)
 
 

@@ -229,9 +229,9 @@ def test_two_ids_share_a_tag_as_often_as_birthdays_do():
 
 
 def test_a_row_has_six_bytes_and_its_share_of_the_sketch():
-    state = mpembed.init(jax.random.key(0), stack(6400, ways=32, sketch_bytes=8), optax.sgd(1.0))
+    state = mpembed.init(jax.random.key(0), stack(6144, ways=32, sketch_bytes=8), optax.sgd(1.0))
     v = state.vocabulary
-    assert v.tags.nbytes + v.use.nbytes == 6 * 6400 and v.sketch.nbytes == 8 * 6400
+    assert v.tags.nbytes + v.use.nbytes == 6 * 6144 and v.sketch.nbytes == 8 * 6144
 
 
 def test_a_stack_without_a_vocabulary_has_the_leaves_it_had():

@@ -3,6 +3,6 @@
 They give the same bits as the reference.
 """
 
-from mpembed_jax.ops.cpu import call_frame, hashes, plan, policy, rows, unique
+from mpembed_jax.ops.cpu import admit, call_frame, hashes, plan, policy, rows, unique
 
-__all__ = ["call_frame", "hashes", "plan", "policy", "rows", "unique"]
+__all__ = ["admit", "call_frame", "hashes", "plan", "policy", "rows", "unique"]
