@@ -253,8 +253,8 @@ class EmbeddingSpec:
             self.row_state_dtype,
         )
         if self.vocabulary is not None:
-            pool = (*self.vocabulary.geometry, self.vocabulary.sketch_width)
-            meaning = (*meaning, (pool, self.vocabulary.shared_rows))
+            rows = (*self.vocabulary.geometry, self.vocabulary.sketch_width)
+            meaning = (*meaning, (rows, self.vocabulary.shared_rows))
         text = repr(meaning)
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
             np.uint32

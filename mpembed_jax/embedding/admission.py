@@ -14,7 +14,7 @@ from mpembed_jax.embedding.counters import add
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import initial_rows
-from mpembed_jax.vocabulary import rows as vocabulary_rows
+from mpembed_jax.vocabulary import pool
 
 
 def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
@@ -82,7 +82,7 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
     assert vocabulary is not None and rules is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
-    rows = vocabulary_rows.locate(vocabulary, pairs, rules.shared_rows)
+    rows = pool.locate(vocabulary, pairs, rules.shared_rows)
     return treedef.unflatten(row_ids.divided(rows, [leaf.shape[:-1] for leaf in leaves]))
 
 

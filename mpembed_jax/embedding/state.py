@@ -25,8 +25,8 @@ from mpembed_jax.ops import Store
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, init_table
-from mpembed_jax.vocabulary import rows as vocabulary_rows
-from mpembed_jax.vocabulary.rows import VocabularyState
+from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 
 @partial(
@@ -289,8 +289,6 @@ def assemble(
         layout=layout,
         vocabulary=None
         if spec.vocabulary is None
-        else vocabulary_rows.init(
-            spec.vocabulary, init_rows(tx, 1, spec.embedding_dim, spec.row_state_dtype)
-        ),
+        else pool.init(spec.vocabulary, init_rows(tx, 1, spec.embedding_dim, spec.row_state_dtype)),
     )
     return dataclasses.replace(state, fingerprint=jnp.asarray(state.expected_fingerprint))

@@ -14,7 +14,7 @@ import numpy as np
 from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.vocabulary import rows as vocabulary_rows
+from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.hashes import PADDING
 
 # A larger cache pays if more than this share of the unique ids bypasses the cache.
@@ -153,13 +153,13 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"the cache {state.cache.geometry.lines} lines: raise CacheSpec(fraction=..) or "
             "num_rows",
         )
-    pool = result.vocabulary
-    if pool is not None and pool.admissions >= _MIN_UNIQUE and pool.is_thrashing:
+    raw = result.vocabulary
+    if raw is not None and raw.admissions + raw.refusals >= _MIN_UNIQUE and raw.is_thrashing:
         _warn_once(
             state,
             "pool",
-            f"of {pool.admissions} rows that ids got, {pool.recyclings} were taken from others, "
-            f"and {pool.refusals} times an id found no row: the pool of {pool.num_rows} rows is "
+            f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
+            f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
             "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
@@ -183,7 +183,7 @@ def _of_vocabulary(state: EmbeddingState) -> VocabularyStats | None:
     words, owned = jax.device_get((vocabulary.counters, num_owned))
     totals = [int(low) + (int(high) << 32) for low, high in words.astype(np.uint64)]
     return VocabularyStats(
-        **dict(zip(vocabulary_rows.COUNTERS, totals, strict=True)),
+        **dict(zip(pool.COUNTERS, totals, strict=True)),
         num_owned=int(owned),
         num_rows=vocabulary.geometry.lines,
     )

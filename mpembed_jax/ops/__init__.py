@@ -62,7 +62,7 @@ from mpembed_jax.ops.xla.sums import add_duplicates
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
-from mpembed_jax.vocabulary.rows import VocabularyState
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 # Rows per chunk. They take a few hundred kilobytes, which fit a core's cache at every usual
 # embedding dim.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import mpembed_jax as mpembed
 from mpembed_jax.embedding import admission
 from mpembed_jax.optim import rowwise_adagrad
-from mpembed_jax.vocabulary import hashes, rows
+from mpembed_jax.vocabulary import hashes, pool
 
 IMPLEMENTATIONS = ("xla", "xla_chunked", "numba")
 
@@ -76,9 +76,9 @@ def mask_of(number):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("pool", POOLS)
-def test_rows_owners_and_use_are_those_of_a_brute_force_model(pool, implementation):
-    spec = stack(**POOLS[pool]._asdict())
+@pytest.mark.parametrize("case", POOLS)
+def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementation):
+    spec = stack(**POOLS[case]._asdict())
     model = model_of(spec)
     tx = optax.sgd(0.5)
     state = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
@@ -92,9 +92,9 @@ def test_rows_owners_and_use_are_those_of_a_brute_force_model(pool, implementati
         np.testing.assert_array_equal(state.vocabulary.tags, tags)
         np.testing.assert_array_equal(state.vocabulary.use, use)
         state = dataclasses.replace(state, step=state.step + 1)
-    counted = dict(zip(rows.COUNTERS, np.asarray(state.vocabulary.counters)[:, 0], strict=True))
-    assert counted == {name: model.totals[name] for name in rows.COUNTERS}
-    if pool not in ("one_row", "refuses"):
+    counted = dict(zip(pool.COUNTERS, np.asarray(state.vocabulary.counters)[:, 0], strict=True))
+    assert counted == {name: model.totals[name] for name in pool.COUNTERS}
+    if case not in ("one_row", "refuses"):
         assert counted["recyclings"] > 0
     assert counted["admissions"] > 0
     probes = spec.raw_ids(np.arange(300).reshape(-1, 2))
@@ -107,8 +107,8 @@ def test_rows_owners_and_use_are_those_of_a_brute_force_model(pool, implementati
     st.lists(st.lists(st.integers(0, 30), min_size=16, max_size=16), min_size=1, max_size=12),
     st.sampled_from(sorted(POOLS)),
 )
-def test_any_stream_agrees_with_the_model(batches, pool):
-    spec = stack(tables=1, **POOLS[pool]._asdict())
+def test_any_stream_agrees_with_the_model(batches, case):
+    spec = stack(tables=1, **POOLS[case]._asdict())
     model = model_of(spec)
     state = mpembed.init(jax.random.key(0), spec, optax.sgd(0.5))
     for batch in batches:
@@ -218,7 +218,7 @@ def test_two_ids_share_a_tag_as_often_as_birthdays_do():
     """
     spec = mpembed.VocabularySpec(64, ways=4)
     pairs = hashes.of_column(np.arange(3000), "t", 0)
-    sets = np.asarray(rows.sets_of(jnp.asarray(pairs[:, 1]), spec.geometry))
+    sets = np.asarray(pool.sets_of(jnp.asarray(pairs[:, 1]), spec.geometry))
     seen = {}
     for home, tag in zip(sets, pairs[:, 0] >> 20, strict=True):
         seen[home, tag] = seen.get((home, tag), 0) + 1

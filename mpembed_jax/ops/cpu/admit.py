@@ -17,13 +17,13 @@ from mpembed_jax.ops.cpu.call_frame import argument, compiled, result
 from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
 from mpembed_jax.ops.records import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.vocabulary import hashes, rows
-from mpembed_jax.vocabulary.rows import VocabularyState
+from mpembed_jax.vocabulary import hashes, pool
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 _NO_ID = np.int32(NO_ID)
 _PADDING = np.uint32(hashes.PADDING)
 _TABLES = np.uint32(hashes.MAX_TABLES - 1)
-_MAX_USE, _PINNED, _MAX_COUNT = rows.MAX_USE, rows.PINNED, rows.MAX_COUNT
+_MAX_USE, _PINNED, _MAX_COUNT = pool.MAX_USE, pool.PINNED, pool.MAX_COUNT
 # The operands and results of the call, by position. Tags, use and sketch are results 0 to 2 and
 # also operands 2 to 4: the call changes them in place.
 _PAIRS, _NUMBERS = range(2)

@@ -12,8 +12,8 @@ from jax import lax
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.ops.records import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.vocabulary import hashes, rows
-from mpembed_jax.vocabulary.rows import VocabularyState
+from mpembed_jax.vocabulary import hashes, pool
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 
 @jax.named_scope("admit")
@@ -56,7 +56,7 @@ def admit(
     vocabulary = dataclasses.replace(vocabulary, use=use, sketch=sketch)
     position = jnp.arange(num, dtype=jnp.int32)
     is_real = pairs[:, 0] != jnp.uint32(hashes.PADDING)
-    position_sets = jnp.where(is_real, rows.sets_of(pairs[:, 1], geometry), sets_)
+    position_sets = jnp.where(is_real, pool.sets_of(pairs[:, 1], geometry), sets_)
 
     # Groups of positions with the same id. They are numbered in the order of sets and tags.
     by_set, by_tag, at = lax.sort((position_sets, pairs[:, 0], position), num_keys=2)
@@ -70,19 +70,19 @@ def admit(
     is_id = id_sets < sets_
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
-    way = rows.ways_of(vocabulary, id_sets, id_tags)
+    way = pool.ways_of(vocabulary, id_sets, id_tags)
     is_hit = is_id & (way < ways)
     size = sets_ * ways
     line = jnp.where(is_hit, id_sets * ways + way, size)
     use = vocabulary.use.reshape(-1)
-    cells = rows.cells(vocabulary, id_sets, id_tags)
+    cells = pool.cells(vocabulary, id_sets, id_tags)
     seen = jnp.min(indexing.take(vocabulary.sketch.reshape(-1), cells), axis=0)
     remembered = jnp.where(
         is_hit, indexing.take(use, line).astype(jnp.int32), seen.astype(jnp.int32)
     )
-    estimates = jnp.minimum(remembered + counts, rows.MAX_USE)
+    estimates = jnp.minimum(remembered + counts, pool.MAX_USE)
     use = indexing.put(
-        use, jnp.where(estimates >= 0, line, size), jnp.uint16(rows.PINNED)
+        use, jnp.where(estimates >= 0, line, size), jnp.uint16(pool.PINNED)
     )  # the comparison orders the read before the write, as in plan.pin_hits
 
     # The newcomers of each set, by rank.
@@ -118,11 +118,11 @@ def admit(
 
     def raised(sketch: jax.Array, is_raised: jax.Array, cells: jax.Array, to: jax.Array):
         cells = jnp.where(is_raised, cells, sketch.size)
-        values = jnp.broadcast_to(jnp.minimum(to, rows.MAX_COUNT).astype(jnp.uint8), cells.shape)
+        values = jnp.broadcast_to(jnp.minimum(to, pool.MAX_COUNT).astype(jnp.uint8), cells.shape)
         return indexing.maximum(sketch, cells.reshape(-1), values.reshape(-1))
 
     sketch = raised(sketch, is_left, cells, estimates)
-    sketch = raised(sketch, is_recycled, rows.cells(vocabulary, new_sets, victim), paid - 1)
+    sketch = raised(sketch, is_recycled, pool.cells(vocabulary, new_sets, victim), paid - 1)
     vocabulary = dataclasses.replace(
         vocabulary,
         tags=tags.reshape(sets_, ways),
@@ -131,12 +131,12 @@ def admit(
     )
 
     own_way = indexing.take(way, group_of)
-    result = rows.rows_or_shared(pairs, position_sets, own_way, geometry, rules.shared_rows)
+    result = pool.rows_or_shared(pairs, position_sets, own_way, geometry, rules.shared_rows)
     order = jnp.cumsum(is_recycled.astype(jnp.int32))
     recycled = indexing.put(
         jnp.full(num, NO_ID, jnp.int32),
         jnp.where(is_recycled, order - 1, num),
-        rows.row_of(new_sets, new_way, geometry),
+        pool.row_of(new_sets, new_way, geometry),
     )
 
     def total(is_counted: jax.Array) -> jax.Array:
