@@ -11,6 +11,10 @@ output folder, and a projection of one full Criteo-Kaggle epoch. From the reposi
     python -m experiments.train_dlrm --data criteo --path ~/criteo --min-count 10
     python -m experiments.train_dlrm --data reddit --path FILE --seeds 0 1 2
     python -m experiments.train_dlrm --data movielens --seeds 0 1 2
+    python -m experiments.train_dlrm --ids raw --admit-after 2 --pool-rows 200000
+
+With `--ids raw`, our run does not use the ids as row numbers: they are hashed, and earn rows of a
+pool while training. FP32 has a row for every id, as before.
 """
 
 import dataclasses
@@ -94,6 +98,26 @@ class Settings:
         at_least=1,
         at_most=65_536,
         only={"data": WITH_DENSE},
+    )
+    ids: Literal["dense", "raw"] = setting(
+        "dense", "Whether ids are row numbers, or raw: they earn rows of one pool while training."
+    )
+    admit_after: int = setting(
+        2,
+        "Occurrences from which on a raw id has a row of its own.",
+        "TIMES",
+        at_least=1,
+        at_most=255,
+        only={"ids": ("raw",)},
+    )
+    pool_rows: int | None = setting(
+        None,
+        "Rows that the raw ids of all tables compete for.",
+        "ROWS",
+        at_least=1,
+        at_most=MAX_SEED - 1,
+        shown="a third of all ids",
+        only={"ids": ("raw",)},
     )
     max_unique_ids: int | None = setting(
         None,
@@ -260,10 +284,15 @@ def make_contenders(
     cached = (
         f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     )
+    pool_rows = 0
+    raw = ""
+    if settings.ids == "raw":
+        pool_rows = settings.pool_rows or -(-sum(source.tables.values()) // 3)
+        raw = f", raw ids from {settings.admit_after} on"
     ours = training.Contender(
-        f"{settings.storage.upper()}{cached}", settings.storage, settings.cache_fraction,
+        f"{settings.storage.upper()}{cached}{raw}", settings.storage, settings.cache_fraction,
         settings.rounding,
-        settings.policy, settings.ways,
+        settings.policy, settings.ways, pool_rows=pool_rows, admit_after=settings.admit_after,
     )  # fmt: skip
     contenders = [training.FP32, ours]
     if settings.hashed_baseline:

@@ -18,6 +18,7 @@ from mpembed_jax.numerics.packing import decode, encode
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
 from mpembed_jax.table import QuantizedTable
+from mpembed_jax.vocabulary.spec import VocabularySpec
 
 __all__ = [
     "NO_ID",
@@ -32,6 +33,7 @@ __all__ = [
     "RowFormat",
     "TableSpec",
     "VectorPlan",
+    "VocabularySpec",
     "apply_gradients",
     "apply_pooled_gradients",
     "decode",

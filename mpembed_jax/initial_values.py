@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from mpembed_jax.optim import row_locality
-from mpembed_jax.spec import TableSpec
+from mpembed_jax.spec import TableSpec, size_of
 
 BLOCK = 8192  # rows per call: part of the definition, since each block has a key of its own
 
@@ -40,7 +40,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
       ValueError: if the initializer returns another shape.
     """
     call: Any = table.initializer
-    num_rows = int(table.vocabulary_size)
+    num_rows = size_of(table)
 
     def values(key: jax.Array, size: int) -> jax.Array:
         result = call(key, (size, embedding_dim), jnp.float32)

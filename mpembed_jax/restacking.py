@@ -54,7 +54,7 @@ def restack(
     Raises:
       KeyError: if a name in `renamed` or `removed` is unknown.
       ValueError: if a table is left out that is not in `removed`, or would lose rows; if dim,
-        storage or row_state_dtype differ; if a prefetch waits for its update; if tx is another one;
+        storage or row_state_dtype differ; if a stack has a vocabulary; if a prefetch waits for its update; if tx is another one;
         if the state was made for another spec, or averaged; or if it is divided over several
         processes.
     """
@@ -62,6 +62,11 @@ def restack(
     if bool(jax.device_get(state.pending)):
         raise ValueError(
             "restack was called between prefetch and apply_gradients; call it between steps"
+        )
+    if state.vocabulary is not None or spec.vocabulary is not None:
+        raise ValueError(
+            "restack moves tables of numbered ids; tables of a stack with a vocabulary share one "
+            "pool of rows, which it does not move"
         )
     kept = _kept(state.spec, spec, dict(renamed or {}), removed)
     layout = state.layout

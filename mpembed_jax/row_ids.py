@@ -1,5 +1,6 @@
 """Ids from a user: any nest of integer arrays, checked before jax could truncate them to int32."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,10 +61,20 @@ def in_mapping_of(ids: Mapping[str, Any], values: dict[str, Any]) -> Any:
     return treedef.unflatten([values[key] for key in keys]) if is_known else values
 
 
-def joined(leaves: list[jax.Array], width: tuple[int, ...] = ()) -> jax.Array:
-    """Returns the ids of all leaves (int32 [.., *width] each) one after another, [N, *width]."""
+def joined(
+    leaves: list[jax.Array], width: tuple[int, ...] = (), dtype: Any = jnp.int32
+) -> jax.Array:
+    """Returns the ids of all leaves (dtype [.., *width] each) one after another, [N, *width]."""
     flat = [leaf.reshape(-1, *width) for leaf in leaves]
-    return jnp.concatenate(flat) if flat else jnp.zeros((0, *width), jnp.int32)
+    return jnp.concatenate(flat) if flat else jnp.zeros((0, *width), dtype)
+
+
+def divided(flat: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """Splits an array [N] into consecutive pieces of the given shapes."""
+    if not shapes:
+        return []
+    pieces = jnp.split(flat, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def in_range(ids: jax.Array, num_rows: int) -> jax.Array:

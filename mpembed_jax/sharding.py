@@ -133,9 +133,12 @@ def plan(
 
     Raises:
       TypeError: if spec or num_shards is something else.
-      ValueError: if margin or num_shards is below 1, or a batch does not divide over the devices.
+      ValueError: if margin or num_shards is below 1, a batch does not divide over the devices, or
+        the stack has a vocabulary.
     """
     check_spec("sharding.plan(spec, num_shards, batches)", spec)
+    if spec.vocabulary is not None:
+        raise ValueError("a stack with a vocabulary lies on one device so far; it has no placement")
     if isinstance(num_shards, bool) or not isinstance(num_shards, int | np.integer):
         raise TypeError(f"num_shards must be a number of devices, got {num_shards!r}")
     if num_shards < 1:

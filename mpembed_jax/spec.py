@@ -14,6 +14,8 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary.spec import VocabularySpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class TableSpec:
 
     Attributes:
       name: unique within the stack.
-      vocabulary_size: number of rows, at least 1.
+      vocabulary_size: number of rows, at least 1. None for a table of raw ids, in a stack with a
+        vocabulary.
       initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style function `(key,
         shape, dtype) -> array`. Its values are those for the shape of the whole table. One that
         draws each row by itself (all of jax.nn.initializers except orthogonal) is called on blocks
@@ -35,12 +38,12 @@ class TableSpec:
     """
 
     name: str
-    vocabulary_size: int
+    vocabulary_size: int | None = None
     initializer: Callable | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         size = self.vocabulary_size
-        if (
+        if size is not None and (
             isinstance(size, bool)
             or not isinstance(size, int | np.integer)
             or not 1 <= size < NO_ID
@@ -51,11 +54,23 @@ class TableSpec:
             )
 
 
+def size_of(table: TableSpec) -> int:
+    """Returns the number of rows of a table of dense ids.
+
+    Raises:
+      ValueError: if it is a table of raw ids, whose rows are those of a pool.
+    """
+    if table.vocabulary_size is None:
+        raise ValueError(
+            f"table {table.name!r} has no vocabulary_size: its raw ids have rows of a pool, and "
+            "this is supported for tables of dense ids only"
+        )
+    return int(table.vocabulary_size)
+
+
 def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     """Returns the first global row of each table, followed by the total (int64 [T + 1])."""
-    return np.concatenate(
-        [[0], np.cumsum([int(t.vocabulary_size) for t in tables], dtype=np.int64)]
-    )
+    return np.concatenate([[0], np.cumsum([size_of(t) for t in tables], dtype=np.int64)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +98,9 @@ class EmbeddingSpec:
         state of more than one number per row, are in host memory. The cache and the arrays of a
         batch stay on the device. Results are the same, bit for bit. Only rows that miss the cache
         cross the bus, in packed form.
+      vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
+        raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
+        The rows start from uniform(+-1/sqrt(num_rows)). Such a stack lies on one device.
 
     Raises:
       TypeError: if a field has the wrong type.
@@ -100,6 +118,7 @@ class EmbeddingSpec:
     row_state_dtype: str = "float32"
     skip_nonfinite: bool = False
     memory_kind: str | None = None
+    vocabulary: VocabularySpec | None = None
 
     def __post_init__(self) -> None:
         tables = (self.tables,) if isinstance(self.tables, TableSpec) else tuple(self.tables)
@@ -132,6 +151,7 @@ class EmbeddingSpec:
             )
         if self.memory_kind not in (None, *indexing.HOST_KINDS):
             raise ValueError(f'memory_kind must be None or "pinned_host", got {self.memory_kind!r}')
+        self._check_vocabulary(tables)
         features = self.features
         if features is not None:
             features = tuple(features.items() if isinstance(features, Mapping) else features)
@@ -148,10 +168,53 @@ class EmbeddingSpec:
         object.__setattr__(self, "storage", as_format(self.storage).resolve(int(dim)))
         object.__setattr__(self, "features", features)
 
+    def _check_vocabulary(self, tables: tuple[TableSpec, ...]) -> None:
+        vocabulary = self.vocabulary
+        if vocabulary is None:
+            unsized = [t.name for t in tables if t.vocabulary_size is None]
+            if unsized:
+                raise ValueError(
+                    f"tables {unsized} need a vocabulary_size; for raw ids, give the stack a "
+                    "vocabulary: EmbeddingSpec(.., vocabulary=VocabularySpec(num_rows=..))"
+                )
+            return
+        if not isinstance(vocabulary, VocabularySpec):
+            raise TypeError(f"vocabulary must be a VocabularySpec or None, got {vocabulary!r}")
+        sized = [t.name for t in tables if t.vocabulary_size is not None]
+        drawn = [t.name for t in tables if t.initializer is not None]
+        if sized or drawn:
+            raise ValueError(
+                f"tables {sized or drawn} of a stack with a vocabulary must have neither "
+                "vocabulary_size nor initializer: their raw ids have rows of one pool. Put tables "
+                "of dense ids into a stack of their own"
+            )
+        if len(tables) > hashes.MAX_TABLES:
+            raise ValueError(
+                f"a stack with a vocabulary holds at most {hashes.MAX_TABLES} tables, got "
+                f"{len(tables)}; make several stacks"
+            )
+        if vocabulary.num_stack_rows(len(tables)) >= NO_ID:
+            raise ValueError(
+                f"a stack with a vocabulary holds at most 2**31 - 2 rows, got "
+                f"{vocabulary.num_stack_rows(len(tables))} with the shared ones"
+            )
+        if self.out_of_range != "drop" or self.memory_kind is not None:
+            raise ValueError(
+                "a stack with a vocabulary supports neither out_of_range (no raw id is out of "
+                "range) nor memory_kind; leave both out"
+            )
+
     @property
     def num_rows(self) -> int:
-        """Number of rows of the stack, V."""
+        """Number of rows of the stack, V; with a vocabulary, pool and shared rows."""
+        if self.vocabulary is not None:
+            return self.vocabulary.num_stack_rows(len(self.tables))
         return int(offsets(self.tables)[-1])
+
+    @property
+    def row_tables(self) -> tuple[TableSpec, ...]:
+        """The tables by which rows are made: a pool with its shared rows counts as one."""
+        return self.tables if self.vocabulary is None else (TableSpec("pool", self.num_rows),)
 
     @property
     def feature_tables(self) -> tuple[tuple[str, str], ...]:
@@ -163,13 +226,14 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if the stack has no such table.
+          ValueError: if the stack has a vocabulary, whose tables share their rows.
         """
         starts = offsets(self.tables)
         names = [t.name for t in self.tables]
         if name not in names:
             raise KeyError(f"unknown table {name!r}; this spec has {names}")
         index = names.index(name)
-        return int(starts[index]), int(self.tables[index].vocabulary_size)
+        return int(starts[index]), size_of(self.tables[index])
 
     @property
     def fingerprint(self) -> np.ndarray:
@@ -180,9 +244,18 @@ class EmbeddingSpec:
         cache = (
             None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
         )
-        tables = [(t.name, int(t.vocabulary_size)) for t in self.tables]
         storage = (self.storage.name, self.storage.symmetric, self.storage.scale_dtype)
-        text = repr((tables, self.embedding_dim, storage, cache, self.row_state_dtype))
+        meaning: tuple = (
+            [(t.name, t.vocabulary_size and int(t.vocabulary_size)) for t in self.tables],
+            self.embedding_dim,
+            storage,
+            cache,
+            self.row_state_dtype,
+        )
+        if self.vocabulary is not None:
+            rows = (*self.vocabulary.geometry, self.vocabulary.sketch_width)
+            meaning = (*meaning, (rows, self.vocabulary.shared_rows))
+        text = repr(meaning)
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
             np.uint32
         )
@@ -210,9 +283,13 @@ class EmbeddingSpec:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers; or if the stack has 2**31 - 1 rows or more and the ids
             are not on the host.
-          ValueError: if the last axis is not T; or if out_of_range is "raise" and a concrete id is
-            outside its table.
+          ValueError: if the last axis is not T; if out_of_range is "raise" and a concrete id is
+            outside its table; or if the stack has a vocabulary.
         """
+        if self.vocabulary is not None:
+            raise ValueError(
+                "this stack has a vocabulary, so its ids are raw: pass them through spec.raw_ids"
+            )
         pairs = self.feature_tables
         if isinstance(ids, Mapping):
             known = dict(pairs)
@@ -230,6 +307,60 @@ class EmbeddingSpec:
         ranges = np.asarray([self.table_range(t) for _, t in pairs], np.int64)
         ranges = ranges.reshape(*[1] * (array.ndim - 1), len(pairs), 2)
         return self._map(array, [f for f, _ in pairs], ranges[..., 0], ranges[..., 1])
+
+    def raw_ids(self, ids: Any, where: Any = None) -> Any:
+        """Hashes raw ids of any kind to what `prefetch` and `read` take.
+
+        Ids on the host are hashed there, and the result is NumPy's. Integers on a device, traced or
+        not, are hashed there, to the same values. `vocabulary.hashes` has the hash: equal ids of a
+        table have equal pairs on any machine, in any process and version.
+
+        None, nulls of Arrow and masked entries of NumPy's masked arrays are padding.
+
+        Args:
+          ids: {feature: raw ids}, or an array or list [.., T] with one column per feature, in the
+            order of `feature_tables`. Raw ids are integers, bytes or strings: NumPy arrays [..],
+            lists, arrays of dtype object, columns [n] of Arrow or polars; or integers of jax [..].
+          where: bool in the nesting and shapes of ids; False is padding. A mapping may leave
+            features out. None: all are ids.
+
+        Returns:
+          uint32 [.., 2] in the nesting of ids: pairs [tag, place].
+
+        Raises:
+          KeyError: if a feature is unknown.
+          TypeError: if ids are neither integers nor bytes nor strings.
+          ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
+            no vocabulary.
+        """
+        if self.vocabulary is None:
+            raise ValueError(
+                "this stack has no vocabulary, so its ids are row numbers: map them with "
+                "spec.global_ids, or make it with EmbeddingSpec(.., vocabulary=VocabularySpec(..))"
+            )
+        numbers = {t.name: n for n, t in enumerate(self.tables)}
+        known = dict(self.feature_tables)
+        if isinstance(ids, Mapping):
+            given: Mapping = {} if where is None else where
+            unknown = [f for f in (*ids, *given) if f not in known]
+            if unknown:
+                raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
+            hashed = {
+                f: _hashed(v, known[f], numbers[known[f]], given.get(f)) for f, v in ids.items()
+            }
+            return row_ids.in_mapping_of(ids, hashed)
+        array = ids if isinstance(ids, jax.Array | np.ndarray) else np.asarray(ids)
+        if array.ndim < 1 or array.shape[-1] != len(known):
+            raise ValueError(
+                f"array ids must be [.., {len(known)}], one column per feature {list(known)}, got "
+                f"{array.shape}; for bags pass a dict of features"
+            )
+        columns = [
+            _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
+            for n, t in enumerate(known.values())
+        ]
+        library = jnp if isinstance(array, jax.Array) else np
+        return library.stack(columns, axis=-2)
 
     def _map(self, ids: Any, names: list[str], start: Any, size: Any) -> Any:
         if isinstance(ids, jax.Array):
@@ -285,3 +416,20 @@ class EmbeddingSpec:
         if self.num_rows >= NO_ID:
             return np.where(is_padding, -1, rows)
         return np.where(is_padding, NO_ID, rows).astype(np.int32)
+
+
+def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
+    """Returns the pairs (uint32 [.., 2]) of one table's raw ids; padding where `where` is False."""
+    is_on_device = isinstance(ids, jax.Array)
+    hash_ = hashes.of_traced if is_on_device else hashes.of_column
+    pairs = hash_(ids, table, number)
+    if where is None:
+        return pairs
+    if np.shape(where) != pairs.shape[:-1]:
+        raise ValueError(
+            f"where must have the shape of the ids {list(pairs.shape[:-1])}, got "
+            f"{list(np.shape(where))}"
+        )
+    if is_on_device or isinstance(where, jax.Array):
+        return jnp.where(jnp.asarray(where)[..., None], pairs, jnp.uint32(hashes.PADDING))
+    return np.where(np.asarray(where, bool)[..., None], pairs, np.uint32(hashes.PADDING))

@@ -17,7 +17,7 @@ from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
-from mpembed_jax.spec import TableSpec, offsets
+from mpembed_jax.spec import TableSpec, offsets, size_of
 
 
 @partial(
@@ -112,6 +112,29 @@ def read_rows(table: QuantizedTable, ids: jax.Array) -> jax.Array:
     return jnp.where(is_valid[..., None], rows, jnp.float32(0))
 
 
+def initial_rows(
+    table: QuantizedTable, key: random_bits.Key, rows: jax.Array, bounds: jax.Array
+) -> jax.Array:
+    """Returns the packed initial values of rows: uniform in +-bounds, rounded by the format's rule.
+
+    Args:
+      table: the table that defines the format; its rows are not read.
+      key: uint32 [2], or a key bound to a shard.
+      rows: int32 [n].
+      bounds: float32 [n, 1] or a scalar.
+
+    Returns:
+      uint16 or uint32 [n, row_words].
+    """
+    dim = table.embedding_dim
+    unit = random_bits.uniform(
+        random_bits.row_bits(key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, dim)
+    )
+    values = (unit * 2 - 1) * bounds
+    bits = _bits_for(table.format, key, random_bits.INITIAL_ROUNDING, 0, rows, dim)
+    return encode(values, table.format, bits)
+
+
 class Shard(Protocol):
     """The view of one shard that `init_table` needs; see mesh.shard.Shard."""
 
@@ -173,9 +196,7 @@ def init_table(
         # One loop covers the whole stack, and finds the bound of a row from its table. A last,
         # partial block starts earlier. Padding at the end of a shard belongs to no table and is
         # zero.
-        bounds = jnp.asarray(
-            [1.0 / np.sqrt(t.vocabulary_size) for t in tables] + [0.0], jnp.float32
-        )
+        bounds = jnp.asarray([1.0 / np.sqrt(size_of(t)) for t in tables] + [0.0], jnp.float32)
         size = min(initial_values.BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:
@@ -185,14 +206,8 @@ def init_table(
             bound = bounds[
                 jnp.sum((rows[:, None] >= first_rows[None, 1:]).astype(jnp.int32), axis=1)
             ][:, None]
-            unit = random_bits.uniform(
-                random_bits.row_bits(
-                    row_key, random_bits.INITIAL_VALUE, jnp.int32(0), rows, embedding_dim
-                )
-            )
-            values = (unit * 2 - 1) * bound
-            bits = _bits_for(fmt, row_key, random_bits.INITIAL_ROUNDING, 0, rows, embedding_dim)
-            return indexing.put_block(packed, first, encode(values, fmt, bits))
+            table = QuantizedTable(packed, fmt, embedding_dim)
+            return indexing.put_block(packed, first, initial_rows(table, row_key, rows, bound))
 
         packed = lax.fori_loop(0, -(-total // size), uniform_block, packed)
 
@@ -202,7 +217,7 @@ def init_table(
         table_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), index)
         values_of = initial_values.of_blocks(table, table_key, embedding_dim)
         start = int(starts[index])
-        num_rows = int(table.vocabulary_size)
+        num_rows = size_of(table)
         num_full, tail = divmod(num_rows, initial_values.BLOCK)
 
         def put_block(

@@ -321,3 +321,106 @@ def dense_training(table, batches, grads, learning_rate, *, feedback, adagrad=No
             total = np.divide(total, root, out=np.zeros_like(total), where=total != 0)
         table -= learning_rate * total
     return table
+
+
+class DictVocabulary:
+    """Which raw id owns which row of a pool, one Python object per row (DESIGN.md 9)."""
+
+    MAX_USE = 65534
+
+    def __init__(self, num_rows, *, admit_after, ways, recycle=True, shared_rows=1, sketch_bytes=8):
+        self.geo = geometry(num_rows, num_rows=num_rows, ways=ways)
+        self.admit_after, self.recycle, self.shared = admit_after, recycle, shared_rows
+        self.width = max(1, self.geo.lines * sketch_bytes // (2 * self.geo.groups))
+        self.sets = [[None] * self.geo.ways for _ in range(self.geo.num_sets)]
+        self.sketch = {}  # (sketch row, group, column) -> count, at most 255
+        self.step = 0
+        self.totals = Counter()
+
+    def set_of(self, place):
+        return self.geo.set_of(fmix32(place))
+
+    def cells(self, home, tag):
+        mixed = fmix32(tag ^ fmix32(home))
+        return [
+            (d, home % self.geo.groups, fmix32(mixed ^ seed) * self.width >> 32)
+            for d, seed in enumerate(SKETCH_SEEDS)
+        ]
+
+    def remember(self, home, tag, use):
+        for cell in self.cells(home, tag):
+            self.sketch[cell] = max(self.sketch.get(cell, 0), min(255, use))
+
+    def row_of(self, pair):
+        """The row that a pair reads: its own or a shared one."""
+        tag, place = (int(x) for x in pair)
+        if tag == 2**32 - 1:
+            return NO_ID
+        home = self.set_of(place)
+        for way, line in enumerate(self.sets[home]):
+            if line is not None and line.row_id == tag:
+                return way * self.geo.num_sets + home
+        return self.geo.lines + (place & 1023) * self.shared + (fmix32(tag) * self.shared >> 32)
+
+    def prefetch(self, pairs):
+        """Returns the rows of a batch's pairs [N, 2], and the rows that changed their owner."""
+        pairs = [tuple(int(x) for x in pair) for pair in pairs]
+        real = [(self.set_of(place), tag) for tag, place in pairs if tag != 2**32 - 1]
+        if pairs:
+            period = max(1, 30 * self.geo.lines // len(pairs))
+            if self.step > 0 and self.step % period == 0:
+                self.sketch = {k: v >> 1 for k, v in self.sketch.items()}
+                for line in (x for ways in self.sets for x in ways if x is not None):
+                    line.priority >>= 1
+        occurrences = Counter(real)
+        hits, newcomers, left, recycled = set(), {}, {}, set()
+        for (home, tag), count in occurrences.items():
+            line = next((x for x in self.sets[home] if x is not None and x.row_id == tag), None)
+            if line is not None:
+                line.priority = min(self.MAX_USE, line.priority + count)
+                hits.add((home, tag))
+                continue
+            seen = min(self.sketch.get(cell, 0) for cell in self.cells(home, tag))
+            estimate = min(self.MAX_USE, seen + count)
+            if estimate >= self.admit_after:
+                newcomers.setdefault(home, []).append((-estimate, tag))
+            else:
+                left[home, tag] = estimate
+        victims = []
+        for home, waiting in newcomers.items():
+            ways = self.sets[home]
+            free = [w for w, x in enumerate(ways) if x is None or (home, x.row_id) not in hits]
+            free.sort(key=lambda w: (ways[w] is not None, ways[w].priority if ways[w] else 0, w))
+            for rank, (negative, tag) in enumerate(sorted(waiting)):
+                estimate = -negative
+                way = free[rank] if rank < len(free) else None
+                owner = ways[way] if way is not None else None
+                if way is None or (
+                    owner is not None and not (self.recycle and owner.priority < estimate)
+                ):
+                    self.totals["refusals"] += 1
+                    left[home, tag] = estimate
+                    continue
+                if owner is not None:
+                    victims.append((home, owner.row_id, owner.priority))
+                    recycled.add(way * self.geo.num_sets + home)
+                ways[way] = Line(tag, estimate)
+                self.totals["admissions"] += 1
+        for (home, tag), estimate in left.items():
+            self.remember(home, tag, estimate)
+        for victim in victims:
+            self.remember(*victim)
+        rows = [self.row_of(pair) for pair in pairs]
+        self.step += 1
+        self.totals["requests"] += len(real)
+        self.totals["shared_requests"] += sum(self.geo.lines <= row < NO_ID for row in rows)
+        self.totals["recyclings"] += len(recycled)
+        return rows, recycled
+
+    def arrays(self):
+        """tags and use as [S, W]."""
+        lines = [[line or Line(2**32 - 1, 0) for line in ways] for ways in self.sets]
+        return tuple(
+            np.array([[getattr(x, name) for x in ways] for ways in lines])
+            for name in ("row_id", "priority")
+        )

@@ -61,6 +61,16 @@ def make_specs(
         if fraction
         else None
     )
+    if contender.pool_rows:
+        vocabulary = mpembed.VocabularySpec(
+            contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways
+        )
+        tables = tuple(mpembed.TableSpec(name) for name in source.tables)
+        raw = mpembed.EmbeddingSpec(
+            tables, recipe.embedding_dim, storage=rows, cache=cache,
+            max_unique_ids=recipe.max_unique_ids, vocabulary=vocabulary,
+        )  # fmt: skip
+        return (raw,)
     stacks = [({n: v for n, v in sizes.items() if n not in kept}, rows, cache)]
     stacks.append(
         ({n: v for n, v in sizes.items() if n in kept}, mpembed.RowFormat("float32"), None)
@@ -113,8 +123,11 @@ def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) ->
       spec: of a stack of some of these tables.
 
     Returns:
-      i32 [B, T of the stack] or {feature of the stack: i32 [..]}.
+      i32 [B, T of the stack] or {feature of the stack: i32 [..]}. For a stack with a vocabulary,
+      pairs: u32 [.., 2] instead of i32 [..].
     """
+    if spec.vocabulary is not None:
+        return spec.raw_ids(ids, jax.tree.map(lambda leaf: leaf != mpembed.NO_ID, ids))
     names = [t.name for t in spec.tables]
     full = np.array([tables[name] for name in names], np.int32)
     size = np.array([t.vocabulary_size for t in spec.tables], np.int32)
@@ -168,6 +181,18 @@ def read(rows_of: Callable[[jax.Array], jax.Array], ids: Any, bags: Sequence[str
         num_ids = jnp.maximum(jnp.sum(ids != mpembed.NO_ID, axis=-1), 1).astype(jnp.float32)
         parts.append((jnp.sum(rows_of(ids), axis=1) / num_ids[:, None])[:, None])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def read_raw(emb: mpembed.EmbeddingState, ids: Any, bags: Sequence[str]) -> jax.Array:
+    """Returns the same vectors from a stack of all tables with a vocabulary."""
+    vectors = mpembed.read(emb, global_ids(ids, {}, emb.spec))
+    if not isinstance(ids, dict):
+        return vectors
+    parts = [vectors[name] for name in sorted(ids) if name not in bags]
+    for name in sorted(bags):
+        num_ids = jnp.maximum(jnp.sum(ids[name] != mpembed.NO_ID, axis=-1), 1)
+        parts.append(jnp.sum(vectors[name], axis=1) / num_ids.astype(jnp.float32)[:, None])
+    return jnp.stack(parts, axis=1)
 
 
 def merged(

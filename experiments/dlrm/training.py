@@ -52,6 +52,10 @@ class Contender:
     symmetric: bool | None = None  # of an integer format; None: the library's choice for the dim
     # The smallest tables, with at most this share of all rows, stay FP32 in a stack of their own.
     float32_share: float = 0.0
+    # Above 0: ids are raw, and compete for this many rows, which those earn that were seen
+    # `admit_after` times.
+    pool_rows: int = 0
+    admit_after: int = 2
 
 
 FP32 = Contender("FP32", "float32", 0.0)
@@ -132,7 +136,8 @@ def hashed_of_equal_bytes(source: Any, contender: Contender, recipe: Recipe) -> 
         mpembed.memory.report(spec, optax.identity())
         for spec in stacks.make_specs(source, contender, recipe)
     ]
-    share = sum(size.total for size in sizes) / sum(size.float32_bytes for size in sizes)
+    full = 4 * recipe.embedding_dim * sum(source.tables.values())
+    share = sum(size.total for size in sizes) / full
     return Contender(f"FP32 hashed as {contender.name}", "float32", 0.0, hashed_to=share)
 
 
@@ -210,6 +215,9 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
     def predict(learner: Learner, batch: dict) -> jax.Array:
         parts = []
         for emb in learner.emb:
+            if emb.vocabulary is not None:
+                parts.append(stacks.read_raw(emb, batch["ids"], bags))
+                continue
             ids = stacks.global_ids(batch["ids"], source.tables, emb.spec)
             parts.append(
                 stacks.read(

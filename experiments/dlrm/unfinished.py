@@ -144,6 +144,10 @@ class Keeper:
                 raise
 
     def _track(self, run: "Run") -> None:
+        held = [emb for learner in run.learners if learner is not None for emb in learner.emb]
+        if any(emb.vocabulary is not None for emb in held):
+            self._full_bytes = 0  # rows of raw ids cannot be tracked, so every save is full
+            return
         for i, learner in enumerate(run.learners):
             if learner is not None:
                 trackers = tuple(map(checkpoint.track, learner.emb))

@@ -46,7 +46,7 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
-    tables = [[t.name, int(t.vocabulary_size)] for t in spec.tables]
+    tables = digests.table_sizes(spec)
     if (tables, spec.embedding_dim) != (entry["tables"], entry["embedding_dim"]):
         raise ValueError(
             f"{name} was saved with tables {entry['tables']} of dim {entry['embedding_dim']}, the "
@@ -62,7 +62,14 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name}: the optimizer's state on disk is {sorted(held)}, the target's is "
             f"{sorted(wanted)}; pass the same tx"
         )
-    return entry["fingerprint"] != state.expected_fingerprint.tolist()
+    is_other = entry["fingerprint"] != state.expected_fingerprint.tolist()
+    if is_other and spec.vocabulary is not None:
+        raise ValueError(
+            f"{name} has a vocabulary, and was saved with vocabulary {entry.get('vocabulary')}, "
+            f"cache {entry['cache']}, storage {entry['storage']} and row_state_dtype "
+            f"{entry['row_state_dtype']}; a state with a vocabulary is restored with the same"
+        )
+    return is_other
 
 
 def check(

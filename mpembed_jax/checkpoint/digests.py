@@ -88,13 +88,25 @@ def describe(spec: EmbeddingSpec) -> dict[str, Any]:
     cache = None
     if spec.cache is not None:
         cache = {**spec.cache.geometry(spec.num_rows)._asdict(), "policy": spec.cache.policy}
-    return {
-        "tables": [[t.name, int(t.vocabulary_size)] for t in spec.tables],
+    result = {
+        "tables": table_sizes(spec),
         "embedding_dim": spec.embedding_dim,
         "storage": [storage.name, storage.symmetric, storage.scale_dtype],
         "cache": cache,
         "row_state_dtype": spec.row_state_dtype,
     }
+    if spec.vocabulary is not None:
+        result["vocabulary"] = {
+            **spec.vocabulary.geometry._asdict(),
+            "sketch_width": spec.vocabulary.sketch_width,
+            "shared_rows": spec.vocabulary.shared_rows,
+        }
+    return result
+
+
+def table_sizes(spec: EmbeddingSpec) -> list[list[Any]]:
+    """Returns names and sizes of the tables; None is the size of a table of raw ids."""
+    return [[t.name, t.vocabulary_size and int(t.vocabulary_size)] for t in spec.tables]
 
 
 def record(member: leaves.Member) -> dict[str, Any]:

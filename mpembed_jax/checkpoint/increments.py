@@ -90,12 +90,17 @@ def track(state: EmbeddingState) -> RowTracker:
     Raises:
       TypeError: if state has another type.
       ValueError: if the state was donated, or if a prefetch waits for its apply_gradients: its rows
-        would change without a plan. If the state was made inside jax.pmap, or its shards have
-        2**31 - 1 rows or more in total: save full checkpoints of these states.
+        would change without a plan. If the state has a vocabulary, was made inside jax.pmap, or its
+        shards have 2**31 - 1 rows or more in total: save full checkpoints of these states.
     """
     arguments.check_state("track(state)", state)
     state.check_spec()
     layout = state.layout
+    if state.vocabulary is not None:
+        raise ValueError(
+            "rows of a state with a vocabulary cannot be tracked, because a row that changes its "
+            "owner changes without a plan; save full checkpoints of it"
+        )
     if bool(state.pending):
         raise ValueError(
             "this state has a prefetch without its apply_gradients; start tracking after "

@@ -146,7 +146,18 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
         _require(bool(is_right(value)), f"{field}[{name!r}]", value)
 
     def is_table(value: Any) -> bool:
-        return _is_list(value, lambda _: True, 2) and _is_text(value[0]) and is_count(value[1])
+        return _is_list(value, lambda _: True, 2) and _is_text(value[0]) and is_size(value[1])
+
+    def is_size(value: Any) -> bool:
+        return is_count(value) or (value is None and entry.get("vocabulary") is not None)
+
+    def is_vocabulary(value: Any) -> bool:
+        sizes = {"sets", "ways", "groups", "sketch_width", "shared_rows"}
+        return value is None or (
+            isinstance(value, dict)
+            and value.keys() == sizes
+            and all(is_count(value[name]) and value[name] > 0 for name in sizes)
+        )
 
     def is_storage(value: Any) -> bool:
         return (
@@ -173,6 +184,7 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
     require("embedding_dim", lambda v: is_count(v) and v > 0)
     require("storage", is_storage)
     require("cache", is_cache)
+    require("vocabulary", is_vocabulary)
     require("row_state_dtype", lambda v: v is None or _is_text(v))
     require("shards", lambda v: is_count(v) and 0 < v <= _MAX_SHARDS)
     require("table_shards", lambda v: v is None or _is_list(v, is_count))

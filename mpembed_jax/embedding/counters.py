@@ -11,7 +11,7 @@ from mpembed_jax.cache.plan import Counts
 COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "refused_updates")
 
 
-def _add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:
+def add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:
     """Adds int32 amounts to 64-bit counters, each kept as two uint32 words."""
     low = counters[:, 0] + jnp.stack(amounts).astype(jnp.uint32)
     carry = (low < counters[:, 0]).astype(jnp.uint32)
@@ -21,7 +21,7 @@ def _add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:
 def count_step(counters: jax.Array, counts: Counts) -> jax.Array:
     """Returns the counters after adding the counts of one step."""
     amounts = jax.tree.leaves(counts)
-    return _add(counters, amounts + [jnp.int32(0)] * (len(COUNTERS) - len(amounts)))
+    return add(counters, amounts + [jnp.int32(0)] * (len(COUNTERS) - len(amounts)))
 
 
 def count_updates(
@@ -35,4 +35,4 @@ def count_updates(
       is_refused: bool scalar, whether the update was refused.
     """
     tail = [num_nonfinite, is_refused.astype(jnp.int32)]
-    return _add(counters, [jnp.int32(0)] * (len(COUNTERS) - len(tail)) + tail)
+    return add(counters, [jnp.int32(0)] * (len(COUNTERS) - len(tail)) + tail)

@@ -21,7 +21,7 @@ from mpembed_jax.embedding.state import EmbeddingState, check_spec, make, over_m
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.numerics import random_bits
-from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.spec import EmbeddingSpec, size_of
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _BLOCK = 65536  # rows converted at once
@@ -41,8 +41,8 @@ def to_dense(
 
     Raises:
       KeyError: if a name is unknown.
-      ValueError: if the stack has 2**31 - 1 rows or more, or if the state was made for another
-        spec, or averaged.
+      ValueError: if the stack has 2**31 - 1 rows or more, or a vocabulary; or if the state was made
+        for another spec, or averaged.
     """
     arguments.check_state("to_dense(state, tables)", state)
     state.check_spec()
@@ -126,7 +126,7 @@ def from_dense(
     Raises:
       KeyError: if a name is missing or unknown.
       TypeError: if spec or tables has another type.
-      ValueError: if an array has another shape.
+      ValueError: if an array has another shape, or if the stack has a vocabulary.
     """
     check_spec("from_dense(key, spec, tx, tables)", spec)
     names = [t.name for t in spec.tables]
@@ -138,7 +138,7 @@ def from_dense(
     if set(tables) != set(names):
         raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
     for t in spec.tables:
-        if np.shape(tables[t.name]) != (t.vocabulary_size, spec.embedding_dim):
+        if np.shape(tables[t.name]) != (size_of(t), spec.embedding_dim):
             raise ValueError(
                 f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got "
                 f"{list(np.shape(tables[t.name]))}"

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
-from mpembed_jax.embedding import arguments
+from mpembed_jax.embedding import admission, arguments
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.mesh import exchange, order, requests
 from mpembed_jax.row_ids import NO_ID
@@ -28,7 +28,8 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     Args:
       state: a state, which is not consumed, or a frozen table (see freeze).
       ids: any nest of int32 arrays of global ids. For a stack of 2**31 - 1 rows or more, pairs
-        [.., 2] (see sharding.pairs).
+        [.., 2] (see sharding.pairs). For a state with a vocabulary, pairs uint32 [.., 2] of raw ids
+        (see spec.raw_ids). None of them is admitted; an unknown one reads the row it shares.
 
     Returns:
       float32 [.., D] for each array, in the same nesting. Padding and ids outside the table read as
@@ -41,6 +42,9 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     """
     if not isinstance(state, QuantizedTable):
         arguments.check_state("read(state, ids)", state)
+        if state.vocabulary is not None:
+            state.check_spec()
+            ids = admission.rows_of(state, ids)
     leaves, treedef = row_ids.checked(ids)
     if isinstance(state, QuantizedTable):
         return treedef.unflatten([read_rows(state, leaf) for leaf in leaves])
@@ -122,9 +126,15 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
 
     Raises:
       TypeError: if state has another type.
-      ValueError: if the state was donated, or made for another spec.
+      ValueError: if the state was donated, or made for another spec; or if it has a vocabulary,
+        without which nobody knows whose rows they are.
     """
     arguments.check_state("freeze(state)", state)
+    if state.vocabulary is not None:
+        raise ValueError(
+            "the rows of a state with a vocabulary belong to raw ids, which a frozen table does "
+            "not know; evaluate with read(state, spec.raw_ids(..))"
+        )
     table = flush(state).table
     layout = state.layout
     return (

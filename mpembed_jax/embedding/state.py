@@ -25,6 +25,8 @@ from mpembed_jax.ops import Store
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.table import QuantizedTable, init_table
+from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 _AVERAGED = (
     "packed rows and cache lines cannot be averaged: average the other parameters alone "
@@ -50,6 +52,7 @@ def clock_of(step: Any) -> Any:
         "pending",
         "counters",
         "fingerprint",
+        "vocabulary",
     ],
     meta_fields=["spec", "implementation", "layout"],
 )
@@ -75,6 +78,7 @@ class EmbeddingState:
     implementation: str | ops.Implementation
     # None for one device. With a layout, a divided array holds the parts of the shards in a row.
     layout: Layout | None = None
+    vocabulary: VocabularyState | None = None  # None if ids are row numbers
 
     @property
     def store(self) -> Store:
@@ -202,7 +206,7 @@ def init(
 
     def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
         return init_table(
-            key, spec.tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
+            key, spec.row_tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
         )
 
     return make(random_bits.key_words(key), spec, tx, chosen, layout, table_of)
@@ -346,5 +350,8 @@ def assemble(
         spec=spec,
         implementation=implementation,
         layout=layout,
+        vocabulary=None
+        if spec.vocabulary is None
+        else pool.init(spec.vocabulary, init_rows(tx, 1, spec.embedding_dim, spec.row_state_dtype)),
     )
     return dataclasses.replace(state, fingerprint=jnp.asarray(state.expected_fingerprint))

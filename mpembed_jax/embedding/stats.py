@@ -8,12 +8,15 @@ import weakref
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary.hashes import PADDING
 
 # A larger cache pays if more than this share of the unique ids bypasses the cache.
 _BYPASS_LIMIT = 0.2
@@ -33,6 +36,23 @@ class _Look(NamedTuple):
 # because its state holds nothing else that could identify it.
 _LOOKS: dict[tuple, _Look] = {}
 _WARNED: set[tuple] = set()
+
+
+class VocabularyStats(NamedTuple):
+    """Counts of raw ids since init, as Python integers."""
+
+    requests: int  # positions that were no padding
+    shared_requests: int  # positions whose id had no row of its own
+    admissions: int  # ids that got a row
+    recyclings: int  # rows that were taken from an id that was used less
+    refusals: int  # times that an id had earned a row and found none
+    num_owned: int  # rows with an owner now
+    num_rows: int  # rows of the pool
+
+    @property
+    def is_thrashing(self) -> bool:
+        """Whether most admissions took another id's row, or more ids were refused than admitted."""
+        return max(2 * self.recyclings, self.refusals) > self.admissions
 
 
 class CacheStats(NamedTuple):
@@ -58,6 +78,7 @@ class CacheStats(NamedTuple):
     wide_exchanges: int
     nonfinite_rows: int
     refused_updates: int
+    vocabulary: VocabularyStats | None = None  # None if ids are row numbers
 
     @property
     def hit_rate(self) -> float:
@@ -98,6 +119,7 @@ def stats(state: EmbeddingState) -> CacheStats:
     result = CacheStats(
         steps=int(step.astype(np.uint32)),
         **dict(zip(COUNTERS, totals, strict=True)),
+        vocabulary=_of_vocabulary(state),
     )
     spec = state.spec
     if result.refused_updates:
@@ -133,6 +155,15 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"the cache {state.cache.geometry.lines} lines: raise CacheSpec(fraction=..) or "
             "num_rows",
         )
+    raw = result.vocabulary
+    if raw is not None and raw.admissions + raw.refusals >= _MIN_UNIQUE and raw.is_thrashing:
+        _warn_once(
+            state,
+            "pool",
+            f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
+            f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
+            "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after",
+        )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(
             state,
@@ -143,6 +174,21 @@ def stats(state: EmbeddingState) -> CacheStats:
         )
     _check_buffer(state, result.steps)
     return result
+
+
+def _of_vocabulary(state: EmbeddingState) -> VocabularyStats | None:
+    """Returns the counts of a state's vocabulary, if it has one."""
+    vocabulary = state.vocabulary
+    if vocabulary is None:
+        return None
+    num_owned = jnp.sum(vocabulary.tags != jnp.uint32(PADDING), dtype=jnp.int32)
+    words, owned = jax.device_get((vocabulary.counters, num_owned))
+    totals = [int(low) + (int(high) << 32) for low, high in words.astype(np.uint64)]
+    return VocabularyStats(
+        **dict(zip(pool.COUNTERS, totals, strict=True)),
+        num_owned=int(owned),
+        num_rows=vocabulary.geometry.lines,
+    )
 
 
 def _warn_once(state: EmbeddingState, kind: str, message: str) -> None:

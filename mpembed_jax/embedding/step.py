@@ -13,7 +13,6 @@ system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 201
 """
 
 import dataclasses
-import math
 from fractions import Fraction
 from typing import Any
 
@@ -26,7 +25,7 @@ from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import arguments, update
+from mpembed_jax.embedding import admission, arguments, update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.mesh import exchange
@@ -45,17 +44,26 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       state: consumed if donated.
       ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a
         mesh, this device's share of the batch. For a stack of 2**31 - 1 rows or more, pairs [.., 2]
-        (see sharding.pairs).
+        (see sharding.pairs). For a stack with a vocabulary, pairs uint32 [.., 2] of raw ids (see
+        spec.raw_ids), which may earn rows of their own here; the plan then names rows.
 
     Returns:
       The state, advanced by one step, and the plan of this step.
 
     Raises:
-      TypeError: if state has another type, or if ids are not integers of 32 bits or fewer.
+      TypeError: if state has another type; or if ids are not integers of 32 bits or fewer, or with
+        a vocabulary not pairs.
       ValueError: if host ids do not fit int32, or the state was donated or made for another spec.
     """
     arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
+    if state.vocabulary is not None:
+        state, ids = admission.admit(state, ids)
+    return prefetch_rows(state, ids)
+
+
+def prefetch_rows(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
+    """Is prefetch, for ids that are row numbers, also if the state has a vocabulary."""
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
     request = _ask(state, leaves) if layout is None else exchange.ask(layout, leaves, state.step)
@@ -70,7 +78,7 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         shapes = [layout.shape_of(leaf) for leaf in leaves]
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten(divided(inverse, shapes)),
+        inverse=treedef.unflatten(row_ids.divided(inverse, shapes)),
         line=moves.line,
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
@@ -156,14 +164,6 @@ def _place(
         wide_exchanges=zero,
     )
     return state, moves, inverse, counts
-
-
-def divided(inverse: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-    """Splits `inverse` into consecutive pieces of the given shapes."""
-    if not shapes:
-        return []
-    pieces = jnp.split(inverse, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:

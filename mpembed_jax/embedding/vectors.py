@@ -28,7 +28,7 @@ from mpembed_jax import ops, optim, row_ids
 from mpembed_jax.arrays import carries
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import arguments, pooling, step, update
+from mpembed_jax.embedding import admission, arguments, pooling, step, update
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.ops import Draw, Places
@@ -104,7 +104,8 @@ def embed(
 
     Args:
       state: consumed if donated.
-      ids: any nest of int32 arrays of global ids, as for prefetch; NO_ID is padding.
+      ids: any nest of int32 arrays of global ids, as for prefetch; NO_ID is padding. Pairs of raw
+        ids (uint32 [.., 2]) for a stack with a vocabulary; their last axis counts as none here.
       weights: None, or like ids: float32 factor of each position; see pool.
       combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each
         array of ids; see pool.
@@ -117,10 +118,13 @@ def embed(
       the last axis of ids reduced if there is a combiner, or [num_segments, D].
 
     Raises:
-      TypeError: if state has another type, or ids are not integers of 32 bits or fewer.
+      TypeError: if state has another type, or ids are not what prefetch takes.
       ValueError: as `prefetch` and `pool`.
     """
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
+    if state.vocabulary is not None:
+        state.check_spec()
+        state, ids = admission.admit(state, ids)
     leaves, treedef = row_ids.checked(ids)
     options: dict[str, Any] = {
         "segment_ids": segment_ids,
@@ -132,7 +136,7 @@ def embed(
     how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
     if is_fused(tx, state) and any(leaf.size for leaf in leaves):
         return _embed_natively(state, leaves, flat_weights, segment_ids, how)
-    state, plan = step.prefetch(state, treedef.unflatten(leaves))
+    state, plan = step.prefetch_rows(state, treedef.unflatten(leaves))
     rows = step.lookup(state, plan)
     vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
     held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}

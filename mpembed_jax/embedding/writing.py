@@ -55,10 +55,15 @@ def write_rows(
         not floating.
       ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
         was donated, or made for another spec or transformation; or if the stack has 2**31 - 1 rows
-        or more.
+        or more, or a vocabulary.
     """
     arguments.check_state("write_rows(state, ids, rows)", state)
     state.check_spec()
+    if state.vocabulary is not None:
+        raise ValueError(
+            "write_rows takes row numbers, and this state has a vocabulary, whose rows change "
+            "their owners; train raw ids with prefetch and apply_gradients, or number the ids"
+        )
     (ids,) = row_ids.checked([ids])[0]
     rows = jnp.asarray(rows)
     shape, dim = ids.shape, state.spec.embedding_dim

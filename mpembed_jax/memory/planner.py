@@ -25,7 +25,7 @@ from mpembed_jax.memory.reports import report
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.spec import EmbeddingSpec, TableSpec
+from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
 from mpembed_jax.table import QuantizedTable
 
 _TINY_ROWS = 10_000  # tables of at most so many rows may have a stack of their own in float32
@@ -273,7 +273,7 @@ def _hits(
         return None
     counts = [np.unique(samples[t.name], return_counts=True)[1] for t in known]
     use = np.sort(np.concatenate(counts))[::-1]
-    num_lines = max(1, int(fraction * sum(t.vocabulary_size for t in known)))
+    num_lines = max(1, int(fraction * sum(size_of(t) for t in known)))
     return float(use[:num_lines].sum() / use.sum())
 
 

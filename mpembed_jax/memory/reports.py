@@ -33,7 +33,8 @@ def nbytes(tree: Any) -> int:
 class Report:
     """Bytes of a stack by component; str() gives a readable table."""
 
-    # Keys: table, cache rows, cache metadata, sketch, row state, counters.
+    # Keys: table, cache rows, cache metadata, sketch, row state, counters, and vocabulary if there
+    # is one.
     components: dict[str, int]
     geometry: Geometry | None
     num_rows: int
@@ -138,6 +139,8 @@ def report(
             (state.key, state.step, state.clock, state.pending, state.counters, state.fingerprint)
         ),
     }
+    if state.vocabulary is not None:
+        components["vocabulary"] = nbytes(state.vocabulary)
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
     plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
     return Report(
@@ -160,6 +163,8 @@ def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[
         return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
 
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+    if state.spec.vocabulary is not None:
+        ids = jax.ShapeDtypeStruct((*batch_shape, 2), jnp.uint32)
     grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
     compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
     sizes: Any = compiled.memory_analysis()

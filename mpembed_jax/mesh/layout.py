@@ -27,7 +27,7 @@ from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.mesh.shard import Shard
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.spec import EmbeddingSpec, offsets
+from mpembed_jax.spec import EmbeddingSpec, offsets, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Layout:
                     f"{spec.num_rows}; divide the stack over a mesh, or make two stacks"
                 )
             return None
+        if spec.vocabulary is not None:
+            raise ValueError(
+                "a stack with a vocabulary lies on one device so far: leave mesh, axis_name and "
+                "placement out, or number the ids and use a stack without a vocabulary"
+            )
         placement = Placement() if placement is None else placement
         if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
             raise TypeError(
@@ -196,7 +201,7 @@ class Layout:
             return -(-self.spec.num_rows // self.shards)
         sizes = [0] * self.shards
         for table, shard in zip(self.spec.tables, self.table_shards, strict=True):
-            sizes[shard] += int(table.vocabulary_size)
+            sizes[shard] += size_of(table)
         return max(sizes)
 
     def share(self, geometry: Geometry) -> Geometry:
@@ -264,7 +269,7 @@ class Layout:
             return ((starts - shard + self.shards - 1) // self.shards).astype(np.int32)
         sizes = np.zeros((self.shards, len(self.spec.tables)), np.int64)
         for number, table in enumerate(self.spec.tables):
-            sizes[self.table_shards[number], number] = table.vocabulary_size
+            sizes[self.table_shards[number], number] = size_of(table)
         return np.cumsum(np.pad(sizes, ((0, 0), (1, 0))), axis=1).astype(np.int32)
 
     def home_of(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -297,7 +302,7 @@ class Layout:
         first = self.first_rows
         shards = self.table_shards or ()
         return [
-            (shard * self.num_rows + int(first[shard, number]), int(table.vocabulary_size))
+            (shard * self.num_rows + int(first[shard, number]), size_of(table))
             for number, (table, shard) in enumerate(zip(self.spec.tables, shards, strict=True))
         ]
 
@@ -346,11 +351,9 @@ def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tup
     if placement.table_shards is None:
         loads = [0] * shards
         chosen = {}
-        for number in sorted(
-            range(len(spec.tables)), key=lambda n: -spec.tables[n].vocabulary_size
-        ):
+        for number in sorted(range(len(spec.tables)), key=lambda n: -size_of(spec.tables[n])):
             chosen[number] = loads.index(min(loads))
-            loads[chosen[number]] += int(spec.tables[number].vocabulary_size)
+            loads[chosen[number]] += size_of(spec.tables[number])
         return tuple(chosen[n] for n in range(len(spec.tables)))
     if len(placement.table_shards) != len(spec.tables) or not all(
         0 <= s < shards for s in placement.table_shards

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.cache.plan import CachePlan, Route
-from mpembed_jax.embedding import step
+from mpembed_jax.embedding import admission, step
 from mpembed_jax.embedding.pooling import pool
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_specs
 from mpembed_jax.mesh import exchange
@@ -169,7 +169,7 @@ def part(
             where = tuple(int(i) for i in missing[0])
             raise ValueError(
                 f"called with ids that were not prefetched: at {list(where)} the call names row "
-                f"{int(np.asarray(of_leaf)[where])} ({len(missing)} such ids); give prefetch all "
+                f"{np.asarray(of_leaf)[where]} ({len(missing)} such ids); give prefetch all "
                 "ids of the step's calls (several inputs: one nest of them)"
             )
     rows = _brought(state, rows, route)
@@ -182,6 +182,8 @@ def _find(
     """Returns the index of each id in the plan's rows, and on a mesh the route that brings them."""
     layout: Any = state.layout
     leaves = [jnp.asarray(leaf) for leaf in leaves]
+    if state.vocabulary is not None:
+        leaves = admission.rows_of(state, leaves)
     if verbs.is_whole(state):
         batch = PartitionSpec(layout.batch_axes)
         specs = (exchange.plan_specs(layout), batch)
@@ -199,7 +201,7 @@ def _find(
     # A dropped id cannot be told from one that was not prefetched. So no id is missing if the step
     # dropped any: both read as zeros.
     is_missing = is_missing & (plan.counts.dropped == 0)
-    return step.divided(jnp.where(is_missing, _MISSING, index), shapes), route
+    return row_ids.divided(jnp.where(is_missing, _MISSING, index), shapes), route
 
 
 def _pool_or_nan(

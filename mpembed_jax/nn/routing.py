@@ -109,7 +109,12 @@ def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
     """Maps any nest of a single table's ids to global ids, and checks them against its size."""
     ids = as_arrays(ids)
     ((feature, _),) = spec.feature_tables
-    return jax.tree.map(lambda leaf: spec.global_ids({feature: leaf})[feature], ids)
+    return jax.tree.map(lambda leaf: mapped(spec, {feature: leaf})[feature], ids)
+
+
+def mapped(spec: EmbeddingSpec, ids: Any) -> Any:
+    """Returns what a stack's verbs take for a user's ids: global ids, or pairs of raw ids."""
+    return spec.global_ids(ids) if spec.vocabulary is None else spec.raw_ids(ids)
 
 
 def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
@@ -119,14 +124,15 @@ def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns the global ids of each stack for ids that are local to their tables.
+    """Returns the global ids of each stack for ids that are local to their tables, or raw.
 
     Args:
       specs: the stacks.
       ids: {feature: ids [..]} of some or all features, or integers [.., T].
 
     Returns:
-      For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack].
+      For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack]. For a stack with
+      a vocabulary, pairs: uint32 [.., 2] instead of int32 [..].
 
     Raises:
       KeyError: if a feature is unknown.
@@ -137,7 +143,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
         unknown = [f for f in ids if f not in known]
         if unknown:
             raise KeyError(f"unknown features {unknown}; the specs have {sorted(known)}")
-        return [s.global_ids({f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
+        return [mapped(s, {f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
     array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     names = [f for s in specs for f, _ in s.feature_tables]
     if array.ndim < 1 or array.shape[-1] != len(names):
@@ -151,7 +157,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
             f"array ids need one embedding_dim for all features, but the specs have {widths}; "
             "pass a dict of features"
         )
-    return [s.global_ids(part) for s, part in zip(specs, _columns(specs, array), strict=True)]
+    return [mapped(s, part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
 
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
-from mpembed_jax.embedding import evaluation
+from mpembed_jax.embedding import admission, evaluation
 from mpembed_jax.embedding.pooling import pool
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
@@ -81,10 +81,13 @@ def read(state: EmbeddingState, ids: Any) -> Any:
 
 def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
     treedef: Any
-    leaves, treedef = jax.tree.flatten(ids)
     dim = state.spec.embedding_dim
+    vectors_of = evaluation.read(state, ids)
+    if state.vocabulary is not None:
+        ids = admission.rows_of(state, ids)
+    leaves, treedef = jax.tree.flatten(ids)
     num_positions = sum(leaf.size for leaf in leaves)
-    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(evaluation.read(state, ids))]
+    vectors = [v.reshape(-1, dim) for v in jax.tree.leaves(vectors_of)]
     rows = jnp.concatenate([*vectors, jnp.zeros((1, dim), jnp.float32)])
     inverse = []
     first = 0

@@ -16,6 +16,7 @@ the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
   find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
                                                whether it is among them
+  admit(vocabulary, pairs, halve, rules)    -> the vocabulary, Admitted: the rows of raw ids
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
@@ -46,6 +47,8 @@ from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.ops import xla
 from mpembed_jax.ops.records import (
+    Admission,
+    Admitted,
     Draw,
     Implementation,
     Moves,
@@ -60,6 +63,7 @@ from mpembed_jax.ops.xla.sums import add_duplicates
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
+from mpembed_jax.vocabulary.pool import VocabularyState
 
 # Rows per chunk. They take a few hundred kilobytes, which fit a core's cache at every usual
 # embedding dim.
@@ -78,6 +82,8 @@ _TRITON_CAPABILITY = 8.0  # the compute capability that Pallas' Triton back end 
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Admission",
+    "Admitted",
     "Draw",
     "Implementation",
     "Moves",
@@ -88,6 +94,7 @@ __all__ = [
     "Store",
     "Unique",
     "add_duplicates",
+    "admit",
     "bag",
     "bag_step",
     "choose",
@@ -251,6 +258,21 @@ def find(
     """See `xla.unique.find`."""
     is_native = compiled(implementation) is not None
     return _find_natively(known, ids) if is_native else xla.unique.find(known, ids)
+
+
+def admit(
+    vocabulary: VocabularyState,
+    pairs: jax.Array,
+    must_halve: jax.Array,
+    rules: Admission,
+    *,
+    implementation: Named,
+) -> tuple[VocabularyState, Admitted]:
+    """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`."""
+    native = compiled(implementation)
+    if native is not None:
+        return native.admit.admit(vocabulary, pairs, must_halve, rules)
+    return xla.admit.admit(vocabulary, pairs, must_halve, rules)
 
 
 def plan(

@@ -111,6 +111,26 @@ class Draw(NamedTuple):
         return draw_seed(self.key, stream, self.step)
 
 
+class Admission(NamedTuple):
+    """The rules by which raw ids get rows of their own; static."""
+
+    admit_after: int
+    recycle: bool
+    shared_rows: int  # per table
+
+
+class Admitted(NamedTuple):
+    """The rows of a batch's raw ids in one step, and how they came to have them."""
+
+    rows: jax.Array  # i32 [N]: the row of each position's id; NO_ID for padding
+    recycled: jax.Array  # i32 [N]: rows with a new owner that had another; then NO_ID
+    num_recycled: jax.Array  # i32 []
+    num_requests: jax.Array  # i32 []: positions that are not padding
+    num_shared: jax.Array  # i32 []: positions whose id has no row of its own
+    num_admitted: jax.Array  # i32 []: ids that got a row
+    num_refused: jax.Array  # i32 []: ids that earned a row and found none
+
+
 class Positions(NamedTuple):
     """The gradients of a batch's positions, and the row that each of them belongs to."""
 

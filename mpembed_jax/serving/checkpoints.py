@@ -67,6 +67,11 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     """
     held = chain[0]
     entry = held["embeddings"][prefix]
+    if entry.get("vocabulary") is not None:
+        raise ValueError(
+            f"stack {prefix!r} has a vocabulary: its rows belong to raw ids, which a serving file "
+            "does not hold; restore the checkpoint, and evaluate with read"
+        )
     wanted = {"table.rows", "key", "step"}
     if entry["cache"] is not None:
         wanted |= {f"cache.{field}" for field in _CACHE}

@@ -56,7 +56,7 @@ def save(
     Raises:
       OSError: if the file cannot be written; an existing file stays.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract or spread over several processes.
+        abstract, spread over several processes, or has a vocabulary.
     """
     found = sources.states_of(states)
     return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)

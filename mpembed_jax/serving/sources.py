@@ -63,8 +63,8 @@ def of_state(name: str, state: EmbeddingState) -> Source:
       state: concrete; not consumed.
 
     Raises:
-      ValueError: if the state is traced or abstract, lies over several processes, or was made for
-        another spec than its own.
+      ValueError: if the state is traced or abstract, lies over several processes, has a
+        vocabulary, or was made for another spec than its own.
     """
     leaves = jax.tree.leaves(state)
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
@@ -75,6 +75,11 @@ def of_state(name: str, state: EmbeddingState) -> Source:
             "python -m mpembed_jax.serving export CHECKPOINT OUT"
         )
     state.check_spec()
+    if state.vocabulary is not None:
+        raise ValueError(
+            f"stack {name!r} has a vocabulary: its rows belong to raw ids, which a serving file "
+            "does not hold; evaluate with read(state, spec.raw_ids(..))"
+        )
     cache = {}
     if state.cache is not None:
         held = state.cache

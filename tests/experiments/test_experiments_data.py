@@ -386,3 +386,16 @@ def test_the_script_runs_as_a_file_and_shows_its_settings():
         check=True,
     )
     assert "--cache-fraction" in shown.stdout and "--max-bad-lines" in shown.stdout
+
+
+@OPTAX_ADAM
+def test_raw_ids_train_in_a_pool_of_fewer_rows(tmp_path):
+    record = train_dlrm.run(
+        small_settings(
+            tmp_path, num_rows=7_000, ids="raw", admit_after=2, pool_rows=9_000, save_every=0.01
+        )
+    )
+    _, ours, hashed = record["outcomes"]
+    assert ours["contender"]["pool_rows"] == 9_000 and "raw ids from 2 on" in str(ours)
+    assert ours["ratio"] > 2 and ours["auc"] > 0.55
+    assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)

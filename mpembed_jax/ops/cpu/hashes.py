@@ -5,7 +5,7 @@ import numpy as np
 from mpembed_jax.cache import residency
 from mpembed_jax.ops.cpu.call_frame import compiled
 
-_SEEDS = residency.SKETCH_SEEDS
+SEEDS = residency.SKETCH_SEEDS
 
 
 @compiled
@@ -31,5 +31,5 @@ def cell(depth, x, groups, width):
     quotient = np.uint32(x) // np.uint32(groups)
     group = np.int64(np.uint32(x) % np.uint32(groups))
     return (depth * groups + group) * width + scale_to(
-        fmix32(quotient ^ np.uint32(_SEEDS[depth])), width
+        fmix32(quotient ^ np.uint32(SEEDS[depth])), width
     )

@@ -1,0 +1,161 @@
+"""Raw ids of a step: the rows that they have or earn, and rows that start again for new owners."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax import ops, row_ids
+from mpembed_jax.arrays import chunks, indexing
+from mpembed_jax.cache import residency
+from mpembed_jax.embedding.counters import add
+from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import initial_rows
+from mpembed_jax.vocabulary import pool
+
+
+def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
+    """Gives the raw ids of a batch their rows.
+
+    An id that was seen often enough gets a row of its own. A row that had another owner starts from
+    its initial value, with fresh optimizer state, and without a cache line.
+
+    Args:
+      state: a state with a vocabulary.
+      ids: nest of pairs uint32 [.., 2]; see spec.raw_ids.
+
+    Returns:
+      The state, and the rows (int32 [..]) in the nest of ids; NO_ID for padding.
+
+    Raises:
+      TypeError: if ids are not pairs.
+    """
+    vocabulary = state.vocabulary
+    rules = state.spec.vocabulary
+    assert vocabulary is not None and rules is not None
+    leaves, treedef = checked(ids)
+    pairs = row_ids.joined(leaves, (2,), jnp.uint32)
+    num = pairs.shape[0]
+    if num == 0:
+        return state, treedef.unflatten([jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves])
+    period = min(max(1, 30 * vocabulary.geometry.lines // num), 2**32 - 1)
+    step = state.step.astype(jnp.uint32)
+    must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
+    vocabulary, admitted = ops.admit(
+        vocabulary,
+        pairs,
+        must_halve,
+        ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows),
+        implementation=state.implementation,
+    )
+    amounts = [
+        admitted.num_requests,
+        admitted.num_shared,
+        admitted.num_admitted,
+        admitted.num_recycled,
+        admitted.num_refused,
+    ]
+    vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))
+    state = dataclasses.replace(state, vocabulary=vocabulary)
+    state = start_again(state, admitted.recycled, admitted.num_recycled)
+    shapes = [leaf.shape[:-1] for leaf in leaves]
+    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+
+
+def rows_of(state: EmbeddingState, ids: Any) -> Any:
+    """Returns the rows (int32 [..]) of raw ids: their own, or those they share.
+
+    Nothing is admitted.
+
+    Args:
+      state: a state with a vocabulary.
+      ids: nest of pairs uint32 [.., 2]; see spec.raw_ids.
+
+    Raises:
+      TypeError: if ids are not pairs.
+    """
+    vocabulary = state.vocabulary
+    rules = state.spec.vocabulary
+    assert vocabulary is not None and rules is not None
+    leaves, treedef = checked(ids)
+    pairs = row_ids.joined(leaves, (2,), jnp.uint32)
+    rows = pool.locate(vocabulary, pairs, rules.shared_rows)
+    return treedef.unflatten(row_ids.divided(rows, [leaf.shape[:-1] for leaf in leaves]))
+
+
+def checked(ids: Any) -> tuple[list[jax.Array], Any]:
+    """Returns the leaves of a nest of raw ids, and its structure.
+
+    Raises:
+      TypeError: if a leaf is not uint32 [.., 2].
+    """
+    leaves, treedef = jax.tree.flatten(ids)
+    for leaf in leaves:
+        shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", None)
+        if dtype != jnp.uint32 or shape[-1:] != (2,):
+            what = type(leaf).__name__ if dtype is None else f"{dtype} {list(shape)}"
+            raise TypeError(
+                f"this stack has a vocabulary, so ids must be pairs uint32 [.., 2], got {what}; "
+                "hash raw ids with spec.raw_ids"
+            )
+    return [jnp.asarray(leaf) for leaf in leaves], treedef
+
+
+def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> EmbeddingState:
+    """Gives rows their initial values and fresh optimizer state, and takes them out of the cache.
+
+    Args:
+      state: consumed if donated.
+      rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
+      num_rows: int32 scalar.
+
+    Returns:
+      The state.
+    """
+    vocabulary = state.vocabulary
+    assert vocabulary is not None
+    bound = jnp.float32(1.0 / np.sqrt(state.spec.num_rows))
+    cache = state.cache
+    lines: tuple = () if cache is None else (cache.tags, cache.priority, cache.dirty, cache.rows)
+
+    def reset(window: chunks.Window, carry: tuple) -> tuple:
+        packed, row_state, lines = carry
+        here = jnp.where(window.is_live, window.take(rows), NO_ID)
+        table = dataclasses.replace(state.table, rows=packed)
+        packed = indexing.put(packed, here, initial_rows(table, state.key, here, bound))
+        row_state = jax.tree.map(
+            lambda held, fresh: indexing.put(held, here, fresh) if fresh.ndim else held,
+            row_state,
+            vocabulary.fresh_row_state,
+        )
+        if cache is not None:
+            tags, priority, dirty, values = lines
+            held = dataclasses.replace(cache, tags=tags)
+            line = residency.locate(held, here)
+            lines = tuple(
+                indexing.put(array.reshape(-1), line, value).reshape(array.shape)
+                for array, value in ((tags, NO_ID), (priority, 0), (dirty, False))
+            )
+            lines = (*lines, indexing.put(values, line, 0))
+        return packed, row_state, lines
+
+    packed, row_state, lines = chunks.each(
+        0,
+        num_rows,
+        rows.shape[0],
+        ops.chunk_of(state.implementation),
+        reset,
+        (state.table.rows, state.row_state, lines),
+    )
+    if cache is not None:
+        tags, priority, dirty, values = lines
+        cache = dataclasses.replace(cache, tags=tags, priority=priority, dirty=dirty, rows=values)
+    return dataclasses.replace(
+        state,
+        table=dataclasses.replace(state.table, rows=packed),
+        row_state=row_state,
+        cache=cache,
+    )

@@ -1,0 +1,72 @@
+"""VocabularySpec, a user's choice of how raw ids earn rows."""
+
+import dataclasses
+
+import numpy as np
+
+from mpembed_jax.cache.spec import CacheSpec, Geometry
+from mpembed_jax.row_ids import NO_ID
+
+MAX_ADMIT_AFTER = 255  # what a counter of the sketch holds
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularySpec:
+    """The pool of rows that the raw ids of all tables of a stack compete for.
+
+    An id that was seen fewer than `admit_after` times shares a row with others of its table. From
+    then on it has a row of its own, if its set has an empty row or one that is used less.
+
+    Attributes:
+      num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
+      admit_after: the occurrences, those of the current batch included, from which on an id has a
+        row of its own, 1 to 255. 1 admits every id.
+      ways: rows in a set, 1 to 64.
+      recycle: whether an id may take the row of one that is used less. If False, an id whose set is
+        full shares a row for good.
+      shared_rows: shared rows per table, at least 1; an id's hash chooses among them. One was best
+        when measured.
+      sketch_bytes: counters for ids without a row, one byte each, per row of the pool; at least 1.
+        More make admission more exact: an id whose counters others share is admitted too early.
+
+    Raises:
+      ValueError: if a value is outside these ranges.
+    """
+
+    num_rows: int
+    admit_after: int = 2
+    ways: int = 32
+    recycle: bool = True
+    shared_rows: int = 1
+    sketch_bytes: int = 8
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_rows": NO_ID - 1,
+            "admit_after": MAX_ADMIT_AFTER,
+            "shared_rows": 1 << 20,
+            "sketch_bytes": 256,
+        }
+        for name, most in limits.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not is_number or not 1 <= value <= most:
+                raise ValueError(
+                    f"vocabulary {name} must be an integer in [1, {most}], got {value!r}"
+                )
+        CacheSpec(num_rows=self.num_rows, ways=self.ways)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sets, ways and groups of the pool, by the rules of a cache."""
+        return CacheSpec(num_rows=self.num_rows, ways=self.ways).geometry(self.num_rows)
+
+    @property
+    def sketch_width(self) -> int:
+        """Counters in one row of one group of the sketch."""
+        geometry = self.geometry
+        return max(1, geometry.lines * self.sketch_bytes // (2 * geometry.groups))
+
+    def num_stack_rows(self, num_tables: int) -> int:
+        """Returns the rows of a stack: those of the pool, then the shared rows of each table."""
+        return self.geometry.lines + num_tables * self.shared_rows

@@ -1,0 +1,186 @@
+"""Raw ids in the other rooms: flax modules, checkpoints, stats, bytes; and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training
+from flax import nnx
+
+import mpembed_jax as mpembed
+from mpembed_jax import checkpoint, memory, nn, sharding
+from mpembed_jax.optim import rowwise_adagrad
+
+TX = rowwise_adagrad(0.5)
+SPEC = mpembed.EmbeddingSpec(
+    (mpembed.TableSpec("user"), mpembed.TableSpec("item")),
+    8,
+    storage="int8",
+    cache=mpembed.CacheSpec(num_rows=8, ways=4),
+    vocabulary=mpembed.VocabularySpec(48, admit_after=2, ways=8),
+)
+
+
+def batches(seed, num):
+    rng = np.random.default_rng(seed)
+    for _ in range(num):
+        names = np.minimum(rng.zipf(1.3, (16, 2)), 500)
+        yield {
+            "user": np.asarray([f"u{n}" for n in names[:, 0]]),
+            "item": names[:, 1].astype(np.int64) + 2**40,
+        }
+
+
+@jax.jit
+def step(state, pairs):
+    state, plan = mpembed.prefetch(state, pairs)
+    rows = mpembed.lookup(state, plan)
+    grads = jax.grad(lambda rows: loss(mpembed.pool(rows, plan.inverse)))(rows)
+    return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+
+
+def loss(vectors):
+    return sum(jnp.sum((v - 1) ** 2) for v in vectors.values())
+
+
+def trained(state, seed, num):
+    for ids in batches(seed, num):
+        state = step(state, SPEC.raw_ids(ids))
+    return state
+
+
+def test_modules_train_the_rows_of_the_functional_step():
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0))
+    state = module.stacks[0].embedding_state()
+    for ids in batches(0, 12):
+        state = step(state, SPEC.raw_ids(ids))
+        module.prefetch(ids)
+        grads = nnx.grad(lambda m, ids=ids: loss(m(ids)))(module)
+        nn.apply_gradients(module, grads)
+    held = module.stacks[0].embedding_state()
+    training.assert_same(held.vocabulary, state.vocabulary)
+    training.assert_same(held.table, state.table)
+    ids = next(batches(9, 1))
+    module.eval()
+    want = mpembed.read(state, SPEC.raw_ids(ids))
+    for feature, vectors in module(ids).items():
+        np.testing.assert_array_equal(vectors, want[feature])
+
+
+def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 10)
+    checkpoint.save(tmp_path, 1, state)
+    empty = mpembed.init(jax.random.key(1), SPEC, TX)
+    restored = checkpoint.restore(tmp_path, empty)
+    training.assert_same(trained(restored, 5, 6), trained(state, 5, 6))
+
+
+def test_a_checkpoint_of_another_pool_is_refused(tmp_path):
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 2)
+    checkpoint.save(tmp_path, 1, state)
+    for change in (
+        {"vocabulary": dataclasses.replace(SPEC.vocabulary, num_rows=96)},
+        {"storage": "int4"},
+    ):
+        other = mpembed.init(jax.random.key(1), dataclasses.replace(SPEC, **change), TX)
+        with pytest.raises(ValueError, match="vocabulary"):
+            checkpoint.restore(tmp_path, other)
+
+
+def test_stats_count_raw_ids_and_warn_of_a_pool_that_thrashes():
+    spec = dataclasses.replace(
+        SPEC, vocabulary=mpembed.VocabularySpec(16, admit_after=1, ways=8), cache=None
+    )
+    state = mpembed.init(jax.random.key(1), spec, TX)
+    quiet = mpembed.stats(state).vocabulary
+    assert quiet == (0, 0, 0, 0, 0, 0, 16)
+    donated = jax.jit(step, donate_argnums=0)
+    for number in range(200):
+        ids = np.arange(16) // 2 + 8 * number
+        state = donated(state, spec.raw_ids({"user": np.repeat(ids, 1 + number % 3)}))
+    with pytest.warns(UserWarning, match=r"VocabularySpec\(num_rows=..\)"):
+        counts = mpembed.stats(state).vocabulary
+    assert counts.num_owned == 16 and counts.admissions == counts.recyclings + 16
+
+
+def test_the_report_counts_the_bytes_of_the_state():
+    report = memory.report(SPEC, TX)
+    state = mpembed.init(jax.random.key(1), SPEC, TX)
+    assert report.total == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert report.components["vocabulary"] == state.vocabulary.nbytes
+
+
+def test_what_is_not_supported_is_refused():
+    state = mpembed.init(jax.random.key(1), SPEC, TX)
+    dense = mpembed.EmbeddingSpec((mpembed.TableSpec("user", 9),), 8)
+    mesh = jax.make_mesh((2,), ("x",))
+    refused = [
+        (ValueError, "raw_ids", lambda: SPEC.global_ids({"user": [1]})),
+        (ValueError, "no vocabulary", lambda: dense.raw_ids({"user": [1]})),
+        (TypeError, "raw_ids", lambda: mpembed.prefetch(state, np.zeros(3, np.int32))),
+        (TypeError, "raw_ids", lambda: mpembed.read(state, np.zeros(3, np.int32))),
+        (ValueError, "one device", lambda: mpembed.init(jax.random.key(1), SPEC, TX, mesh=mesh)),
+        (ValueError, "one device", lambda: sharding.plan(SPEC, 2)),
+        (ValueError, "vocabulary", lambda: mpembed.freeze(state)),
+        (ValueError, "raw ids", lambda: mpembed.to_dense(state)),
+        (ValueError, "vocabulary", lambda: checkpoint.track(state)),
+        (ValueError, "vocabulary_size", lambda: mpembed.EmbeddingSpec(SPEC.tables, 8)),
+        (ValueError, "vocabulary_size", lambda: dataclasses.replace(SPEC, tables=dense.tables)),
+        (ValueError, "memory_kind", lambda: dataclasses.replace(SPEC, memory_kind="pinned_host")),
+        (KeyError, "unknown", lambda: SPEC.raw_ids({"stranger": [1]})),
+        (ValueError, "one column", lambda: SPEC.raw_ids(np.zeros((3, 5), np.int64))),
+        (ValueError, "where", lambda: SPEC.raw_ids({"user": [1]}, {"user": [True, True]})),
+        (ValueError, "admit_after", lambda: mpembed.VocabularySpec(9, admit_after=256)),
+    ]
+    for kind, match, call in refused:
+        with pytest.raises(kind, match=match):
+            call()
+
+
+def test_host_and_device_ids_train_the_same_rows():
+    state = mpembed.init(jax.random.key(1), SPEC, TX)
+    on_device = jax.jit(lambda state, ids: step(state, SPEC.raw_ids(ids)))
+    other = state
+    for ids in batches(3, 5):
+        users = ids["item"].astype(np.int32)
+        state = step(state, SPEC.raw_ids({"item": users}))
+        other = on_device(other, {"item": users})
+    training.assert_same(state, other)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.5), optax.adam(0.1)], ids=["sgd", "adam"])
+@pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")
+def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
+    spec = dataclasses.replace(
+        SPEC, vocabulary=mpembed.VocabularySpec(1, admit_after=1), row_state_dtype="bfloat16"
+    )
+    state = mpembed.init(jax.random.key(1), spec, tx)
+    fresh = jax.tree.map(np.asarray, state.row_state)
+    for name in ("a", "a", "a"):
+        pairs = spec.raw_ids({"user": [name]})
+        state, plan = mpembed.prefetch(state, pairs)
+        rows = mpembed.lookup(state, plan)
+        state = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx)
+    state, plan = mpembed.prefetch(state, spec.raw_ids({"user": ["b"] * 9}))
+    assert plan.unique_ids[0] == 0
+    for leaf, first in zip(jax.tree.leaves(state.row_state), jax.tree.leaves(fresh), strict=True):
+        if first.ndim:
+            np.testing.assert_array_equal(leaf, first)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+def test_a_step_copies_no_array_of_the_state(implementation):
+    """The temporaries of a step are a small part of the smallest large array, use (200 kB)."""
+    spec = dataclasses.replace(SPEC, vocabulary=mpembed.VocabularySpec(100_000), cache=None)
+    abstract = jax.eval_shape(
+        lambda key: mpembed.init(key, spec, TX, implementation=implementation),
+        jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    pairs = {"user": jax.ShapeDtypeStruct((64, 2), jnp.uint32)}
+    lowered = jax.jit(step, donate_argnums=0).lower(abstract, pairs)
+    sizes = lowered.compile().memory_analysis()
+    assert sizes.temp_size_in_bytes < 100_000 < abstract.vocabulary.use.size * 2
+    assert sizes.alias_size_in_bytes > abstract.table.nbytes + abstract.vocabulary.nbytes

@@ -1,0 +1,241 @@
+"""Raw ids earn rows as a brute-force model says; nothing of an old owner remains."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+import training
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpembed_jax as mpembed
+from mpembed_jax.embedding import admission
+from mpembed_jax.optim import rowwise_adagrad
+from mpembed_jax.vocabulary import hashes, pool
+
+IMPLEMENTATIONS = ("xla", "xla_chunked", "numba")
+
+
+def stack(num_rows=64, dim=4, *, tables=2, storage="float32", lines=None, **pool):
+    return mpembed.EmbeddingSpec(
+        tuple(mpembed.TableSpec(f"table{k}") for k in range(tables)),
+        dim,
+        storage=storage,
+        cache=None if lines is None else mpembed.CacheSpec(num_rows=lines, ways=4),
+        vocabulary=mpembed.VocabularySpec(num_rows, **pool),
+    )
+
+
+def model_of(spec):
+    v = spec.vocabulary
+    return oracles.DictVocabulary(
+        v.num_rows,
+        admit_after=v.admit_after,
+        ways=v.ways,
+        recycle=v.recycle,
+        shared_rows=v.shared_rows,
+        sketch_bytes=v.sketch_bytes,
+    )
+
+
+class Pool(NamedTuple):
+    num_rows: int
+    admit_after: int
+    ways: int
+    recycle: bool = True
+    shared_rows: int = 1
+    sketch_bytes: int = 8
+
+
+POOLS = {
+    "one_set": Pool(8, 2, 8),
+    "every_id": Pool(40, 1, 4, sketch_bytes=1),
+    "refuses": Pool(24, 2, 4, recycle=False),
+    "shares_three": Pool(64, 3, 4, shared_rows=3),
+    "groups": Pool(600, 2, 2),
+    "one_row": Pool(1, 1, 1),
+}
+
+
+def raw_batches(seed, steps, num, num_ids, tables, drift=0):
+    """Skewed raw ids [steps, num, tables], which drift."""
+    rng = np.random.default_rng(seed)
+    ranks = np.minimum(rng.zipf(1.3, (steps, num, tables)), num_ids)
+    return ranks.astype(np.int64) + drift * np.arange(steps)[:, None, None]
+
+
+def mask_of(number):
+    """Which of 24 x 2 positions are ids."""
+    return np.repeat(np.arange(24)[:, None] % 7 != number % 9, 2, axis=1)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", POOLS)
+def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementation):
+    spec = stack(**POOLS[case]._asdict())
+    model = model_of(spec)
+    tx = optax.sgd(0.5)
+    state = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+    admit = jax.jit(admission.admit)
+    for number, batch in enumerate(raw_batches(1, 60, 24, 400, 2, drift=1)):
+        pairs = spec.raw_ids(batch, where=mask_of(number))
+        state, got = admit(state, pairs)
+        want, _ = model.prefetch(pairs.reshape(-1, 2))
+        assert np.asarray(got).reshape(-1).tolist() == want
+        tags, use = model.arrays()
+        np.testing.assert_array_equal(state.vocabulary.tags, tags)
+        np.testing.assert_array_equal(state.vocabulary.use, use)
+        state = dataclasses.replace(state, step=state.step + 1)
+    counted = dict(zip(pool.COUNTERS, np.asarray(state.vocabulary.counters)[:, 0], strict=True))
+    assert counted == {name: model.totals[name] for name in pool.COUNTERS}
+    if case not in ("one_row", "refuses"):
+        assert counted["recyclings"] > 0
+    assert counted["admissions"] > 0
+    probes = spec.raw_ids(np.arange(300).reshape(-1, 2))
+    got = jax.jit(admission.rows_of)(state, probes)
+    assert np.asarray(got).reshape(-1).tolist() == [model.row_of(p) for p in probes.reshape(-1, 2)]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.lists(st.integers(0, 30), min_size=16, max_size=16), min_size=1, max_size=12),
+    st.sampled_from(sorted(POOLS)),
+)
+def test_any_stream_agrees_with_the_model(batches, case):
+    spec = stack(tables=1, **POOLS[case]._asdict())
+    model = model_of(spec)
+    state = mpembed.init(jax.random.key(0), spec, optax.sgd(0.5))
+    for batch in batches:
+        pairs = spec.raw_ids({"table0": np.asarray(batch)})
+        state, got = _admit(state, pairs)
+        want, _ = model.prefetch(pairs["table0"])
+        assert np.asarray(got["table0"]).tolist() == want
+        state = dataclasses.replace(state, step=state.step + 1)
+
+
+_admit = jax.jit(admission.admit)
+
+
+@partial(jax.jit, static_argnames="tx", donate_argnames="state")
+def step(state, pairs, grads, tx):
+    state, plan, rows_ = training.step(state, pairs, tx, training.of_positions(grads))
+    return state, plan, rows_
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("lines", [None, 12])
+def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(
+    storage, lines, implementation
+):
+    spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
+    dense = dataclasses.replace(
+        spec, vocabulary=None, tables=(mpembed.TableSpec("pool", spec.num_rows),)
+    )
+    tx = rowwise_adagrad(0.5)
+    state = mpembed.init(jax.random.key(3), spec, tx, implementation=implementation)
+    other = mpembed.init(jax.random.key(3), dense, tx, implementation=implementation)
+    model = model_of(spec)
+    rng = np.random.default_rng(0)
+    for batch in raw_batches(2, 20, 32, 300, 2):
+        pairs = spec.raw_ids(batch)
+        grads = jnp.asarray(rng.integers(-8, 8, (32, 2, 8)) / 64, jnp.float32)
+        state, plan, got = step(state, pairs, grads, tx)
+        ids = np.asarray(model.prefetch(pairs.reshape(-1, 2))[0], np.int32).reshape(32, 2)
+        other, other_plan, want = step(other, ids, grads, tx)
+        training.assert_same(got, want)
+        training.assert_same(plan, other_plan)
+    training.assert_same(state.table.rows, other.table.rows)
+    training.assert_same(state.row_state, other.row_state)
+    training.assert_same(state.cache, other.cache)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("lines", [None, 12])
+def test_a_recycled_row_starts_as_init_made_it(storage, lines, implementation):
+    """Every row that changes its owner has its first bits, fresh optimizer state and no line."""
+    spec = stack(24, 8, storage=storage, lines=lines, ways=4, admit_after=1)
+    tx = rowwise_adagrad(0.5)
+    state = mpembed.init(jax.random.key(3), spec, tx, implementation=implementation)
+    first = np.asarray(state.table.rows)
+    first_rows = np.asarray(
+        mpembed.read(
+            dataclasses.replace(state, vocabulary=None), np.arange(spec.num_rows, dtype=np.int32)
+        )
+    )
+    model = model_of(spec)
+    num_checked = 0
+    for batch in raw_batches(5, 30, 12, 60, 2, drift=3):
+        pairs = spec.raw_ids(batch)
+        _, recycled = model.prefetch(pairs.reshape(-1, 2))
+        recycled = np.asarray(sorted(recycled), int)
+        after, _ = _admit(state, pairs)
+        np.testing.assert_array_equal(np.asarray(after.table.rows)[recycled], first[recycled])
+        for leaf in jax.tree.leaves(after.row_state):
+            assert (np.asarray(leaf)[recycled] == 0).all()
+        kept = np.setdiff1d(np.arange(spec.num_rows), recycled)
+        np.testing.assert_array_equal(
+            np.asarray(after.table.rows)[kept], np.asarray(state.table.rows)[kept]
+        )
+        if lines is not None:
+            assert not np.isin(np.asarray(after.cache.tags), recycled).any()
+        state, plan, got = step(state, pairs, jnp.ones((12, 2, 8)), tx)
+        own = np.isin(np.asarray(plan.unique_ids), recycled)
+        np.testing.assert_array_equal(
+            np.asarray(got)[own], first_rows[np.asarray(plan.unique_ids)[own]]
+        )
+        num_checked += own.sum()
+    assert num_checked > 20
+
+
+def test_read_admits_nothing_and_reads_the_row_of_training():
+    spec = stack(64, tables=1, admit_after=2)
+    tx = optax.sgd(1.0)
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    known, once, unknown = (spec.raw_ids({"table0": [name]}) for name in ("a", "b", "c"))
+    state, *_ = step(state, spec.raw_ids([["a"], ["a"], ["b"]]), jnp.ones((3, 1, 4)), tx)
+    before = jax.tree.map(np.asarray, state.vocabulary)
+    a, b, c = (mpembed.read(state, ids)["table0"] for ids in (known, once, unknown))
+    np.testing.assert_array_equal(b, c)
+    assert (np.asarray(a) != np.asarray(b)).all()
+    padding = spec.raw_ids({"table0": [None, "a"]})
+    assert (np.asarray(mpembed.read(state, padding)["table0"])[0] == 0).all()
+    training.assert_same(jax.tree.map(np.asarray, state.vocabulary), before)
+
+
+def test_two_ids_share_a_tag_as_often_as_birthdays_do():
+    """With S sets, two ids have the same tag and set with probability 2^-32 / S.
+
+    The tag is cut to 12 bits and S is 16, so that 3,000 ids make collisions that can be counted:
+    n (n - 1) / 2 pairs, each with probability 2^-16, make 68.6 on average, with a deviation of 8.3.
+    """
+    spec = mpembed.VocabularySpec(64, ways=4)
+    pairs = hashes.of_column(np.arange(3000), "t", 0)
+    sets = np.asarray(pool.sets_of(jnp.asarray(pairs[:, 1]), spec.geometry))
+    seen = {}
+    for home, tag in zip(sets, pairs[:, 0] >> 20, strict=True):
+        seen[home, tag] = seen.get((home, tag), 0) + 1
+    collisions = sum(n * (n - 1) // 2 for n in seen.values())
+    assert spec.geometry.sets == 16
+    assert abs(collisions - 68.6) < 5 * 8.3
+    assert np.abs(np.bincount(sets, minlength=16) - 3000 / 16).max() < 6 * np.sqrt(3000 / 16)
+
+
+def test_a_row_has_six_bytes_and_its_share_of_the_sketch():
+    state = mpembed.init(jax.random.key(0), stack(6144, ways=32, sketch_bytes=8), optax.sgd(1.0))
+    v = state.vocabulary
+    assert v.tags.nbytes + v.use.nbytes == 6 * 6144 and v.sketch.nbytes == 8 * 6144
+
+
+def test_a_stack_without_a_vocabulary_has_the_leaves_it_had():
+    spec = mpembed.EmbeddingSpec((mpembed.TableSpec("t", 10),), 4)
+    state = mpembed.init(jax.random.key(0), spec, optax.sgd(1.0))
+    names = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert names[-1] == ".fingerprint" and not any("vocabulary" in name for name in names)
