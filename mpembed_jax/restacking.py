@@ -54,9 +54,9 @@ def restack(
     Raises:
       KeyError: if a name in `renamed` or `removed` is unknown.
       ValueError: if a table is left out that is not in `removed`, or would lose rows; if dim,
-        storage or row_state_dtype differ; if a stack has a vocabulary; if a prefetch waits for its update; if tx is another one;
-        if the state was made for another spec, or averaged; or if it is divided over several
-        processes.
+        storage or row_state_dtype differ; if a stack has a vocabulary; if a prefetch waits for its
+        update; if tx is another one; if the state was made for another spec, or averaged; or if it
+        is divided over several processes.
     """
     state.check_spec()
     if bool(jax.device_get(state.pending)):

@@ -105,7 +105,7 @@ def embed(
     Args:
       state: consumed if donated.
       ids: any nest of int32 arrays of global ids, as for prefetch; NO_ID is padding. Pairs of raw
-        ids (uint32 [.., 2]) for a stack with a vocabulary; their last axis counts as none here.
+        ids (uint32 [.., 2]) for a stack with a vocabulary.
       weights: None, or like ids: float32 factor of each position; see pool.
       combiner: None for one vector per id; "sum", "mean" or "sqrtn" reduces the last axis of each
         array of ids; see pool.

@@ -736,6 +736,9 @@ MISTAKES = {
     ),
     "CacheSpec, per cent": Mistake(lambda m: CacheSpec(5), ValueError, r"in \(0, 1\], got 5"),
     "TableSpec, swapped": Mistake(lambda m: TableSpec(50, "t"), ValueError, "vocabulary_size must"),
+    "VocabularySpec, share": Mistake(
+        lambda m: mpembed.VocabularySpec(0.5), ValueError, r"num_rows must be an integer in \[1"
+    ),
     "EmbeddingSpec, mapping": Mistake(
         lambda m: EmbeddingSpec({"t": 5}, DIM), TypeError, "a non-empty sequence of TableSpec"
     ),

@@ -11,7 +11,7 @@ import training
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, memory, nn, sharding
+from mpembed_jax import checkpoint, memory, nn, restacking, serving, sharding
 from mpembed_jax.optim import rowwise_adagrad
 
 TX = rowwise_adagrad(0.5)
@@ -22,6 +22,9 @@ SPEC = mpembed.EmbeddingSpec(
     cache=mpembed.CacheSpec(num_rows=8, ways=4),
     vocabulary=mpembed.VocabularySpec(48, admit_after=2, ways=8),
 )
+
+
+TABLES = {"user": np.zeros((9, 8)), "item": np.zeros((9, 8))}
 
 
 def batches(seed, num):
@@ -70,6 +73,33 @@ def test_modules_train_the_rows_of_the_functional_step():
         np.testing.assert_array_equal(vectors, want[feature])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "numba"])
+def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
+    @jax.jit
+    def fused(state, pairs):
+        state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
+        grads = jax.grad(loss)(vectors)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=TX), vectors
+
+    state = mpembed.init(jax.random.key(1), SPEC, TX, implementation=implementation)
+    other = state
+    for ids in batches(2, 6):
+        pairs = SPEC.raw_ids(ids)
+        state, vectors = fused(state, pairs)
+        other = step(other, pairs)
+        training.assert_same(state.vocabulary, other.vocabulary)
+        assert vectors["user"].shape == (16, 8)
+    ids = SPEC.raw_ids(next(batches(9, 1)))
+    training.assert_same(mpembed.read(state, ids), mpembed.read(other, ids))
+    assert int(state.vocabulary.counters[2, 0]) > 0
+
+
+def test_a_checkpoint_with_a_vocabulary_is_not_exported(tmp_path):
+    checkpoint.save(tmp_path / "held", 1, mpembed.init(jax.random.key(1), SPEC, TX))
+    with pytest.raises(ValueError, match="raw ids"):
+        serving.export(tmp_path / "held", tmp_path / "file")
+
+
 def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 10)
     checkpoint.save(tmp_path, 1, state)
@@ -113,7 +143,7 @@ def test_the_report_counts_the_bytes_of_the_state():
     assert report.components["vocabulary"] == state.vocabulary.nbytes
 
 
-def test_what_is_not_supported_is_refused():
+def test_what_is_not_supported_is_refused(tmp_path):
     state = mpembed.init(jax.random.key(1), SPEC, TX)
     dense = mpembed.EmbeddingSpec((mpembed.TableSpec("user", 9),), 8)
     mesh = jax.make_mesh((2,), ("x",))
@@ -127,6 +157,10 @@ def test_what_is_not_supported_is_refused():
         (ValueError, "vocabulary", lambda: mpembed.freeze(state)),
         (ValueError, "raw ids", lambda: mpembed.to_dense(state)),
         (ValueError, "vocabulary", lambda: checkpoint.track(state)),
+        (ValueError, "row numbers", lambda: mpembed.write_rows(state, [1], np.zeros((1, 8)))),
+        (ValueError, "pool of rows", lambda: restacking.restack(state, SPEC, TX)),
+        (ValueError, "raw ids", lambda: serving.save(tmp_path / "file", state)),
+        (ValueError, "raw ids", lambda: mpembed.from_dense(jax.random.key(0), SPEC, TX, TABLES)),
         (ValueError, "vocabulary_size", lambda: mpembed.EmbeddingSpec(SPEC.tables, 8)),
         (ValueError, "vocabulary_size", lambda: dataclasses.replace(SPEC, tables=dense.tables)),
         (ValueError, "memory_kind", lambda: dataclasses.replace(SPEC, memory_kind="pinned_host")),
