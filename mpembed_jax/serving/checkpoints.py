@@ -47,7 +47,8 @@ def export(
       FileNotFoundError: if the directory has no checkpoint (of this step).
       CheckpointError: if the checkpoint is damaged or cannot be read now.
       OSError: if the file cannot be written.
-      ValueError: if the checkpoint holds no embedding state, or names are not distinct.
+      ValueError: if the checkpoint holds no embedding state or one with a vocabulary, or if names
+        are not distinct.
     """
     directory = Path(checkpoint).absolute()
     chain = restoring.choose(directory, step)

@@ -13,6 +13,7 @@ from flax import nnx
 import mpembed_jax as mpembed
 from mpembed_jax import checkpoint, memory, nn, restacking, serving, sharding
 from mpembed_jax.optim import rowwise_adagrad
+from mpembed_jax.serving import checkpoints
 
 TX = rowwise_adagrad(0.5)
 SPEC = mpembed.EmbeddingSpec(
@@ -97,7 +98,7 @@ def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
 def test_a_checkpoint_with_a_vocabulary_is_not_exported(tmp_path):
     checkpoint.save(tmp_path / "held", 1, mpembed.init(jax.random.key(1), SPEC, TX))
     with pytest.raises(ValueError, match="raw ids"):
-        serving.export(tmp_path / "held", tmp_path / "file")
+        checkpoints.export(tmp_path / "held", tmp_path / "file")
 
 
 def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
