@@ -169,6 +169,40 @@ def test_every_format(codec):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: "-".join(map(str, codec.values())))
+def test_rows_of_extreme_numbers(codec):
+    """Subnormal, huge, infinite and undefined rows read the same; the rest has the same bits."""
+    case = Case(codec, 16, None, 1, "lfu", None, "vectors", "sgd", num_ids=16)
+    ids = np.arange(16, dtype=np.int32)
+    grads = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    grads[0], grads[1, 0], grads[2, 0], grads[3] = np.nan, np.inf, -np.inf, 3e38
+    grads[3, 0] = -3e38
+    grads[4] *= np.float32(1e-36)
+    grads[5] *= np.float32(1e-38)
+    grads[6] *= np.float32(1e30)
+    tx = TRANSFORMATIONS["sgd"]
+
+    @jax.jit
+    def step(state, grads):
+        state, plan, _ = mpembed.embed(state, ids, tx=tx)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
+
+    rows = []
+    for name in ("xla", "numba"):
+        state = state_of(case, name)
+        zeros = mpembed.write_rows(state, ids, np.zeros((16, 16), np.float32))
+        rows.append(np.asarray(jax.jit(mpembed.read)(step(zeros, grads), ids)))
+    reference, native = rows
+    is_number = np.isfinite(reference).all(1)
+    np.testing.assert_array_equal(np.isfinite(native).all(1), is_number)
+    np.testing.assert_array_equal(native, reference)
+    np.testing.assert_array_equal(
+        native[is_number].view(np.uint32), reference[is_number].view(np.uint32)
+    )
+    assert is_number[4:].all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling(pooling):
     check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
