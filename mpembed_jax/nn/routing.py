@@ -27,6 +27,12 @@ class Part(NamedTuple):
     pool: Callable = pool  # pooling.pool, or the same function over a mesh
 
 
+class Vectors(NamedTuple):
+    """The contribution of one stack to a call of a module, if its step is fused."""
+
+    vectors: Any  # f32 [.., D] in the nesting of the stack's ids
+
+
 def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
     """Returns specs as a tuple.
 
@@ -164,13 +170,54 @@ def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     return [ids] * len(specs)
 
 
+def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:
+    """Returns the ids of a stack with the one combiner that makes all their vectors.
+
+    Args:
+      combiners: see as_combiners.
+      ids: of the stack, as `route` returned them.
+
+    Returns:
+      The nest of ids and its combiner. None if bags of several ids have different combiners, or if
+      ids have no bag axis. A vector of one id is a bag of one id beside other bags.
+    """
+    if not isinstance(ids, Mapping):
+        return ids, None
+    by_feature = {feature: name for feature, name in combiners if feature in ids}
+    bags = {f for f, name in by_feature.items() if name is not None}
+    if any(np.ndim(ids[f]) < 2 for f in bags):
+        return None
+    several = {by_feature[f] for f in bags if ids[f].shape[-1] != 1}
+    if len(several) > 1:
+        return None
+    if several:
+        nest = {f: index if f in bags else index[..., None] for f, index in ids.items()}
+        return nest, several.pop()
+    return {f: index[..., 0] if f in bags else index for f, index in ids.items()}, None
+
+
+def check_no_weights(weights: Any) -> None:
+    """Checks that a call of a fused step has no weights.
+
+    Raises:
+      ValueError: if it has.
+    """
+    if weights is not None:
+        raise ValueError(
+            "a call of a module with fused=True takes no weights, because prefetch made its "
+            "vectors; leave them out, or make the module with fused=False"
+        )
+
+
 def _as_float(weights: Any) -> jax.Array:
     return jnp.asarray(weights).astype(jnp.float32)
 
 
 def _bags(
-    part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]
+    part: Part | Vectors, combiners: dict[str, str | None], weights: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
+    if isinstance(part, Vectors):
+        return dict(part.vectors)
     rows, inverse, pool = part
     # These features share one gather, and one table of gradients.
     single = {}
@@ -207,7 +254,7 @@ def _bags(
 def combine(
     specs: tuple[EmbeddingSpec, ...],
     combiners: Combiners,
-    parts: Sequence[Part],
+    parts: Sequence[Part | Vectors],
     ids: Any,
     weights: Any,
     dtype: Any,
@@ -217,7 +264,7 @@ def combine(
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's Part, its inverse in the nesting that `route` returned.
+      parts: each stack's Part, its inverse in the nesting that `route` returned; or its Vectors.
       ids: the ids that the user passed.
       weights: None, or factors in the nesting and shapes of ids; a mapping may leave features out.
       dtype: dtype of the result.
@@ -252,7 +299,11 @@ def combine(
     if weights is None:
         # A column is a bag of one id, so every combiner gives its vector.
         return jnp.concatenate(
-            [part.pool(part.rows, part.inverse) for part in parts], axis=-2
+            [
+                part.vectors if isinstance(part, Vectors) else part.pool(part.rows, part.inverse)
+                for part in parts
+            ],
+            axis=-2,
         ).astype(dtype)
     if np.shape(weights) != np.shape(ids):
         raise ValueError(
@@ -261,6 +312,7 @@ def combine(
         )
     stacked: list[jax.Array] = []
     for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
+        assert isinstance(part, Part)  # a fused step has no weights
         names = [f for f, _ in spec.feature_tables]
         index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
         bags = _bags(
