@@ -34,8 +34,14 @@ from mpembed_jax.row_ids import NO_ID
 _MISSING = NO_ID  # in an inverse: the row was not prefetched
 
 
+def _with_table(given: Any) -> tuple[str | None, Any]:
+    return tuple(given) if isinstance(given, routing.Own) else (None, given)
+
+
 class Origin:
     """Pairs of an array given to prefetch and the leaf of the plan's inverse made from it.
+
+    An array may come with its table, as routing.Own.
 
     It is static. All Origins compare equal, so none causes a retrace: they are used only to
     recognize an array object within one trace.
@@ -45,8 +51,12 @@ class Origin:
         # References are weak, because a tracer must not outlive its trace. Host arrays are copied,
         # because they may change.
         self._pairs = [
-            (weakref.ref(index), weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids))
-            for index, ids in zip(inverse, given, strict=True)
+            (
+                weakref.ref(index),
+                table,
+                weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids),
+            )
+            for index, (table, ids) in zip(inverse, map(_with_table, given), strict=True)
             if isinstance(index, jax.core.Tracer)
         ]
 
@@ -58,7 +68,10 @@ class Origin:
 
     def inverse_of(self, ids: Any, inverse: list[Any]) -> Any:
         """Returns the leaf of `inverse` that was made from `ids`, or None if that is not known."""
-        for made, given in self._pairs:
+        table, ids = _with_table(ids)
+        for made, of, given in self._pairs:
+            if of != table:
+                continue
             held = next((index for index in inverse if index is made()), None)
             if held is None:
                 continue

@@ -27,6 +27,13 @@ class Part(NamedTuple):
     pool: Callable = pool  # pooling.pool, or the same function over a mesh
 
 
+class Own(NamedTuple):
+    """A user's own array of ids, and the table of which they are ids: together they name rows."""
+
+    table: str
+    ids: Any
+
+
 class Vectors(NamedTuple):
     """The contribution of one stack to a call of a module, if its step is fused."""
 
@@ -163,10 +170,11 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     """Returns the user's own arrays in the nesting of `route`, of the same ids.
 
-    Arguments and errors are those of `route`. An array [.., T] stands for its columns.
+    Arguments and errors are those of `route`. An array [.., T] stands for its columns. One array
+    may be given for several features, so each array of a mapping is an Own.
     """
     if isinstance(ids, Mapping):
-        return [{f: ids[f] for f, _ in s.feature_tables if f in ids} for s in specs]
+        return [{f: Own(t, ids[f]) for f, t in s.feature_tables if f in ids} for s in specs]
     return [ids] * len(specs)
 
 
