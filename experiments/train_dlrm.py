@@ -103,6 +103,9 @@ class Settings:
         at_most=MAX_SEED,
         shown="as many as a batch has ids",
     )
+    row_gradients: bool = setting(
+        False, "Train by gradients of unique rows, not of the vectors; the updates are the same."
+    )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
     )
@@ -450,7 +453,8 @@ def train(
       Stopped: if the process was told to stop; everything is saved.
       Refused: if the data are no longer those of the unfinished run.
     """
-    job, folder, name = training.make_job(source, recipe), unfinished_in(settings), source.name
+    job = training.make_job(source, recipe, row_gradients=settings.row_gradients)
+    folder, name = unfinished_in(settings), source.name
     about: dict[str, Any] = {
         "settings": unfinished.record(settings, without=NOT_OF_THE_RUN),
         "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},

@@ -20,6 +20,7 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
+import mpembed_jax as mpembed
 from experiments import train_dlrm
 from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
@@ -366,6 +367,32 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
     )
     assert cached.auc == pytest.approx(plain.auc, abs=1e-5)
     assert plain.auc > 0.6 and cached.hit_rate > 0.5
+
+
+@OPTAX_ADAM
+@pytest.mark.parametrize("data", ["posts with bags", "a click log"])
+def test_gradients_of_vectors_and_of_rows_train_the_same_tables(tmp_path, posts, data):
+    """In every bit, while the dense gradients are the same; two stacks, and bags with padding."""
+    contender = training.Contender("ours", "int8", 0.1, float32_share=0.2)
+    if data == "a click log":
+        source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
+    else:
+        source, recipe = reddit.RedditPosts(num_rows=4_000), training.Recipe(8, 512, 0.05, 2e-3)
+    batch = next(iter(source.train(recipe.batch_size, 0)))
+    learners, logs = [], []
+    for row_gradients in (False, True):
+        job = training.make_job(source, recipe, row_gradients=row_gradients)
+        [learner] = training.begin(source, [contender], recipe, job, seed=0).learners
+        assert len(learner.emb) == 2
+        for _ in range(3):
+            learner, log = job.train_step(learner, batch)
+        learners.append(learner)
+        logs.append(log)
+    np.testing.assert_allclose(logs[0].scores, logs[1].scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(logs[0].counts[1:], logs[1].counts[1:])
+    for ours, theirs in zip(learners[0].emb, learners[1].emb, strict=True):
+        before = mpembed.to_dense(ours), mpembed.to_dense(theirs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *before)
 
 
 def test_hashing_caps_the_largest_tables():

@@ -47,9 +47,9 @@ def one_compilation():
     """Runs of the same model share their compiled functions."""
     make, made = training.make_job, {}
 
-    def cached(source, recipe, view=None):
-        key = (source.name, recipe, tuple(source.tables.items()), view)
-        return made.setdefault(key, make(source, recipe, view))
+    def cached(source, recipe, view=None, *, row_gradients=False):
+        key = (source.name, recipe, tuple(source.tables.items()), view, row_gradients)
+        return made.setdefault(key, make(source, recipe, view, row_gradients=row_gradients))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_job", cached)
