@@ -135,8 +135,14 @@ class CachedEmbedBags(nnx.Module):
         for stack, part, own in zip(self.stacks, routed, given, strict=True):
             bags = routing.fusible(self.combiners, part) if stack.fused else None
             nest, combiner = (part, None) if bags is None else bags
-            is_fusible = bags is not None
-            stack.prefetch(nest, own, not self.deterministic, combiner, is_fusible)
+            stack.prefetch(
+                nest,
+                own,
+                not self.deterministic,
+                combiner,
+                fusible=bags is not None,
+                by_feature=True,
+            )
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
         """Returns the vectors of bags, differentiable in the prefetched rows and the weights.

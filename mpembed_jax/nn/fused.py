@@ -21,6 +21,7 @@ from mpembed_jax.embedding import vectors
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.nn import verbs
 from mpembed_jax.nn.prefetched import Origin
+from mpembed_jax.spec import TablesOfIds
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["plan", "ids"], meta_fields=["origin"])
@@ -37,6 +38,7 @@ def fetch(
     state: EmbeddingState,
     ids: Any,
     given: Any,
+    tables: TablesOfIds | None,
     combiner: str | None,
     tx: optax.GradientTransformation,
 ) -> tuple[EmbeddingState, Embedded, tuple[jax.Array, ...]]:
@@ -46,21 +48,28 @@ def fetch(
       state: not consumed.
       ids: nest of int32 arrays of global ids.
       given: the user's own arrays, in the nesting of `ids`, which were computed from them.
+      tables: whose rows the ids are; see step.prefetch_of_tables.
       combiner: None, or how the last axis of each array of ids is reduced.
       tx: the transformation of the rows.
 
     Returns:
       The state and plan of `embed`, and its vectors: a float32 array for each array of ids.
     """
-    state, plan, found, leaves = verbs.run(_fetch, state, ids, combiner=combiner, tx=tx)
+    how = {"tables": tables, "combiner": combiner, "tx": tx}
+    state, plan, found, leaves = verbs.run(_fetch, state, ids, **how)
     treedef: Any = jax.tree.structure(ids)
     return state, Embedded(plan, leaves, Origin(leaves, treedef.flatten_up_to(given))), found
 
 
 def _fetch(
-    state: EmbeddingState, ids: Any, *, combiner: str | None, tx: optax.GradientTransformation
+    state: EmbeddingState,
+    ids: Any,
+    *,
+    tables: TablesOfIds | None,
+    combiner: str | None,
+    tx: optax.GradientTransformation,
 ) -> tuple:
-    state, plan, found = vectors.embed(state, ids, combiner=combiner, tx=tx)
+    state, plan, found = vectors.embed_of_tables(state, ids, tables, combiner=combiner, tx=tx)
     # An array of its own: Origin recognizes it as the one made here.
     leaves = [jnp.array(leaf, jnp.int32) for leaf in jax.tree.leaves(ids)]
     return state, plan, tuple(jax.tree.leaves(found)), leaves

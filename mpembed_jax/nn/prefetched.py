@@ -30,6 +30,7 @@ from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_spe
 from mpembed_jax.mesh import exchange
 from mpembed_jax.nn import routing, verbs
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import TablesOfIds
 
 _MISSING = NO_ID  # in an inverse: the row was not prefetched
 
@@ -92,30 +93,36 @@ class Prefetched:
     origin: Origin
 
 
-def fetch(state: EmbeddingState, ids: Any, given: Any) -> tuple[EmbeddingState, Prefetched, Any]:
+def fetch(
+    state: EmbeddingState, ids: Any, given: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, Prefetched, Any]:
     """Plans a batch and brings its rows into the cache.
 
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
       given: the user's own arrays, in the nesting of `ids`, which were computed from them.
+      tables: whose rows the ids are; see step.prefetch_of_tables.
 
     Returns:
       The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
     """
-    state, plan, rows = verbs.run(_fetch, state, ids)
+    state, plan, rows = verbs.run(_fetch, state, ids, tables=tables)
     treedef: Any = jax.tree.structure(ids)
     origin = Origin(treedef.flatten_up_to(plan.inverse), treedef.flatten_up_to(given))
     return state, Prefetched(plan, origin), rows
 
 
-def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+def _fetch(
+    state: EmbeddingState, ids: Any, *, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan, jax.Array]:
     if verbs.is_whole(state):
         layout: Any = state.layout
         result = (partition_specs(state), exchange.plan_specs(layout), _held(layout))
-        run = over_mesh(_fetch, state, PartitionSpec(layout.batch_axes), result=result)
+        fetch = partial(_fetch, tables=tables)
+        run = over_mesh(fetch, state, PartitionSpec(layout.batch_axes), result=result)
         return run(state, jax.tree.map(jnp.asarray, ids))
-    state, plan = step.prefetch(state, ids)
+    state, plan = step.prefetch_of_tables(state, ids, tables)
     return state, plan, step.lookup_held(state, plan)
 
 

@@ -14,7 +14,8 @@ import optax
 
 from mpembed_jax import row_ids
 from mpembed_jax.embedding.pooling import COMBINERS, pool
-from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import EmbeddingSpec, TablesOfIds
 
 Combiners = tuple[tuple[str, str | None], ...]
 
@@ -176,6 +177,26 @@ def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     if isinstance(ids, Mapping):
         return [{f: Own(t, ids[f]) for f, t in s.feature_tables if f in ids} for s in specs]
     return [ids] * len(specs)
+
+
+def tables_of(spec: EmbeddingSpec, ids: Any, by_feature: bool) -> TablesOfIds | None:
+    """Returns the tables of global ids, for prefetch_of_tables.
+
+    Args:
+      spec: of the stack; its global_ids made the ids.
+      ids: {feature: int32 [..]}, or a nest of int32 [.., T]; of one table, of int32 [..].
+      by_feature: whether a mapping is one of features.
+    """
+    if spec.num_rows >= NO_ID:
+        return None
+    if not by_feature or not isinstance(ids, Mapping):
+        return (tuple(table for _, table in spec.feature_tables),) * len(jax.tree.leaves(ids))
+    of_feature = dict(spec.feature_tables)
+    paths = jax.tree_util.tree_flatten_with_path(ids)[0]
+    keys: list[Any] = [getattr(path[0], "key", None) if path else None for path, _ in paths]
+    if not all(key in of_feature for key in keys):
+        return None  # a mapping that jax does not take apart by its keys
+    return tuple((of_feature[key],) for key in keys)
 
 
 def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from mpembed_jax.embedding.state import EmbeddingState, init
-from mpembed_jax.nn import fused, prefetched, verbs
+from mpembed_jax.nn import fused, prefetched, routing, verbs
 from mpembed_jax.nn.routing import Part
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -115,6 +115,7 @@ class Stack(nnx.Module):
         is_training: bool,
         combiner: str | None = None,
         fusible: bool = True,
+        by_feature: bool = False,
     ) -> None:
         """Plans a batch, brings its rows into the cache and holds them for one step.
 
@@ -124,6 +125,7 @@ class Stack(nnx.Module):
           is_training: whether the calling module is in training mode.
           combiner: of a fused step.
           fusible: whether the ids can be those of a fused step.
+          by_feature: whether a mapping of ids is one of features.
 
         Raises:
           ValueError: if is_training is False, or if nn.apply_gradients was not called after the
@@ -143,12 +145,13 @@ class Stack(nnx.Module):
                 "nn.discard(model) to give up a step"
             )
         state = self.embedding_state()
+        tables = routing.tables_of(self.spec, ids, by_feature)
         if self.fused and fusible and state.layout is None:
-            state, embedded, found = fused.fetch(state, ids, given, combiner, self.tx)
+            state, embedded, found = fused.fetch(state, ids, given, tables, combiner, self.tx)
             self.held_vectors = CachedVectors(found)
             self.plan = PlanVariable(embedded)
         else:
-            state, plan, rows = prefetched.fetch(state, ids, given)
+            state, plan, rows = prefetched.fetch(state, ids, given, tables)
             self.rows = CachedRows(rows)
             self.plan = PlanVariable(plan)
         self.state.set_value(state)

@@ -24,14 +24,17 @@ from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 def _fetched(stack: Stack, ids: Any, given: Any) -> tuple:
     """Returns the state, the plan and what `params` hold: rows, or the vectors of a fused step."""
+    spec, by_feature = stack.state.spec, stack.combiners is not None
     if stack.fused and stack.state.layout is None:
         bags: Any = (ids, None)
         if stack.combiners is not None:
             bags = routing.fusible(stack.combiners, ids)
         if bags is not None:
             nest, combiner = bags
-            return fused.fetch(stack.state, nest, given, combiner, stack.tx)
-    return prefetched.fetch(stack.state, ids, given)
+            tables = routing.tables_of(spec, nest, by_feature)
+            return fused.fetch(stack.state, nest, given, tables, combiner, stack.tx)
+    tables = routing.tables_of(spec, ids, by_feature)
+    return prefetched.fetch(stack.state, ids, given, tables)
 
 
 class TrainState(struct.PyTreeNode):
