@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -394,6 +395,36 @@ def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
     for ours, theirs in zip(learners[0].emb, learners[1].emb, strict=True):
         before = mpembed.to_dense(ours), mpembed.to_dense(theirs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *before)
+
+
+@pytest.mark.parametrize("names", [("item", "user", "words"), ("words",), ("item", "user")])
+def test_vectors_of_embed_are_those_of_pooled_rows(names):
+    """In every bit, and so are the rows that their gradients leave."""
+    bags = [name for name in names if name == "words"]
+    tables = tuple(mpembed.TableSpec(name, 40) for name in names)
+    tx, rng = mpembed.optim.rowwise_adagrad(0.1), np.random.default_rng(0)
+    spec = mpembed.EmbeddingSpec(tables, 4, "int8", mpembed.CacheSpec(num_rows=16, ways=4))
+    ids = {name: rng.integers(0, 40, (8, 3) if name in bags else 8, np.int32) for name in names}
+    ids |= {name: np.where(ids[name] < 9, NO_ID, ids[name]) for name in bags}
+    ids = jax.tree.map(jnp.asarray, spec.global_ids(ids))
+
+    @jax.jit
+    def by_vectors(state):
+        state, plan, vectors = stacks.embed(state, ids, bags, tx)
+        seen, pull_back = jax.vjp(stacks.joined, vectors)
+        return mpembed.apply_pooled_gradients(state, plan, *pull_back(2 * seen), tx=tx), seen
+
+    @jax.jit
+    def by_rows(state):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        pool = partial(stacks.pooled, inverse=plan.inverse, bags=bags, implementation="xla")
+        seen, pull_back = jax.vjp(pool, rows)
+        return mpembed.apply_gradients(state, plan, rows, *pull_back(2 * seen), tx=tx), seen
+
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    for one, other in zip(*map(jax.tree.leaves, (by_vectors(state), by_rows(state))), strict=True):
+        np.testing.assert_array_equal(jax.device_get(one), jax.device_get(other))
 
 
 def test_hashing_caps_the_largest_tables():
