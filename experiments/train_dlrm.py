@@ -104,7 +104,9 @@ class Settings:
         shown="as many as a batch has ids",
     )
     row_gradients: bool = setting(
-        False, "Train by gradients of unique rows, not of the vectors; the updates are the same."
+        False,
+        "Train by gradients of unique rows, not of the vectors. The updates are the same; steps "
+        "are slower, and most saves hold only the rows that changed.",
     )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
@@ -479,7 +481,10 @@ def train(
             settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
         ) as written,
     ):
-        keeper = unfinished.Keeper(folder, 60 * settings.save_every, stop, about, command)
+        keeper = unfinished.Keeper(
+            folder, 60 * settings.save_every, stop, about, command,
+            is_incremental=settings.row_gradients,
+        )  # fmt: skip
         if saved is not None:
             keeper.tell_changes(saved)
         for outcome in outcomes:
