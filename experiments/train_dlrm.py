@@ -103,6 +103,11 @@ class Settings:
         at_most=MAX_SEED,
         shown="as many as a batch has ids",
     )
+    row_gradients: bool = setting(
+        False,
+        "Train by gradients of unique rows, not of the vectors. The updates are the same; steps "
+        "are slower, and most saves hold only the rows that changed.",
+    )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
     )
@@ -450,7 +455,8 @@ def train(
       Stopped: if the process was told to stop; everything is saved.
       Refused: if the data are no longer those of the unfinished run.
     """
-    job, folder, name = training.make_job(source, recipe), unfinished_in(settings), source.name
+    job = training.make_job(source, recipe, row_gradients=settings.row_gradients)
+    folder, name = unfinished_in(settings), source.name
     about: dict[str, Any] = {
         "settings": unfinished.record(settings, without=NOT_OF_THE_RUN),
         "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},
@@ -475,7 +481,10 @@ def train(
             settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
         ) as written,
     ):
-        keeper = unfinished.Keeper(folder, 60 * settings.save_every, stop, about, command)
+        keeper = unfinished.Keeper(
+            folder, 60 * settings.save_every, stop, about, command,
+            is_incremental=settings.row_gradients,
+        )  # fmt: skip
         if saved is not None:
             keeper.tell_changes(saved)
         for outcome in outcomes:

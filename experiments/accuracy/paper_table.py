@@ -267,7 +267,12 @@ def train(
                 folder = settings.out / UNFINISHED / records.key_of(what)
                 rows = source.num_train // recipe.batch_size * recipe.batch_size
                 keeper = unfinished.Keeper(
-                    folder, 60 * settings.save_every, stop, {"training": what}, command
+                    folder,
+                    60 * settings.save_every,
+                    stop,
+                    {"training": what},
+                    command,
+                    is_incremental=True,
                 )
                 with reporting.bars(console, [group[0].contender().name], rows) as bars:
                     for result in bench.run(group, seed, bars, keeper):

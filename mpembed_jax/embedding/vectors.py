@@ -32,6 +32,7 @@ from mpembed_jax.embedding import arguments, pooling, step, update
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.ops import Draw, Places
+from mpembed_jax.spec import TablesOfIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,22 @@ def embed(
       TypeError: if state has another type, or ids are not integers of 32 bits or fewer.
       ValueError: as `prefetch` and `pool`.
     """
+    options: dict[str, Any] = {"segment_ids": segment_ids, "num_segments": num_segments}
+    return embed_of_tables(state, ids, None, weights, combiner, **options, tx=tx)
+
+
+def embed_of_tables(
+    state: EmbeddingState,
+    ids: Any,
+    tables: TablesOfIds | None,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    tx: optax.GradientTransformation,
+) -> tuple[EmbeddingState, VectorPlan, Any]:
+    """Does what embed does; see step.prefetch_of_tables."""
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
     leaves, treedef = row_ids.checked(ids)
     options: dict[str, Any] = {
@@ -132,7 +149,7 @@ def embed(
     how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
     if is_fused(tx, state) and any(leaf.size for leaf in leaves):
         return _embed_natively(state, leaves, flat_weights, segment_ids, how)
-    state, plan = step.prefetch(state, treedef.unflatten(leaves))
+    state, plan = step.prefetch_of_tables(state, treedef.unflatten(leaves), tables)
     rows = step.lookup(state, plan)
     vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
     held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}
