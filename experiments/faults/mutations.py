@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 import polars as pl
+import tensorflow_datasets as tfds
 
 import mpembed_jax as mpembed
 from experiments import provenance, running
@@ -297,6 +298,9 @@ class CriteoCache(Files):
     def read(self, rng: random.Random, may_differ: bool) -> str:
         """Reads everything; returns "refused" or "right"."""
         del rng, may_differ
+        # tensorflow-datasets keeps every builder for ever, 10 KB each, for the sake of this
+        # property. They would be counted as memory that a mutated file takes.
+        tfds.core.DatasetBuilder.info.fget.cache_clear()
         try:
             source = self._source()
             sizes = list(source.tables.values())
