@@ -329,13 +329,13 @@ def test_a_signal_stops_the_process_in_order(number, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_training_ends_in_one_line(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("program", [train_dlrm, paper_table], ids=["train_dlrm", "paper_table"])
+def test_a_signal_before_training_ends_in_one_line(program, number, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_dlrm, "make_source", lambda *_: signal.raise_signal(number))
     before = signal.getsignal(signal.SIGTERM)
-    status = train_dlrm.main([*SMALL, "--out", str(tmp_path / "out")])
-    assert status == 128 + number
+    assert program.main(["--out", str(tmp_path / "out")]) == 128 + number
     assert capsys.readouterr().err == (
-        "experiments.train_dlrm: stopped before training began; nothing is lost, start the same "
+        f"{program.__name__}: stopped before training began; nothing is lost, start the same "
         "command again\n"
     )
     assert not (tmp_path / "out").exists()
