@@ -9,6 +9,7 @@ was reading is named, and another worker goes on behind it. Checksums that would
 from the code behind them are computed anew in most of the mutations.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -106,7 +107,7 @@ def twist(document: Any, rng: random.Random) -> Any:
             case 4 if type(holder[key]) is int:
                 holder[key] += rng.choice((-1, 1, 255, 2**32))
             case _:
-                holder[key] = rng.choice(_ODD)
+                holder[key] = copy.deepcopy(rng.choice(_ODD))  # a list could get into itself
     return document
 
 
