@@ -396,12 +396,13 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     console = reporting.make_console()
-    with running.working(f"opening the data {settings.data}"):
-        source = make_source(settings, console.print)
-    recipe = make_recipe(settings)
-    check_rows(source, recipe)
-    contenders = make_contenders(settings, source, recipe)
-    check_memory(source, contenders, recipe)
+    with running.preparing():
+        with running.working(f"opening the data {settings.data}"):
+            source = make_source(settings, console.print)
+        recipe = make_recipe(settings)
+        check_rows(source, recipe)
+        contenders = make_contenders(settings, source, recipe)
+        check_memory(source, contenders, recipe)
     has_kaggle_day = (
         source.num_dense > 0
     )  # reddit and movielens: no epoch of Criteo's to project to
@@ -468,8 +469,9 @@ def train(
             raise command_line.Refused(f"--resume: the data have changed: {'; '.join(found)}")
         about["finished"] = saved["finished"]
         # Before anything is written: it may be refused.
-        resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
-        unfinished.restore(folder, saved, resumed, job)
+        with running.preparing():
+            resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
+            unfinished.restore(folder, saved, resumed, job)
     again = command_line.words_of(dataclasses.replace(settings, resume=True))
     command = command_line.command_of(command_line.name_of(run), again)
     outcomes = [training.outcome_of(values) for values in about["finished"]]

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -329,6 +330,62 @@ def test_a_signal_stops_the_process_in_order(number, tmp_path):
     assert process.returncode == 128 + number
     assert "Traceback" not in said and said.strip().endswith(f"--out {tmp_path} --resume")
     assert checkpoint.steps(tmp_path / "synthetic_unfinished") == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", [train_dlrm, paper_table], ids=["train_dlrm", "paper_table"])
+def test_a_signal_before_training_ends_in_one_line(program, number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_dlrm, "make_source", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert program.main(["--out", str(tmp_path / "out")]) == 128 + number
+    assert capsys.readouterr().err == (
+        f"{program.__name__}: stopped before training began; nothing is lost, start the same "
+        "command again\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_signal_while_criteo_is_prepared_leaves_nothing_half_written(tmp_path):
+    write_criteo(tmp_path)
+    text = tmp_path / "train.txt"
+    text.write_text(text.read_text() * 400)
+    command = [sys.executable, "-m", "experiments.train_dlrm", "--data", "criteo"]
+    with subprocess.Popen(
+        [*command, "--path", str(tmp_path), "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not list(tmp_path.glob("mpembed_cache/**/incomplete.*")):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert "Traceback" not in said and "stopped before training began" in said
+    assert not list(tmp_path.glob("mpembed_cache/**/incomplete.*"))
+    assert not list(tmp_path.glob("mpembed_cache/**/dataset_info.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train_dlrm"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "stopped before it began\n"
+    assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 # --- curves
