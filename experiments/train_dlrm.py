@@ -103,6 +103,13 @@ class Settings:
         at_most=MAX_SEED,
         shown="as many as a batch has ids",
     )
+    chunk: int = setting(
+        training.Recipe.chunk,
+        "Steps that a run takes before the next run's turn; a point of its curve.",
+        "STEPS",
+        at_least=1,
+        at_most=MAX_SEED,
+    )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
     )
@@ -250,6 +257,7 @@ def make_recipe(settings: Any) -> training.Recipe:
         dense_learning_rate=chosen("dense_learning_rate", 1e-3, 2e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
+        chunk=settings.chunk,
     )
 
 
