@@ -232,12 +232,23 @@ def _matched(
         for a, d, leaf in zip(held, wide, leaves, strict=True)
     )
     if not is_same:
-        raise ValueError(
-            "tx does not match the row state: init was called with a transformation whose state "
-            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
-            "to init and apply_gradients"
-        )
+        raise mismatch(row_state, treedef)
     return leaves, treedef, held
+
+
+def mismatch(row_state: Any, treedef: Any) -> ValueError:
+    """Returns the error that a row state was not made for a transformation.
+
+    Args:
+      row_state: as returned by `init_rows`.
+      treedef: the structure of the transformation's state.
+    """
+    held, held_def = jax.tree.flatten(row_state)
+    return ValueError(
+        "tx does not match the row state: init was called with a transformation whose state is "
+        f"{held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx to "
+        "init and to every verb"
+    )
 
 
 def is_moved(old_rows: jax.Array, new_rows: jax.Array) -> jax.Array:

@@ -941,7 +941,7 @@ def test_another_transformation_than_inits_is_refused(pair):
     state = jax.eval_shape(
         lambda key: mpembed.init(key, spec, TRANSFORMATIONS[first]()), jax.random.key(0)
     )
-    with pytest.raises(ValueError, match="pass the same tx to init and apply_gradients"):
+    with pytest.raises(ValueError, match="pass the same tx to init and to every verb"):
         jax.eval_shape(
             lambda held, ids, rows: update_rows(
                 TRANSFORMATIONS[second](),
