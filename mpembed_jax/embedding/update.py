@@ -202,6 +202,7 @@ def _apply_any(
             key=draw.key,
             step=step,
             is_applied=is_applied,
+            is_local=is_local,
             over_all_rows=over_all_rows,
         )
 
