@@ -108,6 +108,13 @@ class Settings:
         "Train by gradients of unique rows, not of the vectors. The updates are the same; steps "
         "are slower, and most saves hold only the rows that changed.",
     )
+    chunk: int = setting(
+        training.Recipe.chunk,
+        "Steps that a run takes before the next run's turn; a point of its curve.",
+        "STEPS",
+        at_least=1,
+        at_most=MAX_SEED,
+    )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
     )
@@ -255,6 +262,7 @@ def make_recipe(settings: Any) -> training.Recipe:
         dense_learning_rate=chosen("dense_learning_rate", 1e-3, 2e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
+        chunk=settings.chunk,
     )
 
 

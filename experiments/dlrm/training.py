@@ -32,7 +32,6 @@ from experiments.dlrm.outcomes import Outcome, measure
 if TYPE_CHECKING:
     from experiments.dlrm.unfinished import Keeper
 
-CHUNK = 16  # batches a contender trains on before the next one's turn
 Storage = Literal[
     "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"
 ]
@@ -69,6 +68,7 @@ class Recipe:
     dense_learning_rate: float = 1e-3  # Adam
     max_unique_ids: int | None = None
     hidden: tuple[int, ...] = (512, 256)  # DLRM's widths; the bottom MLP adds one layer of 64
+    chunk: int = 16  # batches a contender trains on before the next one's turn
 
 
 class Learner(NamedTuple):
@@ -241,11 +241,11 @@ def make_job(
     return Job(train_step, predict, init_params, row_tx, tx, view)
 
 
-def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
+def _chunks(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
     chunk: list[dict] = []
     for batch in batches:
         chunk.append(batch)
-        if len(chunk) == CHUNK:
+        if len(chunk) == size:
             yield chunk
             chunk = []
     if chunk:
@@ -410,10 +410,10 @@ def _train(
     """Does what `fit` says."""
     begun, before = time.perf_counter(), run.seconds
     # The chunk under way, from its beginning: some contenders may have taken more of it.
-    first = min(run.steps) // CHUNK * CHUNK
+    first = min(run.steps) // recipe.chunk * recipe.chunk
     is_warm = [False] * len(run.contenders)
     batches = source.train(recipe.batch_size, run.seed, first)
-    for chunk in _chunks(in_background(map(jax.device_put, batches))):
+    for chunk in _chunks(in_background(map(jax.device_put, batches)), recipe.chunk):
         for i, contender in enumerate(run.contenders):
             start, done = time.perf_counter(), run.steps[i] - first
             if done >= len(chunk):

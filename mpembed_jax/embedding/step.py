@@ -436,7 +436,7 @@ def check_waiting(verb: str, planner: str, state: EmbeddingState, step: jax.Arra
     """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
-            f"{verb} needs a {planner} of its own, but this state has none waiting (it comes from "
+            f"{verb} needs its own {planner}, but this state has none waiting (it comes from "
             f"init, or its plan was already applied); call {planner} once before each {verb}"
         )
     _check_latest(verb, state, step)

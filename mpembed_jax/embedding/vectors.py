@@ -157,7 +157,7 @@ def embed_of_tables(
 
 
 def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
-    """Whether each of the two verbs is one call to native code, without an array of unique rows."""
+    """Returns whether each of the two verbs is one native call, without an array of unique rows."""
     return (
         state.layout is None
         and optim.rule_of(tx) is not None

@@ -170,7 +170,7 @@ def chunk_of(implementation: Named) -> int | None:
 
 
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
-    """Whether Pallas kernels run the row movements of an implementation.
+    """Returns whether Pallas kernels run the row movements of an implementation.
 
     If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
     """

@@ -38,11 +38,6 @@ MODEL = [*DATA, "--batch-size", "128", "--hidden", "16", "8"]
 TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be the same
 
 
-@pytest.fixture(autouse=True)
-def few_batches_in_a_chunk(monkeypatch):
-    monkeypatch.setattr(training, "CHUNK", 4)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_compilation():
     """Runs of the same model share their compiled functions."""
@@ -109,7 +104,7 @@ def write_posts(folder):
     ).write_parquet(folder / "posts.parquet")
 
 
-def write_ratings(folder, monkeypatch):
+def write_ratings(folder):
     rng, count = np.random.default_rng(0), 1500
     ratings = {
         column: [str(i) for i in rng.integers(0, 40, count)]
@@ -117,12 +112,13 @@ def write_ratings(folder, monkeypatch):
     }
     ratings["user_rating"] = rng.integers(1, 6, count)
     ratings["movie_genres"] = [list(rng.integers(0, 8, rng.integers(1, 7))) for _ in range(count)]
-    frame = pl.DataFrame(ratings)
-    monkeypatch.setattr(movielens, "read", lambda *_: frame)
+    path = movielens.ratings_file(folder)
+    path.parent.mkdir(parents=True)
+    pl.DataFrame(ratings).write_parquet(path)
 
 
-def words_for(data, folder, monkeypatch):
-    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1"]
+def words_for(data, folder):
+    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1", "--chunk", "4"]
     match data:
         case "synthetic":
             return [*shared, *MODEL]
@@ -133,8 +129,9 @@ def words_for(data, folder, monkeypatch):
             write_posts(folder)
             return [*shared, "--path", str(folder / "posts.parquet"), "--batch-size", "96"]
         case _:
-            write_ratings(folder, monkeypatch)
-            return [*shared, "--batch-size", "96", "--storage", "int4"]
+            write_ratings(folder)
+            words = ["--cache-dir", str(folder), "--batch-size", "96", "--storage", "int4"]
+            return [*shared, *words]
 
 
 def results(folder, data):
@@ -154,7 +151,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, capsys
 ):
     """Three contenders, two seeds; told to stop in chunks, between them, and while it evaluates."""
-    words = words_for(data, tmp_path, monkeypatch)
+    words = words_for(data, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     stop = tell(monkeypatch, 10**9)
     assert train_dlrm.main([*words, "--out", str(whole)]) == 0
@@ -180,7 +177,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     assert not list(parts.glob("*unfinished*"))
 
 
-SMALL = [*MODEL, "--cache-fraction", "0.3"]
+SMALL = [*MODEL, "--cache-fraction", "0.3", "--chunk", "4"]
 
 
 @pytest.fixture
@@ -216,7 +213,6 @@ def test_a_killed_run_goes_on_from_the_last_save(options, tmp_path, monkeypatch)
         monkeypatch.setattr(curves.Curves, "add", functools.partialmethod(killed, at=at))
         assert train_dlrm.main([*words, *resume]) == 130
     monkeypatch.undo()
-    monkeypatch.setattr(training, "CHUNK", 4)
     assert train_dlrm.main([*words, "--resume"]) == 0
     assert results(tmp_path / "parts", "synthetic") == whole
     assert {is_increment for is_increment, _ in saves} == ({False, True} if options else {False})
@@ -295,7 +291,7 @@ def test_a_damaged_save_is_told(stopped, capsys):
 
 @pytest.mark.slow
 def test_other_data_are_refused(tmp_path, monkeypatch, capsys):
-    words = [*words_for("criteo", tmp_path, monkeypatch), "--out", str(tmp_path / "out")]
+    words = [*words_for("criteo", tmp_path), "--out", str(tmp_path / "out")]
     tell(monkeypatch, 9)
     assert train_dlrm.main(words) == 130
     lines = (tmp_path / "train.txt").read_text().splitlines()

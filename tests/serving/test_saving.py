@@ -344,6 +344,12 @@ def test_files_of_other_programs_are_refused(tmp_path):
 SMALL = shapes.stack((30, 5), 4)
 
 
+def donated():
+    state = mpembed.init(jax.random.key(0), SMALL, TX)
+    jax.jit(mpembed.prefetch, donate_argnums=0)(state, jnp.zeros(4, jnp.int32))
+    return state
+
+
 @pytest.mark.parametrize(
     "mistake",
     named([
@@ -357,6 +363,10 @@ SMALL = shapes.stack((30, 5), 4)
                 path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), SMALL, TX))
             ),
             "traced or abstract",
+        ),
+        Refused(
+            lambda path: serving.save(path, donated()),
+            r"serving\.save\(path, states\): this state was donated to an earlier call",
         ),
         Refused(lambda path: serving.save(path, trained(SMALL), storage="int3"), "unknown row"),
     ]),
