@@ -106,7 +106,7 @@ class Settings:
     row_gradients: bool = setting(
         False,
         "Train by gradients of unique rows, not of the vectors. The updates are the same; steps "
-        "are slower, and most saves hold only the rows that changed.",
+        "are slower.",
     )
     chunk: int = setting(
         training.Recipe.chunk,
@@ -493,7 +493,6 @@ def train(
     ):
         keeper = unfinished.Keeper(
             folder, 60 * settings.save_every, stop, about, command,
-            is_incremental=settings.row_gradients,
         )  # fmt: skip
         if saved is not None:
             keeper.tell_changes(saved)

@@ -270,7 +270,6 @@ def train(
                     stop,
                     {"training": what},
                     command,
-                    is_incremental=True,
                 )
                 with reporting.bars(console, [group[0].contender().name], rows) as bars:
                     for result in bench.run(group, seed, bars, keeper):

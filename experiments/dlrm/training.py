@@ -3,11 +3,11 @@
 Every contender is the functional step of DESIGN.md 4: embed, gradients with respect to the vectors,
 apply_pooled_gradients for them and optax for the dense part, in one jitted call with everything
 donated. A step by gradients of rows makes the same updates: prefetch, lookup, pool,
-apply_gradients. It is taken where a View changes the rows, where a tracker needs their plan, and
-where `make_job` is told so. Contenders take turns on chunks of batches, so the host waits for the
-device once per chunk and times them alternately. Batches are made on a background thread. One pass,
-no early stopping, no learning-rate schedule. What a run reached is in `outcomes`, how it is saved
-and gone on with in `unfinished`.
+apply_gradients. It is taken where a View changes the rows, and where `make_job` is told so.
+Contenders take turns on chunks of batches, so the host waits for the device once per chunk and
+times them alternately. Batches are made on a background thread. One pass, no early stopping, no
+learning-rate schedule. What a run reached is in `outcomes`, how it is saved and gone on with in
+`unfinished`.
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def make_job(
         ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
         # What the loss is differentiated with respect to, per stack: rows, or vectors.
         leaves: list[Any]
-        by_rows = row_gradients or view is not None or learner.trackers is not None
+        by_rows = row_gradients or view is not None
         if by_rows:
             embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
             leaves = list(map(mpembed.lookup, embs, plans))

@@ -69,8 +69,6 @@ class Keeper:
       stop: says whether the process was told to stop.
       about: what the run depends on and what is finished, JSON; read again at each save.
       command: the line that goes on with the run.
-      is_incremental: whether steps mark the rows that they touch, so that some saves hold only
-        these. Marking needs the plans of gradients of rows. Otherwise each save is full.
     """
 
     def __init__(
@@ -80,12 +78,9 @@ class Keeper:
         stop: Stop,
         about: dict[str, Any],
         command: str,
-        *,
-        is_incremental: bool,
     ):
         self.folder, self.every_s, self.stop = folder, every_s, stop
         self.about, self.command = about, command
-        self.is_incremental = is_incremental
         self.last = time.monotonic()
         self._saving: checkpoint.Saving | None = None
         self._full_bytes = 0  # of the save from which the trackers started; 0: none
@@ -154,8 +149,6 @@ class Keeper:
                 raise
 
     def _track(self, run: "Run") -> None:
-        if not self.is_incremental:
-            return
         for i, learner in enumerate(run.learners):
             if learner is not None:
                 trackers = tuple(map(checkpoint.track, learner.emb))
@@ -175,10 +168,10 @@ class Keeper:
             }
         saving = checkpoint.save(self.folder, number, tree, tracker=trackers, wait=wait, keep=KEPT)
         self._saving = None if wait else saving
-        if trackers is None and self.is_incremental:
+        if trackers is None:
             self._full_bytes = saving.nbytes
             self._track(run)
-        elif trackers is not None and 2 * saving.nbytes > self._full_bytes:
+        elif 2 * saving.nbytes > self._full_bytes:
             self._full_bytes = 0  # the next one is full again
 
 

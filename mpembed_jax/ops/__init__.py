@@ -93,6 +93,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "distinct_ids",
     "find",
     "has_kernels",
     "lookup",
@@ -199,6 +200,13 @@ def bag_step(implementation: Named, table: QuantizedTable) -> Any:
     """Returns `cpu.bag_step`, a whole step of a table in two calls; None where it does not run."""
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
+
+
+def distinct_ids(places: Places) -> jax.Array:
+    """Returns the ids of the rows of a fused step; see `cpu.bag_step`."""
+    from mpembed_jax.ops import cpu
+
+    return cpu.bag_step.distinct_ids(places)
 
 
 def max_threads(implementation: Named) -> int:
