@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments import running
 from experiments.running import Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,8 +380,9 @@ def main(
     """
     arguments, name = sys.argv[1:] if arguments is None else arguments, name_of(run)
     is_debug = "--debug" in arguments
+    stop = running.Stop()
     try:
-        with contextlib.nullcontext() if is_debug else _quietly():
+        with running.terminable() as stop, contextlib.nullcontext() if is_debug else _quietly():
             chosen = parse(settings, description, name, arguments)
             if check is not None:
                 check(chosen)
@@ -391,7 +393,8 @@ def main(
     except Stopped as error:
         failed, status, text = error, error.status, str(error)
     except KeyboardInterrupt as error:
-        failed, status, text = error, 128 + signal.SIGINT, "stopped"
+        failed, status = error, 128 + (stop.number or signal.SIGINT)
+        text = str(error) or "stopped"
     except (OSError, Failed) as error:
         failed, status, text = error, FAILED, str(error)
     if is_debug:

@@ -103,6 +103,39 @@ def stoppable() -> Iterator[Stop]:
         os.close(out)
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[Stop]:
+    """Lets SIGTERM raise KeyboardInterrupt, as SIGINT does; the Stop says that it was SIGTERM.
+
+    What a library writes is then cleared away as it is after Ctrl-C. Outside the main thread,
+    nothing changes.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, _: Any) -> None:
+        stop.number = number
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+    """Says of a KeyboardInterrupt that it came before training."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        text = "stopped before training began; nothing is lost, start the same command again"
+        raise KeyboardInterrupt(text) from error
+
+
 def free_memory() -> int:
     """Returns the bytes that this process can still take: the system's, or less in a container."""
     try:

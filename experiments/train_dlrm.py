@@ -127,6 +127,18 @@ class Settings:
         at_most=MAX_SEED,
         shown="as many as a batch has ids",
     )
+    row_gradients: bool = setting(
+        False,
+        "Train by gradients of unique rows, not of the vectors. The updates are the same; steps "
+        "are slower.",
+    )
+    chunk: int = setting(
+        training.Recipe.chunk,
+        "Steps that a run takes before the next run's turn; a point of its curve.",
+        "STEPS",
+        at_least=1,
+        at_most=MAX_SEED,
+    )
     hashed_baseline: bool = setting(
         True, "Also train FP32 tables of the same bytes as ours, into which ids are hashed."
     )
@@ -274,6 +286,7 @@ def make_recipe(settings: Any) -> training.Recipe:
         dense_learning_rate=chosen("dense_learning_rate", 1e-3, 2e-3),
         max_unique_ids=settings.max_unique_ids,
         hidden=settings.hidden,
+        chunk=settings.chunk,
     )
 
 
@@ -420,12 +433,13 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     start = time.perf_counter()
     console = reporting.make_console()
-    with running.working(f"opening the data {settings.data}"):
-        source = make_source(settings, console.print)
-    recipe = make_recipe(settings)
-    check_rows(source, recipe)
-    contenders = make_contenders(settings, source, recipe)
-    check_memory(source, contenders, recipe)
+    with running.preparing():
+        with running.working(f"opening the data {settings.data}"):
+            source = make_source(settings, console.print)
+        recipe = make_recipe(settings)
+        check_rows(source, recipe)
+        contenders = make_contenders(settings, source, recipe)
+        check_memory(source, contenders, recipe)
     has_kaggle_day = (
         source.num_dense > 0
     )  # reddit and movielens: no epoch of Criteo's to project to
@@ -479,7 +493,8 @@ def train(
       Stopped: if the process was told to stop; everything is saved.
       Refused: if the data are no longer those of the unfinished run.
     """
-    job, folder, name = training.make_job(source, recipe), unfinished_in(settings), source.name
+    job = training.make_job(source, recipe, row_gradients=settings.row_gradients)
+    folder, name = unfinished_in(settings), source.name
     about: dict[str, Any] = {
         "settings": unfinished.record(settings, without=NOT_OF_THE_RUN),
         "data": {"train": source.num_train, "test": source.num_test, "ids": source.tables},
@@ -491,8 +506,9 @@ def train(
             raise command_line.Refused(f"--resume: the data have changed: {'; '.join(found)}")
         about["finished"] = saved["finished"]
         # Before anything is written: it may be refused.
-        resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
-        unfinished.restore(folder, saved, resumed, job)
+        with running.preparing():
+            resumed = training.begin(source, contenders, recipe, job, seed=saved["run"]["seed"])
+            unfinished.restore(folder, saved, resumed, job)
     again = command_line.words_of(dataclasses.replace(settings, resume=True))
     command = command_line.command_of(command_line.name_of(run), again)
     outcomes = [training.outcome_of(values) for values in about["finished"]]
@@ -504,7 +520,9 @@ def train(
             settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
         ) as written,
     ):
-        keeper = unfinished.Keeper(folder, 60 * settings.save_every, stop, about, command)
+        keeper = unfinished.Keeper(
+            folder, 60 * settings.save_every, stop, about, command,
+        )  # fmt: skip
         if saved is not None:
             keeper.tell_changes(saved)
         for outcome in outcomes:

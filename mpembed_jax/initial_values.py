@@ -77,7 +77,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
 def _is_drawn_by_row(
     trace: Callable[[int], Any], whole: Any, num_rows: int, embedding_dim: int
 ) -> bool:
-    """Whether an initializer draws each row by itself, in the same way for any number of rows.
+    """Returns whether an initializer draws each row by itself, alike for any number of rows.
 
     `whole` is the trace for all `num_rows` rows.
     """
@@ -106,7 +106,7 @@ def _forms(jaxpr: Any) -> list[Any]:
 
 
 def _has_same_numbers(part: Any, whole: Any) -> bool:
-    """Whether the numbers of two traces are equal up to rounding, so that the rows alone differ."""
+    """Returns whether two traces have the same numbers up to rounding, but for the rows."""
     pairs = zip(_numbers(part), _numbers(whole), strict=True)
     return all(np.isclose(one, other, rtol=1e-6, atol=0, equal_nan=True) for one, other in pairs)
 

@@ -14,8 +14,10 @@ from mpembed_jax import ops, sharding
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.ops import Draw, Store
+from mpembed_jax.optim import row_state
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -52,12 +54,14 @@ def restack(
       The new state, on the same device or mesh.
 
     Raises:
+      TypeError: if state has another type.
       KeyError: if a name in `renamed` or `removed` is unknown.
       ValueError: if a table is left out that is not in `removed`, or would lose rows; if dim,
         storage or row_state_dtype differ; if a stack has a vocabulary; if a prefetch waits for its
-        update; if tx is another one; if the state was made for another spec, or averaged; or if it
-        is divided over several processes.
+        update; if tx is another one; if the state was made for another spec, averaged, or donated;
+        or if several processes hold parts of it.
     """
+    arguments.check_state("restack(state, spec, tx)", state)
     state.check_spec()
     if bool(jax.device_get(state.pending)):
         raise ValueError(
@@ -144,10 +148,7 @@ def _restacked(
     leaves, treedef = jax.tree.flatten(new.row_state)
     before, after = ([(a.dtype, a.shape[1:], a.ndim) for a in x] for x in (old_leaves, leaves))
     if (old_def, before) != (treedef, after):
-        raise ValueError(
-            f"tx does not match the row state: it was made for a transformation whose state is "
-            f"{old_def}, this one's is {treedef}; pass the same tx"
-        )
+        raise row_state.mismatch(state.row_state, treedef)
     rows = _copied(new.table.rows, state.table.rows, kept)
     leaves = [
         _copied(array, old, kept) if array.ndim else jnp.copy(old)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,31 @@ def size_of(table: TableSpec) -> int:
 def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     """Returns the first global row of each table, followed by the total (int64 [T + 1])."""
     return np.concatenate([[0], np.cumsum([size_of(t) for t in tables], dtype=np.int64)])
+
+
+# For each array of ids: the tables of its columns, the last axis; or the one table of all its ids.
+TablesOfIds = tuple[tuple[str, ...], ...]
+
+
+def most_distinct(
+    tables: tuple[TableSpec, ...], of_ids: TablesOfIds | None, sizes: Sequence[int]
+) -> int:
+    """Returns a number of distinct rows that a batch cannot exceed.
+
+    A table has no more distinct rows in a batch than it has rows, or positions in the batch.
+
+    Args:
+      tables: of the stack.
+      of_ids: which tables the ids are of; None if that is not known.
+      sizes: positions of each array of ids.
+    """
+    if of_ids is None:
+        return sum(sizes)
+    positions = dict.fromkeys((table.name for table in tables), 0)
+    for names, size in zip(of_ids, sizes, strict=True):
+        for name in names:
+            positions[name] += size // len(names)
+    return sum(min(size_of(table), positions[table.name]) for table in tables)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,3 +215,13 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
 def test_misuse_is_refused(case):
     with pytest.raises(case.error, match=case.message):
         case.call(trained())
+
+
+def test_what_is_no_state_and_a_donated_state_are_refused():
+    spec = spec_of(SIZES)
+    with pytest.raises(TypeError, match=r"restack\(state, spec, tx\): state must be"):
+        restacking.restack(spec, spec, TX)
+    state = trained()
+    jax.jit(mpembed.prefetch, donate_argnums=0)(state, np.zeros(4, np.int32))
+    with pytest.raises(ValueError, match="this state was donated to an earlier call"):
+        restacking.restack(state, spec, TX)

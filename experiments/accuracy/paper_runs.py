@@ -90,7 +90,10 @@ class Workbench:
                     source = baselines.Pruned(source, self.counts, num_kept)
                 case "quantization-aware":
                     view = baselines.quantization_aware(source.tables)
-            self.jobs[own] = source, recipe, training.make_job(source, recipe, view)
+            # By gradients of rows, whose plans incremental saves need: with and without saves, the
+            # steps are one program.
+            job = training.make_job(source, recipe, view, row_gradients=True)
+            self.jobs[own] = source, recipe, job
         return self.jobs[own]
 
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:

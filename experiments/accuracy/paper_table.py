@@ -228,6 +228,7 @@ def record_of(
 
 def train(
     settings: Settings,
+    source: Any,
     console: Any,
     stop: running.Stop,
     cases_at: Callable[[Settings, int], Sequence[Case]] = cases_of,
@@ -240,12 +241,9 @@ def train(
     command = command_line.command_of(command_line.name_of(train), command_line.words_of(settings))
     settings.out.mkdir(parents=True, exist_ok=True)
     path, environment = settings.out / "paper_table.jsonl", provenance.environment()
-    done, source = records.load(path), None
+    done = records.load(path)
     for dim in settings.dims:
         task = task_of(settings, dim)
-        if source is None:
-            with running.working(f"opening the data {settings.data}"):
-                source = train_dlrm.make_source(task, console.print)
         data, recipe = data_of(task, source), train_dlrm.make_recipe(task)
         train_dlrm.check_rows(source, recipe)
         train_dlrm.check_memory(source, [FP32.contender()], recipe)
@@ -267,7 +265,11 @@ def train(
                 folder = settings.out / UNFINISHED / records.key_of(what)
                 rows = source.num_train // recipe.batch_size * recipe.batch_size
                 keeper = unfinished.Keeper(
-                    folder, 60 * settings.save_every, stop, {"training": what}, command
+                    folder,
+                    60 * settings.save_every,
+                    stop,
+                    {"training": what},
+                    command,
                 )
                 with reporting.bars(console, [group[0].contender().name], rows) as bars:
                     for result in bench.run(group, seed, bars, keeper):
@@ -318,8 +320,10 @@ def run(settings: Settings, cases_at: Callable[[Settings, int], Sequence[Case]] 
     """
     console = reporting.make_console()
     if not settings.report:
+        with running.preparing(), running.working(f"opening the data {settings.data}"):
+            source = train_dlrm.make_source(task_of(settings, settings.dims[0]), console.print)
         with running.stoppable() as stop:
-            train(settings, console, stop, cases_at)
+            train(settings, source, console, stop, cases_at)
     found = list(records.load(settings.out / "paper_table.jsonl").values())
     paper_report.write(found, settings.out)
     console.print((settings.out / "paper_table.md").read_text(), soft_wrap=True, highlight=False)

@@ -9,6 +9,7 @@ the folder of datasets by hand. `movielens/1m-ratings` of tensorflow-datasets st
 record, which is slow to read. What is read is kept beside them as parquet.
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,8 +18,9 @@ import tempfile
 import threading
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -39,14 +41,53 @@ SINGLES = {
     "zip": "user_zip_code",
 }
 MAX_GENRES = 6
-URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 TOGETHER = 4096  # records read at once
 # The parser of this config opens its three files with tf.io.gfile.GFile(path, mode="rb"), all it
 # needs TensorFlow for.
 FILES = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open)))
 
 
-def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print) -> pl.DataFrame:
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """The file to download."""
+
+    url: str = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+    sha256: str | None = None  # None: that which tensorflow-datasets knows
+    seconds: float = 10  # the time that its host has for an answer
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.url.rsplit("/", 1)[1]
+
+    @property
+    def host(self) -> str:
+        """Name of the host."""
+        return self.url.split("/")[2]
+
+
+ML_1M = Archive()
+
+
+def ratings_file(data_dir: Path | str | None = None) -> Path:
+    """Returns the parquet file that keeps the ratings; see `read`."""
+    return Path(_builder(data_dir).data_dir) / "ratings.parquet"
+
+
+def _builder(data_dir: Path | str | None) -> Any:
+    # The original makes a temporary folder, leaves it, and asks a bucket of Google's.
+    not_asked = mock.patch.object(
+        tfds.core.DatasetInfo, "initialize_from_bucket", lambda self: None
+    )
+    with not_asked:
+        return tfds.builder("movielens/1m-ratings", data_dir=data_dir, file_format="array_record")
+
+
+def read(
+    data_dir: Path | str | None = None,
+    log: Callable[[str], None] = print,
+    archive: Archive = ML_1M,
+) -> pl.DataFrame:
     """Returns all ratings, one row each, in the order of user and movie.
 
     It downloads and prepares them if needed.
@@ -54,39 +95,32 @@ def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print)
     Args:
       data_dir: folder of tensorflow-datasets; None: its own default, ~/tensorflow_datasets.
       log: takes lines of progress.
+      archive: what to download.
 
     Raises:
       ConnectionError: if the ratings are not there and cannot be downloaded.
       ValueError: if ml-1m.zip is another file.
     """
-    make = functools.partial(
-        tfds.builder, "movielens/1m-ratings", data_dir=data_dir, file_format="array_record"
-    )
-    # The original makes a temporary folder, leaves it, and asks a bucket of Google's.
-    not_asked = mock.patch.object(
-        tfds.core.DatasetInfo, "initialize_from_bucket", lambda self: None
-    )
-    with not_asked, mock.patch.object(movielens_parsing, "tf", FILES):
-        builder = make()
-        if not is_whole(builder):
-            root = Path(builder.data_dir).parents[2]
-            archive = root / URL.rsplit("/", 1)[1]
-            if not archive.is_file():
-                _download(archive, log)
-            _check_archive(archive, builder.url_infos[URL].checksum)
-            # tensorflow-datasets needs TensorFlow to unpack a file.
-            with tempfile.TemporaryDirectory(dir=root) as folder:
-                zipfile.ZipFile(archive).extractall(folder)
-                unpacked = mock.patch.object(
-                    tfds.download.DownloadManager,
-                    "download_and_extract",
-                    lambda self, url: Path(folder),
-                )
-                with unpacked:
-                    builder = prepared(make)
-    kept = Path(builder.data_dir) / "ratings.parquet"
+    kept = ratings_file(data_dir)
     if kept.is_file():
         return pl.read_parquet(kept)
+    builder = _builder(data_dir)
+    if not is_whole(builder):
+        root = Path(builder.data_dir).parents[2]
+        path = root / archive.name
+        if not path.is_file():
+            _download(archive, path, log)
+        _check(archive, path, builder.url_infos)
+        # tensorflow-datasets needs TensorFlow to unpack a file.
+        with tempfile.TemporaryDirectory(dir=root) as folder:
+            zipfile.ZipFile(path).extractall(folder)
+            unpacked = mock.patch.object(
+                tfds.download.DownloadManager,
+                "download_and_extract",
+                lambda self, url: Path(folder),
+            )
+            with unpacked, mock.patch.object(movielens_parsing, "tf", FILES):
+                builder = prepared(functools.partial(_builder, data_dir))
     records, parts = builder.as_data_source("train"), []
     names = [*SINGLES.values(), "user_rating", "movie_genres"]
     log(f"reading {len(records):,} ratings, once")
@@ -100,46 +134,49 @@ def read(data_dir: Path | str | None = None, log: Callable[[str], None] = print)
     return ratings
 
 
-def _download(archive: Path, log: Callable[[str], None]) -> None:
-    """Downloads the archive, whole or not at all.
+def _download(archive: Archive, path: Path, log: Callable[[str], None]) -> None:
+    """Downloads the archive to `path`, whole or not at all.
 
     Raises:
       ConnectionError: saying what to put where.
     """
-    reason = unreachable()
-    part = archive.with_name(f"{archive.name}.{os.getpid()}")
+    reason = unreachable(archive)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         if reason is None:
-            log(f"downloading {URL}, 6 MB, once")
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            with requests.get(URL, timeout=10) as answer:
+            log(f"downloading {archive.url}, 6 MB, once")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with requests.get(archive.url, timeout=archive.seconds) as answer:
                 answer.raise_for_status()
                 part.write_bytes(answer.content)
-            part.rename(archive)
+            part.rename(path)
             return
     except requests.exceptions.RequestException as error:
         reason = str(error)
     finally:
         part.unlink(missing_ok=True)
     raise ConnectionError(
-        f"MovieLens-1M is not in {archive.parent} and could not be downloaded ({reason}); download "
-        f"{URL} elsewhere and put it there"
+        f"MovieLens-1M is not in {path.parent} and could not be downloaded ({reason}); download "
+        f"{archive.url} elsewhere and put it there"
     )
 
 
-def _check_archive(archive: Path, checksum: str) -> None:
-    """Compares the archive with the one that tensorflow-datasets knows.
+def _check(archive: Archive, path: Path, known: Mapping[str, Any]) -> None:
+    """Compares the file at `path` with the archive.
 
     Raises:
       ValueError: if it is another one.
     """
-    with archive.open("rb") as file:
+    checksum = archive.sha256 or known[archive.url].checksum
+    with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-            raise ValueError(f"{archive} is not the file at {URL}, or was cut; download it again")
+            raise ValueError(
+                f"{path} is not the file at {archive.url}, or was cut; download it again"
+            )
 
 
-def unreachable(seconds: float = 10) -> str | None:
-    """Says why the download's host does not answer within so many seconds, None if it does.
+def unreachable(archive: Archive) -> str | None:
+    """Says why the download's host does not answer in its time, None if it does.
 
     In a thread, because looking up a name of a host can take longer than any limit.
     """
@@ -147,16 +184,17 @@ def unreachable(seconds: float = 10) -> str | None:
 
     def ask() -> None:
         try:
-            requests.head(URL, timeout=seconds, allow_redirects=True)
+            requests.head(archive.url, timeout=archive.seconds, allow_redirects=True)
             answers.put(None)
         except requests.exceptions.RequestException as error:
-            answers.put(f"{type(error).__name__}: no answer from {URL.split('/')[2]}")
+            answers.put(f"{type(error).__name__}: no answer from {archive.host}")
 
     threading.Thread(target=ask, daemon=True).start()
+    limit = archive.seconds + 2
     try:
-        return answers.get(timeout=seconds + 2)
+        return answers.get(timeout=limit)
     except queue.Empty:
-        return f"{URL.split('/')[2]} did not answer within {seconds + 2:.0f} s"
+        return f"{archive.host} did not answer within {limit:.0f} s"
 
 
 def _plain(value: object) -> object:
@@ -174,6 +212,7 @@ class MovielensRatings(InMemory):
       num_rows: keep only so many rows, drawn at random; None keeps all.
       split_seed: which rows train and which test.
       log: takes lines of progress.
+      archive: what to download.
     """
 
     name = "movielens"
@@ -185,8 +224,9 @@ class MovielensRatings(InMemory):
         num_rows: int | None = None,
         split_seed: int = 0,
         log: Callable[[str], None] = print,
+        archive: Archive = ML_1M,
     ):
-        ratings = read(data_dir, log).filter(pl.col("user_rating") != 3)
+        ratings = read(data_dir, log, archive).filter(pl.col("user_rating") != 3)
         ratings = ratings[np.random.default_rng(split_seed).permutation(len(ratings))[:num_rows]]
         self.tables, ids = {}, {}
         for name, column in SINGLES.items():

@@ -173,6 +173,30 @@ def pooled(rows: jax.Array, inverse: Any, bags: Sequence[str], implementation: s
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
+def embed(
+    state: mpembed.EmbeddingState,
+    ids: Any,
+    bags: Sequence[str],
+    tx: optax.GradientTransformation,
+) -> tuple[mpembed.EmbeddingState, Any, list[jax.Array]]:
+    """Runs mpembed.embed for the features of a stack, with bags averaged.
+
+    Returns:
+      The state, the plan, and the vectors for `joined`.
+    """
+    singles, bagged = _split(ids, bags)
+    if not bagged:
+        return mpembed.embed(state, singles, tx=tx)
+    # A feature with one id is a bag of one id.
+    return mpembed.embed(state, [s[..., None] for s in singles] + bagged, combiner="mean", tx=tx)
+
+
+def joined(vectors: list[jax.Array]) -> jax.Array:
+    """Returns the vectors of `embed` as `pooled` does, f32 [B, T of the stack, D]."""
+    parts = [v if v.ndim == 3 else v[:, None] for v in vectors]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
 def read(rows_of: Callable[[jax.Array], jax.Array], ids: Any, bags: Sequence[str]) -> jax.Array:
     """Returns the same vectors from a function that reads the rows f32 [.., D] of global ids."""
     singles, bagged = _split(ids, bags)

@@ -1,11 +1,13 @@
 """The training of several storages of one recommender side by side.
 
-Every contender is the functional step of DESIGN.md 4: prefetch, lookup, pool, gradients with
-respect to the gathered rows, apply_gradients for them and optax for the dense part, in one jitted
-call with everything donated. Contenders take turns on chunks of batches, so the host waits for the
-device once per chunk and times them alternately. Batches are made on a background thread. One pass,
-no early stopping, no learning-rate schedule. What a run reached is in `outcomes`, how it is saved
-and gone on with in `unfinished`.
+Every contender is the functional step of DESIGN.md 4: embed, gradients with respect to the vectors,
+apply_pooled_gradients for them and optax for the dense part, in one jitted call with everything
+donated. A step by gradients of rows makes the same updates: prefetch, lookup, pool,
+apply_gradients. It is taken where a View changes the rows, and where `make_job` is told so.
+Contenders take turns on chunks of batches, so the host waits for the device once per chunk and
+times them alternately. Batches are made on a background thread. One pass, no early stopping, no
+learning-rate schedule. What a run reached is in `outcomes`, how it is saved and gone on with in
+`unfinished`.
 """
 
 import dataclasses
@@ -30,7 +32,6 @@ from experiments.dlrm.outcomes import Outcome, measure
 if TYPE_CHECKING:
     from experiments.dlrm.unfinished import Keeper
 
-CHUNK = 16  # batches a contender trains on before the next one's turn
 Storage = Literal[
     "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4", "int2"
 ]
@@ -71,6 +72,7 @@ class Recipe:
     dense_learning_rate: float = 1e-3  # Adam
     max_unique_ids: int | None = None
     hidden: tuple[int, ...] = (512, 256)  # DLRM's widths; the bottom MLP adds one layer of 64
+    chunk: int = 16  # batches a contender trains on before the next one's turn
 
 
 class Learner(NamedTuple):
@@ -154,11 +156,14 @@ def state_bytes(source: Any, contenders: list[Contender], recipe: Recipe) -> int
     return sum(tables) + 3 * 4 * layers * len(contenders)  # Adam keeps two more of each parameter
 
 
-def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
+def make_job(
+    source: Any, recipe: Recipe, view: View | None = None, *, row_gradients: bool = False
+) -> Job:
     """Builds the step, the prediction and the optimizers.
 
     The model is DLRM if there are dense inputs, otherwise the small MLP. With a `view` the model
     sees its result instead of the rows, in training (gradients flow through it) and prediction.
+    With `row_gradients`, the loss is differentiated with respect to unique rows, not to vectors.
     """
     num_vectors, bags = len(source.tables), source.bags
     row_tx = mpembed.optim.rowwise_adagrad(recipe.row_learning_rate)
@@ -182,23 +187,37 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
     @partial(jax.jit, donate_argnames="learner")
     def train_step(learner: Learner, batch: dict) -> tuple[Learner, Log]:
         ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
-        embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
-        rows = list(map(mpembed.lookup, embs, plans))
+        # What the loss is differentiated with respect to, per stack: rows, or vectors.
+        leaves: list[Any]
+        by_rows = row_gradients or view is not None
+        if by_rows:
+            embs, plans = zip(*map(mpembed.prefetch, learner.emb, ids), strict=True)
+            leaves = list(map(mpembed.lookup, embs, plans))
+        else:
+            embed = partial(stacks.embed, bags=bags, tx=row_tx)
+            embs, plans, leaves = map(list, zip(*map(embed, learner.emb, ids), strict=True))
 
-        def loss_fn(params: Any, rows: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-            seen = [see(learner, r, plan.unique_ids) for r, plan in zip(rows, plans, strict=True)]
-            parts = [
-                stacks.pooled(r, plan.inverse, bags, emb.implementation)
-                for r, plan, emb in zip(seen, plans, learner.emb, strict=True)
-            ]
+        def vectors_of(leaf: Any, plan: Any, emb: mpembed.EmbeddingState) -> jax.Array:
+            if not by_rows:
+                return stacks.joined(leaf)
+            seen = see(learner, leaf, plan.unique_ids)
+            return stacks.pooled(seen, plan.inverse, bags, emb.implementation)
+
+        def loss_fn(params: Any, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+            parts = list(map(vectors_of, leaves, plans, learner.emb))
             vectors = stacks.merged(parts, learner.emb, source, isinstance(batch["ids"], dict))
             logits = model(params, batch["dense"], vectors)
             return models.bce(logits, batch["label"]), logits
 
-        (loss, logits), (grads, row_grads) = jax.value_and_grad(
+        (loss, logits), (grads, leaf_grads) = jax.value_and_grad(
             loss_fn, argnums=(0, 1), has_aux=True
-        )(learner.params, rows)
-        embs = tuple(map(partial(mpembed.apply_gradients, tx=row_tx), embs, plans, rows, row_grads))
+        )(learner.params, leaves)
+        if by_rows:
+            apply = partial(mpembed.apply_gradients, tx=row_tx)
+            embs = tuple(map(apply, embs, plans, leaves, leaf_grads))
+        else:
+            apply = partial(mpembed.apply_pooled_gradients, tx=row_tx)
+            embs = tuple(map(apply, embs, plans, leaf_grads))
         updates, opt_state = tx.update(grads, learner.opt_state, learner.params)
         trackers = learner.trackers
         if trackers is not None:
@@ -230,11 +249,11 @@ def make_job(source: Any, recipe: Recipe, view: View | None = None) -> Job:
     return Job(train_step, predict, init_params, row_tx, tx, view)
 
 
-def _chunks(batches: Iterable[dict]) -> Iterator[list[dict]]:
+def _chunks(batches: Iterable[dict], size: int) -> Iterator[list[dict]]:
     chunk: list[dict] = []
     for batch in batches:
         chunk.append(batch)
-        if len(chunk) == CHUNK:
+        if len(chunk) == size:
             yield chunk
             chunk = []
     if chunk:
@@ -399,10 +418,10 @@ def _train(
     """Does what `fit` says."""
     begun, before = time.perf_counter(), run.seconds
     # The chunk under way, from its beginning: some contenders may have taken more of it.
-    first = min(run.steps) // CHUNK * CHUNK
+    first = min(run.steps) // recipe.chunk * recipe.chunk
     is_warm = [False] * len(run.contenders)
     batches = source.train(recipe.batch_size, run.seed, first)
-    for chunk in _chunks(in_background(map(jax.device_put, batches))):
+    for chunk in _chunks(in_background(map(jax.device_put, batches)), recipe.chunk):
         for i, contender in enumerate(run.contenders):
             start, done = time.perf_counter(), run.steps[i] - first
             if done >= len(chunk):

@@ -72,7 +72,12 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: Path, every_s: float, stop: Stop, about: dict[str, Any], command: str
+        self,
+        folder: Path,
+        every_s: float,
+        stop: Stop,
+        about: dict[str, Any],
+        command: str,
     ):
         self.folder, self.every_s, self.stop = folder, every_s, stop
         self.about, self.command = about, command

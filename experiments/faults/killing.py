@@ -43,7 +43,7 @@ def listen(lines: Iterable[str], aim: str, until: int) -> tuple[int, bool]:
 
 
 def has_unfinished(directory: Path) -> bool:
-    """Whether there is anything but finished checkpoints."""
+    """Returns whether there is anything but finished checkpoints."""
     return directory.exists() and any(
         p.name != ".writer" and not p.name.removeprefix("step_").isdigit()
         for p in directory.iterdir()

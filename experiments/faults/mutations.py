@@ -1,4 +1,6 @@
-"""Mutated files: a checkpoint, a Criteo cache or a parquet file of a stranger is refused or right.
+"""Mutated files of a stranger: each is refused or right.
+
+They are a checkpoint, a Criteo cache, a parquet file and a file for serving.
 
     python -m experiments.faults.run --only mutations
 
@@ -7,6 +9,7 @@ was reading is named, and another worker goes on behind it. Checksums that would
 from the code behind them are computed anew in most of the mutations.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -27,12 +30,14 @@ from typing import Any
 import jax
 import numpy as np
 import polars as pl
+import tensorflow_datasets as tfds
 
 import mpembed_jax as mpembed
 from experiments import provenance, running
 from experiments.data import criteo, prepared, reddit
 from experiments.faults.training import bits_of, marked_step
-from mpembed_jax import checkpoint
+from mpembed_jax import checkpoint, serving
+from mpembed_jax.serving import container
 
 PATIENCE_S = 120  # for one mutated file, before it counts as a hang
 MAX_GROWTH_MB = 256  # of a worker's memory, over all of its files; the largest array has 0.2 MB
@@ -102,7 +107,7 @@ def twist(document: Any, rng: random.Random) -> Any:
             case 4 if type(holder[key]) is int:
                 holder[key] += rng.choice((-1, 1, 255, 2**32))
             case _:
-                holder[key] = rng.choice(_ODD)
+                holder[key] = copy.deepcopy(rng.choice(_ODD))  # a list could get into itself
     return document
 
 
@@ -294,6 +299,9 @@ class CriteoCache(Files):
     def read(self, rng: random.Random, may_differ: bool) -> str:
         """Reads everything; returns "refused" or "right"."""
         del rng, may_differ
+        # tensorflow-datasets keeps every builder for ever, 10 KB each, for the sake of this
+        # property. They would be counted as memory that a mutated file takes.
+        tfds.core.DatasetBuilder.info.fget.cache_clear()
         try:
             source = self._source()
             sizes = list(source.tables.values())
@@ -344,12 +352,119 @@ class Posts(Files):
         return "right"
 
 
+# --- a file for serving
+
+
+class Serving:
+    """A file for serving with two tables, one of 32-bit and one of 16-bit words."""
+
+    _DIM = 5
+
+    def __init__(self, folder: Path) -> None:
+        """Writes it."""
+        self.path = folder / "tables.serving"
+        states = {
+            storage: mpembed.init(
+                jax.random.key(number),
+                mpembed.EmbeddingSpec([mpembed.TableSpec(storage, 40)], self._DIM, storage),
+                _TX,
+            )
+            for number, storage in enumerate(("int8", "bfloat16"))
+        }
+        serving.save(self.path, states)
+        self.kept = self.path.read_bytes()
+        opened = container.open_file(self.path)
+        self.contents, self.arrays = opened.contents, len(self.kept) - len(opened.data)
+        self.ids = {name: np.arange(-2, 45) for name in states}
+        self.rows = serving.load(self.path).lookup(self.ids)
+
+    def mutate(self, rng: random.Random) -> bool:
+        """Mutates the file; returns whether other rows than those that were saved may be right."""
+        head, data = self.kept[: self.arrays], self.kept[self.arrays :]
+        match rng.randrange(4):
+            case 0:
+                content = flip(self.kept, rng)
+            case 1:  # a description with its checksum
+                header = json.loads(head[8:])
+                text = json.dumps(twist(json.loads(header["__metadata__"][container.OURS]), rng))
+                metadata = {container.OURS: text, "crc32": str(zlib.crc32(text.encode()))}
+                content = self._with_header(header | {"__metadata__": metadata}) + data
+            case 2:  # places of arrays
+                content = self._with_header(twist(json.loads(head[8:]), rng)) + data
+            case _:  # other tables, said in every place, and not those of the arrays
+                table = rng.choice(self.contents.tables)
+                number = rng.choice((-1, 0, 1, 3, 39, 41, 2**20, 2**20 + 1, 2**31 - 2, 2**62))
+                changed = [
+                    table._replace(num_rows=number),
+                    table._replace(embedding_dim=max(1, number)),
+                    table._replace(name=str(rng.choice(_ODD))),
+                    table._replace(format=rng.choice(self.contents.tables).format),
+                ]
+                tables = tuple(
+                    rng.choice(changed) if other is table else other
+                    for other in self.contents.tables
+                )
+                contents = dataclasses.replace(self.contents, tables=tables)
+                content = container.padded_header(contents, container.header_room(contents)) + data
+        self.path.write_bytes(content)
+        self.is_changed = self._unpadded(content) != self._unpadded(self.kept)
+        return False
+
+    def _unpadded(self, content: bytes) -> tuple[bytes, bytes]:
+        """Returns the header without its padding, which may have any length, and the arrays."""
+        end = 8 + int.from_bytes(content[:8], "little")
+        return content[8:end].rstrip(b" "), content[end:]
+
+    def _with_header(self, header: Any) -> bytes:
+        text = json.dumps(header).encode()
+        room = -(-(8 + len(text)) // 64) * 64
+        return (room - 8).to_bytes(8, "little") + text.ljust(room - 8)
+
+    def restore_files(self) -> None:
+        """Undoes the mutation."""
+        self.path.write_bytes(self.kept)
+
+    def read(self, rng: random.Random, may_differ: bool) -> str:
+        """Checks every byte, loads and looks up; returns "refused" or "right".
+
+        A file that only `verify` refuses is loaded and read all the same.
+
+        Raises:
+          AssertionError: if it is neither.
+        """
+        del rng, may_differ
+        refusal = None
+        try:
+            contents = serving.verify(self.path)
+        except serving.ServingError as error:
+            assert str(error), "an error without words"
+            refusal = "refused (ServingError)"
+        try:
+            tables = serving.load(self.path, implementation="numpy")
+        except serving.ServingError:
+            assert refusal, "verified, and refused when loaded"
+            return refusal
+        for feature, owner in tables.contents.features:
+            table = tables.table(owner)
+            rows = tables.lookup({feature: np.array([0, table.num_rows - 1, -5])})[feature]
+            assert rows.shape == (3, table.embedding_dim) and rows.dtype == np.float32
+        if refusal:
+            return f"{refusal}, by verify only"
+        if contents == self.contents:
+            found = tables.lookup(self.ids)
+            for name, rows in self.rows.items():
+                assert np.array_equal(found[name], rows), "other rows, without a word"
+        assert not self.is_changed or contents != self.contents, "a change that nothing noticed"
+        return "right"
+
+
 # --- a worker and its launcher
 
 KINDS: dict[str, Callable[[Path], Any]] = {
     "checkpoint": Checkpoint,
     "criteo cache": CriteoCache,
     "parquet": Posts,
+    "serving": Serving,
 }
 
 

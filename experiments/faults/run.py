@@ -220,8 +220,9 @@ def run(settings: Settings) -> None:
             "command": environment["command"],
         }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        # After each part: they take hours together, and --only runs those that are missing.
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

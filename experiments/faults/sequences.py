@@ -166,7 +166,7 @@ class Run:
     # --- the model
 
     def is_good(self, step: int | None, saved: _Saved | None = None) -> bool:
-        """Whether a step can be restored: it and all on which it builds are there and undamaged."""
+        """Returns whether a step can be restored: it and all that it builds on are undamaged."""
         held = self.saved.get(step) if step is not None else None
         if held is None or held.is_damaged or (saved is not None and held is not saved):
             return False

@@ -43,7 +43,7 @@ _HLO_DTYPES = {"bool": "pred", "int32": "s32", "uint16": "u16", "uint32": "u32",
 
 
 def is_on_host(leaf: Any) -> bool:
-    """Whether an abstract array is one in host memory."""
+    """Returns whether an abstract array is one in host memory."""
     return getattr(leaf, "memory_space", None) == jax.memory.Space.Host
 
 

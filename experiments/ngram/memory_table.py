@@ -4,7 +4,9 @@ Contenders: no memory; FP32; INT8, INT4 and INT2 with a small FP32 cache; FP32 i
 INT4 + 5 %; FP32 with Adam. Every contender of a seed has the same weights beside its memory and
 sees the same batches. The text is the standard library of the running Python, or a folder of Python
 files. A finished run is one line of the results file with its settings, commit and environment;
-what is there already is not run again. Table and picture are made from all lines of the file.
+what is there already is not run again. A run is saved every ten minutes and when the process is
+told to stop; the same command goes on with it. Table and picture are made from all lines of the
+file.
 
     python -m experiments.ngram.memory_table
     python -m experiments.ngram.memory_table --features 128 --rows 100000
@@ -13,7 +15,9 @@ what is there already is not run again. Table and picture are made from all line
     python -m experiments.ngram.memory_table --report
 """
 
+import contextlib
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +38,8 @@ Name = Literal[
     "FP32, Adam",
     "INT2 + 5 %",
 ]
+
+UNFINISHED = "ngram_memory_unfinished"  # folder in --out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,19 +111,20 @@ def train(settings: Settings) -> None:
     """Runs what is missing, seed by seed, so that an unfinished table has few seeds of all.
 
     Raises:
-      Stopped: if the process was told to stop; the run at that time is lost, the others are not.
+      Stopped: if the process was told to stop; the run at that time is saved.
     """
+    command = command_line.command_of(command_line.name_of(train), command_line.words_of(settings))
     path, environment = settings.out / report.RECORDS, provenance.environment()
     done = records.load(path)
-    folder = settings.text or text.standard_library()
+    texts = settings.text or text.standard_library()
     with (
         running.working("reading the text"),
-        command_line.reading("--text", folder, ValueError),
+        command_line.reading("--text", texts, ValueError),
     ):
-        data = text.read(folder, settings.vocabulary, settings.tokens)
+        data = text.read(texts, settings.vocabulary, settings.tokens)
     if min(len(data.train), len(data.validation)) <= settings.length:
         raise command_line.Refused(
-            f"--text is {folder}, which has {len(data.train):,} tokens to train and "
+            f"--text is {texts}, which has {len(data.train):,} tokens to train and "
             f"{len(data.validation):,} to validate; a sequence has {settings.length}"
         )
     print(
@@ -137,7 +144,9 @@ def train(settings: Settings) -> None:
     print(f"{len(missing)} of {len(runs)} runs to do", flush=True)
     with running.stoppable() as stop:
         for number, ((recipe, contender, seed), key) in enumerate(missing, 1):
-            outcome = run_one(data, recipe, contender, seed, stop, settings)
+            folder = settings.out / UNFINISHED / key
+            saves = training.Saves(folder, stop, command)
+            outcome = run_one(data, recipe, contender, seed, saves)
             record = {
                 "key": key,
                 **depends_on(data, recipe, contender, seed),
@@ -145,6 +154,9 @@ def train(settings: Settings) -> None:
                 "environment": environment,
             }
             records.append(path, record)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not there, or others are unfinished
+                folder.parent.rmdir()
             print(
                 f"D = {recipe.features}, seed {seed}  {contender.name:<28} loss "
                 f"{outcome.loss:.4f}  {outcome.state_bytes / 1e6:6.1f} MB  "
@@ -158,32 +170,23 @@ def run_one(
     recipe: training.Recipe,
     contender: training.Contender,
     seed: int,
-    stop: running.Stop,
-    settings: Settings,
+    saves: training.Saves,
 ) -> training.Outcome:
     """Trains one contender and says every ten seconds where it is.
 
     Raises:
-      Stopped: at the next step, if the process was told to stop.
+      Stopped: after a step, if the process was told to stop; the run is saved.
     """
     place = {"step": 0, "loss": float("nan")}
 
     def on_step(step: int, loss: float) -> None:
         place.update(step=step + 1, loss=loss)
-        if stop:
-            words = command_line.words_of(settings)
-            command = command_line.command_of(command_line.name_of(train), words)
-            raise command_line.Stopped(
-                stop.number,
-                f"stopped in {contender.name}, seed {seed}; finished runs are saved; go on "
-                f"with:\n  {command}",
-            )
 
     def say() -> str:
         return f".. {contender.name}: step {place['step']} of {recipe.steps}, {place['loss']:.3f}"
 
     with running.progress(say):
-        return training.train(data, recipe, contender, seed, on_step).outcome
+        return training.train(data, recipe, contender, seed, on_step, saves).outcome
 
 
 def check(settings: Settings) -> None:

@@ -1,8 +1,10 @@
 """Trains the language model with one memory, and says what a run depends on."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,10 +14,12 @@ import optax
 from flax import nnx
 
 import mpembed_jax as mpembed
+from experiments.dlrm import unfinished
 from experiments.ngram import text
 from experiments.ngram.model import LanguageModel
 from experiments.ngram.text import BOUNDARY, Text
-from mpembed_jax import nn
+from experiments.running import Stop, Stopped
+from mpembed_jax import checkpoint, nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Outcome(NamedTuple):
     num_rows: int
     hit_rate: float | None  # requests of training that found their row in the cache
     losses: list[tuple[int, float]]  # of training, (step, mean of the steps since the last)
-    seconds: float  # of training; a machine that others use too makes it longer
+    seconds: float  # of training since the last interruption; other users make it longer
 
 
 class Trained(NamedTuple):
@@ -191,12 +195,54 @@ def state_bytes(model: LanguageModel) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model.gated.memory.state))
 
 
+@dataclasses.dataclass(frozen=True)
+class Saves:
+    """Where a run is saved, when, and what is said if it was told to stop."""
+
+    folder: Path
+    stop: Stop
+    command: str  # the line that goes on
+    every_s: float = 600.0
+
+    def take(
+        self, model: LanguageModel, optimizer: nnx.Optimizer, rng: np.random.Generator
+    ) -> list[float]:
+        """Brings what a run trains to where the newest save left it; returns the losses so far.
+
+        Raises:
+          Refused: if there are saves and none of them is good.
+        """
+        if (about := unfinished.read(self.folder)) is None:
+            return []
+        leaves, tree = jax.tree.flatten(nnx.state((model, optimizer)))
+        held = checkpoint.restore(
+            self.folder, {"about": "", "leaves": leaves}, step=len(about["losses"])
+        )
+        nnx.update((model, optimizer), jax.tree.unflatten(tree, held["leaves"]))
+        rng.bit_generator.state = about["rng"]
+        return about["losses"]
+
+    def write(
+        self,
+        model: LanguageModel,
+        optimizer: nnx.Optimizer,
+        rng: np.random.Generator,
+        losses: list[float],
+    ) -> None:
+        """Saves a run after the step of the last loss."""
+        about = json.dumps({"losses": losses, "rng": rng.bit_generator.state})
+        leaves = jax.tree.leaves(nnx.state((model, optimizer)))
+        tree = {"about": about, "leaves": leaves}
+        checkpoint.save(self.folder, len(losses), tree, keep=unfinished.KEPT)
+
+
 def train(
     data: Text,
     recipe: Recipe,
     contender: Contender,
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    saves: Saves | None = None,
 ) -> Trained:
     """Trains one contender and validates it.
 
@@ -206,15 +252,28 @@ def train(
       contender: the memory.
       seed: of weights, rows and batches; the same for all contenders, which makes them paired.
       on_step: is called with the number of each step and its loss; it may raise to end the run.
+      saves: saves the run now and then, and goes on from the newest save; None: does not.
+
+    Raises:
+      Stopped: at the end of a step, if the process was told to stop; the run is saved.
     """
     model = build(recipe, contender, data.vocabulary_size, seed)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(recipe.schedule))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    rng, losses, start = np.random.default_rng(seed), [], time.perf_counter()
-    for step in range(recipe.steps):
+    rng, start = np.random.default_rng(seed), time.perf_counter()
+    losses = [] if saves is None else saves.take(model, optimizer, rng)
+    saved = time.monotonic()
+    for step in range(len(losses), recipe.steps):
         loss = train_step(model, optimizer, jnp.asarray(batch_of(data.train, recipe, rng)))
         losses.append(float(loss))
         on_step(step, losses[-1])
+        if saves is not None and (saves.stop or time.monotonic() - saved > saves.every_s):
+            saves.write(model, optimizer, rng, losses)
+            saved = time.monotonic()
+            if saves.stop:
+                place = f"{contender.name}, seed {seed}, after step {step + 1}"
+                what = f"stopped in {place}; go on with:\n  {saves.command}"
+                raise Stopped(saves.stop.number, what)
     seconds = time.perf_counter() - start
     model.eval()
     # The same windows for every seed and contender.

@@ -90,7 +90,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def is_equal(first: Any, second: Any) -> bool:
-    """Whether two states have the same bits, array by array."""
+    """Returns whether two states have the same bits, array by array."""
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     return all(bool(jnp.array_equal(a, b, equal_nan=a.dtype.kind == "f")) for a, b in pairs)
 

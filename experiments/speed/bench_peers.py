@@ -9,12 +9,15 @@ Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wis
 torch.nn.EmbeddingBag with sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient,
 donated). They need `pip install "mpembed_jax[peers]"`; one that cannot be imported is named and
 left out. Rounds of all workers alternate while only one of them computes; a ratio is the median
-over rounds of ours to the peer's. Our cache is warm: the steps before the timed ones have filled
-its lines, so that the timed ones evict. --task dlrm times the whole training: host batch to device,
-dense part, embedding, optimizers.
+over rounds of ours to the peer's. Our cache is full: the steps before the timed ones have filled
+its lines, so that the timed ones evict. Each round is timed twice. The processor's caches are
+"warm" if one step follows the other. They are "cold" if 256 MB of other memory are touched and a
+product of matrices is computed between the steps, as a model's dense part would. --task dlrm times
+the whole training: host batch to device, dense part, embedding, optimizers.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -32,14 +35,17 @@ from experiments.speed.step import check_memory
 PEERS = (
     "ours-int8-w32",
     "ours-int8-w8",
+    "ours-int8-verbs",
     "ours-int4",
     "ours-float32",
     "fbgemm-fp32",
+    "fbgemm-fp32-huge",
     "fbgemm-fp16",
     "torch-sparse",
     "flax-dense",
 )
 DLRM_PEERS = ("ours-int8-w32", "torch-sparse", "flax-dense")
+CACHES = ("warm", "cold")  # the processor's
 STEPS_PER_ROUND = 10
 
 
@@ -64,7 +70,7 @@ class Settings:
         7, "Rounds in which the peers alternate.", "ROUNDS", at_least=1, at_most=10_000
     )
     distinct: int = setting(
-        70, "Batches that the timed steps cycle through.", "BATCHES", at_least=1, at_most=10_000
+        140, "Batches that the timed steps cycle through.", "BATCHES", at_least=1, at_most=10_000
     )
     warm: int = setting(
         700,
@@ -126,7 +132,13 @@ class Worker:
 
     def __init__(self, case, python):
         command = [python, "-m", "experiments.speed.peers", json.dumps(dataclasses.asdict(case))]
-        environment = os.environ | {"OMP_NUM_THREADS": str(case.threads)}
+        # The product between cold steps runs on one thread: threads of BLAS spin after it.
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(case.threads),
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        if case.worker.endswith("-huge"):
+            environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         self.name = case.worker
         self.process = subprocess.Popen(
             command,
@@ -139,15 +151,14 @@ class Worker:
         line = self.process.stdout.readline()
         again = f"the worker ended; see why with: {' '.join(command[:3])} '{command[3]}'"
         self.facts = json.loads(line) if line else {"missing": again}
-        self.times = []
+        self.times = {caches: [] for caches in CACHES}
 
-    def round(self, steps):
+    def round(self, steps, caches):
         """Runs `steps` steps and notes their median time in seconds."""
-        self.process.stdin.write(f"round {steps}\n")
+        self.process.stdin.write(f"{caches} {steps}\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
-        self.times.append(statistics.median(answer.pop("times")))
-        self.facts |= answer
+        self.times[caches].append(statistics.median(answer["times"]))
 
     def stop(self):
         """Ends the process."""
@@ -180,15 +191,16 @@ def alternate(names, dim, args):
     with running.working(f"D={dim}: {', '.join(names)}"):
         workers = [w for w in (start(name, dim, args) for name in names) if w]
         for _ in range(args.rounds):
-            for worker in workers:
-                worker.round(3 if worker.name == "flax-dense" else STEPS_PER_ROUND)
+            for caches in CACHES:
+                for worker in workers:
+                    worker.round(3 if worker.name == "flax-dense" else STEPS_PER_ROUND, caches)
     results = []
-    for worker in workers:
-        ours, theirs = workers[0].times, worker.times
+    for worker, caches in itertools.product(workers, CACHES):
+        ours, theirs = workers[0].times[caches], worker.times[caches]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         row = {
             "task": args.task, "dim": dim, "batch": args.batch, "skew": args.skew,
-            "peer": worker.name,
+            "peer": worker.name, "caches": caches,
             "against": workers[0].name, "ms": 1e3 * statistics.median(theirs),
             "ms_min": 1e3 * min(theirs), "ms_max": 1e3 * max(theirs),
             "ours_over_peer": statistics.median(ratios), "ratio_min": min(ratios),
@@ -201,7 +213,7 @@ def alternate(names, dim, args):
             row["peak_over_state"] = (row["peak"] - row["before_init"]) / row["state_bytes"]
         results.append(row)
         print(
-            f"D={dim:<4} {worker.name:<14} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, "
+            f"D={dim:<4} {worker.name:<16} {caches} {row['ms']:8.2f} ms [{row['ms_min']:.2f}, "
             f"{row['ms_max']:.2f}]   "
             f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, "
             f"{row['ratio_max']:.3f}]   "
@@ -209,6 +221,7 @@ def alternate(names, dim, args):
             + (f"   ({row['rows']:,} rows)" if "rows" in row else ""),
             flush=True,
         )
+    for worker in workers:
         worker.stop()
     return results
 
@@ -228,7 +241,10 @@ def run(args):
     print(
         "we lose against: "
         + (
-            ", ".join(f"{r['peer']} at D={r['dim']} ({r['ours_over_peer']:.2f})" for r in losses)
+            ", ".join(
+                f"{r['peer']} at D={r['dim']} {r['caches']} ({r['ours_over_peer']:.2f})"
+                for r in losses
+            )
             or "nobody"
         )
     )

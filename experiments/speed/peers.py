@@ -4,8 +4,8 @@ Each runs in its own process and is served over a pipe. A maker builds tables fo
 returns `(prepare, step, facts)`: prepare(local ids int64 [B, T]) makes what the framework reads,
 step(prepared) trains on it and waits for the result. In the embedding task ids are prepared before
 the clock starts, as a data pipeline would have done; in the DLRM task the whole way from host
-arrays is inside it. A worker answers each line `round K` on its standard input with a JSON line of
-K step times.
+arrays is inside it. A worker answers each line `warm K` or `cold K` on its standard input with a
+JSON line of K step times.
 """
 
 import dataclasses
@@ -64,7 +64,10 @@ class Case:
 
 
 def _make_ours(case):
-    """Our verbs; the worker's name says storage and ways."""
+    """Our step; the worker's name says storage and ways.
+
+    `verbs`: the separate ones, instead of embed and apply_pooled_gradients.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -80,9 +83,9 @@ def _make_ours(case):
         else mpembed.CacheSpec(0.01 if storage == "int4" else 0.05, ways=ways)
     )
     tables = [mpembed.TableSpec(f"C{i + 1}", v) for i, v in enumerate(case.sizes)]
-    spec = mpembed.EmbeddingSpec(
-        tables, case.dim, storage, cache, max_unique_ids=case.batch * len(tables) // 3
-    )
+    is_pooled = not case.worker.endswith("verbs")
+    budget = None if is_pooled else case.batch * len(tables) // 3  # as wide are the verbs' arrays
+    spec = mpembed.EmbeddingSpec(tables, case.dim, storage, cache, max_unique_ids=budget)
     tx = mpembed.optim.rowwise_adagrad(LEARNING_RATE)
     facts = {"before_init": workload.resident_bytes()}
     start = time.perf_counter()
@@ -96,7 +99,7 @@ def _make_ours(case):
         grads = jnp.asarray(case.upstream())
 
         def train_embedding(state, ids, grads):
-            state, plan, _, vectors = embedding_step(state, ids, grads, tx=tx)
+            state, plan, _, vectors = embedding_step(state, ids, grads, tx=tx, is_pooled=is_pooled)
             return state, vectors, plan.counts.dropped
 
         train_embedding = jax.jit(train_embedding, donate_argnums=0)
@@ -120,15 +123,13 @@ def _make_ours(case):
     dense, label = case.dense_and_label()
 
     def train(state, params, opt_state, batch):
-        state, plan = mpembed.prefetch(state, batch["ids"])
-        rows = mpembed.lookup(state, plan)
+        state, plan, vectors = mpembed.embed(state, batch["ids"], tx=tx)
 
-        def loss_fn(params, rows):
-            vectors = mpembed.pool(rows, plan.inverse, implementation=state.implementation)
+        def loss_fn(params, vectors):
             return models.bce(models.dlrm(params, batch["dense"], vectors), batch["label"])
 
-        loss, (g, row_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows)
-        state = mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx)
+        loss, (g, grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, vectors)
+        state = mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
         updates, opt_state = dense_tx.update(g, opt_state, params)
         return state, optax.apply_updates(params, updates), opt_state, loss
 
@@ -162,7 +163,7 @@ def _make_fbgemm(case):
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=LEARNING_RATE,
         eps=1e-8,
-        weights_precision=SparseType.FP32 if case.worker.endswith("fp32") else SparseType.FP16,
+        weights_precision=SparseType.FP32 if "fp32" in case.worker else SparseType.FP16,
     )
     embedding.init_embedding_weights_uniform(-0.01, 0.01)
     offsets = torch.arange(case.batch * len(case.sizes) + 1)
@@ -298,6 +299,8 @@ _MAKERS = {"ours": _make_ours, "fbgemm": _make_fbgemm, "torch": _make_torch, "fl
 
 def serve(case):
     """Runs one worker until its standard input ends."""
+    if hasattr(os, "sched_setaffinity"):  # Linux; jax has as many threads as it may use cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.threads])
     if case.worker.startswith(("ours", "flax")):
         # Only for jax: with it, FBGEMM and torch ran up to 300 times slower.
         workload.keep_freed_memory()
@@ -320,17 +323,21 @@ def serve(case):
         if number == 0:
             facts["first_step_s"] = time.perf_counter() - start
     prepared = itertools.cycle([prepare(local) for local in timed])
-    answer(facts)
+    answer(facts | {"peak": workload.peak_bytes(), "resident": workload.resident_bytes()})
+    other = np.ones(1 << 25, np.float32), np.ones(1 << 25, np.float32)
+    matrix = np.ones((1024, 1024), np.float32)
     for line in sys.stdin:
+        caches, steps = line.split()
         times = []
-        for _ in range(int(line.split()[1])):
+        for _ in range(int(steps)):
             batch = next(prepared)
+            if caches == "cold":
+                other[1][:] = other[0]
+                matrix @ matrix
             start = time.perf_counter()
             step(batch)
             times.append(time.perf_counter() - start)
-        answer(
-            {"times": times, "peak": workload.peak_bytes(), "resident": workload.resident_bytes()}
-        )
+        answer({"times": times})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,13 @@ HOST_KINDS = ("pinned_host",)  # memory kinds that can hold a table
 _FILL_BLOCK = 8192  # rows
 
 
+def ceil_power(n: int) -> int:
+    """Returns the smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def is_on_host(array: jax.Array) -> bool:
-    """Whether an array, traced or not, is in host memory."""
+    """Returns whether an array, traced or not, is in host memory."""
     return jax.typeof(array).memory_space == jax.memory.Space.Host
 
 

@@ -1,9 +1,11 @@
 """The cache policies LFU and LRU: use, ageing, the rank of a line, admission, pinning.
 
-A policy is named by "lfu" or "lru". `ops.xla.plan.make_plan` states the rules as a whole.
+A policy is named by "lfu" or "lru". The last branch of a rule is LRU's.
+`ops.xla.plan.make_plan` states the rules as a whole.
 """
 
 import dataclasses
+from collections.abc import Collection
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mpembed_jax.arrays import carries
+from mpembed_jax.cache.spec import POLICIES
 from mpembed_jax.row_ids import NO_ID
 
 if TYPE_CHECKING:
@@ -21,8 +24,34 @@ MAX_ESTIMATE = 2**16 - 1
 PINNED = 2**24  # LFU priority of a line that holds a row of this batch; above every estimate
 
 
+RULES = frozenset({"lfu", "lru"})  # the policies whose rules are in this file
+
+
+def check_rules(policies: Collection[str], rules: Collection[str], where: str) -> None:
+    """Checks that a file has rules for every policy.
+
+    Otherwise, a new policy would silently be LRU.
+
+    Args:
+      policies: the names that a CacheSpec takes.
+      rules: the names whose rules the file has.
+      where: the file.
+
+    Raises:
+      NotImplementedError: if a policy has no rules there.
+    """
+    if missing := sorted(set(policies) - set(rules)):
+        raise NotImplementedError(
+            f"the cache policies {missing} have no rules in {where}; write them, then add the "
+            "names to its RULES"
+        )
+
+
+check_rules(POLICIES, RULES, __name__)
+
+
 def counts_use(policy: str) -> bool:
-    """Whether a policy estimates how often each id is used, and therefore has a sketch."""
+    """Returns whether a policy estimates how often each id is used, and therefore has a sketch."""
     return policy == "lfu"
 
 

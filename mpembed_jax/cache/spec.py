@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mpembed_jax.arrays import indexing
+
 MAX_WAYS = 64
 POLICIES = ("lru", "lfu")  # compiled code knows a policy by its number in this list
 
@@ -31,7 +33,7 @@ class Geometry(NamedTuple):
         There are at most as many buckets as sets, and no more than a batch of `width` unique ids
         can use.
         """
-        return min(self.sets, 1 << max(4, (2 * width - 1).bit_length()))
+        return min(self.sets, max(16, indexing.ceil_power(2 * width)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ _BLOCK = 65536  # rows per block
 
 
 def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
-    """Whether the target has another spec than the saved state, or another layout over a mesh.
+    """Returns whether the target has another spec, or layout over a mesh, than the saved state.
 
     Args:
       prefix: the state's name.

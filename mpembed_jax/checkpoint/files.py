@@ -17,7 +17,7 @@ _PIECE = 1 << 22  # bytes read at once
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or folder exists.
+    """Returns whether a file or folder exists.
 
     Raises:
       OSError: if that cannot be known, for example for lack of permission.

@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 25
 
 
 def is_kept(array: Any) -> bool:
-    """Whether an array is in one device's host memory."""
+    """Returns whether an array is in one device's host memory."""
     return (
         isinstance(array, jax.Array)
         and indexing.is_on_host(array)
@@ -83,7 +83,7 @@ def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) 
     """
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
     take = jax.jit(indexing.take)
-    size = min(_rows_of_block(array, block_bytes), 1 << max(0, index.size - 1).bit_length())
+    size = min(_rows_of_block(array, block_bytes), indexing.ceil_power(index.size))
     for first in range(0, index.size, size):
         piece = index[first : first + size]
         result[first : first + size] = np.asarray(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
@@ -31,6 +32,7 @@ from mpembed_jax.checkpoint.errors import CheckpointError, UnreadableError
 from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.embedding.vectors import VectorPlan
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.row_ids import NO_ID
 
@@ -173,15 +175,15 @@ def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
     return indexing.add(bits, jnp.where(is_set, num_words, word), bit)
 
 
-def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
+def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
     """Marks the rows that a step touches: its unique ids and its victims.
 
-    Call it once per prefetch, inside the jitted step.
+    Call it once per prefetch or embed, inside the jitted step.
 
     Args:
       tracker: consumed if donated. For a state over a mesh, call mark inside jax.shard_map with
         `partition_specs(tracker)`.
-      plan: from the step's prefetch.
+      plan: from the step's prefetch or embed.
 
     Returns:
       The tracker, one step further.
@@ -194,9 +196,17 @@ def mark(tracker: RowTracker, plan: CachePlan) -> RowTracker:
     arguments.expect(call, "tracker", tracker, RowTracker, "from track")
     if tracker.layout is not None:
         tracker.layout.check_bound("mark")
-    arguments.check_plan(call, plan)
-    # Victims are never in the batch, so all of these ids are distinct.
-    ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
+    if isinstance(plan, VectorPlan) and plan.plan is not None:
+        plan = plan.plan
+    if isinstance(plan, VectorPlan):
+        # Its victims need no marks: their lines became dirty in a plan that was marked, or were
+        # dirty at the start.
+        assert plan.places is not None
+        ids = ops.distinct_ids(plan.places)
+    else:
+        arguments.check_plan(call, plan)
+        # Victims are never in the batch, so all of these ids are distinct.
+        ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),

@@ -97,7 +97,7 @@ def embeddings(tree: Any) -> dict[str, Member]:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed random keys."""
+    """Returns whether a leaf is an array of typed random keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

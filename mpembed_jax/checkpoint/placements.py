@@ -50,7 +50,7 @@ class Division:
         }
 
     def keeps_sets(self, other: "Division") -> bool:
-        """Whether every cache set holds the same rows in both divisions.
+        """Returns whether every cache set holds the same rows in both divisions.
 
         This is true for any two numbers of shards by MOD, and for equal divisions by whole tables.
         """
@@ -94,7 +94,7 @@ def places(member: leaves.Member) -> dict[str, leaves.Destination]:
 
 
 def _is_kept_by_spec(inner: str, leaf: Any) -> bool:
-    """Whether the spec's memory kind applies to a leaf, as in state.make.
+    """Returns whether the spec's memory kind applies to a leaf, as in state.make.
 
     It applies to the table and to optimizer state with several numbers per row.
     """

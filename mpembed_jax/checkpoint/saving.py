@@ -393,7 +393,7 @@ def _make_room(directory: Path, step: int) -> tuple[str, bool]:
 
 
 def _is_damaged(directory: Path, step: int) -> bool:
-    """Whether the checkpoint of a step is damaged, or one on which it builds, and may be replaced.
+    """Returns whether a step's checkpoint, or one on which it builds, is damaged: replace it.
 
     Raises:
       CheckpointError: if it is good, or if it may be.

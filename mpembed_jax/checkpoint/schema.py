@@ -26,7 +26,7 @@ class SchemaError(ValueError):
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of JSON is an integer from 0 to the largest of 64 bits."""
+    """Returns whether a value of JSON is an integer from 0 to the largest of 64 bits."""
     return type(value) is int and 0 <= value <= _MAX_INT
 
 
@@ -89,7 +89,7 @@ def check(body: Any, step: int, version: int) -> None:
 
 
 def _is_value(saved: Any) -> bool:
-    """Whether a value is what leaves.split makes of a Python value."""
+    """Returns whether a value is what leaves.split makes of a Python value."""
     if not _is_list(saved, lambda _: True, 2):
         return False
     kind, value = saved
@@ -102,7 +102,7 @@ def _is_value(saved: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether the name of a file stays inside of the folder and at most one folder deep."""
+    """Returns whether the name of a file stays inside of the folder and at most one folder deep."""
     parts = name.split("/")
     return len(parts) <= 2 and all(
         part not in ("", ".", "..") and len(part) <= 255 and not {"\\", "\0"} & set(part)

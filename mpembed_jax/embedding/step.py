@@ -31,6 +31,7 @@ from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.mesh import exchange
 from mpembed_jax.ops import Draw, Moves, Positions, Request
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import TablesOfIds, most_distinct
 
 
 def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
@@ -55,18 +56,37 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
         a vocabulary not pairs.
       ValueError: if host ids do not fit int32, or the state was donated or made for another spec.
     """
+    return prefetch_of_tables(state, ids, None)
+
+
+def prefetch_of_tables(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan]:
+    """Does what prefetch does, with arrays no wider than the rows that ids can name.
+
+    Args:
+      state: consumed if donated.
+      ids: as for prefetch.
+      tables: whose rows the ids are, made by spec.global_ids; None if that is not known.
+    """
     arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
     if state.vocabulary is not None:
         state, ids = admission.admit(state, ids)
-    return prefetch_rows(state, ids)
+        tables = None  # their rows are those of one pool
+    return prefetch_rows(state, ids, tables)
 
 
-def prefetch_rows(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
-    """Is prefetch, for ids that are row numbers, also if the state has a vocabulary."""
+def prefetch_rows(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan]:
+    """Is prefetch_of_tables, for ids that are row numbers, also if the state has a vocabulary."""
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
-    request = _ask(state, leaves) if layout is None else exchange.ask(layout, leaves, state.step)
+    if layout is None:
+        request = _ask(state, leaves, tables)
+    else:
+        request = exchange.ask(layout, leaves, state.step, tables)
     state, moves, inverse, counts = _place(state, request)
     unique_ids = moves.ids
     route = None
@@ -97,7 +117,7 @@ def prefetch_rows(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Cach
     return state, plan
 
 
-def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
+def _ask(state: EmbeddingState, leaves: list[jax.Array], tables: TablesOfIds | None) -> Request:
     """Returns the request of a batch on one device: its distinct ids, within the budget."""
     flat = row_ids.joined(leaves)
     is_request = row_ids.in_range(flat, state.spec.num_rows)
@@ -105,7 +125,8 @@ def _ask(state: EmbeddingState, leaves: list[jax.Array]) -> Request:
     num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
     num_positions = flat.shape[0]
     budget = state.spec.max_unique_ids
-    width = (num_positions if budget is None else min(budget, num_positions)) + 1
+    most = most_distinct(state.spec.tables, tables, [leaf.size for leaf in leaves])
+    width = (most if budget is None else min(budget, most)) + 1
     found = ops.unique(
         jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
     )
@@ -418,7 +439,7 @@ def check_waiting(verb: str, planner: str, state: EmbeddingState, step: jax.Arra
     """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
-            f"{verb} needs a {planner} of its own, but this state has none waiting (it comes from "
+            f"{verb} needs its own {planner}, but this state has none waiting (it comes from "
             f"init, or its plan was already applied); call {planner} once before each {verb}"
         )
     _check_latest(verb, state, step)

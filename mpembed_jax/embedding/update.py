@@ -20,13 +20,13 @@ from mpembed_jax.mesh import exchange
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import Draw, Moves, Positions, Store
 from mpembed_jax.optim import RowRule, row_locality
-from mpembed_jax.optim.row_state import is_moved, update_rows
+from mpembed_jax.optim.row_state import is_moved, mismatch, update_rows
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 
 def has_kernel(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
-    """Whether a kernel runs `tx` on the rows of a state."""
+    """Returns whether a kernel runs `tx` on the rows of a state."""
     return optim.rule_of(tx) is not None and ops.has_kernels(state.implementation, state.table)
 
 
@@ -140,10 +140,7 @@ def accumulator_of(
     row = jax.ShapeDtypeStruct((1, state.spec.embedding_dim), jnp.float32)
     expected: Any = jax.tree.structure(jax.eval_shape(tx.init, row))
     if treedef != expected:
-        raise ValueError(
-            "tx does not match the row state: init was called with a transformation whose state "
-            f"is {treedef}, this one's is {expected}; pass the same tx to init and apply_gradients"
-        )
+        raise mismatch(state.row_state, expected)
     return leaves[0] if rule.has_sums else None
 
 
@@ -205,6 +202,7 @@ def _apply_any(
             key=draw.key,
             step=step,
             is_applied=is_applied,
+            is_local=is_local,
             over_all_rows=over_all_rows,
         )
 

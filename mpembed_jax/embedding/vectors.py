@@ -32,6 +32,7 @@ from mpembed_jax.embedding import admission, arguments, pooling, step, update
 from mpembed_jax.embedding.counters import count_step
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
 from mpembed_jax.ops import Draw, Places
+from mpembed_jax.spec import TablesOfIds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,22 @@ def embed(
       TypeError: if state has another type, or ids are not what prefetch takes.
       ValueError: as `prefetch` and `pool`.
     """
+    options: dict[str, Any] = {"segment_ids": segment_ids, "num_segments": num_segments}
+    return embed_of_tables(state, ids, None, weights, combiner, **options, tx=tx)
+
+
+def embed_of_tables(
+    state: EmbeddingState,
+    ids: Any,
+    tables: TablesOfIds | None,
+    weights: Any = None,
+    combiner: str | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    num_segments: int | None = None,
+    tx: optax.GradientTransformation,
+) -> tuple[EmbeddingState, VectorPlan, Any]:
+    """Does what embed does; see step.prefetch_of_tables."""
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
     if state.vocabulary is not None:
         state.check_spec()
@@ -136,7 +153,9 @@ def embed(
     how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
     if is_fused(tx, state) and any(leaf.size for leaf in leaves):
         return _embed_natively(state, leaves, flat_weights, segment_ids, how)
-    state, plan = step.prefetch_rows(state, treedef.unflatten(leaves))
+    state.check_spec()
+    tables = None if state.vocabulary is not None else tables
+    state, plan = step.prefetch_rows(state, treedef.unflatten(leaves), tables)
     rows = step.lookup(state, plan)
     vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
     held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}
@@ -144,7 +163,7 @@ def embed(
 
 
 def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
-    """Whether each of the two verbs is one call to native code, without an array of unique rows."""
+    """Returns whether each of the two verbs is one native call, without an array of unique rows."""
     return (
         state.layout is None
         and optim.rule_of(tx) is not None

@@ -30,6 +30,7 @@ from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import Moves, Request, Unique
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import TablesOfIds
 
 
 def route_of(plan: CachePlan) -> Route:
@@ -146,16 +147,19 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 # --- ids to owners
 
 
-def ask(layout: Layout, leaves: list[jax.Array], step: jax.Array) -> Request:
+def ask(
+    layout: Layout, leaves: list[jax.Array], step: jax.Array, tables: TablesOfIds | None
+) -> Request:
     """Sends this device's distinct ids to their owners; returns the requests of its own rows.
 
     Args:
       layout: the stack's layout.
       leaves: the ids of this device, int32 [..] or pairs [.., 2].
       step: int32 scalar.
+      tables: whose rows the ids are, or None.
     """
     layout.check_bound("prefetch")
-    own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step)
+    own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step, tables)
     num_dropped = own.num_dropped
     num_positions = own.inverse.shape[0]
     rows, own, route = request(layout, own, step)

@@ -16,6 +16,7 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.ops import Unique
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import TablesOfIds, most_distinct
 
 
 def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -62,7 +63,10 @@ def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Uniq
 
 
 def deduplicate(
-    layout: Layout, leaves: list[jax.Array], step: jax.Array
+    layout: Layout,
+    leaves: list[jax.Array],
+    step: jax.Array,
+    tables: TablesOfIds | None = None,
 ) -> tuple[Unique, jax.Array, jax.Array]:
     """Returns the distinct ids of a device, the number of requests and of ids outside the stack.
 
@@ -70,6 +74,7 @@ def deduplicate(
       layout: of the stack.
       leaves: int32 arrays [..], or pairs [.., 2].
       step: int32 scalar.
+      tables: whose rows the ids are, or None.
 
     Raises:
       ValueError: if summation blocks do not divide the leading axis of a leaf.
@@ -87,7 +92,11 @@ def deduplicate(
     def find(ids: jax.Array) -> Unique:
         # The budget is for the whole batch. The ids that stay within it are the smallest (by hash),
         # so each of them is among the `budget` smallest of its device.
-        most = ids.shape[0] if budget is None or layout.is_paired else min(budget, ids.shape[0])
+        most = ids.shape[0]
+        if not layout.is_paired:
+            sizes = [leaf.size // blocks for leaf in leaves]
+            most = most_distinct(layout.spec.tables, tables, sizes)
+            most = most if budget is None else min(budget, most)
         return distinct(layout, ids, most + 1, step)
 
     if blocks == 1:

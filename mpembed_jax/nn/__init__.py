@@ -8,12 +8,19 @@ from mpembed_jax.nn.bags import CachedEmbedBags
 from mpembed_jax.nn.embed import CachedEmbed
 from mpembed_jax.nn.ngram import NGramMemory, ngram_spec
 from mpembed_jax.nn.ngram_hash import NGramHash
-from mpembed_jax.nn.stack import CachedRows, EmbeddingVariable, apply_gradients, discard
+from mpembed_jax.nn.stack import (
+    CachedRows,
+    CachedVectors,
+    EmbeddingVariable,
+    apply_gradients,
+    discard,
+)
 
 __all__ = [
     "CachedEmbed",
     "CachedEmbedBags",
     "CachedRows",
+    "CachedVectors",
     "EmbeddingVariable",
     "NGramHash",
     "NGramMemory",

@@ -18,6 +18,17 @@ from mpembed_jax.nn.stack import Stack
 from mpembed_jax.spec import EmbeddingSpec
 
 
+def _held(
+    stack: Stack, combiners: routing.Combiners, ids: Any, given: Any, weights: Any
+) -> routing.Part | routing.Vectors:
+    """Returns what a stack holds for a call in training: rows, or the vectors of a fused step."""
+    if not stack.is_prefetched or not stack.holds_vectors:
+        return stack.part(ids, given)
+    routing.check_no_weights(weights)
+    bags = routing.fusible(combiners, ids)
+    return routing.Vectors(stack.called(ids if bags is None else bags[0], given))
+
+
 class CachedEmbedBags(nnx.Module):
     """Turns features into one vector per bag, with quantized tables and a float32 cache.
 
@@ -39,6 +50,12 @@ class CachedEmbedBags(nnx.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
+      fused: True: prefetch makes the vectors, and a step needs no array of rows or of their
+        gradients. Each call must then get exactly the ids of its prefetch, in the same nesting and
+        shapes, and no weights. Gradients are those of the vectors. So leave it False where
+        something reads or changes gradients of rows, such as clipping by the global norm, and for
+        microbatches, vmap or scan. It changes nothing over a mesh, in a stack with a
+        vocabulary, and in one whose bags of several ids have different combiners.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
@@ -58,6 +75,7 @@ class CachedEmbedBags(nnx.Module):
         axis_name: Any = None,
         placement: Placement | None = None,
         implementation: str | None = None,
+        fused: bool = False,
         rngs: nnx.Rngs,
     ):
         self.specs = routing.as_specs(specs)
@@ -70,6 +88,7 @@ class CachedEmbedBags(nnx.Module):
             "axis_name": axis_name,
             "placement": placement,
             "implementation": implementation,
+            "fused": fused,
         }
         self.stacks = nnx.List(
             [
@@ -114,7 +133,16 @@ class CachedEmbedBags(nnx.Module):
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         for stack, part, own in zip(self.stacks, routed, given, strict=True):
-            stack.prefetch(part, own, not self.deterministic)
+            bags = routing.fusible(self.combiners, part) if stack.fused else None
+            nest, combiner = (part, None) if bags is None else bags
+            stack.prefetch(
+                nest,
+                own,
+                not self.deterministic,
+                combiner,
+                fusible=bags is not None,
+                by_feature=True,
+            )
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
         """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
@@ -141,7 +169,7 @@ class CachedEmbedBags(nnx.Module):
         parts = [
             routing.Part(*verbs.read_unpooled(stack.embedding_state(), part))
             if self.deterministic
-            else stack.part(part, own)
+            else _held(stack, self.combiners, part, own, weights)
             for stack, part, own in zip(self.stacks, routed, given, strict=True)
         ]
         return routing.combine(self.specs, self.combiners, parts, ids, weights, self.dtype)

@@ -71,6 +71,11 @@ class CachedEmbed(nnx.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
+      fused: True: prefetch makes the vectors, and a step needs no array of rows or of their
+        gradients. Each call must then get exactly the ids of its prefetch, in the same nesting and
+        shapes. Gradients are those of the vectors. So leave it False where something reads or
+        changes gradients of rows, such as clipping by the global norm, and for microbatches, vmap
+        or scan. Over a mesh, it changes nothing.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
@@ -97,6 +102,7 @@ class CachedEmbed(nnx.Module):
         axis_name: Any = None,
         placement: Placement | None = None,
         implementation: str | None = None,
+        fused: bool = False,
         rngs: nnx.Rngs,
     ):
         spec = embed_spec(
@@ -120,6 +126,7 @@ class CachedEmbed(nnx.Module):
             "axis_name": axis_name,
             "placement": placement,
             "implementation": implementation,
+            "fused": fused,
         }
         self.stack = Stack(spec, DEFAULT_TX if tx is None else tx, rngs=rngs, **where)
 

@@ -30,12 +30,19 @@ from mpembed_jax.embedding.state import EmbeddingState, over_mesh, partition_spe
 from mpembed_jax.mesh import exchange
 from mpembed_jax.nn import routing, verbs
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import TablesOfIds
 
 _MISSING = NO_ID  # in an inverse: the row was not prefetched
 
 
+def _with_table(given: Any) -> tuple[str | None, Any]:
+    return tuple(given) if isinstance(given, routing.Own) else (None, given)
+
+
 class Origin:
     """Pairs of an array given to prefetch and the leaf of the plan's inverse made from it.
+
+    An array may come with its table, as routing.Own.
 
     It is static. All Origins compare equal, so none causes a retrace: they are used only to
     recognize an array object within one trace.
@@ -45,8 +52,12 @@ class Origin:
         # References are weak, because a tracer must not outlive its trace. Host arrays are copied,
         # because they may change.
         self._pairs = [
-            (weakref.ref(index), weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids))
-            for index, ids in zip(inverse, given, strict=True)
+            (
+                weakref.ref(index),
+                table,
+                weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids),
+            )
+            for index, (table, ids) in zip(inverse, map(_with_table, given), strict=True)
             if isinstance(index, jax.core.Tracer)
         ]
 
@@ -58,7 +69,10 @@ class Origin:
 
     def inverse_of(self, ids: Any, inverse: list[Any]) -> Any:
         """Returns the leaf of `inverse` that was made from `ids`, or None if that is not known."""
-        for made, given in self._pairs:
+        table, ids = _with_table(ids)
+        for made, of, given in self._pairs:
+            if of != table:
+                continue
             held = next((index for index in inverse if index is made()), None)
             if held is None:
                 continue
@@ -79,30 +93,36 @@ class Prefetched:
     origin: Origin
 
 
-def fetch(state: EmbeddingState, ids: Any, given: Any) -> tuple[EmbeddingState, Prefetched, Any]:
+def fetch(
+    state: EmbeddingState, ids: Any, given: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, Prefetched, Any]:
     """Plans a batch and brings its rows into the cache.
 
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
       given: the user's own arrays, in the nesting of `ids`, which were computed from them.
+      tables: whose rows the ids are; see step.prefetch_of_tables.
 
     Returns:
       The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
     """
-    state, plan, rows = verbs.run(_fetch, state, ids)
+    state, plan, rows = verbs.run(_fetch, state, ids, tables=tables)
     treedef: Any = jax.tree.structure(ids)
     origin = Origin(treedef.flatten_up_to(plan.inverse), treedef.flatten_up_to(given))
     return state, Prefetched(plan, origin), rows
 
 
-def _fetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+def _fetch(
+    state: EmbeddingState, ids: Any, *, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan, jax.Array]:
     if verbs.is_whole(state):
         layout: Any = state.layout
         result = (partition_specs(state), exchange.plan_specs(layout), _held(layout))
-        run = over_mesh(_fetch, state, PartitionSpec(layout.batch_axes), result=result)
+        fetch = partial(_fetch, tables=tables)
+        run = over_mesh(fetch, state, PartitionSpec(layout.batch_axes), result=result)
         return run(state, jax.tree.map(jnp.asarray, ids))
-    state, plan = step.prefetch(state, ids)
+    state, plan = step.prefetch_of_tables(state, ids, tables)
     return state, plan, step.lookup_held(state, plan)
 
 

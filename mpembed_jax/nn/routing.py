@@ -14,7 +14,8 @@ import optax
 
 from mpembed_jax import row_ids
 from mpembed_jax.embedding.pooling import COMBINERS, pool
-from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.spec import EmbeddingSpec, TablesOfIds
 
 Combiners = tuple[tuple[str, str | None], ...]
 
@@ -25,6 +26,19 @@ class Part(NamedTuple):
     rows: jax.Array  # f32 [U, D]
     inverse: Any
     pool: Callable = pool  # pooling.pool, or the same function over a mesh
+
+
+class Own(NamedTuple):
+    """A user's own array of ids, and the table of which they are ids: together they name rows."""
+
+    table: str
+    ids: Any
+
+
+class Vectors(NamedTuple):
+    """The contribution of one stack to a call of a module, if its step is fused."""
+
+    vectors: Any  # f32 [.., D] in the nesting of the stack's ids
 
 
 def as_specs(specs: EmbeddingSpec | Sequence[EmbeddingSpec]) -> tuple[EmbeddingSpec, ...]:
@@ -163,11 +177,71 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     """Returns the user's own arrays in the nesting of `route`, of the same ids.
 
-    Arguments and errors are those of `route`. An array [.., T] stands for its columns.
+    Arguments and errors are those of `route`. An array [.., T] stands for its columns. One array
+    may be given for several features, so each array of a mapping is an Own.
     """
     if isinstance(ids, Mapping):
-        return [{f: ids[f] for f, _ in s.feature_tables if f in ids} for s in specs]
+        return [{f: Own(t, ids[f]) for f, t in s.feature_tables if f in ids} for s in specs]
     return [ids] * len(specs)
+
+
+def tables_of(spec: EmbeddingSpec, ids: Any, by_feature: bool) -> TablesOfIds | None:
+    """Returns the tables of global ids, for prefetch_of_tables.
+
+    Args:
+      spec: of the stack; its global_ids made the ids.
+      ids: {feature: int32 [..]}, or a nest of int32 [.., T]; of one table, of int32 [..].
+      by_feature: whether a mapping is one of features.
+    """
+    if spec.num_rows >= NO_ID or spec.vocabulary is not None:
+        return None
+    if not by_feature or not isinstance(ids, Mapping):
+        return (tuple(table for _, table in spec.feature_tables),) * len(jax.tree.leaves(ids))
+    of_feature = dict(spec.feature_tables)
+    paths = jax.tree_util.tree_flatten_with_path(ids)[0]
+    keys: list[Any] = [getattr(path[0], "key", None) if path else None for path, _ in paths]
+    if not all(key in of_feature for key in keys):
+        return None  # a mapping that jax does not take apart by its keys
+    return tuple((of_feature[key],) for key in keys)
+
+
+def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:
+    """Returns the ids of a stack with the one combiner that makes all their vectors.
+
+    Args:
+      combiners: see as_combiners.
+      ids: of the stack, as `route` returned them.
+
+    Returns:
+      The nest of ids and its combiner. None if bags of several ids have different combiners, or if
+      ids have no bag axis. A vector of one id is a bag of one id beside other bags.
+    """
+    if not isinstance(ids, Mapping):
+        return ids, None
+    by_feature = {feature: name for feature, name in combiners if feature in ids}
+    bags = {f for f, name in by_feature.items() if name is not None}
+    if any(np.ndim(ids[f]) < 2 for f in bags):
+        return None
+    several = {by_feature[f] for f in bags if ids[f].shape[-1] != 1}
+    if len(several) > 1:
+        return None
+    if several:
+        nest = {f: index if f in bags else index[..., None] for f, index in ids.items()}
+        return nest, several.pop()
+    return {f: index[..., 0] if f in bags else index for f, index in ids.items()}, None
+
+
+def check_no_weights(weights: Any) -> None:
+    """Checks that a call of a fused step has no weights.
+
+    Raises:
+      ValueError: if it has.
+    """
+    if weights is not None:
+        raise ValueError(
+            "a call of a module with fused=True takes no weights, because prefetch made its "
+            "vectors; leave them out, or make the module with fused=False"
+        )
 
 
 def _as_float(weights: Any) -> jax.Array:
@@ -175,8 +249,10 @@ def _as_float(weights: Any) -> jax.Array:
 
 
 def _bags(
-    part: Part, combiners: dict[str, str | None], weights: Mapping[str, Any]
+    part: Part | Vectors, combiners: dict[str, str | None], weights: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
+    if isinstance(part, Vectors):
+        return dict(part.vectors)
     rows, inverse, pool = part
     # These features share one gather, and one table of gradients.
     single = {}
@@ -213,7 +289,7 @@ def _bags(
 def combine(
     specs: tuple[EmbeddingSpec, ...],
     combiners: Combiners,
-    parts: Sequence[Part],
+    parts: Sequence[Part | Vectors],
     ids: Any,
     weights: Any,
     dtype: Any,
@@ -223,7 +299,7 @@ def combine(
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's Part, its inverse in the nesting that `route` returned.
+      parts: each stack's Part, its inverse in the nesting that `route` returned; or its Vectors.
       ids: the ids that the user passed.
       weights: None, or factors in the nesting and shapes of ids; a mapping may leave features out.
       dtype: dtype of the result.
@@ -258,7 +334,11 @@ def combine(
     if weights is None:
         # A column is a bag of one id, so every combiner gives its vector.
         return jnp.concatenate(
-            [part.pool(part.rows, part.inverse) for part in parts], axis=-2
+            [
+                part.vectors if isinstance(part, Vectors) else part.pool(part.rows, part.inverse)
+                for part in parts
+            ],
+            axis=-2,
         ).astype(dtype)
     if np.shape(weights) != np.shape(ids):
         raise ValueError(
@@ -267,6 +347,7 @@ def combine(
         )
     stacked: list[jax.Array] = []
     for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
+        assert isinstance(part, Part)  # a fused step has no weights
         names = [f for f, _ in spec.feature_tables]
         index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
         bags = _bags(

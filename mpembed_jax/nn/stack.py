@@ -3,17 +3,16 @@
 Between steps, a stack holds one variable, the EmbeddingState. It is not a Param, so gradients and
 optimizers do not see it. In a step, `prefetch` adds the plan and the rows. The rows are a Param, so
 that an unchanged nnx.value_and_grad differentiates with respect to them. `apply_gradients` removes
-both again.
+both again. A fused step holds vectors in the place of rows.
 """
 
 from typing import Any
 
-import jax
 import optax
 from flax import nnx
 
 from mpembed_jax.embedding.state import EmbeddingState, init
-from mpembed_jax.nn import prefetched, verbs
+from mpembed_jax.nn import fused, prefetched, routing, verbs
 from mpembed_jax.nn.routing import Part
 from mpembed_jax.spec import EmbeddingSpec
 
@@ -24,6 +23,13 @@ class EmbeddingVariable(nnx.Variable):
 
 class CachedRows(nnx.Param):
     """Holds the rows of one step, float32 [Q, D]; over a mesh, each row of the batch once.
+
+    It exists between prefetch and nn.apply_gradients.
+    """
+
+
+class CachedVectors(nnx.Param):
+    """Holds the vectors of one fused step: a tuple of float32 arrays, one for each array of ids.
 
     It exists between prefetch and nn.apply_gradients.
     """
@@ -40,11 +46,18 @@ class Stack(nnx.Module):
       spec: the stack.
       tx: optax transformation for its rows.
       rngs: its `params` stream gives the key of the embedding's randomness.
+      fused: whether a step holds vectors and needs no gradients of rows; see `fused`.
       where: mesh, axis_name, placement and implementation, as in init.
     """
 
     def __init__(
-        self, spec: EmbeddingSpec, tx: optax.GradientTransformation, *, rngs: nnx.Rngs, **where: Any
+        self,
+        spec: EmbeddingSpec,
+        tx: optax.GradientTransformation,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        **where: Any,
     ):
         if not callable(getattr(rngs, "params", None)):
             raise TypeError(
@@ -52,12 +65,23 @@ class Stack(nnx.Module):
             )
         self.spec = spec
         self.tx = tx
+        self.fused = fused and spec.vocabulary is None
         self.state = EmbeddingVariable(init(rngs.params(), spec, tx, **where))
 
     @property
     def is_prefetched(self) -> bool:
-        """Whether rows are held, that is, a step is in progress."""
-        return hasattr(self, "rows")
+        """Whether rows or vectors are held, that is, a step is in progress."""
+        return hasattr(self, "plan")
+
+    @property
+    def holds_vectors(self) -> bool:
+        """Whether a fused step is in progress."""
+        return hasattr(self, "held_vectors")
+
+    @property
+    def leaf(self) -> str:
+        """The name of what the step differentiates."""
+        return "held_vectors" if self.holds_vectors else "rows"
 
     def embedding_state(self) -> EmbeddingState:
         """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense.
@@ -84,13 +108,24 @@ class Stack(nnx.Module):
             )
         self.state.set_value(state)
 
-    def prefetch(self, ids: Any, given: Any, is_training: bool) -> None:
+    def prefetch(
+        self,
+        ids: Any,
+        given: Any,
+        is_training: bool,
+        combiner: str | None = None,
+        fusible: bool = True,
+        by_feature: bool = False,
+    ) -> None:
         """Plans a batch, brings its rows into the cache and holds them for one step.
 
         Args:
           ids: nest of int32 arrays of global ids.
           given: nest like ids of the user's own arrays.
           is_training: whether the calling module is in training mode.
+          combiner: of a fused step.
+          fusible: whether the ids can be those of a fused step.
+          by_feature: whether a mapping of ids is one of features.
 
         Raises:
           ValueError: if is_training is False, or if nn.apply_gradients was not called after the
@@ -109,10 +144,17 @@ class Stack(nnx.Module):
                 "after each prefetch (several inputs in one step: prefetch one nest of them), or "
                 "nn.discard(model) to give up a step"
             )
-        state, plan, rows = prefetched.fetch(self.embedding_state(), ids, given)
+        state = self.embedding_state()
+        tables = routing.tables_of(self.spec, ids, by_feature)
+        if self.fused and fusible and state.layout is None:
+            state, embedded, found = fused.fetch(state, ids, given, tables, combiner, self.tx)
+            self.held_vectors = CachedVectors(found)
+            self.plan = PlanVariable(embedded)
+        else:
+            state, plan, rows = prefetched.fetch(state, ids, given, tables)
+            self.rows = CachedRows(rows)
+            self.plan = PlanVariable(plan)
         self.state.set_value(state)
-        self.plan = PlanVariable(plan)
-        self.rows = CachedRows(rows)
 
     def part(self, ids: Any, given: Any) -> Part:
         """Returns the held rows, where ids are among them, and the pool function for them.
@@ -124,14 +166,21 @@ class Stack(nnx.Module):
         Raises:
           ValueError: if nothing was prefetched, or if an id was not, where the ids are concrete.
         """
+        self._check_prefetched()
+        state, plan, rows = self.embedding_state(), self.plan.get_value(), self.rows.get_value()
+        return prefetched.part(state, plan, rows, ids, given)
+
+    def called(self, ids: Any, given: Any) -> Any:
+        """Returns the held vectors of a fused step; see `fused.called`."""
+        return fused.called(self.plan.get_value(), self.held_vectors.get_value(), ids, given)
+
+    def _check_prefetched(self) -> None:
         if not self.is_prefetched:
             raise ValueError(
                 "a cached embedding in training mode was called without prefetch, which would "
                 "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
                 "model.eval() if this is evaluation"
             )
-        state, plan, rows = self.embedding_state(), self.plan.get_value(), self.rows.get_value()
-        return prefetched.part(state, plan, rows, ids, given)
 
     def vectors(self, ids: Any, given: Any, is_training: bool) -> Any:
         """Returns the vectors of ids: from the held rows in training, else read from the table.
@@ -140,19 +189,29 @@ class Stack(nnx.Module):
         """
         if not is_training:
             return verbs.read(self.embedding_state(), ids)
+        if self.holds_vectors:
+            return self.called(ids, given)
         part = self.part(ids, given)
         return part.pool(part.rows, part.inverse)
 
-    def update(self, row_grads: jax.Array) -> None:
-        """Applies one optimizer update to the held rows, then drops them and their plan."""
-        plan, rows = self.plan.get_value(), self.rows.get_value()
-        state = prefetched.update(self.embedding_state(), plan, rows, row_grads, self.tx)
+    def update(self, grads: Any) -> None:
+        """Applies one optimizer update to the held rows, then drops them and their plan.
+
+        Args:
+          grads: of the rows; of a fused step, of the vectors.
+        """
+        state, plan = self.embedding_state(), self.plan.get_value()
+        if self.holds_vectors:
+            state = fused.update(state, plan, grads, self.tx)
+        else:
+            state = prefetched.update(state, plan, self.rows.get_value(), grads, self.tx)
         self.state.set_value(state)
         self.drop()
 
     def drop(self) -> None:
-        """Drops the held rows and their plan."""
-        del self.plan, self.rows
+        """Drops what is held, and its plan."""
+        delattr(self, self.leaf)
+        del self.plan
 
 
 def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
@@ -171,7 +230,8 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     """Updates every prefetched embedding of a model and removes its rows from model and gradients.
 
     To clip by the global norm of dense and row gradients together, as dense training does, clip
-    before this call. Until then, grads hold both kinds of gradients:
+    before this call. Until then, grads hold both kinds of gradients, unless a module is fused, and
+    holds the gradients of its vectors instead:
 
       `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`
 
@@ -200,9 +260,9 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
             f"returned for the model, got {type(grads).__name__}"
         )
     flat = dict(nnx.to_flat_state(nnx.state(grads)))
-    row_grads = []
-    for path, _ in waiting:
-        name = (*path, "rows")
+    held_grads = []
+    for path, stack in waiting:
+        name = (*path, stack.leaf)
         if name not in flat:
             raise ValueError(
                 f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; "
@@ -210,9 +270,9 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
                 "and nnx.value_and_grad) and pass the gradients unchanged"
             )
         held = flat.pop(name)
-        row_grads.append(held.get_value() if isinstance(held, nnx.Variable) else held)
+        held_grads.append(held.get_value() if isinstance(held, nnx.Variable) else held)
     # All gradients were found before any is applied, so an error leaves the model unchanged.
-    for (_, stack), gradient in zip(waiting, row_grads, strict=True):
+    for (_, stack), gradient in zip(waiting, held_grads, strict=True):
         stack.update(gradient)
     return nnx.from_flat_state(flat)
 

@@ -59,7 +59,7 @@ def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
 
 
 def is_whole(state: EmbeddingState) -> bool:
-    """Whether a sharded state is held as whole arrays, outside jax.shard_map.
+    """Returns whether a sharded state is held as whole arrays, outside jax.shard_map.
 
     The verbs then run over its mesh.
     """

@@ -100,6 +100,7 @@ __all__ = [
     "choose",
     "chunk_of",
     "compiled",
+    "distinct_ids",
     "find",
     "has_kernels",
     "lookup",
@@ -177,7 +178,7 @@ def chunk_of(implementation: Named) -> int | None:
 
 
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
-    """Whether Pallas kernels run the row movements of an implementation.
+    """Returns whether Pallas kernels run the row movements of an implementation.
 
     If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
     """
@@ -206,6 +207,13 @@ def bag_step(implementation: Named, table: QuantizedTable) -> Any:
     """Returns `cpu.bag_step`, a whole step of a table in two calls; None where it does not run."""
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
+
+
+def distinct_ids(places: Places) -> jax.Array:
+    """Returns the ids of the rows of a fused step; see `cpu.bag_step`."""
+    from mpembed_jax.ops import cpu
+
+    return cpu.bag_step.distinct_ids(places)
 
 
 def max_threads(implementation: Named) -> int:

@@ -36,7 +36,7 @@ ROWS = 7919  # a prime that other dimensions are unlikely to equal
 
 
 def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
-    """Whether each row's update depends only on that row, its gradient and state, and scalars.
+    """Returns whether a row's update depends only on its row, gradient and state, and on scalars.
 
     True is a proof. False may also mean that the transformation uses an operation this analysis
     does not know.
@@ -54,7 +54,7 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
 
 
 def draws_rows_apart(traced: Any) -> bool:
-    """Whether an initializer draws the ROWS rows of its result independently and all alike.
+    """Returns whether an initializer draws the ROWS rows of its result independently and all alike.
 
     True is a proof, see `is_row_local`.
 
@@ -73,7 +73,7 @@ def inner_of(eqn: Any) -> Any:
 
 
 def is_literal(atom: Any) -> bool:
-    """Whether an operand is a number, or an array, written into the jaxpr."""
+    """Returns whether an operand is a number, or an array, written into the jaxpr."""
     return hasattr(atom, "val")
 
 
@@ -124,9 +124,9 @@ def _has_rows(variable: Any) -> bool:
 
 
 def _keeps_rows_apart(jaxpr: Any, is_drawn: bool = False) -> bool:
-    """Whether row i of every value depends only on row i of the inputs; rows are dimension 0.
+    """Returns whether row i of every value depends only on row i of the inputs.
 
-    If is_drawn, random numbers may be drawn for all rows.
+    Rows are dimension 0. If is_drawn, random numbers may be drawn for all rows.
     """
     return all(_is_local(eqn, is_drawn) for eqn in jaxpr.eqns)
 

@@ -232,12 +232,23 @@ def _matched(
         for a, d, leaf in zip(held, wide, leaves, strict=True)
     )
     if not is_same:
-        raise ValueError(
-            "tx does not match the row state: init was called with a transformation whose state "
-            f"is {held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx "
-            "to init and apply_gradients"
-        )
+        raise mismatch(row_state, treedef)
     return leaves, treedef, held
+
+
+def mismatch(row_state: Any, treedef: Any) -> ValueError:
+    """Returns the error that a row state was not made for a transformation.
+
+    Args:
+      row_state: as returned by `init_rows`.
+      treedef: the structure of the transformation's state.
+    """
+    held, held_def = jax.tree.flatten(row_state)
+    return ValueError(
+        "tx does not match the row state: init was called with a transformation whose state is "
+        f"{held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx to "
+        "init and to every verb"
+    )
 
 
 def is_moved(old_rows: jax.Array, new_rows: jax.Array) -> jax.Array:
@@ -260,6 +271,7 @@ def update_rows(
     key: random_bits.Key,
     step: jax.Array,
     is_applied: jax.Array,
+    is_local: bool = False,
     over_all_rows: Callable | None = None,
 ) -> tuple[jax.Array, Any]:
     """Updates gathered rows and their optimizer state.
@@ -267,13 +279,15 @@ def update_rows(
     Args:
       tx: the transformation that `row_state` was made for.
       row_state: as returned by `init_rows`.
-      ids: int32 [U]; NO_ID stores no state, and its gradient counts as zero, whatever it is.
+      ids: int32 [U]; NO_ID stores no state, and its gradient counts as zero, whatever it is. If tx
+        mixes rows, its row counts as zeros, too, and its state as the initial one.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
       dtype: storage dtype of the row state.
       key: uint32 [2].
       step: int32 scalar.
       is_applied: bool scalar; if False, scalars (such as schedule counts) do not change.
+      is_local: whether tx is known to treat each row by itself.
       over_all_rows: None, or what is called instead of tx.update: the same function, if these are
         not all rows of the batch and tx mixes rows.
 
@@ -289,22 +303,27 @@ def update_rows(
     is_row_id = (ids >= 0) & (ids < num_rows)
     place = jnp.where(is_row_id, ids, num_rows)
 
+    def of_rows(values: jax.Array, padding: jax.Array) -> jax.Array:
+        return jnp.where(is_row_id.reshape(-1, *[1] * (values.ndim - 1)), values, padding)
+
     def gather(array: jax.Array, leaf: RowLeaf) -> jax.Array:
         if not leaf.is_row:
             return array
         values = indexing.take(array, place)
         if _is_narrow(leaf, dtype):
-            return rounding.decode_float(
+            values = rounding.decode_float(
                 values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"]
             )
-        return values
+        # Padding reads the state of some row, from which an update would enter norms over rows.
+        return values if is_local else of_rows(values, jnp.asarray(leaf.initial))
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])
 
     def update(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
         own_grads = jnp.where((ids != NO_ID)[:, None], row_grads, jnp.float32(0))
-        updates, new_state = over_all_rows(own_grads, old_state, rows)
+        own_rows = rows if is_local else of_rows(rows, jnp.float32(0))
+        updates, new_state = over_all_rows(own_grads, old_state, own_rows)
         new_state = jax.tree.map(
             lambda new, old: jnp.asarray(new).astype(old.dtype), new_state, old_state
         )

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from mpembed_jax.arrays import indexing
+
 ScalarOrSchedule = Any  # a float, or a function of the step count
 
 
@@ -122,7 +124,7 @@ def mean_of_squares(g: jax.Array) -> jax.Array:
     """
     dim = g.shape[-1]
     squares = _rounded(jnp.square(g))
-    half = max(8, 1 << (dim - 1).bit_length()) // 2
+    half = max(8, indexing.ceil_power(dim)) // 2
     while half:
         lower, upper = squares[..., :half], squares[..., half:]
         missing = lower.shape[-1] - upper.shape[-1]
@@ -231,7 +233,7 @@ def scale_by_rowwise_adam(
 
 
 def _is_given(weight_decay: Any) -> bool:
-    """Whether there is decay. An array, as from optax.inject_hyperparams, may have any value."""
+    """Returns whether there is decay. An array, as of optax.inject_hyperparams, may have any."""
     return isinstance(weight_decay, jax.Array) or bool(weight_decay)
 
 

@@ -173,6 +173,8 @@ def open_file(path: Any) -> Opened:
       ServingError: if it is not such a file, is cut short, or is of a newer version.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
+        raise ServingError(f"{path} is no serving file: it is a pipe or a device")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -211,7 +213,8 @@ def _read_header(path: Path, head: bytes) -> Contents:
             raise ServingError(f"{path} is a safetensors file that mpembed_jax did not write")
         raise ServingError(f"{path} is no serving file: its header is not JSON of safetensors")
     text = metadata[OURS]
-    if metadata.get("crc32") != str(zlib.crc32(text.encode())):
+    # JSON can name half a character, which has no bytes; "?" then stands for it.
+    if metadata.get("crc32") != str(zlib.crc32(text.encode(errors="replace"))):
         raise ServingError(f"{path} is damaged: the checksum of its description differs")
     try:
         body = json.loads(text)
@@ -253,14 +256,20 @@ def _contents(body: dict[str, Any]) -> Contents:
             raise ValueError(f"table {name!r} has {num_rows!r} rows of dim {dim!r}")
         if not 1 <= dim <= 1 << 20:
             raise ValueError(f"table {name!r} has dim {dim}")
-        storage = RowFormat(*entry["storage"])
+        code, symmetric, scale_dtype = entry["storage"]
+        if type(symmetric) not in (bool, type(None)):
+            raise ValueError(f"table {name!r} has storage {entry['storage']}")
+        storage = RowFormat(code, symmetric, scale_dtype)
         if storage != storage.resolve(dim):
             raise ValueError(f"table {name!r} has storage {entry['storage']}")
         largest, mean, num_nonfinite = entry["errors"]
         errors = Errors(float(largest), float(mean), int(num_nonfinite))
         tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors))
     features = tuple((str(f), str(t)) for f, t in body["features"])
-    return checked(Contents(tuple(tables), features, int(body["checksums_crc32"])))
+    checksum = body["checksums_crc32"]
+    if type(checksum) is not int or not 0 <= checksum < 1 << 32:
+        raise ValueError(f"the checksum of its checksums is {checksum!r}")
+    return checked(Contents(tuple(tables), features, checksum))
 
 
 def checked(contents: Contents) -> Contents:

@@ -56,7 +56,7 @@ def save(
     Raises:
       OSError: if the file cannot be written; an existing file stays.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract, spread over several processes, or has a vocabulary.
+        abstract, donated or spread over several processes, or has a vocabulary.
     """
     found = sources.states_of(states)
     return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)
@@ -163,7 +163,7 @@ def _blocks(
         ids = source.line_ids[low:high]
         lines = source.lines(source.line_of[low:high])
         # Lengths are powers of two, so that few programs are compiled.
-        extra = (1 << max(0, len(ids) - 1).bit_length()) - len(ids) if len(ids) else 0
+        extra = indexing.ceil_power(len(ids)) - len(ids) if len(ids) else 0
         padded_ids = np.pad(ids, (0, extra), constant_values=NO_ID).astype(np.int32)
         lines = np.pad(lines, [(0, extra), (0, 0)])
         if is_kept:

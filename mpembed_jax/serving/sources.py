@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.embedding import arguments
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
@@ -63,9 +64,10 @@ def of_state(name: str, state: EmbeddingState) -> Source:
       state: concrete; not consumed.
 
     Raises:
-      ValueError: if the state is traced or abstract, lies over several processes, has a
+      ValueError: if the state is traced, abstract or donated, lies over several processes, has a
         vocabulary, or was made for another spec than its own.
     """
+    arguments.check_state("serving.save(path, states)", state)
     leaves = jax.tree.leaves(state)
     if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
         raise ValueError(f"stack {name!r} is traced or abstract; save concrete states")
@@ -169,7 +171,7 @@ def _slice_of_host(part: np.ndarray, first: int, num: int) -> np.ndarray:
 
 def _slice_of_device(part: jax.Array, first: int, num: int) -> np.ndarray:
     # Slices of equal length, so that one compiled program reads them all.
-    size = min(part.shape[0], 1 << max(0, num - 1).bit_length())
+    size = min(part.shape[0], indexing.ceil_power(num))
     begin = min(first, part.shape[0] - size)
     block = jax.device_get(_take(part, np.int32(begin), size))
     return block[first - begin : first - begin + num]

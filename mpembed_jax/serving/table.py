@@ -349,7 +349,7 @@ class ServingTable:
         return row_ids.in_mapping_of(ids, found)
 
     def _is_on_host(self, packed: Any, given: Any) -> bool:
-        """Whether the host reads the rows.
+        """Returns whether the host reads the rows.
 
         Raises:
           TypeError: if it would have to read them while a function is traced.

@@ -47,6 +47,13 @@ def record(state, batches, train=True):
     return jax.lax.scan(step, state, batches)
 
 
+def test_a_policy_without_rules_is_refused():
+    """Both files check their rules as they are imported; no policy is LRU for want of a branch."""
+    with pytest.raises(NotImplementedError, match=r"\['fifo'\] have no rules in here; .* RULES"):
+        policy.check_rules(("lru", "lfu", "fifo"), policy.RULES, "here")
+    policy.check_rules(shapes.POLICIES, policy.RULES, "here")
+
+
 def check(model, state, batches, *, train=True):
     """Runs the package and the model side by side and returns summed counts.
 

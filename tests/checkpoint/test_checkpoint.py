@@ -285,6 +285,43 @@ def test_a_chain_of_increments_restores_exactly(case, tmp_path):
         )
 
 
+@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize(
+    "cache", [None, mpembed.CacheSpec(num_rows=32, ways=4, policy="lru")], ids=["none", "lru"]
+)
+def test_increments_of_steps_from_ids_to_vectors(cache, implementation, tmp_path):
+    """embed's plan names no victims; the increments hold them all the same."""
+    tx = mpembed.optim.rowwise_adagrad(0.1)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 3000)], DIM, "int8", cache)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(emb, tracker, ids):
+        emb, plan, vectors = mpembed.embed(emb, ids, tx=tx)
+        grads = jax.grad(lambda v: jnp.sum(jnp.sin(3 * v)))(vectors)
+        return mpembed.apply_pooled_gradients(emb, plan, grads, tx=tx), checkpoint.mark(
+            tracker, plan
+        )
+
+    def train(emb, tracker, first):
+        for number in range(first, first + 8):
+            rng = np.random.default_rng(number)
+            ids = rng.integers(0, 3000, 40) * (rng.random(40) < 0.8)
+            ids[:4] = [mpembed.NO_ID, -1, 3000, 7]
+            emb, tracker = step(emb, tracker, ids.astype(np.int32))
+        return emb, tracker
+
+    emb = mpembed.init(jax.random.key(0), spec, tx, implementation=implementation)
+    emb, _ = train(emb, checkpoint.track(emb), 0)
+    full = checkpoint.save(tmp_path, 8, emb)
+    tracker = checkpoint.track(emb)
+    for first in (8, 16):
+        emb, tracker = train(emb, tracker, first)
+        saving = checkpoint.save(tmp_path, first + 8, emb, tracker=tracker)
+        assert saving.nbytes < 0.6 * full.nbytes
+        assert_same(checkpoint.restore(tmp_path, emb), emb)
+    assert cache is None or mpembed.stats(emb).write_backs > 100
+
+
 def test_a_flush_alone_is_in_the_increment(tmp_path):
     """It changes table rows that no plan since the last checkpoint names."""
     tree = trained("int8-lfu", 0, 40)

@@ -1,10 +1,15 @@
 """What a compiled step may cost, counted and not timed: copies, sorts and temporaries.
 
-Traces are counted in test_invariants.py.
+Traces are counted in test_invariants.py. `compiled_steps.json` records the costs of the steps in
+RECORDED, for each implementation. After a change that is meant to change them, write it again:
+
+    PYTHONPATH=tests python tests/embedding/test_cost.py
 """
 
+import json
 import re
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -88,3 +93,42 @@ def math_prod(shape):
             dtype=np.int64,
         )
     )
+
+
+RECORD = Path(__file__).with_name("compiled_steps.json")
+RECORDED = {
+    "int8 lfu": Stack("int8", "lfu"),
+    "int4 lru with a budget": Stack("int4", "lru", 800),
+    "float32 without cache": Stack("float32", None),
+}
+
+
+def cost_of(stack, implementation):
+    """Operations of the compiled step, its floating-point operations, and bytes of temporaries."""
+    _, compiled = compiled_step(stack, implementation)
+    return {
+        "operations": len(re.findall(r"^\s*(?:ROOT )?%?\S+ = ", compiled.as_text(), re.MULTILINE)),
+        "flops": int(compiled.cost_analysis()["flops"]),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+@pytest.mark.parametrize("name", named(list(RECORDED), fast={"int8 lfu"}))
+def test_a_step_costs_what_is_recorded(name, implementation):
+    """Up to a tenth; another jax compiles to something else."""
+    if implementation == "numba":
+        pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+    record = json.loads(RECORD.read_text())
+    if record["jax"] != jax.__version__:
+        pytest.skip(f"the record is of jax {record['jax']}")
+    wanted = record["steps"][name][implementation]
+    assert cost_of(RECORDED[name], implementation) == pytest.approx(wanted, rel=0.1)
+
+
+if __name__ == "__main__":
+    steps = {
+        name: {way: cost_of(stack, way) for way in ("xla", "xla_chunked", "numba")}
+        for name, stack in RECORDED.items()
+    }
+    RECORD.write_text(json.dumps({"jax": jax.__version__, "steps": steps}, indent=1) + "\n")

@@ -271,7 +271,7 @@ def test_another_tx_than_inits_is_refused():
         mpembed.optim.rowwise_adagrad(0.1),
         optax.chain(optax.sgd(0.1, momentum=0.9), optax.clip(1.0)),
     ):
-        with pytest.raises(ValueError, match="pass the same tx to init and apply_gradients"):
+        with pytest.raises(ValueError, match="pass the same tx to init and to every verb"):
             mpembed.apply_gradients(state, plan, rows, rows, tx=tx)
     with pytest.raises(
         TypeError,

@@ -244,7 +244,7 @@ def test_a_second_call_changes_nothing_and_is_counted(implementation):
         mpembed.stats(again)
     eager, plan, _ = mpembed.embed(state, ids, tx=SGD)
     eager = mpembed.apply_pooled_gradients(eager, plan, grads, tx=SGD)
-    with pytest.raises(ValueError, match="of its own, but this state has none waiting"):
+    with pytest.raises(ValueError, match="needs its own embed, but this state has none waiting"):
         mpembed.apply_pooled_gradients(eager, plan, grads, tx=SGD)
 
 

@@ -169,6 +169,40 @@ def test_every_format(codec):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: "-".join(map(str, codec.values())))
+def test_rows_of_extreme_numbers(codec):
+    """Subnormal, huge, infinite and undefined rows read the same; the rest has the same bits."""
+    case = Case(codec, 16, None, 1, "lfu", None, "vectors", "sgd", num_ids=16)
+    ids = np.arange(16, dtype=np.int32)
+    grads = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    grads[0], grads[1, 0], grads[2, 0], grads[3] = np.nan, np.inf, -np.inf, 3e38
+    grads[3, 0] = -3e38
+    grads[4] *= np.float32(1e-36)
+    grads[5] *= np.float32(1e-38)
+    grads[6] *= np.float32(1e30)
+    tx = TRANSFORMATIONS["sgd"]
+
+    @jax.jit
+    def step(state, grads):
+        state, plan, _ = mpembed.embed(state, ids, tx=tx)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
+
+    rows = []
+    for name in ("xla", "numba"):
+        state = state_of(case, name)
+        zeros = mpembed.write_rows(state, ids, np.zeros((16, 16), np.float32))
+        rows.append(np.asarray(jax.jit(mpembed.read)(step(zeros, grads), ids)))
+    reference, native = rows
+    is_number = np.isfinite(reference).all(1)
+    np.testing.assert_array_equal(np.isfinite(native).all(1), is_number)
+    np.testing.assert_array_equal(native, reference)
+    np.testing.assert_array_equal(
+        native[is_number].view(np.uint32), reference[is_number].view(np.uint32)
+    )
+    assert is_number[4:].all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling(pooling):
     check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
@@ -273,16 +307,22 @@ def compiled_step(tx, spec, ids, combiner):
 
 
 @pytest.mark.parametrize("combiner", [None, "mean"])
-def test_a_step_makes_no_array_of_unique_rows_and_copies_nothing(combiner):
-    """The only float arrays as wide as the batch are the vectors and their gradients."""
-    spec = shapes.stack(400_009, 24, storage="int8", lines=20_000, ways=8)
+@pytest.mark.parametrize("storage", ["int8", "int4", "float32"])
+def test_a_step_makes_no_array_of_unique_rows_and_copies_nothing(storage, combiner):
+    """The only float arrays as wide as the batch are the vectors and their gradients.
+
+    The float32 rows have no cache; the table is then an array of float32 itself.
+    """
+    lines = None if storage == "float32" else 20_000
+    spec = shapes.stack(400_009, 24, storage=storage, lines=lines, ways=8)
     ids = jax.ShapeDtypeStruct((500, 6), jnp.int32)
     state, compiled = compiled_step(TRANSFORMATIONS["adagrad"], spec, ids, combiner)
     text = compiled.as_text()
     rows_of = [int(n) for n in re.findall(r"f32\[(\d+),24\]", text)]
     wanted = 3000 if combiner is None else 500
     assert wanted in rows_of
-    assert set(rows_of) <= {0, wanted, state.cache.rows.shape[0]}
+    held = state.table.rows if state.cache is None else state.cache.rows
+    assert set(rows_of) <= {0, wanted, held.shape[0]}
     large = {leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 20_000}
     copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
     assert not [s for s in copied if np.prod([int(n) for n in s.split(",")]) in large]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
+import mpembed_jax as mpembed
 from experiments import train_dlrm
 from experiments.data import criteo_format, reddit, synthetic
 from experiments.data.background import in_background
@@ -366,6 +368,63 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
     )
     assert cached.auc == pytest.approx(plain.auc, abs=1e-5)
     assert plain.auc > 0.6 and cached.hit_rate > 0.5
+
+
+@OPTAX_ADAM
+@pytest.mark.parametrize("data", ["posts with bags", "a click log"])
+def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
+    """Two stacks, and bags with padding. Only the dense layers may round differently."""
+    contender = training.Contender("ours", "int8", 0.1, float32_share=0.2)
+    if data == "a click log":
+        source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
+    else:
+        request.getfixturevalue("posts")
+        source, recipe = reddit.RedditPosts(num_rows=4_000), training.Recipe(8, 512, 0.05, 2e-3)
+    batch = next(iter(source.train(recipe.batch_size, 0)))
+    learners, logs = [], []
+    for row_gradients in (False, True):
+        job = training.make_job(source, recipe, row_gradients=row_gradients)
+        [learner] = training.begin(source, [contender], recipe, job, seed=0).learners
+        assert len(learner.emb) == 2
+        for _ in range(3):
+            learner, log = job.train_step(learner, batch)
+        learners.append(learner)
+        logs.append(log)
+    np.testing.assert_allclose(logs[0].scores, logs[1].scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(logs[0].counts[1:], logs[1].counts[1:])
+    for ours, theirs in zip(learners[0].emb, learners[1].emb, strict=True):
+        before = mpembed.to_dense(ours), mpembed.to_dense(theirs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *before)
+
+
+@pytest.mark.parametrize("names", [("item", "user", "words"), ("words",), ("item", "user")])
+def test_vectors_of_embed_are_those_of_pooled_rows(names):
+    """In every bit, and so are the rows that their gradients leave."""
+    bags = [name for name in names if name == "words"]
+    tables = tuple(mpembed.TableSpec(name, 40) for name in names)
+    tx, rng = mpembed.optim.rowwise_adagrad(0.1), np.random.default_rng(0)
+    spec = mpembed.EmbeddingSpec(tables, 4, "int8", mpembed.CacheSpec(num_rows=16, ways=4))
+    ids = {name: rng.integers(0, 40, (8, 3) if name in bags else 8, np.int32) for name in names}
+    ids |= {name: np.where(ids[name] < 9, NO_ID, ids[name]) for name in bags}
+    ids = jax.tree.map(jnp.asarray, spec.global_ids(ids))
+
+    @jax.jit
+    def by_vectors(state):
+        state, plan, vectors = stacks.embed(state, ids, bags, tx)
+        seen, pull_back = jax.vjp(stacks.joined, vectors)
+        return mpembed.apply_pooled_gradients(state, plan, *pull_back(2 * seen), tx=tx), seen
+
+    @jax.jit
+    def by_rows(state):
+        state, plan = mpembed.prefetch(state, ids)
+        rows = mpembed.lookup(state, plan)
+        pool = partial(stacks.pooled, inverse=plan.inverse, bags=bags, implementation="xla")
+        seen, pull_back = jax.vjp(pool, rows)
+        return mpembed.apply_gradients(state, plan, rows, *pull_back(2 * seen), tx=tx), seen
+
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    for one, other in zip(*map(jax.tree.leaves, (by_vectors(state), by_rows(state))), strict=True):
+        np.testing.assert_array_equal(jax.device_get(one), jax.device_get(other))
 
 
 def test_hashing_caps_the_largest_tables():

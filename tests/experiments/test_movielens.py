@@ -3,7 +3,7 @@
 No network, no TensorFlow.
 """
 
-import functools
+import hashlib
 import json
 import sys
 import tempfile
@@ -33,6 +33,12 @@ def pack(download, data):
             archive.write(path, f"ml-1m/{path.name}")
 
 
+def packed(data):
+    """The archive that `pack` wrote."""
+    digest = hashlib.sha256((data / "ml-1m.zip").read_bytes()).hexdigest()
+    return movielens.Archive(sha256=digest)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A data folder prepared by the real builder from files in the format of ml-1m.zip.
@@ -60,9 +66,7 @@ def folder(tmp_path_factory):
         (download / f"{name}.dat").write_bytes("\n".join([*lines, ""]).encode("iso-8859-1"))
     data = tmp_path_factory.mktemp("data")
     pack(download, data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(movielens, "_check_archive", lambda archive, checksum: None)
-        movielens.read(data, log=lambda text: None)
+    movielens.read(data, lambda text: None, packed(data))
     assert "tensorflow" not in sys.modules
     return (
         data,
@@ -116,7 +120,7 @@ def test_a_download_that_breaks_off_is_told(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise requests.exceptions.ConnectionError("no route to host")
 
-    monkeypatch.setattr(movielens, "unreachable", lambda: None)
+    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
     monkeypatch.setattr(requests, "get", broken)
     with pytest.raises(ConnectionError, match=r"MovieLens-1M is not in .*no route to host"):
         movielens.MovielensRatings(tmp_path)
@@ -138,17 +142,18 @@ def test_a_download_is_kept_whole(folder, tmp_path, monkeypatch):
         def raise_for_status(self):
             pass
 
-    monkeypatch.setattr(movielens, "unreachable", lambda: None)
-    monkeypatch.setattr(movielens, "_check_archive", lambda archive, checksum: None)
+    monkeypatch.setattr(requests, "head", lambda *_, **__: None)
     monkeypatch.setattr(requests, "get", lambda url, **_: asked.append(url) or Answer())
-    assert len(movielens.read(tmp_path, log=lambda text: None)) == NUM_RATINGS
+    assert len(movielens.read(tmp_path, lambda text: None, packed(folder[0]))) == NUM_RATINGS
     assert asked == ["https://files.grouplens.org/datasets/movielens/ml-1m.zip"]
     assert (tmp_path / "ml-1m.zip").read_bytes() == Answer.content
 
 
 def test_without_network_one_line_says_what_to_put_where(tmp_path, monkeypatch, capsys):
-    """The host of the download is one that no network has; nothing waits for long."""
-    monkeypatch.setattr(movielens, "URL", "https://files.grouplens.invalid/datasets/ml-1m.zip")
+    """The way to the host leads over a proxy that no network has; nothing waits for long."""
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy.invalid:9")
     words = ["--data", "movielens", "--cache-dir", str(tmp_path / "data"), "--out", str(tmp_path)]
     start = time.perf_counter()
     assert train_dlrm.main(words) == 2
@@ -160,8 +165,7 @@ def test_without_network_one_line_says_what_to_put_where(tmp_path, monkeypatch, 
 
 def test_a_host_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.setattr(requests, "head", lambda *_, **__: threading.Event().wait())
-    monkeypatch.setattr(movielens, "unreachable", functools.partial(movielens.unreachable, -1.5))
-    assert "did not answer" in movielens.unreachable()
+    assert "did not answer" in movielens.unreachable(movielens.Archive(seconds=-1.5))
 
 
 def test_another_archive_is_refused(folder, tmp_path):

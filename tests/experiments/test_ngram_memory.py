@@ -1,5 +1,7 @@
 """The experiment with n-gram memories pairs, counts bytes and resumes; its text loses nothing."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -137,12 +139,45 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
 
 @OPTAX_ADAM
 @pytest.mark.slow
-def test_a_run_that_is_told_to_stop_says_how_to_go_on(data, tmp_path):
+@pytest.mark.parametrize("name", ["none", "INT4 + 5 %"])
+def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(data, tmp_path, name):
+    recipe, stop = dataclasses.replace(TINY, steps=5), running.Stop()
+    whole = training.train(data, recipe, CONTENDERS[name], 0)
+
+    def signal_at(step, loss):
+        stop.number = 2 if step in (0, 2) else 0
+
+    saves = training.Saves(tmp_path / "run", stop, "python -m that")
+    for after in (1, 3):
+        wanted = rf"stopped in .*, seed 0, after step {after}; go on with:\n  python -m that"
+        with pytest.raises(running.Stopped, match=wanted):
+            training.train(data, recipe, CONTENDERS[name], 0, signal_at, saves)
+    stop.number = 0
+    again = training.train(data, recipe, CONTENDERS[name], 0, saves=saves)
+    assert again.outcome._replace(seconds=0) == whole.outcome._replace(seconds=0)
+    np.testing.assert_array_equal(again.token_losses, whole.token_losses)
+    for ours, theirs in zip(
+        jax.tree.leaves(nnx.state(again.model)),
+        jax.tree.leaves(nnx.state(whole.model)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_a_table_that_is_told_to_stop_goes_on_in_its_run(folder, tmp_path, capsys, monkeypatch):
     stop = running.Stop()
-    stop.number = 2
-    settings = memory_table.Settings(out=tmp_path)
-    with pytest.raises(running.Stopped, match=r"go on with:\n  python -m .*memory_table"):
-        memory_table.run_one(data, TINY, CONTENDERS["none"], 0, stop, settings)
+    monkeypatch.setattr(running, "stoppable", lambda: contextlib.nullcontext(stop))
+    stop.number = 15
+    words = arguments(folder, tmp_path, "--contenders", "none", "--seeds", "0")
+    assert memory_table.main(words) == 143
+    said = capsys.readouterr().err
+    assert "after step 1; go on with:\n  python -m experiments.ngram.memory_table" in said
+    assert list((tmp_path / memory_table.UNFINISHED).iterdir())
+    stop.number = 0
+    assert memory_table.main(words) == 0
+    assert not (tmp_path / memory_table.UNFINISHED).exists()
 
 
 def test_the_command_knows_every_contender():

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -37,19 +38,14 @@ MODEL = [*DATA, "--batch-size", "128", "--hidden", "16", "8"]
 TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be the same
 
 
-@pytest.fixture(autouse=True)
-def few_batches_in_a_chunk(monkeypatch):
-    monkeypatch.setattr(training, "CHUNK", 4)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_compilation():
     """Runs of the same model share their compiled functions."""
     make, made = training.make_job, {}
 
-    def cached(source, recipe, view=None):
-        key = (source.name, recipe, tuple(source.tables.items()), view)
-        return made.setdefault(key, make(source, recipe, view))
+    def cached(source, recipe, view=None, *, row_gradients=False):
+        key = (source.name, recipe, tuple(source.tables.items()), view, row_gradients)
+        return made.setdefault(key, make(source, recipe, view, row_gradients=row_gradients))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_job", cached)
@@ -108,7 +104,7 @@ def write_posts(folder):
     ).write_parquet(folder / "posts.parquet")
 
 
-def write_ratings(folder, monkeypatch):
+def write_ratings(folder):
     rng, count = np.random.default_rng(0), 1500
     ratings = {
         column: [str(i) for i in rng.integers(0, 40, count)]
@@ -116,12 +112,13 @@ def write_ratings(folder, monkeypatch):
     }
     ratings["user_rating"] = rng.integers(1, 6, count)
     ratings["movie_genres"] = [list(rng.integers(0, 8, rng.integers(1, 7))) for _ in range(count)]
-    frame = pl.DataFrame(ratings)
-    monkeypatch.setattr(movielens, "read", lambda *_: frame)
+    path = movielens.ratings_file(folder)
+    path.parent.mkdir(parents=True)
+    pl.DataFrame(ratings).write_parquet(path)
 
 
-def words_for(data, folder, monkeypatch):
-    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1"]
+def words_for(data, folder):
+    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1", "--chunk", "4"]
     match data:
         case "synthetic":
             return [*shared, *MODEL]
@@ -132,8 +129,9 @@ def words_for(data, folder, monkeypatch):
             write_posts(folder)
             return [*shared, "--path", str(folder / "posts.parquet"), "--batch-size", "96"]
         case _:
-            write_ratings(folder, monkeypatch)
-            return [*shared, "--batch-size", "96", "--storage", "int4"]
+            write_ratings(folder)
+            words = ["--cache-dir", str(folder), "--batch-size", "96", "--storage", "int4"]
+            return [*shared, *words]
 
 
 def results(folder, data):
@@ -153,7 +151,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, capsys
 ):
     """Three contenders, two seeds; told to stop in chunks, between them, and while it evaluates."""
-    words = words_for(data, tmp_path, monkeypatch)
+    words = words_for(data, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     stop = tell(monkeypatch, 10**9)
     assert train_dlrm.main([*words, "--out", str(whole)]) == 0
@@ -179,7 +177,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     assert not list(parts.glob("*unfinished*"))
 
 
-SMALL = [*MODEL, "--cache-fraction", "0.3"]
+SMALL = [*MODEL, "--cache-fraction", "0.3", "--chunk", "4"]
 
 
 @pytest.fixture
@@ -190,8 +188,11 @@ def whole(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
-    """Saved in the background after each chunk, in full and then by touched rows; killed twice."""
+@pytest.mark.parametrize("options", [(), ("--row-gradients",)], ids=["vectors", "rows"])
+def test_a_killed_run_goes_on_from_the_last_save(options, tmp_path, monkeypatch):
+    """Saved in the background after each chunk, in full, or then by touched rows; killed twice."""
+    assert train_dlrm.main([*SMALL, *options, "--out", str(tmp_path / "whole")]) == 0
+    whole = results(tmp_path / "whole", "synthetic")
     saves, save = [], checkpoint.save
 
     def counted(*args, tracker=None, **options):
@@ -200,7 +201,8 @@ def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
         return saving
 
     monkeypatch.setattr(checkpoint, "save", counted)
-    words, calls = [*SMALL, "--out", str(tmp_path / "parts"), "--save-every", "0.000001"], []
+    words, calls = [*SMALL, *options, "--out", str(tmp_path / "parts")], []
+    words += ["--save-every", "0.000001"]
 
     def killed(self, seed, name, points, at):
         calls.append(points)
@@ -211,10 +213,9 @@ def test_a_killed_run_goes_on_from_the_last_save(whole, tmp_path, monkeypatch):
         monkeypatch.setattr(curves.Curves, "add", functools.partialmethod(killed, at=at))
         assert train_dlrm.main([*words, *resume]) == 130
     monkeypatch.undo()
-    monkeypatch.setattr(training, "CHUNK", 4)
     assert train_dlrm.main([*words, "--resume"]) == 0
     assert results(tmp_path / "parts", "synthetic") == whole
-    assert {is_increment for is_increment, _ in saves} == {False, True}
+    assert {is_increment for is_increment, _ in saves} == ({False, True} if options else {False})
 
 
 @pytest.mark.slow
@@ -290,7 +291,7 @@ def test_a_damaged_save_is_told(stopped, capsys):
 
 @pytest.mark.slow
 def test_other_data_are_refused(tmp_path, monkeypatch, capsys):
-    words = [*words_for("criteo", tmp_path, monkeypatch), "--out", str(tmp_path / "out")]
+    words = [*words_for("criteo", tmp_path), "--out", str(tmp_path / "out")]
     tell(monkeypatch, 9)
     assert train_dlrm.main(words) == 130
     lines = (tmp_path / "train.txt").read_text().splitlines()
@@ -325,6 +326,62 @@ def test_a_signal_stops_the_process_in_order(number, tmp_path):
     assert process.returncode == 128 + number
     assert "Traceback" not in said and said.strip().endswith(f"--out {tmp_path} --resume")
     assert checkpoint.steps(tmp_path / "synthetic_unfinished") == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("program", [train_dlrm, paper_table], ids=["train_dlrm", "paper_table"])
+def test_a_signal_before_training_ends_in_one_line(program, number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_dlrm, "make_source", lambda *_: signal.raise_signal(number))
+    before = signal.getsignal(signal.SIGTERM)
+    assert program.main(["--out", str(tmp_path / "out")]) == 128 + number
+    assert capsys.readouterr().err == (
+        f"{program.__name__}: stopped before training began; nothing is lost, start the same "
+        "command again\n"
+    )
+    assert not (tmp_path / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_signal_while_criteo_is_prepared_leaves_nothing_half_written(tmp_path):
+    write_criteo(tmp_path)
+    text = tmp_path / "train.txt"
+    text.write_text(text.read_text() * 400)
+    command = [sys.executable, "-m", "experiments.train_dlrm", "--data", "criteo"]
+    with subprocess.Popen(
+        [*command, "--path", str(tmp_path), "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while not list(tmp_path.glob("mpembed_cache/**/incomplete.*")):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert "Traceback" not in said and "stopped before training began" in said
+    assert not list(tmp_path.glob("mpembed_cache/**/incomplete.*"))
+    assert not list(tmp_path.glob("mpembed_cache/**/dataset_info.json"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train_dlrm"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == "stopped before it began\n"
+    assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 # --- curves

@@ -41,6 +41,36 @@ def test_other_mappings_than_dicts_are_taken():
         assert_same_bits(dict(vectors), wanted)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_one_array_given_for_several_features_is_of_each_feature_s_table(kind, fused):
+    """It is recognized with its table; an array of columns is none of one feature."""
+    spec = EmbeddingSpec((TableSpec("a", 9), TableSpec("b", 9)), 4, "float32", None)
+    model = nn.CachedEmbedBags(spec, ROW_TX, combiner="sum", rngs=nnx.Rngs(0), fused=fused)
+    ids = kind(np.array([[1, 2], [3, 8]], np.int32))
+
+    def compared(of_prefetch, *calls):
+        @nnx.jit
+        def both(model, ids):
+            given = ids if kind is jnp.asarray else np.array([[1, 2], [3, 8]], np.int32)
+            model.prefetch(of_prefetch(given))
+            called = [model(call(given)) for call in calls]
+            nn.discard(model)
+            reader = nnx.view(model, deterministic=True)
+            return called, [reader(call(given)) for call in calls]
+
+        return both(model, ids)
+
+    assert_same_bits(*compared(lambda x: {"a": x, "b": x}, lambda x: {"a": x, "b": x}))
+    if not fused:
+        called, read = compared(lambda x: {"a": x}, lambda x: {"a": x}, lambda x: {"b": x})
+        assert_same_bits(called[0], read[0])
+        assert np.isnan(called[1]["b"]).all()  # b was not prefetched
+        called, read = compared(lambda x: x, lambda x: x, lambda x: {"a": x})
+        assert_same_bits(called[0], read[0])
+        assert np.isnan(called[1]["a"]).all()  # ids 2 and 8 are those of b in the columns
+
+
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_bags_pool_each_feature_from_its_own_table(is_weighted):
     combiner = {"seen": "mean", "bought": "sum", "user": "sqrtn", "shop": "sum"}

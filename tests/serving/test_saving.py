@@ -1,6 +1,7 @@
 """A serving file holds the rows of training, whole and checked, or it is refused."""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -298,6 +299,10 @@ def of_first(**fields):
         Lie("rows", "not what its description says", of_first(rows=29)),
         Lie("many rows", "'table0' has 4611686018427387904 rows", of_first(rows=2**62)),
         Lie("format", "unknown row format", of_first(storage=["int3", None, None])),
+        Lie("no list", "damaged", of_first(storage=None)),
+        Lie("symmetric", "'table0' has storage", of_first(storage=["int8", {}, "bfloat16"])),
+        Lie("one", "'table0' has storage", of_first(storage=["int8", 1, "bfloat16"])),
+        Lie("checksum", "checksums is -1", lambda b: b.update(checksums_crc32=-1)),
         Lie("names", "name of table 'table1' is taken", of_first(name="table1")),
         Lie("feature", "feature 'f' of table 'g'", lambda b: b["features"].append(["f", "g"])),
         Lie("no tables", "damaged", lambda b: b.update(tables=3)),
@@ -307,6 +312,20 @@ def of_first(**fields):
 def test_a_description_that_is_wrong_is_refused(lie, good, tmp_path):
     with pytest.raises(serving.ServingError, match=lie.message):
         container.open_file(rewritten(good, tmp_path / "a", lie.change))
+
+
+def test_half_a_character_in_a_description_is_refused(tmp_path):
+    header = {"__metadata__": {"mpembed_jax": "\ud800", "crc32": "1"}}
+    head = json.dumps(header).encode()
+    (tmp_path / "a").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(serving.ServingError, match="checksum of its description differs"):
+        container.open_file(tmp_path / "a")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(serving.ServingError, match="is a pipe or a device"):
+        container.open_file(tmp_path / "a")
 
 
 def test_files_of_other_programs_are_refused(tmp_path):
@@ -325,6 +344,12 @@ def test_files_of_other_programs_are_refused(tmp_path):
 SMALL = shapes.stack((30, 5), 4)
 
 
+def donated():
+    state = mpembed.init(jax.random.key(0), SMALL, TX)
+    jax.jit(mpembed.prefetch, donate_argnums=0)(state, jnp.zeros(4, jnp.int32))
+    return state
+
+
 @pytest.mark.parametrize(
     "mistake",
     named([
@@ -338,6 +363,10 @@ SMALL = shapes.stack((30, 5), 4)
                 path, jax.eval_shape(lambda: mpembed.init(jax.random.key(0), SMALL, TX))
             ),
             "traced or abstract",
+        ),
+        Refused(
+            lambda path: serving.save(path, donated()),
+            r"serving\.save\(path, states\): this state was donated to an earlier call",
         ),
         Refused(lambda path: serving.save(path, trained(SMALL), storage="int3"), "unknown row"),
     ]),

@@ -56,8 +56,9 @@ def trained(state, seed, num):
     return state
 
 
-def test_modules_train_the_rows_of_the_functional_step():
-    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("is_fused", [False, True], ids=["rows", "fused"])
+def test_modules_train_the_rows_of_the_functional_step(is_fused):
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, fused=is_fused, rngs=nnx.Rngs(0))
     state = module.stacks[0].embedding_state()
     for ids in batches(0, 12):
         state = step(state, SPEC.raw_ids(ids))

@@ -18,7 +18,7 @@ import optax
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import ngram, ngram_hash, prefetched, routing, verbs
+from mpembed_jax.nn import fused, ngram, ngram_hash, prefetched, routing, verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
 from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.numerics.formats import RowFormat
@@ -32,17 +32,19 @@ TABLE, STACK = "table", "stack_"
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["state", "plan", "canonical"],
-    meta_fields=["tx", "ngrams"],
+    meta_fields=["tx", "ngrams", "fused", "combiners"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """The contents of the collection for one stack of tables."""
 
     state: EmbeddingState
-    plan: prefetched.Prefetched | None  # the plan of the step in progress
+    plan: prefetched.Prefetched | fused.Embedded | None  # the plan of the step in progress
     tx: optax.GradientTransformation
     ngrams: NGramHash | None = None  # of an NGramMemory
     canonical: jax.Array | None = None  # i32 [vocabulary_size], of an NGramMemory with one
+    fused: bool = False
+    combiners: routing.Combiners | None = None  # of a CachedEmbedBags
 
 
 def _stack(
@@ -52,6 +54,7 @@ def _stack(
     tx: optax.GradientTransformation,
     ngrams: NGramHash | None = None,
     canonical: Any = None,
+    combiners: routing.Combiners | None = None,
 ) -> linen.Variable:
     """Declares a stack variable. Its prefetched rows are the param of the same name."""
 
@@ -62,7 +65,8 @@ def _stack(
         }
         state = init(module.make_rng("params"), spec, tx, **where)
         held = None if canonical is None else jnp.asarray(canonical)
-        return Stack(state, None, tx, ngrams, held)
+        is_fused = module.fused and state.vocabulary is None
+        return Stack(state, None, tx, ngrams, held, is_fused, combiners)
 
     return module.variable(COLLECTION, name, make)
 
@@ -73,18 +77,30 @@ def _checked(stack: Stack, spec: EmbeddingSpec) -> Stack:
     return stack
 
 
-def _held_rows(module: linen.Module, name: str) -> jax.Array | None:
+def _held_rows(module: linen.Module, name: str) -> Any:
+    """Returns the rows, or the vectors of a fused step, that params hold; None outside a step."""
     return module.get_variable("params", name) if module.has_variable("params", name) else None
 
 
-def _planned(stack: Stack, rows: jax.Array, ids: Any, given: Any) -> routing.Part:
+def _check_planned(stack: Stack) -> None:
     if stack.plan is None:
         raise ValueError(
             f"params hold prefetched rows, but collection {COLLECTION!r} holds no plan: params "
             "and collections are of different steps; take both from one TrainState: "
             f"state.apply_fn({{'params': params}}, ..), or state.variables"
         )
-    return prefetched.part(stack.state, stack.plan, rows, ids, given)
+
+
+def _planned(stack: Stack, rows: Any, ids: Any, given: Any, weights: Any = None) -> Any:
+    """Returns a stack's Part of a call in training, or its Vectors if the step is fused."""
+    _check_planned(stack)
+    if not isinstance(stack.plan, fused.Embedded):
+        assert stack.plan is not None
+        return prefetched.part(stack.state, stack.plan, rows, ids, given)
+    routing.check_no_weights(weights)
+    bags = None if stack.combiners is None else routing.fusible(stack.combiners, ids)
+    nest = ids if bags is None else bags[0]
+    return routing.Vectors(fused.called(stack.plan, rows, nest, given))
 
 
 def _vectors(module: Any, stack: Stack, ids: Any, given: Any) -> Any:
@@ -93,6 +109,8 @@ def _vectors(module: Any, stack: Stack, ids: Any, given: Any) -> Any:
     if rows is None:
         return verbs.read(stack.state, ids)
     part = _planned(stack, rows, ids, given)
+    if isinstance(part, routing.Vectors):
+        return part.vectors
     return part.pool(part.rows, part.inverse)
 
 
@@ -120,6 +138,7 @@ class CachedEmbed(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
+      fused: see the nnx module; `params` then hold vectors during a step.
     """
 
     num_embeddings: int
@@ -138,6 +157,7 @@ class CachedEmbed(linen.Module):
     axis_name: Any = None
     placement: Placement | None = None
     implementation: str | None = None
+    fused: bool = False
 
     def setup(self) -> None:
         """Declares the stack."""
@@ -222,6 +242,7 @@ class CachedEmbedBags(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
+      fused: see the nnx module; `params` then hold vectors during a step.
     """
 
     specs: Any
@@ -232,13 +253,17 @@ class CachedEmbedBags(linen.Module):
     axis_name: Any = None
     placement: Placement | None = None
     implementation: str | None = None
+    fused: bool = False
 
     def setup(self) -> None:
         """Declares one stack per spec."""
         self.known = routing.as_specs(self.specs)
         self.combiners = routing.as_combiners(self.combiner, self.known)
         pairs = zip(self.known, routing.as_transformations(self.tx, self.known), strict=True)
-        self.stacks = [_stack(self, f"{STACK}{i}", spec, tx) for i, (spec, tx) in enumerate(pairs)]
+        self.stacks = [
+            _stack(self, f"{STACK}{i}", spec, tx, combiners=self.combiners)
+            for i, (spec, tx) in enumerate(pairs)
+        ]
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
         """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
@@ -260,7 +285,7 @@ class CachedEmbedBags(linen.Module):
           ValueError: outside jit, if an id was not prefetched. Also if ids have no bag axis, if
             weights have another shape, or if there are weights without a combiner.
         """
-        parts = []
+        parts: list[Any] = []
         routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
         for i, (held, part, own) in enumerate(zip(self.stacks, routed, given, strict=True)):
             stack = _checked(held.value, self.known[i])
@@ -268,7 +293,7 @@ class CachedEmbedBags(linen.Module):
             if rows is None:
                 parts.append(routing.Part(*verbs.read_unpooled(stack.state, part)))
             else:
-                parts.append(_planned(stack, rows, part, own))
+                parts.append(_planned(stack, rows, part, own, weights))
         dtype = jnp.float32 if self.dtype is None else self.dtype
         return routing.combine(self.known, self.combiners, parts, ids, weights, dtype)
 
@@ -302,6 +327,7 @@ class NGramMemory(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
+      fused: see the nnx module; `params` then hold vectors during a step.
     """
 
     vocabulary_size: int
@@ -323,6 +349,7 @@ class NGramMemory(linen.Module):
     axis_name: Any = None
     placement: Placement | None = None
     implementation: str | None = None
+    fused: bool = False
 
     def setup(self) -> None:
         """Declares the stack."""

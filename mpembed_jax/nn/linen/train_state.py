@@ -18,8 +18,23 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
-from mpembed_jax.nn import ngram, prefetched, routing, verbs
+from mpembed_jax.nn import fused, ngram, prefetched, routing, verbs
 from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
+
+
+def _fetched(stack: Stack, ids: Any, given: Any) -> tuple:
+    """Returns the state, the plan and what `params` hold: rows, or the vectors of a fused step."""
+    spec, by_feature = stack.state.spec, stack.combiners is not None
+    if stack.fused and stack.state.layout is None:
+        bags: Any = (ids, None)
+        if stack.combiners is not None:
+            bags = routing.fusible(stack.combiners, ids)
+        if bags is not None:
+            nest, combiner = bags
+            tables = routing.tables_of(spec, nest, by_feature)
+            return fused.fetch(stack.state, nest, given, tables, combiner, stack.tx)
+    tables = routing.tables_of(spec, ids, by_feature)
+    return prefetched.fetch(stack.state, ids, given, tables)
 
 
 class TrainState(struct.PyTreeNode):
@@ -200,7 +215,7 @@ class TrainState(struct.PyTreeNode):
             else:
                 routed, given = routing.route(specs, value), routing.given(specs, value)
             for path, part, own in zip(paths, routed, given, strict=True):
-                state, plan, params[path] = prefetched.fetch(stacks[path].state, part, own)
+                state, plan, params[path] = _fetched(stacks[path], part, own)
                 held[path] = dataclasses.replace(stacks[path], state=state, plan=plan)
         return self.replace(
             params=unflatten_dict(params),
@@ -211,6 +226,7 @@ class TrainState(struct.PyTreeNode):
         """Updates the prefetched rows and the model's parameters, and removes the rows.
 
         To clip by the global norm of dense and row gradients together, clip grads before this call.
+        Modules with `fused=True` have gradients of vectors instead of row gradients.
 
         Args:
           grads: the gradients with respect to `params`, rows included.
@@ -237,9 +253,11 @@ class TrainState(struct.PyTreeNode):
                     "with respect to state.params, taken after prefetch, and pass the gradients "
                     "unchanged"
                 )
-            state = prefetched.update(
-                stack.state, stack.plan, params.pop(path), gradients.pop(path), stack.tx
-            )
+            rows, gradient = params.pop(path), gradients.pop(path)
+            if isinstance(stack.plan, fused.Embedded):
+                state = fused.update(stack.state, stack.plan, gradient, stack.tx)
+            else:
+                state = prefetched.update(stack.state, stack.plan, rows, gradient, stack.tx)
             held[path] = dataclasses.replace(stack, state=state, plan=None)
         dense = unflatten_dict(params)
         collections = kwargs.pop("collections", self.collections)

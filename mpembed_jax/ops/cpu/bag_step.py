@@ -733,6 +733,15 @@ def counts(places: Places) -> dict[str, jax.Array]:
     return found
 
 
+def distinct_ids(places: Places) -> jax.Array:
+    """Returns the ids of a batch's rows, int32 [N]: each once, NO_ID where there is none."""
+    parts = slice(_BEGIN, _BEGIN + MAX_PARTS)
+    first, num = places.facts[parts], places.facts[_NUM_UNIQUE : _NUM_UNIQUE + MAX_PARTS]
+    # One more row from each beginning on, one less from each end on. An empty partition adds none.
+    changes = jnp.zeros(places.ids.shape[0] + 1, jnp.int32).at[first].add(1).at[first + num].add(-1)
+    return jnp.where(jnp.cumsum(changes)[:-1] > 0, places.ids, NO_ID)
+
+
 def bags(
     table: QuantizedTable,
     lines: jax.Array | None,

@@ -149,7 +149,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
 
 @compiled
 def _comes_first(i, k, ids, estimate):
-    """Whether one miss of a set is served before another one."""
+    """Returns whether one miss of a set is served before another one."""
     return estimate[i] > estimate[k] or (estimate[i] == estimate[k] and ids[i] < ids[k])
 
 

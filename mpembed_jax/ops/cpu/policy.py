@@ -12,6 +12,8 @@ from mpembed_jax.row_ids import NO_ID
 
 _NO_ID = np.int32(NO_ID)
 _LFU = POLICIES.index("lfu")
+RULES = frozenset({"lfu", "lru"})  # the policies whose rules are in this file
+policy.check_rules(POLICIES, RULES, __name__)
 _MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MAX_AGE
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax.arrays import indexing
 from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, compiled, result
 from mpembed_jax.ops.cpu.hashes import fmix32
@@ -127,7 +128,7 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     """
     call_frame.register("mpembed_unique", _unique)
     (num_positions,) = ids.shape
-    num_buckets = 1 << max(4, (2 * num_positions - 1).bit_length())
+    num_buckets = max(16, indexing.ceil_power(2 * num_positions))
     shapes = [size, num_positions, size, 2, num_buckets, num_positions, num_positions]
     call = jax.ffi.ffi_call(
         "mpembed_unique",

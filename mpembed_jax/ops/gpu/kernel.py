@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mpembed_jax.arrays import indexing
 from mpembed_jax.numerics import formats, random_bits
 from mpembed_jax.numerics.formats import RowFormat
 
@@ -30,14 +31,9 @@ _ELEMENTS = 1024  # elements of a block: 8 for each thread of 4 warps
 _WARPS = 4
 
 
-def ceil_power(n: int) -> int:
-    """Returns the smallest power of two that is at least n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
 def block_rows(embedding_dim: int) -> int:
     """Returns the number of rows of `embedding_dim` elements that one program handles."""
-    return max(1, _ELEMENTS // ceil_power(embedding_dim))
+    return max(1, _ELEMENTS // indexing.ceil_power(embedding_dim))
 
 
 class RowWords(NamedTuple):
@@ -60,7 +56,7 @@ class RowWords(NamedTuple):
     @property
     def padded_words(self) -> int:
         """Number of words that hold codes, rounded up to a power of two."""
-        return ceil_power(self.code_words)
+        return indexing.ceil_power(self.code_words)
 
     def half_places(self) -> list[tuple[int, int]]:
         """Returns the (word, shift) of each 16-bit half of a row's scale and bias."""
@@ -136,7 +132,7 @@ def store_row(
 
 def columns_of(dim: int) -> jax.Array:
     """Returns the column numbers (int32 [P]) of a row; P is `dim` rounded up to a power of two."""
-    return jnp.arange(ceil_power(dim), dtype=jnp.int32)
+    return jnp.arange(indexing.ceil_power(dim), dtype=jnp.int32)
 
 
 def place_columns(row_words: RowWords) -> list[jax.Array]:

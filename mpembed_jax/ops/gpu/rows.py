@@ -112,7 +112,7 @@ def read(
             tags, lines = cached
             ways = held.geometry.ways
             sets = residency.set_of(here, held.geometry)
-            way = jnp.arange(kernel.ceil_power(ways), dtype=jnp.int32)
+            way = jnp.arange(indexing.ceil_power(ways), dtype=jnp.int32)
             wide = is_valid[:, None] & (way < ways)[None, :]
             tag = kernel.load(
                 tags,

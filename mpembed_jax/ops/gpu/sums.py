@@ -197,7 +197,7 @@ def sum_duplicates(
     if 0 in (index.shape[0], values.shape[0]):
         return jnp.zeros((size, dim), jnp.float32)
     segments = sort_positions(index, size, values.shape[0], source, factors)
-    block = block_rows(kernel.ceil_power(dim))
+    block = block_rows(indexing.ceil_power(dim))
 
     def body(*refs: Any) -> None:
         *segment_refs, values_ref, out = refs

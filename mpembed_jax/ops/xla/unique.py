@@ -33,7 +33,7 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
         zero = jnp.int32(0)
         return Unique(jnp.full(size, NO_ID, jnp.int32), ids, jnp.zeros(size, jnp.int32), zero, zero)
     position = jnp.arange(num_positions, dtype=jnp.int32)
-    num_buckets = 1 << max(4, (4 * num_positions - 1).bit_length())
+    num_buckets = max(16, indexing.ceil_power(4 * num_positions))
 
     def claim(carry: tuple) -> tuple:
         attempt, first, is_open = carry

@@ -61,6 +61,7 @@ def update(
         key=draw.key,
         step=draw.step,
         is_applied=jnp.bool_(True),
+        is_local=True,
     )
     store, is_stored = rows.write(store, moves, old_rows, new_rows, draw, chunk=chunk)
     return store, None if accumulator is None else jax.tree.leaves(state)[0], is_stored
