@@ -35,7 +35,6 @@ the number of cache lines. `records` defines the records.
                                                last axis
 """
 
-import importlib.util
 from fractions import Fraction
 from typing import Any
 
@@ -45,7 +44,7 @@ import jax.numpy as jnp
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.ops import xla
+from mpembed_jax.ops import numba_package, xla
 from mpembed_jax.ops.records import (
     Admission,
     Admitted,
@@ -138,17 +137,17 @@ def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
     if implementation is None:
         if jax.default_backend() != "cpu":
             return "xla"
-        return "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
+        return "numba" if numba_package.is_default() else "xla_chunked"
     if isinstance(implementation, Implementation):
         return implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"unknown implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation == "numba" and importlib.util.find_spec("numba") is None:
+    if implementation == "numba" and (reason := numba_package.why_not()):
         raise ValueError(
-            'implementation "numba" needs the package numba: pip install numba, or leave '
-            "implementation out"
+            f'implementation "numba" cannot be used: {reason}; pip install '
+            f'"numba>={numba_package.OLDEST}", or leave implementation out'
         )
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from jax import lax
 
 from mpembed_jax import row_ids
 from mpembed_jax.embedding import pooling
+from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, top_k
 from mpembed_jax.serving.container import Contents, Table
@@ -43,7 +43,7 @@ def load(
         an error, on the host.
       threads: threads that read a large batch on the host; None: one for each core.
       implementation: "numba" or "numpy", for the host. Both give the same rows and bags. None:
-        numba if it is installed.
+        numba if it is installed and recent enough.
 
     Returns:
       The tables.
@@ -60,9 +60,10 @@ def load(
         raise ValueError(f'implementation must be "numba" or "numpy", got {implementation!r}')
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    has_numba = importlib.util.find_spec("numba") is not None
-    if implementation == "numba" and not has_numba:
-        raise ImportError('implementation="numba" needs numba; install mpembed_jax[cpu]')
+    if implementation is None:
+        implementation = "numba" if numba_package.is_default() else "numpy"
+    if implementation == "numba" and (reason := numba_package.why_not()):
+        raise ImportError(f'implementation="numba": {reason}; install mpembed_jax[cpu]')
     opened = container.open_file(path)
     return ServingTable(
         rows={table.name: opened.array(table.name) for table in opened.contents.tables},
@@ -70,7 +71,7 @@ def load(
         host=_Host(
             out_of_range,
             threads or os.cpu_count() or 1,
-            implementation or ("numba" if has_numba else "numpy"),
+            implementation,
             Path(path).absolute(),
         ),
     )

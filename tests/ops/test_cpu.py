@@ -3,10 +3,12 @@
 It makes the reference's bits, in place. It is refused where numba is missing.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ from mpembed_jax.nn import verbs
 from mpembed_jax.ops import cpu
 
 TX = mpembed.optim.sgd(0.1)
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 @jax.jit
@@ -115,10 +118,23 @@ def test_without_numba_it_is_not_chosen_and_refused_by_name(monkeypatch):
         lambda name, *rest: None if name == "numba" else find(name, *rest),
     )
     assert ops.choose(None) == "xla_chunked"
-    with pytest.raises(
-        ValueError, match='implementation "numba" needs the package numba: pip install'
-    ):
+    with pytest.raises(ValueError, match=r'"numba" cannot be used: .* not installed; pip install'):
         ops.choose("numba")
+
+
+@pytest.mark.parametrize("version", ["0.61.2", "0.8"])
+def test_a_numba_that_is_too_old_is_warned_of_and_refused_by_name(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.warns(UserWarning, match=rf"numba {version} is installed, but .* slower code"):
+        assert ops.choose(None) == "xla_chunked"
+    with pytest.raises(ValueError, match=f"numba {version} is installed, but"):
+        ops.choose("numba")
+
+
+def test_the_oldest_numba_is_the_lower_bound_of_the_package():
+    bounds = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert bounds["cpu"] == [f"numba>={ops.numba_package.OLDEST}"]
+    assert ops.numba_package.why_not() is None
 
 
 class Size(NamedTuple):
