@@ -23,6 +23,7 @@ from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, offsets
+from mpembed_jax.vocabulary import pool
 
 
 def relayout(
@@ -35,9 +36,9 @@ def relayout(
     """Moves a state to another number of devices or another placement.
 
     Training continues with the same rows. Between rows by MOD, replicated rows and one device,
-    everything moves: packed rows, lines, tags, sketches and row state. Training then continues
-    exactly as it would have without the move. With whole tables per shard, the cache sets hold
-    other rows. When a state moves to or from such a placement, dirty lines are therefore first
+    everything moves: packed rows, lines, tags, sketches, row state and vocabulary. Training then
+    continues exactly as it would have without the move. With whole tables per shard, the cache sets
+    hold other rows. When a state moves to or from such a placement, dirty lines are therefore first
     written to the table (rounded, as by `flush`), and the cache starts empty.
 
     Args:
@@ -91,8 +92,19 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
             fields = order.cache_by_shard(new, fields)
         groups = (geometry if new is None else new.share(geometry)).groups
         cache = dataclasses.replace(cache, **fields, groups=groups)
+    vocabulary = state.vocabulary
+    if vocabulary is not None:
+        fields = {name: getattr(vocabulary, name) for name in pool.ARRAYS}
+        if old is not None:
+            fields = order.vocabulary_by_id(old, fields)
+        if new is not None:
+            fields = order.vocabulary_by_shard(new, fields)
+        groups = state.spec.vocabulary.geometry.groups  # type: ignore[union-attr]
+        groups //= 1 if new is None else new.shards
+        vocabulary = dataclasses.replace(vocabulary, **fields, groups=groups)
     moved = dataclasses.replace(
         state,
+        vocabulary=vocabulary,
         table=dataclasses.replace(state.table, rows=by_row(state.table.rows)),
         cache=cache,
         row_state=jax.tree.map(lambda leaf: by_row(leaf) if leaf.ndim else leaf, state.row_state),
@@ -134,30 +146,36 @@ def plan(
     Raises:
       TypeError: if spec or num_shards is something else.
       ValueError: if margin or num_shards is below 1, a batch does not divide over the devices, or
-        the stack has a vocabulary.
+        batches are given for a stack with a vocabulary.
     """
     check_spec("sharding.plan(spec, num_shards, batches)", spec)
-    if spec.vocabulary is not None:
-        raise ValueError("a stack with a vocabulary lies on one device so far; it has no placement")
     if isinstance(num_shards, bool) or not isinstance(num_shards, int | np.integer):
         raise TypeError(f"num_shards must be a number of devices, got {num_shards!r}")
     if num_shards < 1:
         raise ValueError(f"num_shards must be at least 1, got {num_shards}")
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
-    groups = num_shards if spec.cache is None else spec.cache.geometry(spec.num_rows).groups
-    if (
-        spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes
-        or groups % num_shards
+    divided = []
+    if spec.cache is not None:
+        divided.append(spec.cache.geometry(spec.num_rows).groups)
+    if spec.vocabulary is not None:
+        divided.append(spec.vocabulary.geometry.groups)
+    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or any(
+        groups % num_shards for groups in divided
     ):
         return Placement("replicated")
     candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
-    if spec.num_rows < NO_ID:
+    if spec.num_rows < NO_ID and spec.vocabulary is None:
         tables = Layout.bare(spec, Placement("tables"), num_shards)
         if tables.num_rows * num_shards <= 1.1 * spec.num_rows:
             candidates["tables"] = tables
     shares = {kind: 0.0 for kind in candidates}
     for batch in batches:
+        if spec.vocabulary is not None:
+            raise ValueError(
+                "batches show the skew of row numbers, and this stack has a vocabulary, whose ids "
+                "go to shards by their hash; leave batches out"
+            )
         for kind, layout in candidates.items():
             shares[kind] = max(shares[kind], _largest_share(layout, batch))
     kind = min(shares, key=lambda kind: (shares[kind], kind))

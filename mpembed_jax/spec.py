@@ -125,7 +125,7 @@ class EmbeddingSpec:
         cross the bus, in packed form.
       vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
         raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
-        The rows start from uniform(+-1/sqrt(num_rows)). Such a stack lies on one device.
+        The rows start from uniform(+-1/sqrt(num_rows)).
 
     Raises:
       TypeError: if a field has the wrong type.

@@ -41,8 +41,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables or dim, or the states of the optimizer have other
-        leaves; there is no conversion.
+      ValueError: if the specs differ in tables, dim or vocabulary, or the states of the optimizer
+        have other leaves; there is no conversion.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
@@ -62,14 +62,19 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{name}: the optimizer's state on disk is {sorted(held)}, the target's is "
             f"{sorted(wanted)}; pass the same tx"
         )
-    is_other = entry["fingerprint"] != state.expected_fingerprint.tolist()
-    if is_other and spec.vocabulary is not None:
+    ours = digests.describe(spec)
+    if entry.get("vocabulary") != ours.get("vocabulary"):
         raise ValueError(
-            f"{name} has a vocabulary, and was saved with vocabulary {entry.get('vocabulary')}, "
-            f"cache {entry['cache']}, storage {entry['storage']} and row_state_dtype "
-            f"{entry['row_state_dtype']}; a state with a vocabulary is restored with the same"
+            f"{name} was saved with vocabulary {entry.get('vocabulary')}, the target has "
+            f"{ours.get('vocabulary')}; a pool of rows is restored with the sizes it had"
         )
-    return is_other
+    if spec.vocabulary is not None and entry["row_state_dtype"] != spec.row_state_dtype:
+        raise ValueError(
+            f"{name} has a vocabulary, and was saved with row_state_dtype "
+            f"{entry['row_state_dtype']}, the target has {spec.row_state_dtype}; it is restored "
+            "with the same"
+        )
+    return entry["fingerprint"] != state.expected_fingerprint.tolist()
 
 
 def check(
@@ -109,6 +114,11 @@ def check(
                 f"cache.{inner}": (leaf.shape, leaf.dtype.name)
                 for inner, leaf in leaves.named(jax.eval_shape(make)).items()
             }
+        expected |= {
+            inner: (leaf.shape, np.dtype(leaf.dtype).name)
+            for inner, leaf in wanted.items()
+            if inner.startswith("vocabulary.")
+        }
         for inner, (shape, dtype) in expected.items():
             found = held.get(inner, {"shape": None, "dtype": None})
             if (found["shape"], found["dtype"]) != (list(shape), dtype):
@@ -153,6 +163,7 @@ def convert(
     ours = digests.describe(spec)
     key, step = saved["key"], saved["step"]
     result = {inner: saved[inner] for inner in ("key", "step", "pending", "counters")}
+    result |= {inner: saved[inner] for inner in saved if inner.startswith("vocabulary.")}
     result["fingerprint"] = target.expected_fingerprint
     same_cache = entry["cache"] == ours["cache"] and before.keeps_sets(after)
     if entry["is_pending"] and not same_cache:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from mpembed_jax.cache import residency
 from mpembed_jax.checkpoint import leaves
 from mpembed_jax.embedding.state import EmbeddingState, partition_specs
 from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.vocabulary import pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,8 @@ def by_id(
       {inner name: array}. Arrays by row are [V, ..], and tags are global ids. The cache sets of
       whole tables stay in their order.
     """
-    return _reordered(arrays, division, spec, order.rows_by_id, order.cache_by_id)
+    reorder = order.rows_by_id, order.cache_by_id, order.vocabulary_by_id
+    return _reordered(arrays, division, spec, *reorder)
 
 
 def by_shard(
@@ -135,7 +138,8 @@ def by_shard(
     Returns:
       {inner name: array}. Arrays by row are [P * rows of a shard, ..].
     """
-    return _reordered(arrays, division, spec, order.rows_by_shard, order.cache_by_shard)
+    reorder = order.rows_by_shard, order.cache_by_shard, order.vocabulary_by_shard
+    return _reordered(arrays, division, spec, *reorder)
 
 
 def _reordered(
@@ -144,16 +148,23 @@ def _reordered(
     spec: EmbeddingSpec,
     reorder_rows: Callable,
     reorder_cache: Callable,
+    reorder_vocabulary: Callable,
 ) -> dict[str, np.ndarray]:
     if division.shards == 1:
         return arrays
     placed = layout(division, spec)
-    rows = {n: reorder_rows(placed, a) for n, a in arrays.items() if _is_by_row(n, a)}
-    prefix = "cache."
-    cache = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-    if cache:
-        cache = reorder_cache(placed, cache)
-    return arrays | rows | {prefix + name: array for name, array in cache.items()}
+    result = dict(arrays)
+    for name, array in arrays.items():
+        if _is_by_row(name, array):
+            result[name] = reorder_rows(placed, array)
+    for prefix, names, reorder in (
+        ("cache.", residency.ARRAYS, reorder_cache),
+        ("vocabulary.", pool.ARRAYS, reorder_vocabulary),
+    ):
+        held = {name: arrays[prefix + name] for name in names if prefix + name in arrays}
+        if held:
+            result |= {prefix + name: array for name, array in reorder(placed, held).items()}
+    return result
 
 
 def num_rows(division: Division, spec: EmbeddingSpec) -> int:

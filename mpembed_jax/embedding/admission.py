@@ -6,15 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding.counters import add
-from mpembed_jax.embedding.state import EmbeddingState
+from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.mesh import exchange, raw_ids
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import initial_rows
 from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary.hashes import PADDING
 
 
 def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
@@ -25,7 +28,7 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
 
     Args:
       state: a state with a vocabulary.
-      ids: nest of pairs uint32 [.., 2]; see spec.raw_ids.
+      ids: nest of pairs uint32 [.., 2]; see spec.raw_ids. On a mesh, this device's share.
 
     Returns:
       The state, and the rows (int32 [..]) in the nest of ids; NO_ID for padding.
@@ -41,21 +44,26 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     num = pairs.shape[0]
     if num == 0:
         return state, treedef.unflatten([jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves])
-    period = min(max(1, 30 * vocabulary.geometry.lines // num), 2**32 - 1)
+    layout = state.layout
+    devices = 1 if layout is None else layout.batch_shards
+    period = min(max(1, 30 * rules.geometry.lines // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
-    vocabulary, admitted = ops.admit(
-        vocabulary,
-        pairs,
-        must_halve,
-        ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows),
-        implementation=state.implementation,
-    )
+    how = ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows)
+    if layout is None:
+        vocabulary, admitted = ops.admit(
+            vocabulary, pairs, must_halve, how, implementation=state.implementation
+        )
+        num_recycled = admitted.num_recycled
+    else:
+        layout.check_bound("prefetch")
+        vocabulary, admitted = raw_ids.admit(layout, vocabulary, pairs, must_halve, how)
+        num_recycled = exchange.total_over_shards(layout, admitted.num_recycled)
     amounts = [
         admitted.num_requests,
         admitted.num_shared,
         admitted.num_admitted,
-        admitted.num_recycled,
+        num_recycled,
         admitted.num_refused,
     ]
     vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))
@@ -68,7 +76,7 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
 def rows_of(state: EmbeddingState, ids: Any) -> Any:
     """Returns the rows (int32 [..]) of raw ids: their own, or those they share.
 
-    Nothing is admitted.
+    Nothing is admitted. As `read`, it can be called inside jax.shard_map and outside.
 
     Args:
       state: a state with a vocabulary.
@@ -82,7 +90,22 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
     assert vocabulary is not None and rules is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
-    rows = pool.locate(vocabulary, pairs, rules.shared_rows)
+    layout, per_table = state.layout, rules.shared_rows
+    num = pairs.shape[0]
+
+    def of_shards(state: EmbeddingState, pairs: jax.Array) -> jax.Array:
+        assert layout is not None and state.vocabulary is not None
+        return raw_ids.locate(layout, state.vocabulary, pairs, per_table)
+
+    if layout is None:
+        rows = pool.locate(vocabulary, pairs, per_table)
+    elif layout.is_bound:
+        rows = of_shards(state, pairs)
+    else:
+        missing = -num % layout.batch_shards
+        padded = jnp.pad(pairs, [(0, missing), (0, 0)], constant_values=np.uint32(PADDING))
+        divided = PartitionSpec(layout.batch_axes)
+        rows = over_mesh(of_shards, state, divided, result=divided)(state, padded)[:num]
     return treedef.unflatten(row_ids.divided(rows, [leaf.shape[:-1] for leaf in leaves]))
 
 
@@ -117,6 +140,7 @@ def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> 
     """
     vocabulary = state.vocabulary
     assert vocabulary is not None
+    key = state.row_key
     bound = jnp.float32(1.0 / np.sqrt(state.spec.num_rows))
     cache = state.cache
     lines: tuple = () if cache is None else (cache.tags, cache.priority, cache.dirty, cache.rows)
@@ -125,7 +149,7 @@ def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> 
         packed, row_state, lines = carry
         here = jnp.where(window.is_live, window.take(rows), NO_ID)
         table = dataclasses.replace(state.table, rows=packed)
-        packed = indexing.put(packed, here, initial_rows(table, state.key, here, bound))
+        packed = indexing.put(packed, here, initial_rows(table, key, here, bound))
         row_state = jax.tree.map(
             lambda held, fresh: indexing.put(held, here, fresh) if fresh.ndim else held,
             row_state,

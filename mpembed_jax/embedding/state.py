@@ -274,8 +274,12 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
         by_set = jax.tree.map(lambda _: rows, dataclasses.replace(cache, sketch=None))
         cache = dataclasses.replace(by_set, sketch=None if cache.sketch is None else sketch)
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
+    vocabulary = everywhere.vocabulary
+    if vocabulary is not None:
+        vocabulary = dataclasses.replace(vocabulary, tags=rows, use=rows, sketch=sketch)
     return dataclasses.replace(
         everywhere,
+        vocabulary=vocabulary,
         table=jax.tree.map(lambda _: rows, state.table),
         cache=cache,
         row_state=jax.tree.map(
@@ -352,6 +356,10 @@ def assemble(
         layout=layout,
         vocabulary=None
         if spec.vocabulary is None
-        else pool.init(spec.vocabulary, init_rows(tx, 1, spec.embedding_dim, spec.row_state_dtype)),
+        else pool.init(
+            spec.vocabulary,
+            init_rows(tx, 1, spec.embedding_dim, spec.row_state_dtype),
+            1 if layout is None else layout.shards,
+        ),
     )
     return dataclasses.replace(state, fingerprint=jnp.asarray(state.expected_fingerprint))

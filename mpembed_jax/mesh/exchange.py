@@ -90,15 +90,24 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     The rank is the entry's position among the entries with the same owner.
     """
     owner, row = layout.home_of(ids)
+    owner, rank = _ranked(layout, owner)
+    return owner, row, rank
+
+
+def _ranked(layout: Layout, owner: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the owners of the entries that this device sends, and each entry's rank.
+
+    The owner of an entry that another device sends becomes P.
+    """
     if not layout.is_batch_divided:
-        is_mine = jnp.arange(ids.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
+        is_mine = jnp.arange(owner.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
     # For the number of shards in one machine, one pass per shard is faster than a sort.
     for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
-    return owner, row, rank
+    return owner, rank
 
 
 def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
@@ -309,6 +318,45 @@ def _keep_budget(
     found = Unique(ids, inverse, counts, result[3], result[4])
     wanted = wanted._replace(ids=result[5], inverse=result[6])
     return found, wanted, dataclasses.replace(route, rows=ids, asked=inverse)
+
+
+def ask_owners(
+    layout: Layout, owner: jax.Array, entries: jax.Array, padding: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Sends entries to their owners, who can answer each of them with a number.
+
+    Args:
+      layout: the stack's layout.
+      owner: int32 [U]: the owner of each entry; P for none. The last has none.
+      entries: [U, k].
+      padding: [k].
+
+    Returns:
+      The entries [R, k] that this shard received, padding among them. A function that brings the
+      answers (int32 [R], which the replicas of a shard agree on) to the devices that asked: int32
+      [U], 0 for an entry without an owner.
+    """
+    num_entries = owner.shape[0] - 1
+    owner, rank = _ranked(layout, owner)
+    room = _width(layout, num_entries, False)
+    is_over = jnp.any((owner < layout.shards) & (rank >= room))
+    is_wide = _sum(is_over.astype(jnp.int32), layout.all_axes) > 0
+    num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
+
+    def send(width: int) -> jax.Array:
+        place = _place(layout, owner, rank, width)
+        empty = jnp.broadcast_to(padding, (layout.shards * width, padding.shape[0]))
+        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
+        missing = jnp.broadcast_to(padding, (num_received - received.shape[0], padding.shape[0]))
+        return jnp.concatenate([received, missing])
+
+    def bring(answers: jax.Array) -> jax.Array:
+        here = jnp.arange(num_received, dtype=jnp.int32)
+        none = jnp.zeros(1, jnp.int32)
+        route = Route(none, none, none, here, owner, rank, is_wide)
+        return _return(layout, route, answers[:, None])[:, 0]
+
+    return _either(layout, is_wide, num_entries, send), bring
 
 
 # --- rows to the devices, gradients to the owners

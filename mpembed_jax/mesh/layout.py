@@ -71,11 +71,6 @@ class Layout:
                     f"{spec.num_rows}; divide the stack over a mesh, or make two stacks"
                 )
             return None
-        if spec.vocabulary is not None:
-            raise ValueError(
-                "a stack with a vocabulary lies on one device so far: leave mesh, axis_name and "
-                "placement out, or number the ids and use a stack without a vocabulary"
-            )
         placement = Placement() if placement is None else placement
         if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
             raise TypeError(
@@ -123,6 +118,7 @@ class Layout:
                 'Placement("replicated"), or use a power of two of at most 64 shards, with at '
                 "least 8 sets for each"
             )
+        _check_pool(spec, shards)
         blocks = placement.summation_blocks
         if blocks is not None and blocks % batch_shards:
             raise ValueError(
@@ -264,7 +260,7 @@ class Layout:
         If a shard has no row of a table, the table's entry equals the next one.
         """
         if self.table_shards is None:
-            starts = offsets(self.spec.tables)
+            starts = offsets(self.spec.row_tables)
             shard = np.arange(self.shards)[:, None]
             return ((starts - shard + self.shards - 1) // self.shards).astype(np.int32)
         sizes = np.zeros((self.shards, len(self.spec.tables)), np.int64)
@@ -311,6 +307,20 @@ class Layout:
         return Shard(self, jnp.asarray(index, jnp.int32), jnp.asarray(self.first_rows)[index])
 
 
+def _check_pool(spec: EmbeddingSpec, shards: int) -> None:
+    """Raises ValueError if the sets of a stack's pool of rows cannot be divided over shards."""
+    if spec.vocabulary is None or spec.vocabulary.geometry.groups % shards == 0:
+        return
+    sets, _, groups = spec.vocabulary.geometry
+    possible = _alternatives([n for n in range(1, groups + 1) if groups % n == 0])
+    raise ValueError(
+        f"the {sets} sets of the vocabulary's pool cannot be divided evenly over {shards} shards; "
+        f"possible numbers of shards are {possible}; "
+        'replicate this stack, Placement("replicated"), or give its VocabularySpec more rows or '
+        "fewer ways: a shard needs at least 8 sets"
+    )
+
+
 def _alternatives(numbers: list[int]) -> str:
     """Returns numbers as text, such as "1, 2 or 4"."""
     *others, last = map(str, numbers)
@@ -344,6 +354,11 @@ def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tup
     """Returns the shard of each table, or None if rows go by MOD."""
     if placement.kind != "tables":
         return None
+    if spec.vocabulary is not None:
+        raise ValueError(
+            "the tables of a stack with a vocabulary share one pool of rows, so none can be whole "
+            'on a shard; use Placement("rows") or Placement("replicated")'
+        )
     if spec.num_rows >= NO_ID:
         raise ValueError(
             f"whole tables per shard need a stack of fewer than 2**31 - 1 rows, got {spec.num_rows}"

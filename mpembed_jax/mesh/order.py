@@ -83,6 +83,16 @@ def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     return _by_set(cache | {"tags": local_tags}, lambda size: size // layout.shards)
 
 
+def vocabulary_by_id(layout: Layout, vocabulary: dict[str, Array]) -> dict[str, Array]:
+    """Merges the parts of a vocabulary ({name of pool.ARRAYS: array}) into that of one device."""
+    return _by_set(vocabulary, lambda size: layout.shards)
+
+
+def vocabulary_by_shard(layout: Layout, vocabulary: dict[str, Array]) -> dict[str, Array]:
+    """Splits the vocabulary of one device into the parts of all shards, one after another."""
+    return _by_set(vocabulary, lambda size: size // layout.shards)
+
+
 def _library(array: Array) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 

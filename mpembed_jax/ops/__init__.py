@@ -275,7 +275,10 @@ def admit(
     *,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
-    """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`."""
+    """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
+
+    On one device. A shard calls the reference itself, with the counts that devices sent.
+    """
     native = compiled(implementation)
     if native is not None:
         return native.admit.admit(vocabulary, pairs, must_halve, rules)

@@ -12,7 +12,7 @@ their sets on one shard if a mesh divides rows by MOD. The shared rows follow th
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,25 @@ from mpembed_jax.vocabulary.spec import VocabularySpec
 MAX_USE = 2**16 - 2
 PINNED = 2**16 - 1  # the use of a row of this batch, while newcomers look for rows
 MAX_COUNT = 255  # of a counter of the sketch
+ARRAYS = ("tags", "use", "sketch")  # what a mesh divides
 COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals")
+
+
+class Part(NamedTuple):
+    """The part of a pool that one shard holds: the sets that are `shard` modulo `shards`.
+
+    Inside a shard, sets and rows have local numbers, as those of a cache have.
+    """
+
+    shards: int = 1
+    shard: jax.Array | int = 0
+
+    def numbers_of(self, sets: jax.Array) -> jax.Array:
+        """Returns the numbers (int32) that local sets have in the whole pool."""
+        return sets * self.shards + self.shard
+
+
+WHOLE = Part()
 
 
 @partial(
@@ -61,14 +79,16 @@ class VocabularyState:
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
 
-def init(spec: VocabularySpec, fresh_row_state: Any) -> VocabularyState:
-    """Makes a vocabulary without ids.
+def init(spec: VocabularySpec, fresh_row_state: Any, shards: int = 1) -> VocabularyState:
+    """Makes a vocabulary without ids, or the part of one of several shards.
 
     Args:
       spec: its sizes.
       fresh_row_state: as row_state.init_rows makes it for one row.
+      shards: divides the number of groups.
     """
-    geometry = spec.geometry
+    sets, ways, groups = spec.geometry
+    geometry = Geometry(sets // shards, ways, groups // shards)
     shape = (geometry.sets, geometry.ways)
     return VocabularyState(
         tags=jnp.full(shape, hashes.PADDING, jnp.uint32),
@@ -80,9 +100,14 @@ def init(spec: VocabularySpec, fresh_row_state: Any) -> VocabularyState:
     )
 
 
-def sets_of(places: jax.Array, geometry: Geometry) -> jax.Array:
-    """Returns the sets (int32) of ids, from the places of their pairs (uint32)."""
-    return residency.set_of(random_bits.fmix32(places), geometry)
+def sets_of(places: jax.Array, geometry: Geometry, shards: int = 1) -> jax.Array:
+    """Returns the sets (int32) of ids on their shard, from the places of their pairs (uint32)."""
+    return residency.set_of(random_bits.fmix32(places) // jnp.uint32(shards), geometry)
+
+
+def shard_of(places: jax.Array, shards: int) -> jax.Array:
+    """Returns the shards (int32) that hold the sets of ids, from their places (uint32)."""
+    return (random_bits.fmix32(places) % jnp.uint32(shards)).astype(jnp.int32)
 
 
 def row_of(sets: jax.Array, ways: jax.Array, geometry: Geometry) -> jax.Array:
@@ -133,10 +158,13 @@ def rows_or_shared(
     return jnp.where(pairs[:, 0] == jnp.uint32(hashes.PADDING), NO_ID, rows)
 
 
-def cells(vocabulary: VocabularyState, sets: jax.Array, tags: jax.Array) -> jax.Array:
+def cells(
+    vocabulary: VocabularyState, sets: jax.Array, tags: jax.Array, part: Part = WHOLE
+) -> jax.Array:
     """Returns the cells (int32 [2, n]) of the flattened sketch that count ids (sets and tags)."""
     depth, groups, width = vocabulary.sketch.shape
-    mixed = random_bits.fmix32(tags ^ random_bits.fmix32(sets.astype(jnp.uint32)))
+    numbers = part.numbers_of(sets).astype(jnp.uint32)
+    mixed = random_bits.fmix32(tags ^ random_bits.fmix32(numbers))
     seeds = jnp.asarray(residency.SKETCH_SEEDS, jnp.uint32)[:, None]
     column = random_bits.scale_to(random_bits.fmix32(mixed[None] ^ seeds), width)
     row = jnp.arange(depth, dtype=jnp.int32)[:, None] * groups + (sets % groups)[None]

@@ -115,11 +115,23 @@ def test_a_checkpoint_of_another_pool_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, state)
     for change in (
         {"vocabulary": dataclasses.replace(SPEC.vocabulary, num_rows=96)},
-        {"storage": "int4"},
+        {"row_state_dtype": "bfloat16"},
     ):
         other = mpembed.init(jax.random.key(1), dataclasses.replace(SPEC, **change), TX)
         with pytest.raises(ValueError, match="vocabulary"):
             checkpoint.restore(tmp_path, other)
+
+
+@pytest.mark.parametrize("change", [{"storage": "float32"}, {"cache": None}], ids=str)
+def test_a_restore_into_another_format_or_cache_keeps_the_owners(change, tmp_path):
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 10)
+    checkpoint.save(tmp_path, 1, state)
+    spec = dataclasses.replace(SPEC, **change)
+    restored = checkpoint.restore(tmp_path, mpembed.init(jax.random.key(2), spec, TX))
+    training.assert_same(restored.vocabulary, state.vocabulary)
+    pairs = SPEC.raw_ids(next(batches(0, 1)))
+    for feature, want in mpembed.read(state, pairs).items():
+        np.testing.assert_allclose(mpembed.read(restored, pairs)[feature], want, atol=0.01)
 
 
 def test_stats_count_raw_ids_and_warn_of_a_pool_that_thrashes():

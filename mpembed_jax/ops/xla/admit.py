@@ -18,7 +18,12 @@ from mpembed_jax.vocabulary.pool import VocabularyState
 
 @jax.named_scope("admit")
 def admit(
-    vocabulary: VocabularyState, pairs: jax.Array, must_halve: jax.Array, rules: Admission
+    vocabulary: VocabularyState,
+    pairs: jax.Array,
+    must_halve: jax.Array,
+    rules: Admission,
+    counts: jax.Array | None = None,
+    part: pool.Part = pool.WHOLE,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives the ids of a batch rows of their own, where they earned them.
 
@@ -39,9 +44,11 @@ def admit(
       pairs: uint32 [N, 2].
       must_halve: bool scalar.
       rules: the rules of admission.
+      counts: int32 [N]: occurrences that a pair stands for. None: one each.
+      part: the part of the pool that the vocabulary holds. Pairs are those of its sets.
 
     Returns:
-      The vocabulary and what was decided.
+      The vocabulary and what was decided. Rows are the local ones of the part.
     """
     num = pairs.shape[0]
     geometry = vocabulary.geometry
@@ -56,7 +63,8 @@ def admit(
     vocabulary = dataclasses.replace(vocabulary, use=use, sketch=sketch)
     position = jnp.arange(num, dtype=jnp.int32)
     is_real = pairs[:, 0] != jnp.uint32(hashes.PADDING)
-    position_sets = jnp.where(is_real, pool.sets_of(pairs[:, 1], geometry), sets_)
+    occurrences = jnp.where(is_real, 1 if counts is None else counts, 0)
+    position_sets = jnp.where(is_real, pool.sets_of(pairs[:, 1], geometry, part.shards), sets_)
 
     # Groups of positions with the same id. They are numbered in the order of sets and tags.
     by_set, by_tag, at = lax.sort((position_sets, pairs[:, 0], position), num_keys=2)
@@ -66,7 +74,7 @@ def admit(
     first = jnp.where(is_first, group, num)
     id_sets = indexing.put(jnp.full(num, sets_, jnp.int32), first, by_set)
     id_tags = indexing.put(jnp.full(num, hashes.PADDING, jnp.uint32), first, by_tag)
-    counts = indexing.add(jnp.zeros(num, jnp.int32), group, 1)
+    id_counts = indexing.add(jnp.zeros(num, jnp.int32), group, indexing.take(occurrences, at))
     is_id = id_sets < sets_
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
@@ -75,12 +83,12 @@ def admit(
     size = sets_ * ways
     line = jnp.where(is_hit, id_sets * ways + way, size)
     use = vocabulary.use.reshape(-1)
-    cells = pool.cells(vocabulary, id_sets, id_tags)
+    cells = pool.cells(vocabulary, id_sets, id_tags, part)
     seen = jnp.min(indexing.take(vocabulary.sketch.reshape(-1), cells), axis=0)
     remembered = jnp.where(
         is_hit, indexing.take(use, line).astype(jnp.int32), seen.astype(jnp.int32)
     )
-    estimates = jnp.minimum(remembered + counts, pool.MAX_USE)
+    estimates = jnp.minimum(remembered + id_counts, pool.MAX_USE)
     use = indexing.put(
         use, jnp.where(estimates >= 0, line, size), jnp.uint16(pool.PINNED)
     )  # the comparison orders the read before the write, as in plan.pin_hits
@@ -122,7 +130,7 @@ def admit(
         return indexing.maximum(sketch, cells.reshape(-1), values.reshape(-1))
 
     sketch = raised(sketch, is_left, cells, estimates)
-    sketch = raised(sketch, is_recycled, pool.cells(vocabulary, new_sets, victim), paid - 1)
+    sketch = raised(sketch, is_recycled, pool.cells(vocabulary, new_sets, victim, part), paid - 1)
     vocabulary = dataclasses.replace(
         vocabulary,
         tags=tags.reshape(sets_, ways),
@@ -139,15 +147,15 @@ def admit(
         pool.row_of(new_sets, new_way, geometry),
     )
 
-    def total(is_counted: jax.Array) -> jax.Array:
-        return jnp.sum(is_counted, dtype=jnp.int32)
+    def total(counted: jax.Array) -> jax.Array:
+        return jnp.sum(counted, dtype=jnp.int32)
 
     return vocabulary, Admitted(
         rows=result,
         recycled=recycled,
         num_recycled=total(is_recycled),
-        num_requests=total(is_real),
-        num_shared=total(is_real & (own_way == ways)),
+        num_requests=total(occurrences),
+        num_shared=total(jnp.where(own_way == ways, occurrences, 0)),
         num_admitted=total(enters),
         num_refused=total(is_live & ~enters),
     )

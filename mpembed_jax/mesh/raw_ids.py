@@ -1,0 +1,135 @@
+"""Raw ids over a mesh: pairs go to the shards that hold their sets, and rows come back.
+
+A device sends each distinct pair of its share of a batch once, with its occurrences. The owner of
+the set admits what all devices sent, as one device would that saw the whole batch. The rows and
+their owners are therefore the same for any number of devices.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.spec import Geometry
+from mpembed_jax.mesh import exchange
+from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.ops import Admission, Admitted, xla
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary.hashes import PADDING
+from mpembed_jax.vocabulary.pool import VocabularyState
+
+
+@jax.named_scope("exchange_raw_ids")
+def admit(
+    layout: Layout,
+    vocabulary: VocabularyState,
+    pairs: jax.Array,
+    must_halve: jax.Array,
+    rules: Admission,
+) -> tuple[VocabularyState, Admitted]:
+    """Gives the raw ids of a batch rows of their own; see `ops.xla.admit.admit`.
+
+    Args:
+      layout: the stack's layout.
+      vocabulary: this shard's part.
+      pairs: uint32 [N, 2], of this device's share of the batch.
+      must_halve: bool scalar.
+      rules: the rules of admission.
+
+    Returns:
+      This shard's part, and what was decided. `rows` are global ids of this device's positions;
+      `recycled` are local rows of this shard. The counts are those of the whole batch, but for
+      `num_recycled`, which is this shard's.
+    """
+    asked, counts, back = _ask(layout, pairs)
+    part = pool.Part(layout.shards, layout.index())
+    vocabulary, made = xla.admit.admit(vocabulary, asked, must_halve, rules, counts, part)
+    lines = vocabulary.geometry.lines
+    own = jnp.where(made.rows < lines, made.rows, lines)
+    totals = {
+        name: exchange.total_over_shards(layout, getattr(made, name))
+        for name in ("num_requests", "num_shared", "num_admitted", "num_refused")
+    }
+    rows = _global_rows(layout, vocabulary, pairs, back(own), rules.shared_rows)
+    return vocabulary, made._replace(rows=rows, **totals)
+
+
+@jax.named_scope("exchange_raw_ids")
+def locate(
+    layout: Layout, vocabulary: VocabularyState, pairs: jax.Array, per_table: int
+) -> jax.Array:
+    """Returns the row of each id, as pool.locate; a global id.
+
+    Args:
+      layout: the stack's layout.
+      vocabulary: this shard's part; not changed.
+      pairs: uint32 [N, 2], of this device.
+      per_table: shared rows per table.
+    """
+    asked, _, back = _ask(layout, pairs)
+    geometry = vocabulary.geometry
+    sets = pool.sets_of(asked[:, 1], geometry, layout.shards)
+    way = pool.ways_of(vocabulary, sets, asked[:, 0])
+    own = jnp.where(way < geometry.ways, pool.row_of(sets, way, geometry), geometry.lines)
+    return _global_rows(layout, vocabulary, pairs, back(own), per_table)
+
+
+def _ask(
+    layout: Layout, pairs: jax.Array
+) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Sends this device's distinct pairs to the owners of their sets.
+
+    Returns:
+      The pairs (uint32 [R, 2]) that this shard received; the occurrences (int32 [R]) that each
+      stands for; and a function that brings numbers [R] of these pairs to this device's positions
+      (int32 [N]).
+    """
+    num = pairs.shape[0]
+    position = jnp.arange(num, dtype=jnp.int32)
+    tags, places, at = lax.sort((pairs[:, 0], pairs[:, 1], position), num_keys=2)
+    before = jnp.maximum(position - 1, 0)
+    is_first = (tags != tags[before]) | (places != places[before]) | (position == 0)
+    group = jnp.cumsum(is_first.astype(jnp.int32)) - 1
+    first = jnp.where(is_first, group, num + 1)
+    counts = indexing.add(jnp.zeros(num + 1, jnp.int32), group, 1).astype(jnp.uint32)
+    entries = jnp.stack(
+        [
+            indexing.put(jnp.full(num + 1, PADDING, jnp.uint32), first, tags),
+            indexing.put(jnp.zeros(num + 1, jnp.uint32), first, places),
+            counts,
+        ],
+        axis=1,
+    )
+    is_pair = entries[:, 0] != jnp.uint32(PADDING)
+    owner = jnp.where(is_pair, pool.shard_of(entries[:, 1], layout.shards), layout.shards)
+    padding = jnp.asarray([PADDING, 0, 0], jnp.uint32)
+    received, bring = exchange.ask_owners(layout, owner, entries, padding)
+    group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
+
+    def back(rows: jax.Array) -> jax.Array:
+        return indexing.take(bring(rows), group_of)
+
+    return received[:, :2], received[:, 2].astype(jnp.int32), back
+
+
+def _global_rows(
+    layout: Layout, vocabulary: VocabularyState, pairs: jax.Array, own: jax.Array, per_table: int
+) -> jax.Array:
+    """Returns the global ids of rows of this device's positions.
+
+    Args:
+      layout: the stack's layout.
+      vocabulary: this shard's part.
+      pairs: uint32 [N, 2].
+      own: int32 [N]: the local row on the owner, the number of lines for none.
+      per_table: shared rows per table.
+    """
+    sets, ways, groups = vocabulary.geometry
+    part = pool.Part(layout.shards, pool.shard_of(pairs[:, 1], layout.shards))
+    whole = Geometry(sets * layout.shards, ways, groups * layout.shards)
+    shared = pool.shared_rows(pairs, whole, per_table)
+    rows = jnp.where(own < sets * ways, part.numbers_of(own), shared)
+    return jnp.where(pairs[:, 0] == jnp.uint32(PADDING), NO_ID, rows)

@@ -1,0 +1,204 @@
+"""Raw ids over a mesh: any number of devices admits, recycles and trains the rows of one device."""
+
+import dataclasses
+import warnings
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import mpembed_jax as mpembed
+from mpembed_jax import checkpoint, nn, sharding
+from mpembed_jax.mesh.placement import Placement
+
+TX = mpembed.optim.rowwise_adagrad(0.5)
+VOCABULARY = mpembed.VocabularySpec(560, admit_after=2, ways=4, shared_rows=3, sketch_bytes=2)
+SPEC = mpembed.EmbeddingSpec(
+    (mpembed.TableSpec("user"), mpembed.TableSpec("item")),
+    8,
+    storage="int8",
+    cache=mpembed.CacheSpec(num_rows=280, ways=4),
+    vocabulary=VOCABULARY,
+)
+
+
+class Over(NamedTuple):
+    shape: tuple[int, ...]
+    kind: str = "rows"
+    batch_axes: tuple[str, ...] | None = None
+    capacity: float = 1.25
+
+
+MESHES = {
+    "one": Over((1,)),
+    "two": Over((2,)),
+    "eight": Over((8,)),
+    "narrow": Over((4,), capacity=0.3),
+    "replicas": Over((2, 4)),
+    "same_batch": Over((4,), batch_axes=()),
+    "replicated": Over((4,), kind="replicated"),
+}
+
+
+def placed(over):
+    """The arguments of init for a mesh: its last axis divides rows."""
+    names = ("data", "rows")[-len(over.shape) :]
+    mesh = jax.make_mesh(over.shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+    placement = Placement(
+        over.kind, capacity=over.capacity, batch_axes=over.batch_axes, summation_blocks=None
+    )
+    return {"mesh": mesh, "axis_name": "rows", "placement": placement}
+
+
+def batches(seed, num, drift=9):
+    """Skewed raw ids of two columns, which drift so that rows are recycled."""
+    rng = np.random.default_rng(seed)
+    for number in range(num):
+        ids = np.minimum(rng.zipf(1.2, (64, 2)), 900).astype(np.int64) + drift * (seed + number)
+        yield ids, rng.random((64, 2)) < 0.9
+
+
+def local_step(state, pairs):
+    state, plan = mpembed.prefetch(state, pairs)
+    rows = mpembed.lookup(state, plan)
+    # Sums of eighths are exact in any order.
+    grads = jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse)) / 8)(rows)
+    return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+
+
+one_step = jax.jit(local_step, donate_argnums=0)
+
+
+@partial(jax.jit, donate_argnums=0)
+def mesh_step(state, pairs):
+    layout, specs = state.layout, mpembed.partition_specs(state)
+    batch = PartitionSpec(layout.batch_axes or None)
+    run = jax.shard_map(local_step, mesh=layout.mesh, in_specs=(specs, batch), out_specs=specs)
+    return run(state, pairs)
+
+
+def trained(state, seed, num):
+    step = one_step if state.layout is None else mesh_step
+    for ids, where in batches(seed, num):
+        state = step(state, state.spec.raw_ids(ids, where))
+    return state
+
+
+def assert_same_rows(state, other):
+    """Compares the states on one device; the counters of exchanges differ."""
+    here = sharding.relayout(state) if state.layout is not None else state
+    training.assert_same(
+        dataclasses.replace(here, implementation="xla", counters=None),
+        dataclasses.replace(other, implementation="xla", counters=None),
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
+    state = trained(mpembed.init(jax.random.key(0), SPEC, TX, **placed(MESHES[case])), 0, 40)
+    assert_same_rows(state, on_one_device)
+    with warnings.catch_warnings(action="ignore"):  # a third of the rows finds no place in cache
+        counted, on_mesh = (mpembed.stats(s).vocabulary for s in (on_one_device, state))
+    assert on_mesh == counted
+    assert counted.recyclings > 100 and counted.refusals > 0 and counted.shared_requests > 100
+
+
+@pytest.mark.parametrize("case", ["two", "replicas", "replicated"])
+def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
+    """Outside of jax.shard_map, and inside, where each device has its own ids."""
+    over = placed(MESHES[case])
+    state = sharding.relayout(on_one_device, **over)
+    ids, where = next(batches(38, 1))
+    pairs = SPEC.raw_ids(ids, where)
+    want = mpembed.read(on_one_device, pairs)
+    np.testing.assert_array_equal(mpembed.read(state, pairs), want)
+    np.testing.assert_array_equal(jax.jit(mpembed.read)(state, pairs[:5]), want[:5])
+    batch = PartitionSpec(state.layout.batch_axes)
+    run = jax.shard_map(
+        mpembed.read,
+        mesh=state.layout.mesh,
+        in_specs=(mpembed.partition_specs(state), batch),
+        out_specs=batch,
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(run)(state, pairs), want)
+
+
+def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, on_one_device):
+    want = trained(sharding.relayout(on_one_device), 40, 8)
+    four = sharding.relayout(on_one_device, **placed(Over((4,))))
+    checkpoint.save(tmp_path / "four", 1, four)
+    for over in (None, Over((2,)), Over((8,)), Over((4,)), Over((2,), kind="replicated")):
+        moved = {} if over is None else placed(over)
+        template = mpembed.init(jax.random.key(5), SPEC, TX, **moved)
+        restored = checkpoint.restore(tmp_path / "four", template)
+        assert_same_rows(trained(restored, 40, 8), want)
+        assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
+
+
+@pytest.mark.parametrize("case", ["two", "replicas"])
+def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
+    @nnx.jit
+    def train(module, pairs):
+        module.prefetch(pairs)
+        grads = nnx.grad(lambda m: jnp.sum(m(pairs)["user"]) / 8 + jnp.sum(m(pairs)["item"]) / 4)
+        nn.apply_gradients(module, grads(module))
+
+    modules = [
+        nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0), **over)
+        for over in ({}, placed(MESHES[case]))
+    ]
+    for ids, _ in batches(0, 12):
+        for module in modules:
+            train(module, {"user": ids[:, 0].astype(np.int32), "item": ids[:, 1].astype(np.int32)})
+    states = [module.stacks[0].embedding_state() for module in modules]
+    assert_same_rows(states[1], sharding.relayout(states[0]))
+    for module in modules:
+        module.eval()
+    ids, _ = next(batches(3, 1))
+    features = {"user": ids[:30, 0], "item": ids[:30, 1]}
+    one, mesh = (module(features) for module in modules)
+    for feature in features:
+        np.testing.assert_array_equal(one[feature], mesh[feature])
+
+
+def test_inside_pmap_the_rows_are_those_of_one_device():
+    devices = jax.devices()[:4]
+    make = jax.pmap(
+        lambda key: mpembed.init(key, SPEC, TX, axis_name="rows"), "rows", devices=devices
+    )
+    state = make(jnp.broadcast_to(jax.random.key_data(jax.random.key(0)), (4, 2)))
+    run = jax.pmap(local_step, "rows", donate_argnums=0, devices=devices)
+    one = mpembed.init(jax.random.key(0), SPEC, TX)
+    for ids, where in batches(0, 10):
+        pairs = SPEC.raw_ids(ids, where)
+        one = one_step(one, pairs)
+        state = run(state, pairs.reshape(4, 16, 2, 2))
+    num = SPEC.num_rows
+    rows = np.asarray(state.table.rows).swapaxes(0, 1).reshape(-1, one.table.rows.shape[1])[:num]
+    np.testing.assert_array_equal(rows, one.table.rows)
+    sets = np.asarray(state.vocabulary.tags).swapaxes(0, 1).reshape(one.vocabulary.tags.shape)
+    np.testing.assert_array_equal(sets, one.vocabulary.tags)
+
+
+def test_what_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="share one pool of rows"):
+        mpembed.init(jax.random.key(0), SPEC, TX, **placed(Over((2,), kind="tables")))
+    few = dataclasses.replace(SPEC, cache=None, vocabulary=mpembed.VocabularySpec(64, ways=8))
+    with pytest.raises(ValueError, match=r"8 sets of the vocabulary's pool .* over 4 shards"):
+        mpembed.init(jax.random.key(0), few, TX, **placed(Over((4,))))
+    assert sharding.plan(few, 4, replicate_bytes=0) == Placement("replicated")
+    assert sharding.plan(SPEC, 4, replicate_bytes=0) == Placement("rows")
+    with pytest.raises(ValueError, match="leave batches out"):
+        sharding.plan(SPEC, 4, [np.zeros((8, 2, 2), np.uint32)], replicate_bytes=0)
