@@ -45,11 +45,11 @@ _LOCK = threading.RLock()  # saves of several threads start one after another
 
 
 def save_args(value: Any, chunk_bytes: int = 128 << 20) -> ocp.SaveArgs:
-    """Returns how orbax divides an array: into files of at most `chunk_bytes`, or into none.
+    """Returns how orbax divides an array: into files of at most `chunk_bytes`, or not at all.
 
     The files of an array are compressed and checksummed in parallel. Orbax makes equal pieces, of a
     single row if necessary. A stack with a prime number of rows (such as Criteo-Kaggle's
-    33,762,577) would become as many files, so it is written in one piece.
+    33,762,577) would become one file for each row, so it is written in one piece.
     """
     shape = np.shape(value)
     is_divisible = True
@@ -161,8 +161,9 @@ def _finish_all() -> None:
         finish_pending(pending.directory)
 
 
-# Python ends its pools of threads before it waits for other threads, but a save needs them. This
-# function is private; without it, a save that nobody waited for is lost when the program ends.
+# Python ends its pools of threads before it waits for other threads. A running save needs the
+# pools. threading._register_atexit is private. Without it, a save that nobody waited for is lost
+# when the program ends.
 if (_register := getattr(threading, "_register_atexit", None)) is not None:
     _register(_finish_all)
 
@@ -202,15 +203,15 @@ def save(
       A Saving; its `wait()` returns when the checkpoint is complete.
 
     Raises:
-      TypeError: if a leaf cannot be saved; the message names it. Also if directory is no path, step
-        no whole number or tracker no tracker.
+      TypeError: if a leaf cannot be saved; the message names it. Also if directory, step or tracker
+        has another type.
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
         checkpoint from which it started. Also if an embedding state was made for another spec, or
         averaged.
-      CheckpointError: if this save failed. Also if another process is saving in this directory, or
-        if a checkpoint of this step exists already, unless it is damaged: then it is replaced, as
-        soon as the new one is complete. The error of an earlier save that nobody waited for is
-        logged (logger `mpembed_jax.checkpoint`); it does not hinder this one.
+      CheckpointError: if this save failed, if another process is saving in this directory, or if a
+        good checkpoint of this step exists. A damaged one is replaced as soon as the new one is
+        complete. The error of an earlier save that nobody waited for is logged (logger
+        `mpembed_jax.checkpoint`); it does not hinder this one.
     """
     call = "save(directory, step, tree)"
     folder = manifest.path_of(call, directory)
@@ -267,8 +268,8 @@ def _start(
     body: dict[str, Any] = {"step": step, "time": time.time(), "values": values, "base": None}
     members = leaves.embeddings(tree)
     body["embeddings"] = {name: digests.record(member) for name, member in members.items()}
-    # Arrays of different saves have different folders, so that a writer that a failed save left
-    # behind cannot write into a later save of the same step.
+    # Each save has folders of its own for its arrays. A writer that a failed save left behind then
+    # cannot write into a later save of the same step.
     keys = (f"{number}.{token}" for number in itertools.count())
     body["arrays"] = {
         name: leaves.describe(next(keys), named[name], array) for name, array in arrays.items()
@@ -331,8 +332,8 @@ def _snapshot(array: Any) -> Any:
     """Returns a copy of the array that donation or writing in place cannot change."""
     if isinstance(array, np.ndarray):
         return np.array(array)
-    # Orbax writes an array in host memory without a copy, also on accelerators, while the next step
-    # reuses its memory.
+    # Orbax makes no copy of an array in host memory, not even on accelerators. The next step would
+    # overwrite what orbax still writes. So it is copied here.
     if host_memory.is_kept(array):
         return host_memory.to_numpy(array)
     if jax.process_count() > 1 and array.is_fully_addressable:
@@ -393,7 +394,7 @@ def _make_room(directory: Path, step: int) -> tuple[str, bool]:
 
 
 def _is_damaged(directory: Path, step: int) -> bool:
-    """Returns whether a step's checkpoint, or one on which it builds, is damaged: replace it.
+    """Returns True if a step's checkpoint, or one on which it builds, is damaged.
 
     Raises:
       CheckpointError: if it is good, or if it may be.

@@ -69,8 +69,8 @@ def route_specs(layout: Layout) -> Route:
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
     """Returns how many entries a device sends to each owner; num_entries is static."""
-    # If the sharding axes do not divide the batch, devices along them have the same ids. Each then
-    # requests its share of them.
+    # If the batch is not split over the sharding axes, devices along them have the same ids. Each
+    # then requests its part of them.
     if not layout.is_batch_divided:
         num_entries = -(-num_entries // layout.shards)
     return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
@@ -223,9 +223,9 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
       step: int32 scalar.
 
     Returns:
-      The distinct local rows that are requested of this shard (`inverse` has one entry per received
-      entry), `wanted` without the ids over the budget (in `ids` and in `inverse`), and the route.
-      `settle` replaces the route's `rows`, `num_cached`, `num_rows` and `asked`.
+      Three results. The distinct local rows that are requested of this shard; `inverse` has one
+      entry per received entry. `wanted` without the ids over the budget, in `ids` and in `inverse`.
+      The route, of which `settle` replaces `rows`, `num_cached`, `num_rows` and `asked`.
     """
     num_entries = wanted.ids.shape[0] - 1
     budget = layout.spec.max_unique_ids
@@ -429,9 +429,9 @@ def find(
       step: int32 scalar, the plan's.
 
     Returns:
-      For each position, the index of its entry on this device (int32 [N]; padding has the last).
-      For each position, whether the plan lacks its row (bool [N]). The route with which `fetch`
-      brings the rows of the entries.
+      For each position, the index of its entry on this device (int32 [N]). Padding has the last
+      index. For each position, whether the plan lacks its row (bool [N]). The route with which
+      `fetch` brings the rows of the entries.
     """
     wanted, _, _ = requests.deduplicate(layout, leaves, step)
     asked, own, route = request(layout, wanted, step)

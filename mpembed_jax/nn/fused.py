@@ -47,8 +47,8 @@ def fetch(
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
-      given: the user's own arrays, in the nesting of `ids`, which were computed from them.
-      tables: whose rows the ids are; see step.prefetch_of_tables.
+      given: the user's own arrays, from which `ids` were computed, in the same nesting.
+      tables: the table of each id; see step.prefetch_of_tables.
       combiner: None, or how the last axis of each array of ids is reduced.
       tx: the transformation of the rows.
 
@@ -70,7 +70,7 @@ def _fetch(
     tx: optax.GradientTransformation,
 ) -> tuple:
     state, plan, found = vectors.embed_of_tables(state, ids, tables, combiner=combiner, tx=tx)
-    # An array of its own: Origin recognizes it as the one made here.
+    # A new array, so that Origin recognizes it by its identity.
     leaves = [jnp.array(leaf, jnp.int32) for leaf in jax.tree.leaves(ids)]
     return state, plan, tuple(jax.tree.leaves(found)), leaves
 

@@ -1,11 +1,12 @@
 """A fused step on a CPU: ids to vectors in one call, gradients of vectors to rows in another.
 
-Positions are dealt to partitions (`partitions`). Each one deduplicates, finds its rows, lets
-misses enter, swaps, lists the positions of each row and writes each row to its positions; later it
-sums a row's gradients over its positions, updates and stores. No array [U, D] exists, a row is read
-once forward and once backward, and the bits are the reference's: `xla.unique`, `xla.plan`,
-`xla.rows` and `xla.update.update_summed`, of which this is the composition. How a row is rounded is
-in `codec`. Every product and every sum is rounded by itself.
+Positions are dealt to partitions (`partitions`). In the forward call, a partition deduplicates its
+ids and finds their lines. It lets misses enter and swaps rows. It writes each row to its positions.
+In the backward call, it sums a row's gradients over its positions, updates the row and stores it.
+
+No array [U, D] exists. Each call reads a row once. The bits are those of `xla.unique`, `xla.plan`,
+`xla.rows` and `xla.update.update_summed`, run one after another. `codec` rounds a row. Every
+product and every sum is rounded by itself.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from mpembed_jax.ops.cpu.call_frame import (
 from mpembed_jax.ops.cpu.hashes import fmix32
 from mpembed_jax.ops.cpu.lanes import LANES, bits_of, float_of
 from mpembed_jax.ops.cpu.partitions import MAX_PARTS
+from mpembed_jax.ops.cpu.policy import age, counts_use
 from mpembed_jax.ops.cpu.unique import smallest
 from mpembed_jax.ops.records import Draw, Places, Store
 from mpembed_jax.optim import RowRule
@@ -42,7 +44,7 @@ from mpembed_jax.table import QuantizedTable
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 8  # rows
 _FEW_PARTS, _FEW_TASKS = 16, 4  # larger partitions cost less where few threads share them
-_CHUNKS = 16  # of positions, dealt at once
+_CHUNKS = 16  # into which the positions are cut, to be dealt by several threads
 _BUFFERS = 3  # rows of scratch for each partition
 F32, U32 = np.float32, np.uint32
 
@@ -51,7 +53,8 @@ F32, U32 = np.float32, np.uint32
     _NUM_ROWS, _DIM, _SETS, _WAYS, _GROUPS, _WIDTH, _BY, _BUDGET, _TASKS,
     _STEP, _MUST_HALVE, _SEED0, _SEED1,
 ) = range(13)  # fmt: skip
-# Its arguments and results, by position. The first results are arguments, too, changed in place.
+# Its arguments and results, by position. The first six results are arguments, too: the call changes
+# them in place.
 _IDS, _GIVEN, _HELD = range(3)
 _TABLE, _LINES, _TAGS, _PRIORITY, _DIRTY, _SKETCH = range(6)
 _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13)
@@ -59,10 +62,10 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
     _DEALT, _POSITIONS, _ROW_OF, _COUNT, _HOME, _ESTIMATE, _QUEUE, _VICTIM, _FOLLOWING,
     _BUCKET, _DEALS, _BUFFER,
 ) = range(13, 25)  # fmt: skip
-# Words of the facts: counts of the batch, then for each partition.
+# Words of the facts: three numbers, the totals of the batch, then numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
-_COUNTS = 3  # the first of the sums below
-_BEGIN = 16  # where its rows begin, MAX_PARTS + 2 numbers: positions without a row come last
+_COUNTS = 3  # the first of the totals: sums of the numbers below over the partitions
+_BEGIN = 16  # the first position of each partition; the last two bound the positions without a row
 _ROWS = _BEGIN + MAX_PARTS + 2
 _OF_PARTS = (  # numbers of each partition
     _NUM_UNIQUE, _HITS, _HIT_REQUESTS, _NEW, _EVICTIONS, _WRITE_BACKS,
@@ -156,7 +159,7 @@ def _part_of(frame, index, begin, end):
 @compiled
 def _buckets_of(frame, facts, part):
     begin, end = _bounds(facts, part)
-    num_buckets = 16  # a power of two, at least two for each position: there is room for four
+    num_buckets = 16  # a power of two: two to four for each position
     while num_buckets < 2 * (end - begin):
         num_buckets *= 2
     first = 4 * begin + 16 * part
@@ -234,7 +237,7 @@ def _place(frame, part):
 
 @compiled
 def _blank(frame, position):
-    """Writes what a position without a row takes."""
+    """Writes the zeros of a position without a row, or the -1 if rows are listed."""
     row_of_position = result(frame, _ROW_OF_POSITION, np.int32)
     if len(row_of_position) > 0:
         row_of_position[position] = -1
@@ -276,15 +279,6 @@ def _blank_part(frame, part):
     begin, end = _bounds(facts, part)
     for k in range(begin, end):
         _blank(frame, positions[k])
-
-
-@compiled
-def _halve(frame):
-    priority, sketch = result(frame, _PRIORITY, np.int32), result(frame, _SKETCH, np.uint16)
-    for k in range(len(priority)):
-        priority[k] >>= 1
-    for k in range(len(sketch)):
-        sketch[k] >>= 1
 
 
 @compiled
@@ -340,7 +334,7 @@ def _forward_of(fmt: RowFormat) -> str:
 
     @compiled
     def write_vectors(frame, part):
-        """Writes each row to its positions; lines of this batch take their estimates."""
+        """Writes each row to its positions, and its estimate to its line's priority."""
         facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
         begin, end = _bounds(facts, part)
         ids, line = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _LINE, begin, end)
@@ -351,11 +345,11 @@ def _forward_of(fmt: RowFormat) -> str:
         priority, out = result(frame, _PRIORITY, np.int32), result_address(frame, _VECTORS)
         dim = np.int64(given[_DIM])
         row_bytes, buffer = bytes_of(dim), _buffer_of(frame, _BUFFER, part, 0, dim)
-        is_lfu, is_listed = given[_WIDTH] > 0, len(row_of_position) > 0
+        has_use, is_listed = counts_use(given[_BY]), len(row_of_position) > 0
         is_streamed = dim % LANES == 0 and out % 32 == 0
         num_rows, at = facts[_NUM_UNIQUE + part], 0
         for row in range(num_rows):
-            if is_lfu and line[row] >= 0:
+            if has_use and line[row] >= 0:
                 priority[line[row]] = estimate[row]
             if is_listed:
                 while at < stop[row]:
@@ -405,7 +399,7 @@ def _forward_of(fmt: RowFormat) -> str:
         num_parts = min(groups, _FEW_PARTS if num_tasks <= _FEW_TASKS else MAX_PARTS)
         facts[_PARTS] = num_parts
         if given[_MUST_HALVE]:
-            _halve(frame)
+            age(result(frame, _PRIORITY, np.int32), result(frame, _SKETCH, np.uint16))
         _deal(frame, num_tasks)
         if given[_BUDGET] >= 0:
             _deduplicate_parts(frame, num_parts, num_tasks)
@@ -575,7 +569,7 @@ def _backward_of(fmt: RowFormat) -> str:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
                     ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
-                    # An address that is not ours, of a source -1, may be asked for.
+                    # A source of -1 gives an address outside the array. A prefetch does no harm.
                     lanes.ask_for(grads + ahead * 4 * dim, 4 * dim)
                 position = np.int64(order[at])
                 here = np.int64(source[position]) if has_source else position // per_grad
@@ -669,8 +663,8 @@ def forward(
       max_threads: how many threads may share the work.
 
     Returns:
-      The table and the cache, changed in place; float32 [N, D], or int32 [N], the place of each
-      position's row in the plan, -1 for none; and the plan.
+      The table and the cache, changed in place; float32 [N, D], or with is_listed int32 [N]: the
+      index of each position's row in the plan, -1 for none; and the plan.
     """
     (num,), dim = ids.shape, table.embedding_dim
     nothing = jnp.zeros((0,), jnp.int32)
@@ -737,7 +731,7 @@ def distinct_ids(places: Places) -> jax.Array:
     """Returns the ids of a batch's rows, int32 [N]: each once, NO_ID where there is none."""
     parts = slice(_BEGIN, _BEGIN + MAX_PARTS)
     first, num = places.facts[parts], places.facts[_NUM_UNIQUE : _NUM_UNIQUE + MAX_PARTS]
-    # One more row from each beginning on, one less from each end on. An empty partition adds none.
+    # The running sum is 1 from the first row of a partition to its last one, and 0 between.
     changes = jnp.zeros(places.ids.shape[0] + 1, jnp.int32).at[first].add(1).at[first + num].add(-1)
     return jnp.where(jnp.cumsum(changes)[:-1] > 0, places.ids, NO_ID)
 
@@ -778,7 +772,7 @@ def bags(
     given = [dim, num_bags, num_parts, max_threads, is_ascending]
     held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
-    # Table and lines are passed on: what changes them in place comes after.
+    # The call returns table and lines as they are, so that later updates in place wait for it.
     results: Any = jax.ffi.ffi_call(
         _sums_of(table.format),
         [out, _buffers(num_parts, dim), *_shapes(held)],
@@ -819,7 +813,7 @@ def backward(
       source: int32 [N] of grads, -1 for none; None: position n takes grads[n // (N / M)].
       rule: the optimizer's.
       draw: names the random bits of the roundings.
-      skip_nonfinite: leave rows as they are whose summed gradient is not finite.
+      skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       is_applied: bool scalar; if False, nothing changes.
       max_threads: how many threads may share the work.
 

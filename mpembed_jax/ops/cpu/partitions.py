@@ -1,8 +1,9 @@
-"""The integers of a fused step on a CPU: partitions of a batch that find their rows by themselves.
+"""The integer part of a fused step on a CPU: each partition of a batch finds its own rows.
 
 A partition of ids owns its sets: the set of an id is a function of the id, so nothing that one
 partition reads or writes belongs to another, and no number of threads changes a result. Rules:
-`xla.plan.make_plan`, `xla.unique`. Here a row is a distinct id of a partition, by its number there.
+`xla.plan.make_plan`, `xla.unique`. In this file, `row` is the index of a distinct id within its
+partition.
 """
 
 import numpy as np
@@ -16,8 +17,7 @@ from mpembed_jax.row_ids import NO_ID
 MAX_PARTS = 64
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # rows
-# An index known to be at least 0 needs no wrapping. Wrapping would keep loops over ways from being
-# vectorized.
+# Unsigned, so that numba does not check for negative indices. It then vectorizes loops over ways.
 _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
 
 
@@ -64,7 +64,9 @@ def deduplicate(dealt, ids, count, row_of, bucket):
 
 @compiled
 def drop(limit, step, ids, count, row_of, num_rows, moved):
-    """Keeps the rows whose fmix32(id xor step) is at most `limit`; others' dealt ids have row -1.
+    """Keeps the rows whose fmix32(id xor step) is at most `limit`.
+
+    The dealt ids of all other rows get row -1.
 
     Returns:
       The number of rows left.
@@ -83,10 +85,10 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows, and pins them; estimates and queues the misses.
+    """Finds the lines of a partition's rows, and pins those lines. Queues and estimates the misses.
 
-    Cache lines are asked for well before they are looked at: tags first, then, when the line is
-    known, its priority, or the sketch's cells.
+    Memory is requested some rows ahead: tags first, then the priority of a line that is found, or
+    the sketch's cells.
 
     Args:
       ids: i32 [U], distinct.
@@ -155,7 +157,7 @@ def _comes_first(i, k, ids, estimate):
 
 @compiled
 def _line_up(i, ways, ids, estimate, home, bucket, following):
-    """Puts a miss in the line of its set, behind at most ways - 1 others.
+    """Puts a miss into the queue of its set, which keeps the first `ways`.
 
     Returns:
       The set's bucket if it had none yet, else -1.
