@@ -489,11 +489,18 @@ def test_a_user_in_x64_mode_gets_the_same_state(cache):
     assert vectors.dtype == jnp.float32
 
 
-MODES = {  # storage, policy, implementation, tx
-    "int8": ("int8", "lfu", "numba", mpembed.optim.rowwise_adagrad(0.1)),
-    "int4": ("int4", "lru", "xla", mpembed.optim.rowwise_adam(0.1, weight_decay=0.1)),
-    "bfloat16": ("bfloat16", None, "xla_chunked", optax.adam(0.1)),
-    "float8": ("float8_e5m2", "lfu", "pallas_interpret", mpembed.optim.sgd(0.1)),
+class Mode(NamedTuple):
+    storage: str
+    policy: str | None
+    implementation: str
+    tx: optax.GradientTransformation
+
+
+MODES = {
+    "int8": Mode("int8", "lfu", "numba", mpembed.optim.rowwise_adagrad(0.1)),
+    "int4": Mode("int4", "lru", "xla", mpembed.optim.rowwise_adam(0.1, weight_decay=0.1)),
+    "bfloat16": Mode("bfloat16", None, "xla_chunked", optax.adam(0.1)),
+    "float8": Mode("float8_e5m2", "lfu", "pallas_interpret", mpembed.optim.sgd(0.1)),
 }
 
 

@@ -5,6 +5,7 @@ Nothing but the table changes its place.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,17 @@ import mpembed_jax as mpembed
 from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 
+
+class Case(NamedTuple):
+    storage: str
+    lines: int | None
+    tx: optax.GradientTransformation
+
+
 CASES = {
-    "int8 cached": ("int8", 24, mpembed.optim.rowwise_adagrad(0.1)),
-    "int4 without cache": ("int4", None, optax.sgd(0.25)),
-    "float32 momentum": ("float32", 24, optax.sgd(0.25, momentum=0.5)),
+    "int8 cached": Case("int8", 24, mpembed.optim.rowwise_adagrad(0.1)),
+    "int4 without cache": Case("int4", None, optax.sgd(0.25)),
+    "float32 momentum": Case("float32", 24, optax.sgd(0.25, momentum=0.5)),
 }
 
 

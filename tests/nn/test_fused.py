@@ -1,5 +1,7 @@
 """Modules with fused=True: the bits of fused=False, and what their calls refuse."""
 
+from typing import NamedTuple
+
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -97,15 +99,20 @@ def train_step(model, ids, seed):
     return vectors
 
 
-CASES = [(name, "adagrad", "int8 with a cache") for name in MODELS]
-CASES += [("embed", "momentum", "int8 with a cache"), ("one combiner", "adagrad", "int4")]
+class Case(NamedTuple):
+    model: str
+    tx: str = "adagrad"
+    options: str = "int8 with a cache"
 
 
-@pytest.mark.parametrize(("name", "tx", "options"), CASES, ids=[", ".join(case) for case in CASES])
-def test_fused_trains_the_same_bits(name, tx, options):
-    make, batch = MODELS[name]
-    tx = {"adagrad": ADAGRAD, "momentum": MOMENTUM}[tx]
-    models = [make(fused, tx=tx, **OPTIONS[options]) for fused in (False, True)]
+CASES = [*map(Case, MODELS), Case("embed", tx="momentum"), Case("one combiner", options="int4")]
+
+
+@pytest.mark.parametrize("case", named(CASES))
+def test_fused_trains_the_same_bits(case):
+    make, batch = MODELS[case.model]
+    tx = {"adagrad": ADAGRAD, "momentum": MOMENTUM}[case.tx]
+    models = [make(fused, tx=tx, **OPTIONS[case.options]) for fused in (False, True)]
     for step in range(4):
         assert_same_bits(*(train_step(model, batch(7 * step), step) for model in models))
     assert_same_bits(*(nnx.state(model) for model in models))

@@ -1,5 +1,7 @@
 """Plans of modules are no wider than the rows that their features can name, with equal results."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,18 +37,24 @@ def ids_of(spec, seed, *shape):
     return ids
 
 
-@pytest.mark.parametrize(
-    ("of_ids", "sizes", "most"),
-    [
-        (None, [5, 6], 11),
-        ((("a",),), [9], 3),
-        ((("a",), ("b",), ("b",)), [9, 9, 8], 3 + 17),
-        ((("a", "b", "c"),), [3 * 5], 3 + 5 + 5),
-        ((), [], 0),
-    ],
-)
-def test_the_bound_is_a_sum_over_tables(of_ids, sizes, most):
-    assert most_distinct(TABLES, of_ids, sizes) == most
+class Bound(NamedTuple):
+    of_ids: tuple[tuple[str, ...], ...] | None  # the tables of each array
+    sizes: list[int]  # positions of each array
+    most: int
+
+
+BOUNDS = {
+    "unknown tables": Bound(None, [5, 6], 11),
+    "a small table": Bound((("a",),), [9], 3),
+    "several arrays of a table": Bound((("a",), ("b",), ("b",)), [9, 9, 8], 3 + 17),
+    "columns": Bound((("a", "b", "c"),), [3 * 5], 3 + 5 + 5),
+    "no ids": Bound((), [], 0),
+}
+
+
+@pytest.mark.parametrize("bound", named(BOUNDS))
+def test_the_bound_is_a_sum_over_tables(bound):
+    assert most_distinct(TABLES, bound.of_ids, bound.sizes) == bound.most
 
 
 def width_of(module, *ids):
