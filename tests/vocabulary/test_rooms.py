@@ -11,7 +11,7 @@ import training
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, memory, nn, restacking, serving, sharding
+from mpembed_jax import checkpoint, memory, nn, restacking, serving
 from mpembed_jax.optim import rowwise_adagrad
 from mpembed_jax.serving import checkpoints
 
@@ -160,14 +160,11 @@ def test_the_report_counts_the_bytes_of_the_state():
 def test_what_is_not_supported_is_refused(tmp_path):
     state = mpembed.init(jax.random.key(1), SPEC, TX)
     dense = mpembed.EmbeddingSpec((mpembed.TableSpec("user", 9),), 8)
-    mesh = jax.make_mesh((2,), ("x",))
     refused = [
         (ValueError, "raw_ids", lambda: SPEC.global_ids({"user": [1]})),
         (ValueError, "no vocabulary", lambda: dense.raw_ids({"user": [1]})),
         (TypeError, "raw_ids", lambda: mpembed.prefetch(state, np.zeros(3, np.int32))),
         (TypeError, "raw_ids", lambda: mpembed.read(state, np.zeros(3, np.int32))),
-        (ValueError, "one device", lambda: mpembed.init(jax.random.key(1), SPEC, TX, mesh=mesh)),
-        (ValueError, "one device", lambda: sharding.plan(SPEC, 2)),
         (ValueError, "vocabulary", lambda: mpembed.freeze(state)),
         (ValueError, "raw ids", lambda: mpembed.to_dense(state)),
         (ValueError, "vocabulary", lambda: checkpoint.track(state)),
