@@ -47,6 +47,7 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     vocabulary, admitted = ops.admit(
         vocabulary,
         pairs,
+        step,
         must_halve,
         ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows),
         implementation=state.implementation,

@@ -209,7 +209,7 @@ def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
 
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
 def test_a_step_copies_no_array_of_the_state(implementation):
-    """The temporaries of a step are a small part of the smallest large array, use (200 kB)."""
+    """The temporaries of a step are a small part of the smallest large array, the sketch."""
     spec = dataclasses.replace(SPEC, vocabulary=mpembed.VocabularySpec(100_000), cache=None)
     abstract = jax.eval_shape(
         lambda key: mpembed.init(key, spec, TX, implementation=implementation),
@@ -218,5 +218,5 @@ def test_a_step_copies_no_array_of_the_state(implementation):
     pairs = {"user": jax.ShapeDtypeStruct((64, 2), jnp.uint32)}
     lowered = jax.jit(step, donate_argnums=0).lower(abstract, pairs)
     sizes = lowered.compile().memory_analysis()
-    assert sizes.temp_size_in_bytes < 100_000 < abstract.vocabulary.use.size * 2
+    assert sizes.temp_size_in_bytes < 100_000 < abstract.vocabulary.sketch.size
     assert sizes.alias_size_in_bytes > abstract.table.nbytes + abstract.vocabulary.nbytes
