@@ -361,7 +361,9 @@ class DictVocabulary:
             self.geo = Geometry(sets - sets % groups, ways, groups)
         self.first = Geometry(first_sets or self.geo.num_sets, ways, self.geo.groups)
         self.admit_after, self.recycle, self.shared = admit_after, recycle, shared_rows
-        self.max_count = 3 if admit_after <= 4 else 15 if admit_after <= 16 else 255
+        self.max_count = 15 if admit_after <= 16 else 255
+        if not recycle and admit_after <= 4:
+            self.max_count = 3
         counters = {3: 4, 15: 2, 255: 1}[self.max_count]  # in a byte
         self.width = counters * max(1, self.geo.lines * sketch_bytes // (2 * self.geo.groups))
         self.sets = [[None] * self.geo.ways for _ in range(self.geo.num_sets)]
@@ -411,6 +413,15 @@ class DictVocabulary:
         tag, place = (int(x) for x in pair)
         return self.geo.lines + (place & 1023) * self.shared + (fmix32(tag) * self.shared >> 32)
 
+    @classmethod
+    def of_arrays(cls, tags, use, sketch, **options):
+        """The model whose owners are tags and use [S, W], and whose counters are [2, G, width]."""
+        model = cls(tags.size, **options)
+        for home, way in np.argwhere(tags != cls.NO_TAG):
+            model.sets[home][way] = Line(int(tags[home, way]), int(use[home, way]))
+        model.sketch = {tuple(map(int, k)): int(sketch[tuple(k)]) for k in np.argwhere(sketch)}
+        return model
+
     def prefetch(self, pairs):
         """Returns the rows of a batch's pairs [N, 2], and the rows that changed their owner."""
         pairs = [tuple(int(x) for x in pair) for pair in pairs]
@@ -422,7 +433,15 @@ class DictVocabulary:
                 for line in (x for ways in self.sets for x in ways if x is not None):
                     code = code_of(line.priority, 0)
                     line.priority = use_of_code(code >> 1 if code < 32 else code - 16)
-        occurrences = Counter(real)
+        recycled = self.admit(Counter(real))
+        rows = [self.row_of(pair) for pair in pairs]
+        self.step += 1
+        self.totals["requests"] += len(real)
+        self.totals["shared_requests"] += sum(self.geo.lines <= row < NO_ID for row in rows)
+        return rows, recycled
+
+    def admit(self, occurrences):
+        """Counts ids {(set, tag): occurrences}; returns the rows that changed their owner."""
         hits, newcomers, left, recycled = set(), {}, {}, set()
         for (home, tag), count in occurrences.items():
             line = next((x for x in self.sets[home] if x is not None and x.row_id == tag), None)
@@ -465,12 +484,21 @@ class DictVocabulary:
                 if line is not None and line.row_id == tag:
                     noise = fmix32(self.mixed(home, tag) ^ fmix32(self.step ^ 0xBB67AE85))
                     line.priority = use_of_code(code_of(line.priority, noise))
-        rows = [self.row_of(pair) for pair in pairs]
-        self.step += 1
-        self.totals["requests"] += len(real)
-        self.totals["shared_requests"] += sum(self.geo.lines <= row < NO_ID for row in rows)
         self.totals["recyclings"] += len(recycled)
-        return rows, recycled
+        return recycled
+
+    def forget(self, pairs):
+        """Deletes ids; returns their rows."""
+        rows = set()
+        for identity in filter(None, map(self.identity, pairs)):
+            home, tag = identity
+            for cell in self.cells(home, tag):
+                self.sketch.pop(cell, None)
+            for way, line in enumerate(self.sets[home]):
+                if line is not None and line.row_id == tag:
+                    self.sets[home][way] = None
+                    rows.add(way * self.geo.num_sets + home)
+        return rows
 
     def arrays(self):
         """tags and use as [S, W]."""

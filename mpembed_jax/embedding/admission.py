@@ -34,8 +34,7 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
       TypeError: if ids are not pairs.
     """
     vocabulary = state.vocabulary
-    rules = state.spec.vocabulary
-    assert vocabulary is not None and rules is not None
+    assert vocabulary is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
     num = pairs.shape[0]
@@ -49,21 +48,64 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
         pairs,
         step,
         must_halve,
-        ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows),
+        rules_of(state),
         implementation=state.implementation,
     )
+    state = dataclasses.replace(state, vocabulary=vocabulary)
+    state = _settled(state, admitted, admitted.num_requests, admitted.num_shared)
+    shapes = [leaf.shape[:-1] for leaf in leaves]
+    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+
+
+def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> EmbeddingState:
+    """Counts ids as if they had occurred, and gives rows to those that earn them.
+
+    Args:
+      state: a state with a vocabulary.
+      pairs: uint32 [N, 2], N > 0.
+      occurrences: int32 [N], how often each id occurred.
+
+    Returns:
+      The state. No request is counted.
+    """
+    vocabulary = state.vocabulary
+    assert vocabulary is not None
+    vocabulary, admitted = ops.admit(
+        vocabulary,
+        pairs,
+        state.step.astype(jnp.uint32),
+        jnp.bool_(False),
+        rules_of(state),
+        occurrences,
+        implementation=state.implementation,
+    )
+    state = dataclasses.replace(state, vocabulary=vocabulary)
+    return _settled(state, admitted, jnp.int32(0), jnp.int32(0))
+
+
+def rules_of(state: EmbeddingState) -> ops.Admission:
+    """Returns the rules by which a state admits."""
+    rules = state.spec.vocabulary
+    assert rules is not None
+    return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows)
+
+
+def _settled(
+    state: EmbeddingState, admitted: ops.Admitted, num_requests: jax.Array, num_shared: jax.Array
+) -> EmbeddingState:
+    """Returns the state after an admission: counted, and with rows started again."""
+    vocabulary = state.vocabulary
+    assert vocabulary is not None
     amounts = [
-        admitted.num_requests,
-        admitted.num_shared,
+        num_requests,
+        num_shared,
         admitted.num_admitted,
         admitted.num_recycled,
         admitted.num_refused,
     ]
     vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))
     state = dataclasses.replace(state, vocabulary=vocabulary)
-    state = start_again(state, admitted.recycled, admitted.num_recycled)
-    shapes = [leaf.shape[:-1] for leaf in leaves]
-    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+    return start_again(state, admitted.recycled, admitted.num_recycled)
 
 
 def rows_of(state: EmbeddingState, ids: Any) -> Any:

@@ -273,14 +273,15 @@ def admit(
     step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
+    occurrences: jax.Array | None = None,
     *,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`."""
     native = compiled(implementation)
     if native is not None:
-        return native.admit.admit(vocabulary, pairs, step, must_halve, rules)
-    return xla.admit.admit(vocabulary, pairs, step, must_halve, rules)
+        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
+    return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
 def plan(

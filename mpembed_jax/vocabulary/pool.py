@@ -323,3 +323,14 @@ def raised(
         values = others | jnp.broadcast_to(counts << shift, byte.shape).astype(jnp.uint8)
         sketch = indexing.maximum(sketch, byte.reshape(-1), values.reshape(-1))
     return sketch
+
+
+def cleared(sketch: jax.Array, is_cleared: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
+    """Returns the sketch (uint8, flattened), whose counters of ids are zero; see raised."""
+    for k in range(sizes.counters_per_byte):
+        shift = k * sizes.counter_bits
+        is_here = is_cleared & (cells.shift == shift)
+        byte = jnp.where(is_here, cells.byte, sketch.size).reshape(-1)
+        others = indexing.take(sketch, byte) & jnp.uint8(255 - (sizes.max_count << shift))
+        sketch = indexing.minimum(sketch, byte, others)
+    return sketch

@@ -33,7 +33,7 @@ class VocabularySpec:
         when measured.
       sketch_bytes: bytes of counters for ids without a row, per row of the pool; at least 1. More
         make admission more exact: an id whose counters others share is admitted too early. A
-        counter has 2 bits if admit_after is at most 4, else 4 bits up to 16, else 8.
+        counter has 4 bits if admit_after is at most 16, else 8; with recycle=False, 2 bits up to 4.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
 
@@ -90,8 +90,13 @@ class VocabularySpec:
 
     @property
     def counter_bits(self) -> int:
-        """Bits of a counter of the sketch: as few as count to admit_after - 1."""
-        return 2 if self.admit_after <= 4 else 4 if self.admit_after <= 16 else 8
+        """Bits of a counter of the sketch: as few as count to admit_after - 1.
+
+        If rows are recycled, at least 4, because an id that does not count further than 3 seldom
+        gets the row of one that is used less.
+        """
+        least = 4 if self.recycle else 2
+        return next(bits for bits in (2, 4, 8) if bits >= least and self.admit_after <= 2**bits)
 
     @property
     def sketch_width(self) -> int:

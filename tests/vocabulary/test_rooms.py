@@ -96,6 +96,22 @@ def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
     assert int(state.vocabulary.counters[2, 0]) > 0
 
 
+def test_a_refused_call_of_embed_admits_nothing():
+    """The weights are checked before ids are admitted: nothing was traced or computed."""
+    state = mpembed.init(jax.random.key(1), SPEC, TX)
+    ids = SPEC.raw_ids(next(batches(2, 1)))
+    wrong = jax.tree.map(lambda pairs: jnp.ones(pairs.shape[:1]), {**ids, "item": ids["item"][:3]})
+    bags = jax.tree.map(lambda pairs: pairs[:, None], ids)
+    for arguments in ((ids, None, "median"), (ids, wrong, None), (bags, wrong, "sum")):
+        with jax.log_compiles(), warnings.catch_warnings():
+            with pytest.raises(ValueError, match="combiner|weights"):
+                mpembed.embed(state, *arguments, tx=TX)
+    after, _, _ = mpembed.embed(state, bags, None, "sum", tx=TX)
+    training.assert_same(
+        after.vocabulary, mpembed.prefetch(state, ids)[0].vocabulary
+    )
+
+
 def test_a_checkpoint_with_a_vocabulary_is_not_exported(tmp_path):
     checkpoint.save(tmp_path / "held", 1, mpembed.init(jax.random.key(1), SPEC, TX))
     with pytest.raises(ValueError, match="raw ids"):

@@ -29,8 +29,8 @@ _TAG_SHIFT = np.uint32(32 - pool.TAG_BITS)
 _MANTISSA = pool.MANTISSA
 _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 # The operands and results of the call, by position. Owners and sketch are results 0 and 1 and also
-# operands 3 and 4: the call changes them in place.
-_PAIRS, _NUMBERS, _STEP = range(3)
+# operands 4 and 5: the call changes them in place.
+_PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
 _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
 # By distinct id: its set, tag, hash, occurrences, line, estimate, and the next newcomer of its set.
 _ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE, _ESTIMATE, _NEXT, _INDEX = range(5, 13)
@@ -151,6 +151,7 @@ def _admit(frame):
     pairs = argument(frame, _PAIRS, np.uint32)
     numbers = argument(frame, _NUMBERS, np.int32)
     step = argument(frame, _STEP, np.uint32)[0]
+    times = argument(frame, _TIMES, np.int32)
     owners = result(frame, _OWNERS, np.uint32)
     sketch = result(frame, _SKETCH, np.uint8)
     row = result(frame, _ROWS, np.int32)
@@ -203,7 +204,7 @@ def _admit(frame):
             i = num_ids
             table[bucket], id_set[i], id_tag[i], mixed[i], count[i] = i, home, tag, hashed, 0
             num_ids += 1
-        count[i] += 1
+        count[i] += times[position] if len(times) > 0 else 1
         index[position] = i
 
     # Ids with rows are pinned; all others are estimated by the sketch.
@@ -284,6 +285,7 @@ def admit(
     step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
+    occurrences: jax.Array | None = None,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`."""
     call_frame.register("mpembed_admit", _admit)
@@ -301,8 +303,14 @@ def admit(
         "mpembed_admit",
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
         + [jax.ShapeDtypeStruct((sizes[n],), kinds.get(n, jnp.int32)) for n in sorted(sizes)],
-        input_output_aliases={3: _OWNERS, 4: _SKETCH},
+        input_output_aliases={4: _OWNERS, 5: _SKETCH},
         vmap_method="sequential",
-    )(pairs, jnp.concatenate([must_halve.astype(jnp.int32)[None], static]), step[None], *held)
+    )(
+        pairs,
+        jnp.concatenate([must_halve.astype(jnp.int32)[None], static]),
+        step[None],
+        jnp.zeros(0, jnp.int32) if occurrences is None else occurrences,
+        *held,
+    )
     vocabulary = dataclasses.replace(vocabulary, owners=results[_OWNERS], sketch=results[_SKETCH])
     return vocabulary, Admitted(results[_ROWS], results[_RECYCLED], *results[_FOUND])

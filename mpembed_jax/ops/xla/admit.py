@@ -23,6 +23,7 @@ def admit(
     step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
+    occurrences: jax.Array | None = None,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives the ids of a batch rows of their own, where they earned them.
 
@@ -45,6 +46,8 @@ def admit(
       step: uint32 scalar, of which the rounding draws its bits.
       must_halve: bool scalar.
       rules: the rules of admission.
+      occurrences: int32 [N], as how many occurrences each position counts; None: one. Of one id,
+        they sum up to less than 2^31.
 
     Returns:
       The vocabulary and what was decided.
@@ -74,7 +77,8 @@ def admit(
     first = jnp.where(is_first, group, num)
     id_sets = indexing.put(jnp.full(num, sets_, jnp.int32), first, by_set)
     id_tags = indexing.put(jnp.full(num, pool.NO_OWNER, jnp.uint32), first, by_tag)
-    counts = indexing.add(jnp.zeros(num, jnp.int32), group, 1)
+    times = 1 if occurrences is None else indexing.take(occurrences, at)
+    counts = indexing.add(jnp.zeros(num, jnp.int32), group, times)
     is_id = id_sets < sets_
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
