@@ -70,7 +70,7 @@ def restack(
     if state.vocabulary is not None or spec.vocabulary is not None:
         raise ValueError(
             "restack moves tables of numbered ids; tables of a stack with a vocabulary share one "
-            "pool of rows, which it does not move"
+            "pool of rows, which vocabularies.grow, shrink and add_tables move"
         )
     kept = _kept(state.spec, spec, dict(renamed or {}), removed)
     layout = state.layout
@@ -229,10 +229,10 @@ def _with_lines(
             tags=moved(flat, NO_ID),
             priority=moved(use, 0),
             dirty=moved(is_dirty, False),
-            rows=_put(cache.rows, line, old.rows),
+            rows=put(cache.rows, line, old.rows),
         )
     homeless = np.where((line == num_lines) & is_dirty, flat, NO_ID)
-    table = _write_back(new.table, old.rows, homeless, new.key, new.step)
+    table = write_back(new.table, old.rows, homeless, new.key, new.step)
     return dataclasses.replace(new, table=table, cache=cache)
 
 
@@ -250,12 +250,22 @@ def _places(ids: np.ndarray, use: np.ndarray, cache: CacheState) -> np.ndarray:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `array`, which is consumed, with rows `index` (int32) set to values."""
     return indexing.put(array, index, values)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_back(
+def write_back(
     table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
 ) -> Any:
+    """Returns the table, which is consumed, with the lines of ids rounded as by flush.
+
+    Args:
+      table: a QuantizedTable.
+      lines: float32 [C, D].
+      ids: int32 [C]; NO_ID writes nothing.
+      key: uint32 [2].
+      step: int32 scalar.
+    """
     return ops.write_back(Store(table, lines, ids != NO_ID), ids, Draw(key, step))

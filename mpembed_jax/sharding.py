@@ -99,9 +99,13 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
             fields = order.vocabulary_by_id(old, fields)
         if new is not None:
             fields = order.vocabulary_by_shard(new, fields)
-        groups = state.spec.vocabulary.geometry.groups  # type: ignore[union-attr]
-        groups //= 1 if new is None else new.shards
-        vocabulary = dataclasses.replace(vocabulary, **fields, groups=groups)
+        before, after = (1 if layout is None else layout.shards for layout in (old, new))
+        vocabulary = dataclasses.replace(
+            vocabulary,
+            **fields,
+            groups=vocabulary.groups * before // after,
+            first_sets=vocabulary.first_sets * before // after,
+        )
     moved = dataclasses.replace(
         state,
         vocabulary=vocabulary,

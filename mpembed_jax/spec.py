@@ -278,8 +278,7 @@ class EmbeddingSpec:
             self.row_state_dtype,
         )
         if self.vocabulary is not None:
-            rows = (*self.vocabulary.geometry, self.vocabulary.sketch_width)
-            meaning = (*meaning, (rows, self.vocabulary.shared_rows))
+            meaning = (*meaning, tuple(self.vocabulary.arrays.values()))
         text = repr(meaning)
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
             np.uint32

@@ -323,25 +323,76 @@ def dense_training(table, batches, grads, learning_rate, *, feedback, adagrad=No
     return table
 
 
+def code_of(use, noise):
+    """The code of a use: up to 31 itself, then 16 steps for each doubling, rounded by noise."""
+    if use < 32:
+        return use
+    exponent = use.bit_length() - 5
+    code, rest = divmod(use, 1 << exponent)
+    return 16 * exponent + code + (noise % (1 << exponent) < rest)
+
+
+def use_of_code(code):
+    return code if code < 32 else (16 + code % 16) << code // 16 - 1
+
+
 class DictVocabulary:
     """Which raw id owns which row of a pool, one Python object per row (DESIGN.md 9)."""
 
-    MAX_USE = 65534
+    NO_TAG = 2**24 - 1
+    MAX_USE = 491520  # what the code 254 means
 
-    def __init__(self, num_rows, *, admit_after, ways, recycle=True, shared_rows=1, sketch_bytes=8):
-        self.geo = geometry(num_rows, num_rows=num_rows, ways=ways)
+    def __init__(
+        self,
+        num_rows,
+        *,
+        admit_after,
+        ways,
+        recycle=True,
+        shared_rows=1,
+        sketch_bytes=3,
+        first_sets=None,
+    ):
+        if first_sets is None:
+            self.geo = geometry(num_rows, num_rows=num_rows, ways=ways)
+        else:
+            groups = geometry(first_sets, num_rows=first_sets, ways=1).groups
+            sets = num_rows // ways
+            self.geo = Geometry(sets - sets % groups, ways, groups)
+        self.first = Geometry(first_sets or self.geo.num_sets, ways, self.geo.groups)
         self.admit_after, self.recycle, self.shared = admit_after, recycle, shared_rows
-        self.width = max(1, self.geo.lines * sketch_bytes // (2 * self.geo.groups))
+        self.max_count = 15 if admit_after <= 16 else 255
+        if not recycle and admit_after <= 4:
+            self.max_count = 3
+        counters = {3: 4, 15: 2, 255: 1}[self.max_count]  # in a byte
+        self.width = counters * max(1, self.geo.lines * sketch_bytes // (2 * self.geo.groups))
         self.sets = [[None] * self.geo.ways for _ in range(self.geo.num_sets)]
-        self.sketch = {}  # (sketch row, group, column) -> count, at most 255
+        self.sketch = {}  # (sketch row, group, column) -> count, at most max_count
         self.step = 0
         self.totals = Counter()
 
-    def set_of(self, place):
-        return self.geo.set_of(fmix32(place))
+    def identity(self, pair):
+        """The set and tag of a pair; None of padding."""
+        tag, place = (int(x) for x in pair)
+        if tag == 2**32 - 1:
+            return None
+        tag = min(tag >> 8, self.NO_TAG - 1)
+        return self.split(self.first.set_of(fmix32(place)), tag), tag
+
+    def split(self, first, tag):
+        """The set of a tag among those that a first set was split into."""
+        parts = list(range(first, self.geo.num_sets, self.first.num_sets))
+        span = 1
+        while span < len(parts):
+            span *= 2
+        number = fmix32(tag ^ 0x6A09E667) % span
+        return parts[number if number < len(parts) else number % (span // 2)]
+
+    def mixed(self, home, tag):
+        return fmix32(tag ^ fmix32(home % self.first.num_sets))
 
     def cells(self, home, tag):
-        mixed = fmix32(tag ^ fmix32(home))
+        mixed = self.mixed(home, tag)
         return [
             (d, home % self.geo.groups, fmix32(mixed ^ seed) * self.width >> 32)
             for d, seed in enumerate(SKETCH_SEEDS)
@@ -349,30 +400,48 @@ class DictVocabulary:
 
     def remember(self, home, tag, use):
         for cell in self.cells(home, tag):
-            self.sketch[cell] = max(self.sketch.get(cell, 0), min(255, use))
+            self.sketch[cell] = max(self.sketch.get(cell, 0), min(self.max_count, use))
 
     def row_of(self, pair):
         """The row that a pair reads: its own or a shared one."""
-        tag, place = (int(x) for x in pair)
-        if tag == 2**32 - 1:
+        if (identity := self.identity(pair)) is None:
             return NO_ID
-        home = self.set_of(place)
+        home, short = identity
         for way, line in enumerate(self.sets[home]):
-            if line is not None and line.row_id == tag:
+            if line is not None and line.row_id == short:
                 return way * self.geo.num_sets + home
+        tag, place = (int(x) for x in pair)
         return self.geo.lines + (place & 1023) * self.shared + (fmix32(tag) * self.shared >> 32)
+
+    @classmethod
+    def of_arrays(cls, tags, use, sketch, **options):
+        """The model whose owners are tags and use [S, W], and whose counters are [2, G, width]."""
+        model = cls(tags.size, **options)
+        for home, way in np.argwhere(tags != cls.NO_TAG):
+            model.sets[home][way] = Line(int(tags[home, way]), int(use[home, way]))
+        model.sketch = {tuple(map(int, k)): int(sketch[tuple(k)]) for k in np.argwhere(sketch)}
+        return model
 
     def prefetch(self, pairs):
         """Returns the rows of a batch's pairs [N, 2], and the rows that changed their owner."""
         pairs = [tuple(int(x) for x in pair) for pair in pairs]
-        real = [(self.set_of(place), tag) for tag, place in pairs if tag != 2**32 - 1]
+        real = [identity for identity in map(self.identity, pairs) if identity is not None]
         if pairs:
             period = max(1, 30 * self.geo.lines // len(pairs))
             if self.step > 0 and self.step % period == 0:
                 self.sketch = {k: v >> 1 for k, v in self.sketch.items()}
                 for line in (x for ways in self.sets for x in ways if x is not None):
-                    line.priority >>= 1
-        occurrences = Counter(real)
+                    code = code_of(line.priority, 0)
+                    line.priority = use_of_code(code >> 1 if code < 32 else code - 16)
+        recycled = self.admit(Counter(real))
+        rows = [self.row_of(pair) for pair in pairs]
+        self.step += 1
+        self.totals["requests"] += len(real)
+        self.totals["shared_requests"] += sum(self.geo.lines <= row < NO_ID for row in rows)
+        return rows, recycled
+
+    def admit(self, occurrences):
+        """Counts ids {(set, tag): occurrences}; returns the rows that changed their owner."""
         hits, newcomers, left, recycled = set(), {}, {}, set()
         for (home, tag), count in occurrences.items():
             line = next((x for x in self.sets[home] if x is not None and x.row_id == tag), None)
@@ -410,16 +479,30 @@ class DictVocabulary:
             self.remember(home, tag, estimate)
         for victim in victims:
             self.remember(*victim)
-        rows = [self.row_of(pair) for pair in pairs]
-        self.step += 1
-        self.totals["requests"] += len(real)
-        self.totals["shared_requests"] += sum(self.geo.lines <= row < NO_ID for row in rows)
+        for home, tag in occurrences:
+            for line in self.sets[home]:
+                if line is not None and line.row_id == tag:
+                    noise = fmix32(self.mixed(home, tag) ^ fmix32(self.step ^ 0xBB67AE85))
+                    line.priority = use_of_code(code_of(line.priority, noise))
         self.totals["recyclings"] += len(recycled)
-        return rows, recycled
+        return recycled
+
+    def forget(self, pairs):
+        """Deletes ids; returns their rows."""
+        rows = set()
+        for identity in filter(None, map(self.identity, pairs)):
+            home, tag = identity
+            for cell in self.cells(home, tag):
+                self.sketch.pop(cell, None)
+            for way, line in enumerate(self.sets[home]):
+                if line is not None and line.row_id == tag:
+                    self.sets[home][way] = None
+                    rows.add(way * self.geo.num_sets + home)
+        return rows
 
     def arrays(self):
         """tags and use as [S, W]."""
-        lines = [[line or Line(2**32 - 1, 0) for line in ways] for ways in self.sets]
+        lines = [[line or Line(self.NO_TAG, 0) for line in ways] for ways in self.sets]
         return tuple(
             np.array([[getattr(x, name) for x in ways] for ways in lines])
             for name in ("row_id", "priority")

@@ -96,11 +96,7 @@ def describe(spec: EmbeddingSpec) -> dict[str, Any]:
         "row_state_dtype": spec.row_state_dtype,
     }
     if spec.vocabulary is not None:
-        result["vocabulary"] = {
-            **spec.vocabulary.geometry._asdict(),
-            "sketch_width": spec.vocabulary.sketch_width,
-            "shared_rows": spec.vocabulary.shared_rows,
-        }
+        result["vocabulary"] = spec.vocabulary.arrays
     return result
 
 

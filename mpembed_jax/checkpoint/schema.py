@@ -152,7 +152,8 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
         return is_count(value) or (value is None and entry.get("vocabulary") is not None)
 
     def is_vocabulary(value: Any) -> bool:
-        sizes = {"sets", "ways", "groups", "sketch_width", "shared_rows"}
+        sizes = {"sets", "ways", "groups", "first_sets", "sketch_width", "counter_bits"}
+        sizes.add("shared_rows")
         return value is None or (
             isinstance(value, dict)
             and value.keys() == sizes

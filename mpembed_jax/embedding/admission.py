@@ -37,40 +37,85 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
       TypeError: if ids are not pairs.
     """
     vocabulary = state.vocabulary
-    rules = state.spec.vocabulary
-    assert vocabulary is not None and rules is not None
+    assert vocabulary is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
     num = pairs.shape[0]
     if num == 0:
         return state, treedef.unflatten([jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves])
     layout = state.layout
-    devices = 1 if layout is None else layout.batch_shards
-    period = min(max(1, 30 * rules.geometry.lines // (num * devices)), 2**32 - 1)
+    shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
+    pool_rows = vocabulary.geometry.lines * shards
+    # Estimates are halved every 30 pools of positions, as policy.is_time_to_halve does for lines.
+    period = min(max(1, 30 * pool_rows // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
-    how = ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows)
+    how = must_halve, rules_of(state)
     if layout is None:
         vocabulary, admitted = ops.admit(
-            vocabulary, pairs, must_halve, how, implementation=state.implementation
+            vocabulary, pairs, step, *how, implementation=state.implementation
         )
-        num_recycled = admitted.num_recycled
     else:
         layout.check_bound("prefetch")
-        vocabulary, admitted = raw_ids.admit(layout, vocabulary, pairs, must_halve, how)
-        num_recycled = exchange.total_over_shards(layout, admitted.num_recycled)
+        vocabulary, admitted = raw_ids.admit(layout, vocabulary, pairs, step, *how)
+    state = dataclasses.replace(state, vocabulary=vocabulary)
+    state = _settled(state, admitted, admitted.num_requests, admitted.num_shared)
+    shapes = [leaf.shape[:-1] for leaf in leaves]
+    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+
+
+def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> EmbeddingState:
+    """Counts ids as if they had occurred, and gives rows to those that earn them.
+
+    Args:
+      state: a state with a vocabulary.
+      pairs: uint32 [N, 2], N > 0.
+      occurrences: int32 [N], how often each id occurred.
+
+    Returns:
+      The state. No request is counted.
+    """
+    vocabulary = state.vocabulary
+    assert vocabulary is not None
+    vocabulary, admitted = ops.admit(
+        vocabulary,
+        pairs,
+        state.step.astype(jnp.uint32),
+        jnp.bool_(False),
+        rules_of(state),
+        occurrences,
+        implementation=state.implementation,
+    )
+    state = dataclasses.replace(state, vocabulary=vocabulary)
+    return _settled(state, admitted, jnp.int32(0), jnp.int32(0))
+
+
+def rules_of(state: EmbeddingState) -> ops.Admission:
+    """Returns the rules by which a state admits."""
+    rules = state.spec.vocabulary
+    assert rules is not None
+    return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows)
+
+
+def _settled(
+    state: EmbeddingState, admitted: ops.Admitted, num_requests: jax.Array, num_shared: jax.Array
+) -> EmbeddingState:
+    """Returns the state after an admission: counted, and with rows started again."""
+    vocabulary = state.vocabulary
+    assert vocabulary is not None
+    num_recycled = admitted.num_recycled
+    if state.layout is not None:
+        num_recycled = exchange.total_over_shards(state.layout, num_recycled)
     amounts = [
-        admitted.num_requests,
-        admitted.num_shared,
+        num_requests,
+        num_shared,
         admitted.num_admitted,
         num_recycled,
         admitted.num_refused,
     ]
     vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))
     state = dataclasses.replace(state, vocabulary=vocabulary)
-    state = start_again(state, admitted.recycled, admitted.num_recycled)
-    shapes = [leaf.shape[:-1] for leaf in leaves]
-    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+    return start_again(state, admitted.recycled, admitted.num_recycled)
 
 
 def rows_of(state: EmbeddingState, ids: Any) -> Any:

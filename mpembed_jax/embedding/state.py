@@ -276,7 +276,7 @@ def partition_specs(state: EmbeddingState) -> EmbeddingState:
     everywhere = jax.tree.map(lambda _: PartitionSpec(), state)
     vocabulary = everywhere.vocabulary
     if vocabulary is not None:
-        vocabulary = dataclasses.replace(vocabulary, tags=rows, use=rows, sketch=sketch)
+        vocabulary = dataclasses.replace(vocabulary, owners=rows, sketch=sketch)
     return dataclasses.replace(
         everywhere,
         vocabulary=vocabulary,

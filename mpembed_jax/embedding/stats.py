@@ -16,7 +16,6 @@ from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.vocabulary import pool
-from mpembed_jax.vocabulary.hashes import PADDING
 
 # A larger cache pays if more than this share of the unique ids bypasses the cache.
 _BYPASS_LIMIT = 0.2
@@ -181,7 +180,7 @@ def _of_vocabulary(state: EmbeddingState) -> VocabularyStats | None:
     vocabulary = state.vocabulary
     if vocabulary is None:
         return None
-    num_owned = jnp.sum(vocabulary.tags != jnp.uint32(PADDING), dtype=jnp.int32)
+    num_owned = jnp.sum(vocabulary.tags != jnp.uint32(pool.NO_OWNER), dtype=jnp.int32)
     words, owned = jax.device_get((vocabulary.counters, num_owned))
     totals = [int(low) + (int(high) << 32) for low, high in words.astype(np.uint64)]
     return VocabularyStats(

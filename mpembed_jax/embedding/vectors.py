@@ -139,16 +139,23 @@ def embed_of_tables(
 ) -> tuple[EmbeddingState, VectorPlan, Any]:
     """Does what embed does; see step.prefetch_of_tables."""
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
-    if state.vocabulary is not None:
+    if state.vocabulary is None:
+        leaves, treedef = row_ids.checked(ids)
+        positions: list[Any] = leaves
+    else:
         state.check_spec()
-        state, ids = admission.admit(state, ids)
-    leaves, treedef = row_ids.checked(ids)
+        pairs, treedef = admission.checked(ids)
+        positions = [jax.ShapeDtypeStruct(leaf.shape[:-1], jnp.int32) for leaf in pairs]
     options: dict[str, Any] = {
         "segment_ids": segment_ids,
         "num_segments": num_segments,
         "implementation": state.implementation,
     }
-    flat_weights = pooling.check(treedef.unflatten(leaves), weights, combiner, **options)[1]
+    flat_weights = pooling.check(treedef.unflatten(positions), weights, combiner, **options)[1]
+    if state.vocabulary is not None:
+        # Only now, because a call that is refused admits nothing.
+        state, ids = admission.admit(state, ids)
+        leaves = jax.tree.leaves(ids)
     shapes = tuple(leaf.shape for leaf in leaves)
     how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
     if is_fused(tx, state) and any(leaf.size for leaf in leaves):

@@ -67,7 +67,7 @@ def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     if layout.table_shards is not None:
         return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=True)}
     global_tags = _library(tags).where(tags == NO_ID, NO_ID, tags * layout.shards + shard)
-    return _by_set(cache | {"tags": global_tags}, lambda size: layout.shards)
+    return _by_set(cache | {"tags": global_tags}, tags.shape[0], lambda size: layout.shards)
 
 
 def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
@@ -80,17 +80,17 @@ def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
         shard = _shard_of_sets(layout, tags)
         return cache | {"tags": _renumbered(layout, tags, shard, is_to_ids=False)}
     local_tags = _library(tags).where(tags == NO_ID, NO_ID, tags // layout.shards)
-    return _by_set(cache | {"tags": local_tags}, lambda size: size // layout.shards)
+    return _by_set(cache | {"tags": local_tags}, tags.shape[0], lambda size: size // layout.shards)
 
 
 def vocabulary_by_id(layout: Layout, vocabulary: dict[str, Array]) -> dict[str, Array]:
     """Merges the parts of a vocabulary ({name of pool.ARRAYS: array}) into that of one device."""
-    return _by_set(vocabulary, lambda size: layout.shards)
+    return _by_set(vocabulary, len(vocabulary["owners"]), lambda size: layout.shards)
 
 
 def vocabulary_by_shard(layout: Layout, vocabulary: dict[str, Array]) -> dict[str, Array]:
     """Splits the vocabulary of one device into the parts of all shards, one after another."""
-    return _by_set(vocabulary, lambda size: size // layout.shards)
+    return _by_set(vocabulary, len(vocabulary["owners"]), lambda size: size // layout.shards)
 
 
 def _library(array: Array) -> Any:
@@ -105,14 +105,16 @@ def _transposed(array: Array, count: int, axis: int) -> Array:
     return matrix.swapaxes(axis, axis + 1).reshape(array.shape)
 
 
-def _by_set(cache: dict[str, Array], count: Callable[[int], int]) -> dict[str, Array]:
-    """Reorders the fields of a cache by set, by line or by group; see `_transposed`.
+def _by_set(
+    fields: dict[str, Array], num_sets: int, count: Callable[[int], int]
+) -> dict[str, Array]:
+    """Reorders the fields of a cache or vocabulary by set, line or group; see `_transposed`.
 
     Args:
-      cache: {field: array}.
+      fields: {name: array}.
+      num_sets: of all shards.
       count: the count of `_transposed`, from the number of sets or groups.
     """
-    num_sets = cache["tags"].shape[0]
 
     def reordered(name: str, array: Array) -> Array:
         if array is None:
@@ -121,7 +123,7 @@ def _by_set(cache: dict[str, Array], count: Callable[[int], int]) -> dict[str, A
         by_set = array.reshape(num_sets, -1) if name == "rows" else array
         return _transposed(by_set, count(by_set.shape[axis]), axis).reshape(array.shape)
 
-    return {name: reordered(name, array) for name, array in cache.items()}
+    return {name: reordered(name, array) for name, array in fields.items()}
 
 
 def _shard_of_sets(layout: Layout, tags: Array) -> Array:

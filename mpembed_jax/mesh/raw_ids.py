@@ -27,6 +27,7 @@ def admit(
     layout: Layout,
     vocabulary: VocabularyState,
     pairs: jax.Array,
+    step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
 ) -> tuple[VocabularyState, Admitted]:
@@ -36,6 +37,7 @@ def admit(
       layout: the stack's layout.
       vocabulary: this shard's part.
       pairs: uint32 [N, 2], of this device's share of the batch.
+      step: uint32 scalar.
       must_halve: bool scalar.
       rules: the rules of admission.
 
@@ -46,7 +48,7 @@ def admit(
     """
     asked, counts, back = _ask(layout, pairs)
     part = pool.Part(layout.shards, layout.index())
-    vocabulary, made = xla.admit.admit(vocabulary, asked, must_halve, rules, counts, part)
+    vocabulary, made = xla.admit.admit(vocabulary, asked, step, must_halve, rules, counts, part)
     lines = vocabulary.geometry.lines
     own = jnp.where(made.rows < lines, made.rows, lines)
     totals = {
@@ -71,8 +73,8 @@ def locate(
     """
     asked, _, back = _ask(layout, pairs)
     geometry = vocabulary.geometry
-    sets = pool.sets_of(asked[:, 1], geometry, layout.shards)
-    way = pool.ways_of(vocabulary, sets, asked[:, 0])
+    sets = pool.sets_of(asked, vocabulary.sizes, layout.shards)
+    way = pool.ways_of(vocabulary, sets, pool.tags_of(asked))
     own = jnp.where(way < geometry.ways, pool.row_of(sets, way, geometry), geometry.lines)
     return _global_rows(layout, vocabulary, pairs, back(own), per_table)
 
@@ -104,7 +106,7 @@ def _ask(
         axis=1,
     )
     is_pair = entries[:, 0] != jnp.uint32(PADDING)
-    owner = jnp.where(is_pair, pool.shard_of(entries[:, 1], layout.shards), layout.shards)
+    owner = jnp.where(is_pair, pool.shard_of(entries, layout.shards), layout.shards)
     padding = jnp.asarray([PADDING, 0, 0], jnp.uint32)
     received, bring = exchange.ask_owners(layout, owner, entries, padding)
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
@@ -128,7 +130,7 @@ def _global_rows(
       per_table: shared rows per table.
     """
     sets, ways, groups = vocabulary.geometry
-    part = pool.Part(layout.shards, pool.shard_of(pairs[:, 1], layout.shards))
+    part = pool.Part(layout.shards, pool.shard_of(pairs, layout.shards))
     whole = Geometry(sets * layout.shards, ways, groups * layout.shards)
     shared = pool.shared_rows(pairs, whole, per_table)
     rows = jnp.where(own < sets * ways, part.numbers_of(own), shared)

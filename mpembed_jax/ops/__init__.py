@@ -16,7 +16,7 @@ the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
   find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
                                                whether it is among them
-  admit(vocabulary, pairs, halve, rules)    -> the vocabulary, Admitted: the rows of raw ids
+  admit(vocabulary, pairs, step, halve, ..) -> the vocabulary, Admitted: the rows of raw ids
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
@@ -270,8 +270,10 @@ def find(
 def admit(
     vocabulary: VocabularyState,
     pairs: jax.Array,
+    step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
+    occurrences: jax.Array | None = None,
     *,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
@@ -281,8 +283,8 @@ def admit(
     """
     native = compiled(implementation)
     if native is not None:
-        return native.admit.admit(vocabulary, pairs, must_halve, rules)
-    return xla.admit.admit(vocabulary, pairs, must_halve, rules)
+        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
+    return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
 def plan(

@@ -1,13 +1,21 @@
 """The rows of raw ids: which id has which row of the pool, and which shared row the others have.
 
 A pool of rows is a set-associative cache whose lines are the rows. A pair (see `hashes`) names an
-id. Its place chooses the set; its tag tells it from the other ids of the set. A row holds the tag
-of its owner. Two given ids have the same tag and set with probability 2^-32 / S. They would then be
-one id. An id that owns no row takes that of another by mistake with a probability of at most
-W / 2^32.
+id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
+row has one word: the tag of its owner, and the owner's use in 8 bits. Two given ids have the same
+tag and set with probability 2^-24 / S. They would then be one id. An id that owns no row takes that
+of another by mistake with a probability of at most W / 2^24: with 32 ways, one in 524,288.
+
+A pool that was resized has more sets than its `first_sets`. The place chooses among those, and the
+tag among the sets that a first set was split into, as in linear hashing (Litwin, 1980). So owners
+find their new sets by what their rows hold. After a pool has grown to k times its first sets, these
+probabilities are k times as large.
 
 Row `way * S + set` is that of a way of a set. All ids that are congruent modulo G therefore keep
 their sets on one shard if a mesh divides rows by MOD. The shared rows follow the pool.
+
+The use is a narrow float with 4 bits of mantissa: codes up to 31 are their own values. It is
+rounded stochastically. A counter of the sketch has 2, 4 or 8 bits, and stays at its largest value.
 """
 
 import dataclasses
@@ -26,10 +34,15 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.spec import VocabularySpec
 
-MAX_USE = 2**16 - 2
-PINNED = 2**16 - 1  # the use of a row of this batch, while newcomers look for rows
-MAX_COUNT = 255  # of a counter of the sketch
-ARRAYS = ("tags", "use", "sketch")  # what a mesh divides
+TAG_BITS = 24
+USE_BITS = 8
+NO_OWNER = 2**TAG_BITS - 1  # the tag of a row without an owner, and of padding
+EMPTY = NO_OWNER << USE_BITS
+PINNED = 2**USE_BITS - 1  # the use of a row of this batch, while newcomers look for rows
+MANTISSA = 4  # bits of a use
+MAX_USE = 30 << 14  # the value of PINNED - 1; no estimate is larger
+SPLIT_SEED, NOISE_SEED = 0x6A09E667, 0xBB67AE85
+ARRAYS = ("owners", "sketch")  # what a mesh divides
 COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals")
 
 
@@ -50,28 +63,70 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
+class Sizes(NamedTuple):
+    """The sizes of a pool and its sketch; static."""
+
+    geometry: Geometry
+    first_sets: int  # S when the pool was made
+    counter_bits: int
+    width: int  # bytes in one row of one group of the sketch
+
+    @property
+    def counters_per_byte(self) -> int:
+        """Counters in a byte of the sketch."""
+        return 8 // self.counter_bits
+
+    @property
+    def max_count(self) -> int:
+        """The largest count of a counter."""
+        return 2**self.counter_bits - 1
+
+    @property
+    def half_mask(self) -> int:
+        """The bits of a byte that its counters may have after they were halved by one shift."""
+        return sum(
+            (self.max_count >> 1) << (k * self.counter_bits) for k in range(self.counters_per_byte)
+        )
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tags", "use", "sketch", "counters", "fresh_row_state"],
-    meta_fields=["groups"],
+    data_fields=["owners", "sketch", "counters", "fresh_row_state"],
+    meta_fields=["groups", "first_sets", "counter_bits"],
 )
 @dataclasses.dataclass(frozen=True)
 class VocabularyState:
-    """The vocabulary of one stack. A row has 6 bytes: its owner's tag and estimated use."""
+    """The vocabulary of one stack. A row has 4 bytes: its owner's tag and estimated use."""
 
-    tags: jax.Array  # u32 [S, W]: the owner of each row; PADDING if it has none
-    use: jax.Array  # u16 [S, W]: the owner's estimated use, halved with the sketch
+    owners: jax.Array  # u32 [S, W]: tag << 8 | use, the use halved with the sketch; or EMPTY
     sketch: jax.Array  # u8 [2, G, width]: counts the ids without a row
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # The optimizer state of one row without updates, [1, ..]: that of a row with a new owner.
     fresh_row_state: Any
     groups: int  # G
+    first_sets: int
+    counter_bits: int
 
     @property
     def geometry(self) -> Geometry:
         """The sizes of the pool, taken from its arrays."""
-        sets, ways = self.tags.shape
+        sets, ways = self.owners.shape
         return Geometry(sets, ways, self.groups)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the pool and its sketch."""
+        return Sizes(self.geometry, self.first_sets, self.counter_bits, self.sketch.shape[-1])
+
+    @property
+    def tags(self) -> jax.Array:
+        """The tag of each row's owner (uint32 [S, W]); NO_OWNER if it has none."""
+        return self.owners >> USE_BITS
+
+    @property
+    def use(self) -> jax.Array:
+        """The estimated use of each row's owner (int32 [S, W])."""
+        return use_of(self.owners)
 
     @property
     def nbytes(self) -> int:
@@ -89,25 +144,56 @@ def init(spec: VocabularySpec, fresh_row_state: Any, shards: int = 1) -> Vocabul
     """
     sets, ways, groups = spec.geometry
     geometry = Geometry(sets // shards, ways, groups // shards)
-    shape = (geometry.sets, geometry.ways)
     return VocabularyState(
-        tags=jnp.full(shape, hashes.PADDING, jnp.uint32),
-        use=jnp.zeros(shape, jnp.uint16),
+        owners=jnp.full((geometry.sets, geometry.ways), EMPTY, jnp.uint32),
         sketch=jnp.zeros((2, geometry.groups, spec.sketch_width), jnp.uint8),
         counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
         fresh_row_state=fresh_row_state,
         groups=geometry.groups,
+        first_sets=(spec.first_sets or sets) // shards,
+        counter_bits=spec.counter_bits,
     )
 
 
-def sets_of(places: jax.Array, geometry: Geometry, shards: int = 1) -> jax.Array:
-    """Returns the sets (int32) of ids on their shard, from the places of their pairs (uint32)."""
-    return residency.set_of(random_bits.fmix32(places) // jnp.uint32(shards), geometry)
+# --- where an id belongs
 
 
-def shard_of(places: jax.Array, shards: int) -> jax.Array:
-    """Returns the shards (int32) that hold the sets of ids, from their places (uint32)."""
-    return (random_bits.fmix32(places) % jnp.uint32(shards)).astype(jnp.int32)
+def tags_of(pairs: jax.Array) -> jax.Array:
+    """Returns the tags (uint32 [..], below 2^24) of pairs (uint32 [.., 2]); NO_OWNER of padding."""
+    tags = jnp.minimum(pairs[..., 0] >> (32 - TAG_BITS), jnp.uint32(NO_OWNER - 1))
+    return jnp.where(pairs[..., 0] == jnp.uint32(hashes.PADDING), jnp.uint32(NO_OWNER), tags)
+
+
+def sets_of(pairs: jax.Array, sizes: Sizes, shards: int = 1) -> jax.Array:
+    """Returns the sets (int32 [..]) of ids on their shard, from their pairs (uint32 [.., 2])."""
+    place = random_bits.fmix32(pairs[..., 1]) // jnp.uint32(shards)
+    first = residency.set_of(place, sizes.geometry._replace(sets=sizes.first_sets))
+    return split(first, tags_of(pairs), sizes)
+
+
+def shard_of(pairs: jax.Array, shards: int) -> jax.Array:
+    """Returns the shards (int32 [..]) that hold the sets of ids (pairs uint32 [.., 2])."""
+    return (random_bits.fmix32(pairs[..., 1]) % jnp.uint32(shards)).astype(jnp.int32)
+
+
+def split(first: jax.Array, tags: jax.Array, sizes: Sizes) -> jax.Array:
+    """Returns the set (int32) of each id among those that its first set (int32) was split into.
+
+    A first set has n of them. An id with the mixed tag h is in number h modulo 2^k, for the
+    smallest 2^k that is at least n; or modulo 2^(k - 1), if there is no such number.
+    """
+    whole, more = divmod(sizes.geometry.sets, sizes.first_sets)
+    if (whole, more) == (1, 0):
+        return first
+    mixed = random_bits.fmix32(tags ^ jnp.uint32(SPLIT_SEED))
+
+    def number(n: int) -> jax.Array:
+        mask = indexing.ceil_power(n) - 1
+        own = (mixed & jnp.uint32(mask)).astype(jnp.int32)
+        return jnp.where(own < n, own, own & (mask >> 1))
+
+    own = jnp.where(first < more, number(whole + 1), number(whole))
+    return first + sizes.first_sets * own
 
 
 def row_of(sets: jax.Array, ways: jax.Array, geometry: Geometry) -> jax.Array:
@@ -125,11 +211,11 @@ def shared_rows(pairs: jax.Array, geometry: Geometry, per_table: int) -> jax.Arr
 
 def ways_of(vocabulary: VocabularyState, sets: jax.Array, tags: jax.Array) -> jax.Array:
     """Returns the ways (int32 [n]) that ids have in their sets; W for an id without a row."""
-    ways = vocabulary.tags.shape[1]
-    is_own = indexing.take(vocabulary.tags, sets) == tags[:, None]
+    ways = vocabulary.geometry.ways
+    is_own = indexing.take(vocabulary.owners, sets) >> USE_BITS == tags[:, None]
     place = lax.broadcasted_iota(jnp.int32, is_own.shape, 1) + 1
     way = jnp.sum(jnp.where(is_own, place, 0), axis=1, dtype=jnp.int32)
-    return jnp.where((way > 0) & (tags != jnp.uint32(hashes.PADDING)), way - 1, ways)
+    return jnp.where((way > 0) & (tags != jnp.uint32(NO_OWNER)), way - 1, ways)
 
 
 def locate(vocabulary: VocabularyState, pairs: jax.Array, per_table: int) -> jax.Array:
@@ -143,10 +229,10 @@ def locate(vocabulary: VocabularyState, pairs: jax.Array, per_table: int) -> jax
     Returns:
       int32 [n]; NO_ID for padding.
     """
-    geometry = vocabulary.geometry
-    sets = sets_of(pairs[:, 1], geometry)
-    way = ways_of(vocabulary, sets, pairs[:, 0])
-    return rows_or_shared(pairs, sets, way, geometry, per_table)
+    sizes = vocabulary.sizes
+    sets = sets_of(pairs, sizes)
+    way = ways_of(vocabulary, sets, tags_of(pairs))
+    return rows_or_shared(pairs, sets, way, sizes.geometry, per_table)
 
 
 def rows_or_shared(
@@ -158,14 +244,117 @@ def rows_or_shared(
     return jnp.where(pairs[:, 0] == jnp.uint32(hashes.PADDING), NO_ID, rows)
 
 
-def cells(
-    vocabulary: VocabularyState, sets: jax.Array, tags: jax.Array, part: Part = WHOLE
-) -> jax.Array:
-    """Returns the cells (int32 [2, n]) of the flattened sketch that count ids (sets and tags)."""
-    depth, groups, width = vocabulary.sketch.shape
-    numbers = part.numbers_of(sets).astype(jnp.uint32)
-    mixed = random_bits.fmix32(tags ^ random_bits.fmix32(numbers))
+# --- use
+
+
+def use_of(owners: jax.Array) -> jax.Array:
+    """Returns the values (int32) of the uses in owners (uint32); that of PINNED is the largest."""
+    code = (owners & jnp.uint32(PINNED)).astype(jnp.int32)
+    exponent = jnp.maximum((code >> MANTISSA) - 1, 0)
+    is_small = code < 2 << MANTISSA
+    return jnp.where(is_small, code, ((1 << MANTISSA) + (code & (1 << MANTISSA) - 1)) << exponent)
+
+
+def owners_of(tags: jax.Array, estimates: jax.Array, noise: jax.Array) -> jax.Array:
+    """Returns owners (uint32) whose uses are estimates (int32), rounded up or down by noise.
+
+    Args:
+      tags: uint32 [n].
+      estimates: int32 [n] in [0, MAX_USE].
+      noise: uint32 [n] random bits.
+    """
+    num_bits = 32 - lax.clz(estimates)
+    shift = jnp.maximum(num_bits - (MANTISSA + 1), 0)
+    whole = estimates >> shift
+    rest = estimates - (whole << shift)
+    drawn = (noise & ((jnp.uint32(1) << shift.astype(jnp.uint32)) - 1)).astype(jnp.int32)
+    code = (shift << MANTISSA) + whole + (drawn < rest).astype(jnp.int32)
+    return (tags << USE_BITS) | code.astype(jnp.uint32)
+
+
+def halved(owners: jax.Array) -> jax.Array:
+    """Returns owners (uint32) with half their uses."""
+    code = owners & jnp.uint32(PINNED)
+    half = jnp.where(code < 2 << MANTISSA, code >> 1, code - (1 << MANTISSA))
+    return (owners - code) | half
+
+
+def mixed(sets: jax.Array, tags: jax.Array, sizes: Sizes, part: Part = WHOLE) -> jax.Array:
+    """Returns the hash (uint32 [n]) of an id by its set and tag; a split does not change it."""
+    first = part.numbers_of(sets % sizes.first_sets).astype(jnp.uint32)
+    return random_bits.fmix32(tags ^ random_bits.fmix32(first))
+
+
+def noise_of(mixed: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the random bits (uint32 [n]) that round the uses of ids in a step (uint32 [])."""
+    return random_bits.fmix32(mixed ^ random_bits.fmix32(step ^ jnp.uint32(NOISE_SEED)))
+
+
+# --- the sketch
+
+
+class Cells(NamedTuple):
+    """The counters of ids, one in each row of the sketch."""
+
+    byte: jax.Array  # i32 [2, n]: index into the flattened sketch
+    shift: jax.Array  # u32 [2, n]: the first bit of the counter in its byte
+
+
+def cells(sizes: Sizes, sets: jax.Array, mixed: jax.Array) -> Cells:
+    """Returns the counters of ids, from their sets (int32 [n]) and hashes (uint32 [n])."""
+    groups, width, per = sizes.geometry.groups, sizes.width, sizes.counters_per_byte
     seeds = jnp.asarray(residency.SKETCH_SEEDS, jnp.uint32)[:, None]
-    column = random_bits.scale_to(random_bits.fmix32(mixed[None] ^ seeds), width)
-    row = jnp.arange(depth, dtype=jnp.int32)[:, None] * groups + (sets % groups)[None]
-    return row * width + column
+    column = random_bits.scale_to(random_bits.fmix32(mixed[None] ^ seeds), width * per)
+    depth = jnp.arange(len(residency.SKETCH_SEEDS), dtype=jnp.int32)[:, None]
+    row = depth * groups + (sets % groups)[None]
+    shift = (column % per).astype(jnp.uint32) * jnp.uint32(sizes.counter_bits)
+    return Cells(row * width + column // per, shift)
+
+
+def counts_of(sketch: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
+    """Returns the counts (int32 [n]) of ids: the least of their counters.
+
+    Args:
+      sketch: uint8, flattened.
+      cells: of the ids.
+      sizes: of the sketch.
+    """
+    bytes_ = indexing.take(sketch, cells.byte).astype(jnp.uint32)
+    counts = (bytes_ >> cells.shift) & jnp.uint32(sizes.max_count)
+    return jnp.min(counts.astype(jnp.int32), axis=0)
+
+
+def raised(
+    sketch: jax.Array, is_raised: jax.Array, cells: Cells, counts: jax.Array, sizes: Sizes
+) -> jax.Array:
+    """Returns the sketch, whose counters of ids are at least their counts.
+
+    Args:
+      sketch: uint8, flattened.
+      is_raised: bool [n], for which ids.
+      cells: of the ids.
+      counts: int32 [n].
+      sizes: of the sketch.
+    """
+    counts = jnp.minimum(counts, sizes.max_count).astype(jnp.uint32)
+    for k in range(sizes.counters_per_byte):
+        # Of a byte, each turn writes one counter. All who write it know the same other counters, so
+        # the largest byte is that of the largest count.
+        shift = k * sizes.counter_bits
+        is_here = is_raised & (cells.shift == shift)
+        byte = jnp.where(is_here, cells.byte, sketch.size)
+        others = indexing.take(sketch, byte) & jnp.uint8(255 - (sizes.max_count << shift))
+        values = others | jnp.broadcast_to(counts << shift, byte.shape).astype(jnp.uint8)
+        sketch = indexing.maximum(sketch, byte.reshape(-1), values.reshape(-1))
+    return sketch
+
+
+def cleared(sketch: jax.Array, is_cleared: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
+    """Returns the sketch (uint8, flattened), whose counters of ids are zero; see raised."""
+    for k in range(sizes.counters_per_byte):
+        shift = k * sizes.counter_bits
+        is_here = is_cleared & (cells.shift == shift)
+        byte = jnp.where(is_here, cells.byte, sketch.size).reshape(-1)
+        others = indexing.take(sketch, byte) & jnp.uint8(255 - (sizes.max_count << shift))
+        sketch = indexing.minimum(sketch, byte, others)
+    return sketch

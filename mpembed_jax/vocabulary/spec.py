@@ -10,6 +10,11 @@ from mpembed_jax.row_ids import NO_ID
 MAX_ADMIT_AFTER = 255  # what a counter of the sketch holds
 
 
+def groups_of(sets: int) -> int:
+    """Returns the groups that a number of sets is divided into."""
+    return CacheSpec(num_rows=sets, ways=1).geometry(sets).groups
+
+
 @dataclasses.dataclass(frozen=True)
 class VocabularySpec:
     """The pool of rows that the raw ids of all tables of a stack compete for.
@@ -26,8 +31,11 @@ class VocabularySpec:
         full shares a row for good.
       shared_rows: shared rows per table, at least 1; an id's hash chooses among them. One was best
         when measured.
-      sketch_bytes: counters for ids without a row, one byte each, per row of the pool; at least 1.
-        More make admission more exact: an id whose counters others share is admitted too early.
+      sketch_bytes: bytes of counters for ids without a row, per row of the pool; at least 1. More
+        make admission more exact: an id whose counters others share is admitted too early. A
+        counter has 4 bits if admit_after is at most 16, else 8; with recycle=False, 2 bits up to 4.
+      first_sets: None, or the sets that the pool had when it was made, if it was resized since.
+        `vocabularies.grow` and `shrink` set it.
 
     Raises:
       ValueError: if a value is outside these ranges.
@@ -38,7 +46,8 @@ class VocabularySpec:
     ways: int = 32
     recycle: bool = True
     shared_rows: int = 1
-    sketch_bytes: int = 8
+    sketch_bytes: int = 3
+    first_sets: int | None = None
 
     def __post_init__(self) -> None:
         limits = {
@@ -55,17 +64,56 @@ class VocabularySpec:
                     f"vocabulary {name} must be an integer in [1, {most}], got {value!r}"
                 )
         CacheSpec(num_rows=self.num_rows, ways=self.ways)
+        if self.num_rows * self.sketch_bytes >= 2**31:
+            raise ValueError(
+                f"a sketch holds fewer than 2**31 bytes, got {self.num_rows} rows with "
+                f"sketch_bytes={self.sketch_bytes}; lower sketch_bytes"
+            )
+        first = self.first_sets
+        if first is not None:
+            is_number = isinstance(first, int | np.integer) and not isinstance(first, bool)
+            if not is_number or first < 1 or first % groups_of(first) or first > self.geometry.sets:
+                raise ValueError(
+                    f"vocabulary first_sets={first!r} are not the first sets of a pool of "
+                    f"{self.num_rows} rows in sets of {self.ways}; take the spec from the state "
+                    "that grow or shrink returned"
+                )
 
     @property
     def geometry(self) -> Geometry:
         """The sets, ways and groups of the pool, by the rules of a cache."""
-        return CacheSpec(num_rows=self.num_rows, ways=self.ways).geometry(self.num_rows)
+        if self.first_sets is None:
+            return CacheSpec(num_rows=self.num_rows, ways=self.ways).geometry(self.num_rows)
+        groups = groups_of(self.first_sets)
+        sets = self.num_rows // self.ways
+        return Geometry(sets - sets % groups, self.ways, groups)
+
+    @property
+    def counter_bits(self) -> int:
+        """Bits of a counter of the sketch: as few as count to admit_after - 1.
+
+        If rows are recycled, at least 4, because an id that does not count further than 3 seldom
+        gets the row of one that is used less.
+        """
+        least = 4 if self.recycle else 2
+        return next(bits for bits in (2, 4, 8) if bits >= least and self.admit_after <= 2**bits)
 
     @property
     def sketch_width(self) -> int:
-        """Counters in one row of one group of the sketch."""
+        """Bytes in one row of one group of the sketch."""
         geometry = self.geometry
         return max(1, geometry.lines * self.sketch_bytes // (2 * geometry.groups))
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """What gives the arrays of a vocabulary their meaning, by name."""
+        return {
+            **self.geometry._asdict(),
+            "first_sets": int(self.first_sets or self.geometry.sets),
+            "sketch_width": self.sketch_width,
+            "counter_bits": self.counter_bits,
+            "shared_rows": self.shared_rows,
+        }
 
     def num_stack_rows(self, num_tables: int) -> int:
         """Returns the rows of a stack: those of the pool, then the shared rows of each table."""

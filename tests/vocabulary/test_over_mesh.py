@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, nn, sharding
+from mpembed_jax import checkpoint, nn, sharding, vocabularies
 from mpembed_jax.mesh.placement import Placement
 
 TX = mpembed.optim.rowwise_adagrad(0.5)
@@ -188,8 +188,40 @@ def test_inside_pmap_the_rows_are_those_of_one_device():
     num = SPEC.num_rows
     rows = np.asarray(state.table.rows).swapaxes(0, 1).reshape(-1, one.table.rows.shape[1])[:num]
     np.testing.assert_array_equal(rows, one.table.rows)
-    sets = np.asarray(state.vocabulary.tags).swapaxes(0, 1).reshape(one.vocabulary.tags.shape)
-    np.testing.assert_array_equal(sets, one.vocabulary.tags)
+    owners = one.vocabulary.owners
+    sets = np.asarray(state.vocabulary.owners).swapaxes(0, 1).reshape(owners.shape)
+    np.testing.assert_array_equal(sets, owners)
+
+
+LIFE = {
+    "grow": lambda state: vocabularies.grow(state, 1400),
+    "shrink": lambda state: vocabularies.shrink(state, 300),
+    "add_tables": lambda state: vocabularies.add_tables(state, mpembed.TableSpec("city")),
+    "from_counts": lambda state: vocabularies.from_counts(
+        state, SPEC.raw_ids({"user": np.arange(300)}), {"user": np.arange(300)}
+    ),
+    "forget": lambda state: vocabularies.forget(
+        state, SPEC.raw_ids({"user": np.arange(380), "item": np.arange(40)})
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LIFE)
+def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
+    with warnings.catch_warnings(action="ignore"):  # lines without room are written back
+        one = LIFE[change](sharding.relayout(on_one_device))
+        four = LIFE[change](sharding.relayout(on_one_device, **placed(Over((4,)))))
+    assert four.layout is not None
+    assert_same_rows(four, one)
+    assert_same_rows(_further(four), _further(one))
+
+
+def _further(state):
+    """Six more steps of the first two features."""
+    for ids, where in batches(44, 6):
+        pairs = SPEC.raw_ids(ids, where)
+        state = (one_step if state.layout is None else mesh_step)(state, pairs)
+    return state
 
 
 def test_what_cannot_be_divided_is_refused():

@@ -1,7 +1,9 @@
 """Raw ids in the other rooms: flax modules, checkpoints, stats, bytes; and what is refused."""
 
 import dataclasses
+from unittest import mock
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from flax import nnx
 
 import mpembed_jax as mpembed
 from mpembed_jax import checkpoint, memory, nn, restacking, serving
+from mpembed_jax.embedding import admission
+from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
 from mpembed_jax.serving import checkpoints
 
@@ -94,6 +98,73 @@ def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
     ids = SPEC.raw_ids(next(batches(9, 1)))
     training.assert_same(mpembed.read(state, ids), mpembed.read(other, ids))
     assert int(state.vocabulary.counters[2, 0]) > 0
+
+
+def test_a_refused_call_of_embed_admits_nothing():
+    state = mpembed.init(jax.random.key(1), SPEC, TX)
+    ids = SPEC.raw_ids(next(batches(2, 1)))
+    bags = jax.tree.map(lambda pairs: pairs[:, None], ids)
+    weights = jax.tree.map(lambda pairs: jnp.ones(pairs.shape[:2]), bags)
+    few = weights | {"item": weights["item"][:3]}
+    with mock.patch.object(admission, "admit", side_effect=AssertionError("admitted")):
+        for arguments in ((ids, None, "median"), (ids, few, None), (bags, few, "sum")):
+            with pytest.raises(ValueError, match=r"combiner|weights"):
+                mpembed.embed(state, *arguments, tx=TX)
+    after, _, _ = mpembed.embed(state, bags, weights, "sum", tx=TX)
+    training.assert_same(after.vocabulary, mpembed.prefetch(state, ids)[0].vocabulary)
+
+
+class Vectors(linen.Module):
+    """The vectors of raw ids."""
+
+    @linen.compact
+    def __call__(self, ids):
+        return CachedEmbedBags(SPEC, TX, combiner=None, name="embed")(ids)
+
+
+def test_a_linen_module_trains_the_rows_of_the_functional_step():
+    def numbers(seed, num):
+        for ids in batches(seed, num):
+            yield {"user": ids["item"].astype(np.int32), "item": ids["item"].astype(np.int32) + 7}
+
+    @jax.jit
+    def train_step(train_state, ids):
+        train_state = train_state.prefetch(ids)
+        grads = jax.grad(lambda params: loss(train_state.apply_fn({"params": params}, ids)))(
+            train_state.params
+        )
+        return train_state.apply_gradients(grads=grads)
+
+    model = Vectors()
+    variables = model.init(jax.random.key(0), next(numbers(0, 1)))
+    held = TrainState.create(apply_fn=model.apply, variables=variables, tx=optax.sgd(0.1))
+    state = embedding_of(held)
+    for ids in numbers(0, 6):
+        held = train_step(held, ids)
+        state = step(state, SPEC.raw_ids(ids))
+    training.assert_same(embedding_of(held).vocabulary, state.vocabulary)
+    training.assert_same(embedding_of(held).table, state.table)
+    assert int(state.vocabulary.counters[2, 0]) > 0
+
+
+def embedding_of(tree):
+    """The one embedding state in a tree."""
+
+    def is_state(node):
+        return isinstance(node, mpembed.EmbeddingState)
+
+    (found,) = filter(is_state, jax.tree.leaves(tree, is_leaf=is_state))
+    return found
+
+
+def test_the_norm_of_gradients_is_that_of_the_distinct_rows():
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 3)
+    ids = SPEC.raw_ids({"user": ["a", "a", "b", None], "item": [1, 2, 1, 1]})
+    state, plan = mpembed.prefetch(state, ids)
+    rows = mpembed.lookup(state, plan)
+    num_rows = len({int(r) for r in plan.unique_ids if r != mpembed.NO_ID})
+    norm = mpembed.gradient_norm(state, plan, jnp.full_like(rows, 0.5))
+    assert norm == pytest.approx(np.sqrt(num_rows * 8 * 0.25), rel=1e-6)
 
 
 def test_a_checkpoint_with_a_vocabulary_is_not_exported(tmp_path):
@@ -218,7 +289,7 @@ def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
 
 @pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
 def test_a_step_copies_no_array_of_the_state(implementation):
-    """The temporaries of a step are a small part of the smallest large array, use (200 kB)."""
+    """The temporaries of a step are a small part of the smallest large array, the sketch."""
     spec = dataclasses.replace(SPEC, vocabulary=mpembed.VocabularySpec(100_000), cache=None)
     abstract = jax.eval_shape(
         lambda key: mpembed.init(key, spec, TX, implementation=implementation),
@@ -227,5 +298,5 @@ def test_a_step_copies_no_array_of_the_state(implementation):
     pairs = {"user": jax.ShapeDtypeStruct((64, 2), jnp.uint32)}
     lowered = jax.jit(step, donate_argnums=0).lower(abstract, pairs)
     sizes = lowered.compile().memory_analysis()
-    assert sizes.temp_size_in_bytes < 100_000 < abstract.vocabulary.use.size * 2
+    assert sizes.temp_size_in_bytes < 100_000 < abstract.vocabulary.sketch.size
     assert sizes.alias_size_in_bytes > abstract.table.nbytes + abstract.vocabulary.nbytes

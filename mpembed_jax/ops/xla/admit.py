@@ -12,7 +12,7 @@ from jax import lax
 from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.ops.records import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.vocabulary import hashes, pool
+from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.pool import VocabularyState
 
 
@@ -20,9 +20,10 @@ from mpembed_jax.vocabulary.pool import VocabularyState
 def admit(
     vocabulary: VocabularyState,
     pairs: jax.Array,
+    step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
-    counts: jax.Array | None = None,
+    occurrences: jax.Array | None = None,
     part: pool.Part = pool.WHOLE,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives the ids of a batch rows of their own, where they earned them.
@@ -37,44 +38,49 @@ def admit(
       rows in order: empty ones, then the least used; among equals, the lowest way.
     * A newcomer gets the row if it is empty, or if rows are recycled and its owner's use is below
       the newcomer's estimate. All other newcomers are refused, and share a row in this step.
+    * The use of an id with a row becomes its estimate, rounded stochastically.
     * The sketch cells of each id that leaves or stays without a row are raised to its estimate.
 
     Args:
       vocabulary: the state before the step; its counters are passed through.
       pairs: uint32 [N, 2].
+      step: uint32 scalar, of which the rounding draws its bits.
       must_halve: bool scalar.
       rules: the rules of admission.
-      counts: int32 [N]: occurrences that a pair stands for. None: one each.
+      occurrences: int32 [N], as how many occurrences each position counts; None: one. Of one id,
+        they sum up to less than 2^31.
       part: the part of the pool that the vocabulary holds. Pairs are those of its sets.
 
     Returns:
       The vocabulary and what was decided. Rows are the local ones of the part.
     """
     num = pairs.shape[0]
-    geometry = vocabulary.geometry
+    sizes = vocabulary.sizes
+    geometry = sizes.geometry
     sets_, ways = geometry.sets, geometry.ways
 
     def halve(both: tuple) -> tuple:
-        return both[0] >> 1, both[1] >> 1
+        return pool.halved(both[0]), (both[1] >> 1) & jnp.uint8(sizes.half_mask)
 
-    use, sketch = carries.at_most_once(
-        halve, must_halve.astype(jnp.int32), (vocabulary.use, vocabulary.sketch)
+    owners, sketch = carries.at_most_once(
+        halve, must_halve.astype(jnp.int32), (vocabulary.owners, vocabulary.sketch)
     )
-    vocabulary = dataclasses.replace(vocabulary, use=use, sketch=sketch)
+    vocabulary = dataclasses.replace(vocabulary, owners=owners, sketch=sketch)
     position = jnp.arange(num, dtype=jnp.int32)
-    is_real = pairs[:, 0] != jnp.uint32(hashes.PADDING)
-    occurrences = jnp.where(is_real, 1 if counts is None else counts, 0)
-    position_sets = jnp.where(is_real, pool.sets_of(pairs[:, 1], geometry, part.shards), sets_)
+    tags = pool.tags_of(pairs)
+    is_real = tags != jnp.uint32(pool.NO_OWNER)
+    position_sets = jnp.where(is_real, pool.sets_of(pairs, sizes, part.shards), sets_)
 
     # Groups of positions with the same id. They are numbered in the order of sets and tags.
-    by_set, by_tag, at = lax.sort((position_sets, pairs[:, 0], position), num_keys=2)
+    by_set, by_tag, at = lax.sort((position_sets, tags, position), num_keys=2)
     before = jnp.maximum(position - 1, 0)
     is_first = (by_set != by_set[before]) | (by_tag != by_tag[before]) | (position == 0)
     group = jnp.cumsum(is_first.astype(jnp.int32)) - 1
     first = jnp.where(is_first, group, num)
     id_sets = indexing.put(jnp.full(num, sets_, jnp.int32), first, by_set)
-    id_tags = indexing.put(jnp.full(num, hashes.PADDING, jnp.uint32), first, by_tag)
-    id_counts = indexing.add(jnp.zeros(num, jnp.int32), group, indexing.take(occurrences, at))
+    id_tags = indexing.put(jnp.full(num, pool.NO_OWNER, jnp.uint32), first, by_tag)
+    times = jnp.where(is_real, 1 if occurrences is None else occurrences, 0)
+    counts = indexing.add(jnp.zeros(num, jnp.int32), group, indexing.take(times, at))
     is_id = id_sets < sets_
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
@@ -82,15 +88,16 @@ def admit(
     is_hit = is_id & (way < ways)
     size = sets_ * ways
     line = jnp.where(is_hit, id_sets * ways + way, size)
-    use = vocabulary.use.reshape(-1)
-    cells = pool.cells(vocabulary, id_sets, id_tags, part)
-    seen = jnp.min(indexing.take(vocabulary.sketch.reshape(-1), cells), axis=0)
-    remembered = jnp.where(
-        is_hit, indexing.take(use, line).astype(jnp.int32), seen.astype(jnp.int32)
-    )
-    estimates = jnp.minimum(remembered + id_counts, pool.MAX_USE)
-    use = indexing.put(
-        use, jnp.where(estimates >= 0, line, size), jnp.uint16(pool.PINNED)
+    owners = owners.reshape(-1)
+    sketch = sketch.reshape(-1)
+    mixed = pool.mixed(id_sets, id_tags, sizes, part)
+    cells = pool.cells(sizes, id_sets, mixed)
+    seen = pool.counts_of(sketch, cells, sizes)
+    remembered = jnp.where(is_hit, pool.use_of(indexing.take(owners, line)), seen)
+    estimates = jnp.minimum(remembered + counts, pool.MAX_USE)
+    pinned = (id_tags << pool.USE_BITS) | jnp.uint32(pool.PINNED)
+    owners = indexing.put(
+        owners, jnp.where(estimates >= 0, line, size), pinned
     )  # the comparison orders the read before the write, as in plan.pin_hits
 
     # The newcomers of each set, by rank.
@@ -101,40 +108,32 @@ def admit(
     is_live = new_sets < sets_
     is_start = (new_sets != new_sets[before]) | (position == 0)
     rank = position - lax.cummax(jnp.where(is_start, position, 0))
-    here_tags = indexing.take(vocabulary.tags, new_sets)
-    here_use = indexing.take(use.reshape(sets_, ways), new_sets)
-    is_empty = here_tags == jnp.uint32(hashes.PADDING)
-    cost = jnp.where(is_empty, 0, here_use.astype(jnp.int32) + 1) * ways
+    here = indexing.take(owners.reshape(sets_, ways), new_sets)
+    is_empty = here >> pool.USE_BITS == jnp.uint32(pool.NO_OWNER)
+    cost = jnp.where(is_empty, 0, pool.use_of(here) + 1) * ways
     cost = jnp.sort(cost + jnp.arange(ways, dtype=jnp.int32), axis=1)
     chosen = jnp.take_along_axis(cost, jnp.minimum(rank, ways - 1)[:, None], axis=1)[:, 0]
     new_way, paid = chosen % ways, chosen // ways
     new_estimates = indexing.take(estimates, new)
     may = paid <= (new_estimates if rules.recycle else 0)
     enters = is_live & (rank < ways) & may
-    victim = jnp.take_along_axis(here_tags, new_way[:, None], axis=1)[:, 0]
+    victim = jnp.take_along_axis(here, new_way[:, None], axis=1)[:, 0] >> pool.USE_BITS
     is_recycled = enters & (paid > 0)
     target = jnp.where(enters, new_sets * ways + new_way, size)
 
     # Newcomers take their rows. The rows of the batch take its estimates.
-    tags = indexing.put(vocabulary.tags.reshape(-1), target, indexing.take(id_tags, new))
     entered = jnp.where(enters, new, num)
     way = indexing.put(way, entered, new_way)
     line = indexing.put(line, entered, target)
-    use = indexing.put(use, line, estimates.astype(jnp.uint16))
+    owned = pool.owners_of(id_tags, estimates, pool.noise_of(mixed, step))
+    owners = indexing.put(owners, line, owned)
     is_left = is_id & (line == size)
-    sketch = vocabulary.sketch.reshape(-1)
-
-    def raised(sketch: jax.Array, is_raised: jax.Array, cells: jax.Array, to: jax.Array):
-        cells = jnp.where(is_raised, cells, sketch.size)
-        values = jnp.broadcast_to(jnp.minimum(to, pool.MAX_COUNT).astype(jnp.uint8), cells.shape)
-        return indexing.maximum(sketch, cells.reshape(-1), values.reshape(-1))
-
-    sketch = raised(sketch, is_left, cells, estimates)
-    sketch = raised(sketch, is_recycled, pool.cells(vocabulary, new_sets, victim, part), paid - 1)
+    sketch = pool.raised(sketch, is_left, cells, estimates, sizes)
+    of_victims = pool.cells(sizes, new_sets, pool.mixed(new_sets, victim, sizes, part))
+    sketch = pool.raised(sketch, is_recycled, of_victims, paid - 1, sizes)
     vocabulary = dataclasses.replace(
         vocabulary,
-        tags=tags.reshape(sets_, ways),
-        use=use.reshape(sets_, ways),
+        owners=owners.reshape(sets_, ways),
         sketch=sketch.reshape(vocabulary.sketch.shape),
     )
 
@@ -154,8 +153,8 @@ def admit(
         rows=result,
         recycled=recycled,
         num_recycled=total(is_recycled),
-        num_requests=total(occurrences),
-        num_shared=total(jnp.where(own_way == ways, occurrences, 0)),
+        num_requests=total(times),
+        num_shared=total(jnp.where(own_way == ways, times, 0)),
         num_admitted=total(enters),
         num_refused=total(is_live & ~enters),
     )
