@@ -49,6 +49,11 @@ class VocabularyStats(NamedTuple):
     num_rows: int  # rows of the pool
 
     @property
+    def occupancy(self) -> float:
+        """The share of the pool's rows that have an owner."""
+        return self.num_owned / self.num_rows
+
+    @property
     def is_thrashing(self) -> bool:
         """Whether most admissions took another id's row, or more ids were refused than admitted."""
         return max(2 * self.recyclings, self.refusals) > self.admissions
