@@ -49,6 +49,11 @@ class VocabularyStats(NamedTuple):
     num_rows: int  # rows of the pool
 
     @property
+    def occupancy(self) -> float:
+        """The share of the pool's rows that have an owner."""
+        return self.num_owned / self.num_rows
+
+    @property
     def is_thrashing(self) -> bool:
         """Whether most admissions took another id's row, or more ids were refused than admitted."""
         return max(2 * self.recyclings, self.refusals) > self.admissions
@@ -161,7 +166,8 @@ def stats(state: EmbeddingState) -> CacheStats:
             "pool",
             f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
             f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
-            "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after",
+            "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after "
+            "(of this state: vocabularies.grow)",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(

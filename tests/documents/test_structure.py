@@ -22,6 +22,7 @@ PACKAGE = ROOT / "mpembed_jax"
 ADAPTERS = {
     "sharding",
     "restacking",
+    "vocabularies",
     "nn",
     "checkpoint",
     "serving",

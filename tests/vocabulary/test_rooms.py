@@ -218,6 +218,7 @@ def test_stats_count_raw_ids_and_warn_of_a_pool_that_thrashes():
         state = donated(state, spec.raw_ids({"user": np.repeat(ids, 1 + number % 3)}))
     with pytest.warns(UserWarning, match=r"VocabularySpec\(num_rows=..\)"):
         counts = mpembed.stats(state).vocabulary
+    assert counts.occupancy == 1 and quiet.occupancy == 0
     assert counts.num_owned == 16 and counts.admissions == counts.recyclings + 16
 
 
