@@ -17,6 +17,7 @@ import jax
         "victim_ids",
         "counts",
         "step",
+        "signature",
         "route",
     ],
     meta_fields=[],
@@ -40,8 +41,14 @@ class CachePlan:
     is_hit: jax.Array  # bool [U]
     victim_ids: jax.Array  # i32 [U]: the id displaced from `line`; NO_ID if none
     counts: "Counts"
-    step: jax.Array  # i32 []: the number of the prefetch that made the plan
+    step: jax.Array  # i32 []: the step of the state that its prefetch returned
+    signature: jax.Array  # u32 []: the signature of that state
     route: "Route | None" = None  # None on one device
+
+    @property
+    def number(self) -> jax.Array:
+        """The number of the prefetch that made the plan (int32 [])."""
+        return self.step - 1
 
     @property
     def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:

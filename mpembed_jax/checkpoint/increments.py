@@ -210,8 +210,8 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
     return dataclasses.replace(
         tracker,
         bits=_set_bits(tracker.bits, ids),
-        step=plan.step + 1,
-        has_gap=tracker.has_gap | (plan.step != tracker.step),
+        step=plan.step,
+        has_gap=tracker.has_gap | (plan.number != tracker.step),
         counters=count_step(tracker.counters, plan.counts),
     )
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from mpembed_jax.cache.plan import Counts
 
+OF_UPDATES = ("nonfinite_rows", "refused_updates")
 # The names of the counters: those of a step's Counts, then the two that count updates.
-COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), "nonfinite_rows", "refused_updates")
+COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), *OF_UPDATES)
 
 
 def add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:

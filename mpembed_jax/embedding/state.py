@@ -15,7 +15,7 @@ from mpembed_jax import ops
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.embedding.counters import COUNTERS
+from mpembed_jax.embedding.counters import COUNTERS, OF_UPDATES
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.mesh.shard import Shard
@@ -33,6 +33,14 @@ _AVERAGED = (
     "(nnx.state(model, nnx.Param)) and copy the embedding, or train an embedding of averages "
     "(mpembed_jax/RECIPES.md)"
 )
+
+
+@partial(jax.jit, inline=True)
+def _mixed(words: list[jax.Array]) -> jax.Array:
+    """Returns a hash (uint32 []) of uint32 arrays."""
+    flat = jnp.concatenate([array.reshape(-1) for array in words])
+    place = jnp.arange(1, flat.shape[0] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return jnp.sum(random_bits.fmix32(flat ^ random_bits.fmix32(place)), dtype=jnp.uint32)
 
 
 def clock_of(step: Any) -> Any:
@@ -103,6 +111,14 @@ class EmbeddingState:
         if self.layout is None:
             return self.spec.fingerprint
         return self.spec.fingerprint ^ self.layout.fingerprint
+
+    @property
+    def signature(self) -> jax.Array:
+        """A hash of the key, the tables and the counts of the steps so far (uint32 []).
+
+        Only updates may come between a prefetch and the use of its plan. They do not change it.
+        """
+        return _mixed([self.key, self.fingerprint, self.counters[: -len(OF_UPDATES)]])
 
     @property
     def is_sound(self) -> jax.Array:

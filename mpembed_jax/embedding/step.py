@@ -96,6 +96,7 @@ def prefetch_rows(
         unique_ids = request.own.ids
         inverse = request.own.inverse
         shapes = [layout.shape_of(leaf) for leaf in leaves]
+    state = after_prefetch(state, counts)
     plan = CachePlan(
         unique_ids=unique_ids,
         inverse=treedef.unflatten(row_ids.divided(inverse, shapes)),
@@ -103,18 +104,33 @@ def prefetch_rows(
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
         counts=counts,
-        step=state.step,
+        step=planned_step(state),
+        signature=state.signature,
         route=route,
     )
-    state = dataclasses.replace(
+    return state, plan
+
+
+def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
+    """Returns the state, advanced by one step, whose prefetch has these counts."""
+    step = state.step + 1
+    return dataclasses.replace(
         state,
-        step=state.step + 1,
-        clock=jnp.where(state.is_sound, clock_of(state.step + 1), jnp.float32(jnp.nan)),
+        step=step,
+        clock=jnp.where(state.is_sound, clock_of(step), jnp.float32(jnp.nan)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
         counters=count_step(state.counters, counts),
     )
-    return state, plan
+
+
+def planned_step(state: EmbeddingState) -> jax.Array:
+    """Returns the step (int32 []) of a plan whose prefetch returned this state.
+
+    Within a trace, it is the same object, so that `is_planned` knows the plan. Outside, state and
+    plan share no buffer, because the state may be donated.
+    """
+    return state.step if isinstance(state.step, jax.core.Tracer) else jnp.copy(state.step)
 
 
 def _ask(state: EmbeddingState, leaves: list[jax.Array], tables: TablesOfIds | None) -> Request:
@@ -192,8 +208,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 
     A cached row is read from its float32 line, any other row from the table. Padding rows are zero.
 
-    A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest
-    are therefore NaN. If the step numbers are concrete, the call raises ValueError instead.
+    A later prefetch gives lines to other rows. The rows of a plan that is not the state's latest,
+    or is of another state, are therefore NaN. If state and plan are concrete, the call raises
+    ValueError instead.
 
     Args:
       state: the state that prefetch returned with the plan.
@@ -210,14 +227,14 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     """
     arguments.check_state("lookup(state, plan)", state)
     arguments.check_plan("lookup(state, plan)", plan)
-    _check_latest("lookup", state, plan.step)
+    _check_latest("lookup", state, plan)
     rows = lookup_held(state, plan)
     if state.layout is not None:
         rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
     width = rows.shape[0]
     rows = chunks.each(
         0,
-        jnp.where(is_latest(state, plan.step), 0, width),  # empty range if the plan is the latest
+        jnp.where(is_latest(state, plan), 0, width),  # empty range if the plan is the latest
         width,
         ops.chunk_of(state.implementation),
         lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
@@ -258,8 +275,8 @@ def apply_gradients(
 
     A cached row is written to its line in float32. A bypassed row is stochastically rounded into
     the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
-    that is not the state's latest, or was already applied, changes nothing and is counted in
-    `stats`. If the step numbers are concrete, the call raises ValueError instead.
+    that is not the state's latest, is of another state, or was already applied, changes nothing and
+    is counted in `stats`. If state and plan are concrete, the call raises ValueError instead.
 
     Args:
       state: from prefetch; consumed if donated.
@@ -321,11 +338,12 @@ def apply_held_gradients(
         is_updated = is_updated & is_finite
     moves = moves.only(is_updated, state.store.num_lines)
     state, is_stored = update.apply(
-        tx, state, moves, rows, row_grads, step=plan.step, is_applied=is_pending
+        tx, state, moves, rows, row_grads, step=plan.number, is_applied=is_pending
     )
     if layout is not None:
         num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
-    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
+    stored = moves.only(is_stored, state.store.num_lines)
+    return _finish(state, plan, stored, num_nonfinite, is_pending)
 
 
 def apply_positions(
@@ -356,10 +374,11 @@ def apply_positions(
     _check("apply_pooled_gradients", state, plan, plan.unique_ids.shape[0], rows=rows)
     moves, is_pending = _pending(state, plan)
     state, is_updated, is_stored = update.apply_summed(
-        tx, state, moves, rows, positions, step=plan.step
+        tx, state, moves, rows, positions, step=plan.number
     )
     num_nonfinite = moves.num_ids - jnp.sum(is_updated, dtype=jnp.int32)
-    return _finish(state, moves.only(is_stored, state.store.num_lines), num_nonfinite, is_pending)
+    stored = moves.only(is_stored, state.store.num_lines)
+    return _finish(state, plan, stored, num_nonfinite, is_pending)
 
 
 def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) -> jax.Array:
@@ -429,37 +448,55 @@ def _check(
                 f"{name} must be float32 {expected}, got {array.dtype}; keep the rows in float32 "
                 "and cast the vectors computed from them"
             )
-    check_waiting(verb, "prefetch", state, plan.step)
+    check_waiting(verb, "prefetch", state, plan)
 
 
-def check_waiting(verb: str, planner: str, state: EmbeddingState, step: jax.Array) -> None:
+def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Any) -> None:
     """Raises ValueError if it is known that no plan of the verb `planner` waits for `verb`.
 
-    The plan that waits is the one that the state's latest step made; `step` is the given plan's.
+    The plan that waits is the one that the state's latest step made.
     """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
             f"{verb} needs its own {planner}, but this state has none waiting (it comes from "
             f"init, or its plan was already applied); call {planner} once before each {verb}"
         )
-    _check_latest(verb, state, step)
+    _check_latest(verb, state, plan)
 
 
-def _check_latest(verb: str, state: EmbeddingState, step: jax.Array) -> None:
-    """Raises ValueError if a plan's step is known not to be that of the state's latest prefetch."""
-    if not isinstance(state.step, jax.core.Tracer) and not isinstance(step, jax.core.Tracer):
-        made, latest = int(step), int(state.step) - 1
-        if made != latest:
-            raise ValueError(
-                f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
-                f"that of number {made}: its rows may have left their lines since; pass the state "
-                "and the plan that one prefetch returned"
-            )
+def _check_latest(verb: str, state: EmbeddingState, plan: Any) -> None:
+    """Raises ValueError if a plan is known not to be that of the state's latest prefetch."""
+    told = (state.step, state.key, state.counters, plan.step, plan.signature)
+    if any(isinstance(x, jax.core.Tracer) for x in told):
+        return
+    made, latest = int(plan.number), int(state.step) - 1
+    if made != latest:
+        raise ValueError(
+            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
+            f"that of number {made}: its rows may have left their lines since; pass the state "
+            "and the plan that one prefetch returned"
+        )
+    if int(plan.signature) != int(state.signature):
+        raise ValueError(
+            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
+            "that of another state; pass the state and the plan that one prefetch returned"
+        )
 
 
-def is_latest(state: EmbeddingState, step: jax.Array) -> jax.Array:
-    """Returns whether a plan's step is that of this state's latest prefetch (bool [])."""
-    return state.is_sound & (step == state.step - 1)
+def is_planned(state: EmbeddingState, plan: Any) -> bool:
+    """Returns whether it is known, within a trace, that one prefetch returned both."""
+    return isinstance(state.step, jax.core.Tracer) and plan.step is state.step
+
+
+def is_latest(state: EmbeddingState, plan: Any) -> jax.Array:
+    """Returns whether a plan is that of this state's latest prefetch (bool []).
+
+    Plans of other states are recognized by the state's signature: by its key, its tables and the
+    counts of its steps so far. Two copies of one state with equal counts are not told apart.
+    """
+    if is_planned(state, plan):
+        return state.is_sound
+    return state.is_sound & (plan.step == state.step) & (plan.signature == state.signature)
 
 
 def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
@@ -468,7 +505,7 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
     update may touch no row.
     """
-    is_pending = state.pending & is_latest(state, plan.step)
+    is_pending = state.pending & is_latest(state, plan)
     moves = _moves(plan)
     num_cached, num_ids = (
         jnp.where(is_pending, moves.num_cached, 0),
@@ -478,22 +515,33 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
 
 
 def _finish(
-    state: EmbeddingState, moves: Moves, num_nonfinite: jax.Array, is_pending: jax.Array
+    state: EmbeddingState,
+    plan: CachePlan,
+    moves: Moves,
+    num_nonfinite: jax.Array,
+    is_pending: jax.Array,
 ) -> EmbeddingState:
     """Returns the state after an update that stored the rows of `moves`.
 
     Their lines are marked dirty, and the update is counted.
     """
     cache = None if state.cache is None else residency.commit(state.cache, moves.line)
-    return finished(dataclasses.replace(state, cache=cache), num_nonfinite, is_pending)
+    return finished(dataclasses.replace(state, cache=cache), plan, num_nonfinite, is_pending)
 
 
 def finished(
-    state: EmbeddingState, num_nonfinite: jax.Array, is_applied: jax.Array
+    state: EmbeddingState,
+    plan: Any,
+    num_nonfinite: jax.Array,
+    is_applied: jax.Array,
 ) -> EmbeddingState:
-    """Returns the state after an update: no plan is pending, and the update is counted."""
+    """Returns the state after an update, which is counted.
+
+    No plan is pending any more, unless the update was refused.
+    """
+    is_pending = np.False_ if is_planned(state, plan) else jnp.asarray(state.pending) & ~is_applied
     return dataclasses.replace(
         state,
-        pending=np.False_,
+        pending=is_pending,
         counters=count_updates(state.counters, num_nonfinite, ~is_applied),
     )

@@ -29,8 +29,7 @@ from mpembed_jax.arrays import carries
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import admission, arguments, pooling, step, update
-from mpembed_jax.embedding.counters import count_step
-from mpembed_jax.embedding.state import EmbeddingState, clock_of
+from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.ops import Draw, Places
 from mpembed_jax.spec import TablesOfIds
 
@@ -57,6 +56,7 @@ class Pooling:
     data_fields=[
         "counts",
         "step",
+        "signature",
         "places",
         "factors",
         "source",
@@ -76,7 +76,8 @@ class VectorPlan:
     """
 
     counts: Counts
-    step: jax.Array  # i32 []  which embed made it
+    step: jax.Array  # i32 []  the step of the state that its embed returned
+    signature: jax.Array  # u32 []  the signature of that state
     pooling: Pooling
     places: Places | None = None
     factors: jax.Array | None = None  # f32 [N]  None: all are 1
@@ -85,6 +86,11 @@ class VectorPlan:
     rows: jax.Array | None = None  # f32 [U, D]
     weights: Any = None
     segment_ids: jax.Array | None = None
+
+    @property
+    def number(self) -> jax.Array:
+        """The number of the embed that made the plan (int32 [])."""
+        return self.step - 1
 
 
 def embed(
@@ -166,7 +172,7 @@ def embed_of_tables(
     rows = step.lookup(state, plan)
     vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
     held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}
-    return state, VectorPlan(plan.counts, plan.step, how, **held), vectors
+    return state, VectorPlan(plan.counts, plan.step, plan.signature, how, **held), vectors
 
 
 def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
@@ -222,20 +228,13 @@ def _embed_natively(
         )
         if cache is not None:
             cache = dataclasses.replace(cache, rows=lines)
-    plan = VectorPlan(counts, state.step, how, places, factors, source)
     is_sound = state.is_sound
     vectors = carries.at_most_once(  # a loop, because a select would pass over all vectors
         lambda vectors: jnp.full_like(vectors, jnp.nan), (~is_sound).astype(jnp.int32), vectors
     )
-    state = dataclasses.replace(
-        state,
-        table=table,
-        cache=cache,
-        step=state.step + 1,
-        clock=jnp.where(is_sound, clock_of(state.step + 1), jnp.float32(jnp.nan)),
-        pending=np.True_,
-        counters=count_step(state.counters, counts),
-    )
+    state = step.after_prefetch(dataclasses.replace(state, table=table, cache=cache), counts)
+    named = (step.planned_step(state), state.signature)
+    plan = VectorPlan(counts, *named, how, places, factors, source)
     return state, plan, _parted(vectors, how)
 
 
@@ -300,8 +299,8 @@ def apply_pooled_gradients(
 
     Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
     the table. Each row's gradient is the sum over its positions, in ascending order. Donate the
-    state. A plan that is not the state's latest, or was applied before, changes nothing and is
-    counted; if that is known while tracing, it raises.
+    state. A plan that is not the state's latest, is of another state, or was applied before,
+    changes nothing and is counted; if that is known while tracing, it raises.
 
     Args:
       state: from embed; consumed if donated.
@@ -333,7 +332,7 @@ def apply_pooled_gradients(
         )
     native, cache = ops.bag_step(state.implementation, state.table), state.cache
     dim = state.spec.embedding_dim
-    is_pending = state.pending & step.is_latest(state, plan.step)
+    is_pending = state.pending & step.is_latest(state, plan)
     num_nonfinite = jnp.int32(0)
     if any(leaf.size for leaf in leaves):
         store, accumulator, num_nonfinite = native.backward(
@@ -344,7 +343,7 @@ def apply_pooled_gradients(
             plan.factors,
             plan.source,
             rule=rule,
-            draw=Draw(state.key, plan.step),
+            draw=Draw(state.key, plan.number),
             skip_nonfinite=state.spec.skip_nonfinite,
             is_applied=is_pending,
             max_threads=ops.max_threads(state.implementation),
@@ -353,7 +352,7 @@ def apply_pooled_gradients(
         if state.cache is not None:
             cache = dataclasses.replace(state.cache, dirty=store.dirty)
             state = dataclasses.replace(state, cache=cache)
-    return step.finished(state, num_nonfinite, is_pending)
+    return step.finished(state, plan, num_nonfinite, is_pending)
 
 
 def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list[jax.Array]:
@@ -367,7 +366,7 @@ def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list
             f"pooled_grads must be like the vectors of embed: float32 {wanted} in {how.tree}, "
             f"got {[f'{g.dtype} {g.shape}' for g in leaves]} in {treedef}"
         )
-    step.check_waiting("apply_pooled_gradients", "embed", state, plan.step)
+    step.check_waiting("apply_pooled_gradients", "embed", state, plan)
     return leaves
 
 

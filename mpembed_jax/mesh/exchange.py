@@ -56,7 +56,8 @@ def plan_specs(layout: Layout) -> CachePlan:
     batch, shard = specs
     everywhere: Any = PartitionSpec()
     route: Any = route_specs(layout)
-    return CachePlan(batch, batch, shard, shard, shard, everywhere, everywhere, route)
+    whole = (everywhere,) * 3  # counts, step, signature
+    return CachePlan(batch, batch, shard, shard, shard, *whole, route)
 
 
 def route_specs(layout: Layout) -> Route:

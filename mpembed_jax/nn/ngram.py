@@ -39,6 +39,9 @@ def ngram_spec(
     storage: RowFormat | str = "int8",
     cache: CacheSpec | None = CacheSpec(),  # noqa: B008
     embedding_init: Any = None,
+    max_unique_ids: int | None = None,
+    skip_nonfinite: bool = False,
+    row_state_dtype: str = "float32",
     memory_kind: str | None = None,
 ) -> EmbeddingSpec:
     """Returns the spec of the stack of an NGramMemory, as for mpembed_jax.memory.report.
@@ -49,6 +52,9 @@ def ngram_spec(
       storage: RowFormat, or its name.
       cache: CacheSpec of the whole stack, or None.
       embedding_init: see NGramMemory.
+      max_unique_ids: the budget of distinct rows per batch.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      row_state_dtype: dtype of the optimizer state per row.
       memory_kind: see mpembed_jax.EmbeddingSpec.
 
     Raises:
@@ -65,7 +71,16 @@ def ngram_spec(
         TableSpec(f"{order}-gram_{head}", rows, initializer)
         for (order, head), rows in zip(ngrams.tables, ngrams.table_sizes, strict=True)
     )
-    return EmbeddingSpec(tables, features, as_format(storage), cache, memory_kind=memory_kind)
+    return EmbeddingSpec(
+        tables,
+        features,
+        as_format(storage),
+        cache,
+        max_unique_ids=max_unique_ids,
+        skip_nonfinite=skip_nonfinite,
+        row_state_dtype=row_state_dtype,
+        memory_kind=memory_kind,
+    )
 
 
 def ngram_ids(
@@ -126,6 +141,9 @@ class NGramMemory(nnx.Module):
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
         for nnx.Embed's default.
+      max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
       memory_kind: "pinned_host" keeps the packed rows in host memory, behind the cache; see
         mpembed_jax.EmbeddingSpec.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
@@ -163,6 +181,9 @@ class NGramMemory(nnx.Module):
         cache: CacheSpec | None = CacheSpec(),  # noqa: B008
         dtype: Any = None,
         embedding_init: Any = None,
+        max_unique_ids: int | None = None,
+        skip_nonfinite: bool = False,
+        row_state_dtype: str = "float32",
         memory_kind: str | None = None,
         mesh: Any = None,
         axis_name: Any = None,
@@ -188,6 +209,9 @@ class NGramMemory(nnx.Module):
             storage=storage,
             cache=cache,
             embedding_init=embedding_init,
+            max_unique_ids=max_unique_ids,
+            skip_nonfinite=skip_nonfinite,
+            row_state_dtype=row_state_dtype,
             memory_kind=memory_kind,
         )
         where = {
@@ -203,6 +227,17 @@ class NGramMemory(nnx.Module):
     def state(self) -> EmbeddingState:
         """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
         return self.stack.embedding_state()
+
+    def set_state(self, state: EmbeddingState) -> None:
+        """Replaces the EmbeddingState between steps, for example by one from write_rows.
+
+        Args:
+          state: of the same tables; consumed, if later steps donate the model.
+
+        Raises:
+          ValueError: if the state is of other tables, or if a step is in progress.
+        """
+        self.stack.set_embedding_state(state)
 
     def _ids(self, tokens: Any, context: Any) -> tuple[Any, Any]:
         canonical = None if self.canonical is None else self.canonical.get_value()

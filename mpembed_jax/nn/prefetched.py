@@ -211,7 +211,9 @@ def _find(
         return run(state, plan, leaves)
     shapes = [np.shape(leaf) for leaf in leaves]
     if layout is not None:
-        index, is_missing, route = exchange.find(layout, exchange.route_of(plan), leaves, plan.step)
+        index, is_missing, route = exchange.find(
+            layout, exchange.route_of(plan), leaves, plan.number
+        )
     else:
         ids = row_ids.joined(leaves)
         ids = jnp.where(row_ids.in_range(ids, state.spec.num_rows), ids, NO_ID)

@@ -300,11 +300,11 @@ def update_rows(
     leaves, treedef, held = _matched(tx, row_state, rows.shape[1], dtype)
     over_all_rows = tx.update if over_all_rows is None else over_all_rows
     num_rows = next((a.shape[0] for a, leaf in zip(held, leaves, strict=True) if leaf.is_row), 0)
-    is_row_id = (ids >= 0) & (ids < num_rows)
-    place = jnp.where(is_row_id, ids, num_rows)
+    is_row = ids != NO_ID
+    place = jnp.where((ids >= 0) & (ids < num_rows), ids, num_rows)
 
     def of_rows(values: jax.Array, padding: jax.Array) -> jax.Array:
-        return jnp.where(is_row_id.reshape(-1, *[1] * (values.ndim - 1)), values, padding)
+        return jnp.where(is_row.reshape(-1, *[1] * (values.ndim - 1)), values, padding)
 
     def gather(array: jax.Array, leaf: RowLeaf) -> jax.Array:
         if not leaf.is_row:
@@ -321,7 +321,7 @@ def update_rows(
 
     def update(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         rows, old_state = carry
-        own_grads = jnp.where((ids != NO_ID)[:, None], row_grads, jnp.float32(0))
+        own_grads = jnp.where(is_row[:, None], row_grads, jnp.float32(0))
         own_rows = rows if is_local else of_rows(rows, jnp.float32(0))
         updates, new_state = over_all_rows(own_grads, old_state, own_rows)
         new_state = jax.tree.map(

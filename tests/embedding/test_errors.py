@@ -33,6 +33,7 @@ from mpembed_jax import (
 from mpembed_jax.embedding.counters import COUNTERS
 
 TX = optax.sgd(0.5)
+RULED = mpembed.optim.sgd(0.5)  # native calls run it
 DIM = 4
 
 
@@ -233,6 +234,86 @@ def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation
     np.testing.assert_array_equal(all_rows(after), all_rows(state))
     with pytest.raises(ValueError, match="an old plan and changed nothing"):
         mpembed.stats(after)
+
+
+class Pair(NamedTuple):
+    """A verb that plans, and the one that applies gradients of ones to its plan."""
+
+    plan: Callable  # (state, ids) -> state, plan
+    apply: Callable  # (state, plan) -> state
+
+
+def by_rows(state, plan):
+    rows = jnp.ones((plan.unique_ids.shape[0], DIM))
+    held = mpembed.lookup(state, plan)
+    return mpembed.apply_gradients(state, plan, jnp.nan_to_num(held), rows, tx=RULED)
+
+
+def by_vectors(state, plan):
+    grads = jnp.ones((*plan.pooling.shapes[0], DIM))
+    return mpembed.apply_pooled_gradients(state, plan, grads, tx=RULED)
+
+
+PAIRS = {
+    "rows": Pair(mpembed.prefetch, by_rows),
+    "vectors": Pair(lambda state, ids: mpembed.embed(state, ids, tx=RULED)[:2], by_vectors),
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+@pytest.mark.parametrize("name", list(PAIRS))
+@pytest.mark.parametrize("is_one_trace", [False, True])
+def test_after_a_refused_update_the_right_one_is_still_possible(name, implementation, is_one_trace):
+    spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
+    start = mpembed.init(jax.random.key(0), spec, RULED, implementation=implementation)
+    pair = PAIRS[name]
+    jitted = (lambda verb: verb) if is_one_trace else jax.jit
+
+    def run(state, is_mistaken):
+        state, old = jitted(pair.plan)(state, np.arange(8, dtype=np.int32))
+        state, plan = jitted(pair.plan)(state, np.arange(12, 20, dtype=np.int32))
+        if is_mistaken:
+            state = jitted(pair.apply)(state, old)
+        return jitted(pair.apply)(state, plan)
+
+    run = jax.jit(run, static_argnums=1) if is_one_trace else run
+    wanted, after = run(start, False), run(start, True)
+    assert not np.array_equal(all_rows(wanted), all_rows(start))
+    np.testing.assert_array_equal(all_rows(after), all_rows(wanted))
+    assert not bool(after.pending)
+    with pytest.raises(ValueError, match="1 apply_gradients calls had no prefetch of their own"):
+        mpembed.stats(after)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize("name", list(PAIRS))
+@pytest.mark.parametrize("differs", ["key", "tables", "ids"])
+def test_the_plan_of_another_state_is_refused_though_its_number_is_right(
+    name, implementation, differs
+):
+    spec = stack(cache=CacheSpec(num_rows=8))
+    other = EmbeddingSpec([TableSpec("other", spec.num_rows)], DIM, cache=CacheSpec(num_rows=8))
+    make = partial(mpembed.init, tx=RULED, implementation=implementation)
+    key, pair = jax.random.key(0), PAIRS[name]
+    mine = make(key, spec)
+    theirs = make(
+        jax.random.key(1) if differs == "key" else key, spec if differs != "tables" else other
+    )
+    ids, num = np.arange(8, dtype=np.int32), 7 if differs == "ids" else 8
+    mine, plan = jax.jit(pair.plan)(mine, ids)
+    _, of_other = jax.jit(pair.plan)(theirs, np.where(np.arange(8) < num, ids, 0))
+    with pytest.raises(
+        ValueError, match="latest prefetch, number 0, and got that of another state"
+    ):
+        pair.apply(mine, of_other)
+    refused = jax.jit(pair.apply)(mine, of_other)
+    np.testing.assert_array_equal(all_rows(refused), all_rows(mine))
+    with pytest.raises(ValueError, match="1 apply_gradients calls"):
+        mpembed.stats(refused)
+    if name == "rows":
+        assert np.isnan(jax.jit(mpembed.lookup)(mine, of_other)).all()
+    after, wanted = (jax.jit(pair.apply)(state, plan) for state in (refused, mine))
+    np.testing.assert_array_equal(all_rows(after), all_rows(wanted))
 
 
 # --- 7. a missing donation

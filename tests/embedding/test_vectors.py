@@ -352,3 +352,26 @@ def test_what_is_not_fused_takes_the_separate_verbs(name):
         assert plan.places is None
         np.testing.assert_array_equal(found, mpembed.read(state, ids))
         mpembed.apply_pooled_gradients(state, plan, found, tx=tx)
+
+
+@pytest.mark.parametrize("combiner", [None, "mean"])
+def test_steps_of_several_states_under_vmap_are_steps_one_after_another(combiner):
+    """Foreign calls run in turn; the states and vectors are equal in every bit."""
+    tx = TRANSFORMATIONS["adagrad"]
+    spec = shapes.stack(NUM_IDS, 16, storage="int8", lines=32, ways=4)
+
+    def life(key, batches):
+        def step(state, ids):
+            options = {"combiner": combiner, "num_segments": None, "tx": tx}
+            return train_step(state, ids, None, None, 0, **options)[:2]
+
+        state = mpembed.init(key, spec, tx, implementation="numba")
+        assert vectors.is_fused(tx, state)
+        return jax.lax.scan(step, state, batches)
+
+    keys = jax.random.split(KEY, 2)
+    batches = np.random.default_rng(0).integers(0, NUM_IDS, (2, 3, 20, 4)).astype(np.int32)
+    many = jax.device_get(jax.jit(jax.vmap(life))(keys, batches))
+    for number in range(2):
+        one = jax.device_get(jax.jit(life)(keys[number], batches[number]))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[number], b), many, one)  # noqa: B023

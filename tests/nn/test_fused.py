@@ -319,6 +319,19 @@ def test_linen_modules_train_the_same_bits(name):
     assert_same_bits(*(jax.tree.leaves(state.embeddings) for state in states))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", named(list(LINEN), fast={"n-grams"}))
+def test_a_linen_stack_keeps_what_it_is_when_a_step_is_given_up_or_its_state_replaced(name, fused):
+    make, batch = LINEN[name]
+    model, ids = Linen(make(fused)), batch(0)
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
+    state = TrainState.create(apply_fn=model.apply, variables=variables, tx=optax.sgd(1))
+    held = jax.tree.structure(state.prefetch(ids).params)
+    for again in (state.prefetch(ids).discard(), state.replace_embeddings(state.embeddings)):
+        assert jax.tree.structure(again.collections) == jax.tree.structure(state.collections)
+        assert jax.tree.structure(again.prefetch(ids).params) == held
+
+
 def test_linen_refuses_what_nnx_refuses():
     model = Linen(LINEN["one combiner"][0](True))
     ids = {"seen": ids_of(0, 6, 3)}

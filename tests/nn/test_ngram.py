@@ -244,6 +244,27 @@ def test_initial_rows_are_those_of_the_initializer_for_each_table():
     assert report.num_rows == sum(sizes) == memory.stack.spec.num_rows
 
 
+SETTINGS = {"max_unique_ids": 9, "skip_nonfinite": True, "row_state_dtype": "bfloat16"}
+
+
+def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
+    memory = memory_of(**SETTINGS)
+    twin = nn.linen.NGramMemory(VOCABULARY, DIM, **OPTIONS, **SMALL, **SETTINGS)
+    (table,) = jax.tree.leaves(
+        twin.init(jax.random.key(0), TOKENS)["embedding"], is_leaf=lambda x: hasattr(x, "state")
+    )
+    assert memory.state.spec == table.state.spec
+    assert {name: getattr(memory.state.spec, name) for name in SETTINGS} == SETTINGS
+
+
+def test_a_state_from_outside_is_trained_and_one_of_other_tables_refused():
+    memory, other = memory_of(), memory_of(seed=1)
+    memory.set_state(other.state)
+    np.testing.assert_array_equal(dense_rows(memory.state), dense_rows(other.state))
+    with pytest.raises(ValueError, match="this module was made for tables"):
+        memory.set_state(memory_of(rows=(70, 90)).state)
+
+
 # --- linen
 
 

@@ -94,6 +94,9 @@ TRANSFORMATIONS = {
     "chain of global norm and adam": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(decaying(0.05))
     ),
+    "chain of global norm, decay and sgd": lambda: optax.chain(  # its state has no row leaves
+        optax.clip_by_global_norm(1.0), optax.add_decayed_weights(0.5), optax.sgd(0.1)
+    ),
     "chain of row norm and adagrad": lambda: optax.chain(
         optim.clip_by_row_norm(0.5), optax.adagrad(0.1)
     ),

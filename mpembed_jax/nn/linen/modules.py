@@ -322,6 +322,9 @@ class NGramMemory(linen.Module):
       dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
         for linen.Embed's default.
+      max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
+      skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
+      row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
       memory_kind: see mpembed_jax.EmbeddingSpec.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
@@ -344,6 +347,9 @@ class NGramMemory(linen.Module):
     cache: CacheSpec | None = CacheSpec()
     dtype: Any = None
     embedding_init: Callable | None = None
+    max_unique_ids: int | None = None
+    skip_nonfinite: bool = False
+    row_state_dtype: str = "float32"
     memory_kind: str | None = None
     mesh: Any = None
     axis_name: Any = None
@@ -368,6 +374,9 @@ class NGramMemory(linen.Module):
             storage=self.storage,
             cache=self.cache,
             embedding_init=self.embedding_init,
+            max_unique_ids=self.max_unique_ids,
+            skip_nonfinite=self.skip_nonfinite,
+            row_state_dtype=self.row_state_dtype,
             memory_kind=self.memory_kind,
         )
         canonical = (

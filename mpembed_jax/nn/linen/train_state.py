@@ -142,7 +142,7 @@ class TrainState(struct.PyTreeNode):
                     "the state of an embedding was replaced between prefetch and apply_gradients, "
                     "whose update would overwrite it; replace it between steps"
                 )
-            held[path] = Stack(state, None, stack.tx)
+            held[path] = dataclasses.replace(stack, state=state)
         return self.replace(collections={**self.collections, COLLECTION: unflatten_dict(held)})
 
     def discard(self) -> "TrainState":
@@ -155,7 +155,7 @@ class TrainState(struct.PyTreeNode):
         for path, stack in self._stacks().items():
             if stack.plan is not None:
                 params.pop(path, None)
-                held[path] = Stack(stack.state, None, stack.tx)
+                held[path] = dataclasses.replace(stack, plan=None)
         return self.replace(
             params=unflatten_dict(params),
             collections={**self.collections, COLLECTION: unflatten_dict(held)},

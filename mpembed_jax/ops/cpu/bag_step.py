@@ -696,6 +696,7 @@ def forward(
         _forward_of(table.format),
         [*_shapes(held), vectors, *others, _buffers(MAX_PARTS, dim)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
+        vmap_method="sequential",
     )(ids, given, *held)
     table = dataclasses.replace(table, rows=results[_TABLE])
     if cache is not None:
@@ -777,6 +778,7 @@ def bags(
         _sums_of(table.format),
         [out, _buffers(num_parts, dim), *_shapes(held)],
         input_output_aliases={6: 2, 7: 3},
+        vmap_method="sequential",
     )(
         row_of_position, factors, bag, np.asarray(given, np.int32), places.ids, places.line,
         *held,
@@ -841,6 +843,7 @@ def backward(
         _backward_of(table.format),
         [*_shapes(held), jax.ShapeDtypeStruct((MAX_PARTS,), jnp.int32), _buffers(MAX_PARTS, dim)],
         input_output_aliases={_STORED + k: k for k in range(len(held))},
+        vmap_method="sequential",
     )(
         grads, nothing if factors is None else factors,
         jnp.zeros((0,), jnp.int32) if source is None else source, given, rates, *places, *held,
