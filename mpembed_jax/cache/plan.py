@@ -2,9 +2,24 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from mpembed_jax.arrays import indexing
+
+
+class Segments(NamedTuple):
+    """A batch's positions sorted by their row: the positions of a row are one segment."""
+
+    order: jax.Array  # i32 [N]: the positions, row by row; those of a row ascend
+    # i32 [U]: where the segment of each unique row begins in `order`; equal to `stop` for padding
+    first: jax.Array
+    stop: jax.Array  # i32 [U]: the index after the segment's last
+
+    def of_rows(self, rows: jax.Array) -> "Segments":
+        """Returns the segments of the given rows (int32 [U]), in their order."""
+        return Segments(self.order, indexing.take(self.first, rows), indexing.take(self.stop, rows))
 
 
 @partial(
@@ -18,6 +33,7 @@ import jax
         "counts",
         "step",
         "route",
+        "segments",
     ],
     meta_fields=[],
 )
@@ -42,6 +58,8 @@ class CachePlan:
     counts: "Counts"
     step: jax.Array  # i32 []: the number of the prefetch that made the plan
     route: "Route | None" = None  # None on one device
+    # The positions of each unique row, if deduplication sorted them.
+    segments: Segments | None = None
 
     @property
     def placed(self) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -105,6 +105,7 @@ def prefetch_rows(
         counts=counts,
         step=state.step,
         route=route,
+        segments=moves.segments,
     )
     state = dataclasses.replace(
         state,
@@ -157,7 +158,7 @@ def _place(
         width = found.ids.shape[0]
         no_line = jnp.zeros(width, jnp.int32)
         no_victim = jnp.full(width, NO_ID, jnp.int32)
-        moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids)
+        moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids, found.segments)
         inverse = found.inverse
         evictions = write_backs = hit_requests = zero
     else:

@@ -240,6 +240,9 @@ def unique(
     ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None
 ) -> Unique:
     """Returns the distinct ids of a batch; see `xla.unique.unique`."""
+    if has_kernels(implementation):
+        kernels, _ = _kernels(implementation)
+        return kernels.unique.unique(ids, size, step)
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
@@ -309,8 +312,13 @@ def plan(
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
         return native.plan.plan(cache, unique, step, halve)
-    chunk = chunk_of(implementation)
     width = unique.ids.shape[0]
+    if has_kernels(implementation):
+        kernels, is_interpreted = _kernels(implementation)
+        if kernels.plan.has_short_sets(cache.geometry, width):
+            halve = policy.is_time_to_halve(cache, step, num_positions)
+            return kernels.plan.plan(cache, unique, step, halve, is_interpreted=is_interpreted)
+    chunk = chunk_of(implementation)
     cache, made = xla.plan.make_plan(
         cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk
     )
@@ -328,6 +336,7 @@ def plan(
         num_hits=made.num_hits,
         num_cached=made.num_cached,
         num_ids=unique.num_ids,
+        segments=unique.segments and unique.segments.of_rows(order),
     )
     inverse = indexing.take(moved, unique.inverse)
     hit_requests = jnp.sum(
