@@ -16,59 +16,42 @@ from mpembed_jax.ops import xla
 from mpembed_jax.ops.records import Unique
 from mpembed_jax.row_ids import NO_ID
 
-_DIGIT_BITS = 4  # bits of the budget's limit that one turn finds
-
 
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Returns the distinct ids of a batch in ascending order; see `xla.unique.unique`.
+    """Returns the distinct ids of a batch and their segments; see `xla.unique.unique`.
 
-    The result has the segments of the ids.
+    Ids are sorted, and returned, in the order of fmix32(id xor step), which is a bijection. So the
+    ids that stay within the budget are the first ones.
     """
     (num_positions,) = ids.shape
     if num_positions == 0:
         return xla.unique.unique(ids, size, step)
+
+    def mixed(ids: jax.Array) -> jax.Array:
+        return random_bits.fmix32(ids.astype(jnp.uint32) ^ step.astype(jnp.uint32))
+
     position = jnp.arange(num_positions, dtype=jnp.int32)
-    # XLA's GPU back end uses a radix sort for two operands. It keeps positions in order.
-    sorted_ids, order = lax.sort_key_val(ids, position)
-    is_kept = sorted_ids != NO_ID
-    edge = sorted_ids[1:] != sorted_ids[:-1]
-    begins = is_kept & jnp.concatenate([jnp.ones(1, bool), edge])
-    ends = is_kept & jnp.concatenate([edge, jnp.ones(1, bool)])
-    num_found = jnp.sum(begins, dtype=jnp.int32)
+    # XLA's GPU back end uses a radix sort for two operands. Equal keys keep the order of positions.
+    keys, order = lax.sort_key_val(mixed(ids), position)
+    is_real = keys != mixed(jnp.int32(NO_ID))
+    edge = keys[1:] != keys[:-1]
+    is_first = is_real & jnp.concatenate([jnp.ones(1, bool), edge])
+    is_last = jnp.concatenate([edge, jnp.ones(1, bool)])
+    rank = jnp.cumsum(is_first.astype(jnp.int32)) - 1
+    num_found = rank[-1] + 1
     num_ids = jnp.minimum(num_found, size - 1)
-    if size - 1 < num_positions:
-        mixed = random_bits.fmix32(sorted_ids.astype(jnp.uint32) ^ step.astype(jnp.uint32))
-        is_kept = is_kept & (mixed <= _smallest(mixed, begins, num_ids))
-        begins, ends = begins & is_kept, ends & is_kept
-    rank = jnp.cumsum(begins.astype(jnp.int32)) - 1
-    begin, end = jnp.where(begins, rank, size), jnp.where(ends, rank, size)
-    zeros = jnp.zeros(size, jnp.int32)
-    first = indexing.put(zeros, begin, position)
-    stop = indexing.put(zeros, end, position + 1)
+    place = jnp.where(is_real & (rank < size - 1), rank, size - 1)
+    nowhere = jnp.zeros(size, jnp.int32)
+    # The last entry is padding, and nothing is stored there.
+    is_kept = place < size - 1
+    first = indexing.put(nowhere, jnp.where(is_first & is_kept, place, size), position)
+    stop = indexing.put(nowhere, jnp.where(is_last & is_kept, place, size), position + 1)
+    is_id = jnp.arange(size, dtype=jnp.int32) < num_ids
     return Unique(
-        ids=indexing.put(jnp.full(size, NO_ID, jnp.int32), begin, sorted_ids),
-        inverse=indexing.put(
-            jnp.zeros(num_positions, jnp.int32), order, jnp.where(is_kept, rank, size - 1)
-        ),
+        ids=jnp.where(is_id, indexing.take(ids, indexing.take(order, first)), NO_ID),
+        inverse=indexing.put(jnp.zeros(num_positions, jnp.int32), order, place),
         counts=stop - first,
         num_ids=num_ids,
         num_dropped=num_found - num_ids,
         segments=Segments(order, first, stop),
     )
-
-
-def _smallest(values: jax.Array, is_counted: jax.Array, number: jax.Array) -> jax.Array:
-    """Returns the number-th smallest (uint32, from 1) of the values (uint32 [N]) that are counted.
-
-    It has a fixed number of turns. Each finds one digit: the largest below which there are fewer
-    values than `number`.
-    """
-    digit = jnp.arange(1 << _DIGIT_BITS, dtype=jnp.uint32)
-    found = jnp.uint32(0)
-    for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        least = found | (digit << shift)
-        is_below = is_counted[None, :] & (values[None, :] < least[:, None])
-        num_below = jnp.sum(is_below, axis=1, dtype=jnp.int32)
-        place = jnp.sum(num_below < number, dtype=jnp.int32) - 1
-        found = found | (place.astype(jnp.uint32) << shift)
-    return found
