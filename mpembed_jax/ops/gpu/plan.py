@@ -26,7 +26,7 @@ from mpembed_jax.row_ids import NO_ID
 _LANES = 8  # unique ids of a set that are looked at together
 _MOST_IDS_PER_SET = 64  # unique ids per set, on average, that a program can plan fast
 _HALVED = 1024  # numbers that one turn of a program halves
-_HALVING_PROGRAMS = 1024
+_MOST_HALVING_PROGRAMS = 1024
 _HIT = -1  # the estimate of a hit, which does not wait for a line
 
 
@@ -297,11 +297,13 @@ def _remember(
 def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheState:
     """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
 
-    The number of programs does not depend on the cache. If there is nothing to do, they end at
-    once.
+    The number of programs is bounded. If there is nothing to do, they end at once.
     """
     if not policy.counts_use(cache.policy):
         return cache
+
+    held = [cache.sketch.reshape(-1), cache.priority.reshape(-1)]
+    num_programs = min(_MOST_HALVING_PROGRAMS, pl.cdiv(cache.sketch.size, _HALVED))
 
     def body(halve_ref: Any, _sketch_in: Any, _priority_in: Any, *outputs: Any) -> None:
         program = pl.program_id(0)
@@ -311,20 +313,19 @@ def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheStat
                 (size,) = ref.shape
 
                 def turn(number: jax.Array, nothing: int, ref: Any = ref, size: int = size) -> int:
-                    block = number * _HALVING_PROGRAMS + program
+                    block = number * num_programs + program
                     index = block * _HALVED + jnp.arange(_HALVED, dtype=jnp.int32)
                     value = kernel.load(ref, (index,), index < size)
                     kernel.store(ref, (index,), value >> 1, index < size)
                     return nothing
 
-                lax.fori_loop(0, pl.cdiv(size, _HALVED * _HALVING_PROGRAMS), turn, 0)
+                lax.fori_loop(0, pl.cdiv(size, _HALVED * num_programs), turn, 0)
 
         pl.when(halve_ref[0] != 0)(halve_all)
 
-    held = [cache.sketch.reshape(-1), cache.priority.reshape(-1)]
     sketch, priority = kernel.launch(
         body,
-        _HALVING_PROGRAMS,
+        num_programs,
         [halve.astype(jnp.int32)[None], *held],
         [kernel.shape_of(array) for array in held],
         name="mpembed_halve",
