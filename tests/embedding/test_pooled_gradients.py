@@ -364,7 +364,7 @@ def test_bad_gradients_and_arguments_are_refused(implementation):
 
 
 def test_positions_outside_every_bag_take_no_gradient():
-    """They belong to a row all the same, which they must not make NaN beside an infinite gradient."""
+    """They belong to a row all the same. They must not make it NaN beside an infinite gradient."""
     spec = shapes.stack(60, 4, storage="float32", lines=16, ways=4)
     place = jnp.arange(24, dtype=jnp.int32)
     bags = jnp.where(place % 5 == 0, -1, place % 6)
