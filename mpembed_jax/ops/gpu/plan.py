@@ -31,11 +31,12 @@ _HIT = -1  # the estimate of a hit, which does not wait for a line
 
 
 class _Sets(NamedTuple):
-    """The unique ids of a batch, grouped by cache set. Z is the most sets that a batch touches."""
+    """The unique ids of a batch, grouped by cache set."""
 
     by_set: jax.Array  # i32 [U]: indices of the unique ids, set by set; padding comes last
     sets: jax.Array  # i32 [U]: the set of each; S for padding
-    begin: jax.Array  # i32 [Z + 1]: where each touched set begins; num_ids after the last set
+    # i32 [min(S, U) + 1]: where each touched set begins; num_ids after the last one
+    begin: jax.Array
     num_sets: jax.Array  # i32 []: sets touched
 
 
