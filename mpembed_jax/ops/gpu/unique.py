@@ -40,7 +40,7 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     rank = jnp.cumsum(is_first.astype(jnp.int32)) - 1
     num_found = rank[-1] + 1
     num_ids = jnp.minimum(num_found, size - 1)
-    place = jnp.where(is_real & (rank < size - 1), rank, size - 1)
+    place = jnp.where(is_real, jnp.minimum(rank, size - 1), size - 1)
     nowhere = jnp.zeros(size, jnp.int32)
     # The last entry is padding, and nothing is stored there.
     is_kept = place < size - 1
