@@ -175,8 +175,8 @@ def figures(compiled: Compiled, state: Any) -> dict:
         elements) may be copied.
 
     Returns:
-      Numbers of fusions, kernels, sorts, loops and state-sized copies, and XLA's bytes, on the
-        device and in host memory.
+      Numbers of fusions, kernels, sorts, loops, branches, launches and state-sized copies, and
+        XLA's bytes, on the device and in host memory.
     """
     text, sizes = compiled.text, compiled.sizes
     large = {int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(state)} - set(
@@ -190,6 +190,8 @@ def figures(compiled: Compiled, state: Any) -> dict:
         "kernels": len(re.findall(r'custom_call_target="[^"]*triton', text)),
         "sorts": len(re.findall(r" sort\(|cub|custom_call_target=\"[^\"]*[Ss]ort", text)),
         "loops": len(re.findall(r" while\(", text)),
+        "branches": len(re.findall(r" conditional\(", text)),
+        "launches": _launches(text),
         "state_sized_copies": sum(elements in large for elements in copies),
         "argument_bytes": sizes.argument_size_in_bytes,
         "aliased_bytes": sizes.alias_size_in_bytes,
@@ -198,6 +200,15 @@ def figures(compiled: Compiled, state: Any) -> dict:
         "host_aliased_bytes": sizes.host_alias_size_in_bytes,
         "host_temporary_bytes": sizes.host_temp_size_in_bytes,
     }
+
+
+def _launches(text: str) -> int:
+    """Returns what the host launches for one run of a module, outside its loops and branches.
+
+    A sort counts once. On a device, it is a library call of several kernels.
+    """
+    entry = text[text.index("\nENTRY ") :]
+    return len(re.findall(r"^.* = .* (?:fusion|custom-call|copy|sort)\(", entry, re.MULTILINE))
 
 
 def _elements(shape: str) -> int:

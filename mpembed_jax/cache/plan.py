@@ -2,9 +2,24 @@
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+from mpembed_jax.arrays import indexing
+
+
+class Segments(NamedTuple):
+    """A batch's positions sorted by their row: the positions of a row are one segment."""
+
+    order: jax.Array  # i32 [N]: the positions, row by row; those of a row ascend
+    # i32 [U]: where the segment of each unique row begins in `order`; equal to `stop` for padding
+    first: jax.Array
+    stop: jax.Array  # i32 [U]: the index after the segment's last
+
+    def of_rows(self, rows: jax.Array) -> "Segments":
+        """Returns the segments of the given rows (int32 [U]), in their order."""
+        return Segments(self.order, indexing.take(self.first, rows), indexing.take(self.stop, rows))
 
 
 @partial(
@@ -19,6 +34,7 @@ import jax
         "step",
         "signature",
         "route",
+        "segments",
     ],
     meta_fields=[],
 )
@@ -44,6 +60,8 @@ class CachePlan:
     step: jax.Array  # i32 []: the step of the state that its prefetch returned
     signature: jax.Array  # u32 []: the signature of that state
     route: "Route | None" = None  # None on one device
+    # The positions of each unique row, if deduplication sorted them.
+    segments: Segments | None = None
 
     @property
     def number(self) -> jax.Array:

@@ -116,13 +116,27 @@ def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
 
 def sketch_cells(cache: CacheState, ids: jax.Array) -> jax.Array:
     """Returns the cells (int32 [2, n]) of the flattened sketch that count each id (int32 [n])."""
-    depth, groups, width = cache.sketch.shape
+    rows = jnp.arange(len(SKETCH_SEEDS), dtype=jnp.int32)[:, None]
+    seeds = jnp.asarray(SKETCH_SEEDS, jnp.uint32)[:, None]
+    return cells_in_row(cache.sketch.shape, ids[None], rows, seeds)
+
+
+def cells_in_row(
+    shape: tuple[int, int, int], ids: jax.Array, row: jax.Array | int, seed: jax.Array
+) -> jax.Array:
+    """Returns the cells (int32) of ids (int32) in one row of the flattened sketch.
+
+    Args:
+      shape: of the sketch.
+      ids: int32 [..].
+      row: the row of the sketch, broadcast against ids.
+      seed: uint32, the seed of that row.
+    """
+    _, groups, width = shape
     ids = ids.astype(jnp.uint32)
     quotient, group = ids // jnp.uint32(groups), ids % jnp.uint32(groups)
-    seeds = jnp.asarray(SKETCH_SEEDS, jnp.uint32)[:, None]
-    column = random_bits.scale_to(random_bits.fmix32(quotient[None] ^ seeds), width)
-    depth_index = jnp.arange(depth, dtype=jnp.int32)[:, None]
-    return (depth_index * groups + group.astype(jnp.int32)[None]) * width + column
+    column = random_bits.scale_to(random_bits.fmix32(quotient ^ seed), width)
+    return (row * groups + group.astype(jnp.int32)) * width + column
 
 
 def commit(cache: CacheState, line: jax.Array) -> CacheState:

@@ -296,10 +296,11 @@ def positions(
         segment, factors = segments(
             num_rows, index[0], weights[0], combiner, segment_ids, num_segments, implementation
         )
-        # A position outside every bag goes to the padding row. Its factor is zero, but zero times
-        # an infinite gradient is NaN.
-        row = jnp.where(segment < num_segments, index[0], num_rows - 1)
-        return Positions(grads, row, jnp.minimum(segment, num_segments - 1), factors)
+        # A position outside every bag goes to the padding row and takes no gradient. Its factor is
+        # zero, but zero times an infinite gradient is NaN.
+        is_inside = segment < num_segments
+        row = jnp.where(is_inside, index[0], num_rows - 1)
+        return Positions(grads, row, jnp.where(is_inside, segment, -1), factors)
     weighted = source = None
     if combiner != "sum" or any(w is not None for w in weights):
         of_leaves = [

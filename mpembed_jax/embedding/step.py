@@ -22,7 +22,6 @@ import numpy as np
 import optax
 
 from mpembed_jax import ops, row_ids
-from mpembed_jax.arrays import chunks
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.embedding import admission, arguments, update
@@ -107,6 +106,7 @@ def prefetch_rows(
         step=planned_step(state),
         signature=state.signature,
         route=route,
+        segments=moves.segments,
     )
     return state, plan
 
@@ -173,7 +173,7 @@ def _place(
         width = found.ids.shape[0]
         no_line = jnp.zeros(width, jnp.int32)
         no_victim = jnp.full(width, NO_ID, jnp.int32)
-        moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids)
+        moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids, found.segments)
         inverse = found.inverse
         evictions = write_backs = hit_requests = zero
     else:
@@ -228,19 +228,12 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     arguments.check_state("lookup(state, plan)", state)
     arguments.check_plan("lookup(state, plan)", plan)
     _check_latest("lookup", state, plan)
-    rows = lookup_held(state, plan)
-    if state.layout is not None:
-        rows = exchange.fetch(state.layout, exchange.route_of(plan), rows)
-    width = rows.shape[0]
-    rows = chunks.each(
-        0,
-        jnp.where(is_latest(state, plan), 0, width),  # empty range if the plan is the latest
-        width,
-        ops.chunk_of(state.implementation),
-        lambda window, rows: window.put(rows, jnp.float32(jnp.nan)),
-        rows,
-    )
-    return rows.astype(dtype)
+    is_valid = is_latest(state, plan)
+    by: Any = {"implementation": state.implementation}
+    if state.layout is None:
+        return ops.lookup(state.store, _moves(plan), is_valid, **by).astype(dtype)
+    rows = exchange.fetch(state.layout, exchange.route_of(plan), lookup_held(state, plan))
+    return ops.only_if(is_valid, rows, **by).astype(dtype)
 
 
 def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:

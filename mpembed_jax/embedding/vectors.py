@@ -396,4 +396,5 @@ def _apply_separately(
         _, pull_back = jax.vjp(pool, rows)
         return step.apply_gradients(state, held, rows, pull_back(pooled_grads)[0], tx=tx)
     positions = pooling.positions(rows.shape[0], index, factors, leaves, how.combiner, **options)
+    positions = positions._replace(segments=held.segments)
     return step.apply_positions(state, held, rows, positions, tx=tx)

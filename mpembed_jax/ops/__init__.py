@@ -21,7 +21,8 @@ the number of cache lines. `records` defines the records.
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
                                                newcomers dequantized into lines
-  lookup(store, moves)                      -> f32 [U, D]: each row from its line or the table
+  lookup(store, moves, is_valid)            -> f32 [U, D]: each row from its line or the table
+  only_if(is_valid, rows)                   -> f32 [U, D]: the rows, or NaN if they are not valid
   read(table, cache, ids)                   -> f32 [.., D]: the same, for ids without a plan
   write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
                                                rounded into the table; which ones
@@ -104,6 +105,7 @@ __all__ = [
     "has_kernels",
     "lookup",
     "max_threads",
+    "only_if",
     "plan",
     "read",
     "sum_duplicates",
@@ -240,6 +242,9 @@ def unique(
     ids: jax.Array, size: int, step: jax.Array, *, implementation: Named | None = None
 ) -> Unique:
     """Returns the distinct ids of a batch; see `xla.unique.unique`."""
+    if has_kernels(implementation):
+        kernels, _ = _kernels(implementation)
+        return kernels.unique.unique(ids, size, step)
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
@@ -314,8 +319,13 @@ def plan(
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
         return native.plan.plan(cache, unique, step, halve)
-    chunk = chunk_of(implementation)
     width = unique.ids.shape[0]
+    if has_kernels(implementation):
+        kernels, is_interpreted = _kernels(implementation)
+        if kernels.plan.has_short_sets(cache.geometry, width):
+            halve = policy.is_time_to_halve(cache, step, num_positions)
+            return kernels.plan.plan(cache, unique, step, halve, is_interpreted=is_interpreted)
+    chunk = chunk_of(implementation)
     cache, made = xla.plan.make_plan(
         cache, unique.ids, unique.counts, unique.num_ids, step, num_positions, chunk
     )
@@ -333,6 +343,7 @@ def plan(
         num_hits=made.num_hits,
         num_cached=made.num_cached,
         num_ids=unique.num_ids,
+        segments=unique.segments and unique.segments.of_rows(order),
     )
     inverse = indexing.take(moved, unique.inverse)
     hit_requests = jnp.sum(
@@ -355,14 +366,25 @@ def swap(
 
 
 @jax.named_scope("lookup")
-def lookup(store: Store, moves: Moves, *, implementation: Named) -> jax.Array:
-    """Gathers the unique rows (float32 [U, D]); see `xla.rows.lookup`."""
+def lookup(
+    store: Store, moves: Moves, is_valid: jax.Array | None = None, *, implementation: Named
+) -> jax.Array:
+    """Gathers the unique rows (float32 [U, D]); see `xla.rows.lookup`.
+
+    If is_valid (bool scalar) is given and is False, all rows are NaN.
+    """
     if has_kernels(implementation, store.table):
         kernels, is_interpreted = _kernels(implementation)
-        return kernels.rows.lookup(store, moves, is_interpreted=is_interpreted)
+        return kernels.rows.lookup(store, moves, is_valid, is_interpreted=is_interpreted)
     chunk = _chunk_for(implementation, store.table)
     gather = _gather_of(implementation, store.table)
-    return xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
+    rows = xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
+    return rows if is_valid is None else only_if(is_valid, rows, implementation=implementation)
+
+
+def only_if(is_valid: jax.Array, rows: jax.Array, *, implementation: Named) -> jax.Array:
+    """Returns rows (float32 [U, D]) if they are valid, else NaN; see `xla.rows.only_if`."""
+    return xla.rows.only_if(is_valid, rows, chunk_of(implementation))
 
 
 @jax.named_scope("read")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax.cache.plan import Route
+from mpembed_jax.cache.plan import Route, Segments
 from mpembed_jax.numerics.random_bits import Key, draw_seed
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
@@ -29,6 +29,7 @@ class Unique(NamedTuple):
     counts: jax.Array  # i32 [U]: occurrences; 0 for padding
     num_ids: jax.Array  # i32 []
     num_dropped: jax.Array  # i32 []: distinct ids over the budget
+    segments: Segments | None = None  # the positions of each id, if they were sorted
 
 
 class Request(NamedTuple):
@@ -58,6 +59,7 @@ class Moves(NamedTuple):
     num_hits: jax.Array  # i32 []
     num_cached: jax.Array  # i32 []: hits and newcomers, the rows in lines during this step
     num_ids: jax.Array  # i32 []: rows that are not padding
+    segments: Segments | None = None  # the positions of each row, if they were sorted
 
     @property
     def is_row(self) -> jax.Array:
@@ -136,9 +138,12 @@ class Positions(NamedTuple):
 
     grads: jax.Array  # f32 [M, D], M > 0: the gradients of all vectors or bags
     row: jax.Array  # i32 [N], N > 0: the row of each position, in [0, U); U - 1 is padding
-    # i32 [N]: the index in `grads` of each position. None: position n takes grads[n // (N / M)].
+    # i32 [N]: the index in `grads` of each position; -1 if it takes none, and its row is U - 1.
+    # None: position n takes grads[n // (N / M)].
     source: jax.Array | None
     factors: jax.Array | None  # f32 [N]: factors of the positions' gradients; None: all are 1
+    # The positions of each row. They may include positions that take no gradient. None: not sorted.
+    segments: Segments | None = None
 
 
 class Places(NamedTuple):

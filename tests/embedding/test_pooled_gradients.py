@@ -361,3 +361,24 @@ def test_bad_gradients_and_arguments_are_refused(implementation):
         embedded, plan, _ = embed()
         with pytest.raises(ValueError, match="pass the same tx to init, embed and"):
             mpembed.apply_pooled_gradients(embedded, plan, vectors, tx=optax.adam(0.1))
+
+
+def test_positions_outside_every_bag_take_no_gradient():
+    """They belong to a row all the same. They must not make it NaN beside an infinite gradient."""
+    spec = shapes.stack(60, 4, storage="float32", lines=16, ways=4)
+    place = jnp.arange(24, dtype=jnp.int32)
+    bags = jnp.where(place % 5 == 0, -1, place % 6)
+    grads = jnp.asarray(shapes.dyadic(0, (6, 4))).at[0].set(jnp.inf).at[5].set(jnp.inf)
+
+    @partial(jax.jit, static_argnames="implementation")
+    def rows_after(implementation):
+        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
+        given = {"combiner": "sum", "segment_ids": bags, "num_segments": 6}
+        state, plan, _ = mpembed.embed(state, place % 7, **given, tx=SGD)
+        state = mpembed.apply_pooled_gradients(state, plan, grads, tx=SGD)
+        return mpembed.read(state, jnp.arange(7, dtype=jnp.int32)), plan.plan
+
+    (wanted, _), (got, plan) = rows_after("xla"), rows_after(KERNEL)
+    assert plan.segments is not None
+    assert jnp.isinf(wanted).any() and jnp.isfinite(wanted).any() and not jnp.isnan(wanted).any()
+    assert (wanted == got).all()

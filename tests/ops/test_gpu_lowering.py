@@ -4,6 +4,7 @@ It has no scatter of duplicates, and kernels where they are named.
 """
 
 import importlib.util
+import re
 import types
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +25,7 @@ pytestmark = [
 ]
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
 BATCH, LENGTH = 24, 3
+PLANNING = {"mpembed_halve", "mpembed_plan"}  # kernels of a step with an LFU cache
 BEST_ON_CPU = "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
 
 POOLS = {
@@ -109,7 +111,7 @@ def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
 def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
     step, arguments = step_and_arguments("pallas_triton", pooling)
     text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
-    wanted = {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum"}
+    wanted = PLANNING | {"mpembed_swap", "mpembed_lookup", "mpembed_update", "mpembed_sum"}
     assert wanted | ({"mpembed_bag"} if pooling != "vectors" else set()) == set(
         lowering.kernels(text)
     )
@@ -121,10 +123,39 @@ def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
     """Ragged means sum their weights on the way, which is a kernel of its own."""
     step, arguments = step_and_arguments("pallas_triton", pooling, is_pooled=True)
     text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
-    kernels = {"mpembed_swap", "mpembed_lookup", "mpembed_update_summed"}
+    kernels = PLANNING | {"mpembed_swap", "mpembed_lookup", "mpembed_update_summed"}
     kernels |= {"vectors": set(), "ragged sqrtn": {"mpembed_sum"}}.get(pooling, {"mpembed_bag"})
     assert set(lowering.kernels(text)) == kernels
     assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
+
+
+LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
+
+
+@pytest.mark.parametrize("budget", [None, 9])
+@pytest.mark.parametrize("policy", [*shapes.POLICIES, "no cache"])
+def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
+    """Its program has no loop and no branch, whose condition the host would have to read.
+
+    The reference has some, so the test would see one. The positions are sorted by id once, for
+    deduplication and for the sums of gradients. The unique ids are sorted by cache set.
+    """
+    is_cached = policy != "no cache"
+    cache = {"lines": 256, "policy": policy} if is_cached else {}
+    spec = shapes.stack(3000, 16, storage="int8", max_unique_ids=budget, **cache)
+    found = {}
+    for implementation in ("pallas_triton", "xla"):
+        for pooling, is_pooled in (("vectors", False), ("sum", True), ("weighted mean", True)):
+            step, arguments = step_and_arguments(
+                implementation, pooling, spec=spec, is_pooled=is_pooled
+            )
+            lowered = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+            text = lowered.as_text()
+            found[implementation, is_pooled] = len(LOOPS_AND_BRANCHES.findall(text))
+            if implementation == "pallas_triton" and is_pooled:
+                assert text.count("stablehlo.sort") == 1 + is_cached
+    assert found["pallas_triton", False] == found["pallas_triton", True] == 0
+    assert min(found["xla", False], found["xla", True]) > 0
 
 
 @pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"float32", "int8"}))
@@ -199,7 +230,7 @@ def test_arrays_past_32_bits_are_addressed_with_64(sizes):
         "mpembed_update",
         "mpembed_update_summed",
     }
-    assert set(widths) == moving_rows | {"mpembed_sum"}
+    assert set(widths) == moving_rows | {"mpembed_sum"} | PLANNING
     moving_rows = moving_rows if num_rows > 3000 else set()
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
 
@@ -218,14 +249,14 @@ def test_kernels_have_no_atomics():
     modules |= lowering.kernel_modules(
         lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1])
     )
-    assert set(modules) == {
+    assert set(modules) == PLANNING | {
         f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")
     }
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
     # A thread must not store what another one has yet to read: victims before newcomers, old sums
-    # of squares before new.
+    # of squares before new. In the plan it must not read what another one has yet to store.
     waiting = {name for name, text in modules.items() if "gpu.barrier" in text}
-    assert waiting == {"mpembed_swap", "mpembed_update", "mpembed_update_summed"}
+    assert waiting == {"mpembed_plan", "mpembed_swap", "mpembed_update", "mpembed_update_summed"}
 
 
 DEVICES = {

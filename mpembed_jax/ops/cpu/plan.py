@@ -308,7 +308,7 @@ def plan(
       step: int32 scalar, the number of this prefetch.
       must_halve: bool scalar, whether all LFU estimates are halved first.
     """
-    ids, inverse, counts, num_ids, _ = unique
+    ids, inverse, counts, num_ids, *_ = unique
     call_frame.register("mpembed_plan", _plan)
     sets, ways, groups = cache.geometry
     width = ids.shape[0]

@@ -267,6 +267,7 @@ def launch(
     name: str,
     is_interpreted: bool,
     aliases: dict[int, int] | None = None,
+    num_warps: int = _WARPS,
 ) -> tuple[jax.Array, ...]:
     """Runs `body(*operand_refs, *output_refs)` once per program; each reference is a whole array.
 
@@ -279,6 +280,7 @@ def launch(
       is_interpreted: whether the body is traced into plain jax operations, for any device.
       aliases: {operand: output}, by number: pairs that share memory. The operand is updated in
         place if the caller donates it.
+      num_warps: warps of 32 threads that run one program.
 
     Returns:
       The results.
@@ -291,7 +293,7 @@ def launch(
         interpret=is_interpreted,
         compiler_params=None
         if is_interpreted
-        else plgpu.CompilerParams(num_warps=_WARPS, num_stages=2),
+        else plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
         name=name,
     )
     return call(*operands)

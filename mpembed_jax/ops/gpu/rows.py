@@ -27,8 +27,10 @@ def _positions(block: int) -> jax.Array:
     return pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
 
 
-def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
-    """Gathers the unique rows (float32 [U, D]); see `xla.rows.lookup`.
+def lookup(
+    store: Store, moves: Moves, is_valid: jax.Array | None, *, is_interpreted: bool
+) -> jax.Array:
+    """Gathers the unique rows (float32 [U, D]); see `ops.lookup`.
 
     One pass writes each row once, from its line or dequantized from the table.
     """
@@ -54,12 +56,14 @@ def lookup(store: Store, moves: Moves, *, is_interpreted: bool) -> jax.Array:
         read = kernel.read_packed(
             packed, kernel.load(ids_ref, (position,), from_table), from_table, row_words
         )
-        kernel.store_row(
-            out, position, is_inside, columns, dim, jnp.where(from_table[:, None], read, row)
-        )
+        row = jnp.where(from_table[:, None], read, row)
+        row = jnp.where(bounds[2] != 0, row, jnp.float32(jnp.nan))
+        kernel.store_row(out, position, is_inside, columns, dim, row)
 
     # Without a cache num_cached is 0.
-    operands = [jnp.stack([num_cached, num_ids]), ids, line, table.rows]
+    is_valid = jnp.bool_(True) if is_valid is None else is_valid
+    bounds = jnp.stack([num_cached, num_ids, is_valid.astype(jnp.int32)])
+    operands = [bounds, ids, line, table.rows]
     operands += [] if lines is None else [lines]
     (out,) = kernel.launch(
         body,

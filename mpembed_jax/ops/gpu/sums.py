@@ -2,7 +2,8 @@
 
 Sums use no atomics, and bags use no array [.., L, D].
 
-Positions are sorted by the row that they belong to, so the positions of a row are one segment. One
+Positions are sorted by the row that they belong to, so the positions of a row are one segment. If
+deduplication has sorted them already, its segments are used. One
 program sums all positions of a row, and may then use the sum (`update`). The rows of a program lie
 far apart. The reason is that the rows with the most positions stand side by side at the head of a
 plan, and each of them should have a program of its own.
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.cache.plan import Segments
 from mpembed_jax.numerics import rounding
 from mpembed_jax.ops.gpu import kernel
 
@@ -29,13 +31,14 @@ _WIDE = 4096  # elements of a long segment that are loaded at once: 32 per threa
 _AHEAD = 4  # loads in flight before the first one is added
 
 
-class Segments(NamedTuple):
-    """Positions sorted by row, and the segment of each row."""
+class Terms(NamedTuple):
+    """The terms of each row's sum: sorted positions, and the segment of each row."""
 
     # i32 [size]: the segment's first sorted position; equal to `stop` for a row without positions
     first: jax.Array
     stop: jax.Array  # i32 [size]: the sorted position after the segment's last
-    source: jax.Array  # i32 [N]: the row of values that each sorted position takes
+    # i32 [N]: the row of values that each sorted position takes; -1 if it takes none
+    source: jax.Array
     factors: jax.Array | None  # f32 [N]: the factor of each sorted position; None: all are 1
 
     @property
@@ -49,24 +52,34 @@ class Segments(NamedTuple):
         ]
 
 
-def sort_positions(
-    index: jax.Array,
-    size: int,
-    num_values: int,
-    source: jax.Array | None,
-    factors: jax.Array | None,
-) -> Segments:
+def terms_of(
+    segments: Segments, num_values: int, source: jax.Array | None, factors: jax.Array | None
+) -> Terms:
+    """Returns the terms of each row's sum.
+
+    Args:
+      segments: the positions of each row, N > 0 of them in all.
+      num_values: M, number of rows of values.
+      source: int32 [N] in [-1, M), or None: position n takes row n // (N / M) of the values.
+      factors: float32 [N] or None.
+    """
+    order = segments.order
+    return Terms(
+        first=segments.first,
+        stop=segments.stop,
+        source=order // (order.shape[0] // num_values)
+        if source is None
+        else indexing.take(source, order),
+        factors=None if factors is None else indexing.take(factors, order),
+    )
+
+
+def sort_positions(index: jax.Array, size: int) -> Segments:
     """Sorts positions by row.
 
     Args:
       index: int32 [N] in [0, size), N > 0: the row of each position.
       size: number of rows. The last row is padding and gets no positions.
-      num_values: M, number of rows of values.
-      source: int32 [N] in [0, M), or None: position n takes row n // (N / M) of the values.
-      factors: float32 [N] or None.
-
-    Returns:
-      The Segments.
     """
     (num,) = index.shape
     position = jnp.arange(num, dtype=jnp.int32)
@@ -78,10 +91,9 @@ def sort_positions(
     ends = is_real & jnp.concatenate([edge, jnp.ones(1, bool)])
     nowhere = jnp.zeros(size, jnp.int32)
     return Segments(
+        order=order,
         first=indexing.put(nowhere, jnp.where(begins, segment, size), position),
         stop=indexing.put(nowhere, jnp.where(ends, segment, size), position + 1),
-        source=order // (num // num_values) if source is None else indexing.take(source, order),
-        factors=None if factors is None else indexing.take(factors, order),
     )
 
 
@@ -109,7 +121,7 @@ def sum_rows(
     """Sums the values of each row's positions.
 
     Args:
-      refs: references to Segments.operands.
+      refs: references to Terms.operands.
       values: reference to float32 [M, D].
       row: int32 [R], the rows of the program.
       mask: bool [R], whether each is a row.
@@ -129,9 +141,8 @@ def sum_rows(
     number = jnp.max(row)
 
     def vectors(position: jax.Array, is_inside: jax.Array) -> jax.Array:
-        found = kernel.load_row(
-            values, kernel.load(source_ref, (position,), is_inside), is_inside, columns, dim
-        )
+        source = kernel.load(source_ref, (position,), is_inside, -1)
+        found = kernel.load_row(values, source, source >= 0, columns, dim)
         if not factors_ref:
             return found
         factor = kernel.load(factors_ref[0], (position,), is_inside)[:, None]
@@ -196,11 +207,11 @@ def sum_duplicates(
     dim = values.shape[1]
     if 0 in (index.shape[0], values.shape[0]):
         return jnp.zeros((size, dim), jnp.float32)
-    segments = sort_positions(index, size, values.shape[0], source, factors)
+    terms = terms_of(sort_positions(index, size), values.shape[0], source, factors)
     block = block_rows(indexing.ceil_power(dim))
 
     def body(*refs: Any) -> None:
-        *segment_refs, values_ref, out = refs
+        *term_refs, values_ref, out = refs
         row, is_row = spread_positions(block, size)
         columns = kernel.columns_of(dim)
         kernel.store_row(
@@ -209,13 +220,13 @@ def sum_duplicates(
             is_row,
             columns,
             dim,
-            sum_rows(segment_refs, values_ref, row, is_row, columns, dim),
+            sum_rows(term_refs, values_ref, row, is_row, columns, dim),
         )
 
     (out,) = kernel.launch(
         body,
         pl.cdiv(size, block),
-        [*segments.operands, values],
+        [*terms.operands, values],
         [jax.ShapeDtypeStruct((size, dim), jnp.float32)],
         name="mpembed_sum",
         is_interpreted=is_interpreted,

@@ -187,20 +187,22 @@ def update_summed(
 ) -> tuple[Store, jax.Array | None, jax.Array, jax.Array]:
     """Sums the gradients of each row and updates it; see `xla.update.update_summed`.
 
-    XLA sorts the positions. One kernel then does the sums of `gpu.sums` and the update.
+    Unless deduplication has sorted the positions, XLA sorts them. One kernel then does the sums of
+    `gpu.sums` and the update.
     """
     width, dim = old_rows.shape
     row_words = RowWords(store.table.format, dim, is_interpreted)
     num_columns = row_words.padded_words * row_words.per_word
     block = sums.block_rows(num_columns)
-    segments = sums.sort_positions(
-        positions.row, width, positions.grads.shape[0], positions.source, positions.factors
-    )
+    segments = positions.segments
+    if segments is None:
+        segments = sums.sort_positions(positions.row, width)
+    terms = sums.terms_of(segments, positions.grads.shape[0], positions.source, positions.factors)
 
     def places(refs: list, row: jax.Array, mask: jax.Array) -> list:
-        *segment_refs, grads_ref = refs
+        *term_refs, grads_ref = refs
         columns = jnp.arange(num_columns, dtype=jnp.int32)
-        total = sums.sum_rows(segment_refs, grads_ref, row, mask, columns, row_words.dim)
+        total = sums.sum_rows(term_refs, grads_ref, row, mask, columns, row_words.dim)
         if row_words.per_word == 1:
             return [total]
         words = total.reshape(block, -1, row_words.per_word)
@@ -212,7 +214,7 @@ def update_summed(
         ]
 
     gradients = _Gradients(
-        [*segments.operands, positions.grads],
+        [*terms.operands, positions.grads],
         block,
         lambda num_ids: sums.spread_positions(block, num_ids),
         places,

@@ -121,6 +121,18 @@ def lookup(
     return chunks.each(num_cached, num_ids, width, chunk, from_table, out)
 
 
+def only_if(is_valid: jax.Array, rows: jax.Array, chunk: int | None) -> jax.Array:
+    """Returns rows (float32 [U, D]) if is_valid (bool scalar) is True, else NaN.
+
+    With a chunk length, there is no pass over valid rows.
+    """
+    (width, _) = rows.shape
+    end = jnp.where(is_valid, 0, width)
+    return chunks.each(
+        0, end, width, chunk, lambda window, rows: window.put(rows, jnp.float32(jnp.nan)), rows
+    )
+
+
 def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the ids of the rows that one window reads from a table.
 

@@ -24,8 +24,8 @@ def sum_duplicates(
       index: int32 [N] in [0, size).
       size: number of rows of the result.
       factors: float32 [N], multiplied with each position's values; None: all are 1.
-      source: int32 [N] in [0, M): position n takes values[source[n]]. None: it takes values[n // (N
-        / M)], and N is a multiple of M.
+      source: int32 [N]: position n takes values[source[n]]. It may be -1, for no value, where the
+        index is size - 1. None: position n takes values[n // (N / M)], and N is a multiple of M.
 
     Returns:
       float32 [size, ..].

@@ -1,0 +1,340 @@
+"""The plan on a GPU: the unique ids are grouped by cache set, and one kernel plans every set.
+
+One program of one warp plans one set. It finds the hits of the set, and then lets its misses meet
+its ways one after another. So there are no rounds over all ids, and no loop has an end that only
+the device knows. The rules are those of `xla.plan.make_plan`. A program looks at all ids of its set
+again for each newcomer, so long sets are left to the rounds of the reference (`has_short_sets`).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache import policy, residency
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.cache.spec import Geometry
+from mpembed_jax.ops.gpu import kernel
+from mpembed_jax.ops.records import Moves, Unique
+from mpembed_jax.row_ids import NO_ID
+
+_LANES = 8  # unique ids of a set that are looked at together
+_MOST_IDS_PER_SET = 64  # unique ids per set, on average, that a program can plan fast
+_HALVED = 1024  # numbers that one turn of a program halves
+_MOST_HALVING_PROGRAMS = 1024
+_HIT = -1  # the estimate of a hit, which does not wait for a line
+
+
+class _Sets(NamedTuple):
+    """The unique ids of a batch, grouped by cache set."""
+
+    by_set: jax.Array  # i32 [U]: indices of the unique ids, set by set; padding comes last
+    sets: jax.Array  # i32 [U]: the set of each; S for padding
+    # i32 [min(S, U) + 1]: where each touched set begins; num_ids after the last one
+    begin: jax.Array
+    num_sets: jax.Array  # i32 []: sets touched
+
+
+class _Decisions(NamedTuple):
+    """The decisions of the kernel about the unique ids, in the order of _Sets, padding last.
+
+    The values of padding are arbitrary.
+    """
+
+    line: jax.Array  # i32 [U]: C for bypassed ids
+    victim_ids: jax.Array  # i32 [U]: NO_ID for no victim
+    estimates: jax.Array  # i32 [U]: of misses; _HIT for hits
+    victim_uses: Any = None  # i32 [U]: the use of each victim; None for LRU
+
+
+def has_short_sets(geometry: Geometry, width: int) -> bool:
+    """Returns whether the kernel plans a batch of `width` unique ids faster than the rounds do."""
+    return width <= _MOST_IDS_PER_SET * geometry.sets
+
+
+@jax.named_scope("plan")
+def plan(
+    cache: CacheState, unique: Unique, step: jax.Array, halve: jax.Array, *, is_interpreted: bool
+) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
+    """Plans a batch and orders its unique ids by the plan; see `ops.plan`.
+
+    Args:
+      cache: the state before the step.
+      unique: the distinct ids of the batch.
+      step: int32 scalar.
+      halve: bool scalar, whether this step halves all LFU estimates.
+      is_interpreted: see kernel.launch.
+    """
+    num_lines = cache.geometry.lines
+    cache = _age(cache, halve, is_interpreted)
+    sets = _grouped(unique, cache.geometry)
+    ids, counts = (indexing.take(array, sets.by_set) for array in (unique.ids, unique.counts))
+    cache, made = _decide(cache, sets, ids, counts, step, is_interpreted)
+    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    is_row = position < unique.num_ids
+    line = jnp.where(is_row, made.line, num_lines)
+    victim_ids = jnp.where(is_row, made.victim_ids, NO_ID)
+    is_hit, is_cached = is_row & (made.estimates == _HIT), line < num_lines
+    if policy.counts_use(cache.policy):
+        cache = _remember(cache, made, ids, is_row & ~is_hit, is_cached)
+
+    # Hits, newcomers, bypassed ids and padding get their places in the plan.
+    hits, cached = jnp.cumsum(jnp.stack([is_hit, is_cached]).astype(jnp.int32), axis=1)
+    num_hits, num_cached = hits[-1], cached[-1]
+    place = jnp.where(is_cached, num_hits + cached - hits - 1, num_cached + position - cached)
+    place = jnp.where(is_hit, hits - 1, place)
+    order = indexing.put(position, place, position)
+    moved = indexing.put(position, sets.by_set, place)
+    rows = indexing.take(sets.by_set, order)
+    moves = Moves(
+        ids=indexing.take(unique.ids, rows),
+        line=indexing.take(line, order),
+        victim_ids=indexing.take(victim_ids, order),
+        num_hits=num_hits,
+        num_cached=num_cached,
+        num_ids=unique.num_ids,
+        segments=unique.segments and unique.segments.of_rows(rows),
+    )
+    hit_requests = jnp.sum(jnp.where(is_hit, counts, 0), dtype=jnp.int32)
+    return cache, moves, indexing.take(moved, unique.inverse), hit_requests
+
+
+def _grouped(unique: Unique, geometry: Geometry) -> _Sets:
+    """Groups the unique ids of a batch by cache set, with a second sort."""
+    width = unique.ids.shape[0]
+    position = jnp.arange(width, dtype=jnp.int32)
+    sets = residency.set_of(unique.ids, geometry)
+    sets = jnp.where(position < unique.num_ids, sets, geometry.sets)
+    sets, by_set = lax.sort_key_val(sets, position)
+    is_first = jnp.concatenate([jnp.ones(1, bool), sets[1:] != sets[:-1]])
+    is_first = is_first & (sets < geometry.sets)
+    rank = jnp.cumsum(is_first.astype(jnp.int32))
+    most = min(geometry.sets, width)
+    begin = jnp.broadcast_to(unique.num_ids, (most + 1,))
+    begin = indexing.put(begin, jnp.where(is_first, rank - 1, most + 1), position)
+    return _Sets(by_set, sets, begin, rank[-1])
+
+
+def _decide(
+    cache: CacheState,
+    sets: _Sets,
+    ids: jax.Array,
+    counts: jax.Array,
+    step: jax.Array,
+    is_interpreted: bool,
+) -> tuple[CacheState, _Decisions]:
+    """Runs the kernel: updates tags and priorities, and decides about each unique id.
+
+    Args:
+      cache: the state before the step, aged.
+      sets: the groups.
+      ids: int32 [U], the unique ids in the order of the groups.
+      counts: int32 [U], their occurrences.
+      step: int32 scalar.
+      is_interpreted: see kernel.launch.
+    """
+    by, ways, num_lines = cache.policy, cache.geometry.ways, cache.geometry.lines
+    is_lfu = policy.counts_use(by)
+    (width,) = ids.shape
+
+    def body(*refs: Any) -> None:
+        numbers, begin_ref, sets_ref, ids_ref, counts_ref, *sketch_ref = refs[: 5 + is_lfu]
+        tags_ref, priority_ref, line_ref, victim_ref, estimates_ref, *uses_ref = refs[7 + is_lfu :]
+        number, step = pl.program_id(0), numbers[1]
+        lane = jnp.arange(_LANES, dtype=jnp.int32)
+        way = jnp.arange(indexing.ceil_power(ways), dtype=jnp.int32)
+        is_way = way < ways
+
+        def plan_set() -> None:
+            begin, end = begin_ref[number], begin_ref[number + 1]
+            first_line = sets_ref[begin] * ways
+            tags = kernel.load(tags_ref, (first_line + way,), is_way, NO_ID)
+            priority = kernel.load(priority_ref, (first_line + way,), is_way)
+
+            def seen(here: jax.Array, is_miss: jax.Array) -> jax.Array:
+                """Returns the use that the sketch remembers of each miss."""
+                use = jnp.full(_LANES, policy.MAX_ESTIMATE, jnp.int32)
+                for row, seed in enumerate(residency.SKETCH_SEEDS):
+                    cell = residency.cells_in_row(cache.sketch.shape, here, row, jnp.uint32(seed))
+                    use = jnp.minimum(
+                        use, kernel.load(sketch_ref[0], (cell,), is_miss).astype(jnp.int32)
+                    )
+                return use
+
+            def find(carry: tuple) -> tuple:
+                """Finds the hits among the next ids. Every other id bypasses for now."""
+                start, uses = carry
+                position = start + lane
+                is_live = position < end
+                here = kernel.load(ids_ref, (position,), is_live, NO_ID)
+                is_match = is_live[:, None] & (here[:, None] == tags[None, :])
+                found = jnp.max(jnp.where(is_match, way[None, :], -1), axis=1)
+                is_hit = found >= 0
+                estimate = jnp.zeros(_LANES, jnp.int32)
+                if is_lfu:
+                    used = jnp.max(jnp.where(is_match, priority[None, :], 0), axis=1)
+                    used = jnp.where(is_hit, used, seen(here, is_live & ~is_hit))
+                    estimate = policy.estimate(used, kernel.load(counts_ref, (position,), is_live))
+                line = jnp.where(is_hit, first_line + found, num_lines)
+                kernel.store(line_ref, (position,), line, is_live)
+                kernel.store(victim_ref, (position,), jnp.full(_LANES, NO_ID, jnp.int32), is_live)
+                waiting = jnp.where(is_hit, _HIT, estimate)
+                kernel.store(estimates_ref, (position,), waiting, is_live)
+                use = jnp.max(jnp.where(is_match, estimate[:, None], -1), axis=0)
+                return start + _LANES, jnp.maximum(uses, use)
+
+            # The estimate of the batch's id in each way; -1 where there is none.
+            uses = jnp.full(way.shape, -1, jnp.int32)
+            _, uses = lax.while_loop(lambda carry: carry[0] < end, find, (begin, uses))
+            priority = jnp.where(uses >= 0, policy.pinned(by, step), priority)
+            # The misses are read by other threads than those that stored them.
+            kernel.barrier(is_interpreted)
+
+            def best_after(estimate: jax.Array, miss: jax.Array) -> tuple:
+                """Returns the position, the estimate and the id of the next miss; -1 for none."""
+
+                def look(carry: tuple) -> tuple:
+                    start, best_position, best, best_id = carry
+                    position = start + lane
+                    is_live = position < end
+                    here = kernel.load(ids_ref, (position,), is_live, NO_ID)
+                    own = kernel.load(estimates_ref, (position,), is_live, _HIT)
+                    waits = (own >= 0) & ((own < estimate) | ((own == estimate) & (here > miss)))
+                    highest = jnp.max(jnp.where(waits, own, -1))
+                    lowest_id = jnp.min(jnp.where(waits & (own == highest), here, NO_ID))
+                    where = jnp.max(jnp.where(waits & (here == lowest_id), position, -1))
+                    is_better = (highest > best) | ((highest == best) & (lowest_id < best_id))
+                    return (
+                        start + _LANES,
+                        jnp.where(is_better, where, best_position),
+                        jnp.where(is_better, highest, best),
+                        jnp.where(is_better, lowest_id, best_id),
+                    )
+
+                start = (begin, jnp.int32(-1), jnp.int32(-1), jnp.int32(NO_ID))
+                return lax.while_loop(lambda carry: carry[0] < end, look, start)[1:]
+
+            def meet(carry: tuple) -> tuple:
+                """Lets the best waiting miss meet the cheapest way, and finds the next miss."""
+                position, estimate, miss, tags, priority, uses = carry
+                rank = policy.ranks(by, tags, priority, step).astype(jnp.int32)
+                rank = jnp.where(is_way, rank, np.int32(2**31 - 1))
+                cheapest = jnp.min(rank)
+                chosen = jnp.min(jnp.where(rank == cheapest, way, ways))
+                may = policy.may_enter(by, cheapest, estimate)
+
+                def decide(ref: Any, value: jax.Array) -> None:
+                    here, enters = (jnp.broadcast_to(x, (1,)) for x in (position, may))
+                    kernel.store(ref, (here,), jnp.broadcast_to(value, (1,)), enters)
+
+                decide(line_ref, first_line + chosen)
+                decide(victim_ref, jnp.max(jnp.where(way == chosen, tags, 0)))
+                if is_lfu:
+                    decide(uses_ref[0], cheapest - 1)
+                is_taken = (way == chosen) & may
+                tags = jnp.where(is_taken, miss, tags)
+                priority = jnp.where(is_taken, policy.pinned(by, step), priority)
+                uses = jnp.where(is_taken, estimate, uses)
+                # A set that its best miss could not enter is closed to all others.
+                position, next_estimate, next_miss = best_after(estimate, miss)
+                position = jnp.where(may, position, -1)
+                return position, next_estimate, next_miss, tags, priority, uses
+
+            first = best_after(jnp.int32(policy.MAX_ESTIMATE + 1), jnp.int32(-1))
+            *_, tags, priority, uses = lax.while_loop(
+                lambda carry: carry[0] >= 0, meet, (*first, tags, priority, uses)
+            )
+            if is_lfu:
+                priority = jnp.where(uses >= 0, uses, priority)
+            kernel.store(tags_ref, (first_line + way,), tags, is_way)
+            kernel.store(priority_ref, (first_line + way,), priority, is_way)
+
+        pl.when(number < numbers[0])(plan_set)
+
+    held = [cache.tags.reshape(-1), cache.priority.reshape(-1)]
+    operands = [
+        jnp.stack([sets.num_sets, step]),
+        sets.begin,
+        sets.sets,
+        ids,
+        counts,
+        *([cache.sketch.reshape(-1)] if is_lfu else []),
+        *held,
+    ]
+    per_id = jax.ShapeDtypeStruct((width,), jnp.int32)
+    tags, priority, *decided = kernel.launch(
+        body,
+        sets.begin.shape[0] - 1,
+        operands,
+        [*map(kernel.shape_of, held), *[per_id] * (3 + is_lfu)],
+        name="mpembed_plan",
+        is_interpreted=is_interpreted,
+        aliases={len(operands) - 2: 0, len(operands) - 1: 1},
+        num_warps=1,
+    )
+    shape = cache.tags.shape
+    cache = dataclasses.replace(cache, tags=tags.reshape(shape), priority=priority.reshape(shape))
+    return cache, _Decisions(*decided)
+
+
+def _remember(
+    cache: CacheState, made: _Decisions, ids: jax.Array, is_miss: jax.Array, is_cached: jax.Array
+) -> CacheState:
+    """Raises the sketch cells of each bypassed or displaced id to the id's estimate."""
+    left = jnp.where(is_cached, made.victim_ids, ids)
+    uses = jnp.where(is_cached, made.victim_uses, made.estimates)
+    cells = residency.sketch_cells(cache, left)
+    cells = jnp.where(is_miss & (left != NO_ID), cells, cache.sketch.size)
+    raised = jnp.broadcast_to(uses.astype(jnp.uint16), cells.shape)
+    sketch = indexing.maximum(cache.sketch.reshape(-1), cells.reshape(-1), raised.reshape(-1))
+    return dataclasses.replace(cache, sketch=sketch.reshape(cache.sketch.shape))
+
+
+def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheState:
+    """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
+
+    The number of programs is bounded. If there is nothing to do, they end at once.
+    """
+    if not policy.counts_use(cache.policy):
+        return cache
+
+    held = [cache.sketch.reshape(-1), cache.priority.reshape(-1)]
+    num_programs = min(_MOST_HALVING_PROGRAMS, pl.cdiv(cache.sketch.size, _HALVED))
+
+    def body(halve_ref: Any, _sketch_in: Any, _priority_in: Any, *outputs: Any) -> None:
+        program = pl.program_id(0)
+
+        def halve_all() -> None:
+            for ref in outputs:
+                (size,) = ref.shape
+
+                def turn(number: jax.Array, nothing: int, ref: Any = ref, size: int = size) -> int:
+                    block = number * num_programs + program
+                    index = block * _HALVED + jnp.arange(_HALVED, dtype=jnp.int32)
+                    value = kernel.load(ref, (index,), index < size)
+                    kernel.store(ref, (index,), value >> 1, index < size)
+                    return nothing
+
+                lax.fori_loop(0, pl.cdiv(size, _HALVED * num_programs), turn, 0)
+
+        pl.when(halve_ref[0] != 0)(halve_all)
+
+    sketch, priority = kernel.launch(
+        body,
+        num_programs,
+        [halve.astype(jnp.int32)[None], *held],
+        [kernel.shape_of(array) for array in held],
+        name="mpembed_halve",
+        is_interpreted=is_interpreted,
+        aliases={1: 0, 2: 1},
+    )
+    return dataclasses.replace(
+        cache,
+        sketch=sketch.reshape(cache.sketch.shape),
+        priority=priority.reshape(cache.priority.shape),
+    )
