@@ -7,7 +7,6 @@ seed. It runs nothing itself.
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -307,5 +306,5 @@ def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) 
         },
         "outcomes": [without_curve(outcome) for outcome in outcomes],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(path, record)
     return record

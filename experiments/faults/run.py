@@ -221,8 +221,7 @@ def run(settings: Settings) -> None:
         }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
         # After each part: they take hours together, and --only runs those that are missing.
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        provenance.write(settings.out, report)
 
 
 def main(arguments: list[str] | None = None) -> int:

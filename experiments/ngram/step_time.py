@@ -204,7 +204,7 @@ def run(settings: Settings) -> None:
     what = {"batch": settings.batch, "length": settings.length, "width": settings.width}
     kept: list[dict[str, Any]] = []
     if path.exists():
-        with command_line.reading("--out", settings.out, ValueError, KeyError):
+        with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
             before = json.loads(path.read_text())
             same = before["environment"]["commit"] == environment["commit"]
             kept = before["sizes"] if before["settings"] == what and same else []
@@ -212,7 +212,7 @@ def run(settings: Settings) -> None:
         result = measure(settings, rows)
         kept = [other for other in kept if other["rows"] != rows] + [result]
         written = {"environment": environment, "settings": what, "sizes": kept}
-        path.write_text(json.dumps(written, indent=1) + "\n")
+        provenance.write(path, written)
         picture(kept, settings.out / "ngram_step_time.png")
         print(f"{rows:,} rows: {result['ms']} ms; to none {result['to_none']}", flush=True)
 

@@ -281,8 +281,7 @@ def run(settings: Settings) -> None:
         )
         if not is_same:
             raise command_line.Failed(f"{processes} processes gave other numbers than one")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
 
 
 def main(arguments: list[str] | None = None) -> int:

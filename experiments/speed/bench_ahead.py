@@ -9,7 +9,6 @@ They alternate in rounds, on the same batches. From the repository root:
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -170,8 +169,7 @@ def run(settings: Settings) -> int:
         **provenance.environment(),
         "results": results,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(held, indent=1) + "\n")
+    provenance.write(settings.out, held)
     return 0
 
 

@@ -238,7 +238,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     case["us"] = times(calls, ids, settings.rounds)
                     record["cases"].append(case | {"ratios": ratios(case["us"])})
                     print(line_of(record["cases"][-1]), flush=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
     return record
 
 

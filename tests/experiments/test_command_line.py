@@ -23,6 +23,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import command_line, running, train_dlrm
+from experiments.data import reddit
 from experiments.dlrm import curves, reporting, training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,12 +145,15 @@ CALLS = {
     ],
     "accuracy.served": [
         ("no posts", "--path gone", "no posts_before_2012-07.parquet", "pass its folder"),
+        ("few posts", "--path FEW_POSTS", "--num-rows leaves 30", "a batch has 1,024"),
+        ("seeds", "--path FEW_POSTS --seeds 0 0", "--seeds has 0 twice"),
     ],
     "speed.serving": [
         ("no rounds", "--rounds 1", "--rounds is 1", "at least 3"),
     ],
     "speed.bench_step": [
         ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),
+        ("other results", "--only dim=16 --out FILE", "--out is", "cannot be used"),
         ("steps without end", "--steps 99999999999", "--steps is 99999999999", "at most 10,000"),
         ("no steps", "--steps 0", "--steps is 0", "at least 3"),
     ],
@@ -248,6 +252,9 @@ def places(tmp_path, monkeypatch):
     texts = {name: pl.Series(name, [], pl.String) for name in ("subreddit", "domain", "title")}
     numbers = {n: pl.Series(n, [], pl.Int64) for n in ("created_utc", "is_self", "num_comments")}
     pl.DataFrame(texts | numbers).write_parquet(tmp_path / "NO_POSTS")
+    numbers = {"created_utc": range(reddit.TEST_FROM - 30, reddit.TEST_FROM + 9)}
+    posts = {name: ["a"] * 39 for name in texts} | {"is_self": [0] * 39, "num_comments": [1] * 39}
+    pl.DataFrame(posts | numbers).write_parquet(tmp_path / "FEW_POSTS")
     return tmp_path
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from experiments import command_line, running, train_dlrm
-from experiments.accuracy import paper_table
+from experiments.accuracy import paper_table, served
 from experiments.accuracy.grid import FP32, Case
 from experiments.data import movielens, reddit
 from experiments.dlrm import curves, training, unfinished
@@ -89,8 +89,8 @@ def write_criteo(folder):
     (folder / "train.txt").write_text("\n".join(lines) + "\n")
 
 
-def write_posts(folder):
-    rng, count = np.random.default_rng(0), 1500
+def write_posts(folder, count=1500):
+    rng = np.random.default_rng(0)
     words = np.array([f"word{i}" for i in range(60)])
     pl.DataFrame(
         {
@@ -464,3 +464,27 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
     assert statuses[-1] == 0 and statuses.count(130) >= 5
     assert lines(out) == lines(tmp_path / "whole")
     assert not (out / "paper_table_unfinished").exists()
+
+
+@pytest.mark.slow
+def test_scores_of_serving_files_go_on_inside_a_seed(tmp_path, monkeypatch, capsys):
+    """Two seeds; told to stop while it trains, while it scores, and between the seeds."""
+    write_posts(tmp_path, 9000)
+    words = ["--path", str(tmp_path / "posts.parquet"), "--seeds", "0", "1"]
+    stop = tell(monkeypatch, 10**9)
+    assert served.main([*words, "--out", str(tmp_path / "new" / "whole.json")]) == 0
+    num_asked = 10**9 - stop.left
+    out, statuses = tmp_path / "parts" / "served.json", []
+    for after in [1, 4, *np.random.default_rng(0).integers(5, num_asked - 9, 9), 10**9]:
+        tell(monkeypatch, after)
+        statuses.append(served.main([*words, "--out", str(out)]))
+        if statuses[-1] == 0:
+            break
+        said = capsys.readouterr().err
+        assert "stopped at step" in said and said.strip().endswith(f"--out {out}")
+        assert not out.exists()
+    assert statuses[-1] == 0 and statuses.count(130) >= 3
+    whole, parts = (json.loads(path.read_text()) for path in (tmp_path / "new" / "whole.json", out))
+    for name in ("scores", "files", "differences"):
+        assert parts[name] == whole[name]
+    assert [path.name for path in out.parent.iterdir()] == ["served.json"]
