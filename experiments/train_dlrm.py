@@ -444,7 +444,9 @@ def run(settings: Settings) -> dict[str, Any]:
         recipe = make_recipe(settings)
         check_rows(source, recipe)
         contenders = make_contenders(settings, source, recipe)
-        check_memory(source, contenders, recipe)
+        others = "--pool-rows, " if settings.ids == "raw" else ""
+        others += "--scale, --hidden, --num-rows or --batch-size"
+        check_memory(source, contenders, recipe, others)
     has_kaggle_day = (
         source.num_dense > 0
     )  # reddit and movielens: no epoch of Criteo's to project to

@@ -79,6 +79,9 @@ def check(settings: Settings) -> None:
         records.load(settings.out / "paper_table.jsonl")
     command_line.check_out(settings.out, is_file=False)
     check_memory(max(settings.rows), settings.dim)
+    dense = max(settings.dense_rows)
+    what = "a dense table, its gradient and its accumulators"
+    command_line.check_memory("--dense-rows", dense, 3 * 4 * dense * settings.dim, what)
 
 
 FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))

@@ -70,12 +70,15 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses an unwritable file.
+    """Refuses an unwritable file, and a table that does not fit the memory.
 
     Raises:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
+    needed = (1 + 4) * settings.rows * max(settings.dims)
+    what = f"an INT8 table of {max(settings.dims)} numbers a row and its FP32 copy"
+    command_line.check_memory("--rows", settings.rows, needed, what)
 
 
 def peers_of(folder: Path, settings: Settings) -> dict[str, Callable[[np.ndarray, int], Any]]:

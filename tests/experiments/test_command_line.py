@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import polars as pl
 import pytest
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
@@ -136,6 +137,14 @@ CALLS = {
             "--embedding-dim is 4096",
             "GB are free",
         ),
+        (
+            "large pool",
+            "--ids raw --pool-rows 2000000000 --embedding-dim 4096 --num-rows 7000",
+            "--pool-rows",
+            "GB are free",
+        ),
+        ("pool of rows", "--pool-rows 9", "--pool-rows is 9", "with --ids raw only"),
+        ("late rows", "--ids raw --admit-after 256", "--admit-after is 256", "at most 255"),
     ],
     "accuracy.paper_table": [
         ("grid without a case", "--cache 0.33", "--grid is headline", "no case of the grid"),
@@ -150,6 +159,7 @@ CALLS = {
     ],
     "speed.serving": [
         ("no rounds", "--rounds 1", "--rounds is 1", "at least 3"),
+        ("wide rows", "--rows 1000000000 --dims 64 4096", "--rows is 1,000,000,000", "GB are free"),
     ],
     "speed.bench_step": [
         ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),
@@ -177,12 +187,19 @@ CALLS = {
     ],
     "speed.bench_ahead": [
         ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
+        ("large batch", "--batch 1048576 --widths 65536", "--batch is 1,048,576", "GB are free"),
     ],
     "speed.first_screen": [
         (
             "tables too large",
             "--dim 4096 --rows 1000000000",
             "--rows is 1,000,000,000",
+            "GB are free",
+        ),
+        (
+            "dense tables too large",
+            "--dense-rows 100000 1000000000",
+            "--dense-rows is 1,000,000,000",
             "GB are free",
         ),
         ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
@@ -206,6 +223,8 @@ CALLS = {
     ],
     "scaling.multiprocess": [
         ("processes", "--processes 3", "--processes is 3", "divisors of --devices 4"),
+        ("wide rows", "--rows 100000000 --dim 4096", "--rows is 100,000,000", "GB are free"),
+        ("large batch", "--batch 1048576 --dim 4096 --features 64", "--batch is 1,048,576"),
     ],
     "ngram.memory_table": [
         ("no features", "--features 0", "--features is 0", "at least 1"),
@@ -214,8 +233,20 @@ CALLS = {
         ("text of no files", "--text FILE", "--text is", "a folder with Python files"),
         ("a contender of no kind", "--contenders INT3", "--contenders is INT3", "INT4 + 5 %"),
         ("nothing to report", "--report --out FOLDER", "run without --report first"),
+        ("few tokens", "--text TEXT --tokens 1000", "--tokens is 1,000", "are too few"),
+        (
+            "long sequences",
+            "--text TEXT --vocabulary 300 --length 9000",
+            "--length is 9,000",
+            "must be less than",
+        ),
+        ("wide rows", "--rows 100000000 --features 4096", "--rows is 100,000,000", "GB are free"),
+        ("large batch", "--batch 65536 --length 65536", "--batch is 65,536", "GB are free"),
     ],
-    "ngram.step_time": [("one round", "--rounds 1", "--rounds is 1", "at least 2")],
+    "ngram.step_time": [
+        ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
+        ("large batch", "--batch 65536 --length 65536", "--batch is 65,536", "GB are free"),
+    ],
     "ngram.known_models": [("unwritable", "--out /proc/x", "--out is /proc/x", "a folder")],
     "faults.run": [
         ("unknown part", "--only nothing", "--only is nothing", "'killed worker'"),
@@ -242,8 +273,10 @@ WRONG = [
 def places(tmp_path, monkeypatch):
     """A folder with the wrong files that the calls name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("FOLDER", "RESULTS"):
+    for name in ("FOLDER", "RESULTS", "TEXT"):
         (tmp_path / name).mkdir()
+    for number in range(60):
+        (tmp_path / "TEXT" / f"{number}.py").write_text(30 * f"x = {number}\n")
     (tmp_path / "FILE").write_text("hello\n")
     (tmp_path / "EMPTY").touch()
     (tmp_path / "GZIP").write_bytes(gzip.compress(os.urandom(9000))[:4000])
@@ -262,6 +295,7 @@ def listing(folder):
     return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
+@OPTAX_ADAM
 @pytest.mark.parametrize("call", WRONG, ids=lambda call: call.name)
 def test_a_wrong_call_is_refused_in_one_sentence(call, places, capsys, monkeypatch):
     module, before = program(call.program), listing(places)
