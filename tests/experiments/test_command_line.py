@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are 
 
 from experiments import command_line, running, train_dlrm
 from experiments.data import reddit
-from experiments.dlrm import curves, reporting, training
+from experiments.dlrm import curves, reporting
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
@@ -224,7 +224,11 @@ CALLS = {
     "scaling.multiprocess": [
         ("processes", "--processes 3", "--processes is 3", "divisors of --devices 4"),
         ("wide rows", "--rows 100000000 --dim 4096", "--rows is 100,000,000", "GB are free"),
-        ("large batch", "--batch 1048576 --dim 4096 --features 64", "--batch is 1,048,576"),
+        (
+            "large batch",
+            "--batch 1048576 --dim 4096 --features 64 --rows 2000",
+            "--batch is 1,048,576",
+        ),
     ],
     "ngram.memory_table": [
         ("no features", "--features 0", "--features is 0", "at least 1"),
@@ -299,7 +303,8 @@ def listing(folder):
 @pytest.mark.parametrize("call", WRONG, ids=lambda call: call.name)
 def test_a_wrong_call_is_refused_in_one_sentence(call, places, capsys, monkeypatch):
     module, before = program(call.program), listing(places)
-    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("it trains"))
+    for function in ("experiments.dlrm.training.fit", "experiments.ngram.training.train"):
+        monkeypatch.setattr(function, lambda *_, **__: pytest.fail("it trains"))
     start = time.perf_counter()
     assert module.main(call.words.split()) == 2
     assert time.perf_counter() - start < 15
