@@ -29,7 +29,7 @@ import mpembed_jax as mpembed
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from mpembed_jax import checkpoint
-from mpembed_jax.checkpoint import leaves, saving
+from mpembed_jax.checkpoint import files, leaves, saving
 
 TX = mpembed.optim.rowwise_adagrad(0.1)
 SPEC = mpembed.EmbeddingSpec(
@@ -199,6 +199,25 @@ def test_a_save_whose_folder_orbax_does_not_see_says_why(tmp_path, monkeypatch):
     assert all("orbax looked" in m or "Input/output error" in m for m in messages)
     checkpoint.save(tmp_path, 2, numbers(2))
     assert restored(tmp_path) == 2
+
+
+class OneByte(io.FileIO):
+    """A file whose reads return one byte, as the system may for any read."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 1) if size >= 0 else 1)
+
+
+def test_short_reads_are_no_damage(tmp_path, monkeypatch, caplog):
+    checkpoint.save(tmp_path, 1, numbers(1, 20))
+    checkpoint.save(tmp_path, 2, numbers(2, 20))
+
+    def opened(path, mode, buffering, opener):
+        return OneByte(path, mode, opener=opener)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    assert restored(tmp_path, like=numbers(0, 20)) == 2
+    assert not caplog.records
 
 
 def test_without_permission_to_read_a_good_checkpoint_stays(tmp_path):
