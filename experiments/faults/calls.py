@@ -334,8 +334,12 @@ def _fork_on_demand() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any] | None:
-    """Runs every operation with every kind of fault in a process of its own.
+def everything(
+    stride: int = 1,
+    kinds: tuple[str, ...] = KINDS,
+    names: tuple[str, ...] = tuple(OPERATIONS),
+) -> dict[str, Any] | None:
+    """Runs the operations of these names with every kind of fault in a process of its own.
 
     Returns counts by operation.
 
@@ -355,7 +359,8 @@ def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "-m", "experiments.faults.calls", str(stride), ",".join(kinds)]
+        words = [str(stride), ",".join(kinds), ",".join(names)]
+        command = [sys.executable, "-m", "experiments.faults.calls", *words]
         done = subprocess.run(
             command, cwd=provenance.ROOT, env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -363,15 +368,16 @@ def everything(stride: int = 1, kinds: tuple[str, ...] = KINDS) -> dict[str, Any
         return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(stride: int = 1) -> dict[str, Any]:
-    """Returns the counts of `everything` for the report.
+def report(stride: int = 1, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the counts of `everything` for the report; without names, of all operations.
 
     Raises:
       Failed: where calls.c cannot be compiled.
     """
-    if (found := everything(stride)) is None:
+    if (found := everything(stride, names=names or tuple(OPERATIONS))) is None:
         raise command_line.Failed("calls can be made to fail on Linux with a C compiler")
-    return {"stride": stride, "operations": found}
+    about = {"stride": stride, "commit": provenance.commit()}
+    return {"operations": {name: counts | about for name, counts in found.items()}}
 
 
 def _main() -> None:
@@ -380,9 +386,10 @@ def _main() -> None:
     if sys.argv[1:] == ["forker"]:
         _fork_on_demand()
         return
-    stride, kinds = running.words_from("faults.run", int, lambda text: text.split(","))
+    several = [lambda text: text.split(",")] * 2
+    stride, kinds, names = running.words_from("faults.run", int, *several)
     report: dict[str, Any] = {}
-    for name in OPERATIONS:
+    for name in names:
         report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0}
         for number, kind in enumerate(kinds):
             start = time.perf_counter()
