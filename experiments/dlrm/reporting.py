@@ -193,6 +193,7 @@ def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> N
     """Prints what the library advised, once per contender, with the flags of the settings."""
     for name, group in by_contender(outcomes).items():
         for text in group[0].advice:
+            text = text.replace("VocabularySpec(num_rows=..)", "pool_rows")
             console.print(
                 f"{name}: {command_line.with_flags(text, settings)}", style="dim", soft_wrap=True
             )

@@ -406,6 +406,14 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys):
     assert capsys.readouterr().out.splitlines()[:2] == ["one", "three"]
 
 
+def test_advice_names_flags(capsys):
+    """Of the program: --num-rows is another setting than the rows of a vocabulary."""
+    advice = ["too small: raise VocabularySpec(num_rows=..) or admit_after"]
+    outcome = SimpleNamespace(contender=SimpleNamespace(name="INT8"), advice=advice)
+    reporting.print_advice(reporting.make_console(), [outcome], train_dlrm.Settings)
+    assert capsys.readouterr().out == "INT8: too small: raise --pool-rows or --admit-after\n"
+
+
 def test_lines_of_progress_say_what_happens(capsys):
     console = reporting.make_console()
     with reporting.bars(console, ["FP32", "ours"], 200, period_s=0.05) as bars:
