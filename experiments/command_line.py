@@ -248,6 +248,16 @@ def refuse(flag: str, value: Any, wanted: str) -> typing.NoReturn:
     raise Refused(f"{flag} is {value}, but must be {wanted}")
 
 
+def check_memory(flag: str, value: int, needed: int, what: str) -> None:
+    """Raises Refused if `what`, of `needed` bytes because `flag` is `value`, does not fit."""
+    there = running.free_memory()
+    if needed > there:
+        raise Refused(
+            f"{flag} is {value:,}, and {what} then take {needed / 1e9:,.1f} GB, but "
+            f"{there / 1e9:,.1f} GB are free"
+        )
+
+
 def check_devices(devices: int, batch: int, wanted: str = "a power of two") -> None:
     """Raises Refused if `devices` is no power of two, or does not divide the batch."""
     if devices & (devices - 1):

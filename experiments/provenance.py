@@ -1,5 +1,6 @@
 """The provenance of a run: command, commit, device, versions. Every results file holds it."""
 
+import json
 import os
 import platform
 import shlex
@@ -60,6 +61,12 @@ def _module() -> str:
     if path.is_relative_to(ROOT / "experiments"):
         return ".".join(path.relative_to(ROOT).with_suffix("").parts)
     return f"experiments.{path.stem}"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Writes a results file as JSON, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:

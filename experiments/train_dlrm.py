@@ -406,9 +406,14 @@ def check_rows(source: Any, recipe: training.Recipe) -> None:
 
 
 def check_memory(
-    source: Any, contenders: list[training.Contender], recipe: training.Recipe
+    source: Any,
+    contenders: list[training.Contender],
+    recipe: training.Recipe,
+    others: str = "--scale, --hidden, --num-rows or --batch-size",
 ) -> None:
     """Refuses tables and layers that do not fit the memory of this machine.
+
+    `others` are the flags that also change the memory.
 
     Raises:
       Refused: with the gigabytes that are needed and there.
@@ -420,8 +425,8 @@ def check_memory(
     if needed > there:
         raise command_line.Refused(
             f"--embedding-dim is {recipe.embedding_dim}, and tables, layers and a batch then take "
-            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free: lower it, or --scale, "
-            f"--hidden, --num-rows or --batch-size"
+            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free: lower it, or "
+            f"{others}"
         )
 
 
@@ -439,7 +444,9 @@ def run(settings: Settings) -> dict[str, Any]:
         recipe = make_recipe(settings)
         check_rows(source, recipe)
         contenders = make_contenders(settings, source, recipe)
-        check_memory(source, contenders, recipe)
+        others = "--pool-rows, " if settings.ids == "raw" else ""
+        others += "--scale, --hidden, --num-rows or --batch-size"
+        check_memory(source, contenders, recipe, others)
     has_kaggle_day = (
         source.num_dense > 0
     )  # reddit and movielens: no epoch of Criteo's to project to

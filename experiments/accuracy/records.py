@@ -51,9 +51,7 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
 def append(path: Path, record: dict[str, Any]) -> None:
     """Adds a record, which has its "key", as one line, and waits until it is on the disk."""
     line = (json.dumps(record, allow_nan=True) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, line)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with path.open("ab") as file:
+        file.write(line)  # all of it, or an error
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,34 +1,40 @@
 """What does serving cost in AUC? Rows trained in INT4 are exported, loaded and evaluated.
 
 A recommender is trained with INT4 rows and a cache, as in `paper_table`. Its state is saved as a
-serving file as trained and as INT8, INT4 and FP16 to nearest. Test rows are scored with `read` of
-the state in training, and with the rows of each file. Differences are taken within a seed.
+serving file as trained and as INT8, INT4, INT2 and FP16 to nearest. Test rows are scored with
+`read` of the state in training, and with the rows of each file. Differences are taken within a
+seed. A seed is saved every ten minutes and when the process is told to stop; the same command goes
+on with it, and with the seeds that are missing.
 
     python -m experiments.accuracy.served
 
 Reddit's posts are used; see experiments/data/reddit.py for the file.
 """
 
+import contextlib
 import dataclasses
-import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance, train_dlrm
-from experiments.accuracy import intervals
+from experiments import command_line, provenance, running, train_dlrm
+from experiments.accuracy import intervals, paper_runs, paper_table, records
+from experiments.accuracy.grid import Case
 from experiments.command_line import setting
 from experiments.data import reddit
-from experiments.dlrm import outcomes, training
+from experiments.dlrm import outcomes, reporting, training, unfinished
 from mpembed_jax import serving
 
+SAVE_EVERY_S = 600.0
 EXPORTS: dict[str, str | None] = {
     "as trained": None,
     "int8": "int8",
@@ -78,36 +84,116 @@ def served(state: mpembed.EmbeddingState, path: Path) -> mpembed.EmbeddingState:
     return mpembed.from_dense(jax.random.key(0), spec, tx, table.lookup(features))
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Trains, exports, scores and saves; returns what the JSON file holds."""
+class Bench(NamedTuple):
+    """What all seeds share."""
+
+    source: Any
+    recipe: training.Recipe
+    contender: training.Contender
+    job: training.Job
+
+    def data(self, task: train_dlrm.Settings) -> dict[str, Any]:
+        """Returns what the scores of all seeds depend on, ready for JSON."""
+        data = paper_table.data_of(task, self.source)
+        case = Case(self.contender.storage, self.contender.cache_fraction)
+        return paper_runs.depends_on(data, self.recipe, case, 0)
+
+    def scores(
+        self, seed: int, keeper: unfinished.Keeper, console: Console
+    ) -> dict[str, dict[str, Any]]:
+        """Trains with a seed, from where a save left it, exports and scores.
+
+        Returns:
+          {"scores": {"read" or name of an export: scores}, "files": {name of an export: facts}}.
+
+        Raises:
+          Stopped: by the keeper, if the process was told to stop.
+        """
+        source, recipe, contender, job = self
+        run = training.begin(source, [contender], recipe, job, seed=seed)
+        if (saved := unfinished.read(keeper.folder)) is not None:
+            unfinished.restore(keeper.folder, saved, run, job)
+        size = recipe.batch_size
+        rows, done = source.num_train // size * size, {contender.name: run.steps[0] * size}
+        found: dict[str, dict[str, Any]] = {"scores": {}, "files": {}}
+        with reporting.bars(console, [contender.name], rows, done) as bars:
+            (fitted,) = training.fit(
+                source, [contender], recipe, job, seed=seed, on_chunk=bars, run=run, keeper=keeper
+            )
+
+            def score(name: str, learner: training.Learner) -> None:
+                bars.measuring(name)
+                found["scores"][name] = outcomes.evaluate(
+                    job, learner, source, size, on_batch=lambda: keeper.after_step(run)
+                )
+
+            (state,) = fitted.learner.emb
+            score("read", fitted.learner)
+            with tempfile.TemporaryDirectory() as folder:
+                for name, storage in EXPORTS.items():
+                    path = Path(folder) / "model.safetensors"
+                    contents = serving.save(path, state, storage=storage)
+                    found["files"][name] = {
+                        "largest": max(t.errors.largest for t in contents.tables),
+                        "bytes": path.stat().st_size,
+                    }
+                    score(name, fitted.learner._replace(emb=(served(state, path),)))
+        keeper.finish()
+        return found
+
+
+def score_all(settings: Settings) -> tuple[Path, list[dict[str, Any]]]:
+    """Returns a folder to delete at the end, and what `Bench.scores` gives for each seed.
+
+    The folder has the seeds that are finished, which are not run again, and the saves of one.
+
+    Raises:
+      Stopped: if the process was told to stop; the seed that trained is saved.
+    """
+    console = reporting.make_console()
     task = train_dlrm.Settings(
         data="reddit", path=settings.path, embedding_dim=settings.embedding_dim,
         num_rows=settings.num_rows,
     )  # fmt: skip
-    source, recipe = train_dlrm.make_source(task), train_dlrm.make_recipe(task)
-    job = training.make_job(source, recipe)
-    contender = training.Contender("INT4", "int4", settings.cache)
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ("read", *EXPORTS)}
-    errors: dict[str, Any] = {}
-    for seed in settings.seeds:
-        (fitted,) = training.fit(
-            source, [contender], recipe, job, seed=seed, on_chunk=lambda *_: None
-        )
-        learner = fitted.learner
-        (state,) = learner.emb
-        scores = outcomes.evaluate(job, learner, source, recipe.batch_size)
-        found["read"][seed] = scores
-        with tempfile.TemporaryDirectory() as folder:
-            for name, storage in EXPORTS.items():
-                path = Path(folder) / "model.safetensors"
-                contents = serving.save(path, state, storage=storage)
-                errors[name] = {
-                    "largest": max(t.errors.largest for t in contents.tables),
-                    "bytes": path.stat().st_size,
-                }
-                exported = learner._replace(emb=(served(state, path),))
-                found[name][seed] = outcomes.evaluate(job, exported, source, recipe.batch_size)
-        print(seed, {name: round(own[seed]["auc"], 5) for name, own in found.items()}, flush=True)
+    with running.preparing(), running.working("opening the data reddit"):
+        source, recipe = train_dlrm.make_source(task, console.print), train_dlrm.make_recipe(task)
+        if source.num_train < recipe.batch_size:
+            raise command_line.Refused(
+                f"--num-rows leaves {source.num_train:,} training rows, but a batch has "
+                f"{recipe.batch_size:,}: use more rows"
+            )
+        train_dlrm.check_rows(source, recipe)
+        contender = training.Contender("INT4", "int4", settings.cache)
+        # An export is scored as a float32 state, beside the trained one.
+        train_dlrm.check_memory(source, [training.FP32, contender], recipe, "--num-rows")
+    bench = Bench(source, recipe, contender, training.make_job(source, recipe))
+    what = bench.data(task)
+    folder = settings.out.with_name(f"{settings.out.stem}_unfinished") / records.key_of(what)
+    command = command_line.command_of(command_line.name_of(run), command_line.words_of(settings))
+    finished = records.load(folder / "seeds.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
+    with running.stoppable() as stop:
+        for seed in settings.seeds:
+            if str(seed) not in finished:
+                about = {"training": what | {"seed": seed}}
+                saves = folder / f"seed_{seed}"
+                keeper = unfinished.Keeper(saves, SAVE_EVERY_S, stop, about, command)
+                finished[str(seed)] = bench.scores(seed, keeper, console) | {"key": str(seed)}
+                records.append(folder / "seeds.jsonl", finished[str(seed)])
+                shutil.rmtree(saves, ignore_errors=True)
+            scores = finished[str(seed)]["scores"]
+            print(seed, {name: round(own["auc"], 5) for name, own in scores.items()}, flush=True)
+    return folder, [finished[str(seed)] for seed in settings.seeds]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Trains, exports, scores and saves; returns what the JSON file holds."""
+    folder, by_seed = score_all(settings)
+    found = {
+        name: {s: one["scores"][name] for s, one in zip(settings.seeds, by_seed, strict=True)}
+        for name in ("read", *EXPORTS)
+    }
+    errors = by_seed[-1]["files"]
     record: dict[str, Any] = {**provenance.environment(), "scores": found, "files": errors}
     record["settings"] = {
         **dataclasses.asdict(settings),
@@ -124,7 +210,10 @@ def run(settings: Settings) -> dict[str, Any]:
             difference = intervals.paired(values, base)
             record["differences"].setdefault(name, {})[score] = str(difference)
         print(name, record["differences"][name], errors[name], flush=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: others are unfinished
+        folder.parent.rmdir()
     return record
 
 

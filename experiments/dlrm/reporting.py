@@ -7,7 +7,6 @@ seed. It runs nothing itself.
 
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -194,6 +193,7 @@ def print_advice(console: Console, outcomes: list[Outcome], settings: type) -> N
     """Prints what the library advised, once per contender, with the flags of the settings."""
     for name, group in by_contender(outcomes).items():
         for text in group[0].advice:
+            text = text.replace("VocabularySpec(num_rows=..)", "pool_rows")
             console.print(
                 f"{name}: {command_line.with_flags(text, settings)}", style="dim", soft_wrap=True
             )
@@ -307,5 +307,5 @@ def save_json(path: Path, settings: Any, outcomes: list[Outcome], **extra: Any) 
         },
         "outcomes": [without_curve(outcome) for outcome in outcomes],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(path, record)
     return record

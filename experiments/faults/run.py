@@ -59,6 +59,12 @@ class Settings:
         at_least=1,
         at_most=1_000_000,
     )
+    operations: tuple[str, ...] = setting(
+        (),
+        "Operations in which calls fail; the results of the others stay.",
+        choices=tuple(calls.OPERATIONS),
+        shown="all of them",
+    )
     sequences: int = setting(
         300, "Random sequences of 25 actions.", "SEQUENCES", at_least=1, at_most=1_000_000
     )
@@ -194,7 +200,7 @@ def run(settings: Settings) -> None:
     parts = {
         "kills": lambda: kill_and_resume(settings.kills, settings.steps),
         "killed worker": lambda: killed_worker.kill_and_resume(settings.worker_kills),
-        "calls": lambda: calls.report(settings.stride),
+        "calls": lambda: calls.report(settings.stride, settings.operations),
         "sequences": lambda: sequences.in_a_process(settings.sequences),
         "damaged files": files.damage,
         "mutations": lambda: {
@@ -213,6 +219,9 @@ def run(settings: Settings) -> None:
         start = time.perf_counter()
         with running.working(name):
             found = parts[name]()
+        if name == "calls" and settings.operations:
+            before = report["parts"].get(name, {}).get("operations", {})
+            found["operations"] = before | found["operations"]
         report["parts"][name] = {
             **found,
             "seconds": round(time.perf_counter() - start, 1),
@@ -221,8 +230,7 @@ def run(settings: Settings) -> None:
         }
         print(f"{name}: {json.dumps(report['parts'][name])}", flush=True)
         # After each part: they take hours together, and --only runs those that are missing.
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        provenance.write(settings.out, report)
 
 
 def main(arguments: list[str] | None = None) -> int:

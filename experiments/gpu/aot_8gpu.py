@@ -11,7 +11,6 @@ values and times are not checked here. Without the plugin it says so and ends.
 """
 
 import dataclasses
-import json
 import re
 import sys
 from functools import partial
@@ -175,8 +174,7 @@ def run(settings: Settings) -> None:
         f"copies of a shard's arrays: {copies}; temporaries {memory.temp_size_in_bytes / 1e6:.0f} "
         "MB"
     )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -184,8 +184,7 @@ def _print_rows(rows: Iterator[dict]) -> Iterator[dict]:
 
 def _write(out: Path, results: dict, begin: float) -> None:
     results["seconds"] = round(time.perf_counter() - begin, 1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    provenance.write(out, results)
 
 
 def main(arguments: list[str] | None = None) -> int:

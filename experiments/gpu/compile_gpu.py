@@ -307,8 +307,7 @@ def run(settings: Settings) -> None:
     }
     found["versions"] |= provenance.versions(("jax-cuda12-plugin",))
     found |= {"settings": chosen, "runs": runs, "host_tables": host_runs}
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(found, indent=1) + "\n")
+    provenance.write(settings.out, found)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -213,8 +213,7 @@ def run(settings: Settings) -> None:
         "warm_steps": settings.warm,
     }
     found |= {"settings": chosen, "storage": "int8, 5 % cache", "runs": runs}
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(found, indent=1) + "\n")
+    provenance.write(settings.out, found)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ Prints the table, and writes experiments/results/ngram_models.json.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,9 +132,8 @@ def check(settings: Settings) -> None:
 def run(settings: Settings) -> None:
     """Counts, prints and writes."""
     results = measure()
-    settings.out.mkdir(parents=True, exist_ok=True)
     written = {"environment": provenance.environment(), "models": results}
-    (settings.out / "ngram_models.json").write_text(json.dumps(written, indent=1) + "\n")
+    provenance.write(settings.out / "ngram_models.json", written)
     print(table(results))
 
 

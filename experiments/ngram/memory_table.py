@@ -117,15 +117,16 @@ def train(settings: Settings) -> None:
     path, environment = settings.out / report.RECORDS, provenance.environment()
     done = records.load(path)
     texts = settings.text or text.standard_library()
-    with (
-        running.working("reading the text"),
-        command_line.reading("--text", texts, ValueError),
-    ):
-        data = text.read(texts, settings.vocabulary, settings.tokens)
+    try:
+        with running.working("reading the text"), command_line.reading("--text", texts):
+            data = text.read(texts, settings.vocabulary, settings.tokens)
+    except text.TooShortError as error:
+        given = f"--tokens is {settings.tokens:,} and --text is {texts}"
+        raise command_line.Refused(f"{given}, but {error}") from None
     if min(len(data.train), len(data.validation)) <= settings.length:
         raise command_line.Refused(
-            f"--text is {texts}, which has {len(data.train):,} tokens to train and "
-            f"{len(data.validation):,} to validate; a sequence has {settings.length}"
+            f"--length is {settings.length:,}, but must be less than the {len(data.train):,} tokens"
+            f" to train and the {len(data.validation):,} to validate, of --text {texts}"
         )
     print(
         f"{len(data.train):,} tokens to train, {len(data.validation):,} to validate, of "
@@ -189,8 +190,25 @@ def run_one(
         return training.train(data, recipe, contender, seed, on_step, saves).outcome
 
 
+def check_memory(settings: Settings) -> None:
+    """Refuses tables and batches that do not fit the memory of this machine.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    recipe = recipe_of(settings, max(settings.features))
+    needed = training.step_bytes(recipe, settings.vocabulary)
+    what = f"the logits of {settings.length:,} x {settings.vocabulary:,} a sequence"
+    command_line.check_memory("--batch", settings.batch, needed, what)
+    chosen = [training.CONTENDERS[name] for name in settings.contenders if name != "none"]
+    sizes = [training.planned_bytes(recipe, each, settings.vocabulary) for each in chosen]
+    needed += max(sizes, default=0)
+    what = f"tables of {recipe.features} numbers a row and a step"
+    command_line.check_memory("--rows", settings.rows, needed, what)
+
+
 def check(settings: Settings) -> None:
-    """Refuses a width without whole heads, a folder without files, an unwritable folder.
+    """Refuses a width without whole heads, too much memory, wrong folders.
 
     Raises:
       Refused: in one sentence.
@@ -206,6 +224,7 @@ def check(settings: Settings) -> None:
             command_line.refuse("--width", settings.width, "a multiple of 8")
         if settings.text is not None and not text.files_of(settings.text):
             command_line.refuse("--text", settings.text, "a folder with Python files")
+        check_memory(settings)
     command_line.check_out(settings.out, is_file=False)
 
 

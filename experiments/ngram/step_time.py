@@ -97,14 +97,19 @@ def dense_step(model: DenseModel, optimizer: nnx.Optimizer, window: jax.Array) -
     return loss
 
 
-def contenders(settings: Settings, rows: int) -> dict[str, Any]:
-    """Returns {name: function that takes one step}, each with a model of its own."""
-    recipe = training.Recipe(
+def recipe_of(settings: Settings, rows: int) -> training.Recipe:
+    """Returns what all contenders of a size share."""
+    return training.Recipe(
         batch=settings.batch,
         length=settings.length,
         width=settings.width,
         rows=max(2, rows // 4),
     )
+
+
+def contenders(settings: Settings, rows: int) -> dict[str, Any]:
+    """Returns {name: function that takes one step}, each with a model of its own."""
+    recipe = recipe_of(settings, rows)
     return {name: _stepper(recipe, name) for name in ("none", *OURS, DENSE)}
 
 
@@ -186,7 +191,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def check(settings: Settings) -> None:
-    """Refuses a width without whole heads, and an unwritable folder.
+    """Refuses a width without whole heads, too much memory, and an unwritable folder.
 
     Raises:
       Refused: in one sentence.
@@ -194,6 +199,14 @@ def check(settings: Settings) -> None:
     if settings.width % 8:
         command_line.refuse("--width", settings.width, "a multiple of 8")
     command_line.check_out(settings.out, is_file=False)
+    recipe = recipe_of(settings, max(settings.rows))
+    needed = training.step_bytes(recipe, VOCABULARY)
+    what = f"the logits of {settings.length:,} x {VOCABULARY:,} a sequence"
+    command_line.check_memory("--batch", settings.batch, needed, what)
+    ours = [training.planned_bytes(recipe, training.CONTENDERS[n], VOCABULARY) for n in OURS]
+    dense = 4 * 4 * max(settings.rows) * recipe.features  # rows, gradient, Adam's two moments
+    what = "the tables of all contenders and a step"
+    command_line.check_memory("--rows", max(settings.rows), needed + sum(ours) + dense, what)
 
 
 def run(settings: Settings) -> None:
@@ -204,7 +217,7 @@ def run(settings: Settings) -> None:
     what = {"batch": settings.batch, "length": settings.length, "width": settings.width}
     kept: list[dict[str, Any]] = []
     if path.exists():
-        with command_line.reading("--out", settings.out, ValueError, KeyError):
+        with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
             before = json.loads(path.read_text())
             same = before["environment"]["commit"] == environment["commit"]
             kept = before["sizes"] if before["settings"] == what and same else []
@@ -212,7 +225,7 @@ def run(settings: Settings) -> None:
         result = measure(settings, rows)
         kept = [other for other in kept if other["rows"] != rows] + [result]
         written = {"environment": environment, "settings": what, "sizes": kept}
-        path.write_text(json.dumps(written, indent=1) + "\n")
+        provenance.write(path, written)
         picture(kept, settings.out / "ngram_step_time.png")
         print(f"{rows:,} rows: {result['ms']} ms; to none {result['to_none']}", flush=True)
 

@@ -22,6 +22,10 @@ _PIECE = re.compile(r" ?(?:[A-Z]?[a-z]+|[A-Z]+(?![a-z]))|\d|\n *| +|.", re.DOTAL
 _VALIDATION_SHARE = 16
 
 
+class TooShortError(ValueError):
+    """Raised if there is too little text to train and to validate."""
+
+
 class Text(NamedTuple):
     """Tokens of all files one after another, each after a BOUNDARY."""
 
@@ -96,7 +100,7 @@ def read(folder: Path, vocabulary_size: int, most: int) -> Text:
       The text; the same files give the same text.
 
     Raises:
-      ValueError: if there is too little text to train and to validate.
+      TooShortError: if there is too little text to train and to validate.
     """
     texts, is_validation = _pieces(folder, files_of(folder), most)
     counts: collections.Counter[str] = collections.Counter()
@@ -117,7 +121,7 @@ def read(folder: Path, vocabulary_size: int, most: int) -> Text:
                 tokens.append(number)
         parts[is_held_out].append(np.array(tokens, np.int32))
     if not parts[False] or not parts[True]:
-        raise ValueError(f"{len(texts)} Python files are too few to train and to validate on")
+        raise TooShortError(f"{len(texts)} Python files are too few to train and to validate on")
     return Text(np.concatenate(parts[False]), np.concatenate(parts[True]), words)
 
 

@@ -105,6 +105,11 @@ def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) ->
     return mpembed.memory.report(spec, row_tx(recipe, contender)).total
 
 
+def step_bytes(recipe: Recipe, vocabulary_size: int) -> int:
+    """Returns the bytes of a step's logits, their softmax and their gradients."""
+    return 3 * 4 * recipe.batch * recipe.length * vocabulary_size
+
+
 def _cache(contender: Contender) -> mpembed.CacheSpec | None:
     return mpembed.CacheSpec(contender.cache) if contender.cache else None
 

@@ -22,7 +22,6 @@ os.environ["XLA_FLAGS"] = (
 
 import dataclasses
 import hashlib
-import json
 import statistics
 import sys
 import time
@@ -177,7 +176,6 @@ def run(settings: Settings) -> None:
         return [workload.to_global(b, sizes) for b in local]
 
     ids, samples = draw(1, settings.warm + settings.steps), draw(2, settings.samples)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for dim in settings.dims:
         for devices in settings.devices:
@@ -201,9 +199,7 @@ def run(settings: Settings) -> None:
                 "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
                 "results": results,
             }
-            settings.out.write_text(
-                json.dumps(record, indent=1) + "\n"
-            )  # after each case: a cut run leaves what it has
+            provenance.write(settings.out, record)  # a run that is cut leaves what it has
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -70,7 +70,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses devices that do not divide over the processes, and an unwritable file.
+    """Refuses devices that do not divide over the processes, too much memory, unwritable files.
 
     Raises:
       Refused: in one sentence.
@@ -84,6 +84,12 @@ def check(settings: Settings) -> None:
                 "--processes", processes, f"divisors of --devices {settings.devices}"
             )
     command_line.check_out(settings.out)
+    needed = (1 + 4) * settings.rows * settings.features * settings.dim
+    what = f"{settings.features} INT8 tables of {settings.dim} numbers a row and their FP32 copy"
+    command_line.check_memory("--rows", settings.rows, needed, what)
+    needed = 4 * 4 * settings.batch * settings.features * settings.dim
+    what = f"vectors of {settings.features} x {settings.dim} numbers, gradients and their copies"
+    command_line.check_memory("--batch", settings.batch, needed, what)
 
 
 TRAINING = (
@@ -230,10 +236,11 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
                     )
             for index, worker in enumerate(workers):
                 if worker.wait(PATIENCE_S):
+                    text = said[index].read_text().strip() or "it said nothing"
                     raise command_line.Failed(
-                        f"worker {index} of {processes} ended with an error:\n"
-                        f"{said[index].read_text()[-3000:]}"
-                    )
+                        f"worker {index} of {processes} ended with an error: "
+                        f"{text.splitlines()[-1]}"
+                    ) from RuntimeError(text[-3000:])
         finally:
             for worker in workers:
                 worker.kill()
@@ -281,8 +288,7 @@ def run(settings: Settings) -> None:
         )
         if not is_same:
             raise command_line.Failed(f"{processes} processes gave other numbers than one")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ They alternate in rounds, on the same batches. From the repository root:
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from experiments.command_line import setting
 from experiments.speed import workload
 
 DIM = 16
+NUM_BATCHES = 40  # that the loops cycle through
 ROW_TX = mpembed.optim.rowwise_adagrad(0.05)
 
 
@@ -52,12 +52,18 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses an unwritable file.
+    """Refuses an unwritable file, and tables and batches that do not fit the memory.
 
     Raises:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
+    num_tables = len(workload.KAGGLE_SIZES)
+    tables = 2 * settings.rows * DIM  # of one byte a number
+    command_line.check_memory("--rows", settings.rows, tables, "the INT8 tables of two loops")
+    # Ids, vectors and their gradients, two layers and their gradients.
+    each = 4 * (NUM_BATCHES * num_tables + 2 * num_tables * DIM + 4 * max(settings.widths))
+    command_line.check_memory("--batch", settings.batch, settings.batch * each, "the batches")
 
 
 def mlp(params: list, vectors: jax.Array) -> jax.Array:
@@ -101,7 +107,7 @@ class Loops:
         sizes = workload.sizes_for(settings.rows)
         tables = [mpembed.TableSpec(f"t{k}", size) for k, size in enumerate(sizes)]
         spec = mpembed.EmbeddingSpec(tables, DIM, "int8", mpembed.CacheSpec(fraction=0.05))
-        local = workload.batches(0, 40, settings.batch, sizes, 1.05)
+        local = workload.batches(0, NUM_BATCHES, settings.batch, sizes, 1.05)
         self.ids = [jnp.asarray(spec.global_ids(batch)) for batch in local]
         rng = np.random.default_rng(0)
         self.labels = [
@@ -127,11 +133,13 @@ class Loops:
         start = time.perf_counter()
         for _ in range(steps):
             k = self.position[name]
-            ids, labels = self.ids[k % 40], self.labels[k % 40]
+            ids, labels = self.ids[k % NUM_BATCHES], self.labels[k % NUM_BATCHES]
             if name == "plain":
                 self.plain_state = self.plain(*self.plain_state, ids, labels)
             else:
-                self.ahead_state = self.ahead(*self.ahead_state, labels, self.ids[(k + 1) % 40])
+                self.ahead_state = self.ahead(
+                    *self.ahead_state, labels, self.ids[(k + 1) % NUM_BATCHES]
+                )
             self.position[name] = k + 1
         jax.block_until_ready((self.plain_state, self.ahead_state))
         return 1000 * (time.perf_counter() - start) / steps
@@ -144,7 +152,7 @@ def run(settings: Settings) -> int:
         loops = Loops(settings, width)
         times: dict[str, list[float]] = {"plain": [], "ahead": []}
         for name in times:
-            loops.run(name, 40)
+            loops.run(name, NUM_BATCHES)
         for turn in range(settings.rounds):
             for name in list(times)[:: 1 if turn % 2 else -1]:
                 times[name].append(loops.run(name, settings.steps))
@@ -170,8 +178,7 @@ def run(settings: Settings) -> int:
         **provenance.environment(),
         "results": results,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(held, indent=1) + "\n")
+    provenance.write(settings.out, held)
     return 0
 
 

@@ -10,7 +10,6 @@ experiments/results/bench_checkpoint.json.
 """
 
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -104,8 +103,7 @@ def run(settings: Settings) -> None:
             f"{name:<24} {value if not isinstance(value, float) else format(value, '.4g')}",
             flush=True,
         )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(provenance.environment() | result, indent=1) + "\n")
+    provenance.write(settings.out, provenance.environment() | result)
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,6 @@ too. The data is small enough to stay in the system's memory: a disk is not meas
 """
 
 import dataclasses
-import json
 import resource
 import statistics
 import sys
@@ -178,8 +177,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             f"{name}: {measured['rows_per_second']:,.0f} rows/s, {measured['cores']:.1f} cores"
         )
     console.print(f"slowest on the device: {slowest:,.0f} rows/s; target {TARGET:,}")
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
     return record
 
 

@@ -251,10 +251,7 @@ def run(args):
     # No path of one machine.
     words = command_line.words_of(args, without=("peers_python",))
     command, out = command_line.command_of("experiments.speed.bench_peers", words), args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps(provenance.environment() | {"command": command, "results": results}, indent=1)
-    )
+    provenance.write(out, provenance.environment() | {"command": command, "results": results})
 
 
 def main(arguments: list[str] | None = None) -> int:

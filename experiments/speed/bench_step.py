@@ -222,7 +222,7 @@ def chosen(settings: Settings) -> list[Case]:
 
 
 def check(settings: Settings) -> None:
-    """Refuses a choice that leaves no case, and an unwritable file.
+    """Refuses a choice that leaves no case, an unwritable file, and one that holds something else.
 
     Raises:
       Refused: in one sentence.
@@ -232,6 +232,21 @@ def check(settings: Settings) -> None:
         wanted = f"what some case of the grid has; its names are {names}"
         command_line.refuse("--only", " ".join(settings.only), wanted)
     command_line.check_out(settings.out)
+    measured_before(settings)
+
+
+def measured_before(settings: Settings) -> dict[Case, dict[str, Any]]:
+    """Returns the results that are kept: those of the file, if only some cases are measured.
+
+    Raises:
+      Refused: if the file holds something else.
+    """
+    if not settings.only or not settings.out.exists():
+        return {}
+    names = [field.name for field in dataclasses.fields(Case)]
+    with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
+        held = json.loads(settings.out.read_text())["results"]
+        return {Case(**{name: r[name] for name in names}): r for r in held}
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -273,14 +288,7 @@ def run(settings: Settings) -> None:
         "bandwidth": bandwidth,
         "settings": {"steps": settings.steps, "warm": settings.warm},
     }
-    held = (
-        json.loads(settings.out.read_text())["results"]
-        if settings.only and settings.out.exists()
-        else []
-    )
-    measured = {
-        Case(**{field.name: r[field.name] for field in dataclasses.fields(Case)}): r for r in held
-    }
+    measured = measured_before(settings)
     grid = cases(settings.quick)
     todo = chosen(settings)
     for number, case in enumerate(todo, 1):
@@ -299,9 +307,9 @@ def run(settings: Settings) -> None:
             f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
             flush=True,
         )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    results = [measured[case] for case in grid if case in measured]
-    settings.out.write_text(json.dumps(facts | {"results": results}, indent=1))
+        order = dict.fromkeys((*grid, *measured))
+        results = [measured[case] for case in order if case in measured]
+        provenance.write(settings.out, facts | {"results": results})  # a cut run leaves them
     draw(results, settings.out.with_suffix(".png"))
 
 

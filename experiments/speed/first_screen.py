@@ -12,7 +12,6 @@ experiments/results/first_screen.json and .png, and the table between README's m
 """
 
 import dataclasses
-import json
 import re
 import statistics
 import sys
@@ -80,6 +79,9 @@ def check(settings: Settings) -> None:
         records.load(settings.out / "paper_table.jsonl")
     command_line.check_out(settings.out, is_file=False)
     check_memory(max(settings.rows), settings.dim)
+    dense = max(settings.dense_rows)
+    what = "a dense table, its gradient and its accumulators"
+    command_line.check_memory("--dense-rows", dense, 3 * 4 * dense * settings.dim, what)
 
 
 FORMATS = (("INT8 + 5 %", "int8", 0.05), ("INT4 + 1 %", "int4", 0.01))
@@ -214,10 +216,8 @@ def run(settings: Settings) -> None:
     quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
     workload.keep_freed_memory()
     curves = measure(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / "first_screen.json").write_text(
-        json.dumps({"environment": provenance.environment(), "curves": curves}, indent=1) + "\n"
-    )
+    found = {"environment": provenance.environment(), "curves": curves}
+    provenance.write(settings.out / "first_screen.json", found)
     draw(settings, curves, quality, settings.out / "first_screen.png")
     markdown = table(settings, curves, quality)
     new = f"{BEGIN}\n{markdown}\n{END}"

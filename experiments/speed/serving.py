@@ -70,12 +70,15 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses an unwritable file.
+    """Refuses an unwritable file, and a table that does not fit the memory.
 
     Raises:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
+    needed = (1 + 4) * settings.rows * max(settings.dims)
+    what = f"an INT8 table of {max(settings.dims)} numbers a row and its FP32 copy"
+    command_line.check_memory("--rows", settings.rows, needed, what)
 
 
 def peers_of(folder: Path, settings: Settings) -> dict[str, Callable[[np.ndarray, int], Any]]:
@@ -238,7 +241,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     case["us"] = times(calls, ids, settings.rounds)
                     record["cases"].append(case | {"ratios": ratios(case["us"])})
                     print(line_of(record["cases"][-1]), flush=True)
-    settings.out.write_text(json.dumps(record, indent=1) + "\n")
+    provenance.write(settings.out, record)
     return record
 
 

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import mpembed_jax as mpembed
-from experiments import running
-from experiments.command_line import Refused
+from experiments import command_line
 from experiments.speed import workload
 
 
@@ -31,13 +30,8 @@ def check_memory(rows: int | None, dim: int, storage: str = "int8") -> None:
     tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.sizes_for(rows))]
     spec = mpembed.EmbeddingSpec(tables, dim, storage, cache=None)
     needed = mpembed.memory.report(spec, mpembed.optim.sgd(0.1)).total
-    there = running.free_memory()
-    if needed > there:
-        given = spec.num_rows if rows is None else rows
-        raise Refused(
-            f"--rows is {given:,}, and tables of {dim} numbers a row then take "
-            f"{needed / 1e9:,.1f} GB, but {there / 1e9:,.1f} GB are free"
-        )
+    given = spec.num_rows if rows is None else rows
+    command_line.check_memory("--rows", given, needed, f"tables of {dim} numbers a row")
 
 
 def embedding_step(

@@ -140,7 +140,7 @@ def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
         if size != layout.piece_bytes:
             raise DamagedError(f"{path} has {size} bytes, the array needs {layout.piece_bytes}")
         return
-    head = file.read(18)
+    head = files.take(file, 18)
     if head[:4] != _ZSTD_MAGIC or len(head) < 6:
         raise DamagedError(f"{path} is not compressed by zstd")
     descriptor = head[4]
@@ -156,7 +156,7 @@ def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
     limit = 8 * layout.piece_bytes + _ZSTD_BLOCK
     while not is_last:
         file.seek(at)
-        block = int.from_bytes(file.read(3), "little")
+        block = int.from_bytes(files.take(file, 3), "little")
         is_last, kind, length = block & 1, block >> 1 & 3, block >> 3
         bound += length if kind < 2 else _ZSTD_BLOCK
         at += 3 + (1 if kind == 1 else length)

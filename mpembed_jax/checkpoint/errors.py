@@ -17,8 +17,11 @@ class UnreadableError(CheckpointError):
 
 
 def cause_of(error: BaseException) -> str:
-    """Returns the first line of an error's message, without what tensorstore adds for itself."""
+    """Returns the first line of an error's message, without what libraries add for themselves."""
     text = str(error).strip()
     if not text:
         return type(error).__name__
-    return text.splitlines()[0].split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+    text = text.splitlines()[0]
+    for addition in (" [tensorstore_spec=", " [source locations=", ". But input PyTree contains"):
+        text = text.split(addition)[0]
+    return text

@@ -79,11 +79,18 @@ def contents(folder: Path, name: str) -> bytes:
       OSError: if the system cannot read it now.
     """
     with open_inside(folder, name) as file:
-        left = size_of(file)
-        pieces = []
-        while left > 0 and (piece := file.read(left)):
-            pieces.append(piece)
-            left -= len(piece)
+        return take(file, size_of(file))
+
+
+def take(file: Any, size: int) -> bytes:
+    """Returns the next `size` bytes of an open file, fewer only at its end.
+
+    One read may return fewer bytes than asked for, also in the middle of a file.
+    """
+    pieces = []
+    while size > 0 and (piece := file.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
     return b"".join(pieces)
 
 

@@ -26,7 +26,7 @@ _STEP = re.compile(r"step_(0|[1-9]\d*)", re.ASCII)
 # The file in which orbax records when a save began and ended. Orbax changes it after the manifest
 # is written, and this library does not read it.
 _TIMES = "_CHECKPOINT_METADATA"
-_OF_PROCESSES = "array_metadatas"  # a folder of orbax, with a file of each process
+OF_PROCESSES = "array_metadatas"  # a folder of orbax, with a file of each process
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -110,8 +110,8 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
     # A save of this step that failed before may have left writers behind. Their arrays have other
     # keys.
     parts = ["", *keys]
-    if files.exists(folder / _OF_PROCESSES):
-        parts.append(_OF_PROCESSES)
+    if files.exists(folder / OF_PROCESSES):
+        parts.append(OF_PROCESSES)
     names = sorted(
         os.path.join(part, name)
         for part in parts

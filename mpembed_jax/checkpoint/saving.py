@@ -38,6 +38,13 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_o
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
+# What orbax says if it did not see a folder of its own or a file in it, and the folder's name below
+# the checkpoint's. Orbax drops why the system did not show it.
+_UNSEEN = {
+    "Path is not a directory": "",
+    "Checkpoint directory does not exist": "",
+    "No ArrayMetadata found": manifest.OF_PROCESSES,
+}
 _DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is being replaced
 
 _PENDING: dict[str, "Saving"] = {}  # by the real path of the directory
@@ -447,18 +454,35 @@ def _failure(
     It frees the space of the unfinished folder, and puts a damaged checkpoint back in its place.
     """
     final = manifest.folder_of(directory, step)
+    unfinished = final.with_name(f"step_{step}{_TEMPORARY}")
+    failure = _error(directory, step, error, _why_unseen(unfinished, error))
     if claim is not None:
-        shutil.rmtree(final.with_name(f"step_{step}{_TEMPORARY}"), ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         with contextlib.suppress(OSError):
             if files.exists(_aside(directory, step)) and not files.exists(final):
                 _aside(directory, step).rename(final)
-    return _error(directory, step, error)
+    return failure
 
 
-def _error(directory: Path, step: int, error: BaseException) -> CheckpointError:
+def _why_unseen(unfinished: Path, error: BaseException) -> str:
+    """Returns why orbax did not see a file of an unfinished checkpoint, or "" if it says why.
+
+    The system is asked again. If it now shows the file, its reason for not showing it is lost.
+    """
+    unseen = [unfinished / name for text, name in _UNSEEN.items() if text in str(error)]
+    try:
+        for folder in unseen:
+            for path in (folder, *(folder / name for name in os.listdir(folder))):
+                os.stat(path)
+    except OSError as reason:
+        return f" ({reason.filename}: {files.reason(reason)})"
+    return " (the system shows it now, but did not when orbax looked; save again)" if unseen else ""
+
+
+def _error(directory: Path, step: int, error: BaseException, why: str = "") -> CheckpointError:
     return CheckpointError(
-        f"step {step} could not be saved in {directory}: {cause_of(error)}; checkpoints saved "
-        "earlier are unchanged"
+        f"step {step} could not be saved in {directory}: {cause_of(error).rstrip('.')}{why}; "
+        "checkpoints saved earlier are unchanged"
     )
 
 

@@ -29,7 +29,7 @@ import mpembed_jax as mpembed
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from mpembed_jax import checkpoint
-from mpembed_jax.checkpoint import leaves, saving
+from mpembed_jax.checkpoint import files, leaves, saving
 
 TX = mpembed.optim.rowwise_adagrad(0.1)
 SPEC = mpembed.EmbeddingSpec(
@@ -164,6 +164,62 @@ def test_without_a_free_handle_a_restore_does_not_go_back(tmp_path, no_free_hand
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user to be")
+def save_without_a_sight_of_its_folder(folder, monkeypatch, hidden):
+    """Saves while the system does not show the unfinished folder at the looks in `hidden`.
+
+    Returns the error, or None.
+    """
+    stat, looks = os.stat, iter(range(10**6))
+
+    def fail(path, *args, **kwargs):
+        if str(path).endswith("step_2.orbax-checkpoint-tmp") and next(looks) in hidden:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", fail)
+    try:
+        checkpoint.save(folder, 2, {"x": jnp.arange(9)})
+    except checkpoint.CheckpointError as error:
+        return error
+    finally:
+        monkeypatch.undo()
+    return None
+
+
+def test_a_save_whose_folder_orbax_does_not_see_says_why(tmp_path, monkeypatch):
+    """Orbax drops the system's reason. If the system still has one, the message names it."""
+    error = save_without_a_sight_of_its_folder(tmp_path, monkeypatch, range(10**6))
+    assert "Input/output error" in str(error)
+    errors = [
+        save_without_a_sight_of_its_folder(tmp_path / str(look), monkeypatch, {look})
+        for look in range(9)
+    ]
+    messages = [str(error) for error in errors if error is not None]
+    assert any("shows it now, but did not when orbax looked; save again" in m for m in messages)
+    assert all("orbax looked" in m or "Input/output error" in m for m in messages)
+    checkpoint.save(tmp_path, 2, numbers(2))
+    assert restored(tmp_path) == 2
+
+
+class OneByte(io.FileIO):
+    """A file whose reads return one byte, as the system may for any read."""
+
+    def read(self, size=-1):
+        return super().read(min(size, 1) if size >= 0 else 1)
+
+
+def test_short_reads_are_no_damage(tmp_path, monkeypatch, caplog):
+    checkpoint.save(tmp_path, 1, numbers(1, 20))
+    checkpoint.save(tmp_path, 2, numbers(2, 20))
+
+    def opened(path, mode, buffering, opener):
+        return OneByte(path, mode, opener=opener)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    assert restored(tmp_path, like=numbers(0, 20)) == 2
+    assert not caplog.records
+
+
 def test_without_permission_to_read_a_good_checkpoint_stays(tmp_path):
     for folder in (tmp_path, *tmp_path.parents):  # let the other user in
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):

@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 import polars as pl
 import pytest
+from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import command_line, running, train_dlrm
-from experiments.dlrm import curves, reporting, training
+from experiments.data import reddit
+from experiments.dlrm import curves, reporting
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
@@ -135,6 +137,14 @@ CALLS = {
             "--embedding-dim is 4096",
             "GB are free",
         ),
+        (
+            "large pool",
+            "--ids raw --pool-rows 2000000000 --embedding-dim 4096 --num-rows 7000",
+            "--pool-rows",
+            "GB are free",
+        ),
+        ("pool of rows", "--pool-rows 9", "--pool-rows is 9", "with --ids raw only"),
+        ("late rows", "--ids raw --admit-after 256", "--admit-after is 256", "at most 255"),
     ],
     "accuracy.paper_table": [
         ("grid without a case", "--cache 0.33", "--grid is headline", "no case of the grid"),
@@ -144,12 +154,16 @@ CALLS = {
     ],
     "accuracy.served": [
         ("no posts", "--path gone", "no posts_before_2012-07.parquet", "pass its folder"),
+        ("few posts", "--path FEW_POSTS", "--num-rows leaves 30", "a batch has 1,024"),
+        ("seeds", "--path FEW_POSTS --seeds 0 0", "--seeds has 0 twice"),
     ],
     "speed.serving": [
         ("no rounds", "--rounds 1", "--rounds is 1", "at least 3"),
+        ("wide rows", "--rows 1000000000 --dims 64 4096", "--rows is 1,000,000,000", "GB are free"),
     ],
     "speed.bench_step": [
         ("no such case", "--only batch=7", "--only is batch=7", "its names are dim, batch"),
+        ("other results", "--only dim=16 --out FILE", "--out is", "cannot be used"),
         ("steps without end", "--steps 99999999999", "--steps is 99999999999", "at most 10,000"),
         ("no steps", "--steps 0", "--steps is 0", "at least 3"),
     ],
@@ -173,12 +187,19 @@ CALLS = {
     ],
     "speed.bench_ahead": [
         ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
+        ("large batch", "--batch 1048576 --widths 65536", "--batch is 1,048,576", "GB are free"),
     ],
     "speed.first_screen": [
         (
             "tables too large",
             "--dim 4096 --rows 1000000000",
             "--rows is 1,000,000,000",
+            "GB are free",
+        ),
+        (
+            "dense tables too large",
+            "--dense-rows 100000 1000000000",
+            "--dense-rows is 1,000,000,000",
             "GB are free",
         ),
         ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
@@ -202,6 +223,12 @@ CALLS = {
     ],
     "scaling.multiprocess": [
         ("processes", "--processes 3", "--processes is 3", "divisors of --devices 4"),
+        ("wide rows", "--rows 100000000 --dim 4096", "--rows is 100,000,000", "GB are free"),
+        (
+            "large batch",
+            "--batch 1048576 --dim 4096 --features 64 --rows 2000",
+            "--batch is 1,048,576",
+        ),
     ],
     "ngram.memory_table": [
         ("no features", "--features 0", "--features is 0", "at least 1"),
@@ -210,8 +237,20 @@ CALLS = {
         ("text of no files", "--text FILE", "--text is", "a folder with Python files"),
         ("a contender of no kind", "--contenders INT3", "--contenders is INT3", "INT4 + 5 %"),
         ("nothing to report", "--report --out FOLDER", "run without --report first"),
+        ("few tokens", "--text TEXT --tokens 1000", "--tokens is 1,000", "are too few"),
+        (
+            "long sequences",
+            "--text TEXT --vocabulary 300 --length 9000",
+            "--length is 9,000",
+            "must be less than",
+        ),
+        ("wide rows", "--rows 100000000 --features 4096", "--rows is 100,000,000", "GB are free"),
+        ("large batch", "--batch 65536 --length 65536", "--batch is 65,536", "GB are free"),
     ],
-    "ngram.step_time": [("one round", "--rounds 1", "--rounds is 1", "at least 2")],
+    "ngram.step_time": [
+        ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
+        ("large batch", "--batch 65536 --length 65536", "--batch is 65,536", "GB are free"),
+    ],
     "ngram.known_models": [("unwritable", "--out /proc/x", "--out is /proc/x", "a folder")],
     "faults.run": [
         ("unknown part", "--only nothing", "--only is nothing", "'killed worker'"),
@@ -238,8 +277,10 @@ WRONG = [
 def places(tmp_path, monkeypatch):
     """A folder with the wrong files that the calls name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("FOLDER", "RESULTS"):
+    for name in ("FOLDER", "RESULTS", "TEXT"):
         (tmp_path / name).mkdir()
+    for number in range(60):
+        (tmp_path / "TEXT" / f"{number}.py").write_text(30 * f"x = {number}\n")
     (tmp_path / "FILE").write_text("hello\n")
     (tmp_path / "EMPTY").touch()
     (tmp_path / "GZIP").write_bytes(gzip.compress(os.urandom(9000))[:4000])
@@ -248,6 +289,9 @@ def places(tmp_path, monkeypatch):
     texts = {name: pl.Series(name, [], pl.String) for name in ("subreddit", "domain", "title")}
     numbers = {n: pl.Series(n, [], pl.Int64) for n in ("created_utc", "is_self", "num_comments")}
     pl.DataFrame(texts | numbers).write_parquet(tmp_path / "NO_POSTS")
+    numbers = {"created_utc": range(reddit.TEST_FROM - 30, reddit.TEST_FROM + 9)}
+    posts = {name: ["a"] * 39 for name in texts} | {"is_self": [0] * 39, "num_comments": [1] * 39}
+    pl.DataFrame(posts | numbers).write_parquet(tmp_path / "FEW_POSTS")
     return tmp_path
 
 
@@ -255,10 +299,12 @@ def listing(folder):
     return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
+@OPTAX_ADAM
 @pytest.mark.parametrize("call", WRONG, ids=lambda call: call.name)
 def test_a_wrong_call_is_refused_in_one_sentence(call, places, capsys, monkeypatch):
     module, before = program(call.program), listing(places)
-    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("it trains"))
+    for function in ("experiments.dlrm.training.fit", "experiments.ngram.training.train"):
+        monkeypatch.setattr(function, lambda *_, **__: pytest.fail("it trains"))
     start = time.perf_counter()
     assert module.main(call.words.split()) == 2
     assert time.perf_counter() - start < 15
@@ -358,6 +404,14 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys):
     with running.progress(iter(["one", None, "three", *["more"] * 99]).__next__, 0.05):
         time.sleep(0.22)
     assert capsys.readouterr().out.splitlines()[:2] == ["one", "three"]
+
+
+def test_advice_names_flags(capsys):
+    """Of the program: --num-rows is another setting than the rows of a vocabulary."""
+    advice = ["too small: raise VocabularySpec(num_rows=..) or admit_after"]
+    outcome = SimpleNamespace(contender=SimpleNamespace(name="INT8"), advice=advice)
+    reporting.print_advice(reporting.make_console(), [outcome], train_dlrm.Settings)
+    assert capsys.readouterr().out == "INT8: too small: raise --pool-rows or --admit-after\n"
 
 
 def test_lines_of_progress_say_what_happens(capsys):

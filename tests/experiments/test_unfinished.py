@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
 from experiments import command_line, running, train_dlrm
-from experiments.accuracy import paper_table
+from experiments.accuracy import paper_table, served
 from experiments.accuracy.grid import FP32, Case
 from experiments.data import movielens, reddit
 from experiments.dlrm import curves, training, unfinished
@@ -35,7 +35,8 @@ pytestmark = OPTAX_ADAM
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ["--num-rows", "3500", "--scale", "0.001"]
 MODEL = [*DATA, "--batch-size", "128", "--hidden", "16", "8"]
-TIMES = ("step_ms", "first_chunk_s")  # of an outcome; everything else must be the same
+# Of an outcome; everything else must be the same. The library advises once in a process.
+TIMES = ("step_ms", "first_chunk_s", "advice")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,8 +90,8 @@ def write_criteo(folder):
     (folder / "train.txt").write_text("\n".join(lines) + "\n")
 
 
-def write_posts(folder):
-    rng, count = np.random.default_rng(0), 1500
+def write_posts(folder, count=1500):
+    rng = np.random.default_rng(0)
     words = np.array([f"word{i}" for i in range(60)])
     pl.DataFrame(
         {
@@ -118,8 +119,11 @@ def write_ratings(folder):
 
 
 def words_for(data, folder):
-    shared = ["--data", data, "--cache-fraction", "0.3", "--seeds", "0", "1", "--chunk", "4"]
+    source = "synthetic" if data == "raw ids" else data
+    shared = ["--data", source, "--cache-fraction", "0.3", "--seeds", "0", "1", "--chunk", "4"]
     match data:
+        case "raw ids":
+            return [*shared, *MODEL, "--ids", "raw", "--pool-rows", "900"]
         case "synthetic":
             return [*shared, *MODEL]
         case "criteo":
@@ -136,6 +140,7 @@ def words_for(data, folder):
 
 def results(folder, data):
     """What a run leaves, without times."""
+    data = "synthetic" if data == "raw ids" else data
     record = json.loads((folder / f"{data}.json").read_text())
     outcomes = [{k: v for k, v in o.items() if k not in TIMES} for o in record["outcomes"]]
     with (folder / f"{data}_curve.csv").open() as file:
@@ -146,7 +151,7 @@ def results(folder, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["synthetic", "criteo", "reddit", "movielens"])
+@pytest.mark.parametrize("data", ["synthetic", "raw ids", "criteo", "reddit", "movielens"])
 def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, capsys
 ):
@@ -447,7 +452,7 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
         for record in found:
             del record["environment"]
             for name in TIMES:
-                del record["outcome"][name]
+                record["outcome"].pop(name, None)
         return found
 
     stop = tell(monkeypatch, 10**9)
@@ -464,3 +469,27 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
     assert statuses[-1] == 0 and statuses.count(130) >= 5
     assert lines(out) == lines(tmp_path / "whole")
     assert not (out / "paper_table_unfinished").exists()
+
+
+@pytest.mark.slow
+def test_scores_of_serving_files_go_on_inside_a_seed(tmp_path, monkeypatch, capsys):
+    """Two seeds; told to stop while it trains, while it scores, and between the seeds."""
+    write_posts(tmp_path, 9000)
+    words = ["--path", str(tmp_path / "posts.parquet"), "--seeds", "0", "1"]
+    stop = tell(monkeypatch, 10**9)
+    assert served.main([*words, "--out", str(tmp_path / "new" / "whole.json")]) == 0
+    num_asked = 10**9 - stop.left
+    out, statuses = tmp_path / "parts" / "served.json", []
+    for after in [1, 4, *np.random.default_rng(0).integers(5, num_asked - 9, 9), 10**9]:
+        tell(monkeypatch, after)
+        statuses.append(served.main([*words, "--out", str(out)]))
+        if statuses[-1] == 0:
+            break
+        said = capsys.readouterr().err
+        assert "stopped at step" in said and said.strip().endswith(f"--out {out}")
+        assert not out.exists()
+    assert statuses[-1] == 0 and statuses.count(130) >= 3
+    whole, parts = (json.loads(path.read_text()) for path in (tmp_path / "new" / "whole.json", out))
+    for name in ("scores", "files", "differences"):
+        assert parts[name] == whole[name]
+    assert [path.name for path in out.parent.iterdir()] == ["served.json"]
