@@ -115,7 +115,7 @@ class Settings:
         "Rows that the raw ids of all tables compete for.",
         "ROWS",
         at_least=1,
-        at_most=MAX_SEED - 1,
+        at_most=(2**31 - 1) // 3,  # a sketch of 3 bytes for each row
         shown="a third of all ids",
         only={"ids": ("raw",)},
     )

@@ -139,7 +139,7 @@ CALLS = {
         ),
         (
             "large pool",
-            "--ids raw --pool-rows 2000000000 --embedding-dim 4096 --num-rows 7000",
+            "--ids raw --pool-rows 700000000 --embedding-dim 4096 --num-rows 7000",
             "--pool-rows",
             "GB are free",
         ),
