@@ -1,4 +1,4 @@
-"""Raw ids of a step: the rows that they have or earn, and rows that start again for new owners."""
+"""Gives the raw ids of a step their rows, and resets a row that gets a new owner."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The training step by gradients of rows: prefetch, lookup, apply_gradients.
+"""The training step in which one differentiates with respect to rows.
 
 One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `prefetch` plans a batch and brings its rows into the cache.
@@ -7,9 +7,9 @@ One `EmbeddingState` holds a stack of tables that share dim, format and cache.
   other row in the table, with stochastic rounding.
 - `gradient_norm` is the norm of the gradients of all rows.
 
-`vectors` holds the same step by gradients of vectors. The verbs are pure; jit them with the state
-donated. `mesh` holds what several devices add; the verbs call it through `mesh.exchange`. The
-system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
+In `vectors`, one differentiates with respect to vectors instead. The verbs are pure; jit them with
+the state donated. `mesh` holds what several devices add; the verbs call it through `mesh.exchange`.
+The system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
       ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a
         mesh, this device's share of the batch. For a stack of 2**31 - 1 rows or more, pairs [.., 2]
         (see sharding.pairs). For a stack with a vocabulary, pairs uint32 [.., 2] of raw ids (see
-        spec.raw_ids), which may earn rows of their own here; the plan then names rows.
+        spec.raw_ids). They may earn rows of their own here. The plan then holds row numbers.
 
     Returns:
       The state, advanced by one step, and the plan of this step.
 
     Raises:
-      TypeError: if state has another type; or if ids are not integers of 32 bits or fewer, or with
-        a vocabulary not pairs.
+      TypeError: if state has another type, or if ids are not integers of at most 32 bits. With a
+        vocabulary: if ids are not pairs.
       ValueError: if host ids do not fit int32, or the state was donated or made for another spec.
     """
     return prefetch_of_tables(state, ids, None)
@@ -61,25 +61,25 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 def prefetch_of_tables(
     state: EmbeddingState, ids: Any, tables: TablesOfIds | None
 ) -> tuple[EmbeddingState, CachePlan]:
-    """Does what prefetch does, with arrays no wider than the rows that ids can name.
+    """Runs prefetch. Its arrays have no more entries than there are rows that the ids can name.
 
     Args:
       state: consumed if donated.
       ids: as for prefetch.
-      tables: whose rows the ids are, made by spec.global_ids; None if that is not known.
+      tables: the tables of the ids in each array; None if they are not known.
     """
     arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
     if state.vocabulary is not None:
         state, ids = admission.admit(state, ids)
-        tables = None  # their rows are those of one pool
+        tables = None  # all tables share one pool
     return prefetch_rows(state, ids, tables)
 
 
 def prefetch_rows(
     state: EmbeddingState, ids: Any, tables: TablesOfIds | None
 ) -> tuple[EmbeddingState, CachePlan]:
-    """Is prefetch_of_tables, for ids that are row numbers, also if the state has a vocabulary."""
+    """Runs prefetch_of_tables. Ids are row numbers, even if the state has a vocabulary."""
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
     if layout is None:
@@ -349,7 +349,7 @@ def apply_positions(
 ) -> EmbeddingState:
     """Applies one update to each unique row, like apply_gradients, from the gradients of positions.
 
-    The update sums them itself; a kernel makes no array of row gradients.
+    The update sums the gradients of a row's positions. A kernel makes no array of row gradients.
 
     Args:
       state: from prefetch.
@@ -378,8 +378,8 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
     """Returns the L2 norm of the gradients of all rows of a batch.
 
     With it, row gradients are clipped together with dense ones. Over a mesh, a device has only its
-    part of a row's gradient. The parts are first summed, as by apply_gradients. The norm is thus
-    that of one device, and the same on all devices. Padding rows do not count.
+    part of a row's gradient. The parts are first summed, as by apply_gradients. All devices
+    therefore get the norm that one device would get for the whole batch. Padding rows do not count.
 
     Args:
       state: from prefetch; not consumed.
@@ -391,8 +391,8 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
 
     Raises:
       TypeError: if the state or the plan has another type.
-      ValueError: if the shape or dtype is wrong, if the plan is known not to be the state's latest,
-        or to be applied, or if the state was donated.
+      ValueError: if the shape or dtype is wrong, if the plan is known to be old, of another state
+        or applied already, or if the state was donated.
     """
     _check_kinds("gradient_norm", state, plan)
     layout = state.layout
@@ -445,9 +445,9 @@ def _check(
 
 
 def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Any) -> None:
-    """Raises ValueError if it is known that no plan of the verb `planner` waits for `verb`.
+    """Raises ValueError if no plan of the verb `planner` is pending, or if `plan` is an old one.
 
-    The plan that waits is the one that the state's latest step made.
+    Values that are traced are not checked.
     """
     if not isinstance(state.pending, jax.core.Tracer) and not bool(state.pending):
         raise ValueError(
@@ -496,7 +496,7 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     """Returns the rows that an update may touch, and whether the plan is pending (bool []).
 
     A plan is pending if it is the state's latest and was not applied yet. If it is not pending, an
-    update may touch no row.
+    update must not touch any row.
     """
     is_pending = state.pending & is_latest(state, plan)
     moves = _moves(plan)

@@ -1,7 +1,7 @@
 """The fused pair of verbs: ids to vectors, and gradients of vectors to stored rows.
 
-`embed` does what prefetch, lookup and pool do, and `apply_pooled_gradients` what the gradient of
-pool and apply_gradients do. The vectors are the leaf: differentiate the loss with respect to them.
+`embed` does what prefetch, lookup and pool do. `apply_pooled_gradients` does what the gradient of
+pool and apply_gradients do. Differentiate the loss with respect to the vectors.
 
     emb, plan, vectors = mpembed.embed(emb, ids, tx=row_tx)
     loss, (grads, vector_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, vectors)
@@ -9,9 +9,9 @@ pool and apply_gradients do. The vectors are the leaf: differentiate the loss wi
 
 Where numba runs the ops on a CPU and the transformation carries a rule (`optim.sgd`,
 `optim.rowwise_adagrad`), each verb is one foreign call (bags take two), and no array [U, D] of
-unique rows or of their gradients exists. Elsewhere the verbs run the others. The results are the
-same. Whoever needs the gradients of rows, for example to clip them by their global norm, uses
-prefetch, lookup, pool and apply_gradients.
+unique rows or of their gradients exists. Elsewhere, embed runs prefetch, lookup and pool, and
+apply_pooled_gradients runs apply_gradients. The results are the same. Use those verbs if you need
+the gradients of rows, for example to clip them by their global norm.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ class Pooling:
     """How a batch's rows become vectors; static."""
 
     combiner: str | None
-    num_segments: int | None  # of ragged bags
-    shapes: tuple[tuple[int, ...], ...]  # of the ids
-    tree: Any  # of the ids
+    num_segments: int | None  # the number of ragged bags
+    shapes: tuple[tuple[int, ...], ...]  # the shape of each array of ids
+    tree: Any  # the structure of the nest of ids
 
     @property
     def lead(self) -> list[tuple[int, ...]]:
@@ -71,8 +71,8 @@ class Pooling:
 class VectorPlan:
     """What `embed` decided about one batch; it lives until its apply_pooled_gradients.
 
-    Either `places` describes the batch's rows, with `factors` and `source` of each position, or
-    `plan`, `rows`, `weights` and `segment_ids` are those of the separate verbs.
+    If the verbs run natively, `places` describes the batch's rows, and `factors` and `source` each
+    position. If not, `plan`, `rows`, `weights` and `segment_ids` are those of the separate verbs.
     """
 
     counts: Counts
@@ -81,7 +81,8 @@ class VectorPlan:
     pooling: Pooling
     places: Places | None = None
     factors: jax.Array | None = None  # f32 [N]  None: all are 1
-    source: Any = None  # i32 [N]  of the gradients; None: in order. -1: takes none
+    # i32 [N]  the index of each position's gradient; -1: none. None: position n has n // (N / M).
+    source: Any = None
     plan: CachePlan | None = None
     rows: jax.Array | None = None  # f32 [U, D]
     weights: Any = None
@@ -176,7 +177,7 @@ def embed_of_tables(
 
 
 def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
-    """Returns whether each of the two verbs is one native call, without an array of unique rows."""
+    """Returns whether the two verbs run natively, without an array of unique rows."""
     return (
         state.layout is None
         and optim.rule_of(tx) is not None
@@ -229,7 +230,7 @@ def _embed_natively(
         if cache is not None:
             cache = dataclasses.replace(cache, rows=lines)
     is_sound = state.is_sound
-    vectors = carries.at_most_once(  # a loop, because a select would pass over all vectors
+    vectors = carries.at_most_once(  # a select would read and write all vectors in every step
         lambda vectors: jnp.full_like(vectors, jnp.nan), (~is_sound).astype(jnp.int32), vectors
     )
     state = step.after_prefetch(dataclasses.replace(state, table=table, cache=cache), counts)
@@ -239,7 +240,7 @@ def _embed_natively(
 
 
 def _parted(vectors: jax.Array, how: Pooling) -> Any:
-    """Returns consecutive vectors [M, D] as the nest of ids has them."""
+    """Splits consecutive vectors [M, D] into the nest of the ids."""
     sizes = np.cumsum([int(np.prod(lead)) for lead in how.lead])[:-1]
     parts = jnp.split(vectors, sizes) if sizes.size else [vectors]
     shaped = [
@@ -255,14 +256,15 @@ def _bags(
     how: Pooling,
     implementation: ops.Named,
 ) -> tuple[Any, jax.Array | None, Any]:
-    """Returns each position's bag (int32 [N]), and its factor and source in the gradients or None.
+    """Returns three arrays by position: its bag, its factor, and the index of its gradient.
 
-    Positions are those of all arrays of ids, one after another. The factor is None if all are 1.
+    Positions are those of all arrays of ids, one after another. Factors are None if all are 1.
+    Indices are None if position n has the gradient n // (N / M).
     """
     combiner, num_segments = how.combiner, how.num_segments
     assert combiner is not None
     if segment_ids is not None and num_segments is not None:
-        # Of two rows the last is padding, and of padding pooling makes nothing.
+        # `segments` takes the last row for padding. Row 0 stands for an id, row 1 for padding.
         row = jnp.where(is_real, 0, 1).astype(jnp.int32)
         segment, factors = pooling.segments(
             2, row, weights[0], combiner, segment_ids, num_segments, implementation
@@ -300,13 +302,14 @@ def apply_pooled_gradients(
     Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
     the table. Each row's gradient is the sum over its positions, in ascending order. Donate the
     state. A plan that is not the state's latest, is of another state, or was applied before,
-    changes nothing and is counted; if that is known while tracing, it raises.
+    changes nothing and is counted. If the step numbers are concrete, the call raises ValueError
+    instead.
 
     Args:
       state: from embed; consumed if donated.
       plan: from the same embed.
       pooled_grads: nest of float32, the gradient with respect to what embed returned. Inside
-        jax.shard_map, it varies over the same mesh axes as that.
+        jax.shard_map, it varies over the same mesh axes as the vectors.
       tx: the transformation given to init and embed.
 
     Returns:
@@ -376,7 +379,11 @@ def _apply_separately(
     pooled_grads: Any,
     tx: optax.GradientTransformation,
 ) -> EmbeddingState:
-    """Applies by `update_summed` if the transformation has a rule, else by the gradient of pool."""
+    """Applies gradients by the separate verbs.
+
+    On one device, a transformation with a rule sums the gradients itself. In all other cases, pool
+    is differentiated.
+    """
     how, held, rows = plan.pooling, plan.plan, plan.rows
     assert held is not None and rows is not None
     options: dict[str, Any] = {

@@ -11,8 +11,8 @@ tag among the sets that a first set was split into, as in linear hashing (Litwin
 find their new sets by what their rows hold. After a pool has grown to k times its first sets, these
 probabilities are k times as large.
 
-Row `way * S + set` is that of a way of a set. All ids that are congruent modulo G therefore keep
-their sets on one shard if a mesh divides rows by MOD. The shared rows follow the pool.
+A way of a set has the row `way * S + set`. If a mesh divides rows by MOD, each set therefore lies
+on one shard. The shared rows have the numbers after those of the pool.
 
 The use is a narrow float with 4 bits of mantissa: codes up to 31 are their own values. It is
 rounded stochastically. A counter of the sketch has 2, 4 or 8 bits, and stays at its largest value.
@@ -101,7 +101,7 @@ class VocabularyState:
     owners: jax.Array  # u32 [S, W]: tag << 8 | use, the use halved with the sketch; or EMPTY
     sketch: jax.Array  # u8 [2, G, width]: counts the ids without a row
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
-    # The optimizer state of one row without updates, [1, ..]: that of a row with a new owner.
+    # The optimizer state of a row before its first update, [1, ..]. A row with a new owner gets it.
     fresh_row_state: Any
     groups: int  # G
     first_sets: int
@@ -197,7 +197,7 @@ def split(first: jax.Array, tags: jax.Array, sizes: Sizes) -> jax.Array:
 
 
 def row_of(sets: jax.Array, ways: jax.Array, geometry: Geometry) -> jax.Array:
-    """Returns the rows (int32) of ways of sets."""
+    """Returns the row (int32) of each way of a set."""
     return ways * geometry.sets + sets
 
 
@@ -238,7 +238,7 @@ def locate(vocabulary: VocabularyState, pairs: jax.Array, per_table: int) -> jax
 def rows_or_shared(
     pairs: jax.Array, sets: jax.Array, ways: jax.Array, geometry: Geometry, per_table: int
 ) -> jax.Array:
-    """Returns the rows (int32 [n]) of ids in ways of sets; W means a shared row."""
+    """Returns the row (int32 [n]) of each id, from its set and way. Way W means a shared row."""
     shared = shared_rows(pairs, geometry, per_table)
     rows = jnp.where(ways < geometry.ways, row_of(sets, ways, geometry), shared)
     return jnp.where(pairs[:, 0] == jnp.uint32(hashes.PADDING), NO_ID, rows)
