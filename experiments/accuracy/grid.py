@@ -46,6 +46,8 @@ class Case:
       symmetric: of an integer format; None: the library's choice for the dim.
       share: of FP32's bytes, for "hashed" and "pruned"; of the dim, for "narrow".
       small: the smallest tables, as many as have this share of all rows together, stay in FP32.
+      admit_after: the occurrences from which on an id has a row of its own in a pool; all others
+        share one row per table. 0: ids are numbered, and each has a row.
     """
 
     storage: Storage = "float32"
@@ -57,6 +59,7 @@ class Case:
     method: Method = "trained"
     share: float = 1.0
     small: float = 0.0
+    admit_after: int = 0
 
     @property
     def name(self) -> str:
@@ -71,8 +74,9 @@ class Case:
                 return f"{stored} quantization-aware"
         if self.symmetric is not None:
             stored += " symmetric" if self.symmetric else " asymmetric"
-        if self == Case():
-            return stored
+        admitted = [f"a row from {self.admit_after} on"] if self.admit_after else []
+        if self.storage == "float32" and not self.small:
+            return ", ".join([stored, *admitted])
         words = [f"{stored} + {100 * self.cache:.3g} %" if self.cache else f"{stored} no cache"]
         words += ["LRU"] if self.cache and self.policy == "lru" else []
         words += (
@@ -80,7 +84,7 @@ class Case:
         )
         words += [self.rounding] if self.rounding != "stochastic" else []
         words += [f"{100 * self.small:.3g} % in small FP32 tables"] if self.small else []
-        return ", ".join(words)
+        return ", ".join(words + admitted)
 
     @property
     def family(self) -> str | None:
@@ -93,6 +97,8 @@ class Case:
         stored = SHORT.get(self.storage, self.storage.upper())
         if self == Case(self.storage, self.cache):
             return stored
+        if self == Case(self.storage, self.cache, admit_after=self.admit_after):
+            return f"{stored}, a row from {self.admit_after} on"
         return (
             f"{stored} + small FP32 tables"
             if self == Case(self.storage, self.cache, small=self.small)
@@ -159,6 +165,26 @@ WIDE = (
     Case("int2", 0.02, small=0.01),
     Case("int2", 0.015, small=0.01),
 )
+
+
+# Raw ids: a row for each id that occurs so often, in a pool sized for them.
+RAW = (
+    FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
+    *(
+        Case(storage, cache, admit_after=times)
+        for times in (1, 2, 3, 5)
+        for storage, cache in (
+            ("float32", 0.0), ("int8", 0.05), ("int4", 0.1), ("int4", 0.05), ("int4", 0.01),
+        )
+    ),
+    *(Case(method="hashed", share=share) for share in (0.12, 0.06)),
+    *(Case(method="pruned", share=share) for share in (0.12, 0.06)),
+)  # fmt: skip
+
+
+def raw(embedding_dim: int) -> tuple[Case, ...]:
+    """Returns the lines about raw ids, which earn their rows, and baselines of equal bytes."""
+    return RAW
 
 
 def headline(embedding_dim: int) -> tuple[Case, ...]:

@@ -96,6 +96,21 @@ class Workbench:
             self.jobs[own] = source, recipe, job
         return self.jobs[own]
 
+    def contender_of(self, case: Case) -> training.Contender:
+        """Returns how training stores the rows of a case.
+
+        A pool has a row for each id that occurs `admit_after` times in training, and a tenth more:
+        sets of rows do not fill evenly.
+        """
+        contender = case.contender()
+        if not case.admit_after:
+            return contender
+        self.counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
+        num = sum(int((of >= case.admit_after).sum()) for of in self.counts.values())
+        return dataclasses.replace(
+            contender, pool_rows=max(1, -(-11 * num // 10)), admit_after=case.admit_after
+        )
+
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:
         """Replaces the bytes of an outcome.
 
@@ -120,7 +135,7 @@ class Workbench:
         case = (
             dataclasses.replace(FP32, method=group[0].method, share=group[0].share) if own else FP32
         )
-        contender = dataclasses.asdict(group[0].contender()) | {"name": ""}
+        contender = dataclasses.asdict(self.contender_of(group[0])) | {"name": ""}
         return depends_on(data, self.recipe, case, seed) | {"contender": contender}
 
     def run(
@@ -143,7 +158,7 @@ class Workbench:
           Stopped: by the keeper, if the process was told to stop.
         """
         source, recipe, job = self._setup(group[0])
-        contenders = [group[0].contender()]
+        contenders = [self.contender_of(group[0])]
         run = training.begin(source, contenders, recipe, job, seed=seed)
         if keeper is not None and (saved := unfinished.read(keeper.folder)) is not None:
             unfinished.restore(keeper.folder, saved, run, job)
@@ -164,7 +179,7 @@ class Workbench:
                 )
             outcome = outcomes.measure(
                 job,
-                now._replace(contender=case.contender()),
+                now._replace(contender=self.contender_of(case)),
                 source,
                 self.plain,
                 recipe.batch_size,

@@ -12,6 +12,8 @@ and pictures are made from all lines of the file.
     python -m experiments.accuracy.paper_table
     # Reddit posts:
     python -m experiments.accuracy.paper_table --data reddit --dims 16 64
+    # Raw ids, which have a row from their k-th occurrence on:
+    python -m experiments.accuracy.paper_table --data reddit --dims 16 64 --grid raw --seeds 0 1 2
     python -m experiments.accuracy.paper_table --data criteo --path ~/criteo --grid targets
     python -m experiments.accuracy.paper_table --data reddit --grid full --storage int4 \
         --cache 0.01 0.05 --ways 1 32
@@ -58,9 +60,10 @@ class Settings:
     seeds: tuple[int, ...] = setting(
         (0, 1, 2, 3, 4), "Seeds of every case.", "SEED", at_least=0, at_most=train_dlrm.MAX_SEED
     )
-    grid: Literal["headline", "targets", "full"] = setting(
+    grid: Literal["headline", "targets", "raw", "full"] = setting(
         "headline",
-        "Cases: some forty; a dozen for the paper's claim (targets); all, some 300 (full).",
+        "Cases: some forty; a dozen for the paper's claim (targets); raw ids that earn rows (raw); "
+        "all, some 300 (full).",
     )
     storage: tuple[training.Storage, ...] | None = setting(
         None, "Only cases of these formats, and FP32.", shown="all"
@@ -196,9 +199,10 @@ def data_of(task: train_dlrm.Settings, source: Any) -> dict[str, Any]:
 
 def cases_of(settings: Settings, embedding_dim: int) -> tuple[Case, ...]:
     """Returns the cases that the settings ask for, FP32 first."""
-    cases = {"headline": grid.headline, "targets": grid.targets, "full": grid.full}[settings.grid](
-        embedding_dim
-    )
+    grids = {
+        "headline": grid.headline, "targets": grid.targets, "raw": grid.raw, "full": grid.full,
+    }  # fmt: skip
+    cases = grids[settings.grid](embedding_dim)
     return grid.choose(
         cases, storage=settings.storage, cache=settings.cache, policy=settings.policy,
         rounding=settings.rounding,

@@ -67,8 +67,9 @@ def test_names_and_settings_of_cases_are_distinct():
     assert len(keys) == 2 * len(cases)
     assert all(
         len(set(cs)) == len(cs) and cs[0] == FP32
-        for cs in (grid.headline(16), grid.headline(64), cases)
+        for cs in (grid.headline(16), grid.headline(64), grid.raw(16), cases)
     )
+    assert len({c.name for c in grid.raw(16)}) == len(grid.raw(16))
 
 
 def test_the_full_grid_is_the_product_it_says():
@@ -95,6 +96,33 @@ def test_a_field_added_later_does_not_change_the_key_of_older_runs():
         "storage": "int4",
         "cache": 0.01,
     }
+
+
+def test_a_pool_has_a_row_for_each_id_that_occurs_often_enough():
+    source = synthetic.CriteoTwin(num_rows=7_000, scale=0.001)
+    bench = paper_runs.Workbench(source, training.Recipe(embedding_dim=4, batch_size=256))
+    counts = {name: np.zeros(size, int) for name, size in source.tables.items()}
+    for batch in source.train(256, 0):
+        for name, ids in zip(source.tables, np.asarray(batch["ids"]).T, strict=True):
+            np.add.at(counts[name], ids, 1)
+    for times in (1, 3):
+        case = Case("int4", 0.05, admit_after=times)
+        num = sum(int((of >= times).sum()) for of in counts.values())
+        contender = bench.contender_of(case)
+        assert contender.pool_rows == math.ceil(1.1 * num)
+        assert contender.admit_after == times
+        assert case.name == case.family.replace("INT4", "INT4 + 5 %")
+
+
+@pytest.mark.slow
+def test_raw_ids_are_cases_of_the_grid_and_their_vocabulary_is_counted(tmp_path):
+    settings = {"grid": "raw", "storage": ("int8",), "method": ("trained",)}
+    paper_table.run(small(tmp_path, **settings))
+    bytes_of = {line["name"]: line["outcome"]["bytes_per_row"] for line in lines(tmp_path)}
+    assert list(bytes_of)[0] == "FP32" and len(bytes_of) == 2 + 4
+    # Four codes and a scale, the map, and 5 % of lines of FP32 and their tags.
+    assert bytes_of["INT8 + 5 %, a row from 1 on"] > bytes_of["INT8 + 5 %, a row from 5 on"]
+    assert bytes_of["INT8 + 5 %, a row from 5 on"] < bytes_of["INT8 + 5 %"]
 
 
 # --- the file of finished runs
