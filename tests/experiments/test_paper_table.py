@@ -119,8 +119,7 @@ def test_raw_ids_are_cases_of_the_grid_and_their_vocabulary_is_counted(tmp_path)
     settings = {"grid": "raw", "storage": ("int8",), "method": ("trained",)}
     paper_table.run(small(tmp_path, **settings))
     bytes_of = {line["name"]: line["outcome"]["bytes_per_row"] for line in lines(tmp_path)}
-    assert list(bytes_of)[0] == "FP32" and len(bytes_of) == 2 + 4
-    # Four codes and a scale, the map, and 5 % of lines of FP32 and their tags.
+    assert bytes_of.keys() >= {"FP32", "INT8 + 5 %"} and len(bytes_of) == 2 + 4
     assert bytes_of["INT8 + 5 %, a row from 1 on"] > bytes_of["INT8 + 5 %, a row from 5 on"]
     assert bytes_of["INT8 + 5 %, a row from 5 on"] < bytes_of["INT8 + 5 %"]
 
