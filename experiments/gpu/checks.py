@@ -100,6 +100,9 @@ class Small(NamedTuple):
             state, plan, rows, bags = embedding_step(
                 state, *batch, tx=self.tx, is_pooled=self.is_pooled, weights=weights, combiner="sum"
             )
+            # Kernels order the distinct ids of a batch otherwise than the reference.
+            of_rows = plan.plan if self.is_pooled else plan
+            rows = rows[jnp.argsort(of_rows.unique_ids)]
             return state, {"rows": rows, "bags": bags, "counts": plan.counts}
 
         return jax.lax.scan(step, state, (batches, grads))

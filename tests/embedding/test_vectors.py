@@ -140,7 +140,7 @@ def check(case, *, implementations=("numba",), steps=6):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     st.builds(
         Case,

@@ -167,7 +167,7 @@ def test_some_calls_of_every_operation_fail_and_nothing_is_lost():
 
 @pytest.mark.slow
 def test_many_calls_of_every_operation_fail_and_nothing_is_lost():
-    failed_calls(11)
+    failed_calls(29)
 
 
 ACTIONS = st.lists(

@@ -158,6 +158,7 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(
         ids = np.asarray(model.prefetch(pairs.reshape(-1, 2))[0], np.int32).reshape(32, 2)
         other, other_plan, want = step(other, ids, grads, tx)
         training.assert_same(got, want)
+        plan, other_plan = (dataclasses.replace(p, signature=None) for p in (plan, other_plan))
         training.assert_same(plan, other_plan)
     training.assert_same(state.table.rows, other.table.rows)
     training.assert_same(state.row_state, other.row_state)
