@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
     "tests",
+    max_examples=40,
     deadline=None,
     derandomize=True,
     database=None,

@@ -36,7 +36,6 @@ class Over(NamedTuple):
 
 
 MESHES = {
-    "one": Over((1,)),
     "two": Over((2,)),
     "eight": Over((8,)),
     "narrow": Over((4,), capacity=0.3),
@@ -121,9 +120,8 @@ def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
     state = sharding.relayout(on_one_device, **over)
     ids, where = next(batches(38, 1))
     pairs = SPEC.raw_ids(ids, where)
-    want = mpembed.read(on_one_device, pairs)
-    np.testing.assert_array_equal(mpembed.read(state, pairs), want)
-    np.testing.assert_array_equal(jax.jit(mpembed.read)(state, pairs[:5]), want[:5])
+    want = jax.jit(mpembed.read)(on_one_device, pairs)
+    np.testing.assert_array_equal(jax.jit(mpembed.read)(state, pairs[:61]), want[:61])
     batch = PartitionSpec(state.layout.batch_axes)
     run = jax.shard_map(
         mpembed.read,

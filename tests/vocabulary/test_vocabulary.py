@@ -12,6 +12,7 @@ import optax
 import oracles
 import pytest
 import training
+from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,24 @@ def model_of(spec):
         sketch_bytes=v.sketch_bytes,
         first_sets=v.first_sets,
     )
+
+
+class Stored(NamedTuple):
+    """How the rows of a pool are held: the format, the lines of the cache, and what runs a step."""
+
+    storage: str
+    lines: int | None
+    implementation: str
+
+
+STORED = (
+    Stored("float32", None, "xla"),
+    Stored("int8", 12, "xla"),
+    Stored("int4", 12, "xla_chunked"),
+    Stored("float32", 12, "numba"),
+    Stored("int8", None, "numba"),
+    Stored("int4", 12, "numba"),
+)
 
 
 class Pool(NamedTuple):
@@ -136,12 +155,9 @@ def step(state, pairs, grads, tx):
     return state, plan, rows_
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("storage", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("lines", [None, 12])
-def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(
-    storage, lines, implementation
-):
+@pytest.mark.parametrize("stored", named(STORED))
+def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored):
+    storage, lines, implementation = stored
     spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
     dense = dataclasses.replace(
         spec, vocabulary=None, tables=(mpembed.TableSpec("pool", spec.num_rows),)
@@ -165,11 +181,10 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(
     training.assert_same(state.cache, other.cache)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-@pytest.mark.parametrize("lines", [None, 12])
-def test_a_recycled_row_starts_as_init_made_it(storage, lines, implementation):
+@pytest.mark.parametrize("stored", named(STORED))
+def test_a_recycled_row_starts_as_init_made_it(stored):
     """Every row that changes its owner has its first bits, fresh optimizer state and no line."""
+    storage, lines, implementation = stored
     spec = stack(24, 8, storage=storage, lines=lines, ways=4, admit_after=1)
     tx = rowwise_adagrad(0.5)
     state = mpembed.init(jax.random.key(3), spec, tx, implementation=implementation)
