@@ -75,7 +75,7 @@ class Case:
         if self.symmetric is not None:
             stored += " symmetric" if self.symmetric else " asymmetric"
         admitted = [f"a row from {self.admit_after} on"] if self.admit_after else []
-        if self.storage == "float32" and not self.small:
+        if self == Case(admit_after=self.admit_after):
             return ", ".join([stored, *admitted])
         words = [f"{stored} + {100 * self.cache:.3g} %" if self.cache else f"{stored} no cache"]
         words += ["LRU"] if self.cache and self.policy == "lru" else []

@@ -114,6 +114,7 @@ def test_a_pool_has_a_row_for_each_id_that_occurs_often_enough():
         assert case.name == case.family.replace("INT4", "INT4 + 5 %")
 
 
+@OPTAX_ADAM
 @pytest.mark.slow
 def test_raw_ids_are_cases_of_the_grid_and_their_vocabulary_is_counted(tmp_path):
     settings = {"grid": "raw", "storage": ("int8",), "method": ("trained",)}
