@@ -73,19 +73,9 @@ def restack(
             "pool of rows, which vocabularies.grow, shrink and add_tables move"
         )
     kept = _kept(state.spec, spec, dict(renamed or {}), removed)
-    layout = state.layout
-    if layout is not None:
-        if not state.key.is_fully_addressable:
-            raise ValueError(
-                "this state is divided over several processes: save it, and restore and restack "
-                "it in one process"
-            )
-        single = _restacked(sharding.relayout(state), spec, tx, kept)
-        axes = layout.axes or None
-        return sharding.relayout(
-            single, mesh=layout.mesh, axis_name=axes, placement=layout.placement
-        )
-    return _restacked(state, spec, tx, kept)
+    return sharding.on_one_device(
+        "restack(state, spec, tx)", state, lambda state: _restacked(state, spec, tx, kept)
+    )
 
 
 def _kept(

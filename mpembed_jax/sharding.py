@@ -5,7 +5,7 @@ The verbs (prefetch, lookup, apply_gradients, read, flush) take sharded states l
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,38 @@ def relayout(
     abstract = jax.eval_shape(partial(_moved, new=new), state)
     shardings = jax.tree.map(partial(NamedSharding, mesh), partition_specs(abstract))
     return huge_pages.place(jax.device_put(_moved(state, new), shardings))
+
+
+def on_one_device(
+    call: str, state: EmbeddingState, move: Callable[[EmbeddingState], EmbeddingState]
+) -> EmbeddingState:
+    """Returns move(state); a state over a mesh is brought to one device for it, and back.
+
+    Args:
+      call: what the user called, for messages.
+      state: not consumed, unless it is on one device and `move` consumes it.
+      move: takes a state on one device and returns one.
+
+    Raises:
+      TypeError: if a state over a mesh is traced.
+      ValueError: if several processes hold parts of the state, or if it was made inside jax.pmap.
+    """
+    layout = state.layout
+    if layout is None:
+        return move(state)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+        raise TypeError(f"{call} moves a state over a mesh on one device and cannot be traced")
+    if layout.mesh is None:
+        raise ValueError(f"{call}: this state was made inside jax.pmap and has no mesh")
+    if not state.key.is_fully_addressable:
+        raise ValueError(
+            f"{call}: this state is divided over several processes: save it, and restore and move "
+            "it in one process"
+        )
+    moved = move(relayout(state))
+    return relayout(
+        moved, mesh=layout.mesh, axis_name=layout.axes or None, placement=layout.placement
+    )
 
 
 @partial(jax.jit, static_argnames="new")

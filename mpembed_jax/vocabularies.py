@@ -37,20 +37,10 @@ def _on_one_device(move: Callable) -> Callable:
 
     @functools.wraps(move)
     def over_mesh(state: EmbeddingState, *args: Any, **options: Any) -> EmbeddingState:
-        layout = getattr(state, "layout", None)
-        if layout is None:
-            return move(state, *args, **options)
         call = f"{move.__name__}(state, ..)"
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
-            raise TypeError(f"{call} moves a state over a mesh on one device and cannot be traced")
-        if layout.mesh is None:
-            raise ValueError(f"{call}: this state was made inside jax.pmap and has no mesh")
-        return sharding.relayout(
-            move(sharding.relayout(state), *args, **options),
-            mesh=layout.mesh,
-            axis_name=layout.axes or None,
-            placement=layout.placement,
-        )
+        if not isinstance(state, EmbeddingState):
+            return move(state, *args, **options)  # which says what it takes
+        return sharding.on_one_device(call, state, lambda state: move(state, *args, **options))
 
     return over_mesh
 

@@ -6,6 +6,7 @@ size one. Passing the canonical dimension numbers avoids both. A scatter drops i
 array, including negative ones. A gather reads the nearest row or a fill value for them.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,12 @@ from jax import lax
 
 HOST_KINDS = ("pinned_host",)  # memory kinds that can hold a table
 _FILL_BLOCK = 8192  # rows
+
+
+def starts(*keys: jax.Array) -> jax.Array:
+    """Returns which entries begin a run of equal keys (bool [n], n > 0) in sorted arrays [n]."""
+    edges = [key[1:] != key[:-1] for key in keys]
+    return jnp.concatenate([jnp.ones(1, bool), functools.reduce(jnp.logical_or, edges)])
 
 
 def ceil_power(n: int) -> int:

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding.counters import add
-from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import initial_rows
@@ -136,7 +135,6 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
     layout, per_table = state.layout, rules.shared_rows
-    num = pairs.shape[0]
 
     def of_shards(state: EmbeddingState, pairs: jax.Array) -> jax.Array:
         assert layout is not None and state.vocabulary is not None
@@ -144,13 +142,8 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
 
     if layout is None:
         rows = pool.locate(vocabulary, pairs, per_table)
-    elif layout.is_bound:
-        rows = of_shards(state, pairs)
     else:
-        missing = -num % layout.batch_shards
-        padded = jnp.pad(pairs, [(0, missing), (0, 0)], constant_values=np.uint32(PADDING))
-        divided = PartitionSpec(layout.batch_axes)
-        rows = over_mesh(of_shards, state, divided, result=divided)(state, padded)[:num]
+        rows = over_batch(of_shards, state, pairs, np.uint32(PADDING))
     return treedef.unflatten(row_ids.divided(rows, [leaf.shape[:-1] for leaf in leaves]))
 
 

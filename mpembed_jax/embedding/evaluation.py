@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.embedding import admission, arguments
-from mpembed_jax.embedding.state import EmbeddingState, over_mesh
+from mpembed_jax.embedding.state import EmbeddingState, over_batch, over_mesh
 from mpembed_jax.mesh import exchange, order, requests
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, read_rows
@@ -63,14 +62,7 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     def read_shards(state: EmbeddingState, ids: jax.Array) -> jax.Array:
         return exchange.read(layout, requests.masked(layout, ids)[0], partial(_read_rows, state))
 
-    if layout.is_bound:
-        rows = read_shards(state, flat)
-    else:
-        missing = -flat.shape[0] % layout.batch_shards
-        padded = jnp.pad(flat, [(0, missing), *[(0, 0)] * len(width)], constant_values=NO_ID)
-        divided = PartitionSpec(layout.batch_axes)
-        rows = over_mesh(read_shards, state, divided, result=divided)(state, padded)
-    rows = _or_nan(state, rows)
+    rows = _or_nan(state, over_batch(read_shards, state, flat, NO_ID))
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)
     pieces = [rows[end - math.prod(shape) : end] for end, shape in zip(ends, shapes, strict=True)]
     return treedef.unflatten(

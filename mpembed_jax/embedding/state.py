@@ -334,6 +334,33 @@ def over_mesh(
     )
 
 
+def over_batch(
+    function: Callable, state: EmbeddingState, ids: jax.Array, padding: Any
+) -> jax.Array:
+    """Returns function(state, ids), with the ids divided over the devices of a batch.
+
+    Inside jax.shard_map, each device has its own ids already.
+
+    Args:
+      function: per device; takes the state and ids [n, ..], and returns an array [n, ..].
+      state: has a layout.
+      ids: [N, ..].
+      padding: the number that fills up the ids if the devices do not divide them evenly.
+
+    Returns:
+      An array [N, ..].
+    """
+    layout = state.layout
+    assert layout is not None
+    if layout.is_bound:
+        return function(state, ids)
+    num = ids.shape[0]
+    widths = [(0, -num % layout.batch_shards), *[(0, 0)] * (ids.ndim - 1)]
+    divided = PartitionSpec(layout.batch_axes)
+    run = over_mesh(function, state, divided, result=divided)
+    return run(state, jnp.pad(ids, widths, constant_values=padding))[:num]
+
+
 def assemble(
     key: jax.Array,
     spec: EmbeddingSpec,

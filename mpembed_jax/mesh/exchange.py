@@ -150,6 +150,26 @@ def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
     )
 
 
+def _is_wide(
+    layout: Layout, owner: jax.Array, rank: jax.Array, num_entries: int, axes: tuple[str, ...]
+) -> jax.Array:
+    """Returns whether the entries of a device along `axes` do not fit the ordinary width."""
+    room = _width(layout, num_entries, False)
+    is_over = jnp.any((owner < layout.shards) & (rank >= room))
+    return _sum(is_over.astype(jnp.int32), axes) > 0
+
+
+def _deliver(
+    layout: Layout, owner: jax.Array, rank: jax.Array, values: jax.Array, empty: jax.Array
+) -> jax.Array:
+    """Sends values [U, ..] to their owners; returns what all devices sent to this one.
+
+    `empty` [P * width, ..] is what this device sends where it has no value.
+    """
+    place = _place(layout, owner, rank, empty.shape[0] // layout.shards)
+    return _gather_replicas(layout, _swap(layout, indexing.put(empty, place, values)))
+
+
 def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.psum(value, axes) if axes else value
 
@@ -231,17 +251,14 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
     num_entries = wanted.ids.shape[0] - 1
     budget = layout.spec.max_unique_ids
     owner, row, rank = _assign(layout, wanted.ids)
-    room = _width(layout, num_entries, False)
-    is_over = jnp.any((owner < layout.shards) & (rank >= room))
-    is_wide = _sum(is_over.astype(jnp.int32), layout.all_axes) > 0
+    is_wide = _is_wide(layout, owner, rank, num_entries, layout.all_axes)
     num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
     size = min(num_received, layout.num_rows) + 1
     entries = jnp.stack([row, wanted.counts], axis=1)
 
     def send(width: int) -> Unique:
-        place = _place(layout, owner, rank, width)
         empty = jnp.broadcast_to(jnp.asarray([NO_ID, 0], jnp.int32), (layout.shards * width, 2))
-        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
+        received = _deliver(layout, owner, rank, entries, empty)
         found = ops.unique(received[:, 0], received.shape[0] + 1, step)
         counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
         # The entries cut off here are padding: there are at most `size - 1` distinct rows.
@@ -339,15 +356,12 @@ def ask_owners(
     """
     num_entries = owner.shape[0] - 1
     owner, rank = _ranked(layout, owner)
-    room = _width(layout, num_entries, False)
-    is_over = jnp.any((owner < layout.shards) & (rank >= room))
-    is_wide = _sum(is_over.astype(jnp.int32), layout.all_axes) > 0
+    is_wide = _is_wide(layout, owner, rank, num_entries, layout.all_axes)
     num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
 
     def send(width: int) -> jax.Array:
-        place = _place(layout, owner, rank, width)
         empty = jnp.broadcast_to(padding, (layout.shards * width, padding.shape[0]))
-        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, entries)))
+        received = _deliver(layout, owner, rank, entries, empty)
         missing = jnp.broadcast_to(padding, (num_received - received.shape[0], padding.shape[0]))
         return jnp.concatenate([received, missing])
 
@@ -398,8 +412,7 @@ def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
 
     def send(width: int) -> jax.Array:
         empty = jnp.zeros((layout.shards * width, row_grads.shape[1]), row_grads.dtype)
-        place = _place(layout, route.owner, route.rank, width)
-        received = _gather_replicas(layout, _swap(layout, indexing.put(empty, place, row_grads)))
+        received = _deliver(layout, route.owner, route.rank, row_grads, empty)
         total = jnp.zeros((route.rows.shape[0], row_grads.shape[1]), row_grads.dtype)
         return ops.add_duplicates(total, route.asked[: received.shape[0]], received)
 
@@ -492,8 +505,7 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
     wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
     owner, row, rank = _assign(layout, wanted.ids)
     num_entries = ids.shape[0]
-    is_over = jnp.any((owner < layout.shards) & (rank >= _width(layout, num_entries, False)))
-    is_wide = _sum(is_over.astype(jnp.int32), layout.axes) > 0
+    is_wide = _is_wide(layout, owner, rank, num_entries, layout.axes)
 
     def send(width: int) -> jax.Array:
         place = _place(layout, owner, rank, width)

@@ -92,8 +92,7 @@ def _ask(
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)
     tags, places, at = lax.sort((pairs[:, 0], pairs[:, 1], position), num_keys=2)
-    before = jnp.maximum(position - 1, 0)
-    is_first = (tags != tags[before]) | (places != places[before]) | (position == 0)
+    is_first = indexing.starts(tags, places)
     group = jnp.cumsum(is_first.astype(jnp.int32)) - 1
     first = jnp.where(is_first, group, num + 1)
     counts = indexing.add(jnp.zeros(num + 1, jnp.int32), group, 1).astype(jnp.uint32)

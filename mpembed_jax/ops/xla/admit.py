@@ -73,8 +73,7 @@ def admit(
 
     # Groups of positions with the same id. They are numbered in the order of sets and tags.
     by_set, by_tag, at = lax.sort((position_sets, tags, position), num_keys=2)
-    before = jnp.maximum(position - 1, 0)
-    is_first = (by_set != by_set[before]) | (by_tag != by_tag[before]) | (position == 0)
+    is_first = indexing.starts(by_set, by_tag)
     group = jnp.cumsum(is_first.astype(jnp.int32)) - 1
     first = jnp.where(is_first, group, num)
     id_sets = indexing.put(jnp.full(num, sets_, jnp.int32), first, by_set)
@@ -106,8 +105,7 @@ def admit(
         (jnp.where(is_new, id_sets, sets_), -estimates, id_tags, position), num_keys=3
     )
     is_live = new_sets < sets_
-    is_start = (new_sets != new_sets[before]) | (position == 0)
-    rank = position - lax.cummax(jnp.where(is_start, position, 0))
+    rank = position - lax.cummax(jnp.where(indexing.starts(new_sets), position, 0))
     here = indexing.take(owners.reshape(sets_, ways), new_sets)
     is_empty = here >> pool.USE_BITS == jnp.uint32(pool.NO_OWNER)
     cost = jnp.where(is_empty, 0, pool.use_of(here) + 1) * ways
