@@ -79,9 +79,11 @@ def on_one_device(
       move: takes a state on one device and returns one.
 
     Raises:
-      TypeError: if a state over a mesh is traced.
-      ValueError: if several processes hold parts of the state, or if it was made inside jax.pmap.
+      TypeError: if state has another type, or if a state over a mesh is traced.
+      ValueError: if the state was donated, if several processes hold parts of it, or if it was made
+        inside jax.pmap.
     """
+    arguments.check_state(call, state)
     layout = state.layout
     if layout is None:
         return move(state)
