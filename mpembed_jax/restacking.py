@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import ops, sharding
+from mpembed_jax import sharding
 from mpembed_jax.arrays import indexing
-from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.embedding import arguments
+from mpembed_jax.embedding.lines import Lines, write_back
 from mpembed_jax.embedding.state import EmbeddingState, init
-from mpembed_jax.ops import Draw, Store
 from mpembed_jax.optim import row_state
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec
@@ -201,61 +200,10 @@ def _with_lines(
                 sketch=jax.tree.map(jnp.copy, old.sketch),
             ),
         )
-    flat, use, is_dirty = ids.reshape(-1), priority.reshape(-1), dirty.reshape(-1)
-    num_lines = 0 if cache is None else cache.geometry.lines
-    line = np.full(flat.size, num_lines, np.int32)
-    if cache is not None and cache.policy == old.policy:
-        line = _places(flat, use, cache)
-        held = line < num_lines
-        shape = cache.tags.shape
-
-        def moved(values: np.ndarray, empty: Any) -> jax.Array:
-            lines = np.full(num_lines, empty, values.dtype)
-            lines[line[held]] = values[held]
-            return jnp.asarray(lines.reshape(shape))
-
-        cache = dataclasses.replace(
-            cache,
-            tags=moved(flat, NO_ID),
-            priority=moved(use, 0),
-            dirty=moved(is_dirty, False),
-            rows=put(cache.rows, line, old.rows),
-        )
-    homeless = np.where((line == num_lines) & is_dirty, flat, NO_ID)
+    held = ids.reshape(-1) != NO_ID
+    rows, to = tags.reshape(-1)[held], ids.reshape(-1)[held]
+    lines = Lines(old, cache)
+    lines.place(rows, to[:, None])
+    cache, homeless = lines.moved(rows, to)
     table = write_back(new.table, old.rows, homeless, new.key, new.step)
     return dataclasses.replace(new, table=table, cache=cache)
-
-
-def _places(ids: np.ndarray, use: np.ndarray, cache: CacheState) -> np.ndarray:
-    """Returns the line (int32 [n]) of each id: in its set, in descending order of use, or C."""
-    geometry = cache.geometry
-    sets = np.asarray(jax.device_get(jax.jit(residency.set_of, static_argnums=1)(ids, geometry)))
-    sets = np.where(ids == NO_ID, geometry.sets, sets)
-    order = np.lexsort((-use.astype(np.int64), sets))
-    first = np.searchsorted(sets[order], sets[order])
-    way = np.empty(ids.size, np.int64)
-    way[order] = np.arange(ids.size) - first
-    has_room = (ids != NO_ID) & (way < geometry.ways)
-    return np.where(has_room, sets * geometry.ways + way, geometry.lines).astype(np.int32)
-
-
-@partial(jax.jit, donate_argnums=0)
-def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `array`, which is consumed, with rows `index` (int32) set to values."""
-    return indexing.put(array, index, values)
-
-
-@partial(jax.jit, donate_argnums=0)
-def write_back(
-    table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
-) -> Any:
-    """Returns the table, which is consumed, with the lines of ids rounded as by flush.
-
-    Args:
-      table: a QuantizedTable.
-      lines: float32 [C, D].
-      ids: int32 [C]; NO_ID writes nothing.
-      key: uint32 [2].
-      step: int32 scalar.
-    """
-    return ops.write_back(Store(table, lines, ids != NO_ID), ids, Draw(key, step))

@@ -1,0 +1,179 @@
+"""The lines of an old cache on their way into a new one, when rows get other ids.
+
+Lines choose their places in the order of their use. A dirty line without a place is written back to
+the table.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax import ops
+from mpembed_jax.arrays import indexing
+from mpembed_jax.cache import residency
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.ops import Draw, Store
+from mpembed_jax.row_ids import NO_ID
+
+_BLOCK = 65536  # lines placed at once
+_sets_of = jax.jit(residency.set_of, static_argnames="geometry")
+
+
+class Free(Protocol):
+    """Which of the new ids that a row may have are still free."""
+
+    def of(self, n: int) -> np.ndarray:
+        """Returns which choices of row n are free, bool [k]."""
+
+    def take(self, n: int, choice: int) -> None:
+        """Gives a choice to row n."""
+
+
+class Lines:
+    """The lines of `old`, and the places of `new` that they take.
+
+    Args:
+      old: the cache of a state that moves, or None.
+      new: an empty cache, or None. Lines get places in one of the same policy only, since the use
+        of a line has another meaning for each policy.
+    """
+
+    def __init__(self, old: CacheState | None, new: CacheState | None):
+        self._old, self._new = old, new
+        tags = np.full(0, NO_ID) if old is None else np.asarray(old.tags).reshape(-1)
+        self._line = np.flatnonzero(tags != NO_ID)
+        self._line = self._line[np.argsort(tags[self._line])]
+        self._row = tags[self._line]
+        has_room = old is not None and new is not None and new.policy == old.policy
+        self._num_places = new.geometry.lines if has_room else 0  # type: ignore[union-attr]
+        self._target = np.full(self._line.size, self._num_places)
+        if has_room:
+            self._use = np.asarray(old.priority).reshape(-1)[self._line]  # type: ignore[union-attr]
+            self._room = np.full(new.geometry.sets, new.geometry.ways)  # type: ignore[union-attr]
+
+    def _find(self, rows: np.ndarray) -> np.ndarray:
+        """Returns which of the held rows each of `rows` is (int [n]), or -1."""
+        if not self._row.size:
+            return np.full(rows.size, -1)
+        at = np.minimum(np.searchsorted(self._row, rows), self._row.size - 1)
+        return np.where(self._row[at] == rows, at, -1)
+
+    def have(self, rows: np.ndarray) -> np.ndarray:
+        """Returns which of the old ids have a line, bool [n]."""
+        return self._find(rows) >= 0
+
+    def place(self, rows: np.ndarray, choices: np.ndarray, free: Free | None = None) -> np.ndarray:
+        """Gives the lines of rows places in the new cache, in descending order of their use.
+
+        A line takes the place whose set has most room. Of lines used alike, the first of `rows` is
+        the first to choose.
+
+        Args:
+          rows: int [n], distinct old ids.
+          choices: int [n, k]: the new ids that each of them may have.
+          free: which choices are free; None if all are.
+
+        Returns:
+          int [n]: the choice that a row has taken; -1 if it has no line, or no place for it.
+        """
+        taken = np.full(rows.size, -1)
+        if not self._num_places:
+            return taken
+        held = self._find(rows)
+        cached = np.flatnonzero(held >= 0)
+        cached = cached[np.argsort(-self._use[held[cached]].astype(np.int64), kind="stable")]
+        geometry = self._new.geometry  # type: ignore[union-attr]
+        for begin in range(0, cached.size, _BLOCK):
+            part = cached[begin : begin + _BLOCK]
+            sets = np.asarray(_sets_of(jnp.asarray(choices[part], jnp.int32), geometry=geometry))
+            if choices.shape[1] == 1:  # no choice: all at once
+                home = sets[:, 0]
+                order = np.argsort(home, kind="stable")
+                rank = np.empty(home.size, np.int64)
+                rank[order] = np.arange(home.size) - np.searchsorted(home[order], home[order])
+                way = geometry.ways - self._room[home] + rank
+                fits = way < geometry.ways
+                taken[part[fits]] = 0
+                self._target[held[part[fits]]] = (home * geometry.ways + way)[fits]
+                np.subtract.at(self._room, home[fits], 1)
+                continue
+            for n, own in zip(part.tolist(), sets, strict=True):
+                room = self._room[own]
+                if free is not None:
+                    room = np.where(free.of(n), room, 0)
+                best = int(np.argmax(room))
+                if room[best] <= 0:
+                    continue
+                taken[n] = best
+                if free is not None:
+                    free.take(n, best)
+                way = geometry.ways - room[best]
+                self._room[own[best]] -= 1
+                self._target[held[n]] = own[best] * geometry.ways + way
+        return taken
+
+    def moved(self, rows: np.ndarray, ids: np.ndarray) -> tuple[CacheState | None, np.ndarray]:
+        """Returns the new cache, and the new ids of dirty lines without a place.
+
+        Args:
+          rows: int [n], the old ids of the rows that stay.
+          ids: int [n], their new ids.
+
+        Returns:
+          The new cache, and int32 [lines of the old one]; NO_ID where a line is not homeless.
+        """
+        old, new = self._old, self._new
+        assert old is not None
+        dirty = np.asarray(old.dirty).reshape(-1)
+        held = self._find(rows)
+        held, ids = held[held >= 0], ids[held >= 0]
+        at, target = self._line[held], self._target[held]
+        is_homeless = (target == self._num_places) & dirty[at]
+        homeless = np.full(dirty.size, NO_ID, np.int32)
+        homeless[at[is_homeless]] = ids[is_homeless]
+        if new is None or not self._num_places:
+            return new, homeless
+        has_place = target < self._num_places
+        at, target, ids = at[has_place], target[has_place], ids[has_place]
+        line = np.full(dirty.size, self._num_places, np.int32)
+        line[at] = target
+
+        def placed(values: np.ndarray, empty: Any) -> jax.Array:
+            result = np.full(self._num_places, empty, values.dtype)
+            result[target] = values
+            return jnp.asarray(result.reshape(new.tags.shape))  # type: ignore[union-attr]
+
+        cache = dataclasses.replace(
+            new,
+            tags=placed(ids.astype(np.int32), NO_ID),
+            priority=placed(np.asarray(old.priority).reshape(-1)[at], 0),
+            dirty=placed(dirty[at], False),
+            rows=_put(new.rows, line, old.rows),
+        )
+        return cache, homeless
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `array`, which is consumed, with rows `index` (int32) set to values."""
+    return indexing.put(array, index, values)
+
+
+@partial(jax.jit, donate_argnums=0)
+def write_back(
+    table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
+) -> Any:
+    """Returns the table, which is consumed, with the lines of ids rounded as by flush.
+
+    Args:
+      table: a QuantizedTable.
+      lines: float32 [C, D].
+      ids: int32 [C]; NO_ID writes nothing.
+      key: uint32 [2].
+      step: int32 scalar.
+    """
+    return ops.write_back(Store(table, lines, ids != NO_ID), ids, Draw(key, step))
