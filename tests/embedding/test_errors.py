@@ -981,7 +981,7 @@ MISTAKES = {
     "sharding.on_one_device, spec": Mistake(
         lambda m: sharding.on_one_device("call", m.spec, lambda s: s),
         TypeError,
-        "call: state must be an EmbeddingState, got EmbeddingSpec",
+        r"call: state must be an EmbeddingState .*, got EmbeddingSpec",
     ),
     "scale_by_rowwise_adagrad, text": Mistake(
         lambda m: optim.scale_by_rowwise_adagrad("x"), TypeError, "eps must be a number, got 'x'"
