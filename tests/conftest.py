@@ -1,4 +1,7 @@
-"""Several forced CPU devices, deterministic hypothesis, strict dtype promotion, bounded memory."""
+"""Several forced CPU devices, deterministic hypothesis, strict dtype promotion, bounded memory.
+
+Compiled programs are kept in a folder of this checkout: a second run takes them from there.
+"""
 
 import ctypes
 import gc
@@ -17,6 +20,13 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Two thirds of a first run's time is XLA's. Programs of tests are small: all of them are kept.
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(

@@ -144,6 +144,7 @@ def test_a_state_that_grew_at_its_end_trains_on_as_if_it_had_not():
     assert (np.asarray(training.read(moved.state, ids[0])) != np.asarray(moved.rows[0][0])).any()
 
 
+@pytest.mark.slow
 def test_a_state_over_a_mesh_grows_as_on_one_device():
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     cache = CacheSpec(num_rows=128, ways=4)
@@ -156,6 +157,7 @@ def test_a_state_over_a_mesh_grows_as_on_one_device():
     assert_same(sharding.relayout(after), jax.device_put(expected))
 
 
+@pytest.mark.slow
 def test_a_table_in_host_memory_grows_as_on_the_device():
     sizes = {"a": 250, "b": 300}
     hosted, plain = (

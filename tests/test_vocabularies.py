@@ -131,8 +131,8 @@ def counts_of(state, pairs):
     return np.asarray(pool.counts_of(state.vocabulary.sketch.reshape(-1), cells, sizes))
 
 
-@pytest.mark.parametrize("num_rows", [176, 240, 320, 800])
-@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize("num_rows", named([176, 240, 320, 800], fast={"320"}))
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
 def test_growth_keeps_every_owner_bit_for_bit(num_rows, implementation):
     state = trained(init(implementation=implementation))
     before = held(state)
@@ -155,6 +155,7 @@ def test_growth_keeps_every_owner_bit_for_bit(num_rows, implementation):
     training.assert_same(trained(after, 4), trained(vocabularies.grow(state, num_rows), 4))
 
 
+@pytest.mark.slow
 def test_growth_in_turns_is_growth_at_once():
     state = trained(init())
     turns = state
@@ -164,7 +165,7 @@ def test_growth_in_turns_is_growth_at_once():
     assert held(turns) == held(once) == held(state) and turns.spec == once.spec
 
 
-@pytest.mark.parametrize("num_rows", [480, 320, 208, 160, 120, 20])
+@pytest.mark.parametrize("num_rows", named([480, 320, 208, 160, 120, 20], fast={"120"}))
 def test_shrinking_keeps_the_most_used_owners(num_rows):
     state = trained(vocabularies.grow(init(), 640), 40)
     after = vocabularies.shrink(state, num_rows)
@@ -268,7 +269,7 @@ def test_counts_are_loaded_as_the_model_loads_them(implementation, is_trained):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "numba"])
-@pytest.mark.parametrize("is_jitted", [False, True])
+@pytest.mark.parametrize("is_jitted", named([False, True], fast={"True"}))
 def test_nothing_of_forgotten_ids_is_left(implementation, is_jitted):
     state = trained(init(implementation=implementation))
     model = model_of(state)
@@ -296,6 +297,7 @@ def test_nothing_of_forgotten_ids_is_left(implementation, is_jitted):
     assert_goes_on_as_the_model(after)
 
 
+@pytest.mark.slow
 def test_changes_work_on_a_restored_state_and_are_restored(tmp_path):
     state = trained(init())
     checkpoint.save(tmp_path / "a", 1, state)
@@ -423,6 +425,7 @@ def test_no_ids_change_nothing():
         training.assert_same(vocabularies.from_counts(state, ids, zeros), state)
 
 
+@pytest.mark.slow
 @pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")
 def test_wide_optimizer_state_moves_with_its_rows():
     tx = optax.adam(0.1)

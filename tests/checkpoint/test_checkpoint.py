@@ -285,7 +285,7 @@ def test_a_chain_of_increments_restores_exactly(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
 @pytest.mark.parametrize(
     "cache", [None, mpembed.CacheSpec(num_rows=32, ways=4, policy="lru")], ids=["none", "lru"]
 )

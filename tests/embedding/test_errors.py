@@ -215,7 +215,7 @@ def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
         mpembed.stats(twice)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
 def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation):
     """Two prefetches, then the first one's plan. Called directly, lookup and the update raise."""
     spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
@@ -260,7 +260,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
 @pytest.mark.parametrize("name", list(PAIRS))
 @pytest.mark.parametrize("is_one_trace", [False, True])
 def test_after_a_refused_update_the_right_one_is_still_possible(name, implementation, is_one_trace):
@@ -285,7 +285,7 @@ def test_after_a_refused_update_the_right_one_is_still_possible(name, implementa
         mpembed.stats(after)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
 @pytest.mark.parametrize("name", list(PAIRS))
 @pytest.mark.parametrize("differs", ["key", "tables", "ids"])
 def test_the_plan_of_another_state_is_refused_though_its_number_is_right(

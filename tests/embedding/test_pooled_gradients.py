@@ -337,7 +337,7 @@ def test_over_a_mesh_it_is_that_pair():
     same(*results)
 
 
-@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+@pytest.mark.parametrize("implementation", named([KERNEL, "numba"], fast={"numba"}))
 def test_bad_gradients_and_arguments_are_refused(implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
@@ -363,6 +363,7 @@ def test_bad_gradients_and_arguments_are_refused(implementation):
             mpembed.apply_pooled_gradients(embedded, plan, vectors, tx=optax.adam(0.1))
 
 
+@pytest.mark.slow
 def test_positions_outside_every_bag_take_no_gradient():
     """They belong to a row all the same. They must not make it NaN beside an infinite gradient."""
     spec = shapes.stack(60, 4, storage="float32", lines=16, ways=4)

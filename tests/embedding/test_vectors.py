@@ -211,6 +211,7 @@ def test_every_pooling(pooling):
 QUICK = Case({"name": "int8"}, 12, 100, 8, "lfu", 40, "weighted mean", "adagrad")
 
 
+@pytest.mark.slow
 def test_a_step_of_bags():
     """With hits, evictions, bypassed rows, ids over the budget, and vectors of 12 numbers.
 
@@ -262,6 +263,7 @@ def test_a_product_is_rounded_before_it_is_added():
     assert np.float32(exact - 1) != np.float32(exact) - np.float32(1)
 
 
+@pytest.mark.slow
 def test_many_misses_of_one_set_enter_in_their_order():
     """300 ids meet 2 sets of 4 ways, again and again, with estimates that differ."""
     for policy in shapes.POLICIES:
@@ -354,6 +356,7 @@ def test_what_is_not_fused_takes_the_separate_verbs(name):
         mpembed.apply_pooled_gradients(state, plan, found, tx=tx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combiner", [None, "mean"])
 def test_steps_of_several_states_under_vmap_are_steps_one_after_another(combiner):
     """Foreign calls run in turn; the states and vectors are equal in every bit."""

@@ -382,6 +382,7 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
     assert plain.auc > 0.6 and cached.hit_rate > 0.5
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 @pytest.mark.parametrize("data", ["posts with bags", "a click log"])
 def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
@@ -409,6 +410,7 @@ def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("item", "user", "words"), ("words",), ("item", "user")])
 def test_vectors_of_embed_are_those_of_pooled_rows(names):
     """In every bit, and so are the rows that their gradients leave."""
@@ -459,6 +461,7 @@ def test_the_script_runs_as_a_file_and_shows_its_settings():
     assert "--cache-fraction" in shown.stdout and "--max-bad-lines" in shown.stdout
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_raw_ids_train_in_a_pool_of_fewer_rows(tmp_path):
     record = train_dlrm.run(

@@ -67,6 +67,7 @@ def test_the_same_files_give_the_same_text_and_others_another(folder, data, tmp_
 # --- the contenders
 
 
+@pytest.mark.slow
 def test_contenders_of_a_seed_differ_in_their_memory_only(data):
     models = [
         training.build(TINY, CONTENDERS[name], data.vocabulary_size, seed)
@@ -197,6 +198,7 @@ def test_step_times_of_all_contenders_are_measured(tmp_path):
 # --- the tables of known models
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_tables_of_known_models_have_their_published_sizes_and_our_bytes():
     published = {

@@ -119,6 +119,7 @@ def assert_same_counts(counts, expected):
             np.testing.assert_array_equal(getattr(counts, name), want, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_old_plan_reads_nan_over_a_mesh():
     state = initial(spec_of(), 2)
     specs, ids = mpembed.partition_specs(state), jnp.arange(64, dtype=jnp.int32).reshape(2, 32)
@@ -379,6 +380,7 @@ def test_read_flush_freeze_and_dense_tables_of_a_sharded_state():
     assert got._replace(wide_exchanges=0) == want
 
 
+@pytest.mark.slow
 def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
     spec = spec_of("lfu")
     ids, upstream = stream(1, 2 * STEPS)
@@ -393,6 +395,7 @@ def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
 # --- what a shard costs
 
 
+@pytest.mark.slow
 def test_a_sharded_step_copies_no_table_and_exchanges_only_its_room():
     """The compiled step copies no array of a shard.
 

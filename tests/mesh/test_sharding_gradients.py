@@ -218,6 +218,7 @@ def test_optimizers_that_mix_rows_see_those_of_all_shards(case):
     )
 
 
+@pytest.mark.slow
 def test_optimizers_that_mix_rows_see_those_of_all_shards_inside_pmap():
     tx, ids = MIXING["global norm"], np.arange(16, dtype=np.int32)
 

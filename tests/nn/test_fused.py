@@ -108,7 +108,12 @@ class Case(NamedTuple):
 CASES = [*map(Case, MODELS), Case("embed", tx="momentum"), Case("one combiner", options="int4")]
 
 
-@pytest.mark.parametrize("case", named(CASES))
+@pytest.mark.parametrize(
+    "case",
+    named(
+        CASES, fast={"embed-momentum-int8 with a cache", "one combiner-adagrad-int8 with a cache"}
+    ),
+)
 def test_fused_trains_the_same_bits(case):
     make, batch = MODELS[case.model]
     tx = {"adagrad": ADAGRAD, "momentum": MOMENTUM}[case.tx]
@@ -132,6 +137,7 @@ def test_a_fused_step_holds_vectors_and_no_rows(name):
     model.prefetch(batch(1))
 
 
+@pytest.mark.slow
 def test_over_a_mesh_a_step_holds_rows():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("x",), auto, devices=jax.devices()[:2])

@@ -98,6 +98,7 @@ def test_decoding_token_by_token_gives_the_vectors_of_the_whole_sequence():
         np.testing.assert_array_equal(vectors, whole[:, at : at + 1])
 
 
+@pytest.mark.slow
 def test_parts_of_a_text_are_trained_with_the_tokens_before_them():
     """A step that gets a sequence in two parts, the second with its context, is the same step."""
     whole, parts = memory_of(), memory_of()
@@ -162,6 +163,7 @@ def stepped():
     return model, [float(step(model, tokens)) for tokens in batches(3)]
 
 
+@pytest.mark.slow
 def test_memories_of_one_model_are_trained_each_by_itself(stepped):
     model, losses = stepped
     first, second = (memory.ngrams for memory in model.memories)
@@ -257,6 +259,7 @@ def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     assert {name: getattr(memory.state.spec, name) for name in SETTINGS} == SETTINGS
 
 
+@pytest.mark.slow
 def test_a_state_from_outside_is_trained_and_one_of_other_tables_refused():
     memory, other = memory_of(), memory_of(seed=1)
     memory.set_state(other.state)

@@ -113,6 +113,7 @@ def hashed(draw):
     return spec, np.array(batch, np.int64), cut
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(hashed())
 def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case):

@@ -328,6 +328,7 @@ def bags_of_sizes(a, b, seed=0):
     return nn.CachedEmbedBags(spec, ROW_TX, rngs=nnx.Rngs(seed))
 
 
+@pytest.mark.slow
 def test_the_state_of_a_model_of_other_tables_is_refused_at_its_next_use():
     """As many rows in all, so that every array has the same shape."""
     ids = {"a": np.array([[25]]), "b": np.array([[5]])}

@@ -65,6 +65,7 @@ def width_of(module, *ids):
     return width
 
 
+@pytest.mark.slow
 def test_widths_are_the_exact_bound():
     spec = spec_of()
     bags = nn.CachedEmbedBags(spec, TX, rngs=nnx.Rngs(0))
@@ -83,7 +84,7 @@ def test_widths_are_the_exact_bound():
     assert width_of(budget, ids) == 9 + 1
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", named([False, True], fast={"True"}))
 @pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"xla"}))
 def test_results_are_those_of_plans_as_wide_as_the_batch(implementation, fused):
     """A module's step, and the verbs on global ids, whose features nobody knows."""
@@ -139,6 +140,7 @@ def test_results_are_those_of_plans_as_wide_as_the_batch(implementation, fused):
     assert mpembed.stats(state).dropped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [None, 4])
 def test_over_a_mesh_results_are_those_of_one_device(blocks):
     """Each device knows the bound of its own share of the batch."""

@@ -132,7 +132,7 @@ def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
 LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
 
 
-@pytest.mark.parametrize("budget", [None, 9])
+@pytest.mark.parametrize("budget", named([None, 9], fast={"None"}))
 @pytest.mark.parametrize("policy", [*shapes.POLICIES, "no cache"])
 def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     """Its program has no loop and no branch, whose condition the host would have to read.

@@ -159,6 +159,7 @@ if "put" in sys.argv:
 """
 
 
+@pytest.mark.slow
 def test_code_of_two_processes_works_in_a_third(tmp_path):
     """Each was the first function of its process, so both have the same count in their symbols."""
     env = os.environ | {"MPEMBED_JAX_CACHE_DIR": str(tmp_path)}

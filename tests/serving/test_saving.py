@@ -157,6 +157,7 @@ def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
         np.testing.assert_array_equal(rows, expected[name])
 
 
+@pytest.mark.slow
 def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_path, capsys):
     spec = shapes.stack(SIZES, 16, storage="int8", lines=64)
     state = trained(spec)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training
+from cases import named
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -103,7 +104,7 @@ def on_one_device():
     return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
 
 
-@pytest.mark.parametrize("case", MESHES)
+@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}))
 def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
     state = trained(mpembed.init(jax.random.key(0), SPEC, TX, **placed(MESHES[case])), 0, 40)
     assert_same_rows(state, on_one_device)
@@ -113,7 +114,7 @@ def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one
     assert counted.recyclings > 100 and counted.refusals > 0 and counted.shared_requests > 100
 
 
-@pytest.mark.parametrize("case", ["two", "replicas", "replicated"])
+@pytest.mark.parametrize("case", named(["two", "replicas", "replicated"], fast={"replicated"}))
 def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
     """Outside of jax.shard_map, and inside, where each device has its own ids."""
     over = placed(MESHES[case])
@@ -133,6 +134,7 @@ def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
     np.testing.assert_array_equal(jax.jit(run)(state, pairs), want)
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, on_one_device):
     want = trained(sharding.relayout(on_one_device), 40, 8)
     four = sharding.relayout(on_one_device, **placed(Over((4,))))
@@ -145,6 +147,7 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
         assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["two", "replicas"])
 def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
     @nnx.jit
@@ -171,6 +174,7 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
         np.testing.assert_array_equal(one[feature], mesh[feature])
 
 
+@pytest.mark.slow
 def test_inside_pmap_the_rows_are_those_of_one_device():
     devices = jax.devices()[:4]
     make = jax.pmap(
@@ -204,7 +208,7 @@ LIFE = {
 }
 
 
-@pytest.mark.parametrize("change", LIFE)
+@pytest.mark.parametrize("change", named(list(LIFE), fast={"forget"}))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))

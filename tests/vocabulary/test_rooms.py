@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import training
+from cases import named
 from flax import nnx
 
 import mpembed_jax as mpembed
@@ -60,6 +61,7 @@ def trained(state, seed, num):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_fused", [False, True], ids=["rows", "fused"])
 def test_modules_train_the_rows_of_the_functional_step(is_fused):
     module = nn.CachedEmbedBags(SPEC, TX, combiner=None, fused=is_fused, rngs=nnx.Rngs(0))
@@ -79,7 +81,7 @@ def test_modules_train_the_rows_of_the_functional_step(is_fused):
         np.testing.assert_array_equal(vectors, want[feature])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
 def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
     @jax.jit
     def fused(state, pairs):
@@ -288,7 +290,7 @@ def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
             np.testing.assert_array_equal(leaf, first)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked", "numba"])
+@pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
 def test_a_step_copies_no_array_of_the_state(implementation):
     """The temporaries of a step are a small part of the smallest large array, the sketch."""
     spec = dataclasses.replace(SPEC, vocabulary=mpembed.VocabularySpec(100_000), cache=None)

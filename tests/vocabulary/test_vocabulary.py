@@ -102,7 +102,7 @@ def mask_of(number):
     return np.repeat(np.arange(24)[:, None] % 7 != number % 9, 2, axis=1)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", named(list(IMPLEMENTATIONS), fast={"numba", "xla"}))
 @pytest.mark.parametrize("case", POOLS)
 def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementation):
     spec = stack(**POOLS[case]._asdict())
@@ -129,6 +129,7 @@ def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementati
     assert np.asarray(got).reshape(-1).tolist() == [model.row_of(p) for p in probes.reshape(-1, 2)]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.lists(st.integers(0, 30), min_size=16, max_size=16), min_size=1, max_size=12),
@@ -155,7 +156,7 @@ def step(state, pairs, grads, tx):
     return state, plan, rows_
 
 
-@pytest.mark.parametrize("stored", named(STORED))
+@pytest.mark.parametrize("stored", named(STORED, fast={"int8-None-numba"}))
 def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored):
     storage, lines, implementation = stored
     spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
@@ -181,7 +182,7 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored
     training.assert_same(state.cache, other.cache)
 
 
-@pytest.mark.parametrize("stored", named(STORED))
+@pytest.mark.parametrize("stored", named(STORED, fast={"float32-12-numba"}))
 def test_a_recycled_row_starts_as_init_made_it(stored):
     """Every row that changes its owner has its first bits, fresh optimizer state and no line."""
     storage, lines, implementation = stored
