@@ -218,7 +218,7 @@ class _Row:
                 halves = builder.zext(self._load(ir.VectorType(_I16, width), start), words)
                 shift = ir.Constant(words, [16] * width)
                 return builder.bitcast(builder.shl(halves, shift), floats)
-            case "float8_e4m3fn" | "float8_e5m2":
+            case name if name.startswith("float8"):
                 values = ir.Constant(floats, ir.Undefined)
                 for lane in range(width):
                     code = builder.zext(self._load(_I8, start + lane), _I64)
