@@ -6,10 +6,10 @@ The grid varies dims, batches, formats, policies, ways, skews and V.
     python -m experiments.speed.bench_step --quick            # D = 16 and 64 at B = 2,048
 
 A step is prefetch, lookup, pool, row gradients and apply_gradients with row-wise Adagrad, on
-Kaggle's vocabularies (see workload.py). Phases are timed as separate calls, so their sum exceeds
-the whole, jitted step. The bytes floor counts what must move once (table rows and lines touched,
-the batch's vectors and gradients) at the copy bandwidth measured first. Writes
-experiments/results/bench_step.json and bench_step.png.
+Kaggle's vocabularies (see workload.py). With `pair`, it is embed and apply_pooled_gradients
+instead. Phases are timed as separate calls, so their sum exceeds the whole, jitted step. The bytes
+floor counts what must move once (table rows and lines touched, the batch's vectors and gradients)
+at the copy bandwidth measured first. Writes experiments/results/bench_step.json and bench_step.png.
 """
 
 import dataclasses
@@ -76,13 +76,17 @@ class Case:
     """Draw ids for Kaggle's sizes and take them modulo the tables' sizes: the same for every V."""
     cold: bool = False
     """Time the first steps, from an empty cache."""
+    pair: bool = False
+    """embed and apply_pooled_gradients instead of the five verbs."""
 
 
-def make_step(tx: Any, combiner: str | None) -> Any:
+def make_step(tx: Any, combiner: str | None, is_pair: bool) -> Any:
     """Returns the jitted step (state, ids, upstream gradient) -> (state, vectors, counts)."""
 
     def step(state, ids, upstream):
-        state, plan, _, vectors = embedding_step(state, ids, upstream, tx=tx, combiner=combiner)
+        state, plan, _, vectors = embedding_step(
+            state, ids, upstream, tx=tx, is_pooled=is_pair, combiner=combiner
+        )
         return state, vectors, plan.counts
 
     return jax.jit(step, donate_argnums=0)
@@ -116,7 +120,7 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
     upstream = jnp.asarray(upstream)
     abstract = (jax.ShapeDtypeStruct(ids[0].shape, jnp.int32), upstream)
     start = time.perf_counter()
-    compiled = make_step(tx, combiner).lower(state, *abstract).compile()
+    compiled = make_step(tx, combiner, case.pair).lower(state, *abstract).compile()
     compile_s = time.perf_counter() - start
     times, first = [], 1 if case.cold else warm
     before = mpembed.stats(state)
@@ -149,34 +153,59 @@ def measure(case: Case, steps: int, warm: int, bandwidth: float) -> dict[str, An
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }  # fmt: skip
     if not case.cold:
-        result["phases_ms"] = phases(state, tx, combiner, ids[warm + steps :], upstream)
+        by_phase = pair_phases if case.pair else phases
+        result["phases_ms"] = by_phase(state, tx, combiner, ids[warm + steps :], upstream)
     return result
+
+
+class Stopwatch:
+    """Times calls by name."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, function: Any, *args: Any) -> Any:
+        """Returns what the function returns, when it is there."""
+        start = time.perf_counter()
+        result = jax.block_until_ready(function(*args))
+        self._times.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def medians(self) -> dict[str, float]:
+        """Returns milliseconds; the first two calls compile and warm up."""
+        return {name: 1e3 * statistics.median(values[2:]) for name, values in self._times.items()}
 
 
 def phases(
     state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array
 ) -> dict[str, float]:
-    """Times the phases as separate jitted calls; medians in milliseconds."""
+    """Times the verbs as separate jitted calls; medians in milliseconds."""
     prefetch, lookup = jax.jit(mpembed.prefetch, donate_argnums=0), jax.jit(mpembed.lookup)
     pool = partial(mpembed.pool, combiner=combiner, implementation=state.implementation)
     pull_back = jax.jit(lambda rows, inverse, g: jax.vjp(lambda r: pool(r, inverse), rows)[1](g)[0])
     pool_alone = jax.jit(pool)
     apply = jax.jit(partial(mpembed.apply_gradients, tx=tx), donate_argnums=0)
-    times: dict[str, list[float]] = {}
-
-    def timed(name, fn, *args):
-        start = time.perf_counter()
-        result = jax.block_until_ready(fn(*args))
-        times.setdefault(name, []).append(time.perf_counter() - start)
-        return result
-
+    timed = Stopwatch()
     for batch in ids:
         state, plan = timed("prefetch", prefetch, state, jnp.asarray(batch))
         rows = timed("lookup", lookup, state, plan)
         timed("pool", pool_alone, rows, plan.inverse)
         row_grads = timed("row gradients", pull_back, rows, plan.inverse, upstream)
         state = timed("apply_gradients", apply, state, plan, rows, row_grads)
-    return {name: 1e3 * statistics.median(values[2:]) for name, values in times.items()}
+    return timed.medians()
+
+
+def pair_phases(
+    state: Any, tx: Any, combiner: str | None, ids: list[np.ndarray], upstream: jax.Array
+) -> dict[str, float]:
+    """Times embed and apply_pooled_gradients as two jitted calls; medians in milliseconds."""
+    embed = jax.jit(partial(mpembed.embed, combiner=combiner, tx=tx), donate_argnums=0)
+    apply = jax.jit(partial(mpembed.apply_pooled_gradients, tx=tx), donate_argnums=0)
+    timed = Stopwatch()
+    for batch in ids:
+        state, plan, _ = timed("embed", embed, state, jnp.asarray(batch))
+        state = timed("apply_pooled_gradients", apply, state, plan, upstream)
+    return timed.medians()
 
 
 def cases(quick: bool) -> list[Case]:
@@ -185,7 +214,8 @@ def cases(quick: bool) -> list[Case]:
     Every axis is varied around D = 16, B = 2,048, INT8 + 5 % LFU, 32 ways, skew 1.05.
     """
     base = Case()
-    grid = [dataclasses.replace(base, dim=d) for d in ((16, 64) if quick else (16, 64, 128))]
+    dims = (16, 64) if quick else (16, 64, 128)
+    grid = [dataclasses.replace(base, dim=d, pair=p) for p in (False, True) for d in dims]
     formats = (("float32", None), ("int8", 0.05), ("int4", 0.01), ("bfloat16", None))
     grid += [
         dataclasses.replace(base, dim=d, storage=s, fraction=f)
@@ -246,7 +276,8 @@ def measured_before(settings: Settings) -> dict[Case, dict[str, Any]]:
     names = [field.name for field in dataclasses.fields(Case)]
     with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
         held = json.loads(settings.out.read_text())["results"]
-        return {Case(**{name: r[name] for name in names}): r for r in held}
+        kept = [(Case(**{name: r[name] for name in names if name in r}), r) for r in held]
+    return {case: dataclasses.asdict(case) | result for case, result in kept}
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -302,7 +333,7 @@ def run(settings: Settings) -> None:
             f"cache={case.lines or case.fraction} "
             f"{case.policy} W={case.ways} "
             f"z={case.skew} V={result['num_rows'] / 1e6:5.1f}M "
-            f"bag={case.bag}{' cold' if case.cold else ''}: "
+            f"bag={case.bag}{' cold' if case.cold else ''}{' pair' if case.pair else ''}: "
             f"{result['ms']:.2f} ms [{result['ms_p10']:.2f}, {result['ms_p90']:.2f}], "
             f"{result['ms'] / result['floor_ms']:.1f} x floor | {parts}",
             flush=True,

@@ -5,8 +5,8 @@ cost.
 
     python -m experiments.speed.first_screen
 
-Measures the embedding's step (prefetch .. apply_gradients, B = 2,048 x 26 ids, D = 64) for growing
-tables, ours and a dense flax nnx.Embed with optax.adagrad as far as it is bearable; reads
+Measures the embedding's step (embed and apply_pooled_gradients, B = 2,048 x 26 ids, D = 64) for
+growing tables, ours and a dense flax nnx.Embed with optax.adagrad as far as it is bearable; reads
 experiments/results/paper_table.jsonl for accuracy and memory.report for bytes. Writes
 experiments/results/first_screen.json and .png, and the table between README's markers.
 """
@@ -122,7 +122,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     for name, storage, fraction in FORMATS:
         curves[name] = []
         for rows in settings.rows:
-            case = bench_step.Case(dim=settings.dim, storage=storage, fraction=fraction, rows=rows)
+            case = bench_step.Case(
+                dim=settings.dim, storage=storage, fraction=fraction, rows=rows, pair=True
+            )
             with running.working(f"{name}: {rows:,} rows"):
                 result = bench_step.measure(case, 30, 40, bandwidth)
             curves[name].append((result["num_rows"], result["ms"]))
