@@ -140,7 +140,7 @@ def check(case, *, implementations=("numba",), steps=6):
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     st.builds(
         Case,
