@@ -105,7 +105,9 @@ def _kept(
         raise ValueError(f"two tables of {new_names} would take the rows of one of {names}")
     if unknown := [name for name in removed if name not in names]:
         raise KeyError(f"removed={unknown} are no tables of {names}")
-    if lost := [name for name in names if (name in taken) == (name in removed)]:
+    if both := [name for name in taken if name in removed]:
+        raise ValueError(f"{both} are in removed=[..], and the new spec keeps their rows, too")
+    if lost := [name for name in names if name not in taken and name not in removed]:
         raise ValueError(
             f"each of the tables {names} must either be in the new spec {new_names}, perhaps under "
             f"another name (renamed={{new: old}}), or in removed=[..]; {lost} are not"

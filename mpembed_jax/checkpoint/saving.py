@@ -1,6 +1,6 @@
-"""Saving: a snapshot of the tree, written by orbax in the background and completed by a manifest.
+"""Saving: orbax writes a copy of the tree in the background. The manifest is written last.
 
-Donation cannot change the snapshot. Orbax (AsyncCheckpointer, one folder per array) moves the
+Donation cannot change the copy. Orbax (AsyncCheckpointer, one folder per array) moves the
 bytes, also from many processes, and renames the finished folder. This module decides what is
 written. It also deletes old checkpoints, but not before the new one is complete.
 """
@@ -38,8 +38,8 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_o
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
-# What orbax says if it did not see a folder of its own or a file in it, and the folder's name below
-# the checkpoint's. Orbax drops why the system did not show it.
+# Keys: what orbax says if it did not see one of its folders, or a file in it. Values: the path of
+# that folder below the checkpoint's. Orbax does not give the system's reason.
 _UNSEEN = {
     "Path is not a directory": "",
     "Checkpoint directory does not exist": "",
@@ -168,9 +168,9 @@ def _finish_all() -> None:
         finish_pending(pending.directory)
 
 
-# Python ends its pools of threads before it waits for other threads. A running save needs the
-# pools. threading._register_atexit is private. Without it, a save that nobody waited for is lost
-# when the program ends.
+# Python shuts down its pools of threads before it waits for other threads, and a running save needs
+# the pools. So threading._register_atexit finishes saves earlier. It is private. Without it, a save
+# that nobody waited for is lost when the program ends.
 if (_register := getattr(threading, "_register_atexit", None)) is not None:
     _register(_finish_all)
 
@@ -465,9 +465,10 @@ def _failure(
 
 
 def _why_unseen(unfinished: Path, error: BaseException) -> str:
-    """Returns why orbax did not see a file of an unfinished checkpoint, or "" if it says why.
+    """Returns why orbax did not see a file of an unfinished checkpoint.
 
-    The system is asked again. If it now shows the file, its reason for not showing it is lost.
+    It is "" for another error. The system is asked again. If the file is visible now, the reason is
+    unknown.
     """
     unseen = [unfinished / name for text, name in _UNSEEN.items() if text in str(error)]
     try:
@@ -499,7 +500,7 @@ def _prune(directory: Path, keep: int, newest: int) -> None:
         try:
             bases[step] = manifest.read(directory, step)["base"]
         except DamagedError:
-            # It cannot say on which one it builds, and nothing can be restored from it.
+            # Its base is unknown, and nothing can be restored from it.
             if step > newest:
                 continue
         found.append(step)

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
 
 class Own(NamedTuple):
-    """A user's own array of ids, and the table of which they are ids: together they name rows."""
+    """An array of ids as the user passed it, and the table to which the ids belong."""
 
     table: str
     ids: Any
@@ -138,7 +138,7 @@ def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns the global ids of each stack for ids that are local to their tables, or raw.
+    """Returns what each stack takes (see `mapped`) for ids local to their tables, or raw ids.
 
     Args:
       specs: the stacks.
@@ -175,10 +175,11 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 
 
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns the user's own arrays in the nesting of `route`, of the same ids.
+    """Returns the user's own arrays, nested like the result of `route`.
 
-    Arguments and errors are those of `route`. An array [.., T] stands for its columns. One array
-    may be given for several features, so each array of a mapping is an Own.
+    Arguments and errors are those of `route`. An array [.., T] stands for its columns. The same
+    array may be passed for features of different tables. Each array of a mapping is therefore an
+    Own, which names its table.
     """
     if isinstance(ids, Mapping):
         return [{f: Own(t, ids[f]) for f, t in s.feature_tables if f in ids} for s in specs]
@@ -190,8 +191,9 @@ def tables_of(spec: EmbeddingSpec, ids: Any, by_feature: bool) -> TablesOfIds | 
 
     Args:
       spec: of the stack; its global_ids made the ids.
-      ids: {feature: int32 [..]}, or a nest of int32 [.., T]; of one table, of int32 [..].
-      by_feature: whether a mapping is one of features.
+      ids: {feature: int32 [..]}, or a nest of int32 [.., T]. For a spec with one feature, any nest
+        of int32 [..].
+      by_feature: whether the keys of a mapping are features.
     """
     if spec.num_rows >= NO_ID or spec.vocabulary is not None:
         return None
@@ -214,7 +216,8 @@ def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:
 
     Returns:
       The nest of ids and its combiner. None if bags of several ids have different combiners, or if
-      ids have no bag axis. A vector of one id is a bag of one id beside other bags.
+      ids have no bag axis. If some features have bags, a feature without a combiner gets a bag axis
+      of length 1.
     """
     if not isinstance(ids, Mapping):
         return ids, None
@@ -254,7 +257,7 @@ def _bags(
     if isinstance(part, Vectors):
         return dict(part.vectors)
     rows, inverse, pool = part
-    # These features share one gather, and one table of gradients.
+    # The features in `single` are pooled in one call: one gather, one array of gradients.
     single = {}
     bags = {}
     for feature, index in inverse.items():

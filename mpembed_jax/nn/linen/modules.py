@@ -138,7 +138,7 @@ class CachedEmbed(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: see the nnx module; `params` then hold vectors during a step.
+      fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 
     num_embeddings: int
@@ -201,9 +201,9 @@ class CachedEmbed(linen.Module):
     def attend(self, query: jax.Array) -> jax.Array:
         """Returns the dot products of queries with every row (dense logits).
 
-        The table is decoded in blocks. The result is differentiable only in the query, and only
-        without prefetched rows: in training, the table would silently not be trained. To train it,
-        use sampled softmax over prefetched rows.
+        The table is decoded in blocks. The result is differentiable in the query only. With
+        prefetched rows, its derivative raises an error, because the table would silently not be
+        trained. To train it, use sampled softmax over prefetched rows.
 
         Args:
           query: float [.., features].
@@ -242,7 +242,7 @@ class CachedEmbedBags(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: see the nnx module; `params` then hold vectors during a step.
+      fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 
     specs: Any
@@ -315,7 +315,7 @@ class NGramMemory(linen.Module):
         n-grams. A tuple, if the module is hashed. It is kept in the collection.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: of the hash; give each memory of a model another one.
+      seed: of the hash. Give each memory of a model a different seed.
       tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec of all tables together, or None to train every row in its table.
@@ -330,7 +330,7 @@ class NGramMemory(linen.Module):
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: see the nnx module; `params` then hold vectors during a step.
+      fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 
     vocabulary_size: int
@@ -394,8 +394,8 @@ class NGramMemory(linen.Module):
         Args:
           tokens: integers [.., T] in [0, vocabulary_size) or a nest of such arrays. NO_ID and
             `padding` stand for no token. If rows were prefetched, the n-grams must be among them.
-          context: None if texts begin with these tokens, or, in the nesting of tokens, integers
-            [.., max(orders) - 1], the tokens before them; see nn.NGramHash.context_after.
+          context: the tokens before these, integers [.., max(orders) - 1], nested like tokens.
+            None if texts begin with these tokens. See nn.NGramHash.context_after.
 
         Returns:
           [.., T, orders x heads x features] in `dtype`, in the nesting of tokens. Padding gives
@@ -403,7 +403,7 @@ class NGramMemory(linen.Module):
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if a concrete token is outside the vocabulary, or outside jit, if an n-gram
+          ValueError: if a concrete token is outside the vocabulary. Outside jit, also if an n-gram
             was not prefetched.
         """
         stack = _checked(self.stack.value, self.spec)
