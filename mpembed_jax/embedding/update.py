@@ -101,7 +101,9 @@ def apply_summed(
       step: int32 scalar, the plan's step.
 
     Returns:
-      The state, which rows were updated, and which of them were stored (bool [U] each).
+      The state.
+      Which rows were updated (bool [U]).
+      Which rows were stored (bool [U]).
 
     Raises:
       ValueError: if the row state was made for another transformation, or if tx has no rule.
