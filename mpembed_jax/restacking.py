@@ -1,4 +1,4 @@
-"""Vocabularies that change: a state moved to a spec with larger, more, fewer or renamed tables."""
+"""Moves a state to a spec with larger, more, fewer or renamed tables of numbered ids."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -31,20 +31,22 @@ def restack(
     renamed: Mapping[str, str] | None = None,
     removed: Collection[str] = (),
 ) -> EmbeddingState:
-    """Moves a state to a stack of other tables: larger, more, fewer, or under other names.
+    """Moves a state to a stack with larger, more, fewer or renamed tables.
 
-    A table keeps the rows, cache lines and optimizer state of the table of its name. All other rows
-    are as init makes them. Counts, step and key stay.
+    A table keeps the rows, cache lines and optimizer state of the old table of its name (see
+    `renamed`). All other rows are as init makes them. The counts of `stats`, the step and the key
+    stay as they are.
 
-    If the cache keeps its sizes (CacheSpec(num_rows=..)) and the kept tables keep their first rows,
-    lines and sketch stay where they are. Otherwise, each line moves to the set of its new id, in
-    the order of use, and the sketch starts anew. A line that finds no room there is written back to
-    the table (rounded, as by flush), as are all lines if the policy changes.
+    If sizes and policy of the cache stay the same, and each kept table begins at the same row of
+    the stack, lines and sketch stay where they are. CacheSpec(num_rows=..) keeps the sizes the
+    same. Otherwise, each line moves to the set of its new id. The most used lines move first. The
+    sketch starts empty. A dirty line that finds no room is written back to the table, rounded as by
+    flush. If the policy changes, or the new spec has no cache, all dirty lines are written back.
 
     Args:
       state: concrete and between steps; not consumed. A sharded state is held on one device while
         it is moved.
-      spec: of the new state. It has the dim, storage and row_state_dtype of the old spec.
+      spec: the spec of the new state. It has the dim, storage and row_state_dtype of the old one.
       tx: the transformation given to init.
       renamed: {new name: old name} of tables; other tables keep their names.
       removed: names of the old tables that the new spec leaves out.
@@ -53,12 +55,12 @@ def restack(
       The new state, on the same device or mesh.
 
     Raises:
-      TypeError: if state has another type.
+      TypeError: if state is not an EmbeddingState.
       KeyError: if a name in `renamed` or `removed` is unknown.
-      ValueError: if a table is left out that is not in `removed`, or would lose rows; if dim,
-        storage or row_state_dtype differ; if a stack has a vocabulary; if a prefetch waits for its
-        update; if tx is another one; if the state was made for another spec, averaged, or donated;
-        or if several processes hold parts of it.
+      ValueError: if an old table is neither in the new spec nor in `removed`, or is in both; if two
+        tables take the rows of one; if a table would lose rows; if dim, storage or row_state_dtype
+        differ; if a stack has a vocabulary; if a prefetch waits for its update; if tx differs; if
+        the state is of another spec, averaged or donated; if several processes hold parts of it.
     """
     arguments.check_state("restack(state, spec, tx)", state)
     state.check_spec()
@@ -68,8 +70,8 @@ def restack(
         )
     if state.vocabulary is not None or spec.vocabulary is not None:
         raise ValueError(
-            "restack moves tables of numbered ids; tables of a stack with a vocabulary share one "
-            "pool of rows, which vocabularies.grow, shrink and add_tables move"
+            "restack needs stacks without a vocabulary; use vocabularies.grow, shrink or "
+            "add_tables for a stack with a vocabulary"
         )
     kept = _kept(state.spec, spec, dict(renamed or {}), removed)
     return sharding.on_one_device(
@@ -80,7 +82,7 @@ def restack(
 def _kept(
     old: EmbeddingSpec, new: EmbeddingSpec, renamed: dict[str, str], removed: Collection[str]
 ) -> list[tuple[int, int, int]]:
-    """Returns the first old row, the first new row and the old size of each kept table.
+    """Returns (first old row, first new row, number of old rows) of each table that is kept.
 
     Raises:
       KeyError: see restack.
@@ -90,8 +92,8 @@ def _kept(
         ours, theirs = getattr(old, field), getattr(new, field)
         if ours != theirs:
             raise ValueError(
-                f"restack changes tables and the cache; {field} is {ours} and would become "
-                f"{theirs} (see to_dense and from_dense)"
+                f"restack cannot change {field} from {ours} to {theirs}; use to_dense and "
+                "from_dense for that"
             )
     names, new_names = ([t.name for t in of.tables] for of in (old, new))
     for to, name in renamed.items():
@@ -104,13 +106,12 @@ def _kept(
     if len(set(taken)) != len(taken):
         raise ValueError(f"two tables of {new_names} would take the rows of one of {names}")
     if unknown := [name for name in removed if name not in names]:
-        raise KeyError(f"removed={unknown} are no tables of {names}")
-    if both := [name for name in taken if name in removed]:
-        raise ValueError(f"{both} are in removed=[..], and the new spec keeps their rows, too")
-    if lost := [name for name in names if name not in taken and name not in removed]:
+        raise KeyError(f"removed={unknown} names unknown tables; the old tables are {names}")
+    if lost := [name for name in names if (name in taken) == (name in removed)]:
         raise ValueError(
-            f"each of the tables {names} must either be in the new spec {new_names}, perhaps under "
-            f"another name (renamed={{new: old}}), or in removed=[..]; {lost} are not"
+            f"each of the old tables {names} must be in the new spec {new_names} or in "
+            f"removed=[..], not in both; {lost} break this rule (renamed={{new: old}} gives an old "
+            "table a new name)"
         )
     kept = []
     for to, name in source.items():
@@ -119,7 +120,7 @@ def _kept(
         (first, size), (begin, room) = old.table_range(name), new.table_range(to)
         if room < size:
             raise ValueError(
-                f"table {to!r} would lose rows: {name!r} has {size}, the new spec {room}"
+                f"table {to!r} would lose rows: {name!r} has {size} rows, the new {room}"
             )
         kept.append((first, begin, size))
     return kept
@@ -156,7 +157,7 @@ def _restacked(
 
 
 def _copied(array: jax.Array, source: jax.Array, kept: list[tuple[int, int, int]]) -> jax.Array:
-    """Returns `array` [V, ..], which is consumed, with the kept rows of `source`."""
+    """Copies the kept rows of `source` into `array` [V, ..], which is consumed; returns it."""
     for first, begin, size in kept:
         block = min(_BLOCK, size)
         for offset in range(0, size, block):
@@ -180,7 +181,7 @@ def _with_lines(
     old: CacheState,
     kept: list[tuple[int, int, int]],
 ) -> EmbeddingState:
-    """Returns the new state, which is consumed, with the lines of the old cache."""
+    """Puts the lines of the old cache into the new state, which is consumed; returns it."""
     tags, priority, dirty = (
         np.asarray(jax.device_get(a)) for a in (old.tags, old.priority, old.dirty)
     )

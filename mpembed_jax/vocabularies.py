@@ -1,8 +1,10 @@
-"""Vocabularies of raw ids after launch: other pools, more tables, known counts, ids to forget.
+"""Changes a vocabulary of raw ids: its pool's size, its tables, its counts, ids to forget.
 
-All rows that stay keep their bits, their optimizer state and their cache lines. A pool is split and
-joined by linear hashing (Litwin, 1980): `vocabulary.pool` says how an id finds its new set by what
-its row holds. States are moved on one device, between steps; one over a mesh goes there and back.
+Rows that stay keep their values and their optimizer state. A cached row whose line finds no place
+in the new cache is rounded; see `grow`. The sets of a pool are split and joined by linear hashing
+(Litwin, 1980). The set and the tag of a row tell the new set of its owner; see `vocabulary.pool`.
+The functions work on one device, between steps. They bring a state over a mesh to one device first,
+and then back.
 """
 
 import dataclasses
@@ -29,13 +31,13 @@ _BLOCK = 65536  # ids counted at once
 
 
 def _on_one_device(move: Callable) -> Callable:
-    """Lets a function of a state on one device take one over a mesh, and give it back there."""
+    """Makes a function for states on one device accept and return states over a mesh."""
 
     @functools.wraps(move)
     def over_mesh(state: EmbeddingState, *args: Any, **options: Any) -> EmbeddingState:
         call = f"{move.__name__}(state, ..)"
         if not isinstance(state, EmbeddingState):
-            return move(state, *args, **options)  # which says what it takes
+            return move(state, *args, **options)  # raises a TypeError
         return sharding.on_one_device(call, state, lambda state: move(state, *args, **options))
 
     return over_mesh
@@ -45,21 +47,21 @@ def _on_one_device(move: Callable) -> Callable:
 def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     """Gives the pool more rows. Every owner keeps its row.
 
-    The sets of the pool are split. Ids are spread evenly if the pool is doubled; between one
-    doubling and the next, the sets that are not split yet have more ids for each row. The
-    probability that an unknown id takes a stranger's row grows with the pool: see
-    `vocabulary.pool`.
+    The sets of the pool are split. Ids are spread evenly if the pool is doubled. Between two
+    doublings, the sets that are not split yet have more ids for each row. The probability that an
+    id without a row takes another id's row by mistake grows with the pool: see `vocabulary.pool`.
 
-    A cached row keeps its line, unless the cache has no room left in any set that its row could
-    have. Such a line is written back to the table (rounded, as by flush). The cache's counts of
-    rows without a line start anew.
+    A cached row stays in the cache if it can: it takes a way whose row number finds room there. If
+    there is no such way, the row leaves the cache. If its line is dirty, it is written back to the
+    table, rounded as by flush. The cache counts the uses of rows without a line from zero again.
 
     Args:
       state: concrete and between steps; not consumed.
-      num_rows: of the pool, more than it has. It is rounded down to whole sets.
+      num_rows: rows of the pool, more than it has. They are rounded down to whole sets, as many in
+        each group.
 
     Returns:
-      The new state. `state.spec` says its sizes: restore a checkpoint of it with that spec.
+      The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
 
     Raises:
       TypeError: if state has another type, or is traced.
@@ -74,8 +76,8 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     if sets <= geometry.sets:
         least = (geometry.sets + geometry.groups) * geometry.ways
         raise ValueError(
-            f"grow: the pool has {geometry.lines} rows, and {num_rows} would not be more in whole "
-            f"sets; ask for {least} or more, or see shrink"
+            f"grow: the pool has {geometry.lines} rows; num_rows={num_rows}, rounded down to whole "
+            f"sets, is not more; ask for {least} or more, or see shrink"
         )
     return resizing.moved(state, _resized(state, rules, vocabulary, num_rows, geometry.ways))
 
@@ -84,16 +86,18 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
 def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     """Takes rows from the pool. The least used owners of each set lose their rows.
 
-    A pool that has grown first loses the sets that it got. A pool of as many sets as it was made
-    with loses ways of its sets. The use of those who lose their rows goes to the sketch. For cached
-    rows, see `grow`.
+    A pool that has grown first loses the sets that it gained. Once it has only its first sets, each
+    set loses ways. The uses of the owners that lose their rows go to the sketch. For cached rows,
+    see `grow`.
 
     Args:
       state: concrete and between steps; not consumed.
-      num_rows: of the pool, fewer than it has. It is rounded down to whole sets.
+      num_rows: rows of the pool, fewer than it has. They are rounded down to whole sets, as many in
+        each group. If there would then be fewer sets than at first, the pool gets its first sets,
+        each with the most ways that `num_rows` has room for.
 
     Returns:
-      The new state. `state.spec` says its sizes: restore a checkpoint of it with that spec.
+      The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
 
     Raises:
       TypeError: if state has another type, or is traced.
@@ -131,7 +135,7 @@ def add_tables(
       features: {feature: table name} of the new stack; None if each table is its own feature.
 
     Returns:
-      The new state. `state.spec` has the tables.
+      The new state. Its `spec` has all tables.
 
     Raises:
       TypeError: if state or tables have another type, or if state is traced.
@@ -146,8 +150,8 @@ def add_tables(
     old = state.spec
     if old.features is not None and features is None:
         raise ValueError(
-            f"add_tables: this stack has features {dict(old.feature_tables)}; pass features= with "
-            "those of the new tables, too"
+            f"add_tables: this stack has features {dict(old.feature_tables)}; pass features= for "
+            "all tables, old and new"
         )
     tables = (*old.tables, *more)
     return resizing.moved(state, dataclasses.replace(old, tables=tables, features=features))
@@ -157,22 +161,22 @@ def add_tables(
 def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
     """Counts ids as if they had occurred before, and gives rows to those that earn them.
 
-    The ids are taken in order of descending count, so that the most used have rows. The rules are
-    those of training: an id may take the row of one that is used less. Nobody's row changes
-    otherwise. Requests are not counted; admissions, recyclings and refusals are.
+    The ids are taken in order of descending count, so that the most used get rows. As in training,
+    an id may take the row of an id that is used less. All other owners keep their rows. `stats`
+    counts no requests, but it counts admissions, recyclings and refusals.
 
     Args:
       state: concrete and between steps; not consumed. It may be new or trained.
       ids: nest of pairs uint32 [.., 2] (see spec.raw_ids). Counts of equal ids are added.
-      counts: integers of at least 0, in the nest of ids and their shapes [..].
+      counts: integers of at least 0, one for each id: a nest like `ids`, of arrays [..].
 
     Returns:
       The new state.
 
     Raises:
       TypeError: if state has another type or is traced, or if ids are not pairs.
-      ValueError: if counts are no such integers, or have another shape; if the state has no
-        vocabulary, waits for its update, was donated, or was made for another spec.
+      ValueError: if counts are not integers of at least 0, or have another shape; if the state has
+        no vocabulary, waits for its update, was donated, or was made for another spec.
     """
     _held("from_counts(state, ids, counts)", state)
     leaves, treedef = admission.checked(ids)
@@ -183,7 +187,7 @@ def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
             raise ValueError(
                 "from_counts: counts must be integers of at least 0, one for each id "
                 f"{list(leaf.shape[:-1])}, got {array.dtype} {list(array.shape)}"
-                + (" with negative ones" if array.dtype.kind == "i" and (array < 0).any() else "")
+                + (", some below 0" if array.dtype.kind == "i" and (array < 0).any() else "")
             )
         pairs = np.asarray(leaf).reshape(-1, 2)
         found.append((pairs, np.minimum(array.reshape(-1), pool.MAX_USE).astype(np.int64)))
@@ -215,16 +219,16 @@ _count_further = jax.jit(admission.count, donate_argnums=0)
 
 @_on_one_device
 def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
-    """Deletes ids: nothing of them is kept in rows of their own.
+    """Deletes ids, and all that was learned in rows of their own.
 
     Their rows get initial values and fresh optimizer state, leave the cache, and have no owner.
-    Their counters become zero, in the vocabulary and in the cache; ids that share a counter are
-    then admitted later. All other rows stay as they are. What an id taught a row that it shared
-    with others stays in that row. An id that occurs again is a new one.
+    Their counters become zero, in the vocabulary and in the cache. Other ids that share a counter
+    with them may need more occurrences to be admitted. All other rows stay as they are. What an id
+    taught a row that it shared with others stays in that row. If the id occurs again, it is new.
 
-    Donate the state; otherwise, the call copies the table. Call it between steps: a state whose
-    prefetch waits for its update stays as it is, and the call is counted as a refused update. If
-    this is known while tracing, it raises an error.
+    Donate the state; otherwise, the call copies the table. Call it between steps. If a prefetch
+    waits for its update, no row changes. If `state.pending` is concrete, the call then raises an
+    error. If it is traced, the call counts as a refused update.
 
     Args:
       state: consumed if donated.
@@ -234,7 +238,8 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
       The state.
 
     Raises:
-      TypeError: if state has another type, or ids are not pairs.
+      TypeError: if state has another type, if ids are not pairs, or if a state over a mesh is
+        traced.
       ValueError: if a prefetch is known to wait for its update; if the state has no vocabulary, was
         donated, or was made for another spec.
     """
@@ -300,7 +305,7 @@ def _vocabulary(call: str, state: EmbeddingState) -> tuple[Any, VocabularySpec]:
 
 
 def _held(call: str, state: EmbeddingState) -> tuple[Any, VocabularySpec]:
-    """Is _vocabulary, for a state that must be concrete."""
+    """Does what `_vocabulary` does, and checks that the state is concrete."""
     arguments.check_state(call, state)
     if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         raise TypeError(f"{call} moves arrays on the host and cannot be traced")
@@ -316,6 +321,6 @@ def _size(num_rows: Any) -> int:
 def _resized(
     state: EmbeddingState, rules: VocabularySpec, vocabulary: Any, num_rows: int, ways: int
 ) -> EmbeddingSpec:
-    """Returns the spec of a state with another pool."""
+    """Returns the spec of `state` with a pool of another size."""
     new = dataclasses.replace(rules, num_rows=num_rows, ways=ways, first_sets=vocabulary.first_sets)
     return dataclasses.replace(state.spec, vocabulary=new)

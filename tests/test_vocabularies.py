@@ -378,7 +378,7 @@ REFUSED = {
     "no state": Refused(lambda: vocabularies.grow(3, 320), "EmbeddingState", TypeError),
     "negative counts": Refused(
         lambda: vocabularies.from_counts(state_of(), pairs_of(1), {"user": [-1]}),
-        "negative",
+        "some below 0",
         ValueError,
     ),
     "counts of another shape": Refused(

@@ -1,7 +1,7 @@
 """The cache policies LFU and LRU: use, ageing, the rank of a line, admission, pinning.
 
-A policy is named by "lfu" or "lru". The last branch of a rule is LRU's.
-`ops.xla.plan.make_plan` states the rules as a whole.
+A policy is named "lfu" or "lru". Each rule tests for the other policies first. Its last branch is
+LRU. `ops.xla.plan.make_plan` states the rules as a whole.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_AGE = 2**25 - 1  # LRU ages saturate here, so that the pair (age, way) fits 32 bits
 MAX_ESTIMATE = 2**16 - 1
-PINNED = 2**24  # LFU priority of a line that holds a row of this batch; above every estimate
+PINNED = 2**24  # LFU priority of a line that holds a row of this batch; exceeds every estimate
 
 
 RULES = frozenset({"lfu", "lru"})  # the policies whose rules are in this file
@@ -30,7 +30,7 @@ RULES = frozenset({"lfu", "lru"})  # the policies whose rules are in this file
 def check_rules(policies: Collection[str], rules: Collection[str], where: str) -> None:
     """Checks that a file has rules for every policy.
 
-    Otherwise, a new policy would silently be LRU.
+    Without this check, a policy without rules would silently behave as LRU.
 
     Args:
       policies: the names that a CacheSpec takes.
@@ -51,14 +51,15 @@ check_rules(POLICIES, RULES, __name__)
 
 
 def counts_use(policy: str) -> bool:
-    """Returns whether a policy estimates how often each id is used, and therefore has a sketch."""
+    """Returns whether a policy estimates the use of ids. Such a policy has a count-min sketch."""
     return policy == "lfu"
 
 
 def estimate(use: jax.Array, counts: jax.Array) -> jax.Array:
-    """Returns an id's estimated use (int32): its remembered use plus its occurrences in this batch.
+    """Returns the estimated use (int32) of ids: `use` + `counts`, at most MAX_ESTIMATE.
 
-    The result is at most MAX_ESTIMATE.
+    `use` is the earlier estimate, from the line or the sketch. `counts` are the occurrences in this
+    batch.
     """
     return jnp.minimum(use + counts, MAX_ESTIMATE)
 
@@ -72,7 +73,7 @@ def pinned(policy: str, step: jax.Array) -> jax.Array | int:
 
 
 def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns the rank of each way (uint32, shape of tags); newcomers take low ranks first.
+    """Returns the rank of each way (uint32, shape of tags). Newcomers take ways of low rank first.
 
     An empty way has rank 0. LFU: the rank is the line's estimated use + 1. LRU: the rank is higher
     for a line that was used more recently.
@@ -88,17 +89,20 @@ def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
     """Returns whether newcomers with these estimates may take ways of these ranks (both int32).
 
     A newcomer may always take an empty way. LFU: the line's estimate must be below the newcomer's.
-    LRU: the line must not have been used in this step.
+    LRU: the line must hold no row of this batch.
     """
     return rank <= estimates if policy == "lfu" else rank <= MAX_AGE
 
 
 def is_time_to_halve(cache: "CacheState", step: jax.Array, num_positions: Fraction) -> jax.Array:
-    """Returns whether this step halves all LFU estimates, which happens every 30 C / N steps."""
+    """Returns whether this step halves all LFU estimates (bool []).
+
+    The period is 30 C / N steps, with C lines and N = num_positions ids in a batch.
+    """
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
     # Read as uint32, the step counts to 2^32 - 1. A longer period (small batches beside a huge
-    # cache) would never end, so it is cut to that.
+    # cache) would never end, so it is cut to 2^32 - 1.
     period = min(max(1, 30 * cache.geometry.lines // num_positions), 2**32 - 1)
     return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)
 
@@ -106,8 +110,8 @@ def is_time_to_halve(cache: "CacheState", step: jax.Array, num_positions: Fracti
 def age(cache: "CacheState", halve: jax.Array) -> "CacheState":
     """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
 
-    The arrays are updated in place, by a loop of one iteration or none. An LRU cache has no
-    estimates and is returned unchanged.
+    `carries.at_most_once` updates the arrays in place. An LRU cache has no estimates, and is
+    returned unchanged.
     """
 
     if not counts_use(cache.policy):

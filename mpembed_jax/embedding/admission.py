@@ -118,7 +118,7 @@ def _settled(
 
 
 def rows_of(state: EmbeddingState, ids: Any) -> Any:
-    """Returns the rows (int32 [..]) of raw ids: their own, or those they share.
+    """Returns the row (int32 [..]) of each raw id: its own, or the one that it shares.
 
     Nothing is admitted. As `read`, it can be called inside jax.shard_map and outside.
 

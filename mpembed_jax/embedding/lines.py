@@ -1,4 +1,4 @@
-"""The lines of an old cache on their way into a new one, when rows get other ids.
+"""Moves the lines of an old cache into a new cache, when rows get other ids.
 
 Lines choose their places in the order of their use. A dirty line without a place is written back to
 the table.
@@ -24,13 +24,13 @@ _sets_of = jax.jit(residency.set_of, static_argnames="geometry")
 
 
 class Free(Protocol):
-    """Which of the new ids that a row may have are still free."""
+    """Tells which of a row's choices (see `Lines.place`) no other row has taken."""
 
     def of(self, n: int) -> np.ndarray:
-        """Returns which choices of row n are free, bool [k]."""
+        """Returns which choices of the n-th of `rows` (see `Lines.place`) are free, bool [k]."""
 
     def take(self, n: int, choice: int) -> None:
-        """Gives a choice to row n."""
+        """Gives a choice to the n-th of `rows`."""
 
 
 class Lines:
@@ -38,8 +38,8 @@ class Lines:
 
     Args:
       old: the cache of a state that moves, or None.
-      new: an empty cache, or None. Lines get places in one of the same policy only, since the use
-        of a line has another meaning for each policy.
+      new: an empty cache, or None. If its policy is not that of `old`, no line gets a place, since
+        the policies measure use in different ways.
     """
 
     def __init__(self, old: CacheState | None, new: CacheState | None):
@@ -56,7 +56,7 @@ class Lines:
             self._room = np.full(new.geometry.sets, new.geometry.ways)  # type: ignore[union-attr]
 
     def _find(self, rows: np.ndarray) -> np.ndarray:
-        """Returns which of the held rows each of `rows` is (int [n]), or -1."""
+        """Returns the index in self._row of each of `rows` (int [n]); -1 if it has no line."""
         if not self._row.size:
             return np.full(rows.size, -1)
         at = np.minimum(np.searchsorted(self._row, rows), self._row.size - 1)
@@ -69,16 +69,17 @@ class Lines:
     def place(self, rows: np.ndarray, choices: np.ndarray, free: Free | None = None) -> np.ndarray:
         """Gives the lines of rows places in the new cache, in descending order of their use.
 
-        A line takes the place whose set has most room. Of lines used alike, the first of `rows` is
-        the first to choose.
+        A line takes the choice whose cache set has the most room. Lines of equal use choose in the
+        order of `rows`.
 
         Args:
           rows: int [n], distinct old ids.
-          choices: int [n, k]: the new ids that each of them may have.
+          choices: int [n, k]: the k new ids that each of them may get.
           free: which choices are free; None if all are.
 
         Returns:
-          int [n]: the choice that a row has taken; -1 if it has no line, or no place for it.
+          int [n]: the number of the choice that each row took; -1 if it has no line, or if there is
+          no place for its line.
         """
         taken = np.full(rows.size, -1)
         if not self._num_places:
@@ -90,7 +91,7 @@ class Lines:
         for begin in range(0, cached.size, _BLOCK):
             part = cached[begin : begin + _BLOCK]
             sets = np.asarray(_sets_of(jnp.asarray(choices[part], jnp.int32), geometry=geometry))
-            if choices.shape[1] == 1:  # no choice: all at once
+            if choices.shape[1] == 1:  # one choice each: all lines are placed at once
                 home = sets[:, 0]
                 order = np.argsort(home, kind="stable")
                 rank = np.empty(home.size, np.int64)
@@ -124,7 +125,8 @@ class Lines:
           ids: int [n], their new ids.
 
         Returns:
-          The new cache, and int32 [lines of the old one]; NO_ID where a line is not homeless.
+          The new cache. For each old line (int32), the new id of its row if the line is dirty and
+          has no place; else NO_ID.
         """
         old, new = self._old, self._new
         assert old is not None
@@ -159,7 +161,7 @@ class Lines:
 
 @partial(jax.jit, donate_argnums=0)
 def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `array`, which is consumed, with rows `index` (int32) set to values."""
+    """Sets rows `index` (int32) of `array`, which is consumed, to values, and returns it."""
     return indexing.put(array, index, values)
 
 
@@ -167,7 +169,7 @@ def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 def write_back(
     table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
 ) -> Any:
-    """Returns the table, which is consumed, with the lines of ids rounded as by flush.
+    """Writes the lines of `ids` to the table, which is consumed, rounded as by flush; returns it.
 
     Args:
       table: a QuantizedTable.

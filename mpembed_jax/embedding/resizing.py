@@ -1,4 +1,7 @@
-"""A state moved to a spec with another pool or more tables: every owner's row, state, line, count.
+"""Moves a state to a spec with another pool or more tables.
+
+An owner that stays takes along its row, optimizer state and use, and its cache line if there is a
+place for it.
 
 The sets of a pool are split and joined by linear hashing; see `vocabulary.pool`.
 """
@@ -24,7 +27,7 @@ _BLOCK = 65536  # rows moved at once
 
 
 def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
-    """Returns a state of `spec`, whose pool and tables hold those of the old one.
+    """Returns a state of `spec` that holds the owners and the rows of `state`.
 
     Owners that find no room in their new sets are left out, the least used first.
     """
@@ -125,7 +128,7 @@ def _init_table(key: jax.Array, *, spec: EmbeddingSpec) -> Any:
 
 @partial(jax.jit, donate_argnums=0)
 def _copy(array: jax.Array, source: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns `array` with the rows index[0] of it set to the rows index[1] of source."""
+    """Copies rows index[1] of `source` to rows index[0] of `array`, which is consumed."""
     return indexing.put(array, index[0], indexing.take(source, index[1]))
 
 
@@ -139,15 +142,17 @@ def _remembered(
 
 
 def _sketch(sketch: np.ndarray, old: pool.Sizes, new: pool.Sizes) -> np.ndarray:
-    """Returns a sketch of new sizes, in which no id has a lower count than in the old one.
+    """Returns a sketch of new sizes. No id has a lower count in it than in the old sketch.
 
-    A counter of the new sketch is the largest of those in the old one that its ids may have.
+    The ids of a new counter may have had several old counters. The new counter gets the largest of
+    their counts.
     """
     per, bits = old.counters_per_byte, old.counter_bits
     shifts = np.arange(per, dtype=np.uint8) * np.uint8(bits)
     counts = (sketch[..., None] >> shifts & np.uint8(old.max_count)).reshape(*sketch.shape[:2], -1)
     before, after = old.width * per, new.width * per
-    # A hash h has the counter h * width div 2^32: these are the least and the largest h of each.
+    # In a row of n counters, a hash h has the counter h * n div 2^32. Counter i of the new sketch
+    # has the hashes from ends[i] to ends[i + 1] - 1.
     number = np.arange(after + 1, dtype=np.uint64)
     ends = (number * np.uint64(2**32) + np.uint64(after - 1)) // np.uint64(after)
     first = (ends[:-1] * np.uint64(before) >> np.uint64(32)).astype(np.int64)
@@ -160,26 +165,26 @@ def _sketch(sketch: np.ndarray, old: pool.Sizes, new: pool.Sizes) -> np.ndarray:
 
 
 class _Ways:
-    """The free ways of the sets of owners."""
+    """The ways that are free in the owners' sets."""
 
     def __init__(self, sets: np.ndarray, geometry: Any):
         self.sets = sets
         self.free = np.ones((geometry.sets, geometry.ways), bool)
 
     def of(self, n: int) -> np.ndarray:
-        """Returns which ways are free for an owner, bool [W]."""
+        """Returns which ways are free for the n-th owner, bool [W]."""
         return self.free[self.sets[n]]
 
     def take(self, n: int, way: int) -> None:
-        """Gives a way to an owner."""
+        """Gives a way to the n-th owner."""
         self.free[self.sets[n], way] = False
 
 
 def _ways(sets: np.ndarray, old_rows: np.ndarray, geometry: Any, lines: Lines) -> np.ndarray:
     """Returns the way (int [n]) of each owner in its set.
 
-    Cached rows choose first: a way whose row has a place in the cache. The others take the ways
-    that are left, in the order of their old rows.
+    Cached rows choose first. Each takes a way whose row number finds room in the cache. All other
+    owners take the ways that are left, in the order of their old rows.
     """
     cached = np.flatnonzero(lines.have(old_rows))
     free = _Ways(sets[cached], geometry)

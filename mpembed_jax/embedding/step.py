@@ -8,7 +8,9 @@ One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `gradient_norm` is the norm of the gradients of all rows.
 
 In `vectors`, one differentiates with respect to vectors instead. The verbs are pure; jit them with
-the state donated. `mesh` holds what several devices add; the verbs call it through `mesh.exchange`.
+the state donated. The code for several devices is in `mesh`. The verbs call `mesh.exchange`, and
+`mesh.raw_ids` for raw ids.
+
 The system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
 """
 
@@ -36,16 +38,16 @@ from mpembed_jax.spec import TablesOfIds, most_distinct
 def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
     """Plans a batch and brings its rows into the cache.
 
-    It finds the unique ids and the cache hits, writes victims back to the table, and fills the
-    lines of newcomers. In training, exactly one apply_gradients must follow each prefetch. Donate
-    the state; otherwise, each step copies the table.
+    It finds the unique ids and the cache hits. It writes dirty victims back to the table. Then it
+    fills lines with the rows that enter the cache. In training, exactly one apply_gradients must
+    follow each prefetch. Donate the state; otherwise, each step copies the table.
 
     Args:
       state: consumed if donated.
       ids: any nest of int32 arrays of global ids (see spec.global_ids); NO_ID is padding. On a
         mesh, this device's share of the batch. For a stack of 2**31 - 1 rows or more, pairs [.., 2]
         (see sharding.pairs). For a stack with a vocabulary, pairs uint32 [.., 2] of raw ids (see
-        spec.raw_ids). They may earn rows of their own here. The plan then holds row numbers.
+        spec.raw_ids). Raw ids may earn rows of their own here. The plan then holds row numbers.
 
     Returns:
       The state, advanced by one step, and the plan of this step.
@@ -61,7 +63,10 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
 def prefetch_of_tables(
     state: EmbeddingState, ids: Any, tables: TablesOfIds | None
 ) -> tuple[EmbeddingState, CachePlan]:
-    """Runs prefetch. Its arrays have no more entries than there are rows that the ids can name.
+    """Runs prefetch, with narrower arrays if the ids are of few small tables.
+
+    If `tables` is given, `unique_ids` of the plan has at most one entry for each row of these
+    tables, and one entry of padding.
 
     Args:
       state: consumed if donated.
@@ -112,7 +117,7 @@ def prefetch_rows(
 
 
 def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
-    """Returns the state, advanced by one step, whose prefetch has these counts."""
+    """Returns the state after a prefetch: advanced by one step, pending, with `counts` added."""
     step = state.step + 1
     return dataclasses.replace(
         state,
@@ -125,10 +130,10 @@ def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
 
 
 def planned_step(state: EmbeddingState) -> jax.Array:
-    """Returns the step (int32 []) of a plan whose prefetch returned this state.
+    """Returns the step (int32 []) for the plan that prefetch returns together with `state`.
 
-    Within a trace, it is the same object, so that `is_planned` knows the plan. Outside, state and
-    plan share no buffer, because the state may be donated.
+    Within a trace, it is the object `state.step` itself: `is_planned` recognizes the plan by it.
+    Outside, state and plan share no buffer, because the state may be donated.
     """
     return state.step if isinstance(state.step, jax.core.Tracer) else jnp.copy(state.step)
 
@@ -163,8 +168,10 @@ def _place(
     """Plans the requested rows and brings them into their cache lines.
 
     Returns:
-      The state with its cache and table changed; the moves; for each position (on a mesh: for each
-      received entry), the index of its row among the moves (int32); and the counts.
+      The state with its cache and table changed.
+      The moves.
+      The index among the moves (int32) of each position's row; on a mesh, of each received entry's.
+      The counts.
     """
     found = request.rows
     cache = state.cache
@@ -244,7 +251,7 @@ def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     to the devices that request them.
 
     Returns:
-      float32 [Q, D]. On one device, the same as `lookup`.
+      float32 [Q, D]. On one device, these are the rows of `lookup`, without its check of the plan.
     """
     return ops.lookup(state.store, _moves(plan), implementation=state.implementation)
 
@@ -349,14 +356,15 @@ def apply_positions(
 ) -> EmbeddingState:
     """Applies one update to each unique row, like apply_gradients, from the gradients of positions.
 
-    The update sums the gradients of a row's positions. A kernel makes no array of row gradients.
+    The update sums the gradients of a row's positions itself. A GPU kernel sums and updates row by
+    row, without an array of row gradients.
 
     Args:
       state: from prefetch.
       plan: from the same prefetch.
       rows: float32 [U, D], from lookup.
       positions: see pooling.positions.
-      tx: the transformation given to init; it has a rule.
+      tx: the transformation given to init. It has a rule (see `optim.rule_of`).
 
     Returns:
       The state.
@@ -377,9 +385,10 @@ def apply_positions(
 def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) -> jax.Array:
     """Returns the L2 norm of the gradients of all rows of a batch.
 
-    With it, row gradients are clipped together with dense ones. Over a mesh, a device has only its
-    part of a row's gradient. The parts are first summed, as by apply_gradients. All devices
-    therefore get the norm that one device would get for the whole batch. Padding rows do not count.
+    Use it to clip the gradients of rows and of other parameters by one norm. Over a mesh, a device
+    has only its part of a row's gradient. The parts are first summed, as by apply_gradients. All
+    devices therefore get the norm that one device would get for the whole batch. Padding rows do
+    not count.
 
     Args:
       state: from prefetch; not consumed.
@@ -420,7 +429,7 @@ def _check(
     If state.pending is traced, `_pending` checks on the device whether the plan was applied.
 
     Raises:
-      TypeError: if one is no array.
+      TypeError: if one of `arrays` is not an array.
       ValueError: if a check fails.
     """
     call = f"{verb}(state, plan, ..)"
@@ -458,31 +467,31 @@ def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Any) -> 
 
 
 def _check_latest(verb: str, state: EmbeddingState, plan: Any) -> None:
-    """Raises ValueError if a plan is known not to be that of the state's latest prefetch."""
+    """Raises ValueError if a plan is known not to come from the state's latest prefetch."""
     told = (state.step, state.key, state.counters, plan.step, plan.signature)
     if any(isinstance(x, jax.core.Tracer) for x in told):
         return
     made, latest = int(plan.number), int(state.step) - 1
     if made != latest:
         raise ValueError(
-            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
-            f"that of number {made}: its rows may have left their lines since; pass the state "
-            "and the plan that one prefetch returned"
+            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got the "
+            f"plan of number {made}: its rows may have left their lines since; pass the state and "
+            "the plan that one prefetch returned"
         )
     if int(plan.signature) != int(state.signature):
         raise ValueError(
-            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got "
-            "that of another state; pass the state and the plan that one prefetch returned"
+            f"{verb} needs the plan of the state's latest prefetch, number {latest}, and got the "
+            "plan of another state; pass the state and the plan that one prefetch returned"
         )
 
 
 def is_planned(state: EmbeddingState, plan: Any) -> bool:
-    """Returns whether it is known, within a trace, that one prefetch returned both."""
+    """Returns whether, within a trace, state and plan are known to come from one prefetch."""
     return isinstance(state.step, jax.core.Tracer) and plan.step is state.step
 
 
 def is_latest(state: EmbeddingState, plan: Any) -> jax.Array:
-    """Returns whether a plan is that of this state's latest prefetch (bool []).
+    """Returns whether a plan comes from this state's latest prefetch (bool []).
 
     Plans of other states are recognized by the state's signature: by its key, its tables and the
     counts of its steps so far. Two copies of one state with equal counts are not told apart.
@@ -528,7 +537,7 @@ def finished(
     num_nonfinite: jax.Array,
     is_applied: jax.Array,
 ) -> EmbeddingState:
-    """Returns the state after an update, which is counted.
+    """Counts an update, and returns the state after it.
 
     No plan is pending any more, unless the update was refused.
     """

@@ -88,9 +88,9 @@ def apply_summed(
     *,
     step: jax.Array,
 ) -> tuple[EmbeddingState, jax.Array, jax.Array]:
-    """Updates rows once, as `apply` does, with a kernel that sums the gradients of positions.
+    """Updates rows once, as `apply` does, from the gradients of positions, which it sums.
 
-    Call it only if has_kernel(tx, state).
+    The transformation must have a rule (see `optim.rule_of`).
 
     Args:
       tx: the transformation given to init.
@@ -101,16 +101,18 @@ def apply_summed(
       step: int32 scalar, the plan's step.
 
     Returns:
-      The state, which rows were updated, and which of them were stored (bool [U] each).
+      The state.
+      Which rows were updated (bool [U]).
+      Which rows were stored (bool [U]).
 
     Raises:
-      ValueError: if the row state was made for another transformation, or no kernel runs tx.
+      ValueError: if the row state was made for another transformation, or if tx has no rule.
     """
     rule = optim.rule_of(tx)
     if rule is None:
         raise ValueError(
-            "apply_summed needs a transformation that a kernel can run; call apply if has_kernel "
-            "returns False"
+            "apply_summed needs a transformation with a rule (see optim.rule_of); call apply for "
+            "all others"
         )
     store, accumulator, is_updated, is_stored = ops.update_summed(
         state.store,

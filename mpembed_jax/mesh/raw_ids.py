@@ -1,8 +1,8 @@
 """Raw ids over a mesh: pairs go to the shards that hold their sets, and rows come back.
 
-A device sends each distinct pair of its share of a batch once, with its occurrences. The owner of
-the set admits what all devices sent, as one device would that saw the whole batch. The rows and
-their owners are therefore the same for any number of devices.
+A device sends each distinct pair of its share of a batch once, with its number of occurrences. The
+shard that holds the set decides about the pairs of all devices. One device with the whole batch
+would decide the same. So every id has the same row for any number of devices.
 """
 
 from collections.abc import Callable
@@ -31,20 +31,20 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
 ) -> tuple[VocabularyState, Admitted]:
-    """Gives the raw ids of a batch rows of their own; see `ops.xla.admit.admit`.
+    """Gives rows of their own to the raw ids that earned them; see `ops.xla.admit.admit`.
 
     Args:
       layout: the stack's layout.
       vocabulary: this shard's part.
-      pairs: uint32 [N, 2], of this device's share of the batch.
+      pairs: uint32 [N, 2]: this device's share of the batch.
       step: uint32 scalar.
-      must_halve: bool scalar.
+      must_halve: bool scalar: whether all uses and counters are halved first.
       rules: the rules of admission.
 
     Returns:
-      This shard's part, and what was decided. `rows` are global ids of this device's positions;
-      `recycled` are local rows of this shard. The counts are those of the whole batch, but for
-      `num_recycled`, which is this shard's.
+      This shard's part, and what was decided. `rows` are the global row numbers of this device's
+      positions. `recycled` are local row numbers of this shard. All counts are those of the whole
+      batch, except `num_recycled`, which is this shard's.
     """
     asked, counts, back = _ask(layout, pairs)
     part = pool.Part(layout.shards, layout.index())
@@ -63,12 +63,12 @@ def admit(
 def locate(
     layout: Layout, vocabulary: VocabularyState, pairs: jax.Array, per_table: int
 ) -> jax.Array:
-    """Returns the row of each id, as pool.locate; a global id.
+    """Returns the global row number of each id; see `pool.locate`.
 
     Args:
       layout: the stack's layout.
       vocabulary: this shard's part; not changed.
-      pairs: uint32 [N, 2], of this device.
+      pairs: uint32 [N, 2]: this device's share of the batch.
       per_table: shared rows per table.
     """
     asked, _, back = _ask(layout, pairs)
@@ -82,12 +82,13 @@ def locate(
 def _ask(
     layout: Layout, pairs: jax.Array
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Sends this device's distinct pairs to the owners of their sets.
+    """Sends this device's distinct pairs to the shards that hold their sets.
 
     Returns:
-      The pairs (uint32 [R, 2]) that this shard received; the occurrences (int32 [R]) that each
-      stands for; and a function that brings numbers [R] of these pairs to this device's positions
-      (int32 [N]).
+      The pairs (uint32 [R, 2]) that this shard received.
+      The number of occurrences of each of them (int32 [R]).
+      A function. Each shard calls it with one number for each pair that the shard received
+      (int32 [R]). It returns the number of the pair at each position of this device (int32 [N]).
     """
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)
@@ -119,13 +120,13 @@ def _ask(
 def _global_rows(
     layout: Layout, vocabulary: VocabularyState, pairs: jax.Array, own: jax.Array, per_table: int
 ) -> jax.Array:
-    """Returns the global ids of rows of this device's positions.
+    """Returns the global row number of each of this device's positions (int32 [N]).
 
     Args:
       layout: the stack's layout.
       vocabulary: this shard's part.
       pairs: uint32 [N, 2].
-      own: int32 [N]: the local row on the owner, the number of lines for none.
+      own: int32 [N]: the row's local number on its shard; sets * ways if the id has no row.
       per_table: shared rows per table.
     """
     sets, ways, groups = vocabulary.geometry

@@ -6,7 +6,8 @@ splitmix64, a bijection. So two integers of one table never have the same 64 bit
 the same on any machine, in any process and version, and the same on the host as under jit.
 
 A pair is [tag, place]. The tag is the high word. The place is the low word, whose last TABLE_BITS
-bits are replaced by the number of the table. Padding is [PADDING, PADDING]; no id has that tag.
+bits are replaced by the number of the table. Padding is [PADDING, PADDING]. No id has the tag
+PADDING.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 PADDING = 0xFFFFFFFF
 TABLE_BITS = 10
 MAX_TABLES = 1 << TABLE_BITS
-_BLOCK = 1 << 14  # values whose intermediate results stay in a core's cache
+_BLOCK = 1 << 14  # values hashed at once; their intermediate results stay in a core's cache
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 _SHIFTS = (30, 27, 31)
 _P1, _P2, _P3, _P4, _P5 = (
@@ -51,7 +52,7 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       values: integers, bytes, strings: a NumPy array or list [..] of them, of dtype object too; or
         a column [n] of Arrow or polars.
       table: the name of the table.
-      number: its number in the stack, below MAX_TABLES.
+      number: the table's number in the stack, below MAX_TABLES.
 
     Returns:
       uint32 [.., 2].
@@ -282,7 +283,7 @@ def of_traced(ids: jax.Array, table: str, number: int) -> jax.Array:
     Args:
       ids: integers [..] of any dtype.
       table: the name of the table.
-      number: its number in the stack, below MAX_TABLES.
+      number: the table's number in the stack, below MAX_TABLES.
 
     Returns:
       uint32 [.., 2].

@@ -2,20 +2,23 @@
 
 A pool of rows is a set-associative cache whose lines are the rows. A pair (see `hashes`) names an
 id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
-row has one word: the tag of its owner, and the owner's use in 8 bits. Two given ids have the same
-tag and set with probability 2^-24 / S. They would then be one id. An id that owns no row takes that
-of another by mistake with a probability of at most W / 2^24: with 32 ways, one in 524,288.
+row has one word: the tag of its owner, and the owner's use in 8 bits. Two ids with the same set and
+tag are treated as one id. For two given ids, the probability of this is 2^-24 / S. An id that owns
+no row takes another id's row by mistake with a probability of at most W / 2^24: with 32 ways, one
+in 524,288.
 
-A pool that was resized has more sets than its `first_sets`. The place chooses among those, and the
-tag among the sets that a first set was split into, as in linear hashing (Litwin, 1980). So owners
-find their new sets by what their rows hold. After a pool has grown to k times its first sets, these
-probabilities are k times as large.
+A pool that has grown has more sets than its `first_sets`. The place chooses among the first sets.
+The tag then chooses among the sets that this first set was split into, as in linear hashing
+(Litwin, 1980). So the set and the tag of a row are enough to find the new set of its owner. If a
+pool has k times its first sets, both probabilities are k times what these formulas give for its
+present S and W.
 
 A way of a set has the row `way * S + set`. If a mesh divides rows by MOD, each set therefore lies
 on one shard. The shared rows have the numbers after those of the pool.
 
-The use is a narrow float with 4 bits of mantissa: codes up to 31 are their own values. It is
-rounded stochastically. A counter of the sketch has 2, 4 or 8 bits, and stays at its largest value.
+The use is stored as a float of 8 bits, 4 of exponent and 4 of mantissa. The 8 bits are its code. A
+code of at most 31 equals its value. A use is rounded stochastically. A counter of the sketch has 2,
+4 or 8 bits. It does not overflow: it stays at its largest value.
 """
 
 import dataclasses
@@ -39,7 +42,7 @@ USE_BITS = 8
 NO_OWNER = 2**TAG_BITS - 1  # the tag of a row without an owner, and of padding
 EMPTY = NO_OWNER << USE_BITS
 PINNED = 2**USE_BITS - 1  # the use of a row of this batch, while newcomers look for rows
-MANTISSA = 4  # bits of a use
+MANTISSA = 4  # bits of the mantissa of a use
 MAX_USE = 30 << 14  # the value of PINNED - 1; no estimate is larger
 SPLIT_SEED, NOISE_SEED = 0x6A09E667, 0xBB67AE85
 ARRAYS = ("owners", "sketch")  # what a mesh divides
@@ -49,7 +52,7 @@ COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals
 class Part(NamedTuple):
     """The part of a pool that one shard holds: the sets that are `shard` modulo `shards`.
 
-    Inside a shard, sets and rows have local numbers, as those of a cache have.
+    On a shard, sets and rows have local numbers, like the sets and rows of a cache there.
     """
 
     shards: int = 1
@@ -69,7 +72,7 @@ class Sizes(NamedTuple):
     geometry: Geometry
     first_sets: int  # S when the pool was made
     counter_bits: int
-    width: int  # bytes in one row of one group of the sketch
+    width: int  # bytes of one group in one of the two rows of the sketch
 
     @property
     def counters_per_byte(self) -> int:
@@ -83,7 +86,7 @@ class Sizes(NamedTuple):
 
     @property
     def half_mask(self) -> int:
-        """The bits of a byte that its counters may have after they were halved by one shift."""
+        """The mask that keeps the halves of a byte's counters, after a shift right by one bit."""
         return sum(
             (self.max_count >> 1) << (k * self.counter_bits) for k in range(self.counters_per_byte)
         )
@@ -98,8 +101,9 @@ class Sizes(NamedTuple):
 class VocabularyState:
     """The vocabulary of one stack. A row has 4 bytes: its owner's tag and estimated use."""
 
-    owners: jax.Array  # u32 [S, W]: tag << 8 | use, the use halved with the sketch; or EMPTY
-    sketch: jax.Array  # u8 [2, G, width]: counts the ids without a row
+    # u32 [S, W]: tag << 8 | use; EMPTY without an owner. Uses are halved whenever the sketch is.
+    owners: jax.Array
+    sketch: jax.Array  # u8 [2, G, width]: counts the occurrences of ids without a row
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # The optimizer state of a row before its first update, [1, ..]. A row with a new owner gets it.
     fresh_row_state: Any
@@ -135,12 +139,12 @@ class VocabularyState:
 
 
 def init(spec: VocabularySpec, fresh_row_state: Any, shards: int = 1) -> VocabularyState:
-    """Makes a vocabulary without ids, or the part of one of several shards.
+    """Makes a vocabulary without ids, or one shard's part of it.
 
     Args:
-      spec: its sizes.
+      spec: the sizes of the whole vocabulary.
       fresh_row_state: as row_state.init_rows makes it for one row.
-      shards: divides the number of groups.
+      shards: number of shards; the number of groups must be a multiple of it.
     """
     sets, ways, groups = spec.geometry
     geometry = Geometry(sets // shards, ways, groups // shards)
@@ -159,7 +163,7 @@ def init(spec: VocabularySpec, fresh_row_state: Any, shards: int = 1) -> Vocabul
 
 
 def tags_of(pairs: jax.Array) -> jax.Array:
-    """Returns the tags (uint32 [..], below 2^24) of pairs (uint32 [.., 2]); NO_OWNER of padding."""
+    """Returns the tags (uint32 [..], below 2^24) of pairs (uint32 [.., 2]); padding: NO_OWNER."""
     tags = jnp.minimum(pairs[..., 0] >> (32 - TAG_BITS), jnp.uint32(NO_OWNER - 1))
     return jnp.where(pairs[..., 0] == jnp.uint32(hashes.PADDING), jnp.uint32(NO_OWNER), tags)
 
@@ -177,10 +181,11 @@ def shard_of(pairs: jax.Array, shards: int) -> jax.Array:
 
 
 def split(first: jax.Array, tags: jax.Array, sizes: Sizes) -> jax.Array:
-    """Returns the set (int32) of each id among those that its first set (int32) was split into.
+    """Returns the set (int32) of each id, from its first set (int32) and its tag.
 
-    A first set has n of them. An id with the mixed tag h is in number h modulo 2^k, for the
-    smallest 2^k that is at least n; or modulo 2^(k - 1), if there is no such number.
+    A first set was split into n sets, numbered from 0. Let h be the hash of an id's tag. Let 2^k be
+    the smallest power of two that is at least n. The id is in set h modulo 2^k if that is below n,
+    else in set h modulo 2^(k - 1).
     """
     whole, more = divmod(sizes.geometry.sets, sizes.first_sets)
     if (whole, more) == (1, 0):
@@ -248,7 +253,7 @@ def rows_or_shared(
 
 
 def use_of(owners: jax.Array) -> jax.Array:
-    """Returns the values (int32) of the uses in owners (uint32); that of PINNED is the largest."""
+    """Returns the uses (int32) in owners (uint32). The code PINNED has the largest value."""
     code = (owners & jnp.uint32(PINNED)).astype(jnp.int32)
     exponent = jnp.maximum((code >> MANTISSA) - 1, 0)
     is_small = code < 2 << MANTISSA
@@ -256,11 +261,11 @@ def use_of(owners: jax.Array) -> jax.Array:
 
 
 def owners_of(tags: jax.Array, estimates: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns owners (uint32) whose uses are estimates (int32), rounded up or down by noise.
+    """Returns owners (uint32), made of tags and of estimates as their uses.
 
     Args:
       tags: uint32 [n].
-      estimates: int32 [n] in [0, MAX_USE].
+      estimates: int32 [n] in [0, MAX_USE]. They are rounded up or down by noise.
       noise: uint32 [n] random bits.
     """
     num_bits = 32 - lax.clz(estimates)
@@ -280,7 +285,7 @@ def halved(owners: jax.Array) -> jax.Array:
 
 
 def mixed(sets: jax.Array, tags: jax.Array, sizes: Sizes, part: Part = WHOLE) -> jax.Array:
-    """Returns the hash (uint32 [n]) of an id by its set and tag; a split does not change it."""
+    """Returns the hash (uint32 [n]) of ids' sets and tags. A split does not change it."""
     first = part.numbers_of(sets % sizes.first_sets).astype(jnp.uint32)
     return random_bits.fmix32(tags ^ random_bits.fmix32(first))
 
@@ -312,12 +317,12 @@ def cells(sizes: Sizes, sets: jax.Array, mixed: jax.Array) -> Cells:
 
 
 def counts_of(sketch: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
-    """Returns the counts (int32 [n]) of ids: the least of their counters.
+    """Returns the count (int32 [n]) of each id: the smaller of its two counters.
 
     Args:
       sketch: uint8, flattened.
-      cells: of the ids.
-      sizes: of the sketch.
+      cells: the counters of the ids.
+      sizes: the sizes of the pool and the sketch.
     """
     bytes_ = indexing.take(sketch, cells.byte).astype(jnp.uint32)
     counts = (bytes_ >> cells.shift) & jnp.uint32(sizes.max_count)
@@ -327,19 +332,19 @@ def counts_of(sketch: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
 def raised(
     sketch: jax.Array, is_raised: jax.Array, cells: Cells, counts: jax.Array, sizes: Sizes
 ) -> jax.Array:
-    """Returns the sketch, whose counters of ids are at least their counts.
+    """Raises the counters of ids to at least the ids' counts, and returns the sketch.
 
     Args:
       sketch: uint8, flattened.
-      is_raised: bool [n], for which ids.
-      cells: of the ids.
-      counts: int32 [n].
-      sizes: of the sketch.
+      is_raised: bool [n]: the ids whose counters are raised.
+      cells: the counters of the ids.
+      counts: int32 [n]. A count above `max_count` is taken as `max_count`.
+      sizes: the sizes of the pool and the sketch.
     """
     counts = jnp.minimum(counts, sizes.max_count).astype(jnp.uint32)
     for k in range(sizes.counters_per_byte):
-        # Of a byte, each turn writes one counter. All who write it know the same other counters, so
-        # the largest byte is that of the largest count.
+        # Each turn writes one counter of a byte. All writers of a byte keep its other counters, so
+        # the largest of their bytes has the largest count.
         shift = k * sizes.counter_bits
         is_here = is_raised & (cells.shift == shift)
         byte = jnp.where(is_here, cells.byte, sketch.size)
@@ -350,7 +355,7 @@ def raised(
 
 
 def cleared(sketch: jax.Array, is_cleared: jax.Array, cells: Cells, sizes: Sizes) -> jax.Array:
-    """Returns the sketch (uint8, flattened), whose counters of ids are zero; see raised."""
+    """Sets the counters of ids to zero, and returns the sketch (uint8, flattened); see `raised`."""
     for k in range(sizes.counters_per_byte):
         shift = k * sizes.counter_bits
         is_here = is_cleared & (cells.shift == shift)

@@ -19,21 +19,22 @@ def groups_of(sets: int) -> int:
 class VocabularySpec:
     """The pool of rows that the raw ids of all tables of a stack compete for.
 
-    An id that was seen fewer than `admit_after` times shares a row with others of its table. From
-    then on it has a row of its own, if its set has an empty row or one that is used less.
+    An id that was seen fewer than `admit_after` times shares a row with other ids of its table.
+    From then on, it has a row of its own, if its set has an empty row or a row that is used less.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
-      admit_after: the occurrences, those of the current batch included, from which on an id has a
-        row of its own, 1 to 255. 1 admits every id.
+      admit_after: the number of occurrences, the current batch included, at which an id gets a row
+        of its own; 1 to 255. 1 admits every id.
       ways: rows in a set, 1 to 64.
-      recycle: whether an id may take the row of one that is used less. If False, an id whose set is
-        full shares a row for good.
+      recycle: whether an id may take the row of an id that is used less. If False, an id that finds
+        its set full shares a row for good.
       shared_rows: shared rows per table, at least 1; an id's hash chooses among them. One was best
         when measured.
       sketch_bytes: bytes of counters for ids without a row, per row of the pool; at least 1. More
-        make admission more exact: an id whose counters others share is admitted too early. A
-        counter has 4 bits if admit_after is at most 16, else 8; with recycle=False, 2 bits up to 4.
+        make admission more exact: an id that shares its counters with others is admitted too
+        early. A counter has 4 bits if admit_after is at most 16, else 8. With recycle=False, it has
+        2 bits if admit_after is at most 4.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
 
@@ -92,15 +93,15 @@ class VocabularySpec:
     def counter_bits(self) -> int:
         """Bits of a counter of the sketch: as few as count to admit_after - 1.
 
-        If rows are recycled, at least 4, because an id that does not count further than 3 seldom
-        gets the row of one that is used less.
+        If rows are recycled, there are at least 4. With fewer, an id would not count further than
+        3, and would seldom get the row of an id that is used less.
         """
         least = 4 if self.recycle else 2
         return next(bits for bits in (2, 4, 8) if bits >= least and self.admit_after <= 2**bits)
 
     @property
     def sketch_width(self) -> int:
-        """Bytes in one row of one group of the sketch."""
+        """Bytes of one group in one of the two rows of the sketch."""
         geometry = self.geometry
         return max(1, geometry.lines * self.sketch_bytes // (2 * geometry.groups))
 

@@ -225,7 +225,7 @@ def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation
     state, plan = prefetch(state, np.arange(12, 20, dtype=np.int32))
     with pytest.raises(ValueError, match="lookup needs the plan of the state's latest prefetch"):
         mpembed.lookup(state, old)
-    with pytest.raises(ValueError, match="number 1, and got that of number 0"):
+    with pytest.raises(ValueError, match="number 1, and got the plan of number 0"):
         mpembed.apply_gradients(state, old, rows, rows, tx=TX)
     assert np.isnan(jax.jit(mpembed.lookup)(state, old)).all()
     wanted = [*all_rows(state)[plan.unique_ids[:-1]], np.zeros(DIM)]
@@ -303,7 +303,7 @@ def test_the_plan_of_another_state_is_refused_though_its_number_is_right(
     mine, plan = jax.jit(pair.plan)(mine, ids)
     _, of_other = jax.jit(pair.plan)(theirs, np.where(np.arange(8) < num, ids, 0))
     with pytest.raises(
-        ValueError, match="latest prefetch, number 0, and got that of another state"
+        ValueError, match="latest prefetch, number 0, and got the plan of another state"
     ):
         pair.apply(mine, of_other)
     refused = jax.jit(pair.apply)(mine, of_other)

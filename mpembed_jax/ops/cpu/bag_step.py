@@ -1,12 +1,15 @@
-"""A fused step on a CPU: ids to vectors in one call, gradients of vectors to rows in another.
+"""A fused step on a CPU: one call turns ids into vectors, another turns gradients into rows.
 
-Positions are dealt to partitions (`partitions`). In the forward call, a partition deduplicates its
-ids and finds their lines. It lets misses enter and swaps rows. It writes each row to its positions.
-In the backward call, it sums a row's gradients over its positions, updates the row and stores it.
+Bags take a third call, between the two. It sums the rows of each bag.
 
-No array [U, D] exists. Each call reads a row once. The bits are those of `xla.unique`, `xla.plan`,
-`xla.rows` and `xla.update.update_summed`, run one after another. `codec` rounds a row. Every
-product and every sum is rounded by itself.
+Positions are dealt to partitions: each goes to the partition that owns its id (see `partitions`).
+In the forward call, a partition deduplicates its ids and finds their lines. It lets misses enter
+and swaps rows. It writes each row to its positions; for bags, it writes only the row's index. In
+the backward call, it sums a row's gradients over its positions, updates the row and stores it.
+
+No array [U, D] exists. Vectors and bags are computed from lines and packed rows. The bits are those
+of `xla.unique`, `xla.plan`, `xla.rows` and `xla.update.update_summed`, run one after another.
+`codec` rounds a row. Every product and every sum is rounded by itself.
 """
 
 import dataclasses
@@ -43,18 +46,19 @@ from mpembed_jax.table import QuantizedTable
 
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 8  # rows
-_FEW_PARTS, _FEW_TASKS = 16, 4  # larger partitions cost less where few threads share them
-_CHUNKS = 16  # into which the positions are cut, to be dealt by several threads
+# With at most _FEW_TASKS threads, a step has at most _FEW_PARTS partitions. It is then faster.
+_FEW_PARTS, _FEW_TASKS = 16, 4
+_CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _BUFFERS = 3  # rows of scratch for each partition
 F32, U32 = np.float32, np.uint32
 
-# What the forward call is given besides ids and arrays.
+# Entries of `_GIVEN`, an int32 array that the forward call takes.
 (
     _NUM_ROWS, _DIM, _SETS, _WAYS, _GROUPS, _WIDTH, _BY, _BUDGET, _TASKS,
     _STEP, _MUST_HALVE, _SEED0, _SEED1,
 ) = range(13)  # fmt: skip
-# Its arguments and results, by position. The first six results are arguments, too: the call changes
-# them in place.
+# Numbers of the forward call's arguments, then of its results. The call changes its first six
+# results in place: they are arguments, too.
 _IDS, _GIVEN, _HELD = range(3)
 _TABLE, _LINES, _TAGS, _PRIORITY, _DIRTY, _SKETCH = range(6)
 _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13)
@@ -62,19 +66,21 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
     _DEALT, _POSITIONS, _ROW_OF, _COUNT, _HOME, _ESTIMATE, _QUEUE, _VICTIM, _FOLLOWING,
     _BUCKET, _DEALS, _BUFFER,
 ) = range(13, 25)  # fmt: skip
-# Words of the facts: three numbers, the totals of the batch, then numbers of each partition.
+# Words of `_FACTS`, the counts that the forward call returns: _PARTS, _OVER and _LIMIT, the totals
+# of the batch, where each partition begins, then six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
-_COUNTS = 3  # the first of the totals: sums of the numbers below over the partitions
-_BEGIN = 16  # the first position of each partition; the last two bound the positions without a row
+_COUNTS = 3  # the first total: six sums of _OF_PARTS over partitions, then ids out of range
+_BEGIN = 16  # where each partition begins; then where positions without a row begin and end
 _ROWS = _BEGIN + MAX_PARTS + 2
 _OF_PARTS = (  # numbers of each partition
     _NUM_UNIQUE, _HITS, _HIT_REQUESTS, _NEW, _EVICTIONS, _WRITE_BACKS,
 ) = tuple(_ROWS + k * MAX_PARTS for k in range(6))  # fmt: skip
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
-_DEAL = MAX_PARTS + 2  # numbers of a chunk: for each partition, for no row, and out of range
-# What the sums of bags are given.
+_DEAL = MAX_PARTS + 2  # counts of a chunk: positions per partition, without a row, out of range
+# Entries of the int32 array that the call for bags takes.
 _BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING = range(5)
-# Arguments and results of the backward call, and what it is given.
+# Numbers of the backward call's arguments, then of its results; then the entries of `_UPDATE`, an
+# int32 array that it takes.
 _GRADS, _FACTORS, _SOURCE, _UPDATE, _RATES, _PLAN = range(6)  # the plan has five arrays
 _STORED = _PLAN + 5
 _NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = range(6)
@@ -111,7 +117,7 @@ _count_chunks = call_frame.parts(_count_chunk)
 
 
 def _deal_chunk(frame, chunk):
-    """Deals the positions of a chunk, in order."""
+    """Copies the ids and positions of a chunk to the places of their partitions, in order."""
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
     num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
@@ -131,7 +137,7 @@ _deal_chunks = call_frame.parts(_deal_chunk)
 
 @compiled
 def _deal(frame, num_tasks):
-    """Brings the positions of a partition together, ascending; those without a row come last."""
+    """Groups the positions by partition, in ascending order. Positions without a row are last."""
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
     _count_chunks(frame, _CHUNKS, num_tasks)
@@ -159,7 +165,7 @@ def _part_of(frame, index, begin, end):
 @compiled
 def _buckets_of(frame, facts, part):
     begin, end = _bounds(facts, part)
-    num_buckets = 16  # a power of two: two to four for each position
+    num_buckets = 16  # a power of two, at least twice the number of positions
     while num_buckets < 2 * (end - begin):
         num_buckets *= 2
     first = 4 * begin + 16 * part
@@ -182,7 +188,10 @@ _deduplicate_parts = call_frame.parts(_deduplicate)
 
 @compiled
 def _find_limit(frame):
-    """Over the budget: finds the largest fmix32(id xor step) that stays."""
+    """If there are more distinct ids than the budget, finds the largest hash that is kept.
+
+    The hash is fmix32(id xor step). The ids with the smallest hashes are kept.
+    """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
     ids, num_found = result(frame, _ROW_IDS, np.int32), 0
     for part in range(facts[_PARTS]):
@@ -201,7 +210,10 @@ def _find_limit(frame):
 
 @compiled
 def _place(frame, part):
-    """Decides about the rows of a partition: hits, newcomers, victims and bypasses."""
+    """Plans the rows of a partition.
+
+    It drops ids over the budget. Then it finds the hits, lets misses enter, and chooses victims.
+    """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
     begin, end = _bounds(facts, part)
     ids, count = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _COUNT, begin, end)
@@ -237,7 +249,7 @@ def _place(frame, part):
 
 @compiled
 def _blank(frame, position):
-    """Writes the zeros of a position without a row, or the -1 if rows are listed."""
+    """Writes the result of a position without a row: zeros, or -1 if the call lists rows."""
     row_of_position = result(frame, _ROW_OF_POSITION, np.int32)
     if len(row_of_position) > 0:
         row_of_position[position] = -1
@@ -334,7 +346,10 @@ def _forward_of(fmt: RowFormat) -> str:
 
     @compiled
     def write_vectors(frame, part):
-        """Writes each row to its positions, and its estimate to its line's priority."""
+        """Writes each row, or its index if rows are listed, to the row's positions.
+
+        For LFU, it also writes the estimate of each cached row to the priority of the row's line.
+        """
         facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
         begin, end = _bounds(facts, part)
         ids, line = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _LINE, begin, end)
@@ -425,7 +440,7 @@ def _sum_parts(fmt: RowFormat) -> Any:
     decode = rows.decode
 
     def sum_part(frame, part):
-        """Sums the rows of a range of bags, positions ascending."""
+        """Sums the rows of a range of bags. Positions are added in ascending order."""
         row_of_position = argument(frame, 0, np.int32)
         factors, bag = argument(frame, 1, np.float32), argument(frame, 2, np.int32)
         given = argument(frame, 3, np.int32)
@@ -489,7 +504,10 @@ def _sums_of(fmt: RowFormat) -> str:
 
 @compiled
 def _sum_of_squares(scratch, grads, dim):
-    """Sums the squares of a buffer as optim.rowwise does: the upper half added to the lower one."""
+    """Sums the squares of a buffer in the order of `optim.rowwise`.
+
+    The blocks of the upper half are added to those of the lower half, until one block is left.
+    """
     lanes.square(scratch, grads, dim)
     num_blocks, half = (dim + LANES - 1) // LANES, 1
     while 2 * half < num_blocks:
@@ -513,7 +531,7 @@ def _bfloat16_code(x, bits):
 
 @compiled
 def _add_to_sum(frame, x, mean, given):
-    """Adds a row's mean square to its G, and returns G before it is rounded for storage."""
+    """Adds the mean square of a row's gradient to the row's sum G. Returns the unrounded sum."""
     if given[_IS_NARROW]:
         sums = result(frame, _ACCUMULATOR, np.uint16)
         total = float_of(U32(U32(sums[x]) << U32(16))) + mean
@@ -569,7 +587,7 @@ def _backward_of(fmt: RowFormat) -> str:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
                     ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
-                    # A source of -1 gives an address outside the array. A prefetch does no harm.
+                    # If source is -1, the address is outside the array. To ask for it is harmless.
                     lanes.ask_for(grads + ahead * 4 * dim, 4 * dim)
                 position = np.int64(order[at])
                 here = np.int64(source[position]) if has_source else position // per_grad
@@ -652,19 +670,21 @@ def forward(
     It is unique, plan, swap and lookup in one call.
 
     Args:
-      table: the stack.
-      cache: of the stack.
-      ids: int32 [N], N > 0; those outside the table, NO_ID among them, read as zeros.
-      budget: most distinct ids, None: all; see xla.unique.
+      table: the table of the stack.
+      cache: the cache of the stack, or None.
+      ids: int32 [N], N > 0. NO_ID and ids outside the table have no row: their vector is zero.
+      budget: the largest number of distinct ids, see xla.unique; None: no limit.
       step: int32 scalar, number of this prefetch.
       must_halve: bool scalar, see policy.is_time_to_halve.
-      draw: names the random bits of the victims' rounding.
-      is_listed: return each position's row instead of its vector.
+      draw: the source of the random bits that round the victims.
+      is_listed: whether the call returns the index of each position's row instead of its vector.
       max_threads: how many threads may share the work.
 
     Returns:
-      The table and the cache, changed in place; float32 [N, D], or with is_listed int32 [N]: the
-      index of each position's row in the plan, -1 for none; and the plan.
+      The table and the cache, changed in place.
+      The vectors, float32 [N, D]. With is_listed, instead, the index of each position's row in the
+      Places, int32 [N]; -1 if the position has no row.
+      The Places.
     """
     (num,), dim = ids.shape, table.embedding_dim
     nothing = jnp.zeros((0,), jnp.int32)
@@ -729,10 +749,10 @@ def counts(places: Places) -> dict[str, jax.Array]:
 
 
 def distinct_ids(places: Places) -> jax.Array:
-    """Returns the ids of a batch's rows, int32 [N]: each once, NO_ID where there is none."""
+    """Returns the distinct ids of a batch (int32 [N]). Entries that hold no row are NO_ID."""
     parts = slice(_BEGIN, _BEGIN + MAX_PARTS)
     first, num = places.facts[parts], places.facts[_NUM_UNIQUE : _NUM_UNIQUE + MAX_PARTS]
-    # The running sum is 1 from the first row of a partition to its last one, and 0 between.
+    # The running sum is 1 at the rows of a partition, and 0 at the unused entries after them.
     changes = jnp.zeros(places.ids.shape[0] + 1, jnp.int32).at[first].add(1).at[first + num].add(-1)
     return jnp.where(jnp.cumsum(changes)[:-1] > 0, places.ids, NO_ID)
 
@@ -749,7 +769,7 @@ def bags(
     is_ascending: bool,
     max_threads: int,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array]:
-    """Sums factors[n] * row of position n by bag, positions ascending.
+    """Sums factors[n] times the row of position n over each bag, in ascending order of n.
 
     Positions without a row are left out.
 
@@ -759,9 +779,9 @@ def bags(
       places: from the forward call.
       row_of_position: int32 [N], from the forward call.
       factors: float32 [N].
-      bag: int32 [N]; outside [0, num_bags): none.
+      bag: int32 [N], the bag of each position; outside [0, num_bags), the position is in no bag.
       num_bags: M.
-      is_ascending: whether bags ascend, so that the positions of one follow one another.
+      is_ascending: whether `bag` is sorted, so that the positions of a bag are neighbours.
       max_threads: how many threads may share the work.
 
     Returns:
@@ -806,15 +826,16 @@ def backward(
     See xla.update.update_summed.
 
     Args:
-      store: table, lines and dirty bits; the lines that it changes become dirty.
+      store: table, lines and dirty bits. The lines that the call changes become dirty.
       accumulator: G of row-wise Adagrad, float32 [V], or bfloat16 bit patterns uint16 [V]; None for
         SGD.
       places: from the forward call of N positions.
       grads: float32 [M, D], M > 0.
-      factors: float32 [N] or None, multiplied with each position's gradient.
-      source: int32 [N] of grads, -1 for none; None: position n takes grads[n // (N / M)].
-      rule: the optimizer's.
-      draw: names the random bits of the roundings.
+      factors: float32 [N]; each position's gradient is multiplied by its factor. None: all are 1.
+      source: int32 [N], the index in grads of each position, -1 if it takes no gradient. If source
+        is None, position n takes grads[n // (N / M)].
+      rule: the optimizer's rule.
+      draw: the source of the random bits of all roundings.
       skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       is_applied: bool scalar; if False, nothing changes.
       max_threads: how many threads may share the work.

@@ -1,9 +1,10 @@
 """The plan on a GPU: the unique ids are grouped by cache set, and one kernel plans every set.
 
-One program of one warp plans one set. It finds the hits of the set, and then lets its misses meet
-its ways one after another. So there are no rounds over all ids, and no loop has an end that only
-the device knows. The rules are those of `xla.plan.make_plan`. A program looks at all ids of its set
-again for each newcomer, so long sets are left to the rounds of the reference (`has_short_sets`).
+One program of one warp plans one set. It finds the hits of the set. Then the misses of the set try
+to take a way of it, one after another. So there are no rounds over all ids, and no loop outside the
+kernels. The plan follows the rules of `xla.plan.make_plan`. For each newcomer, a program looks at
+all ids of its set again. If the sets of the cache may have many ids on average, the reference's
+rounds plan the batch instead: see `has_short_sets` and `ops.plan`.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ _LANES = 8  # unique ids of a set that are looked at together
 _MOST_IDS_PER_SET = 64  # unique ids per set, on average, that a program can plan fast
 _HALVED = 1024  # numbers that one turn of a program halves
 _MOST_HALVING_PROGRAMS = 1024
-_HIT = -1  # the estimate of a hit, which does not wait for a line
+_HIT = -1  # stands in the place of a hit's estimate: a hit does not wait for a line
 
 
 class _Sets(NamedTuple):
@@ -83,7 +84,7 @@ def plan(
     if policy.counts_use(cache.policy):
         cache = _remember(cache, made, ids, is_row & ~is_hit, is_cached)
 
-    # Hits, newcomers, bypassed ids and padding get their places in the plan.
+    # The plan lists hits, newcomers, bypassed ids and padding, in this order.
     hits, cached = jnp.cumsum(jnp.stack([is_hit, is_cached]).astype(jnp.int32), axis=1)
     num_hits, num_cached = hits[-1], cached[-1]
     place = jnp.where(is_cached, num_hits + cached - hits - 1, num_cached + position - cached)
@@ -105,7 +106,7 @@ def plan(
 
 
 def _grouped(unique: Unique, geometry: Geometry) -> _Sets:
-    """Groups the unique ids of a batch by cache set, with a second sort."""
+    """Groups the unique ids of a batch by cache set, with a sort."""
     width = unique.ids.shape[0]
     position = jnp.arange(width, dtype=jnp.int32)
     sets = residency.set_of(unique.ids, geometry)
@@ -156,7 +157,7 @@ def _decide(
             priority = kernel.load(priority_ref, (first_line + way,), is_way)
 
             def seen(here: jax.Array, is_miss: jax.Array) -> jax.Array:
-                """Returns the use that the sketch remembers of each miss."""
+                """Returns the use of each miss that the sketch holds."""
                 use = jnp.full(_LANES, policy.MAX_ESTIMATE, jnp.int32)
                 for row, seed in enumerate(residency.SKETCH_SEEDS):
                     cell = residency.cells_in_row(cache.sketch.shape, here, row, jnp.uint32(seed))
@@ -187,15 +188,18 @@ def _decide(
                 use = jnp.max(jnp.where(is_match, estimate[:, None], -1), axis=0)
                 return start + _LANES, jnp.maximum(uses, use)
 
-            # The estimate of the batch's id in each way; -1 where there is none.
+            # For each way whose id is in the batch, the estimate of that id; -1 for other ways.
             uses = jnp.full(way.shape, -1, jnp.int32)
             _, uses = lax.while_loop(lambda carry: carry[0] < end, find, (begin, uses))
             priority = jnp.where(uses >= 0, policy.pinned(by, step), priority)
-            # The misses are read by other threads than those that stored them.
+            # The threads that read the misses are not those that stored them.
             kernel.barrier(is_interpreted)
 
             def best_after(estimate: jax.Array, miss: jax.Array) -> tuple:
-                """Returns the position, the estimate and the id of the next miss; -1 for none."""
+                """Returns position, estimate and id of the best miss after `miss`.
+
+                The position is -1 if there is none.
+                """
 
                 def look(carry: tuple) -> tuple:
                     start, best_position, best, best_id = carry
@@ -219,7 +223,7 @@ def _decide(
                 return lax.while_loop(lambda carry: carry[0] < end, look, start)[1:]
 
             def meet(carry: tuple) -> tuple:
-                """Lets the best waiting miss meet the cheapest way, and finds the next miss."""
+                """Gives the best miss the cheapest way, if it may enter. Finds the next miss."""
                 position, estimate, miss, tags, priority, uses = carry
                 rank = policy.ranks(by, tags, priority, step).astype(jnp.int32)
                 rank = jnp.where(is_way, rank, np.int32(2**31 - 1))
@@ -239,7 +243,7 @@ def _decide(
                 tags = jnp.where(is_taken, miss, tags)
                 priority = jnp.where(is_taken, policy.pinned(by, step), priority)
                 uses = jnp.where(is_taken, estimate, uses)
-                # A set that its best miss could not enter is closed to all others.
+                # If the best miss may not enter, no other miss of the set may.
                 position, next_estimate, next_miss = best_after(estimate, miss)
                 position = jnp.where(may, position, -1)
                 return position, next_estimate, next_miss, tags, priority, uses

@@ -26,7 +26,7 @@ def admit(
     occurrences: jax.Array | None = None,
     part: pool.Part = pool.WHOLE,
 ) -> tuple[VocabularyState, Admitted]:
-    """Gives the ids of a batch rows of their own, where they earned them.
+    """Gives rows of their own to the ids of a batch that earned them.
 
     The rules are:
     * Every 30 pools of positions, all estimates are halved first.
@@ -44,15 +44,15 @@ def admit(
     Args:
       vocabulary: the state before the step; its counters are passed through.
       pairs: uint32 [N, 2].
-      step: uint32 scalar, of which the rounding draws its bits.
-      must_halve: bool scalar.
+      step: uint32 scalar. The rounding draws its bits from it.
+      must_halve: bool scalar: whether all uses and counters are halved first.
       rules: the rules of admission.
-      occurrences: int32 [N], as how many occurrences each position counts; None: one. Of one id,
-        they sum up to less than 2^31.
-      part: the part of the pool that the vocabulary holds. Pairs are those of its sets.
+      occurrences: int32 [N]: how many occurrences each position stands for; None: one. The sum over
+        the positions of an id is below 2^31.
+      part: the part of the pool that the vocabulary holds. All pairs have their sets in it.
 
     Returns:
-      The vocabulary and what was decided. Rows are the local ones of the part.
+      The vocabulary and what was decided. `rows` are local row numbers of the part.
     """
     num = pairs.shape[0]
     sizes = vocabulary.sizes
