@@ -27,8 +27,12 @@ from numba.extending import intrinsic
 
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.ops.cpu import machine_code
+from mpembed_jax.ops.cpu.admit import set_of
+from mpembed_jax.ops.cpu.hashes import fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import host_rows
+from mpembed_jax.serving.container import Pool
+from mpembed_jax.vocabulary import hashes, pool
 
 _WIDTH = 16  # values in a vector
 _GROUP = 8  # vectors of a bag's sum that are in registers at once
@@ -504,6 +508,49 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
         return 0
 
     return {"take": (take, 8), "bag": (bag, 12), "score": (score, 6)}
+
+
+# --- raw ids
+
+
+def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
+    """See pools.locate."""
+    pairs = np.ascontiguousarray(pairs)
+    rows = np.empty(len(pairs), np.int32)
+    with _LOCK:
+        find = _locate()
+    given = sizes.sets, sizes.ways, sizes.groups, sizes.first_sets, sizes.shared_rows
+    find(_address(rows), _address(pairs), len(pairs), _address(owners), *given)
+    return rows
+
+
+@functools.cache
+def _locate() -> Callable:
+    array = _array
+    padding, last = np.uint32(hashes.PADDING), np.uint32(pool.NO_OWNER - 1)
+    number, shift = np.uint32(hashes.MAX_TABLES - 1), np.uint32(pool.USE_BITS)
+
+    def rows_of(out, pairs, num, owners, sets, ways, groups, first_sets, per_table):
+        row = array(out, num, np.int32)
+        pair = array(pairs, 2 * num, np.uint32)
+        owner = array(owners, sets * ways, np.uint32)
+        for i in range(num):
+            hashed, place = pair[2 * i], pair[2 * i + 1]
+            if hashed == padding:
+                row[i] = NO_ID
+                continue
+            tag = min(hashed >> shift, last)
+            home = set_of(place, tag, sets, first_sets, groups)
+            own = sets * ways + np.int64(place & number) * per_table
+            own += scale_to(fmix32(hashed), per_table)
+            for way in range(ways):
+                if owner[home * ways + way] >> shift == tag:
+                    own = way * sets + home
+                    break
+            row[i] = own
+        return 0
+
+    return _callable("serving-raw-ids", rows_of, 9)
 
 
 # --- signs
