@@ -4,7 +4,9 @@ Ours reads INT8 and INT4 rows of a mapped file through the public calls `lookup`
 id) and `bag`. The peers are FBGEMM's CPU operators for INT8 and INT4 rows, as torch calls them
 (torch.ops.quantized.embedding_bag_*_rowwise_offsets), and torch's FP32 embedding_bag. All read the
 same rows with the same ids, and the sums are compared. They alternate in one process. A ratio is
-the median over rounds of ours to the peer's. Peers need `pip install "mpembed_jax[peers]"`.
+the median over rounds of ours to the peer's. Peers need `pip install "mpembed_jax[peers]"`. After it
+was written, a file is dropped from the system's cache, and read from the disk once, as by a server
+that starts: the system may then map it by pages of 2 MiB.
 
     python -m experiments.speed.serving
 
@@ -169,6 +171,15 @@ sys.stdin.read()
 """
 
 
+def drop_from_memory(path: Path) -> None:
+    """Drops a file, which is whole on the disk, from the system's cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
 def memory_of(path: Path, num_processes: int) -> list[list[int]]:
     """Returns [resident, proportional] kilobytes that each of several processes adds by reading.
 
@@ -221,6 +232,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 begin = time.perf_counter()
                 serving.save(folder / storage, state, storage=fmt)
                 saved = time.perf_counter() - begin
+                drop_from_memory(folder / storage)
                 begin = time.perf_counter()
                 serving.load(folder / storage)
                 loaded = time.perf_counter() - begin
