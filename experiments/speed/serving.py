@@ -4,8 +4,8 @@ Ours reads INT8 and INT4 rows of a mapped file through the public calls `lookup`
 id) and `bag`. The peers are FBGEMM's CPU operators for INT8 and INT4 rows, as torch calls them
 (torch.ops.quantized.embedding_bag_*_rowwise_offsets), and torch's FP32 embedding_bag. All read the
 same rows with the same ids, and the sums are compared. They alternate in one process. A ratio is
-the median over rounds of ours to the peer's. Peers need `pip install "mpembed_jax[peers]"`. After it
-was written, a file is dropped from the system's cache, and read from the disk once, as by a server
+the median over rounds of ours to the peer's. Peers need `pip install "mpembed_jax[peers]"`. A file
+that was written is dropped from the system's cache, and read from the disk once, as by a server
 that starts: the system may then map it by pages of 2 MiB.
 
     python -m experiments.speed.serving
