@@ -125,8 +125,11 @@ class Reader:
 
 
 def _address(array: np.ndarray) -> int:
-    """Returns the address of an array, in half the time that `array.ctypes` takes."""
-    return array.__array_interface__["data"][0]
+    """Returns the address of an array, in a fifth of the time that `array.ctypes` takes."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # it is read-only, or empty
+        return array.__array_interface__["data"][0]
 
 
 _LOCK = threading.Lock()
