@@ -127,7 +127,7 @@ class Reader:
 def _address(array: np.ndarray) -> int:
     """Returns the address of an array, in a fifth of the time that `array.ctypes` takes."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
     except (TypeError, ValueError):  # it is read-only, or empty
         return array.__array_interface__["data"][0]
 
