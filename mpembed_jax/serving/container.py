@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mpembed_jax.cache.spec import MAX_WAYS
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.errors import ServingError
@@ -38,7 +39,6 @@ CHECKSUMS = "mpembed_jax.checksums"
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 _ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 _ROOM = 96  # bytes kept free in the header for each table's errors, known only at the end
-_MAX_WAYS = 64
 _DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 
 
@@ -349,7 +349,7 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     pool = Pool(tuple(entry["tables"]), *sizes)
     is_right = (
         all(type(size) is int and 0 < size < NO_ID for size in sizes)
-        and pool.ways <= _MAX_WAYS
+        and pool.ways <= MAX_WAYS
         and pool.sets >= pool.first_sets
         and pool.sets % pool.groups == pool.first_sets % pool.groups == 0
         and 0 < len(pool.tables) <= hashes.MAX_TABLES

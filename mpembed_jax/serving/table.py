@@ -393,6 +393,17 @@ class ServingTable:
         return {raw: t for t in self.tables if t.pool is not None for raw in t.pool.tables}
 
     @functools.cached_property
+    def _raw_of(self) -> dict[str, tuple[str, int]]:
+        """The table of raw ids of each feature that has one, and its number."""
+        numbers = {
+            name: (name, number)
+            for table in self.tables
+            if table.pool is not None
+            for number, name in enumerate(table.pool.tables)
+        }
+        return {f: numbers[name] for f, name in self.contents.features if name in numbers}
+
+    @functools.cached_property
     def _by_feature(self) -> dict[str, Table]:
         tables = self._by_name | self._pool_of
         return {feature: tables[name] for feature, name in self.contents.features}
@@ -419,9 +430,7 @@ class ServingTable:
 
     def _pairs(self, feature: str, table: Table, ids: Any, *, on_host: bool = False) -> Any:
         """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
-        assert table.pool is not None
-        name = dict(self.contents.features)[feature]
-        number = table.pool.tables.index(name)
+        name, number = self._raw_of[feature]
         if isinstance(ids, jax.Array) and not on_host:
             return pools.pairs_on_device(feature, ids, name, number)
         return pools.pairs_on_host(feature, ids, name, number)
