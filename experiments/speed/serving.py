@@ -88,6 +88,7 @@ def peers_of(folder: Path, settings: Settings) -> dict[str, Callable[[np.ndarray
     calls: dict[str, Callable] = {}
     for name in STORAGES:
         table = serving.load(folder / name, threads=settings.threads)
+        table.rows["table"][:, 0].max()  # every page is mapped, as in a server after a while
 
         def ours(ids: np.ndarray, table: Any = table) -> Callable[[], Any]:
             if ids.shape[1] == 1:
