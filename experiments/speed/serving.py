@@ -6,7 +6,8 @@ id) and `bag`. The peers are FBGEMM's CPU operators for INT8 and INT4 rows, as t
 same rows with the same ids, and the sums are compared. They alternate in one process. A ratio is
 the median over rounds of ours to the peer's. Peers need `pip install "mpembed_jax[peers]"`. A file
 that was written is dropped from the system's cache, and read from the disk once, as by a server
-that starts: the system may then map it by pages of 2 MiB.
+that starts: the system may then map it by pages of 2 MiB. With one thread, times of look-ups and
+bags are those of the process: what other programs on the machine take does not count.
 
     python -m experiments.speed.serving
 
@@ -127,8 +128,11 @@ def peers_of(folder: Path, settings: Settings) -> dict[str, Callable[[np.ndarray
     return calls
 
 
-def times(calls: dict[str, Callable], ids: list[np.ndarray], rounds: int) -> dict[str, list[float]]:
+def times(
+    calls: dict[str, Callable], ids: list[np.ndarray], settings: Settings
+) -> dict[str, list[float]]:
     """Returns {peer: microseconds of a call in each round}; the peers alternate."""
+    clock = time.process_time if settings.threads == 1 else time.perf_counter
     prepared = {name: [make(batch) for batch in ids] for name, make in calls.items()}
     first = {name: np.asarray(own[0]()) for name, own in prepared.items()}
     for name, values in first.items():
@@ -136,19 +140,19 @@ def times(calls: dict[str, Callable], ids: list[np.ndarray], rounds: int) -> dic
         np.testing.assert_allclose(values, like, rtol=1e-4, atol=1e-6, err_msg=name)
     counts = {}
     for name, own in prepared.items():
-        begin = time.perf_counter()
+        begin = clock()
         for call in own[:8]:
             call()
-        counts[name] = max(8, int(8 * ROUND_S / (time.perf_counter() - begin)))
+        counts[name] = max(8, int(8 * ROUND_S / max(1e-6, clock() - begin)))
     found: dict[str, list[float]] = {name: [] for name in calls}
     turn = 0
-    for _ in range(rounds):
+    for _ in range(settings.rounds):
         for name, own in prepared.items():
             turn += 8
-            begin = time.perf_counter()
+            begin = clock()
             for i in range(counts[name]):
                 own[(turn + i) % len(own)]()
-            found[name].append((time.perf_counter() - begin) / counts[name] * 1e6)
+            found[name].append((clock() - begin) / counts[name] * 1e6)
     return found
 
 
@@ -251,7 +255,7 @@ def run(settings: Settings) -> dict[str, Any]:
                     shape = (num_bags, length)
                     ids = [rng.integers(0, settings.rows, shape) for _ in range(FRESH)]
                     case = {"dim": dim, "bags": num_bags, "length": length}
-                    case["us"] = times(calls, ids, settings.rounds)
+                    case["us"] = times(calls, ids, settings)
                     record["cases"].append(case | {"ratios": ratios(case["us"])})
                     print(line_of(record["cases"][-1]), flush=True)
     provenance.write(settings.out, record)
