@@ -17,6 +17,7 @@ _MAX_SHARDS = 2**20
 # Names of arrays in every embedding state.
 _ALWAYS = ("table.rows", "key", "step", "pending", "counters", "fingerprint")
 _OF_CACHE = ("cache.tags", "cache.priority", "cache.dirty", "cache.rows")
+_OF_VOCABULARY = ("vocabulary.owners", "vocabulary.sketch", "vocabulary.counters")
 # An array's folder, as this version names it or, percent-encoded, as earlier ones did.
 _KEY = re.compile(r"[A-Za-z0-9_.~%-]{1,255}", re.ASCII)
 
@@ -198,6 +199,8 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
     require("is_pending", lambda v: type(v) is bool)
     require("names", lambda v: _is_map(v, lambda n: _is_text(n) and n in body["arrays"]))
     needed = {*_ALWAYS, *(_OF_CACHE if entry["cache"] is not None else ())}
+    if entry.get("vocabulary") is not None:
+        needed.update(_OF_VOCABULARY)
     require("names", lambda v: needed <= v.keys() and len(set(v.values())) == len(v))
     for inner, (shape, dtype) in {
         "key": ([2], "uint32"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.serving import container
-from mpembed_jax.serving.container import Contents
+from mpembed_jax.serving.container import Contents, Pool
 from mpembed_jax.serving.errors import ServingError
 
 
@@ -100,7 +100,21 @@ def table_of(contents: Contents) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in lines]
     total = sum(table.nbytes for table in contents.tables)
-    return "\n".join([*(row.rstrip() for row in rows), f"{total:,} bytes of packed rows"])
+    return "\n".join(
+        [
+            *(row.rstrip() for row in rows),
+            f"{total:,} bytes of packed rows",
+            *(_pool_of(table.name, table.pool) for table in contents.tables if table.pool),
+        ]
+    )
+
+
+def _pool_of(name: str, pool: Pool) -> str:
+    shared = f"{pool.shared_rows:,} shared row" + ("s" if pool.shared_rows > 1 else "")
+    return (
+        f"{name}: rows of raw ids of {', '.join(pool.tables)}; {pool.sets:,} sets of {pool.ways} "
+        f"ways, {shared} for each table, {pool.nbytes:,} bytes of owners, hash {container.HASH}"
+    )
 
 
 if __name__ == "__main__":

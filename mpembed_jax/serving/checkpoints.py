@@ -1,8 +1,8 @@
 """The stacks of a checkpoint as sources of a serving file, without the model that was trained.
 
-Only packed rows and cache lines are read, into host memory. The optimizer's state stays on disk. A
-checkpoint does not record features or the rule of rounding: each table is its own feature, and
-lines are rounded stochastically, if they are not encoded again.
+Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
+state stays on disk. A checkpoint does not record features or the rule of rounding: each table is
+its own feature, and lines are rounded stochastically, if they are not encoded again.
 """
 
 import logging
@@ -18,6 +18,7 @@ from mpembed_jax.serving import saving, sources
 from mpembed_jax.serving.container import Contents
 from mpembed_jax.serving.sources import Source
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
+from mpembed_jax.vocabulary.spec import VocabularySpec
 
 _LOG = logging.getLogger("mpembed_jax.serving")
 _CACHE = ("tags", "dirty", "rows")
@@ -47,8 +48,7 @@ def export(
       FileNotFoundError: if the directory has no checkpoint (of this step).
       CheckpointError: if the checkpoint is damaged or cannot be read now.
       OSError: if the file cannot be written.
-      ValueError: if the checkpoint holds no embedding state or one with a vocabulary, or if names
-        are not distinct.
+      ValueError: if the checkpoint holds no embedding state, or if names are not distinct.
     """
     directory = Path(checkpoint).absolute()
     chain = restoring.choose(directory, step)
@@ -68,19 +68,18 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     """
     held = chain[0]
     entry = held["embeddings"][prefix]
-    if entry.get("vocabulary") is not None:
-        raise ValueError(
-            f"stack {prefix!r} has a vocabulary: its rows belong to raw ids, which a serving file "
-            "does not hold; restore the checkpoint, and evaluate with read"
-        )
+    pool = entry.get("vocabulary")
     wanted = {"table.rows", "key", "step"}
     if entry["cache"] is not None:
         wanted |= {f"cache.{field}" for field in _CACHE}
+    if pool is not None:
+        wanted.add("vocabulary.owners")
     names = {inner: entry["names"][inner] for inner in wanted}
     try:
         tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
         storage = RowFormat(*entry["storage"])
-        spec = EmbeddingSpec(tables, entry["embedding_dim"], storage, None)
+        rules = None if pool is None else _vocabulary(pool)
+        spec = EmbeddingSpec(tables, entry["embedding_dim"], storage, None, vocabulary=rules)
         division = placements.Division.read(entry)
         _check_arrays(entry, {i: held["arrays"][n] for i, n in names.items()}, spec, division)
         layout = None if division.shards == 1 else placements.layout(division, spec)
@@ -96,9 +95,28 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     arrays = {inner: found[name] for inner, name in names.items()}
     restoring.check_tags(directory, held["step"], prefix, entry, arrays)
     cache = {field: arrays[f"cache.{field}"] for field in _CACHE if f"cache.{field}" in arrays}
-    return sources.of_arrays(
-        prefix, spec, layout, arrays["table.rows"], cache, arrays["key"], arrays["step"]
+    draw = arrays["key"], arrays["step"]
+    owners = arrays.get("vocabulary.owners")
+    return sources.of_arrays(prefix, spec, layout, arrays["table.rows"], cache, *draw, owners)
+
+
+def _vocabulary(sizes: dict[str, int]) -> VocabularySpec:
+    """Returns a vocabulary whose pool has the sizes of a manifest.
+
+    Raises:
+      ValueError: if no pool has them.
+    """
+    rules = VocabularySpec(
+        sizes["sets"] * sizes["ways"],
+        ways=sizes["ways"],
+        shared_rows=sizes["shared_rows"],
+        sketch_bytes=1,
+        first_sets=sizes["first_sets"],
     )
+    for field in ("sets", "ways", "groups"):
+        if getattr(rules.geometry, field) != sizes[field]:
+            raise ValueError(f"no pool has the sizes {sizes}")
+    return rules
 
 
 def _check_arrays(
@@ -132,6 +150,11 @@ def _check_arrays(
             "cache.dirty": (lines, "bool"),
             "cache.rows": ((geometry.lines, dim), "float32"),
         }
+    if spec.vocabulary is not None:
+        pool = spec.vocabulary.geometry
+        if pool.groups % division.shards or division.table_shards is not None:
+            raise ValueError(f"a pool of {pool.groups} groups in {division}")
+        expected["vocabulary.owners"] = (pool.sets, pool.ways), "uint32"
     for inner, (shape, dtype) in expected.items():
         record = records[inner]
         if (record["shape"], record["dtype"]) != (list(shape), dtype):

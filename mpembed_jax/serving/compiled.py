@@ -27,12 +27,18 @@ from numba.extending import intrinsic
 
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.ops.cpu import machine_code
+from mpembed_jax.ops.cpu.admit import set_of
+from mpembed_jax.ops.cpu.hashes import fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import host_rows
+from mpembed_jax.serving.container import Pool
+from mpembed_jax.vocabulary import hashes, pool
 
 _WIDTH = 16  # values in a vector
 _GROUP = 8  # vectors of a bag's sum that are in registers at once
-_AHEAD = 16  # positions between a prefetch and its use
+# Positions between a prefetch and its use. A row of 68 bytes takes 11 ns in a long bag with 16, and
+# 6 ns with 64, because more of its requests to memory are on their way at once.
+_AHEAD = 64
 _PIECE = 1024  # positions whose addresses are found at once
 _MIN_SPLIT = 1 << 16  # vectors of values whose work is worth waking a thread for
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
@@ -119,8 +125,11 @@ class Reader:
 
 
 def _address(array: np.ndarray) -> int:
-    """Returns the address of an array, in half the time that `array.ctypes` takes."""
-    return array.__array_interface__["data"][0]
+    """Returns the address of an array, in a fifth of the time that `array.ctypes` takes."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # it is read-only, or empty
+        return array.__array_interface__["data"][0]
 
 
 _LOCK = threading.Lock()
@@ -504,6 +513,49 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
         return 0
 
     return {"take": (take, 8), "bag": (bag, 12), "score": (score, 6)}
+
+
+# --- raw ids
+
+
+def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
+    """See pools.locate."""
+    pairs = np.ascontiguousarray(pairs)
+    rows = np.empty(len(pairs), np.int32)
+    with _LOCK:
+        find = _locate()
+    given = sizes.sets, sizes.ways, sizes.groups, sizes.first_sets, sizes.shared_rows
+    find(_address(rows), _address(pairs), len(pairs), _address(owners), *given)
+    return rows
+
+
+@functools.cache
+def _locate() -> Callable:
+    array = _array
+    padding, last = np.uint32(hashes.PADDING), np.uint32(pool.NO_OWNER - 1)
+    number, shift = np.uint32(hashes.MAX_TABLES - 1), np.uint32(pool.USE_BITS)
+
+    def rows_of(out, pairs, num, owners, sets, ways, groups, first_sets, per_table):
+        row = array(out, num, np.int32)
+        pair = array(pairs, 2 * num, np.uint32)
+        owner = array(owners, sets * ways, np.uint32)
+        for i in range(num):
+            hashed, place = pair[2 * i], pair[2 * i + 1]
+            if hashed == padding:
+                row[i] = NO_ID
+                continue
+            tag = min(hashed >> shift, last)
+            home = set_of(place, tag, sets, first_sets, groups)
+            own = sets * ways + np.int64(place & number) * per_table
+            own += scale_to(fmix32(hashed), per_table)
+            for way in range(ways):
+                if owner[home * ways + way] >> shift == tag:
+                    own = way * sets + home
+                    break
+            row[i] = own
+        return 0
+
+    return _callable("serving-raw-ids", rows_of, 9)
 
 
 # --- signs

@@ -2,12 +2,14 @@
 
 The file is a safetensors file: 8 bytes with the length of a JSON header, the header, the arrays.
 Each table is one array of packed words [V, words], in the layout of `numerics.packing`. The array
-`mpembed_jax.checksums` (uint32) has a CRC-32 for each block of rows of each table, in the order of
+`mpembed_jax.checksums` (uint32) has a CRC-32 for each block of rows of each array, in the order of
 the tables. The header's metadata have a JSON text `mpembed_jax` that describes the tables, and its
 CRC-32. Every byte of the file is therefore checked by something.
 
-A table's entry has a place for the vocabulary of its raw ids. Version 1 has none: the place is
-null. A file whose place is filled is refused, because its ids would read wrong rows.
+Tables of raw ids share one pool of rows, which is one table of the file. A second array, uint32
+[S, W], has the tags of the rows' owners (see `vocabulary.pool`), in the high 24 bits of each word.
+The pool's entry names the tables, the sizes and the hash. A file with a pool is of version 2, any
+other of version 1.
 """
 
 import contextlib
@@ -23,11 +25,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mpembed_jax.cache.spec import MAX_WAYS
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.errors import ServingError
+from mpembed_jax.vocabulary import hashes
 
-VERSION = 1
+VERSION = 2  # the newest that this library reads
+# The hash of `vocabulary.hashes`. A file of another would read wrong rows.
+HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
@@ -44,8 +50,43 @@ class Errors(NamedTuple):
     num_nonfinite: int  # elements that are not finite in training; they count as zero
 
 
+class Array(NamedTuple):
+    """An array of a table, whose first axis is checked by blocks."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, int]
+    block_rows: int
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of blocks, each with a checksum. The last one may be shorter."""
+        return -(-self.shape[0] // self.block_rows)
+
+
+class Pool(NamedTuple):
+    """How the raw ids of some tables have the rows of one pool; see VocabularySpec."""
+
+    tables: tuple[str, ...]  # their numbers in pairs are their places here
+    sets: int
+    ways: int
+    groups: int
+    first_sets: int
+    shared_rows: int  # for each table
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pool, and the shared rows of all tables."""
+        return self.sets * self.ways + len(self.tables) * self.shared_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the owners' tags."""
+        return 4 * self.sets * self.ways
+
+
 class Table(NamedTuple):
-    """One table of a file."""
+    """One table of a file, or the pool of rows of several tables of raw ids."""
 
     name: str
     stack: str  # the name of its stack in the saved tree, "" if the tree was one state
@@ -53,6 +94,7 @@ class Table(NamedTuple):
     embedding_dim: int  # D
     format: RowFormat  # resolved
     errors: Errors
+    pool: Pool | None = None  # None: ids are row numbers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -75,9 +117,18 @@ class Table(NamedTuple):
         return max(1, (1 << 21) // self.embedding_dim)
 
     @property
-    def num_blocks(self) -> int:
-        """The number of blocks of rows, each with a checksum."""
-        return -(-self.num_rows // self.block_rows)
+    def owners_name(self) -> str:
+        """The name of the array of a pool's owners."""
+        return f"{self.name}.owners"
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The array of its rows, and that of a pool's owners."""
+        rows = Array(self.name, self.dtype, self.shape, self.block_rows)
+        if self.pool is None:
+            return (rows,)
+        sets, ways = self.pool.sets, self.pool.ways
+        return rows, Array(self.owners_name, _DTYPES["U32"], (sets, ways), (1 << 21) // ways)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +136,29 @@ class Contents:
     """What a file holds."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, table name)
+    features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
     checksums_crc32: int = 0  # of the array of checksums
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays of all tables."""
+        return tuple(array for table in self.tables for array in table.arrays)
+
+    @property
+    def version(self) -> int:
+        """The version of the file: the lowest that has all that it holds."""
+        return 1 if all(table.pool is None for table in self.tables) else 2
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Returns the header's entry of each array.
 
-        Checksums come first, then tables of 32-bit words, then tables of 16-bit words, so that
-        every array is aligned.
+        Checksums come first, then arrays of 32-bit words, then those of 16-bit words, so that every
+        array is aligned.
         """
-        num_blocks = sum(t.num_blocks for t in self.tables)
+        num_blocks = sum(a.num_blocks for a in self.arrays)
         arrays: list[tuple[str, str, tuple[int, ...]]] = [(CHECKSUMS, "U32", (num_blocks,))]
         for code in ("U32", "U16"):
-            arrays += [(t.name, code, t.shape) for t in self.tables if t.dtype == _DTYPES[code]]
+            arrays += [(a.name, code, a.shape) for a in self.arrays if a.dtype == _DTYPES[code]]
         entries = {}
         end = 0
         for name, code, shape in arrays:
@@ -109,7 +170,7 @@ class Contents:
         """Returns the JSON of the header, without padding."""
         text = json.dumps(
             {
-                "version": VERSION,
+                "version": self.version,
                 "checksums_crc32": self.checksums_crc32,
                 "features": [list(pair) for pair in self.features],
                 "tables": [_described(t) for t in self.tables],
@@ -128,7 +189,7 @@ def _described(table: Table) -> dict[str, Any]:
         "dim": table.embedding_dim,
         "storage": [storage.name, storage.symmetric, storage.scale_dtype],
         "errors": list(table.errors),
-        "vocabulary": None,
+        "vocabulary": None if table.pool is None else table.pool._asdict() | {"hash": HASH},
     }
 
 
@@ -247,8 +308,6 @@ def _contents(body: dict[str, Any]) -> Contents:
         raise ValueError(f"its version is {body['version']!r}")
     for entry in body["tables"]:
         name = entry["name"]
-        if entry["vocabulary"] is not None:
-            raise ValueError(f"table {name!r} has a vocabulary, which version 1 does not have")
         num_rows, dim = entry["rows"], entry["dim"]
         if type(name) is not str or type(entry["stack"]) is not str:
             raise ValueError(f"the name of table {name!r} is no text")
@@ -264,12 +323,41 @@ def _contents(body: dict[str, Any]) -> Contents:
             raise ValueError(f"table {name!r} has storage {entry['storage']}")
         largest, mean, num_nonfinite = entry["errors"]
         errors = Errors(float(largest), float(mean), int(num_nonfinite))
-        tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors))
+        pool = None if entry["vocabulary"] is None else _pool(name, entry["vocabulary"], num_rows)
+        tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors, pool))
     features = tuple((str(f), str(t)) for f, t in body["features"])
     checksum = body["checksums_crc32"]
     if type(checksum) is not int or not 0 <= checksum < 1 << 32:
         raise ValueError(f"the checksum of its checksums is {checksum!r}")
     return checked(Contents(tuple(tables), features, checksum))
+
+
+def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
+    """Returns the description of a pool.
+
+    Raises:
+      ValueError: or another error, as _contents.
+    """
+    if (hash_ := entry["hash"]) != HASH:
+        raise ValueError(
+            f"the raw ids of table {name!r} have the hash {hash_!r}, which this library does not "
+            "know"
+        )
+    if any(type(table) is not str for table in entry["tables"]):
+        raise ValueError(f"the name of a table of raw ids in {name!r} is no text")
+    sizes = [entry[field] for field in Pool._fields[1:]]
+    pool = Pool(tuple(entry["tables"]), *sizes)
+    is_right = (
+        all(type(size) is int and 0 < size < NO_ID for size in sizes)
+        and pool.ways <= MAX_WAYS
+        and pool.sets >= pool.first_sets
+        and pool.sets % pool.groups == pool.first_sets % pool.groups == 0
+        and 0 < len(pool.tables) <= hashes.MAX_TABLES
+        and pool.num_rows == num_rows
+    )
+    if not is_right:
+        raise ValueError(f"table {name!r} of {num_rows} rows has the sizes {sizes} of a pool")
+    return pool
 
 
 def checked(contents: Contents) -> Contents:
@@ -279,13 +367,17 @@ def checked(contents: Contents) -> Contents:
       ValueError: if they are not.
     """
     names: set[str] = set()
+    tables: set[str] = set()  # those that features name
     for table in contents.tables:
-        if table.name in names or table.name in ("__metadata__", CHECKSUMS):
-            raise ValueError(f"the name of table {table.name!r} is taken; names must be distinct")
-        names.add(table.name)
+        raw = () if table.pool is None else table.pool.tables
+        tables.update(raw or (table.name,))
+        for name in (*(array.name for array in table.arrays), *raw):
+            if name in names or name in ("__metadata__", CHECKSUMS):
+                raise ValueError(f"the name of table {name!r} is taken; names must be distinct")
+            names.add(name)
     features: set[str] = set()
     for feature, owner in contents.features:
-        if feature in features or owner not in names:
+        if feature in features or owner not in tables:
             raise ValueError(f"feature {feature!r} of table {owner!r} is not distinct or known")
         features.add(feature)
     if not names or not features:
@@ -310,17 +402,17 @@ def verify(path: Any) -> Contents:
     if zlib.crc32(sums.data) != opened.contents.checksums_crc32:
         raise ServingError(f"{path} is damaged: its checksums have changed")
     first = 0
-    for table in opened.contents.tables:
-        rows = opened.array(table.name)
-        for block in range(table.num_blocks):
-            begin = block * table.block_rows
-            end = min(begin + table.block_rows, table.num_rows)
+    for array in opened.contents.arrays:
+        rows = opened.array(array.name)
+        for block in range(array.num_blocks):
+            begin = block * array.block_rows
+            end = min(begin + array.block_rows, len(rows))
             if zlib.crc32(rows[begin:end].data) != sums[first + block]:
                 raise ServingError(
-                    f"{path} is damaged: table {table.name!r} has changed bytes in rows {begin} to "
+                    f"{path} is damaged: table {array.name!r} has changed bytes in rows {begin} to "
                     f"{end - 1}"
                 )
-        first += table.num_blocks
+        first += array.num_blocks
     return opened.contents
 
 

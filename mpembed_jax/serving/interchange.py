@@ -27,6 +27,8 @@ LAYOUTS = ("float32", "float16", "fbgemm", "fbgemm_tbe")
 def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> list[Path]:
     """Writes each table to `<table name>.npy`, block by block.
 
+    The rows of a pool are written by their numbers: ServingTable.rows_of has those of raw ids.
+
     Args:
       tables: on the host.
       folder: made if it does not exist. Files in it are replaced, each as a whole.
@@ -132,8 +134,9 @@ def export_program(
 ) -> bytes:
     """Compiles a model with its tables to StableHLO that jax alone can run.
 
-    The program is `jax.export.deserialize(data)`. It takes {table name: packed words}, which is
-    what a serving file holds under the names of its tables, and then the other arguments:
+    The program is `jax.export.deserialize(data)`. It takes {name: array}, which is what a serving
+    file holds under these names: the packed words of tables, and the owners of pools. Then it takes
+    the other arguments:
 
         program.call(rows, *arguments)
 

@@ -22,7 +22,7 @@ from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.numerics.packing import decode, encode
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, sources
-from mpembed_jax.serving.container import Contents, Errors, Table
+from mpembed_jax.serving.container import Contents, Errors, Pool, Table
 from mpembed_jax.serving.sources import Source
 from mpembed_jax.table import QuantizedTable, encode_rows
 
@@ -40,7 +40,9 @@ def save(
     """Writes embedding states to one serving file.
 
     The file appears whole or not at all. It holds the rows of every table, their formats and
-    checksums, and the names of tables and features. It holds no optimizer state.
+    checksums, and the names of tables and features. Of a stack with a vocabulary, it holds the pool
+    of rows, under the name "<stack>.pool" ("pool" if the tree is one state), and the tags of their
+    owners. It holds no optimizer state, no use and no counts of ids without a row.
 
     Args:
       path: of the file. An existing file is replaced.
@@ -56,7 +58,7 @@ def save(
     Raises:
       OSError: if the file cannot be written; an existing file stays.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract, donated or spread over several processes, or has a vocabulary.
+        abstract, donated or spread over several processes.
     """
     found = sources.states_of(states)
     return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)
@@ -78,10 +80,15 @@ def write(
         spec = source.spec
         dim = spec.embedding_dim
         fmt = spec.storage if wanted is None else wanted.resolve(dim)
-        for table in spec.tables:
-            first, num_rows = spec.table_range(table.name)
-            tables.append(Table(table.name, source.name, num_rows, dim, _bare(fmt), _NOTHING))
-            owners.append((source, first))
+        form = dim, _bare(fmt)
+        if spec.vocabulary is not None:
+            tables.append(_pool_of(source, *form))
+            owners.append((source, 0))
+        else:
+            for table in spec.tables:
+                first, num_rows = spec.table_range(table.name)
+                tables.append(Table(table.name, source.name, num_rows, *form, _NOTHING))
+                owners.append((source, first))
         features += spec.feature_tables
     contents = container.checked(Contents(tuple(tables), tuple(features)))
     room = container.header_room(contents)
@@ -90,6 +97,16 @@ def write(
         file.seek(0)
         file.write(container.padded_header(contents, room))
     return contents
+
+
+def _pool_of(source: Source, dim: int, fmt: RowFormat) -> Table:
+    """Returns the pool of a stack with a vocabulary as a table of the file."""
+    spec = source.spec
+    assert spec.vocabulary is not None
+    sizes = spec.vocabulary.arrays
+    pool = Pool(tuple(t.name for t in spec.tables), *(sizes[f] for f in Pool._fields[1:]))
+    name = f"{source.name}.pool" if source.name else "pool"
+    return Table(name, source.name, spec.num_rows, dim, fmt, _NOTHING, pool)
 
 
 def _bare(fmt: RowFormat) -> RowFormat:
@@ -121,6 +138,13 @@ def _write_arrays(
             if progress is not None:
                 progress(num_written, total)
         tables.append(table._replace(errors=measured.errors(table)))
+        for array in table.arrays[1:]:
+            assert source.owners is not None
+            file.seek(room + entries[array.name]["data_offsets"][0])
+            for begin in range(0, len(source.owners), array.block_rows):
+                tags = source.owners[begin : begin + array.block_rows].astype("<u4", order="C")
+                sums.append(zlib.crc32(tags.data))
+                file.write(tags)
     checksums = np.asarray(sums, "<u4")
     file.seek(room + entries[container.CHECKSUMS]["data_offsets"][0])
     file.write(checksums)

@@ -19,6 +19,7 @@ from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, offsets
+from mpembed_jax.vocabulary import pool
 
 
 class Source(NamedTuple):
@@ -32,6 +33,8 @@ class Source(NamedTuple):
     line_ids: np.ndarray  # i32 [n], ascending: ids whose lines are newer than the table
     line_of: np.ndarray  # i64 [n]: the line of each
     lines: Callable[[np.ndarray], np.ndarray]  # lines i64 [m] -> f32 [m, D]
+    # u32 [S, W]: the tags of a pool's owners, without their use; None without a vocabulary
+    owners: np.ndarray | None
 
 
 def states_of(tree: Any) -> dict[str, EmbeddingState]:
@@ -64,8 +67,8 @@ def of_state(name: str, state: EmbeddingState) -> Source:
       state: concrete; not consumed.
 
     Raises:
-      ValueError: if the state is traced, abstract or donated, lies over several processes, has a
-        vocabulary, or was made for another spec than its own.
+      ValueError: if the state is traced, abstract or donated, lies over several processes, or was
+        made for another spec than its own.
     """
     arguments.check_state("serving.save(path, states)", state)
     leaves = jax.tree.leaves(state)
@@ -77,16 +80,13 @@ def of_state(name: str, state: EmbeddingState) -> Source:
             "python -m mpembed_jax.serving export CHECKPOINT OUT"
         )
     state.check_spec()
-    if state.vocabulary is not None:
-        raise ValueError(
-            f"stack {name!r} has a vocabulary: its rows belong to raw ids, which a serving file "
-            "does not hold; evaluate with read(state, spec.raw_ids(..))"
-        )
     cache = {}
     if state.cache is not None:
         held = state.cache
         cache = {"tags": held.tags, "dirty": held.dirty, "rows": held.rows}
-    return of_arrays(name, state.spec, state.layout, state.table.rows, cache, state.key, state.step)
+    owners = None if state.vocabulary is None else state.vocabulary.owners
+    draw = state.key, state.step
+    return of_arrays(name, state.spec, state.layout, state.table.rows, cache, *draw, owners)
 
 
 def of_arrays(
@@ -97,6 +97,7 @@ def of_arrays(
     cache: dict[str, Any],
     key: Any,
     step: Any,
+    owners: Any = None,
 ) -> Source:
     """Returns the source of a stack's arrays.
 
@@ -108,6 +109,7 @@ def of_arrays(
       cache: {"tags", "dirty", "rows": array}, or {} without a cache.
       key: uint32 [2].
       step: int32 scalar.
+      owners: those of the vocabulary, uint32 [S, W]; None without one.
 
     Raises:
       ValueError: if the stack has 2**31 - 1 rows or more.
@@ -128,6 +130,11 @@ def of_arrays(
         (line_of,) = np.nonzero(host["dirty"].reshape(-1) & (tags != NO_ID))
         line_of = line_of[np.argsort(tags[line_of], kind="stable")]
         line_ids, lines = tags[line_of], host["rows"]
+    if owners is not None:
+        owners = np.asarray(jax.device_get(owners))
+        if layout is not None and layout.shards > 1:
+            owners = order.vocabulary_by_id(layout, {"owners": owners})["owners"]
+        owners = owners & np.uint32(~pool.PINNED & 0xFFFFFFFF)
     return Source(
         name=name,
         spec=spec,
@@ -137,6 +144,7 @@ def of_arrays(
         line_ids=line_ids,
         line_of=line_of,
         lines=lambda index: lines[index],
+        owners=owners,
     )
 
 

@@ -17,8 +17,8 @@ from mpembed_jax import row_ids
 from mpembed_jax.embedding import pooling
 from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.serving import container, host_rows, top_k
-from mpembed_jax.serving.container import Contents, Table
+from mpembed_jax.serving import container, host_rows, pools, top_k
+from mpembed_jax.serving.container import Contents, Pool, Table
 from mpembed_jax.table import QuantizedTable, read_rows
 
 IMPLEMENTATIONS = ("numba", "numpy")
@@ -66,7 +66,7 @@ def load(
         raise ImportError(f'implementation="numba": {reason}; install mpembed_jax[cpu]')
     opened = container.open_file(path)
     return ServingTable(
-        rows={table.name: opened.array(table.name) for table in opened.contents.tables},
+        rows={array.name: opened.array(array.name) for array in opened.contents.arrays},
         contents=opened.contents,
         host=_Host(
             out_of_range,
@@ -99,6 +99,15 @@ class _Host:
             found = self._readers[table.name] = made
         return found
 
+    def rows_of(self, owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
+        """Returns the rows (int32 [n]) of pairs (uint32 [n, 2])."""
+        if self.implementation == "numpy":
+            return pools.locate(owners, pairs, sizes)
+        # Imported here, because numba is optional.
+        from mpembed_jax.serving import compiled
+
+        return compiled.locate(owners, pairs, sizes)
+
     def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
         """Counts ids outside.
 
@@ -125,8 +134,13 @@ class ServingTable:
     argument, and the same methods read them there. Ids are local to their tables: id r is row r.
     `mpembed_jax.NO_ID` is padding.
 
+    Tables of raw ids have the rows of a pool. Their ids are raw ids: on the host integers, bytes or
+    strings of any kind that `EmbeddingSpec.raw_ids` takes; in a jitted function integers. Or they
+    are the pairs uint32 [.., 2] that `EmbeddingSpec.raw_ids` and `raw_ids` return, so raw ids of
+    dtype uint32 must be cast. Every id has a row: an unknown one the row that it shares.
+
     Attributes:
-      rows: {table name: packed words [V, words]}.
+      rows: {table name: packed words [V, words]}, and {owners' name: uint32 [S, W]} of a pool.
       contents: the description of the file: tables and features.
     """
 
@@ -141,8 +155,8 @@ class ServingTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packed rows."""
-        return sum(table.nbytes for table in self.tables)
+        """Bytes of all packed rows, and of the owners of pools."""
+        return sum(t.nbytes + (0 if t.pool is None else t.pool.nbytes) for t in self.tables)
 
     @property
     def num_out_of_range(self) -> int:
@@ -160,7 +174,8 @@ class ServingTable:
 
         Args:
           ids: {feature: integers [..]}; or integers [..], if there is a single feature. On the host
-            of any integer dtype; in a jitted function int32.
+            of any integer dtype; in a jitted function int32. Raw ids [..] or pairs uint32 [.., 2]
+            of a table of raw ids.
 
         Returns:
           float32 [.., D] for each array: NumPy from the host, jax from the device. Padding and ids
@@ -168,11 +183,48 @@ class ServingTable:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are not integers.
-          ValueError: if an id is outside and out_of_range is "raise"; or if ids are no mapping and
-            there are several features.
+          TypeError: if ids are not integers; raw ids may be bytes and strings, too.
+          ValueError: if an id is outside and out_of_range is "raise"; if pairs are of another
+            table; or if ids are no mapping and there are several features.
         """
         return self._each(ids, self._lookup)
+
+    def raw_ids(self, ids: Any) -> Any:
+        """Hashes raw ids to pairs, as `EmbeddingSpec.raw_ids` does, without the spec.
+
+        Args:
+          ids: as in lookup, of tables of raw ids.
+
+        Returns:
+          uint32 [.., 2] for each array.
+
+        Raises:
+          KeyError, TypeError, ValueError: as in lookup; ValueError also if a table has no raw ids.
+        """
+
+        def pairs(feature: str, table: Table, here: Any) -> Any:
+            if table.pool is None:
+                raise ValueError(f"feature {feature!r}: the ids of table {table.name!r} are rows")
+            return self._pairs(feature, table, here)
+
+        return self._each(ids, pairs, is_raw=True)
+
+    def rows_of(self, ids: Any) -> Any:
+        """Returns the numbers of the rows that raw ids have in their pool.
+
+        An id without a row of its own has a shared row: one of the last ones of the pool, which
+        other ids have, too. Nothing in a file leads from a row back to its id.
+
+        Args:
+          ids: as in lookup.
+
+        Returns:
+          int32 [..] for each array; NO_ID for padding. Ids that are rows stay what they are.
+
+        Raises:
+          KeyError, TypeError, ValueError: as in lookup.
+        """
+        return self._each(ids, lambda feature, table, here: here)
 
     def count_outside(self, ids: Any) -> Any:
         """Returns how many ids are outside their tables; padding is not.
@@ -238,7 +290,14 @@ class ServingTable:
         return self._each(ids, read)
 
     def top_k(
-        self, query: Any, k: int, table: str | None = None, *, sketch: Any = None, oversample=10
+        self,
+        query: Any,
+        k: int,
+        table: str | None = None,
+        *,
+        among: Any = None,
+        sketch: Any = None,
+        oversample: int = 10,
     ) -> tuple[Any, Any]:
         """Returns the rows with the largest products with each query.
 
@@ -246,10 +305,15 @@ class ServingTable:
         with lower ids come first. Scores are sums in float32, whose last bits depend on their
         order.
 
+        The rows of a pool belong to raw ids of several tables, and the file does not hold the ids.
+        So top_k refuses the name of a table of raw ids. It takes the name of the pool, and returns
+        numbers of rows. `rows_of` has the rows of the ids that you know; `among` keeps to them.
+
         Args:
           query: float32 [.., D].
           k: the number of rows, at most V.
-          table: its name; optional if there is a single table.
+          table: its name; optional if there is a single table, which is no pool.
+          among: integers [n]: only these rows are scored. On the host only. None: all rows.
           sketch: a SignSketch of the table: `oversample` * k rows are chosen by it, and the best k
             of them by their exact scores. On the host only. None: all rows are scored.
           oversample: at least 1.
@@ -259,8 +323,9 @@ class ServingTable:
           score that is a number, the rest is -inf and NO_ID.
 
         Raises:
-          KeyError: if the table is unknown.
-          ValueError: if k or a shape is wrong.
+          KeyError: if the table is unknown, or a table of raw ids.
+          ValueError: if k or a shape is wrong, if a row of `among` is outside, or if both `among`
+            and a sketch are given.
         """
         chosen = self.table(table)
         packed = self.rows[chosen.name]
@@ -274,13 +339,17 @@ class ServingTable:
             )
         lead = np.shape(query)[:-1]
         if not self._is_on_host(packed, query):
-            if sketch is not None:
-                raise ValueError("a sketch is used on the host only; call top_k outside jit")
+            if sketch is not None or among is not None:
+                raise ValueError("sketch and among are for the host only; call top_k outside jit")
             given = jnp.asarray(query, jnp.float32).reshape(-1, dim)
             on_device = top_k.on_device(packed, chosen.format, dim, given, k)
             return on_device[0].reshape(*lead, k), on_device[1].reshape(*lead, k)
         queries = np.ascontiguousarray(query, np.float32).reshape(-1, dim)
-        if sketch is None:
+        if among is not None:
+            if sketch is not None:
+                raise ValueError("top_k takes either `among` or a sketch")
+            scores, ids = self._among(chosen, queries, among, k)
+        elif sketch is None:
             scores, ids = self._best(chosen, packed, queries, k)
         else:
             if oversample < 1:
@@ -319,34 +388,84 @@ class ServingTable:
         return {table.name: table for table in self.tables}
 
     @functools.cached_property
+    def _pool_of(self) -> dict[str, Table]:
+        """The pool of each table of raw ids."""
+        return {raw: t for t in self.tables if t.pool is not None for raw in t.pool.tables}
+
+    @functools.cached_property
+    def _raw_of(self) -> dict[str, tuple[str, int]]:
+        """The table of raw ids of each feature that has one, and its number."""
+        numbers = {
+            name: (name, number)
+            for table in self.tables
+            if table.pool is not None
+            for number, name in enumerate(table.pool.tables)
+        }
+        return {f: numbers[name] for f, name in self.contents.features if name in numbers}
+
+    @functools.cached_property
     def _by_feature(self) -> dict[str, Table]:
-        return {feature: self._by_name[table] for feature, table in self.contents.features}
+        tables = self._by_name | self._pool_of
+        return {feature: tables[name] for feature, name in self.contents.features}
 
     def table(self, name: str | None = None) -> Table:
-        """Returns a table by its name, which is optional if there is a single table.
+        """Returns a table, or a pool, by its name. The name of a single table is optional.
 
         Raises:
-          KeyError: if it is unknown.
+          KeyError: if it is unknown, or a table of raw ids.
         """
         known = self._by_name
-        if name is None and len(known) == 1:
+        if name is None and len(known) == 1 and not self._pool_of:
             return self.tables[0]
+        if name in self._pool_of or (name is None and len(known) == 1):
+            pool = self._pool_of.get(name or "", self.tables[0])
+            assert pool.pool is not None
+            raise KeyError(
+                f"name the pool {pool.name!r}: it has the rows of all raw ids of "
+                f"{list(pool.pool.tables)}, in no order of theirs; rows_of returns the rows of ids"
+            )
         if name not in known:
             raise KeyError(f"unknown table {name!r}; this file has {list(known)}")
         return known[name]
 
-    def _each(self, ids: Any, read: Callable[[str, Table, Any], Any]) -> Any:
+    def _pairs(self, feature: str, table: Table, ids: Any, *, on_host: bool = False) -> Any:
+        """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
+        name, number = self._raw_of[feature]
+        if isinstance(ids, jax.Array) and not on_host:
+            return pools.pairs_on_device(feature, ids, name, number)
+        return pools.pairs_on_host(feature, ids, name, number)
+
+    def _local(self, feature: str, table: Table, ids: Any) -> Any:
+        """Returns ids as rows of their table or pool."""
+        if table.pool is None:
+            return ids
+        owners = self.rows[table.owners_name]
+        if not self._is_on_host(owners, ids):
+            pairs = jnp.asarray(self._pairs(feature, table, ids))
+            return pools.on_device(owners, pairs, table.pool)
+        pairs = self._pairs(feature, table, ids, on_host=True)
+        rows = self.host.rows_of(owners, pairs.reshape(-1, 2), table.pool)
+        return rows.reshape(pairs.shape[:-1])
+
+    def _each(
+        self, ids: Any, read: Callable[[str, Table, Any], Any], *, is_raw: bool = False
+    ) -> Any:
         features = self._by_feature
+
+        def read_of(feature: str, here: Any) -> Any:
+            table = features[feature]
+            return read(feature, table, here if is_raw else self._local(feature, table, here))
+
         if type(ids) is np.ndarray or not isinstance(ids, Mapping):
             if len(features) > 1:
                 raise ValueError(
                     f"ids must be a mapping from features to arrays; this file has {list(features)}"
                 )
-            ((feature, table),) = features.items()
-            return read(feature, table, ids)
+            (feature,) = features
+            return read_of(feature, ids)
         if unknown := [feature for feature in ids if feature not in features]:
             raise KeyError(f"unknown features {unknown}; this file has {list(features)}")
-        found = {f: read(f, features[f], here) for f, here in ids.items()}
+        found = {feature: read_of(feature, here) for feature, here in ids.items()}
         return row_ids.in_mapping_of(ids, found)
 
     def _is_on_host(self, packed: Any, given: Any) -> bool:
@@ -451,6 +570,21 @@ class ServingTable:
             best.merge(own)
         return best.result()
 
+    def _among(
+        self, table: Table, queries: np.ndarray, among: Any, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the best k of the rows `among`."""
+        rows = np.unique(_host_ids(table.name, among)[0])
+        if rows.size and not 0 <= rows[0] <= rows[-1] < table.num_rows:
+            raise ValueError(
+                f"the rows of `among` must be in [0, {table.num_rows}), got {rows[0]} to {rows[-1]}"
+            )
+        best = top_k.Best(len(queries), k)
+        for first in range(0, len(rows), top_k.BLOCK):
+            here = rows[first : first + top_k.BLOCK]
+            best.add(queries @ self._lookup(table.name, table, here).T, here)
+        return best.result()
+
     def _ranked(
         self, table: Table, queries: np.ndarray, candidates: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -468,11 +602,11 @@ class ServingTable:
 jax.tree_util.register_pytree_node(
     ServingTable,
     lambda table: (
-        tuple(table.rows[t.name] for t in table.contents.tables),
+        tuple(table.rows[a.name] for a in table.contents.arrays),
         table.contents,
     ),
     lambda contents, rows: ServingTable(
-        {t.name: array for t, array in zip(contents.tables, rows, strict=True)}, contents
+        {a.name: array for a, array in zip(contents.arrays, rows, strict=True)}, contents
     ),
 )
 

@@ -139,6 +139,20 @@ def test_the_serving_notebook_compares_the_formats():
     assert float(lost["int2"]) < float(lost["int8"]) + 0.0005
 
 
+@pytest.mark.slow
+def test_the_notebook_of_raw_ids_shows_what_recycling_is_worth():
+    printed = run("raw_ids")
+    assert "figures: 2" in printed
+    found = dict(
+        re.findall(r"^([\w ]+): AUC of the last month 0\.\d+, of all (0\.\d+)", printed, re.M)
+    )
+    assert list(found) == ["recycled", "first come", "hashed", "room for all"]
+    recycled, first, hashed, everything = map(float, found.values())
+    assert first < hashed < recycled < everything
+    assert number(r"ids have a row: ([\d.]+)%", printed) > 60
+    assert number(r"rows that forgetting one id changed: (\d+)", printed) == 1
+
+
 # --- the install cell: it stands alone, so its functions are taken from the notebook
 
 
@@ -147,7 +161,7 @@ def install_cell(path):
 
 
 def test_all_notebooks_install_in_the_same_way():
-    assert len(NOTEBOOKS) == 5
+    assert len(NOTEBOOKS) == 6
     assert len({install_cell(path) for path in NOTEBOOKS}) == 1
 
 

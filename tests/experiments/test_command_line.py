@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step",
     "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
-    "speed.bench_ahead", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
+    "speed.bench_ahead", "speed.bench_hashing", "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline",
     "gpu.aot_8gpu", "scaling.bench_scaling", "scaling.multiprocess", "faults.run",
     "ngram.memory_table", "ngram.step_time", "ngram.known_models", "faults.killed_worker",
 )  # fmt: skip
@@ -188,6 +188,9 @@ CALLS = {
     "speed.bench_ahead": [
         ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
         ("large batch", "--batch 1048576 --widths 65536", "--batch is 1,048,576", "GB are free"),
+    ],
+    "speed.bench_hashing": [
+        ("two rounds", "--rounds 2", "--rounds is 2", "at least 3"),
     ],
     "speed.first_screen": [
         (

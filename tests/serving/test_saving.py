@@ -295,8 +295,9 @@ def of_first(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 2, this library reads 1", lambda b: b.update(version=2)),
-        Lie("vocabulary", "'table0' has a vocabulary", of_first(vocabulary=1)),
+        Lie("future", "is of version 3, this library reads 2", lambda b: b.update(version=3)),
+        Lie("version", "not what its description says", lambda b: b.update(version=2)),
+        Lie("vocabulary", "damaged", of_first(vocabulary=1)),
         Lie("rows", "not what its description says", of_first(rows=29)),
         Lie("many rows", "'table0' has 4611686018427387904 rows", of_first(rows=2**62)),
         Lie("format", "unknown row format", of_first(storage=["int3", None, None])),

@@ -14,11 +14,10 @@ from cases import named
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, memory, nn, restacking, serving
+from mpembed_jax import checkpoint, memory, nn, restacking
 from mpembed_jax.embedding import admission
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
-from mpembed_jax.serving import checkpoints
 
 TX = rowwise_adagrad(0.5)
 SPEC = mpembed.EmbeddingSpec(
@@ -169,12 +168,6 @@ def test_the_norm_of_gradients_is_that_of_the_distinct_rows():
     assert norm == pytest.approx(np.sqrt(num_rows * 8 * 0.25), rel=1e-6)
 
 
-def test_a_checkpoint_with_a_vocabulary_is_not_exported(tmp_path):
-    checkpoint.save(tmp_path / "held", 1, mpembed.init(jax.random.key(1), SPEC, TX))
-    with pytest.raises(ValueError, match="raw ids"):
-        checkpoints.export(tmp_path / "held", tmp_path / "file")
-
-
 def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 10)
     checkpoint.save(tmp_path, 1, state)
@@ -231,7 +224,7 @@ def test_the_report_counts_the_bytes_of_the_state():
     assert report.components["vocabulary"] == state.vocabulary.nbytes
 
 
-def test_what_is_not_supported_is_refused(tmp_path):
+def test_what_is_not_supported_is_refused():
     state = mpembed.init(jax.random.key(1), SPEC, TX)
     dense = mpembed.EmbeddingSpec((mpembed.TableSpec("user", 9),), 8)
     refused = [
@@ -244,7 +237,6 @@ def test_what_is_not_supported_is_refused(tmp_path):
         (ValueError, "vocabulary", lambda: checkpoint.track(state)),
         (ValueError, "row numbers", lambda: mpembed.write_rows(state, [1], np.zeros((1, 8)))),
         (ValueError, "pool of rows", lambda: restacking.restack(state, SPEC, TX)),
-        (ValueError, "raw ids", lambda: serving.save(tmp_path / "file", state)),
         (ValueError, "raw ids", lambda: mpembed.from_dense(jax.random.key(0), SPEC, TX, TABLES)),
         (ValueError, "vocabulary_size", lambda: mpembed.EmbeddingSpec(SPEC.tables, 8)),
         (ValueError, "vocabulary_size", lambda: dataclasses.replace(SPEC, tables=dense.tables)),

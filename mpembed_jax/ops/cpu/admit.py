@@ -38,7 +38,8 @@ _TABLE, _HEAD, _LENGTH = range(13, 16)
 
 
 @compiled
-def _set_of(place, tag, sets, first_sets, groups):
+def set_of(place, tag, sets, first_sets, groups):
+    """Returns the set of an id; see pool.sets_of. The sizes are int64."""
     mixed = fmix32(place)
     first = np.int64(mixed % np.uint32(groups)) + groups * scale_to(
         fmix32(mixed // np.uint32(groups)), first_sets // groups
@@ -192,7 +193,7 @@ def _admit(frame):
             continue
         num_requests += 1
         tag = min(pairs[2 * position] >> _TAG_SHIFT, _NO_OWNER - np.uint32(1))
-        home = _set_of(pairs[2 * position + 1], tag, sets, first_sets, groups)
+        home = set_of(pairs[2 * position + 1], tag, sets, first_sets, groups)
         hashed = _mixed(home, tag, first_sets)
         bucket = np.int64(hashed) & mask
         while table[bucket] >= 0 and (

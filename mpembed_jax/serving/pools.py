@@ -1,0 +1,131 @@
+"""The rows that raw ids have in a pool of a serving file: on the host, and under jit.
+
+The definition is `vocabulary.pool.locate`. `locate` is the same in NumPy, `compiled.locate` in
+numba. An id without a row of its own has a shared row of its table, as in training. A file holds
+hashes of ids, not ids.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.serving.container import Pool
+from mpembed_jax.vocabulary import hashes, pool
+from mpembed_jax.vocabulary.pool import VocabularyState
+
+_BLOCK = 4096  # ids whose sets are compared at once
+_TABLE = np.uint32(hashes.MAX_TABLES - 1)  # the bits of a place that are the number of the table
+
+
+def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
+    """Returns the pairs (uint32 [.., 2]) of ids.
+
+    Args:
+      feature: for messages.
+      ids: pairs uint32 [.., 2], or raw ids of any other dtype.
+      table: the table of raw ids.
+      number: its number.
+
+    Raises:
+      TypeError: if ids are neither integers nor bytes nor strings, or are uint32 and no pairs.
+      ValueError: if pairs are of another table.
+    """
+    if getattr(ids, "dtype", None) != np.uint32:
+        return hashes.of_column(ids, table, number)
+    pairs = np.asarray(ids)
+    _check_shape(feature, pairs.shape)
+    is_other = (pairs[..., 1] & _TABLE != number) & (pairs[..., 0] != hashes.PADDING)
+    if is_other.any():
+        place = tuple(int(i) for i in np.argwhere(is_other)[0])
+        raise ValueError(
+            f"feature {feature!r}: the pair at {list(place)} is not of table {table!r} "
+            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are pairs of raw_ids; cast raw "
+            "ids to int64"
+        )
+    return pairs
+
+
+def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
+    """Returns the pairs (uint32 [.., 2]) of pairs, or of integers of another dtype.
+
+    Raises:
+      TypeError: if ids are not integers, or are uint32 and no pairs.
+    """
+    if ids.dtype != jnp.uint32:
+        return hashes.of_traced(ids, table, number)
+    _check_shape(feature, ids.shape)
+    return ids
+
+
+def _check_shape(feature: str, shape: tuple[int, ...]) -> None:
+    if shape[-1:] != (2,):
+        raise TypeError(
+            f"feature {feature!r}: uint32 ids must be pairs [.., 2] of raw_ids, got {list(shape)}; "
+            "cast raw ids to int64"
+        )
+
+
+def on_device(owners: jax.Array, pairs: jax.Array, sizes: Pool) -> jax.Array:
+    """Returns the rows (int32 [..]) of pairs (uint32 [.., 2]); NO_ID of padding."""
+    vocabulary = VocabularyState(
+        owners=jnp.asarray(owners),
+        sketch=jnp.zeros((2, sizes.groups, 0), jnp.uint8),  # only training counts
+        counters=jnp.zeros((0, 2), jnp.uint32),
+        fresh_row_state=(),
+        groups=sizes.groups,
+        first_sets=sizes.first_sets,
+        counter_bits=8,
+    )
+    rows = pool.locate(vocabulary, pairs.reshape(-1, 2), sizes.shared_rows)
+    return rows.reshape(pairs.shape[:-1])
+
+
+def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
+    """Returns the rows of ids on the host.
+
+    Args:
+      owners: uint32 [S, W].
+      pairs: uint32 [n, 2].
+      sizes: of the pool.
+
+    Returns:
+      int32 [n]; NO_ID of padding.
+    """
+    rows = np.empty(len(pairs), np.int32)
+    for first in range(0, len(pairs), _BLOCK):
+        here = slice(first, first + _BLOCK)
+        rows[here] = _rows(owners, pairs[here], sizes)
+    return rows
+
+
+def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
+    shift = np.uint32(pool.USE_BITS)
+    tags = np.minimum(pairs[:, 0] >> shift, np.uint32(pool.NO_OWNER - 1))
+    places = _fmix32(pairs[:, 1])
+    groups = np.uint32(sizes.groups)
+    first = (places % groups).astype(np.int64)
+    first += sizes.groups * _scaled(_fmix32(places // groups), sizes.first_sets // sizes.groups)
+    # A first set was split into so many.
+    numbers = sizes.sets // sizes.first_sets + (first < sizes.sets % sizes.first_sets)
+    span = 2 ** np.ceil(np.log2(numbers)).astype(np.int64)
+    own = _fmix32(tags ^ np.uint32(pool.SPLIT_SEED)).astype(np.int64) & (span - 1)
+    own = np.where(own < numbers, own, own & ((span >> 1) - 1))
+    sets = first + sizes.first_sets * own
+    is_own = owners[sets] >> shift == tags[:, None]
+    shared = (pairs[:, 1] & _TABLE).astype(np.int64) * sizes.shared_rows
+    shared += _scaled(_fmix32(pairs[:, 0]), sizes.shared_rows) + sizes.sets * sizes.ways
+    rows = np.where(is_own.any(1), is_own.argmax(1) * sizes.sets + sets, shared)
+    return np.where(pairs[:, 0] == hashes.PADDING, NO_ID, rows).astype(np.int32)
+
+
+def _fmix32(words: np.ndarray) -> np.ndarray:
+    words = (words ^ words >> np.uint32(16)) * np.uint32(0x85EBCA6B)
+    words = (words ^ words >> np.uint32(13)) * np.uint32(0xC2B2AE35)
+    return words ^ words >> np.uint32(16)
+
+
+def _scaled(mixed: np.ndarray, size: int) -> np.ndarray:
+    return (mixed.astype(np.uint64) * np.uint64(size) >> np.uint64(32)).astype(np.int64)
