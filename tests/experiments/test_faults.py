@@ -1,5 +1,6 @@
 """Nothing is lost: the parts of experiments/faults/run.py, in small."""
 
+import itertools
 import json
 import logging
 import subprocess
@@ -168,6 +169,17 @@ def test_some_calls_of_every_operation_fail_and_nothing_is_lost():
 @pytest.mark.slow
 def test_many_calls_of_every_operation_fail_and_nothing_is_lost():
     failed_calls(29)
+
+
+@pytest.mark.parametrize("period", [2, 3, 6, 12])
+def test_errors_that_share_calls_meet_every_one_of_a_pattern_that_repeats(period):
+    met = [None] * 600
+    for kind in calls.ERRORS:
+        for index in itertools.takewhile(lambda i: i < 600, calls.indices(kind, 1, is_shared=True)):
+            assert met[index] is None
+            met[index] = kind
+    for place in range(period):
+        assert set(met[place::period]) == set(calls.ERRORS)
 
 
 ACTIONS = st.lists(
