@@ -4,6 +4,7 @@ Run them from the repository root as `python -m experiments.<folder>.<name>`. Th
 names of `mpembed_jax` only and need the extra `[experiments]`.
 """
 
+import signal
 import sys
 import types
 
@@ -20,3 +21,5 @@ if sys.argv[:1] == ["-m"]:  # python -m is about to run one of the programs
             _before(kind, error, place)
 
     sys.excepthook = _hook
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)

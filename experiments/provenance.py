@@ -64,9 +64,14 @@ def _module() -> str:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Writes a results file as JSON, and makes its folder."""
+    """Writes a results file as JSON, and makes its folder.
+
+    What the file held before is replaced in one step, and stays if anything fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(path)
 
 
 def environment() -> dict[str, Any]:

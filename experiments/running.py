@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PERIOD_S = 10.0  # between two lines of progress
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -58,6 +59,17 @@ class Stop:
 
 
 @contextlib.contextmanager
+def _handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handles the signals that tell a program to stop."""
+    before = {number: signal.signal(number, handle) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def stoppable() -> Iterator[Stop]:
     """Yields a Stop, which SIGINT and SIGTERM set; a second one ends the process at once.
 
@@ -75,7 +87,7 @@ def stoppable() -> Iterator[Stop]:
     def listen() -> None:
         while (numbers := os.read(out, 16)) and numbers != b"\0":
             for number in numbers:
-                if number not in (signal.SIGINT, signal.SIGTERM):
+                if number not in STOPS:
                     continue
                 if stop:
                     os._exit(128 + number)
@@ -89,14 +101,13 @@ def stoppable() -> Iterator[Stop]:
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
-    before = [signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)]
+    # Before the handlers, which do nothing, and until after them: no signal is lost.
     wakeup = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     try:
-        yield stop
+        with _handled(lambda *_: None):
+            yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
         os.write(into, b"\0")
         thread.join()
         os.close(into)
@@ -105,10 +116,10 @@ def stoppable() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Stop]:
-    """Lets SIGTERM raise KeyboardInterrupt, as SIGINT does; the Stop says that it was SIGTERM.
+    """Lets SIGINT and SIGTERM raise KeyboardInterrupt; the Stop says which of them it was.
 
-    What a library writes is then cleared away as it is after Ctrl-C. Outside the main thread,
-    nothing changes.
+    What a library writes is then cleared away. SIGINT does so also where the process was started to
+    ignore it, as the background jobs of a script are. Outside the main thread, nothing changes.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -119,11 +130,8 @@ def terminable() -> Iterator[Stop]:
         stop.number = number
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
+    with _handled(handle):
         yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

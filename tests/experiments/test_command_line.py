@@ -3,8 +3,10 @@
 Nothing is written.
 """
 
+import dataclasses
 import gzip
 import importlib
+import json
 import logging
 import os
 import re
@@ -23,9 +25,10 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import command_line, running, train_dlrm
+from experiments import command_line, provenance, running, train_dlrm
 from experiments.data import reddit
 from experiments.dlrm import curves, reporting
+from experiments.speed import bench_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
@@ -492,3 +495,42 @@ def test_interrupted_before_anything_is_saved_it_says_so(capsys):
     run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
     assert command_line.main(run, train_dlrm.Settings, "", []) == 130
     assert capsys.readouterr().err == "experiments.train_dlrm: stopped\n"
+
+
+# --- results files
+
+
+def test_a_results_file_is_replaced_in_one_step(tmp_path):
+    """Whoever reads it while another is written has the old one, whole."""
+    path = tmp_path / "results.json"
+    provenance.write(path, {"number": 1})
+    with path.open() as held:
+        provenance.write(path, {"number": 2})
+        assert json.load(held) == {"number": 1}
+    assert json.loads(path.read_text()) == {"number": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_benchmark_that_is_cut_keeps_the_results_of_the_run_before(tmp_path, monkeypatch):
+    words, measured = ["--quick", "--out", str(tmp_path / "steps.json")], []
+
+    def measure(case, *_):
+        if len(measured) == cut_at:
+            raise KeyboardInterrupt
+        measured.append(case)
+        numbers = dict.fromkeys(("ms", "ms_p10", "ms_p90", "num_rows", "floor_ms"), float(cut_at))
+        return dataclasses.asdict(case) | numbers
+
+    def held():
+        return [r["ms"] for r in json.loads((tmp_path / "steps.json").read_text())["results"]]
+
+    monkeypatch.setattr(bench_step, "measure", measure)
+    monkeypatch.setattr(bench_step, "draw", lambda *_: None)
+    monkeypatch.setattr(bench_step, "copy_bandwidth", lambda: 1e9)
+    cut_at = 1000
+    assert bench_step.main(words) == 0
+    num = len(measured)
+    assert held() == [1000] * num
+    measured, cut_at = [], 1
+    assert bench_step.main(words) == 130
+    assert held() == [1] + [1000] * (num - 1)
