@@ -18,14 +18,13 @@ import itertools
 import json
 import logging
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,6 @@ class Operation:
     step: int | None  # the step that is saved; None: nothing is
     tree: Callable[[int], dict[str, Any]]  # what a step holds
     may_delete: bool = False  # whether earlier steps may be gone once the new one is complete
-    # Whether the errors share the calls, each of which meets one of them.
-    is_shared: bool = False
 
 
 def _prepare(folder: Path) -> None:
@@ -115,7 +112,7 @@ OPERATIONS = {
         _numbers,
     ),
     "incremental save": Operation(
-        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0], is_shared=True
+        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0]
     ),
     "pruning": Operation(
         _prepare,
@@ -137,7 +134,6 @@ OPERATIONS = {
         lambda d: checkpoint.restore(d, _embedding(0)[0]),
         None,
         lambda n: _embedding(n)[0],
-        is_shared=True,
     ),
 }
 
@@ -258,23 +254,8 @@ def _in_a_child(operation: Operation, directory: Path, index: int) -> str:
     return ""
 
 
-def indices(kind: str, stride: int, *, is_shared: bool) -> Iterator[int]:
-    """Yields, without end, the calls that meet a kind of fault.
-
-    With a stride, every kind begins at another call. Errors that share the calls are shuffled in
-    every stretch of six calls: calls repeat themselves, and no error keeps to one sort of them.
-    """
-    number = KINDS.index(kind)
-    for at in itertools.count():
-        if is_shared and kind in ERRORS:
-            order = random.Random(at).sample(range(len(ERRORS)), len(ERRORS))
-            yield (at * len(ERRORS) + order[number]) * stride
-        else:
-            yield at * stride + number * stride // len(KINDS)
-
-
 def fail_each(name: str, kind: str, stride: int = 1) -> dict[str, Any]:
-    """Makes calls of an operation meet a kind of fault, one in each run; `indices` says which.
+    """Makes each call of an operation, or each `stride`-th, meet a kind of fault, one in a run.
 
     Runs in a process with calls.c loaded.
 
@@ -294,7 +275,8 @@ def fail_each(name: str, kind: str, stride: int = 1) -> dict[str, Any]:
         shutil.copytree(before, directory)
         if kind != "SIGKILL":
             _, counts["calls"], _ = _run(operation, directory, kind, -1)
-        for index in indices(kind, stride, is_shared=operation.is_shared):
+        # With a stride, every kind begins at another call.
+        for index in itertools.count(KINDS.index(kind) * stride // len(KINDS), stride):
             shutil.rmtree(directory)
             shutil.copytree(before, directory)
             if kind == "SIGKILL":
