@@ -347,7 +347,7 @@ def _quietly() -> Iterator[None]:
         if filename.startswith(project):
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    def show_unraisable(found: Any) -> None:  # as of tensorstore after a save that failed
+    def show_unraisable(found: Any) -> None:  # as "Event loop is closed"
         if any(f.filename.startswith(project) for f in traceback.extract_tb(found.exc_traceback)):
             before(found)
 
