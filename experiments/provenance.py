@@ -69,8 +69,12 @@ def write(path: Path, record: dict[str, Any]) -> None:
     What the file held before is replaced in one step, and stays if anything fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(record, indent=1) + "\n")
+    text, path = json.dumps(record, indent=1) + "\n", path.resolve()
+    if path.exists() and not path.is_file():  # /dev/stdout, say
+        path.write_text(text)
+        return
+    new = path.with_name(f".{path.name[:200]}.new")
+    new.write_text(text)
     new.replace(path)
 
 

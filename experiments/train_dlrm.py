@@ -367,6 +367,10 @@ def check_data(settings: Any) -> None:
     Raises:
       Refused: naming what is wrong with it.
     """
+    if settings.cache_dir is not None:
+        with command_line.reading("--cache-dir", settings.cache_dir):
+            if not settings.cache_dir.is_dir():  # one that is there may be for reading only
+                command_line.check_out(settings.cache_dir, is_file=False, flag="--cache-dir")
     if settings.data == "reddit":
         with command_line.reading("--path", settings.path, ValueError):
             reddit.check(settings.path)

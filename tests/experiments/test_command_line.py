@@ -97,6 +97,16 @@ CALLS = {
         ("seed twice", "--seeds 1 0 1", "--seeds has 1 twice"),
         ("negative seed", "--seeds -1", "--seeds is -1", "at least 0"),
         ("unwritable", "--out /proc/x", "--out is /proc/x", "a folder that can be written"),
+        (
+            "an unwritable cache",
+            "--data movielens --cache-dir /proc/x",
+            "--cache-dir is /proc/x, but must be a folder",
+        ),
+        ("a file for a cache", "--data movielens --cache-dir FILE", "--cache-dir is FILE"),
+        ("an empty path", "--out=", "--out is empty", "a path"),
+        ("two values", "--seeds 0 --ways 8 16", "--ways has 16 too much", "one value"),
+        ("three values", "--hidden 8 16 32", "--hidden has 32 too much", "2 values"),
+        ("a value for a switch", "--resume yes", "--resume has yes too much", "no value"),
         ("a file for a folder", "--out FILE", "--out is", "a folder that can be written"),
         ("negative rate", "--row-learning-rate -1", "--row-learning-rate is -1", "above 0"),
         ("small negative rate", "--row-learning-rate -1e-3", "--row-learning-rate is -1e-3"),
@@ -151,12 +161,14 @@ CALLS = {
     ],
     "accuracy.paper_table": [
         ("grid without a case", "--cache 0.33", "--grid is headline", "no case of the grid"),
+        ("ways of no case", "--ways 3 --policy lru", "has --policy lru, --ways 3"),
         ("report of nothing", "--report --out FOLDER", "run without --report first"),
         ("damaged results", "--out RESULTS", "--out is", "paper_table.jsonl:1"),
         ("grid on criteo", "--data criteo", "--path is missing"),
     ],
     "accuracy.served": [
-        ("no posts", "--path gone", "no posts_before_2012-07.parquet", "pass its folder"),
+        ("no posts", "--path gone", "--path is gone", "no posts_before_2012-07.parquet"),
+        ("no posts at all", "", "--path is not given", "pass its folder"),
         ("few posts", "--path FEW_POSTS", "--num-rows leaves 30", "a batch has 1,024"),
         ("seeds", "--path FEW_POSTS --seeds 0 0", "--seeds has 0 twice"),
     ],
@@ -272,6 +284,19 @@ WRONG = [
     *(
         Wrong(f"unwritable, {name}", name, "--out /proc/x/y", ("--out is /proc/x/y",))
         for name in PROGRAMS[1:-1]
+    ),
+    *(
+        Wrong(f"{flag} of a long name, {name}", name, f"{flag} {'x' * 300}", (f"{flag} is xxx",))
+        for name, flag in [
+            *((name, "--out") for name in PROGRAMS[:-1]),
+            ("accuracy.served", "--path"),
+            ("ngram.memory_table", "--text"),
+            ("speed.bench_checkpoint", "--directory"),
+        ]
+    ),
+    *(
+        Wrong(f"a long name of {data}", "train_dlrm", f"--data {data} {flag} {'x' * 300}", (flag,))
+        for data, flag in [("reddit", "--path"), ("criteo", "--path"), ("movielens", "--cache-dir")]
     ),
 ]
 
@@ -509,6 +534,14 @@ def test_a_results_file_is_replaced_in_one_step(tmp_path):
         assert json.load(held) == {"number": 1}
     assert json.loads(path.read_text()) == {"number": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_link_to_a_results_file_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "results.json")
+    for number in (1, 2):
+        provenance.write(tmp_path / "link", {"number": number})
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "results.json").read_text()) == {"number": number}
 
 
 def test_a_benchmark_that_is_cut_keeps_the_results_of_the_run_before(tmp_path, monkeypatch):
