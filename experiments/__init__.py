@@ -8,6 +8,8 @@ import signal
 import sys
 import types
 
+from experiments import running
+
 if sys.argv[:1] == ["-m"]:  # python -m is about to run one of the programs
     _before = sys.excepthook
 
@@ -23,3 +25,4 @@ if sys.argv[:1] == ["-m"]:  # python -m is about to run one of the programs
     sys.excepthook = _hook
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = running.insisting(sys.unraisablehook, running.Stop())

@@ -365,7 +365,9 @@ def _quietly() -> Iterator[None]:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def show_unraisable(found: Any) -> None:  # as "Event loop is closed"
-        if any(f.filename.startswith(project) for f in traceback.extract_tb(found.exc_traceback)):
+        places = traceback.extract_tb(found.exc_traceback)
+        is_ours = any(place.filename.startswith(project) for place in places)
+        if is_ours or issubclass(found.exc_type, KeyboardInterrupt):
             before(found)
 
     root, ours = logging.getLogger(), logging.getLogger("mpembed_jax")
@@ -405,6 +407,7 @@ def main(
       The exit status: 0; 2 where a setting or a file is refused; 1 where something failed on the
       way; 128 plus the number of the signal that stopped it.
     """
+    is_process = arguments is None
     arguments, name = sys.argv[1:] if arguments is None else arguments, name_of(run)
     is_debug = "--debug" in arguments
     stop = running.Stop()
@@ -414,6 +417,8 @@ def main(
             if check is not None:
                 check(chosen)
             run(chosen)
+        if is_process:
+            running.leave(0)
         return 0
     except Refused as error:
         failed, status, text = error, REFUSED, with_flags(str(error), settings)
@@ -427,4 +432,6 @@ def main(
     if is_debug:
         traceback.print_exception(failed)
     print(f"{name}: {text}", file=sys.stderr, flush=True)
+    if is_process:
+        running.leave(status, failed)
     return status

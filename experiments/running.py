@@ -3,9 +3,11 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,58 @@ def terminable() -> Iterator[Stop]:
         stop.number = number
         raise KeyboardInterrupt
 
-    with _handled(handle):
-        yield stop
+    before = sys.unraisablehook
+    sys.unraisablehook = insisting(before, stop)
+    try:
+        with _handled(handle):
+            yield stop
+    finally:
+        sys.unraisablehook = before
+
+
+def insisting(before: Callable[[Any], None], stop: Stop) -> Callable[[Any], None]:
+    """Returns a sys.unraisablehook that sends a signal again whose KeyboardInterrupt was dropped.
+
+    Python drops what a callback of the garbage collector raises, and jax has such callbacks.
+
+    Args:
+      before: the hook for everything else.
+      stop: says which signal it was.
+    """
+
+    def show(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            before(found)
+            return
+        main = threading.main_thread().ident
+        # A little later, after the callback.
+        again = threading.Timer(0.05, signal.pthread_kill, (main, stop.number or signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    return show
+
+
+def leave(status: int, failed: BaseException | None = None) -> None:
+    """Lets a program end with a status, in order or where the next signal comes.
+
+    Python and jax take a second to end, in which Ctrl-C would print a traceback. After a
+    KeyboardInterrupt, jax may be compiling still, and crash when it is taken down: the process ends
+    here, once generators have cleared away what they made.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            signal.signal(number, lambda *_: os._exit(status))
+    if not isinstance(failed, KeyboardInterrupt):
+        return
+    error: BaseException | None = failed
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -142,6 +194,22 @@ def preparing() -> Iterator[None]:
     except KeyboardInterrupt as error:
         text = "stopped before training began; nothing is lost, start the same command again"
         raise KeyboardInterrupt(text) from error
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Starts a process and waits for its end; kills it if the block raises, as Ctrl-C does.
+
+    Args:
+      command: its words.
+      options: of subprocess.Popen.
+    """
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def free_memory() -> int:

@@ -461,7 +461,8 @@ def test_warnings_of_this_project_reach_the_user_and_others_do_not(capsys):
     def run(settings):
         logging.getLogger("orbax").warning("theirs")
         logging.getLogger("absl").warning("theirs")
-        sys.unraisablehook(SimpleNamespace(exc_traceback=None))  # of a callback in C++
+        theirs = SimpleNamespace(exc_type=RuntimeError, exc_traceback=None)
+        sys.unraisablehook(theirs)  # of a callback in C++
         warnings.warn_explicit("theirs", DeprecationWarning, "/lib/jax/x.py", 1)
         warnings.warn_explicit("ours", UserWarning, str(ROOT / "mpembed_jax" / "x.py"), 1)
         logging.getLogger("mpembed_jax.checkpoint").warning("also ours")
@@ -500,6 +501,90 @@ with running.stoppable() as stop:
                 process.kill()
         assert process.returncode == 128 + number
         assert "stopping after this step" in said
+
+
+def ended(code, *, after=None, number=signal.SIGINT):
+    """Runs code as a process of its own; sends it a signal after it has said `after`."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        try:
+            if after is not None:
+                assert process.stdout.readline() == f"{after}\n"
+                time.sleep(0.1)
+                process.send_signal(number)
+            out, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    return process.returncode, out, said
+
+
+PROGRAM = """
+import signal, sys, time
+from experiments import command_line, train_dlrm
+def run(settings):
+    {}
+run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
+sys.argv[1:] = []
+sys.exit(command_line.main(run, train_dlrm.Settings, ""))
+"""
+
+
+def test_a_signal_that_the_garbage_collector_drops_comes_again():
+    """As jax's callbacks of the collector drop it."""
+    lines = [
+        "import gc",
+        "once = [1]",
+        "told = lambda *_: once and once.pop() and signal.raise_signal(signal.SIGTERM)",
+        "gc.callbacks.append(told)",
+        "gc.collect()",
+        "time.sleep(20)",
+    ]
+    status, _, said = ended(PROGRAM.format("\n    ".join(lines)))
+    assert (status, said) == (143, "experiments.train_dlrm: stopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
+    """While Python and jax are taken down, which takes a second."""
+    slow = "__import__('atexit').register(lambda: (print('ends', flush=True), time.sleep(20)))"
+    assert ended(PROGRAM.format(slow), after="ends", number=number) == (0, "", "")
+
+
+def test_a_program_that_is_stopped_does_not_wait_for_what_runs_in_the_background():
+    """But generators, which the traceback holds, clear away what they made."""
+    lines = [
+        "import atexit",
+        "atexit.register(time.sleep, 20)",
+        "def made():",
+        "    try:",
+        "        yield",
+        "    finally:",
+        "        print('cleared')",
+        "held = made()",
+        "next(held)",
+        "raise KeyboardInterrupt",
+    ]
+    status, out, said = ended(PROGRAM.format("\n    ".join(lines)))
+    assert (status, out, said) == (130, "cleared\n", "experiments.train_dlrm: stopped\n")
+
+
+def test_a_process_that_a_program_starts_ends_with_it():
+    with (
+        pytest.raises(KeyboardInterrupt),
+        running.started([sys.executable, "-c", "import time; time.sleep(60)"]) as process,
+    ):
+        raise KeyboardInterrupt
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_programs_start_processes_that_end_with_them():
+    """`calls` keeps one that ends when its pipe does."""
+    found = [
+        path.name
+        for path in (ROOT / "experiments").rglob("*.py")
+        if "subprocess.Popen(" in path.read_text()
+    ]
+    assert sorted(found) == ["calls.py", "running.py"]
 
 
 def test_a_failure_on_the_way_is_one_line_and_status_1(capsys):
