@@ -4,8 +4,11 @@ Run them from the repository root as `python -m experiments.<folder>.<name>`. Th
 names of `mpembed_jax` only and need the extra `[experiments]`.
 """
 
+import signal
 import sys
 import types
+
+from experiments import running
 
 if sys.argv[:1] == ["-m"]:  # python -m is about to run one of the programs
     _before = sys.excepthook
@@ -20,3 +23,6 @@ if sys.argv[:1] == ["-m"]:  # python -m is about to run one of the programs
             _before(kind, error, place)
 
     sys.excepthook = _hook
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = running.insisting(sys.unraisablehook, running.Stop())

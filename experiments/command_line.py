@@ -105,6 +105,12 @@ class Field(NamedTuple):
             bounds.append(f"{'and' if bounds else 'of'} at most {limits.at_most:,.15g}")
         return " ".join([text, *bounds])
 
+    def num(self) -> str:
+        """Says how many values it takes, if not any number."""
+        if self.kind is bool:
+            return "no value"
+        return "one value" if self.count is None else f"{self.count} values"
+
     def read(self, text: str) -> Any:
         """Reads one value."""
         limits = self.limits
@@ -113,6 +119,8 @@ class Field(NamedTuple):
             value = Path(text).expanduser() if self.kind is Path else self.kind(text)
         except (ValueError, RuntimeError):
             raise wrong from None
+        if not text:  # as of a variable of the shell that is not set
+            raise wrong
         is_fine = not self.choices or value in self.choices
         if self.kind in (int, float):
             is_fine &= math.isfinite(value)
@@ -166,6 +174,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, whose errors are Refused."""
 
     fields: dict[str, Field]  # by flag
+    words: list[str]  # that are parsed
 
     def error(self, message: str) -> typing.NoReturn:
         """Raises instead of printing the usage and leaving."""
@@ -173,6 +182,10 @@ class _Parser(argparse.ArgumentParser):
         name = message.split(" ")[0].split("/")[0]
         if message.startswith("unrecognized"):
             unknown = message.split(" ")[2]
+            before = self.words[: self.words.index(unknown)] if unknown in self.words else []
+            flag = next((word for word in reversed(before) if word in self.fields), None)
+            if unknown[:1] != "-" and flag is not None:
+                raise Refused(f"{flag} has {unknown} too much: it takes {self.fields[flag].num()}")
             near = difflib.get_close_matches(unknown, self.fields, 1)
             hint = f"; did you mean {near[0]}?" if near else "; --help lists them"
             message = f"{unknown}: there is no such setting{hint}"
@@ -181,7 +194,7 @@ class _Parser(argparse.ArgumentParser):
         raise Refused(message)
 
 
-def make_parser(settings: type, description: str, name: str) -> argparse.ArgumentParser:
+def make_parser(settings: type, description: str, name: str) -> _Parser:
     """Returns the parser of a program: its dataclass, its module's docstring, its module."""
     width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
     parser = _Parser(
@@ -219,7 +232,9 @@ def parse(settings: type, description: str, name: str, arguments: list[str]) -> 
             words[-1] += f"={word}"
         else:
             words.append(word)
-    given = vars(make_parser(settings, description, name).parse_args(words))
+    parser = make_parser(settings, description, name)
+    parser.words = words
+    given = vars(parser.parse_args(words))
     given.pop("debug", None)
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     chosen, fields = settings(**given), fields_of(settings)
@@ -305,11 +320,12 @@ def with_flags(text: str, settings: type) -> str:
 def check_out(path: Path, *, is_file: bool = True, flag: str = "--out") -> None:
     """Raises Refused unless the file of the results, or their folder, can be written."""
     wanted = "a file that can be written" if is_file else "a folder that can be written"
-    if is_file and path.is_dir():
-        refuse(flag, path, f"{wanted}; it is a folder")
     folder = path.parent if is_file else path
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    made: list[Path] = []
     try:
+        if is_file and path.is_dir():
+            refuse(flag, path, f"{wanted}; it is a folder")
+        made += [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -332,7 +348,8 @@ def reading(flag: str, value: Any, *errors: type[Exception]) -> Iterator[None]:
         raise
     except (OSError, *errors) as error:
         text = str(error).strip() or type(error).__name__
-        raise Refused(f"{flag} is {value}, which cannot be used: {text}") from error
+        what = "not given, and its default" if value is None else f"{value}, which"
+        raise Refused(f"{flag} is {what} cannot be used: {text}") from error
 
 
 # --- the whole
@@ -347,8 +364,10 @@ def _quietly() -> Iterator[None]:
         if filename.startswith(project):
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    def show_unraisable(found: Any) -> None:  # as of tensorstore after a save that failed
-        if any(f.filename.startswith(project) for f in traceback.extract_tb(found.exc_traceback)):
+    def show_unraisable(found: Any) -> None:  # as "Event loop is closed"
+        places = traceback.extract_tb(found.exc_traceback)
+        is_ours = any(place.filename.startswith(project) for place in places)
+        if is_ours or issubclass(found.exc_type, KeyboardInterrupt):
             before(found)
 
     root, ours = logging.getLogger(), logging.getLogger("mpembed_jax")
@@ -388,6 +407,7 @@ def main(
       The exit status: 0; 2 where a setting or a file is refused; 1 where something failed on the
       way; 128 plus the number of the signal that stopped it.
     """
+    is_process = arguments is None
     arguments, name = sys.argv[1:] if arguments is None else arguments, name_of(run)
     is_debug = "--debug" in arguments
     stop = running.Stop()
@@ -397,6 +417,8 @@ def main(
             if check is not None:
                 check(chosen)
             run(chosen)
+        if is_process:
+            running.leave(0)
         return 0
     except Refused as error:
         failed, status, text = error, REFUSED, with_flags(str(error), settings)
@@ -410,4 +432,6 @@ def main(
     if is_debug:
         traceback.print_exception(failed)
     print(f"{name}: {text}", file=sys.stderr, flush=True)
+    if is_process:
+        running.leave(status, failed)
     return status

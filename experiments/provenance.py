@@ -64,9 +64,18 @@ def _module() -> str:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Writes a results file as JSON, and makes its folder."""
+    """Writes a results file as JSON, and makes its folder.
+
+    What the file held before is replaced in one step, and stays if anything fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text, path = json.dumps(record, indent=1) + "\n", path.resolve()
+    if path.exists() and not path.is_file():  # /dev/stdout, say
+        path.write_text(text)
+        return
+    new = path.with_name(f".{path.name[:200]}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -3,14 +3,17 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 PERIOD_S = 10.0  # between two lines of progress
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,17 @@ class Stop:
 
 
 @contextlib.contextmanager
+def _handled(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handles the signals that tell a program to stop."""
+    before = {number: signal.signal(number, handle) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def stoppable() -> Iterator[Stop]:
     """Yields a Stop, which SIGINT and SIGTERM set; a second one ends the process at once.
 
@@ -75,7 +89,7 @@ def stoppable() -> Iterator[Stop]:
     def listen() -> None:
         while (numbers := os.read(out, 16)) and numbers != b"\0":
             for number in numbers:
-                if number not in (signal.SIGINT, signal.SIGTERM):
+                if number not in STOPS:
                     continue
                 if stop:
                     os._exit(128 + number)
@@ -89,14 +103,13 @@ def stoppable() -> Iterator[Stop]:
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
-    before = [signal.signal(n, lambda *_: None) for n in (signal.SIGINT, signal.SIGTERM)]
+    # Before the handlers, which do nothing, and until after them: no signal is lost.
     wakeup = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     try:
-        yield stop
+        with _handled(lambda *_: None):
+            yield stop
     finally:
         signal.set_wakeup_fd(wakeup)
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
         os.write(into, b"\0")
         thread.join()
         os.close(into)
@@ -105,10 +118,10 @@ def stoppable() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[Stop]:
-    """Lets SIGTERM raise KeyboardInterrupt, as SIGINT does; the Stop says that it was SIGTERM.
+    """Lets SIGINT and SIGTERM raise KeyboardInterrupt; the Stop says which of them it was.
 
-    What a library writes is then cleared away as it is after Ctrl-C. Outside the main thread,
-    nothing changes.
+    What a library writes is then cleared away. SIGINT does so also where the process was started to
+    ignore it, as the background jobs of a script are. Outside the main thread, nothing changes.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -119,11 +132,58 @@ def terminable() -> Iterator[Stop]:
         stop.number = number
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
+    before = sys.unraisablehook
+    sys.unraisablehook = insisting(before, stop)
     try:
-        yield stop
+        with _handled(handle):
+            yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = before
+
+
+def insisting(before: Callable[[Any], None], stop: Stop) -> Callable[[Any], None]:
+    """Returns a sys.unraisablehook that sends a signal again whose KeyboardInterrupt was dropped.
+
+    Python drops what a callback of the garbage collector raises, and jax has such callbacks.
+
+    Args:
+      before: the hook for everything else.
+      stop: says which signal it was.
+    """
+
+    def show(found: Any) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            before(found)
+            return
+        main = threading.main_thread().ident
+        # A little later, after the callback.
+        again = threading.Timer(0.05, signal.pthread_kill, (main, stop.number or signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    return show
+
+
+def leave(status: int, failed: BaseException | None = None) -> None:
+    """Lets a program end with a status, in order or where the next signal comes.
+
+    Python and jax take a second to end, in which Ctrl-C would print a traceback. After a
+    KeyboardInterrupt, jax may be compiling still, and crash when it is taken down: the process ends
+    here, once generators have cleared away what they made.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            signal.signal(number, lambda *_: os._exit(status))
+    if not isinstance(failed, KeyboardInterrupt):
+        return
+    error: BaseException | None = failed
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -134,6 +194,22 @@ def preparing() -> Iterator[None]:
     except KeyboardInterrupt as error:
         text = "stopped before training began; nothing is lost, start the same command again"
         raise KeyboardInterrupt(text) from error
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Starts a process and waits for its end; kills it if the block raises, as Ctrl-C does.
+
+    Args:
+      command: its words.
+      options: of subprocess.Popen.
+    """
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def free_memory() -> int:

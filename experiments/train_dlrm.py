@@ -367,6 +367,10 @@ def check_data(settings: Any) -> None:
     Raises:
       Refused: naming what is wrong with it.
     """
+    if settings.cache_dir is not None:
+        with command_line.reading("--cache-dir", settings.cache_dir):
+            if not settings.cache_dir.is_dir():  # one that is there may be for reading only
+                command_line.check_out(settings.cache_dir, is_file=False, flag="--cache-dir")
     if settings.data == "reddit":
         with command_line.reading("--path", settings.path, ValueError):
             reddit.check(settings.path)
@@ -447,16 +451,34 @@ def run(settings: Settings) -> dict[str, Any]:
         others = "--pool-rows, " if settings.ids == "raw" else ""
         others += "--scale, --hidden, --num-rows or --batch-size"
         check_memory(source, contenders, recipe, others)
-    has_kaggle_day = (
-        source.num_dense > 0
-    )  # reddit and movielens: no epoch of Criteo's to project to
     console.print(
         f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, "
         f"{len(source.tables)} tables with {sum(source.tables.values()):,} ids, "
         f"D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
     )
     settings.out.mkdir(parents=True, exist_ok=True)
-    outcomes = train(settings, source, contenders, recipe, console)
+    # Also while the results are written: a signal that comes too late for training ends nothing.
+    with running.stoppable() as stop:
+        outcomes = train(settings, source, contenders, recipe, console, stop)
+        return report(settings, source, contenders, recipe, console, outcomes, start)
+
+
+def report(
+    settings: Settings,
+    source: Any,
+    contenders: list[training.Contender],
+    recipe: training.Recipe,
+    console: Console,
+    outcomes: list[training.Outcome],
+    start: float,
+) -> dict[str, Any]:
+    """Prints and writes the results of a run that is finished, and deletes its saves.
+
+    Returns what the JSON file holds. `start` is when the run began, of time.perf_counter.
+    """
+    has_kaggle_day = (
+        source.num_dense > 0
+    )  # reddit and movielens: no epoch of Criteo's to project to
     table = reporting.make_table(
         outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass"
     )
@@ -493,6 +515,7 @@ def train(
     contenders: list[training.Contender],
     recipe: training.Recipe,
     console: Console,
+    stop: running.Stop,
 ) -> list[training.Outcome]:
     """Trains and evaluates all contenders with all seeds, from where a save left them.
 
@@ -521,12 +544,9 @@ def train(
     outcomes = [training.outcome_of(values) for values in about["finished"]]
     done = {outcome.seed for outcome in outcomes}
     rows = source.num_train // recipe.batch_size * recipe.batch_size
-    with (
-        running.stoppable() as stop,
-        curves.curves(
-            settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
-        ) as written,
-    ):
+    with curves.curves(
+        settings.out / f"{name}_curve.csv", settings.out / "tensorboard" / name
+    ) as written:
         keeper = unfinished.Keeper(
             folder, 60 * settings.save_every, stop, about, command,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,7 +146,8 @@ class EmbeddingSpec:
     vocabulary: VocabularySpec | None = None
 
     def __post_init__(self) -> None:
-        tables = (self.tables,) if isinstance(self.tables, TableSpec) else tuple(self.tables)
+        tables = (self.tables,) if isinstance(self.tables, TableSpec) else self.tables
+        tables = tuple(tables) if isinstance(tables, Iterable) else ()
         if not tables or not all(isinstance(t, TableSpec) for t in tables):
             raise TypeError(
                 f"tables must be a non-empty sequence of TableSpec, got {self.tables!r}"

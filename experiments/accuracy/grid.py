@@ -243,7 +243,7 @@ def choose(
     ]
     if not [c for c in kept if c != FP32]:
         asked = ", ".join(
-            f"{name} {' or '.join(map(str, v))}" for name, v in wanted.items() if v is not None
+            f"--{name} {' or '.join(map(str, v))}" for name, v in wanted.items() if v is not None
         )
         raise ValueError(f"no case of the grid has {asked}")
     return tuple(dict.fromkeys((FP32, *kept)))

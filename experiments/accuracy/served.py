@@ -69,10 +69,8 @@ def check(settings: Settings) -> None:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
-    try:
+    with command_line.reading("--path", settings.path, ValueError):
         reddit.check(settings.path)
-    except (FileNotFoundError, ValueError) as error:
-        raise command_line.Refused(str(error)) from None
 
 
 def served(state: mpembed.EmbeddingState, path: Path) -> mpembed.EmbeddingState:

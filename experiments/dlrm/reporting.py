@@ -237,7 +237,8 @@ def save_picture(outcomes: list[Outcome], batch_size: int, path: Path) -> None:
         axis.set_xlabel("training rows")
     first = [group[0].curve for group in groups.values()]
     if max(map(len, first)) > 4:  # the fall of the first steps would hide all that follows
-        axes[0].set_ylim(top=1.02 * max(c[max(1, len(c) // 16)].loss for c in first if len(c) > 1))
+        late = [p.loss for c in first if len(c) > 1 for p in c[max(1, len(c) // 16) :]]
+        axes[0].set_ylim(top=1.02 * max(late))
     axes[3].set_ylim(0, 1.1 * max(p.rows_touched for g in groups.values() for p in g[0].curve))
     if not axes[2].lines:
         axes[2].set_visible(False)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from experiments.dlrm.training import Job, Learner, Run
 
 KEPT = 2  # saves; a damaged one leaves the one before
-DAMAGE = (checkpoint.CheckpointError, FileNotFoundError)
+
+
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Turns what `checkpoint.restore` raises into Refused."""
+    try:
+        yield
+    except (checkpoint.CheckpointError, OSError, ValueError) as error:
+        raise Refused(f"the unfinished run in {folder} cannot be read: {error}") from error
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -37,10 +46,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     """
     if checkpoint.latest_step(folder) is None:
         return None
-    try:
+    with restoring(folder):
         held = checkpoint.restore(folder, {"about": ""}, partial=True)
-    except (checkpoint.CheckpointError, ValueError) as error:
-        raise Refused(f"the unfinished run in {folder} cannot be read: {error}") from error
     return json.loads(held["about"])
 
 
@@ -58,6 +65,28 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         for name in names
         if saved.get(name) != wanted.get(name)
     ]
+
+
+def warn(error: Exception) -> None:
+    """Says that a save failed and training goes on."""
+    print(f"warning: not saved, training goes on: {error}", file=sys.stderr, flush=True)
+
+
+def last_words(folder: Path, place: str, command: str, error: Exception | None) -> str:
+    """Returns what a run says that was told to stop.
+
+    Args:
+      folder: of the saves.
+      place: where the run is, such as "at step 7".
+      command: the line that goes on with the run.
+      error: of the last save, None if the place is saved.
+    """
+    if error is None:
+        return f"stopped {place}; go on with:\n  {command}"
+    text = f"stopped {place}, which could not be saved: {error}"
+    if checkpoint.latest_step(folder) is not None:
+        text += f"\ngo on from an earlier place with:\n  {command}"
+    return text
 
 
 class Keeper:
@@ -93,9 +122,14 @@ class Keeper:
     # --- while it trains
 
     def begin(self, run: "Run") -> None:
-        """Starts to mark the rows that steps touch, from the first step on: one program for all."""
+        """Starts to mark the rows that steps touch, from the first step on: one program for all.
+
+        Raises:
+          Stopped: if the process was told to stop; it need not wait for a compilation.
+        """
         self._full_bytes = 0
         self._track(run)
+        self.after_step(run)
 
     def after_step(self, run: "Run") -> None:
         """Saves and leaves, if the process was told to stop.
@@ -105,14 +139,13 @@ class Keeper:
         """
         if not self.stop:
             return
+        failed: Exception | None = None
         try:
             self._finish()
             self._save(run, wait=True)
-            text = f"stopped at {run.place}; go on with:\n  {self.command}"
         except (checkpoint.CheckpointError, OSError) as error:
-            text = f"stopped at {run.place}, which could not be saved: {error}"
-            if checkpoint.latest_step(self.folder) is not None:
-                text += f"\ngo on from an earlier place with:\n  {self.command}"
+            failed = error
+        text = last_words(self.folder, f"at {run.place}", self.command, failed)
         raise Stopped(self.stop.number, text)
 
     def after_chunk(self, run: "Run") -> None:
@@ -125,7 +158,7 @@ class Keeper:
             self._save(run, wait=False)
         except (checkpoint.CheckpointError, OSError) as error:
             self._full_bytes = 0
-            print(f"warning: not saved, training goes on: {error}", file=sys.stderr, flush=True)
+            warn(error)
 
     def finish(self) -> None:
         """Waits for a save in the background; its error no longer matters."""
@@ -214,10 +247,8 @@ def restore(folder: Path, about: dict[str, Any], run: "Run", job: "Job") -> None
                 learner = job.view.refresh(learner)
             # Only the shapes: the values that were drawn need no memory while others are read.
             run.learners[i] = _shapes(learner)
-    try:
+    with restoring(folder):
         tree = checkpoint.restore(folder, _tree(run, ""), step=about["number"])
-    except (*DAMAGE, ValueError) as error:
-        raise Refused(f"the unfinished run in {folder} cannot be read: {error}") from error
     for i in range(len(run.learners)):
         if run.learners[i] is not None:
             run.learners[i] = tree["learners"][str(i)]

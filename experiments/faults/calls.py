@@ -9,10 +9,12 @@ Afterwards every earlier good step must restore bit for bit, the new step must b
 absent, the message must name the cause, and the next save must work.
 """
 
+import collections
 import ctypes
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import logging
 import os
@@ -76,7 +78,6 @@ class Operation:
     step: int | None  # the step that is saved; None: nothing is
     tree: Callable[[int], dict[str, Any]]  # what a step holds
     may_delete: bool = False  # whether earlier steps may be gone once the new one is complete
-    is_shared: bool = False  # whether the kinds of errors share the calls, each of which fails once
 
 
 def _prepare(folder: Path) -> None:
@@ -109,10 +110,9 @@ OPERATIONS = {
         lambda d: checkpoint.save(d, 3, _numbers(3), wait=False).wait(),
         3,
         _numbers,
-        is_shared=True,
     ),
     "incremental save": Operation(
-        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0], is_shared=True
+        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0]
     ),
     "pruning": Operation(
         _prepare,
@@ -134,7 +134,6 @@ OPERATIONS = {
         lambda d: checkpoint.restore(d, _embedding(0)[0]),
         None,
         lambda n: _embedding(n)[0],
-        is_shared=True,
     ),
 }
 
@@ -255,28 +254,29 @@ def _in_a_child(operation: Operation, directory: Path, index: int) -> str:
     return ""
 
 
-def fail_each(name: str, kind: str, stride: int = 1, first: int = 0) -> dict[str, Any]:
-    """Makes each call of an operation meet one fault, or each `stride`-th.
+def fail_each(name: str, kind: str, stride: int = 1) -> dict[str, Any]:
+    """Makes each call of an operation, or each `stride`-th, meet a kind of fault, one in a run.
 
     Runs in a process with calls.c loaded.
 
     Returns:
-      Counts: calls of the operation, faults, how many of them the operation survived, and after how
-      many the message does not name the cause.
+      Counts: calls of the operation, faults, how many of them the operation survived, after how
+      many the message does not name the cause, and faults by function of libc.
 
     Raises:
       AssertionError: naming the fault after which something is lost.
     """
     operation = OPERATIONS[name]
     counts = {"calls": 0, "faults": 0, "survived": 0, "unnamed": 0}
+    functions: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         before, directory = Path(folder) / "before", Path(folder) / "run"
         operation.prepare(before)
         shutil.copytree(before, directory)
         if kind != "SIGKILL":
             _, counts["calls"], _ = _run(operation, directory, kind, -1)
-        index = first
-        while True:
+        # With a stride, every kind begins at another call.
+        for index in itertools.count(KINDS.index(kind) * stride // len(KINDS), stride):
             shutil.rmtree(directory)
             shutil.copytree(before, directory)
             if kind == "SIGKILL":
@@ -287,6 +287,7 @@ def fail_each(name: str, kind: str, stride: int = 1, first: int = 0) -> dict[str
                 is_over = not call
             if is_over:
                 break
+            functions[call] += 1
             try:
                 counts["unnamed"] += not _check(directory, operation, outcome, kind)
             except (AssertionError, checkpoint.CheckpointError, OSError, ValueError) as error:
@@ -295,9 +296,7 @@ def fail_each(name: str, kind: str, stride: int = 1, first: int = 0) -> dict[str
                 ) from error
             counts["faults"] += 1
             counts["survived"] += not isinstance(outcome, BaseException | str)
-            index += stride
-        counts["calls"] = counts["calls"] or index - stride + 1
-    return counts
+    return counts | {"functions": dict(functions)}
 
 
 # --- processes: one with calls.c loaded, and one that forks what is killed
@@ -390,14 +389,15 @@ def _main() -> None:
     stride, kinds, names = running.words_from("faults.run", int, *several)
     report: dict[str, Any] = {}
     for name in names:
-        report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0}
-        for number, kind in enumerate(kinds):
+        report[name] = {"calls": 0, "faults": {}, "survived": 0, "unnamed": 0, "functions": {}}
+        for kind in kinds:
             start = time.perf_counter()
-            each = stride * (len(ERRORS) if OPERATIONS[name].is_shared else 1)
-            # With a stride, every kind begins at another call.
-            found = fail_each(name, kind, each, number % len(ERRORS) * each // len(ERRORS))
+            found = fail_each(name, kind, stride)
             report[name]["calls"] = max(report[name]["calls"], found["calls"])
             report[name]["faults"][kind] = found["faults"]
+            if kind in ERRORS:
+                for function, count in found["functions"].items():
+                    report[name]["functions"].setdefault(function, {})[kind] = count
             for what in ("survived", "unnamed"):
                 report[name][what] += found[what]
             print(

@@ -11,6 +11,7 @@ again, and resume from the last good checkpoint. The bits of the whole state at 
 with those of a run nobody interrupted.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import random
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.faults import killing
 from experiments.scaling import multiprocess
@@ -156,7 +158,11 @@ def kill_and_resume(kills: int = 4, steps: int = 60, seed: int = 0) -> dict[str,
         }  # fmt: skip
 
 
-def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subprocess.Popen]:
+@contextlib.contextmanager
+def _started(
+    directory: Path, steps: int, port: int, stdin: int
+) -> Iterator[list[subprocess.Popen]]:
+    """Starts both workers, and kills them at the end of the block."""
     options = [f"--port={port}", f"--directory={directory}", f"--steps={steps}"]
     one_device = f"{multiprocess.XLA_FLAGS} --xla_force_host_platform_device_count=1"
     environment = {
@@ -166,20 +172,17 @@ def _start(directory: Path, steps: int, port: int, stdin: int) -> list[subproces
     }
     command = [sys.executable, "-m", "experiments.faults.killed_worker", *options]
     workers = []
-    for index in range(PROCESSES):
-        with open(directory.parent / f"errors_{index}", "w") as errors:
-            streams: dict[str, Any] = {
-                "stdin": stdin,
-                "stdout": subprocess.PIPE,
-                "stderr": errors,
-                "text": True,
-            }
-            workers.append(
-                subprocess.Popen(
-                    [*command, f"--worker={index}"], cwd=provenance.ROOT, env=environment, **streams
-                )
-            )
-    return workers
+    with contextlib.ExitStack() as stack:
+        for index in range(PROCESSES):
+            errors = stack.enter_context(open(directory.parent / f"errors_{index}", "w"))
+            worker = running.started(
+                [*command, f"--worker={index}"], cwd=provenance.ROOT, env=environment,
+                stdin=stdin, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+            workers.append(stack.enter_context(worker))
+        yield workers
+        for worker in workers:
+            worker.kill()
 
 
 def _errors(directory: Path) -> str:
@@ -190,17 +193,15 @@ def _errors(directory: Path) -> str:
 
 def _run(directory: Path, steps: int) -> tuple[str, int]:
     """Runs both workers to their end; returns the hash and where they resumed."""
-    with multiprocess.reserve_port() as held:
-        workers = _start(directory, steps, held.getsockname()[1], subprocess.DEVNULL)
-        try:
-            # gloo, too, writes to stdout; what a worker says fits a pipe that is not read yet.
-            outputs = [
-                killing.SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0])
-                for worker in workers
-            ]
-        finally:
-            for worker in workers:
-                worker.kill()
+    with (
+        multiprocess.reserve_port() as held,
+        _started(directory, steps, held.getsockname()[1], subprocess.DEVNULL) as workers,
+    ):
+        # gloo, too, writes to stdout; what a worker says fits a pipe that is not read yet.
+        outputs = [
+            killing.SAID.findall(worker.communicate(timeout=multiprocess.PATIENCE_S)[0])
+            for worker in workers
+        ]
     assert all(worker.returncode == 0 for worker in workers), _errors(directory)
     assert outputs[0][-1] == outputs[1][-1], "the workers end with different states"
     return outputs[0][-1][1], int(outputs[0][0][1])
@@ -214,22 +215,19 @@ def _run_and_kill(
     The kill comes just after a step, just after a save began, or at the end of the run. Then ends
     the other. Returns the step they resumed at.
     """
-    with multiprocess.reserve_port() as held:
-        workers = _start(directory, steps, held.getsockname()[1], subprocess.PIPE)
+    with (
+        multiprocess.reserve_port() as held,
+        _started(directory, steps, held.getsockname()[1], subprocess.PIPE) as workers,
+    ):
         stdout = workers[victim].stdout
         assert stdout is not None
-        try:
-            resume, is_there = killing.listen(stdout, aim, until)
-            if is_there:
-                time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
-            workers[victim].kill()
-            time.sleep(
-                rng.uniform(0, 1)
-            )  # the other one notices, waits, or goes on with what needs no partner
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
+        resume, is_there = killing.listen(stdout, aim, until)
+        if is_there:
+            time.sleep(rng.uniform(0, 0.15 if aim == "save" else 0.02))
+        workers[victim].kill()
+        time.sleep(
+            rng.uniform(0, 1)
+        )  # the other one notices, waits, or goes on with what needs no partner
     assert is_there and workers[victim].returncode == -signal.SIGKILL, _errors(directory)
     return resume
 

@@ -511,7 +511,7 @@ def many(kind: str, files: int, first: int = 0) -> dict[str, Any]:
         ]
         with (
             tempfile.TemporaryFile("w+") as errors,
-            subprocess.Popen(
+            running.started(
                 command,
                 cwd=provenance.ROOT,
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},

@@ -10,6 +10,7 @@ is killed. In `calls` every system call fails once, in `sequences` a directory i
 copies in memory, in `mutations` files are a stranger's. Writes experiments/results/faults.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -140,7 +141,9 @@ def kill_and_resume(kills: int, steps: int, seed: int = 0) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
+def _start(
+    directory: Path, steps: int, stdin: int
+) -> contextlib.AbstractContextManager[subprocess.Popen]:
     command = [
         sys.executable,
         "-m",
@@ -151,7 +154,7 @@ def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
         str(steps),
     ]
     pipe, environment = subprocess.PIPE, killing.environment(directory)
-    return subprocess.Popen(
+    return running.started(
         command,
         cwd=provenance.ROOT,
         env=environment,
@@ -164,8 +167,8 @@ def _start(directory: Path, steps: int, stdin: int) -> subprocess.Popen:
 
 def _run(directory: Path, steps: int) -> str:
     """Runs a worker to its end; returns its hash."""
-    process = _start(directory, steps, subprocess.DEVNULL)
-    out, err = process.communicate()
+    with _start(directory, steps, subprocess.DEVNULL) as process:
+        out, err = process.communicate()
     assert process.returncode == 0, err[-3000:]
     word, bits = killing.SAID.findall(out)[-1]
     assert word == "bits"

@@ -17,6 +17,7 @@ must move over the copy bandwidth measured first (roofline.py). The swap is time
 whose planning is the same XLA either way. Needs jax, optax and numpy alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,7 +33,7 @@ from typing import Any
 
 import jax
 
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.gpu.parts import PARTS
 from experiments.gpu.steps import Bench, failure
@@ -74,7 +75,7 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
+        running.started(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as process,
     ):
@@ -161,10 +162,12 @@ def run(settings: Settings) -> dict:
         if remaining < 15:  # less than a process needs to begin
             left_out.append(name)
         else:
-            for row in rows_of_process(name, bench, min(PARTS[name].limit, remaining)):
-                rows.append(row)
-                print(name, json.dumps(row), flush=True)
-                _write(settings.out, results, begin)
+            limit = min(PARTS[name].limit, remaining)
+            with contextlib.closing(rows_of_process(name, bench, limit)) as found:
+                for row in found:
+                    rows.append(row)
+                    print(name, json.dumps(row), flush=True)
+                    _write(settings.out, results, begin)
         if name == "copy bandwidth" and name not in left_out:
             if "error" in rows[-1]:
                 raise command_line.Failed(

@@ -222,8 +222,9 @@ def check(settings: Settings) -> None:
     else:
         if settings.width % 8:
             command_line.refuse("--width", settings.width, "a multiple of 8")
-        if settings.text is not None and not text.files_of(settings.text):
-            command_line.refuse("--text", settings.text, "a folder with Python files")
+        with command_line.reading("--text", settings.text):
+            if settings.text is not None and not text.files_of(settings.text):
+                command_line.refuse("--text", settings.text, "a folder with Python files")
         check_memory(settings)
     command_line.check_out(settings.out, is_file=False)
 

@@ -220,9 +220,10 @@ class Saves:
         if (about := unfinished.read(self.folder)) is None:
             return []
         leaves, tree = jax.tree.flatten(nnx.state((model, optimizer)))
-        held = checkpoint.restore(
-            self.folder, {"about": "", "leaves": leaves}, step=len(about["losses"])
-        )
+        with unfinished.restoring(self.folder):
+            held = checkpoint.restore(
+                self.folder, {"about": "", "leaves": leaves}, step=len(about["losses"])
+            )
         nnx.update((model, optimizer), jax.tree.unflatten(tree, held["leaves"]))
         rng.bit_generator.state = about["rng"]
         return about["losses"]
@@ -233,12 +234,26 @@ class Saves:
         optimizer: nnx.Optimizer,
         rng: np.random.Generator,
         losses: list[float],
+        place: str,
     ) -> None:
-        """Saves a run after the step of the last loss."""
+        """Saves a run after the step of the last loss, and leaves if the process was told to stop.
+
+        Raises:
+          Stopped: with the command that goes on.
+        """
         about = json.dumps({"losses": losses, "rng": rng.bit_generator.state})
         leaves = jax.tree.leaves(nnx.state((model, optimizer)))
         tree = {"about": about, "leaves": leaves}
-        checkpoint.save(self.folder, len(losses), tree, keep=unfinished.KEPT)
+        failed: Exception | None = None
+        try:
+            checkpoint.save(self.folder, len(losses), tree, keep=unfinished.KEPT)
+        except (checkpoint.CheckpointError, OSError) as error:
+            failed = error
+        if self.stop:
+            text = unfinished.last_words(self.folder, place, self.command, failed)
+            raise Stopped(self.stop.number, text)
+        if failed is not None:
+            unfinished.warn(failed)
 
 
 def train(
@@ -273,12 +288,9 @@ def train(
         losses.append(float(loss))
         on_step(step, losses[-1])
         if saves is not None and (saves.stop or time.monotonic() - saved > saves.every_s):
-            saves.write(model, optimizer, rng, losses)
+            place = f"in {contender.name}, seed {seed}, after step {step + 1}"
+            saves.write(model, optimizer, rng, losses, place)
             saved = time.monotonic()
-            if saves.stop:
-                place = f"{contender.name}, seed {seed}, after step {step + 1}"
-                what = f"stopped in {place}; go on with:\n  {saves.command}"
-                raise Stopped(saves.stop.number, what)
     seconds = time.perf_counter() - start
     model.eval()
     # The same windows for every seed and contender.

@@ -195,11 +195,13 @@ def run(settings: Settings) -> None:
                 f"{result['all_gather_ms']:.1f}, same rows: {is_same}",
                 flush=True,
             )
-            record = provenance.environment() | {
-                "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
-                "results": results,
-            }
-            provenance.write(settings.out, record)  # a run that is cut leaves what it has
+    # At the end: the cases are compared with one another, and a run that is cut leaves the file of
+    # the run before.
+    record = provenance.environment() | {
+        "settings": dataclasses.asdict(settings) | {"out": settings.out.name},
+        "results": results,
+    }
+    provenance.write(settings.out, record)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ rows. Prints one line per run, writes experiments/results/multiprocess.json, and
 differ.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -217,34 +218,26 @@ def launch(settings: Settings, processes: int) -> dict[str, Any]:
         ]
         # Files, not pipes, which a worker nobody reads yet could fill.
         said = [Path(folder) / f"{index}" for index in range(max(1, processes))]
-        try:
+        with contextlib.ExitStack() as stack:
             for index, path in enumerate(said):
                 which = [
                     "--processes",
                     str(max(1, processes)),
                     f"--worker={index if processes else -1}",
                 ]
-                with path.open("w") as file:
-                    workers.append(
-                        subprocess.Popen(
-                            [*command, *which],
-                            env=environment,
-                            stdout=file,
-                            stderr=subprocess.STDOUT,
-                            text=True,
-                        )
-                    )
-            for index, worker in enumerate(workers):
-                if worker.wait(PATIENCE_S):
+                file = stack.enter_context(path.open("w"))
+                worker = running.started(
+                    [*command, *which], env=environment, stdout=file, stderr=subprocess.STDOUT,
+                    text=True,
+                )  # fmt: skip
+                workers.append(stack.enter_context(worker))
+            for index, process in enumerate(workers):
+                if process.wait(PATIENCE_S):
                     text = said[index].read_text().strip() or "it said nothing"
                     raise command_line.Failed(
                         f"worker {index} of {processes} ended with an error: "
                         f"{text.splitlines()[-1]}"
                     ) from RuntimeError(text[-3000:])
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
         return json.loads(said[0].read_text().split("RESULT ", 1)[1].splitlines()[0])
 
 

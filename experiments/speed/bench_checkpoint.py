@@ -76,8 +76,9 @@ def check(settings: Settings) -> None:
       Refused: in one sentence.
     """
     if settings.directory is not None:
-        if not settings.directory.is_dir():
-            command_line.refuse("--directory", settings.directory, "a folder that is there")
+        with command_line.reading("--directory", settings.directory):
+            if not settings.directory.is_dir():
+                command_line.refuse("--directory", settings.directory, "a folder that is there")
         command_line.check_out(settings.directory, is_file=False, flag="--directory")
     command_line.check_out(settings.out)
     check_memory(settings.rows, settings.dim, settings.storage)

@@ -16,6 +16,7 @@ product of matrices is computed between the steps, as a model's dense part would
 the whole training: host batch to device, dense part, embedding, optimizers.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -130,7 +131,7 @@ def check(settings: Settings) -> None:
 class Worker:
     """A peer in its own process, see experiments/speed/peers.py."""
 
-    def __init__(self, case, python):
+    def __init__(self, case, python, stack):
         command = [python, "-m", "experiments.speed.peers", json.dumps(dataclasses.asdict(case))]
         # The product between cold steps runs on one thread: threads of BLAS spin after it.
         environment = os.environ | {
@@ -140,14 +141,13 @@ class Worker:
         if case.worker.endswith("-huge"):
             environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         self.name = case.worker
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        pipe = subprocess.PIPE
+        self.process = stack.enter_context(
+            running.started(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
+                env=environment,
+            )
+        )  # fmt: skip
         line = self.process.stdout.readline()
         again = f"the worker ended; see why with: {' '.join(command[:3])} '{command[3]}'"
         self.facts = json.loads(line) if line else {"missing": again}
@@ -160,14 +160,9 @@ class Worker:
         answer = json.loads(self.process.stdout.readline())
         self.times[caches].append(statistics.median(answer["times"]))
 
-    def stop(self):
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
 
-
-def start(name, dim, args):
-    """Starts a worker and waits until it is warm.
+def start(name, dim, args, stack):
+    """Starts a worker, which ends with the stack, and waits until it is warm.
 
     If it cannot run, a line says why, and the result is None.
     """
@@ -179,7 +174,8 @@ def start(name, dim, args):
         name, args.task, dim, args.batch, args.skew, args.rows, args.distinct, warm, args.threads
     )
     python = str(args.peers_python)
-    worker = Worker(case, python if name.startswith(("fbgemm", "torch")) else sys.executable)
+    python = python if name.startswith(("fbgemm", "torch")) else sys.executable
+    worker = Worker(case, python, stack)
     if "missing" not in worker.facts:
         return worker
     print(f"{name}: left out, {worker.facts['missing']} (pip install 'mpembed_jax[peers]')")
@@ -188,8 +184,8 @@ def start(name, dim, args):
 
 def alternate(names, dim, args):
     """Runs one group of peers side by side, the first of them ours; returns their results."""
-    with running.working(f"D={dim}: {', '.join(names)}"):
-        workers = [w for w in (start(name, dim, args) for name in names) if w]
+    with running.working(f"D={dim}: {', '.join(names)}"), contextlib.ExitStack() as stack:
+        workers = [w for w in (start(name, dim, args, stack) for name in names) if w]
         for _ in range(args.rounds):
             for caches in CACHES:
                 for worker in workers:
@@ -221,8 +217,6 @@ def alternate(names, dim, args):
             + (f"   ({row['rows']:,} rows)" if "rows" in row else ""),
             flush=True,
         )
-    for worker in workers:
-        worker.stop()
     return results
 
 

@@ -266,12 +266,12 @@ def check(settings: Settings) -> None:
 
 
 def measured_before(settings: Settings) -> dict[Case, dict[str, Any]]:
-    """Returns the results that are kept: those of the file, if only some cases are measured.
+    """Returns the results of the file, which are kept until their case is measured again.
 
     Raises:
       Refused: if the file holds something else.
     """
-    if not settings.only or not settings.out.exists():
+    if not settings.out.exists():
         return {}
     names = [field.name for field in dataclasses.fields(Case)]
     with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):
@@ -341,6 +341,9 @@ def run(settings: Settings) -> None:
         order = dict.fromkeys((*grid, *measured))
         results = [measured[case] for case in order if case in measured]
         provenance.write(settings.out, facts | {"results": results})  # a cut run leaves them
+    if not settings.only:
+        results = [measured[case] for case in todo]
+        provenance.write(settings.out, facts | {"results": results})
     draw(results, settings.out.with_suffix(".png"))
 
 

@@ -16,6 +16,7 @@ best 100 rows of one query, of all rows and by a sign sketch. The rows are those
 sketch's recall is not measured here.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from mpembed_jax import serving
 
@@ -192,16 +193,13 @@ def memory_of(path: Path, num_processes: int) -> list[list[int]]:
     the whole file before the last one measures.
     """
     command = [sys.executable, "-c", READER, str(path)]
-    running, found = [], []
-    for _ in range(num_processes):
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        running.append(process)
-        assert process.stdout is not None
-        found.append([int(word) for word in process.stdout.readline().split()])
-    for process in running:
-        process.communicate("")
+    found, pipe = [], subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        for _ in range(num_processes):
+            reader = running.started(command, stdin=pipe, stdout=pipe, text=True)
+            process = stack.enter_context(reader)
+            assert process.stdout is not None
+            found.append([int(word) for word in process.stdout.readline().split()])
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mpembed_jax.checkpoint import array_files, files, schema
 from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, UnreadableError
+from mpembed_jax.embedding import arguments
 
 NAME = "manifest.json"
 VERSION = 1
@@ -40,9 +41,7 @@ def path_of(call: str, directory: Any) -> Path:
     Raises:
       TypeError: if it is no path; the message has `call`, which says the order of arguments.
     """
-    if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"{call}: directory must be a path, got {type(directory).__name__}")
-    return Path(directory).absolute()
+    return arguments.path_of(call, "directory", directory).absolute()
 
 
 def number_of(call: str, step: Any) -> int:

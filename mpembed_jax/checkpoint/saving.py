@@ -214,7 +214,7 @@ def save(
         has another type.
       ValueError: if a tracker does not fit its state, or if the directory does not hold the
         checkpoint from which it started. Also if an embedding state was made for another spec, or
-        averaged.
+        averaged, or if an array was donated.
       CheckpointError: if this save failed, if another process is saving in this directory, or if a
         good checkpoint of this step exists. A damaged one is replaced as soon as the new one is
         complete. The error of an earlier save that nobody waited for is logged (logger
@@ -234,6 +234,12 @@ def save(
         raise ValueError(f"step must be at least 0, got {step}")
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
+    for name, leaf in leaves.named(tree).items():
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                f"{call}: leaf {name!r} was donated to an earlier call, which has reused its "
+                "memory; save what that call returned: state, .. = step(state, ..)"
+            )
     for member in leaves.embeddings(tree).values():
         member.state.check_spec()
     tree = leaves.without_clocks(tree)

@@ -4,6 +4,8 @@ A state that was donated is found here, where a verb is called by itself. In a j
 finds it first, with a message of its own.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +31,17 @@ def expect(call: str, name: str, value: Any, kind: type, origin: str) -> None:
         raise TypeError(
             f"{call}: {name} must be {article(kind)} ({origin}), got {type(value).__name__}"
         )
+
+
+def path_of(call: str, name: str, value: Any) -> Path:
+    """Returns an argument as a path.
+
+    Raises:
+      TypeError: if it is none.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{call}: {name} must be a path, got {type(value).__name__}")
+    return Path(value)
 
 
 def article(kind: type) -> str:

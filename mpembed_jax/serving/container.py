@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mpembed_jax.cache.spec import MAX_WAYS
+from mpembed_jax.embedding import arguments
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.errors import ServingError
@@ -396,8 +397,9 @@ def verify(path: Any) -> Contents:
 
     Raises:
       ServingError: if a byte is wrong; the message names the file, the table and its rows.
+      TypeError: if path is none.
     """
-    opened = open_file(path)
+    opened = open_file(arguments.path_of("serving.verify(path)", "path", path))
     sums = opened.array(CHECKSUMS)
     if zlib.crc32(sums.data) != opened.contents.checksums_crc32:
         raise ServingError(f"{path} is damaged: its checksums have changed")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from mpembed_jax.embedding.arguments import expect, path_of
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.serving import container, host_rows
 from mpembed_jax.serving.container import Table
@@ -41,12 +42,15 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
 
     Raises:
       OSError: if a file cannot be written.
+      TypeError: if tables is no ServingTable.
       ValueError: if the layout is unknown or does not fit a table's format; if a row's scale or
         bias has no float16; or if the name of a table cannot be the name of a file.
     """
+    call = "serving.write_npy(tables, folder, layout)"
+    expect(call, "tables", tables, ServingTable, "from serving.load")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    folder = Path(folder)
+    folder = path_of(call, "folder", folder)
     for table in tables.tables:
         if Path(table.name).name != table.name or table.name in (".", ".."):
             raise ValueError(f"table {table.name!r} cannot be the name of a file")
@@ -152,8 +156,11 @@ def export_program(
       The serialized program.
 
     Raises:
+      TypeError: if tables is no ServingTable.
       ImportError: if flatbuffers is not installed, which jax.export writes and reads programs with.
     """
+    call = "serving.export_program(function, tables, *arguments)"
+    expect(call, "tables", tables, ServingTable, "from serving.load")
     contents = tables.contents
     rows = {
         name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.arrays import indexing
+from mpembed_jax.embedding import arguments
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.numerics.packing import decode, encode
@@ -57,9 +58,11 @@ def save(
 
     Raises:
       OSError: if the file cannot be written; an existing file stays.
+      TypeError: if path is none.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
         abstract, donated or spread over several processes.
     """
+    path = arguments.path_of("serving.save(path, states)", "path", path)
     found = sources.states_of(states)
     return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)
 

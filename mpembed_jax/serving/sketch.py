@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mpembed_jax.embedding import arguments
 from mpembed_jax.serving import top_k
 from mpembed_jax.serving.container import Table
 from mpembed_jax.serving.table import ServingTable
@@ -105,9 +106,12 @@ def sketch(
       The sketch.
 
     Raises:
+      TypeError: if tables is no ServingTable.
       KeyError: if the table is unknown.
       ValueError: if bits is no multiple of 64.
     """
+    call = "serving.sketch(tables, table)"
+    arguments.expect(call, "tables", tables, ServingTable, "from serving.load")
     if bits < _WORD or bits % _WORD:
         raise ValueError(f"bits must be a multiple of {_WORD}, got {bits}")
     chosen = tables.table(table)

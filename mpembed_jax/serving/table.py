@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from mpembed_jax import row_ids
-from mpembed_jax.embedding import pooling
+from mpembed_jax.embedding import arguments, pooling
 from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, pools, top_k
@@ -52,7 +52,8 @@ def load(
       FileNotFoundError: if there is no such file.
       ImportError: if numba is named and not installed.
       ServingError: if it is not such a file, is cut short, or is of a newer version.
-      ValueError: if an argument is none of these.
+      TypeError: if path is none.
+      ValueError: if another argument is none of these.
     """
     if out_of_range not in ("drop", "raise"):
         raise ValueError(f'out_of_range must be "drop" or "raise", got {out_of_range!r}')
@@ -64,7 +65,7 @@ def load(
         implementation = "numba" if numba_package.is_default() else "numpy"
     if implementation == "numba" and (reason := numba_package.why_not()):
         raise ImportError(f'implementation="numba": {reason}; install mpembed_jax[cpu]')
-    opened = container.open_file(path)
+    opened = container.open_file(arguments.path_of("serving.load(path)", "path", path))
     return ServingTable(
         rows={array.name: opened.array(array.name) for array in opened.contents.arrays},
         contents=opened.contents,

@@ -28,6 +28,7 @@ from mpembed_jax import (
     checkpoint,
     nn,
     optim,
+    serving,
     sharding,
 )  # fmt: skip
 from mpembed_jax.embedding.counters import COUNTERS
@@ -827,6 +828,9 @@ MISTAKES = {
     "VocabularySpec, share": Mistake(
         lambda m: mpembed.VocabularySpec(0.5), ValueError, r"num_rows must be an integer in \[1"
     ),
+    "EmbeddingSpec, nothing": Mistake(
+        lambda m: EmbeddingSpec(None, DIM), TypeError, "sequence of TableSpec, got None"
+    ),
     "EmbeddingSpec, mapping": Mistake(
         lambda m: EmbeddingSpec({"t": 5}, DIM), TypeError, "a non-empty sequence of TableSpec"
     ),
@@ -981,7 +985,7 @@ MISTAKES = {
     "sharding.on_one_device, spec": Mistake(
         lambda m: sharding.on_one_device("call", m.spec, lambda s: s),
         TypeError,
-        r"call: state must be an EmbeddingState .*, got EmbeddingSpec",
+        r"call: state must be an EmbeddingState \(from init, .*\), got EmbeddingSpec",
     ),
     "scale_by_rowwise_adagrad, text": Mistake(
         lambda m: optim.scale_by_rowwise_adagrad("x"), TypeError, "eps must be a number, got 'x'"
@@ -1020,6 +1024,33 @@ MISTAKES = {
         lambda m: checkpoint.save(m.state, 1, "x"),
         TypeError,
         r"save\(directory, step, tree\): directory must be a path, got EmbeddingState",
+    ),
+    "serving.load, state": Mistake(
+        lambda m: serving.load(m.state),
+        TypeError,
+        r"serving.load\(path\): path must be a path, got",
+    ),
+    "serving.verify, nothing": Mistake(
+        lambda m: serving.verify(None), TypeError, r"path must be a path, got NoneType"
+    ),
+    "serving.save, swapped": Mistake(
+        lambda m: serving.save(m.state, "x"), TypeError, r"serving.save\(path, states\): path must"
+    ),
+    "serving.sketch, path": Mistake(
+        lambda m: serving.sketch("x"),
+        TypeError,
+        r"tables must be a ServingTable \(from serving.load",
+    ),
+    "serving.write_npy, swapped": Mistake(
+        lambda m: serving.write_npy("x", m.state), TypeError, "tables must be a ServingTable"
+    ),
+    "serving.export_program, swapped": Mistake(
+        lambda m: serving.export_program(m.state, abs), TypeError, "tables must be a ServingTable"
+    ),
+    "checkpoint.save, donated": Mistake(
+        lambda m: checkpoint.save("x", 1, {"w": 1, "emb": m.donated}),
+        ValueError,
+        r"save\(directory, step, tree\): leaf 'emb\.\S+' was donated to an earlier call",
     ),
     "checkpoint.save, swapped": Mistake(
         lambda m: checkpoint.save("x", m.state, 1), TypeError, "step must be a whole number, got"
@@ -1098,7 +1129,7 @@ def test_every_public_function_has_a_mistake():
     functions -= {
         "CachePlan", "CacheState", "CacheStats", "EmbeddingState", "QuantizedTable", "VectorPlan"
     }  # fmt: skip
-    for room in (sharding, checkpoint, optim, mpembed.memory, nn):
+    for room in (sharding, checkpoint, optim, mpembed.memory, nn, serving):
         place = "" if room is optim else room.__name__.split(".")[-1] + "."
         functions |= {
             place + name

@@ -3,8 +3,10 @@
 Nothing is written.
 """
 
+import dataclasses
 import gzip
 import importlib
+import json
 import logging
 import os
 import re
@@ -23,9 +25,10 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import command_line, running, train_dlrm
+from experiments import command_line, provenance, running, train_dlrm
 from experiments.data import reddit
 from experiments.dlrm import curves, reporting
+from experiments.speed import bench_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
@@ -94,6 +97,16 @@ CALLS = {
         ("seed twice", "--seeds 1 0 1", "--seeds has 1 twice"),
         ("negative seed", "--seeds -1", "--seeds is -1", "at least 0"),
         ("unwritable", "--out /proc/x", "--out is /proc/x", "a folder that can be written"),
+        (
+            "an unwritable cache",
+            "--data movielens --cache-dir /proc/x",
+            "--cache-dir is /proc/x, but must be a folder",
+        ),
+        ("a file for a cache", "--data movielens --cache-dir FILE", "--cache-dir is FILE"),
+        ("an empty path", "--out=", "--out is empty", "a path"),
+        ("two values", "--seeds 0 --ways 8 16", "--ways has 16 too much", "one value"),
+        ("three values", "--hidden 8 16 32", "--hidden has 32 too much", "2 values"),
+        ("a value for a switch", "--resume yes", "--resume has yes too much", "no value"),
         ("a file for a folder", "--out FILE", "--out is", "a folder that can be written"),
         ("negative rate", "--row-learning-rate -1", "--row-learning-rate is -1", "above 0"),
         ("small negative rate", "--row-learning-rate -1e-3", "--row-learning-rate is -1e-3"),
@@ -148,12 +161,14 @@ CALLS = {
     ],
     "accuracy.paper_table": [
         ("grid without a case", "--cache 0.33", "--grid is headline", "no case of the grid"),
+        ("ways of no case", "--ways 3 --policy lru", "has --policy lru, --ways 3"),
         ("report of nothing", "--report --out FOLDER", "run without --report first"),
         ("damaged results", "--out RESULTS", "--out is", "paper_table.jsonl:1"),
         ("grid on criteo", "--data criteo", "--path is missing"),
     ],
     "accuracy.served": [
-        ("no posts", "--path gone", "no posts_before_2012-07.parquet", "pass its folder"),
+        ("no posts", "--path gone", "--path is gone", "no posts_before_2012-07.parquet"),
+        ("no posts at all", "", "--path is not given", "pass its folder"),
         ("few posts", "--path FEW_POSTS", "--num-rows leaves 30", "a batch has 1,024"),
         ("seeds", "--path FEW_POSTS --seeds 0 0", "--seeds has 0 twice"),
     ],
@@ -272,6 +287,19 @@ WRONG = [
     *(
         Wrong(f"unwritable, {name}", name, "--out /proc/x/y", ("--out is /proc/x/y",))
         for name in PROGRAMS[1:-1]
+    ),
+    *(
+        Wrong(f"{flag} of a long name, {name}", name, f"{flag} {'x' * 300}", (f"{flag} is xxx",))
+        for name, flag in [
+            *((name, "--out") for name in PROGRAMS[:-1]),
+            ("accuracy.served", "--path"),
+            ("ngram.memory_table", "--text"),
+            ("speed.bench_checkpoint", "--directory"),
+        ]
+    ),
+    *(
+        Wrong(f"a long name of {data}", "train_dlrm", f"--data {data} {flag} {'x' * 300}", (flag,))
+        for data, flag in [("reddit", "--path"), ("criteo", "--path"), ("movielens", "--cache-dir")]
     ),
 ]
 
@@ -436,7 +464,8 @@ def test_warnings_of_this_project_reach_the_user_and_others_do_not(capsys):
     def run(settings):
         logging.getLogger("orbax").warning("theirs")
         logging.getLogger("absl").warning("theirs")
-        sys.unraisablehook(SimpleNamespace(exc_traceback=None))  # of a callback in C++
+        theirs = SimpleNamespace(exc_type=RuntimeError, exc_traceback=None)
+        sys.unraisablehook(theirs)  # of a callback in C++
         warnings.warn_explicit("theirs", DeprecationWarning, "/lib/jax/x.py", 1)
         warnings.warn_explicit("ours", UserWarning, str(ROOT / "mpembed_jax" / "x.py"), 1)
         logging.getLogger("mpembed_jax.checkpoint").warning("also ours")
@@ -477,6 +506,90 @@ with running.stoppable() as stop:
         assert "stopping after this step" in said
 
 
+def ended(code, *, after=None, number=signal.SIGINT):
+    """Runs code as a process of its own; sends it a signal after it has said `after`."""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        try:
+            if after is not None:
+                assert process.stdout.readline() == f"{after}\n"
+                time.sleep(0.1)
+                process.send_signal(number)
+            out, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    return process.returncode, out, said
+
+
+PROGRAM = """
+import signal, sys, time
+from experiments import command_line, train_dlrm
+def run(settings):
+    {}
+run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
+sys.argv[1:] = []
+sys.exit(command_line.main(run, train_dlrm.Settings, ""))
+"""
+
+
+def test_a_signal_that_the_garbage_collector_drops_comes_again():
+    """As jax's callbacks of the collector drop it."""
+    lines = [
+        "import gc",
+        "once = [1]",
+        "told = lambda *_: once and once.pop() and signal.raise_signal(signal.SIGTERM)",
+        "gc.callbacks.append(told)",
+        "gc.collect()",
+        "time.sleep(20)",
+    ]
+    status, _, said = ended(PROGRAM.format("\n    ".join(lines)))
+    assert (status, said) == (143, "experiments.train_dlrm: stopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
+    """While Python and jax are taken down, which takes a second."""
+    slow = "__import__('atexit').register(lambda: (print('ends', flush=True), time.sleep(20)))"
+    assert ended(PROGRAM.format(slow), after="ends", number=number) == (0, "", "")
+
+
+def test_a_program_that_is_stopped_does_not_wait_for_what_runs_in_the_background():
+    """But generators, which the traceback holds, clear away what they made."""
+    lines = [
+        "import atexit",
+        "atexit.register(time.sleep, 20)",
+        "def made():",
+        "    try:",
+        "        yield",
+        "    finally:",
+        "        print('cleared')",
+        "held = made()",
+        "next(held)",
+        "raise KeyboardInterrupt",
+    ]
+    status, out, said = ended(PROGRAM.format("\n    ".join(lines)))
+    assert (status, out, said) == (130, "cleared\n", "experiments.train_dlrm: stopped\n")
+
+
+def test_a_process_that_a_program_starts_ends_with_it():
+    with (
+        pytest.raises(KeyboardInterrupt),
+        running.started([sys.executable, "-c", "import time; time.sleep(60)"]) as process,
+    ):
+        raise KeyboardInterrupt
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def test_programs_start_processes_that_end_with_them():
+    """`calls` keeps one that ends when its pipe does."""
+    found = [
+        path.name
+        for path in (ROOT / "experiments").rglob("*.py")
+        if "subprocess.Popen(" in path.read_text()
+    ]
+    assert sorted(found) == ["calls.py", "running.py"]
+
+
 def test_a_failure_on_the_way_is_one_line_and_status_1(capsys):
     def run(settings):
         raise OSError(28, "No space left on device", "results.json")
@@ -495,3 +608,50 @@ def test_interrupted_before_anything_is_saved_it_says_so(capsys):
     run.__code__ = run.__code__.replace(co_filename=train_dlrm.__file__)
     assert command_line.main(run, train_dlrm.Settings, "", []) == 130
     assert capsys.readouterr().err == "experiments.train_dlrm: stopped\n"
+
+
+# --- results files
+
+
+def test_a_results_file_is_replaced_in_one_step(tmp_path):
+    """Whoever reads it while another is written has the old one, whole."""
+    path = tmp_path / "results.json"
+    provenance.write(path, {"number": 1})
+    with path.open() as held:
+        provenance.write(path, {"number": 2})
+        assert json.load(held) == {"number": 1}
+    assert json.loads(path.read_text()) == {"number": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_link_to_a_results_file_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "results.json")
+    for number in (1, 2):
+        provenance.write(tmp_path / "link", {"number": number})
+        assert (tmp_path / "link").is_symlink()
+        assert json.loads((tmp_path / "results.json").read_text()) == {"number": number}
+
+
+def test_a_benchmark_that_is_cut_keeps_the_results_of_the_run_before(tmp_path, monkeypatch):
+    words, measured = ["--quick", "--out", str(tmp_path / "steps.json")], []
+
+    def measure(case, *_):
+        if len(measured) == cut_at:
+            raise KeyboardInterrupt
+        measured.append(case)
+        numbers = dict.fromkeys(("ms", "ms_p10", "ms_p90", "num_rows", "floor_ms"), float(cut_at))
+        return dataclasses.asdict(case) | numbers
+
+    def held():
+        return [r["ms"] for r in json.loads((tmp_path / "steps.json").read_text())["results"]]
+
+    monkeypatch.setattr(bench_step, "measure", measure)
+    monkeypatch.setattr(bench_step, "draw", lambda *_: None)
+    monkeypatch.setattr(bench_step, "copy_bandwidth", lambda: 1e9)
+    cut_at = 1000
+    assert bench_step.main(words) == 0
+    num = len(measured)
+    assert held() == [1000] * num
+    measured, cut_at = [], 1
+    assert bench_step.main(words) == 130
+    assert held() == [1] + [1000] * (num - 1)

@@ -14,9 +14,10 @@ from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
-from experiments import running
+from experiments import command_line, running
 from experiments.ngram import known_models, memory_table, report, step_time, text, training
 from experiments.ngram.training import CONTENDERS
+from mpembed_jax import checkpoint
 
 TINY = training.Recipe(
     steps=2, batch=2, length=8, width=16, rows=2000, features=8, validation_batches=2
@@ -163,6 +164,41 @@ def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(data, tmp_path, n
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_a_run_that_cannot_be_saved_says_so_and_goes_on(data, tmp_path, monkeypatch, capsys):
+    recipe, stop = dataclasses.replace(TINY, steps=3), running.Stop()
+    whole = training.train(data, recipe, CONTENDERS["none"], 0)
+
+    def full(*_, **__):
+        raise checkpoint.CheckpointError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    saves = training.Saves(tmp_path / "run", stop, "python -m that", every_s=0.0)
+    again = training.train(data, recipe, CONTENDERS["none"], 0, saves=saves)
+    assert again.outcome._replace(seconds=0) == whole.outcome._replace(seconds=0)
+    assert "warning: not saved, training goes on: No space left" in capsys.readouterr().err
+    stop.number = 2
+    wanted = "after step 1, which could not be saved: No space left on device$"
+    with pytest.raises(running.Stopped, match=wanted):
+        training.train(data, recipe, CONTENDERS["none"], 0, saves=saves)
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_a_damaged_save_is_refused(data, tmp_path):
+    stop = running.Stop()
+    saves = training.Saves(tmp_path / "run", stop, "python -m that")
+    stop.number = 2
+    with pytest.raises(running.Stopped):
+        training.train(data, TINY, CONTENDERS["none"], 0, saves=saves)
+    for path in (tmp_path / "run" / "step_1").rglob("0*"):  # the pieces of arrays
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(command_line.Refused, match=r"cannot be read: .*step 1"):
+        training.train(data, TINY, CONTENDERS["none"], 0, saves=saves)
 
 
 @OPTAX_ADAM

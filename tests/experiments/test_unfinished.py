@@ -28,7 +28,7 @@ from experiments import command_line, running, train_dlrm
 from experiments.accuracy import paper_table, served
 from experiments.accuracy.grid import FP32, Case
 from experiments.data import movielens, reddit
-from experiments.dlrm import curves, training, unfinished
+from experiments.dlrm import curves, reporting, training, unfinished
 from mpembed_jax import checkpoint
 
 pytestmark = OPTAX_ADAM
@@ -333,6 +333,16 @@ def test_a_signal_stops_the_process_in_order(number, tmp_path):
     assert checkpoint.steps(tmp_path / "synthetic_unfinished") == [1]
 
 
+@pytest.fixture(params=[False, True], ids=["in front", "in the background"])
+def place(request):
+    """Where it is started: a shell lets the background jobs of a script ignore SIGINT."""
+    handler = signal.SIG_IGN if request.param else signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", [train_dlrm, paper_table], ids=["train_dlrm", "paper_table"])
 def test_a_signal_before_training_ends_in_one_line(program, number, tmp_path, monkeypatch, capsys):
@@ -345,6 +355,23 @@ def test_a_signal_before_training_ends_in_one_line(program, number, tmp_path, mo
     )
     assert not (tmp_path / "out").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_signal_that_comes_too_late_for_training_loses_no_results(tmp_path, monkeypatch, capsys):
+    make_table = reporting.make_table
+    numbers = [signal.SIGTERM]
+
+    def told(*words):
+        if numbers:
+            signal.raise_signal(numbers.pop())
+        return make_table(*words)
+
+    monkeypatch.setattr(reporting, "make_table", told)
+    assert train_dlrm.main([*SMALL, "--out", str(tmp_path)]) == 0
+    assert not numbers
+    assert "stopping" in capsys.readouterr().err
+    assert len(results(tmp_path, "synthetic")[0]) == 3
 
 
 @pytest.mark.slow
@@ -376,6 +403,7 @@ def test_a_signal_while_criteo_is_prepared_leaves_nothing_half_written(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("place")
 def test_ctrl_c_while_jax_is_imported_is_one_line(tmp_path):
     (tmp_path / "jax.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     done = subprocess.run(
