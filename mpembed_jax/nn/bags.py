@@ -13,8 +13,8 @@ from flax import nnx
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import routing, verbs
-from mpembed_jax.nn.stack import Stack
+from mpembed_jax.nn import fused, routing, verbs
+from mpembed_jax.nn.stack import Stack, part_of
 from mpembed_jax.spec import EmbeddingSpec
 
 
@@ -23,10 +23,10 @@ def _held(
 ) -> routing.Part | routing.Vectors:
     """Returns what a stack holds for a call in training: rows, or the vectors of a fused step."""
     if not stack.is_prefetched or not stack.holds_vectors:
-        return stack.part(ids, given)
+        return part_of(stack, ids, given)
     routing.check_no_weights(weights)
     bags = routing.fusible(combiners, ids)
-    return routing.Vectors(stack.called(ids if bags is None else bags[0], given))
+    return routing.Vectors(fused.called(*stack.held, ids if bags is None else bags[0], given))
 
 
 class CachedEmbedBags(nnx.Module):
@@ -100,7 +100,7 @@ class CachedEmbedBags(nnx.Module):
     @property
     def states(self) -> tuple[EmbeddingState, ...]:
         """The EmbeddingState of each spec, for to_dense, freeze, read and the other verbs."""
-        return tuple(stack.embedding_state() for stack in self.stacks)
+        return tuple(stack.embedding_state for stack in self.stacks)
 
     def set_states(self, states: Sequence[EmbeddingState]) -> None:
         """Replaces the EmbeddingStates between steps, for example by those of write_rows.
@@ -167,7 +167,7 @@ class CachedEmbedBags(nnx.Module):
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         parts = [
-            routing.Part(*verbs.read_unpooled(stack.embedding_state(), part))
+            routing.Part(*verbs.read_unpooled(stack.embedding_state, part))
             if self.deterministic
             else _held(stack, self.combiners, part, own, weights)
             for stack, part, own in zip(self.stacks, routed, given, strict=True)

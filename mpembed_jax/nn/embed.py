@@ -13,7 +13,7 @@ from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.nn import routing, verbs
-from mpembed_jax.nn.stack import Stack
+from mpembed_jax.nn.stack import Stack, vectors_of
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
@@ -133,7 +133,7 @@ class CachedEmbed(nnx.Module):
     @property
     def state(self) -> EmbeddingState:
         """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
-        return self.stack.embedding_state()
+        return self.stack.embedding_state
 
     def set_state(self, state: EmbeddingState) -> None:
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
@@ -181,7 +181,7 @@ class CachedEmbed(nnx.Module):
             an id.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
-        vectors = self.stack.vectors(mapped, ids, not self.deterministic)
+        vectors = vectors_of(self.stack, mapped, ids, not self.deterministic)
         return jax.tree.map(lambda v: v.astype(self.dtype), vectors)
 
     def attend(self, query: jax.Array) -> jax.Array:
@@ -203,7 +203,7 @@ class CachedEmbed(nnx.Module):
           ValueError: if its last axis is not features, or if attend is differentiated in training
             mode.
         """
-        return verbs.attend(self.stack.embedding_state(), query, self.dtype, not self.deterministic)
+        return verbs.attend(self.stack.embedding_state, query, self.dtype, not self.deterministic)
 
     def stats(self) -> CacheStats:
         """Returns the counts since init (hit_rate and others) as host numbers.

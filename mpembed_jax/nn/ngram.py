@@ -23,7 +23,7 @@ from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.nn import ngram_hash
 from mpembed_jax.nn.embed import DEFAULT_INIT, DEFAULT_TX
 from mpembed_jax.nn.ngram_hash import NGramHash
-from mpembed_jax.nn.stack import Stack
+from mpembed_jax.nn.stack import Stack, vectors_of
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
@@ -226,7 +226,7 @@ class NGramMemory(nnx.Module):
     @property
     def state(self) -> EmbeddingState:
         """The EmbeddingState, for mpembed_jax.to_dense, freeze, read and the other verbs."""
-        return self.stack.embedding_state()
+        return self.stack.embedding_state
 
     def set_state(self, state: EmbeddingState) -> None:
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
@@ -285,7 +285,7 @@ class NGramMemory(nnx.Module):
             not called, or outside jit if it was not given an n-gram.
         """
         ids, given = self._ids(tokens, context)
-        vectors = self.stack.vectors(ids, given, not self.deterministic)
+        vectors = vectors_of(self.stack, ids, given, not self.deterministic)
         return jax.tree.map(lambda v: joined_heads(v, self.dtype), vectors)
 
     def context_after(self, tokens: Any, context: Any = None) -> Any:

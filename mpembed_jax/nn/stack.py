@@ -42,6 +42,9 @@ class PlanVariable(nnx.Variable):
 class Stack(nnx.Module):
     """A stack of tables; CachedEmbed and NGramMemory have one, CachedEmbedBags one per spec.
 
+    What the calls of a module use are properties, `part_of` and `vectors_of`. They are no public
+    methods, because nnx.tabulate compiles those, and their results would have to be arrays.
+
     Args:
       spec: the stack.
       tx: optax transformation for its rows.
@@ -83,8 +86,9 @@ class Stack(nnx.Module):
         """The name of what the step differentiates."""
         return "held_vectors" if self.holds_vectors else "rows"
 
+    @property
     def embedding_state(self) -> EmbeddingState:
-        """Returns the state, for mpembed_jax.stats, flush, freeze, to_dense.
+        """The state, for mpembed_jax.stats, flush, freeze, to_dense.
 
         Raises:
           ValueError: if it is the state of other tables than those of the spec.
@@ -144,7 +148,7 @@ class Stack(nnx.Module):
                 "after each prefetch (several inputs in one step: prefetch one nest of them), or "
                 "nn.discard(model) to give up a step"
             )
-        state = self.embedding_state()
+        state = self.embedding_state
         tables = routing.tables_of(self.spec, ids, by_feature)
         if self.fused and fusible and state.layout is None:
             state, embedded, found = fused.fetch(state, ids, given, tables, combiner, self.tx)
@@ -156,43 +160,20 @@ class Stack(nnx.Module):
             self.plan = PlanVariable(plan)
         self.state.set_value(state)
 
-    def part(self, ids: Any, given: Any) -> Part:
-        """Returns the held rows, where ids are among them, and the pool function for them.
-
-        Args:
-          ids: nest of int32 arrays of global ids.
-          given: nest like ids of the user's own arrays.
+    @property
+    def held(self) -> tuple[Any, Any]:
+        """The plan of the step in progress, and the rows or vectors that it holds.
 
         Raises:
-          ValueError: if nothing was prefetched, or if an id was not, where the ids are concrete.
+          ValueError: if nothing was prefetched.
         """
-        self._check_prefetched()
-        state, plan, rows = self.embedding_state(), self.plan.get_value(), self.rows.get_value()
-        return prefetched.part(state, plan, rows, ids, given)
-
-    def called(self, ids: Any, given: Any) -> Any:
-        """Returns the held vectors of a fused step; see `fused.called`."""
-        return fused.called(self.plan.get_value(), self.held_vectors.get_value(), ids, given)
-
-    def _check_prefetched(self) -> None:
         if not self.is_prefetched:
             raise ValueError(
                 "a cached embedding in training mode was called without prefetch, which would "
                 "leave it untrained; call module.prefetch(ids) before nnx.value_and_grad, or "
                 "model.eval() if this is evaluation"
             )
-
-    def vectors(self, ids: Any, given: Any, is_training: bool) -> Any:
-        """Returns the vectors of ids: from the held rows in training, else read from the table.
-
-        Arguments and errors are those of `part`.
-        """
-        if not is_training:
-            return verbs.read(self.embedding_state(), ids)
-        if self.holds_vectors:
-            return self.called(ids, given)
-        part = self.part(ids, given)
-        return part.pool(part.rows, part.inverse)
+        return self.plan.get_value(), getattr(self, self.leaf).get_value()
 
     def update(self, grads: Any) -> None:
         """Applies one optimizer update to the held rows, then drops them and their plan.
@@ -200,11 +181,12 @@ class Stack(nnx.Module):
         Args:
           grads: of the rows; of a fused step, of the vectors.
         """
-        state, plan = self.embedding_state(), self.plan.get_value()
+        state = self.embedding_state
+        plan, held = self.held
         if self.holds_vectors:
             state = fused.update(state, plan, grads, self.tx)
         else:
-            state = prefetched.update(state, plan, self.rows.get_value(), grads, self.tx)
+            state = prefetched.update(state, plan, held, grads, self.tx)
         self.state.set_value(state)
         self.drop()
 
@@ -212,6 +194,41 @@ class Stack(nnx.Module):
         """Drops what is held, and its plan."""
         delattr(self, self.leaf)
         del self.plan
+
+
+def part_of(stack: Stack, ids: Any, given: Any) -> Part:
+    """Returns the held rows, where ids are among them, and the pool function for them.
+
+    Args:
+      stack: in a step that is not fused.
+      ids: nest of int32 arrays of global ids.
+      given: nest like ids of the user's own arrays.
+
+    Raises:
+      ValueError: if nothing was prefetched, or if an id was not, where the ids are concrete.
+    """
+    plan, rows = stack.held
+    return prefetched.part(stack.embedding_state, plan, rows, ids, given)
+
+
+def vectors_of(stack: Stack, ids: Any, given: Any, is_training: bool) -> Any:
+    """Returns the vectors of ids: in training those that are held, else read from the table.
+
+    Args:
+      stack: of one table, or of vectors without a combiner.
+      ids: nest of int32 arrays of global ids.
+      given: nest like ids of the user's own arrays.
+      is_training: whether the calling module is in training mode.
+
+    Raises:
+      ValueError: as `part_of`, and as `fused.called`.
+    """
+    if not is_training:
+        return verbs.read(stack.embedding_state, ids)
+    if stack.holds_vectors:
+        return fused.called(*stack.held, ids, given)
+    part = part_of(stack, ids, given)
+    return part.pool(part.rows, part.inverse)
 
 
 def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:

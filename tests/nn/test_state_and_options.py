@@ -4,13 +4,14 @@ import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import training
 from flax import nnx
 from nn_models import BAG_IDS, ROW_TX, bag_specs
 
 import mpembed_jax as mpembed
-from mpembed_jax import nn
+from mpembed_jax import EmbeddingSpec, TableSpec, nn
 from mpembed_jax.nn.linen import CachedEmbed, TrainState
 
 ROWS, DIM = 60, 4
@@ -160,3 +161,35 @@ def test_the_states_of_bags_are_replaced_together_or_not_at_all():
         bags.set_states(tuple(reversed(twin.states)))
     with pytest.raises(ValueError, match="zip"):
         bags.set_states(twin.states[:1])
+
+
+class Summarized(nnx.Module):
+    """One module of each kind."""
+
+    def __init__(self, rngs, **options):
+        spec = EmbeddingSpec([TableSpec("a", 40), TableSpec("b", 30)], 8)
+        self.one = nn.CachedEmbed(40, 8, rngs=rngs, **options)
+        self.bags = nn.CachedEmbedBags(spec, optax.sgd(0.1), rngs=rngs, **options)
+        self.ngrams = nn.NGramMemory(50, 8, rows=64, rngs=rngs, **options)
+
+    def prefetch(self, ids):
+        for module, part in ((self.one, ids), (self.bags, {"a": ids}), (self.ngrams, ids)):
+            module.prefetch(part)
+
+    def __call__(self, ids):
+        return self.one(ids).sum() + self.bags({"a": ids})["a"].sum() + self.ngrams(ids).sum()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_is_tabulated_in_evaluation_and_within_a_step(fused):
+    """nnx.tabulate compiles the public methods of all modules that the model holds."""
+    ids = np.array([[3, 7], [7, 20]], np.int32)
+    plain = {"force_terminal": False, "width": 200}
+    model = Summarized(nnx.Rngs(0), fused=fused)
+    views = [nnx.view(model, deterministic=True), model]
+    model.prefetch(ids)
+    for view in views:
+        text = nnx.tabulate(view, ids, console_kwargs=plain)
+        for name, shape in (("one", "2,2,8"), ("ngrams", "2,2,32"), ("bags", "2,8")):
+            (row,) = (line for line in text.splitlines() if line.startswith(f"│ {name} "))
+            assert f"float32[{shape}]" in row

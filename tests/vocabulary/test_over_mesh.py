@@ -163,7 +163,7 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
     for ids, _ in batches(0, 12):
         for module in modules:
             train(module, {"user": ids[:, 0].astype(np.int32), "item": ids[:, 1].astype(np.int32)})
-    states = [module.stacks[0].embedding_state() for module in modules]
+    states = [module.stacks[0].embedding_state for module in modules]
     assert_same_rows(states[1], sharding.relayout(states[0]))
     for module in modules:
         module.eval()

@@ -64,13 +64,13 @@ def trained(state, seed, num):
 @pytest.mark.parametrize("is_fused", [False, True], ids=["rows", "fused"])
 def test_modules_train_the_rows_of_the_functional_step(is_fused):
     module = nn.CachedEmbedBags(SPEC, TX, combiner=None, fused=is_fused, rngs=nnx.Rngs(0))
-    state = module.stacks[0].embedding_state()
+    state = module.stacks[0].embedding_state
     for ids in batches(0, 12):
         state = step(state, SPEC.raw_ids(ids))
         module.prefetch(ids)
         grads = nnx.grad(lambda m, ids=ids: loss(m(ids)))(module)
         nn.apply_gradients(module, grads)
-    held = module.stacks[0].embedding_state()
+    held = module.stacks[0].embedding_state
     training.assert_same(held.vocabulary, state.vocabulary)
     training.assert_same(held.table, state.table)
     ids = next(batches(9, 1))
