@@ -36,9 +36,7 @@ from mpembed_jax.vocabulary import hashes, pool
 
 _WIDTH = 16  # values in a vector
 _GROUP = 8  # vectors of a bag's sum that are in registers at once
-# Positions between a prefetch and its use. A row of 68 bytes takes 11 ns in a long bag with 16, and
-# 6 ns with 64, because more of its requests to memory are on their way at once.
-_AHEAD = 64
+_AHEAD = 64  # positions between a prefetch and its use; 16 are too few for the memory's latency
 _PIECE = 1024  # positions whose addresses are found at once
 _MIN_SPLIT = 1 << 16  # vectors of values whose work is worth waking a thread for
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
