@@ -22,7 +22,8 @@ from mpembed_jax.serving.container import Contents, Pool, Table
 from mpembed_jax.table import QuantizedTable, read_rows
 
 IMPLEMENTATIONS = ("numba", "numpy")
-_FEW_QUERIES = 8  # up to so many are scored from packed rows, one after another
+# At most this many queries are scored one by one from packed rows. More share decoded blocks.
+_FEW_QUERIES = 8
 
 
 def load(
@@ -35,12 +36,12 @@ def load(
     """Maps a serving file into memory.
 
     This takes milliseconds for any size: the header is checked, and no row is read. Processes that
-    load the same file share its memory. The bytes of the rows are checked by `verify` only.
+    load the same file share its memory. Only `verify` checks the bytes of the rows.
 
     Args:
-      path: of a file that `save` wrote. It must not change while it is mapped.
-      out_of_range: "drop": ids outside their table read as zeros and are counted. "raise": they are
-        an error, on the host.
+      path: the path of a file that `save` wrote. It must not change while it is mapped.
+      out_of_range: "drop": ids outside their table read as zeros and are counted. "raise": they
+        raise an error on the host. On a device they always read as zeros and are not counted.
       threads: threads that read a large batch on the host; None: one for each core.
       implementation: "numba" or "numpy", for the host. Both give the same rows and bags. None:
         numba if it is installed and recent enough.
@@ -50,10 +51,10 @@ def load(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ImportError: if numba is named and not installed.
-      ServingError: if it is not such a file, is cut short, or is of a newer version.
-      TypeError: if path is none.
-      ValueError: if another argument is none of these.
+      ImportError: if numba is named, and it is not installed or too old.
+      ServingError: if the file is not a serving file, is cut short, or has a newer version.
+      TypeError: if path is not a path.
+      ValueError: if out_of_range, threads or implementation has a value that is not allowed.
     """
     if out_of_range not in ("drop", "raise"):
         raise ValueError(f'out_of_range must be "drop" or "raise", got {out_of_range!r}')
@@ -79,7 +80,7 @@ def load(
 
 
 class _Host:
-    """Settings of reading on the host, the compiled functions, and the count of ids outside."""
+    """The settings for reads on the host, the compiled readers, and the count of dropped ids."""
 
     def __init__(self, out_of_range: str, threads: int, implementation: str, path: Path):
         self.out_of_range, self.threads = out_of_range, threads
@@ -110,10 +111,10 @@ class _Host:
         return compiled.locate(owners, pairs, sizes)
 
     def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
-        """Counts ids outside.
+        """Counts ids that are outside their table.
 
         Raises:
-          ValueError: if there are some and out_of_range is "raise".
+          ValueError: instead, if out_of_range is "raise".
         """
         if self.out_of_range == "raise":
             is_outside = ((ids < 0) | (ids >= table.num_rows)) & (ids != NO_ID)
@@ -131,8 +132,8 @@ class _Host:
 class ServingTable:
     """The tables of a serving file. Read-only, and safe to use from many threads.
 
-    It is a pytree. `to_device` puts its rows on the device; in a jitted function, they are an
-    argument, and the same methods read them there. Ids are local to their tables: id r is row r.
+    It is a pytree. `to_device` copies its rows to the device. Pass the result to a jitted function
+    as an argument: the same methods read it there. Ids are local to their tables: id r is row r.
     `mpembed_jax.NO_ID` is padding.
 
     Tables of raw ids have the rows of a pool. Their ids are raw ids: on the host integers, bytes or
@@ -143,6 +144,7 @@ class ServingTable:
     Attributes:
       rows: {table name: packed words [V, words]}, and {owners' name: uint32 [S, W]} of a pool.
       contents: the description of the file: tables and features.
+      host: the settings for reads on the host; None for a table on the device.
     """
 
     rows: dict[str, Any]
@@ -151,7 +153,7 @@ class ServingTable:
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        """The tables: names, rows, dims, formats, errors."""
+        """The tables: name, number of rows, dim, format and rounding errors of each."""
         return self.contents.tables
 
     @property
@@ -171,22 +173,22 @@ class ServingTable:
     def lookup(self, ids: Any) -> Any:
         """Returns the rows of ids.
 
-        Of a file with rows as trained, these are the bits of `read(freeze(state), ids)`.
+        If the file has rows as trained, the result equals `read(freeze(state), ids)` in every bit.
 
         Args:
-          ids: {feature: integers [..]}; or integers [..], if there is a single feature. On the host
-            of any integer dtype; in a jitted function int32. Raw ids [..] or pairs uint32 [.., 2]
-            of a table of raw ids.
+          ids: {feature: integers [..]}, or integers [..] if there is a single feature. On the host,
+            any integer dtype is accepted. In a jitted function, ids are int32. A table of raw ids
+            takes raw ids [..] or pairs uint32 [.., 2].
 
         Returns:
           float32 [.., D] for each array: NumPy from the host, jax from the device. Padding and ids
-          outside read as zeros.
+          outside their table read as zeros.
 
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers; raw ids may be bytes and strings, too.
-          ValueError: if an id is outside and out_of_range is "raise"; if pairs are of another
-            table; or if ids are no mapping and there are several features.
+          ValueError: if an id is outside its table and out_of_range is "raise"; if pairs are of
+            another table; if ids are not a mapping, but there are several features.
         """
         return self._each(ids, self._lookup)
 
@@ -228,10 +230,10 @@ class ServingTable:
         return self._each(ids, lambda feature, table, here: here)
 
     def count_outside(self, ids: Any) -> Any:
-        """Returns how many ids are outside their tables; padding is not.
+        """Returns how many ids are outside their tables. Padding is not counted.
 
-        A table on the device reads them as zeros and keeps no count of its own. This counts them in
-        the same jitted function.
+        A table on the device reads such ids as zeros and keeps no count. Call this method beside
+        `lookup` to count them.
 
         Args:
           ids: as in lookup.
@@ -254,23 +256,26 @@ class ServingTable:
     def bag(self, ids: Any, combiner: str = "sum", weights: Any = None, offsets: Any = None) -> Any:
         """Returns one vector for each bag of ids.
 
-        Terms are added in the order of the positions. Padding and ids outside count neither in the
-        sum nor in the divisor of "mean" (the sum of weights) and "sqrtn" (the root of the sum of
-        squared weights). The vector of an empty bag is zero.
+        Terms are added in the order of the positions. Padding and ids outside their table are left
+        out. "mean" divides by the sum of the weights. "sqrtn" divides by the root of the sum of
+        squared weights. The vector of an empty bag is zero.
 
         Args:
-          ids: {feature: integers [.., L]}, or one such array, as in lookup; with offsets [N].
+          ids: {feature: integers [.., L]}, or one such array, as in lookup. If offsets are given,
+            ids have the shape [N].
           combiner: "sum", "mean" or "sqrtn".
           weights: float32 of the shapes of ids, in the same nesting; None: all are 1.
           offsets: {feature: integers [B + 1]}, or one such array: bag b has the positions
-            offsets[b] to offsets[b + 1]. On the host only. None: a bag is the last axis.
+            offsets[b] to offsets[b + 1]. Offsets work on the host only. If they are None, the last
+            axis of ids is one bag.
 
         Returns:
           float32 [.., D] for each array; [B, D] with offsets.
 
         Raises:
-          KeyError, TypeError, ValueError: as in lookup; also if the combiner is unknown, or weights
-            or offsets do not fit the ids.
+          KeyError, TypeError, ValueError: as in lookup. TypeError also if offsets are given for a
+            table on the device. ValueError also if the combiner is unknown, or if weights or
+            offsets do not fit the ids.
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
@@ -279,7 +284,9 @@ class ServingTable:
             offsets = offsets or {}
             for name, given in (("weights", weights), ("offsets", offsets)):
                 if not isinstance(given, Mapping) or set(given) - set(ids):
-                    raise ValueError(f"{name} must be a mapping with features of ids")
+                    raise ValueError(
+                        f"{name} must be a mapping of features, as ids is; its keys must be in ids"
+                    )
 
         def of(given: Any, feature: str) -> Any:
             return given.get(feature) if isinstance(ids, Mapping) else given
@@ -300,11 +307,11 @@ class ServingTable:
         sketch: Any = None,
         oversample: int = 10,
     ) -> tuple[Any, Any]:
-        """Returns the rows with the largest products with each query.
+        """Returns, for each query, the k rows with the largest dot products with it.
 
         Rows are decoded in blocks, so no float32 table exists. Of rows with equal scores, those
-        with lower ids come first. Scores are sums in float32, whose last bits depend on their
-        order.
+        with lower ids come first. Scores are float32 sums. The order of their terms can change the
+        last bits.
 
         The rows of a pool belong to raw ids of several tables, and the file does not hold the ids.
         So top_k refuses the name of a table of raw ids. It takes the name of the pool, and returns
@@ -315,13 +322,13 @@ class ServingTable:
           k: the number of rows, at most V.
           table: its name; optional if there is a single table, which is no pool.
           among: integers [n]: only these rows are scored. On the host only. None: all rows.
-          sketch: a SignSketch of the table: `oversample` * k rows are chosen by it, and the best k
-            of them by their exact scores. On the host only. None: all rows are scored.
-          oversample: at least 1.
+          sketch: a SignSketch of the table. It chooses `oversample` * k candidates, and exact
+            scores choose the best k of them. On the host only. None: all rows are scored.
+          oversample: candidates of the sketch for each result, at least 1.
 
         Returns:
-          Scores float32 [.., k], in descending order, and ids int32 [.., k]. If fewer rows have a
-          score that is a number, the rest is -inf and NO_ID.
+          Scores float32 [.., k], in descending order, and ids int32 [.., k]. If fewer than k
+          scores are numbers (not NaN), the last entries are -inf and NO_ID.
 
         Raises:
           KeyError: if the table is unknown, or a table of raw ids.
@@ -341,7 +348,9 @@ class ServingTable:
         lead = np.shape(query)[:-1]
         if not self._is_on_host(packed, query):
             if sketch is not None or among is not None:
-                raise ValueError("sketch and among are for the host only; call top_k outside jit")
+                raise ValueError(
+                    "sketch and among need a table on the host: call top_k of what `load` returned"
+                )
             given = jnp.asarray(query, jnp.float32).reshape(-1, dim)
             on_device = top_k.on_device(packed, chosen.format, dim, given, k)
             return on_device[0].reshape(*lead, k), on_device[1].reshape(*lead, k)
@@ -372,7 +381,7 @@ class ServingTable:
         return out
 
     def __reduce__(self) -> Any:
-        """A process that gets a host table maps the file itself."""
+        """Pickles a host table as its path: the process that unpickles it maps the file again."""
         if self.host is None:
             return ServingTable, (self.rows, self.contents)
         return _load_again, (
@@ -589,7 +598,10 @@ class ServingTable:
     def _ranked(
         self, table: Table, queries: np.ndarray, candidates: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best k of each query's candidates, int32 [Q, m] of ascending ids."""
+        """Returns the scores and ids of the best k candidates of each query.
+
+        Candidates are int32 [Q, m], in ascending order of ids, padded with NO_ID.
+        """
         scores = np.full((len(queries), k), -np.inf, np.float32)
         ids = np.full((len(queries), k), NO_ID, np.int32)
         for index, (query, found) in enumerate(zip(queries, candidates, strict=True)):
@@ -634,14 +646,14 @@ def _checked_offsets(feature: str, offsets: Any, shape: tuple[int, ...]) -> np.n
     is_right = len(shape) == 1 and ends.ndim == 1 and len(ends) > 0
     if not is_right or ends[0] != 0 or ends[-1] != shape[0] or (np.diff(ends) < 0).any():
         raise ValueError(
-            f"feature {feature!r}: offsets must rise from 0 to the number of ids [N], got offsets "
-            f"{list(ends.shape)} for ids {list(shape)}"
+            f"feature {feature!r}: offsets must be one array that begins with 0, never falls and "
+            f"ends with the number of ids [N]; got {ends} for ids {list(shape)}"
         )
     return ends
 
 
 def _device_bag(table: QuantizedTable, ids: jax.Array, combiner: str, weights: Any) -> jax.Array:
-    """Returns bags float32 [.., D] of ids int32 [.., L], one position of all bags at a time."""
+    """Returns bags (float32 [.., D]) of ids (int32 [.., L]), in a loop over the positions."""
     if ids.ndim == 0:
         raise ValueError("a bag is the last axis of ids, got a scalar")
     is_row = row_ids.in_range(ids, table.num_rows)
