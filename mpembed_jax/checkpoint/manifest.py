@@ -1,12 +1,14 @@
 """The manifest of a checkpoint folder, the checksums of its files, and the steps of a directory.
 
-A checkpoint is one folder `step_<n>`, written by orbax, with an additional `manifest.json`. The
-manifest names every file with its size and CRC-32, and holds all values that are not arrays. It is
-written last, before orbax renames the folder to its final name. A folder with that name was
-therefore complete once. `check` finds later damage.
+A checkpoint is one folder `step_<n>`. Orbax writes the folder, and this module adds a file
+`manifest.json`. The manifest names every file with its size and CRC-32. It also holds all values
+that are not arrays. The manifest is the last file that is written. Orbax then renames the folder to
+its final name. A folder with its final name was therefore complete once. `check` finds later
+damage.
 
-A checksum shows damage, not intent: anybody can compute one. So nothing that a manifest says is
-trusted. `schema` checks its types and names, `array_files` the files of its arrays.
+Checksums find accidental damage. They do not stop a forger, because anybody can compute them.
+Readers therefore do not trust the contents of a manifest. `schema` checks its types and names.
+`array_files` checks the files of its arrays.
 """
 
 import json
@@ -24,10 +26,10 @@ from mpembed_jax.embedding import arguments
 NAME = "manifest.json"
 VERSION = 1
 _STEP = re.compile(r"step_(0|[1-9]\d*)", re.ASCII)
-# The file in which orbax records when a save began and ended. Orbax changes it after the manifest
-# is written, and this library does not read it.
+# The file in which orbax records when a save began and ended. Orbax changes this file after the
+# manifest is written, so the manifest leaves it out. This library does not read it.
 _TIMES = "_CHECKPOINT_METADATA"
-OF_PROCESSES = "array_metadatas"  # a folder of orbax, with a file of each process
+OF_PROCESSES = "array_metadatas"  # a folder in which orbax writes one file per process
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -39,7 +41,8 @@ def path_of(call: str, directory: Any) -> Path:
     """Returns the absolute path of a directory.
 
     Raises:
-      TypeError: if it is no path; the message has `call`, which says the order of arguments.
+      TypeError: if `directory` is not a path. The message begins with `call`, which shows the order
+        of the arguments.
     """
     return arguments.path_of(call, "directory", directory).absolute()
 
@@ -48,7 +51,7 @@ def number_of(call: str, step: Any) -> int:
     """Returns the number of a step.
 
     Raises:
-      TypeError: if it is no whole number; the message has `call`.
+      TypeError: if `step` is not a whole number. The message begins with `call`.
     """
     try:
         return operator.index(step)
@@ -62,14 +65,15 @@ def steps(directory: Any) -> list[int]:
     The list is empty if the directory does not exist.
 
     Args:
-      directory: as in save.
+      directory: see `save`.
 
     Returns:
-      Steps. Their files are not read, so a step may have been damaged since; restore checks this.
+      The steps. This function does not read their files, so a step may be damaged. `restore` checks
+      the files.
 
     Raises:
       OSError: if the system cannot read the directory.
-      TypeError: if directory is no path.
+      TypeError: if directory is not a path.
     """
     directory = path_of("steps(directory)", directory)
     try:
@@ -89,11 +93,13 @@ def latest_step(directory: Any) -> int | None:
 
 
 def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
-    """Checksums every file of `folder` and writes its manifest durably, as the last file.
+    """Computes the checksums of the files in `folder`, then writes the manifest durably.
+
+    The manifest is the last file of a save.
 
     Raises:
-      CheckpointError: if files of the arrays `keys` are missing. This happens if the folder was
-        moved away during the save, because the writers then create a new one.
+      CheckpointError: if files of the arrays `keys` are missing. This happens if somebody moves the
+        folder away during the save, because the writers then create a new, incomplete folder.
     """
     names_of = {record["key"]: name for name, record in body["arrays"].items()}
     for key in keys:
@@ -106,8 +112,8 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
             raise CheckpointError(f"{what} is not in {folder}: {files.reason(error)}") from error
         if found != pieces:
             raise CheckpointError(f"{what} has {found} of {pieces} files in {folder}")
-    # A save of this step that failed before may have left writers behind. Their arrays have other
-    # keys.
+    # An earlier save of this step may have failed, and its writers may still be running. Their
+    # arrays have other keys, so the manifest does not name their files.
     parts = ["", *keys]
     if files.exists(folder / OF_PROCESSES):
         parts.append(OF_PROCESSES)
@@ -132,7 +138,7 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
 
 
 def identity(body: dict[str, Any]) -> int:
-    """Returns a number that tells apart different checkpoints of the same step."""
+    """Returns a number that distinguishes this checkpoint from others of the same step."""
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
@@ -140,9 +146,9 @@ def read(directory: Path, step: int) -> dict[str, Any]:
     """Returns a step's manifest.
 
     Raises:
-      DamagedError: if there is none, or if it is damaged or no manifest.
-      UnreadableError: if the system cannot read it now.
-      CheckpointError: if a newer version of this library wrote it.
+      DamagedError: if the manifest is missing or damaged, or if the file is not a manifest.
+      UnreadableError: if the system cannot read the manifest now.
+      CheckpointError: if a newer version of this library wrote the manifest.
     """
     folder = folder_of(directory, step)
     path = folder / NAME
@@ -182,17 +188,17 @@ def _check_version(where: str, document: Any) -> None:
 
 
 def check(directory: Path, step: int, body: dict[str, Any], *, contents: bool = True) -> None:
-    """Checks every file that the manifest names, and that they are the files of its arrays.
+    """Checks every file that the manifest names, and that each array has the right files.
 
     Args:
-      directory: of the checkpoints.
-      step: of the checkpoint.
-      body: its manifest.
+      directory: the folder of all checkpoints.
+      step: the step of the checkpoint.
+      body: the manifest of the checkpoint.
       contents: whether to read the files. If not, only their presence and sizes are checked.
 
     Raises:
-      DamagedError: if a file is missing or differs in size or content; the message names the array
-        and the file.
+      DamagedError: if a file is missing, has another size or other bytes, or does not fit its
+        array. The message names the array and the file.
       UnreadableError: if the system cannot read a file now.
     """
     folder = folder_of(directory, step)
@@ -239,7 +245,10 @@ def check(directory: Path, step: int, body: dict[str, Any], *, contents: bool = 
 
 
 def _raise_first(faults: list[CheckpointError | None]) -> None:
-    """Raises the first fault, damage before what could not be read, and counts the others."""
+    """Raises the first fault, if there is one. Its message counts the other faults.
+
+    Damaged files come before files that could not be read.
+    """
     found = sorted((f for f in faults if f), key=lambda f: not isinstance(f, DamagedError))
     if found:
         more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
@@ -247,19 +256,19 @@ def _raise_first(faults: list[CheckpointError | None]) -> None:
 
 
 def chain(directory: Path, step: int, *, contents: bool = True) -> list[dict[str, Any]]:
-    """Returns the checked manifests of a step and of those on which it builds, newest first.
+    """Returns the manifests of a step and of all steps on which it builds, newest first.
 
-    A checkpoint is good if this function returns.
+    All these checkpoints are checked. A checkpoint is good if this function returns.
 
     Args:
-      directory: of the checkpoints.
-      step: the newest of the chain.
-      contents: as in check.
+      directory: the folder of all checkpoints.
+      step: the newest step of the chain.
+      contents: see `check`.
 
     Raises:
-      DamagedError: if one of them is damaged or missing.
-      UnreadableError: if the system cannot read one of them now.
-      CheckpointError: if a newer version of this library wrote one of them.
+      DamagedError: if one of the checkpoints is damaged or missing.
+      UnreadableError: if the system cannot read one of the checkpoints now.
+      CheckpointError: if a newer version of this library wrote one of the checkpoints.
     """
     body = read(directory, step)
     check(directory, step, body, contents=contents)
@@ -271,7 +280,10 @@ def chain(directory: Path, step: int, *, contents: bool = True) -> list[dict[str
                 raise DamagedError(f"step {number} builds on itself")
             body = read(directory, number)
             if identity(body) != base["identity"]:
-                raise DamagedError(f"step {number} is no longer the checkpoint that it builds on")
+                raise DamagedError(
+                    f"step {number} is no longer the checkpoint that step {bodies[-1]['step']} "
+                    "builds on"
+                )
             check(directory, number, body, contents=contents)
             schema.check_base(bodies[-1], body)
         except (CheckpointError, schema.SchemaError) as error:

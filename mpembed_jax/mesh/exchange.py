@@ -1,15 +1,15 @@
 """The exchange between shards in one step: ids to their owners, rows back, gradients to the owners.
 
-A device deduplicates its ids first. Each row that it requests then travels once in each direction
-(with summation blocks, once per block). all_to_all moves fixed-size arrays with the same room for
-each owner. If the ids of one device for an owner do not fit, all devices use full-width arrays in
-that step, and the step is counted. Nothing is lost. Owners deduplicate what they receive. Each row
-is therefore planned, gathered and updated once. Its occurrences and gradients are summed over
-devices. Replicas of a shard gather the same requests
-and compute the same results.
+A device deduplicates its ids first. Each row that the device requests then travels once in each
+direction (with summation blocks, once per block). all_to_all moves arrays of a fixed size, which
+have the same room for each owner. If a device has more ids for one owner than fit, all devices use
+full-width arrays in that step, and the step is counted. No id is lost. Owners deduplicate the ids
+that they receive. Each row is therefore planned, gathered and updated once. The occurrences and
+gradients of a row are summed over devices. If several devices hold the same shard, they are its
+replicas. All replicas of a shard gather the same requests and compute the same results.
 
-The scheme follows model-parallel embeddings (the row-wise sharding of FBGEMM / TorchRec). It does
-not use ragged_all_to_all, which some back ends cannot run.
+The scheme follows the row-wise sharding of embeddings in FBGEMM and TorchRec. It does not use
+ragged_all_to_all, because some back ends cannot run that operation.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def route_of(plan: CachePlan) -> Route:
 def plan_specs(layout: Layout) -> CachePlan:
     """Returns the PartitionSpecs of a plan, as a prefix of its tree.
 
-    Use them as out_specs of the jax.shard_map that returns a plan, and as in_specs of the one that
-    takes it.
+    Use them as out_specs of a jax.shard_map that returns a plan, and as in_specs of a jax.shard_map
+    that takes a plan.
     """
     specs: Any = [PartitionSpec(axes or None) for axes in (layout.batch_axes, layout.axes)]
     batch, shard = specs
@@ -70,15 +70,15 @@ def route_specs(layout: Layout) -> Route:
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
     """Returns how many entries a device sends to each owner; num_entries is static."""
-    # If the batch is not split over the sharding axes, devices along them have the same ids. Each
-    # then requests its part of them.
+    # If the batch is not divided over the sharding axes, all devices along these axes have the same
+    # ids. Each device then requests its own part of the ids.
     if not layout.is_batch_divided:
         num_entries = -(-num_entries // layout.shards)
     return max(1, num_entries) if is_wide else layout.room(max(1, num_entries))
 
 
 def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable) -> Any:
-    """Returns run(width) for the exchange's ordinary width, or the full width if is_wide."""
+    """Returns run(width). The width is full if is_wide, and ordinary (see `_width`) if not."""
     narrow, wide = _width(layout, num_entries, False), _width(layout, num_entries, True)
     if narrow == wide:
         return run(wide)
@@ -96,15 +96,16 @@ def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def _ranked(layout: Layout, owner: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the owners of the entries that this device sends, and each entry's rank.
+    """Returns the owner and the rank of each entry (int32 [U] each).
 
-    The owner of an entry that another device sends becomes P.
+    If the batch is not divided over the sharding axes, this device sends only a part of the
+    entries. The others get the owner P.
     """
     if not layout.is_batch_divided:
         is_mine = jnp.arange(owner.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    # For the number of shards in one machine, one pass per shard is faster than a sort.
+    # One machine has few shards. For so few, one pass per shard is faster than a sort.
     for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
@@ -114,7 +115,7 @@ def _ranked(layout: Layout, owner: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
     """Returns the position of each entry in the array that this device sends.
 
-    The position of an entry that is not sent lies outside the array.
+    An entry that is not sent gets a position behind the end of the array.
     """
     is_sent = (owner < layout.shards) & (rank < width)
     return jnp.where(is_sent, owner * width + rank, layout.shards * width)
@@ -153,7 +154,7 @@ def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
 def _is_wide(
     layout: Layout, owner: jax.Array, rank: jax.Array, num_entries: int, axes: tuple[str, ...]
 ) -> jax.Array:
-    """Returns whether the entries of a device along `axes` do not fit the ordinary width."""
+    """Returns whether any device along `axes` has more entries for an owner than ordinarily fit."""
     room = _width(layout, num_entries, False)
     is_over = jnp.any((owner < layout.shards) & (rank >= room))
     return _sum(is_over.astype(jnp.int32), axes) > 0
@@ -162,9 +163,10 @@ def _is_wide(
 def _deliver(
     layout: Layout, owner: jax.Array, rank: jax.Array, values: jax.Array, empty: jax.Array
 ) -> jax.Array:
-    """Sends values [U, ..] to their owners; returns what all devices sent to this one.
+    """Sends values [U, ..] to their owners; returns the values that this shard receives.
 
-    `empty` [P * width, ..] is what this device sends where it has no value.
+    All replicas of a shard receive the same values. `empty` [P * width, ..] fills the places for
+    which this device has no value.
     """
     place = _place(layout, owner, rank, empty.shape[0] // layout.shards)
     return _gather_replicas(layout, _swap(layout, indexing.put(empty, place, values)))
@@ -180,13 +182,14 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def ask(
     layout: Layout, leaves: list[jax.Array], step: jax.Array, tables: TablesOfIds | None
 ) -> Request:
-    """Sends this device's distinct ids to their owners; returns the requests of its own rows.
+    """Sends this device's distinct ids to their owners; returns the requests for this shard's rows.
 
     Args:
       layout: the stack's layout.
       leaves: the ids of this device, int32 [..] or pairs [.., 2].
       step: int32 scalar.
-      tables: whose rows the ids are, or None.
+      tables: for each of `leaves`, the names of the tables to which its ids belong (see
+        `spec.TablesOfIds`). None if they are not known.
     """
     layout.check_bound("prefetch")
     own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step, tables)
@@ -210,11 +213,11 @@ def ask(
 def settle(
     layout: Layout, asked: Request, moves: Moves, inverse: jax.Array, counts: Counts
 ) -> tuple[Route, Counts]:
-    """Returns the route to the rows that were planned, and the counts of the whole batch.
+    """Returns the route to the planned rows, and the counts of the whole batch.
 
     Args:
       layout: the stack's layout.
-      asked: see `ask`.
+      asked: the result of `ask`.
       moves: the rows of this shard, in the plan's order.
       inverse: int32 [received], for each received id, the index of its row in `moves`.
       counts: the counts of this device's requests and of this shard's rows.
@@ -232,10 +235,10 @@ def settle(
 
 @jax.named_scope("exchange_ids")
 def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Unique, Route]:
-    """Sends a device's unique ids to their owners, who deduplicate what they receive.
+    """Sends a device's unique ids to their owners, which deduplicate the ids that they receive.
 
-    If the whole batch has more distinct ids than the budget, the ids with the smallest fmix32(id
-    xor step) stay, as on one device.
+    The budget is `max_unique_ids` of the stack. If the whole batch has more distinct ids, the ids
+    with the smallest fmix32(id xor step) stay. On one device, the same ids would stay.
 
     Args:
       layout: the stack's layout.
@@ -244,9 +247,11 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
       step: int32 scalar.
 
     Returns:
-      Three results. The distinct local rows that are requested of this shard; `inverse` has one
-      entry per received entry. `wanted` without the ids over the budget, in `ids` and in `inverse`.
-      The route, of which `settle` replaces `rows`, `num_cached`, `num_rows` and `asked`.
+      Three results:
+      - The distinct local rows that any device requests from this shard. The `inverse` of this
+        result has one element per received entry.
+      - `wanted`, with padding in place of ids over the budget, in `ids` and in `inverse`.
+      - The route. `settle` replaces its `rows`, `num_cached`, `num_rows` and `asked`.
     """
     num_entries = wanted.ids.shape[0] - 1
     budget = layout.spec.max_unique_ids
@@ -261,7 +266,7 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
         received = _deliver(layout, owner, rank, entries, empty)
         found = ops.unique(received[:, 0], received.shape[0] + 1, step)
         counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
-        # The entries cut off here are padding: there are at most `size - 1` distinct rows.
+        # There are at most `size - 1` distinct rows, so the cuts to `size` remove only padding.
         padding = max(0, size - found.ids.shape[0])
         return Unique(
             jnp.pad(found.ids, (0, padding), constant_values=NO_ID)[:size],
@@ -292,7 +297,8 @@ def _keep_budget(
     mixed = random_bits.fmix32(shard.ids_of(found.ids)[0] ^ step.astype(jnp.uint32))
 
     def drop() -> tuple:
-        # Finds the largest limit with at most `budget` ids below it, one bit at a time.
+        # The loop finds, one bit at a time, the largest limit with at most `budget` ids below the
+        # limit on all shards together.
         def try_bit(turn: jax.Array, limit: jax.Array) -> jax.Array:
             candidate = limit | (jnp.uint32(1) << jnp.asarray(31 - turn, jnp.uint32))
             below = jnp.sum(is_real & (mixed < candidate), dtype=jnp.int32)
@@ -341,18 +347,20 @@ def _keep_budget(
 def ask_owners(
     layout: Layout, owner: jax.Array, entries: jax.Array, padding: jax.Array
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """Sends entries to their owners, who can answer each of them with a number.
+    """Sends entries to their owners; an owner can answer each entry with a number.
 
     Args:
       layout: the stack's layout.
-      owner: int32 [U]: the owner of each entry; P for none. The last has none.
+      owner: int32 [U]: the owner of each entry; P for no owner. The last entry has no owner.
       entries: [U, k].
-      padding: [k].
+      padding: [k]: the entry that fills empty places.
 
     Returns:
-      The entries [R, k] that this shard received, padding among them. A function that brings the
-      answers (int32 [R], which the replicas of a shard agree on) to the devices that asked: int32
-      [U], 0 for an entry without an owner.
+      Two results:
+      - The entries [R, k] that this shard received, with padding among them.
+      - A function that sends the answers to the devices that asked. It takes the answers of this
+        shard to the R entries (int32 [R], the same on all replicas). It returns the answers to
+        this device's own entries (int32 [U], 0 for an entry without an owner).
     """
     num_entries = owner.shape[0] - 1
     owner, rank = _ranked(layout, owner)
@@ -378,9 +386,9 @@ def ask_owners(
 
 
 def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
-    """Returns the rows [U, ..] of this device's entries; `rows` [Q, ..] are those of its own shard.
+    """Returns the rows [U, ..] of this device's entries; `rows` [Q, ..] belong to its own shard.
 
-    Entries without a row get zeros.
+    An entry without an owner gets zeros.
     """
 
     def send(width: int) -> jax.Array:
@@ -397,8 +405,8 @@ def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
 def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
     """Returns the rows [U, D] of this device's unique ids, taken from the owners' rows [Q, D].
 
-    The last of the owners' rows must be zero. The gradient with respect to the owners' rows is what
-    `collect` returns.
+    The last row of each owner must be zero, because ids without a row get the last row. `collect`
+    computes the gradient with respect to the owners' rows.
     """
     return _return(layout, route, rows)
 
@@ -407,7 +415,7 @@ def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
 def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
     """Returns the summed gradients [Q, D] of a shard's rows, from all devices' gradients [U, D].
 
-    They are added in the order of the devices.
+    The gradients of one row are added in the order of the devices.
     """
 
     def send(width: int) -> jax.Array:
@@ -438,14 +446,16 @@ def find(
     Args:
       layout: the stack's layout.
       planned: the plan's route.
-      leaves: ids of this device, int32 [..] or pairs [.., 2]; they may differ from those that
-        were prefetched.
-      step: int32 scalar, the plan's.
+      leaves: ids of this device, int32 [..] or pairs [.., 2]. They may differ from the prefetched
+        ids.
+      step: int32 scalar: the step of the plan.
 
     Returns:
-      For each position, the index of its entry on this device (int32 [N]). Padding has the last
-      index. For each position, whether the plan lacks its row (bool [N]). The route with which
-      `fetch` brings the rows of the entries.
+      Three results:
+      - For each position, the index of its entry on this device (int32 [N]). Padding has the last
+        index.
+      - For each position, whether the plan lacks its row (bool [N]).
+      - The route with which `fetch` brings the rows of the entries.
     """
     wanted, _, _ = requests.deduplicate(layout, leaves, step)
     asked, own, route = request(layout, wanted, step)
@@ -469,7 +479,8 @@ def over_shards(
 ) -> tuple[jax.Array, Any]:
     """Runs an optimizer's update on the rows of all shards; returns this shard's part.
 
-    Every shard gathers everything and computes the same. This is for optimizers that mix rows.
+    Every shard gathers the rows of all shards and computes the same update. Only optimizers that
+    mix rows need this.
 
     Args:
       layout: the stack's layout.
@@ -498,9 +509,9 @@ def over_shards(
 
 
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]), as read by their owners.
+    """Returns the rows [N, D] of ids [N] (or pairs [N, 2]).
 
-    `read_rows` reads local rows: [n] -> [n, D].
+    The owner of an id reads its row with `read_rows`, from local rows [n] to values [n, D].
     """
     wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
     owner, row, rank = _assign(layout, wanted.ids)
@@ -525,7 +536,7 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
     """Returns the counts of the whole batch, which are the same on every device.
 
-    They are sums over the requests of all devices and the rows of all shards.
+    A count of requests is summed over the devices of the batch, and a count of rows over shards.
     """
     by_device = {
         name: total_over_batch(layout, getattr(counts, name))
@@ -554,5 +565,5 @@ def total_over_batch(layout: Layout, value: jax.Array) -> jax.Array:
 
 
 def total_over_shards(layout: Layout, value: jax.Array) -> jax.Array:
-    """Returns the sum of a scalar that each shard has, over all shards."""
+    """Sums a per-shard scalar over all shards."""
     return _sum(value, layout.axes)

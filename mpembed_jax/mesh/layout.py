@@ -1,14 +1,14 @@
-"""The layout of a stack over devices: the owner of each id, its local row, and the batch axes.
+"""The layout of a stack over devices: which shard owns an id, its local row, and the batch axes.
 
 A stack is laid out in one of three ways:
-- By MOD, row r of the stack is row r div P of shard r mod P. This is the usual convention. It keeps
+- By MOD: row r of the stack is row r div P of shard r mod P. This is the usual convention. It keeps
   every cache set and every sketch group whole on one shard.
-- By tables, each table is whole on one shard.
-- If the stack is replicated, every device has all rows.
+- By tables: each table is whole on one shard.
+- Replicated: every device has all rows.
 
-Inside a shard, all arrays (including tags) are indexed by local row. Only random bits are drawn for
-the global id. The state of one device and the state of P devices therefore hold the same rows, for
-any P.
+Inside a shard, a row is named by its local row everywhere, also in tags. The one exception is the
+drawing of random bits, which depends on the global id. The state of one device and the state of P
+devices therefore hold the same rows, for any P.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from mpembed_jax.spec import EmbeddingSpec, offsets, size_of
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A placement on a given mesh, static and hashable; made by `Layout.of`."""
+    """A placement on a given mesh. It is static and hashable. `Layout.of` makes it."""
 
     spec: EmbeddingSpec
     placement: Placement
@@ -56,8 +56,9 @@ class Layout:
           placement: as in init.
 
         Raises:
-          TypeError: if mesh is something else.
-          ValueError: if the mesh has no such axis, or the stack cannot be divided in this way.
+          TypeError: if mesh is neither None nor a jax mesh.
+          ValueError: if the mesh lacks an axis that an argument names, or if the stack cannot be
+            divided over this mesh with this placement.
         """
         if mesh is None and axis_name is None:
             if placement is not None:
@@ -155,7 +156,10 @@ class Layout:
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """A hash (uint32 [2]) of how rows are divided; zero for one shard."""
+        """A hash (uint32 [2]) of the number of shards and the shard of each table.
+
+        For one shard, the hash is zero.
+        """
         if self.shards == 1:
             return np.zeros(2, np.uint32)
         text = repr((self.shards, self.table_shards))
@@ -167,21 +171,21 @@ class Layout:
     def replica_axes(self) -> tuple[str, ...]:
         """Axes that divide batches but not rows.
 
-        All devices along them hold the same shard and apply the same updates to it.
+        All devices along these axes hold the same shard and apply the same updates to it.
         """
         return tuple(name for name in self.batch_axes if name not in self.axes)
 
     @property
     def replicas(self) -> int:
         """The number of devices along the replica axes."""
-        # Either all of the sharding axes divide batches, or none does.
+        # Either all sharding axes divide batches, or no sharding axis does.
         return self.batch_shards // (self.shards if self.is_batch_divided else 1)
 
     @property
     def is_batch_divided(self) -> bool:
-        """Whether devices that differ in the sharding axes have different parts of the batch.
+        """Whether the sharding axes divide batches, too.
 
-        If not, they have the same ids.
+        If they do not, all devices along the sharding axes have the same ids.
         """
         return all(name in self.batch_axes for name in self.axes)
 
@@ -192,7 +196,7 @@ class Layout:
 
     @property
     def num_rows(self) -> int:
-        """Rows of one shard's arrays, padding included."""
+        """The number of rows in one shard's arrays, padding included."""
         if self.table_shards is None:
             return -(-self.spec.num_rows // self.shards)
         sizes = [0] * self.shards
@@ -206,11 +210,14 @@ class Layout:
 
     @property
     def is_paired(self) -> bool:
-        """Whether ids are pairs (shard, local row) because they do not fit in 32 bits."""
+        """Whether ids are pairs (shard, local row).
+
+        In a stack of NO_ID rows or more, ids do not fit into int32, so they are pairs.
+        """
         return self.spec.num_rows >= NO_ID
 
     def shape_of(self, ids: jax.Array) -> tuple[int, ...]:
-        """Returns the shape of ids without the axis of pairs.
+        """Returns the shape of ids, without the last axis (of size 2) if they are pairs.
 
         Raises:
           ValueError: if ids must be pairs but are not.
@@ -237,7 +244,7 @@ class Layout:
             )
 
     def index(self) -> jax.Array:
-        """Returns this device's shard, i32 []."""
+        """Returns the number of this device's shard, i32 []."""
         return lax.axis_index(self.axes).astype(jnp.int32) if self.axes else jnp.int32(0)
 
     def positions(self, num_positions: int) -> Fraction:
@@ -248,7 +255,10 @@ class Layout:
         return Fraction(num_positions * self.batch_shards, self.shards)
 
     def room(self, num_ids: int) -> int:
-        """Returns how many of a device's num_ids unique ids the exchange can send to one owner."""
+        """Returns how many ids a device can send to one owner in an exchange of ordinary width.
+
+        num_ids is the number of unique ids of the device.
+        """
         return max(1, min(num_ids, math.ceil(self.placement.capacity * num_ids / self.shards)))
 
     # --- rows
@@ -257,7 +267,8 @@ class Layout:
     def first_rows(self) -> np.ndarray:
         """int32 [P, T + 1]: the first local row of each table on each shard.
 
-        If a shard has no row of a table, the table's entry equals the next one.
+        The last entry of a shard is the shard's number of rows, without padding. If a shard has no
+        row of a table, the table's entry equals the next entry.
         """
         if self.table_shards is None:
             starts = offsets(self.spec.row_tables)
@@ -271,7 +282,7 @@ class Layout:
     def home_of(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns shard and local row (int32 [..] each) of global ids [..] or pairs [.., 2].
 
-        NO_ID gives (P, NO_ID).
+        For the id NO_ID, the shard is P and the local row is NO_ID.
         """
         if self.is_paired:
             return ids[..., 0], ids[..., 1]
@@ -291,9 +302,10 @@ class Layout:
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def table_slices(self) -> list[tuple[int, int]]:
-        """Returns each table's first row in the arrays of all shards, and its number of rows.
+        """Returns each table's first row and its number of rows.
 
-        Call it only if tables are placed whole (table_shards is not None).
+        The first row is an index into the concatenated arrays of all shards. Call this method only
+        if each table is whole on one shard (table_shards is not None).
         """
         first = self.first_rows
         shards = self.table_shards or ()
@@ -303,7 +315,7 @@ class Layout:
         ]
 
     def shard(self, index: jax.Array | int) -> Shard:
-        """Returns the Shard number `index`, which may be traced."""
+        """Returns the shard number `index`. The number may be traced."""
         return Shard(self, jnp.asarray(index, jnp.int32), jnp.asarray(self.first_rows)[index])
 
 
@@ -328,7 +340,7 @@ def _alternatives(numbers: list[int]) -> str:
 
 
 def _check_axis_types(mesh: Any) -> None:
-    """Raises ValueError if an axis of the mesh is not of type Auto; None is no mesh."""
+    """Raises ValueError if an axis of the mesh is not of type Auto. None stands for no mesh."""
     types = () if mesh is None else mesh.axis_types
     if any(kind != AxisType.Auto for kind in types):
         sizes, names = tuple(mesh.shape.values()), tuple(mesh.shape)

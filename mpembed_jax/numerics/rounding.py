@@ -1,8 +1,8 @@
 """Stochastic and nearest rounding of float32 to integer grids, narrow floats and stored scales.
 
-Everything is elementwise integer and float32 arithmetic, so the same functions can be traced inside
-`jax.jit` and inside a kernel body. Rounding does not depend on rows or tables. Random bits are an
-argument.
+All functions use only elementwise integer and float32 arithmetic. They can therefore be traced
+inside `jax.jit` and inside a kernel body. The functions know nothing of rows and tables. They take
+random bits as an argument.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,17 @@ from mpembed_jax.numerics.random_bits import uniform
 
 
 def apart(product: jax.Array, number: jax.Array) -> jax.Array:
-    """Returns a product such that no compiler contracts it with a sum that it is added to.
+    """Returns `product` in a form that no compiler contracts with a later addition.
 
-    A contracted product is not rounded before it is added. Whether a compiler contracts depends on
-    how it fuses a program, so two programs might give different bits. A barrier does not help: XLA
-    drops it on a CPU. Here the bits of the product meet a zero that compilers cannot foresee.
+    Contraction joins a multiplication and an addition into one operation, which does not round the
+    product. Whether a compiler contracts depends on how it fuses the program, so two programs might
+    give different bits. An optimization barrier does not help, because XLA drops barriers on a CPU.
+    This function instead combines the bits of the product with a zero. No compiler can know that
+    the value is zero.
 
     Args:
       product: float32 [..].
-      number: int32 or uint32 scalar; any number that is not known when the program is compiled.
+      number: int32 or uint32 scalar: any number that the compiler does not know.
 
     Returns:
       The same float32 [..].
@@ -37,9 +39,10 @@ def apart(product: jax.Array, number: jax.Array) -> jax.Array:
 def round_to_integer(x: jax.Array, bits: jax.Array | None) -> jax.Array:
     """Rounds float32 to an integral float32.
 
-    With `bits`, the result is floor(x + u), where u is computed from the bits. Without bits, it is
-    the nearest integer (ties round up). The fraction is split off first: in float32, x + u would
-    itself be rounded and would sometimes change an x that is already an integer.
+    With `bits`, the result is floor(x + u), where u = uniform(bits). Without bits, the result is
+    the nearest integer (ties round up). The code does not compute x + u, because float32 rounds
+    this sum. The rounded sum could turn an integral x into another integer. The code splits off the
+    fraction of x and compares it with 1 - u.
     """
     whole = jnp.floor(x)
     fraction = x - whole
@@ -51,9 +54,10 @@ def round_to_grid(x: jax.Array, step: jax.Array, bits: jax.Array | None) -> jax.
     """Rounds x / step to an integral float32, exactly: a grid value `k * step` always gives k.
 
     Compilers turn the division of an array by a broadcast value into a multiplication by the
-    reciprocal, which may be off by one ulp. The product is therefore only a guess of the integer
-    part k, and the fraction comes from the remainder `x - k * step`. The remainder is exact because
-    `k * step` is exact: |k| < 2^8, and step has at most 16 significant bits.
+    reciprocal, and the product may be off by one ulp. The product therefore serves only to guess
+    the integer part k. The fraction comes from the remainder `x - k * step`. The product `k * step`
+    is exact, because |k| < 2^8 and step has at most 16 significant bits. The remainder is therefore
+    exact, too.
 
     Args:
       x: float32 [..].
@@ -70,9 +74,9 @@ def round_to_grid(x: jax.Array, step: jax.Array, bits: jax.Array | None) -> jax.
 
 
 class FloatFormat(NamedTuple):
-    """A narrow IEEE-like format with subnormals.
+    """A narrow IEEE-like float format with subnormals.
 
-    It has a sign, an exponent with offset `bias`, and `mantissa` stored bits.
+    It has a sign bit, an exponent with the offset `bias`, and a fraction of `mantissa` bits.
     """
 
     mantissa: int
@@ -113,10 +117,10 @@ def _as_float(bits: jax.Array) -> jax.Array:
 def encode_float(x: jax.Array, fmt: FloatFormat, bits: jax.Array | None) -> jax.Array:
     """Rounds float32 to the codes of a narrow float format.
 
-    Stochastic rounding picks one of the two neighbours in the format, subnormals included. The
-    nearer a neighbour is, the more likely it is picked (linearly, so that the mean is x). Without
-    bits, rounding is to nearest, ties to even. Larger values saturate at the largest finite value.
-    NaN stays NaN.
+    With bits, rounding is stochastic: it picks one of the two values of the format next to x,
+    subnormals included. The probability of a value falls linearly with its distance from x, so
+    the mean is x. Without bits, rounding is to nearest, ties to even. A magnitude above the largest
+    finite value, also an infinite one, becomes the largest finite value. NaN stays NaN.
 
     Args:
       x: float32 [..].
@@ -177,8 +181,8 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
     """
     raw = _as_bits(x)
     match dtype:
-        # With 16 significant bits, code * scale is exact, so contraction with an addition is
-        # harmless.
+        # With 16 significant bits, code * scale is exact. A compiler may therefore contract this
+        # product with an addition without changing the result.
         case "float32":
             rounded = _as_float((raw + jnp.uint32(0xFF)) & jnp.uint32(0xFFFFFF00))
         case "bfloat16":
@@ -200,8 +204,9 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
 def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
     """Returns the smallest scale stored by `dtype` with scale * levels >= width.
 
-    The quotient is only a first guess, which exact products correct. The reason is that compilers
-    may turn a division by a constant into a multiplication, and GPUs divide approximately.
+    The quotient width / levels gives only a first guess, because compilers may turn a division by
+    a constant into a multiplication, and GPUs divide approximately. Comparisons with exact products
+    then correct the guess.
 
     Args:
       width: float32 [..], not negative.
@@ -227,9 +232,9 @@ def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
 
 
 def round_down(x: jax.Array, dtype: str) -> jax.Array:
-    """Rounds float32 of any sign down (towards minus infinity) to a stored bias of `dtype`.
+    """Rounds float32 of any sign down (towards minus infinity) to a row's bias stored as `dtype`.
 
-    The result is float32.
+    The result is float32. Values below the lowest finite value of `dtype` become this lowest value.
     """
     raw = _as_bits(x)
     is_negative = (raw >> 31) == 1
@@ -255,7 +260,7 @@ def round_down(x: jax.Array, dtype: str) -> jax.Array:
 def stochastic_round(x: jax.Array, dtype: str, bits: jax.Array | None) -> jax.Array:
     """Rounds float32 to the values of `dtype`: stochastically with bits, to nearest without.
 
-    Stochastic rounding is unbiased: E[result] = x inside the range of the dtype.
+    Stochastic rounding is unbiased: the mean of the result is x, if x is in the range of `dtype`.
 
     Args:
       x: float32 [..].

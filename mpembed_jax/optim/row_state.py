@@ -1,8 +1,8 @@
 """Per-row optimizer state, and the lazy update of a batch's rows by an optax transformation.
 
-A state leaf with one entry per table row is gathered at the batch's unique ids, updated and
-scattered back. A scalar leaf advances once per step. `init` refuses any other leaf. Rows that are
-not in the batch keep their state.
+A leaf is one array of a transformation's state. A leaf with one entry per table row is gathered at
+the batch's unique ids, updated and scattered back. A scalar leaf is updated once per step. `init`
+refuses a transformation with any other leaf. Rows that are not in the batch keep their state.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from mpembed_jax.numerics import random_bits, rounding
 from mpembed_jax.optim import row_locality
 from mpembed_jax.row_ids import NO_ID
 
-# States of transformations that hold back gradients until a later step.
+# The state types of transformations that hold back gradients until a later step.
 _ACCUMULATORS = (optax.MultiStepsState, optax.ApplyEvery)
 
 
@@ -34,8 +34,8 @@ class RowLeaf(NamedTuple):
 def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[list[RowLeaf], Any]:
     """Classifies the state leaves that `tx` makes for float32 rows [V, embedding_dim].
 
-    A leaf is accepted if it is a scalar, or if it has V leading entries whose initial value does
-    not depend on the parameters.
+    A leaf is accepted if it is a scalar, or if it has one entry per row and all entries start
+    equal. In both cases, its initial value must not depend on the parameters.
 
     Args:
       tx: an optax transformation.
@@ -61,13 +61,13 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 "cannot be kept by row: noise drawn by position would depend on the order of the "
                 "batch"
             )
-    # Other dimensions of a state are unlikely to have these sizes. A dimension that differs between
-    # the two is a row dimension.
+    # The state is made for two numbers of rows. The first dimension of a leaf is the row dimension
+    # if it equals both numbers in turn. Another dimension is unlikely to do so.
     small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
-        # These few numbers go to the device and back while a step is traced, which a user's guard
-        # against transfers does not mean.
+        # These few numbers go to the device and back while a step is traced. A user's transfer
+        # guard is not meant for them, so this code allows the transfers.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             return jax.tree.map(
                 np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32))
@@ -152,16 +152,16 @@ def init_rows(
       num_rows: V.
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
-      memory_kind: None, or a host memory kind for leaves with more than one number per row. Other
-        leaves stay on the device, because every row of a batch needs its own entry, whether the row
-        is cached or not.
+      memory_kind: None, or a host memory kind for row leaves with more than one number per row.
+        Other leaves stay on the device, because a step needs the entries of all rows of its batch,
+        also of the cached rows.
 
     Returns:
-      A pytree whose row leaves have leading dimension V.
+      A pytree. The leading dimension of its row leaves is V.
 
     Raises:
-      TypeError: as row_leaves.
-      ValueError: as row_leaves and row_locality.check_mixing.
+      TypeError: see row_leaves.
+      ValueError: see row_leaves and row_locality.check_mixing.
     """
     leaves, treedef = row_leaves(tx, embedding_dim)
     if not row_locality.is_row_local(tx, embedding_dim):
@@ -197,12 +197,12 @@ def reset(
     Args:
       tx: the transformation that `row_state` was made for.
       row_state: as returned by `init_rows`.
-      ids: int32 [n], distinct but for NO_ID, which resets nothing.
+      ids: int32 [n]. Only NO_ID may appear more than once, and it resets nothing.
       embedding_dim: D.
       dtype: storage dtype of the row state.
 
     Returns:
-      The row state; its scalars are unchanged.
+      The new row state. Its scalars are unchanged.
 
     Raises:
       ValueError: if row_state was made for another transformation.
@@ -237,7 +237,7 @@ def _matched(
 
 
 def mismatch(row_state: Any, treedef: Any) -> ValueError:
-    """Returns the error that a row state was not made for a transformation.
+    """Returns the error to raise for a row state that was made for another transformation.
 
     Args:
       row_state: as returned by `init_rows`.
@@ -245,16 +245,16 @@ def mismatch(row_state: Any, treedef: Any) -> ValueError:
     """
     held, held_def = jax.tree.flatten(row_state)
     return ValueError(
-        "tx does not match the row state: init was called with a transformation whose state is "
-        f"{held_def} {[a.shape for a in held]}, this one's is {treedef}; pass the same tx to "
-        "init and to every verb"
+        "tx does not match the row state: init was called with a transformation that has the "
+        f"state {held_def} {[a.shape for a in held]}, but this tx has the state {treedef}; pass "
+        "the same tx to init and to every verb"
     )
 
 
 def is_moved(old_rows: jax.Array, new_rows: jax.Array) -> jax.Array:
-    """Returns which rows an update moved, bool [U] of float32 [U, D].
+    """Returns which rows an update changed: bool [U] for rows float32 [U, D].
 
-    A row with a NaN has moved. From -0 to 0 is no move.
+    A row with a NaN counts as changed. A change from -0 to 0 does not count.
     """
     return jnp.any(new_rows != old_rows, axis=-1)
 
@@ -279,17 +279,20 @@ def update_rows(
     Args:
       tx: the transformation that `row_state` was made for.
       row_state: as returned by `init_rows`.
-      ids: int32 [U]; NO_ID stores no state, and its gradient counts as zero, whatever it is. If tx
-        mixes rows, its row counts as zeros, too, and its state as the initial one.
+      ids: int32 [U]. An entry NO_ID is padding. No state is stored for padding, and its gradient
+        is replaced by zeros. Unless is_local, its row is also replaced by zeros in the call of tx,
+        and its state by the initial state.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
       dtype: storage dtype of the row state.
       key: uint32 [2].
       step: int32 scalar.
-      is_applied: bool scalar; if False, scalars (such as schedule counts) do not change.
+      is_applied: bool scalar. If False, the update is skipped: rows and state, with its scalars
+        (such as schedule counts), do not change.
       is_local: whether tx is known to treat each row by itself.
-      over_all_rows: None, or what is called instead of tx.update: the same function, if these are
-        not all rows of the batch and tx mixes rows.
+      over_all_rows: None, or a function that is called instead of tx.update. It is needed if tx
+        mixes rows and `rows` are only a part of the batch's rows. It runs tx.update on all of them
+        and returns the results for `rows`.
 
     Returns:
       The new rows [U, D] and the new row state.
@@ -314,7 +317,8 @@ def update_rows(
             values = rounding.decode_float(
                 values.astype(jnp.uint32), rounding.FLOAT_FORMATS["bfloat16"]
             )
-        # Padding reads the state of some row, from which an update would enter norms over rows.
+        # For padding, `take` returns the state of some real row. An update from that state would
+        # change norms over all rows, so padding gets the initial state.
         return values if is_local else of_rows(values, jnp.asarray(leaf.initial))
 
     gathered = treedef.unflatten([gather(a, leaf) for a, leaf in zip(held, leaves, strict=True)])

@@ -1,8 +1,9 @@
 """Row-wise optax transformations: SGD, Adagrad, Adam, and clipping by row norm.
 
-State and updates exist only for the rows of a batch. Rows that are not in it keep their state (lazy
-semantics: no momentum decay, no weight decay). Row-wise Adagrad follows FBGEMM's exact row-wise
-Adagrad. Row-wise Adam follows FBGEMM's partial row-wise Adam.
+A step updates only the rows of its batch and their state. All other rows keep their values and
+their state (lazy semantics): their momentum does not decay, and they get no weight decay. Row-wise
+Adagrad follows FBGEMM's exact row-wise Adagrad. Row-wise Adam follows FBGEMM's partial row-wise
+Adam.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ ScalarOrSchedule = Any  # a float, or a function of the step count
 class RowRule:
     """A transformation's update of one row, in a form that a kernel can run.
 
-    The update is w -= learning_rate * g / divisor. If `has_sums`, the state has one sum G per row,
-    G += mean_d(g^2), and the divisor is sqrt(G) + eps. Otherwise the divisor is 1.
+    The update is w -= learning_rate * g / divisor. If `has_sums`, the state has one sum G per row.
+    The update first adds mean_d(g^2) to G. The divisor is then sqrt(G) + eps. Without sums, the
+    divisor is 1.
     """
 
     learning_rate: float
@@ -34,10 +36,10 @@ class RowRule:
 
 @dataclasses.dataclass(frozen=True)
 class RuledUpdate:
-    """An optax update function that does what its rule says.
+    """An optax update function, with the rule that describes its update.
 
-    The function carries the rule, not the pair (init, update). Whoever copies the pair or builds it
-    anew keeps the rule, and whoever puts another function in its place loses it.
+    The rule belongs to the function, not to the pair (init, update). A copy of the pair, or a new
+    pair with this function, therefore has the rule. A pair with another function does not.
     """
 
     update: Callable
@@ -49,12 +51,13 @@ class RuledUpdate:
 
 
 def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
-    """Returns the rule of `tx`, or None, as for a chain of several transformations.
+    """Returns the rule of `tx`, or None if `tx` has no rule.
 
-    Without a rule, only plain XLA can run the update.
+    A user's chain of several transformations, for example, has no rule. Without a rule, only plain
+    XLA can run the update.
 
     Raises:
-      TypeError: if tx is no transformation.
+      TypeError: if tx is not an optax transformation.
     """
     update = getattr(tx, "update", None)
     if update is None:
@@ -68,7 +71,7 @@ def rule_of(tx: optax.GradientTransformation) -> RowRule | None:
 def _with_rule(
     tx: optax.GradientTransformation, learning_rate: Any, has_sums: bool, eps: Any = 0.0
 ) -> optax.GradientTransformation:
-    """Returns `tx` with its rule, or unchanged if a number is traced or the rate is a schedule."""
+    """Returns `tx` with a rule, or `tx` itself if a number is traced or the rate is a schedule."""
     if callable(learning_rate) or any(isinstance(x, jax.core.Tracer) for x in (learning_rate, eps)):
         return tx
     rule = RowRule(float(learning_rate), has_sums, float(eps))
@@ -81,7 +84,7 @@ def _check_rate(learning_rate: Any) -> None:
 
 
 def _check_numbers(wanted: str = "a number", **values: Any) -> None:
-    """Raises TypeError for what is no number; a number may be traced."""
+    """Raises TypeError if a value is not a number. A number may be traced."""
     for name, value in values.items():
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise TypeError(f"{name} must be {wanted}, got {value!r}")
@@ -90,7 +93,7 @@ def _check_numbers(wanted: str = "a number", **values: Any) -> None:
 def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
     """Stochastic gradient descent, w -= lr * g, like optax.sgd without momentum.
 
-    If the learning rate is a number, kernels can run it.
+    If the learning rate is a number that is not traced, kernels can run the update.
 
     Args:
       learning_rate: a float or an optax schedule.
@@ -105,16 +108,19 @@ def sgd(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
 class ScaleByRowwiseAdagradState(NamedTuple):
     """One accumulator per row."""
 
-    sum_of_squares: Any  # f32 [V]; for each leaf of the parameters, its shape without the last axis
+    # For each leaf of the parameters, f32 with the leaf's shape without the last axis. For a table
+    # [V, D], this is f32 [V].
+    sum_of_squares: Any
 
 
 def mean_of_squares(g: jax.Array) -> jax.Array:
-    """Returns the mean of g^2 over the last axis: the same bits in every program.
+    """Returns the mean of g^2 over the last axis. The result has the same bits in every program.
 
-    The squares, padded with zeros to a power of two of at least 8, are summed by halves: the upper
-    half is added to the lower half until one is left. The mean is the sum times 1 / D. Each
-    operation is rounded by itself. (XLA adds up a reduction in an order that depends on the vectors
-    of the processor and on the other dimensions, and contracts multiplications with additions.)
+    XLA's own reduction would not: its order depends on the vector length of the processor and on
+    the other dimensions, and XLA contracts multiplications with additions. Here, the squares are
+    padded with zeros to a power of two of at least 8 and summed by halves: the upper half is added
+    to the lower half until one number is left. The mean is the sum times 1 / D. Each operation is
+    rounded by itself.
 
     Args:
       g: float [.., D].
@@ -134,10 +140,11 @@ def mean_of_squares(g: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    """Returns x, a product that is not negative, such that XLA cannot contract it with a sum."""
+    """Returns x, a product that is not negative, in a form that XLA cannot contract with a sum."""
     if x.dtype != jnp.float32:
         return x
-    # The sign bit is not set: clearing it changes nothing, but keeps the two instructions apart.
+    # The sign bit of x is 0, so clearing it does not change x. But the extra operation separates
+    # the multiplication from a later addition.
     bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -145,7 +152,7 @@ def _rounded(x: jax.Array) -> jax.Array:
 def scale_by_rowwise_adagrad(
     eps: float = 1e-8, initial_accumulator_value: float = 0.0
 ) -> optax.GradientTransformation:
-    """Scales gradients by row-wise Adagrad: G += mean_d(g^2); g / (sqrt(G) + eps).
+    """Scales gradients by row-wise Adagrad: G += mean_d(g^2), then g becomes g / (sqrt(G) + eps).
 
     Args:
       eps: added to the square root.
@@ -182,9 +189,9 @@ def scale_by_rowwise_adagrad(
 
 
 class ScaleByRowwiseAdamState(NamedTuple):
-    """Full first moments, and one second moment per row."""
+    """One first moment per element of a row, and one second moment per row."""
 
-    count: jax.Array  # type: ignore[assignment]  # i32 [], the name that optax uses
+    count: jax.Array  # type: ignore[assignment]  # i32 []: steps; optax uses this name, too
     mu: Any
     nu: Any
 
@@ -194,8 +201,8 @@ def scale_by_rowwise_adam(
 ) -> optax.GradientTransformation:
     """Scales gradients by Adam with one second moment per row: nu = b2 nu + (1 - b2) mean_d(g^2).
 
-    Rows that are not in a batch keep their moments. Bias correction counts steps rather than the
-    updates of a row, as in FBGEMM's partial row-wise Adam.
+    Rows that are not in a batch keep their moments. Bias correction uses the number of steps, not
+    the number of updates of the row. FBGEMM's partial row-wise Adam does the same.
 
     Args:
       b1: decay of the first moment, which has D entries per row.
@@ -233,7 +240,7 @@ def scale_by_rowwise_adam(
 
 
 def _is_given(weight_decay: Any) -> bool:
-    """Returns whether there is decay. An array, as of optax.inject_hyperparams, may have any."""
+    """Returns whether there is decay. An array (of optax.inject_hyperparams) counts as decay."""
     return isinstance(weight_decay, jax.Array) or bool(weight_decay)
 
 
@@ -306,11 +313,13 @@ def rowwise_adam(
 
 
 def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales each row's gradient down to an L2 norm of at most max_norm. It has no state.
+    """Scales each row's gradient down to an L2 norm of at most max_norm.
+
+    The transformation has no state.
 
     Raises:
-      TypeError: if max_norm is no number.
-      ValueError: if it is negative.
+      TypeError: if max_norm is not a number.
+      ValueError: if max_norm is negative.
     """
     _check_numbers(max_norm=max_norm)
     if isinstance(max_norm, int | float) and max_norm < 0:
@@ -326,10 +335,10 @@ def clip_by_row_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def transformation_of(rule: RowRule) -> optax.GradientTransformation:
-    """Returns the transformation that does what `rule` says.
+    """Returns the transformation that makes the update described by `rule`.
 
     Raises:
-      TypeError: if rule is no RowRule.
+      TypeError: if rule is not a RowRule.
     """
     if not isinstance(rule, RowRule):
         raise TypeError(

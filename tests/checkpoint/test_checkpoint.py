@@ -405,7 +405,8 @@ def test_an_increment_whose_base_was_replaced_or_lost_is_refused(tmp_path, caplo
     assert "using step 5" in caplog.text
     checkpoint.save(tmp_path, 10, first_tree("int8-lfu")["emb"])
     with pytest.raises(
-        checkpoint.CheckpointError, match="step 10 is no longer the checkpoint that it builds on"
+        checkpoint.CheckpointError,
+        match="step 10 is no longer the checkpoint that step 11 builds on",
     ):
         checkpoint.restore(tmp_path, emb, step=11)
 
