@@ -54,16 +54,24 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-_MAPS = Path("/proc/self/maps")
+_MAPS, _SIZES = Path("/proc/self/maps"), Path("/proc/self/statm")
 _num_tests = itertools.count(1)
 
 
-def pytest_runtest_teardown(item):
-    """Drops compiled programs before their memory maps reach Linux's limit for a process (65,530).
+def _is_full():
+    """Returns whether this process nears Linux's limit of 65,530 memory maps, or holds 4 GB.
 
-    Beyond it, LLVM ends the process. A program holds some ten maps, and looking takes milliseconds.
+    Beyond the limit, LLVM ends the process. A compiled program holds some ten maps.
     """
-    if next(_num_tests) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 25_000:
+    if not _MAPS.exists():
+        return False
+    resident = int(_SIZES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident > 4 << 30 or _MAPS.read_bytes().count(b"\n") > 25_000
+
+
+def pytest_runtest_teardown(item):
+    """Drops compiled programs before there are too many; looking takes milliseconds."""
+    if next(_num_tests) % 20 == 0 and _is_full():
         jax.clear_caches()
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc

@@ -50,6 +50,7 @@ POOLS = {
     "nest of sums": ("nest", {"combiner": "sum"}),
     "nest of weighted sums": ("nest", {"combiner": "sum", "weights": True}),
 }
+MIXED = ("vectors", "weighted sum", "ragged mean", "nest of sums")
 
 
 def options_for(name, ids):
@@ -112,8 +113,11 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["pallas_interpret", "numba", "xla_chunked"])
-@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, "pallas_interpret") for name in POOLS]
+    + [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")],
+)
 def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
     """With hits, evictions and bypassed rows.
 

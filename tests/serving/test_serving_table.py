@@ -105,7 +105,7 @@ CODECS = {
         fast={"int8-symmetric-bfloat16", "int4-asymmetric-bfloat16", "int2-asymmetric-float32"},
     ),
 )
-@pytest.mark.parametrize("dim", named([1, 7, 33, 64, 200], fast={"33"}))
+@pytest.mark.parametrize("dim", named([1, 33, 200], fast={"33"}))
 def test_every_format_is_decoded_to_the_bits_of_the_package(fmt, dim):
     fmt = fmt.resolve(dim)
     rows = shapes.rows(1, 300, dim)
