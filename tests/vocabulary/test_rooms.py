@@ -236,7 +236,7 @@ def test_what_is_not_supported_is_refused():
         (ValueError, "raw ids", lambda: mpembed.to_dense(state)),
         (ValueError, "vocabulary", lambda: checkpoint.track(state)),
         (ValueError, "row numbers", lambda: mpembed.write_rows(state, [1], np.zeros((1, 8)))),
-        (ValueError, "pool of rows", lambda: restacking.restack(state, SPEC, TX)),
+        (ValueError, "stacks without a vocabulary", lambda: restacking.restack(state, SPEC, TX)),
         (ValueError, "raw ids", lambda: mpembed.from_dense(jax.random.key(0), SPEC, TX, TABLES)),
         (ValueError, "vocabulary_size", lambda: mpembed.EmbeddingSpec(SPEC.tables, 8)),
         (ValueError, "vocabulary_size", lambda: dataclasses.replace(SPEC, tables=dense.tables)),
