@@ -168,12 +168,12 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
         "|---|---|---|---|---|",
     ]
     note = """
-Bytes and steps are of D = 64: embedding forward, backward and update on 2 CPU cores,
-`python -m experiments.speed.first_screen`. The AUC column is another system of the same formats: \
-the Reddit task at D = 16,
-paired seeds with the 95 % interval, `python -m experiments.accuracy.paper_table --data reddit`. \
-Device and commit:
-`experiments/results/*.json`."""
+Bytes and times are for D = 64: forward, backward and update of the embedding on 2 CPU cores
+(`python -m experiments.speed.first_screen`). The AUC column is from other runs of \
+the same formats: the Reddit task at D = 16,
+paired seeds with 95 % intervals \
+(`python -m experiments.accuracy.paper_table --data reddit`). The files
+`experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])
 
 
