@@ -48,9 +48,7 @@ class Rows(NamedTuple):
 DIMS = (1, 7, 16, 64, 100, 128)
 # Every format at half of the dims, and every dim in half of the formats.
 EVERY = [
-    Rows(RowFormat(name), dim)
-    for i, name in enumerate(shapes.FORMATS)
-    for dim in DIMS[i % 2 :: 2]
+    Rows(RowFormat(name), dim) for i, name in enumerate(shapes.FORMATS) for dim in DIMS[i % 2 :: 2]
 ]
 # Every format and every dim once.
 SOME = [Rows(RowFormat(name), DIMS[i % len(DIMS)]) for i, name in enumerate(shapes.FORMATS)]
