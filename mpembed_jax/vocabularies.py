@@ -36,8 +36,6 @@ def _on_one_device(move: Callable) -> Callable:
     @functools.wraps(move)
     def over_mesh(state: EmbeddingState, *args: Any, **options: Any) -> EmbeddingState:
         call = f"{move.__name__}(state, ..)"
-        if not isinstance(state, EmbeddingState):
-            return move(state, *args, **options)  # raises a TypeError
         return sharding.on_one_device(call, state, lambda state: move(state, *args, **options))
 
     return over_mesh

@@ -35,6 +35,14 @@ def name_of(record):
     return "-".join(map(str, record)) if isinstance(record, tuple) else str(record)
 
 
+def changed_bytes(path, copy):
+    """Yields once for each byte of a file, when `copy` is the file with only this byte changed."""
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        copy.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        yield
+
+
 class Refused(NamedTuple):
     """A mistake, and what is said about it; its name is the message."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 HOST_KINDS = ("pinned_host",)  # memory kinds that can hold a table
@@ -21,6 +22,11 @@ def starts(*keys: jax.Array) -> jax.Array:
     """Returns which entries begin a run of equal keys (bool [n], n > 0) in sorted arrays [n]."""
     edges = [key[1:] != key[:-1] for key in keys]
     return jnp.concatenate([jnp.ones(1, bool), functools.reduce(jnp.logical_or, edges)])
+
+
+def ranks(keys: np.ndarray) -> np.ndarray:
+    """Returns the place of each entry in its run of equal keys (int [n]), for sorted NumPy keys."""
+    return np.arange(keys.size) - np.searchsorted(keys, keys)
 
 
 def ceil_power(n: int) -> int:

@@ -16,6 +16,7 @@ from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.ops import Draw, Store
 from mpembed_jax.row_ids import NO_ID
 
@@ -48,12 +49,12 @@ class Lines:
         self._line = np.flatnonzero(tags != NO_ID)
         self._line = self._line[np.argsort(tags[self._line])]
         self._row = tags[self._line]
-        has_room = old is not None and new is not None and new.policy == old.policy
-        self._num_places = new.geometry.lines if has_room else 0  # type: ignore[union-attr]
-        self._target = np.full(self._line.size, self._num_places)
-        if has_room:
-            self._use = np.asarray(old.priority).reshape(-1)[self._line]  # type: ignore[union-attr]
-            self._room = np.full(new.geometry.sets, new.geometry.ways)  # type: ignore[union-attr]
+        self._target = np.full(self._line.size, -1)
+        self._geometry: Geometry | None = None  # of the places; None: no line gets one
+        if old is not None and new is not None and new.policy == old.policy:
+            self._geometry = new.geometry
+            self._use = np.asarray(old.priority).reshape(-1)[self._line]
+            self._room = np.full(new.geometry.sets, new.geometry.ways)
 
     def _find(self, rows: np.ndarray) -> np.ndarray:
         """Returns the index in self._row of each of `rows` (int [n]); -1 if it has no line."""
@@ -82,12 +83,12 @@ class Lines:
           no place for its line.
         """
         taken = np.full(rows.size, -1)
-        if not self._num_places:
+        geometry = self._geometry
+        if geometry is None:
             return taken
         held = self._find(rows)
         cached = np.flatnonzero(held >= 0)
         cached = cached[np.argsort(-self._use[held[cached]].astype(np.int64), kind="stable")]
-        geometry = self._new.geometry  # type: ignore[union-attr]
         for begin in range(0, cached.size, _BLOCK):
             part = cached[begin : begin + _BLOCK]
             sets = np.asarray(_sets_of(jnp.asarray(choices[part], jnp.int32), geometry=geometry))
@@ -95,7 +96,7 @@ class Lines:
                 home = sets[:, 0]
                 order = np.argsort(home, kind="stable")
                 rank = np.empty(home.size, np.int64)
-                rank[order] = np.arange(home.size) - np.searchsorted(home[order], home[order])
+                rank[order] = indexing.ranks(home[order])
                 way = geometry.ways - self._room[home] + rank
                 fits = way < geometry.ways
                 taken[part[fits]] = 0
@@ -134,20 +135,21 @@ class Lines:
         held = self._find(rows)
         held, ids = held[held >= 0], ids[held >= 0]
         at, target = self._line[held], self._target[held]
-        is_homeless = (target == self._num_places) & dirty[at]
+        has_place = target >= 0
+        is_homeless = ~has_place & dirty[at]
         homeless = np.full(dirty.size, NO_ID, np.int32)
         homeless[at[is_homeless]] = ids[is_homeless]
-        if new is None or not self._num_places:
+        if new is None or self._geometry is None:
             return new, homeless
-        has_place = target < self._num_places
         at, target, ids = at[has_place], target[has_place], ids[has_place]
-        line = np.full(dirty.size, self._num_places, np.int32)
+        num_places, shape = self._geometry.lines, new.tags.shape
+        line = np.full(dirty.size, num_places, np.int32)
         line[at] = target
 
         def placed(values: np.ndarray, empty: Any) -> jax.Array:
-            result = np.full(self._num_places, empty, values.dtype)
+            result = np.full(num_places, empty, values.dtype)
             result[target] = values
-            return jnp.asarray(result.reshape(new.tags.shape))  # type: ignore[union-attr]
+            return jnp.asarray(result.reshape(shape))
 
         cache = dataclasses.replace(
             new,

@@ -45,7 +45,7 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
     )
     use = np.asarray(pool.use_of(jnp.asarray(owner)))
     order = np.lexsort((tags, -use, sets))
-    rank = np.arange(sets.size) - np.searchsorted(sets[order], sets[order])
+    rank = indexing.ranks(sets[order])
     stays = np.zeros(sets.size, bool)
     stays[order] = rank < geometry.ways
     sketch = _sketch(np.asarray(old.sketch), old.sizes, sizes)
@@ -193,7 +193,7 @@ def _ways(sets: np.ndarray, old_rows: np.ndarray, geometry: Any, lines: Lines) -
     taken[cached] = lines.place(old_rows[cached], choices, free)
     rest = np.flatnonzero(taken < 0)
     rest = rest[np.lexsort((old_rows[rest], sets[rest]))]
-    rank = np.arange(rest.size) - np.searchsorted(sets[rest], sets[rest])
+    rank = indexing.ranks(sets[rest])
     by_way = np.argsort(~free.free, axis=1, kind="stable")
     taken[rest] = by_way[sets[rest], rank]
     return taken

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax.numerics.random_bits import fmix32
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.container import Pool
 from mpembed_jax.vocabulary import hashes, pool
@@ -104,27 +105,21 @@ def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
 def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     shift = np.uint32(pool.USE_BITS)
     tags = np.minimum(pairs[:, 0] >> shift, np.uint32(pool.NO_OWNER - 1))
-    places = _fmix32(pairs[:, 1])
+    places = fmix32(pairs[:, 1])
     groups = np.uint32(sizes.groups)
     first = (places % groups).astype(np.int64)
-    first += sizes.groups * _scaled(_fmix32(places // groups), sizes.first_sets // sizes.groups)
+    first += sizes.groups * _scaled(fmix32(places // groups), sizes.first_sets // sizes.groups)
     # A first set was split into so many.
     numbers = sizes.sets // sizes.first_sets + (first < sizes.sets % sizes.first_sets)
     span = 2 ** np.ceil(np.log2(numbers)).astype(np.int64)
-    own = _fmix32(tags ^ np.uint32(pool.SPLIT_SEED)).astype(np.int64) & (span - 1)
+    own = fmix32(tags ^ np.uint32(pool.SPLIT_SEED)).astype(np.int64) & (span - 1)
     own = np.where(own < numbers, own, own & ((span >> 1) - 1))
     sets = first + sizes.first_sets * own
     is_own = owners[sets] >> shift == tags[:, None]
     shared = (pairs[:, 1] & _TABLE).astype(np.int64) * sizes.shared_rows
-    shared += _scaled(_fmix32(pairs[:, 0]), sizes.shared_rows) + sizes.sets * sizes.ways
+    shared += _scaled(fmix32(pairs[:, 0]), sizes.shared_rows) + sizes.sets * sizes.ways
     rows = np.where(is_own.any(1), is_own.argmax(1) * sizes.sets + sets, shared)
     return np.where(pairs[:, 0] == hashes.PADDING, NO_ID, rows).astype(np.int32)
-
-
-def _fmix32(words: np.ndarray) -> np.ndarray:
-    words = (words ^ words >> np.uint32(16)) * np.uint32(0x85EBCA6B)
-    words = (words ^ words >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    return words ^ words >> np.uint32(16)
 
 
 def _scaled(mixed: np.ndarray, size: int) -> np.ndarray:

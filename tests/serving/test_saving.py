@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import shapes
 import training
-from cases import Refused, named
+from cases import Refused, changed_bytes, named
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -243,10 +243,8 @@ def good(tmp_path_factory):
 
 
 def test_every_changed_byte_is_found(good, tmp_path):
-    whole = good.read_bytes()
     path = tmp_path / "changed"
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    for _ in changed_bytes(good, path):
         with pytest.raises(serving.ServingError, match="changed"):  # the name of the file
             serving.verify(path)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Refused, named
+from cases import Refused, changed_bytes, named
 from jax.sharding import PartitionSpec
 from test_saving import Lie, rewritten
 
@@ -311,8 +311,7 @@ def small(tmp_path_factory):
 def test_every_changed_byte_and_every_other_length_is_found(small, tmp_path):
     whole = small.read_bytes()
     path = tmp_path / "changed"
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    for _ in changed_bytes(small, path):
         with pytest.raises(serving.ServingError, match="changed"):  # the name of the file
             serving.verify(path)
     for size in range(0, len(whole), 5):
