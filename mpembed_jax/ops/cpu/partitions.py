@@ -22,11 +22,22 @@ _ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
 
 
 @compiled
-def part_of(x, num_rows, groups, num_parts):
-    """Returns the partition that owns an id, num_parts if the id names no row."""
-    if x < 0 or x >= num_rows:
-        return num_parts
-    return np.int64(np.uint32(x) % np.uint32(groups)) * num_parts // groups
+def groups_of_part(groups, num_parts):
+    """Returns the base-2 logarithm of the groups of a partition; both numbers are powers of two."""
+    shift = np.uint32(0)
+    while num_parts << shift < groups:
+        shift += np.uint32(1)
+    return shift
+
+
+@compiled
+def part_of(x, num_rows, groups, num_parts, shift):
+    """Returns the partition that owns an id, num_parts if the id names no row.
+
+    shift: see groups_of_part.
+    """
+    part = np.int64((np.uint32(x) & np.uint32(groups - 1)) >> shift)
+    return part if np.uint32(x) < np.uint32(num_rows) else num_parts
 
 
 @compiled
