@@ -105,7 +105,7 @@ def _count_chunk(frame, chunk):
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
     deals[:] = 0
-    shift = partitions.groups_of_part(groups, num_parts)
+    shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
@@ -124,7 +124,7 @@ def _deal_chunk(frame, chunk):
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     dealt, positions = result(frame, _DEALT, np.int32), result(frame, _POSITIONS, np.int32)
     num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
-    shift = partitions.groups_of_part(groups, num_parts)
+    shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
