@@ -584,7 +584,10 @@ def _backward_of(fmt: RowFormat) -> str:
                     lanes.ask_for(cached + ahead * 4 * dim, 4 * dim)
                 else:
                     lanes.ask_for(table + x * row_bytes, row_bytes)
-            lanes.clear(total, dim)
+            is_first = True
+            if has_factors or has_source:
+                lanes.clear(total, dim)
+                is_first = False
             while at < stop[row]:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
@@ -598,6 +601,9 @@ def _backward_of(fmt: RowFormat) -> str:
                     continue
                 if has_factors:
                     lanes.add_product(total, factors[position], grads + here * 4 * dim, dim)
+                elif is_first:
+                    lanes.first(total, grads + here * 4 * dim, dim)
+                    is_first = False
                 else:
                     lanes.add(total, grads + here * 4 * dim, dim)
             if given[_SKIPS] and lanes.largest_exponent(total, dim) == 255:
