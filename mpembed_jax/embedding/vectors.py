@@ -7,11 +7,14 @@ pool and apply_gradients do. Differentiate the loss with respect to the vectors.
     loss, (grads, vector_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, vectors)
     emb = mpembed.apply_pooled_gradients(emb, plan, vector_grads, tx=row_tx)
 
-Where numba runs the ops on a CPU and the transformation carries a rule (`optim.sgd`,
-`optim.rowwise_adagrad`), each verb is one foreign call (bags take two), and no array [U, D] of
-unique rows or of their gradients exists. Elsewhere, embed runs prefetch, lookup and pool, and
-apply_pooled_gradients runs apply_gradients. The results are the same. Use those verbs if you need
-the gradients of rows, for example to clip them by their global norm.
+The verbs run natively if numba runs the ops on a CPU, if the stack is on one device with its table
+in device memory, and if the transformation has a rule (`optim.sgd` or `optim.rowwise_adagrad`, with
+a fixed rate and without weight decay). `embed` is then one foreign call, or two for bags, and
+`apply_pooled_gradients` is one. No array [U, D] of unique rows or of their gradients exists.
+
+Elsewhere, embed runs prefetch, lookup and pool, and apply_pooled_gradients does what the gradient
+of pool and apply_gradients do. The results are the same. Use the separate verbs if you need the
+gradients of rows, for example to clip them by their global norm.
 """
 
 import dataclasses
@@ -69,19 +72,21 @@ class Pooling:
 )
 @dataclasses.dataclass(frozen=True)
 class VectorPlan:
-    """What `embed` decided about one batch; it lives until its apply_pooled_gradients.
+    """What `embed` decided about one batch; it lives until the batch's apply_pooled_gradients.
 
-    If the verbs run natively, `places` describes the batch's rows, and `factors` and `source` each
-    position. If not, `plan`, `rows`, `weights` and `segment_ids` are those of the separate verbs.
+    If the verbs run natively (see is_fused), `places` describes the batch's rows, and `factors` and
+    `source` describe its positions. If not, `plan`, `rows`, `weights` and `segment_ids` are those
+    of the separate verbs.
     """
 
     counts: Counts
-    step: jax.Array  # i32 []  the step of the state that its embed returned
+    step: jax.Array  # i32 []  the step of the state that embed returned with this plan
     signature: jax.Array  # u32 []  the signature of that state
     pooling: Pooling
     places: Places | None = None
     factors: jax.Array | None = None  # f32 [N]  None: all are 1
-    # i32 [N]  the index of each position's gradient; -1: none. None: position n has n // (N / M).
+    # i32 [N]  the index of each position's gradient among the M of all vectors; -1 for a position
+    # without one. None stands for n // (N / M) at position n.
     source: Any = None
     plan: CachePlan | None = None
     rows: jax.Array | None = None  # f32 [U, D]
@@ -122,11 +127,12 @@ def embed(
       tx: the transformation given to init.
 
     Returns:
-      The state, advanced by one step; the plan of this step; and a nest of float32: [.., D], with
-      the last axis of ids reduced if there is a combiner, or [num_segments, D].
+      The state, advanced by one step; the plan of this step; and the vectors: float32 [.., D] in
+      the nesting of ids, without the last axis of ids if there is a combiner; or
+      [num_segments, D].
 
     Raises:
-      TypeError: if state has another type, or ids are not what prefetch takes.
+      TypeError: if state has the wrong type, or ids are not what prefetch takes.
       ValueError: as `prefetch` and `pool`.
     """
     options: dict[str, Any] = {"segment_ids": segment_ids, "num_segments": num_segments}
@@ -144,7 +150,7 @@ def embed_of_tables(
     num_segments: int | None = None,
     tx: optax.GradientTransformation,
 ) -> tuple[EmbeddingState, VectorPlan, Any]:
-    """Does what embed does; see step.prefetch_of_tables."""
+    """Does what embed does; for `tables`, see step.prefetch_of_tables."""
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
     if state.vocabulary is None:
         leaves, treedef = row_ids.checked(ids)
@@ -160,7 +166,7 @@ def embed_of_tables(
     }
     flat_weights = pooling.check(treedef.unflatten(positions), weights, combiner, **options)[1]
     if state.vocabulary is not None:
-        # Only now, because a call that is refused admits nothing.
+        # Ids are admitted after all checks, so that a call that raises admits nothing.
         state, ids = admission.admit(state, ids)
         leaves = jax.tree.leaves(ids)
     shapes = tuple(leaf.shape for leaf in leaves)
@@ -230,7 +236,8 @@ def _embed_natively(
         if cache is not None:
             cache = dataclasses.replace(cache, rows=lines)
     is_sound = state.is_sound
-    vectors = carries.at_most_once(  # a select would read and write all vectors in every step
+    # A loop of at most one iteration: a select would read and write all vectors in every step.
+    vectors = carries.at_most_once(
         lambda vectors: jnp.full_like(vectors, jnp.nan), (~is_sound).astype(jnp.int32), vectors
     )
     state = step.after_prefetch(dataclasses.replace(state, table=table, cache=cache), counts)
@@ -259,7 +266,8 @@ def _bags(
     """Returns three arrays by position: its bag, its factor, and the index of its gradient.
 
     Positions are those of all arrays of ids, one after another. Factors are None if all are 1.
-    Indices are None if position n has the gradient n // (N / M).
+    Indices are None if each position n of N takes gradient n // (N / M), where M is the number of
+    bags.
     """
     combiner, num_segments = how.combiner, how.num_segments
     assert combiner is not None
@@ -302,7 +310,7 @@ def apply_pooled_gradients(
     Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
     the table. Each row's gradient is the sum over its positions, in ascending order. Donate the
     state. A plan that is not the state's latest, is of another state, or was applied before,
-    changes nothing and is counted. If the step numbers are concrete, the call raises ValueError
+    changes nothing and is counted. If state and plan are concrete, the call raises ValueError
     instead.
 
     Args:
@@ -316,9 +324,10 @@ def apply_pooled_gradients(
       The state.
 
     Raises:
-      TypeError: if state or plan has another type.
+      TypeError: if state or plan has the wrong type.
       ValueError: if the tree, a shape or a dtype of pooled_grads differs from that of the vectors;
-        if tx is not embed's; if the state was donated; or on a second call for one embed.
+        if tx has another kind of rule or of state than embed's; if the state was donated; or on a
+        second call for one embed.
     """
     call = "apply_pooled_gradients(state, plan, pooled_grads, *, tx)"
     arguments.check_state(call, state)
@@ -329,9 +338,9 @@ def apply_pooled_gradients(
     rule = optim.rule_of(tx)
     if rule is None:
         raise ValueError(
-            "tx does not match the plan: embed was given a transformation with a rule, such as "
-            "optim.rowwise_adagrad(0.05); pass the same tx to init, embed and "
-            "apply_pooled_gradients"
+            "tx does not match the plan: embed was given optim.sgd or optim.rowwise_adagrad, and "
+            "this tx is neither, or has a schedule or weight decay; pass the same tx to init, "
+            "embed and apply_pooled_gradients"
         )
     native, cache = ops.bag_step(state.implementation, state.table), state.cache
     dim = state.spec.embedding_dim
@@ -359,7 +368,7 @@ def apply_pooled_gradients(
 
 
 def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list[jax.Array]:
-    """Returns the leaves of the gradients."""
+    """Checks gradients against the plan, and returns their leaves."""
     how, dim = plan.pooling, state.spec.embedding_dim
     leaves, treedef = jax.tree.flatten(pooled_grads)
     wanted = [(*lead, dim) for lead in how.lead]
@@ -381,8 +390,8 @@ def _apply_separately(
 ) -> EmbeddingState:
     """Applies gradients by the separate verbs.
 
-    On one device, a transformation with a rule sums the gradients itself. In all other cases, pool
-    is differentiated.
+    On one device, the update of a transformation with a rule sums the gradients of the positions
+    itself, unless the batch is empty. In all other cases, pool is differentiated.
     """
     how, held, rows = plan.pooling, plan.plan, plan.rows
     assert held is not None and rows is not None

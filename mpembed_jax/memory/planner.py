@@ -1,10 +1,12 @@
 """The planner: from tables and a budget to stacks that fit, with the reason of each choice.
 
-Formats are tried in the order of the accuracy that was measured with them. The best format that all
-large stacks can have within the budget is taken; then stacks go up to better formats, the smallest
-first, as long as they fit. Bytes are those of `report`: every array of the state is counted.
+Formats are tried in the order of the accuracy that was measured with them. First, all stacks but
+those of small tables get the best format that all of them can have within the budget. Then single
+stacks go up to better formats while the budget allows it, the smallest stack first. Bytes count
+every array of the state: those of `report` on one device, those of `shard_bytes` on several.
 
-The planner does not choose for vocabularies of raw ids: neither admission nor their pools of rows.
+The planner does not plan stacks of raw ids: it chooses neither the size of a pool nor a rule of
+admission.
 """
 
 import dataclasses
@@ -28,19 +30,20 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
 from mpembed_jax.table import QuantizedTable
 
-_TINY_ROWS = 10_000  # tables of at most so many rows may have a stack of their own in float32
-_TINY_SHARE = 0.02  # of the budget, that such tables may take together
+# Tables of at most so many rows may share a stack in float32, apart from larger tables. Together,
+# they may take this share of the budget of all devices.
+_TINY_ROWS, _TINY_SHARE = 10_000, 0.02
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SOURCE = "experiments/accuracy/README.md, Reddit"
 
 
 class Level(NamedTuple):
-    """A format with a cache, and the measured difference of its AUC to float32."""
+    """A format, with or without a cache, and its measured AUC minus that of float32."""
 
     storage: str
-    fraction: float | None  # of the rows, in the cache; None: no cache
-    accuracy: dict[int, str]  # {dim: difference of the AUC}; those of SOURCE
+    fraction: float | None  # share of the rows that the cache has lines for; None: no cache
+    accuracy: dict[int, str]  # {dim: AUC minus that of float32}, as measured in SOURCE
 
     @property
     def name(self) -> str:
@@ -57,7 +60,7 @@ class Level(NamedTuple):
         if not self.accuracy:
             return "the reference"
         nearest = min(self.accuracy, key=lambda known: abs(np.log(known / dim)))
-        return f"AUC {self.accuracy[nearest]} at D = {nearest}"
+        return f"AUC difference {self.accuracy[nearest]} at D = {nearest}"
 
 
 LEVELS = (
@@ -135,13 +138,13 @@ class Plan:
 
 
 def parse_bytes(size: int | str) -> int:
-    """Returns a number of bytes, also of texts such as "16GB" (10^9) and "16GiB" (2^30).
+    """Returns a size in bytes: "16GB" is 16 * 10^9, "16GiB" is 16 * 2^30.
 
     Args:
-      size: a positive number or text.
+      size: a number of bytes, or a text of a number and a unit.
 
     Raises:
-      ValueError: if it is no such size.
+      ValueError: if size is neither, or is below one byte.
     """
     found = re.fullmatch(r"\s*([\d_.]+)\s*([kmgt]?i?)b?\s*", str(size).lower())
     try:
@@ -165,27 +168,27 @@ def plan(
 ) -> Plan:
     """Chooses stacks, formats, caches and placements for tables, within a budget of memory.
 
-    Tables of one dim share a stack. Small tables get a stack of their own in float32 if that is
-    cheap. Nothing is allocated.
+    Tables of one dim share a stack. Small tables of one dim share another stack, in float32, if
+    together they take little of the budget. Nothing is allocated.
 
     Args:
       tables: {name: (rows, dim)}, or a sequence of (rows, dim).
       budget: bytes per device, a number or a text such as "16GB".
       tx: optax transformation for the rows.
-      devices: the number of devices that divide the rows.
-      ids: {table: sample of its ids, integers}: shows what the most used rows take. A cache of 5 %
-        is not considered where one of 1 % takes nearly as much.
+      devices: the number of devices. They divide the rows of a stack, or each holds a copy.
+      ids: {table: sample of its ids, integers}. It shows which share of the ids the most used rows
+        get. INT4 with a cache of 5 % is left out where one of 1 % gets nearly as many of the ids.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
         each stack is compiled, and its temporaries count. For one device only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
-        one device only; None: none.
+        one device only. None: no host memory is used.
 
     Returns:
       A Plan.
 
     Raises:
-      TypeError: if tables are none of these.
-      ValueError: if a table or an argument is wrong; or if nothing fits: the message says the
+      TypeError: if tables are neither a mapping nor a sequence.
+      ValueError: if a table or an argument is wrong; or if nothing fits. The message then says the
         smallest budget that works.
     """
     sizes = _sizes(tables)
@@ -213,7 +216,7 @@ def plan(
         choice = bytes_of(name, level, is_host)
         reason = _reason(name, level, is_host, levels[name], name in stacks.tiny, choice)
         hits = _hits(stacks.tables[name], samples, level.fraction)
-        reason += "" if hits is None else f"; the cached share of rows takes {hits:.0%} of the ids"
+        reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
         choices.append(dataclasses.replace(choice, reason=reason))
     return Plan(tuple(choices), limit, devices)
 
@@ -236,10 +239,13 @@ def _sizes(tables: Any) -> dict[str, tuple[int, int]]:
             raise ValueError(f"table {name!r} must be (rows, dim), got {size!r}")
         rows, dim = (int(n) for n in size)
         if not 1 <= rows < NO_ID or dim < 1:
-            raise ValueError(f"table {name!r} has {rows} rows of dim {dim}")
+            raise ValueError(
+                f"table {name!r} must have 1 to {NO_ID - 1} rows and a dim of at least 1, got "
+                f"{rows} rows of dim {dim}"
+            )
         sizes[name] = rows, dim
     if not sizes:
-        raise ValueError("there are no tables")
+        raise ValueError("tables must name at least one table, got none")
     return sizes
 
 
@@ -250,7 +256,7 @@ class _Stacks(NamedTuple):
 
 
 def _stacks(sizes: dict[str, tuple[int, int]], limit: int) -> _Stacks:
-    """Divides the tables into stacks by dim, and small tables from large ones."""
+    """Divides the tables into stacks by dim, and separates small tables from large ones."""
     small = {name for name, (rows, _) in sizes.items() if rows <= _TINY_ROWS}
     if sum(4 * sizes[n][0] * sizes[n][1] for n in small) > _TINY_SHARE * limit:
         small = set()
@@ -267,7 +273,16 @@ def _stacks(sizes: dict[str, tuple[int, int]], limit: int) -> _Stacks:
 def _hits(
     tables: tuple[TableSpec, ...], samples: dict[str, np.ndarray], fraction: float | None
 ) -> float | None:
-    """Returns the share of the sample that the most used rows take; None if it is not known."""
+    """Returns the share of the sampled ids that the most used rows get.
+
+    Args:
+      tables: of a stack.
+      samples: sampled ids of tables, by name.
+      fraction: which share of the rows counts as the most used; None without a cache.
+
+    Returns:
+      None without a cache or a sample.
+    """
     known = [t for t in tables if t.name in samples and samples[t.name].size]
     if fraction is None or not known:
         return None
@@ -297,6 +312,7 @@ def _reason(
     above = levels[: levels.index(level)]
     reason = "float32 fits" if not above else f"{level.name} fits, {above[-1].name} does not"
     if is_host:
+        reason += " on the device" if above == levels[:1] else ""
         reason += "; its packed rows are in host memory, its cache is on the device"
     if choice.placement is not None:
         kind = choice.placement.kind
@@ -308,7 +324,7 @@ def _reason(
 
 
 class _Bytes:
-    """The bytes of each stack at each level, computed when they are asked for."""
+    """Makes the Choice of a stack at a level when it is first asked for, and keeps it."""
 
     def __init__(
         self,
@@ -414,6 +430,15 @@ def _fit(levels: dict[str, list[Level]], bytes_of: _Bytes, limit: int, host_limi
             name: (own[min(number, len(own) - 1)], name in hosted) for name, own in levels.items()
         }
 
+    def smallest(name: str, is_host: bool) -> Level:
+        own = _possible(levels[name], is_host)
+        return min(own, key=lambda level: bytes_of(name, level, is_host).device_bytes)
+
+    def tried_with(hosted: set[str]) -> list[_Chosen]:
+        """Returns all stacks at each level in turn, then each stack at its smallest level."""
+        found = [all_at(number, hosted) for number in range(1 if hosted else 0, num_levels)]
+        return [*found, {name: (smallest(name, name in hosted), name in hosted) for name in levels}]
+
     num_levels = max(len(own) for own in levels.values())
     # The largest stacks go to the host first.
     least = all_at(num_levels - 1, set())
@@ -421,30 +446,34 @@ def _fit(levels: dict[str, list[Level]], bytes_of: _Bytes, limit: int, host_limi
     by_size = [name for name in by_size if len(levels[name]) > 1]
     counts = range(len(by_size) + 1 if host_limit else 1)
     for num_hosted in counts:
-        hosted = set(by_size[:num_hosted])
-        # The first level, float32, is no reason to leave the device.
-        for number in range(1 if hosted else 0, num_levels):
-            chosen = all_at(number, hosted)
+        for chosen in tried_with(set(by_size[:num_hosted])):
             if fits(chosen):
                 return _improved(chosen, levels, by_size, fits)
-    tried = [
-        total(all_at(number, set(by_size[:num]))) for num in counts for number in range(num_levels)
-    ]
+    tried = [total(chosen) for num in counts for chosen in tried_with(set(by_size[:num]))]
     needed = min(on_device for on_device, on_host in tried if on_host <= host_limit)
     raise ValueError(
         f"nothing fits {limit:,} bytes per device; the smallest budget that works is {needed:,} "
         "bytes"
-        + ("" if host_limit else " (or give host_budget=, memory of the host for packed rows)")
+        + (
+            ""
+            if host_limit
+            else " (or give host_budget=, so that packed rows may be in host memory)"
+        )
     )
+
+
+def _possible(levels: list[Level], is_host: bool) -> list[Level]:
+    """Returns the levels of a stack on the device or on the host: rows there are never float32."""
+    return levels[1:] if is_host else levels
 
 
 def _improved(
     chosen: _Chosen, levels: dict[str, list[Level]], by_size: list[str], fits: Any
 ) -> _Chosen:
-    """Raises stacks to better levels while all fit, the smallest stack first."""
+    """Gives stacks better levels as long as all stacks fit, the smallest stack first."""
     for name in reversed(by_size):
-        own = levels[name]
         level, is_host = chosen[name]
+        own = _possible(levels[name], is_host)
         for better in own[: own.index(level)]:
             raised = chosen | {name: (better, is_host)}
             if fits(raised):

@@ -49,17 +49,18 @@ class CachedEmbedBags(nnx.Module):
         a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: True: prefetch makes the vectors, and a step needs no array of rows or of their
-        gradients. Each call must then get exactly the ids of its prefetch, in the same nesting and
-        shapes, and no weights. Gradients are those of the vectors. So leave it False where
-        something reads or changes gradients of rows, such as clipping by the global norm, and for
-        microbatches, vmap or scan. It changes nothing over a mesh, in a stack with a
-        vocabulary, and in one whose bags of several ids have different combiners.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
+      fused: True: prefetch makes the vectors, and the loss is differentiated with respect to them.
+        With numba on a CPU and an optimizer such as rowwise_adagrad, a step then makes no array of
+        rows or of their gradients. Each call must get exactly the ids of its prefetch, in the same
+        nesting and shapes, and no weights. Leave it False where something reads or changes
+        gradients of rows, such as clipping by the global norm, and for microbatches, vmap or scan.
+        fused=True changes nothing over a mesh, in a stack with a vocabulary, and in a stack whose
+        bags of several ids have different combiners.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
-      TypeError: if an argument has another type.
+      TypeError: if an argument has the wrong type.
       ValueError: if two specs have a feature of the same name, if combiner does not fit the
         features, or if tx does not fit the specs.
     """

@@ -17,11 +17,11 @@ from mpembed_jax.nn.stack import Stack, vectors_of
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
-# All modules share one object. An optimizer is a static argument, so a new one for each model would
-# retrace its step.
+# All modules without tx share this one transformation. A transformation is a static argument of
+# jit, so a new one for each model would retrace the model's step.
 DEFAULT_TX = optim.rowwise_adagrad(0.05)
-# The default of nnx.Embed and linen.Embed: normal with variance 1 / features, for any block of
-# rows.
+# This is the default of nnx.Embed and linen.Embed: normal values of variance 1 / features. The
+# variance is the same for a block of rows as for the whole table.
 DEFAULT_INIT = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
 
 
@@ -46,8 +46,8 @@ def embed_spec(
 class CachedEmbed(nnx.Module):
     """Turns ids into vectors like nnx.Embed, with a quantized table and a float32 cache.
 
-    The rows in use are cached and trained in float32. A training step runs under nnx.jit with the
-    model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
+    Rows in the cache are trained in float32, all others in the table's format. A training step runs
+    under nnx.jit with the model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
     `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
     prefetch.
 
@@ -70,16 +70,17 @@ class CachedEmbed(nnx.Module):
         a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: True: prefetch makes the vectors, and a step needs no array of rows or of their
-        gradients. Each call must then get exactly the ids of its prefetch, in the same nesting and
-        shapes. Gradients are those of the vectors. So leave it False where something reads or
-        changes gradients of rows, such as clipping by the global norm, and for microbatches, vmap
-        or scan. Over a mesh, it changes nothing.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
+      fused: True: prefetch makes the vectors, and the loss is differentiated with respect to them.
+        With numba on a CPU and an optimizer such as rowwise_adagrad, a step then makes no array of
+        rows or of their gradients. Each call must get exactly the ids of its prefetch, in
+        the same nesting and shapes. Leave it False where something reads or changes gradients of
+        rows, such as clipping by the global norm, and for microbatches, vmap or scan. Over a mesh,
+        fused=True changes nothing.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
-      TypeError: if an argument has another type.
+      TypeError: if an argument has the wrong type.
       ValueError: if a size is out of range, or tx cannot work on gathered rows.
     """
 
@@ -139,7 +140,7 @@ class CachedEmbed(nnx.Module):
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
 
         Args:
-          state: of the same tables; consumed, if later steps donate the model.
+          state: a state of the same tables. Later steps consume it if they donate the model.
 
         Raises:
           ValueError: if the state is of other tables, or if a step is in progress.
@@ -153,32 +154,36 @@ class CachedEmbed(nnx.Module):
 
         Args:
           ids: integers [..] in [0, num_embeddings), or any nest of such arrays. NO_ID is padding.
-            Ids outside the table are treated by the rule `out_of_range`. 64-bit host arrays are
-            checked before jax would truncate them.
+            Ids outside the table are treated by the rule `out_of_range`. Host arrays of 64-bit ids
+            are checked in 64 bits, because jax would truncate them in silence.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: in evaluation mode, or if nn.apply_gradients was not called after the last
-            prefetch.
+          ValueError: in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
+            last prefetch; or if out_of_range is "raise" and a concrete id is outside the table.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         self.stack.prefetch(mapped, ids, not self.deterministic)
 
     def __call__(self, ids: Any) -> Any:
-        """Returns the vectors of ids, differentiable in the prefetched rows.
+        """Returns the vectors of ids.
+
+        In training, they are differentiable in what prefetch holds: the rows, or the vectors with
+        fused=True.
 
         Args:
-          ids: in training, ids that were prefetched, in any shape, order and number; after
-            eval(), any ids.
+          ids: in training, ids that were prefetched, in any shape, order and number (with
+            fused=True, exactly those of the prefetch); after eval(), any ids.
 
         Returns:
-          [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
-          zeros. In training inside jit, ids that were not prefetched give NaN.
+          [.., features] in `dtype`, in the nesting of ids. Padding gives zeros. Ids outside the
+          table are treated by the rule `out_of_range`. In training inside jit, ids that were not
+          prefetched give NaN, or zeros if the batch exceeded max_unique_ids.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: in training, if prefetch was not called, or outside jit if it was not given
-            an id.
+          ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
+            call was not prefetched.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         vectors = vectors_of(self.stack, mapped, ids, not self.deterministic)
@@ -188,9 +193,10 @@ class CachedEmbed(nnx.Module):
         """Returns the dot products of queries with every row (dense logits).
 
         The table is decoded in blocks. The result is differentiable only in the query, and only
-        after eval(): in training, the table would silently not be trained. To train it, use sampled
-        softmax over prefetched rows. Prefetch the positive and the sampled negative ids together
-        with the inputs, as one nest, and take dot products with the vectors of the call.
+        after eval(). In training mode, differentiation raises an error, because the table would get
+        no gradient. To train the table, use sampled softmax over prefetched rows. Prefetch the
+        positive and the sampled negative ids together with the inputs, as one nest, and take dot
+        products with the vectors of the call.
 
         Args:
           query: float [.., features].

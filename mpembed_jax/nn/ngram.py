@@ -1,11 +1,11 @@
 """NGramMemory: an nnx module of hashed n-gram tables, whose rows are quantized and cached.
 
-It is the memory of Engram (arXiv 2601.07372) and of other language models with n-gram embeddings:
-each token looks up a row for the n-grams that end there. Most parameters of such a model are in
-these tables, a step touches few of them, and accesses are Zipf-distributed. What the model does
-with the vectors (gates, projections) is left to it.
+It is the memory of Engram (arXiv 2601.07372) and of other language models with n-gram embeddings.
+At each token, each n-gram that ends there looks up one row in each of its tables. Most parameters
+of such a model are in these tables. A step touches few of their rows. Accesses are
+Zipf-distributed. What the model does with the vectors (gates, projections) is left to it.
 
-Rows are found by a hash. A memory that gives each n-gram a row of its own is not there.
+Rows are found by a hash. This package has no memory that gives each n-gram a row of its own.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,10 @@ from mpembed_jax.spec import EmbeddingSpec, TableSpec
 
 
 class CanonicalTokens(nnx.Variable):
-    """Holds the map of tokens, int32 [vocabulary_size]; it is saved and restored with the model."""
+    """Holds the map of tokens, int32 [vocabulary_size]: `canonical` of NGramMemory.
+
+    It is saved and restored with the model.
+    """
 
 
 def ngram_spec(
@@ -44,7 +47,7 @@ def ngram_spec(
     row_state_dtype: str = "float32",
     memory_kind: str | None = None,
 ) -> EmbeddingSpec:
-    """Returns the spec of the stack of an NGramMemory, as for mpembed_jax.memory.report.
+    """Returns the spec of an NGramMemory's stack, for example for mpembed_jax.memory.report.
 
     Args:
       ngrams: the hash; each of its tables is one of the stack.
@@ -58,7 +61,7 @@ def ngram_spec(
       memory_kind: see mpembed_jax.EmbeddingSpec.
 
     Raises:
-      TypeError: if ngrams is no NGramHash.
+      TypeError: if ngrams is not an NGramHash.
       ValueError: see mpembed_jax.EmbeddingSpec.
     """
     if not isinstance(ngrams, NGramHash):
@@ -86,7 +89,7 @@ def ngram_spec(
 def ngram_ids(
     spec: EmbeddingSpec, ngrams: NGramHash, canonical: Any, tokens: Any, context: Any
 ) -> tuple[Any, Any]:
-    """Returns the global ids of tokens, and what stands for them as the user's own arrays.
+    """Returns the ids of tokens, and the arrays by which the calls of a step recognize these ids.
 
     Args:
       spec: of the stack.
@@ -96,8 +99,8 @@ def ngram_ids(
       context: None, or the nest of integers [.., context_size].
 
     Returns:
-      The nest of int32 [.., T, tables]; and the nest of tokens, or of the ids if there is a
-      context, because tokens alone then do not determine them.
+      The nest of global ids, int32 [.., T, tables], and the nest of tokens. With a context, tokens
+      alone do not determine the ids, so the second is the nest of ids again.
     """
 
     def of(tokens: Any, context: Any = None) -> Any:
@@ -118,22 +121,24 @@ class NGramMemory(nnx.Module):
     """Turns tokens into the vectors of their n-grams, with quantized tables and a float32 cache.
 
     Each position gets one row from each table: `heads` tables for each of `orders`. See
-    nn.NGramHash for the rows of n-grams. All tables share one cache. The rows in use are cached and
-    trained in float32. A training step runs under nnx.jit with the model donated. It calls
-    `prefetch(tokens)` before nnx.value_and_grad, and `grads = nn.apply_gradients(model, grads)`
-    after it. After `model.eval()`, calls need no prefetch.
+    nn.NGramHash for the rows of n-grams. All tables share one cache. Rows in the cache are trained
+    in float32, all others in the tables' format. A training step runs under nnx.jit with the model
+    donated. It calls `prefetch(tokens)` before nnx.value_and_grad, and
+    `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
+    prefetch.
 
     Args:
       vocabulary_size: tokens are in [0, vocabulary_size).
       features: D, the width of a row.
       orders: orders n of the n-grams, each at least 2.
       heads: tables of each order.
-      rows: rows of a table, for all orders or for each; rounded up to distinct primes.
+      rows: rows of each table: one number for all orders, or one for each. Each table gets a prime
+        number of rows that is not smaller and that no other table has.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: of the hash; give each memory of a model another one.
+      seed: the seed of the hash. Give each memory of a model a seed of its own.
       tx: optax transformation for the rows. None: optim.rowwise_adagrad(0.05). The model's own
         optimizer never sees the tables.
       storage: RowFormat, or its name, in which rows outside the cache are stored.
@@ -150,18 +155,19 @@ class NGramMemory(nnx.Module):
         a mesh, the model is still called on whole arrays; it divides their leading axis.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
-      fused: True: prefetch makes the vectors, and a step needs no array of rows or of their
-        gradients. Each call must then get exactly the ids of its prefetch, in the same nesting and
-        shapes. Gradients are those of the vectors. So leave it False where something reads or
-        changes gradients of rows, such as clipping by the global norm, and for microbatches, vmap
-        or scan. Over a mesh, it changes nothing.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
+      fused: True: prefetch makes the vectors, and the loss is differentiated with respect to them.
+        With numba on a CPU and an optimizer such as rowwise_adagrad, a step then makes no array of
+        rows or of their gradients. Each call must get exactly the tokens and context of its
+        prefetch, in the same nesting and shapes. Leave it False where something reads or changes
+        gradients of rows, such as clipping by the global norm, and for microbatches, vmap or scan.
+        Over a mesh, fused=True changes nothing.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
-      TypeError: if an argument has another type.
-      ValueError: if a size is out of range, if canonical has another length, or if tx cannot work
-        on gathered rows.
+      TypeError: if an argument has the wrong type.
+      ValueError: if a size is out of range, if canonical does not have vocabulary_size numbers, or
+        if tx cannot work on gathered rows.
     """
 
     def __init__(
@@ -232,7 +238,7 @@ class NGramMemory(nnx.Module):
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
 
         Args:
-          state: of the same tables; consumed, if later steps donate the model.
+          state: a state of the same tables. Later steps consume it if they donate the model.
 
         Raises:
           ValueError: if the state is of other tables, or if a step is in progress.
@@ -247,19 +253,20 @@ class NGramMemory(nnx.Module):
         """Plans a batch and holds its rows for one step.
 
         Call it once per step, outside the differentiated function, with the tokens of all calls.
-        The rows depend on tokens alone, so that it can come before everything else of the step.
+        The rows depend only on tokens and context, so prefetch can run before all other work of the
+        step.
 
         Args:
           tokens: integers [.., T] in [0, vocabulary_size), or any nest of such arrays. NO_ID and
-            `padding` stand for no token. In a trace, the n-grams of a token outside the vocabulary
-            read as zeros and are counted.
-          context: None if texts begin with these tokens, or, in the nesting of tokens, integers
-            [.., max(orders) - 1], the tokens before them.
+            `padding` stand for no token. Inside jit, n-grams with a token outside the vocabulary
+            read as zeros and are counted as out of range.
+          context: the max(orders) - 1 tokens before each sequence, integers [.., max(orders) - 1]
+            in the nesting of tokens. None: texts begin with these tokens.
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if a concrete token is outside the vocabulary, in evaluation mode, or if
-            nn.apply_gradients was not called after the last prefetch.
+          ValueError: if a concrete token is outside the vocabulary; in evaluation mode; or if
+            neither nn.apply_gradients nor nn.discard followed the last prefetch.
         """
         ids, given = self._ids(tokens, context)
         self.stack.prefetch(ids, given, not self.deterministic)
@@ -267,22 +274,23 @@ class NGramMemory(nnx.Module):
     def __call__(self, tokens: Any, context: Any = None) -> Any:
         """Returns the vectors of the n-grams that end at each token.
 
-        They are differentiable in the prefetched rows.
+        In training, they are differentiable in what prefetch holds: the rows, or the vectors with
+        fused=True.
 
         Args:
           tokens: in training, tokens whose n-grams were prefetched; after eval(), any tokens. For
-            decoding, one new token at a time, [.., 1], with its context.
-          context: see prefetch. `context_after` gives the one of the next token.
+            decoding, pass one new token at a time, [.., 1], with its context.
+          context: see prefetch. `context_after` returns the context of the next token.
 
         Returns:
           [.., T, orders x heads x features] in `dtype`, in the nesting of tokens: for each order
           in turn the rows of its heads. Padding gives zeros. In training inside jit, n-grams that
-          were not prefetched give NaN.
+          were not prefetched give NaN, or zeros if the batch exceeded max_unique_ids.
 
         Raises:
           TypeError: if tokens are not integers.
           ValueError: if a concrete token is outside the vocabulary; in training, if prefetch was
-            not called, or outside jit if it was not given an n-gram.
+            not called, or, outside jit, if an n-gram of the call was not prefetched.
         """
         ids, given = self._ids(tokens, context)
         vectors = vectors_of(self.stack, ids, given, not self.deterministic)
@@ -293,7 +301,7 @@ class NGramMemory(nnx.Module):
 
         Args:
           tokens: integers [.., T], one array.
-          context: of the tokens; None if a text begins with them.
+          context: the context of these tokens; None if a text begins with them.
 
         Raises:
           TypeError: if tokens are not integers.

@@ -3,7 +3,8 @@
 Between steps, a stack holds one variable, the EmbeddingState. It is not a Param, so gradients and
 optimizers do not see it. In a step, `prefetch` adds the plan and the rows. The rows are a Param, so
 that an unchanged nnx.value_and_grad differentiates with respect to them. `apply_gradients` removes
-both again. A fused step holds vectors in the place of rows.
+both again. In a step of a module with fused=True (a fused step), vectors take the place of the
+rows.
 """
 
 from typing import Any
@@ -22,9 +23,10 @@ class EmbeddingVariable(nnx.Variable):
 
 
 class CachedRows(nnx.Param):
-    """Holds the rows of one step, float32 [Q, D]; over a mesh, each row of the batch once.
+    """Holds the rows of one step, float32 [Q, D].
 
-    It exists between prefetch and nn.apply_gradients.
+    Over a mesh, each row of the batch is held once, by its shard. The variable exists between
+    prefetch and nn.apply_gradients.
     """
 
 
@@ -42,14 +44,15 @@ class PlanVariable(nnx.Variable):
 class Stack(nnx.Module):
     """A stack of tables; CachedEmbed and NGramMemory have one, CachedEmbedBags one per spec.
 
-    What the calls of a module use are properties, `part_of` and `vectors_of`. They are no public
-    methods, because nnx.tabulate compiles those, and their results would have to be arrays.
+    The calls of a module use only properties of Stack and the functions `part_of` and `vectors_of`.
+    These are not public methods: nnx.tabulate compiles public methods, and needs arrays as results.
 
     Args:
       spec: the stack.
       tx: optax transformation for its rows.
       rngs: its `params` stream gives the key of the embedding's randomness.
-      fused: whether a step holds vectors and needs no gradients of rows; see `fused`.
+      fused: whether a step holds vectors in the place of rows; see nn/fused.py. It has no effect
+        on a stack with a vocabulary or over a mesh.
       where: mesh, axis_name, placement and implementation, as in init.
     """
 
@@ -83,7 +86,7 @@ class Stack(nnx.Module):
 
     @property
     def leaf(self) -> str:
-        """The name of what the step differentiates."""
+        """The attribute with respect to which the loss is differentiated."""
         return "held_vectors" if self.holds_vectors else "rows"
 
     @property
@@ -107,8 +110,9 @@ class Stack(nnx.Module):
         verbs.check_tables(state, self.spec)
         if self.is_prefetched:
             raise ValueError(
-                "the state of an embedding was replaced between prefetch and nn.apply_gradients, "
-                "whose update would overwrite it; replace it between steps"
+                "the state of an embedding cannot be replaced between prefetch and "
+                "nn.apply_gradients, whose update needs the state of its prefetch; replace it "
+                "between steps"
             )
         self.state.set_value(state)
 
@@ -124,16 +128,16 @@ class Stack(nnx.Module):
         """Plans a batch, brings its rows into the cache and holds them for one step.
 
         Args:
-          ids: nest of int32 arrays of global ids.
-          given: nest like ids of the user's own arrays.
+          ids: nest of int32 arrays of global ids; of a stack with a vocabulary, uint32 pairs.
+          given: the user's own arrays, in the nesting of `ids`.
           is_training: whether the calling module is in training mode.
-          combiner: of a fused step.
-          fusible: whether the ids can be those of a fused step.
-          by_feature: whether a mapping of ids is one of features.
+          combiner: how a fused step reduces the last axis of ids; None: not at all.
+          fusible: whether one combiner makes all vectors of these ids, so that the step can be
+            fused.
+          by_feature: whether the keys of a mapping of ids are features.
 
         Raises:
-          ValueError: if is_training is False, or if nn.apply_gradients was not called after the
-            last prefetch.
+          ValueError: if is_training is False, or if a step is in progress.
         """
         if not is_training:
             raise ValueError(
@@ -179,7 +183,7 @@ class Stack(nnx.Module):
         """Applies one optimizer update to the held rows, then drops them and their plan.
 
         Args:
-          grads: of the rows; of a fused step, of the vectors.
+          grads: the gradients of the held rows, or of the held vectors in a fused step.
         """
         state = self.embedding_state
         plan, held = self.held
@@ -191,33 +195,33 @@ class Stack(nnx.Module):
         self.drop()
 
     def drop(self) -> None:
-        """Drops what is held, and its plan."""
+        """Drops the held rows or vectors, and their plan."""
         delattr(self, self.leaf)
         del self.plan
 
 
 def part_of(stack: Stack, ids: Any, given: Any) -> Part:
-    """Returns the held rows, where ids are among them, and the pool function for them.
+    """Returns the held rows, the index of each id among them, and the function that pools them.
 
     Args:
-      stack: in a step that is not fused.
-      ids: nest of int32 arrays of global ids.
-      given: nest like ids of the user's own arrays.
+      stack: a stack whose step in progress is not fused.
+      ids: nest of int32 arrays of global ids; of a stack with a vocabulary, uint32 pairs.
+      given: the user's own arrays, in the nesting of `ids`.
 
     Raises:
-      ValueError: if nothing was prefetched, or if an id was not, where the ids are concrete.
+      ValueError: if nothing was prefetched, or if a concrete id was not prefetched.
     """
     plan, rows = stack.held
     return prefetched.part(stack.embedding_state, plan, rows, ids, given)
 
 
 def vectors_of(stack: Stack, ids: Any, given: Any, is_training: bool) -> Any:
-    """Returns the vectors of ids: in training those that are held, else read from the table.
+    """Returns the vectors of ids, from what prefetch holds in training, else from the state.
 
     Args:
-      stack: of one table, or of vectors without a combiner.
-      ids: nest of int32 arrays of global ids.
-      given: nest like ids of the user's own arrays.
+      stack: the stack of a module that pools nothing: one vector for each id.
+      ids: nest of int32 arrays of global ids; of a stack with a vocabulary, uint32 pairs.
+      given: the user's own arrays, in the nesting of `ids`.
       is_training: whether the calling module is in training mode.
 
     Raises:
@@ -246,9 +250,9 @@ def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
 def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     """Updates every prefetched embedding of a model and removes its rows from model and gradients.
 
-    To clip by the global norm of dense and row gradients together, as dense training does, clip
-    before this call. Until then, grads hold both kinds of gradients, unless a module is fused, and
-    holds the gradients of its vectors instead:
+    Before this call, grads hold the gradients of dense parameters and of rows. Of a module with
+    fused=True, they hold the gradients of vectors instead of rows. To clip by the global norm of
+    dense and row gradients together, as dense training does, clip before this call:
 
       `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`
 
@@ -262,7 +266,7 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     Raises:
       TypeError: if grads are no gradients of a model.
       ValueError: if the model has no cached embedding, if none was prefetched, or if grads lack the
-        rows of one that was.
+        gradients of a prefetched one.
     """
     waiting = [(path, stack) for path, stack in _stacks(model) if stack.is_prefetched]
     if not waiting:
@@ -282,13 +286,13 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
         name = (*path, stack.leaf)
         if name not in flat:
             raise ValueError(
-                f"grads have no entry {'.'.join(map(str, name))}, the prefetched rows; "
+                f"grads have no entry {'.'.join(map(str, name))}, which prefetch made; "
                 "differentiate this model with respect to all nnx.Param (the default of nnx.grad "
                 "and nnx.value_and_grad) and pass the gradients unchanged"
             )
         held = flat.pop(name)
         held_grads.append(held.get_value() if isinstance(held, nnx.Variable) else held)
-    # All gradients were found before any is applied, so an error leaves the model unchanged.
+    # All gradients are looked up before any is applied: if one is missing, no row has changed.
     for (_, stack), gradient in zip(waiting, held_grads, strict=True):
         stack.update(gradient)
     return nnx.from_flat_state(flat)

@@ -22,16 +22,17 @@ _TABLE = np.uint32(hashes.MAX_TABLES - 1)  # the bits of a place that are the nu
 
 
 def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
-    """Returns the pairs (uint32 [.., 2]) of ids.
+    """Returns ids as pairs (uint32 [.., 2]): tag and place. Pairs stay as they are.
 
     Args:
-      feature: for messages.
+      feature: the name that error messages use.
       ids: pairs uint32 [.., 2], or raw ids of any other dtype.
-      table: the table of raw ids.
-      number: its number.
+      table: the name of the ids' table.
+      number: the number of that table in the pool.
 
     Raises:
-      TypeError: if ids are neither integers nor bytes nor strings, or are uint32 and no pairs.
+      TypeError: if ids are neither integers nor bytes nor strings, or are uint32 with a last axis
+        other than 2.
       ValueError: if pairs are of another table.
     """
     if getattr(ids, "dtype", None) != np.uint32:
@@ -43,17 +44,19 @@ def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray
         place = tuple(int(i) for i in np.argwhere(is_other)[0])
         raise ValueError(
             f"feature {feature!r}: the pair at {list(place)} is not of table {table!r} "
-            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are pairs of raw_ids; cast raw "
-            "ids to int64"
+            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are taken as the pairs that "
+            "raw_ids() returns; cast raw ids to int64"
         )
     return pairs
 
 
 def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
-    """Returns the pairs (uint32 [.., 2]) of pairs, or of integers of another dtype.
+    """Returns ids as pairs (uint32 [.., 2]).
+
+    uint32 ids are pairs already. Integers of another dtype are hashed.
 
     Raises:
-      TypeError: if ids are not integers, or are uint32 and no pairs.
+      TypeError: if ids are not integers, or are uint32 with a last axis other than 2.
     """
     if ids.dtype != jnp.uint32:
         return hashes.of_traced(ids, table, number)
@@ -64,16 +67,16 @@ def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> ja
 def _check_shape(feature: str, shape: tuple[int, ...]) -> None:
     if shape[-1:] != (2,):
         raise TypeError(
-            f"feature {feature!r}: uint32 ids must be pairs [.., 2] of raw_ids, got {list(shape)}; "
-            "cast raw ids to int64"
+            f"feature {feature!r}: uint32 ids must be the pairs [.., 2] that raw_ids() returns, "
+            f"got {list(shape)}; cast raw ids to int64"
         )
 
 
 def on_device(owners: jax.Array, pairs: jax.Array, sizes: Pool) -> jax.Array:
-    """Returns the rows (int32 [..]) of pairs (uint32 [.., 2]); NO_ID of padding."""
+    """Returns the row (int32 [..]) of each pair (uint32 [.., 2]); NO_ID for padding."""
     vocabulary = VocabularyState(
         owners=jnp.asarray(owners),
-        sketch=jnp.zeros((2, sizes.groups, 0), jnp.uint8),  # only training counts
+        sketch=jnp.zeros((2, sizes.groups, 0), jnp.uint8),  # no counters: only training counts ids
         counters=jnp.zeros((0, 2), jnp.uint32),
         fresh_row_state=(),
         groups=sizes.groups,
@@ -85,15 +88,15 @@ def on_device(owners: jax.Array, pairs: jax.Array, sizes: Pool) -> jax.Array:
 
 
 def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
-    """Returns the rows of ids on the host.
+    """Returns the rows of pairs, on the host.
 
     Args:
       owners: uint32 [S, W].
       pairs: uint32 [n, 2].
-      sizes: of the pool.
+      sizes: the sizes of the pool.
 
     Returns:
-      int32 [n]; NO_ID of padding.
+      int32 [n]; NO_ID for padding.
     """
     rows = np.empty(len(pairs), np.int32)
     for first in range(0, len(pairs), _BLOCK):
@@ -109,7 +112,7 @@ def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     groups = np.uint32(sizes.groups)
     first = (places % groups).astype(np.int64)
     first += sizes.groups * _scaled(fmix32(places // groups), sizes.first_sets // sizes.groups)
-    # A first set was split into so many.
+    # Into how many sets each id's first set was split; see vocabulary.pool.
     numbers = sizes.sets // sizes.first_sets + (first < sizes.sets % sizes.first_sets)
     span = 2 ** np.ceil(np.log2(numbers)).astype(np.int64)
     own = fmix32(tags ^ np.uint32(pool.SPLIT_SEED)).astype(np.int64) & (span - 1)

@@ -362,7 +362,7 @@ REFUSED = [
     ),
     Refused(
         asking(user=np.arange(3, dtype=np.uint32)),
-        r"must be pairs \[.., 2\] of raw_ids, got \[3\]",
+        r"must be the pairs \[.., 2\] that raw_ids\(\) returns, got \[3\]",
         TypeError,
     ),
     Refused(asking(user=np.ones(3)), "integers, bytes or strings", TypeError),
@@ -372,7 +372,7 @@ REFUSED = [
     ),
     Refused(
         lambda t: t.to_device().lookup({"user": jnp.ones(3, jnp.uint32)}),
-        "uint32 ids must be pairs",
+        "uint32 ids must be the pairs",
         TypeError,
     ),
     Refused(

@@ -137,7 +137,7 @@ class CachedEmbed(linen.Module):
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
       fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 
@@ -241,7 +241,7 @@ class CachedEmbedBags(linen.Module):
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
       fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 
@@ -329,7 +329,7 @@ class NGramMemory(linen.Module):
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
-      implementation: see mpembed_jax.init; it also selects the pooling.
+      implementation: see mpembed_jax.init; it also decides which code pools the vectors.
       fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
     """
 

@@ -258,6 +258,7 @@ def enter(
                 num_evicted += 1
                 if is_lfu:
                     _remember(sketch, tags[here], use - 1, groups, bits, width)
+            # Evicts: the tag of the victim's line becomes that of the miss.
             tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
             num_new += 1
             i = np.int64(following[i])

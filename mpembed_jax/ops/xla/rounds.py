@@ -134,6 +134,7 @@ def enter(
             target = jnp.where(enters, place, lines)
             here = jnp.where(enters, position, width)
             order, num_cached = chunks.append(carry.order, carry.num_cached, position, enters)
+            # Evicts: the tag of the victim's line becomes that of the miss.
             carry = carry._replace(
                 tags=indexing.put(carry.tags, target, miss),
                 priority=indexing.put(carry.priority, target, policy.pinned(by, step)),

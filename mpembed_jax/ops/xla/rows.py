@@ -62,8 +62,8 @@ def swap(
         must_write = was_dirty & (victims != NO_ID)
         old = gather(lines, here)
         packed = encode_rows(old, victims, table, draw.key, random_bits.WRITE_BACK, draw.step, once)
-        # The read uses the result of the write, which orders the two. The rows that are written and
-        # read are disjoint, so the order does not change the values.
+        # Writes the victims back. The read uses the result of the write, which orders the two. The
+        # rows that are written and read are disjoint, so the order does not change the values.
         rows = indexing.put(rows, jnp.where(must_write, victims, rows.shape[0]), packed)
         take = gather if rows.dtype == jnp.uint32 else indexing.take
         new = decode(
