@@ -584,10 +584,10 @@ def _backward_of(fmt: RowFormat) -> str:
                     lanes.ask_for(cached + ahead * 4 * dim, 4 * dim)
                 else:
                     lanes.ask_for(table + x * row_bytes, row_bytes)
-            is_first = True
-            if has_factors or has_source:
+            # The first of plain gradients begins the sum, which saves a pass over the buffer.
+            is_first = not (has_factors or has_source)
+            if not is_first:
                 lanes.clear(total, dim)
-                is_first = False
             while at < stop[row]:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
@@ -602,7 +602,7 @@ def _backward_of(fmt: RowFormat) -> str:
                 if has_factors:
                     lanes.add_product(total, factors[position], grads + here * 4 * dim, dim)
                 elif is_first:
-                    lanes.first(total, grads + here * 4 * dim, dim)
+                    lanes.begin_sum(total, grads + here * 4 * dim, dim)
                     is_first = False
                 else:
                     lanes.add(total, grads + here * 4 * dim, dim)

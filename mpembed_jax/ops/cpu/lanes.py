@@ -295,7 +295,7 @@ def load(context, buffer, source, dim):
 
 
 @intrinsic
-def first(context, buffer, source, dim):
+def begin_sum(context, buffer, source, dim):
     """buffer = 0 + source, which turns -0 into 0, as a sum does."""
 
     def write(builder, buffer, source, dim):
