@@ -105,10 +105,11 @@ def _count_chunk(frame, chunk):
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
     deals[:] = 0
+    shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
-        part = partitions.part_of(x, num_rows, groups, num_parts)
+        part = partitions.part_of(x, num_rows, groups, num_parts, shift)
         deals[part] += 1
         deals[_DEAL - 1] += part == num_parts and x != _NO_ID
 
@@ -123,10 +124,11 @@ def _deal_chunk(frame, chunk):
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     dealt, positions = result(frame, _DEALT, np.int32), result(frame, _POSITIONS, np.int32)
     num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
+    shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
-        part = partitions.part_of(x, num_rows, groups, num_parts)
+        part = partitions.part_of(x, num_rows, groups, num_parts, shift)
         at = deals[part]
         deals[part] += 1
         dealt[at], positions[at] = x, position
@@ -582,7 +584,10 @@ def _backward_of(fmt: RowFormat) -> str:
                     lanes.ask_for(cached + ahead * 4 * dim, 4 * dim)
                 else:
                     lanes.ask_for(table + x * row_bytes, row_bytes)
-            lanes.clear(total, dim)
+            # The first of plain gradients begins the sum, which saves a pass over the buffer.
+            is_first = not (has_factors or has_source)
+            if not is_first:
+                lanes.clear(total, dim)
             while at < stop[row]:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
@@ -596,6 +601,9 @@ def _backward_of(fmt: RowFormat) -> str:
                     continue
                 if has_factors:
                     lanes.add_product(total, factors[position], grads + here * 4 * dim, dim)
+                elif is_first:
+                    lanes.begin_sum(total, grads + here * 4 * dim, dim)
+                    is_first = False
                 else:
                     lanes.add(total, grads + here * 4 * dim, dim)
             if given[_SKIPS] and lanes.largest_exponent(total, dim) == 255:
@@ -697,6 +705,7 @@ def forward(
         sketch = cache.sketch if is_lfu else jnp.zeros((0,), jnp.uint16)
         held = [table.rows, cache.rows, cache.tags, cache.priority, cache.dirty, sketch]
         sets, ways, groups = cache.geometry
+        assert groups & (groups - 1) == 0  # for partitions.part_of
         width = sketch.shape[-1] if is_lfu else 0
     limit = -1 if budget is None or budget >= num else budget
     fixed = [table.num_rows, dim, sets, ways, groups, width, by, limit, max_threads]

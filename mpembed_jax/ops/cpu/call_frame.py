@@ -41,7 +41,10 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 # Python never calls these functions. Compilation takes half the time without wrappers for Python.
-compiled = numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)  # type: ignore[call-overload]
+# Division by zero is that of NumPy: with Python's, every division would have a branch that raises.
+compiled = numba.njit(  # type: ignore[call-overload]
+    no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy"
+)
 
 
 @intrinsic

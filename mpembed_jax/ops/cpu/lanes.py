@@ -295,6 +295,17 @@ def load(context, buffer, source, dim):
 
 
 @intrinsic
+def begin_sum(context, buffer, source, dim):
+    """buffer = 0 + source, which turns -0 into 0, as a sum does."""
+
+    def write(builder, buffer, source, dim):
+        zeros = constant(builder, 0.0, is_float=True)
+        each_block(builder, dim, lambda b: b.buffer(buffer, b.floats(source) + zeros))
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
 def add(context, buffer, source, dim):
     """buffer += source."""
 

@@ -11,22 +11,41 @@ import numpy as np
 from mpembed_jax.cache.spec import MAX_WAYS
 from mpembed_jax.ops.cpu import policy
 from mpembed_jax.ops.cpu.call_frame import ask_for, compiled
-from mpembed_jax.ops.cpu.hashes import cell, fmix32, scale_to
+from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 
 MAX_PARTS = 64
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # rows
 # Unsigned, so that numba does not check for negative indices. It then vectorizes loops over ways.
-_ONE, _MAX_WAYS = np.uint64(1), np.uint64(MAX_WAYS)
+_ZERO, _ONE, _MAX_WAYS = np.uint64(0), np.uint64(1), np.uint64(MAX_WAYS)
 
 
 @compiled
-def part_of(x, num_rows, groups, num_parts):
-    """Returns the partition that owns an id, num_parts if the id names no row."""
-    if x < 0 or x >= num_rows:
-        return num_parts
-    return np.int64(np.uint32(x) % np.uint32(groups)) * num_parts // groups
+def bits_of(number):
+    """Returns the base-2 logarithm (uint32) of a power of two."""
+    bits = np.uint32(0)
+    while 1 << bits < number:
+        bits += np.uint32(1)
+    return bits
+
+
+@compiled
+def part_of(x, num_rows, groups, num_parts, shift):
+    """Returns the partition that owns an id, num_parts if the id names no row.
+
+    shift: bits_of(groups // num_parts).
+    """
+    part = np.int64((np.uint32(x) & np.uint32(groups - 1)) >> shift)
+    return part if np.uint32(x) < np.uint32(num_rows) else num_parts
+
+
+@compiled
+def _cell(depth, x, groups, bits, width):
+    """Does what hashes.cell does, for a power of two of groups."""
+    mixed = fmix32((np.uint32(x) >> bits) ^ np.uint32(SEEDS[depth]))
+    group = np.int64(np.uint32(x) & np.uint32(groups - 1))
+    return (depth * groups + group) * width + scale_to(mixed, width)
 
 
 @compiled
@@ -44,22 +63,24 @@ def deduplicate(dealt, ids, count, row_of, bucket):
       The number of rows.
     """
     bucket[:] = 0
-    mask, num_rows = np.int64(len(bucket) - 1), 0
-    for k in range(len(dealt)):
+    mask, num_rows = np.uint64(len(bucket) - 1), np.uint64(0)
+    for k in range(np.uint64(len(dealt))):
         x = dealt[k]
-        b = np.int64(fmix32(x) >> np.uint32(6)) & mask
-        row = bucket[b]
-        while row != 0 and ids[row - 1] != x:
-            b = (b + 1) & mask
-            row = bucket[b]
-        if row == 0:
-            ids[num_rows], count[num_rows] = x, 0
-            num_rows += 1
-            row = num_rows
-            bucket[b] = row
-        count[row - 1] += 1
-        row_of[k] = row - 1
-    return num_rows
+        b = np.uint64(fmix32(x) >> np.uint32(6)) & mask
+        row = np.uint64(bucket[b])
+        # Whether an id is new cannot be predicted, so no branch depends on it alone.
+        while (row != _ZERO) & (ids[row - (_ONE if row != _ZERO else _ZERO)] != x):
+            b = (b + _ONE) & mask
+            row = np.uint64(bucket[b])
+        is_new = row == _ZERO
+        ids[num_rows] = x
+        count[num_rows] = 0
+        num_rows += _ONE if is_new else _ZERO
+        row = num_rows if is_new else row
+        bucket[b] = row
+        count[row - _ONE] += 1
+        row_of[k] = row - _ONE
+    return np.int64(num_rows)
 
 
 @compiled
@@ -108,12 +129,13 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
     """
     sets, ways, groups, width, by = shape
     is_lfu, per_group, num_rows = policy.counts_use(by), sets // groups, len(ids)
+    bits = bits_of(groups)
     num_misses, hit_requests = 0, 0
     for ahead in range(num_rows + 2 * _AHEAD):
         if ahead < num_rows:
             x = np.uint32(ids[ahead])
-            quotient, group = x // np.uint32(groups), np.int64(x % np.uint32(groups))
-            home[ahead] = group + groups * scale_to(fmix32(quotient), per_group)
+            mixed, group = fmix32(x >> bits), np.int64(x & np.uint32(groups - 1))
+            home[ahead] = group + groups * scale_to(mixed, per_group)
             ask_for(tags, np.int64(home[ahead]) * ways, ways)
         i = ahead - _AHEAD
         if 0 <= i < num_rows:
@@ -127,8 +149,8 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
             else:
                 ask_for(priority, np.int64(first), ways)
                 if is_lfu:
-                    ask_for(sketch, cell(0, ids[i], groups, width), 1)
-                    ask_for(sketch, cell(1, ids[i], groups, width), 1)
+                    ask_for(sketch, _cell(0, ids[i], groups, bits, width), 1)
+                    ask_for(sketch, _cell(1, ids[i], groups, bits, width), 1)
         i -= _AHEAD
         if 0 <= i < num_rows:
             here = line[i]
@@ -140,8 +162,8 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
                 hit_requests += count[i]
             else:
                 if is_lfu:
-                    first_cell = cell(0, ids[i], groups, width)
-                    second_cell = cell(1, ids[i], groups, width)
+                    first_cell = _cell(0, ids[i], groups, bits, width)
+                    second_cell = _cell(1, ids[i], groups, bits, width)
                     seen = min(sketch[first_cell], sketch[second_cell])
                     estimate[i] = policy.estimate(by, np.int32(seen), count[i])
                 queue[num_misses] = i
@@ -186,10 +208,10 @@ def _line_up(i, ways, ids, estimate, home, bucket, following):
 
 
 @compiled
-def _remember(sketch, x, use, groups, width):
+def _remember(sketch, x, use, groups, bits, width):
     """Raises the cells of an id without a line to its use."""
     for depth in range(2):
-        place = cell(depth, x, groups, width)
+        place = _cell(depth, x, groups, bits, width)
         sketch[place] = max(sketch[place], np.uint16(use))
 
 
@@ -212,6 +234,7 @@ def enter(
       The numbers of newcomers and of evictions.
     """
     _, ways, groups, width, by = shape
+    bits = bits_of(groups)
     is_lfu, num_new, num_evicted, num_open = policy.counts_use(by), 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
@@ -234,7 +257,7 @@ def enter(
             if tags[here] != _NO_ID:
                 num_evicted += 1
                 if is_lfu:
-                    _remember(sketch, tags[here], use - 1, groups, width)
+                    _remember(sketch, tags[here], use - 1, groups, bits, width)
             # Evicts: the tag of the victim's line becomes that of the miss.
             tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
             num_new += 1
@@ -243,7 +266,7 @@ def enter(
         for k in range(len(queue)):
             i = queue[k]
             if line[i] < 0:
-                _remember(sketch, ids[i], estimate[i], groups, width)
+                _remember(sketch, ids[i], estimate[i], groups, bits, width)
     return num_new, num_evicted
 
 
