@@ -199,7 +199,10 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     named([
         Refused(lambda: memory.plan(5, 1, tx=TX), "tables must be", TypeError),
         Refused(lambda: memory.plan([], 1, tx=TX), "tables must name at least one table"),
-        Refused(lambda: memory.plan([(0, 4)], 1, tx=TX), "'table0' must have 1 to .*, got 0 rows of dim 4"),
+        Refused(
+            lambda: memory.plan([(0, 4)], 1, tx=TX),
+            "'table0' must have 1 to .*, got 0 rows of dim 4",
+        ),
         Refused(lambda: memory.plan([(3, 4, 5)], 1, tx=TX), r"'table0' must be \(rows, dim\)"),
         Refused(lambda: memory.plan([(3, 4)], "much", tx=TX), "a size is a number of bytes"),
         Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, devices=0), "devices must be"),
