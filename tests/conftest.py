@@ -40,6 +40,18 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
+# Tests of these folders, and processes that they start, compile in two thirds of the time: without
+# LLVM's optimizations. All others compile as users do, because they compare bits of two programs.
+_QUICKLY_COMPILED = {"checkpoint", "documents", "experiments", "memory", "nn"}
+
+
+def _compile_quickly(is_quick):
+    if jax.config.jax_disable_most_optimizations != is_quick:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", is_quick)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_quick)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Runs a test, and the fixtures it sets up, without implicit casts.
@@ -47,6 +59,7 @@ def pytest_runtest_protocol(item):
     A test whose dependencies cast opts out by a marker that says why:
     `@pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")`.
     """
+    _compile_quickly(item.path.parent.name in _QUICKLY_COMPILED)
     opt_out = item.get_closest_marker("standard_promotion")
     if opt_out is not None and not opt_out.args:
         raise pytest.UsageError(f"{item.nodeid}: standard_promotion needs a reason")

@@ -77,8 +77,10 @@ def half_or_its_negative(shape):
 
 def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for):
     """The state after so many steps with the same ids, by one way or the other."""
+    # An interpreted kernel runs a few times, but is long to optimize.
+    quick = {"xla_backend_optimization_level": 0} if state.implementation == KERNEL else None
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=quick)
     def step(state):
         if is_pooled:
             state, plan, vectors = mpembed.embed(state, ids, **options, tx=tx)
