@@ -46,10 +46,10 @@ _QUICKLY_COMPILED = {"checkpoint", "documents", "experiments", "memory", "nn"}
 
 
 def _compile_quickly(is_quick):
-    if jax.config.jax_disable_most_optimizations != is_quick:
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", is_quick)
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != str(is_quick):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_quick)
+        jax.config.update("jax_disable_most_optimizations", is_quick)
+        jax.clear_caches()
 
 
 @pytest.hookimpl(wrapper=True)
