@@ -200,6 +200,26 @@ def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(case, on_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY], ids=["row numbers", "raw ids"])
+def test_a_batch_without_ids_is_read_and_trained_over_a_mesh(vocabulary):
+    spec = SPEC if vocabulary else mpembed.EmbeddingSpec(mpembed.TableSpec("user", 500), 8)
+    spec = dataclasses.replace(spec, cache=None)
+    module = nn.CachedEmbedBags(spec, TX, combiner=None, rngs=nnx.Rngs(0), **placed(Over((4,))))
+    ids = {"user": np.zeros((4, 0), np.int32)}
+
+    @nnx.jit
+    def step(module, ids):
+        module.prefetch(ids)
+        loss, grads = nnx.value_and_grad(lambda module: module(ids)["user"].sum())(module)
+        nn.apply_gradients(module, grads)
+        return loss, nnx.view(module, deterministic=True)(ids)["user"]
+
+    loss, read = step(module, ids)
+    assert loss == 0
+    assert read.shape == (4, 0, 8)
+
+
+@pytest.mark.slow
 def test_inside_pmap_the_rows_are_those_of_one_device():
     devices = jax.devices()[:4]
     make = jax.pmap(
