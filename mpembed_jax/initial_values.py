@@ -99,6 +99,8 @@ def _forms(jaxpr: Any) -> list[Any]:
             (
                 eqn.primitive.name,
                 [row_locality.is_literal(atom) for atom in eqn.invars],
+                # Settings such as the exponent of integer_pow. Shapes are tuples.
+                {k: v for k, v in eqn.params.items() if isinstance(v, str | int | np.dtype)},
                 None if inner is None else _forms(inner),
             )
         )

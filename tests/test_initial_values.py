@@ -50,6 +50,9 @@ WHOLE = {  # rows that know their place, one another or an array
     "centered": lambda key, shape, dtype: (lambda x: x - x.mean(axis=0))(
         jax.random.normal(key, shape, dtype)
     ),
+    "another exponent for large tables": lambda key, shape, dtype: (
+        jax.random.uniform(key, shape, dtype) ** (2 if shape[0] == SIZE else 3)
+    ),
     "another rule for large tables": lambda key, shape, dtype: (
         jax.random.normal(key, shape, dtype) if shape[0] < 10_000 else jnp.full(shape, 7, dtype)
     ),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mpembed_jax.arrays import indexing
@@ -90,6 +91,9 @@ def _ask(
       A function. Each shard calls it with one number for each pair that the shard received
       (int32 [R]). It returns the number of the pair at each position of this device (int32 [N]).
     """
+    num_given = pairs.shape[0]
+    if num_given == 0:  # one padding pair is sent, because arrays without entries have no runs
+        pairs = jnp.pad(pairs, ((0, 1), (0, 0)), constant_values=np.uint32(PADDING))
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)
     tags, places, at = lax.sort((pairs[:, 0], pairs[:, 1], position), num_keys=2)
@@ -112,7 +116,7 @@ def _ask(
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
     def back(rows: jax.Array) -> jax.Array:
-        return indexing.take(bring(rows), group_of)
+        return indexing.take(bring(rows), group_of)[:num_given]
 
     return received[:, :2], received[:, 2].astype(jnp.int32), back
 

@@ -202,13 +202,13 @@ def _find(
     """Returns the index of each id in the plan's rows, and on a mesh the route that brings them."""
     layout: Any = state.layout
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    if state.vocabulary is not None:
-        leaves = admission.rows_of(state, leaves)
     if verbs.is_whole(state):
         batch = PartitionSpec(layout.batch_axes)
         specs = (exchange.plan_specs(layout), batch)
         run = over_mesh(_find, state, *specs, result=(batch, exchange.route_specs(layout)))
         return run(state, plan, leaves)
+    if state.vocabulary is not None:
+        leaves = admission.rows_of(state, leaves)
     shapes = [np.shape(leaf) for leaf in leaves]
     if layout is not None:
         index, is_missing, route = exchange.find(

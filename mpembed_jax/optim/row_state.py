@@ -66,9 +66,7 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
     small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
-        # These few numbers go to the device and back while a step is traced. A user's transfer
-        # guard is not meant for them, so this code allows the transfers.
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        with row_locality.evaluated():
             return jax.tree.map(
                 np.asarray, tx.init(jnp.full((rows, embedding_dim), fill, jnp.float32))
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from flax import nnx
 
 import mpembed_jax as mpembed
@@ -240,6 +241,38 @@ def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
     np.testing.assert_array_equal(second(ids[::-1])[-1, 0], mpembed.read(second.state, ids[0, 0]))
     with pytest.raises(ValueError, match="the call names row 499"):
         second(np.full(4, 499, np.int32))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    named(
+        {
+            "rowwise_adagrad": mpembed.optim.rowwise_adagrad(0.1),
+            "mixing rows": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        },
+        fast={"rowwise_adagrad"},
+    ),
+)
+def test_under_set_mesh_a_step_is_the_same(tx):
+    """jax.set_mesh sets the mesh for everything that is traced, also for what tx starts from."""
+    ids = np.arange(16, dtype=np.int32).reshape(8, 2)
+
+    def trained():
+        mesh, cache = mesh_of(4), mpembed.CacheSpec(num_rows=64, ways=2)
+        embed = nn.CachedEmbed(500, 4, tx=tx, cache=cache, mesh=mesh, rngs=nnx.Rngs(0))
+
+        @nnx.jit
+        def step(embed, ids):
+            embed.prefetch(ids)
+            nn.apply_gradients(embed, nnx.grad(lambda embed: embed(ids).sum())(embed))
+
+        step(embed, ids)
+        return mpembed.to_dense(embed.state)["embedding"]
+
+    plain = trained()
+    with jax.set_mesh(mesh_of(4)):
+        under = trained()
+    np.testing.assert_array_equal(under, plain)
 
 
 @jax.jit

@@ -175,6 +175,51 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["two", "replicas"])
+def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(case, on_one_device):
+    """Other orders and parts of the prefetched ids, in jit and outside; others are NaN."""
+    over = placed(MESHES[case])
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0), **over)
+    module.set_states([sharding.relayout(on_one_device, **over)])
+    ids = np.arange(300, 348, 3, dtype=np.int32)
+    features = {"user": ids, "item": ids}
+    calls = ({"user": ids[::-1], "item": ids}, {"item": ids[8:]})
+
+    def step(module, features, calls):
+        module.prefetch(features)
+        called = [module(call) for call in calls]
+        nn.discard(module)
+        return called, [nnx.view(module, deterministic=True)(call) for call in calls]
+
+    for run in (nnx.jit(step), step):
+        called, read = run(module, features, calls)
+        jax.tree.map(np.testing.assert_array_equal, called, read)
+    strangers = {"item": np.arange(2**20, 2**20 + 16, dtype=np.int32)}
+    ((missing,), _) = nnx.jit(step)(module, features, [strangers])
+    assert np.isnan(missing["item"]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [None, VOCABULARY], ids=["row numbers", "raw ids"])
+def test_a_batch_without_ids_is_read_and_trained_over_a_mesh(vocabulary):
+    spec = SPEC if vocabulary else mpembed.EmbeddingSpec(mpembed.TableSpec("user", 500), 8)
+    spec = dataclasses.replace(spec, cache=None)
+    module = nn.CachedEmbedBags(spec, TX, combiner=None, rngs=nnx.Rngs(0), **placed(Over((4,))))
+    ids = {"user": np.zeros((4, 0), np.int32)}
+
+    @nnx.jit
+    def step(module, ids):
+        module.prefetch(ids)
+        loss, grads = nnx.value_and_grad(lambda module: module(ids)["user"].sum())(module)
+        nn.apply_gradients(module, grads)
+        return loss, nnx.view(module, deterministic=True)(ids)["user"]
+
+    loss, read = step(module, ids)
+    assert loss == 0
+    assert read.shape == (4, 0, 8)
+
+
+@pytest.mark.slow
 def test_inside_pmap_the_rows_are_those_of_one_device():
     devices = jax.devices()[:4]
     make = jax.pmap(
