@@ -275,6 +275,9 @@ def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
         rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
     ) -> Any:
         run = partial(pool, combiner=combiner)
+        if not any(index.size for index in jax.tree.leaves(inverse)):
+            # No row is used. XLA cannot partition a function whose results are all empty.
+            return run(rows, inverse, weights)
         return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
             rows, inverse, weights
         )

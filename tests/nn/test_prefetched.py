@@ -500,3 +500,26 @@ def test_a_product_with_the_hessian_is_the_gradient_of_a_gradient(options):
     want = -count * np.sin(rows) * count * np.cos(rows)  # the gradient of (count cos)**2 / 2
     want = np.where(count > 0, want, 0)
     np.testing.assert_allclose(product, want, rtol=0, atol=16 * 2**-24)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (4, 0), (0,)])
+def test_empty_batches_over_a_mesh_change_nothing(shape):
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    empty = np.zeros(shape, np.int32)
+    spec = EmbeddingSpec((TableSpec("a", ROWS), TableSpec("b", ROWS)), DIM, **FLOAT32)
+    bags = nn.CachedEmbedBags(spec, ROW_TX, combiner=None, mesh=mesh, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(model, ids):
+        model.prefetch(ids)
+        loss_of = lambda m: sum(jnp.sin(v).sum() for v in jax.tree.leaves(m(ids)))  # noqa: E731
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        nn.apply_gradients(model, grads)
+        return loss
+
+    for model, ids in ((embed_of(mesh=mesh), empty), (bags, {"a": empty, "b": empty})):
+        state = model.state if hasattr(model, "state") else model.states[0]
+        before = mpembed.to_dense(state)
+        assert step(model, ids) == 0
+        state = model.state if hasattr(model, "state") else model.states[0]
+        jax.tree.map(np.testing.assert_array_equal, before, mpembed.to_dense(state))
