@@ -118,12 +118,29 @@ def _fetch(
 ) -> tuple[EmbeddingState, CachePlan, jax.Array]:
     if verbs.is_whole(state):
         layout: Any = state.layout
+        ids = jax.tree.map(jnp.asarray, ids)
         result = (partition_specs(state), exchange.plan_specs(layout), _held(layout))
         fetch = partial(_fetch, tables=tables)
-        run = over_mesh(fetch, state, PartitionSpec(layout.batch_axes), result=result)
-        return run(state, jax.tree.map(jnp.asarray, ids))
+        return over_mesh(fetch, state, _batch(layout, ids), result=result)(state, ids)
     state, plan = step.prefetch_of_tables(state, ids, tables)
     return state, plan, step.lookup_held(state, plan)
+
+
+def _batch(layout: Any, ids: Any) -> PartitionSpec:
+    """Returns the PartitionSpec of a batch's ids, whose leading axis the devices divide.
+
+    Raises:
+      ValueError: if an array of ids cannot be divided evenly.
+    """
+    for leaf in jax.tree.leaves(ids):
+        if leaf.ndim < 1 or leaf.shape[0] % layout.batch_shards:
+            raise ValueError(
+                "with mesh=, the leading axis of each array of ids is divided over "
+                f"{layout.batch_shards} devices, but there are ids {list(leaf.shape)}; pad the "
+                f"batch with NO_ID to a multiple of {layout.batch_shards} (microbatches: prefetch "
+                "them as a nest, such as tuple(ids))"
+            )
+    return PartitionSpec(layout.batch_axes)
 
 
 def _held(layout: Any) -> PartitionSpec:
@@ -203,7 +220,7 @@ def _find(
     layout: Any = state.layout
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     if verbs.is_whole(state):
-        batch = PartitionSpec(layout.batch_axes)
+        batch = _batch(layout, leaves)
         specs = (exchange.plan_specs(layout), batch)
         run = over_mesh(_find, state, *specs, result=(batch, exchange.route_specs(layout)))
         return run(state, plan, leaves)
@@ -258,6 +275,9 @@ def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
         rows: jax.Array, inverse: Any, weights: Any = None, combiner: str | None = None
     ) -> Any:
         run = partial(pool, combiner=combiner)
+        if not any(index.size for index in jax.tree.leaves(inverse)):
+            # No row is used. XLA cannot partition a function whose results are all empty.
+            return run(rows, inverse, weights)
         return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
             rows, inverse, weights
         )

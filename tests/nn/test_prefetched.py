@@ -447,3 +447,79 @@ def test_any_split_of_a_batch_after_one_prefetch_has_the_gradients_of_the_whole(
         jax.tree.leaves(gradients_of(split)),
         jax.tree.leaves(of_the_whole_batch),
     )
+
+
+def test_a_batch_that_the_devices_cannot_divide_raises_and_a_nest_of_its_parts_works():
+    """2 microbatches over 4 devices, in a step like gradient accumulation in RECIPES.md."""
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((4,), ("x",), auto, devices=jax.devices()[:4])
+    embed, alone = embed_of(mesh=mesh), embed_of()
+    parts = np.arange(2 * 4 * 3, dtype=np.int32).reshape(2, 4, 3) % 20
+    for ids in (parts, parts[0, :3], np.int32(3)):
+        with pytest.raises(ValueError, match=rf"4 devices.*\[{', '.join(map(str, ids.shape))}\]"):
+            embed.prefetch(ids)
+    embed.prefetch(tuple(parts))
+    with pytest.raises(ValueError, match=r"4 devices.*\[3, 3\].*NO_ID"):
+        embed(parts[0, :3])
+    nn.discard(embed)
+
+    @nnx.jit
+    def step(embed, parts):
+        embed.prefetch(tuple(parts))
+        grads = [nnx.grad(lambda e, ids=ids: jnp.sin(e(ids)).sum())(embed) for ids in parts]
+        nn.apply_gradients(embed, jax.tree.map(lambda *g: sum(g), *grads))
+
+    for model in (embed, alone):
+        step(model, parts)
+    one, other = (mpembed.to_dense(m.state)["embedding"] for m in (embed, alone))
+    np.testing.assert_allclose(one, other, rtol=0, atol=8 * 2**-24)
+
+
+@pytest.mark.parametrize("options", named({"one device": FLOAT32, "cached": CACHED}))
+def test_a_product_with_the_hessian_is_the_gradient_of_a_gradient(options):
+    """RECIPES.md: forward mode raises an error, reverse mode twice is right."""
+    embed = embed_of(**options)
+    ids = np.array([[3, 7, 7], [50, 3, 12]], np.int32)
+    embed.prefetch(ids)
+    graph, params, rest = nnx.split(embed, nnx.Param, ...)
+
+    def loss_of(params):
+        return jnp.sin(nnx.merge(graph, params, rest)(ids)).sum()
+
+    def norm_of_gradient(params):
+        return 0.5 * sum(jnp.square(g).sum() for g in jax.tree.leaves(jax.grad(loss_of)(params)))
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss_of, (params,), (jax.tree.map(jnp.ones_like, params),))
+    (product,) = jax.tree.leaves(jax.grad(norm_of_gradient)(params))
+    (rows,) = jax.tree.leaves(params)
+    count = np.zeros(len(rows))
+    plan = embed.stack.plan.get_value().plan
+    np.add.at(count, np.asarray(jax.tree.leaves(plan.inverse)[0]).ravel(), 1)
+    count = count[:, None]
+    want = -count * np.sin(rows) * count * np.cos(rows)  # the gradient of (count cos)**2 / 2
+    want = np.where(count > 0, want, 0)
+    np.testing.assert_allclose(product, want, rtol=0, atol=16 * 2**-24)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (4, 0), (0,)])
+def test_empty_batches_over_a_mesh_change_nothing(shape):
+    mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    empty = np.zeros(shape, np.int32)
+    spec = EmbeddingSpec((TableSpec("a", ROWS), TableSpec("b", ROWS)), DIM, **FLOAT32)
+    bags = nn.CachedEmbedBags(spec, ROW_TX, combiner=None, mesh=mesh, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(model, ids):
+        model.prefetch(ids)
+        loss_of = lambda m: sum(jnp.sin(v).sum() for v in jax.tree.leaves(m(ids)))  # noqa: E731
+        loss, grads = nnx.value_and_grad(loss_of)(model)
+        nn.apply_gradients(model, grads)
+        return loss
+
+    for model, ids in ((embed_of(mesh=mesh), empty), (bags, {"a": empty, "b": empty})):
+        state = model.state if hasattr(model, "state") else model.states[0]
+        before = mpembed.to_dense(state)
+        assert step(model, ids) == 0
+        state = model.state if hasattr(model, "state") else model.states[0]
+        jax.tree.map(np.testing.assert_array_equal, before, mpembed.to_dense(state))
