@@ -46,7 +46,7 @@ class Settings:
         None, "Rows of all tables together. Default: Kaggle's 33.76 M.", "ROWS", at_least=100_000
     )
     rounds: int = setting(9, "Rounds in which the processes alternate.", "ROUNDS", at_least=2)
-    steps: int = setting(10, "Steps of one process in a round.", "STEPS", at_least=1)
+    steps: int = setting(60, "Steps of one process in a round.", "STEPS", at_least=1)
     out: Path = setting(Path("experiments/results/bench_threads.json"), "File for the results.")
 
 
@@ -84,7 +84,8 @@ def work(settings: Settings, dim: int, cores: list[int], pipe: Connection) -> No
     spec = mpembed.EmbeddingSpec(tables, dim, "int8", mpembed.CacheSpec(fraction=0.05))
     state = mpembed.init(jax.random.key(0), spec, ROW_TX)
     batches = [jnp.asarray(ids) for ids in ids_of(settings)]
-    upstream = jnp.full((settings.batch, len(sizes), dim), 0.01, jnp.float32)
+    shape = (settings.batch, len(sizes), dim)
+    upstream = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     run = jax.jit(
         functools.partial(step.embedding_step, tx=ROW_TX, is_pooled=True), donate_argnums=0
     )
@@ -96,7 +97,7 @@ def work(settings: Settings, dim: int, cores: list[int], pipe: Connection) -> No
             done = None  # the vectors of the last step are freed before this one makes its own
             state, _, _, done = run(state, batches[position % NUM_BATCHES], upstream)
             position += 1
-        jax.block_until_ready((state, done))
+            jax.block_until_ready((state, done))
         pipe.send(1000 * (time.perf_counter() - start) / count)
         count = settings.steps
 
