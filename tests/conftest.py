@@ -42,7 +42,7 @@ settings.load_profile("tests")
 
 # Tests of these folders, and processes that they start, compile in two thirds of the time: without
 # LLVM's optimizations. All others compile as users do, because they compare bits of two programs.
-_QUICKLY_COMPILED = {"checkpoint", "documents", "experiments", "memory", "nn"}
+_QUICKLY_COMPILED = {"checkpoint", "documents", "experiments", "memory", "nn", "vocabulary"}
 
 
 def _compile_quickly(is_quick):

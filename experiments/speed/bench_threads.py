@@ -40,13 +40,24 @@ ROW_TX = mpembed.optim.rowwise_adagrad(0.05)
 class Settings:
     """What is measured."""
 
-    dims: tuple[int, ...] = setting((16, 64), "Numbers in a row.", "NUMBERS", at_least=1)
+    dims: tuple[int, ...] = setting(
+        (16, 64), "Numbers in a row of the table.", "NUMBERS", at_least=1, at_most=4096
+    )
     batch: int = setting(2048, "Rows of data in a step.", "ROWS", at_least=1, at_most=1 << 20)
     rows: int | None = setting(
-        None, "Rows of all tables together. Default: Kaggle's 33.76 M.", "ROWS", at_least=100_000
+        None,
+        "Rows of all tables together.",
+        "ROWS",
+        at_least=100_000,
+        at_most=1_000_000_000,
+        shown="Kaggle's 33.76 M",
     )
-    rounds: int = setting(9, "Rounds in which the processes alternate.", "ROUNDS", at_least=2)
-    steps: int = setting(60, "Steps of one process in a round.", "STEPS", at_least=1)
+    rounds: int = setting(
+        9, "Rounds in which the processes alternate.", "ROUNDS", at_least=2, at_most=10_000
+    )
+    steps: int = setting(
+        60, "Steps of one process in a round.", "STEPS", at_least=1, at_most=10_000
+    )
     out: Path = setting(Path("experiments/results/bench_threads.json"), "File for the results.")
 
 

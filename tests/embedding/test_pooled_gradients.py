@@ -78,7 +78,8 @@ def half_or_its_negative(shape):
 def train(state, ids, options, tx, *, is_pooled, steps=3, upstream=upstream_for):
     """The state after so many steps with the same ids, by one way or the other."""
     # An interpreted kernel runs a few times, but is long to optimize.
-    quick = {"xla_backend_optimization_level": 0} if state.implementation == KERNEL else None
+    is_quick = state.implementation == KERNEL and not isinstance(state.step, jax.core.Tracer)
+    quick = {"xla_backend_optimization_level": 0} if is_quick else None
 
     @partial(jax.jit, donate_argnums=0, compiler_options=quick)
     def step(state):

@@ -175,7 +175,7 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["two", "replicas"])
+@pytest.mark.parametrize("case", ["replicas"])
 def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(case, on_one_device):
     """Other orders and parts of the prefetched ids, in jit and outside; others are NaN."""
     over = placed(MESHES[case])
