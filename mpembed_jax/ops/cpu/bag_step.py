@@ -504,14 +504,26 @@ def _sums_of(fmt: RowFormat) -> str:
 # --- backward
 
 
+# The usual dims, as numba functions that keep a row's squares in registers.
+_SQUARES_2, _SQUARES_4, _SQUARES_8, _SQUARES_16 = map(lanes.sum_of_squares, (2, 4, 8, 16))
+
+
 @compiled
 def _sum_of_squares(scratch, grads, dim):
     """Sums the squares of a buffer in the order of `optim.rowwise`.
 
     The blocks of the upper half are added to those of the lower half, until one block is left.
     """
-    lanes.square(scratch, grads, dim)
     num_blocks, half = (dim + LANES - 1) // LANES, 1
+    if num_blocks == 2:
+        return _SQUARES_2(grads)
+    if num_blocks == 4:
+        return _SQUARES_4(grads)
+    if num_blocks == 8:
+        return _SQUARES_8(grads)
+    if num_blocks == 16:
+        return _SQUARES_16(grads)
+    lanes.square(scratch, grads, dim)
     while 2 * half < num_blocks:
         half *= 2
     while num_blocks > 1:

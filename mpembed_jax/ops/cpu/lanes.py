@@ -399,13 +399,40 @@ def square(context, buffer, grads, dim):
     """buffer = grads ** 2, each rounded; both are buffers."""
 
     def write(builder, buffer, grads, dim):
-        def body(block):
-            values = block.buffered(grads)
-            block.buffer(buffer, ((values * values).bits() & 0x7FFFFFFF).as_float())
-
-        each_block(builder, dim, body)
+        each_block(
+            builder, dim, lambda block: block.buffer(buffer, _squares(block.buffered(grads)))
+        )
 
     return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+def _squares(values: Lanes) -> Lanes:
+    return ((values * values).bits() & 0x7FFFFFFF).as_float()
+
+
+def sum_of_squares(num_blocks: int) -> Callable:
+    """Returns a numba function of a buffer of so many blocks: the sum of its squares, float32.
+
+    The blocks of the upper half are added to those of the lower half, until one block is left. All
+    stay in registers.
+    """
+
+    def typed(context, buffer):
+        def write(builder, buffer):
+            blocks = [
+                _squares(Block(builder, _LONG(k * LANES), None).buffered(buffer))
+                for k in range(num_blocks)
+            ]
+            while len(blocks) > 1:
+                half = 1 << (len(blocks) - 1).bit_length() - 1
+                for upper in range(half, len(blocks)):
+                    blocks[upper - half] += blocks[upper]
+                blocks = blocks[:half]
+            return blocks[0].halved(lambda a, b: a + b)
+
+        return _row_function(write, types.float32, _ROW)
+
+    return intrinsic(typed)
 
 
 @intrinsic
