@@ -209,6 +209,13 @@ def test_every_pooling(pooling):
     check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [24, 32, 64, 128])
+def test_squares_are_summed_in_one_order_at_every_number_of_blocks(dim):
+    """3, 4, 8 and 16 blocks of eight; some of these numbers have code of their own."""
+    check(Case({"name": "float32"}, dim, 100, 8, "lfu", None, "vectors", "adagrad"), steps=2)
+
+
 QUICK = Case({"name": "int8"}, 12, 100, 8, "lfu", 40, "weighted mean", "adagrad")
 
 

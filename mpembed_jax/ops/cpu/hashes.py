@@ -26,10 +26,19 @@ def scale_to(mixed, size):
 
 
 @compiled
-def cell(depth, x, groups, width):
-    """Returns the cell of id x in row `depth` of the sketch; see residency.sketch_cells."""
-    quotient = np.uint32(x) // np.uint32(groups)
-    group = np.int64(np.uint32(x) % np.uint32(groups))
+def cell_of(depth, quotient, group, groups, width):
+    """Returns the cell of the id quotient * groups + group in row `depth` of the sketch.
+
+    See residency.sketch_cells.
+    """
     return (depth * groups + group) * width + scale_to(
         fmix32(quotient ^ np.uint32(SEEDS[depth])), width
     )
+
+
+@compiled
+def cell(depth, x, groups, width):
+    """Returns the cell of id x in row `depth` of the sketch."""
+    quotient = np.uint32(x) // np.uint32(groups)
+    group = np.int64(np.uint32(x) % np.uint32(groups))
+    return cell_of(depth, quotient, group, groups, width)

@@ -11,7 +11,7 @@ import numpy as np
 from mpembed_jax.cache.spec import MAX_WAYS
 from mpembed_jax.ops.cpu import policy
 from mpembed_jax.ops.cpu.call_frame import ask_for, compiled
-from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
+from mpembed_jax.ops.cpu.hashes import cell_of, fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 
 MAX_PARTS = 64
@@ -41,11 +41,16 @@ def part_of(x, num_rows, groups, num_parts, shift):
 
 
 @compiled
+def _divided(x, groups, bits):
+    """Returns x // groups (uint32) and x % groups (int64). groups is 1 << bits."""
+    return np.uint32(x) >> bits, np.int64(np.uint32(x) & np.uint32(groups - 1))
+
+
+@compiled
 def _cell(depth, x, groups, bits, width):
-    """Does what hashes.cell does, for a power of two of groups."""
-    mixed = fmix32((np.uint32(x) >> bits) ^ np.uint32(SEEDS[depth]))
-    group = np.int64(np.uint32(x) & np.uint32(groups - 1))
-    return (depth * groups + group) * width + scale_to(mixed, width)
+    """Does what hashes.cell does. groups is 1 << bits."""
+    quotient, group = _divided(x, groups, bits)
+    return cell_of(depth, quotient, group, groups, width)
 
 
 @compiled
@@ -133,9 +138,8 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
     num_misses, hit_requests = 0, 0
     for ahead in range(num_rows + 2 * _AHEAD):
         if ahead < num_rows:
-            x = np.uint32(ids[ahead])
-            mixed, group = fmix32(x >> bits), np.int64(x & np.uint32(groups - 1))
-            home[ahead] = group + groups * scale_to(mixed, per_group)
+            quotient, group = _divided(ids[ahead], groups, bits)
+            home[ahead] = group + groups * scale_to(fmix32(quotient), per_group)
             ask_for(tags, np.int64(home[ahead]) * ways, ways)
         i = ahead - _AHEAD
         if 0 <= i < num_rows:
