@@ -122,25 +122,24 @@ def test_rows_on_the_host_are_packed_and_cached_however_large_the_host_is():
         assert choice.spec.storage.name != "float32" and choice.spec.cache is not None
 
 
+def smallest_budget(tables, budget, **options):
+    """The budget that a refused plan names."""
+    with pytest.raises(ValueError, match="smallest budget that works is") as refused:
+        memory.plan(tables, budget, tx=TX, **options)
+    return int(re.search(r"works is ([\d,]+)", str(refused.value))[1].replace(",", ""))
+
+
 @pytest.mark.parametrize("host_budget", [None, "5MB", "1GB"])
 def test_the_smallest_budget_is_one_that_is_accepted(host_budget):
-    def needed(budget):
-        with pytest.raises(ValueError, match="smallest budget that works is") as refused:
-            memory.plan(TABLES, budget, tx=TX, host_budget=host_budget)
-        return int(re.search(r"works is ([\d,]+)", str(refused.value))[1].replace(",", ""))
-
-    least = needed(1000)
+    least = smallest_budget(TABLES, 1000, host_budget=host_budget)
     assert memory.plan(TABLES, least, tx=TX, host_budget=host_budget).device_bytes <= least
-    assert needed(least - 1) == least
+    assert smallest_budget(TABLES, least - 1, host_budget=host_budget) == least
 
 
 def test_stacks_of_different_dims_may_need_different_formats_to_fit():
     """At D = 16, INT4 + 1 % is smaller than INT2 + 5 %; at D = 64, it is larger."""
     tables = {"a": (100_000, 16), "b": (100_000, 64)}
-    with pytest.raises(ValueError, match="smallest budget that works is") as refused:
-        memory.plan(tables, 1000, tx=TX)
-    least = int(re.search(r"works is ([\d,]+)", str(refused.value))[1].replace(",", ""))
-    specs = memory.plan(tables, least, tx=TX).specs
+    specs = memory.plan(tables, smallest_budget(tables, 1000), tx=TX).specs
     found = {name: (spec.storage.name, spec.cache.fraction) for name, spec in specs.items()}
     assert found == {"dim16": ("int4", 0.01), "dim64": ("int2", 0.05)}
 

@@ -175,10 +175,9 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["replicas"])
-def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(case, on_one_device):
+def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(on_one_device):
     """Other orders and parts of the prefetched ids, in jit and outside; others are NaN."""
-    over = placed(MESHES[case])
+    over = placed(MESHES["replicas"])
     module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0), **over)
     module.set_states([sharding.relayout(on_one_device, **over)])
     ids = np.arange(300, 348, 3, dtype=np.int32)
