@@ -1,5 +1,6 @@
 """The provenance of a run: command, commit, device, versions. Every results file holds it."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -76,6 +77,15 @@ def write(path: Path, record: dict[str, Any]) -> None:
     new = path.with_name(f".{path.name[:200]}.new")
     new.write_text(text)
     new.replace(path)
+
+
+def settings_of(settings: Any) -> dict[str, Any]:
+    """Returns a program's settings as its results file holds them.
+
+    Args:
+      settings: a dataclass whose field `out` is the path of the file.
+    """
+    return {**dataclasses.asdict(settings), "out": str(settings.out)}
 
 
 def environment() -> dict[str, Any]:

@@ -193,11 +193,7 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     errors = by_seed[-1]["files"]
     record: dict[str, Any] = {**provenance.environment(), "scores": found, "files": errors}
-    record["settings"] = {
-        **dataclasses.asdict(settings),
-        "out": str(settings.out),
-        "path": None,  # a place on one machine
-    }
+    record["settings"] = provenance.settings_of(settings) | {"path": None}  # of one machine
     record["differences"] = {}
     for name in EXPORTS:
         for score in ("auc", "log_loss"):

@@ -174,7 +174,7 @@ def run(settings: Settings) -> int:
             f"[{ends[0]:.3f}, {ends[1]:.3f}]"
         )
     held = {
-        "settings": {**dataclasses.asdict(settings), "out": str(settings.out)},
+        "settings": provenance.settings_of(settings),
         **provenance.environment(),
         "results": results,
     }

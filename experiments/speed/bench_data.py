@@ -133,7 +133,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "rates": {},
     }
     record["versions"] |= provenance.versions(("tensorflow-datasets", "array-record"))
-    record["settings"] = {**dataclasses.asdict(settings), "out": str(settings.out)}
+    record["settings"] = provenance.settings_of(settings)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "train.txt"
         write_text(text, settings)

@@ -105,7 +105,7 @@ def run(settings: Settings) -> int:
             f"target {target / 1e6:.0f}"
         )
     held = {
-        "settings": {**dataclasses.asdict(settings), "out": str(settings.out)},
+        "settings": provenance.settings_of(settings),
         **provenance.environment(),
         "results": results,
     }

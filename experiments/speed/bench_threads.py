@@ -1,39 +1,33 @@
 """How does the step from ids to vectors scale over threads on a CPU?
 
 Measured: the step (embed and apply_pooled_gradients of INT8 + 5 %, on Kaggle's tables) in processes
-that may use 1, 2, 4, .. cores of this machine, in alternated rounds. Predicted: more threads. The
-step deals positions to partitions of ids, id mod 64 (16 partitions up to 4 threads, 64 from there
-on), and threads take partitions one after another. So the divided part of the step takes as long as
-the busiest thread; what the times of 1 and 2 threads leave is serial. Threads that wait for the
-same memory are not in this prediction. From the repository root:
+that may use 1, 2, 4, .. cores of this machine, in alternated rounds. They are workers of
+bench_peers. Predicted: more threads. The step deals positions to partitions of ids, id mod 64 (16
+partitions up to 4 threads, 64 from there on), and threads take partitions one after another. So the
+divided part of the step takes as long as the busiest thread; what the times of 1 and 2 threads
+leave is serial. Threads that wait for the same memory are not in this prediction. It runs on Linux,
+where a process can be given cores. From the repository root:
 
     python -m experiments.speed.bench_threads
 """
 
+import contextlib
 import dataclasses
-import functools
-import multiprocessing
 import os
 import statistics
 import sys
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import mpembed_jax as mpembed
-from experiments import command_line, provenance
+from experiments import command_line, provenance, running
 from experiments.command_line import setting
-from experiments.speed import step, workload
+from experiments.speed import bench_peers, step, workload
+from experiments.speed.peers import Case
 
-NUM_BATCHES = 60  # that the steps cycle through
+NUM_BATCHES = 60  # that the steps cycle through; as many come before them
 GROUPS = 64  # of ids; a partition has one of them or more
 PREDICTED = (1, 2, 4, 8, 16, 32, 64)  # threads
-ROW_TX = mpembed.optim.rowwise_adagrad(0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,55 +56,32 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Refuses an unwritable file, and tables that do not fit the memory.
+    """Refuses an unwritable file, tables that do not fit the memory, and systems but Linux.
 
     Raises:
       Refused: in one sentence.
+      Failed: if processes cannot be given cores.
     """
+    if not hasattr(os, "sched_setaffinity"):
+        raise command_line.Failed("processes can be given cores on Linux only")
     command_line.check_out(settings.out)
     for dim in settings.dims:
         step.check_memory(settings.rows, dim)
 
 
-def ids_of(settings: Settings) -> list[np.ndarray]:
-    """Returns the batches, int32 [B, T] of global ids."""
-    sizes = workload.sizes_for(settings.rows)
-    local = workload.batches(0, NUM_BATCHES, settings.batch, sizes, 1.05)
-    return [workload.to_global(batch, sizes) for batch in local]
-
-
-def asked(pipe: Connection) -> bool:
-    """Waits for a request; False if there will be none."""
-    try:
-        return bool(pipe.recv())
-    except EOFError:
-        return False
-
-
-def work(settings: Settings, dim: int, cores: list[int], pipe: Connection) -> None:
-    """Trains on some cores; answers each request of the pipe with milliseconds per step."""
-    os.sched_setaffinity(0, cores)  # before jax makes its threads
-    sizes = workload.sizes_for(settings.rows)
-    tables = [mpembed.TableSpec(f"t{k}", size) for k, size in enumerate(sizes)]
-    spec = mpembed.EmbeddingSpec(tables, dim, "int8", mpembed.CacheSpec(fraction=0.05))
-    state = mpembed.init(jax.random.key(0), spec, ROW_TX)
-    batches = [jnp.asarray(ids) for ids in ids_of(settings)]
-    shape = (settings.batch, len(sizes), dim)
-    upstream = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    run = jax.jit(
-        functools.partial(step.embedding_step, tx=ROW_TX, is_pooled=True), donate_argnums=0
+def case_of(settings: Settings, dim: int, threads: int) -> Case:
+    """Returns what the worker of so many threads does."""
+    return Case(
+        worker="ours-int8-w32",
+        task="embedding",
+        dim=dim,
+        batch=settings.batch,
+        skew=1.05,
+        rows=settings.rows,
+        distinct=NUM_BATCHES,
+        warm=NUM_BATCHES,
+        threads=threads,
     )
-    done, count = None, NUM_BATCHES  # the first request warms up
-    position = 0
-    while asked(pipe):
-        start = time.perf_counter()
-        for _ in range(count):
-            done = None  # the vectors of the last step are freed before this one makes its own
-            state, _, _, done = run(state, batches[position % NUM_BATCHES], upstream)
-            position += 1
-            jax.block_until_ready((state, done))
-        pipe.send(1000 * (time.perf_counter() - start) / count)
-        count = settings.steps
 
 
 def busiest_share(batches: list[np.ndarray], threads: int) -> float:
@@ -130,36 +101,31 @@ def busiest_share(batches: list[np.ndarray], threads: int) -> float:
 
 
 def measured(settings: Settings, dim: int) -> dict[int, list[float]]:
-    """Returns milliseconds per step of each round, by number of threads."""
-    cores = sorted(os.sched_getaffinity(0))
-    numbers = [n for n in PREDICTED if n <= len(cores)]
-    context = multiprocessing.get_context("spawn")
-    workers: dict[int, tuple[Any, Connection]] = {}
-    times: dict[int, list[float]] = {number: [] for number in numbers}
-    try:
-        for number in numbers:
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=work, args=(settings, dim, cores[:number], theirs))
-            process.start()
-            theirs.close()
-            workers[number] = process, pipe
-        for turn in range(settings.rounds + 1):
+    """Returns milliseconds per step of each round, by number of threads.
+
+    Raises:
+      Failed: if a worker cannot run.
+    """
+    numbers = [n for n in PREDICTED if n <= len(os.sched_getaffinity(0))]
+    with running.working(f"D={dim}"), contextlib.ExitStack() as stack:
+        workers = {
+            n: bench_peers.Worker(case_of(settings, dim, n), sys.executable, stack) for n in numbers
+        }
+        for worker in workers.values():
+            if "missing" in worker.facts:
+                raise command_line.Failed(worker.facts["missing"])
+        for turn in range(settings.rounds):
             for number in numbers[:: 1 if turn % 2 else -1]:
-                pipe = workers[number][1]
-                pipe.send(True)
-                took = pipe.recv()
-                if turn:
-                    times[number].append(took)
-    finally:
-        for process, pipe in workers.values():
-            pipe.close()  # the worker sees the end of its requests
-            process.join()
-    return times
+                workers[number].round(settings.steps, "warm")
+    return {n: [1000 * s for s in worker.times["warm"]] for n, worker in workers.items()}
 
 
 def run(settings: Settings) -> int:
     """Measures, predicts, prints and writes; returns the exit status."""
-    shares = {n: busiest_share(ids_of(settings), n) for n in PREDICTED}
+    sizes = workload.sizes_for(settings.rows)
+    local = workload.batches(1, NUM_BATCHES, settings.batch, sizes, 1.05)
+    batches = [workload.to_global(batch, sizes) for batch in local]
+    shares = {n: busiest_share(batches, n) for n in PREDICTED}
     results = []
     for dim in settings.dims:
         times = measured(settings, dim)
@@ -176,7 +142,7 @@ def run(settings: Settings) -> int:
             print(", ".join(f"threads {n}: {ms:.2f} ms" for n, ms in predicted.items()))
         results.append(result)
     held = {
-        "settings": {**dataclasses.asdict(settings), "out": str(settings.out)},
+        "settings": provenance.settings_of(settings),
         **provenance.environment(),
         "results": results,
     }

@@ -222,7 +222,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measures, prints and saves; returns what the JSON file holds."""
     record: dict[str, Any] = {**provenance.environment(), "cases": [], "files": []}
     record["versions"] |= provenance.versions(("torch", "fbgemm-gpu-cpu", "numba"))
-    record["settings"] = {**dataclasses.asdict(settings), "out": str(settings.out)}
+    record["settings"] = provenance.settings_of(settings)
     rng = np.random.default_rng(0)
     tx = mpembed.optim.rowwise_adagrad(0.05)
     for dim in settings.dims:
