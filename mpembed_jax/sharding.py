@@ -74,7 +74,7 @@ def on_one_device(
     """Returns move(state); a state over a mesh is brought to one device for it, and back.
 
     Args:
-      call: what the user called, for messages.
+      call: the call of the user, for messages.
       state: not consumed, unless it is on one device and `move` consumes it.
       move: takes a state on one device and returns one.
 

@@ -85,8 +85,8 @@ def most_distinct(
     A table has no more distinct rows in a batch than it has rows, or positions in the batch.
 
     Args:
-      tables: of the stack.
-      of_ids: which tables the ids are of; None if that is not known.
+      tables: the tables of the stack.
+      of_ids: the tables that the ids belong to; None if they are not known.
       sizes: positions of each array of ids.
     """
     if of_ids is None:

@@ -18,7 +18,7 @@ import jax
 Tree = TypeVar("Tree")
 
 _HUGE = 1 << 21  # bytes of a page
-_SMALLEST = 4 * _HUGE  # bytes of an array worth the calls
+_SMALLEST = 4 * _HUGE  # bytes; for smaller arrays, the calls are not worth their time
 _MADV_HUGEPAGE = 14  # asks for huge pages where the memory is touched for the first time
 _MADV_COLLAPSE = 25  # moves touched memory to huge pages now; Linux 6.1
 
@@ -40,7 +40,8 @@ def place(tree: Tree) -> Tree:
 
 
 def _advise(array: Any) -> None:
-    # An array that could not be made has no address: to ask for it would end the process.
+    # If the array could not be made, waiting for it raises an error. Asking it for its address
+    # without waiting would end the process.
     begin = array.block_until_ready().unsafe_buffer_pointer()
     first = -(-begin // _HUGE) * _HUGE
     size = (begin + array.nbytes) // _HUGE * _HUGE - first

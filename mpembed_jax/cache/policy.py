@@ -1,7 +1,7 @@
 """The cache policies LFU and LRU: use, ageing, the rank of a line, admission, pinning.
 
-A policy is named "lfu" or "lru". Each rule tests for the other policies first. Its last branch is
-LRU. `ops.xla.plan.make_plan` states the rules as a whole.
+A policy is named "lfu" or "lru". The last branch of each rule is the rule of LRU.
+`ops.xla.plan.make_plan` states the rules as a whole.
 """
 
 import dataclasses

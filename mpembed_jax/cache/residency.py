@@ -1,8 +1,8 @@
 """Residency: the record of the id in each line of the set-associative FP32 cache.
 
-The record has no floats; this module never computes with a row. The policies are LRU and LFU. With
-LFU, a newcomer takes an empty line, or the line of an id with a lower estimated use. A count-min
-sketch, sized by the cache, estimates the use of ids without a line.
+CacheState holds the rows, too, but this module never computes with a row. The policies are LRU and
+LFU. With LFU, a newcomer takes an empty line, or the line of an id with a lower estimated use. A
+count-min sketch, sized by the cache, estimates the use of ids without a line.
 
 The structure follows FBGEMM's table-batched embedding cache (32-way sets, LRU and LFU). The order
 inside a set, admission, halving and the conservative sketch update are this library's own rules.
@@ -42,7 +42,7 @@ class CacheState:
     # i32 [S, W]. LRU: the step of last use. LFU: the estimated use, halved with the sketch.
     priority: jax.Array
     dirty: jax.Array  # bool [S, W]: whether the line is newer than the table
-    rows: Any  # f32 [C, D]
+    rows: Any  # f32 [C, D]: the row in each line
     sketch: Any  # u16 [2, G, 2 C // G]; None for LRU
     policy: str  # "lfu" or "lru"
     groups: int  # G; on a mesh, the groups of one shard
@@ -100,7 +100,7 @@ def set_of(ids: jax.Array, geometry: Geometry) -> jax.Array:
 def locate(cache: CacheState, ids: jax.Array) -> jax.Array:
     """Returns the line (int32, shape of ids) that holds each id, or C if no line holds it.
 
-    NO_ID gives C: it is the tag of empty lines, and no id.
+    NO_ID gives C, because it is the tag of empty lines and not an id.
     """
     sets = set_of(ids, cache.geometry)
     is_here = indexing.take(cache.tags, sets) == ids[..., None]
@@ -127,7 +127,7 @@ def cells_in_row(
     """Returns the cells (int32) of ids (int32) in one row of the flattened sketch.
 
     Args:
-      shape: of the sketch.
+      shape: the shape of the sketch.
       ids: int32 [..].
       row: the row of the sketch, broadcast against ids.
       seed: uint32, the seed of that row.

@@ -28,11 +28,11 @@ _ZSTD_BLOCK = 1 << 17  # bytes: a block decompresses to no more
 
 
 class ZarrArray(NamedTuple):
-    """What `.zarray` says of an array."""
+    """The description of an array in its file `.zarray`."""
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]  # the shape of one piece
-    piece_bytes: int  # of a piece without compression
+    piece_bytes: int  # bytes of one piece before compression
     is_compressed: bool
 
     @property
@@ -61,11 +61,11 @@ def check(folder: Path, key: str, names: list[str], shape: list[int], dtype: str
     """Checks the files of one array, whose checksums are right, before anything is allocated.
 
     Args:
-      folder: of the checkpoint.
-      key: the array's folder.
-      names: its files that the manifest names, which were checked.
-      shape: of the array on disk.
-      dtype: its name.
+      folder: the folder of the checkpoint.
+      key: the array's folder in it.
+      names: the array's files that the manifest names. Their checksums are right.
+      shape: the shape of the array on disk.
+      dtype: the name of its dtype.
 
     Raises:
       DamagedError: if these are not the files of such an array.

@@ -58,7 +58,8 @@ class Claim:
                 raise OSError(errno.ENOSYS, "this system has no fcntl")
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # POSIX allows both. Linux says EAGAIN, and EACCES for other reasons.
+            # If another process holds the lock, POSIX allows EAGAIN and EACCES. Linux reports
+            # EAGAIN, and uses EACCES for other errors.
             if error.errno == errno.EAGAIN or (error.errno == errno.EACCES and not _IS_LINUX):
                 raise CheckpointError(
                     f"{_holder(self._file)}, which saves in {directory}; wait until it is done, or "

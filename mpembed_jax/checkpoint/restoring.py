@@ -67,7 +67,7 @@ def restore(directory: Any, target: Any, *, step: int | None = None, partial: bo
       CheckpointError: if the requested checkpoint is damaged, or if every one is; the message names
         the array and the file. Without `step`, also if a newer checkpoint than the newest good one
         cannot be read now, or was written by a newer version: it may be good.
-      TypeError: if directory is no path, or step no whole number.
+      TypeError: if directory is not a path, or step is not a whole number.
       ValueError: if the target has other leaves, shapes or dtypes than the checkpoint.
     """
     call = "restore(directory, target)"
@@ -143,8 +143,8 @@ def _newest(directory: Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if there is no checkpoint.
-      CheckpointError: if all are damaged, or if a newer one may be good but cannot be read now, or
-        not by this version. A run from an older one would lose its steps.
+      CheckpointError: if all are damaged. Also if a newer one cannot be read now, or was written by
+        a newer version: it may be good, and a run from an older one would lose its steps.
     """
     while True:
         found = manifest.steps(directory)
@@ -355,8 +355,8 @@ def _check_rows(
 ) -> None:
     """Checks the rows against the digest of the saved state's rows.
 
-    It finds rows that were lost when files were read or increments applied. What the entry says of
-    small arrays is compared first.
+    The digest finds rows that were lost when files were read or increments applied. Before that,
+    the small arrays whose values are also in the entry are compared with it.
     """
     for inner, field in _IN_ENTRY.items():
         if np.asarray(arrays[inner]).tolist() != entry[field]:

@@ -89,7 +89,7 @@ class Saving:
     """A save in progress.
 
     Attributes:
-      directory: of the checkpoints.
+      directory: the folder of all checkpoints.
       step: number of the checkpoint.
       nbytes: bytes of the arrays that are written, before compression.
     """

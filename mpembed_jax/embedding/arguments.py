@@ -1,7 +1,7 @@
-"""What the verbs ask of their arguments' types, in messages that say what goes where.
+"""Checks of the types of the verbs' arguments. The error messages show the order of the arguments.
 
-A state that was donated is found here, where a verb is called by itself. In a jitted step, jax
-finds it first, with a message of its own.
+If a verb is called outside jit with a state that was donated, `check_state` says so. If a jitted
+function gets such a state, jax raises its own error first.
 """
 
 import os
@@ -19,13 +19,13 @@ def expect(call: str, name: str, value: Any, kind: type, origin: str) -> None:
 
     Args:
       call: the verb with its arguments, in order.
-      name: of the argument.
-      value: of it.
-      kind: the type that it must have.
+      name: the name of the argument.
+      value: the value of the argument.
+      kind: the type that the value must have.
       origin: where a value of this type comes from.
 
     Raises:
-      TypeError: if it is another one.
+      TypeError: if the value has another type.
     """
     if not isinstance(value, kind):
         raise TypeError(
@@ -37,7 +37,7 @@ def path_of(call: str, name: str, value: Any) -> Path:
     """Returns an argument as a path.
 
     Raises:
-      TypeError: if it is none.
+      TypeError: if it is not a path.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{call}: {name} must be a path, got {type(value).__name__}")
@@ -50,10 +50,10 @@ def article(kind: type) -> str:
 
 
 def check_state(call: str, state: Any) -> None:
-    """Checks that a verb's state is one, and still there.
+    """Checks that the state of a verb is an EmbeddingState that was not donated.
 
     Raises:
-      TypeError: if it is something else.
+      TypeError: if it is not an EmbeddingState.
       ValueError: if it was donated.
     """
     expect(call, "state", state, EmbeddingState, "from init, or from the verb before")
@@ -67,9 +67,9 @@ def check_state(call: str, state: Any) -> None:
 
 
 def check_plan(call: str, plan: Any) -> None:
-    """Checks that a verb's plan is one.
+    """Checks that the plan of a verb is a CachePlan.
 
     Raises:
-      TypeError: if it is something else.
+      TypeError: if it is not a CachePlan.
     """
     expect(call, "plan", plan, CachePlan, "the second result of prefetch")

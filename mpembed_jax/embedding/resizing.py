@@ -1,7 +1,7 @@
 """Moves a state to a spec with another pool or more tables.
 
-An owner that stays takes along its row, optimizer state and use, and its cache line if there is a
-place for it.
+An owner that stays keeps its row, its optimizer state and its use. It keeps its cache line if there
+is a place for the line.
 
 The sets of a pool are split and joined by linear hashing; see `vocabulary.pool`.
 """
@@ -144,8 +144,8 @@ def _remembered(
 def _sketch(sketch: np.ndarray, old: pool.Sizes, new: pool.Sizes) -> np.ndarray:
     """Returns a sketch of new sizes. No id has a lower count in it than in the old sketch.
 
-    The ids of a new counter may have had several old counters. The new counter gets the largest of
-    their counts.
+    Ids that share a new counter may have had different counters in the old sketch. The new counter
+    gets the largest count of these.
     """
     per, bits = old.counters_per_byte, old.counter_bits
     shifts = np.arange(per, dtype=np.uint8) * np.uint8(bits)

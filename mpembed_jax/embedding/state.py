@@ -128,14 +128,14 @@ class EmbeddingState:
 
     @property
     def is_concrete(self) -> bool:
-        """Whether check_spec knows if the state is sound, because nothing that tells is traced."""
+        """Whether is_sound can be evaluated: none of the arrays that it reads is traced."""
         told = (self.fingerprint, self.clock, self.step)
         return not any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in told)
 
     def check_spec(self) -> None:
         """Checks that the arrays were made for this spec and belong to one step.
 
-        What is traced is checked later, by is_sound.
+        Traced arrays are checked when the compiled function runs, by is_sound.
 
         Raises:
           ValueError: if the arrays were made for another spec, or if states were averaged.
@@ -171,7 +171,7 @@ def check_spec(call: str, spec: Any) -> None:
     """Checks that an argument is a spec.
 
     Raises:
-      TypeError: if it is something else; the message has `call`, which says the order of arguments.
+      TypeError: if it is not. The message begins with `call`, which shows the order of arguments.
     """
     if not isinstance(spec, EmbeddingSpec):
         raise TypeError(f"{call}: spec must be an EmbeddingSpec, got {type(spec).__name__}")

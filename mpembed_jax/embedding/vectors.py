@@ -72,7 +72,7 @@ class Pooling:
 )
 @dataclasses.dataclass(frozen=True)
 class VectorPlan:
-    """What `embed` decided about one batch; it lives until the batch's apply_pooled_gradients.
+    """The decisions of `embed` about one batch, for the apply_pooled_gradients of the same batch.
 
     If the verbs run natively (see is_fused), `places` describes the batch's rows, and `factors` and
     `source` describe its positions. If not, `plan`, `rows`, `weights` and `segment_ids` are those

@@ -41,11 +41,11 @@ def write_rows(
     Args:
       state: consumed if donated. A sharded state may be whole, or inside jax.shard_map, where all
         devices pass the same ids and rows.
-      ids: int32 [..], global ids. NO_ID, and ids outside the stack, write nothing. Of an id that
-        occurs several times, the last row counts.
+      ids: int32 [..], global ids. NO_ID, and ids outside the stack, write nothing. If an id
+        occurs several times, its last row counts.
       rows: float [.., D], one for each of the ids.
-      tx: None, or the transformation given to init: it then starts anew on these rows, with the
-        initial optimizer state of a row. Scalars of the state, such as counts, stay.
+      tx: the transformation given to init: the optimizer state of these rows becomes what it was
+        after init. Scalars of the state, such as counts, stay. None: the optimizer state stays.
 
     Returns:
       The state.

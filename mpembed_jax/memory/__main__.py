@@ -20,10 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the planner.
 
     Args:
-      arguments: of the command line; None: those of this process.
+      arguments: the words of the command line; None: those of this process.
 
     Returns:
-      The exit status: 0; 2 where an argument is wrong; 1 where a file is, or nothing fits.
+      The exit status: 0 if the plan was printed; 1 if the file or a value is wrong, or nothing
+      fits. If the words cannot be parsed, argparse ends the process with status 2.
     """
     parser = argparse.ArgumentParser("python -m mpembed_jax.memory", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

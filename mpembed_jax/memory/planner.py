@@ -276,7 +276,7 @@ def _hits(
     """Returns the share of the sampled ids that the most used rows get.
 
     Args:
-      tables: of a stack.
+      tables: the tables of one stack.
       samples: sampled ids of tables, by name.
       fraction: which share of the rows counts as the most used; None without a cache.
 

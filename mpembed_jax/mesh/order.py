@@ -56,7 +56,7 @@ def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     """Merges the caches of all shards into the cache of one device.
 
     Args:
-      layout: of the stack.
+      layout: the layout of the stack.
       cache: {field of CacheState: array}. Tags must be among them.
 
     Returns:
@@ -112,7 +112,7 @@ def _by_set(
 
     Args:
       fields: {name: array}.
-      num_sets: of all shards.
+      num_sets: the number of sets of all shards together.
       count: the count of `_transposed`, from the number of sets or groups.
     """
 

@@ -71,10 +71,10 @@ def deduplicate(
     """Returns the distinct ids of a device, the number of requests and of ids outside the stack.
 
     Args:
-      layout: of the stack.
+      layout: the layout of the stack.
       leaves: int32 arrays [..], or pairs [.., 2].
       step: int32 scalar.
-      tables: whose rows the ids are, or None.
+      tables: the tables that the ids belong to, or None.
 
     Raises:
       ValueError: if summation blocks do not divide the leading axis of a leaf.

@@ -92,8 +92,8 @@ def ngram_ids(
     """Returns the ids of tokens, and the arrays by which the calls of a step recognize these ids.
 
     Args:
-      spec: of the stack.
-      ngrams: its hash.
+      spec: the spec of the stack.
+      ngrams: the hash of the stack.
       canonical: the map of tokens, or None.
       tokens: any nest of integers [.., T].
       context: None, or the nest of integers [.., context_size].
@@ -132,8 +132,9 @@ class NGramMemory(nnx.Module):
       features: D, the width of a row.
       orders: orders n of the n-grams, each at least 2.
       heads: tables of each order.
-      rows: rows of each table: one number for all orders, or one for each. Each table gets a prime
-        number of rows that is not smaller and that no other table has.
+      rows: rows of each table: one number for all orders, or one for each. The number of rows that
+        a table gets is the smallest prime that is at least this number and that no earlier table
+        has.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.

@@ -58,7 +58,7 @@ def _is_prime(number: int) -> bool:
 
 
 def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
-    """Returns distinct primes: for each number of rows the smallest that is free and not below."""
+    """Returns, for each number of rows, the smallest prime not below it that is not yet taken."""
     sizes: list[int] = []
     for wanted in rows:
         size = wanted
@@ -84,14 +84,14 @@ def _integers(name: str, value: Any, low: int, high: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class NGramHash:
-    """What determines the rows of n-grams; frozen and hashable.
+    """The settings that determine the rows of n-grams; frozen and hashable.
 
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size); at most 2^31 - 1.
       orders: distinct orders n of the n-grams, each in [2, 64].
       heads: tables of each order, 1 to 1,024.
-      rows: rows of a table: one number for all, or one for each order. A table has the smallest
-        prime number of rows that is not below it and that no other table has.
+      rows: rows of a table: one number for all, or one for each order. The number of rows that a
+        table has is the smallest prime that is at least this number and that no earlier table has.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
         the first token of an n-gram and no other one. It is compared before the map of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
@@ -163,7 +163,7 @@ class NGramHash:
 
     @property
     def context_size(self) -> int:
-        """How many tokens before a position its n-grams can hold."""
+        """The number of tokens before a position that its n-grams can contain."""
         return max(self.orders) - 1
 
     def ids(self, tokens: Any, canonical: Any = None, context: Any = None) -> Any:
@@ -282,7 +282,7 @@ def check_tokens(spec: NGramHash, tokens: Any, name: str = "tokens") -> Any:
     Args:
       spec: the hash.
       tokens: integers [.., T] in [0, vocabulary_size), or NO_ID.
-      name: what errors call them.
+      name: the name of the tokens in error messages.
 
     Raises:
       TypeError: if they are not integers.

@@ -190,7 +190,7 @@ def tables_of(spec: EmbeddingSpec, ids: Any, by_feature: bool) -> TablesOfIds | 
     """Returns the tables of global ids, for prefetch_of_tables.
 
     Args:
-      spec: of the stack; its global_ids made the ids.
+      spec: the spec of the stack; its global_ids made the ids.
       ids: {feature: int32 [..]}, or a nest of int32 [.., T]. For a spec with one feature, any nest
         of int32 [..].
       by_feature: whether the keys of a mapping are features.
@@ -212,7 +212,7 @@ def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:
 
     Args:
       combiners: see as_combiners.
-      ids: of the stack, as `route` returned them.
+      ids: the ids of the stack, as `route` returned them.
 
     Returns:
       The nest of ids and its combiner. None if bags of several ids have different combiners, or if

@@ -76,7 +76,7 @@ class Stack(nnx.Module):
 
     @property
     def is_prefetched(self) -> bool:
-        """Whether rows or vectors are held, that is, a step is in progress."""
+        """Whether a step is in progress: rows or vectors are held."""
         return hasattr(self, "plan")
 
     @property
@@ -250,8 +250,8 @@ def _stacks(model: nnx.Module) -> list[tuple[tuple, Stack]]:
 def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
     """Updates every prefetched embedding of a model and removes its rows from model and gradients.
 
-    Before this call, grads hold the gradients of dense parameters and of rows. Of a module with
-    fused=True, they hold the gradients of vectors instead of rows. To clip by the global norm of
+    Before this call, grads hold the gradients of dense parameters and of rows. If a module has
+    fused=True, they hold the gradients of its vectors instead. To clip by the global norm of
     dense and row gradients together, as dense training does, clip before this call:
 
       `grads, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())`

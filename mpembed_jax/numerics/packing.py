@@ -31,7 +31,7 @@ def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
         return reduce(
             jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
         )
-    shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # also of no rows
+    shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # right for no rows, too
     shifts = _last(per_word, codes.ndim) * jnp.uint32(code_bits)
     return jnp.sum(codes.reshape(shape) << shifts, axis=-1, dtype=jnp.uint32)
 
@@ -115,7 +115,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
       float32 [.., D].
 
     Raises:
-      TypeError: if packed is no array, or format no format.
+      TypeError: if packed is not an array, or format is not a format.
       ValueError: if the words' dtype or number does not match the format and dim.
     """
     if not hasattr(packed, "dtype"):
@@ -137,7 +137,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
     if per_word > 1:
         shifts = _last(per_word, codes.ndim) * jnp.uint32(fmt.code_bits)
         codes = (codes[..., None] >> shifts) & jnp.uint32(2**fmt.code_bits - 1)
-        shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # also of no rows
+        shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # right for no rows, too
         codes = codes.reshape(shape)[..., :embedding_dim]
     scale = bias = jnp.zeros((*packed.shape[:-1], 1), jnp.float32)
     if fmt.scale_dtype is not None:

@@ -147,10 +147,10 @@ class Positions(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What a fused forward call leaves: the rows of a batch by partition, the positions of each.
+    """The rows of a batch by partition, and the positions of each row, from a fused forward call.
 
-    The rows of a partition begin where its positions do. Entries between its last row and the next
-    partition mean nothing.
+    A partition's rows (in ids, line and stop) begin at the index at which its positions (in order)
+    begin. Entries between the last row of a partition and the next partition have no meaning.
     """
 
     facts: jax.Array  # i32 [..]  counts, and where each partition begins; see ops.cpu.bag_step

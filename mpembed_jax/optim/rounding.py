@@ -30,8 +30,9 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
     are lost.
 
     Wrappers that choose between the result of a transformation and updates of the gradients' dtype,
-    such as optax.apply_if_finite and optax.conditionally_mask, go inside the chain. Around it, they
-    end in a TypeError of lax.cond, because bfloat16 gradients would become float32 updates:
+    such as optax.apply_if_finite and optax.conditionally_mask, go inside the chain. If they are
+    around the chain, lax.cond raises a TypeError, because bfloat16 gradients would become float32
+    updates. This is right:
 
       `optax.chain(optax.apply_if_finite(optax.sgd(0.1), 3), stochastic_round_updates(key))`
 
@@ -45,7 +46,7 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
       TypeError: if key is something else.
     """
 
-    key_words(key)  # raises where it is none
+    key_words(key)  # raises an error if this is not a key
 
     def init(params: Any) -> StochasticRoundState:
         del params

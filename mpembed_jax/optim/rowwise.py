@@ -162,7 +162,7 @@ def scale_by_rowwise_adagrad(
       An optax transformation for parameters [.., D]. Its state has one float32 per row.
 
     Raises:
-      TypeError: if an argument is no number.
+      TypeError: if an argument is not a number.
     """
     _check_numbers(eps=eps, initial_accumulator_value=initial_accumulator_value)
 
@@ -213,7 +213,7 @@ def scale_by_rowwise_adam(
       An optax transformation for parameters [.., D].
 
     Raises:
-      TypeError: if an argument is no number.
+      TypeError: if an argument is not a number.
     """
     _check_numbers(b1=b1, b2=b2, eps=eps)
 

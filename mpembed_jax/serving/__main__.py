@@ -16,10 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      arguments: of the command line; None: those of this process.
+      arguments: the words of the command line; None: those of this process.
 
     Returns:
-      The exit status: 0; 2 where an argument is wrong; 1 where a file is.
+      The exit status: 0 if the command succeeded, 1 if a file is wrong. If an argument is wrong,
+      argparse ends the process with status 2.
     """
     parser = argparse.ArgumentParser("python -m mpembed_jax.serving", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

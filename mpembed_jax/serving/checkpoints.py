@@ -38,11 +38,11 @@ def export(
       checkpoint: directory of `checkpoint.save`.
       path: as in save.
       storage: as in save.
-      step: of the checkpoint; None for the newest good one.
+      step: the step of the checkpoint; None for the newest good one.
       progress: as in save.
 
     Returns:
-      What the file holds.
+      The contents of the file.
 
     Raises:
       FileNotFoundError: if the directory has no checkpoint (of this step).

@@ -66,7 +66,7 @@ class Array(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """How the raw ids of some tables have the rows of one pool; see VocabularySpec."""
+    """The sizes of a pool, and the tables whose raw ids have its rows; see VocabularySpec."""
 
     tables: tuple[str, ...]  # their numbers in pairs are their places here
     sets: int
@@ -134,7 +134,7 @@ class Table(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds."""
+    """The contents of a file: its tables and features."""
 
     tables: tuple[Table, ...]
     features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
@@ -228,11 +228,11 @@ def open_file(path: Any) -> Opened:
     """Opens a serving file and checks everything but the bytes of its arrays.
 
     Args:
-      path: of the file.
+      path: the path of the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ServingError: if it is not such a file, is cut short, or is of a newer version.
+      ServingError: if it is not a serving file, is cut short, or has a newer version.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
@@ -390,14 +390,14 @@ def verify(path: Any) -> Contents:
     """Checks every byte of a serving file.
 
     Args:
-      path: of the file.
+      path: the path of the file.
 
     Returns:
-      What the file holds.
+      The contents of the file.
 
     Raises:
       ServingError: if a byte is wrong; the message names the file, the table and its rows.
-      TypeError: if path is none.
+      TypeError: if path is not a path.
     """
     opened = open_file(arguments.path_of("serving.verify(path)", "path", path))
     sums = opened.array(CHECKSUMS)

@@ -1,8 +1,9 @@
 """Saving: embedding states become one serving file, block by block.
 
-The rows are those that `read` returns in training. Lines that are newer than the table are encoded
-as `flush` encodes them, or all rows are encoded again, to nearest, in another format. No second
-copy of a table is made.
+The rows are those that `read` returns in training. Without another format, the table's rows are
+written as they are, and lines that are newer than the table are encoded as `flush` encodes them. In
+another format, all rows are encoded again, with rounding to nearest. No second copy of a table is
+made.
 """
 
 import dataclasses
@@ -41,24 +42,26 @@ def save(
     """Writes embedding states to one serving file.
 
     The file appears whole or not at all. It holds the rows of every table, their formats and
-    checksums, and the names of tables and features. Of a stack with a vocabulary, it holds the pool
-    of rows, under the name "<stack>.pool" ("pool" if the tree is one state), and the tags of their
-    owners. It holds no optimizer state, no use and no counts of ids without a row.
+    checksums, and the names of tables and features. If a stack has a vocabulary, the file holds its
+    pool of rows under the name "<stack>.pool" ("pool" if the tree is one state), and the tags of
+    the rows' owners. It holds no optimizer state, no use and no counts of ids without a row.
 
     Args:
-      path: of the file. An existing file is replaced.
+      path: the path of the file. An existing file is replaced.
       states: an EmbeddingState, or any tree that holds some; not consumed. Names of tables and
         features must be distinct over all of them.
-      storage: None: rows as trained, and lines that are newer than the table are encoded as by
-        `flush`. A RowFormat or its name: rows of another format are encoded again, to nearest.
+      storage: None: the table's rows are written as trained, and lines that are newer than the
+        table are encoded as by `flush`. A RowFormat or its name: rows of another format are encoded
+        again, with rounding to nearest.
       progress: called with the number of rows written and the number of all rows.
 
     Returns:
-      What the file holds. `errors` of a table is its difference from `read` in training.
+      The contents of the file. The `errors` of a table are the differences between its rows and
+      those that `read` returns in training.
 
     Raises:
       OSError: if the file cannot be written; an existing file stays.
-      TypeError: if path is none.
+      TypeError: if path is not a path.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
         abstract, donated or spread over several processes.
     """
@@ -217,7 +220,7 @@ def _blocks(
 def _encode_lines(
     lines: Any, ids: Any, key: Any, step: Any, *, fmt: RowFormat
 ) -> tuple[jax.Array, ...]:
-    """Packs lines (float32 [n, D]) with the random bits of a flush; returns their differences."""
+    """Packs lines (float32 [n, D]) with the bits of a flush; returns their differences, too."""
     lines, ids = jnp.asarray(lines), jnp.asarray(ids)
     # encode_rows uses only the format and the dim of the table.
     table = QuantizedTable(lines, fmt, lines.shape[1])
@@ -230,7 +233,7 @@ def _encode_lines(
 def _encode_again(
     packed: Any, num: Any, place: Any, lines: Any, *, before: RowFormat, after: RowFormat
 ) -> tuple[jax.Array, ...]:
-    """Packs rows in another format, to nearest, and measures what that changes."""
+    """Packs rows in another format, with rounding to nearest; returns their differences, too."""
     dim = lines.shape[1]
     rows = indexing.put(decode(jnp.asarray(packed), before, dim), jnp.asarray(place), lines)
     new = encode(rows, after)

@@ -97,16 +97,16 @@ def sketch(
     """Makes the sign sketch of a table, block by block.
 
     Args:
-      tables: on the host.
+      tables: a ServingTable on the host.
       table: its name; optional if there is a single table.
       bits: hyperplanes, a multiple of 64. A row takes bits / 8 + 4 bytes.
-      seed: of the hyperplanes.
+      seed: the seed of the hyperplanes.
 
     Returns:
       The sketch.
 
     Raises:
-      TypeError: if tables is no ServingTable.
+      TypeError: if tables is not a ServingTable.
       KeyError: if the table is unknown.
       ValueError: if bits is no multiple of 64.
     """

@@ -41,7 +41,7 @@ def states_of(tree: Any) -> dict[str, EmbeddingState]:
     """Returns every embedding state of a tree by its path, "" if the tree itself is one.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if the tree has no embedding state.
     """
     found = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda leaf: isinstance(leaf, EmbeddingState)
@@ -63,7 +63,7 @@ def of_state(name: str, state: EmbeddingState) -> Source:
     """Returns the source of a state.
 
     Args:
-      name: of the stack.
+      name: the name of the stack.
       state: concrete; not consumed.
 
     Raises:
@@ -102,14 +102,14 @@ def of_arrays(
     """Returns the source of a stack's arrays.
 
     Args:
-      name: of the stack.
+      name: the name of the stack.
       spec: the stack. Its cache is not used.
       layout: how the arrays are divided; None for one device.
       rows: packed rows of all shards, a jax or NumPy array.
       cache: {"tags", "dirty", "rows": array}, or {} without a cache.
       key: uint32 [2].
       step: int32 scalar.
-      owners: those of the vocabulary, uint32 [S, W]; None without one.
+      owners: the owners of the vocabulary, uint32 [S, W]; None without a vocabulary.
 
     Raises:
       ValueError: if the stack has 2**31 - 1 rows or more.

@@ -22,7 +22,8 @@ from mpembed_jax.serving.container import Contents, Pool, Table
 from mpembed_jax.table import QuantizedTable, read_rows
 
 IMPLEMENTATIONS = ("numba", "numpy")
-# At most this many queries are scored one by one from packed rows. More share decoded blocks.
+# Up to this many queries are scored one by one from packed rows. For more queries, each block of
+# rows is decoded once.
 _FEW_QUERIES = 8
 
 
@@ -114,7 +115,7 @@ class _Host:
         """Counts ids that are outside their table.
 
         Raises:
-          ValueError: instead, if out_of_range is "raise".
+          ValueError: if out_of_range is "raise". Then nothing is counted.
         """
         if self.out_of_range == "raise":
             is_outside = ((ids < 0) | (ids >= table.num_rows)) & (ids != NO_ID)
@@ -136,10 +137,11 @@ class ServingTable:
     as an argument: the same methods read it there. Ids are local to their tables: id r is row r.
     `mpembed_jax.NO_ID` is padding.
 
-    Tables of raw ids have the rows of a pool. Their ids are raw ids: on the host integers, bytes or
-    strings of any kind that `EmbeddingSpec.raw_ids` takes; in a jitted function integers. Or they
-    are the pairs uint32 [.., 2] that `EmbeddingSpec.raw_ids` and `raw_ids` return, so raw ids of
-    dtype uint32 must be cast. Every id has a row: an unknown one the row that it shares.
+    Tables of raw ids have the rows of a pool. Their ids are raw ids, or the pairs uint32 [.., 2]
+    that `EmbeddingSpec.raw_ids` and `raw_ids` return. On the host, raw ids are integers, bytes or
+    strings of any kind that `EmbeddingSpec.raw_ids` takes. In a jitted function, they are integers.
+    Raw ids of dtype uint32 must be cast, because arrays of this dtype are taken for pairs. Every id
+    has a row: an unknown id has a row that it shares with other ids.
 
     Attributes:
       rows: {table name: packed words [V, words]}, and {owners' name: uint32 [S, W]} of a pool.
@@ -215,14 +217,14 @@ class ServingTable:
     def rows_of(self, ids: Any) -> Any:
         """Returns the numbers of the rows that raw ids have in their pool.
 
-        An id without a row of its own has a shared row: one of the last ones of the pool, which
-        other ids have, too. Nothing in a file leads from a row back to its id.
+        An id without a row of its own has a shared row, as several other ids do. Shared rows are
+        the last rows of the pool. A file does not say to which id a row belongs.
 
         Args:
           ids: as in lookup.
 
         Returns:
-          int32 [..] for each array; NO_ID for padding. Ids that are rows stay what they are.
+          int32 [..] for each array; NO_ID for padding. Ids that are row numbers stay as they are.
 
         Raises:
           KeyError, TypeError, ValueError: as in lookup.
@@ -309,18 +311,19 @@ class ServingTable:
     ) -> tuple[Any, Any]:
         """Returns, for each query, the k rows with the largest dot products with it.
 
-        Rows are decoded in blocks, so no float32 table exists. Of rows with equal scores, those
-        with lower ids come first. Scores are float32 sums. The order of their terms can change the
+        Rows are decoded in blocks, so no float32 table exists. If rows have equal scores, lower
+        ids come first. Scores are float32 sums. The order of their terms can change the
         last bits.
 
         The rows of a pool belong to raw ids of several tables, and the file does not hold the ids.
         So top_k refuses the name of a table of raw ids. It takes the name of the pool, and returns
-        numbers of rows. `rows_of` has the rows of the ids that you know; `among` keeps to them.
+        numbers of rows. `rows_of` returns the rows of the ids that you know. Pass them as `among`
+        to get no other rows.
 
         Args:
           query: float32 [.., D].
           k: the number of rows, at most V.
-          table: its name; optional if there is a single table, which is no pool.
+          table: its name; optional if there is a single table, and this table is not a pool.
           among: integers [n]: only these rows are scored. On the host only. None: all rows.
           sketch: a SignSketch of the table. It chooses `oversample` * k candidates, and exact
             scores choose the best k of them. On the host only. None: all rows are scored.

@@ -107,7 +107,7 @@ class VocabularySpec:
 
     @property
     def arrays(self) -> dict[str, int]:
-        """What gives the arrays of a vocabulary their meaning, by name."""
+        """The numbers that are needed to read the arrays of a vocabulary, by name."""
         return {
             **self.geometry._asdict(),
             "first_sets": int(self.first_sets or self.geometry.sets),

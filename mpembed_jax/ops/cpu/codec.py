@@ -30,7 +30,7 @@ _WORD, _LONG = ir.IntType(32), ir.IntType(64)
 
 
 class Codec(NamedTuple):
-    """What a row format does, as numba functions; rows are given by their addresses."""
+    """Decoding and encoding of a row format, as numba functions that take addresses of rows."""
 
     # decode(packed, buffer, dim): a packed row to a buffer of float32.
     decode: Callable

@@ -246,7 +246,7 @@ def clear(context, buffer, dim):
 
 @intrinsic
 def erase(context, row, dim):
-    """row = 0, for a row that is no buffer: nothing beyond dim is written."""
+    """row = 0. Nothing beyond dim is written, because the row is not a buffer with padding."""
 
     def write(builder, row, dim):
         zeros = constant(builder, 0.0, is_float=True)

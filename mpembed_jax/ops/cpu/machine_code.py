@@ -41,7 +41,7 @@ def load(
     """Returns the compiled form of a function and its address.
 
     Args:
-      name: of the file. Functions of different code need different names.
+      name: the name of the file. Functions with different code need different names.
       function: a Python function that numba can compile as a C callback. Its `__qualname__`, and
         that of every function of ours that it calls, belongs to it alone.
       signature: numba's.
@@ -80,18 +80,18 @@ class _Written(JITCodeLibrary):
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:
-        """Returns 0: there is none."""
+        """Returns 0: the function has no address."""
         return 0
 
     @property
     def codegen(self) -> Any:
-        """What numba asks to set a global variable of the code, which nobody reads."""
+        """The object that numba asks to set a global variable of the code. Nobody reads it."""
         return types.SimpleNamespace(set_env=lambda name, environment: None)
 
 
 @contextlib.contextmanager
 def _kept_as_written() -> Iterator[None]:
-    """What numba compiles inside is only written, see _Written."""
+    """Functions that numba compiles inside this context are not optimized, see _Written."""
     codegen = _codegen()
     with global_compiler_lock:
         codegen._library_class = _Written

@@ -121,9 +121,9 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
       count: i32 [U].
       step: number of this prefetch.
       shape: sets, ways, groups, the width of a row of the sketch, and the policy's number.
-      tags: of the cache; this, priority and sketch are flat.
-      priority: of the cache.
-      sketch: of the cache.
+      tags: the cache's tags, flat.
+      priority: the cache's priorities, flat.
+      sketch: the cache's sketch, flat.
       home: i32 [U], filled with each row's set.
       line: i32 [U], filled with its line, -1 for a miss.
       estimate: i32 [U], filled; zeros for LRU.

@@ -1,8 +1,8 @@
 """The distinct ids of a batch on a GPU, by one sort of its positions.
 
 After the sort, all positions of an id are neighbours. They are the segments over which an update
-sums gradients, so no second sort is needed. Nothing is counted by atomics, and no loop has an end
-that only the device knows. The reference is `xla.unique`.
+sums gradients, so no second sort is needed. There are no atomics, and no loop whose number of turns
+only the device knows. The reference is `xla.unique`.
 """
 
 import jax
