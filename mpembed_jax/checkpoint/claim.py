@@ -62,8 +62,8 @@ class Claim:
             # EAGAIN, and uses EACCES for other errors.
             if error.errno == errno.EAGAIN or (error.errno == errno.EACCES and not _IS_LINUX):
                 raise CheckpointError(
-                    f"{_holder(self._file)}, which saves in {directory}; wait until it is done, or "
-                    "save in another directory"
+                    f"{_holder(self._file)} saves in {directory}; wait until it is done, or save "
+                    "in another directory"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 raise
@@ -82,11 +82,9 @@ class Claim:
 
 
 def _holder(file: int) -> str:
-    """Returns the words for the process that holds a claim."""
+    """Returns the name of the process that holds a claim, for a message."""
     try:
         held = json.loads(os.pread(file, 4096, 0))
-        return (
-            f"process {held['process']} on {held['host']} holds, since {held['since']}, the claim"
-        )
+        return f"process {held['process']} on {held['host']} (since {held['since']})"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process holds the claim"
+        return "another process"

@@ -32,14 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument(
         "file",
         type=Path,
-        help="CSV or parquet: of tables, with the columns rows, dim and perhaps name; or of ids, "
-        "with a column for each table, whose distinct ids are counted",
+        help="CSV or parquet. A file of tables has the columns rows and dim, and perhaps name. A "
+        "file of ids has a column for each table; its distinct ids are counted",
     )
-    own.add_argument("--budget", required=True, help="per device, such as 16GB")
-    own.add_argument("--dim", type=int, help="of all tables, if the file has ids")
-    own.add_argument("--devices", type=int, default=1, help="that divide the rows")
-    own.add_argument("--batch", type=int, help="rows of data in a step, whose temporaries count")
-    own.add_argument("--host-budget", help="host memory for tables that do not fit")
+    own.add_argument("--budget", required=True, help="bytes of each device, such as 16GB")
+    own.add_argument("--dim", type=int, help="embedding dim of all tables, for a file of ids")
+    own.add_argument(
+        "--devices", type=int, default=1, help="number of devices that divide the rows"
+    )
+    own.add_argument(
+        "--batch", type=int, help="examples in a step; the bytes of its temporary arrays then count"
+    )
+    own.add_argument(
+        "--host-budget", help="bytes of host memory for tables that do not fit, such as 64GB"
+    )
     given = parser.parse_args(arguments)
     try:
         columns = _columns(given.file)

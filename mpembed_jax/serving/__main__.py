@@ -25,13 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m mpembed_jax.serving", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the tables of a checkpoint to one file")
-    export.add_argument("checkpoint", type=Path, help="directory of checkpoint.save")
+    export.add_argument("checkpoint", type=Path, help="the directory given to checkpoint.save")
     export.add_argument("out", type=Path, help="the file to write")
     export.add_argument(
         "--storage",
-        help="a row format, such as int8, int4, int2 or float16, to nearest; default: as trained",
+        help="encode rows again, with rounding to nearest, in a format such as int8, int4, int2 or "
+        "float16; default: rows as trained",
     )
-    export.add_argument("--step", type=int, help="of the checkpoint; default: the newest good one")
+    export.add_argument(
+        "--step", type=int, help="step of the checkpoint; default: the newest good one"
+    )
     for name, text in (
         ("inspect", "print tables, formats, bytes and errors"),
         ("verify", "check every byte"),

@@ -435,7 +435,8 @@ class ServingTable:
             assert pool.pool is not None
             raise KeyError(
                 f"name the pool {pool.name!r}: it has the rows of all raw ids of "
-                f"{list(pool.pool.tables)}, in no order of theirs; rows_of returns the rows of ids"
+                f"{list(pool.pool.tables)}, and no row says whose it is; rows_of returns the rows "
+                "of ids"
             )
         if name not in known:
             raise KeyError(f"unknown table {name!r}; this file has {list(known)}")

@@ -373,7 +373,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path, request):
         for folder in (tmp_path, link):
             with pytest.raises(
                 checkpoint.CheckpointError,
-                match=rf"process {writer.pid} on \S+ holds, since \d{{4}}-\d\d-\d\d",
+                match=rf"process {writer.pid} on \S+ \(since \d{{4}}-\d\d-\d\d .*\) saves in",
             ):
                 checkpoint.save(folder, 5, numbers(5))
         writer.stdin.write("\n")
@@ -408,7 +408,7 @@ def test_two_writers_at_once_never_mix(tmp_path, request):
         seen += 1
     said = [writer.communicate()[0].splitlines() for writer in writers]
     assert all(len(lines) == 30 for lines in said)
-    assert all("good checkpoint" in t or "holds" in t for s in said for t in s if "refused" in t)
+    assert all("good checkpoint" in t or "saves in" in t for s in said for t in s if "refused" in t)
     saved = [line.split()[1] for lines in said for line in lines if line.startswith("saved")]
     assert sorted(map(int, saved)) == checkpoint.steps(tmp_path)
     assert len(saved) == len(set(saved)) > 10
