@@ -50,7 +50,7 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
 def in_mapping_of(ids: Mapping[str, Any], values: dict[str, Any]) -> Any:
     """Returns `values` in a mapping of the type of `ids`, which have the same keys.
 
-    It is a dict if jax does not take that type apart.
+    If jax does not treat that type as a pytree, the mapping is a dict.
     """
     if type(ids) is dict:
         return values

@@ -41,8 +41,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the specs differ in tables, dim or vocabulary, or the states of the optimizer
-        have other leaves; there is no conversion.
+      ValueError: if the state cannot be converted, because the specs differ in tables, dim or
+        vocabulary, or the states of the optimizer have other leaves.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"

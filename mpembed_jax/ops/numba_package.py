@@ -5,11 +5,11 @@ import importlib.util
 import re
 import warnings
 
-OLDEST = "0.62"  # LLVM 15, of numba 0.61, aborts the process at the minimum of eight floats
+OLDEST = "0.62"  # numba 0.61 has LLVM 15, which aborts at the minimum of eight floats
 
 
 def why_not() -> str | None:
-    """Returns what is missing for numba to be used, or None if nothing is."""
+    """Returns the reason why numba cannot be used, or None if it can."""
     if importlib.util.find_spec("numba") is None:
         return "the package numba is not installed"
     found = importlib.metadata.version("numba")
@@ -19,7 +19,7 @@ def why_not() -> str | None:
 
 
 def is_default() -> bool:
-    """Returns whether numba is used where nothing is named. Warns of one that is too old."""
+    """Returns whether numba is the default. Warns if the installed numba is too old."""
     reason = why_not()
     if reason and importlib.util.find_spec("numba") is not None:
         warnings.warn(

@@ -42,7 +42,7 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
 
     Raises:
       OSError: if a file cannot be written.
-      TypeError: if tables is no ServingTable.
+      TypeError: if tables is not a ServingTable.
       ValueError: if the layout is unknown or does not fit a table's format; if a row's scale or
         bias has no float16; or if the name of a table cannot be the name of a file.
     """
@@ -156,7 +156,7 @@ def export_program(
       The serialized program.
 
     Raises:
-      TypeError: if tables is no ServingTable.
+      TypeError: if tables is not a ServingTable.
       ImportError: if flatbuffers is not installed, which jax.export writes and reads programs with.
     """
     call = "serving.export_program(function, tables, *arguments)"

@@ -1,8 +1,9 @@
 """A sign sketch of a table: a few bits per row, by which `top_k` chooses rows to score exactly.
 
 Bit j of a row says on which side of a random hyperplane through the origin the row lies. The share
-of bits in which a row and a query differ estimates the angle between them, and with the row's norm
-their product: norm * cos(pi * share). The hyperplanes are orthogonal to each other in groups of D.
+of bits in which a row and a query differ, times pi, estimates the angle between them. So
+norm * cos(pi * share), with the row's norm, estimates their product divided by the query's norm.
+The hyperplanes are orthogonal to each other in groups of D.
 """
 
 import dataclasses
@@ -40,13 +41,14 @@ class SignSketch:
         """Returns the rows with the largest estimated products with each query.
 
         Args:
-          table: that of the sketch.
+          table: the table of the sketch.
           queries: float32 [Q, D].
           num: rows for each query.
           parts: divides ranges of rows over threads, as Reader.parts does; None: one thread.
 
         Returns:
-          int32 [Q, num], ascending; NO_ID, which sorts last, where rows lack.
+          int32 [Q, num] in ascending order. If fewer rows have a score that is not NaN, the last
+          entries are NO_ID.
 
         Raises:
           ValueError: if the sketch is of another table.
@@ -108,7 +110,7 @@ def sketch(
     Raises:
       TypeError: if tables is not a ServingTable.
       KeyError: if the table is unknown.
-      ValueError: if bits is no multiple of 64.
+      ValueError: if bits is not a multiple of 64.
     """
     call = "serving.sketch(tables, table)"
     arguments.expect(call, "tables", tables, ServingTable, "from serving.load")

@@ -15,7 +15,7 @@ BLOCK = 16384  # rows that are decoded at once
 
 
 class Best:
-    """The k best ids of each query so far: those of the largest scores, of equals the lowest.
+    """The ids of the k largest scores of each query so far. Among equal scores, lower ids win.
 
     Ids must be added in ascending order. A score that is NaN is never among the best.
     """
@@ -60,7 +60,10 @@ class Best:
         self._num_found = int(is_best.sum())
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns scores float32 [Q, k] and ids int32 [Q, k]: -inf and NO_ID where rows lack."""
+        """Returns scores float32 [Q, k] and ids int32 [Q, k], the best first.
+
+        If fewer than k scores were numbers, the last entries are -inf and NO_ID.
+        """
         self._compact()
         ((query, score, found),) = self._found
         start = np.searchsorted(query, np.arange(len(self._least)))
@@ -93,11 +96,11 @@ def on_device(
         rows = decode(lax.dynamic_slice_in_dim(packed, begin, size), fmt, dim)
         ids = begin + jnp.arange(size, dtype=jnp.int32)
         scores = jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
-        # The last block begins earlier, with rows that were seen.
+        # All blocks have the same size. So the last one begins with rows that were seen before.
         scores = jnp.where((ids >= first) & ~jnp.isnan(scores), scores, -jnp.inf)
         ids = jnp.where(jnp.isneginf(scores), NO_ID, ids)
         both = jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], ids], 1)
-        scores, place = lax.top_k(both[0], k)  # of equal scores the first, which has the lowest id
+        scores, place = lax.top_k(both[0], k)  # among equals the first: the lowest id
         return scores, jnp.take_along_axis(both[1], place, 1)
 
     start = (

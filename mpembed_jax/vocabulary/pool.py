@@ -45,7 +45,7 @@ PINNED = 2**USE_BITS - 1  # the use of a row of this batch, while newcomers look
 MANTISSA = 4  # bits of the mantissa of a use
 MAX_USE = 30 << 14  # the value of PINNED - 1; no estimate is larger
 SPLIT_SEED, NOISE_SEED = 0x6A09E667, 0xBB67AE85
-ARRAYS = ("owners", "sketch")  # what a mesh divides
+ARRAYS = ("owners", "sketch")  # the arrays that a mesh divides
 COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals")
 
 

@@ -157,6 +157,7 @@ def _enter(
             here = np.int64(first + cheapest % _MAX_WAYS)
             use = np.int64(cheapest // _MAX_WAYS)
             if policy.may_enter(by, use, estimate[i]):
+                # Evicts: the tag of the victim's line becomes that of the miss.
                 victim[i], victim_use[i] = tags[here], use - 1
                 tags[here] = ids[i]
                 priority[here] = policy.pinned(by, step)

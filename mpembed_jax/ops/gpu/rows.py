@@ -189,6 +189,7 @@ def swap(
                 packed_in, kernel.load(ids_ref, (position,), is_live), is_live, row_words
             )
             kernel.barrier(is_interpreted)
+            # Writes the victims back.
             kernel.write_packed(packed, victim, writes, old, row_words, (seed[0], seed[1]))
             kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
 

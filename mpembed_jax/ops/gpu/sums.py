@@ -3,10 +3,10 @@
 Sums use no atomics, and bags use no array [.., L, D].
 
 Positions are sorted by the row that they belong to, so the positions of a row are one segment. If
-deduplication has sorted them already, its segments are used. One
-program sums all positions of a row, and may then use the sum (`update`). The rows of a program lie
-far apart. The reason is that the rows with the most positions stand side by side at the head of a
-plan, and each of them should have a program of its own.
+deduplication has sorted them already, its segments are used. One program sums all positions of a
+row, and may then use the sum (`update`). The rows with the most positions are neighbours at the
+head of a plan. Each of them should have a program of its own, so the rows of a program are far
+apart.
 
 Short segments are summed side by side, one position of each row at a time. A long segment is summed
 by the whole program, thousands of elements at a time. The order of additions depends only on the
