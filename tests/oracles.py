@@ -185,11 +185,8 @@ class DictCache:
         """The order in which ways are given away."""
         if line is None:
             return (0, 0, way)
-        return (
-            1,
-            -min(t - line.priority, 2**25 - 1) if self.policy == "lru" else line.priority,
-            way,
-        )
+        age = min(t - line.priority, 2**25 - 1)
+        return (1, {"lru": -age, "lfu": line.priority}[self.policy], way)
 
     def line_of(self, row_id):
         return next(

@@ -101,8 +101,8 @@ class Codec:
         if self.is_int and not self.symmetric:
             bias = F32(float(towards(float(np.min(row)), DTYPES[self.scale], -1)))
             top = np.max(row) - bias
-        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else int(FLOATS[self.name][2])
-        return self.scale_up(Fraction(float(top)) / steps), bias
+        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else FLOATS[self.name][2]
+        return self.scale_up(Fraction(float(top)) / Fraction(steps)), bias
 
     def scale_up(self, wanted):
         scale = F32(float(towards(wanted, DTYPES[self.scale], +1)))

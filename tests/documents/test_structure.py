@@ -113,6 +113,29 @@ def direction():
     return levels(rooms), levels(backends)
 
 
+def named_in_tree():
+    """The files that DESIGN.md's tree names, relative to the package, without their suffix."""
+    block = (PACKAGE / "DESIGN.md").read_text().split("## 3. The tree")[1].split("```")[1]
+    folders = []
+    for line in block.strip().splitlines()[1:]:
+        bars, text = re.fullmatch(r"([│├└─ ]*)(.*)", line).groups()
+        del folders[len(bars) // 4 - 1 :]
+        for name in re.match(r"[\w./]+(, [\w./]+)*", text).group().split(", "):
+            if name.endswith("/"):
+                folders.append(name)
+            else:
+                yield "".join(folders) + name.removesuffix(".py")
+
+
+def test_the_tree_has_a_line_for_each_file_and_nothing_else():
+    named = list(named_in_tree())
+    files = {str(p.relative_to(PACKAGE).with_suffix("")) for p in package_files()}
+    assert len(named) == len(set(named))
+    assert set(named) <= files
+    left_out = [name for name in files - set(named) if not name.endswith("__init__")]
+    assert not left_out, f"give them a line in DESIGN.md's tree: {', '.join(sorted(left_out))}"
+
+
 def level_of(room, order):
     found = [number for number, level in enumerate(order) if room in level]
     assert found, f"{room} is a new room: give it a place in DESIGN.md's import direction"
