@@ -134,7 +134,7 @@ def _restacked(
 ) -> EmbeddingState:
     (device,) = state.key.devices()
     with jax.default_device(device):
-        new = init(state.key, spec, tx, implementation=state.implementation)  # type: ignore[arg-type]
+        new = init(state.key, spec, tx, implementation=state.implementation)
     treedef: Any
     old_leaves, old_def = jax.tree.flatten(state.row_state)
     leaves, treedef = jax.tree.flatten(new.row_state)

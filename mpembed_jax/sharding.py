@@ -116,7 +116,8 @@ def _moved(state: EmbeddingState, new: Layout | None) -> EmbeddingState:
 
     cache = state.cache
     if cache is not None:
-        geometry = state.spec.cache.geometry(state.spec.num_rows)  # type: ignore[union-attr]
+        assert state.spec.cache is not None
+        geometry = state.spec.cache.geometry(state.spec.num_rows)
         if is_other:
             cache = residency.init(geometry, cache.policy, state.spec.embedding_dim)
         fields = {name: getattr(cache, name) for name in residency.ARRAYS}

@@ -245,7 +245,10 @@ class EmbeddingSpec:
     @property
     def feature_tables(self) -> tuple[tuple[str, str], ...]:
         """The pairs (feature, table name), in the order of the last axis of array ids."""
-        return self.features or tuple((t.name, t.name) for t in self.tables)  # type: ignore[return-value]
+        if not self.features:
+            return tuple((t.name, t.name) for t in self.tables)
+        assert isinstance(self.features, tuple)  # made by __post_init__
+        return self.features
 
     def table_range(self, name: str) -> tuple[int, int]:
         """Returns the first global row of the table `name` and its number of rows.
@@ -299,7 +302,7 @@ class EmbeddingSpec:
 
         Args:
           ids: {feature: integers [..]}, or integers [.., T] with one column per feature, in the
-            order of `feature_tables`. For a mapping that is no pytree, the result is a dict.
+            order of `feature_tables`. For a mapping that is not a pytree, the result is a dict.
 
         Returns:
           int32 (or int64, see above), in the nesting and shapes of ids.

@@ -105,7 +105,8 @@ def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     vocabulary, rules = _held("shrink(state, num_rows)", state)
     geometry = vocabulary.geometry
     num_rows = _size(num_rows)
-    first, ways = vocabulary.first_sets, geometry.ways
+    first = vocabulary.first_sets
+    ways = geometry.ways
     if num_rows >= geometry.lines or num_rows < first:
         raise ValueError(
             f"shrink: the pool has {geometry.lines} rows and keeps at least {first}, one in each "

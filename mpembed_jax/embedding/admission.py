@@ -134,7 +134,8 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
     assert vocabulary is not None and rules is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
-    layout, per_table = state.layout, rules.shared_rows
+    layout = state.layout
+    per_table = rules.shared_rows
 
     def of_shards(state: EmbeddingState, pairs: jax.Array) -> jax.Array:
         assert layout is not None and state.vocabulary is not None

@@ -142,7 +142,8 @@ class Lines:
         if new is None or self._geometry is None:
             return new, homeless
         at, target, ids = at[has_place], target[has_place], ids[has_place]
-        num_places, shape = self._geometry.lines, new.tags.shape
+        num_places = self._geometry.lines
+        shape = new.tags.shape
         line = np.full(dirty.size, num_places, np.int32)
         line[at] = target
 

@@ -77,7 +77,8 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
     source = np.concatenate([old_rows, old.geometry.lines + shared]).astype(np.int32)
 
     table = _init_table(state.key, spec=spec)
-    rows, states = table.rows, []
+    rows = table.rows
+    states = []
     treedef: Any
     leaves, treedef = jax.tree.flatten(state.row_state)
     for leaf, first in zip(leaves, jax.tree.leaves(fresh), strict=True):

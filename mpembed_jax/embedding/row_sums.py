@@ -5,8 +5,7 @@ two reasons for custom gradients:
 - The transpose of `rows[inverse]` makes one array of row gradients per feature. The custom VJP
   makes one for all features of a batch.
 - A scatter-add with duplicate ids is very slow on some GPU builds (jax#38806). On a GPU, the custom
-  gradients sort the positions instead, so that no scatter has duplicate
-  indices.
+  gradients sort the positions instead, so that no scatter has duplicate indices.
 """
 
 from functools import partial

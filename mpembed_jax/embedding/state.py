@@ -185,7 +185,7 @@ def init(
     mesh: Any = None,
     axis_name: str | tuple[str, ...] | None = None,
     placement: Placement | None = None,
-    implementation: str | None = None,
+    implementation: str | ops.Implementation | None = None,
 ) -> EmbeddingState:
     """Makes a state with initialized tables, an empty cache and zero counters.
 
@@ -202,9 +202,10 @@ def init(
       axis_name: the mesh axis (or axes) that divides rows; optional if the mesh has a single axis.
         Without mesh: the axis of the jax.pmap in which init is called.
       placement: how rows are divided. None: Placement(), which divides rows by MOD.
-      implementation: a name from ops.IMPLEMENTATIONS. None: the best one for the default device.
-        Name one to lower or compile for a device that this machine does not have: the choice for a
-        CPU may be "numba", which compiles for CPUs only.
+      implementation: a name from ops.IMPLEMENTATIONS, or an implementation with other settings.
+        None: the best one for the default device. Name one to lower or compile for a device that
+        this machine does not have: the choice for a CPU may be "numba", which compiles for CPUs
+        only.
 
     Returns:
       The state, on the default device or over the mesh.
@@ -321,7 +322,8 @@ def over_mesh(
     Raises:
       ValueError: if the state was made inside jax.pmap and therefore has no mesh.
     """
-    mesh = state.layout.mesh  # type: ignore[union-attr]
+    assert state.layout is not None
+    mesh = state.layout.mesh
     if mesh is None:
         raise ValueError(
             "this state was made inside jax.pmap and has no mesh; call the verbs inside jax.pmap, "

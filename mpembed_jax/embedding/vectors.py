@@ -199,7 +199,8 @@ def _embed_natively(
     how: Pooling,
 ) -> tuple[EmbeddingState, VectorPlan, Any]:
     state.check_spec()
-    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    native = ops.bag_step(state.implementation, state.table)
+    cache = state.cache
     max_threads = ops.max_threads(state.implementation)
     ids = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
     halve = jnp.bool_(False)
@@ -342,7 +343,8 @@ def apply_pooled_gradients(
             "this tx is neither, or has a schedule or weight decay; pass the same tx to init, "
             "embed and apply_pooled_gradients"
         )
-    native, cache = ops.bag_step(state.implementation, state.table), state.cache
+    native = ops.bag_step(state.implementation, state.table)
+    cache = state.cache
     dim = state.spec.embedding_dim
     is_pending = state.pending & step.is_latest(state, plan)
     num_nonfinite = jnp.int32(0)
@@ -369,7 +371,8 @@ def apply_pooled_gradients(
 
 def _checked(state: EmbeddingState, plan: VectorPlan, pooled_grads: Any) -> list[jax.Array]:
     """Checks gradients against the plan, and returns their leaves."""
-    how, dim = plan.pooling, state.spec.embedding_dim
+    how = plan.pooling
+    dim = state.spec.embedding_dim
     leaves, treedef = jax.tree.flatten(pooled_grads)
     wanted = [(*lead, dim) for lead in how.lead]
     is_like = treedef == how.tree and [g.shape for g in leaves] == wanted
@@ -393,7 +396,9 @@ def _apply_separately(
     On one device, the update of a transformation with a rule sums the gradients of the positions
     itself, unless the batch is empty. In all other cases, pool is differentiated.
     """
-    how, held, rows = plan.pooling, plan.plan, plan.rows
+    how = plan.pooling
+    held = plan.plan
+    rows = plan.rows
     assert held is not None and rows is not None
     options: dict[str, Any] = {
         "segment_ids": plan.segment_ids,

@@ -66,7 +66,8 @@ def write_rows(
         )
     (ids,) = row_ids.checked([ids])[0]
     rows = jnp.asarray(rows)
-    shape, dim = ids.shape, state.spec.embedding_dim
+    shape = ids.shape
+    dim = state.spec.embedding_dim
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise TypeError(f"rows must be floating [.., D], got {rows.dtype} {list(rows.shape)}")
     if rows.shape[:-1] != shape or rows.shape[-1:] != (dim,):

@@ -83,10 +83,8 @@ class RowKey:
 
         They are the bits of the rows' 64-bit global ids.
         """
-        columns, seed = (
-            random_bits.columns_of(rows, num_columns),
-            random_bits.draw_seed(self.words, stream, step),
-        )
+        columns = random_bits.columns_of(rows, num_columns)
+        seed = random_bits.draw_seed(self.words, stream, step)
         low, high = self.shard.ids_of(rows)
         if high is None:
             return random_bits.bits_at(seed, low[..., None], columns)

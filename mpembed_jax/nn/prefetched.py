@@ -102,7 +102,7 @@ def fetch(
       state: not consumed.
       ids: nest of int32 arrays of global ids.
       given: the user's own arrays, in the nesting of `ids`, which were computed from them.
-      tables: whose rows the ids are; see step.prefetch_of_tables.
+      tables: the tables that the ids belong to; see step.prefetch_of_tables.
 
     Returns:
       The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
@@ -167,10 +167,11 @@ def _update(
     tx: optax.GradientTransformation,
 ) -> EmbeddingState:
     apply = partial(step.apply_held_gradients, tx=tx)
-    if not verbs.is_whole(state):
+    layout = state.layout
+    if layout is None or not verbs.is_whole(state):
         return apply(state, plan, rows, row_grads)
-    held = _held(state.layout)
-    run = over_mesh(apply, state, exchange.plan_specs(state.layout), held, held)  # type: ignore[arg-type]
+    held = _held(layout)
+    run = over_mesh(apply, state, exchange.plan_specs(layout), held, held)
     return run(state, plan, rows, row_grads)
 
 

@@ -238,7 +238,7 @@ def check_no_weights(weights: Any) -> None:
     """Checks that a call of a fused step has no weights.
 
     Raises:
-      ValueError: if it has.
+      ValueError: if there are weights.
     """
     if weights is not None:
         raise ValueError(
@@ -302,7 +302,7 @@ def combine(
     Args:
       specs: the stacks.
       combiners: see as_combiners.
-      parts: each stack's Part, its inverse in the nesting that `route` returned; or its Vectors.
+      parts: each stack's Part, whose inverse has the nesting that `route` returned, or its Vectors.
       ids: the ids that the user passed.
       weights: None, or factors in the nesting and shapes of ids; a mapping may leave features out.
       dtype: dtype of the result.

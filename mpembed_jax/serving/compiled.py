@@ -148,7 +148,9 @@ def _functions(fmt: RowFormat, dim: int) -> tuple[Callable, Callable, Callable]:
 def _made(fmt: RowFormat, dim: int) -> tuple[Callable, Callable, Callable]:
     name = f"serving-{fmt.name}-{fmt.symmetric}-{fmt.scale_dtype}-{dim}"
     kernels = _kernels(fmt, dim)
-    return tuple(_callable(f"{name}-{kind}", *kernels[kind]) for kind in ("take", "bag", "score"))  # type: ignore[return-value]
+    kinds = ("take", "bag", "score")
+    take, bag, score = (_callable(f"{name}-{kind}", *kernels[kind]) for kind in kinds)
+    return take, bag, score
 
 
 def _callable(name: str, function: Callable, count: int) -> Callable:

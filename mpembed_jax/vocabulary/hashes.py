@@ -95,7 +95,8 @@ def _of_array(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns 64-bit words of a flat array, and which entries are ids (None: all)."""
     kind = flat.dtype.kind
     if kind == "T":  # NumPy's strings of any length
-        flat, kind = flat.astype(object), "O"
+        flat = flat.astype(object)
+        kind = "O"
     if kind in "iu":
         wide = flat.astype(np.int64 if kind == "i" else np.uint64)
         return wide.view(np.uint64), None

@@ -24,7 +24,8 @@ from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 def _fetched(stack: Stack, ids: Any, given: Any) -> tuple:
     """Returns the state, the plan and what `params` hold: rows, or the vectors of a fused step."""
-    spec, by_feature = stack.state.spec, stack.combiners is not None
+    spec = stack.state.spec
+    by_feature = stack.combiners is not None
     if stack.fused and stack.state.layout is None:
         bags: Any = (ids, None)
         if stack.combiners is not None:

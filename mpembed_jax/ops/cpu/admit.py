@@ -203,7 +203,11 @@ def _admit(frame):
         i = np.int64(table[bucket])
         if i < 0:
             i = num_ids
-            table[bucket], id_set[i], id_tag[i], mixed[i], count[i] = i, home, tag, hashed, 0
+            table[bucket] = i
+            id_set[i] = home
+            id_tag[i] = tag
+            mixed[i] = hashed
+            count[i] = 0
             num_ids += 1
         count[i] += times[position] if len(times) > 0 else 1
         index[position] = i
@@ -250,7 +254,8 @@ def _admit(frame):
                 _remember(sketch, home, hashed, groups, width, bits, cost - 1)
                 recycled[num_recycled] = (best - first) * sets + home
                 num_recycled += 1
-            owners[best], line[i] = (id_tag[i] << _USE_BITS) | _PINNED, best
+            owners[best] = (id_tag[i] << _USE_BITS) | _PINNED
+            line[i] = best
             num_admitted += 1
             i = np.int64(after[i])
     for k in range(num_recycled, num):

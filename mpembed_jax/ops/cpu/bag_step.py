@@ -103,7 +103,8 @@ def _count_chunk(frame, chunk):
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
     num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
-    num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
+    num_rows = given[_NUM_ROWS]
+    groups = np.int64(given[_GROUPS])
     deals[:] = 0
     shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
@@ -123,7 +124,8 @@ def _deal_chunk(frame, chunk):
     num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     dealt, positions = result(frame, _DEALT, np.int32), result(frame, _POSITIONS, np.int32)
-    num_rows, groups = given[_NUM_ROWS], np.int64(given[_GROUPS])
+    num_rows = given[_NUM_ROWS]
+    groups = np.int64(given[_GROUPS])
     shift = partitions.bits_of(groups // num_parts)
     begin, end = _chunk_range(len(ids), chunk)
     for position in range(begin, end):
@@ -195,13 +197,15 @@ def _find_limit(frame):
     The hash is fmix32(id xor step). The ids with the smallest hashes are kept.
     """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
-    ids, num_found = result(frame, _ROW_IDS, np.int32), 0
+    ids = result(frame, _ROW_IDS, np.int32)
+    num_found = 0
     for part in range(facts[_PARTS]):
         num_found += facts[_NUM_UNIQUE + part]
     facts[_OVER] = max(num_found - given[_BUDGET], 0)
     if facts[_OVER] == 0:
         return
-    mixed, at = np.empty(num_found, np.uint32), 0
+    mixed = np.empty(num_found, np.uint32)
+    at = 0
     for part in range(facts[_PARTS]):
         begin = np.int64(facts[_BEGIN + part])
         for row in range(begin, begin + facts[_NUM_UNIQUE + part]):
@@ -220,7 +224,8 @@ def _place(frame, part):
     begin, end = _bounds(facts, part)
     ids, count = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _COUNT, begin, end)
     row_of, line = _part_of(frame, _ROW_OF, begin, end), _part_of(frame, _LINE, begin, end)
-    queue, num_rows = _part_of(frame, _QUEUE, begin, end), np.int64(facts[_NUM_UNIQUE + part])
+    queue = _part_of(frame, _QUEUE, begin, end)
+    num_rows = np.int64(facts[_NUM_UNIQUE + part])
     if facts[_OVER] > 0:
         num_rows = partitions.drop(
             U32(facts[_LIMIT]), given[_STEP], ids, count, row_of, num_rows, queue
@@ -317,8 +322,10 @@ def _forward_of(fmt: RowFormat) -> str:
         ids, line = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _LINE, begin, end)
         queue, victim = _part_of(frame, _QUEUE, begin, end), _part_of(frame, _VICTIM, begin, end)
         table, cached = result_address(frame, _TABLE), result_address(frame, _LINES)
-        dirty, dim = result(frame, _DIRTY, np.uint8), np.int64(given[_DIM])
-        row_bytes, buffer = bytes_of(dim), _buffer_of(frame, _BUFFER, part, 0, dim)
+        dirty = result(frame, _DIRTY, np.uint8)
+        dim = np.int64(given[_DIM])
+        row_bytes = bytes_of(dim)
+        buffer = _buffer_of(frame, _BUFFER, part, 0, dim)
         seed0, seed1 = U32(given[_SEED0]), U32(given[_SEED1])
         num_misses = facts[_NUM_UNIQUE + part] - facts[_HITS + part]
         num_written = 0
@@ -337,6 +344,7 @@ def _forward_of(fmt: RowFormat) -> str:
             if here < 0:
                 continue
             if victim[row] != _NO_ID and dirty[here] != 0:
+                # Writes the victim back.
                 lanes.load(buffer, cached + here * 4 * dim, dim)
                 to = table + victim[row] * row_bytes
                 encode(buffer, to, dim, victim[row], seed0, seed1)
@@ -359,12 +367,16 @@ def _forward_of(fmt: RowFormat) -> str:
         estimate = _part_of(frame, _ESTIMATE, begin, end)
         row_of_position = result(frame, _ROW_OF_POSITION, np.int32)
         table, cached = result_address(frame, _TABLE), result_address(frame, _LINES)
-        priority, out = result(frame, _PRIORITY, np.int32), result_address(frame, _VECTORS)
+        priority = result(frame, _PRIORITY, np.int32)
+        out = result_address(frame, _VECTORS)
         dim = np.int64(given[_DIM])
-        row_bytes, buffer = bytes_of(dim), _buffer_of(frame, _BUFFER, part, 0, dim)
-        has_use, is_listed = counts_use(given[_BY]), len(row_of_position) > 0
+        row_bytes = bytes_of(dim)
+        buffer = _buffer_of(frame, _BUFFER, part, 0, dim)
+        has_use = counts_use(given[_BY])
+        is_listed = len(row_of_position) > 0
         is_streamed = dim % LANES == 0 and out % 32 == 0
-        num_rows, at = facts[_NUM_UNIQUE + part], 0
+        num_rows = facts[_NUM_UNIQUE + part]
+        at = 0
         for row in range(num_rows):
             if has_use and line[row] >= 0:
                 priority[line[row]] = estimate[row]
@@ -424,7 +436,8 @@ def _forward_of(fmt: RowFormat) -> str:
         settle_parts(frame, num_parts + 1, num_tasks)
         for k in range(len(_OF_PARTS)):
             facts[_COUNTS + k] = _total(facts, _OF_PARTS[k], num_parts)
-        deals, out_of_range = result(frame, _DEALS, np.int32), 0
+        deals = result(frame, _DEALS, np.int32)
+        out_of_range = 0
         for chunk in range(_CHUNKS):
             out_of_range += deals[chunk * _DEAL + _DEAL - 1]
         facts[_COUNTS + len(_OF_PARTS)] = out_of_range
@@ -448,10 +461,12 @@ def _sum_parts(fmt: RowFormat) -> Any:
         given = argument(frame, 3, np.int32)
         ids, line = argument(frame, 4, np.int32), argument(frame, 5, np.int32)
         table, cached = argument_address(frame, 6), argument_address(frame, 7)
-        out, dim = result_address(frame, 0), np.int64(given[_BAG_DIM])
+        out = result_address(frame, 0)
+        dim = np.int64(given[_BAG_DIM])
         num_bags, num_parts = np.int64(given[_NUM_BAGS]), np.int64(given[_BAG_PARTS])
         begin, end = num_bags * part // num_parts, num_bags * (part + 1) // num_parts
-        row_bytes, buffer = bytes_of(dim), _buffer_of(frame, 1, part, 0, dim)
+        row_bytes = bytes_of(dim)
+        buffer = _buffer_of(frame, 1, part, 0, dim)
         num_positions = len(bag)
         for number in range(begin, end):
             lanes.erase(out + number * 4 * dim, dim)
@@ -514,7 +529,8 @@ def _sum_of_squares(scratch, grads, dim):
 
     The blocks of the upper half are added to those of the lower half, until one block is left.
     """
-    num_blocks, half = (dim + LANES - 1) // LANES, 1
+    num_blocks = (dim + LANES - 1) // LANES
+    half = 1
     if num_blocks == 2:
         return _SQUARES_2(grads)
     if num_blocks == 4:
@@ -529,7 +545,8 @@ def _sum_of_squares(scratch, grads, dim):
     while num_blocks > 1:
         for block in range(num_blocks - half):
             lanes.add_block(scratch, block, block + half)
-        num_blocks, half = half, half // 2
+        num_blocks = half
+        half = half // 2
     return lanes.fold(scratch)
 
 
@@ -576,9 +593,11 @@ def _backward_of(fmt: RowFormat) -> str:
         factors, source = argument(frame, _FACTORS, np.float32), argument(frame, _SOURCE, np.int32)
         has_factors, has_source = len(factors) > 0, len(source) > 0
         table, cached = result_address(frame, _NEW_TABLE), result_address(frame, _NEW_LINES)
-        dirty, dim = result(frame, _NEW_DIRTY, np.uint8), np.int64(given[_UPDATE_DIM])
+        dirty = result(frame, _NEW_DIRTY, np.uint8)
+        dim = np.int64(given[_UPDATE_DIM])
         accumulator = result_address(frame, _ACCUMULATOR)
-        row_bytes, per_grad = bytes_of(dim), np.int64(given[_PER_GRAD])
+        row_bytes = bytes_of(dim)
+        per_grad = np.int64(given[_PER_GRAD])
         state_bytes = 2 if given[_IS_NARROW] else 4
         seed0, seed1 = U32(given[_BYPASS_SEED0]), U32(given[_BYPASS_SEED1])
         rate, eps, inverse_dim = rates[0], rates[1], rates[2]
@@ -621,7 +640,9 @@ def _backward_of(fmt: RowFormat) -> str:
             if given[_SKIPS] and lanes.largest_exponent(total, dim) == 255:
                 num_nonfinite += 1
                 continue
-            x, here, inverse = np.int64(ids[row]), np.int64(line[row]), F32(1)
+            x = np.int64(ids[row])
+            here = np.int64(line[row])
+            inverse = F32(1)
             if given[_HAS_SUMS]:
                 mean = _sum_of_squares(new, total, dim) * inverse_dim
                 root = np.sqrt(_add_to_sum(frame, x, mean, given)) + eps
@@ -706,14 +727,16 @@ def forward(
       Places, int32 [N]; -1 if the position has no row.
       The Places.
     """
-    (num,), dim = ids.shape, table.embedding_dim
+    (num,) = ids.shape
+    dim = table.embedding_dim
     nothing = jnp.zeros((0,), jnp.int32)
     if cache is None:
         held: list[Any] = [table.rows, jnp.zeros((0,), jnp.float32), nothing, nothing,
                            jnp.zeros((0,), bool), jnp.zeros((0,), jnp.uint16)]  # fmt: skip
         sets, ways, groups, width, by = 0, 0, MAX_PARTS, 0, 0
     else:
-        is_lfu, by = policy.counts_use(cache.policy), POLICIES.index(cache.policy)
+        is_lfu = policy.counts_use(cache.policy)
+        by = POLICIES.index(cache.policy)
         sketch = cache.sketch if is_lfu else jnp.zeros((0,), jnp.uint16)
         held = [table.rows, cache.rows, cache.tags, cache.priority, cache.dirty, sketch]
         sets, ways, groups = cache.geometry
@@ -808,7 +831,8 @@ def bags(
     Returns:
       The table, the lines, and float32 [M, D].
     """
-    dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
+    dim = table.embedding_dim
+    num_parts = min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
         num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
     given = [dim, num_bags, num_parts, max_threads, is_ascending]
@@ -864,7 +888,9 @@ def backward(
     Returns:
       The store, the accumulator, and the number of rows skipped.
     """
-    table, dim, num = store.table, store.table.embedding_dim, places.order.shape[0]
+    table = store.table
+    dim = store.table.embedding_dim
+    num = places.order.shape[0]
     nothing = jnp.zeros((0,), jnp.float32)
     sums = nothing if accumulator is None else accumulator
     lines = nothing if store.lines is None else store.lines

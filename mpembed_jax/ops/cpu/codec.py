@@ -134,7 +134,8 @@ def _rounding_of(dtype: str) -> tuple[Callable, Callable]:
 def _grid_step(dtype: str, levels: float) -> Callable:
     """Returns rounding.grid_step for a dtype and levels."""
     round_up, _ = _rounding_of(dtype)
-    top, is_half = F32(levels), dtype == "float16"
+    top = F32(levels)
+    is_half = dtype == "float16"
     inverse = F32(1) / top
     ulp = U32({"float32": 0x100, "bfloat16": 0x10000, "float16": 0x2000}[dtype])
     limit = F32(rounding._LARGEST[dtype])
@@ -230,7 +231,8 @@ def _parameters(fmt: RowFormat) -> tuple[Callable, Callable, Callable]:
 
 def _load_codes(block: Block, packed: ir.Value, bits: int) -> Lanes:
     """Loads 8 codes of so many bits as uint32."""
-    builder, words = block.builder, ir.VectorType(_WORD, lanes.LANES)
+    builder = block.builder
+    words = ir.VectorType(_WORD, lanes.LANES)
     if bits >= 8:
         codes = block.load(packed, ir.VectorType(ir.IntType(bits), lanes.LANES), bits)
         return Lanes(builder, codes if bits == 32 else builder.zext(codes, words))
@@ -270,7 +272,8 @@ def _decoded_float(codes: Lanes, fmt: FloatFormat) -> Lanes:
 
 def _encoded_float(x: Lanes, fmt: FloatFormat, bits: Lanes | None) -> Lanes:
     """See rounding.encode_float."""
-    raw, drop = x.bits(), 23 - fmt.mantissa
+    raw = x.bits()
+    drop = 23 - fmt.mantissa
     magnitude = raw & 0x7FFFFFFF
     if bits is None:
         noise = ((magnitude >> drop) & 1) + ((1 << (drop - 1)) - 1)
@@ -329,7 +332,8 @@ def _mixed(x: Lanes) -> Lanes:
 
 
 def _decoding(fmt: RowFormat) -> Callable:
-    bits, offset = fmt.code_bits, 2 ** (fmt.code_bits - 1) if fmt.symmetric else 0
+    bits = fmt.code_bits
+    offset = 2 ** (fmt.code_bits - 1) if fmt.symmetric else 0
 
     @intrinsic
     def decode_codes(context, packed, scale, bias, buffer, dim):

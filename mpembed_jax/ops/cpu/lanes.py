@@ -114,7 +114,8 @@ class Lanes:
 
     def halved(self, join: Callable[["Lanes", "Lanes"], "Lanes"]) -> ir.Value:
         """Joins the upper half with the lower half until one lane is left, and returns it."""
-        lanes, undefined = self, ir.Constant(self.value.type, ir.Undefined)
+        lanes = self
+        undefined = ir.Constant(self.value.type, ir.Undefined)
         for width in (4, 2, 1):
             order = [width + i if i < width else i for i in range(LANES)]
             mask = ir.Constant(_WORDS, order)

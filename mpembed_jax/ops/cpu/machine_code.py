@@ -1,10 +1,13 @@
 """Machine code of foreign functions: compiled by numba once, and kept on disk for later processes.
 
-Compilation takes seconds, loading takes milliseconds. A file is named after the function and a
-digest of everything that its code depends on: the sources of this folder, of `serving`, and of the
-rooms that they take constants from, the versions of numba, llvmlite, jaxlib and Python, and the
-processor with its features. A file that is missing, broken or not ours is compiled anew. Where no
-folder can be written, every process compiles for itself.
+Compilation takes seconds, loading takes milliseconds. A file's name is the function's name and a
+digest of everything that its code depends on:
+- the sources of this folder, of `serving`, and of the rooms whose constants they use
+- the versions of numba, llvmlite, jaxlib and Python
+- the processor with its features
+
+If a file is missing, broken or owned by another user, the function is compiled again. If no folder
+can be written, every process compiles for itself.
 
 The environment variable MPEMBED_JAX_CACHE_DIR names the folder. If it is set but empty, nothing is
 kept. By default it is `mpembed_jax` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
@@ -42,8 +45,8 @@ def load(
 
     Args:
       name: the name of the file. Functions with different code need different names.
-      function: a Python function that numba can compile as a C callback. Its `__qualname__`, and
-        that of every function of ours that it calls, belongs to it alone.
+      function: a Python function that numba can compile as a C callback. No other function has its
+        `__qualname__`. The same must hold for every function of this package that it calls.
       signature: numba's.
       parts: numba functions that the function calls, and the types of their arguments. They are
         optimized only as parts of the function.
@@ -151,9 +154,10 @@ def _read(path: pathlib.Path) -> tuple[Any, int] | None:
         return None
     header, _, body = rest.partition(b"\n")
     entry = json.loads(header)
-    # A linker of its own for each file: files of several processes may hold symbols of one name.
+    # Each file gets a linker of its own, because files of several processes may have symbols of the
+    # same name.
     codegen = JITCPUCodegen("mpembed_jax")
-    rtsys.initialize(cpu_target.target_context)  # what allocates numba's arrays
+    rtsys.initialize(cpu_target.target_context)  # the allocator of numba's arrays
     code, shared = body[: entry["size"]], body[entry["size"] :]
     library = codegen.unserialize_library((entry["library"], "object", (code, shared)))
     return library, library.get_pointer_to_function(entry["symbol"])

@@ -68,7 +68,8 @@ def deduplicate(dealt, ids, count, row_of, bucket):
       The number of rows.
     """
     bucket[:] = 0
-    mask, num_rows = np.uint64(len(bucket) - 1), np.uint64(0)
+    mask = np.uint64(len(bucket) - 1)
+    num_rows = np.uint64(0)
     for k in range(np.uint64(len(dealt))):
         x = dealt[k]
         b = np.uint64(fmix32(x) >> np.uint32(6)) & mask
@@ -133,7 +134,9 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
       The number of misses, and the occurrences of the hits.
     """
     sets, ways, groups, width, by = shape
-    is_lfu, per_group, num_rows = policy.counts_use(by), sets // groups, len(ids)
+    is_lfu = policy.counts_use(by)
+    per_group = sets // groups
+    num_rows = len(ids)
     bits = bits_of(groups)
     num_misses, hit_requests = 0, 0
     for ahead in range(num_rows + 2 * _AHEAD):
@@ -143,7 +146,8 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
             ask_for(tags, np.int64(home[ahead]) * ways, ways)
         i = ahead - _AHEAD
         if 0 <= i < num_rows:
-            first, place = np.uint64(np.int64(home[i]) * ways), np.uint64(0)
+            first = np.uint64(np.int64(home[i]) * ways)
+            place = np.uint64(0)
             for way in range(np.uint64(ways)):
                 place += way + _ONE if tags[first + way] == ids[i] else np.uint64(0)
             here = np.int64(first + place) - 1 if place > np.uint64(0) else -1
@@ -239,7 +243,8 @@ def enter(
     """
     _, ways, groups, width, by = shape
     bits = bits_of(groups)
-    is_lfu, num_new, num_evicted, num_open = policy.counts_use(by), 0, 0, 0
+    is_lfu = policy.counts_use(by)
+    num_new, num_evicted, num_open = 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
         b = _line_up(queue[k], ways, ids, estimate, home, bucket, following)
@@ -263,7 +268,9 @@ def enter(
                 if is_lfu:
                     _remember(sketch, tags[here], use - 1, groups, bits, width)
             # Evicts: the tag of the victim's line becomes that of the miss.
-            tags[here], priority[here], line[i] = ids[i], policy.pinned(by, step), here
+            tags[here] = ids[i]
+            priority[here] = policy.pinned(by, step)
+            line[i] = here
             num_new += 1
             i = np.int64(following[i])
     if is_lfu:

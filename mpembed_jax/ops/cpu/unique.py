@@ -46,7 +46,9 @@ def _unique(frame):
         index = table[bucket]
         if index < 0:
             index = num_found
-            table[bucket], seen[index], times[index] = index, x, 0
+            table[bucket] = index
+            seen[index] = x
+            times[index] = 0
             num_found += 1
         times[index] += 1
         inverse[position] = index

@@ -204,7 +204,7 @@ def write_packed(
     for place, (x, column) in enumerate(zip(places, columns, strict=True)):
         bits = None
         if fmt.rounding == "stochastic" and fmt.name != "float32":
-            bits = random_bits.bits_at(seed, ids[:, None], column[None, :])  # type: ignore[arg-type]
+            bits = random_bits.bits_at(seed, ids[:, None], column[None, :])
         codes = formats.quantize(x, scale, bias, fmt, bits, row_words.divide)
         codes = jnp.where((column < row_words.dim)[None, :], codes, jnp.uint32(0))
         words = words | (codes << (place * fmt.code_bits) if place else codes)

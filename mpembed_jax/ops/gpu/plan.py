@@ -138,14 +138,17 @@ def _decide(
       step: int32 scalar.
       is_interpreted: see kernel.launch.
     """
-    by, ways, num_lines = cache.policy, cache.geometry.ways, cache.geometry.lines
+    by = cache.policy
+    ways = cache.geometry.ways
+    num_lines = cache.geometry.lines
     is_lfu = policy.counts_use(by)
     (width,) = ids.shape
 
     def body(*refs: Any) -> None:
         numbers, begin_ref, sets_ref, ids_ref, counts_ref, *sketch_ref = refs[: 5 + is_lfu]
         tags_ref, priority_ref, line_ref, victim_ref, estimates_ref, *uses_ref = refs[7 + is_lfu :]
-        number, step = pl.program_id(0), numbers[1]
+        number = pl.program_id(0)
+        step = numbers[1]
         lane = jnp.arange(_LANES, dtype=jnp.int32)
         way = jnp.arange(indexing.ceil_power(ways), dtype=jnp.int32)
         is_way = way < ways
@@ -240,6 +243,7 @@ def _decide(
                 if is_lfu:
                     decide(uses_ref[0], cheapest - 1)
                 is_taken = (way == chosen) & may
+                # Evicts: the tag of the victim's line becomes that of the miss.
                 tags = jnp.where(is_taken, miss, tags)
                 priority = jnp.where(is_taken, policy.pinned(by, step), priority)
                 uses = jnp.where(is_taken, estimate, uses)

@@ -342,7 +342,7 @@ def _add_squares(
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
     total = stored = before + _mean_of_squares(grads, row_words.dim, seeds[2])
     if is_narrow:
-        bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))  # type: ignore[arg-type]
+        bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
     # All threads with a copy of the old sum must have read it before one of them stores the new
     # sum.
