@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 import mpembed_jax as mpembed
 from experiments import provenance, running
 from experiments.faults.training import bits_of
+from experiments.speed.step import embedding_step
 from mpembed_jax import checkpoint
 
 DEVICES = (1, 2, 4)
@@ -61,12 +62,8 @@ def first_state(devices: int) -> Any:
 
 
 def _step(state: Any, tracker: Any, ids: Any, upstream: Any) -> tuple[Any, Any]:
-    state, plan = mpembed.prefetch(state, ids)
-    tracker = checkpoint.mark(tracker, plan)
-    rows = mpembed.lookup(state, plan)
-    _, pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)
-    (row_grads,) = pull_back(upstream)
-    return mpembed.apply_gradients(state, plan, rows, row_grads, tx=_TX), tracker
+    state, plan, _, _ = embedding_step(state, ids, upstream, tx=_TX)
+    return state, checkpoint.mark(tracker, plan)
 
 
 @functools.cache

@@ -95,9 +95,16 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     arrays = {inner: found[name] for inner, name in names.items()}
     restoring.check_tags(directory, held["step"], prefix, entry, arrays)
     cache = {field: arrays[f"cache.{field}"] for field in _CACHE if f"cache.{field}" in arrays}
-    draw = arrays["key"], arrays["step"]
-    owners = arrays.get("vocabulary.owners")
-    return sources.of_arrays(prefix, spec, layout, arrays["table.rows"], cache, *draw, owners)
+    return sources.of_arrays(
+        prefix,
+        spec,
+        layout,
+        arrays["table.rows"],
+        cache,
+        key=arrays["key"],
+        step=arrays["step"],
+        owners=arrays.get("vocabulary.owners"),
+    )
 
 
 def _vocabulary(sizes: dict[str, int]) -> VocabularySpec:

@@ -85,8 +85,16 @@ def of_state(name: str, state: EmbeddingState) -> Source:
         held = state.cache
         cache = {"tags": held.tags, "dirty": held.dirty, "rows": held.rows}
     owners = None if state.vocabulary is None else state.vocabulary.owners
-    draw = state.key, state.step
-    return of_arrays(name, state.spec, state.layout, state.table.rows, cache, *draw, owners)
+    return of_arrays(
+        name,
+        state.spec,
+        state.layout,
+        state.table.rows,
+        cache,
+        key=state.key,
+        step=state.step,
+        owners=owners,
+    )
 
 
 def of_arrays(
@@ -95,6 +103,7 @@ def of_arrays(
     layout: Layout | None,
     rows: Any,
     cache: dict[str, Any],
+    *,
     key: Any,
     step: Any,
     owners: Any = None,

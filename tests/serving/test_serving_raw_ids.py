@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training
 from cases import Refused, changed_bytes, named
 from jax.sharding import PartitionSpec
 from test_saving import Lie, rewritten
@@ -48,13 +49,14 @@ def raw_batch(seed):
     return dict(zip(("user", "seen", "liked"), ids, strict=True))
 
 
+def gradient(rows, plan):
+    # Sums of eighths are exact in any order.
+    return jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse["user"])) / 8)(rows)
+
+
 @partial(jax.jit, donate_argnums=0)
 def step(state, pairs):
-    state, plan = mpembed.prefetch(state, pairs)
-    rows = mpembed.lookup(state, plan)
-    # Sums of eighths are exact in any order.
-    grads = jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse["user"])) / 8)(rows)
-    return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+    return training.step(state, pairs, TX, gradient).state
 
 
 def trained(num=6):

@@ -64,12 +64,13 @@ def batches(seed, num, drift=9):
         yield ids, rng.random((64, 2)) < 0.9
 
 
-def local_step(state, pairs):
-    state, plan = mpembed.prefetch(state, pairs)
-    rows = mpembed.lookup(state, plan)
+def gradient(rows, plan):
     # Sums of eighths are exact in any order.
-    grads = jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse)) / 8)(rows)
-    return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+    return jax.grad(lambda rows: jnp.sum(mpembed.pool(rows, plan.inverse)) / 8)(rows)
+
+
+def local_step(state, pairs):
+    return training.step(state, pairs, TX, gradient).state
 
 
 one_step = jax.jit(local_step, donate_argnums=0)

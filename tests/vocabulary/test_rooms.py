@@ -42,12 +42,13 @@ def batches(seed, num):
         }
 
 
+def gradient(rows, plan):
+    return jax.grad(lambda rows: loss(mpembed.pool(rows, plan.inverse)))(rows)
+
+
 @jax.jit
 def step(state, pairs):
-    state, plan = mpembed.prefetch(state, pairs)
-    rows = mpembed.lookup(state, plan)
-    grads = jax.grad(lambda rows: loss(mpembed.pool(rows, plan.inverse)))(rows)
-    return mpembed.apply_gradients(state, plan, rows, grads, tx=TX)
+    return training.step(state, pairs, TX, gradient).state
 
 
 def loss(vectors):
@@ -271,10 +272,7 @@ def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
     state = mpembed.init(jax.random.key(1), spec, tx)
     fresh = jax.tree.map(np.asarray, state.row_state)
     for name in ("a", "a", "a"):
-        pairs = spec.raw_ids({"user": [name]})
-        state, plan = mpembed.prefetch(state, pairs)
-        rows = mpembed.lookup(state, plan)
-        state = mpembed.apply_gradients(state, plan, rows, jnp.ones_like(rows), tx=tx)
+        state = training.step(state, spec.raw_ids({"user": [name]}), tx).state
     state, plan = mpembed.prefetch(state, spec.raw_ids({"user": ["b"] * 9}))
     assert plan.unique_ids[0] == 0
     for leaf, first in zip(jax.tree.leaves(state.row_state), jax.tree.leaves(fresh), strict=True):
