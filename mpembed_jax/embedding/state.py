@@ -15,7 +15,7 @@ from mpembed_jax import ops
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.embedding.counters import COUNTERS, OF_UPDATES
+from mpembed_jax.embedding.counters import COUNTERS, OF_REQUESTS
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.mesh.shard import Shard
@@ -44,9 +44,9 @@ def _mixed(words: list[Any]) -> Any:
     return numpy.sum(mixed, axis=-1, dtype=np.uint32)
 
 
-def _of_steps(counters: Any) -> Any:
-    """Returns the counts that only a prefetch changes, uint32 [.., n] of [.., len(COUNTERS), 2]."""
-    counts = counters[..., : -len(OF_UPDATES), :]
+def _of_requests(counters: Any) -> Any:
+    """Returns the counts that tell what was requested, uint32 [.., n] of [.., len(COUNTERS), 2]."""
+    counts = counters[..., : len(OF_REQUESTS), :]
     return counts.reshape(*counts.shape[:-2], -1)
 
 
@@ -58,12 +58,12 @@ def clock_of(key: Any, step: Any, counters: Any) -> Any:
     Args:
       key: uint32 [.., 2], the state's key.
       step: int32 [..], the number of its prefetches.
-      counters: uint32 [.., len(COUNTERS), 2]. Counts of updates do not matter.
+      counters: uint32 [.., len(COUNTERS), 2]. Counts of exchanges and updates do not matter.
 
     Returns:
       float32 [..]. For NumPy arrays, a NumPy array.
     """
-    hashed = _mixed([key, step[..., None].astype(np.uint32), _of_steps(counters)])
+    hashed = _mixed([key, step[..., None].astype(np.uint32), _of_requests(counters)])
     return (hashed & np.uint32(2**22 - 1)).astype(np.float32)
 
 
@@ -137,7 +137,7 @@ class EmbeddingState:
 
         Only updates may come between a prefetch and the use of its plan. They do not change it.
         """
-        return _mixed([self.key, self.fingerprint, _of_steps(self.counters)])
+        return _mixed([self.key, self.fingerprint, _of_requests(self.counters)])
 
     @property
     def _history(self) -> tuple[jax.Array, jax.Array, jax.Array]:
