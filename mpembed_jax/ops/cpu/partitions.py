@@ -182,7 +182,7 @@ def _comes_first(i, k, ids, estimate):
 
 
 @compiled
-def _line_up(i, ways, ids, estimate, home, bucket, following):
+def line_up(i, ways, ids, estimate, home, bucket, following):
     """Puts a miss into the queue of its set, which keeps the first `ways`.
 
     Returns:
@@ -242,7 +242,7 @@ def enter(
     is_lfu, num_new, num_evicted, num_open = policy.counts_use(by), 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
-        b = _line_up(queue[k], ways, ids, estimate, home, bucket, following)
+        b = line_up(queue[k], ways, ids, estimate, home, bucket, following)
         if b >= 0:
             open_buckets[num_open] = b
             num_open += 1
