@@ -40,7 +40,7 @@ class Settings:
         (16, 64), "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096
     )
     pools: tuple[int, ...] = setting(
-        (3_000_000, 300_000), "Rows of the pools.", "ROWS", at_least=1000, at_most=1_000_000_000
+        (3_000_000, 100_000), "Rows of the pools.", "ROWS", at_least=1000, at_most=1_000_000_000
     )
     rows: int = setting(
         sum(workload.KAGGLE_SIZES),
