@@ -383,6 +383,13 @@ class EmbeddingSpec:
                 f"array ids must be [.., {len(known)}], one column per feature {list(known)}, got "
                 f"{array.shape}; for bags pass a dict of features"
             )
+        if where is not None and np.shape(where) != array.shape:
+            raise ValueError(
+                f"where must have the shape of the ids {list(array.shape)}, got "
+                f"{list(np.shape(where))}"
+            )
+        if not (where is None or isinstance(where, jax.Array)):
+            where = np.asarray(where)
         columns = [
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())

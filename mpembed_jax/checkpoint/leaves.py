@@ -50,23 +50,27 @@ def named(tree: Any) -> dict[str, Any]:
 
 def without_clocks(tree: Any) -> Any:
     """Returns a tree whose embedding states have no clocks, as a checkpoint holds it."""
-    return _with_clocks(tree, lambda step: None)
+    return _each_state(tree, lambda state: dataclasses.replace(state, clock=None))
 
 
 def with_clocks(tree: Any) -> Any:
-    """Returns a restored tree whose embedding states have the clocks of their steps again."""
+    """Returns a restored tree whose embedding states have their clocks again."""
     on_device = jax.jit(clock_of)
-    return _with_clocks(
-        tree, lambda step: on_device(step) if isinstance(step, jax.Array) else clock_of(step)
+
+    def changed(state: EmbeddingState) -> EmbeddingState:
+        clock = on_device if isinstance(state.step, jax.Array) else clock_of
+        history = (state.key, state.step, state.counters)
+        return dataclasses.replace(state, clock=clock(*history))
+
+    return _each_state(tree, changed)
+
+
+def _each_state(tree: Any, changed: Callable[[EmbeddingState], Any]) -> Any:
+    return jax.tree.map(
+        lambda node: changed(node) if isinstance(node, EmbeddingState) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, EmbeddingState),
     )
-
-
-def _with_clocks(tree: Any, clock_of: Callable[[Any], Any]) -> Any:
-    def changed(node: Any) -> Any:
-        is_state = isinstance(node, EmbeddingState)
-        return dataclasses.replace(node, clock=clock_of(node.step)) if is_state else node
-
-    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, EmbeddingState))
 
 
 class Member(NamedTuple):

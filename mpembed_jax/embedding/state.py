@@ -15,7 +15,7 @@ from mpembed_jax import ops
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.embedding.counters import COUNTERS, OF_UPDATES
+from mpembed_jax.embedding.counters import COUNTERS, OF_REQUESTS
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.mesh.shard import Shard
@@ -35,17 +35,36 @@ _AVERAGED = (
 )
 
 
-@partial(jax.jit, inline=True)
-def _mixed(words: list[jax.Array]) -> jax.Array:
-    """Returns a hash (uint32 []) of uint32 arrays."""
-    flat = jnp.concatenate([array.reshape(-1) for array in words])
-    place = jnp.arange(1, flat.shape[0] + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return jnp.sum(random_bits.fmix32(flat ^ random_bits.fmix32(place)), dtype=jnp.uint32)
+def _mixed(words: list[Any]) -> Any:
+    """Returns a hash (uint32 [..]) of uint32 arrays [.., n]. NumPy arrays stay on the host."""
+    numpy: Any = np if all(isinstance(array, np.ndarray) for array in words) else jnp
+    joined = numpy.concatenate(words, axis=-1)
+    place = np.arange(1, joined.shape[-1] + 1, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    mixed = random_bits.fmix32(joined ^ random_bits.fmix32(place))
+    return numpy.sum(mixed, axis=-1, dtype=np.uint32)
 
 
-def clock_of(step: Any) -> Any:
-    """Returns the clock of a step (int32 [..]): the step modulo 2**16 in float32, exactly."""
-    return (step & np.int32(2**16 - 1)).astype(np.float32)
+def _of_requests(counters: Any) -> Any:
+    """Returns the counts that tell what was requested, uint32 [.., n] of [.., len(COUNTERS), 2]."""
+    counts = counters[..., : len(OF_REQUESTS), :]
+    return counts.reshape(*counts.shape[:-2], -1)
+
+
+def clock_of(key: Any, step: Any, counters: Any) -> Any:
+    """Returns the clock of a state: a hash of its history in 22 bits, as a whole number.
+
+    An average of the clocks of two states of different histories is the clock of neither.
+
+    Args:
+      key: uint32 [.., 2], the state's key.
+      step: int32 [..], the number of its prefetches.
+      counters: uint32 [.., len(COUNTERS), 2]. Counts of exchanges and updates do not matter.
+
+    Returns:
+      float32 [..]. For NumPy arrays, a NumPy array.
+    """
+    hashed = _mixed([key, step[..., None].astype(np.uint32), _of_requests(counters)])
+    return (hashed & np.uint32(2**22 - 1)).astype(np.float32)
 
 
 @partial(
@@ -74,8 +93,8 @@ class EmbeddingState:
     row_state: Any
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []: the number of prefetches so far
-    # f32 []: clock_of(step), which an average of the floats of two states is not. NaN once such a
-    # state was used. A checkpoint does not hold it: there, it is None.
+    # f32 []: clock_of(key, step, counters), which an average of the floats of two states is not.
+    # -1 once such a state was used. A checkpoint does not hold it: there, it is None.
     clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
@@ -118,22 +137,27 @@ class EmbeddingState:
 
         Only updates may come between a prefetch and the use of its plan. They do not change it.
         """
-        return _mixed([self.key, self.fingerprint, self.counters[: -len(OF_UPDATES)]])
+        return _mixed([self.key, self.fingerprint, _of_requests(self.counters)])
+
+    @property
+    def _history(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arrays from which the clock is computed."""
+        return self.key, self.step, self.counters
 
     @property
     def is_sound(self) -> jax.Array:
-        """Whether the arrays are of this spec and layout, and of one step (bool [])."""
+        """Whether the arrays are of this spec and layout, and of one history (bool [])."""
         is_own = jnp.all(self.fingerprint == self.expected_fingerprint)
-        return is_own & (self.clock == clock_of(self.step))
+        return is_own & (self.clock == clock_of(*self._history))
 
     @property
     def is_concrete(self) -> bool:
         """Whether is_sound can be evaluated: none of the arrays that it reads is traced."""
-        told = (self.fingerprint, self.clock, self.step)
+        told = (self.fingerprint, self.clock, *self._history)
         return not any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in told)
 
     def check_spec(self) -> None:
-        """Checks that the arrays were made for this spec and belong to one step.
+        """Checks that the arrays were made for this spec and belong to one state.
 
         Traced arrays are checked when the compiled function runs, by is_sound.
 
@@ -159,10 +183,10 @@ class EmbeddingState:
                     "the state with sharding.relayout"
                 )
         if self.is_concrete:
-            clock, step = map(np.asarray, jax.device_get((self.clock, self.step)))
-            if not np.array_equal(clock, clock_of(step)):
+            clock, *history = map(np.asarray, jax.device_get((self.clock, *self._history)))
+            if not np.array_equal(clock, clock_of(*history)):
                 raise ValueError(
-                    "the arrays of this state belong to several steps, as if states had been "
+                    "the arrays of this state belong to several states, as if states had been "
                     f"averaged; {_AVERAGED}"
                 )
 
@@ -386,15 +410,17 @@ def assemble(
     row_state = init_rows(
         tx, table.num_rows, spec.embedding_dim, spec.row_state_dtype, spec.memory_kind
     )
+    step = jnp.zeros((), jnp.int32)
+    counters = jnp.zeros((len(COUNTERS), 2), jnp.uint32)
     state = EmbeddingState(
         table=dataclasses.replace(table, rows=indexing.to_host(table.rows, spec.memory_kind)),
         cache=cache,
         row_state=row_state,
         key=key,
-        step=jnp.zeros((), jnp.int32),
-        clock=clock_of(jnp.zeros((), jnp.int32)),
+        step=step,
+        clock=clock_of(key, step, counters),
         pending=jnp.zeros((), bool),
-        counters=jnp.zeros((len(COUNTERS), 2), jnp.uint32),
+        counters=counters,
         fingerprint=jnp.zeros(2, jnp.uint32),
         spec=spec,
         implementation=implementation,

@@ -119,13 +119,14 @@ def prefetch_rows(
 def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
     """Returns the state after a prefetch: advanced by one step, pending, with `counts` added."""
     step = state.step + 1
+    counters = count_step(state.counters, counts)
     return dataclasses.replace(
         state,
         step=step,
-        clock=jnp.where(state.is_sound, clock_of(step), jnp.float32(jnp.nan)),
+        clock=jnp.where(state.is_sound, clock_of(state.key, step, counters), jnp.float32(-1)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
-        counters=count_step(state.counters, counts),
+        counters=counters,
     )
 
 

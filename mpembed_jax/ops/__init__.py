@@ -288,7 +288,8 @@ def admit(
     """
     native = compiled(implementation)
     if native is not None:
-        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
+        threads = max_threads(implementation)
+        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences, threads)
     return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 

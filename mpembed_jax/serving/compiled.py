@@ -29,6 +29,7 @@ from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.ops.cpu import machine_code
 from mpembed_jax.ops.cpu.admit import set_of
 from mpembed_jax.ops.cpu.hashes import fmix32, scale_to
+from mpembed_jax.ops.cpu.partitions import bits_of
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import host_rows
 from mpembed_jax.serving.container import Pool
@@ -539,13 +540,14 @@ def _locate() -> Callable:
         row = array(out, num, np.int32)
         pair = array(pairs, 2 * num, np.uint32)
         owner = array(owners, sets * ways, np.uint32)
+        group_bits = bits_of(groups)
         for i in range(num):
             hashed, place = pair[2 * i], pair[2 * i + 1]
             if hashed == padding:
                 row[i] = NO_ID
                 continue
             tag = min(hashed >> shift, last)
-            home = set_of(place, tag, sets, first_sets, groups)
+            home = set_of(place, tag, sets, first_sets, group_bits)
             own = sets * ways + np.int64(place & number) * per_table
             own += scale_to(fmix32(hashed), per_table)
             for way in range(ways):

@@ -759,12 +759,15 @@ def averages(average, state):
 
 
 @pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=4, ways=2)], ids=["uncached", "cached"])
-def test_an_average_of_two_states_is_refused_at_its_next_use(cache):
+@pytest.mark.parametrize("are_alike", [False, True], ids=["other steps", "same step"])
+def test_an_average_of_two_states_is_refused_at_its_next_use(cache, are_alike):
     """Lines of one number hold other ids in the two states, and packed rows are no numbers."""
     first = start(stack(cache=cache, storage="int8"))
     later = first
     for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [1, 5, 9, 2]):
         later, _, _ = jax.jit(run)(later, jnp.asarray(ids, jnp.int32))
+        if are_alike:  # of one key, and of batches with other counts
+            first, _, _ = jax.jit(run)(first, jnp.asarray([ids[0]] * 4, jnp.int32))
     for name, average in averages(first, later).items():
         for use in (mpembed.stats, mpembed.flush, mpembed.to_dense):
             message = r"made for another spec" if "dtypes" in name else r"cannot be averaged"
@@ -778,7 +781,7 @@ def test_an_average_of_two_states_is_refused_at_its_next_use(cache):
         trained, _, _ = jax.jit(run)(average, jnp.arange(4, dtype=jnp.int32))
         assert int(trained.counters[COUNTERS.index("refused_updates"), 0]) == 1
         training.assert_same(trained.row_state, jax.tree.map(jnp.asarray, average.row_state))
-        with pytest.raises(ValueError, match=r"belong to several steps|made for another spec"):
+        with pytest.raises(ValueError, match=r"belong to several states|made for another spec"):
             mpembed.stats(trained)
 
 

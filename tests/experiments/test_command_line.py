@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
     "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step",
     "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
-    "speed.bench_ahead", "speed.bench_hashing", "speed.bench_threads", "gpu.bench_gpu",
-    "gpu.compile_gpu", "gpu.roofline", "gpu.aot_8gpu", "scaling.bench_scaling",
+    "speed.bench_ahead", "speed.bench_hashing", "speed.bench_raw_ids", "speed.bench_threads",
+    "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline", "gpu.aot_8gpu", "scaling.bench_scaling",
     "scaling.multiprocess", "faults.run", "ngram.memory_table", "ngram.step_time",
     "ngram.known_models", "faults.killed_worker",
 )  # fmt: skip
@@ -207,6 +207,10 @@ CALLS = {
     ],
     "speed.bench_hashing": [
         ("two rounds", "--rounds 2", "--rounds is 2", "at least 3"),
+    ],
+    "speed.bench_raw_ids": [
+        ("two rounds", "--rounds 2", "--rounds is 2", "at least 3"),
+        ("wide rows", "--rows 1000000000 --dims 4096", "--rows is 1,000,000,000", "GB are free"),
     ],
     "speed.bench_threads": [
         ("one round", "--rounds 1", "--rounds is 1", "at least 2"),

@@ -526,7 +526,8 @@ def test_stats_warn_where_most_steps_exceed_the_room_of_the_exchange():
 
     def after(steps):
         now = np.int32(steps)
-        return dataclasses.replace(state, counters=words, step=now, clock=clock_of(now))
+        clock = clock_of(np.asarray(state.key), now, words)
+        return dataclasses.replace(state, counters=words, step=now, clock=clock)
 
     for steps in (99, 121):
         mpembed.stats(after(steps))

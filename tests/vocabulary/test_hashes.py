@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mpembed_jax as mpembed
 from mpembed_jax.vocabulary import hashes
 
 MASK = 2**64 - 1
@@ -156,6 +157,22 @@ def test_other_values_are_refused():
             hashes.of_column(column, "user", 0)
     with pytest.raises(TypeError, match="raw ids on a device"):
         hashes.of_traced(jnp.zeros(2), "user", 0)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_a_mask_of_another_shape_is_refused(library):
+    ids = library.zeros((3, 2), np.int32)
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("a"), mpembed.TableSpec("b")],
+        4,
+        vocabulary=mpembed.VocabularySpec(num_rows=8),
+    )
+    for where in (np.ones((3, 1), bool), [True] * 3, True):
+        with pytest.raises(ValueError, match=r"where must have the shape of the ids \[3, 2\], got"):
+            spec.raw_ids(ids, where)
+    np.testing.assert_array_equal(
+        spec.raw_ids(ids, np.ones((3, 2), bool).tolist()), spec.raw_ids(ids)
+    )
 
 
 def test_shapes_are_kept():

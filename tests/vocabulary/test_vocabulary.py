@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
+from mpembed_jax import ops
 from mpembed_jax.embedding import admission
 from mpembed_jax.optim import rowwise_adagrad
 from mpembed_jax.vocabulary import hashes, pool
@@ -127,6 +128,30 @@ def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementati
     probes = spec.raw_ids(np.arange(300).reshape(-1, 2))
     got = jax.jit(admission.rows_of)(state, probes)
     assert np.asarray(got).reshape(-1).tolist() == [model.row_of(p) for p in probes.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("case", ["many", "resized"])
+def test_any_number_of_threads_admits_as_the_reference_does(case):
+    """Batches of 6,000 positions over all partitions; sets overflow, and rows are recycled."""
+    pools = {"many": Pool(2048, 2, 8), "resized": Pool(2048 + 512, 2, 8, first_sets=128)}
+    spec = stack(**pools[case]._asdict())
+    native = ops.IMPLEMENTATIONS["numba"]
+    threads = [dataclasses.replace(native, max_threads=number) for number in (1, 2, 3, 8)]
+    first = mpembed.init(jax.random.key(0), spec, optax.sgd(0.5), implementation="xla")
+    assert first.vocabulary.groups >= 16
+    rng = np.random.default_rng(1)
+    states = [dataclasses.replace(first, implementation=each) for each in ("xla", *threads)]
+    for number in range(5):
+        batch = rng.integers(0, 3000, (3000, 2)) // 2 * rng.integers(1, 3, (3000, 2)) + 400 * number
+        pairs = spec.raw_ids(batch, where=np.arange(6000).reshape(-1, 2) % 7 != number % 9)
+        states, rows = zip(*(_admit(state, pairs) for state in states), strict=True)
+        for state, row in zip(states[1:], rows[1:], strict=True):
+            training.assert_same(row, rows[0])
+            training.assert_same(state.vocabulary, states[0].vocabulary)
+            training.assert_same(state.table, states[0].table)
+        states = [dataclasses.replace(state, step=state.step + 1) for state in states]
+    counted = dict(zip(pool.COUNTERS, np.asarray(states[0].vocabulary.counters)[:, 0], strict=True))
+    assert counted["recyclings"] > 1000 and counted["refusals"] > 1000
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Admission of raw ids on a CPU, by loops that numba compiles.
 
-The rules are those of `xla.admit.admit`. There is no sort: the newcomers of a set wait in a list in
-their order, of which no more than the set has ways can enter. All arithmetic is on integers, so the
-bits are those of the reference. The arrays of the vocabulary are updated in place.
+The rules are those of `xla.admit.admit`. Positions are dealt to partitions, as in `bag_step`. A
+partition owns the groups of sets of its ids, and their part of the sketch. So nothing that one
+partition reads or writes belongs to another, and no number of threads changes a result. There is no
+sort: the newcomers of a set wait in a queue. All arithmetic is on integers, so the bits are those
+of the reference. The arrays of the vocabulary are updated in place.
 """
 
 import dataclasses
@@ -12,19 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpembed_jax.ops.cpu import call_frame
-from mpembed_jax.ops.cpu.call_frame import argument, compiled, result
+from mpembed_jax.ops.cpu import call_frame, partitions
+from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
+from mpembed_jax.ops.cpu.partitions import MAX_PARTS, bits_of
 from mpembed_jax.ops.records import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.pool import VocabularyState
 
 _NO_ID = np.int32(NO_ID)
+_AHEAD = 16  # ids
+_CHUNKS = 16  # parts of the positions; a thread deals the positions of one part at a time
+_ZERO, _ONE, _TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 _PADDING = np.uint32(hashes.PADDING)
 _TABLES = np.uint32(hashes.MAX_TABLES - 1)
 _NO_OWNER, _MAX_USE = np.uint32(pool.NO_OWNER), pool.MAX_USE
 _USE_BITS, _PINNED = np.uint32(pool.USE_BITS), np.uint32(pool.PINNED)
+_NO_KEY = np.uint64(2**64 - 1)
 _TAG_SHIFT = np.uint32(32 - pool.TAG_BITS)
 _MANTISSA = pool.MANTISSA
 _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
@@ -32,18 +39,40 @@ _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 # operands 4 and 5: the call changes them in place.
 _PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
 _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
-# By distinct id: its set, tag, hash, occurrences, line, estimate, and the next newcomer of its set.
-_ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE, _ESTIMATE, _NEXT, _INDEX = range(5, 13)
-_TABLE, _HEAD, _LENGTH = range(13, 16)
+# By position: its key of 64 bits (see `_key_of`). By dealt position: its key, the position, and its
+# id. Here, an id is the index of a distinct id within its partition. By id: its key, set, tag,
+# hash, occurrences, line, estimate, and the next newcomer of its set. By partition: the newcomers,
+# scratch of their sets, and rows taken from other ids. Then scratch of partitions and chunks.
+(
+    _KEY, _DEALT, _POSITIONS, _ID_OF, _ID_KEY, _ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE,
+    _ESTIMATE, _NEXT, _QUEUE, _OPEN, _TAKEN, _BUCKET, _DEALS, _FACTS,
+) = range(5, 23)  # fmt: skip
+# Entries of `_NUMBERS`, int32.
+(
+    _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
+    _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
+) = range(12)  # fmt: skip
+# Words of `_FACTS`: how many partitions there are, where each begins, then four numbers of each.
+# Padding comes after the last partition.
+_PARTS, _BEGIN = 0, 1
+_OF_PARTS = _NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED = tuple(
+    _BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(4)
+)
+_NUM_FACTS = _NUM_REFUSED + MAX_PARTS
+_DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then padding
 
 
 @compiled
-def set_of(place, tag, sets, first_sets, groups):
-    """Returns the set of an id; see pool.sets_of. The sizes are int64."""
-    mixed = fmix32(place)
-    first = np.int64(mixed % np.uint32(groups)) + groups * scale_to(
-        fmix32(mixed // np.uint32(groups)), first_sets // groups
-    )
+def set_of(place, tag, sets, first_sets, group_bits):
+    """Returns the set of an id; see pool.sets_of.
+
+    sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the groups.
+    """
+    mixed, shift = fmix32(place), np.int64(group_bits)
+    group = np.int64(mixed & ((np.uint32(1) << group_bits) - np.uint32(1)))
+    first = group + (scale_to(fmix32(mixed >> group_bits), first_sets >> shift) << shift)
+    if sets == first_sets:
+        return first
     number = sets // first_sets + (1 if first < sets % first_sets else 0)
     span = 1
     while span < number:
@@ -55,8 +84,10 @@ def set_of(place, tag, sets, first_sets, groups):
 
 
 @compiled
-def _mixed(home, tag, first_sets):
-    return fmix32(tag ^ fmix32(np.uint32(home % first_sets)))
+def _mixed(home, tag, sets, first_sets):
+    """Returns the hash of an id; see pool.mixed."""
+    first = home if sets == first_sets else home % first_sets
+    return fmix32(tag ^ fmix32(np.uint32(first)))
 
 
 @compiled
@@ -69,15 +100,17 @@ def _use_of(owner):
 
 
 @compiled
-def _owner_of(tag, estimate, noise):
+def _owner_of(tag, estimate, mixed, step):
+    """Returns the owner of a row, with the estimate as its use, rounded; see pool.owners_of."""
     shift = np.int64(0)
     while estimate >> shift >= 2 << _MANTISSA:
         shift += 1
     whole = estimate >> shift
     rest = estimate - (whole << shift)
     code = (shift << _MANTISSA) + whole
-    if (np.int64(noise) & ((1 << shift) - 1)) < rest:
-        code += 1
+    if rest > 0:
+        noise = np.int64(fmix32(mixed ^ fmix32(step ^ _NOISE)))
+        code += 1 if noise & ((1 << shift) - 1) < rest else 0
     return (tag << _USE_BITS) | np.uint32(code)
 
 
@@ -93,196 +126,362 @@ def _halve(owners, sketch, half_mask):
 
 
 @compiled
-def _counter(depth, home, mixed, groups, width, bits):
-    """Returns the byte and the first bit of a counter."""
-    per = 8 // bits
-    column = scale_to(fmix32(mixed ^ np.uint32(SEEDS[depth])), width * per)
-    return (depth * groups + home % groups) * width + column // per, (column % per) * bits
+def _shape(numbers):
+    """Returns what the place of a counter depends on, int64.
+
+    Groups, bytes of a group in a row of the sketch, bits of a counter, and the base-2 logarithm of
+    the counters in a byte.
+    """
+    bits = np.int64(numbers[_BITS])
+    per_bits = np.int64(3) - np.int64(bits_of(bits))
+    return np.int64(numbers[_GROUPS]), np.int64(numbers[_WIDTH]), bits, per_bits
 
 
 @compiled
-def _count_of(sketch, home, mixed, groups, width, bits):
+def _counter(depth, home, mixed, shape):
+    """Returns the byte and the first bit of a counter."""
+    groups, width, bits, per_bits = shape
+    column = scale_to(fmix32(mixed ^ np.uint32(SEEDS[depth])), width << per_bits)
+    first = (depth * groups + (home & (groups - 1))) * width
+    return first + (column >> per_bits), (column & ((1 << per_bits) - 1)) * bits
+
+
+@compiled
+def _ask_for_counters(sketch, home, mixed, shape):
+    for depth in range(2):
+        byte, _ = _counter(depth, home, mixed, shape)
+        ask_for(sketch, byte, 1)
+
+
+@compiled
+def _count_of(sketch, home, mixed, shape):
     count = np.int64(255)
     for depth in range(2):
-        byte, shift = _counter(depth, home, mixed, groups, width, bits)
-        count = min(count, (np.int64(sketch[byte]) >> shift) & ((1 << bits) - 1))
+        byte, shift = _counter(depth, home, mixed, shape)
+        count = min(count, (np.int64(sketch[byte]) >> shift) & ((1 << shape[2]) - 1))
     return count
 
 
 @compiled
-def _remember(sketch, home, mixed, groups, width, bits, use):
-    most = (1 << bits) - 1
+def _remember(sketch, home, mixed, shape, use):
+    most = (1 << shape[2]) - 1
     for depth in range(2):
-        byte, shift = _counter(depth, home, mixed, groups, width, bits)
+        byte, shift = _counter(depth, home, mixed, shape)
         held = np.int64(sketch[byte])
         if (held >> shift) & most < min(use, most):
             sketch[byte] = (held & ~(most << shift)) | (min(use, most) << shift)
 
 
+# --- positions are dealt to partitions
+
+
 @compiled
-def _enqueue(i, id_set, id_tag, estimate, after, head, length, ways):
-    """Puts a newcomer into the list of its set, which keeps the first `ways`."""
-    mask = len(head) - 1
-    bucket = np.int64(fmix32(np.uint32(id_set[i]))) & mask
-    while head[bucket] >= 0 and id_set[head[bucket]] != id_set[i]:
-        bucket = (bucket + 1) & mask
-    last = np.int64(-1)
-    k = np.int64(head[bucket])
-    while k >= 0 and (
-        estimate[k] > estimate[i] or (estimate[k] == estimate[i] and id_tag[k] < id_tag[i])
-    ):
-        last = k
-        k = np.int64(after[k])
-    after[i] = k
-    if last < 0:
-        head[bucket] = i
-    else:
-        after[last] = i
-    if length[bucket] < ways:
-        length[bucket] += 1
+def _key_of(home, tag):
+    """Returns the key of an id: its set (below 2^31), then its tag. Padding has the key _NO_KEY."""
+    return (np.uint64(home) << np.uint64(pool.TAG_BITS)) | np.uint64(tag)
+
+
+@compiled
+def _keys(frame, index):
+    """Returns a result of 64-bit keys, for which XLA has twice as many 32-bit words."""
+    whole = result(frame, index, np.uint64)
+    return whole[: len(whole) // 2]
+
+
+@compiled
+def _part_of(key, groups, num_parts, shift):
+    """Returns the partition of a key; num_parts for padding. groups and num_parts are uint64."""
+    group = (key >> np.uint64(pool.TAG_BITS)) & (groups - _ONE)
+    return num_parts if key == _NO_KEY else group >> shift
+
+
+@compiled
+def _deal_of(frame, chunk):
+    return result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
+
+
+@compiled
+def _grouping(frame):
+    """Returns the numbers of groups and partitions, and the shift from one to the other; uint64."""
+    groups = np.uint64(argument(frame, _NUMBERS, np.int32)[_GROUPS])
+    num_parts = np.uint64(result(frame, _FACTS, np.int32)[_PARTS])
+    return groups, num_parts, np.uint64(bits_of(groups) - bits_of(num_parts))
+
+
+def _count_chunk(frame, chunk):
+    """Finds the keys of a chunk's positions, and counts the positions of each partition."""
+    pairs, numbers = argument(frame, _PAIRS, np.uint32), argument(frame, _NUMBERS, np.int32)
+    keys, deals = _keys(frame, _KEY), _deal_of(frame, chunk)
+    sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
+    groups, num_parts, shift = _grouping(frame)
+    group_bits, last = bits_of(groups), _NO_OWNER - np.uint32(1)
+    begin, end = _chunk_range(len(keys), chunk)
+    for position in range(begin, end):
+        first = _TWO * position
+        tag = min(pairs[first] >> _TAG_SHIFT, last)
+        home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
+        keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
+    deals[:] = 0
+    for position in range(begin, end):
+        deals[_part_of(keys[position], groups, num_parts, shift)] += 1
+
+
+def _deal_chunk(frame, chunk):
+    """Copies the keys and positions of a chunk to the places of their partitions, in order."""
+    keys, dealt, deals = _keys(frame, _KEY), _keys(frame, _DEALT), _deal_of(frame, chunk)
+    positions = result(frame, _POSITIONS, np.int32)
+    groups, num_parts, shift = _grouping(frame)
+    begin, end = _chunk_range(len(keys), chunk)
+    for position in range(begin, end):
+        part = _part_of(keys[position], groups, num_parts, shift)
+        at = np.uint64(deals[part])
+        deals[part] += 1
+        dealt[at], positions[at] = keys[position], position
+
+
+@compiled
+def _chunk_range(num, chunk):
+    return np.uint64(num * chunk // _CHUNKS), np.uint64(num * (chunk + 1) // _CHUNKS)
+
+
+_count_chunks = call_frame.parts(_count_chunk)
+_deal_chunks = call_frame.parts(_deal_chunk)
+
+
+@compiled
+def _deal(frame, num_tasks):
+    """Groups the positions by partition, in ascending order. Padding is last."""
+    facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
+    num_parts = facts[_PARTS]
+    _count_chunks(frame, _CHUNKS, num_tasks)
+    begin = 0
+    for part in range(num_parts + 1):
+        facts[_BEGIN + part] = begin
+        for chunk in range(_CHUNKS):
+            num = deals[chunk * _DEAL + part]
+            deals[chunk * _DEAL + part] = begin
+            begin += num
+    facts[_BEGIN + num_parts + 1] = begin
+    _deal_chunks(frame, _CHUNKS, num_tasks)
+
+
+# --- a partition
+
+
+@compiled
+def _deduplicate(dealt, positions, times, id_key, count, id_of, bucket):
+    """Fills the keys and occurrences of a partition's distinct ids, and the id of each dealt key.
+
+    It is `partitions.deduplicate`, for keys, with the occurrences that positions stand for.
+
+    Returns:
+      The number of ids.
+    """
+    bucket[:] = 0
+    mask, num_ids = np.uint64(len(bucket) - 1), _ZERO
+    for k in range(np.uint64(len(dealt))):
+        key = dealt[k]
+        b = ((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & mask
+        i = np.uint64(bucket[b])
+        # Whether an id is new cannot be predicted, so no branch depends on it alone.
+        while (i != _ZERO) & (id_key[i - (_ONE if i != _ZERO else _ZERO)] != key):
+            b = (b + _ONE) & mask
+            i = np.uint64(bucket[b])
+        is_new = i == _ZERO
+        id_key[num_ids] = key
+        count[num_ids] = 0
+        num_ids += _ONE if is_new else _ZERO
+        i = num_ids if is_new else i
+        bucket[b] = i
+        count[i - _ONE] += times[np.uint64(positions[k])] if len(times) > 0 else 1
+        id_of[k] = i - _ONE
+    return np.int64(num_ids)
+
+
+@compiled
+def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
+    """Finds the rows of a partition's ids, and pins them. Estimates all ids, queues the newcomers.
+
+    Memory is requested some ids ahead: the owners first, then the counters of an id without a row.
+
+    Returns:
+      The number of newcomers.
+    """
+    numbers = argument(frame, _NUMBERS, np.int32)
+    owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
+    ways, shape = np.uint64(numbers[_WAYS]), _shape(numbers)
+    sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
+    num_ids, num_newcomers, early = np.uint64(len(id_key)), _ZERO, np.uint64(_AHEAD)
+    for ahead in range(num_ids + early + early):
+        if ahead < num_ids:
+            home = id_key[ahead] >> np.uint64(pool.TAG_BITS)
+            id_set[ahead], id_tag[ahead] = home, np.uint32(id_key[ahead]) & _NO_OWNER
+            ask_for(owners, np.int64(home * ways), np.int64(ways))
+        i = ahead - early  # as uint64, it is large before the first id
+        if i < num_ids:
+            tag, first, place = id_tag[i], np.uint64(id_set[i]) * ways, _ZERO
+            for way in range(ways):
+                place += way + _ONE if owners[first + way] >> _USE_BITS == tag else _ZERO
+            mixed[i] = _mixed(np.int64(id_set[i]), tag, sets, first_sets)
+            line[i] = np.int64(first + place) - 1 if place > _ZERO else -1
+            if place == _ZERO:
+                _ask_for_counters(sketch, np.int64(id_set[i]), mixed[i], shape)
+        i -= early
+        if i < num_ids:
+            if line[i] >= 0:
+                here = np.uint64(line[i])
+                estimate[i] = min(_use_of(owners[here]) + count[i], _MAX_USE)
+                owners[here] |= _PINNED
+            else:
+                seen = _count_of(sketch, np.int64(id_set[i]), mixed[i], shape)
+                estimate[i] = min(seen + count[i], _MAX_USE)
+                queue[num_newcomers] = i
+                num_newcomers += _ONE if estimate[i] >= numbers[_ADMIT_AFTER] else _ZERO
+    return np.int64(num_newcomers)
+
+
+@compiled
+def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open_buckets, taken):
+    """Gives newcomers rows. `taken` gets the rows that had another owner.
+
+    Returns:
+      How many newcomers got a row, and how many rows were taken.
+    """
+    numbers = argument(frame, _NUMBERS, np.int32)
+    owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
+    ways, shape = np.int64(numbers[_WAYS]), _shape(numbers)
+    sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
+    num_open, num_admitted, num_taken = 0, 0, 0
+    bucket[:] = 0
+    for k in range(len(queue)):
+        b = partitions.line_up(queue[k], ways, id_tag, estimate, id_set, bucket, following)
+        if b >= 0:
+            open_buckets[num_open] = b
+            num_open += 1
+    for k in range(num_open):
+        i = np.int64(bucket[open_buckets[k]]) - 1
+        home = np.int64(id_set[i])
+        first = home * ways
+        while i >= 0:
+            best, cost = first, np.int64(1 << 20)
+            for way in range(ways):
+                owner = owners[np.uint64(first + way)]
+                is_empty = owner >> _USE_BITS == _NO_OWNER
+                paid = np.int64(0) if is_empty else _use_of(owner) + 1
+                if paid < cost:
+                    best, cost = first + way, paid
+            if cost > (estimate[i] if numbers[_MAY_RECYCLE] else 0):
+                break  # nor may those that follow
+            if cost > 0:
+                hashed = _mixed(home, owners[best] >> _USE_BITS, sets, first_sets)
+                _remember(sketch, home, hashed, shape, cost - 1)
+                taken[num_taken] = (best - first) * sets + home
+                num_taken += 1
+            owners[best], line[i] = (id_tag[i] << _USE_BITS) | _PINNED, best
+            num_admitted += 1
+            i = np.int64(following[i])
+    return num_admitted, num_taken
+
+
+@compiled
+def _buckets_of(frame, begin, end, part):
+    num_buckets = 16  # a power of two, at least twice the number of positions
+    while num_buckets < 2 * (end - begin):
+        num_buckets *= 2
+    first = 4 * begin + 16 * part
+    return result(frame, _BUCKET, np.int32)[first : first + num_buckets]
+
+
+def _settle(frame, part):
+    """Admits the ids of a partition, and writes the rows of its positions."""
+    facts, numbers = result(frame, _FACTS, np.int32), argument(frame, _NUMBERS, np.int32)
+    begin, end = np.int64(facts[_BEGIN + part]), np.int64(facts[_BEGIN + part + 1])
+    positions, row = result(frame, _POSITIONS, np.int32)[begin:end], result(frame, _ROWS, np.int32)
+    if part == facts[_PARTS]:
+        for k in range(len(positions)):
+            row[positions[k]] = _NO_ID
         return
-    # The list was full, and its last entry leaves. The list has one entry at least.
-    last = np.int64(head[bucket])
-    for _ in range(ways - 1):
-        last = np.int64(after[last])
-    after[last] = -1
+    bucket = _buckets_of(frame, begin, end, part)
+    id_key = _keys(frame, _ID_KEY)[begin:end]
+    id_set = result(frame, _ID_SET, np.int32)[begin:end]
+    id_tag = result(frame, _ID_TAG, np.uint32)[begin:end]
+    count = result(frame, _COUNT, np.int32)[begin:end]
+    id_of = result(frame, _ID_OF, np.int32)[begin:end]
+    mixed = result(frame, _MIXED, np.uint32)[begin:end]
+    line = result(frame, _LINE, np.int32)[begin:end]
+    estimate = result(frame, _ESTIMATE, np.int32)[begin:end]
+    queue = result(frame, _QUEUE, np.int32)[begin:end]
+    num_ids = _deduplicate(
+        _keys(frame, _DEALT)[begin:end], positions, argument(frame, _TIMES, np.int32),
+        id_key, count, id_of, bucket,
+    )  # fmt: skip
+    num_newcomers = _find(
+        frame, id_key[:num_ids], id_set, id_tag, mixed, count, line, estimate, queue
+    )
+    num_admitted, num_taken = 0, 0
+    if num_newcomers > 0:
+        num_admitted, num_taken = _enter(
+            frame, id_set, id_tag, line, estimate, queue[:num_newcomers], bucket,
+            result(frame, _NEXT, np.int32)[begin:end], result(frame, _OPEN, np.int32)[begin:end],
+            result(frame, _TAKEN, np.int32)[begin:end],
+        )  # fmt: skip
+    facts[_NUM_RECYCLED + part], facts[_NUM_ADMITTED + part] = num_taken, num_admitted
+    facts[_NUM_REFUSED + part] = num_newcomers - num_admitted
+
+    owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
+    step, shape = argument(frame, _STEP, np.uint32)[0], _shape(numbers)
+    sets, ways = np.int64(numbers[_SETS]), np.int64(numbers[_WAYS])
+    for i in range(np.uint64(num_ids)):
+        here, home = np.int64(line[i]), np.int64(id_set[i])
+        if here >= 0:
+            owner = _owner_of(id_tag[i], np.int64(estimate[i]), mixed[i], step)
+            owners[np.uint64(here)] = owner
+            line[i] = (here - home * ways) * sets + home  # from here on, the row
+        else:
+            _remember(sketch, home, mixed[i], shape, np.int64(estimate[i]))
+
+    pairs, per_table = argument(frame, _PAIRS, np.uint32), np.int64(numbers[_PER_TABLE])
+    num_shared = 0
+    for k in range(np.uint64(len(positions))):
+        position, own = np.uint64(positions[k]), np.int64(line[np.uint64(id_of[k])])
+        if own < 0:
+            num_shared += 1
+            tag, place = pairs[_TWO * position], pairs[_TWO * position + _ONE]
+            number = np.int64(place & _TABLES)
+            own = sets * ways + number * per_table + scale_to(fmix32(tag), per_table)
+        row[position] = own
+    facts[_NUM_SHARED + part] = num_shared
+
+
+_settle_parts = call_frame.parts(_settle)
 
 
 def _admit(frame):
-    pairs = argument(frame, _PAIRS, np.uint32)
-    numbers = argument(frame, _NUMBERS, np.int32)
-    step = argument(frame, _STEP, np.uint32)[0]
-    times = argument(frame, _TIMES, np.int32)
-    owners = result(frame, _OWNERS, np.uint32)
-    sketch = result(frame, _SKETCH, np.uint8)
-    row = result(frame, _ROWS, np.int32)
-    recycled = result(frame, _RECYCLED, np.int32)
-    found = result(frame, _FOUND, np.int32)
-    id_set = result(frame, _ID_SET, np.int32)
-    id_tag = result(frame, _ID_TAG, np.uint32)
-    mixed = result(frame, _MIXED, np.uint32)
-    count = result(frame, _COUNT, np.int32)
-    line = result(frame, _LINE, np.int32)
-    estimate = result(frame, _ESTIMATE, np.int32)
-    after = result(frame, _NEXT, np.int32)
-    index = result(frame, _INDEX, np.int32)
-    table = result(frame, _TABLE, np.int32)
-    head = result(frame, _HEAD, np.int32)
-    length = result(frame, _LENGTH, np.int32)
-    must_halve = numbers[0]
-    sets = np.int64(numbers[1])
-    ways = np.int64(numbers[2])
-    groups = np.int64(numbers[3])
-    first_sets = np.int64(numbers[4])
-    bits = np.int64(numbers[5])
-    width = np.int64(numbers[6])
-    half_mask = numbers[7]
-    admit_after = numbers[8]
-    may_recycle = numbers[9]
-    per_table = np.int64(numbers[10])
-    num = len(pairs) // 2
-    if must_halve:
-        _halve(owners, sketch, half_mask)
-
-    table[:] = -1
-    mask = len(table) - 1
-    num_ids, num_requests = 0, 0
-    for position in range(num):
-        if pairs[2 * position] == _PADDING:
-            index[position] = -1
-            continue
-        num_requests += 1
-        tag = min(pairs[2 * position] >> _TAG_SHIFT, _NO_OWNER - np.uint32(1))
-        home = set_of(pairs[2 * position + 1], tag, sets, first_sets, groups)
-        hashed = _mixed(home, tag, first_sets)
-        bucket = np.int64(hashed) & mask
-        while table[bucket] >= 0 and (
-            id_tag[table[bucket]] != tag or id_set[table[bucket]] != home
-        ):
-            bucket = (bucket + 1) & mask
-        i = np.int64(table[bucket])
-        if i < 0:
-            i = num_ids
-            table[bucket] = i
-            id_set[i] = home
-            id_tag[i] = tag
-            mixed[i] = hashed
-            count[i] = 0
-            num_ids += 1
-        count[i] += times[position] if len(times) > 0 else 1
-        index[position] = i
-
-    # Ids with rows are pinned; all others are estimated by the sketch.
-    no_line = sets * ways
-    for i in range(num_ids):
-        first = id_set[i] * ways
-        line[i] = no_line
-        for way in range(ways):
-            if owners[first + way] >> _USE_BITS == id_tag[i]:
-                line[i] = first + way
-        if line[i] < no_line:
-            estimate[i] = min(_use_of(owners[line[i]]) + count[i], _MAX_USE)
-            owners[line[i]] |= _PINNED
-        else:
-            seen = _count_of(sketch, np.int64(id_set[i]), mixed[i], groups, width, bits)
-            estimate[i] = min(seen + count[i], _MAX_USE)
-
-    head[:] = -1
-    length[:] = 0
-    num_newcomers = 0
-    for i in range(num_ids):
-        if line[i] == no_line and estimate[i] >= admit_after:
-            num_newcomers += 1
-            _enqueue(i, id_set, id_tag, estimate, after, head, length, ways)
-    num_admitted, num_recycled = 0, 0
-    for bucket in range(len(head)):
-        i = np.int64(head[bucket])
-        while i >= 0:
-            home = np.int64(id_set[i])
-            first = home * ways
-            best, cost = first, np.int64(1 << 20)
-            for way in range(ways):
-                here = first + way
-                is_empty = owners[here] >> _USE_BITS == _NO_OWNER
-                paid = np.int64(0) if is_empty else _use_of(owners[here]) + 1
-                if paid < cost:
-                    best, cost = here, paid
-            if cost > (estimate[i] if may_recycle else 0):
-                break  # nor may those that follow
-            if cost > 0:
-                hashed = _mixed(home, owners[best] >> _USE_BITS, first_sets)
-                _remember(sketch, home, hashed, groups, width, bits, cost - 1)
-                recycled[num_recycled] = (best - first) * sets + home
-                num_recycled += 1
-            owners[best] = (id_tag[i] << _USE_BITS) | _PINNED
-            line[i] = best
-            num_admitted += 1
-            i = np.int64(after[i])
-    for k in range(num_recycled, num):
+    numbers, facts = argument(frame, _NUMBERS, np.int32), result(frame, _FACTS, np.int32)
+    owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
+    recycled, found = result(frame, _RECYCLED, np.int32), result(frame, _FOUND, np.int32)
+    taken = result(frame, _TAKEN, np.int32)
+    num_tasks = min(call_frame.num_threads(frame), np.int64(numbers[_TASKS]))
+    num_parts = min(np.int64(numbers[_GROUPS]), 16 if num_tasks <= 4 else MAX_PARTS)
+    facts[:] = 0
+    facts[_PARTS] = num_parts
+    if numbers[_MUST_HALVE]:
+        _halve(owners, sketch, numbers[_HALF_MASK])
+    _deal(frame, num_tasks)
+    _settle_parts(frame, num_parts + 1, num_tasks)
+    found[:] = 0
+    num_recycled = 0
+    for part in range(num_parts):
+        begin = np.int64(facts[_BEGIN + part])
+        for k in range(begin, begin + facts[_NUM_RECYCLED + part]):
+            recycled[num_recycled] = taken[k]
+            num_recycled += 1
+        found[2] += facts[_NUM_SHARED + part]
+        found[3] += facts[_NUM_ADMITTED + part]
+        found[4] += facts[_NUM_REFUSED + part]
+    for k in range(num_recycled, len(recycled)):
         recycled[k] = _NO_ID
-
-    for i in range(num_ids):
-        if line[i] < no_line:
-            noise = fmix32(mixed[i] ^ fmix32(step ^ _NOISE))
-            owners[line[i]] = _owner_of(id_tag[i], np.int64(estimate[i]), noise)
-        else:
-            home, use = np.int64(id_set[i]), np.int64(estimate[i])
-            _remember(sketch, home, mixed[i], groups, width, bits, use)
-    num_shared = 0
-    for position in range(num):
-        i = index[position]
-        if i < 0:
-            row[position] = _NO_ID
-        elif line[i] < no_line:
-            row[position] = (line[i] - id_set[i] * ways) * sets + id_set[i]
-        else:
-            num_shared += 1
-            number = np.int64(pairs[2 * position + 1] & _TABLES)
-            row[position] = (
-                no_line + number * per_table + scale_to(fmix32(pairs[2 * position]), per_table)
-            )
-    found[0], found[1], found[2] = num_recycled, num_requests, num_shared
-    found[3], found[4] = num_admitted, num_newcomers - num_admitted
+    found[0], found[1] = num_recycled, facts[_BEGIN + num_parts]
 
 
 def admit(
@@ -292,19 +491,24 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None = None,
+    max_threads: int = 64,
 ) -> tuple[VocabularyState, Admitted]:
-    """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`."""
+    """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`.
+
+    `max_threads` threads of XLA's pool share the work at most.
+    """
     call_frame.register("mpembed_admit", _admit)
     num = pairs.shape[0]
     of = vocabulary.sizes
+    assert of.geometry.groups & (of.geometry.groups - 1) == 0  # for set_of
     held = [vocabulary.owners, vocabulary.sketch]
-    num_buckets = 1 << max(4, (2 * num - 1).bit_length())
-    by_id = (_ROWS, _RECYCLED, _ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE, _ESTIMATE, _NEXT, _INDEX)
-    sizes = dict.fromkeys(by_id, num) | {_FOUND: 5}
-    sizes |= dict.fromkeys((_TABLE, _HEAD, _LENGTH), num_buckets)
-    kinds = {_ID_TAG: jnp.uint32, _MIXED: jnp.uint32}
-    counting = [of.first_sets, of.counter_bits, of.width, of.half_mask]
-    static = np.asarray([*of.geometry, *counting, *rules], np.int32)
+    sizes = dict.fromkeys(range(_ROWS, _FACTS), num)
+    sizes |= {_FOUND: 5, _BUCKET: 4 * num + 16 * MAX_PARTS}
+    sizes |= {_DEALS: _CHUNKS * _DEAL, _FACTS: _NUM_FACTS}
+    sizes |= dict.fromkeys((_KEY, _DEALT, _ID_KEY), 2 * num)
+    kinds = dict.fromkeys((_ID_TAG, _MIXED), jnp.uint32)
+    static = [*of.geometry, of.first_sets, of.counter_bits, of.width, of.half_mask, *rules]
+    numbers = jnp.asarray([max_threads, *static], jnp.int32)
     results: Any = jax.ffi.ffi_call(
         "mpembed_admit",
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
@@ -313,7 +517,7 @@ def admit(
         vmap_method="sequential",
     )(
         pairs,
-        jnp.concatenate([must_halve.astype(jnp.int32)[None], static]),
+        jnp.concatenate([must_halve.astype(jnp.int32)[None], numbers]),
         step[None],
         jnp.zeros(0, jnp.int32) if occurrences is None else occurrences,
         *held,

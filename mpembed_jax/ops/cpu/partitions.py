@@ -186,7 +186,7 @@ def _comes_first(i, k, ids, estimate):
 
 
 @compiled
-def _line_up(i, ways, ids, estimate, home, bucket, following):
+def line_up(i, ways, ids, estimate, home, bucket, following):
     """Puts a miss into the queue of its set, which keeps the first `ways`.
 
     Returns:
@@ -247,7 +247,7 @@ def enter(
     num_new, num_evicted, num_open = 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
-        b = _line_up(queue[k], ways, ids, estimate, home, bucket, following)
+        b = line_up(queue[k], ways, ids, estimate, home, bucket, following)
         if b >= 0:
             open_buckets[num_open] = b
             num_open += 1

@@ -1,0 +1,176 @@
+"""What does a step on raw ids cost, beside the same step on ids that are numbered?
+
+The workload is "Kaggle step" (see workload.py), INT8 with a 5 % cache, `embed` and
+`apply_pooled_gradients` with row-wise Adagrad. One stack has a row for each of Kaggle's 33.76 M
+ids. The others have pools of rows, and ids earn a row at their second occurrence. All see the same
+batches and take turns: a batch of one, the same batch of the next. Ids are hashed before, as a data
+pipeline does. A step ends when its vectors and its state are there. A small pool is full after a
+few steps, so that most newcomers take the row of another id; a large one still has room. Target: at
+most 1.25 times the time of numbered ids. From the repository root:
+
+    python -m experiments.speed.bench_raw_ids
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import mpembed_jax as mpembed
+from experiments import command_line, provenance
+from experiments.command_line import setting
+from experiments.speed import step as steps
+from experiments.speed import workload
+
+TARGET = 1.25  # times the step on numbered ids
+TX = mpembed.optim.rowwise_adagrad(0.05)
+NAMES = [f"C{i}" for i in range(len(workload.KAGGLE_SIZES))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    dims: tuple[int, ...] = setting(
+        (16, 64), "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096
+    )
+    pools: tuple[int, ...] = setting(
+        (3_000_000, 100_000), "Rows of the pools.", "ROWS", at_least=1000, at_most=1_000_000_000
+    )
+    rows: int = setting(
+        sum(workload.KAGGLE_SIZES),
+        "Ids of all tables.",
+        "ROWS",
+        at_least=30_000,
+        at_most=1_000_000_000,
+    )
+    batch: int = setting(2048, "Examples in a batch.", "EXAMPLES", at_least=1, at_most=1_000_000)
+    warm: int = setting(100, "Steps before the timed ones.", "STEPS", at_least=1, at_most=1_000_000)
+    rounds: int = setting(60, "Timed steps of each.", "STEPS", at_least=3, at_most=1_000_000)
+    out: Path = setting(Path("experiments/results/bench_raw_ids.json"), "File for the results.")
+
+
+def check(settings: Settings) -> None:
+    """Refuses an unwritable file, and tables that do not fit the memory.
+
+    Raises:
+      Refused: in one sentence.
+    """
+    command_line.check_out(settings.out)
+    steps.check_memory(settings.rows, max(settings.dims))
+
+
+def spec_of(settings: Settings, dim: int, pool: int | None) -> mpembed.EmbeddingSpec:
+    """Returns the stack with a pool of rows, or with a row for each id (None)."""
+    cache = mpembed.CacheSpec(0.05)
+    if pool is None:
+        sizes = workload.sizes_for(settings.rows)
+        tables = [mpembed.TableSpec(*pair) for pair in zip(NAMES, sizes, strict=True)]
+        return mpembed.EmbeddingSpec(tables, dim, "int8", cache)
+    vocabulary = mpembed.VocabularySpec(pool, admit_after=2)
+    tables = [mpembed.TableSpec(name) for name in NAMES]
+    return mpembed.EmbeddingSpec(tables, dim, "int8", cache, vocabulary=vocabulary)
+
+
+class Contender:
+    """A state in training, and how its batches are made."""
+
+    def __init__(self, settings: Settings, dim: int, pool: int | None) -> None:
+        """Initializes the stack."""
+        self.spec = spec_of(settings, dim, pool)
+        self.pool = pool
+        self.times: list[float] = []
+        self._state = mpembed.init(jax.random.key(0), self.spec, TX)
+        self._step = jax.jit(
+            lambda state, ids, upstream: steps.embedding_step(
+                state, ids, upstream, tx=TX, is_pooled=True
+            )[::3],
+            donate_argnums=0,
+        )
+
+    def ids_of(self, local: np.ndarray) -> jax.Array:
+        """Returns what a step takes, on the device."""
+        if self.pool is None:
+            return jax.numpy.asarray(self.spec.global_ids(local))
+        return jax.numpy.asarray(self.spec.raw_ids(local))
+
+    def train(self, local: np.ndarray, upstream: jax.Array) -> None:
+        """Runs a step, and keeps its time."""
+        ids = jax.block_until_ready(self.ids_of(local))
+        begin = time.perf_counter()
+        self._state, vectors = self._step(self._state, ids, upstream)
+        jax.block_until_ready((self._state, vectors))
+        self.times.append(time.perf_counter() - begin)
+
+    def stats(self) -> Any:
+        """Returns the counts so far."""
+        return mpembed.stats(self._state)
+
+
+def measure(settings: Settings, dim: int) -> list[dict[str, Any]]:
+    """Times all contenders of a dim, in turns."""
+    contenders = [Contender(settings, dim, pool) for pool in (None, *settings.pools)]
+    shape = (settings.batch, len(NAMES), dim)
+    upstream = jax.numpy.asarray(np.random.default_rng(2).normal(size=shape).astype(np.float32))
+    sizes = workload.sizes_for(settings.rows)
+    before: list[Any] = []
+    for number in range(settings.warm + settings.rounds):
+        local = workload.batches(number, 1, settings.batch, sizes, 1.05)[0]
+        if number == settings.warm:
+            before = [contender.stats() for contender in contenders]
+        for contender in contenders:
+            contender.train(local, upstream)
+    results = []
+    for contender, then in zip(contenders, before, strict=True):
+        now, timed = contender.stats(), contender.times[settings.warm :]
+        ratios = np.divide(timed, contenders[0].times[settings.warm :])
+        result: dict[str, Any] = {
+            "dim": dim,
+            "pool": contender.pool,
+            "ms": 1e3 * statistics.median(timed),
+            "ratio": float(np.median(ratios)),
+            "ratio_10_90": [float(end) for end in np.percentile(ratios, (10, 90))],
+            "unique": (now.unique - then.unique) / settings.rounds,
+        }
+        name = "numbered" if contender.pool is None else f"pool of {contender.pool:,}"
+        line = f"D = {dim:<4}{name:<20}{result['ms']:7.2f} ms  {result['ratio']:5.2f}"
+        if contender.pool is not None:
+            for count in ("requests", "shared_requests", "admissions", "recyclings"):
+                new = getattr(now.vocabulary, count) - getattr(then.vocabulary, count)
+                result[count] = new / settings.rounds
+            line += (
+                f"  a step: {result['requests']:,.0f} requests, {result['shared_requests']:,.0f} "
+                f"shared, {result['admissions']:,.0f} admissions, {result['recyclings']:,.0f} "
+                "recyclings"
+            )
+        print(line, flush=True)
+        results.append(result)
+    return results
+
+
+def run(settings: Settings) -> int:
+    """Measures, prints and writes; returns the exit status."""
+    workload.keep_freed_memory()
+    results = [result for dim in settings.dims for result in measure(settings, dim)]
+    held = {
+        "settings": provenance.settings_of(settings),
+        **provenance.environment(),
+        "target": TARGET,
+        "results": results,
+    }
+    provenance.write(settings.out, held)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Is the command; returns its exit status."""
+    return command_line.main(run, Settings, __doc__, arguments, check=check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
