@@ -1,5 +1,6 @@
 """The training step of the tests, gradients of its rows, and how two trained trees are compared."""
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import mpembed_jax as mpembed
+from mpembed_jax.embedding.state import clock_of
 
 OPTAX_ADAM = pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")
 
@@ -27,6 +29,13 @@ def step(state, ids, tx, gradient=lambda rows, plan: jnp.ones_like(rows)):
     rows = mpembed.lookup(state, plan)
     row_grads = gradient(rows, plan)
     return Step(mpembed.apply_gradients(state, plan, rows, row_grads, tx=tx), plan, rows)
+
+
+def with_history(state, **changed):
+    """The state as if it had come to another step or other counters."""
+    state = dataclasses.replace(state, **jax.tree.map(jnp.asarray, changed))
+    clock = clock_of(state.key, state.step, state.counters)
+    return dataclasses.replace(state, clock=clock)
 
 
 def of_positions(grads):

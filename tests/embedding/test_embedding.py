@@ -298,7 +298,7 @@ def test_counters_pass_the_limits_of_32_bits():
     )
     words = np.zeros(state.counters.shape, np.uint32)
     words[: len(begin)] = np.stack([begin & 0xFFFFFFFF, begin >> 32], 1)
-    state = dataclasses.replace(state, counters=jnp.asarray(words))
+    state = training.with_history(state, counters=words)
     batches, grads = stream(1, 20, 24, 200, 2)
     state, plans, _ = train(state, batches, grads, SGD)
     stats = mpembed.stats(state)

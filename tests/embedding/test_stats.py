@@ -8,7 +8,6 @@ import warnings
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -74,7 +73,7 @@ def test_counters_carry_into_their_high_word():
     counters[COUNTERS.index("requests")] = [2**32 - 3, 0]
     counters[COUNTERS.index("unique")] = [2**32 - 2, 1]
     counters[COUNTERS.index("misses")] = [2**32 - 1, 2**32 - 2]
-    state = dataclasses.replace(state, counters=jnp.asarray(counters))
+    state = training.with_history(state, counters=counters)
     state, _ = donating(state, np.array([1, 1, 2, 3], np.int32))
     stats = mpembed.stats(state)
     assert stats.requests == 2**32 + 1
@@ -122,7 +121,7 @@ def with_counts(state, **counts):
     counters = np.zeros((len(COUNTERS), 2), np.uint32)
     for name, value in counts.items():
         counters[COUNTERS.index(name), 0] = value
-    return dataclasses.replace(state, counters=jnp.asarray(counters))
+    return training.with_history(state, counters=counters)
 
 
 def test_more_than_a_fifth_of_bypasses_names_the_cache_setting():

@@ -20,7 +20,6 @@ import mpembed_jax as mpembed
 from experiments.scaling.collectives import collectives
 from mpembed_jax import sharding
 from mpembed_jax.embedding.counters import COUNTERS
-from mpembed_jax.embedding.state import clock_of
 from mpembed_jax.mesh.layout import Layout
 
 KEY = jax.random.key(3)
@@ -525,9 +524,7 @@ def test_stats_warn_where_most_steps_exceed_the_room_of_the_exchange():
     words[COUNTERS.index("wide_exchanges"), 0] = 60
 
     def after(steps):
-        now = np.int32(steps)
-        clock = clock_of(np.asarray(state.key), now, words)
-        return dataclasses.replace(state, counters=words, step=now, clock=clock)
+        return training.with_history(state, counters=words, step=np.int32(steps))
 
     for steps in (99, 121):
         mpembed.stats(after(steps))
