@@ -136,7 +136,7 @@ LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
 
 
 @pytest.mark.parametrize("budget", named([None, 9], fast={"None"}))
-@pytest.mark.parametrize("policy", [*shapes.POLICIES, "no cache"])
+@pytest.mark.parametrize("policy", named([*shapes.POLICIES, "no cache"], fast={"lfu"}))
 def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     """Its program has no loop and no branch, whose condition the host would have to read.
 
