@@ -48,7 +48,8 @@ settings.load_profile("tests")
 _QUICKLY_COMPILED = {
     "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
     "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
-    "test_serving_raw_ids.py", "test_spec.py", "test_stats.py", "test_vocabularies.py",
+    "test_serving_raw_ids.py", "test_sharding_gradients.py", "test_sharding_nn.py", "test_spec.py",
+    "test_stats.py", "test_vocabularies.py",
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
