@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jax._src import compiler  # options of a compilation are not public
 
 # Two thirds of a first run's time is XLA's. Programs of tests are small: all of them are kept.
 jax.config.update(
@@ -40,16 +41,44 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-# Tests of these folders, and processes that they start, compile in two thirds of the time: without
-# LLVM's optimizations. All others compile as users do, because they compare bits of two programs.
-_QUICKLY_COMPILED = {"checkpoint", "documents", "experiments", "memory", "nn", "vocabulary"}
+# Tests of these folders and files, and processes that they start, compile in a third of the time:
+# without LLVM's optimizations, and with XLA's older code for fusions. All others compile as users
+# do, because they compare bits of two programs. The fast loop compiles everything quickly, except
+# what is marked as `optimized`.
+_QUICKLY_COMPILED = {
+    "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
+    "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
+    "test_serving_raw_ids.py", "test_sharding_gradients.py", "test_sharding_nn.py", "test_spec.py",
+    "test_stats.py", "test_vocabularies.py",
+    # Nobody compiles interpreted kernels but these tests.
+    "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
+}  # fmt: skip
+_QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+_FLAGS = os.environ["XLA_FLAGS"]
+_get_compile_options = compiler.get_compile_options
+
+
+def _quick_options(*args, **kwargs):
+    options = _get_compile_options(*args, **kwargs)
+    options.env_option_overrides = [*options.env_option_overrides, *_QUICK.items()]
+    return options
 
 
 def _compile_quickly(is_quick):
     if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != str(is_quick):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_quick)
+        # This process has read its flags: these are for processes that it starts.
+        quick = "".join(f" --{name}={int(value)}" for name, value in _QUICK.items())
+        os.environ["XLA_FLAGS"] = _FLAGS + is_quick * quick
         jax.config.update("jax_disable_most_optimizations", is_quick)
+        compiler.get_compile_options = _quick_options if is_quick else _get_compile_options
         jax.clear_caches()
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what was imported: each pass over it takes a quarter second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -57,12 +86,17 @@ def pytest_runtest_protocol(item):
     """Runs a test, and the fixtures it sets up, without implicit casts.
 
     A test whose dependencies cast opts out by a marker that says why:
-    `@pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")`.
+    `@pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")`. A test that
+    must see optimized programs in the fast loop says so: `@pytest.mark.optimized("counts them")`.
     """
-    _compile_quickly(item.path.parent.name in _QUICKLY_COMPILED)
+    optimized = item.get_closest_marker("optimized")
+    for marker in (optimized, item.get_closest_marker("standard_promotion")):
+        if marker is not None and not marker.args:
+            raise pytest.UsageError(f"{item.nodeid}: {marker.name} needs a reason")
+    is_quick = not _QUICKLY_COMPILED.isdisjoint({item.path.parent.name, item.path.name})
+    is_loop = item.config.getoption("markexpr") == "not slow"
+    _compile_quickly((is_quick or is_loop) and optimized is None)
     opt_out = item.get_closest_marker("standard_promotion")
-    if opt_out is not None and not opt_out.args:
-        raise pytest.UsageError(f"{item.nodeid}: standard_promotion needs a reason")
     with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
         return (yield)
 

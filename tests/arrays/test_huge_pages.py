@@ -14,7 +14,7 @@ from mpembed_jax import EmbeddingSpec, TableSpec, checkpoint, optim
 from mpembed_jax.arrays import huge_pages
 from mpembed_jax.sharding import relayout
 
-NUM_ROWS, DIM = 1 << 20, 16  # 20 MiB of INT8 rows
+NUM_ROWS, DIM = 1 << 19, 16  # 10 MiB of INT8 rows
 TX = optim.rowwise_adagrad(0.1)
 
 
@@ -38,6 +38,11 @@ def spec():
     return EmbeddingSpec([TableSpec("t", NUM_ROWS)], DIM, cache=None)
 
 
+@pytest.fixture(scope="module")
+def made(spec):
+    return mpembed.init(jax.random.key(0), spec, TX)
+
+
 def kernel_says_what_it_was_asked():
     if sys.platform != "linux" or not Path("/proc/self/smaps").exists():
         return False
@@ -48,8 +53,8 @@ def kernel_says_what_it_was_asked():
 
 @pytest.mark.skipif(not kernel_says_what_it_was_asked(), reason="this kernel has no huge pages")
 @pytest.mark.parametrize("way", ["init", "from_dense", "restore", "relayout"])
-def test_tables_of_every_new_state_are_on_huge_pages(spec, way, tmp_path):
-    state = mpembed.init(jax.random.key(0), spec, TX)
+def test_tables_of_every_new_state_are_on_huge_pages(spec, made, way, tmp_path):
+    state = made
     if way == "from_dense":
         dense = {"t": np.zeros((NUM_ROWS, DIM), np.float32)}
         state = mpembed.from_dense(jax.random.key(0), spec, TX, dense)
@@ -72,13 +77,11 @@ def test_it_can_be_turned_off(spec, monkeypatch):
     assert len(asked) == (1 if sys.platform == "linux" else 0)
 
 
-def test_abstract_and_traced_states_are_left_alone(spec):
+def test_abstract_and_traced_states_are_left_alone(spec, made):
     abstract = jax.eval_shape(lambda key: mpembed.init(key, spec, TX), jax.random.key(0))
     assert abstract.table.rows.shape[0] == NUM_ROWS
     jitted = jax.jit(lambda key: mpembed.init(key, spec, TX))(jax.random.key(0))
-    np.testing.assert_array_equal(
-        jitted.table.rows, mpembed.init(jax.random.key(0), spec, TX).table.rows
-    )
+    np.testing.assert_array_equal(jitted.table.rows, made.table.rows)
 
 
 def test_a_table_that_does_not_fit_is_an_error():

@@ -20,6 +20,7 @@ from cases import named
 
 import mpembed_jax as mpembed
 
+pytestmark = pytest.mark.optimized("counts what is in compiled programs")
 BATCH, FEATURES, DIM, ROWS = 512, 8, 32, 1_000_000
 POSITIONS = BATCH * FEATURES
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import polars as pl
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
@@ -556,7 +557,7 @@ def test_a_signal_that_the_garbage_collector_drops_comes_again():
     assert (status, said) == (143, "experiments.train_dlrm: stopped\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], fast={"SIGINT"}))
 def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
     """While Python and jax are taken down, which takes a second."""
     slow = "__import__('atexit').register(lambda: (print('ends', flush=True), time.sleep(20)))"

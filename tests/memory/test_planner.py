@@ -1,5 +1,6 @@
 """A plan fits its budget, its bytes are those of the live states, and it says why."""
 
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,14 @@ TX = mpembed.optim.rowwise_adagrad(0.1)
 ROOT = Path(__file__).parents[2]
 TABLES = {"user": (20_000, 64), "item": (30_000, 64), "tag": (900, 16), "shop": (40_000, 16)}
 FLOAT32 = sum(4 * rows * (dim + 1) for rows, dim in TABLES.values())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_count():
+    """Plans for the same tables share their counts of bytes, each of which traces init."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "report", functools.cache(planner.report))
+        yield
 
 
 def nbytes(tree):

@@ -6,7 +6,7 @@ It has no scatter of duplicates, and kernels where they are named.
 import importlib.util
 import re
 import types
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ POOLS = {
 }
 
 
+@cache  # steps that are the same are traced and lowered once
 def step_and_arguments(
     implementation,
     pooling,
@@ -103,7 +104,9 @@ def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
     )
     assert found, "rows are scattered at least"
     assert [combiner for combiner, _ in found if combiner != "set"] == []
-    on_cpu = lowering.float_scatters(jax.jit(step).lower(*arguments).as_text())
+    on_cpu = lowering.float_scatters(
+        lowering.lowered_for("cpu", step, *arguments, donate_argnums=0).as_text()
+    )
     assert "add" in [combiner for combiner, _ in on_cpu]
 
 
@@ -133,7 +136,7 @@ LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
 
 
 @pytest.mark.parametrize("budget", named([None, 9], fast={"None"}))
-@pytest.mark.parametrize("policy", [*shapes.POLICIES, "no cache"])
+@pytest.mark.parametrize("policy", named([*shapes.POLICIES, "no cache"], fast={"lfu"}))
 def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     """Its program has no loop and no branch, whose condition the host would have to read.
 
@@ -141,11 +144,13 @@ def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     deduplication and for the sums of gradients. The unique ids are sorted by cache set.
     """
     is_cached = policy != "no cache"
-    cache = {"lines": 256, "policy": policy} if is_cached else {}
-    spec = shapes.stack(3000, 16, storage="int8", max_unique_ids=budget, **cache)
+    lines = {"lines": 256, "policy": policy} if is_cached else {}
+    spec = shapes.stack(3000, 16, storage="int8", max_unique_ids=budget, **lines)
     found = {}
     for implementation in ("pallas_triton", "xla"):
         for pooling, is_pooled in (("vectors", False), ("sum", True), ("weighted mean", True)):
+            if (implementation, pooling) == ("xla", "weighted mean"):
+                continue  # the reference with sums has been seen
             step, arguments = step_and_arguments(
                 implementation, pooling, spec=spec, is_pooled=is_pooled
             )

@@ -654,6 +654,7 @@ MIXING = {
 }
 
 
+@pytest.mark.optimized("compares bits of two programs with sums over rows")
 @training.OPTAX_ADAM
 @pytest.mark.parametrize("name", MIXING)
 def test_gradients_of_padding_rows_are_nothing_whatever_they_are(name):

@@ -252,7 +252,7 @@ def test_of_equal_rows_the_lowest_ids_win_and_rows_without_a_score_are_last():
         assert (own_ids[len(order) :] == NO_ID).all() and np.isneginf(own[len(order) :]).all()
 
 
-@pytest.mark.parametrize("bits", [128, 256])
+@pytest.mark.parametrize("bits", named([128, 256], fast={"128"}))
 def test_a_sign_sketch_finds_the_best_rows_of_skewed_norms(bits, tmp_path):
     """Rows of low rank with norms of many sizes, as training makes them; recall@100 of 1,000."""
     rng = np.random.default_rng(0)

@@ -253,7 +253,8 @@ LIFE = {
 }
 
 
-@pytest.mark.parametrize("change", named(list(LIFE), fast={"forget"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("change", named(list(LIFE)))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))

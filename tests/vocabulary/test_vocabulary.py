@@ -103,7 +103,7 @@ def mask_of(number):
     return np.repeat(np.arange(24)[:, None] % 7 != number % 9, 2, axis=1)
 
 
-@pytest.mark.parametrize("implementation", named(list(IMPLEMENTATIONS), fast={"numba", "xla"}))
+@pytest.mark.parametrize("implementation", named(list(IMPLEMENTATIONS), fast={"numba"}))
 @pytest.mark.parametrize("case", POOLS)
 def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementation):
     spec = stack(**POOLS[case]._asdict())
