@@ -4,6 +4,7 @@ Compiled programs are kept in a folder of this checkout: a second run takes them
 """
 
 import ctypes
+import functools
 import gc
 import itertools
 import os
@@ -53,22 +54,37 @@ _QUICKLY_COMPILED = {
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
-_QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _FLAGS = os.environ["XLA_FLAGS"]
 _get_compile_options = compiler.get_compile_options
 
 
+@functools.cache
+def _quick():
+    """Returns those of `_OPTIONS` that this version of XLA has."""
+
+    def is_known(option):
+        try:
+            jax.jit(lambda x: -x).lower(1.0).compile(dict([option]))
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return [option for option in _OPTIONS.items() if is_known(option)]
+
+
 def _quick_options(*args, **kwargs):
     options = _get_compile_options(*args, **kwargs)
-    options.env_option_overrides = [*options.env_option_overrides, *_QUICK.items()]
+    options.env_option_overrides = [*options.env_option_overrides, *_quick()]
     return options
 
 
 def _compile_quickly(is_quick):
     if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != str(is_quick):
+        flags = _quick()
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_quick)
         # This process has read its flags: these are for processes that it starts.
-        quick = "".join(f" --{name}={int(value)}" for name, value in _QUICK.items())
+        quick = "".join(f" --{name}={int(value)}" for name, value in flags)
         os.environ["XLA_FLAGS"] = _FLAGS + is_quick * quick
         jax.config.update("jax_disable_most_optimizations", is_quick)
         compiler.get_compile_options = _quick_options if is_quick else _get_compile_options
