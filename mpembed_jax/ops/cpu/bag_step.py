@@ -670,7 +670,8 @@ def _shapes(arrays: list[jax.Array]) -> list[jax.ShapeDtypeStruct]:
 
 def _buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
     width = -(-dim // LANES) * LANES
-    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.float32)
+    # Integers: nobody writes all of them, and jax_debug_nans looks at floats of eager calls.
+    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.int32)
 
 
 def forward(
