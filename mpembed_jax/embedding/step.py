@@ -122,7 +122,7 @@ def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
     return dataclasses.replace(
         state,
         step=step,
-        clock=jnp.where(state.is_sound, clock_of(step), jnp.float32(jnp.nan)),
+        clock=jnp.where(state.is_sound, clock_of(step), np.float32(np.nan)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
         counters=count_step(state.counters, counts),
