@@ -354,7 +354,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are neither integers nor bytes nor strings.
+          TypeError: if ids are neither integers nor bytes nor strings, or if only one of ids and
+            `where` is a mapping.
           ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
             no vocabulary.
         """
@@ -365,6 +366,11 @@ class EmbeddingSpec:
             )
         numbers = {t.name: n for n, t in enumerate(self.tables)}
         known = dict(self.feature_tables)
+        if where is not None and isinstance(where, Mapping) != isinstance(ids, Mapping):
+            raise TypeError(
+                f"where must be nested like ids ({type(ids).__name__}): a mapping of features or "
+                f"one array, got {type(where).__name__}"
+            )
         if isinstance(ids, Mapping):
             given: Mapping = {} if where is None else where
             unknown = [f for f in (*ids, *given) if f not in known]
@@ -380,6 +386,7 @@ class EmbeddingSpec:
                 f"array ids must be [.., {len(known)}], one column per feature {list(known)}, got "
                 f"{array.shape}; for bags pass a dict of features"
             )
+        where = np.asarray(where) if isinstance(where, list | tuple) else where
         columns = [
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())

@@ -809,6 +809,7 @@ def bags(
     Returns:
       The table, the lines, and float32 [M, D].
     """
+    assert (bag.dtype, factors.dtype) == (np.int32, np.float32)  # the foreign call looks at neither
     dim, num_parts = table.embedding_dim, min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
         num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
