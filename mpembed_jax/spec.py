@@ -357,7 +357,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are neither integers nor bytes nor strings.
+          TypeError: if ids are neither integers nor bytes nor strings, or if only one of ids and
+            `where` is a mapping.
           ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
             no vocabulary.
         """
@@ -368,6 +369,11 @@ class EmbeddingSpec:
             )
         numbers = {t.name: n for n, t in enumerate(self.tables)}
         known = dict(self.feature_tables)
+        if where is not None and isinstance(where, Mapping) != isinstance(ids, Mapping):
+            raise TypeError(
+                f"where must be nested like ids ({type(ids).__name__}): a mapping of features or "
+                f"one array, got {type(where).__name__}"
+            )
         if isinstance(ids, Mapping):
             given: Mapping = {} if where is None else where
             unknown = [f for f in (*ids, *given) if f not in known]

@@ -74,7 +74,7 @@ def _or_nan(state: EmbeddingState, rows: jax.Array) -> jax.Array:
     """Returns rows, or NaN if the state is traced and not sound."""
     if state.is_concrete:
         return rows  # check_spec has raised if it is not sound
-    return jnp.where(state.is_sound, rows, jnp.float32(jnp.nan))
+    return jnp.where(state.is_sound, rows, np.float32(np.nan))
 
 
 def _read_rows(state: EmbeddingState, ids: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ conventions follow tf.nn.embedding_lookup_sparse. `row_sums` holds the arithmeti
 `positions` lists the terms of these gradients for an optimizer update that sums them itself.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -73,11 +74,22 @@ def check(
                 "pool(rows, inverse, weights, combiner): inverse must be plan.inverse, int32 "
                 f"arrays of places in rows, got {what}"
             )
-    factors = [None] * len(index) if weights is None else treedef.flatten_up_to(weights)
+    factors: list[jax.Array | None] = [None] * len(index)
+    if weights is not None:
+        factors = _weights_like(inverse, weights)
     for i, w in zip(index, factors, strict=True):
         if w is not None and w.shape != i.shape:
             raise ValueError(f"weights must have the shape of inverse {i.shape}, got {w.shape}")
     if segment_ids is not None:
+        dtype = getattr(segment_ids, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(
+                f"segment_ids must be int32 [N], got {dtype or type(segment_ids).__name__}"
+            )
+        if not isinstance(num_segments, int | np.integer | None):
+            raise TypeError(
+                f"num_segments must be a whole number, got {type(num_segments).__name__}"
+            )
         if (
             len(index) != 1
             or index[0].ndim != 1
@@ -95,6 +107,42 @@ def check(
             "combiner=None for single ids"
         )
     return index, factors, treedef
+
+
+def _weights_like(inverse: Any, weights: Any) -> list[jax.Array | None]:
+    """Returns the weights of each leaf of inverse, by their keys; float32 [..] or None.
+
+    Raises:
+      TypeError: if weights are no real numbers.
+      ValueError: if weights have other keys than inverse.
+    """
+
+    def by_path(tree: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+    # Mappings of different types have the same keys, in different orders.
+    wanted = by_path(inverse)
+    held = by_path(dict(weights) if isinstance(weights, Mapping) else weights)
+    if set(wanted) != set(held):
+        raise ValueError(
+            "weights must be arrays in the nesting of inverse, "
+            f"{[f'weights{path}' for path in wanted][:4]}, got "
+            f"{[f'weights{path}' for path in held][:4]}"
+        )
+    result: list[jax.Array | None] = []
+    for path in wanted:
+        leaf = held[path]
+        if leaf is None:
+            result.append(None)
+            continue
+        what = getattr(leaf, "dtype", type(leaf).__name__)
+        if isinstance(what, str) or not any(
+            jnp.issubdtype(what, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+        ):
+            raise TypeError(f"weights must be arrays of float32, got {what}")
+        result.append(jnp.asarray(leaf).astype(jnp.float32))
+    return result
 
 
 @jax.named_scope("pool")
@@ -118,7 +166,8 @@ def pool(
     Args:
       rows: float32 [U, D], from `lookup`; the last row is padding.
       inverse: nest of int32 [..], from `plan.inverse`.
-      weights: a nest like inverse with a float32 weight for each position. None: all weights are 1.
+      weights: a nest like inverse with a float32 weight for each position; None instead of an array
+        stands for ones. Mappings may be of another type than those of inverse. None: all are 1.
       combiner: None for one vector per id. "sum", "mean" or "sqrtn" reduces the last axis of each
         inverse.
       segment_ids: int32 [N], the bag of each position of one flat inverse [N]. They define the bags
@@ -133,9 +182,10 @@ def pool(
       [num_segments, D].
 
     Raises:
-      TypeError: if inverse does not hold arrays of integers.
+      TypeError: if inverse or segment_ids are no arrays of integers, weights no arrays of numbers,
+        or num_segments no whole number.
       ValueError: if the combiner or the implementation is unknown; if weights or segment_ids come
-        without a combiner or in another shape than inverse; if segment_ids come without
+        without a combiner or in another shape or nesting than inverse; if segment_ids come without
         num_segments or with several inverses; or if a combiner is given and an inverse is a
         scalar.
     """
@@ -170,8 +220,13 @@ def segments(
 
     The bag of a position that does not count is num_segments.
     """
-    is_real = (index != num_rows - 1) & (segment_ids >= 0) & (segment_ids < num_segments)
-    segment = jnp.where(is_real, segment_ids, num_segments)
+    segment_ids = jnp.asarray(segment_ids)
+    if segment_ids.dtype.itemsize < 4:
+        segment_ids = segment_ids.astype(jnp.int32)  # num_segments may be too large for the type
+    is_inside = (segment_ids >= 0) & (segment_ids < jnp.asarray(num_segments, segment_ids.dtype))
+    is_real = (index != num_rows - 1) & is_inside
+    # The comparison is in the type of the ids, because a cast could wrap around.
+    segment = jnp.where(is_real, segment_ids.astype(jnp.int32), jnp.int32(num_segments))
     w = (
         is_real.astype(jnp.float32)
         if weights is None

@@ -123,7 +123,7 @@ def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
     return dataclasses.replace(
         state,
         step=step,
-        clock=jnp.where(state.is_sound, clock_of(state.key, step, counters), jnp.float32(-1)),
+        clock=jnp.where(state.is_sound, clock_of(state.key, step, counters), np.float32(-1)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
         counters=counters,
@@ -389,7 +389,7 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
     Use it to clip the gradients of rows and of other parameters by one norm. Over a mesh, a device
     has only its part of a row's gradient. The parts are first summed, as by apply_gradients. All
     devices therefore get the norm that one device would get for the whole batch. Padding rows do
-    not count.
+    not count, even if their gradients are NaN (as those of rows / norm(rows) are).
 
     Args:
       state: from prefetch; not consumed.

@@ -165,6 +165,7 @@ def embed_of_tables(
         "implementation": state.implementation,
     }
     flat_weights = pooling.check(treedef.unflatten(positions), weights, combiner, **options)[1]
+    weights = None if weights is None else treedef.unflatten(flat_weights)
     if state.vocabulary is not None:
         # Ids are admitted after all checks, so that a call that raises admits nothing.
         state, ids = admission.admit(state, ids)

@@ -144,4 +144,4 @@ def _where_equal(ids: Any, wanted: jax.Array, vectors: jax.Array) -> jax.Array:
         )
     if differs.ndim == vectors.ndim:  # a combiner reduces the last axis
         differs = jnp.any(differs, axis=-1)
-    return jnp.where(differs[..., None], jnp.float32(jnp.nan), vectors)
+    return jnp.where(differs[..., None], np.float32(np.nan), vectors)

@@ -259,7 +259,7 @@ def _pool_or_nan(
 
     def or_nan(vectors: jax.Array, missing: jax.Array) -> jax.Array:
         missing = missing if combiner is None else jnp.any(missing, axis=-1)
-        return jnp.where(missing[..., None], jnp.float32(jnp.nan), vectors)
+        return jnp.where(missing[..., None], np.float32(np.nan), vectors)
 
     return jax.tree.map(or_nan, pool(rows, inverse, weights, combiner, **options), is_missing)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mpembed_jax.numerics.random_bits import uniform
@@ -169,7 +170,7 @@ def decode_float(code: jax.Array, fmt: FloatFormat) -> jax.Array:
         2.0 ** (1 - fmt.bias - fmt.mantissa)
     )
     value = jnp.where(magnitude < jnp.uint32(1 << fmt.mantissa), subnormal, normal)
-    value = jnp.where(magnitude > jnp.uint32(fmt.max_code), jnp.float32(jnp.nan), value)
+    value = jnp.where(magnitude > jnp.uint32(fmt.max_code), np.float32(np.nan), value)
     return _as_float(_as_bits(value) | sign)
 
 
@@ -198,7 +199,7 @@ def round_up(x: jax.Array, dtype: str) -> jax.Array:
                 jnp.where(x < jnp.float32(2.0**-14), subnormal, normal), jnp.float32(65504.0)
             )
     rounded = jnp.where(raw < jnp.uint32(0x00800000), jnp.float32(0), rounded)
-    return jnp.where(raw >= jnp.uint32(_INF), jnp.float32(jnp.nan), rounded)
+    return jnp.where(raw >= jnp.uint32(_INF), np.float32(np.nan), rounded)
 
 
 def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
@@ -216,8 +217,9 @@ def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
     top = jnp.float32(levels)
     scale = round_up(width / top, dtype)
     ulp = {"float32": 0x100, "bfloat16": 0x10000, "float16": 0x2000}[dtype]
+    # The maximum keeps the bits of a scale of zero from wrapping around to a NaN.
     below, above = (
-        _as_float(_as_bits(scale) - jnp.uint32(ulp)),
+        _as_float(jnp.maximum(_as_bits(scale), jnp.uint32(ulp)) - jnp.uint32(ulp)),
         _as_float(_as_bits(scale) + jnp.uint32(ulp)),
     )
     if dtype == "float16":

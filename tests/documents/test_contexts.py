@@ -1,13 +1,13 @@
 """The table "What works inside what" of RECIPES.md: a test behind every cell.
 
-The rows start from a dense table and are trained by SGD on the sum of their squares, so that NumPy
-knows them after each step: a row that occurs n times shrinks by the factor 1 - 2 n lr.
+The rows start from a dense table and are trained by SGD on the sum of the squares of the vectors,
+so that NumPy knows them after each step.
 """
 
 import copy
 import pickle
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import export
+from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -26,6 +27,7 @@ from mpembed_jax.nn.linen import CachedEmbed, TrainState
 RECIPES = (Path(__file__).parents[2] / "mpembed_jax/RECIPES.md").read_text()
 ROWS, DIM, LR = 200, 4, 0.05
 TX = optax.sgd(LR)
+RULED = mpembed.optim.sgd(LR)  # native calls run it; its state is that of TX
 DENSE = np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
 IDS = np.array([[3, 7], [7, 20], [3, 50], [199, 7]], np.int32)
 OTHERS = IDS[::-1] // 2
@@ -42,21 +44,26 @@ def initializer(key, shape, dtype):
     return jnp.asarray(DENSE, dtype)
 
 
-def after(*batches):
-    """The dense table after a step with each batch, and the loss of the last."""
-    table = DENSE.astype(np.float64)
+def after(subject, *batches, factor=1):
+    """The dense table after a step with each batch, and `factor` times the loss of the last."""
+    table = subject.rows_at_start().astype(np.float64)
     loss = None
     for ids in batches:
-        loss = np.square(table[ids]).sum()
-        table = table * (1 - 2 * LR * np.bincount(ids.reshape(-1), minlength=ROWS))[:, None]
+        vectors = table[ids].sum(1, keepdims=True) if subject.has_bags else table[ids]
+        loss = factor * np.square(vectors).sum()
+        grads = np.zeros_like(table)
+        np.add.at(grads, ids, 2 * factor * vectors)
+        table = table - LR * grads
     return table, loss
 
 
-def assert_trained(state, loss, *batches):
-    table, expected = after(*batches)
+def assert_trained(subject, state, loss, *batches, factor=1):
+    table, expected = after(subject, *batches, factor=factor)
     if loss is not None:
         np.testing.assert_allclose(loss, expected, **CLOSE)
-    np.testing.assert_allclose(mpembed.to_dense(state)["embedding"], table, **CLOSE)
+    ids = subject.trained(*batches)
+    rows = subject.rows_of(subject.state_of(state), ids)
+    np.testing.assert_allclose(rows, table[ids], **CLOSE)
 
 
 def of_loss(loss_of, argument, wrap=lambda f: f):
@@ -67,10 +74,31 @@ def of_loss(loss_of, argument, wrap=lambda f: f):
     return loss + 0 * of_scale, grad
 
 
-class Verbs:
-    """A step of the verbs. The subjects have the same methods."""
+class Subject:
+    """What all subjects have."""
 
     is_step = True
+    has_bags = False
+    is_functional = False  # whether it runs inside jax.shard_map and jax.pmap
+
+    @staticmethod
+    def rows_at_start():
+        return DENSE
+
+    @staticmethod
+    def trained(*batches):
+        """The ids whose rows are compared: all rows."""
+        return np.arange(ROWS, dtype=np.int32)
+
+    @staticmethod
+    def rows_of(state, ids):
+        return mpembed.read(state, ids)
+
+
+class Verbs(Subject):
+    """A step of the verbs."""
+
+    is_functional = True
 
     @staticmethod
     def start(**where):
@@ -95,10 +123,69 @@ class Verbs:
         return state
 
 
-class Read:
+class Bags(Verbs):
+    """A step of bags, in two verbs."""
+
+    has_bags = True
+
+    @staticmethod
+    def run(state, ids, wrap=lambda f: f, axis_name=None):
+        state, plan, vectors = mpembed.embed(state, ids, None, "sum", tx=RULED)
+
+        def loss_of(vectors, scale):
+            loss = scale * jnp.square(vectors).sum()
+            return loss if axis_name is None else jax.lax.psum(loss, axis_name)
+
+        loss, grads = of_loss(loss_of, vectors, wrap)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=RULED), loss
+
+
+class RawIds(Verbs):
+    """A step of the verbs with raw ids, each of which gets the one row of its set."""
+
+    spec = EmbeddingSpec(
+        TableSpec("embedding"),
+        DIM,
+        storage="float32",
+        cache=CacheSpec(num_rows=64, ways=2),
+        vocabulary=mpembed.VocabularySpec(4096, admit_after=1, ways=1),
+    )
+
+    @classmethod
+    def pairs(cls, ids):
+        return cls.spec.raw_ids({"embedding": ids})["embedding"]
+
+    @classmethod
+    def start(cls, **where):
+        return mpembed.init(jax.random.key(0), cls.spec, TX, **where)
+
+    @classmethod
+    def run(cls, state, ids, wrap=lambda f: f, axis_name=None):
+        return super().run(state, cls.pairs(ids), wrap, axis_name)
+
+    @classmethod
+    @cache
+    def rows_at_start(cls):
+        ids = np.unique([IDS, OTHERS])
+        state, _ = jax.jit(mpembed.prefetch)(cls.start(), cls.pairs(ids))
+        rows = np.zeros((ROWS, DIM), np.float32)
+        rows[ids] = cls.rows_of(state, ids)
+        return rows
+
+    @staticmethod
+    def trained(*batches):
+        return np.unique(batches)
+
+    @classmethod
+    def rows_of(cls, state, ids):
+        return mpembed.read(state, cls.pairs(ids))
+
+
+class Read(Subject):
     """`read`: the state, and the sum of the squares of the rows."""
 
     is_step = False
+    is_functional = True
     start = Verbs.start
     state_of = Verbs.state_of
 
@@ -111,10 +198,9 @@ class Read:
         return state, loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
 
-class NnxStep:
+class NnxStep(Subject):
     """A step of an nnx module, as a function of its state."""
 
-    is_step = True
     is_deterministic = False
 
     @classmethod
@@ -162,10 +248,8 @@ class NnxEvaluation(NnxStep):
         return loss
 
 
-class LinenStep:
+class LinenStep(Subject):
     """A step of a linen module."""
-
-    is_step = True
 
     @staticmethod
     def start(**where):
@@ -191,6 +275,8 @@ class LinenStep:
 
 SUBJECTS = {
     "a step of the verbs": Verbs,
+    "a step of bags": Bags,
+    "a step of raw ids": RawIds,
     "`read`": Read,
     "a step in nnx": NnxStep,
     "evaluation in nnx": NnxEvaluation,
@@ -201,9 +287,9 @@ SUBJECTS = {
 def check(subject, state, loss, *batches):
     """The state and the loss are those of a dense table."""
     if subject.is_step:
-        assert_trained(subject.state_of(state), loss, *batches)
+        assert_trained(subject, state, loss, *batches)
     else:
-        np.testing.assert_allclose(loss, after(batches[-1])[1], **CLOSE)
+        np.testing.assert_allclose(loss, after(subject, batches[-1])[1], **CLOSE)
 
 
 def stacked(*trees):
@@ -221,7 +307,7 @@ def in_jit(subject):
 def in_scan(subject):
     batches = np.stack([IDS, OTHERS])
     state, losses = jax.jit(partial(jax.lax.scan, subject.run))(subject.start(), batches)
-    expected = after(IDS, OTHERS)[1] if subject.is_step else after(OTHERS)[1]
+    expected = after(subject, *([IDS, OTHERS] if subject.is_step else [OTHERS]))[1]
     np.testing.assert_allclose(losses[1], expected, **CLOSE)
     check(subject, state, None if subject.is_step else losses[1], IDS, OTHERS)
 
@@ -238,12 +324,10 @@ def in_grad(subject):
     state, loss = jax.jit(partial(subject.run, wrap=lambda f: lambda *a: 2 * f(*a)))(
         subject.start(), IDS
     )
-    if not subject.is_step:
-        np.testing.assert_allclose(loss, 2 * after(IDS)[1], **CLOSE)
-        return
-    counts = np.bincount(IDS.reshape(-1), minlength=ROWS)[:, None]
-    rows = mpembed.to_dense(subject.state_of(state))["embedding"]
-    np.testing.assert_allclose(rows, DENSE * (1 - 4 * LR * counts), **CLOSE)
+    if subject.is_step:
+        assert_trained(subject, state, None, IDS, factor=2)
+    else:
+        np.testing.assert_allclose(loss, 2 * after(subject, IDS)[1], **CLOSE)
 
 
 def in_remat(subject):
@@ -253,7 +337,7 @@ def in_remat(subject):
 def in_shard_map(subject):
     mesh = mesh_of()
     state, run = subject.start(mesh=mesh), subject.run
-    if subject in (Verbs, Read):
+    if subject.is_functional:
         specs = mpembed.partition_specs(state)
         run = partial(run, axis_name="x")
         places = {"in_specs": (specs, P("x")), "out_specs": (specs, P())}
@@ -263,18 +347,19 @@ def in_shard_map(subject):
 
 def in_pmap(subject):
     devices = jax.devices()
-    if subject not in (Verbs, Read):
+    if not subject.is_functional:
         return in_vmap(subject, partial(jax.pmap, devices=devices[:2]))
 
     def run(ids):
         state, loss = subject.run(subject.start(axis_name="x"), ids)
-        return jax.lax.psum(loss, "x"), mpembed.read(state, jnp.arange(ROWS, dtype=jnp.int32))
+        return jax.lax.psum(loss, "x"), subject.rows_of(state, subject.trained(IDS))
 
     run = jax.pmap(run, axis_name="x", devices=devices[:4])
     losses, rows = run(IDS.reshape(4, 1, 2))
-    table, loss = after(IDS)
+    table, loss = after(subject, IDS)
     np.testing.assert_allclose(losses, np.full(4, loss), **CLOSE)
-    np.testing.assert_allclose(rows[1], table if subject.is_step else DENSE, **CLOSE)
+    table = (table if subject.is_step else DENSE)[subject.trained(IDS)]
+    np.testing.assert_allclose(rows[1], table, **CLOSE)
 
 
 def in_disable_jit(subject):
@@ -309,7 +394,7 @@ def in_export(subject):
 
 
 def in_pickle(subject):
-    if subject in (Verbs, Read):
+    if subject.is_functional:
         copied = partial(_copied, lambda state: pickle.loads(pickle.dumps(state)))
         return copied(subject)
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
@@ -360,6 +445,21 @@ def test_a_cell_is_true(context, subject):
     CONTEXTS[context](SUBJECTS[subject])
 
 
+def test_a_state_with_native_calls_cannot_be_exported():
+    state = Verbs.start(implementation="numba")
+    with pytest.raises(ValueError, match=r"(?s)custom calls whose targets.*@mpembed_"):
+        export.export(jax.jit(lambda ids: Verbs.run(state, ids)[1]))(IDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", [Verbs, Bags])
+def test_checkify_finds_no_float_fault_in_a_sound_step(subject):
+    checked = checkify.checkify(subject.run, checkify.float_checks | checkify.user_checks)
+    error, (state, loss) = jax.jit(checked)(subject.start(), IDS)
+    error.throw()
+    check(subject, state, loss, IDS)
+
+
 @pytest.mark.slow
 def test_nnx_transforms_train_models_side_by_side_and_one_after_another():
     """nnx.vmap and nnx.scan, as users of nnx write them."""
@@ -377,7 +477,7 @@ def test_nnx_transforms_train_models_side_by_side_and_one_after_another():
     nnx.jit(side_by_side)(models, np.stack([IDS, OTHERS]))
     _, states = nnx.split(models)
     for k, ids in enumerate((IDS, OTHERS)):
-        assert_trained(nnx.merge(graph, unstacked(states, k)).state, None, ids)
+        assert_trained(NnxStep, (graph, unstacked(states, k)), None, ids)
     embed = NnxStep.model()
     nnx.jit(in_turn)(embed, np.stack([IDS, OTHERS]))
-    assert_trained(embed.state, None, IDS, OTHERS)
+    assert_trained(NnxStep, nnx.split(embed), None, IDS, OTHERS)

@@ -683,6 +683,20 @@ def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
         assert mpembed.stats(state).steps == 1
 
 
+@pytest.mark.parametrize("implementation", named({"default": None, "xla": "xla"}, fast={"default"}))
+def test_sound_steps_pass_debug_nans_without_jit(implementation):
+    """Outside jit, jax.debug_nans looks at the result of every operation."""
+    spec, ids = stack(storage="int8", cache=CacheSpec(num_rows=4)), np.array([[3, 7], [7, NO_ID]])
+    with jax.debug_nans(True):
+        state = mpembed.init(jax.random.key(0), spec, RULED, implementation=implementation)
+        state, _, _ = run(state, ids, tx=RULED)
+        state, plan, vectors = mpembed.embed(state, ids, None, "mean", tx=RULED)
+        state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=RULED)
+        assert mpembed.stats(mpembed.flush(state)).steps == 2
+        with pytest.raises(FloatingPointError):
+            run(state, ids, np.nan, tx=RULED)
+
+
 TINY = {
     "1-int2-lru": (1, dict(storage="int2", cache=CacheSpec(1.0, policy="lru"))),
     "1-float32-table": (1, dict(storage="float32")),

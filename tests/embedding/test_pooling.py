@@ -4,6 +4,9 @@ Its gradients equal central differences. Bags never become [.., L, D].
 """
 
 import math
+from collections import OrderedDict, defaultdict
+from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +266,50 @@ def test_weights_are_a_nest_like_the_ids():
         np.testing.assert_allclose(out[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [partial(defaultdict, list), OrderedDict, MappingProxyType])
+def test_weights_may_be_another_mapping_than_the_ids(kind):
+    """Their keys count, in any order; None stands for ones, and numbers of any type for floats."""
+    weights = {"b": factors(5, BAGS[0].shape), "a": None, "c": np.arange(8).reshape(2, 4)}
+    ids = {name: BAGS[0] for name in ("b", "c", "a")}
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_ROWS - 1)], DIM, storage="float32")
+    ids = jax.tree.map(lambda i: np.where(i == PAD, NO_ID, i), ids)
+    tx = mpembed.optim.sgd(1.0)
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    for of_ids, of_weights in ((dict, kind), (OrderedDict, dict)):
+        inverse = of_ids(dict.fromkeys(ids, BAGS[0]))
+        out = mpembed.pool(unique_rows(), inverse, of_weights(weights), "mean")
+        for name, weight in weights.items():
+            of_ones = np.ones(BAGS[0].shape)
+            expected = pool_bags(
+                unique_rows(), BAGS[0], of_ones if weight is None else weight, "mean"
+            )
+            np.testing.assert_allclose(out[name], expected, rtol=1e-5, atol=1e-6)
+        _, _, vectors = mpembed.embed(state, of_ids(ids), of_weights(weights), "sum", tx=tx)
+        rows = np.concatenate([mpembed.read(state, np.arange(PAD)), np.zeros((1, DIM))])
+        expected = pool_bags(rows, BAGS[0], weights["c"], "sum")
+        np.testing.assert_allclose(vectors["c"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32])
+def test_segments_of_any_integers_are_those_of_int32(dtype):
+    """Also if their type cannot hold the number of bags."""
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_ROWS - 1)], DIM, storage="float32")
+    tx = mpembed.optim.sgd(1.0)
+    ids, segment = np.where(FLAT == PAD, NO_ID, FLAT), np.abs(SEGMENT)
+    num = 300 if dtype == np.uint8 else 70_000
+
+    @jax.jit
+    def step(state, segment):
+        bags = {"segment_ids": segment, "num_segments": num}
+        state, plan, vectors = mpembed.embed(state, ids, None, "mean", **bags, tx=tx)
+        return mpembed.apply_pooled_gradients(state, plan, vectors, tx=tx), vectors
+
+    state = mpembed.init(jax.random.key(0), spec, tx)
+    one, other = step(state, segment.astype(dtype)), step(state, segment)
+    np.testing.assert_array_equal(one[1], other[1])
+    np.testing.assert_array_equal(one[0].table.rows, other[0].table.rows)
+
+
 def sizes_in(jaxpr):
     """Number of elements of everything a jaxpr computes, sub-jaxprs included."""
     for equation in jaxpr.eqns:
@@ -325,10 +372,16 @@ def test_empty_batches_and_empty_bags_just_work(shape):
             "weights must have the shape of inverse",
         ),
         ((np.int32(3), None, "sum"), "reduces the last axis"),
+        (
+            ({"a": BAGS, "b": BAGS}, {"a": BAGS}, "sum"),
+            r"nesting of inverse, .*weights\['b'\].*, got \[\"weights\['a'\]\"\]",
+        ),
+        ((BAGS, 0.5, "sum"), "weights must be arrays of float32, got float"),
+        ((BAGS, BAGS + 0.5j, "sum"), "weights must be arrays of float32, got complex128"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         mpembed.pool(unique_rows(), *arguments)
 
 
@@ -340,3 +393,12 @@ def test_segments_need_one_flat_inverse_and_their_number(index, num_segments):
         mpembed.pool(
             unique_rows(), index, None, "sum", segment_ids=SEGMENT, num_segments=num_segments
         )
+    for segment_ids, num in (
+        (SEGMENT.astype(np.float32), 5),
+        (SEGMENT.tolist(), 5),
+        (SEGMENT, 5.0),
+    ):
+        with pytest.raises(TypeError, match=r"(segment_ids|num_segments) must be"):
+            mpembed.pool(
+                unique_rows(), FLAT, None, "sum", segment_ids=segment_ids, num_segments=num
+            )

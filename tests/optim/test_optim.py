@@ -116,6 +116,12 @@ TRANSFORMATIONS = {
     "injected rowwise adam": lambda: optax.inject_hyperparams(optim.rowwise_adam)(
         learning_rate=0.1, weight_decay=0.1, decoupled=True
     ),
+    "partition": lambda: optax.partition({"a": optax.sgd(0.1, momentum=0.9)}, "a"),
+    "masked in every second step": lambda: optax.chain(
+        optax.conditionally_mask(optax.trace(0.9), lambda step: step % 2 == 0), optax.sgd(0.1)
+    ),
+    "apply if finite": lambda: optax.apply_if_finite(optax.adagrad(0.1), 3),
+    "novograd": lambda: optax.novograd(0.05),
     "injected row norm": lambda: optax.chain(
         optax.inject_hyperparams(optim.clip_by_row_norm)(max_norm=0.5), optim.sgd(0.1)
     ),

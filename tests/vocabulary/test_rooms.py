@@ -245,6 +245,8 @@ def test_what_is_not_supported_is_refused():
         (KeyError, "unknown", lambda: SPEC.raw_ids({"stranger": [1]})),
         (ValueError, "one column", lambda: SPEC.raw_ids(np.zeros((3, 5), np.int64))),
         (ValueError, "where", lambda: SPEC.raw_ids({"user": [1]}, {"user": [True, True]})),
+        (TypeError, "where must be nested", lambda: SPEC.raw_ids({"user": [1]}, [True])),
+        (TypeError, "where must be nested", lambda: SPEC.raw_ids([[1, 2]], {"user": [True]})),
         (ValueError, "admit_after", lambda: mpembed.VocabularySpec(9, admit_after=256)),
     ]
     for kind, match, call in refused:

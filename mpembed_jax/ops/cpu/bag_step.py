@@ -691,7 +691,8 @@ def _shapes(arrays: list[jax.Array]) -> list[jax.ShapeDtypeStruct]:
 
 def _buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
     width = -(-dim // LANES) * LANES
-    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.float32)
+    # Integers: nobody writes all of them, and jax_debug_nans looks at floats of eager calls.
+    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.int32)
 
 
 def forward(
@@ -831,6 +832,7 @@ def bags(
     Returns:
       The table, the lines, and float32 [M, D].
     """
+    assert (bag.dtype, factors.dtype) == (np.int32, np.float32)  # the foreign call looks at neither
     dim = table.embedding_dim
     num_parts = min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mpembed_jax.arrays import chunks, indexing
@@ -129,7 +130,7 @@ def only_if(is_valid: jax.Array, rows: jax.Array, chunk: int | None) -> jax.Arra
     (width, _) = rows.shape
     end = jnp.where(is_valid, 0, width)
     return chunks.each(
-        0, end, width, chunk, lambda window, rows: window.put(rows, jnp.float32(jnp.nan)), rows
+        0, end, width, chunk, lambda window, rows: window.put(rows, np.float32(np.nan)), rows
     )
 
 
