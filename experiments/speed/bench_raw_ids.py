@@ -3,10 +3,10 @@
 The workload is "Kaggle step" (see workload.py), INT8 with a 5 % cache, `embed` and
 `apply_pooled_gradients` with row-wise Adagrad. One stack has a row for each of Kaggle's 33.76 M
 ids. The others have pools of rows, and ids earn a row at their second occurrence. All see the same
-batches and take turns: a batch of one, the same batch of the next. Ids are hashed before, as a data
-pipeline does. A step ends when its vectors and its state are there. A small pool is full after a
-few steps, so that most newcomers take the row of another id; a large one still has room. Target: at
-most 1.25 times the time of numbered ids. From the repository root:
+batches, and take turns of ten steps. Ids are hashed before, as a data pipeline does. A step ends
+when its vectors and its state are there. A small pool is full after a few steps, so that most
+newcomers take the row of another id; a large one still has room. Target: at most 1.25 times the
+time of numbered ids. From the repository root:
 
     python -m experiments.speed.bench_raw_ids
 """
@@ -27,6 +27,7 @@ from experiments.command_line import setting
 from experiments.speed import step as steps
 from experiments.speed import workload
 
+TURN = 10  # steps
 TARGET = 1.25  # times the step on numbered ids
 TX = mpembed.optim.rowwise_adagrad(0.05)
 NAMES = [f"C{i}" for i in range(len(workload.KAGGLE_SIZES))]
@@ -50,8 +51,10 @@ class Settings:
         at_most=1_000_000_000,
     )
     batch: int = setting(2048, "Examples in a batch.", "EXAMPLES", at_least=1, at_most=1_000_000)
-    warm: int = setting(100, "Steps before the timed ones.", "STEPS", at_least=1, at_most=1_000_000)
-    rounds: int = setting(60, "Timed steps of each.", "STEPS", at_least=3, at_most=1_000_000)
+    warm: int = setting(
+        10, f"Turns of {TURN} steps before the timed ones.", "TURNS", at_least=1, at_most=10_000
+    )
+    rounds: int = setting(10, f"Timed turns of {TURN} steps.", "TURNS", at_least=3, at_most=10_000)
     out: Path = setting(Path("experiments/results/bench_raw_ids.json"), "File for the results.")
 
 
@@ -99,13 +102,16 @@ class Contender:
             return jax.numpy.asarray(self.spec.global_ids(local))
         return jax.numpy.asarray(self.spec.raw_ids(local))
 
-    def train(self, local: np.ndarray, upstream: jax.Array) -> None:
-        """Runs a step, and keeps its time."""
-        ids = jax.block_until_ready(self.ids_of(local))
-        begin = time.perf_counter()
-        self._state, vectors = self._step(self._state, ids, upstream)
-        jax.block_until_ready((self._state, vectors))
-        self.times.append(time.perf_counter() - begin)
+    def turn(self, batches: list[jax.Array], upstream: jax.Array) -> None:
+        """Runs a step on each batch, and keeps the median of their times."""
+        times = []
+        for ids in batches:
+            begin = time.perf_counter()
+            self._state, vectors = self._step(self._state, ids, upstream)
+            jax.block_until_ready((self._state, vectors))
+            times.append(time.perf_counter() - begin)
+            del vectors
+        self.times.append(statistics.median(times))
 
     def stats(self) -> Any:
         """Returns the counts so far."""
@@ -120,12 +126,12 @@ def measure(settings: Settings, dim: int) -> list[dict[str, Any]]:
     sizes = workload.sizes_for(settings.rows)
     before: list[Any] = []
     for number in range(settings.warm + settings.rounds):
-        local = workload.batches(number, 1, settings.batch, sizes, 1.05)[0]
+        batches = workload.batches(number, TURN, settings.batch, sizes, 1.05)
         if number == settings.warm:
             before = [contender.stats() for contender in contenders]
         for contender in contenders:
-            contender.train(local, upstream)
-    results = []
+            contender.turn([contender.ids_of(local) for local in batches], upstream)
+    results, num_steps = [], settings.rounds * TURN
     for contender, then in zip(contenders, before, strict=True):
         now, timed = contender.stats(), contender.times[settings.warm :]
         ratios = np.divide(timed, contenders[0].times[settings.warm :])
@@ -135,14 +141,14 @@ def measure(settings: Settings, dim: int) -> list[dict[str, Any]]:
             "ms": 1e3 * statistics.median(timed),
             "ratio": float(np.median(ratios)),
             "ratio_10_90": [float(end) for end in np.percentile(ratios, (10, 90))],
-            "unique": (now.unique - then.unique) / settings.rounds,
+            "unique": (now.unique - then.unique) / num_steps,
         }
         name = "numbered" if contender.pool is None else f"pool of {contender.pool:,}"
         line = f"D = {dim:<4}{name:<20}{result['ms']:7.2f} ms  {result['ratio']:5.2f}"
         if contender.pool is not None:
             for count in ("requests", "shared_requests", "admissions", "recyclings"):
                 new = getattr(now.vocabulary, count) - getattr(then.vocabulary, count)
-                result[count] = new / settings.rounds
+                result[count] = new / num_steps
             line += (
                 f"  a step: {result['requests']:,.0f} requests, {result['shared_requests']:,.0f} "
                 f"shared, {result['admissions']:,.0f} admissions, {result['recyclings']:,.0f} "

@@ -18,6 +18,9 @@ from mpembed_jax.table import initial_rows
 from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.hashes import PADDING
 
+# Rows that are started again at once, if there is a loop. Few rows of a batch are.
+_RESET = 128
+
 
 def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     """Gives the raw ids of a batch their rows.
@@ -205,11 +208,12 @@ def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> 
             lines = (*lines, indexing.put(values, line, 0))
         return packed, row_state, lines
 
+    chunk = ops.chunk_of(state.implementation)
     packed, row_state, lines = chunks.each(
         0,
         num_rows,
         rows.shape[0],
-        ops.chunk_of(state.implementation),
+        chunk if chunk is None else min(chunk, _RESET),
         reset,
         (state.table.rows, state.row_state, lines),
     )
