@@ -1,11 +1,12 @@
-"""NGramMemory: an nnx module of hashed n-gram tables, whose rows are quantized and cached.
+"""NGramMemory: an nnx module of n-gram tables, whose rows are quantized and cached.
 
 It is the memory of Engram (arXiv 2601.07372) and of other language models with n-gram embeddings.
 At each token, each n-gram that ends there looks up one row in each of its tables. Most parameters
 of such a model are in these tables. A step touches few of their rows. Accesses are
 Zipf-distributed. What the model does with the vectors (gates, projections) is left to it.
 
-Rows are found by a hash. This package has no memory that gives each n-gram a row of its own.
+Rows are found by a hash. Or n-grams are raw ids: an n-gram that occurs often enough gets a row of
+its own, and all others of its order share a row.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -26,6 +28,8 @@ from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.nn.stack import Stack, vectors_of
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
+from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary.spec import VocabularySpec
 
 
 class CanonicalTokens(nnx.Variable):
@@ -39,6 +43,7 @@ def ngram_spec(
     ngrams: NGramHash,
     features: int,
     *,
+    vocabulary: VocabularySpec | None = None,
     storage: RowFormat | str = "int8",
     cache: CacheSpec | None = CacheSpec(),  # noqa: B008
     embedding_init: Any = None,
@@ -52,6 +57,7 @@ def ngram_spec(
     Args:
       ngrams: the hash; each of its tables is one of the stack.
       features: D, the width of a row.
+      vocabulary: the pool of rows, if the n-grams are raw ids; else None.
       storage: RowFormat, or its name.
       cache: CacheSpec of the whole stack, or None.
       embedding_init: see NGramMemory.
@@ -62,18 +68,32 @@ def ngram_spec(
 
     Raises:
       TypeError: if ngrams is not an NGramHash.
-      ValueError: see mpembed_jax.EmbeddingSpec.
+      ValueError: see mpembed_jax.EmbeddingSpec. Also if only one of vocabulary and ngrams says that
+        n-grams are raw ids, or if embedding_init is given with a vocabulary.
     """
     if not isinstance(ngrams, NGramHash):
         raise TypeError(
             "ngram_spec(ngrams, features): ngrams must be an NGramHash, got "
             f"{type(ngrams).__name__}"
         )
-    initializer = DEFAULT_INIT if embedding_init is None else embedding_init
-    tables = tuple(
-        TableSpec(f"{order}-gram_{head}", rows, initializer)
-        for (order, head), rows in zip(ngrams.tables, ngrams.table_sizes, strict=True)
-    )
+    if (vocabulary is None) != (ngrams.rows is not None):
+        raise ValueError(
+            "n-grams are raw ids if NGramHash has rows=None and there is a VocabularySpec; got "
+            f"rows={ngrams.rows!r} and vocabulary={vocabulary!r}"
+        )
+    if vocabulary is not None:
+        if embedding_init is not None:
+            raise ValueError(
+                "rows of n-grams that are raw ids start from uniform(+-1/sqrt(rows)), whoever gets "
+                "them; leave embedding_init out"
+            )
+        tables = tuple(TableSpec(f"{order}-gram") for order in ngrams.orders)
+    else:
+        initializer = DEFAULT_INIT if embedding_init is None else embedding_init
+        tables = tuple(
+            TableSpec(f"{order}-gram_{head}", rows, initializer)
+            for (order, head), rows in zip(ngrams.tables, ngrams.table_sizes, strict=True)
+        )
     return EmbeddingSpec(
         tables,
         features,
@@ -83,6 +103,7 @@ def ngram_spec(
         skip_nonfinite=skip_nonfinite,
         row_state_dtype=row_state_dtype,
         memory_kind=memory_kind,
+        vocabulary=vocabulary,
     )
 
 
@@ -99,17 +120,33 @@ def ngram_ids(
       context: None, or the nest of integers [.., context_size].
 
     Returns:
-      The nest of global ids, int32 [.., T, tables], and the nest of tokens. With a context, tokens
-      alone do not determine the ids, so the second is the nest of ids again.
+      The nest of global ids, int32 [.., T, tables], and the nest of tokens. If n-grams are raw ids,
+      pairs, uint32 [.., T, tables, 2]. With a context, tokens alone do not determine the ids, so
+      the second is the nest of ids again.
     """
 
     def of(tokens: Any, context: Any = None) -> Any:
+        if spec.vocabulary is not None:
+            return _pairs(spec, *ngrams.keys(tokens, canonical, context))
         return spec.global_ids(ngrams.ids(tokens, canonical, context))
 
     if context is None:
         return jax.tree.map(of, tokens), tokens
     ids = jax.tree.map(of, tokens, context)
     return ids, ids
+
+
+def _pairs(spec: EmbeddingSpec, keys: Any, is_ngram: Any) -> Any:
+    """Returns pairs (uint32 [.., T, orders, 2]) of keys; see NGramHash.keys."""
+    if isinstance(keys, np.ndarray):
+        whole = keys[..., 0].astype(np.uint64) << np.uint64(32) | keys[..., 1]
+        return spec.raw_ids(whole, is_ngram)
+    columns = [
+        hashes.of_words(keys[..., n, 0], keys[..., n, 1], table.name, n)
+        for n, table in enumerate(spec.tables)
+    ]
+    pairs = jnp.stack(columns, axis=-2)
+    return jnp.where(is_ngram[..., None], pairs, jnp.uint32(hashes.PADDING))
 
 
 def joined_heads(vectors: jax.Array, dtype: Any) -> jax.Array:
@@ -134,7 +171,8 @@ class NGramMemory(nnx.Module):
       heads: tables of each order.
       rows: rows of each table: one number for all orders, or one for each. The number of rows that
         a table gets is the smallest prime that is at least this number and that no earlier table
-        has.
+        has. Or a VocabularySpec: n-grams are raw ids, which earn rows of one pool; heads must be 1.
+        Evaluation and decoding give no rows.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
@@ -179,7 +217,7 @@ class NGramMemory(nnx.Module):
         *,
         orders: Sequence[int] = (2, 3),
         heads: int = 2,
-        rows: int | Sequence[int],
+        rows: int | Sequence[int] | VocabularySpec,
         canonical: Any = None,
         boundary: int | None = None,
         padding: int | None = None,
@@ -200,8 +238,15 @@ class NGramMemory(nnx.Module):
         fused: bool = False,
         rngs: nnx.Rngs,
     ):
+        vocabulary = rows if isinstance(rows, VocabularySpec) else None
         self.ngrams = NGramHash(
-            vocabulary_size, orders, heads, rows, boundary=boundary, padding=padding, seed=seed
+            vocabulary_size,
+            orders,
+            heads,
+            None if isinstance(rows, VocabularySpec) else rows,
+            boundary=boundary,
+            padding=padding,
+            seed=seed,
         )
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
@@ -214,6 +259,7 @@ class NGramMemory(nnx.Module):
         spec = ngram_spec(
             self.ngrams,
             features,
+            vocabulary=vocabulary,
             storage=storage,
             cache=cache,
             embedding_init=embedding_init,
@@ -261,7 +307,7 @@ class NGramMemory(nnx.Module):
         Args:
           tokens: integers [.., T] in [0, vocabulary_size), or any nest of such arrays. NO_ID and
             `padding` stand for no token. Inside jit, n-grams with a token outside the vocabulary
-            read as zeros and are counted as out of range.
+            read as zeros. They are counted as out of range, unless n-grams are raw ids.
           context: the max(orders) - 1 tokens before each sequence, integers [.., max(orders) - 1]
             in the nesting of tokens. None: texts begin with these tokens.
 

@@ -15,6 +15,9 @@ token_0 is the token at the position, token_k the k-th before it, after the map 
 that is missing counts as 2^31 - 1. fmix32 is Murmur3's finalizer. p is the number of rows of the
 table: the smallest prime of at least the rows asked for that no earlier table has.
 
+An n-gram that is a raw id has a key of 64 bits instead of a row. Its high word is x of head 0, its
+low word x of head 1.
+
 NumPy arrays give NumPy ids, and jax arrays give the same ids on the device.
 """
 
@@ -92,6 +95,7 @@ class NGramHash:
       heads: tables of each order, 1 to 1,024.
       rows: rows of a table: one number for all, or one for each order. The number of rows that a
         table has is the smallest prime that is at least this number and that no earlier table has.
+        None: n-grams are raw ids, which a vocabulary gives rows (see `keys`). heads must be 1.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
         the first token of an n-gram and no other one. It is compared before the map of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
@@ -106,7 +110,7 @@ class NGramHash:
     vocabulary_size: int
     orders: Sequence[int]
     heads: int
-    rows: int | Sequence[int]
+    rows: int | Sequence[int] | None
     _: dataclasses.KW_ONLY
     boundary: int | None = None
     padding: int | None = None
@@ -118,8 +122,14 @@ class NGramHash:
         if not orders or len(set(orders)) < len(orders):
             raise ValueError(f"orders must be distinct and at least one, got {list(orders)}")
         heads = _integer("heads", self.heads, 1, MAX_HEADS)
-        rows: int | tuple[int, ...]
-        if isinstance(self.rows, Sequence | np.ndarray) and not isinstance(self.rows, str):
+        rows: int | tuple[int, ...] | None = None
+        if self.rows is None:
+            if heads != 1:
+                raise ValueError(
+                    "n-grams that are raw ids have one row each, so heads must be 1, got "
+                    f"{heads}; take more features instead"
+                )
+        elif isinstance(self.rows, Sequence | np.ndarray) and not isinstance(self.rows, str):
             rows = _integers("rows", self.rows, 1, NO_ID - 1)
             if len(rows) != len(orders):
                 raise ValueError(
@@ -139,6 +149,8 @@ class NGramHash:
         object.__setattr__(self, "orders", orders)
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "rows", rows)
+        if rows is None:
+            return
         wanted = [n for n in self._rows_by_order for _ in range(heads)]
         if sum(wanted) >= NO_ID or sum(self.table_sizes) >= NO_ID:
             raise ValueError(
@@ -158,7 +170,9 @@ class NGramHash:
 
     @property
     def table_sizes(self) -> tuple[int, ...]:
-        """The rows of each table: distinct primes."""
+        """The rows of each table: distinct primes. Empty if n-grams are raw ids."""
+        if self.rows is None:
+            return ()
         return prime_sizes([n for n in self._rows_by_order for _ in range(self.heads)])
 
     @property
@@ -185,7 +199,53 @@ class NGramHash:
 
         Raises:
           TypeError: if tokens, context or canonical are not integers.
-          ValueError: if a concrete token is outside the vocabulary, or a shape does not fit.
+          ValueError: if a concrete token is outside the vocabulary, if a shape does not fit, or if
+            n-grams are raw ids.
+        """
+        if self.rows is None:
+            raise ValueError("n-grams that are raw ids have keys and no row numbers; see keys")
+        words, outside, newest = self._words(tokens, canonical, context)
+        xp: Any = np if isinstance(newest, np.ndarray) else jnp
+        columns = []
+        for (order, head), rows in zip(self.tables, self.table_sizes, strict=True):
+            row = (_hashed(words, self.seed, order, head) % np.uint32(rows)).astype(np.int32)
+            row = xp.where(outside[order - 1], np.int32(_OUTSIDE), row)
+            columns.append(xp.where(newest == NO_ID, np.int32(NO_ID), row))
+        return xp.stack(columns, axis=-1)
+
+    def keys(self, tokens: Any, canonical: Any = None, context: Any = None) -> tuple[Any, Any]:
+        """Returns the key of each n-gram: a raw id of 64 bits, as two words.
+
+        Args:
+          tokens: see `ids`.
+          canonical: see `ids`.
+          context: see `ids`.
+
+        Returns:
+          The high and low words, uint32 [.., T, orders, 2]. Whether there is an n-gram, bool
+          [.., T, orders]: no at padding, and no for n-grams with a traced token outside the
+          vocabulary. Both are of NumPy for NumPy tokens.
+
+        Raises:
+          TypeError: see `ids`.
+          ValueError: see `ids`.
+        """
+        words, outside, newest = self._words(tokens, canonical, context)
+        xp: Any = np if isinstance(newest, np.ndarray) else jnp
+        keys, is_ngram = [], []
+        for order in self.orders:
+            halves = [_hashed(words, self.seed, order, half) for half in (0, 1)]
+            keys.append(xp.stack(halves, axis=-1))
+            is_ngram.append((newest != NO_ID) & ~outside[order - 1])
+        return xp.stack(keys, axis=-2), xp.stack(is_ngram, axis=-1)
+
+    def _words(self, tokens: Any, canonical: Any, context: Any) -> tuple[list[Any], list[Any], Any]:
+        """Returns what n-grams consist of.
+
+        Returns:
+          For each k, token_k of each position as a word (uint32 [.., T]). For each k, whether one
+          of the tokens up to token_k is outside the vocabulary (bool [.., T]). The tokens at the
+          positions (int32 [.., T]), NO_ID for padding.
         """
         joined = _with_context(self, tokens, context)
         if isinstance(canonical, jax.core.Tracer):
@@ -216,15 +276,7 @@ class NGramHash:
                 is_open = is_open & (newer != self.boundary)
             words.append(xp.where(is_open, word(token), np.uint32(NO_ID)))
             outside.append(outside[-1] | (is_open & (token == _OUTSIDE)))
-        columns = []
-        for (order, head), rows in zip(self.tables, self.table_sizes, strict=True):
-            mixed, multipliers = _start(self.seed, order, head)
-            for token, multiplier in zip(words, multipliers, strict=False):
-                mixed = random_bits.fmix32(mixed ^ (token * multiplier))
-            row = (mixed % np.uint32(rows)).astype(np.int32)
-            row = xp.where(outside[order - 1], np.int32(_OUTSIDE), row)
-            columns.append(xp.where(newest == NO_ID, np.int32(NO_ID), row))
-        return xp.stack(columns, axis=-1)
+        return words, outside, newest
 
     def context_after(self, tokens: Any, context: Any = None) -> Any:
         """Returns the context of the token that follows.
@@ -348,6 +400,14 @@ def _with_context(spec: NGramHash, tokens: Any, context: Any) -> Any:
             )
     is_host = isinstance(tokens, np.ndarray) and isinstance(context, np.ndarray)
     return (np if is_host else jnp).concatenate([context, tokens], axis=-1)
+
+
+def _hashed(words: list[Any], seed: int, order: int, head: int) -> Any:
+    """Returns x (uint32 [.., T]) of a head, from the words of the n-grams."""
+    mixed, multipliers = _start(seed, order, head)
+    for token, multiplier in zip(words, multipliers, strict=False):
+        mixed = random_bits.fmix32(mixed ^ (token * multiplier))
+    return mixed
 
 
 def _start(seed: int, order: int, head: int) -> tuple[Any, np.ndarray]:

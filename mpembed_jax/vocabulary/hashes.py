@@ -301,10 +301,25 @@ def of_traced(ids: jax.Array, table: str, number: int) -> jax.Array:
         words = ((wide >> 31).astype(jnp.uint32), wide.astype(jnp.uint32))
     else:
         words = (jnp.zeros(ids.shape, jnp.uint32), ids.astype(jnp.uint32))
+    return of_words(*words, table, number)
+
+
+def of_words(high: jax.Array, low: jax.Array, table: str, number: int) -> jax.Array:
+    """Returns the pairs of 64-bit integers that are given as two words; see `of_traced`.
+
+    Args:
+      high: uint32 [..].
+      low: uint32 [..].
+      table: the name of the table.
+      number: the table's number in the stack, below MAX_TABLES.
+
+    Returns:
+      uint32 [.., 2].
+    """
     shift = salt(table)
-    low = words[1] + jnp.uint32(shift & 0xFFFFFFFF)
-    carry = (low < words[1]).astype(jnp.uint32)
-    high = words[0] + jnp.uint32(shift >> 32) + carry
+    moved = low + jnp.uint32(shift & 0xFFFFFFFF)
+    carry = (moved < low).astype(jnp.uint32)
+    high, low = high + jnp.uint32(shift >> 32) + carry, moved
     for down, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         high, low = high ^ (high >> down), low ^ ((low >> down) | (high << (32 - down)))
         if multiplier != 1:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import training
 from cases import Refused, named
 from flax import nnx
 from nn_models import assert_same_bits
@@ -96,6 +97,75 @@ def test_decoding_token_by_token_gives_the_vectors_of_the_whole_sequence():
     for at in range(TOKENS.shape[1]):
         vectors, context = decode(memory, TOKENS[:, at : at + 1], context)
         np.testing.assert_array_equal(vectors, whole[:, at : at + 1])
+
+
+def raw_memory_of(**options):
+    """A memory of 2- and 3-grams, which get rows of their own at their second occurrence."""
+    rows = mpembed.VocabularySpec(64, admit_after=2, ways=4)
+    return memory_of(**{"rows": rows, "heads": 1, "storage": "float32", **options})
+
+
+@pytest.mark.parametrize("canonical", named({"as they are": None, "mapped": CANONICAL}))
+def test_n_grams_that_are_raw_ids_are_trained_as_by_the_verbs(canonical):
+    memory = raw_memory_of(canonical=canonical)
+    state, spec = jax.tree.map(jnp.copy, memory.state), memory.stack.spec
+
+    def gradient(rows, plan):
+        vectors = lambda rows: jax.tree.leaves(mpembed.pool(rows, plan.inverse))  # noqa: E731
+        return jax.grad(lambda rows: sum(jnp.sum(jnp.sin(v)) for v in vectors(rows)))(rows)
+
+    step = jax.jit(lambda state, pairs: training.step(state, pairs, TX, gradient).state)
+
+    def pairs_of(tokens):
+        """Pairs of the keys of NumPy tokens, as a user hashes raw ids."""
+        words, is_ngram = memory.ngrams.keys(tokens, canonical)
+        keys = words[..., 0].astype(np.uint64) << np.uint64(32) | words[..., 1]
+        columns = {"2-gram": 0, "3-gram": 1}
+        return spec.raw_ids(
+            {name: keys[..., n] for name, n in columns.items()},
+            {name: is_ngram[..., n] for name, n in columns.items()},
+        )
+
+    for tokens in (*batches(2), *batches(2)):
+        state = step(state, pairs_of(tokens))
+        train_step(memory, tokens)
+    np.testing.assert_array_equal(memory.state.vocabulary.owners, state.vocabulary.owners)
+    memory.eval()
+    wanted = mpembed.read(state, pairs_of(TOKENS))
+    wanted = np.concatenate([wanted["2-gram"], wanted["3-gram"]], axis=-1)
+    np.testing.assert_allclose(memory(TOKENS), wanted, atol=1e-6)
+    counted = memory.stats().vocabulary
+    assert counted.num_owned > 0 and 0 < counted.shared_requests < counted.requests
+
+
+def test_raw_n_grams_are_decoded_token_by_token_without_getting_rows():
+    memory = raw_memory_of()
+    for tokens in batches(3):
+        train_step(memory, tokens)
+    before = memory.stats().vocabulary
+    memory.eval()
+    whole = memory(TOKENS)
+    assert whole.shape == (4, 9, 2 * DIM)
+    context = np.full((4, 2), NO_ID, np.int32)
+    for at in range(TOKENS.shape[1]):
+        token = TOKENS[:, at : at + 1]
+        np.testing.assert_array_equal(memory(token, context), whole[:, at : at + 1])
+        context = memory.context_after(token, context)
+    assert memory.stats().vocabulary == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", named({"int4": SMALL, "int4 with a cache": CACHE}))
+def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(options):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:4])  # fmt: skip
+    rows = mpembed.VocabularySpec(1024, admit_after=2, ways=4)
+    one, four = (raw_memory_of(rows=rows, mesh=m, **options) for m in (None, mesh))
+    for tokens in batches(4):
+        assert train_step(one, tokens) == pytest.approx(float(train_step(four, tokens)), rel=1e-5)
+    assert one.stats().vocabulary == four.stats().vocabulary
+    here = mpembed.sharding.relayout(four.state).vocabulary
+    np.testing.assert_array_equal(here.owners, one.state.vocabulary.owners)
 
 
 @pytest.mark.slow
@@ -257,6 +327,13 @@ def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     )
     assert memory.state.spec == table.state.spec
     assert {name: getattr(memory.state.spec, name) for name in SETTINGS} == SETTINGS
+    raw = raw_memory_of().state.spec
+    options = {**OPTIONS, **SMALL, "storage": "float32", "heads": 1, "rows": raw.vocabulary}
+    twin = nn.linen.NGramMemory(VOCABULARY, DIM, **options)
+    variables = twin.init(jax.random.key(0), TOKENS)
+    (table,) = jax.tree.leaves(variables["embedding"], is_leaf=lambda x: hasattr(x, "state"))
+    assert raw == table.state.spec
+    assert twin.apply(variables, TOKENS).shape == (4, 9, 2 * DIM)
 
 
 @pytest.mark.slow
@@ -350,6 +427,15 @@ def made(**options):
             Refused(made(orders=(1, 2)), r"each of orders must be in \[2, 64\], got 1"),
             Refused(made(rows=0), "rows must be in .*got 0"),
             Refused(made(canonical=np.arange(39)), r"canonical .*\[40\], got \[39\]"),
+            Refused(made(rows=mpembed.VocabularySpec(9)), "heads must be 1, got 2"),
+            Refused(
+                made(
+                    rows=mpembed.VocabularySpec(9),
+                    heads=1,
+                    embedding_init=jax.nn.initializers.ones,
+                ),
+                "leave embedding_init out",
+            ),
             Refused(made(storage="int9"), "unknown row format 'int9'"),
             Refused(made(cache=0.05), "cache must be a CacheSpec or None", TypeError),
             Refused(made(tx=0.1), "tx must be an optax", TypeError),

@@ -3,6 +3,9 @@
 The oracle is the definition in Python's own integers, one position at a time.
 """
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,33 +27,55 @@ def fmix32(x):
     return x ^ x >> 16
 
 
+def mixed_of(spec, tokens, at, order, head, canonical):
+    """x of the n-gram that ends at a position of one sequence (list of ints)."""
+    words = [tokens[at]]
+    while len(words) < order:
+        before = at - len(words)
+        is_end = before < 0 or words[-1] == spec.boundary
+        if is_end or tokens[before] in (NO_ID, spec.padding):
+            break
+        words.append(tokens[before])
+    if canonical is not None:
+        words = [int(canonical[word]) for word in words]
+    words += [NO_ID] * (order - len(words))
+    start = fmix32((spec.seed * 2654435761 + 1024 * order + head) % 2**32)
+    mixed = start
+    for k, word in enumerate(words):
+        multiplier = fmix32((start + k) % 2**32) | 1
+        mixed = fmix32(mixed ^ word * multiplier % 2**32)
+    return mixed
+
+
 def oracle(spec, tokens, canonical=None):
     """The ids of one sequence (list of ints), [T, tables]."""
     result = []
     for at, newest in enumerate(tokens):
         row = []
         for (order, head), rows in zip(spec.tables, spec.table_sizes, strict=True):
-            if newest in (NO_ID, spec.padding):
-                row.append(NO_ID)
-                continue
-            words = [newest]
-            while len(words) < order:
-                before = at - len(words)
-                is_end = before < 0 or words[-1] == spec.boundary
-                if is_end or tokens[before] in (NO_ID, spec.padding):
-                    break
-                words.append(tokens[before])
-            if canonical is not None:
-                words = [int(canonical[word]) for word in words]
-            words += [NO_ID] * (order - len(words))
-            start = fmix32((spec.seed * 2654435761 + 1024 * order + head) % 2**32)
-            mixed = start
-            for k, word in enumerate(words):
-                multiplier = fmix32((start + k) % 2**32) | 1
-                mixed = fmix32(mixed ^ word * multiplier % 2**32)
-            row.append(mixed % rows)
+            is_padding = newest in (NO_ID, spec.padding)
+            mixed = 0 if is_padding else mixed_of(spec, tokens, at, order, head, canonical)
+            row.append(NO_ID if is_padding else mixed % rows)
         result.append(row)
     return np.array(result, np.int64).reshape(len(tokens), len(spec.tables))
+
+
+def oracle_keys(spec, tokens, canonical=None):
+    """The keys of one sequence, uint64 [T, orders]; 0 for padding."""
+    result = []
+    for at, newest in enumerate(tokens):
+        of = partial(mixed_of, spec, tokens, at)
+        pairs = [(of(n, 0, canonical), of(n, 1, canonical)) for n in spec.orders]
+        is_padding = newest in (NO_ID, spec.padding)
+        result.append([0 if is_padding else high << 32 | low for high, low in pairs])
+    return np.array(result, np.uint64).reshape(len(tokens), len(spec.orders))
+
+
+def joined(keys):
+    """Keys as uint64 [.., T, orders]; 0 for padding."""
+    words, is_ngram = map(np.asarray, keys)
+    whole = words[..., 0].astype(np.uint64) << np.uint64(32) | words[..., 1]
+    return np.where(is_ngram, whole, np.uint64(0))
 
 
 FROZEN = [
@@ -76,6 +101,34 @@ def test_the_rows_of_n_grams_never_change():
     np.testing.assert_array_equal(ids, FROZEN)
     other = NGramHash(100, (2, 3), 2, (50, 1000), boundary=0, padding=1, seed=2**31 - 1)
     np.testing.assert_array_equal(other.ids(np.array([7, 8]))[1], FROZEN_SEED)
+
+
+FROZEN_KEYS = [
+    [0xBB922660F8ECDD99, 0xDEC3C11A1C7076D4],
+    [0x5CC8051886AEE5E1, 0x8065544B59B2EC32],
+    [0, 0],
+]
+
+
+def test_the_keys_of_n_grams_never_change():
+    """The rows of raw ids depend on them."""
+    spec = NGramHash(40, (2, 3), 1, None, boundary=0, padding=1)
+    keys = joined(spec.keys(np.array([0, 7, 1])))
+    np.testing.assert_array_equal(keys, np.array(FROZEN_KEYS, np.uint64))
+    assert spec.table_sizes == () and spec.tables == ((2, 0), (3, 0))
+
+
+def test_n_grams_have_keys_of_their_own():
+    """All 2-grams of 300 tokens. Of 90,000 keys, 2 are equal with a chance of 2e-10."""
+    spec = NGramHash(300, (2,), 1, None)
+    tokens = np.stack(np.divmod(np.arange(90_000), 300), axis=-1)
+    keys = joined(spec.keys(tokens))[:, 1, 0]
+    assert len(np.unique(keys)) == 90_000
+    for bits in (keys & np.uint64(1023), keys >> np.uint64(54)):
+        counts = np.bincount(bits.astype(int), minlength=1024)
+        expected = 90_000 / 1024
+        # Chi-square over its degrees of freedom, as below.
+        assert abs(((counts - expected) ** 2).sum() / expected / 1024 - 1) < 5 * (2 / 1024) ** 0.5
 
 
 def test_table_sizes_are_the_smallest_free_primes():
@@ -128,6 +181,11 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
     traced = jax.jit(spec.ids)(jnp.asarray(tokens, jnp.int32), canonical)
     np.testing.assert_array_equal(traced, wanted)
     np.testing.assert_array_equal(spec.ids(jnp.asarray(tokens, jnp.int32), canonical), wanted)
+    raw = dataclasses.replace(spec, heads=1, rows=None)
+    keys = np.stack([oracle_keys(raw, sequence.tolist(), canonical) for sequence in tokens])
+    np.testing.assert_array_equal(joined(raw.keys(tokens, canonical)), keys)
+    traced = jax.jit(raw.keys)(jnp.asarray(tokens, jnp.int32), canonical)
+    np.testing.assert_array_equal(joined(traced), keys)
     # The last part, with what was before it.
     context = spec.context_after(tokens[:, :cut])
     np.testing.assert_array_equal(spec.ids(tokens[:, cut:], canonical, context), wanted[:, cut:])
@@ -136,6 +194,8 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
         token = tokens[:, at : at + 1]
         got = spec.ids(token, canonical, context)
         np.testing.assert_array_equal(got, wanted[:, at : at + 1])
+        got = joined(raw.keys(token, canonical, context))
+        np.testing.assert_array_equal(got, keys[:, at : at + 1])
         context = spec.context_after(token, context)
 
 
@@ -180,6 +240,9 @@ def test_traced_tokens_outside_the_vocabulary_have_no_row():
     np.testing.assert_array_equal(ids[:, 0] == -1, [False, True, True, False, False, True])
     np.testing.assert_array_equal(ids[:, 1] == -1, [False, True, True, True, False, True])
     np.testing.assert_array_equal(ids[4], whole[4])
+    raw = NGramHash(10, (2, 3), 1, None)
+    is_ngram = jax.jit(raw.keys)(jnp.array([1, 10, 2, 3, 4, -5], jnp.int32))[1]
+    np.testing.assert_array_equal(is_ngram, ids != -1)
 
 
 SPEC = NGramHash(10, (2, 3), 1, 100)
@@ -215,6 +278,10 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             Refused(lambda: NGramHash(10, (2,), 1, 0), "rows must be in .*got 0"),
             Refused(lambda: NGramHash(10, (2,), 1, True), "rows must be an integer", TypeError),
             Refused(lambda: NGramHash(10, (2,), 1, (9, 9)), r"one for each of orders \[2\]"),
+            Refused(lambda: NGramHash(10, (2,), 2, None), "heads must be 1, got 2; take more feat"),
+            Refused(
+                lambda: NGramHash(10, (2,), 1, None).ids(np.array([1])), "no row numbers; see keys"
+            ),
             Refused(lambda: NGramHash(10, (2,), 9, 2**30), "fewer than .* rows in all, got 9,663"),
             Refused(lambda: NGramHash(0, (2,), 1, 9), r"vocabulary_size must be in .*got 0"),
             Refused(lambda: NGramHash(2**31, (2,), 1, 9), r"vocabulary_size must be in"),

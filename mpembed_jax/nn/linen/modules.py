@@ -23,6 +23,7 @@ from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
 from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.vocabulary.spec import VocabularySpec
 
 COLLECTION = "embedding"
 # The name of a CachedEmbed's only stack, and the prefix of the names of a CachedEmbedBags's stacks.
@@ -308,7 +309,8 @@ class NGramMemory(linen.Module):
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size).
       features: D, the width of a row.
-      rows: rows of a table, for all orders or for each; rounded up to distinct primes.
+      rows: rows of a table, for all orders or for each; rounded up to distinct primes. Or a
+        VocabularySpec, if n-grams are raw ids; see the nnx module.
       orders: orders n of the n-grams, each at least 2.
       heads: tables of each order.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
@@ -335,7 +337,7 @@ class NGramMemory(linen.Module):
 
     vocabulary_size: int
     features: int
-    rows: int | Sequence[int]
+    rows: int | Sequence[int] | VocabularySpec
     orders: Sequence[int] = (2, 3)
     heads: int = 2
     canonical: Any = None
@@ -359,11 +361,12 @@ class NGramMemory(linen.Module):
 
     def setup(self) -> None:
         """Declares the stack."""
+        vocabulary = self.rows if isinstance(self.rows, VocabularySpec) else None
         ngrams = NGramHash(
             self.vocabulary_size,
             self.orders,
             self.heads,
-            self.rows,
+            None if isinstance(self.rows, VocabularySpec) else self.rows,
             boundary=self.boundary,
             padding=self.padding,
             seed=self.seed,
@@ -371,6 +374,7 @@ class NGramMemory(linen.Module):
         spec = ngram.ngram_spec(
             ngrams,
             self.features,
+            vocabulary=vocabulary,
             storage=self.storage,
             cache=self.cache,
             embedding_init=self.embedding_init,
