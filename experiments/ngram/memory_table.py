@@ -1,12 +1,13 @@
 """A small language model with an n-gram memory: what its rows cost in bytes, and in loss.
 
 Contenders: no memory; FP32; INT8, INT4 and INT2 with a small FP32 cache; FP32 in as few bytes as
-INT4 + 5 %; FP32 with Adam. Every contender of a seed has the same weights beside its memory and
-sees the same batches. The text is the standard library of the running Python, or a folder of Python
-files. A finished run is one line of the results file with its settings, commit and environment;
-what is there already is not run again. A run is saved every ten minutes and when the process is
-told to stop; the same command goes on with it. Table and picture are made from all lines of the
-file.
+INT4 + 5 %; FP32 with Adam; and memories whose n-grams are raw ids, which get a row of their own
+once they were seen often enough ("rows from 2 on"). Every contender of a seed has the same weights
+beside its memory and sees the same batches. The text is the standard library of the running Python,
+or a folder of Python files. A finished run is one line of the results file with its settings,
+commit and environment; what is there already is not run again. A run is saved every ten minutes and
+when the process is told to stop; the same command goes on with it. Table and picture are made from
+all lines of the file.
 
     python -m experiments.ngram.memory_table
     python -m experiments.ngram.memory_table --features 128 --rows 100000
@@ -37,6 +38,11 @@ Name = Literal[
     "INT4, no cache",
     "FP32, Adam",
     "INT2 + 5 %",
+    "rows from 2 on, INT4 + 5 %",
+    "rows from 2 on, FP32",
+    "rows from 2 on, INT4 + 1 %",
+    "rows from 3 on, INT4 + 5 %",
+    "rows from 1 on, FP32",
 ]
 
 UNFINISHED = "ngram_memory_unfinished"  # folder in --out
@@ -102,7 +108,7 @@ def depends_on(
     return {
         "text": data.identity,
         "recipe": {**dataclasses.asdict(recipe), "orders": list(recipe.orders)},
-        "contender": dataclasses.asdict(contender),
+        "contender": contender.settings,
         "seed": seed,
     }
 

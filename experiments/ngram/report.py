@@ -63,7 +63,9 @@ def table(group: Group) -> str:
     for name in sorted(group.runs, key=lambda name: group.mean(name, "loss")):
         size, rows = group.mean(name, "state_bytes"), group.mean(name, "num_rows")
         hits = next(iter(group.values(name, "hit_rate").values()))
-        numbers = rows * group.recipe["features"]
+        contender = next(iter(group.runs[name].values()))["contender"]
+        is_raw = contender.get("admit_after") is not None
+        numbers = rows * group.recipe["features"] * (group.recipe["ngram_heads"] if is_raw else 1)
         is_smaller = size and PLAIN in group.runs and name != PLAIN
         cells = [
             name,

@@ -30,6 +30,7 @@ from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.ngram import training
 from experiments.ngram.model import GatedMemory, LanguageModel
+from experiments.ngram.text import BOUNDARY
 from mpembed_jax import nn
 
 OURS = ("FP32", "INT8 + 5 %", "INT4 + 5 %")
@@ -115,7 +116,9 @@ def contenders(settings: Settings, rows: int) -> dict[str, Any]:
 
 def _stepper(recipe: training.Recipe, name: str) -> Any:
     if name == DENSE:
-        hashed = training.ngrams(recipe, training.CONTENDERS["FP32"], VOCABULARY)
+        hashed = nn.NGramHash(
+            VOCABULARY, recipe.orders, recipe.ngram_heads, recipe.rows, boundary=BOUNDARY
+        )
         model: Any = DenseModel(
             VOCABULARY,
             hashed,

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,19 @@ class Contender:
     cache: float = 0
     optimizer: str = "adagrad"  # row-wise, or "adam" at five times the model's rate
     bytes_of: str | None = None  # only as many rows as fit in the bytes of this contender
+    # n-grams are raw ids: they get a row at this occurrence. A row is as wide as all heads.
+    admit_after: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Returns what a run depends on.
+
+        A setting that came after the first runs is left out if it is unset.
+        """
+        held = dataclasses.asdict(self)
+        if self.admit_after is None:
+            del held["admit_after"]
+        return held
 
 
 # In the order in which they are run: those that answer the question first.
@@ -72,6 +85,11 @@ CONTENDERS = {
         Contender("INT4, no cache", "int4"),
         Contender("FP32, Adam", "float32", optimizer="adam"),
         Contender("INT2 + 5 %", "int2", 0.05),
+        Contender("rows from 2 on, INT4 + 5 %", "int4", 0.05, admit_after=2),
+        Contender("rows from 2 on, FP32", "float32", admit_after=2),
+        Contender("rows from 2 on, INT4 + 1 %", "int4", 0.01, admit_after=2),
+        Contender("rows from 3 on, INT4 + 5 %", "int4", 0.05, admit_after=3),
+        Contender("rows from 1 on, FP32", "float32", admit_after=1),
     )
 }
 
@@ -84,21 +102,43 @@ def row_tx(recipe: Recipe, contender: Contender) -> optax.GradientTransformation
     return mpembed.optim.rowwise_adagrad(recipe.row_rate)
 
 
-def ngrams(recipe: Recipe, contender: Contender, vocabulary_size: int) -> nn.NGramHash:
-    """Returns the hash of a contender, with as many rows as its bytes allow."""
-    rows = recipe.rows
-    if contender.bytes_of is not None:
-        most = planned_bytes(recipe, CONTENDERS[contender.bytes_of], vocabulary_size)
-        per_row = 4 * recipe.features + 4
-        rows = most // (per_row * len(recipe.orders) * recipe.ngram_heads)
-    return nn.NGramHash(vocabulary_size, recipe.orders, recipe.ngram_heads, rows, boundary=BOUNDARY)
+# Rows of the pool by `admit_after`, as shares of the rows of all hashed tables.
+POOLS = {1: 0.2, 2: 0.09, 3: 0.05}
+
+
+def rows_of(
+    recipe: Recipe, contender: Contender, vocabulary_size: int
+) -> int | mpembed.VocabularySpec:
+    """Returns the rows of a hashed table, as many as a contender's bytes allow, or a pool."""
+    num_tables = len(recipe.orders) * recipe.ngram_heads
+    if contender.admit_after is not None:
+        num_rows = round(POOLS[contender.admit_after] * recipe.rows * num_tables)
+        return mpembed.VocabularySpec(num_rows, admit_after=contender.admit_after)
+    if contender.bytes_of is None:
+        return recipe.rows
+    most = planned_bytes(recipe, CONTENDERS[contender.bytes_of], vocabulary_size)
+    return most // ((4 * recipe.features + 4) * num_tables)
+
+
+def shape_of(recipe: Recipe, contender: Contender) -> tuple[int, int]:
+    """Returns the heads and the features of a contender's rows."""
+    if contender.admit_after is None:
+        return recipe.ngram_heads, recipe.features
+    return 1, recipe.ngram_heads * recipe.features
 
 
 def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) -> int:
     """Returns the bytes of a contender's whole embedding state, before it is made."""
+    rows, (heads, features) = (
+        rows_of(recipe, contender, vocabulary_size),
+        shape_of(recipe, contender),
+    )
+    vocabulary = rows if isinstance(rows, mpembed.VocabularySpec) else None
+    hashed = None if vocabulary is not None else rows
     spec = nn.ngram_spec(
-        ngrams(recipe, contender, vocabulary_size),
-        recipe.features,
+        nn.NGramHash(vocabulary_size, recipe.orders, heads, hashed, boundary=BOUNDARY),
+        features,
+        vocabulary=vocabulary,
         storage=contender.storage,
         cache=_cache(contender),
     )
@@ -118,18 +158,19 @@ def build(recipe: Recipe, contender: Contender, vocabulary_size: int, seed: int)
     """Returns the untrained model; without its memory, it is that of every contender."""
 
     def memory(rngs: nnx.Rngs) -> nn.NGramMemory:
-        hashed = ngrams(recipe, contender, vocabulary_size)
+        is_raw = contender.admit_after is not None
+        heads, features = shape_of(recipe, contender)
         return nn.NGramMemory(
             vocabulary_size,
-            recipe.features,
-            orders=hashed.orders,
-            heads=hashed.heads,
-            rows=hashed.rows,
+            features,
+            orders=recipe.orders,
+            heads=heads,
+            rows=rows_of(recipe, contender, vocabulary_size),
             boundary=BOUNDARY,
             tx=row_tx(recipe, contender),
             storage=contender.storage,
             cache=_cache(contender),
-            embedding_init=jax.nn.initializers.normal(recipe.row_init),
+            embedding_init=None if is_raw else jax.nn.initializers.normal(recipe.row_init),
             rngs=rngs,
         )
 
