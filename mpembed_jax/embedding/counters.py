@@ -10,9 +10,8 @@ from mpembed_jax.cache.plan import Counts
 OF_UPDATES = ("nonfinite_rows", "refused_updates")
 # The names of the counters: those of a step's Counts, then the two that count updates.
 COUNTERS = (*(f.name for f in dataclasses.fields(Counts)), *OF_UPDATES)
-# The counters that tell what was requested so far. They are equal on any number of devices, unless
-# ids are dropped.
-OF_REQUESTS = COUNTERS[: COUNTERS.index("wide_exchanges")]
+# The counters that tell what was requested so far. They are equal on any number of devices.
+OF_REQUESTS = COUNTERS[: COUNTERS.index("dropped")]
 
 
 def add(counters: jax.Array, amounts: list[jax.Array]) -> jax.Array:

@@ -58,7 +58,8 @@ def clock_of(key: Any, step: Any, counters: Any) -> Any:
     Args:
       key: uint32 [.., 2], the state's key.
       step: int32 [..], the number of its prefetches.
-      counters: uint32 [.., len(COUNTERS), 2]. Counts of exchanges and updates do not matter.
+      counters: uint32 [.., len(COUNTERS), 2]. Counts of dropped ids, exchanges and updates do not
+        matter.
 
     Returns:
       float32 [..]. For NumPy arrays, a NumPy array.
@@ -94,12 +95,12 @@ class EmbeddingState:
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []: the number of prefetches so far
     # f32 []: clock_of(key, step, counters), which an average of the floats of two states is not.
-    # -1 once such a state was used. A checkpoint does not hold it: there, it is None.
+    # A checkpoint does not hold it: there, it is None.
     clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
-    # spec.
+    # spec. Zeros once an average of states was used.
     fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
@@ -147,8 +148,17 @@ class EmbeddingState:
     @property
     def is_sound(self) -> jax.Array:
         """Whether the arrays are of this spec and layout, and of one history (bool [])."""
-        is_own = jnp.all(self.fingerprint == self.expected_fingerprint)
-        return is_own & (self.clock == clock_of(*self._history))
+        return self.is_own & self.is_of_one_history
+
+    @property
+    def is_own(self) -> jax.Array:
+        """Whether the arrays are of this spec and layout (bool [])."""
+        return jnp.all(self.fingerprint == self.expected_fingerprint)
+
+    @property
+    def is_of_one_history(self) -> jax.Array:
+        """Whether the arrays are of one history, so that they are no average (bool [])."""
+        return self.clock == clock_of(*self._history)
 
     @property
     def is_concrete(self) -> bool:
@@ -172,9 +182,11 @@ class EmbeddingState:
                 f"{self.table.rows.dtype}, its cache lines {lines}, its step is "
                 f"{self.step.dtype}; {_AVERAGED}"
             )
+        is_average = False
         if not isinstance(self.fingerprint, jax.ShapeDtypeStruct | jax.core.Tracer):
             held = np.asarray(jax.device_get(self.fingerprint))
-            if held.shape != (2,) or (held != self.expected_fingerprint).any():
+            is_average = held.shape == (2,) and not held.any()
+            if not is_average and (held.shape != (2,) or (held != self.expected_fingerprint).any()):
                 raise ValueError(
                     "the arrays of this state were made for another spec than the state's own "
                     f"{self.spec}; restore with the tables, embedding_dim, storage, cache and "
@@ -184,11 +196,12 @@ class EmbeddingState:
                 )
         if self.is_concrete:
             clock, *history = map(np.asarray, jax.device_get((self.clock, *self._history)))
-            if not np.array_equal(clock, clock_of(*history)):
-                raise ValueError(
-                    "the arrays of this state belong to several states, as if states had been "
-                    f"averaged; {_AVERAGED}"
-                )
+            is_average = is_average or not np.array_equal(clock, clock_of(*history))
+        if is_average:
+            raise ValueError(
+                "the arrays of this state belong to several states, as if states had been "
+                f"averaged; {_AVERAGED}"
+            )
 
 
 def check_spec(call: str, spec: Any) -> None:

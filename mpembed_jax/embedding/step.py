@@ -123,7 +123,8 @@ def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
     return dataclasses.replace(
         state,
         step=step,
-        clock=jnp.where(state.is_sound, clock_of(state.key, step, counters), np.float32(-1)),
+        clock=clock_of(state.key, step, counters),
+        fingerprint=jnp.where(state.is_of_one_history, state.fingerprint, np.uint32(0)),
         # The value is concrete, so that a second apply_gradients in the same trace raises an error.
         pending=np.True_,
         counters=counters,
@@ -498,7 +499,7 @@ def is_latest(state: EmbeddingState, plan: Any) -> jax.Array:
     counts of its steps so far. Two copies of one state with equal counts are not told apart.
     """
     if is_planned(state, plan):
-        return state.is_sound
+        return state.is_own  # its clock was compared by after_prefetch
     return state.is_sound & (plan.step == state.step) & (plan.signature == state.signature)
 
 
