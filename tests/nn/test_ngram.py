@@ -155,14 +155,17 @@ def test_raw_n_grams_are_decoded_token_by_token_without_getting_rows():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", named({"int4": SMALL, "int4 with a cache": CACHE}))
-def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(options):
+@pytest.mark.parametrize("lines", [None, 128])
+def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(lines):
+    """Sums of a row's gradients in another order may round a number of INT4 to its other side."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip
     rows = mpembed.VocabularySpec(1024, admit_after=2, ways=4)
-    one, four = (raw_memory_of(rows=rows, mesh=m, **options) for m in (None, mesh))
+    cache = None if lines is None else CacheSpec(num_rows=lines, ways=4)
+    options = {"rows": rows, "storage": "int4", "cache": cache}
+    one, four = (raw_memory_of(**options, mesh=m) for m in (None, mesh))
     for tokens in batches(4):
-        assert train_step(one, tokens) == pytest.approx(float(train_step(four, tokens)), rel=1e-5)
+        assert train_step(one, tokens) == pytest.approx(float(train_step(four, tokens)), rel=1e-3)
     assert one.stats().vocabulary == four.stats().vocabulary
     here = mpembed.sharding.relayout(four.state).vocabulary
     np.testing.assert_array_equal(here.owners, one.state.vocabulary.owners)

@@ -27,7 +27,7 @@ def fmix32(x):
     return x ^ x >> 16
 
 
-def mixed_of(spec, tokens, at, order, head, canonical):
+def mixed_of(spec, tokens, at, order, head, canonical=None):
     """x of the n-gram that ends at a position of one sequence (list of ints)."""
     words = [tokens[at]]
     while len(words) < order:
@@ -64,10 +64,11 @@ def oracle_keys(spec, tokens, canonical=None):
     """The keys of one sequence, uint64 [T, orders]; 0 for padding."""
     result = []
     for at, newest in enumerate(tokens):
-        of = partial(mixed_of, spec, tokens, at)
-        pairs = [(of(n, 0, canonical), of(n, 1, canonical)) for n in spec.orders]
-        is_padding = newest in (NO_ID, spec.padding)
-        result.append([0 if is_padding else high << 32 | low for high, low in pairs])
+        if newest in (NO_ID, spec.padding):
+            result.append([0] * len(spec.orders))
+            continue
+        of = partial(mixed_of, spec, tokens, at, canonical=canonical)
+        result.append([of(n, 0) << 32 | of(n, 1) for n in spec.orders])
     return np.array(result, np.uint64).reshape(len(tokens), len(spec.orders))
 
 
