@@ -17,7 +17,7 @@ import numpy as np
 from mpembed_jax.ops.cpu import call_frame, partitions
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
-from mpembed_jax.ops.cpu.partitions import MAX_PARTS, bits_of
+from mpembed_jax.ops.cpu.partitions import CHUNKS, MAX_PARTS, bits_of
 from mpembed_jax.ops.records import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes, pool
@@ -25,7 +25,6 @@ from mpembed_jax.vocabulary.pool import VocabularyState
 
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # ids
-_CHUNKS = 16  # parts of the positions; a thread deals the positions of one part at a time
 _ZERO, _ONE, _TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 _PADDING = np.uint32(hashes.PADDING)
 _TABLES = np.uint32(hashes.MAX_TABLES - 1)
@@ -55,7 +54,7 @@ _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
 # Words of `_FACTS`: how many partitions there are, where each begins, then four numbers of each.
 # Padding comes after the last partition.
 _PARTS, _BEGIN = 0, 1
-_OF_PARTS = _NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED = tuple(
+_NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED = tuple(
     _BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(4)
 )
 _NUM_FACTS = _NUM_REFUSED + MAX_PARTS
@@ -215,14 +214,14 @@ def _count_chunk(frame, chunk):
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
     groups, num_parts, shift = _grouping(frame)
     group_bits, last = bits_of(groups), _NO_OWNER - np.uint32(1)
-    begin, end = _chunk_range(len(keys), chunk)
-    for position in range(begin, end):
+    begin, end = partitions.chunk_range(len(keys), chunk)
+    for position in range(np.uint64(begin), np.uint64(end)):
         first = _TWO * position
         tag = min(pairs[first] >> _TAG_SHIFT, last)
         home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
         keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
     deals[:] = 0
-    for position in range(begin, end):
+    for position in range(np.uint64(begin), np.uint64(end)):
         deals[_part_of(keys[position], groups, num_parts, shift)] += 1
 
 
@@ -231,17 +230,12 @@ def _deal_chunk(frame, chunk):
     keys, dealt, deals = _keys(frame, _KEY), _keys(frame, _DEALT), _deal_of(frame, chunk)
     positions = result(frame, _POSITIONS, np.int32)
     groups, num_parts, shift = _grouping(frame)
-    begin, end = _chunk_range(len(keys), chunk)
-    for position in range(begin, end):
+    begin, end = partitions.chunk_range(len(keys), chunk)
+    for position in range(np.uint64(begin), np.uint64(end)):
         part = _part_of(keys[position], groups, num_parts, shift)
         at = np.uint64(deals[part])
         deals[part] += 1
         dealt[at], positions[at] = keys[position], position
-
-
-@compiled
-def _chunk_range(num, chunk):
-    return np.uint64(num * chunk // _CHUNKS), np.uint64(num * (chunk + 1) // _CHUNKS)
 
 
 _count_chunks = call_frame.parts(_count_chunk)
@@ -253,49 +247,12 @@ def _deal(frame, num_tasks):
     """Groups the positions by partition, in ascending order. Padding is last."""
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
-    _count_chunks(frame, _CHUNKS, num_tasks)
-    begin = 0
-    for part in range(num_parts + 1):
-        facts[_BEGIN + part] = begin
-        for chunk in range(_CHUNKS):
-            num = deals[chunk * _DEAL + part]
-            deals[chunk * _DEAL + part] = begin
-            begin += num
-    facts[_BEGIN + num_parts + 1] = begin
-    _deal_chunks(frame, _CHUNKS, num_tasks)
+    _count_chunks(frame, CHUNKS, num_tasks)
+    partitions.begin_parts(deals, _DEAL, num_parts, facts[_BEGIN:])
+    _deal_chunks(frame, CHUNKS, num_tasks)
 
 
 # --- a partition
-
-
-@compiled
-def _deduplicate(dealt, positions, times, id_key, count, id_of, bucket):
-    """Fills the keys and occurrences of a partition's distinct ids, and the id of each dealt key.
-
-    It is `partitions.deduplicate`, for keys, with the occurrences that positions stand for.
-
-    Returns:
-      The number of ids.
-    """
-    bucket[:] = 0
-    mask, num_ids = np.uint64(len(bucket) - 1), _ZERO
-    for k in range(np.uint64(len(dealt))):
-        key = dealt[k]
-        b = ((key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) & mask
-        i = np.uint64(bucket[b])
-        # Whether an id is new cannot be predicted, so no branch depends on it alone.
-        while (i != _ZERO) & (id_key[i - (_ONE if i != _ZERO else _ZERO)] != key):
-            b = (b + _ONE) & mask
-            i = np.uint64(bucket[b])
-        is_new = i == _ZERO
-        id_key[num_ids] = key
-        count[num_ids] = 0
-        num_ids += _ONE if is_new else _ZERO
-        i = num_ids if is_new else i
-        bucket[b] = i
-        count[i - _ONE] += times[np.uint64(positions[k])] if len(times) > 0 else 1
-        id_of[k] = i - _ONE
-    return np.int64(num_ids)
 
 
 @compiled
@@ -383,15 +340,6 @@ def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open
     return num_admitted, num_taken
 
 
-@compiled
-def _buckets_of(frame, begin, end, part):
-    num_buckets = 16  # a power of two, at least twice the number of positions
-    while num_buckets < 2 * (end - begin):
-        num_buckets *= 2
-    first = 4 * begin + 16 * part
-    return result(frame, _BUCKET, np.int32)[first : first + num_buckets]
-
-
 def _settle(frame, part):
     """Admits the ids of a partition, and writes the rows of its positions."""
     facts, numbers = result(frame, _FACTS, np.int32), argument(frame, _NUMBERS, np.int32)
@@ -401,7 +349,7 @@ def _settle(frame, part):
         for k in range(len(positions)):
             row[positions[k]] = _NO_ID
         return
-    bucket = _buckets_of(frame, begin, end, part)
+    bucket = partitions.buckets_of(result(frame, _BUCKET, np.int32), begin, end, part)
     id_key = _keys(frame, _ID_KEY)[begin:end]
     id_set = result(frame, _ID_SET, np.int32)[begin:end]
     id_tag = result(frame, _ID_TAG, np.uint32)[begin:end]
@@ -411,10 +359,12 @@ def _settle(frame, part):
     line = result(frame, _LINE, np.int32)[begin:end]
     estimate = result(frame, _ESTIMATE, np.int32)[begin:end]
     queue = result(frame, _QUEUE, np.int32)[begin:end]
-    num_ids = _deduplicate(
-        _keys(frame, _DEALT)[begin:end], positions, argument(frame, _TIMES, np.int32),
-        id_key, count, id_of, bucket,
-    )  # fmt: skip
+    num_ids = partitions.deduplicate(_keys(frame, _DEALT)[begin:end], id_key, count, id_of, bucket)
+    times = argument(frame, _TIMES, np.int32)
+    if len(times) > 0:
+        count[:num_ids] = 0
+        for k in range(len(positions)):
+            count[id_of[k]] += times[positions[k]]
     num_newcomers = _find(
         frame, id_key[:num_ids], id_set, id_tag, mixed, count, line, estimate, queue
     )
@@ -462,7 +412,7 @@ def _admit(frame):
     recycled, found = result(frame, _RECYCLED, np.int32), result(frame, _FOUND, np.int32)
     taken = result(frame, _TAKEN, np.int32)
     num_tasks = min(call_frame.num_threads(frame), np.int64(numbers[_TASKS]))
-    num_parts = min(np.int64(numbers[_GROUPS]), 16 if num_tasks <= 4 else MAX_PARTS)
+    num_parts = partitions.num_parts(np.int64(numbers[_GROUPS]), num_tasks)
     facts[:] = 0
     facts[_PARTS] = num_parts
     if numbers[_MUST_HALVE]:
@@ -490,8 +440,8 @@ def admit(
     step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
-    occurrences: jax.Array | None = None,
-    max_threads: int = 64,
+    occurrences: jax.Array | None,
+    max_threads: int,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`.
 
@@ -504,7 +454,7 @@ def admit(
     held = [vocabulary.owners, vocabulary.sketch]
     sizes = dict.fromkeys(range(_ROWS, _FACTS), num)
     sizes |= {_FOUND: 5, _BUCKET: 4 * num + 16 * MAX_PARTS}
-    sizes |= {_DEALS: _CHUNKS * _DEAL, _FACTS: _NUM_FACTS}
+    sizes |= {_DEALS: CHUNKS * _DEAL, _FACTS: _NUM_FACTS}
     sizes |= dict.fromkeys((_KEY, _DEALT, _ID_KEY), 2 * num)
     kinds = dict.fromkeys((_ID_TAG, _MIXED), jnp.uint32)
     static = [*of.geometry, of.first_sets, of.counter_bits, of.width, of.half_mask, *rules]

@@ -36,7 +36,7 @@ from mpembed_jax.ops.cpu.call_frame import (
 )
 from mpembed_jax.ops.cpu.hashes import fmix32
 from mpembed_jax.ops.cpu.lanes import LANES, bits_of, float_of
-from mpembed_jax.ops.cpu.partitions import MAX_PARTS
+from mpembed_jax.ops.cpu.partitions import CHUNKS, FEW_TASKS, MAX_PARTS
 from mpembed_jax.ops.cpu.policy import age, counts_use
 from mpembed_jax.ops.cpu.unique import smallest
 from mpembed_jax.ops.records import Draw, Places, Store
@@ -46,9 +46,6 @@ from mpembed_jax.table import QuantizedTable
 
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 8  # rows
-# With at most _FEW_TASKS threads, a step has at most _FEW_PARTS partitions. It is then faster.
-_FEW_PARTS, _FEW_TASKS = 16, 4
-_CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _BUFFERS = 3  # rows of scratch for each partition
 F32, U32 = np.float32, np.uint32
 
@@ -93,11 +90,6 @@ _NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = r
 # --- forward
 
 
-@compiled
-def _chunk_range(num, chunk):
-    return num * chunk // _CHUNKS, num * (chunk + 1) // _CHUNKS
-
-
 def _count_chunk(frame, chunk):
     """Counts how many positions of a chunk go to each partition."""
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
@@ -107,7 +99,7 @@ def _count_chunk(frame, chunk):
     groups = np.int64(given[_GROUPS])
     deals[:] = 0
     shift = partitions.bits_of(groups // num_parts)
-    begin, end = _chunk_range(len(ids), chunk)
+    begin, end = partitions.chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
         part = partitions.part_of(x, num_rows, groups, num_parts, shift)
@@ -127,7 +119,7 @@ def _deal_chunk(frame, chunk):
     num_rows = given[_NUM_ROWS]
     groups = np.int64(given[_GROUPS])
     shift = partitions.bits_of(groups // num_parts)
-    begin, end = _chunk_range(len(ids), chunk)
+    begin, end = partitions.chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
         part = partitions.part_of(x, num_rows, groups, num_parts, shift)
@@ -144,16 +136,9 @@ def _deal(frame, num_tasks):
     """Groups the positions by partition, in ascending order. Positions without a row are last."""
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
-    _count_chunks(frame, _CHUNKS, num_tasks)
-    begin = 0
-    for part in range(num_parts + 1):
-        facts[_BEGIN + part] = begin
-        for chunk in range(_CHUNKS):
-            num = deals[chunk * _DEAL + part]
-            deals[chunk * _DEAL + part] = begin
-            begin += num
-    facts[_BEGIN + num_parts + 1] = begin
-    _deal_chunks(frame, _CHUNKS, num_tasks)
+    _count_chunks(frame, CHUNKS, num_tasks)
+    partitions.begin_parts(deals, _DEAL, num_parts, facts[_BEGIN:])
+    _deal_chunks(frame, CHUNKS, num_tasks)
 
 
 @compiled
@@ -168,12 +153,7 @@ def _part_of(frame, index, begin, end):
 
 @compiled
 def _buckets_of(frame, facts, part):
-    begin, end = _bounds(facts, part)
-    num_buckets = 16  # a power of two, at least twice the number of positions
-    while num_buckets < 2 * (end - begin):
-        num_buckets *= 2
-    first = 4 * begin + 16 * part
-    return result(frame, _BUCKET, np.int32)[first : first + num_buckets]
+    return partitions.buckets_of(result(frame, _BUCKET, np.int32), *_bounds(facts, part), part)
 
 
 @compiled
@@ -425,7 +405,7 @@ def _forward_of(fmt: RowFormat) -> str:
         facts[:] = 0
         num_tasks = min(call_frame.num_threads(frame), np.int64(given[_TASKS]))
         groups = np.int64(given[_GROUPS])
-        num_parts = min(groups, _FEW_PARTS if num_tasks <= _FEW_TASKS else MAX_PARTS)
+        num_parts = partitions.num_parts(groups, num_tasks)
         facts[_PARTS] = num_parts
         if given[_MUST_HALVE]:
             age(result(frame, _PRIORITY, np.int32), result(frame, _SKETCH, np.uint16))
@@ -438,7 +418,7 @@ def _forward_of(fmt: RowFormat) -> str:
             facts[_COUNTS + k] = _total(facts, _OF_PARTS[k], num_parts)
         deals = result(frame, _DEALS, np.int32)
         out_of_range = 0
-        for chunk in range(_CHUNKS):
+        for chunk in range(CHUNKS):
             out_of_range += deals[chunk * _DEAL + _DEAL - 1]
         facts[_COUNTS + len(_OF_PARTS)] = out_of_range
 
@@ -754,7 +734,7 @@ def forward(
     )
     words = dict.fromkeys(range(_ROW_IDS, _BUFFER), num)
     words |= {_FACTS: _NUM_FACTS, _ROW_OF_POSITION: num if is_listed else 0}
-    words |= {_BUCKET: 4 * num + 16 * MAX_PARTS, _DEALS: _CHUNKS * _DEAL}
+    words |= {_BUCKET: 4 * num + 16 * MAX_PARTS, _DEALS: CHUNKS * _DEAL}
     vectors = jax.ShapeDtypeStruct((0 if is_listed else num, dim), jnp.float32)
     others = [jax.ShapeDtypeStruct((words[k],), jnp.int32) for k in range(_FACTS, _BUFFER)]
     results: Any = jax.ffi.ffi_call(
@@ -836,7 +816,7 @@ def bags(
     dim = table.embedding_dim
     num_parts = min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
-        num_parts = min(num_parts, 2 * _FEW_TASKS)  # each of them looks at every position
+        num_parts = min(num_parts, 2 * FEW_TASKS)  # each of them looks at every position
     given = [dim, num_bags, num_parts, max_threads, is_ascending]
     held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)

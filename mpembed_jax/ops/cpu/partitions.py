@@ -15,6 +15,9 @@ from mpembed_jax.ops.cpu.hashes import cell_of, fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 
 MAX_PARTS = 64
+# With at most FEW_TASKS threads, a call has at most FEW_PARTS partitions. It is then faster.
+FEW_PARTS, FEW_TASKS = 16, 4
+CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # rows
 # Unsigned, so that numba does not check for negative indices. It then vectorizes loops over ways.
@@ -28,6 +31,52 @@ def bits_of(number):
     while 1 << bits < number:
         bits += np.uint32(1)
     return bits
+
+
+@compiled
+def num_parts(groups, num_tasks):
+    """Returns the number of partitions of a call that num_tasks threads share."""
+    return min(groups, FEW_PARTS if num_tasks <= FEW_TASKS else MAX_PARTS)
+
+
+@compiled
+def chunk_range(num, chunk):
+    """Returns where a chunk of num positions begins and ends."""
+    return num * chunk // CHUNKS, num * (chunk + 1) // CHUNKS
+
+
+@compiled
+def begin_parts(deals, width, num_parts, begins):
+    """Turns the counts of chunks into places: positions are grouped by partition, in their order.
+
+    Positions that no partition owns are last.
+
+    Args:
+      deals: i32 [CHUNKS * width], for each chunk how many positions each partition gets, and how
+        many none. Filled with where the first of them goes.
+      width: numbers of a chunk, at least num_parts + 1.
+      num_parts: number of partitions.
+      begins: i32 [num_parts + 2 or more], filled with where each partition begins, where the
+        positions without one begin, and where they end.
+    """
+    begin = 0
+    for part in range(num_parts + 1):
+        begins[part] = begin
+        for chunk in range(CHUNKS):
+            num = deals[chunk * width + part]
+            deals[chunk * width + part] = begin
+            begin += num
+    begins[num_parts + 1] = begin
+
+
+@compiled
+def buckets_of(buckets, begin, end, part):
+    """Returns a partition's share of i32 [4 num_positions + 16 MAX_PARTS], for `deduplicate`."""
+    num_buckets = 16  # a power of two, at least twice the number of positions
+    while num_buckets < 2 * (end - begin):
+        num_buckets *= 2
+    first = 4 * begin + 16 * part
+    return buckets[first : first + num_buckets]
 
 
 @compiled
@@ -58,8 +107,8 @@ def deduplicate(dealt, ids, count, row_of, bucket):
     """Fills the distinct ids of a partition, their occurrences, and the row of each dealt id.
 
     Args:
-      dealt: i32 [n], the ids dealt to this partition, in the order of positions.
-      ids: i32 [n], filled with the distinct ones in order of first occurrence.
+      dealt: i32 or u64 [n], the ids dealt to this partition, in the order of positions.
+      ids: of the same dtype, [n], filled with the distinct ones in order of first occurrence.
       count: i32 [n], filled with how often each occurs.
       row_of: i32 [n], filled with each dealt id's row.
       bucket: i32 [2 n or more, a power of two], scratch.
