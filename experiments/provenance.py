@@ -79,6 +79,18 @@ def write(path: Path, record: dict[str, Any]) -> None:
     new.replace(path)
 
 
+def write_results(settings: Any, results: Any, **more: Any) -> None:
+    """Writes the results file of a program: its settings, its environment, and its results.
+
+    Args:
+      settings: see settings_of.
+      results: for JSON.
+      **more: for JSON, before the results; a name of `environment` replaces its value.
+    """
+    record = {"settings": settings_of(settings), **environment(), **more, "results": results}
+    write(settings.out, record)
+
+
 def settings_of(settings: Any) -> dict[str, Any]:
     """Returns a program's settings as its results file holds them.
 

@@ -389,11 +389,7 @@ class EmbeddingSpec:
                 f"array ids must be [.., {len(known)}], one column per feature {list(known)}, got "
                 f"{array.shape}; for bags pass a dict of features"
             )
-        if where is not None and np.shape(where) != array.shape:
-            raise ValueError(
-                f"where must have the shape of the ids {list(array.shape)}, got "
-                f"{list(np.shape(where))}"
-            )
+        _check_where(where, array.shape)
         if not (where is None or isinstance(where, jax.Array)):
             where = np.asarray(where)
         columns = [
@@ -459,6 +455,13 @@ class EmbeddingSpec:
         return np.where(is_padding, NO_ID, rows).astype(np.int32)
 
 
+def _check_where(where: Any, shape: tuple[int, ...]) -> None:
+    if where is not None and np.shape(where) != shape:
+        raise ValueError(
+            f"where must have the shape of the ids {list(shape)}, got {list(np.shape(where))}"
+        )
+
+
 def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
     """Returns the pairs (uint32 [.., 2]) of one table's raw ids; padding where `where` is False."""
     is_on_device = isinstance(ids, jax.Array)
@@ -466,11 +469,7 @@ def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
     pairs = hash_(ids, table, number)
     if where is None:
         return pairs
-    if np.shape(where) != pairs.shape[:-1]:
-        raise ValueError(
-            f"where must have the shape of the ids {list(pairs.shape[:-1])}, got "
-            f"{list(np.shape(where))}"
-        )
+    _check_where(where, pairs.shape[:-1])
     if is_on_device or isinstance(where, jax.Array):
         return jnp.where(jnp.asarray(where)[..., None], pairs, jnp.uint32(hashes.PADDING))
     return np.where(np.asarray(where, bool)[..., None], pairs, np.uint32(hashes.PADDING))

@@ -34,8 +34,7 @@ def step(state, ids, tx, gradient=lambda rows, plan: jnp.ones_like(rows)):
 def with_history(state, **changed):
     """The state as if it had come to another step or other counters."""
     state = dataclasses.replace(state, **jax.tree.map(jnp.asarray, changed))
-    clock = clock_of(state.key, state.step, state.counters)
-    return dataclasses.replace(state, clock=clock)
+    return dataclasses.replace(state, clock=clock_of(*state.history))
 
 
 def of_positions(grads):

@@ -129,10 +129,8 @@ def shape_of(recipe: Recipe, contender: Contender) -> tuple[int, int]:
 
 def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) -> int:
     """Returns the bytes of a contender's whole embedding state, before it is made."""
-    rows, (heads, features) = (
-        rows_of(recipe, contender, vocabulary_size),
-        shape_of(recipe, contender),
-    )
+    rows = rows_of(recipe, contender, vocabulary_size)
+    heads, features = shape_of(recipe, contender)
     vocabulary = rows if isinstance(rows, mpembed.VocabularySpec) else None
     hashed = None if vocabulary is not None else rows
     spec = nn.ngram_spec(

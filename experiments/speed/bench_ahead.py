@@ -173,12 +173,7 @@ def run(settings: Settings) -> int:
             f"{last['ahead_ms']:.2f} ms, ratio {last['ratio']:.3f} "
             f"[{ends[0]:.3f}, {ends[1]:.3f}]"
         )
-    held = {
-        "settings": provenance.settings_of(settings),
-        **provenance.environment(),
-        "results": results,
-    }
-    provenance.write(settings.out, held)
+    provenance.write_results(settings, results)
     return 0
 
 

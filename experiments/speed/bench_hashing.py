@@ -104,13 +104,8 @@ def run(settings: Settings) -> int:
             f"{case:<26}{middle / 1e6:7.1f} M/s [{ends[0] / 1e6:.1f}, {ends[1] / 1e6:.1f}], "
             f"target {target / 1e6:.0f}"
         )
-    held = {
-        "settings": provenance.settings_of(settings),
-        **provenance.environment(),
-        "results": results,
-    }
-    held["versions"] |= provenance.versions(("pyarrow",))
-    provenance.write(settings.out, held)
+    versions = provenance.versions((*provenance.PACKAGES, "pyarrow"))
+    provenance.write_results(settings, results, versions=versions)
     return 0
 
 

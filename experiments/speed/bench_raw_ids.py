@@ -163,13 +163,7 @@ def run(settings: Settings) -> int:
     """Measures, prints and writes; returns the exit status."""
     workload.keep_freed_memory()
     results = [result for dim in settings.dims for result in measure(settings, dim)]
-    held = {
-        "settings": provenance.settings_of(settings),
-        **provenance.environment(),
-        "target": TARGET,
-        "results": results,
-    }
-    provenance.write(settings.out, held)
+    provenance.write_results(settings, results, target=TARGET)
     return 0
 
 

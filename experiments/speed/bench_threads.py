@@ -141,12 +141,7 @@ def run(settings: Settings) -> int:
             print(f"  serial {serial:.2f} ms; predicted: ", end="")
             print(", ".join(f"threads {n}: {ms:.2f} ms" for n, ms in predicted.items()))
         results.append(result)
-    held = {
-        "settings": provenance.settings_of(settings),
-        **provenance.environment(),
-        "results": results,
-    }
-    provenance.write(settings.out, held)
+    provenance.write_results(settings, results)
     return 0
 
 

@@ -59,8 +59,7 @@ def with_clocks(tree: Any) -> Any:
 
     def changed(state: EmbeddingState) -> EmbeddingState:
         clock = on_device if isinstance(state.step, jax.Array) else clock_of
-        history = (state.key, state.step, state.counters)
-        return dataclasses.replace(state, clock=clock(*history))
+        return dataclasses.replace(state, clock=clock(*state.history))
 
     return _each_state(tree, changed)
 

@@ -37,11 +37,20 @@ _AVERAGED = (
 
 def _mixed(words: list[Any]) -> Any:
     """Returns a hash (uint32 [..]) of uint32 arrays [.., n]. NumPy arrays stay on the host."""
-    numpy: Any = np if all(isinstance(array, np.ndarray) for array in words) else jnp
+    if all(isinstance(array, np.ndarray) for array in words):
+        return _mixed_by(np, words)
+    return _mixed_on_device(words)
+
+
+def _mixed_by(numpy: Any, words: list[Any]) -> Any:
     joined = numpy.concatenate(words, axis=-1)
     place = np.arange(1, joined.shape[-1] + 1, dtype=np.uint32) * np.uint32(0x9E3779B9)
     mixed = random_bits.fmix32(joined ^ random_bits.fmix32(place))
     return numpy.sum(mixed, axis=-1, dtype=np.uint32)
+
+
+# One call where a verb is not jitted.
+_mixed_on_device = jax.jit(partial(_mixed_by, jnp), inline=True)
 
 
 def _of_requests(counters: Any) -> Any:
@@ -141,8 +150,8 @@ class EmbeddingState:
         return _mixed([self.key, self.fingerprint, _of_requests(self.counters)])
 
     @property
-    def _history(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The arrays from which the clock is computed."""
+    def history(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arguments of clock_of."""
         return self.key, self.step, self.counters
 
     @property
@@ -158,12 +167,12 @@ class EmbeddingState:
     @property
     def is_of_one_history(self) -> jax.Array:
         """Whether the arrays are of one history, so that they are no average (bool [])."""
-        return self.clock == clock_of(*self._history)
+        return self.clock == clock_of(*self.history)
 
     @property
     def is_concrete(self) -> bool:
         """Whether is_sound can be evaluated: none of the arrays that it reads is traced."""
-        told = (self.fingerprint, self.clock, *self._history)
+        told = (self.fingerprint, self.clock, *self.history)
         return not any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in told)
 
     def check_spec(self) -> None:
@@ -195,7 +204,7 @@ class EmbeddingState:
                     "the state with sharding.relayout"
                 )
         if self.is_concrete:
-            clock, *history = map(np.asarray, jax.device_get((self.clock, *self._history)))
+            clock, *history = map(np.asarray, jax.device_get((self.clock, *self.history)))
             is_average = is_average or not np.array_equal(clock, clock_of(*history))
         if is_average:
             raise ValueError(

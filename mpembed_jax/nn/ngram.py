@@ -107,6 +107,11 @@ def ngram_spec(
     )
 
 
+def table_rows(rows: Any) -> tuple[Any, VocabularySpec | None]:
+    """Returns the `rows` of NGramHash and the vocabulary, of which one is None."""
+    return (None, rows) if isinstance(rows, VocabularySpec) else (rows, None)
+
+
 def ngram_ids(
     spec: EmbeddingSpec, ngrams: NGramHash, canonical: Any, tokens: Any, context: Any
 ) -> tuple[Any, Any]:
@@ -238,15 +243,9 @@ class NGramMemory(nnx.Module):
         fused: bool = False,
         rngs: nnx.Rngs,
     ):
-        vocabulary = rows if isinstance(rows, VocabularySpec) else None
+        hashed, vocabulary = table_rows(rows)
         self.ngrams = NGramHash(
-            vocabulary_size,
-            orders,
-            heads,
-            None if isinstance(rows, VocabularySpec) else rows,
-            boundary=boundary,
-            padding=padding,
-            seed=seed,
+            vocabulary_size, orders, heads, hashed, boundary=boundary, padding=padding, seed=seed
         )
         self.features = features
         self.dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)

@@ -361,12 +361,12 @@ class NGramMemory(linen.Module):
 
     def setup(self) -> None:
         """Declares the stack."""
-        vocabulary = self.rows if isinstance(self.rows, VocabularySpec) else None
+        rows, vocabulary = ngram.table_rows(self.rows)
         ngrams = NGramHash(
             self.vocabulary_size,
             self.orders,
             self.heads,
-            None if isinstance(self.rows, VocabularySpec) else self.rows,
+            rows,
             boundary=self.boundary,
             padding=self.padding,
             seed=self.seed,
