@@ -8,18 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax import ops, row_ids
-from mpembed_jax.arrays import chunks, indexing
-from mpembed_jax.cache import residency
 from mpembed_jax.embedding.counters import add
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
-from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.table import initial_rows
 from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.hashes import PADDING
-
-# Rows that are started again at once, if there is a loop. Few rows of a batch are.
-_RESET = 128
 
 
 def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
@@ -182,47 +175,13 @@ def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> 
     """
     vocabulary = state.vocabulary
     assert vocabulary is not None
-    key = state.row_key
-    bound = jnp.float32(1.0 / np.sqrt(state.spec.num_rows))
-    cache = state.cache
-    lines: tuple = () if cache is None else (cache.tags, cache.priority, cache.dirty, cache.rows)
-
-    def reset(window: chunks.Window, carry: tuple) -> tuple:
-        packed, row_state, lines = carry
-        here = jnp.where(window.is_live, window.take(rows), NO_ID)
-        table = dataclasses.replace(state.table, rows=packed)
-        packed = indexing.put(packed, here, initial_rows(table, key, here, bound))
-        row_state = jax.tree.map(
-            lambda held, fresh: indexing.put(held, here, fresh) if fresh.ndim else held,
-            row_state,
-            vocabulary.fresh_row_state,
-        )
-        if cache is not None:
-            tags, priority, dirty, values = lines
-            held = dataclasses.replace(cache, tags=tags)
-            line = residency.locate(held, here)
-            lines = tuple(
-                indexing.put(array.reshape(-1), line, value).reshape(array.shape)
-                for array, value in ((tags, NO_ID), (priority, 0), (dirty, False))
-            )
-            lines = (*lines, indexing.put(values, line, 0))
-        return packed, row_state, lines
-
-    chunk = ops.chunk_of(state.implementation)
-    packed, row_state, lines = chunks.each(
-        0,
+    new = ops.start_again(
+        ops.Rows(state.table, state.row_state, state.cache),
+        vocabulary.fresh_row_state,
+        rows,
         num_rows,
-        rows.shape[0],
-        chunk if chunk is None else min(chunk, _RESET),
-        reset,
-        (state.table.rows, state.row_state, lines),
+        key=state.row_key,
+        bound=jnp.float32(1.0 / np.sqrt(state.spec.num_rows)),
+        implementation=state.implementation,
     )
-    if cache is not None:
-        tags, priority, dirty, values = lines
-        cache = dataclasses.replace(cache, tags=tags, priority=priority, dirty=dirty, rows=values)
-    return dataclasses.replace(
-        state,
-        table=dataclasses.replace(state.table, rows=packed),
-        row_state=row_state,
-        cache=cache,
-    )
+    return dataclasses.replace(state, **new._asdict())

@@ -17,6 +17,8 @@ the number of cache lines. `records` defines the records.
   find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
                                                whether it is among them
   admit(vocabulary, pairs, step, halve, ..) -> the vocabulary, Admitted: the rows of raw ids
+  start_again(of, fresh, rows, num_rows)    -> Rows: initial values and fresh optimizer state for
+                                               rows, and no lines
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
   swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
@@ -45,6 +47,7 @@ import jax.numpy as jnp
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import policy
 from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.numerics.random_bits import Key
 from mpembed_jax.ops import numba_package, xla
 from mpembed_jax.ops.records import (
     Admission,
@@ -55,6 +58,7 @@ from mpembed_jax.ops.records import (
     Places,
     Positions,
     Request,
+    Rows,
     Store,
     Unique,
 )
@@ -91,6 +95,7 @@ __all__ = [
     "Places",
     "Positions",
     "Request",
+    "Rows",
     "Store",
     "Unique",
     "add_duplicates",
@@ -108,6 +113,7 @@ __all__ = [
     "only_if",
     "plan",
     "read",
+    "start_again",
     "sum_duplicates",
     "swap",
     "take",
@@ -351,6 +357,26 @@ def plan(
         jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32
     )
     return cache, moves, inverse, hit_requests
+
+
+def start_again(
+    of: Rows,
+    fresh: Any,
+    rows: jax.Array,
+    num_rows: jax.Array,
+    *,
+    key: Key,
+    bound: jax.Array,
+    implementation: Named,
+) -> Rows:
+    """Gives rows their initial values and fresh optimizer state; see `xla.restart.start_again`."""
+    native = compiled(implementation)
+    given = (of, fresh, rows, num_rows)
+    if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
+        threads = max_threads(implementation)
+        return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
+    chunk = chunk_of(implementation)
+    return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
 
 
 @jax.named_scope("swap")

@@ -6,13 +6,14 @@ the key of random bits, the gradients of positions, and the settings of an imple
 
 import dataclasses
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax.cache.plan import Route, Segments
+from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.numerics.random_bits import Key, draw_seed
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
@@ -88,6 +89,14 @@ class Store(NamedTuple):
     def num_lines(self) -> int:
         """C, 0 without a cache."""
         return 0 if self.lines is None else self.lines.shape[0]
+
+
+class Rows(NamedTuple):
+    """All arrays that hold something of a row."""
+
+    table: QuantizedTable
+    row_state: Any  # the optimizer state: leaves [V, ..], and scalars
+    cache: CacheState | None
 
 
 class Draw(NamedTuple):

@@ -3,6 +3,26 @@
 They give the same bits as the reference.
 """
 
-from mpembed_jax.ops.cpu import admit, bag_step, call_frame, hashes, plan, policy, rows, unique
+from mpembed_jax.ops.cpu import (
+    admit,
+    bag_step,
+    call_frame,
+    hashes,
+    plan,
+    policy,
+    restart,
+    rows,
+    unique,
+)
 
-__all__ = ["admit", "bag_step", "call_frame", "hashes", "plan", "policy", "rows", "unique"]
+__all__ = [
+    "admit",
+    "bag_step",
+    "call_frame",
+    "hashes",
+    "plan",
+    "policy",
+    "restart",
+    "rows",
+    "unique",
+]

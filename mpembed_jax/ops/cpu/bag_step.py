@@ -422,7 +422,7 @@ def _forward_of(fmt: RowFormat) -> str:
             out_of_range += deals[chunk * _DEAL + _DEAL - 1]
         facts[_COUNTS + len(_OF_PARTS)] = out_of_range
 
-    name = f"mpembed_bag_forward_{_key(fmt)}"
+    name = f"mpembed_bag_forward_{codec.name_of(fmt)}"
     call_frame.register(name, forward)
     return name
 
@@ -491,7 +491,7 @@ def _sums_of(fmt: RowFormat) -> str:
         num_tasks = min(call_frame.num_threads(frame), np.int64(given[_BAG_TASKS]))
         sum_parts(frame, given[_BAG_PARTS], num_tasks)
 
-    name = f"mpembed_bag_sums_{_key(fmt)}"
+    name = f"mpembed_bag_sums_{codec.name_of(fmt)}"
     call_frame.register(name, sums)
     return name
 
@@ -648,14 +648,9 @@ def _backward_of(fmt: RowFormat) -> str:
             num_tasks = min(call_frame.num_threads(frame), np.int64(given[_UPDATE_TASKS]))
             update_parts(frame, facts[_PARTS], num_tasks)
 
-    name = f"mpembed_bag_backward_{_key(fmt)}"
+    name = f"mpembed_bag_backward_{codec.name_of(fmt)}"
     call_frame.register(name, backward)
     return name
-
-
-def _key(fmt: RowFormat) -> str:
-    kind = {None: "", True: "_symmetric", False: "_asymmetric"}[fmt.symmetric]
-    return f"{fmt.name}{kind}_{fmt.scale_dtype}_{fmt.rounding}"
 
 
 # --- the calls

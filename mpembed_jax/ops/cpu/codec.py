@@ -38,6 +38,12 @@ class Codec(NamedTuple):
     encode: Callable
 
 
+def name_of(fmt: RowFormat) -> str:
+    """Returns the name of a resolved format, for the foreign functions that are made for it."""
+    kind = {None: "", True: "_symmetric", False: "_asymmetric"}[fmt.symmetric]
+    return f"{fmt.name}{kind}_{fmt.scale_dtype}_{fmt.rounding}"
+
+
 def row_bytes(fmt: RowFormat) -> Callable:
     """Returns a numba function of dim: the bytes of a packed row of a resolved format."""
     code_bits, num_halves = np.int64(fmt.code_bits), np.int64(_num_halves(fmt))
@@ -331,6 +337,32 @@ def _mixed(x: Lanes) -> Lanes:
     return x ^ (x >> 16)
 
 
+@intrinsic
+def draw_uniform(context, buffer, bound, dim, start, increment):
+    """buffer = (2 uniform - 1) * bound, with a row's random bits; see table.initial_rows."""
+
+    def write(builder, buffer, bound, dim, start, increment):
+        bounds = lanes.splat(builder, bound)
+        starts, increments = lanes.splat(builder, start), lanes.splat(builder, increment)
+
+        def body(block):
+            unit = (_bits_of(block, starts, increments) >> 8).to_float() * 2.0**-24
+            block.buffer(buffer, (unit * 2.0 - 1.0) * bounds)
+
+        lanes.each_block(builder, dim, body)
+
+    kinds = (types.int64, types.float32, types.int64, types.uint32, types.uint32)
+    return lanes._row_function(write, types.void, *kinds)
+
+
+def _bits_of(block: Block, starts: Lanes, increments: Lanes) -> Lanes:
+    """Returns the random bits of a block's columns; see random_bits.bits_at."""
+    builder = block.builder
+    numbers = constant(builder, list(range(lanes.LANES)), is_float=False)
+    first = lanes.splat(builder, builder.trunc(block.first, _WORD))
+    return _mixed(starts + (numbers + first) * increments)
+
+
 def _decoding(fmt: RowFormat) -> Callable:
     bits = fmt.code_bits
     offset = 2 ** (fmt.code_bits - 1) if fmt.symmetric else 0
@@ -372,7 +404,6 @@ def _encoding(fmt: RowFormat) -> Callable:
             is_scaled = scales.compare(">", 0.0)
             divisor = scales.where(is_scaled, 1.0)
             reciprocal = constant(builder, 1.0, is_float=True) / divisor
-            numbers = constant(builder, list(range(lanes.LANES)), is_float=False)
 
             def codes_of(x, noise):
                 if fmt.name == "float32":
@@ -392,10 +423,7 @@ def _encoding(fmt: RowFormat) -> Callable:
                 return codes + 2 ** (bits - 1) if fmt.symmetric else codes
 
             def body(block):
-                noise = None
-                if is_random:
-                    first = lanes.splat(builder, builder.trunc(block.first, _WORD))
-                    noise = _mixed(starts + (numbers + first) * increments)
+                noise = _bits_of(block, starts, increments) if is_random else None
                 _store_codes(block, packed, codes_of(block.buffered(buffer), noise), bits)
 
             lanes.each_block(builder, dim, body)

@@ -267,6 +267,16 @@ def copy(context, row, source, dim):
 
 
 @intrinsic
+def copy_bytes(context, row, source, num_bytes):
+    """row = source, so many bytes."""
+
+    def write(builder, row, source, num_bytes):
+        _copy_bytes(builder, source, row, num_bytes)
+
+    return _row_function(write, types.void, _ROW, _ROW, types.int64)
+
+
+@intrinsic
 def stream(context, row, source, dim):
     """row = source, past the processor's caches.
 

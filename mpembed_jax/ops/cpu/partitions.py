@@ -96,6 +96,14 @@ def _divided(x, groups, bits):
 
 
 @compiled
+def set_of(x, sets, groups):
+    """Returns the set of id x; see residency.set_of. groups is a power of two."""
+    bits = bits_of(groups)
+    quotient, group = _divided(x, groups, bits)
+    return group + groups * scale_to(fmix32(quotient), sets >> bits)
+
+
+@compiled
 def _cell(depth, x, groups, bits, width):
     """Does what hashes.cell does. groups is 1 << bits."""
     quotient, group = _divided(x, groups, bits)

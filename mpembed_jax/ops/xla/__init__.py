@@ -3,6 +3,6 @@
 With a chunk length, the row movements are also the fast path on a CPU.
 """
 
-from mpembed_jax.ops.xla import admit, bag, plan, rounds, rows, sums, unique, update
+from mpembed_jax.ops.xla import admit, bag, plan, restart, rounds, rows, sums, unique, update
 
-__all__ = ["admit", "bag", "plan", "rounds", "rows", "sums", "unique", "update"]
+__all__ = ["admit", "bag", "plan", "restart", "rounds", "rows", "sums", "unique", "update"]

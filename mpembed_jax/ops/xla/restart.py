@@ -1,0 +1,85 @@
+"""The reference of `start_again` in plain jax.numpy."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpembed_jax.arrays import chunks, indexing
+from mpembed_jax.cache import residency
+from mpembed_jax.cache.residency import CacheState
+from mpembed_jax.numerics.random_bits import Key
+from mpembed_jax.ops.records import Rows
+from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.table import initial_rows
+
+# Rows that are started again at once, if there is a loop. Few rows of a batch are.
+_AT_ONCE = 128
+
+
+def start_again(
+    of: Rows,
+    fresh: Any,
+    rows: jax.Array,
+    num_rows: jax.Array,
+    *,
+    key: Key,
+    bound: jax.Array,
+    chunk: int | None,
+) -> Rows:
+    """Gives rows their initial values and fresh optimizer state, and takes them out of the cache.
+
+    Args:
+      of: the arrays that hold the rows.
+      fresh: as of.row_state, the state of one row, [1, ..]; scalar leaves are not used.
+      rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
+      num_rows: int32 scalar.
+      key: the source of the random bits.
+      bound: float32 scalar. Initial values are uniform in +-bound.
+      chunk: see chunks.each.
+
+    Returns:
+      The arrays.
+    """
+    cache = of.cache
+    lines: tuple = () if cache is None else (cache.tags, cache.priority, cache.dirty, cache.rows)
+
+    def reset(window: chunks.Window, carry: tuple) -> tuple:
+        packed, row_state, lines = carry
+        here = jnp.where(window.is_live, window.take(rows), NO_ID)
+        table = dataclasses.replace(of.table, rows=packed)
+        packed = indexing.put(packed, here, initial_rows(table, key, here, bound))
+        row_state = jax.tree.map(
+            lambda held, fresh: indexing.put(held, here, fresh) if fresh.ndim else held,
+            row_state,
+            fresh,
+        )
+        if cache is not None:
+            tags, priority, dirty, values = lines
+            held = dataclasses.replace(cache, tags=tags)
+            line = residency.locate(held, here)
+            lines = tuple(
+                indexing.put(array.reshape(-1), line, value).reshape(array.shape)
+                for array, value in ((tags, NO_ID), (priority, 0), (dirty, False))
+            )
+            lines = (*lines, indexing.put(values, line, 0))
+        return packed, row_state, lines
+
+    packed, row_state, lines = chunks.each(
+        0,
+        num_rows,
+        rows.shape[0],
+        chunk if chunk is None else min(chunk, _AT_ONCE),
+        reset,
+        (of.table.rows, of.row_state, lines),
+    )
+    return Rows(dataclasses.replace(of.table, rows=packed), row_state, with_lines(cache, lines))
+
+
+def with_lines(cache: CacheState | None, lines: tuple) -> CacheState | None:
+    """Returns the cache with other tags, priorities, dirty bits and rows."""
+    if cache is None:
+        return None
+    tags, priority, dirty, rows = lines
+    return dataclasses.replace(cache, tags=tags, priority=priority, dirty=dirty, rows=rows)
