@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from mpembed_jax import ops
+from mpembed_jax import ops, optim
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.residency import CacheState
@@ -301,7 +301,11 @@ def make(
         return assemble(key, spec, tx, implementation, table_of(key, shard), layout)
 
     if layout is None:
-        return huge_pages.place(jax.jit(build)(key))
+        state = jax.jit(build)(key)
+        if optim.rule_of(tx) is not None:
+            # XLA is still filling the table, and `place` waits for it.
+            ops.compile_ahead(implementation, state.table)
+        return huge_pages.place(state)
     if layout.mesh is None:
         return build(key)
     # A NumPy key counts as the same value in every process. A jax key would belong to one device.

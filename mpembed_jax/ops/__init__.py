@@ -104,6 +104,7 @@ __all__ = [
     "bag_step",
     "choose",
     "chunk_of",
+    "compile_ahead",
     "compiled",
     "distinct_ids",
     "find",
@@ -214,6 +215,24 @@ def bag_step(implementation: Named, table: QuantizedTable) -> Any:
     """Returns `cpu.bag_step`, a whole step of a table in two calls, or None if it cannot run."""
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
+
+
+def compile_ahead(implementation: Named, table: QuantizedTable, least_bytes: int = 1 << 28) -> bool:
+    """Compiles the fused step of a large table, if it runs natively and was not compiled before.
+
+    Compilation takes seconds in the first process and milliseconds in later ones. To fill a table
+    of `least_bytes` takes seconds as well, and it leaves this thread idle.
+
+    Returns:
+      Whether the step of the table is compiled.
+    """
+    if isinstance(table.rows, jax.core.Tracer) or table.nbytes < least_bytes:
+        return False
+    native = bag_step(implementation, table)
+    if native is None:
+        return False
+    native.compile_calls(table.format)
+    return True
 
 
 def distinct_ids(places: Places) -> jax.Array:

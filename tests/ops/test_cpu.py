@@ -377,3 +377,21 @@ def test_find_equals_the_reference_alone_and_under_vmap():
         )
         for wanted, got in zip((index, is_known), batched, strict=True):
             np.testing.assert_array_equal(got[:, 0], wanted)
+
+
+def test_a_step_that_was_compiled_ahead_compiles_nothing_when_it_is_traced(monkeypatch):
+    """init does so for large tables only, and only where the step runs natively."""
+    fmt = mpembed.RowFormat("int2", scale_dtype="float32")  # no other test's
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 50)], 4, fmt, None)
+    state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
+    assert not ops.compile_ahead("numba", state.table)
+    assert not ops.compile_ahead("xla", state.table, 0)
+    assert ops.compile_ahead("numba", state.table, state.table.nbytes)
+
+    def refuse(name, body):
+        raise AssertionError(f"{name} is compiled in the step")
+
+    monkeypatch.setattr(cpu.call_frame, "register", refuse)
+    state, plan, vectors = mpembed.embed(state, jnp.arange(8, dtype=jnp.int32), tx=TX)
+    state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
+    assert int(state.step) == 1

@@ -656,6 +656,12 @@ def _backward_of(fmt: RowFormat) -> str:
 # --- the calls
 
 
+def compile_calls(fmt: RowFormat) -> None:
+    """Compiles the forward and the backward call of a resolved format, if nobody has."""
+    _forward_of(fmt)
+    _backward_of(fmt)
+
+
 def _as_int32(words: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
