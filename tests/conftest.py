@@ -42,10 +42,11 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-# Tests of these folders and files, and processes that they start, compile in a third of the time:
-# without LLVM's optimizations, and with XLA's older code for fusions. All others compile as users
-# do, because they compare bits of two programs. The fast loop compiles everything quickly, except
-# what is marked as `optimized`.
+# Some tests, and processes that they start, compile in a third of the time: without LLVM's
+# optimizations, and with XLA's older code for fusions. They are those of these folders and files,
+# which compare no bits of two programs, and those that are marked as `slow`, except the invariants.
+# All others compile as users do. The fast loop compiles everything quickly, except what is marked
+# as `optimized`.
 _QUICKLY_COMPILED = {
     "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
     "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
@@ -109,9 +110,11 @@ def pytest_runtest_protocol(item):
     for marker in (optimized, item.get_closest_marker("standard_promotion")):
         if marker is not None and not marker.args:
             raise pytest.UsageError(f"{item.nodeid}: {marker.name} needs a reason")
-    is_quick = not _QUICKLY_COMPILED.isdisjoint({item.path.parent.name, item.path.name})
+    room = item.path.parent.name
+    is_quick = not _QUICKLY_COMPILED.isdisjoint({room, item.path.name})
+    is_extra = item.get_closest_marker("slow") is not None and room != "invariants"
     is_loop = item.config.getoption("markexpr") == "not slow"
-    _compile_quickly((is_quick or is_loop) and optimized is None)
+    _compile_quickly((is_quick or is_extra or is_loop) and optimized is None)
     opt_out = item.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
         return (yield)

@@ -14,21 +14,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpembed_jax import ops, sharding
+from mpembed_jax import sharding
 from mpembed_jax.cache.spec import CacheSpec
-from mpembed_jax.embedding.state import EmbeddingState, assemble
 from mpembed_jax.memory import reports
 from mpembed_jax.memory.reports import report
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
-from mpembed_jax.table import QuantizedTable
 
 # Tables of at most so many rows may share a stack in float32, apart from larger tables. Together,
 # they may take this share of the budget of all devices.
@@ -393,15 +389,7 @@ def shard_bytes(
     """
     is_whole = placement.kind == "replicated"
     layout = None if is_whole else Layout.bare(spec, placement, devices)
-    num_rows = spec.num_rows if layout is None else layout.num_rows
-    dim = spec.embedding_dim
-
-    def made(key: jax.Array) -> EmbeddingState:
-        shape = (num_rows, spec.storage.row_words(dim))
-        table = QuantizedTable(jnp.zeros(shape, spec.storage.word_dtype(dim)), spec.storage, dim)
-        return assemble(key, spec, tx, ops.choose("xla"), table, layout)
-
-    return reports.nbytes(jax.eval_shape(made, jax.ShapeDtypeStruct((2,), jnp.uint32)))
+    return reports.nbytes(reports.state_shapes(spec, tx, layout))
 
 
 # --- the choice

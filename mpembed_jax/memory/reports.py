@@ -1,6 +1,6 @@
 """Byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
 
-Nothing is allocated. The shapes come from tracing `init`, and the peak comes from compiling one
+Nothing is allocated. The shapes come from tracing `assemble`, and the peak comes from compiling one
 training step.
 """
 
@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpembed_jax import ops
 from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.embedding import pooling, step
-from mpembed_jax.embedding.state import check_spec, init
+from mpembed_jax.embedding.state import EmbeddingState, assemble, check_spec
+from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.table import QuantizedTable
 
 
 def nbytes(tree: Any) -> int:
@@ -98,6 +101,24 @@ class Report:
         return "\n".join(lines)
 
 
+def state_shapes(
+    spec: EmbeddingSpec, tx: optax.GradientTransformation, layout: Layout | None = None
+) -> EmbeddingState:
+    """Returns the abstract state of a stack, or of one shard of it; see mpembed_jax.init.
+
+    No initializer is called, so that many tables take no time.
+    """
+    num_rows = spec.num_rows if layout is None else layout.num_rows
+    fmt, dim = spec.storage, spec.embedding_dim
+
+    def made(key: jax.Array) -> EmbeddingState:
+        rows = jnp.zeros((num_rows, fmt.row_words(dim)), fmt.word_dtype(dim))
+        chosen = ops.choose(None, is_abstract=True)
+        return assemble(key, spec, tx, chosen, QuantizedTable(rows, fmt, dim), layout)
+
+    return jax.eval_shape(made, jax.ShapeDtypeStruct((2,), jnp.uint32))
+
+
 def report(
     spec: EmbeddingSpec,
     tx: optax.GradientTransformation,
@@ -124,8 +145,7 @@ def report(
             "batch_shape must be the shape of a batch's ids, such as (2048, 26), got "
             f"{batch_shape!r}"
         )
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    state = jax.eval_shape(lambda key: init(key, spec, tx), key)
+    state = state_shapes(spec, tx)
     cache = state.cache
     components = {
         "table": nbytes(state.table),
@@ -155,7 +175,9 @@ def report(
     )
 
 
-def _step_peak(state: Any, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]) -> int:
+def _step_peak(
+    state: EmbeddingState, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]
+) -> int:
     def train_step(state: Any, ids: jax.Array, grads: jax.Array) -> Any:
         state, plan = step.prefetch(state, ids)
         rows = step.lookup(state, plan)
