@@ -5,8 +5,10 @@ The workload is "Kaggle step" (see workload.py), INT8 with a 5 % cache, `embed` 
 ids. The others have pools of rows, and ids earn a row at their second occurrence. All see the same
 batches, and take turns of ten steps. Ids are hashed before, as a data pipeline does. A step ends
 when its vectors and its state are there. A small pool is full after a few steps, so that most
-newcomers take the row of another id; a large one still has room. Target: at most 1.25 times the
-time of numbered ids. From the repository root:
+newcomers take the row of another id; a large one still has room. A small pool has a small cache,
+too, in which fewer rows of a batch find a place. So each pool also stands beside numbered ids in as
+many rows, which several ids share (their number modulo the rows of their table). Target: at most
+1.25 times the time of numbered ids. From the repository root:
 
     python -m experiments.speed.bench_raw_ids
 """
@@ -16,7 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +43,7 @@ class Settings:
         (16, 64), "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096
     )
     pools: tuple[int, ...] = setting(
-        (3_000_000, 100_000), "Rows of the pools.", "ROWS", at_least=1000, at_most=1_000_000_000
+        (3_000_000, 100_000), "Rows of the pools.", "ROWS", at_least=30_000, at_most=1_000_000_000
     )
     rows: int = setting(
         sum(workload.KAGGLE_SIZES),
@@ -68,25 +70,33 @@ def check(settings: Settings) -> None:
     steps.check_memory(settings.rows, max(settings.dims))
 
 
-def spec_of(settings: Settings, dim: int, pool: int | None) -> mpembed.EmbeddingSpec:
-    """Returns the stack with a pool of rows, or with a row for each id (None)."""
-    cache = mpembed.CacheSpec(0.05)
-    if pool is None:
-        sizes = workload.sizes_for(settings.rows)
-        tables = [mpembed.TableSpec(*pair) for pair in zip(NAMES, sizes, strict=True)]
-        return mpembed.EmbeddingSpec(tables, dim, "int8", cache)
-    vocabulary = mpembed.VocabularySpec(pool, admit_after=2)
-    tables = [mpembed.TableSpec(name) for name in NAMES]
-    return mpembed.EmbeddingSpec(tables, dim, "int8", cache, vocabulary=vocabulary)
+class Stack(NamedTuple):
+    """The rows of a contender, and whether raw ids earn them."""
+
+    rows: int
+    is_raw: bool
+
+    def spec(self, dim: int) -> mpembed.EmbeddingSpec:
+        """Returns the stack."""
+        cache = mpembed.CacheSpec(0.05)
+        if not self.is_raw:
+            pairs = zip(NAMES, workload.sizes_for(self.rows), strict=True)
+            tables = [mpembed.TableSpec(*pair) for pair in pairs]
+            return mpembed.EmbeddingSpec(tables, dim, "int8", cache)
+        vocabulary = mpembed.VocabularySpec(self.rows, admit_after=2)
+        tables = [mpembed.TableSpec(name) for name in NAMES]
+        return mpembed.EmbeddingSpec(tables, dim, "int8", cache, vocabulary=vocabulary)
+
+    def __str__(self) -> str:
+        return f"{'raw' if self.is_raw else 'numbered'}, {self.rows:,} rows"
 
 
 class Contender:
     """A state in training, and how its batches are made."""
 
-    def __init__(self, settings: Settings, dim: int, pool: int | None) -> None:
+    def __init__(self, stack: Stack, dim: int) -> None:
         """Initializes the stack."""
-        self.spec = spec_of(settings, dim, pool)
-        self.pool = pool
+        self.stack, self.spec = stack, stack.spec(dim)
         self.times: list[float] = []
         self._state = mpembed.init(jax.random.key(0), self.spec, TX)
         self._step = jax.jit(
@@ -98,9 +108,10 @@ class Contender:
 
     def ids_of(self, local: np.ndarray) -> jax.Array:
         """Returns what a step takes, on the device."""
-        if self.pool is None:
-            return jax.numpy.asarray(self.spec.global_ids(local))
-        return jax.numpy.asarray(self.spec.raw_ids(local))
+        if self.stack.is_raw:
+            return jax.numpy.asarray(self.spec.raw_ids(local))
+        sizes = np.asarray([table.vocabulary_size for table in self.spec.tables])
+        return jax.numpy.asarray(self.spec.global_ids(local % sizes))
 
     def turn(self, batches: list[jax.Array], upstream: jax.Array) -> None:
         """Runs a step on each batch, and keeps the median of their times."""
@@ -120,7 +131,10 @@ class Contender:
 
 def measure(settings: Settings, dim: int) -> list[dict[str, Any]]:
     """Times all contenders of a dim, in turns."""
-    contenders = [Contender(settings, dim, pool) for pool in (None, *settings.pools)]
+    stacks = [Stack(settings.rows, False)]
+    for rows in settings.pools:
+        stacks += [Stack(rows, False), Stack(rows, True)]
+    contenders = [Contender(stack, dim) for stack in stacks]
     shape = (settings.batch, len(NAMES), dim)
     upstream = jax.numpy.asarray(np.random.default_rng(2).normal(size=shape).astype(np.float32))
     sizes = workload.sizes_for(settings.rows)
@@ -131,28 +145,37 @@ def measure(settings: Settings, dim: int) -> list[dict[str, Any]]:
             before = [contender.stats() for contender in contenders]
         for contender in contenders:
             contender.turn([contender.ids_of(local) for local in batches], upstream)
+    times = {c.stack: np.asarray(c.times[settings.warm :]) for c in contenders}
     results, num_steps = [], settings.rounds * TURN
     for contender, then in zip(contenders, before, strict=True):
-        now, timed = contender.stats(), contender.times[settings.warm :]
-        ratios = np.divide(timed, contenders[0].times[settings.warm :])
+        stack, now = contender.stack, contender.stats()
+        own = times[stack]
+        ratios = own / times[stacks[0]]
+        same = own / times[stack._replace(is_raw=False)]
         result: dict[str, Any] = {
             "dim": dim,
-            "pool": contender.pool,
-            "ms": 1e3 * statistics.median(timed),
+            "rows": stack.rows,
+            "is_raw": stack.is_raw,
+            "ms": 1e3 * float(np.median(own)),
             "ratio": float(np.median(ratios)),
             "ratio_10_90": [float(end) for end in np.percentile(ratios, (10, 90))],
+            "ratio_in_as_many_rows": float(np.median(same)),
+            "ratio_in_as_many_rows_10_90": [float(end) for end in np.percentile(same, (10, 90))],
             "unique": (now.unique - then.unique) / num_steps,
+            "hit_rate": (now.hits - then.hits) / (now.unique - then.unique),
         }
-        name = "numbered" if contender.pool is None else f"pool of {contender.pool:,}"
-        line = f"D = {dim:<4}{name:<20}{result['ms']:7.2f} ms  {result['ratio']:5.2f}"
-        if contender.pool is not None:
+        line = (
+            f"D = {dim:<4}{stack!s:<28}{result['ms']:7.2f} ms  {result['ratio']:5.2f}  "
+            f"{result['ratio_in_as_many_rows']:5.2f}  {result['unique']:,.0f} distinct, "
+            f"{result['hit_rate']:.0%} in the cache"
+        )
+        if stack.is_raw:
             for count in ("requests", "shared_requests", "admissions", "recyclings"):
                 new = getattr(now.vocabulary, count) - getattr(then.vocabulary, count)
                 result[count] = new / num_steps
             line += (
-                f"  a step: {result['requests']:,.0f} requests, {result['shared_requests']:,.0f} "
-                f"shared, {result['admissions']:,.0f} admissions, {result['recyclings']:,.0f} "
-                "recyclings"
+                f"; a step: {result['shared_requests']:,.0f} shared, {result['admissions']:,.0f} "
+                f"admissions, {result['recyclings']:,.0f} recyclings"
             )
         print(line, flush=True)
         results.append(result)
