@@ -13,10 +13,9 @@ from cases import named
 
 pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
-import training
-
 import mpembed_jax as mpembed
 from mpembed_jax import ops, optim
+from mpembed_jax.cache import residency
 from mpembed_jax.embedding import admission
 from mpembed_jax.row_ids import NO_ID
 
@@ -46,8 +45,8 @@ KEPT = {
 }
 
 
-def trained(kept):
-    """Returns a state of raw ids whose rows, lines and optimizer state have all moved."""
+def used(kept):
+    """Returns a state of raw ids whose rows, lines and optimizer state hold anything."""
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("a")],
         kept.dim,
@@ -57,26 +56,37 @@ def trained(kept):
         row_state_dtype=kept.state,
     )
     state = mpembed.init(jax.random.key(3), spec, kept.tx, implementation="xla")
+    rng = np.random.default_rng(0)
 
-    def gradient(rows, plan):
-        return jnp.cos(jnp.arange(rows.size, dtype=jnp.float32).reshape(rows.shape)) * (rows + 1)
+    def anything(array):
+        return jnp.asarray(rng.integers(1, 100, array.shape).astype(array.dtype))
 
-    for seed in range(3):
-        ids = np.random.default_rng(seed).zipf(1.1, 400).clip(max=3000)
-        state = training.step(state, spec.raw_ids({"a": ids}), kept.tx, gradient).state
-    return state
+    table = dataclasses.replace(state.table, rows=anything(state.table.rows))
+    cache = state.cache
+    if cache is not None:
+        tags = np.full(cache.tags.shape, NO_ID)
+        rows = np.arange(spec.num_rows, dtype=np.int32)
+        sets, first = np.unique(residency.set_of(rows, cache.geometry), return_index=True)
+        tags[sets, 1] = rows[first]
+        cache = dataclasses.replace(
+            cache,
+            tags=jnp.asarray(tags, jnp.int32),
+            **{name: anything(getattr(cache, name)) for name in ("priority", "dirty", "rows")},
+        )
+    row_state = jax.tree.map(anything, state.row_state)
+    return dataclasses.replace(state, table=table, cache=cache, row_state=row_state)
 
 
 @pytest.mark.standard_promotion("optax.adam raises a float to an int32 power")
 @pytest.mark.parametrize("case", named(KEPT, fast={"int4, half a block"}))
 def test_rows_that_start_again_have_the_references_bits(case):
-    state = trained(case)
+    state = used(case)
     rows = np.random.default_rng(9).permutation(state.spec.num_rows).astype(np.int32)[:300]
     if state.cache is not None:  # some of them have lines
-        assert np.isin(state.cache.tags, rows).sum() > 10
+        assert np.isin(state.cache.tags, rows).sum() > 5
     rows = jnp.asarray(np.concatenate([rows, np.full(20, NO_ID, np.int32)]))
     results = []
-    for implementation in ("xla", "xla_chunked", "numba"):
+    for implementation in ("xla_chunked", "numba"):
         again = jax.jit(
             partial(
                 ops.start_again,
@@ -87,17 +97,19 @@ def test_rows_that_start_again_have_the_references_bits(case):
         )
         of = ops.Rows(state.table, state.row_state, state.cache)
         results.append(again(of, state.vocabulary.fresh_row_state, rows, jnp.int32(300)))
-    jax.tree.map(np.testing.assert_array_equal, *results[:2])
-    jax.tree.map(np.testing.assert_array_equal, *results[1:])
-    values = mpembed.table.read_rows(results[2].table, rows[:300])
-    before = mpembed.table.read_rows(state.table, rows[:300])
-    assert 0.2 < np.abs(values).max() <= 0.27 and (values != before).any(axis=1).all()
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    values = mpembed.table.read_rows(results[1].table, rows[:300])
+    assert 0.2 < np.abs(values).max() <= 0.27
+    if state.cache is not None:
+        assert not np.isin(results[1].cache.tags, rows[:300]).any()
+    untouched = np.setdiff1d(np.arange(state.spec.num_rows), rows)
+    np.testing.assert_array_equal(results[1].table.rows[untouched], state.table.rows[untouched])
 
 
 @pytest.mark.parametrize("num", [0, 1, 3])
 def test_only_the_named_rows_start_again(num):
     """The first ones, whatever follows them. Rows outside the table are dropped."""
-    state = trained(KEPT["int8"])
+    state = used(KEPT["int8"])
     rows = jnp.asarray([5, 2, ROWS * 2, 7, 1], jnp.int32)
     native = dataclasses.replace(state, implementation="numba")
     new = jax.jit(admission.start_again)(native, rows, jnp.int32(num))
