@@ -168,11 +168,10 @@ def test_a_line_of_missing_values_is_good():
     )
 
 
-@pytest.mark.parametrize(
-    "text, value", [("0", 0), ("-1", 0), ("12345678", 12345678), ("1234567890123", 1234567890123)]
-)
-def test_integers_of_any_length(text, value):
+@pytest.mark.parametrize("text", ["0", "-1", "12345678", "1234567890123"])
+def test_integers_of_any_length_and_zero_for_negative_ones(text):
     rows = criteo_format.parse((line(1, [text] * 13) + "\n").encode())
+    value = max(int(text), 0)
     np.testing.assert_array_equal(rows.dense, np.log1p(np.full((1, 13), value, np.float32)))
 
 
