@@ -18,7 +18,7 @@ from mpembed_jax.table import initial_rows
 from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.hashes import PADDING
 
-# Rows that are started again at once, if there is a loop. Few rows of a batch are.
+# Rows that one turn of a loop starts again. A batch has few such rows.
 _RESET = 128
 
 
