@@ -6,6 +6,7 @@ What cannot be kept by row is refused. Rounding is unbiased.
 import copy
 import itertools
 import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -458,66 +459,75 @@ def unequal_rows():
     )
 
 
+class Unfit(NamedTuple):
+    """A transformation that cannot train gathered rows, and what init says of it."""
+
+    make: Callable[[], optax.GradientTransformation]
+    message: str  # a regular expression
+
+
 REFUSED = {
-    "adafactor": (
+    "adafactor": Unfit(
         lambda: optax.adafactor(0.1),
         r"leaf .*v_row.* neither one entry per row nor a scalar.*rowwise_adagrad",
     ),
-    "sm3": (lambda: optax.sm3(0.1), r"leaf .*mu.* neither one entry per row nor a scalar"),
-    "shampoo": (shampoo_like, r"leaf .*preconditioner.* of shape \(4, 4\)"),
-    "lbfgs": (lambda: optax.lbfgs(), r"leaf .*params_memory.* neither one entry"),
-    "muon": (lambda: optax.contrib.muon(0.1), r"leaf .*ns_coeffs"),
-    "multi-steps": (
+    "sm3": Unfit(lambda: optax.sm3(0.1), r"leaf .*mu.* neither one entry per row nor a scalar"),
+    "shampoo": Unfit(shampoo_like, r"leaf .*preconditioner.* of shape \(4, 4\)"),
+    "lbfgs": Unfit(lambda: optax.lbfgs(), r"leaf .*params_memory.* neither one entry"),
+    "muon": Unfit(lambda: optax.contrib.muon(0.1), r"leaf .*ns_coeffs"),
+    "multi-steps": Unfit(
         lambda: optax.MultiSteps(optax.sgd(0.1), 2),
         "holds back gradients.*MultiSteps.*prefetch the ids of all microbatches at once",
     ),
-    "apply every": (
+    "apply every": Unfit(
         lambda: optax.chain(optax.apply_every(2), optax.sgd(0.1)),
         "holds back gradients.*apply_every",
     ),
-    "mean over rows": (
+    "mean over rows": Unfit(
         lambda: optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)),
         "mixes rows.*how many rows of zeros.*clip_by_row_norm",
     ),
-    "mean of parameters": (
+    "mean of parameters": Unfit(
         lambda: optax.chain(optax.scale_by_param_block_rms(), optax.sgd(0.1)),
         "mixes rows.*how many rows of zeros",
     ),
-    "order of rows": (
+    "order of rows": Unfit(
         lambda: optax.stateless(lambda updates, _: jnp.cumsum(updates, axis=0)),
         "mixes rows.*depends on their order",
     ),
-    "multi-steps in a chain": (
+    "multi-steps in a chain": Unfit(
         lambda: optax.chain(
             optax.clip(1.0), optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
         ),
         "MultiSteps",
     ),
-    "average of parameters": (
+    "average of parameters": Unfit(
         averaging_parameters,
         r"leaf .*average.* starts from the parameters' values",
     ),
-    "schedule free": (
+    "schedule free": Unfit(
         lambda: optax.contrib.schedule_free_sgd(),
         r"leaf .*z.* starts from the parameters' values",
     ),
-    "prodigy": (
+    "prodigy": Unfit(
         lambda: optax.contrib.prodigy(),
         r"leaf .*params0.* starts from the parameters' values",
     ),
-    "rows that start apart": (unequal_rows, r"leaf .*rank.* starts differently for different rows"),
-    "stochastic rounding": (
+    "rows that start apart": Unfit(
+        unequal_rows, r"leaf .*rank.* starts differently for different rows"
+    ),
+    "stochastic rounding": Unfit(
         lambda: optim.stochastic_round_updates(jax.random.key(0)),
         r"leaf .*key",
     ),
     # These keep scalars only, or a typed key, and cannot be updated with gathered rows alone.
-    "lookahead": (
+    "lookahead": Unfit(
         lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5),
         "lookahead|LookaheadParams|params",
     ),
-    "noise": (lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)), r"leaf .*(rng_)?key"),
-    "polyak": (lambda: optax.polyak_sgd(), "value"),
-    "reduce on plateau": (
+    "noise": Unfit(lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)), r"leaf .*(rng_)?key"),
+    "polyak": Unfit(lambda: optax.polyak_sgd(), "value"),
+    "reduce on plateau": Unfit(
         lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
         "value",
     ),
