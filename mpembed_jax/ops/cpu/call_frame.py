@@ -368,7 +368,7 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
 
     # numba makes a symbol of this name and of a count that each process begins anew. A process may
     # load code that two others compiled. Of two equal symbols, it would call only one. So each
-    # function needs a name of its own.
+    # function has a name of its own.
     handler.__qualname__ = f"handler.{name}"
     one = (types.int64,)
     parts = [(_is_query, one), (run, one)]
