@@ -17,7 +17,7 @@ from jax import lax
 from mpembed_jax.optim import row_locality
 from mpembed_jax.spec import TableSpec, size_of
 
-BLOCK = 8192  # rows per call: part of the definition, since each block has a key of its own
+BLOCK = 8192  # rows per call; the values depend on it, because each block has a key of its own
 
 Block = Callable[
     [jax.Array | int, int], jax.Array
@@ -108,7 +108,7 @@ def _forms(jaxpr: Any) -> list[Any]:
 
 
 def _has_same_numbers(part: Any, whole: Any) -> bool:
-    """Returns whether two traces have the same numbers up to rounding, but for the rows."""
+    """Returns whether two traces have the same numbers up to rounding; those of rows may differ."""
     pairs = zip(_numbers(part), _numbers(whole), strict=True)
     return all(np.isclose(one, other, rtol=1e-6, atol=0, equal_nan=True) for one, other in pairs)
 

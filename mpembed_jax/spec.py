@@ -73,7 +73,7 @@ def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum([size_of(t) for t in tables], dtype=np.int64)])
 
 
-# For each array of ids: the tables of its columns, the last axis; or the one table of all its ids.
+# For each array of ids: the tables of its columns (its last axis), or the one table of all its ids.
 TablesOfIds = tuple[tuple[str, ...], ...]
 
 

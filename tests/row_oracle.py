@@ -7,17 +7,27 @@ independent of the package and of jax.
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 F32 = np.float32
 
-FLOATS = {  # mantissa bits, exponent of the smallest normal, largest finite value
-    "bfloat16": (7, -126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
-    "float16": (10, -14, 65504.0),
-    "float8_e4m3fn": (3, -6, 448.0),
-    "float8_e5m2": (2, -14, 57344.0),
+
+class Float(NamedTuple):
+    """A floating format."""
+
+    mantissa: int  # bits
+    least: int  # the exponent of the smallest normal number
+    largest: float  # the largest finite value
+
+
+FLOATS = {
+    "bfloat16": Float(7, -126, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+    "float16": Float(10, -14, 65504.0),
+    "float8_e4m3fn": Float(3, -6, 448.0),
+    "float8_e5m2": Float(2, -14, 57344.0),
 }
 CODE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 CODE_BITS |= {"int8": 8, "int4": 4, "int2": 2}
@@ -101,7 +111,7 @@ class Codec:
         if self.is_int and not self.symmetric:
             bias = F32(float(towards(float(np.min(row)), DTYPES[self.scale], -1)))
             top = np.max(row) - bias
-        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else FLOATS[self.name][2]
+        steps = 2 ** (self.bits - self.symmetric) - 1 if self.is_int else FLOATS[self.name].largest
         return self.scale_up(Fraction(float(top)) / Fraction(steps)), bias
 
     def scale_up(self, wanted):

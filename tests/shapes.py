@@ -3,6 +3,8 @@
 Every row format, the odd dims, cache geometries and skewed streams of ids.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import oracles
 import row_oracle
@@ -31,12 +33,20 @@ CODECS |= {
 }
 CODECS |= {name: row_oracle.Codec(name) for name in ("float32", "bfloat16", "float16")}
 
-# name: (number of ids, cache lines asked, ways). `groups` truncates: 550 sets become 512 in 64
-# groups.
+
+class Sizes(NamedTuple):
+    """The sizes of a stack and its cache."""
+
+    num_ids: int
+    lines: int  # that are asked for
+    ways: int
+
+
+# `groups` truncates: 550 sets become 512 in 64 groups.
 GEOMETRIES = {
-    "one-line": (50, 1, 4),
-    "larger-than-table": (40, 64, 8),
-    "groups": (5000, 1100, 2),
+    "one-line": Sizes(50, 1, 4),
+    "larger-than-table": Sizes(40, 64, 8),
+    "groups": Sizes(5000, 1100, 2),
 }
 
 

@@ -1,5 +1,7 @@
 """States moved to other tables: what a kept row keeps, and what is refused."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import optax
@@ -74,16 +76,23 @@ def restacked(state, spec, renamed):
     return restacking.restack(state, spec, TX, renamed=renamed, removed=removed)
 
 
+class Change(NamedTuple):
+    """The sizes of the new tables, and the old names of those that are renamed."""
+
+    sizes: dict[str, int]
+    renamed: dict[str, str] | None
+
+
 GROWN = {
-    "a larger last table": ({"a": 200, "b": 400}, None),
-    "one more table": ({**SIZES, "c": 50}, None),
-    "the last table removed": ({"a": 200}, None),
-    "a renamed table": ({"a": 200, "bought": 300}, {"bought": "b"}),
+    "a larger last table": Change({"a": 200, "b": 400}, None),
+    "one more table": Change({**SIZES, "c": 50}, None),
+    "the last table removed": Change({"a": 200}, None),
+    "a renamed table": Change({"a": 200, "bought": 300}, {"bought": "b"}),
 }
 MOVED = {
-    "a larger first table": ({"a": 250, "b": 300}, None),
-    "the first table removed": ({"b": 300}, None),
-    "swapped and renamed": ({"second": 300, "first": 210}, {"second": "b", "first": "a"}),
+    "a larger first table": Change({"a": 250, "b": 300}, None),
+    "the first table removed": Change({"b": 300}, None),
+    "swapped and renamed": Change({"second": 300, "first": 210}, {"second": "b", "first": "a"}),
 }
 
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -28,18 +29,24 @@ def place(tree: Tree) -> Tree:
 
     Traced and abstract leaves are left alone. Values and addresses do not change.
     """
+    for array in candidates(tree):
+        _advise(array)
+    return tree
+
+
+def candidates(tree: Any) -> Iterator[jax.Array]:
+    """Yields the arrays that `place` moves, one for each device; none where it does nothing."""
     if sys.platform != "linux" or os.environ.get("MPEMBED_JAX_HUGE_PAGES") == "0":
-        return tree
+        return
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
             continue
         for shard in leaf.addressable_shards:
             if shard.device.platform == "cpu" and shard.data.nbytes >= _SMALLEST:
-                _advise(shard.data)
-    return tree
+                yield shard.data
 
 
-def _advise(array: Any) -> None:
+def _advise(array: jax.Array) -> None:
     # If the array could not be made, waiting for it raises an error. Asking it for its address
     # without waiting would end the process.
     begin = array.block_until_ready().unsafe_buffer_pointer()

@@ -32,7 +32,7 @@ def row_names(state: EmbeddingState) -> tuple[list[str], list[str]]:
 
 @partial(jax.jit, static_argnames="salt")
 def _digest_rows(array: jax.Array, first: jax.Array, salt: int) -> jax.Array:
-    """Returns u32 [2]: two sums over all words, each mixed with its row and column.
+    """Returns u32 [2]: two sums over all words. Each word is first mixed with its row and column.
 
     The order of the additions does not matter.
     """

@@ -22,9 +22,10 @@ _PLAIN = (bool, int, float, str, bytes)
 
 
 def _names(paths: list[tuple]) -> list[str]:
-    """Returns a name of each path: its keys, joined by dots, or as Python where that is ambiguous.
+    """Returns a name for each path: its keys, joined by dots.
 
-    The names are distinct and depend on the paths alone.
+    If several paths would get one name, they are written as in Python. The names are distinct and
+    depend on the paths alone.
     """
     simple = [jax.tree_util.keystr(path, simple=True, separator=".") or "tree" for path in paths]
     num_of = collections.Counter(simple)

@@ -70,7 +70,7 @@ def to_dense(
         for first in range(0, size, block):
             begin = min(first, size - block)
             ids = np.arange(start + begin, start + begin + block, dtype=np.int32)
-            # Explicit transfers, which a guard against implicit ones lets pass.
+            # The transfers are explicit, so a guard against implicit transfers lets them pass.
             dense[begin : begin + block] = jax.device_get(read(state, jax.device_put(ids)))
         result[name] = dense
     return result

@@ -119,7 +119,7 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
     Raises:
       TypeError: if state has another type.
       ValueError: if the state was donated, or made for another spec; or if it has a vocabulary,
-        without which nobody knows whose rows they are.
+        because a table does not say to which raw id a row belongs.
     """
     arguments.check_state("freeze(state)", state)
     if state.vocabulary is not None:

@@ -172,10 +172,10 @@ def _put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 def write_back(
     table: Any, lines: jax.Array, ids: jax.Array, key: jax.Array, step: jax.Array
 ) -> Any:
-    """Writes the lines of `ids` to the table, which is consumed, rounded as by flush; returns it.
+    """Writes the lines of `ids` to the table, rounded as by flush, and returns the table.
 
     Args:
-      table: a QuantizedTable.
+      table: a QuantizedTable; consumed.
       lines: float32 [C, D].
       ids: int32 [C]; NO_ID writes nothing.
       key: uint32 [2].

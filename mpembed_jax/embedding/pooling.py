@@ -113,7 +113,7 @@ def _weights_like(inverse: Any, weights: Any) -> list[jax.Array | None]:
     """Returns the weights of each leaf of inverse, by their keys; float32 [..] or None.
 
     Raises:
-      TypeError: if weights are no real numbers.
+      TypeError: if weights are not real numbers.
       ValueError: if weights have other keys than inverse.
     """
 
@@ -121,7 +121,8 @@ def _weights_like(inverse: Any, weights: Any) -> list[jax.Array | None]:
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
-    # Mappings of different types have the same keys, in different orders.
+    # Leaves are matched by their keys, because mappings of two types may list equal keys in two
+    # orders.
     wanted = by_path(inverse)
     held = by_path(dict(weights) if isinstance(weights, Mapping) else weights)
     if set(wanted) != set(held):
@@ -182,8 +183,8 @@ def pool(
       [num_segments, D].
 
     Raises:
-      TypeError: if inverse or segment_ids are no arrays of integers, weights no arrays of numbers,
-        or num_segments no whole number.
+      TypeError: if inverse or segment_ids are not arrays of integers, if weights are not arrays of
+        numbers, or if num_segments is not a whole number.
       ValueError: if the combiner or the implementation is unknown; if weights or segment_ids come
         without a combiner or in another shape or nesting than inverse; if segment_ids come without
         num_segments or with several inverses; or if a combiner is given and an inverse is a
@@ -222,7 +223,7 @@ def segments(
     """
     segment_ids = jnp.asarray(segment_ids)
     if segment_ids.dtype.itemsize < 4:
-        segment_ids = segment_ids.astype(jnp.int32)  # num_segments may be too large for the type
+        segment_ids = segment_ids.astype(jnp.int32)  # a narrower type may not hold num_segments
     is_inside = (segment_ids >= 0) & (segment_ids < jnp.asarray(num_segments, segment_ids.dtype))
     is_real = (index != num_rows - 1) & is_inside
     # The comparison is in the type of the ids, because a cast could wrap around.
@@ -388,7 +389,7 @@ def segments_from_offsets(offsets: jax.Array, num_positions: int) -> jax.Array:
       int32 [N], the segment_ids for `pool`.
 
     Raises:
-      TypeError: if offsets are not integers, or num_positions is no whole number.
+      TypeError: if offsets are not integers, or num_positions is not a whole number.
     """
     if not isinstance(num_positions, int | np.integer):
         raise TypeError(

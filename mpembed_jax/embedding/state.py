@@ -103,17 +103,18 @@ class EmbeddingState:
     row_state: Any
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []: the number of prefetches so far
-    # f32 []: clock_of(key, step, counters), which an average of the floats of two states is not.
-    # A checkpoint does not hold it: there, it is None.
+    # f32 []: clock_of(key, step, counters). An average of two states has another clock than that of
+    # its own key, step and counters. In a checkpoint, it is None.
     clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
-    # spec. Zeros once an average of states was used.
+    # spec. It is zero after an average of states was used.
     fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
-    # None for one device. With a layout, a divided array holds the parts of the shards in a row.
+    # None for one device. With a layout, a divided array holds the parts of the shards one after
+    # another.
     layout: Layout | None = None
     vocabulary: VocabularyState | None = None  # None if ids are row numbers
 

@@ -172,7 +172,8 @@ def _place(
     Returns:
       The state with its cache and table changed.
       The moves.
-      The index among the moves (int32) of each position's row; on a mesh, of each received entry's.
+      For each position, the index (int32) of its row among the moves. On a mesh: for each received
+        entry.
       The counts.
     """
     found = request.rows

@@ -85,8 +85,8 @@ class VectorPlan:
     pooling: Pooling
     places: Places | None = None
     factors: jax.Array | None = None  # f32 [N]  None: all are 1
-    # i32 [N]  the index of each position's gradient among the M of all vectors; -1 for a position
-    # without one. None stands for n // (N / M) at position n.
+    # i32 [N]  for each position, the index of its gradient among the gradients of the M vectors; -1
+    # if it has none. None: the index is n // (N / M) for position n.
     source: Any = None
     plan: CachePlan | None = None
     rows: jax.Array | None = None  # f32 [U, D]

@@ -5,8 +5,8 @@ At each token, each n-gram that ends there looks up one row in each of its table
 of such a model are in these tables. A step touches few of their rows. Accesses are
 Zipf-distributed. What the model does with the vectors (gates, projections) is left to it.
 
-Rows are found by a hash. Or n-grams are raw ids: an n-gram that occurs often enough gets a row of
-its own, and all others of its order share a row.
+An n-gram finds its rows by a hash. Instead, n-grams can be raw ids: an n-gram that occurs often
+enough then gets a row of its own, and all others of its order share a row.
 """
 
 from collections.abc import Sequence

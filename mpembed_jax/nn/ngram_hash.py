@@ -4,8 +4,8 @@ The n-gram of order n at a position is the token there and the n - 1 tokens befo
 has several heads, and each head has its own table, as in Engram (arXiv 2601.07372). Two n-grams
 that share a row of one head rarely share one of another.
 
-A trained table depends on this hash, so that it never changes. All arithmetic is of uint32, modulo
-2^32. For head h of order n, with s = seed * 2654435761 + 1024 n + h:
+A trained table depends on this hash. The hash therefore never changes. All arithmetic is of uint32,
+modulo 2^32. For head h of order n, with s = seed * 2654435761 + 1024 n + h:
 
   m_k = fmix32(fmix32(s) + k) | 1                  for k = 0 .. n - 1
   x = fmix32(s);  x = fmix32(x xor (token_k * m_k))  for k = 0 .. n - 1
@@ -13,7 +13,7 @@ A trained table depends on this hash, so that it never changes. All arithmetic i
 
 token_0 is the token at the position, token_k the k-th before it, after the map of tokens. A token
 that is missing counts as 2^31 - 1. fmix32 is Murmur3's finalizer. p is the number of rows of the
-table: the smallest prime of at least the rows asked for that no earlier table has.
+table. It is the smallest prime that is at least the number asked for and that no earlier table has.
 
 An n-gram that is a raw id has a key of 64 bits instead of a row. Its high word is x of head 0, its
 low word x of head 1.
@@ -33,7 +33,7 @@ from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
 
 MAX_ORDER, MAX_HEADS = 64, 1024
-_SPREAD = 2_654_435_761  # of seeds
+_SPREAD = 2_654_435_761  # the factor of a seed
 _OUTSIDE = -1  # the id of an n-gram with a token outside the vocabulary
 
 
@@ -97,7 +97,7 @@ class NGramHash:
         table has is the smallest prime that is at least this number and that no earlier table has.
         None: n-grams are raw ids, which a vocabulary gives rows (see `keys`). heads must be 1.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
-        the first token of an n-gram and no other one. It is compared before the map of tokens.
+        the first token of an n-gram, but no later one. It is compared before the map of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
         rows, and no n-gram reaches across it.
       seed: another seed gives another hash, as for a second memory in one model; 0 to 2^31 - 1.

@@ -40,7 +40,7 @@ def _with_table(given: Any) -> tuple[str | None, Any]:
 
 
 class Origin:
-    """Pairs of an array given to prefetch and the leaf of the plan's inverse made from it.
+    """Pairs: an array that prefetch was given, and the leaf of the plan's inverse made from it.
 
     An array may come with its table, as routing.Own.
 
@@ -238,8 +238,8 @@ def _find(
         index, is_held = ops.find(plan.unique_ids, ids, implementation=state.implementation)
         is_missing = (ids != NO_ID) & ~is_held
         route = None
-    # A dropped id cannot be told from one that was not prefetched. So no id is missing if the step
-    # dropped any: both read as zeros.
+    # A dropped id cannot be told from one that was not prefetched. If the step dropped ids, both
+    # kinds therefore read as zeros, and none counts as missing.
     is_missing = is_missing & (plan.counts.dropped == 0)
     return row_ids.divided(jnp.where(is_missing, _MISSING, index), shapes), route
 
@@ -265,7 +265,10 @@ def _pool_or_nan(
 
 
 def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
-    """Returns `pool` with the state's implementation; in jax.shard_map for whole meshed arrays."""
+    """Returns `pool` with the state's implementation.
+
+    Over a mesh, it takes whole arrays and runs in jax.shard_map.
+    """
     pool = partial(pool, implementation=state.implementation)
     if not verbs.is_whole(state):
         return pool

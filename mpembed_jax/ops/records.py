@@ -134,7 +134,7 @@ class Admitted(NamedTuple):
     """The rows of a batch's raw ids in one step, and how they came to have them."""
 
     rows: jax.Array  # i32 [N]: the row of each position's id; NO_ID for padding
-    recycled: jax.Array  # i32 [N]: rows with a new owner that had another; then NO_ID
+    recycled: jax.Array  # i32 [N]: rows that were taken from another owner, followed by NO_ID
     num_recycled: jax.Array  # i32 []
     num_requests: jax.Array  # i32 []: positions that are not padding
     num_shared: jax.Array  # i32 []: positions whose id has no row of its own

@@ -39,10 +39,10 @@ ROWS = 7919  # a prime that other dimensions are unlikely to equal
 
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
-    """Runs few numbers at once, also while something is traced.
+    """A context in which operations on few numbers run at once, even while a function is traced.
 
-    They belong neither to the trace, nor to the mesh of jax.set_mesh, which cannot hold them inside
-    jax.shard_map. They go to the device and back. A user's transfer guard is not meant for them.
+    The numbers do not belong to the trace. They do not belong to the mesh of jax.set_mesh either,
+    which cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
     """
     no_mesh = jax.sharding.AbstractMesh((), ())
     with (
@@ -72,7 +72,7 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
 
 
 def draws_rows_apart(traced: Any) -> bool:
-    """Returns whether an initializer draws the ROWS rows of its result independently and all alike.
+    """Returns whether an initializer draws each of its ROWS rows independently and in the same way.
 
     True is a proof, see `is_row_local`.
 
@@ -153,7 +153,7 @@ def _is_local(eqn: Any, is_drawn: bool) -> bool:
     if any(ROWS in v.aval.shape[1:] for v in eqn.outvars):
         return False
     if any(is_literal(v) and np.shape(v.val) for v in eqn.invars):
-        return False  # an array may hold something for each row
+        return False  # the array may hold a value for each row
     operands = [v for v in eqn.invars if _has_rows(v)]
     name = eqn.primitive.name
     params = eqn.params

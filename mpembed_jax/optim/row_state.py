@@ -277,9 +277,8 @@ def update_rows(
     Args:
       tx: the transformation that `row_state` was made for.
       row_state: as returned by `init_rows`.
-      ids: int32 [U]. An entry NO_ID is padding. No state is stored for padding, and its gradient
-        is replaced by zeros. Unless is_local, its row is also replaced by zeros in the call of tx,
-        and its state by the initial state.
+      ids: int32 [U]. An entry NO_ID is padding. No state is stored for padding. tx gets zeros as
+        its gradient. If is_local is False, tx also gets zeros as its row, and the initial state.
       rows: float32 [U, D].
       row_grads: float32 [U, D], summed per row.
       dtype: storage dtype of the row state.

@@ -1,8 +1,8 @@
 """The stacks of a checkpoint as sources of a serving file, without the model that was trained.
 
 Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
-state stays on disk. A checkpoint does not record features or the rule of rounding: each table is
-its own feature, and lines are rounded stochastically, if they are not encoded again.
+state stays on disk. A checkpoint records neither features nor the rule of rounding. Each table is
+therefore its own feature, and lines are rounded stochastically, unless they are encoded again.
 """
 
 import logging

@@ -39,7 +39,7 @@ _WIDTH = 16  # values in a vector
 _GROUP = 8  # vectors of a bag's sum that are in registers at once
 _AHEAD = 64  # positions between a prefetch and its use; 16 are too few for the memory's latency
 _PIECE = 1024  # positions whose addresses are found at once
-_MIN_SPLIT = 1 << 16  # vectors of values whose work is worth waking a thread for
+_MIN_SPLIT = 1 << 16  # vectors of values; less work is not worth waking a thread for
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -181,8 +181,8 @@ class _Row:
                 self.bias = self._parameter(start + width)
         self.values = None
         if fmt.is_integer and fmt.code_bits < 8 and _has_avx512():
-            # Entry i is the value of code i, of i modulo 4 for codes of 2 bits: the permutation
-            # reads the 4 lowest bits of an index.
+            # The permutation reads the 4 lowest bits of an index, and a code of 2 bits has
+            # neighbours above it. Entry i is therefore the value of code i, modulo 4 for 2 bits.
             codes = [i % (1 << fmt.code_bits) - self._offset for i in range(_WIDTH)]
             self.values = self._scaled(ir.Constant(ir.VectorType(_F32, _WIDTH), codes))
 
@@ -462,7 +462,7 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
         while b < last:
             begin = b
             num = 0
-            while b < last:  # as many bags as have room, at least one
+            while b < last:  # takes at least one bag, and as many as there is room for
                 start = b * length
                 end = start + length
                 if ends != 0:
@@ -567,8 +567,8 @@ def _locate() -> Callable:
 def sign_scores(num_words: int) -> Callable:
     """Returns a function of a sign sketch with so many words per row.
 
-    It is score(signs, norms, query, cosines, first, last, out): out[i - first] is norms[i] times
-    the cosine of the number of bits in which row i and the query differ.
+    It is score(signs, norms, query, cosines, first, last, out). It writes norms[i] * cosines[n] to
+    out[i - first], where n is the number of bits in which row i and the query differ.
     """
 
     @intrinsic

@@ -4,7 +4,7 @@ The file is a safetensors file: 8 bytes with the length of a JSON header, the he
 Each table is one array of packed words [V, words], in the layout of `numerics.packing`. The array
 `mpembed_jax.checksums` (uint32) has a CRC-32 for each block of rows of each array, in the order of
 the tables. The header's metadata have a JSON text `mpembed_jax` that describes the tables, and its
-CRC-32. Every byte of the file is therefore checked by something.
+CRC-32. Every byte of the file is therefore covered by a check.
 
 Tables of raw ids share one pool of rows, which is one table of the file. A second array, uint32
 [S, W], has the tags of the rows' owners (see `vocabulary.pool`), in the high 24 bits of each word.
@@ -33,7 +33,7 @@ from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.vocabulary import hashes
 
 VERSION = 2  # the newest that this library reads
-# The hash of `vocabulary.hashes`. A file of another would read wrong rows.
+# The hash of `vocabulary.hashes`. In a file with another hash, it would find wrong rows.
 HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"
@@ -68,7 +68,7 @@ class Array(NamedTuple):
 class Pool(NamedTuple):
     """The sizes of a pool, and the tables whose raw ids have its rows; see VocabularySpec."""
 
-    tables: tuple[str, ...]  # their numbers in pairs are their places here
+    tables: tuple[str, ...]  # the place of a table here is its number in pairs
     sets: int
     ways: int
     groups: int
@@ -137,7 +137,7 @@ class Contents:
     """The contents of a file: its tables and features."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
+    features: tuple[tuple[str, str], ...]  # (feature, name of its table)
     checksums_crc32: int = 0  # of the array of checksums
 
     @property
@@ -147,7 +147,7 @@ class Contents:
 
     @property
     def version(self) -> int:
-        """The version of the file: the lowest that has all that it holds."""
+        """The lowest version that has everything the file holds."""
         return 1 if all(table.pool is None for table in self.tables) else 2
 
     def tensors(self) -> dict[str, dict[str, Any]]:
@@ -275,7 +275,7 @@ def _read_header(path: Path, head: bytes) -> Contents:
             raise ServingError(f"{path} is a safetensors file that mpembed_jax did not write")
         raise ServingError(f"{path} is no serving file: its header is not JSON of safetensors")
     text = metadata[OURS]
-    # JSON can name half a character, which has no bytes; "?" then stands for it.
+    # JSON can name half of a surrogate pair, which cannot be encoded. "?" takes its place.
     if metadata.get("crc32") != str(zlib.crc32(text.encode(errors="replace"))):
         raise ServingError(f"{path} is damaged: the checksum of its description differs")
     try:
@@ -299,7 +299,7 @@ def _read_header(path: Path, head: bytes) -> Contents:
 
 
 def _contents(body: dict[str, Any]) -> Contents:
-    """Returns the description of a header.
+    """Returns the contents that the body of a header describes.
 
     Raises:
       ValueError: or another error, if a field is missing, or has a wrong type or value.

@@ -28,7 +28,7 @@ LAYOUTS = ("float32", "float16", "fbgemm", "fbgemm_tbe")
 def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> list[Path]:
     """Writes each table to `<table name>.npy`, block by block.
 
-    The rows of a pool are written by their numbers: ServingTable.rows_of has those of raw ids.
+    Row i of a pool's array is row i of the pool. ServingTable.rows_of returns the rows of raw ids.
 
     Args:
       tables: on the host.
@@ -157,7 +157,7 @@ def export_program(
 
     Raises:
       TypeError: if tables is not a ServingTable.
-      ImportError: if flatbuffers is not installed, which jax.export writes and reads programs with.
+      ImportError: if flatbuffers is not installed, with which jax.export serializes programs.
     """
     call = "serving.export_program(function, tables, *arguments)"
     expect(call, "tables", tables, ServingTable, "from serving.load")

@@ -220,7 +220,7 @@ def _blocks(
 def _encode_lines(
     lines: Any, ids: Any, key: Any, step: Any, *, fmt: RowFormat
 ) -> tuple[jax.Array, ...]:
-    """Packs lines (float32 [n, D]) with the bits of a flush; returns their differences, too."""
+    """Packs lines (float32 [n, D]) with the random bits of a flush; also returns differences."""
     lines, ids = jnp.asarray(lines), jnp.asarray(ids)
     # encode_rows uses only the format and the dim of the table.
     table = QuantizedTable(lines, fmt, lines.shape[1])
@@ -233,7 +233,7 @@ def _encode_lines(
 def _encode_again(
     packed: Any, num: Any, place: Any, lines: Any, *, before: RowFormat, after: RowFormat
 ) -> tuple[jax.Array, ...]:
-    """Packs rows in another format, with rounding to nearest; returns their differences, too."""
+    """Packs rows in another format, with rounding to nearest; also returns differences."""
     dim = lines.shape[1]
     rows = indexing.put(decode(jnp.asarray(packed), before, dim), jnp.asarray(place), lines)
     new = encode(rows, after)

@@ -407,7 +407,7 @@ class ServingTable:
 
     @functools.cached_property
     def _raw_of(self) -> dict[str, tuple[str, int]]:
-        """The table of raw ids of each feature that has one, and its number."""
+        """For each feature of raw ids, the name and the number of its table."""
         numbers = {
             name: (name, number)
             for table in self.tables

@@ -1,9 +1,10 @@
 """Hashes of raw ids: integers, bytes and strings of any column, as pairs of 32-bit words.
 
-An integer is its own 64-bit value, modulo 2^64. A string is XXH64 of its UTF-8 bytes, with seed 0;
-bytes are XXH64 of themselves. The value plus XXH64 of the table's name is mixed by the finalizer of
-splitmix64, a bijection. So two integers of one table never have the same 64 bits. The results are
-the same on any machine, in any process and version, and the same on the host as under jit.
+The value of an integer is the integer modulo 2^64. The value of bytes is their XXH64 with seed 0,
+and that of a string is XXH64 of its UTF-8 bytes. XXH64 of the table's name is added to the value.
+The finalizer of splitmix64, a bijection, mixes the sum. So two integers of one table never have the
+same 64 bits. The results are the same on any machine, in any process and version, and the same on
+the host as under jit.
 
 A pair is [tag, place]. The tag is the high word. The place is the low word, whose last TABLE_BITS
 bits are replaced by the number of the table. Padding is [PADDING, PADDING]. No id has the tag
@@ -146,7 +147,7 @@ def _of_objects(items: list) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _of_fixed(flat: np.ndarray) -> np.ndarray:
-    """Returns XXH64 of bytes of a fixed width, which end before their last zeros."""
+    """Returns XXH64 of NumPy's bytes of a fixed width, without the zeros at their end."""
     width = flat.dtype.itemsize
     matrix = np.ascontiguousarray(flat).view(np.uint8).reshape(flat.size, width)
     return _of_matrix(matrix, np.char.str_len(flat))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +37,22 @@ ADAGRAD = mpembed.optim.rowwise_adagrad(0.1)
 ADAM = optax.adam(optax.exponential_decay(0.05, 10, 0.9))
 DENSE = optax.sgd(optax.linear_schedule(1e-2, 5e-3, 50), momentum=0.9)
 SMALL = dict(num_rows=128, ways=8)
+
+
+class Case(NamedTuple):
+    """The options of a stack, and its row optimizer."""
+
+    options: dict
+    tx: optax.GradientTransformation
+
+
 CASES = {
-    "int8-lfu": (dict(storage="int8", cache=CacheSpec(**SMALL)), ADAGRAD),
-    "int4-lru-bf16-adam": (
+    "int8-lfu": Case(dict(storage="int8", cache=CacheSpec(**SMALL)), ADAGRAD),
+    "int4-lru-bf16-adam": Case(
         dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"),
         ADAM,
     ),
-    "int2-none": (
+    "int2-none": Case(
         dict(storage="int2", cache=None, skip_nonfinite=True),
         optax.sgd(0.1, momentum=0.9),
     ),
@@ -65,7 +75,7 @@ def batch(step, width=48):
 
 @cache
 def trainer(case):
-    tx = CASES[case][1]
+    tx = CASES[case].tx
 
     @partial(jax.jit, donate_argnums=0)
     def step(tree, ids):
@@ -203,10 +213,11 @@ def test_training_with_donation_goes_on_during_a_save(tmp_path):
     assert checkpoint.steps(tmp_path) == [20, 40, 41]
 
 
-@pytest.mark.parametrize(("num_rows", "num_files"), [(1009, 1), (1008, 8), (1, 1)])
-def test_a_stack_of_a_prime_number_of_rows_is_not_cut_into_single_rows(
-    tmp_path, num_rows, num_files
-):
+NUM_FILES = {1009: 1, 1008: 8, 1: 1}  # {rows: files} of pieces of at most 1024 bytes
+
+
+@pytest.mark.parametrize("num_rows", NUM_FILES)
+def test_a_stack_of_a_prime_number_of_rows_is_not_cut_into_single_rows(tmp_path, num_rows):
     """Orbax cuts arrays into equal pieces only. Criteo-Kaggle's 33,762,577 rows are prime."""
     rows = np.arange(8 * num_rows, dtype=np.uint8).reshape(num_rows, 8)
     division = saving.save_args(rows, chunk_bytes=1024)
@@ -218,7 +229,7 @@ def test_a_stack_of_a_prime_number_of_rows_is_not_cut_into_single_rows(
         )
         np.testing.assert_array_equal(orbax.restore(tmp_path / "x")["rows"], rows)
     files = [path.name for path in (tmp_path / "x" / "rows").iterdir()]
-    assert len([name for name in files if not name.startswith(".")]) == num_files
+    assert len([name for name in files if not name.startswith(".")]) == NUM_FILES[num_rows]
 
 
 def test_keeping_few_never_deletes_the_last_good_one(tmp_path):
@@ -590,7 +601,7 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
     before, held = all_rows(emb), set(np.array(emb.cache.tags).ravel()) - {mpembed.NO_ID}
     outside = np.asarray([i for i in range(sum(SIZES)) if i not in held])
     for storage, bits in (("int4", 4), ("int2", 2), ("float32", None)):
-        other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "storage": storage})
+        other = restored_into(folder, caplog, **{**CASES["int8-lfu"].options, "storage": storage})
         after = all_rows(other)
         np.testing.assert_array_equal(after[sorted(held)], before[sorted(held)])
         assert np.array(other.cache.dirty).sum() == len(held)  # each is newer than its row
@@ -625,7 +636,7 @@ def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     """The same bits as `flush` leaves in the table; the rest of the state is carried over."""
     folder, emb = saved
     flushed = mpembed.flush(emb)
-    other = restored_into(folder, caplog, **{**CASES["int8-lfu"][0], "cache": new})
+    other = restored_into(folder, caplog, **{**CASES["int8-lfu"].options, "cache": new})
     np.testing.assert_array_equal(np.array(other.table.rows), np.array(flushed.table.rows))
     for name in ("key", "step", "counters", "row_state"):
         assert_same(getattr(other, name), getattr(emb, name))
@@ -634,7 +645,7 @@ def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
     if new is not None:
         assert (np.array(other.cache.tags) == mpembed.NO_ID).all()
     narrow = restored_into(
-        folder, caplog, **{**CASES["int8-lfu"][0], "cache": new, "storage": "int4"}
+        folder, caplog, **{**CASES["int8-lfu"].options, "cache": new, "storage": "int4"}
     )
     assert np.abs(all_rows(narrow) - all_rows(emb)).max() < 0.5
 
@@ -642,7 +653,7 @@ def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):
 @pytest.mark.slow
 def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
     folder, emb = saved
-    options = {**CASES["int8-lfu"][0], "row_state_dtype": "bfloat16"}
+    options = {**CASES["int8-lfu"].options, "row_state_dtype": "bfloat16"}
     narrow = restored_into(folder, caplog, **options)
     bits = np.array(narrow.row_state[0].sum_of_squares)
     wide = np.array(emb.row_state[0].sum_of_squares)
@@ -651,14 +662,14 @@ def test_optimizer_rows_change_their_dtype(saved, caplog, tmp_path):
     assert (np.abs(values - wide) <= wide * 2**-7).all()
     assert (values != wide).any()
     checkpoint.save(tmp_path, 0, narrow)
-    back = restored_into(tmp_path, caplog, **CASES["int8-lfu"][0])
+    back = restored_into(tmp_path, caplog, **CASES["int8-lfu"].options)
     np.testing.assert_array_equal(np.array(back.row_state[0].sum_of_squares), values)
 
 
 @training.OPTAX_ADAM
 def test_what_cannot_be_converted_is_refused(saved, tmp_path):
     folder, emb = saved
-    options = CASES["int8-lfu"][0]
+    options = CASES["int8-lfu"].options
     with pytest.raises(
         ValueError, match=r"saved with tables .*'a', 3000.* the target has .*'a', 3001"
     ):
@@ -689,7 +700,7 @@ def test_an_increment_is_converted_too(saved, caplog):
     flushed = jax.jit(mpembed.flush)(emb)
     checkpoint.save(folder, 41, flushed, tracker=checkpoint.track(emb))
     other = restored_into(
-        folder, caplog, **{**CASES["int8-lfu"][0], "storage": "float32", "cache": None}
+        folder, caplog, **{**CASES["int8-lfu"].options, "storage": "float32", "cache": None}
     )
     np.testing.assert_array_equal(
         all_rows(other), all_rows(dataclasses.replace(emb, table=flushed.table, cache=None))

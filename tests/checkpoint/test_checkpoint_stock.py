@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,25 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is 
 
 NUM_ROWS, DIM = 300, 8
 SMALL = dict(num_rows=96, ways=8)
+
+
+class Case(NamedTuple):
+    """The options of a stack, and its row optimizer."""
+
+    options: dict
+    tx: optax.GradientTransformation
+
+
 CASES = {
-    "int8-lfu": (
+    "int8-lfu": Case(
         dict(storage="int8", cache=CacheSpec(**SMALL)),
         mpembed.optim.rowwise_adagrad(0.1),
     ),
-    "int4-lru-bf16-adam": (
+    "int4-lru-bf16-adam": Case(
         dict(storage="int4", cache=CacheSpec(**SMALL, policy="lru"), row_state_dtype="bfloat16"),
         optax.adam(optax.exponential_decay(0.05, 10, 0.9)),
     ),
-    "float32-none": (
+    "float32-none": Case(
         dict(storage="float32", cache=None, skip_nonfinite=True),
         optax.sgd(0.1, momentum=0.9),
     ),
@@ -174,16 +184,23 @@ def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
     assert "row_state" in found["row state"]
 
 
+class Specs(NamedTuple):
+    """The options of a saved stack, and of the target that it is restored into."""
+
+    saved: dict
+    target: dict
+
+
 EQUAL_SHAPES = {
-    "policy": (
+    "policy": Specs(
         dict(storage="int8", cache=CacheSpec(**SMALL)),
         dict(storage="int8", cache=CacheSpec(**SMALL, policy="lru")),
     ),
-    "row state dtype": (
+    "row state dtype": Specs(
         dict(storage="int8", cache=None),
         dict(storage="int8", cache=None, row_state_dtype="bfloat16"),
     ),
-    "format": (dict(storage="bfloat16", cache=None), dict(storage="float16", cache=None)),
+    "format": Specs(dict(storage="bfloat16", cache=None), dict(storage="float16", cache=None)),
 }
 
 
@@ -208,8 +225,8 @@ def test_restoring_into_another_spec_of_equal_shapes_does_not_go_unnoticed(case,
 
 def test_a_checkpoint_needs_no_flush_and_holds_every_array_of_the_state(tmp_path):
     """What is on disk is the state's own tree: no array is missing, none is added."""
-    tx = CASES["int8-lfu"][1]
-    state = mpembed.init(jax.random.key(0), stack(**CASES["int8-lfu"][0]), tx)
+    tx = CASES["int8-lfu"].tx
+    state = mpembed.init(jax.random.key(0), stack(**CASES["int8-lfu"].options), tx)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()

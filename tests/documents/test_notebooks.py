@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
+from cases import named
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
@@ -180,34 +181,50 @@ RENAMED = "| NVIDIA-SMI 610.43.02    KMD Version: 610.43.02    CUDA UMD Version:
 NO_DRIVER = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make .."
 
 
-@pytest.mark.parametrize(
-    ("printed", "cuda"),
-    [
-        (None, None),
-        (NO_DRIVER, None),
-        ("No devices were found", None),
-        (HEADER.format("12.4"), 12),
-        (HEADER.format("13.0"), 13),
-        (RENAMED.format("13.3"), 13),
-        (RENAMED.format("14.1"), 14),
-    ],
-)
-def test_the_driver_says_which_cuda_it_runs(cell, printed, cuda):
-    assert cell["cuda_of_driver"](printed) == cuda
+class Driver(NamedTuple):
+    """What nvidia-smi prints; None: it is not there."""
+
+    printed: str | None
+    cuda: int | None  # that the driver runs; None: there is no GPU
 
 
-@pytest.mark.parametrize(
-    ("printed", "message"),
-    [
-        (HEADER.format("11.8"), "runs CUDA 11, jax needs 12"),
-        (HEADER.format("N/A"), "names no CUDA version"),
-        ("", "names no CUDA version"),
-        ("Failed to initialize NVML: Driver/library version mismatch", "version mismatch"),
-    ],
-)
-def test_a_gpu_that_jax_cannot_use_is_an_error_that_says_how_to_go_on(cell, printed, message):
-    with pytest.raises(RuntimeError, match=message) as error:
-        cell["cuda_of_driver"](printed)
+DRIVERS = {
+    "no nvidia-smi": Driver(None, None),
+    "no driver": Driver(NO_DRIVER, None),
+    "no device": Driver("No devices were found", None),
+    "12.4": Driver(HEADER.format("12.4"), 12),
+    "13.0": Driver(HEADER.format("13.0"), 13),
+    "13.3, renamed": Driver(RENAMED.format("13.3"), 13),
+    "14.1, renamed": Driver(RENAMED.format("14.1"), 14),
+}
+
+
+@pytest.mark.parametrize("driver", named(DRIVERS))
+def test_the_driver_says_which_cuda_it_runs(cell, driver):
+    assert cell["cuda_of_driver"](driver.printed) == driver.cuda
+
+
+class Unusable(NamedTuple):
+    """What nvidia-smi prints for a GPU that jax cannot use, and what the notebook says."""
+
+    printed: str
+    message: str
+
+
+UNUSABLE = {
+    "an old driver": Unusable(HEADER.format("11.8"), "runs CUDA 11, jax needs 12"),
+    "no version": Unusable(HEADER.format("N/A"), "names no CUDA version"),
+    "nothing": Unusable("", "names no CUDA version"),
+    "two versions": Unusable(
+        "Failed to initialize NVML: Driver/library version mismatch", "version mismatch"
+    ),
+}
+
+
+@pytest.mark.parametrize("unusable", named(UNUSABLE))
+def test_a_gpu_that_jax_cannot_use_is_an_error_that_says_how_to_go_on(cell, unusable):
+    with pytest.raises(RuntimeError, match=unusable.message) as error:
+        cell["cuda_of_driver"](unusable.printed)
     assert "JAX_PLATFORMS=cpu" in str(error.value)
 
 

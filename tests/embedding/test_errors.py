@@ -373,14 +373,21 @@ def test_an_optimizer_that_cannot_be_kept_by_row_is_refused_at_init():
 # --- 9. another spec at restore
 
 
+class Specs(NamedTuple):
+    """The options of a saved stack, and of the target that its arrays are put into."""
+
+    saved: dict
+    target: dict
+
+
 OTHER_SPECS = {
-    "storage": (dict(storage="bfloat16"), dict(storage="float16")),
-    "scale": (
+    "storage": Specs(dict(storage="bfloat16"), dict(storage="float16")),
+    "scale": Specs(
         dict(storage=mpembed.RowFormat("int8", scale_dtype="bfloat16")),
         dict(storage=mpembed.RowFormat("int8", scale_dtype="float16")),
     ),
-    "tables": (dict(sizes=(8, 12)), dict(sizes=(12, 8))),
-    "same": (dict(storage="int8"), dict(storage="int8")),
+    "tables": Specs(dict(sizes=(8, 12)), dict(sizes=(12, 8))),
+    "same": Specs(dict(storage="int8"), dict(storage="int8")),
 }
 
 
@@ -697,10 +704,17 @@ def test_sound_steps_pass_debug_nans_without_jit(implementation):
             run(state, ids, np.nan, tx=RULED)
 
 
+class Tiny(NamedTuple):
+    """The rows and the options of a stack of one table."""
+
+    size: int
+    options: dict
+
+
 TINY = {
-    "1-int2-lru": (1, dict(storage="int2", cache=CacheSpec(1.0, policy="lru"))),
-    "1-float32-table": (1, dict(storage="float32")),
-    "3-int4-lfu": (3, dict(storage="int4", cache=CacheSpec())),
+    "1-int2-lru": Tiny(1, dict(storage="int2", cache=CacheSpec(1.0, policy="lru"))),
+    "1-float32-table": Tiny(1, dict(storage="float32")),
+    "3-int4-lfu": Tiny(3, dict(storage="int4", cache=CacheSpec())),
 }
 
 

@@ -5,6 +5,7 @@ This holds for every implementation.
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,18 +38,25 @@ def ids_for(kind, seed=0, *, has_padding=True):
     return ids if kind == "ragged" else ids.reshape(BAGS, LENGTH)
 
 
+class Pool(NamedTuple):
+    """The shape of the ids, and the arguments of pool."""
+
+    kind: str
+    options: dict
+
+
 # Divisors are powers of two where there is no padding, so that all sums are exact.
 POOLS = {
-    "vectors": ("dense", {}),
-    "sum": ("dense", {"combiner": "sum"}),
-    "weighted sum": ("dense", {"combiner": "sum", "weights": True}),
-    "mean": ("dense", {"combiner": "mean"}),
-    "sqrtn": ("dense", {"combiner": "sqrtn"}),
-    "ragged sum": ("ragged", {"combiner": "sum", "weights": True}),
-    "ragged mean": ("ragged", {"combiner": "mean"}),
-    "nest of vectors": ("nest", {}),
-    "nest of sums": ("nest", {"combiner": "sum"}),
-    "nest of weighted sums": ("nest", {"combiner": "sum", "weights": True}),
+    "vectors": Pool("dense", {}),
+    "sum": Pool("dense", {"combiner": "sum"}),
+    "weighted sum": Pool("dense", {"combiner": "sum", "weights": True}),
+    "mean": Pool("dense", {"combiner": "mean"}),
+    "sqrtn": Pool("dense", {"combiner": "sqrtn"}),
+    "ragged sum": Pool("ragged", {"combiner": "sum", "weights": True}),
+    "ragged mean": Pool("ragged", {"combiner": "mean"}),
+    "nest of vectors": Pool("nest", {}),
+    "nest of sums": Pool("nest", {"combiner": "sum"}),
+    "nest of weighted sums": Pool("nest", {"combiner": "sum", "weights": True}),
 }
 MIXED = ("vectors", "weighted sum", "ragged mean", "nest of sums")
 
@@ -127,7 +135,7 @@ def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
     There are padding, ids outside the table and empty bags where sums stay exact.
     """
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
-    ids = ids_for(POOLS[name][0], has_padding="mean" not in name and name != "sqrtn")
+    ids = ids_for(POOLS[name].kind, has_padding="mean" not in name and name != "sqrtn")
     one, other = by_both_ways(spec, ids, options_for(name, ids), implementation=implementation)
     same(one, other)
     assert mpembed.stats(one).bypasses > 0 and mpembed.stats(one).hits > 0
@@ -139,7 +147,7 @@ def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
 )
 def test_without_kernels_and_with_a_rule(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
-    ids = ids_for(POOLS[name][0])
+    ids = ids_for(POOLS[name].kind)
     same(
         *by_both_ways(
             spec, ids, options_for(name, ids), mpembed.optim.rowwise_adagrad(0.1), implementation
@@ -300,7 +308,7 @@ def test_a_gradient_that_is_no_number_stays_in_its_bag(implementation):
 def test_a_user_in_x64_mode_gets_the_same_dtypes(name):
     """Traced only, both ways, with kernels and with numba."""
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
-    ids = ids_for(POOLS[name][0])
+    ids = ids_for(POOLS[name].kind)
     with jax.enable_x64(True):
         state = jax.eval_shape(
             lambda: mpembed.init(jax.random.key(0), spec, SGD, implementation=KERNEL)

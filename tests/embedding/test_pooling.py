@@ -7,12 +7,14 @@ import math
 from collections import OrderedDict, defaultdict
 from functools import partial
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import Refused, named
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID
@@ -362,36 +364,56 @@ def test_empty_batches_and_empty_bags_just_work(shape):
     np.testing.assert_array_equal(grads, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((BAGS, None, "average"), 'combiner must be None, "sum", "mean" or "sqrtn"'),
-        ((BAGS, np.ones(BAGS.shape, np.float32)), "need a combiner"),
-        (
-            (BAGS, np.ones(BAGS.shape[:-1], np.float32), "sum"),
-            "weights must have the shape of inverse",
-        ),
-        ((np.int32(3), None, "sum"), "reduces the last axis"),
-        (
-            ({"a": BAGS, "b": BAGS}, {"a": BAGS}, "sum"),
-            r"nesting of inverse, .*weights\['b'\].*, got \[\"weights\['a'\]\"\]",
-        ),
-        ((BAGS, 0.5, "sum"), "weights must be arrays of float32, got float"),
-        ((BAGS, BAGS + 0.5j, "sum"), "weights must be arrays of float32, got complex128"),
-    ],
-)
-def test_wrong_arguments_say_what_to_do(arguments, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        mpembed.pool(unique_rows(), *arguments)
+def pooled(*arguments):
+    return partial(mpembed.pool, unique_rows(), *arguments)
 
 
-@pytest.mark.parametrize(
-    ("index", "num_segments"), [(BAGS, 3), (FLAT, None), ({"a": FLAT, "b": FLAT}, 3)]
+REFUSED = (
+    Refused(pooled(BAGS, None, "average"), 'combiner must be None, "sum", "mean" or "sqrtn"'),
+    Refused(pooled(BAGS, np.ones(BAGS.shape, np.float32)), "need a combiner"),
+    Refused(
+        pooled(BAGS, np.ones(BAGS.shape[:-1], np.float32), "sum"),
+        "weights must have the shape of inverse",
+    ),
+    Refused(pooled(np.int32(3), None, "sum"), "reduces the last axis"),
+    Refused(
+        pooled({"a": BAGS, "b": BAGS}, {"a": BAGS}, "sum"),
+        r"nesting of inverse, .*weights\['b'\].*, got \[\"weights\['a'\]\"\]",
+    ),
+    Refused(pooled(BAGS, 0.5, "sum"), "weights must be arrays of float32, got float", TypeError),
+    Refused(
+        pooled(BAGS, BAGS + 0.5j, "sum"),
+        "weights must be arrays of float32, got complex128",
+        TypeError,
+    ),
 )
-def test_segments_need_one_flat_inverse_and_their_number(index, num_segments):
+
+
+@pytest.mark.parametrize("refused", named(REFUSED))
+def test_wrong_arguments_say_what_to_do(refused):
+    with pytest.raises(refused.error, match=refused.message):
+        refused.call()
+
+
+class Segmented(NamedTuple):
+    """Arguments of a call with segment ids."""
+
+    index: Any
+    num_segments: int | None
+
+
+NOT_FLAT = {
+    "bags": Segmented(BAGS, 3),
+    "no number": Segmented(FLAT, None),
+    "two arrays": Segmented({"a": FLAT, "b": FLAT}, 3),
+}
+
+
+@pytest.mark.parametrize("of", named(NOT_FLAT))
+def test_segments_need_one_flat_inverse_and_their_number(of):
     with pytest.raises(ValueError, match="one flat inverse"):
         mpembed.pool(
-            unique_rows(), index, None, "sum", segment_ids=SEGMENT, num_segments=num_segments
+            unique_rows(), of.index, None, "sum", segment_ids=SEGMENT, num_segments=of.num_segments
         )
     for segment_ids, num in (
         (SEGMENT.astype(np.float32), 5),

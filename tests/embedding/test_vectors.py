@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
+from cases import named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -231,24 +232,30 @@ def test_a_step_of_bags():
     assert min(stats.hits, stats.evictions, stats.bypasses, stats.dropped, stats.out_of_range) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "policy"), [(2500, "lfu"), (2500, "lru"), (6, "lfu"), (None, "lfu")]
+MANY = Case(
+    {"name": "int8"},
+    8,
+    2500,
+    8,
+    "lfu",
+    2000,
+    "vectors",
+    "adagrad",
+    num_ids=30_000,
+    width=6000,
 )
-def test_any_number_of_threads_makes_the_same_bits(lines, policy):
+THREADED = {
+    "lfu": MANY,
+    "lru": dataclasses.replace(MANY, policy="lru"),
+    "few lines": dataclasses.replace(MANY, lines=6),
+    "no cache": dataclasses.replace(MANY, lines=None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", named(THREADED))
+def test_any_number_of_threads_makes_the_same_bits(case):
     """6,000 positions; 16 or 64 partitions where the cache has so many groups of sets."""
-    case = Case(
-        {"name": "int8"},
-        8,
-        lines,
-        8,
-        policy,
-        2000,
-        "vectors",
-        "adagrad",
-        num_ids=30_000,
-        width=6000,
-    )
     numba = ops.IMPLEMENTATIONS["numba"]
     threads = [dataclasses.replace(numba, max_threads=number) for number in (1, 2, 3, 8)]
     check(case, implementations=threads, steps=4)

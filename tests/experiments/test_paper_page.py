@@ -1,8 +1,9 @@
-"""The page on accuracy per byte says what the recorded runs say.
+"""The pages on accuracy per byte say what the recorded runs say.
 
 Those are still the runs that its commands ask for.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -50,17 +51,16 @@ def difference(found):
 
 
 def page_rows():
-    """Yields {column: cell} of the page's table of differences."""
-    lines = (ROOT / "experiments" / "accuracy" / "README.md").read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("| rows | Reddit, D = 16"))
-    columns = [cell.strip() for cell in lines[first].strip("|").split("|")]
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            return
-        yield list(zip(columns, [cell.strip() for cell in line[1:-1].split("|")], strict=True))
+    """Yields {column: cell} of both tables of differences: the page's, and that of its details."""
+    for name in ("README.md", "details.md"):
+        lines = (ROOT / "experiments" / "accuracy" / name).read_text().splitlines()
+        (first,) = [i for i, line in enumerate(lines) if line.startswith("| rows | Reddit, D = 16")]
+        columns = [cell.strip() for cell in lines[first].strip("|").split("|")]
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :]):
+            yield list(zip(columns, [cell.strip() for cell in line[1:-1].split("|")], strict=True))
 
 
-def test_the_page_copies_its_differences_from_the_runs(groups):
+def test_the_pages_copy_their_differences_from_the_runs(groups):
     """Every cell, and an empty one only where nothing was run."""
     num_filled = 0
     for (_, name), *cells in page_rows():

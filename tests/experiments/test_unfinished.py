@@ -151,13 +151,13 @@ def results(folder, data):
     return outcomes, curve
 
 
+NUM_STOPS = {"synthetic": 10, "raw ids": 10, "criteo": 5, "reddit": 5, "movielens": 5}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "data, num_stops",
-    [("synthetic", 10), ("raw ids", 10), ("criteo", 5), ("reddit", 5), ("movielens", 5)],
-)
+@pytest.mark.parametrize("data", NUM_STOPS)
 def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
-    data, num_stops, tmp_path, monkeypatch, capsys
+    data, tmp_path, monkeypatch, capsys
 ):
     """Three contenders, two seeds; told to stop in chunks, between them, and while it evaluates.
 
@@ -169,7 +169,8 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     assert train_dlrm.main([*words, "--out", str(whole)]) == 0
     num_asked = 10**9 - stop.left
     rng, places = np.random.default_rng(1), []
-    moments = [1, 6, *rng.integers(2, 2 * num_asked // (num_stops - 2), num_stops - 2)]
+    num_later = NUM_STOPS[data] - 2
+    moments = [1, 6, *rng.integers(2, 2 * num_asked // num_later, num_later)]
     for after in moments:
         tell(monkeypatch, after)
         resume = ["--resume"] if places else []
@@ -181,7 +182,7 @@ def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
         assert "python -m experiments.train_dlrm" in said
         assert said.strip().endswith("--resume")
         places.append(said.split(" at ")[1].split(";")[0])
-    assert len(set(places)) > num_stops // 2 and any("seed 1" in place for place in places)
+    assert len(set(places)) > NUM_STOPS[data] // 2 and any("seed 1" in place for place in places)
     if status:
         tell(monkeypatch, 10**9)
         assert train_dlrm.main([*words, "--out", str(parts), "--resume"]) == 0

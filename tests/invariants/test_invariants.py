@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections import Counter
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,19 @@ from mpembed_jax import optim
 
 KEY = jax.random.key(3)
 SGD = optax.sgd(0.25)
+
+
+class Optimizer(NamedTuple):
+    """A row optimizer, and the settings with which NumPy computes it."""
+
+    tx: optax.GradientTransformation
+    adagrad: tuple | None  # eps, first accumulator, whether it is one per row; None for SGD
+
+
 OPTIMIZERS = {
-    "sgd": (optax.sgd(0.1), None),
-    "rowwise_adagrad": (optim.rowwise_adagrad(0.1, eps=1e-3), (1e-3, 0.0, True)),
-    "adagrad": (
+    "sgd": Optimizer(optax.sgd(0.1), None),
+    "rowwise_adagrad": Optimizer(optim.rowwise_adagrad(0.1, eps=1e-3), (1e-3, 0.0, True)),
+    "adagrad": Optimizer(
         optax.adagrad(0.1, initial_accumulator_value=0.1, eps=1e-6),
         (0, 0.1 + 1e-6, False),
     ),
@@ -130,7 +140,7 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
     test_training_equals_a_dictionary_of_rows.
     """
     spec = shapes.stack(150, 5, storage=storage, lines=24, ways=8)
-    tx = OPTIMIZERS["rowwise_adagrad"][0]
+    tx = OPTIMIZERS["rowwise_adagrad"].tx
     batches = shapes.skewed_ids(1, 40, 32, 150, drift=20, ragged=True)
     grads = shapes.dyadic(1, (40, 32, 5))
     order = np.stack([np.random.default_rng(t).permutation(32) for t in range(40)])
@@ -147,7 +157,7 @@ def test_implementations_agree_bit_for_bit():
 
     Full-width passes, chunked loops and compiled planning make the same state.
     """
-    tx = OPTIMIZERS["rowwise_adagrad"][0]
+    tx = OPTIMIZERS["rowwise_adagrad"].tx
     batches = shapes.skewed_ids(2, 6, 6000, 30_000, exponent=0.8, drift=2)
     grads = shapes.dyadic(2, (6, 6000, 4))
     spec = shapes.stack(30_000, 4, storage="int8", lines=2500, ways=8)
@@ -351,7 +361,7 @@ def test_steps_work_in_place_and_compile_once(storage):
     From shapes alone they compile without a copy of the table. Run twice, they keep every large
     buffer where it is, consume their donated argument and do not trace again.
     """
-    row_tx = OPTIMIZERS["rowwise_adagrad"][0]
+    row_tx = OPTIMIZERS["rowwise_adagrad"].tx
     spec = compiled_spec(storage)
     abstract = jax.eval_shape(lambda: mpembed.init(KEY, spec, row_tx))
     traces, params, opt_state, jitted = programs(row_tx)
@@ -409,7 +419,7 @@ def test_the_step_does_not_grow_with_the_table():
 
     The same operations in the same numbers, flops and temporaries.
     """
-    row_tx = OPTIMIZERS["rowwise_adagrad"][0]
+    row_tx = OPTIMIZERS["rowwise_adagrad"].tx
     seen = []
     for num_rows in (1_000_003, 33_762_577):
         spec = compiled_spec("int8", num_rows, 50_000)

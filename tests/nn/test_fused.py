@@ -1,5 +1,6 @@
 """Modules with fused=True: the bits of fused=False, and what their calls refuse."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as linen
@@ -53,31 +54,38 @@ def ngrams_of(fused, tx=ADAGRAD, **options):
     )
 
 
+class Model(NamedTuple):
+    """A module, and its ids."""
+
+    make: Callable  # fused, options -> the module
+    batch: Callable  # seed -> a nest of ids
+
+
 MODELS = {
-    "embed": (embed_of, lambda s: ids_of(s, 6, 3)),
-    "a nest": (embed_of, lambda s: {"y": ids_of(s, 6, 3), "x": [ids_of(s + 9, 5)]}),
-    "one combiner": (
+    "embed": Model(embed_of, lambda s: ids_of(s, 6, 3)),
+    "a nest": Model(embed_of, lambda s: {"y": ids_of(s, 6, 3), "x": [ids_of(s + 9, 5)]}),
+    "one combiner": Model(
         lambda fused, **o: bags_of(fused, "mean", **o),
         lambda s: {"user": ids_of(s, 6, 1), "seen": ids_of(s, 6, 3), "shop": ids_of(s, 6, 2)},
     ),
-    "single ids": (
+    "single ids": Model(
         lambda fused, **o: bags_of(fused, "sum", **o),
         lambda s: {"seen": ids_of(s, 6, 1), "user": ids_of(s + 1, 6, 1)},
     ),
-    "none and sqrtn": (
+    "none and sqrtn": Model(
         lambda fused, **o: bags_of(
             fused, {"seen": None, "user": "sqrtn", "shop": None, "last": "sum"}, **o
         ),
         lambda s: {"seen": ids_of(s, 6, 3), "user": ids_of(s, 5, 2), "shop": ids_of(s, 7)},
     ),
-    "several combiners": (
+    "several combiners": Model(
         lambda fused, **o: bags_of(
             fused, {"seen": "sum", "user": "mean", "shop": "sum", "last": "sum"}, **o
         ),
         lambda s: {"seen": ids_of(s, 6, 3), "user": ids_of(s, 5, 2), "shop": ids_of(s, 7, 2)},
     ),
-    "columns": (lambda fused, **o: bags_of(fused, "sum", **o), lambda s: ids_of(s, 6, 4)),
-    "n-grams": (ngrams_of, lambda s: jnp.maximum(ids_of(s, 3, 7) % ROWS, 0)),
+    "columns": Model(lambda fused, **o: bags_of(fused, "sum", **o), lambda s: ids_of(s, 6, 4)),
+    "n-grams": Model(ngrams_of, lambda s: jnp.maximum(ids_of(s, 3, 7) % ROWS, 0)),
 }
 
 
@@ -282,16 +290,18 @@ class Linen(linen.Module):
 
 
 LINEN = {
-    "embed": (lambda fused: CachedEmbed(ROWS, DIM, tx=ADAGRAD, fused=fused), MODELS["embed"][1]),
-    "one combiner": (
+    "embed": Model(
+        lambda fused: CachedEmbed(ROWS, DIM, tx=ADAGRAD, fused=fused), MODELS["embed"].batch
+    ),
+    "one combiner": Model(
         lambda fused: CachedEmbedBags(
             bags_of(False, "mean").specs, ADAGRAD, combiner="mean", fused=fused
         ),
-        MODELS["one combiner"][1],
+        MODELS["one combiner"].batch,
     ),
-    "n-grams": (
+    "n-grams": Model(
         lambda fused: NGramMemory(ROWS, DIM, 23, padding=0, tx=ADAGRAD, fused=fused),
-        MODELS["n-grams"][1],
+        MODELS["n-grams"].batch,
     ),
 }
 
@@ -339,7 +349,7 @@ def test_a_linen_stack_keeps_what_it_is_when_a_step_is_given_up_or_its_state_rep
 
 
 def test_linen_refuses_what_nnx_refuses():
-    model = Linen(LINEN["one combiner"][0](True))
+    model = Linen(LINEN["one combiner"].make(True))
     ids = {"seen": ids_of(0, 6, 3)}
     variables = jax.jit(model.init)(jax.random.key(0), ids)
     state = TrainState.create(apply_fn=model.apply, variables=variables, tx=optax.sgd(1))

@@ -1,6 +1,8 @@
 """Machine code kept on disk between processes."""
 
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,8 +14,10 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
-from mpembed_jax.ops.cpu import call_frame, machine_code  # noqa: E402  after importorskip
+import mpembed_jax  # noqa: E402  after importorskip
+from mpembed_jax.ops.cpu import call_frame, machine_code  # noqa: E402
 
+PACKAGE = pathlib.Path(mpembed_jax.__file__).parent
 SIGNATURE = numba.types.int64(numba.types.int64)
 
 STEP = """
@@ -95,12 +99,31 @@ def test_broken_file_is_compiled_anew_and_replaced(folder, compilations, damage)
     assert len(compilations) == 2  # the second of the two loads read the new file
 
 
-def test_other_sources_have_another_file(folder, compilations, monkeypatch):
+def test_a_file_is_named_by_the_digest_of_the_package(folder):
     machine_code.load("add_seven", add_seven, SIGNATURE)
-    monkeypatch.setattr(machine_code, "_digest", lambda: "0" * 32)
-    machine_code.load("add_seven", add_seven, SIGNATURE)
-    assert len(compilations) == 2
-    assert len(list(folder.iterdir())) == 2
+    (path,) = folder.iterdir()
+    assert path.name == f"add_seven-{machine_code.digest(PACKAGE)}.bin"
+
+
+def test_other_sources_have_another_digest(tmp_path):
+    """Sources of the functions, and of the rooms whose constants they use."""
+    same = shutil.copytree(PACKAGE, tmp_path / "same")
+    digests = {machine_code.digest(PACKAGE), machine_code.digest(same)}
+    assert len(digests) == 1
+    changed = (
+        "ops/cpu/bag_step",
+        "serving/compiled",
+        "cache/policy",
+        "numerics/packing",
+        "vocabulary/pool",
+        "row_ids",
+    )
+    for number, name in enumerate(changed):
+        other = shutil.copytree(PACKAGE, tmp_path / str(number))
+        with (other / f"{name}.py").open("a") as source:
+            source.write("# another\n")
+        digests.add(machine_code.digest(other))
+    assert len(digests) == 1 + len(changed)
 
 
 @pytest.mark.parametrize("place", ["off", "a file stands in the way"])

@@ -92,7 +92,7 @@ class TrainState(struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """All collections, for `model.apply(state.variables, ..)`.
 
-        Outside a step, this is an evaluation.
+        Outside a step, such a call is an evaluation.
         """
         return {**self.collections, "params": self.params}
 

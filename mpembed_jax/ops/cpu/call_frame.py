@@ -308,7 +308,7 @@ def _run_parts(frame, function, num, num_tasks):
 
 
 def parts(part: Callable[[int, int], None]) -> Callable:
-    """Returns a numba function run(frame, num, num_tasks): it runs part(frame, k), k < num.
+    """Returns a numba function run(frame, num, num_tasks), which runs part(frame, k) for k < num.
 
     Up to num_tasks threads take parts one after another, the caller among them. XLA's thread pool
     may be busy, or may itself wait for the caller. The caller therefore runs every part that no
@@ -366,8 +366,9 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
             run(frame)
         return 0  # no error
 
-    # numba names machine code after this name and a count of the process. Code of two processes
-    # that is loaded by a third must differ by this name: of two equal symbols only one is called.
+    # numba makes a symbol of this name and of a count that each process begins anew. A process may
+    # load code that two others compiled. Of two equal symbols, it would call only one. So each
+    # function has a name of its own.
     handler.__qualname__ = f"handler.{name}"
     one = (types.int64,)
     parts = [(_is_query, one), (run, one)]

@@ -1,8 +1,7 @@
 """Decoding and encoding a packed row on a CPU, eight elements at a time.
 
-The rules are those of `numerics.formats` and `rounding`, and so are the bits. A row of words
-is read as its bytes, little-endian: codes from element 0 on, padded to whole halves of 16 bits,
-then scale and bias.
+The rules and the bits are those of `numerics.formats` and `rounding`. A row of words is read as its
+bytes, little-endian: codes from element 0 on, padded to a multiple of 16 bits, then scale and bias.
 """
 
 import functools
@@ -56,7 +55,7 @@ def row_bytes(fmt: RowFormat) -> Callable:
 
 
 def _num_halves(fmt: RowFormat) -> int:
-    return fmt.metadata_halves(1)  # of a resolved format it does not depend on the dim
+    return fmt.metadata_halves(1)  # the same for every dim, because the format is resolved
 
 
 @compiled

@@ -1,9 +1,11 @@
 """Eight lanes of 32 bits at a time, for loops over the elements of a row.
 
-numba's arrays may alias for all LLVM knows, so its loops over a row stay scalar. Here the
-instructions are written as LLVM's vectors. Rows are given by their addresses (int64) and have any
-number of elements `dim` (int64): whole blocks of eight, and a rest of fewer. A buffer is a row of
-our own with room for whole blocks; its lanes beyond dim hold zeros.
+LLVM does not vectorize numba's loops over a row, because it cannot exclude that two arrays overlap.
+Here, such loops are written with LLVM's vector instructions.
+
+A row is given by its address (int64). It has any number of elements `dim` (int64): whole blocks of
+eight, and a rest of fewer. A buffer is a temporary row with room for whole blocks. Its lanes beyond
+dim hold zeros.
 
 Products and sums are rounded one by one.
 """
@@ -22,9 +24,10 @@ _WORDS, _FLOATS = ir.VectorType(_WORD, LANES), ir.VectorType(_FLOAT, LANES)
 
 
 class Lanes:
-    """Eight float32 or uint32 in code that is being written; operators write instructions.
+    """Eight values of float32 or uint32 in code that is being generated.
 
-    The other operand is Lanes of the same type or a Python number.
+    An operator adds its instructions to the code. Its other operand is Lanes of the same type or a
+    Python number.
     """
 
     def __init__(self, builder: ir.IRBuilder, value: ir.Value):
@@ -74,7 +77,7 @@ class Lanes:
         return self._with(self.builder.lshr(self.value, self._other(other)))
 
     def compare(self, sign: str, other: Any) -> ir.Value:
-        """Returns <8 x i1>; False where a float is NaN, but for "!="."""
+        """Returns <8 x i1>. Where a float is NaN, only "!=" is true."""
         if not self.is_float:
             return self.builder.icmp_unsigned(sign, self.value, self._other(other))
         compare = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
@@ -105,11 +108,11 @@ class Lanes:
         return self._with(_call(self.builder, "llvm.floor.v8f32", self.value))
 
     def minimum(self, other: Any) -> "Lanes":
-        """Returns the smaller one, NaN if one is."""
+        """Returns the smaller value of each lane; NaN if either is NaN."""
         return self._with(_call(self.builder, "llvm.minimum.v8f32", self.value, self._other(other)))
 
     def maximum(self, other: Any) -> "Lanes":
-        """Returns the larger one, NaN if one is."""
+        """Returns the larger value of each lane; NaN if either is NaN."""
         return self._with(_call(self.builder, "llvm.maximum.v8f32", self.value, self._other(other)))
 
     def halved(self, join: Callable[["Lanes", "Lanes"], "Lanes"]) -> ir.Value:
@@ -130,7 +133,7 @@ def _call(builder: ir.IRBuilder, name: str, *operands: ir.Value) -> ir.Value:
 
 
 def constant(builder: ir.IRBuilder, number: Any, *, is_float: bool) -> Lanes:
-    """Returns lanes that all hold a number, or those of a list."""
+    """Returns lanes that all hold one number, or that hold the numbers of a list."""
     numbers = number if isinstance(number, list) else [number] * LANES
     return Lanes(builder, ir.Constant(_FLOATS if is_float else _WORDS, numbers))
 
@@ -146,19 +149,22 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
 
 
 class Block:
-    """The eight elements of a row from `first` (i64) on; `rest` (i64): only so many exist."""
+    """Eight elements of a row, from `first` (i64) on. Only `rest` (i64) of them exist, if given."""
 
     def __init__(self, builder: ir.IRBuilder, first: ir.Value, rest: ir.Value | None):
         self.builder, self.first, self.rest = builder, first, rest
 
     def live(self) -> ir.Value:
-        """Returns <8 x i1>: the elements that exist; only of a block with a rest."""
+        """Returns <8 x i1>: which elements exist. The block must have a rest."""
         numbers = constant(self.builder, list(range(LANES)), is_float=False)
         rest = splat(self.builder, self.builder.trunc(self.rest, _WORD))
         return numbers.compare("<", rest)
 
     def _place(self, address: ir.Value, bits: int) -> tuple[ir.Value, ir.Value | None]:
-        """Returns the address of the block in a row of elements of so many bits, and its bytes."""
+        """Returns the address of the block in a row at `address`, and its number of bytes.
+
+        An element has `bits` bits. Without a rest, the number of bytes is None.
+        """
         builder = self.builder
         offset = builder.lshr(builder.mul(self.first, _LONG(bits)), _LONG(3))
         num_bytes = None
@@ -168,7 +174,7 @@ class Block:
         return builder.add(address, offset), num_bytes
 
     def load(self, address: ir.Value, kind: ir.Type, bits: int = 32) -> ir.Value:
-        """Loads 8 elements of `bits` bits as a value of so many bytes; zeros beyond the rest."""
+        """Loads 8 elements of `bits` bits as a value of type `kind`; zeros beyond the rest."""
         builder = self.builder
         place, num_bytes = self._place(address, bits)
         if num_bytes is None:
@@ -179,7 +185,10 @@ class Block:
         return builder.load(held)
 
     def store(self, address: ir.Value, value: ir.Value, bits: int = 32) -> None:
-        """Stores 8 elements of `bits` bits; of a rest of codes, up to whole halves."""
+        """Stores 8 elements of `bits` bits.
+
+        Of a block with a rest, it stores the bytes of the rest, rounded up to an even number.
+        """
         builder = self.builder
         place, num_bytes = self._place(address, bits)
         if num_bytes is None:
@@ -199,7 +208,7 @@ class Block:
         return Lanes(self.builder, Block(self.builder, self.first, None).load(address, _FLOATS))
 
     def buffer(self, address: ir.Value, lanes: Lanes) -> None:
-        """Stores float32 to a buffer, zeros beyond the rest."""
+        """Stores float32 to a buffer, with zeros beyond the rest."""
         if self.rest is not None:
             lanes = lanes.where(self.live(), 0.0)
         Block(self.builder, self.first, None).store(address, lanes.value)
@@ -360,7 +369,8 @@ def accumulate(context, row, factor, source, dim):
 def move(context, buffer, old, rate, grads, inverse, dim):
     """buffer = rate * (grads * inverse) + old; grads is a buffer, too.
 
-    Returns whether an element differs from the old one (int64, 0 or not): NaN does, -0 from 0 not.
+    Returns an int64 that is not 0 if an element differs from the old one. NaN differs from every
+    number. -0 does not differ from 0.
     """
 
     def write(builder, buffer, old, rate, grads, inverse, dim):
@@ -422,7 +432,7 @@ def _squares(values: Lanes) -> Lanes:
 
 
 def sum_of_squares(num_blocks: int) -> Callable:
-    """Returns a numba function of a buffer of so many blocks: the sum of its squares, float32.
+    """Returns a numba function that sums the squares (float32) of a buffer of `num_blocks` blocks.
 
     The blocks of the upper half are added to those of the lower half, until one block is left. All
     stay in registers.
@@ -448,7 +458,7 @@ def sum_of_squares(num_blocks: int) -> Callable:
 
 @intrinsic
 def add_block(context, buffer, block, other):
-    """Adds a block of a buffer, by its number, to another one: buffer[block] += buffer[other]."""
+    """Adds one block of a buffer to another, by their numbers: buffer[block] += buffer[other]."""
 
     def write(builder, buffer, block, other):
         here, there = (Block(builder, builder.shl(b, _LONG(3)), None) for b in (block, other))
@@ -459,7 +469,7 @@ def add_block(context, buffer, block, other):
 
 @intrinsic
 def fold(context, buffer):
-    """Sums the first block of a buffer: upper half and lower half, until one is left."""
+    """Sums the first block of a buffer: adds its halves until one element is left."""
 
     def write(builder, buffer):
         first = Block(builder, _LONG(0), None).buffered(buffer)
@@ -497,7 +507,7 @@ largest_magnitude = intrinsic(_extreme(Lanes.maximum, 0.0, True))
 
 @intrinsic
 def ask_for(context, row, num_bytes):
-    """Asks for the cache lines of so many bytes from an address on; does not wait for them."""
+    """Asks for the cache lines of `num_bytes` bytes from an address on, without waiting."""
 
     def write(builder, row, num_bytes):
         byte = _BYTE.as_pointer()
@@ -510,7 +520,7 @@ def ask_for(context, row, num_bytes):
         num_lines = builder.lshr(builder.add(num_bytes, _LONG(63)), _LONG(6))
         with cgutils.for_range(builder, num_lines) as loop:
             place = builder.add(row, builder.shl(loop.index, _LONG(6)))
-            # For reading, to all levels, data.
+            # The arguments say: for reading, into all levels of the cache, data.
             builder.call(fetch, [builder.inttoptr(place, byte), _WORD(0), _WORD(3), _WORD(1)])
 
     return _row_function(write, types.void, _ROW, types.int64)

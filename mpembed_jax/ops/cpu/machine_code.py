@@ -36,6 +36,7 @@ from numba.core.runtime import rtsys
 
 _LOG = logging.getLogger("mpembed_jax")
 _MAGIC = b"mpembed_jax machine code 1\n"
+_PACKAGE = pathlib.Path(__file__).parents[2]
 
 
 def load(
@@ -116,17 +117,23 @@ def _folder() -> pathlib.Path | None:
 
 
 @functools.cache
-def _digest() -> str:
-    """Hashes what the machine code of this folder's functions depends on."""
+def digest(package: pathlib.Path) -> str:
+    """Returns the digest of everything that the machine code of a package depends on.
+
+    It is read once for each package of a process.
+
+    Args:
+      package: the folder of mpembed_jax, or of a copy.
+    """
     parts = [numba.__version__, llvmlite.__version__, importlib.metadata.version("jaxlib")]
     parts += [platform.python_version(), *map(str, _codegen().magic_tuple())]
-    digest = hashlib.sha256("\n".join(parts).encode())
-    package = pathlib.Path(__file__).parents[2]
+    made = hashlib.sha256("\n".join(parts).encode())
     # The constants of compiled functions come from these rooms too.
-    rooms = ("ops/cpu/*.py", "serving/*.py", "cache/*.py", "numerics/*.py", "row_ids.py")
-    for source in sorted(path for room in rooms for path in package.glob(room)):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:32]
+    rooms = ("ops/cpu", "serving", "cache", "numerics", "vocabulary")
+    sources = [source for room in rooms for source in (package / room).glob("*.py")]
+    for source in sorted([*sources, package / "row_ids.py"]):
+        made.update(source.read_bytes())
+    return made.hexdigest()[:32]
 
 
 def _codegen() -> Any:
@@ -135,7 +142,7 @@ def _codegen() -> Any:
 
 def _path(name: str) -> pathlib.Path | None:
     folder = _folder()
-    return None if folder is None else folder / f"{name}-{_digest()}.bin"
+    return None if folder is None else folder / f"{name}-{digest(_PACKAGE)}.bin"
 
 
 def _read(path: pathlib.Path) -> tuple[Any, int] | None:

@@ -1,9 +1,9 @@
 """The integer part of a fused step on a CPU: each partition of a batch finds its own rows.
 
-A partition of ids owns its sets: the set of an id is a function of the id, so nothing that one
-partition reads or writes belongs to another, and no number of threads changes a result. Rules:
-`xla.plan.make_plan`, `xla.unique`. In this file, `row` is the index of a distinct id within its
-partition.
+A partition of ids owns its sets, because the set of an id is a function of the id. No partition
+reads or writes what belongs to another. So the number of threads does not change a result. The
+rules are those of `xla.plan.make_plan` and `xla.unique`. In this file, `row` is the index of a
+distinct id within its partition.
 """
 
 import numpy as np
@@ -52,8 +52,9 @@ def begin_parts(deals, width, num_parts, begins):
     Positions that no partition owns are last.
 
     Args:
-      deals: i32 [CHUNKS * width], for each chunk how many positions each partition gets, and how
-        many none. Filled with where the first of them goes.
+      deals: i32 [CHUNKS * width], for each chunk the number of positions of each partition, and the
+        number of positions without one. Each number is replaced by the place of the first of these
+        positions.
       width: numbers of a chunk, at least num_parts + 1.
       num_parts: number of partitions.
       begins: i32 [num_parts + 2 or more], filled with where each partition begins, where the

@@ -85,7 +85,7 @@ def _mean_of_squares(grads: list[jax.Array], dim: int, number: jax.Array) -> jax
     squares = [rounding.apart(g * g, number) for g in grads]
     while squares[0].shape[1] > 1:
         rows, words = squares[0].shape
-        # A sum of two numbers has one order.
+        # Each of these sums has two terms, so XLA cannot choose another order.
         squares = [jnp.sum(s.reshape(rows, 2, words // 2), axis=1) for s in squares]
     while len(squares) > 1:
         half = len(squares) // 2

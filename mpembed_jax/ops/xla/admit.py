@@ -1,6 +1,6 @@
 """The reference of `admit` in plain jax.numpy: which raw ids of a batch get rows of their own.
 
-A loop-free program of sorts and gathers, all of the length of the batch.
+The program has no loop. It sorts and gathers arrays of the length of the batch.
 """
 
 import dataclasses
