@@ -44,7 +44,7 @@ settings.load_profile("tests")
 
 # Some tests, and processes that they start, compile in a third of the time: without LLVM's
 # optimizations, and with XLA's older code for fusions. They are those of these folders and files,
-# which compare no bits of two programs, and those that are marked as `slow`, except the invariants.
+# which compare no bits of two programs, and those that are marked as `slow`, except for some.
 # All others compile as users do. The fast loop compiles everything quickly, except what is marked
 # as `optimized`.
 _QUICKLY_COMPILED = {
@@ -55,6 +55,9 @@ _QUICKLY_COMPILED = {
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
+# Slow or not, these compile as users do: the invariants, and vectors that XLA must round as native
+# code does.
+_ALWAYS_OPTIMIZED = {"invariants", "test_vectors.py"}
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _FLAGS = os.environ["XLA_FLAGS"]
 _get_compile_options = compiler.get_compile_options
@@ -110,9 +113,9 @@ def pytest_runtest_protocol(item):
     for marker in (optimized, item.get_closest_marker("standard_promotion")):
         if marker is not None and not marker.args:
             raise pytest.UsageError(f"{item.nodeid}: {marker.name} needs a reason")
-    room = item.path.parent.name
-    is_quick = not _QUICKLY_COMPILED.isdisjoint({room, item.path.name})
-    is_extra = item.get_closest_marker("slow") is not None and room != "invariants"
+    of = {item.path.parent.name, item.path.name}
+    is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
+    is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
     is_loop = item.config.getoption("markexpr") == "not slow"
     _compile_quickly((is_quick or is_extra or is_loop) and optimized is None)
     opt_out = item.get_closest_marker("standard_promotion")

@@ -33,7 +33,7 @@ CODECS = [
     | ({"scale_dtype": codec.scale} if name != codec.name else {})
     for name, codec in shapes.CODECS.items()
 ]
-SOME = CODECS[::2]  # the drawn cases have all
+SOME, OTHERS = CODECS[::2], CODECS[1::6]  # machine code of a format takes ten seconds
 
 
 @partial(jax.jit, static_argnames=("tx", "combiner", "num_segments"), donate_argnums=0)
@@ -146,7 +146,7 @@ def check(case, *, implementations=("numba",), steps=6):
 @given(
     st.builds(
         Case,
-        codec=st.sampled_from(CODECS),
+        codec=st.sampled_from(OTHERS),
         dim=st.sampled_from([1, 3, 8, 16, 33, 100]),
         lines=st.sampled_from([None, 1, 24, 300, 1100]),
         ways=st.sampled_from(shapes.WAYS),

@@ -151,7 +151,7 @@ def results(folder, data):
     return outcomes, curve
 
 
-NUM_STOPS = {"synthetic": 10, "raw ids": 10, "criteo": 5, "reddit": 5, "movielens": 5}
+NUM_STOPS = {"synthetic": 7, "raw ids": 7, "criteo": 5, "reddit": 5, "movielens": 5}
 
 
 @pytest.mark.slow
