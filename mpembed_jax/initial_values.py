@@ -37,6 +37,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
       have BLOCK rows, except the last one. The function returns float32 [rows, D].
 
     Raises:
+      TypeError: if the initializer returns something else than an array.
       ValueError: if the initializer returns another shape.
     """
     call: Any = table.initializer
@@ -44,6 +45,12 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
 
     def values(key: jax.Array, size: int) -> jax.Array:
         result = call(key, (size, embedding_dim), jnp.float32)
+        if not isinstance(result, jax.Array | np.ndarray):
+            raise TypeError(
+                f"initializer of table {table.name!r} returned {type(result).__name__}, not an "
+                "array; pass the plain initializer, without with_partitioning (init's mesh= and "
+                "placement= divide the rows)"
+            )
         if result.shape != (size, embedding_dim):
             raise ValueError(
                 f"initializer of table {table.name!r} returned {result.shape} when asked for "

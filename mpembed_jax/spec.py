@@ -396,7 +396,7 @@ class EmbeddingSpec:
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())
         ]
-        library = jnp if isinstance(array, jax.Array) else np
+        library = jnp if any(isinstance(column, jax.Array) for column in columns) else np
         return library.stack(columns, axis=-2)
 
     def _map(self, ids: Any, names: list[str], start: Any, size: Any) -> Any:

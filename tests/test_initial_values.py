@@ -3,6 +3,7 @@
 They are made in blocks where that is right.
 """
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,3 +144,21 @@ def test_an_initializer_of_another_shape_is_refused():
         ValueError, match=r"table 't' returned \(5, 4\) when asked for \(20000, 4\)"
     ):
         table_of(lambda key, shape, dtype: jnp.zeros((5, 4)))
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    named(
+        {
+            "nnx.with_partitioning": nnx.with_partitioning(FANS["xavier_uniform"], (None, "x")),
+            "linen.with_partitioning": linen.with_partitioning(FANS["xavier_uniform"], (None, "x")),
+            "nothing": lambda key, shape, dtype: None,
+        }
+    ),
+)
+def test_an_initializer_that_returns_no_array_is_refused(initializer):
+    """Those of flax's with_partitioning return an array in a box."""
+    with pytest.raises(
+        TypeError, match=r"'t' returned (VariableMetadata|Partitioned|NoneType), no"
+    ):
+        table_of(initializer)

@@ -182,8 +182,16 @@ class EmbeddingState:
         Traced arrays are checked when the compiled function runs, by is_sound.
 
         Raises:
-          ValueError: if the arrays were made for another spec, or if states were averaged.
+          ValueError: if the arrays were made for another spec, if states were averaged, or if
+            several states are stacked.
         """
+        if self.step.ndim:
+            raise ValueError(
+                f"these are {list(self.step.shape)} states, stacked along a new axis of each "
+                "array, as jax.vmap, nnx.vmap and scans over layers make them; call the verbs and "
+                "modules inside jax.vmap or nnx.vmap, or take one of the states: "
+                "jax.tree.map(lambda array: array[0], state)"
+            )
         lines = None if self.cache is None else self.cache.rows.dtype
         is_packed = jnp.issubdtype(self.table.rows.dtype, jnp.unsignedinteger)
         if not is_packed or lines not in (None, np.float32) or self.step.dtype != np.int32:

@@ -199,8 +199,10 @@ def part(
         rows = _brought(state, rows, plan.route)
         return routing.Part(rows, treedef.unflatten(known), _pool_of(state, pool))
     inverse, route = verbs.run(_find, state, plan, leaves)
+    is_checked = True
     for index, of_leaf in zip(inverse, leaves, strict=True):
         if isinstance(index, jax.core.Tracer) or not index.is_fully_addressable:
+            is_checked = False
             continue
         missing = np.argwhere(np.asarray(index) == _MISSING)
         if missing.size:
@@ -211,7 +213,9 @@ def part(
                 "ids of the step's calls (several inputs: one nest of them)"
             )
     rows = _brought(state, rows, route)
-    return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, _pool_or_nan))
+    # Outside jit no id is missing here. jax.debug_nans would stop at the NaN of _pool_or_nan.
+    chosen = pool if is_checked else _pool_or_nan
+    return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, chosen))
 
 
 def _find(

@@ -144,5 +144,5 @@ def key_words(key: jax.Array) -> jax.Array:
         return jnp.asarray(key)
     raise TypeError(
         "key must be jax.random.key(..) or uint32 [2], got "
-        f"{getattr(key, 'dtype', type(key).__name__)}"
+        f"{getattr(key, 'dtype', type(key).__name__)} {list(getattr(key, 'shape', ()))}"
     )

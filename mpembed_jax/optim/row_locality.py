@@ -7,7 +7,9 @@ independently.
 
 A transformation that mixes rows, such as clipping by the global norm, needs all rows of the batch
 at once. It sees them in any order, with rows of zeros between them. `check_mixing` tries an
-example: in another order and with rows of zeros, the updates must stay the same.
+example: in another order and with rows of zeros, the updates must stay the same. Numbers that the
+transformation keeps for the whole stack must not depend on the state of rows, because a step has
+only the state of its own rows.
 
 On a CPU, updates in parts halve the time of a whole step: from 45 to 23 ms with optax.adam and from
 34 to 18 ms with optax.adagrad (two cores, 53,248 ids, D = 64, INT8 + 5 %).
@@ -43,10 +45,11 @@ def evaluated() -> Iterator[None]:
 
     The numbers do not belong to the trace. They do not belong to the mesh of jax.set_mesh either,
     which cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
+    Inside a jax.shard_map without jit, jax.ensure_compile_time_eval would give tracers.
     """
     no_mesh = jax.sharding.AbstractMesh((), ())
     with (
-        jax.ensure_compile_time_eval(),
+        jax.core.eval_context(),
         jax.transfer_guard("allow"),
         jax.sharding.use_abstract_mesh(no_mesh),
     ):
@@ -99,14 +102,15 @@ def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
     """Checks that updates depend neither on the order of the rows nor on rows of zeros among them.
 
     It runs two steps on five rows with random gradients. It repeats them on ten rows: the same
-    five, shuffled, and five rows of zeros. The updates must agree.
+    five, shuffled, and five rows of zeros. The updates must agree. It also repeats the second step
+    with twice the rows and their state. The scalars of the state must agree.
 
     Args:
       tx: an optax transformation that `row_state.row_leaves` accepts.
       embedding_dim: D.
 
     Raises:
-      ValueError: if the updates depend on either.
+      ValueError: if the updates depend on either, or if a scalar depends on rows or their state.
     """
     rng = np.random.default_rng(0)
     place = np.array([7, 2, 9, 4, 0])
@@ -134,6 +138,39 @@ def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
                 "pad a batch, as a mean over rows does; use sums and norms over rows (such as "
                 "optax.clip_by_global_norm) or what treats each row by itself (such as "
                 "optim.clip_by_row_norm)"
+            )
+    with evaluated():
+        _check_scalars(tx, few)
+
+
+def _check_scalars(tx: optax.GradientTransformation, arrays: np.ndarray) -> None:
+    """Checks that the scalars of tx's state depend on gradients alone.
+
+    Args:
+      tx: as for `check_mixing`.
+      arrays: float32 [3, n, D]: rows, and their gradients in two steps.
+
+    Raises:
+      ValueError: if they depend on rows or on the state of rows.
+    """
+    rows, first, second = map(jnp.asarray, arrays)
+    _, state = tx.update(first, tx.init(rows), rows)
+
+    def scalars(factor: int) -> list[tuple[Any, np.ndarray]]:
+        def scaled(leaf: Any) -> Any:
+            is_row = jnp.ndim(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+            return jnp.float32(factor) * leaf if is_row else leaf
+
+        _, after = tx.update(second, jax.tree.map(scaled, state), scaled(rows))
+        leaves = jax.tree_util.tree_leaves_with_path(after)
+        return [(path, np.asarray(leaf)) for path, leaf in leaves if not jnp.ndim(leaf)]
+
+    for (path, one), (_, other) in zip(scalars(1), scalars(2), strict=True):
+        if not np.allclose(one, other, rtol=1e-3, atol=0, equal_nan=True):
+            raise ValueError(
+                f"tx keeps one number, {jax.tree_util.keystr(path)}, that depends on the values or "
+                "the state of all rows, but a step has only those of its batch; use a learning "
+                "rate that is given, such as optim.rowwise_adagrad(0.05)"
             )
 
 

@@ -670,4 +670,6 @@ def _device_bag(table: QuantizedTable, ids: jax.Array, combiner: str, weights: A
         return total + factor[..., None] * read_rows(table, here)
 
     zeros = jnp.zeros((*ids.shape[:-1], table.embedding_dim), jnp.float32)
+    if not ids.size:  # the body cannot be traced: there is no position
+        return zeros
     return lax.fori_loop(0, ids.shape[-1], body, zeros)

@@ -823,6 +823,30 @@ def test_a_state_under_another_spec_reads_as_nan_inside_jit():
     assert np.isfinite(training.read(state, jnp.arange(4, dtype=jnp.int32))).all()
 
 
+@pytest.mark.parametrize("cache", [None, CacheSpec(num_rows=4)], ids=["uncached", "cached"])
+def test_stacked_states_are_refused_outside_of_vmap(cache):
+    """Each array has an axis more. The message says so, before an operation fails."""
+    ids = jnp.arange(4, dtype=jnp.int32)
+    states = [start(stack(cache=cache), seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *states)
+    one = jax.tree.map(lambda array: array[1], stacked)
+    np.testing.assert_array_equal(mpembed.read(one, ids), mpembed.read(states[1], ids))
+    rows = jax.jit(jax.vmap(mpembed.read, (0, None)))(stacked, ids)
+    np.testing.assert_array_equal(rows[2], mpembed.read(states[2], ids))
+    verbs = {
+        "read": lambda state: mpembed.read(state, ids),
+        "prefetch": lambda state: mpembed.prefetch(state, ids),
+        "embed": lambda state: mpembed.embed(state, ids, tx=TX),
+        "flush": mpembed.flush,
+        "write_rows": lambda state: mpembed.write_rows(state, ids, jnp.ones((4, DIM))),
+    }
+    host = {"stats": mpembed.stats, "to_dense": mpembed.to_dense}
+    for name, verb in (verbs | host).items():
+        for call in (verb, jax.jit(verb)) if name in verbs else (verb,):
+            with pytest.raises(ValueError, match=r"\[3\] states, stacked.*inside jax\.vmap"):
+                call(stacked)
+
+
 # --- mistakes of the first hour: one per public function, and each says what goes where
 
 

@@ -275,6 +275,20 @@ def test_under_set_mesh_a_step_is_the_same(tx):
     np.testing.assert_array_equal(under, plain)
 
 
+@pytest.mark.slow
+def test_a_step_over_a_mesh_without_jit_passes_debug_nans():
+    """Outside jit, jax.debug_nans looks at every result of a call, also within a shard_map."""
+    embed, ids = embed_over(mesh_of(4)), np.array([[3, 7], [7, 9], [3, 3], [499, 0]], np.int32)
+    before = mpembed.to_dense(embed.state)["embedding"]
+    with jax.debug_nans(True):
+        embed.prefetch(ids)
+        nn.apply_gradients(embed, nnx.grad(lambda embed: embed(ids[::-1]).sum())(embed))
+    np.subtract.at(before, ids.reshape(-1), np.float32(1))
+    np.testing.assert_allclose(
+        mpembed.to_dense(embed.state)["embedding"], before, rtol=0, atol=2**-22
+    )
+
+
 @jax.jit
 def microbatched_linen_step(state, ids, upstream):
     """As linen_step, in two microbatches of one prefetch."""

@@ -271,6 +271,41 @@ def test_prefetch_and_call_may_be_jitted_apart():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", named({"float32": FLOAT32, "int8 with a cache": CACHED}))
+def test_a_step_that_ends_with_the_next_prefetch_trains_the_same_bits(options):
+    """RECIPES.md: prefetch ahead, in modules."""
+    batches = [batch(seed=k) for k in range(4)]
+
+    def start():
+        model = Model(**options)
+        return model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    def train(model, optimizer, ids, labels):
+        grads = nnx.grad(squared_error)(model, ids, labels)
+        optimizer.update(model, nn.apply_gradients(model, grads))
+
+    @nnx.jit
+    def plain_step(model, optimizer, ids, labels):
+        model.embed.prefetch(ids)
+        train(model, optimizer, ids, labels)
+
+    @partial(nnx.jit, static_argnames="is_last")
+    def ahead_step(model, optimizer, ids, labels, next_ids, is_last):
+        train(model, optimizer, ids, labels)
+        if not is_last:
+            model.embed.prefetch(next_ids)
+
+    plain, ahead = start(), start()
+    for ids, labels in batches:
+        plain_step(*plain, ids, labels)
+    ahead[0].embed.prefetch(batches[0][0])
+    for k, (ids, labels) in enumerate(batches):
+        is_last = k + 1 == len(batches)
+        ahead_step(*ahead, ids, labels, batches[(k + 1) % 4][0], is_last)
+    assert_same_bits(*(jax.tree.leaves(nnx.state(model)) for model, _ in (ahead, plain)))
+
+
 # --- ids that were not prefetched
 
 
@@ -339,8 +374,8 @@ def squared_error(model, ids, labels):
     return jnp.mean(jnp.square(model(ids) - labels))
 
 
-def batch(size=12, length=3):
-    rng = np.random.default_rng(0)
+def batch(size=12, length=3, seed=0):
+    rng = np.random.default_rng(seed)
     ids = rng.integers(0, ROWS, (size, length)).astype(np.int32)
     return ids, rng.normal(size=size).astype(np.float32)
 

@@ -495,6 +495,10 @@ REFUSED = {
         lambda: optax.stateless(lambda updates, _: jnp.cumsum(updates, axis=0)),
         "mixes rows.*depends on their order",
     ),
+    "a rate found from all rows": Unfit(
+        lambda: optax.contrib.dadapt_adamw(),
+        r"keeps one number, \.numerator_weighted, that depends on .* all rows",
+    ),
     "multi-steps in a chain": Unfit(
         lambda: optax.chain(
             optax.clip(1.0), optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
@@ -534,7 +538,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", named(list(REFUSED), marks={"a rate found from all rows": training.OPTAX_ADAM})
+)
 def test_what_cannot_be_kept_by_row_is_refused_at_init(name):
     """The message names the state leaf, or the argument that gathered rows cannot give."""
     make, message = REFUSED[name]

@@ -12,7 +12,7 @@ import training
 from cases import named
 
 import mpembed_jax as mpembed
-from mpembed_jax.optim import row_locality
+from mpembed_jax.optim import row_locality, row_state
 
 LOCAL = {
     "rowwise_adagrad": mpembed.optim.rowwise_adagrad(0.1),
@@ -57,6 +57,22 @@ def test_optimizers_that_treat_each_row_by_itself_are_recognized(tx):
 @pytest.mark.parametrize("tx", named(MIXING, marks={"lamb": training.OPTAX_ADAM}))
 def test_optimizers_that_mix_rows_are_not_taken_for_local(tx):
     assert not row_locality.is_row_local(tx, 8)
+
+
+@training.OPTAX_ADAM
+def test_examples_are_tried_inside_a_shard_map_without_jit():
+    """As in jax.disable_jit; each device tries for itself, outside of the shard_map."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+
+    def per_device(values):
+        leaves, _ = row_state.row_leaves(tx, 4)
+        row_locality.check_mixing(tx, 4)
+        return values + len(leaves)
+
+    spec = jax.sharding.PartitionSpec("x")
+    run = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_array_equal(run(jnp.zeros(2, jnp.int32)), [3, 3])
 
 
 @pytest.mark.slow

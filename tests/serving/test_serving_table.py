@@ -187,6 +187,23 @@ def test_ragged_bags_of_any_length_agree(model):
     assert bags[0].tobytes() == bags[1].tobytes()
 
 
+@pytest.mark.parametrize("place", [*HOSTS, "device"])
+def test_no_ids_give_no_rows_and_empty_bags_zeros(model, place):
+    _, path = model
+    if place == "device":
+        table = serving.load(path).to_device()
+    else:
+        table = serving.load(path, implementation=place)
+    for shape in ((0,), (4, 0), (0, 3)):
+        ids = {"table0": np.zeros(shape, np.int32)}
+        dim = table.lookup(ids)["table0"].shape[-1]
+        assert table.lookup(ids)["table0"].shape == (*shape, dim)
+        weights = {"table0": np.zeros(shape, np.float32)}
+        for combiner, given in (("sum", None), ("mean", weights), ("sqrtn", None)):
+            vectors = table.bag(ids, combiner, given)["table0"]
+            np.testing.assert_array_equal(vectors, np.zeros((*shape[:-1], dim), np.float32))
+
+
 def test_a_table_on_the_device_reads_the_same_rows_in_a_jitted_function(model):
     states, path = model
     table = serving.load(path).to_device()

@@ -175,6 +175,22 @@ def test_a_mask_of_another_shape_is_refused(library):
     )
 
 
+@pytest.mark.parametrize("is_mapping", [False, True], ids=["columns", "mapping"])
+def test_a_traced_mask_of_host_ids_is_a_mask(is_mapping):
+    """Ids of the host are hashed there, also in a jitted function that computes the mask."""
+    ids = np.array([["x", "y"], ["z", "x"], ["u", "v"]])
+    where = np.array([[True, False], [False, True], [True, True]])
+    if is_mapping:
+        ids, where = ({"a": part[:, 0], "b": part[:, 1]} for part in (ids, where))
+    tables = [mpembed.TableSpec("a"), mpembed.TableSpec("b")]
+    spec = mpembed.EmbeddingSpec(tables, 4, vocabulary=mpembed.VocabularySpec(num_rows=8))
+    want = spec.raw_ids(ids, where)
+    got = jax.jit(lambda where: spec.raw_ids(ids, where))(where)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    masks = jax.tree.map(jnp.asarray, where)
+    jax.tree.map(np.testing.assert_array_equal, spec.raw_ids(ids, masks), want)
+
+
 def test_shapes_are_kept():
     assert hashes.of_column(np.zeros((2, 0, 3), np.int64), "t", 0).shape == (2, 0, 3, 2)
     assert hashes.of_column([], "t", 0).shape == (0, 2)
