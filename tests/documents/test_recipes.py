@@ -281,6 +281,30 @@ def test_a_frozen_embedding_keeps_its_bits(recipes):
     assert (frozen.out.kernel[...] != kernel).any()
 
 
+def test_a_linen_head_trains_over_a_frozen_embedding_as_over_a_dense_table(recipes):
+    ids, labels = batch()
+    scorer = recipes["scorer"]
+    held = scorer.init(jax.random.key(0), ids)
+    before = jax.tree.map(np.array, held["embedding"])
+    rows = mpembed.read(held["embedding"]["items"]["table"].state, ids)
+
+    def loss_of(dense):
+        scores = (rows.mean(axis=-2) @ dense["kernel"] + dense["bias"])[:, 0]
+        return optax.sigmoid_binary_cross_entropy(scores, labels).mean()
+
+    dense = held["params"]["Dense_0"]
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, dense, jax.grad(loss_of)(dense))
+    head = recipes["train_state"].TrainState.create(
+        apply_fn=scorer.apply, params=jax.tree.map(jnp.copy, held["params"]), tx=SGD
+    )
+    head = recipes["linen_head_step"](head, held["embedding"], ids, labels)
+    assert set(head.params) == {"Dense_0"}
+    training.assert_same(jax.tree.map(np.array, held["embedding"]), before)
+    for name, value in expected.items():
+        np.testing.assert_allclose(head.params["Dense_0"][name], value, rtol=0, atol=1e-6)
+        assert np.abs(value - dense[name]).max() > 1e-4
+
+
 def test_maximum_pooling_is_the_maximum_of_the_rows_of_each_bag(recipes):
     rows = rows_of(recipes["model"].items, np.arange(10_000))
     bags = np.concatenate([recipes["bags"], np.full((1, 3), mpembed.NO_ID, np.int32)])

@@ -243,7 +243,8 @@ class TrainState(struct.PyTreeNode):
         if not waiting:
             raise ValueError(
                 "apply_gradients found no prefetched rows, so the embeddings would stay "
-                "untrained; call state = state.prefetch(ids) once before jax.value_and_grad"
+                "untrained; call state = state.prefetch(ids) once before jax.value_and_grad (a "
+                "step that trains no embedding needs only flax's own TrainState, see RECIPES.md)"
             )
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         gradients = flatten_dict(grads)
