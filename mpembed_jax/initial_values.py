@@ -1,9 +1,10 @@
 """Initial values of a table's rows from a user's initializer, without a float32 table.
 
-An initializer `(key, shape, dtype) -> array` knows the table by its shape. Most of them draw each
-row by itself, and only numbers such as a fan depend on the number of rows. The trace of the call
-shows this. Such an initializer is called on blocks, with the numbers of the whole table. Any other
-is called once for the whole table. It may use the place of a row, another row, or an array.
+An initializer `(key, shape, dtype) -> array` learns the size of the table from the shape. Most
+initializers draw each row by itself. The number of rows then changes only some numbers in the
+computation, such as a fan. The trace of the call shows whether this is so. If it is, the
+initializer is called on blocks, but with the numbers of the whole table. Any other initializer is
+called once for the whole table. It may use the place of a row, another row, or an array.
 """
 
 from collections.abc import Callable
@@ -84,21 +85,25 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
 def _is_drawn_by_row(
     trace: Callable[[int], Any], whole: Any, num_rows: int, embedding_dim: int
 ) -> bool:
-    """Returns whether an initializer draws each row by itself, alike for any number of rows.
+    """Returns whether an initializer draws each row by itself.
 
-    `whole` is the trace for all `num_rows` rows.
+    It must do so in the same way for any number of rows. `whole` is the trace for all `num_rows`
+    rows.
     """
     sizes = dict.fromkeys((row_locality.ROWS, BLOCK, num_rows % BLOCK or BLOCK))
     try:
         traced = [*map(trace, sizes), whole]
-    except Exception:  # made for one shape alone, so it is called with that shape
+    except Exception:  # The initializer may accept only the shape of the whole table.
         return False
     is_apart = embedding_dim != row_locality.ROWS and row_locality.draws_rows_apart(traced[0])
     return is_apart and all(_forms(t.jaxpr) == _forms(traced[0].jaxpr) for t in traced)
 
 
 def _forms(jaxpr: Any) -> list[Any]:
-    """Returns what must be equal in two traces for one to take the numbers of the other."""
+    """Returns a description of a trace without the values of its literals.
+
+    A trace can be evaluated with the literals of another if both have the same description.
+    """
     result: list[Any] = [[row_locality.is_literal(atom) for atom in jaxpr.outvars]]
     for eqn in jaxpr.eqns:
         inner = row_locality.inner_of(eqn)
@@ -106,7 +111,8 @@ def _forms(jaxpr: Any) -> list[Any]:
             (
                 eqn.primitive.name,
                 [row_locality.is_literal(atom) for atom in eqn.invars],
-                # Settings such as the exponent of integer_pow. Shapes are tuples.
+                # Settings such as the exponent of integer_pow. Shapes are tuples, so they are left
+                # out.
                 {k: v for k, v in eqn.params.items() if isinstance(v, str | int | np.dtype)},
                 None if inner is None else _forms(inner),
             )
@@ -115,7 +121,10 @@ def _forms(jaxpr: Any) -> list[Any]:
 
 
 def _has_same_numbers(part: Any, whole: Any) -> bool:
-    """Returns whether two traces have the same numbers up to rounding; those of rows may differ."""
+    """Returns whether two traces have the same literals, up to rounding.
+
+    The traces may be for different numbers of rows.
+    """
     pairs = zip(_numbers(part), _numbers(whole), strict=True)
     return all(np.isclose(one, other, rtol=1e-6, atol=0, equal_nan=True) for one, other in pairs)
 

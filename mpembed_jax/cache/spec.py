@@ -14,8 +14,9 @@ POLICIES = ("lru", "lfu")  # compiled code knows a policy by its number in this 
 class Geometry(NamedTuple):
     """The sizes of a cache.
 
-    Ids that are congruent modulo G share their sets. If rows go to shards by MOD, and the number of
-    shards divides G, every set therefore stays whole on one shard.
+    The sets are divided into G groups. Ids that are congruent modulo G use the sets of one group.
+    If rows go to shards by MOD, and the number of shards divides G, every set therefore stays whole
+    on one shard.
     """
 
     sets: int  # S
@@ -28,10 +29,11 @@ class Geometry(NamedTuple):
         return self.sets * self.ways
 
     def election_buckets(self, width: int) -> int:
-        """Returns the number of buckets that the sets share in the elections of a batch.
+        """Returns the number of buckets in which the misses of a batch enter the cache in rounds.
 
-        There are at most as many buckets as sets, and no more than a batch of `width` unique ids
-        can use.
+        In each round, one miss of each bucket meets a line (see `ops/xla/rounds.py`). For a batch
+        of `width` unique ids, there are as many buckets as sets, but at most max(16, 2 * width),
+        rounded up to a power of two. If there are more sets than buckets, sets share buckets.
         """
         return min(self.sets, max(16, indexing.ceil_power(2 * width)))
 

@@ -28,7 +28,7 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable, encode_rows
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
-_SMALL = {"key", "step", "pending", "fingerprint"}  # arrays whose shapes schema checks
+_SMALL = {"key", "step", "pending", "fingerprint"}  # `schema` checks the shapes of these arrays
 _BLOCK = 65536  # rows per block
 
 
@@ -41,8 +41,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the state cannot be converted, because the specs differ in tables, dim or
-        vocabulary, or the states of the optimizer have other leaves.
+      ValueError: if the state cannot be converted. Tables, dim, vocabulary and the leaves of the
+        optimizer's state must be the same. With a vocabulary, row_state_dtype must be, too.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
@@ -142,15 +142,15 @@ def convert(
     Args:
       prefix: the state's name, for the log.
       entry: its record in the manifest.
-      saved: {inner name: host array}; consumed.
+      saved: {path inside the state: host array}. The dict and its arrays may be changed.
       target: concrete or abstract.
 
     Returns:
-      {inner name: host array} for every leaf of the target.
+      {path inside the state: host array} for every leaf of the target.
 
     Raises:
-      ValueError: if a leaf of the optimizer's state has another shape, or if the state was saved
-        between prefetch and apply_gradients and the cache would change.
+      ValueError: if the state was saved between prefetch and apply_gradients, and the cache would
+        change.
     """
     spec = target.spec
     wanted = leaves.named(target)

@@ -1,7 +1,7 @@
 """The named leaves of a pytree: arrays for the disk and plain values for the manifest.
 
 Names are paths through the tree, joined by dots. They appear in messages and in the manifest. The
-folders of arrays are numbered, so that any name will do.
+folders of arrays have numbers instead, so a name may contain any character.
 """
 
 import base64
@@ -24,8 +24,8 @@ _PLAIN = (bool, int, float, str, bytes)
 def _names(paths: list[tuple]) -> list[str]:
     """Returns a name for each path: its keys, joined by dots.
 
-    If several paths would get one name, they are written as in Python. The names are distinct and
-    depend on the paths alone.
+    If several paths would get the same name, they are written in full, such as ['a'][0]. If that
+    name is taken, too, a number is appended. The names are distinct and depend on the paths alone.
     """
     simple = [jax.tree_util.keystr(path, simple=True, separator=".") or "tree" for path in paths]
     num_of = collections.Counter(simple)
@@ -109,11 +109,14 @@ def split(leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Separates arrays from plain Python values.
 
     Returns:
-      {name: array}, with random keys as their data, and {name: value as JSON} of bool, int, float,
-      str and bytes.
+      Two dicts:
+      - {name: array}. For random keys, the array is their key data.
+      - {name: [name of the type, value]} for leaves of type bool, int, float, str or bytes. The
+        value is JSON: bytes become base64 text.
 
     Raises:
-      TypeError: if a leaf is neither; the message names it.
+      TypeError: if a leaf is neither, or is an array of a dtype that orbax cannot write. The
+        message names the leaf.
     """
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -169,8 +172,9 @@ def plain_value(name: str, saved: list, target: Any) -> Any:
 class Destination:
     """Where a restored array goes: the host, a device, or shards of a mesh."""
 
-    # "host": NumPy. "default": the default device, uncommitted, because the target names no
-    # device. "sharding": the target's sharding. "memory": host memory.
+    # "host": a NumPy array. "default": an uncommitted jax array on the default device, because the
+    # target names no device. "sharding": a jax array with the target's sharding. "memory": a jax
+    # array in host memory.
     kind: str
     sharding: Any = None
     # The memory kind, for "memory" only. The sharding is then one device's, or None for the default
@@ -181,7 +185,9 @@ class Destination:
     def of(leaf: Any) -> "Destination":
         """Returns the destination of a target's leaf.
 
-        NumPy arrays stay NumPy. For jax arrays and shapes, it is their sharding.
+        NumPy arrays stay NumPy. A jax array or shape gives its sharding. If it has no sharding, or
+        is not committed, the destination is the default device. An array in the host memory of one
+        device goes there again.
         """
         if isinstance(leaf, np.ndarray | np.generic):
             return Destination("host")
@@ -193,7 +199,10 @@ class Destination:
         return Destination("sharding", sharding)
 
     def put(self, array: np.ndarray) -> Any:
-        """Puts a host array there. jax owns the copy, so it can be donated to a step."""
+        """Puts a host array at this destination.
+
+        If the result is a jax array, jax owns it as a copy. It can then be donated to a step.
+        """
         match self.kind:
             case "host":
                 return array

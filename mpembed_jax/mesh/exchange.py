@@ -1,12 +1,13 @@
 """The exchange between shards in one step: ids to their owners, rows back, gradients to the owners.
 
 A device deduplicates its ids first. Each row that the device requests then travels once in each
-direction (with summation blocks, once per block). all_to_all moves arrays of a fixed size, which
-have the same room for each owner. If a device has more ids for one owner than fit, all devices use
-full-width arrays in that step, and the step is counted. No id is lost. Owners deduplicate the ids
-that they receive. Each row is therefore planned, gathered and updated once. The occurrences and
-gradients of a row are summed over devices. If several devices hold the same shard, they are its
-replicas. All replicas of a shard gather the same requests and compute the same results.
+direction. With `Placement.summation_blocks`, it travels once for each block that uses it.
+all_to_all moves arrays of a fixed size, which have the same room for each owner. If a device has
+more ids for one owner than fit, all devices use full-width arrays in that step, and the step is
+counted. No id is lost. Owners deduplicate the ids that they receive. Each row is therefore planned,
+gathered and updated once. The occurrences and gradients of a row are summed over devices. If
+several devices hold the same shard, they are its replicas. All replicas of a shard gather the same
+requests and compute the same results.
 
 The scheme follows the row-wise sharding of embeddings in FBGEMM and TorchRec. It does not use
 ragged_all_to_all, because some back ends cannot run that operation.
@@ -511,7 +512,8 @@ def over_shards(
 def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Returns the rows [N, D] of ids [N] (or pairs [N, 2]).
 
-    The owner of an id reads its row with `read_rows`, from local rows [n] to values [n, D].
+    The owner of an id reads the id's row. `read_rows` takes local rows [n] and returns their values
+    [n, D].
     """
     wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
     owner, row, rank = _assign(layout, wanted.ids)
@@ -536,7 +538,8 @@ def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Ar
 def total_counts(layout: Layout, counts: Counts, route: Route) -> Counts:
     """Returns the counts of the whole batch, which are the same on every device.
 
-    A count of requests is summed over the devices of the batch, and a count of rows over shards.
+    Each device counts `requests` and `out_of_range`. These are summed over the devices of the
+    batch. Each shard counts its rows (for example `hits`). These counts are summed over shards.
     """
     by_device = {
         name: total_over_batch(layout, getattr(counts, name))

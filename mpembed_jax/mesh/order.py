@@ -2,9 +2,11 @@
 
 A stack divided by MOD over P shards holds its arrays shard after shard. Row r is row r div P of
 shard r mod P. Cache set s is set s div P of shard s mod P, and the groups of the sketch are divided
-in the same way. Tags are rows of their own shard. Whole tables per shard lie as
-`Layout.table_slices` says. Their cache sets hold other rows than the sets of one device, so only
-their tags are renumbered.
+in the same way. A tag is a local row of its shard.
+
+If each table is whole on one shard, rows lie as `Layout.table_slices` says. A cache set then holds
+other rows than it would on one device. So the sets keep their order, and only the tags are
+renumbered.
 
 The functions take NumPy arrays (checkpoints) or jax arrays (`sharding.relayout`), and return the
 same kind.
@@ -39,7 +41,7 @@ def rows_by_shard(layout: Layout, rows: Array) -> Array:
         widths = [(0, total - rows.shape[0]), *[(0, 0)] * (rows.ndim - 1)]
         return _transposed(library.pad(rows, widths), layout.num_rows, 0)
     starts = offsets(layout.spec.tables)
-    # Shards are padded to the longest, so the parts between tables are zero.
+    # Every shard is as long as the longest one. This leaves gaps between tables, which are zero.
     parts = []
     end = 0
     for start, (first, size) in sorted(
@@ -54,6 +56,8 @@ def rows_by_shard(layout: Layout, rows: Array) -> Array:
 
 def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     """Merges the caches of all shards into the cache of one device.
+
+    If each table is whole on one shard, only the tags are renumbered.
 
     Args:
       layout: the layout of the stack.
@@ -72,6 +76,8 @@ def cache_by_id(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
 
 def cache_by_shard(layout: Layout, cache: dict[str, Array]) -> dict[str, Array]:
     """Splits the cache of one device into the caches of all shards, one after another.
+
+    If each table is whole on one shard, only the tags are renumbered.
 
     Arguments and result are as in `cache_by_id`; tags become local rows.
     """
@@ -113,7 +119,7 @@ def _by_set(
     Args:
       fields: {name: array}.
       num_sets: the number of sets of all shards together.
-      count: the count of `_transposed`, from the number of sets or groups.
+      count: a function from the number of sets or groups to the `count` of `_transposed`.
     """
 
     def reordered(name: str, array: Array) -> Array:

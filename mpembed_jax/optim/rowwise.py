@@ -116,11 +116,11 @@ class ScaleByRowwiseAdagradState(NamedTuple):
 def mean_of_squares(g: jax.Array) -> jax.Array:
     """Returns the mean of g^2 over the last axis. The result has the same bits in every program.
 
-    XLA's own reduction would not: its order depends on the vector length of the processor and on
-    the other dimensions, and XLA contracts multiplications with additions. Here, the squares are
-    padded with zeros to a power of two of at least 8 and summed by halves: the upper half is added
-    to the lower half until one number is left. The mean is the sum times 1 / D. Each operation is
-    rounded by itself.
+    XLA's own reduction does not have this property. Its order depends on the vector length of the
+    processor and on the other dimensions. XLA also contracts a multiplication and an addition into
+    one operation that rounds once. Here, the squares are padded with zeros to a power of two of at
+    least 8 and summed by halves: the upper half is added to the lower half until one number is
+    left. The mean is the sum times 1 / D. Each operation is rounded by itself.
 
     Args:
       g: float [.., D].

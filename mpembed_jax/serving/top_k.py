@@ -22,7 +22,7 @@ class Best:
 
     def __init__(self, num_queries: int, k: int):
         self._k = k
-        self._least = np.full(num_queries, -np.inf, np.float32)  # the k-th best score
+        self._least = np.full(num_queries, -np.inf, np.float32)  # k-th best at the last _compact
         self._found = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
         self._num_found = 0
 
@@ -43,7 +43,7 @@ class Best:
             self._compact()
 
     def merge(self, other: "Best") -> None:
-        """Adds the best of later ids."""
+        """Adds what `other` has found. Its ids must be higher than all ids added here."""
         self._found += other._found
         self._num_found += other._num_found
 
@@ -81,7 +81,7 @@ def on_device(
 
     Args:
       packed: [V, words].
-      fmt: resolved.
+      fmt: the rows' format, resolved (see `RowFormat.resolve`).
       dim: D.
       queries: float32 [Q, D].
       k: at most V.
@@ -96,7 +96,8 @@ def on_device(
         rows = decode(lax.dynamic_slice_in_dim(packed, begin, size), fmt, dim)
         ids = begin + jnp.arange(size, dtype=jnp.int32)
         scores = jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
-        # All blocks have the same size. So the last one begins with rows that were seen before.
+        # All blocks have the same size. If it does not divide the number of rows, the last block
+        # begins with rows of the block before. Those get -inf here.
         scores = jnp.where((ids >= first) & ~jnp.isnan(scores), scores, -jnp.inf)
         ids = jnp.where(jnp.isneginf(scores), NO_ID, ids)
         both = jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], ids], 1)

@@ -1,7 +1,7 @@
 """Starts rows again on a CPU, by loops that numba compiles.
 
-The rules are those of `xla.restart`, and so are the bits. The rows are distinct, so threads share
-them. The arrays are changed in place.
+The rules are those of `xla.restart`, and so are the bits. The rows are distinct, so they can be
+divided among threads. The arrays are changed in place.
 """
 
 import dataclasses
@@ -32,12 +32,14 @@ _AHEAD = 8  # rows
 _NO_ID = np.int32(NO_ID)
 _PARTS = 16
 U32 = np.uint32
-# Entries of the int32 array that the call for rows takes. The number of rows is its first entry.
+# Positions in the int32 array that the call for rows takes. _NUM is how many rows start again.
+# _NUM_ROWS is how many rows the table has.
 (
     _NUM, _NUM_ROWS, _DIM, _SETS, _WAYS, _GROUPS, _TASKS,
     _VALUE_SEED0, _VALUE_SEED1, _SEED0, _SEED1,
 ) = range(11)  # fmt: skip
-# Numbers of the call's arguments, then of its results. Results are arguments from _HELD on, too.
+# Positions of the call's arguments, then of its results. Each result except _BUFFER is an argument
+# that is changed in place: result k is argument _HELD + k.
 _ROWS, _GIVEN, _BOUND, _HELD = range(4)
 _TABLE, _TAGS, _PRIORITY, _DIRTY, _LINES, _BUFFER = range(6)
 
@@ -64,7 +66,7 @@ def _leave_cache(frame, x, shape, dim):
 
 @functools.cache
 def _start_of(fmt: RowFormat) -> str:
-    """Registers the call of a resolved format; returns its name."""
+    """Registers the call that starts rows of a resolved format again; returns the call's name."""
     encode, bytes_of = codec.of(fmt).encode, codec.row_bytes(fmt)
 
     def start_part(frame, part):
@@ -102,13 +104,13 @@ def _start_of(fmt: RowFormat) -> str:
     return name
 
 
-# Entries of the int32 array that the call for optimizer state takes: how many rows to fill, the
-# rows of the array, the bytes of a row, and the number of threads.
+# Positions in the int32 array that the call for optimizer state takes: how many rows to fill, how
+# many rows the array has, the bytes of a row, and the largest number of threads.
 _NUM_FILLED, _NUM_HELD, _ROW_BYTES, _FILL_TASKS = range(4)
 
 
 def _fill_part(frame, part):
-    """Copies one row to the named rows of an array."""
+    """Copies the fresh row to one part of the rows that are to be filled."""
     rows, given = argument(frame, 0, np.int32), argument(frame, 1, np.int32)
     fresh, held = argument_address(frame, 2), result_address(frame, 0)
     num_held, row_bytes = np.int64(given[_NUM_HELD]), np.int64(given[_ROW_BYTES])
@@ -161,8 +163,8 @@ def start_again(
 ) -> Rows:
     """Gives rows their initial values; see `xla.restart.start_again`.
 
-    The table is in the memory of the device. `max_threads` threads of XLA's pool share the work at
-    most.
+    The table is in the memory of the device. At most `max_threads` threads of XLA's pool share the
+    work.
     """
     table, cache = of.table, of.cache
     dim = table.embedding_dim
@@ -184,7 +186,8 @@ def start_again(
     results: Any = jax.ffi.ffi_call(
         _start_of(table.format),
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
-        # Integers, as in bag_step: nobody writes all of them.
+        # The buffer is of integers, because jax_debug_nans looks at floats of eager calls. Some
+        # elements of the buffer are never written, and could look like NaN.
         + [jax.ShapeDtypeStruct((_PARTS * width,), jnp.int32)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
         vmap_method="sequential",

@@ -77,14 +77,16 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
 
 @jax.named_scope("find")
 def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns where each id stands among known ones, and whether it does.
+    """Returns the position of each id among the known ids, and whether the id is known.
 
     Args:
       known: int32 [n], n > 0: distinct ids in any order, then NO_ID.
       ids: int32 [N].
 
     Returns:
-      int32 [N] in [0, n), n - 1 for an id that is not known and for padding; bool [N].
+      Two arrays:
+      - int32 [N]: the position in `known`. It is n - 1 for an unknown id and for padding.
+      - bool [N]: whether the id is known.
     """
     order = jnp.argsort(known).astype(jnp.int32)
     ascending = indexing.take(known, order)
