@@ -141,7 +141,8 @@ def ngram_ids(
 
 def joined_heads(vectors: jax.Array, dtype: Any) -> jax.Array:
     """Returns vectors [.., tables, D] as [.., tables x D] in `dtype`."""
-    return vectors.reshape(*vectors.shape[:-2], -1).astype(dtype)
+    *lead, tables, dim = vectors.shape
+    return vectors.reshape(*lead, tables * dim).astype(dtype)
 
 
 class NGramMemory(nnx.Module):
