@@ -2,7 +2,9 @@
 
 Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
 state stays on disk. A checkpoint does not record features or the rule of rounding: each table is
-its own feature, and lines are rounded stochastically, if they are not encoded again.
+its own feature, and lines are rounded stochastically, if they are not encoded again. It does not
+record the hash of n-grams either: their tables are exported as tables of row numbers or raw ids. To
+serve an n-gram memory, restore the model and save that.
 """
 
 import logging
@@ -33,6 +35,8 @@ def export(
     progress: saving.Progress | None = None,
 ) -> Contents:
     """Writes all embedding states of a checkpoint to one serving file.
+
+    The file has no hashes of n-grams, because a checkpoint does not hold them; see saving.save.
 
     Args:
       checkpoint: directory of `checkpoint.save`.

@@ -450,6 +450,7 @@ def _hashed(words: list[Any], seed: int, order: int, head: int) -> Any:
     return mixed
 
 
+@functools.lru_cache(1 << 14)
 def _start(seed: int, order: int, head: int) -> tuple[Any, np.ndarray]:
     """Returns the first word (uint32) and the multipliers (uint32 [order]) of a head."""
     first = random_bits.fmix32(
