@@ -7,7 +7,6 @@ from mpembed_jax.nn import linen
 from mpembed_jax.nn.bags import CachedEmbedBags
 from mpembed_jax.nn.embed import CachedEmbed
 from mpembed_jax.nn.ngram import NGramMemory, ngram_spec
-from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.nn.stack import (
     CachedRows,
     CachedVectors,
@@ -15,6 +14,7 @@ from mpembed_jax.nn.stack import (
     apply_gradients,
     discard,
 )
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
 
 __all__ = [
     "CachedEmbed",

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -22,13 +21,12 @@ from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.embedding.stats import CacheStats, stats
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import ngram_hash
 from mpembed_jax.nn.embed import DEFAULT_INIT, DEFAULT_TX
-from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.nn.stack import Stack, vectors_of
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
-from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary import ngram_hash
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
 from mpembed_jax.vocabulary.spec import VocabularySpec
 
 
@@ -87,12 +85,12 @@ def ngram_spec(
                 "rows of n-grams that are raw ids start from uniform(+-1/sqrt(rows)), whoever gets "
                 "them; leave embedding_init out"
             )
-        tables = tuple(TableSpec(f"{order}-gram") for order in ngrams.orders)
+        tables = tuple(TableSpec(name) for name in ngrams.table_names)
     else:
         initializer = DEFAULT_INIT if embedding_init is None else embedding_init
         tables = tuple(
-            TableSpec(f"{order}-gram_{head}", rows, initializer)
-            for (order, head), rows in zip(ngrams.tables, ngrams.table_sizes, strict=True)
+            TableSpec(name, rows, initializer)
+            for name, rows in zip(ngrams.table_names, ngrams.table_sizes, strict=True)
         )
     return EmbeddingSpec(
         tables,
@@ -132,7 +130,7 @@ def ngram_ids(
 
     def of(tokens: Any, context: Any = None) -> Any:
         if spec.vocabulary is not None:
-            return _pairs(spec, *ngrams.keys(tokens, canonical, context))
+            return ngrams.pairs(tokens, canonical, context)
         return spec.global_ids(ngrams.ids(tokens, canonical, context))
 
     if context is None:
@@ -141,22 +139,10 @@ def ngram_ids(
     return ids, ids
 
 
-def _pairs(spec: EmbeddingSpec, keys: Any, is_ngram: Any) -> Any:
-    """Returns pairs (uint32 [.., T, orders, 2]) of keys; see NGramHash.keys."""
-    if isinstance(keys, np.ndarray):
-        whole = keys[..., 0].astype(np.uint64) << np.uint64(32) | keys[..., 1]
-        return spec.raw_ids(whole, is_ngram)
-    columns = [
-        hashes.of_words(keys[..., n, 0], keys[..., n, 1], table.name, n)
-        for n, table in enumerate(spec.tables)
-    ]
-    pairs = jnp.stack(columns, axis=-2)
-    return jnp.where(is_ngram[..., None], pairs, jnp.uint32(hashes.PADDING))
-
-
 def joined_heads(vectors: jax.Array, dtype: Any) -> jax.Array:
     """Returns vectors [.., tables, D] as [.., tables x D] in `dtype`."""
-    return vectors.reshape(*vectors.shape[:-2], -1).astype(dtype)
+    *lead, tables, dim = vectors.shape
+    return vectors.reshape(*lead, tables * dim).astype(dtype)
 
 
 class NGramMemory(nnx.Module):

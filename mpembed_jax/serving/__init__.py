@@ -9,9 +9,11 @@ from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.serving.interchange import export_program, write_npy
 from mpembed_jax.serving.saving import save
 from mpembed_jax.serving.sketch import SignSketch, sketch
+from mpembed_jax.serving.sources import NGramState
 from mpembed_jax.serving.table import ServingTable, load
 
 __all__ = [
+    "NGramState",
     "ServingError",
     "ServingTable",
     "SignSketch",

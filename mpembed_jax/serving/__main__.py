@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.serving import container
-from mpembed_jax.serving.container import Contents, Pool
+from mpembed_jax.serving.container import Contents, NGrams, Pool
 from mpembed_jax.serving.errors import ServingError
 
 
@@ -24,7 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("python -m mpembed_jax.serving", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write the tables of a checkpoint to one file")
+    export = commands.add_parser(
+        "export",
+        help="write the tables of a checkpoint to one file",
+        description="Write the tables of a checkpoint to one file. A checkpoint does not hold the "
+        "hash of n-grams: to serve an n-gram memory, restore the model and call serving.save with "
+        "it.",
+    )
     export.add_argument("checkpoint", type=Path, help="the directory given to checkpoint.save")
     export.add_argument("out", type=Path, help="the file to write")
     export.add_argument(
@@ -90,9 +96,10 @@ def table_of(contents: Contents) -> str:
         fmt = table.format
         kind = {True: "symmetric", False: "with bias", None: ""}[fmt.symmetric]
         largest, mean, num_nonfinite = table.errors
+        prefix = f"{table.stack}." if table.stack else ""
         lines.append(
             (
-                f"{table.stack}/{table.name}" if table.stack else table.name,
+                table.name if table.name.startswith(prefix) else f"{table.stack}/{table.name}",
                 f"{table.num_rows:,}",
                 str(table.embedding_dim),
                 " ".join(word for word in (fmt.name, kind, fmt.scale_dtype) if word),
@@ -109,6 +116,7 @@ def table_of(contents: Contents) -> str:
             *(row.rstrip() for row in rows),
             f"{total:,} bytes of packed rows",
             *(_pool_of(table.name, table.pool) for table in contents.tables if table.pool),
+            *map(_ngrams_of, contents.ngrams),
         ]
     )
 
@@ -119,6 +127,21 @@ def _pool_of(name: str, pool: Pool) -> str:
         f"{name}: rows of raw ids of {', '.join(pool.tables)}; {pool.sets:,} sets of {pool.ways} "
         f"ways, {shared} for each table, {pool.nbytes:,} bytes of owners, hash {container.HASH}"
     )
+
+
+def _ngrams_of(ngrams: NGrams) -> str:
+    spec = ngrams.hash
+    orders = ", ".join(f"{order}-grams" for order in spec.orders)
+    found = [
+        f"{spec.vocabulary_size:,} tokens",
+        f"heads {spec.heads}",
+        f"boundary {spec.boundary}",
+        f"padding {spec.padding}",
+        f"seed {spec.seed}",
+        *(f"map of tokens of {array.nbytes:,} bytes" for array in ngrams.arrays),
+        f"hash {container.NGRAM_HASH}",
+    ]
+    return f"{ngrams.stack or 'n-gram memory'}: {orders} of {', '.join(found)}"
 
 
 if __name__ == "__main__":

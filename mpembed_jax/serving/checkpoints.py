@@ -2,7 +2,9 @@
 
 Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
 state stays on disk. A checkpoint records neither features nor the rule of rounding. Each table is
-therefore its own feature, and lines are rounded stochastically, unless they are encoded again.
+therefore its own feature, and lines are rounded stochastically, unless they are encoded again. A
+checkpoint does not record the hash of n-grams either. Their tables are exported as tables of row
+numbers or raw ids. To serve an n-gram memory, restore the model and save that.
 """
 
 import logging
@@ -33,6 +35,8 @@ def export(
     progress: saving.Progress | None = None,
 ) -> Contents:
     """Writes all embedding states of a checkpoint to one serving file.
+
+    The file has no hashes of n-grams, because a checkpoint does not hold them; see saving.save.
 
     Args:
       checkpoint: directory of `checkpoint.save`.

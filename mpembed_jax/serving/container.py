@@ -8,12 +8,18 @@ CRC-32. Every byte of the file is therefore covered by a check.
 
 Tables of raw ids share one pool of rows, which is one table of the file. A second array, uint32
 [S, W], has the tags of the rows' owners (see `vocabulary.pool`), in the high 24 bits of each word.
-The pool's entry names the tables, the sizes and the hash. A file with a pool is of version 2, any
-other of version 1.
+The pool's entry names the tables, the sizes and the hash.
+
+For a stack of n-grams, the description has the parameters of their hash. The names of its tables
+begin with the name of the stack, because every memory has tables of the same names. Its map of
+tokens, if there is one, is an array, int32 [vocabulary_size].
+
+A file is of the lowest version that has all that it holds: 3 with n-grams, 2 with a pool, else 1.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,16 +37,24 @@ from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
 
-VERSION = 2  # the newest that this library reads
-# The hash of `vocabulary.hashes`. In a file with another hash, it would find wrong rows.
+VERSION = 3  # the newest that this library reads
+# The hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. In a file with other hashes, they
+# would find wrong rows.
 HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
+NGRAM_HASH = "fmix32(x xor token * multiplier)"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 _ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 _ROOM = 96  # bytes kept free in the header for each table's errors, known only at the end
-_DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+# Those of 32 bits come first, so that every array is aligned.
+_DTYPES: dict[str, np.dtype] = {
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U16": np.dtype("<u2"),
+}
 
 
 class Errors(NamedTuple):
@@ -52,12 +66,17 @@ class Errors(NamedTuple):
 
 
 class Array(NamedTuple):
-    """An array of a table, whose first axis is checked by blocks."""
+    """An array of the file, whose first axis is checked by blocks."""
 
     name: str
     dtype: np.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block_rows: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def num_blocks(self) -> int:
@@ -132,34 +151,67 @@ class Table(NamedTuple):
         return rows, Array(self.owners_name, _DTYPES["U32"], (sets, ways), (1 << 21) // ways)
 
 
+class NGrams(NamedTuple):
+    """The hash of the n-grams of a stack."""
+
+    stack: str
+    hash: NGramHash
+    has_map: bool  # whether the file has a map of tokens
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tables and arrays begin with."""
+        return f"{self.stack}." if self.stack else ""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of its tables, in the order of the hash."""
+        return tuple(self.prefix + name for name in self.hash.table_names)
+
+    @property
+    def map_name(self) -> str:
+        """The name of the array of its map of tokens."""
+        return f"{self.prefix}canonical"
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The array of its map of tokens, if there is one."""
+        if not self.has_map:
+            return ()
+        return (Array(self.map_name, _DTYPES["I32"], (self.hash.vocabulary_size,), 1 << 21),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """The contents of a file: its tables and features."""
+    """The contents of a file: its tables and features, and the hashes of its n-grams."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, name of its table)
+    features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
+    ngrams: tuple[NGrams, ...] = ()
     checksums_crc32: int = 0  # of the array of checksums
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays of all tables."""
-        return tuple(array for table in self.tables for array in table.arrays)
+        """The arrays of all tables, then the maps of tokens."""
+        maps = [array for ngrams in self.ngrams for array in ngrams.arrays]
+        return (*(array for table in self.tables for array in table.arrays), *maps)
 
     @property
     def version(self) -> int:
         """The lowest version that has everything the file holds."""
+        if self.ngrams:
+            return 3
         return 1 if all(table.pool is None for table in self.tables) else 2
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Returns the header's entry of each array.
 
-        Checksums come first, then arrays of 32-bit words, then those of 16-bit words, so that every
-        array is aligned.
+        Checksums come first, then the arrays in the order of their dtypes in `_DTYPES`.
         """
         num_blocks = sum(a.num_blocks for a in self.arrays)
         arrays: list[tuple[str, str, tuple[int, ...]]] = [(CHECKSUMS, "U32", (num_blocks,))]
-        for code in ("U32", "U16"):
-            arrays += [(a.name, code, a.shape) for a in self.arrays if a.dtype == _DTYPES[code]]
+        for code, dtype in _DTYPES.items():
+            arrays += [(a.name, code, a.shape) for a in self.arrays if a.dtype == dtype]
         entries = {}
         end = 0
         for name, code, shape in arrays:
@@ -169,14 +221,19 @@ class Contents:
 
     def header(self) -> bytes:
         """Returns the JSON of the header, without padding."""
-        text = json.dumps(
-            {
-                "version": self.version,
-                "checksums_crc32": self.checksums_crc32,
-                "features": [list(pair) for pair in self.features],
-                "tables": [_described(t) for t in self.tables],
-            }
-        )
+        body = {
+            "version": self.version,
+            "checksums_crc32": self.checksums_crc32,
+            "features": [list(pair) for pair in self.features],
+            "tables": [_described(t) for t in self.tables],
+        }
+        if self.ngrams:
+            body["ngrams"] = [
+                {"stack": n.stack, "hash": NGRAM_HASH, "map": n.has_map}
+                | dataclasses.asdict(n.hash)
+                for n in self.ngrams
+            ]
+        text = json.dumps(body)
         metadata = {OURS: text, "crc32": str(zlib.crc32(text.encode()))}
         return json.dumps({"__metadata__": metadata} | self.tensors()).encode()
 
@@ -327,10 +384,11 @@ def _contents(body: dict[str, Any]) -> Contents:
         pool = None if entry["vocabulary"] is None else _pool(name, entry["vocabulary"], num_rows)
         tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors, pool))
     features = tuple((str(f), str(t)) for f, t in body["features"])
+    ngrams = tuple(_ngrams(entry) for entry in body.get("ngrams", ()))
     checksum = body["checksums_crc32"]
     if type(checksum) is not int or not 0 <= checksum < 1 << 32:
         raise ValueError(f"the checksum of its checksums is {checksum!r}")
-    return checked(Contents(tuple(tables), features, checksum))
+    return checked(Contents(tuple(tables), features, ngrams, checksum))
 
 
 def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
@@ -361,11 +419,33 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     return pool
 
 
-def checked(contents: Contents) -> Contents:
-    """Returns the contents, whose names are distinct and known.
+def _ngrams(entry: dict[str, Any]) -> NGrams:
+    """Returns the description of a hash of n-grams.
 
     Raises:
-      ValueError: if they are not.
+      ValueError: or another error, as _contents.
+    """
+    stack, has_map = entry["stack"], entry["map"]
+    if type(stack) is not str or type(has_map) is not bool:
+        raise ValueError(f"the n-grams of stack {stack!r} have the map of tokens {has_map!r}")
+    if (name := entry["hash"]) != NGRAM_HASH:
+        raise ValueError(
+            f"the n-grams of stack {stack!r} have the hash {name!r}, which this library does not "
+            "know"
+        )
+    fields = [field.name for field in dataclasses.fields(NGramHash)]
+    try:
+        hash_ = NGramHash(**{field: entry[field] for field in fields})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the n-grams of stack {stack!r}: {error}") from None
+    return NGrams(stack, hash_, has_map)
+
+
+def checked(contents: Contents) -> Contents:
+    """Returns the contents, whose names are distinct and known, and whose n-grams have their rows.
+
+    Raises:
+      ValueError: if they are not, or have not.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that features name
@@ -376,6 +456,15 @@ def checked(contents: Contents) -> Contents:
             if name in names or name in ("__metadata__", CHECKSUMS):
                 raise ValueError(f"the name of table {name!r} is taken; names must be distinct")
             names.add(name)
+    for ngrams in contents.ngrams:
+        for name in (array.name for array in ngrams.arrays):
+            if name in names:
+                raise ValueError(f"the name of the map of tokens {name!r} is taken")
+            names.add(name)
+        _check_tables(contents, ngrams)
+    stacks = [ngrams.stack for ngrams in contents.ngrams]
+    if len(set(stacks)) < len(stacks):
+        raise ValueError(f"stacks {stacks} of n-grams are not distinct")
     features: set[str] = set()
     for feature, owner in contents.features:
         if feature in features or owner not in tables:
@@ -384,6 +473,34 @@ def checked(contents: Contents) -> Contents:
     if not names or not features:
         raise ValueError("it has no tables")
     return contents
+
+
+def _check_tables(contents: Contents, ngrams: NGrams) -> None:
+    """Checks that a stack has the tables of its hash of n-grams, in this order.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    of_hash: list[tuple[str, int | None]]  # names and rows; no number of rows for raw ids
+    of_hash = list(itertools.zip_longest(ngrams.tables, ngrams.hash.table_sizes))
+    of_stack: list[tuple[str, int | None]] = []
+    for table in contents.tables:
+        if table.stack == ngrams.stack:
+            raw = None if table.pool is None else table.pool.tables
+            of_stack += [(table.name, table.num_rows)] if raw is None else [(t, None) for t in raw]
+    for wanted, found in itertools.zip_longest(of_hash, of_stack):
+        if wanted != found:
+            raise ValueError(
+                f"stack {ngrams.stack!r} has {_told(found)} where its NGramHash has {_told(wanted)}"
+            )
+
+
+def _told(table: tuple[str, int | None] | None) -> str:
+    """Returns a table in words: its name and its number of rows."""
+    if table is None:
+        return "no table"
+    name, num_rows = table
+    return f"table {name!r} of " + ("raw ids" if num_rows is None else f"{num_rows} rows")
 
 
 def verify(path: Any) -> Contents:

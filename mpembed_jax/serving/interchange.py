@@ -139,8 +139,8 @@ def export_program(
     """Compiles a model with its tables to StableHLO that jax alone can run.
 
     The program is `jax.export.deserialize(data)`. It takes {name: array}, which is what a serving
-    file holds under these names: the packed words of tables, and the owners of pools. Then it takes
-    the other arguments:
+    file holds under these names: the packed words of tables, the owners of pools, and maps of
+    tokens. Then it takes the other arguments:
 
         program.call(rows, *arguments)
 

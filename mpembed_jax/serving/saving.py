@@ -24,7 +24,7 @@ from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.numerics.packing import decode, encode
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, sources
-from mpembed_jax.serving.container import Contents, Errors, Pool, Table
+from mpembed_jax.serving.container import Contents, Errors, NGrams, Pool, Table
 from mpembed_jax.serving.sources import Source
 from mpembed_jax.table import QuantizedTable, encode_rows
 
@@ -46,10 +46,17 @@ def save(
     pool of rows under the name "<stack>.pool" ("pool" if the tree is one state), and the tags of
     the rows' owners. It holds no optimizer state, no use and no counts of ids without a row.
 
+    For an NGramMemory, the file also holds the hash of its n-grams and its map of tokens. Its
+    tables have names such as "<stack>.2-gram_0" ("2-gram_0" if the tree is the memory itself), so
+    that one file can have several memories. The hash is part of the module, not of its state: it is
+    not in `nnx.state(model)`.
+
     Args:
       path: the path of the file. An existing file is replaced.
-      states: an EmbeddingState, or any tree that holds some; not consumed. Names of tables and
-        features must be distinct over all of them.
+      states: an EmbeddingState, or any tree that holds some, such as `{name: state}`, an nnx model,
+        or the variables of a linen model; not consumed. An n-gram memory is an nn.NGramMemory, or
+        an NGramState for one without a module. The path in the tree is the name of the stack. Names
+        of tables and features must be distinct over all stacks.
       storage: None: the table's rows are written as trained, and lines that are newer than the
         table are encoded as by `flush`. A RowFormat or its name: rows of another format are encoded
         again, with rounding to nearest.
@@ -61,13 +68,13 @@ def save(
 
     Raises:
       OSError: if the file cannot be written; an existing file stays.
-      TypeError: if path is not a path.
+      TypeError: if path is not a path, or a map of tokens does not consist of integers.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract, donated or spread over several processes.
+        abstract, donated or spread over several processes. Also if an NGramState has the hash of
+        other tables, or a map that does not fit it.
     """
     path = arguments.path_of("serving.save(path, states)", "path", path)
-    found = sources.states_of(states)
-    return write(path, [sources.of_state(n, s) for n, s in found.items()], storage, progress)
+    return write(path, sources.of_tree(states), storage, progress)
 
 
 def write(
@@ -82,35 +89,42 @@ def write(
     tables: list[Table] = []
     owners: list[tuple[Source, int]] = []  # the stack and the first global row of each table
     features: list[tuple[str, str]] = []
+    ngrams: list[NGrams] = []
     for source in stacks:
+        prefix = ""
+        if source.ngrams is not None:
+            ngrams.append(NGrams(source.name, source.ngrams, source.canonical is not None))
+            prefix = ngrams[-1].prefix
         spec = source.spec
         dim = spec.embedding_dim
         fmt = spec.storage if wanted is None else wanted.resolve(dim)
         form = dim, _bare(fmt)
         if spec.vocabulary is not None:
-            tables.append(_pool_of(source, *form))
+            tables.append(_pool_of(source, prefix, *form))
             owners.append((source, 0))
         else:
             for table in spec.tables:
                 first, num_rows = spec.table_range(table.name)
-                tables.append(Table(table.name, source.name, num_rows, *form, _NOTHING))
+                tables.append(Table(prefix + table.name, source.name, num_rows, *form, _NOTHING))
                 owners.append((source, first))
-        features += spec.feature_tables
-    contents = container.checked(Contents(tuple(tables), tuple(features)))
+        features += [(prefix + feature, prefix + table) for feature, table in spec.feature_tables]
+    contents = container.checked(Contents(tuple(tables), tuple(features), tuple(ngrams)))
     room = container.header_room(contents)
+    maps = [source.canonical for source in stacks if source.canonical is not None]
     with container.replacing(path) as file:
-        contents = _write_arrays(file, contents, owners, room, wanted is None, progress)
+        contents = _write_arrays(file, contents, owners, maps, room, wanted is None, progress)
         file.seek(0)
         file.write(container.padded_header(contents, room))
     return contents
 
 
-def _pool_of(source: Source, dim: int, fmt: RowFormat) -> Table:
+def _pool_of(source: Source, prefix: str, dim: int, fmt: RowFormat) -> Table:
     """Returns the pool of a stack with a vocabulary as a table of the file."""
     spec = source.spec
     assert spec.vocabulary is not None
     sizes = spec.vocabulary.arrays
-    pool = Pool(tuple(t.name for t in spec.tables), *(sizes[f] for f in Pool._fields[1:]))
+    names = tuple(prefix + table.name for table in spec.tables)
+    pool = Pool(names, *(sizes[field] for field in Pool._fields[1:]))
     name = f"{source.name}.pool" if source.name else "pool"
     return Table(name, source.name, spec.num_rows, dim, fmt, _NOTHING, pool)
 
@@ -124,6 +138,7 @@ def _write_arrays(
     file: Any,
     contents: Contents,
     owners: list[tuple[Source, int]],
+    maps: list[np.ndarray],
     room: int,
     is_as_trained: bool,
     progress: Progress | None,
@@ -134,6 +149,14 @@ def _write_arrays(
     num_written = 0
     sums: list[int] = []
     tables = []
+
+    def write_whole(array: container.Array, values: np.ndarray) -> None:
+        file.seek(room + entries[array.name]["data_offsets"][0])
+        for begin in range(0, len(values), array.block_rows):
+            part = values[begin : begin + array.block_rows].astype(array.dtype, order="C")
+            sums.append(zlib.crc32(part.data))
+            file.write(part)
+
     for table, (source, first) in zip(contents.tables, owners, strict=True):
         file.seek(room + entries[table.name]["data_offsets"][0])
         measured = _Measured()
@@ -146,15 +169,16 @@ def _write_arrays(
         tables.append(table._replace(errors=measured.errors(table)))
         for array in table.arrays[1:]:
             assert source.owners is not None
-            file.seek(room + entries[array.name]["data_offsets"][0])
-            for begin in range(0, len(source.owners), array.block_rows):
-                tags = source.owners[begin : begin + array.block_rows].astype("<u4", order="C")
-                sums.append(zlib.crc32(tags.data))
-                file.write(tags)
+            write_whole(array, source.owners)
+    arrays = [array for ngrams in contents.ngrams for array in ngrams.arrays]
+    for array, tokens in zip(arrays, maps, strict=True):
+        write_whole(array, tokens)
     checksums = np.asarray(sums, "<u4")
     file.seek(room + entries[container.CHECKSUMS]["data_offsets"][0])
     file.write(checksums)
-    return Contents(tuple(tables), contents.features, zlib.crc32(checksums.data))
+    return dataclasses.replace(
+        contents, tables=tuple(tables), checksums_crc32=zlib.crc32(checksums.data)
+    )
 
 
 class _Measured:

@@ -19,7 +19,23 @@ from mpembed_jax.mesh import order
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, offsets
-from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary import ngram_hash, pool
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
+
+
+class NGramState(NamedTuple):
+    """A stack of n-gram tables with its hash, for `save`. An NGramMemory has both by itself.
+
+    Attributes:
+      state: of the spec that nn.ngram_spec returns for the hash.
+      ngrams: the hash.
+      canonical: integers [vocabulary_size], the map of tokens that the stack was trained with; None
+        if it was trained without one.
+    """
+
+    state: EmbeddingState
+    ngrams: NGramHash
+    canonical: Any = None
 
 
 class Source(NamedTuple):
@@ -35,28 +51,55 @@ class Source(NamedTuple):
     lines: Callable[[np.ndarray], np.ndarray]  # lines i64 [m] -> f32 [m, D]
     # u32 [S, W]: the tags of a pool's owners, without their use; None without a vocabulary
     owners: np.ndarray | None
+    ngrams: NGramHash | None = None
+    canonical: np.ndarray | None = None  # i32 [vocabulary_size]: the map of the n-grams' tokens
 
 
-def states_of(tree: Any) -> dict[str, EmbeddingState]:
-    """Returns every embedding state of a tree by its path, "" if the tree itself is one.
+def of_tree(tree: Any) -> list[Source]:
+    """Returns the source of every embedding state of a tree, under its path.
+
+    The path is "" if the tree itself is a state. The path of an n-gram memory is the module's.
 
     Raises:
-      ValueError: if the tree has no embedding state.
+      TypeError: if a map of tokens does not consist of integers.
+      ValueError: if the tree has no embedding state; for a state, see of_state; if a map of tokens
+        does not fit its hash.
     """
-    found = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda leaf: isinstance(leaf, EmbeddingState)
-    )
-    states = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in found
-        if isinstance(leaf, EmbeddingState)
-    }
-    if not states:
+
+    def is_stack(node: Any) -> bool:
+        return isinstance(node, EmbeddingState) or _is_memory(node)
+
+    stacks = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), node)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_stack)
+        if is_stack(node)
+    ]
+    if not stacks:
         raise ValueError(
-            "there is no embedding state to save; pass a state of mpembed_jax.init, a tree that "
-            "holds some, or nnx.state(model)"
+            "there is no embedding state to save; pass a state of mpembed_jax.init, a model, "
+            "nnx.state(model), or any tree that holds states"
         )
-    return states
+    return [_of_memory(n, s) if _is_memory(s) else of_state(n, s) for n, s in stacks]
+
+
+def _is_memory(node: Any) -> bool:
+    """Returns whether a node is an NGramState, or a module that has what an NGramState has.
+
+    Modules are known by their attributes, because their classes would import flax.
+    """
+    return isinstance(getattr(node, "ngrams", None), NGramHash) and (
+        hasattr(node, "state") and hasattr(node, "canonical")
+    )
+
+
+def _of_memory(name: str, memory: Any) -> Source:
+    canonical = memory.canonical
+    if hasattr(canonical, "get_value"):  # of an nnx.Variable
+        canonical = canonical.get_value()
+    if canonical is not None:
+        canonical = ngram_hash.check_canonical(memory.ngrams, canonical)
+    source = of_state(name, memory.state)
+    return source._replace(ngrams=memory.ngrams, canonical=canonical)
 
 
 def of_state(name: str, state: EmbeddingState) -> Source:

@@ -18,7 +18,7 @@ from mpembed_jax.embedding import arguments, pooling
 from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, pools, top_k
-from mpembed_jax.serving.container import Contents, Pool, Table
+from mpembed_jax.serving.container import Contents, NGrams, Pool, Table
 from mpembed_jax.table import QuantizedTable, read_rows
 
 IMPLEMENTATIONS = ("numba", "numpy")
@@ -143,8 +143,11 @@ class ServingTable:
     Raw ids of dtype uint32 must be cast, because arrays of this dtype are taken for pairs. Every id
     has a row: an unknown id has a row that it shares with other ids.
 
+    If an n-gram memory was saved, `ngram_vectors` turns tokens into what the memory returns.
+
     Attributes:
-      rows: {table name: packed words [V, words]}, and {owners' name: uint32 [S, W]} of a pool.
+      rows: {table name: packed words [V, words]}, {owners' name: uint32 [S, W]} of a pool, and
+        {"canonical": int32 [vocabulary_size]}, the map of tokens of n-grams ("<stack>.canonical").
       contents: the description of the file: tables and features.
       host: the settings for reads on the host; None for a table on the device.
     """
@@ -160,8 +163,8 @@ class ServingTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packed rows, and of the owners of pools."""
-        return sum(t.nbytes + (0 if t.pool is None else t.pool.nbytes) for t in self.tables)
+        """Bytes of all packed rows, of the owners of pools, and of maps of tokens."""
+        return sum(array.nbytes for array in self.contents.arrays)
 
     @property
     def num_out_of_range(self) -> int:
@@ -299,6 +302,62 @@ class ServingTable:
 
         return self._each(ids, read)
 
+    def ngram_vectors(self, tokens: Any, context: Any = None, stack: str | None = None) -> Any:
+        """Returns the vectors of the n-grams that end at each token, as NGramMemory does.
+
+        If the file has rows as trained, and the memory has no cache, the result equals that of the
+        memory in evaluation in every bit. Rows in a cache were rounded by `save`. N-grams that are
+        raw ids get no new rows here.
+
+        Args:
+          tokens: integers [.., T] in [0, vocabulary_size). NO_ID and the memory's padding stand for
+            no token. In a jitted function, n-grams with a token outside the vocabulary read as
+            zeros. For decoding, pass one new token at a time, [.., 1], with its context.
+          context: the max(orders) - 1 tokens before them, integers [.., max(orders) - 1]. None:
+            texts begin with these tokens. `context_after` returns the context of the next token.
+          stack: the name of the memory's stack; optional if the file has one memory.
+
+        Returns:
+          float32 [.., T, orders x heads x D]: NumPy from the host, jax from the device. Padding
+          gives zeros.
+
+        Raises:
+          KeyError: if the file has no such memory.
+          TypeError: if tokens are not integers; if the table is on the host and tokens are traced.
+          ValueError: if a concrete token is outside the vocabulary, if context has another shape,
+            or if the file has several memories and stack is None.
+        """
+        chosen = self._ngrams(stack)
+        canonical = self.rows[chosen.map_name] if chosen.has_map else None
+        if chosen.hash.rows is None:
+            table = self._pool_of[chosen.tables[0]]
+            rows = self._rows_of(table, chosen.hash.pairs(tokens, canonical, context))
+            vectors = self._lookup(table.name, table, rows)
+            return vectors.reshape(*rows.shape[:-1], rows.shape[-1] * table.embedding_dim)
+        ids = chosen.hash.ids(tokens, canonical, context)
+        of_tables = [
+            self._lookup(name, self._by_name[name], ids[..., column])
+            for column, name in enumerate(chosen.tables)
+        ]
+        xp: Any = np if isinstance(of_tables[0], np.ndarray) else jnp
+        return xp.concatenate(of_tables, axis=-1)
+
+    def context_after(self, tokens: Any, context: Any = None, stack: str | None = None) -> Any:
+        """Returns the context for the token that follows, for `ngram_vectors`.
+
+        Args:
+          tokens: integers [.., T].
+          context: the context of these tokens; None if a text begins with them.
+          stack: see ngram_vectors.
+
+        Returns:
+          int32 [.., max(orders) - 1]; NO_ID stands for no token.
+
+        Raises:
+          KeyError, TypeError, ValueError: as in ngram_vectors.
+        """
+        return self._ngrams(stack).hash.context_after(tokens, context)
+
     def top_k(
         self,
         query: Any,
@@ -407,9 +466,11 @@ class ServingTable:
 
     @functools.cached_property
     def _raw_of(self) -> dict[str, tuple[str, int]]:
-        """For each feature of raw ids, the name and the number of its table."""
+        """For each feature of raw ids, the name that its hash takes and its table's number."""
+        # The prefix of n-gram tables belongs to the file. Ids were hashed without it.
+        prefixes = {ngrams.stack: ngrams.prefix for ngrams in self.contents.ngrams}
         numbers = {
-            name: (name, number)
+            name: (name.removeprefix(prefixes.get(table.stack, "")), number)
             for table in self.tables
             if table.pool is not None
             for number, name in enumerate(table.pool.tables)
@@ -442,6 +503,29 @@ class ServingTable:
             raise KeyError(f"unknown table {name!r}; this file has {list(known)}")
         return known[name]
 
+    def _ngrams(self, stack: str | None) -> NGrams:
+        """Returns the hash of a stack's n-grams.
+
+        Raises:
+          KeyError: if the file does not have it.
+          ValueError: if stack is None, and there are several.
+        """
+        known = {ngrams.stack: ngrams for ngrams in self.contents.ngrams}
+        if stack is None and len(known) > 1:
+            raise ValueError(
+                f"this file has several n-gram memories; stack must be one of {[*known]}"
+            )
+        if not known:
+            raise KeyError(
+                "this file has no n-gram memory; save the module itself, which has the hash of its "
+                "n-grams: serving.save(path, memory)"
+            )
+        if stack is None:
+            (stack,) = known
+        if stack not in known:
+            raise KeyError(f"unknown n-gram memory {stack!r}; this file has {[*known]}")
+        return known[stack]
+
     def _pairs(self, feature: str, table: Table, ids: Any, *, on_host: bool = False) -> Any:
         """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
         name, number = self._raw_of[feature]
@@ -453,11 +537,16 @@ class ServingTable:
         """Returns ids as rows of their table or pool."""
         if table.pool is None:
             return ids
+        is_host = self._is_on_host(self.rows[table.owners_name], ids)
+        return self._rows_of(table, self._pairs(feature, table, ids, on_host=is_host))
+
+    def _rows_of(self, table: Table, pairs: Any) -> Any:
+        """Returns the rows (int32 [..]) of pairs (uint32 [.., 2]) in their pool."""
+        assert table.pool is not None
         owners = self.rows[table.owners_name]
-        if not self._is_on_host(owners, ids):
-            pairs = jnp.asarray(self._pairs(feature, table, ids))
-            return pools.on_device(owners, pairs, table.pool)
-        pairs = self._pairs(feature, table, ids, on_host=True)
+        if not self._is_on_host(owners, pairs):
+            return pools.on_device(owners, jnp.asarray(pairs), table.pool)
+        pairs = np.asarray(pairs)
         rows = self.host.rows_of(owners, pairs.reshape(-1, 2), table.pool)
         return rows.reshape(pairs.shape[:-1])
 

@@ -1,1 +1,1 @@
-"""Which row belongs to which raw id: hashes of raw ids, and the rows that they earn."""
+"""Which row belongs to which raw id or n-gram: hashes of them, and the rows that raw ids earn."""

@@ -341,6 +341,18 @@ def test_rows_of_bounded_norm_are_those_of_dense_projected_descent(recipes):
     assert (np.linalg.norm(rows[[3, 7]], axis=1) < 0.5 + 1e-6).all()
 
 
+def test_a_served_memory_has_the_rows_of_its_n_grams(recipes):
+    memory, served, tokens = recipes["memories"]["layer7"], recipes["served"], recipes["tokens"]
+    dense, ids = mpembed.to_dense(memory.state), memory.ngrams.ids(tokens)
+    names = memory.ngrams.table_names
+    wanted = np.concatenate([dense[name][ids[..., n]] for n, name in enumerate(names)], axis=-1)
+    error = np.abs(recipes["vectors"] - wanted).max()
+    assert 0 < error <= max(table.errors.largest for table in served.tables)
+    whole = np.concatenate([tokens, recipes["new"]], axis=1)
+    vectors = served.ngram_vectors(whole, stack="layer7")
+    np.testing.assert_array_equal(recipes["next_vectors"], vectors[:, -1:])
+
+
 def test_every_section_of_the_contents_exists():
     titles = re.findall(r"^## (.*)$", RECIPES, re.MULTILINE)
     anchors = {title.lower().replace(" ", "-").replace(",", "") for title in titles}

@@ -99,6 +99,16 @@ def test_decoding_token_by_token_gives_the_vectors_of_the_whole_sequence():
         np.testing.assert_array_equal(vectors, whole[:, at : at + 1])
 
 
+@pytest.mark.parametrize("shape", named({"no sequence": (0, 9), "no token": (4, 0)}))
+def test_empty_batches_have_vectors_and_change_nothing(shape):
+    memory, tokens = memory_of(), np.zeros(shape, np.int32)
+    before = dense_rows(memory.state)
+    assert train_step(memory, tokens) == 0
+    np.testing.assert_array_equal(dense_rows(memory.state), before)
+    memory.eval()
+    assert memory(tokens).shape == (*shape, 4 * DIM)
+
+
 def raw_memory_of(**options):
     """A memory of 2- and 3-grams, which get rows of their own at their second occurrence."""
     rows = mpembed.VocabularySpec(64, admit_after=2, ways=4)

@@ -292,7 +292,7 @@ def of_first(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 3, this library reads 2", lambda b: b.update(version=3)),
+        Lie("future", "is of version 4, this library reads 3", lambda b: b.update(version=4)),
         Lie("version", "not what its description says", lambda b: b.update(version=2)),
         Lie("vocabulary", "damaged", of_first(vocabulary=1)),
         Lie("rows", "not what its description says", of_first(rows=29)),

@@ -330,7 +330,7 @@ def of_pool(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 3, this library reads 2", lambda b: b.update(version=3)),
+        Lie("future", "is of version 4, this library reads 3", lambda b: b.update(version=4)),
         Lie("past", "not what its description says", lambda b: b.update(version=1)),
         Lie("hash", "have the hash 'md5', which this library", of_pool(hash="md5")),
         Lie("sets", "'pool' of 14 rows has the sizes", of_pool(sets=2)),

@@ -18,11 +18,12 @@ import optax
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.mesh.placement import Placement
-from mpembed_jax.nn import fused, ngram, ngram_hash, prefetched, routing, verbs
+from mpembed_jax.nn import fused, ngram, prefetched, routing, verbs
 from mpembed_jax.nn.embed import DEFAULT_TX, embed_spec
-from mpembed_jax.nn.ngram_hash import NGramHash
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.spec import EmbeddingSpec
+from mpembed_jax.vocabulary import ngram_hash
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
 from mpembed_jax.vocabulary.spec import VocabularySpec
 
 COLLECTION = "embedding"

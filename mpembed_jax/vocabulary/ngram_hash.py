@@ -22,6 +22,7 @@ NumPy arrays give NumPy ids, and jax arrays give the same ids on the device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
+from mpembed_jax.vocabulary import hashes
 
 MAX_ORDER, MAX_HEADS = 64, 1024
 _SPREAD = 2_654_435_761  # the factor of a seed
@@ -169,6 +171,13 @@ class NGramHash:
         return tuple((order, head) for order in self.orders for head in range(self.heads))
 
     @property
+    def table_names(self) -> tuple[str, ...]:
+        """The name of each table; with raw ids, one for each order."""
+        if self.rows is None:
+            return tuple(f"{order}-gram" for order in self.orders)
+        return tuple(f"{order}-gram_{head}" for order, head in self.tables)
+
+    @functools.cached_property
     def table_sizes(self) -> tuple[int, ...]:
         """The rows of each table: distinct primes. Empty if n-grams are raw ids."""
         if self.rows is None:
@@ -238,6 +247,37 @@ class NGramHash:
             keys.append(xp.stack(halves, axis=-1))
             is_ngram.append((newest != NO_ID) & ~outside[order - 1])
         return xp.stack(keys, axis=-2), xp.stack(is_ngram, axis=-1)
+
+    def pairs(self, tokens: Any, canonical: Any = None, context: Any = None) -> Any:
+        """Returns the key of each n-gram as the pair of a raw id; see `vocabulary.hashes`.
+
+        Args:
+          tokens: see `ids`.
+          canonical: see `ids`.
+          context: see `ids`.
+
+        Returns:
+          uint32 [.., T, orders, 2], of NumPy for NumPy tokens. Where there is no n-gram, the pair
+          is that of padding.
+
+        Raises:
+          TypeError: see `ids`.
+          ValueError: see `ids`. Also if n-grams have row numbers.
+        """
+        if self.rows is not None:
+            raise ValueError("n-grams that are hashed have row numbers and no pairs; see ids")
+        keys, is_ngram = self.keys(tokens, canonical, context)
+        names = enumerate(self.table_names)
+        xp: Any = np if isinstance(keys, np.ndarray) else jnp
+        if xp is np:
+            whole = keys[..., 0].astype(np.uint64) << np.uint64(32) | keys[..., 1]
+            columns: list[Any] = [hashes.of_column(whole[..., n], name, n) for n, name in names]
+        else:
+            columns = [
+                hashes.of_words(keys[..., n, 0], keys[..., n, 1], name, n) for n, name in names
+            ]
+        pairs = xp.stack(columns, axis=-2)
+        return xp.where(is_ngram[..., None], pairs, np.uint32(hashes.PADDING))
 
     def _words(self, tokens: Any, canonical: Any, context: Any) -> tuple[list[Any], list[Any], Any]:
         """Returns what n-grams consist of.
@@ -410,6 +450,7 @@ def _hashed(words: list[Any], seed: int, order: int, head: int) -> Any:
     return mixed
 
 
+@functools.lru_cache(1 << 14)
 def _start(seed: int, order: int, head: int) -> tuple[Any, np.ndarray]:
     """Returns the first word (uint32) and the multipliers (uint32 [order]) of a head."""
     first = random_bits.fmix32(

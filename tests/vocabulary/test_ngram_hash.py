@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mpembed_jax import NO_ID
 from mpembed_jax.nn import NGramHash
-from mpembed_jax.nn.ngram_hash import prime_sizes
+from mpembed_jax.vocabulary.ngram_hash import prime_sizes
 
 
 def fmix32(x):
@@ -187,6 +187,10 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
     np.testing.assert_array_equal(joined(raw.keys(tokens, canonical)), keys)
     traced = jax.jit(raw.keys)(jnp.asarray(tokens, jnp.int32), canonical)
     np.testing.assert_array_equal(joined(traced), keys)
+    pairs = raw.pairs(tokens, canonical)
+    assert isinstance(pairs, np.ndarray) and pairs.dtype == np.uint32
+    traced = jax.jit(raw.pairs)(jnp.asarray(tokens, jnp.int32), canonical)
+    np.testing.assert_array_equal(traced, pairs)
     # The last part, with what was before it.
     context = spec.context_after(tokens[:, :cut])
     np.testing.assert_array_equal(spec.ids(tokens[:, cut:], canonical, context), wanted[:, cut:])
@@ -283,6 +287,7 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             Refused(
                 lambda: NGramHash(10, (2,), 1, None).ids(np.array([1])), "no row numbers; see keys"
             ),
+            Refused(lambda: SPEC.pairs(np.array([1])), "have row numbers and no pairs; see ids"),
             Refused(lambda: NGramHash(10, (2,), 9, 2**30), "fewer than .* rows in all, got 9,663"),
             Refused(lambda: NGramHash(0, (2,), 1, 9), r"vocabulary_size must be in .*got 0"),
             Refused(lambda: NGramHash(2**31, (2,), 1, 9), r"vocabulary_size must be in"),
