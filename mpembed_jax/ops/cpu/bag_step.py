@@ -250,8 +250,7 @@ def _blank(frame, position):
 @compiled
 def _buffer_of(frame, index, part, number, dim):
     """Returns the address of one of a partition's buffers."""
-    width = (dim + LANES - 1) // LANES * LANES
-    return result_address(frame, index) + 4 * width * (part * _BUFFERS + number)
+    return lanes.buffer_of(frame, index, part * _BUFFERS + number, dim)
 
 
 @compiled
@@ -666,16 +665,6 @@ def _as_int32(words: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _shapes(arrays: list[jax.Array]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-
-
-def _buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
-    width = -(-dim // LANES) * LANES
-    # Integers: nobody writes all of them, and jax_debug_nans looks at floats of eager calls.
-    return jax.ShapeDtypeStruct((num * _BUFFERS * width,), jnp.int32)
-
-
 def forward(
     table: QuantizedTable,
     cache: CacheState | None,
@@ -740,7 +729,7 @@ def forward(
     others = [jax.ShapeDtypeStruct((words[k],), jnp.int32) for k in range(_FACTS, _BUFFER)]
     results: Any = jax.ffi.ffi_call(
         _forward_of(table.format),
-        [*_shapes(held), vectors, *others, _buffers(MAX_PARTS, dim)],
+        [*call_frame.shapes_of(held), vectors, *others, lanes.buffers(MAX_PARTS * _BUFFERS, dim)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
         vmap_method="sequential",
     )(ids, given, *held)
@@ -824,7 +813,7 @@ def bags(
     # The call returns table and lines as they are, so that later updates in place wait for it.
     results: Any = jax.ffi.ffi_call(
         _sums_of(table.format),
-        [out, _buffers(num_parts, dim), *_shapes(held)],
+        [out, lanes.buffers(num_parts * _BUFFERS, dim), *call_frame.shapes_of(held)],
         input_output_aliases={6: 2, 7: 3},
         vmap_method="sequential",
     )(
@@ -892,7 +881,11 @@ def backward(
     held = [table.rows, lines, dirty, sums]
     results: Any = jax.ffi.ffi_call(
         _backward_of(table.format),
-        [*_shapes(held), jax.ShapeDtypeStruct((MAX_PARTS,), jnp.int32), _buffers(MAX_PARTS, dim)],
+        [
+            *call_frame.shapes_of(held),
+            jax.ShapeDtypeStruct((MAX_PARTS,), jnp.int32),
+            lanes.buffers(MAX_PARTS * _BUFFERS, dim),
+        ],
         input_output_aliases={_STORED + k: k for k in range(len(held))},
         vmap_method="sequential",
     )(

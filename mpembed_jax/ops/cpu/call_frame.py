@@ -344,6 +344,11 @@ def halves(half: Callable[[int, int], None]) -> Callable:
     return compiled(run)
 
 
+def shapes_of(arrays: list[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    """Returns the shapes of the results of a call that changes these arrays in place."""
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+
+
 def register(name: str, body: Callable[[int], None]) -> None:
     """Compiles `body` with numba and registers it as a foreign function for CPUs, once per name.
 

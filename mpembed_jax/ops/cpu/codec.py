@@ -336,6 +336,12 @@ def _mixed(x: Lanes) -> Lanes:
     return x ^ (x >> 16)
 
 
+@compiled
+def bits_of_row(x, seed0, seed1):
+    """Returns the start and the increment of the random bits of row x; see random_bits.bits_at."""
+    return fmix32(U32(x) ^ seed0), fmix32(U32(U32(x) + seed1)) | U32(1)
+
+
 @intrinsic
 def draw_uniform(context, buffer, bound, dim, start, increment):
     """buffer = (2 uniform - 1) * bound, with a row's random bits; see table.initial_rows."""
@@ -448,7 +454,7 @@ def of(fmt: RowFormat) -> Codec:
     @compiled
     def encode(buffer, packed, dim, x, seed0, seed1):
         scale, bias = find(buffer, dim)
-        start, increment = fmix32(U32(x) ^ seed0), fmix32(U32(U32(x) + seed1)) | U32(1)
+        start, increment = bits_of_row(x, seed0, seed1)
         encode_codes(buffer, scale, bias, packed, dim, start, increment)
         write(packed + 2 * ((dim * code_bits + 15) // 16), scale, bias)
 

@@ -13,9 +13,13 @@ Products and sums are rounded one by one.
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from mpembed_jax.ops.cpu.call_frame import compiled, result_address
 
 LANES = 8
 _BYTE, _HALF, _WORD, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -544,3 +548,22 @@ def float_of(context, x):
         return builder.bitcast(x, _FLOAT)
 
     return _row_function(write, types.float32, types.uint32)
+
+
+# --- the buffers of a call
+
+
+def buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a call's result that has room for `num` buffers of rows.
+
+    It is of integers, because jax_debug_nans looks at floats of eager calls. Some elements of a
+    buffer are never written, and could look like NaN.
+    """
+    return jax.ShapeDtypeStruct((num * (-(-dim // LANES) * LANES),), jnp.int32)
+
+
+@compiled
+def buffer_of(frame, index, number, dim):
+    """Returns the address of a buffer in the index-th result of a call; see `buffers`."""
+    width = (dim + LANES - 1) // LANES * LANES
+    return result_address(frame, index) + 4 * width * number

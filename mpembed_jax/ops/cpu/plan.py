@@ -324,7 +324,7 @@ def plan(
     sizes |= {_PLACED_INVERSE: inverse.shape[0], _FOUND: 4}
     results: Any = jax.ffi.ffi_call(
         "mpembed_plan",
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
+        call_frame.shapes_of(held)
         + [jax.ShapeDtypeStruct((sizes[number],), jnp.int32) for number in sorted(sizes)],
         input_output_aliases={_SHAPE + 1: _TAGS, _SHAPE + 2: _PRIORITY, _SHAPE + 3: _SKETCH},
         vmap_method="sequential",

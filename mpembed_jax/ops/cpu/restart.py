@@ -23,7 +23,6 @@ from mpembed_jax.ops.cpu.call_frame import (
     result,
     result_address,
 )
-from mpembed_jax.ops.cpu.hashes import fmix32
 from mpembed_jax.ops.records import Draw, Rows
 from mpembed_jax.ops.xla.restart import with_lines
 from mpembed_jax.row_ids import NO_ID
@@ -75,8 +74,7 @@ def _start_of(fmt: RowFormat) -> str:
         dim, num_rows = np.int64(given[_DIM]), np.int64(given[_NUM_ROWS])
         shape = np.int64(given[_SETS]), np.int64(given[_WAYS]), np.int64(given[_GROUPS])
         table, row_bytes = result_address(frame, _TABLE), bytes_of(dim)
-        width = (dim + lanes.LANES - 1) // lanes.LANES * lanes.LANES
-        buffer = result_address(frame, _BUFFER) + 4 * width * part
+        buffer = lanes.buffer_of(frame, _BUFFER, part, dim)
         value_seed0, value_seed1 = U32(given[_VALUE_SEED0]), U32(given[_VALUE_SEED1])
         seed0, seed1 = U32(given[_SEED0]), U32(given[_SEED1])
         begin, end = _range_of(part, np.int64(given[_NUM]))
@@ -85,8 +83,7 @@ def _start_of(fmt: RowFormat) -> str:
             lanes.ask_for(table + np.int64(rows[min(k + _AHEAD, end - 1)]) * row_bytes, row_bytes)
             if not 0 <= x < num_rows:
                 continue
-            start = fmix32(U32(x) ^ value_seed0)
-            increment = fmix32(U32(U32(x) + value_seed1)) | U32(1)
+            start, increment = codec.bits_of_row(x, value_seed0, value_seed1)
             codec.draw_uniform(buffer, bound, dim, start, increment)
             encode(buffer, table + x * row_bytes, dim, x, seed0, seed1)
             if shape[0] > 0:
@@ -182,13 +179,9 @@ def start_again(
     seeds = [draw.seed(random_bits.INITIAL_VALUE), draw.seed(random_bits.INITIAL_ROUNDING)]
     given = [num_rows[None], jnp.asarray(fixed, jnp.int32)]
     given += [jax.lax.bitcast_convert_type(seed, jnp.int32) for seed in seeds]
-    width = -(-dim // lanes.LANES) * lanes.LANES
     results: Any = jax.ffi.ffi_call(
         _start_of(table.format),
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
-        # The buffer is of integers, because jax_debug_nans looks at floats of eager calls. Some
-        # elements of the buffer are never written, and could look like NaN.
-        + [jax.ShapeDtypeStruct((_PARTS * width,), jnp.int32)],
+        [*call_frame.shapes_of(held), lanes.buffers(_PARTS, dim)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
         vmap_method="sequential",
     )(rows, jnp.concatenate(given), bound.reshape(1), *held)
