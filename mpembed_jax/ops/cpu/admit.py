@@ -207,24 +207,6 @@ def _grouping(frame):
     return groups, num_parts, np.uint64(bits_of(groups) - bits_of(num_parts))
 
 
-@compiled
-def _find_first_keys(pairs, keys, begin, end, first_sets, group_bits):
-    """Finds the keys of positions in a pool of its first size.
-
-    The rules are those of `set_of`, without a branch and in unsigned numbers, so that LLVM makes
-    vector instructions of the loop.
-    """
-    size, shift = np.uint64(first_sets >> np.int64(group_bits)), np.uint64(group_bits)
-    in_group = np.uint32((np.uint32(1) << group_bits) - np.uint32(1))
-    last = np.uint32(_NO_OWNER - np.uint32(1))
-    for position in range(begin, end):
-        hashed, mixed = pairs[2 * position], fmix32(pairs[2 * position + 1])
-        scaled = (np.uint64(fmix32(mixed >> group_bits)) * size) >> np.uint64(32)
-        home = np.uint64(mixed & in_group) + (scaled << shift)
-        key = _key_of(home, min(hashed >> _TAG_SHIFT, last))
-        keys[position] = _NO_KEY if hashed == _PADDING else key
-
-
 def _count_chunk(frame, chunk):
     """Finds the keys of a chunk's positions, and counts the positions of each partition."""
     pairs, numbers = argument(frame, _PAIRS, np.uint32), argument(frame, _NUMBERS, np.int32)
@@ -233,14 +215,11 @@ def _count_chunk(frame, chunk):
     groups, num_parts, shift = _grouping(frame)
     group_bits, last = bits_of(groups), _NO_OWNER - np.uint32(1)
     begin, end = partitions.chunk_range(len(keys), chunk)
-    if sets == first_sets:
-        _find_first_keys(pairs, keys, begin, end, first_sets, group_bits)
-    else:
-        for position in range(np.uint64(begin), np.uint64(end)):
-            first = _TWO * position
-            tag = min(pairs[first] >> _TAG_SHIFT, last)
-            home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
-            keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
+    for position in range(np.uint64(begin), np.uint64(end)):
+        first = _TWO * position
+        tag = min(pairs[first] >> _TAG_SHIFT, last)
+        home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
+        keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
     deals[:] = 0
     for position in range(np.uint64(begin), np.uint64(end)):
         deals[_part_of(keys[position], groups, num_parts, shift)] += 1
@@ -482,7 +461,7 @@ def admit(
     numbers = jnp.asarray([max_threads, *static], jnp.int32)
     results: Any = jax.ffi.ffi_call(
         "mpembed_admit",
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in held]
+        call_frame.shapes_of(held)
         + [jax.ShapeDtypeStruct((sizes[n],), kinds.get(n, jnp.int32)) for n in sorted(sizes)],
         input_output_aliases={4: _OWNERS, 5: _SKETCH},
         vmap_method="sequential",
