@@ -829,6 +829,7 @@ from pathlib import Path
 from experiments.scaling import multiprocess
 port, worker, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 mesh = multiprocess.join(port, 2, worker)
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mpembed_jax import checkpoint
 divided = NamedSharding(mesh, P("x"))
@@ -852,6 +853,7 @@ attempt(lambda: save(folder / "file" / "run", 1, 1))
 attempt(lambda: save(folder / "run", 1, 1))
 attempt(lambda: save(folder / "run", 1, 2))
 attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
+multihost_utils.sync_global_devices("both have read")
 if worker == 0:
   pieces = [p for p in (folder / "run").rglob("*") if p.parent.parent.name == "step_1"]
   piece = max(pieces, key=lambda p: p.stat().st_size)
