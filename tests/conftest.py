@@ -30,6 +30,9 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Nobody reads where in Python an operation of a test's program was made.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
     "tests",
@@ -55,9 +58,7 @@ _QUICKLY_COMPILED = {
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
-# Slow or not, these compile as users do: the invariants, and vectors that XLA must round as native
-# code does.
-_ALWAYS_OPTIMIZED = {"invariants", "test_vectors.py"}
+_ALWAYS_OPTIMIZED = {"invariants"}  # slow or not
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _FLAGS = os.environ["XLA_FLAGS"]
 _get_compile_options = compiler.get_compile_options
@@ -96,9 +97,13 @@ def _compile_quickly(is_quick):
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector what was imported: each pass over it takes a quarter second."""
+    """Spares the garbage collector what was imported: each pass over it takes a quarter second.
+
+    Tracing makes many small objects, few of them garbage: the collector also looks less often.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.hookimpl(wrapper=True)

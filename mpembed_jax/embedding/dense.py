@@ -20,6 +20,7 @@ from mpembed_jax.embedding import arguments, evaluation
 from mpembed_jax.embedding.state import EmbeddingState, check_spec, make, over_mesh
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.mesh.shard import Shard
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.spec import EmbeddingSpec, size_of
 from mpembed_jax.table import QuantizedTable, encode_rows
@@ -145,17 +146,7 @@ def from_dense(
             )
     layout = Layout.of(spec, mesh, axis_name, placement)
 
-    def zeros(key: jax.Array, shard: Any) -> QuantizedTable:
-        shape = (
-            spec.num_rows if shard is None else shard.num_rows,
-            spec.storage.row_words(spec.embedding_dim),
-        )
-        packed = indexing.filled(
-            shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind
-        )
-        return QuantizedTable(packed, spec.storage, spec.embedding_dim)
-
-    state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)
+    state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, _zeros)
     for name in names:
         start, size = spec.table_range(name)
         block = min(_BLOCK, size)
@@ -164,3 +155,14 @@ def from_dense(
             rows = np.asarray(tables[name][begin : begin + block], dtype=np.float32)
             state = _store(state, np.int32(start + begin), rows)
     return state
+
+
+def _zeros(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
+    shape = (
+        spec.num_rows if shard is None else shard.num_rows,
+        spec.storage.row_words(spec.embedding_dim),
+    )
+    packed = indexing.filled(
+        shape, jnp.zeros((), spec.storage.word_dtype(spec.embedding_dim)), spec.memory_kind
+    )
+    return QuantizedTable(packed, spec.storage, spec.embedding_dim)

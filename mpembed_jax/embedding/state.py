@@ -275,13 +275,13 @@ def init(
         implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
     )
     layout = Layout.of(spec, mesh, axis_name, placement)
+    return make(random_bits.key_words(key), spec, tx, chosen, layout, _initial_table)
 
-    def table_of(key: jax.Array, shard: Shard | None) -> QuantizedTable:
-        return init_table(
-            key, spec.row_tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
-        )
 
-    return make(random_bits.key_words(key), spec, tx, chosen, layout, table_of)
+def _initial_table(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
+    return init_table(
+        key, spec.row_tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
+    )
 
 
 def make(
@@ -290,11 +290,13 @@ def make(
     tx: optax.GradientTransformation,
     implementation: str | ops.Implementation,
     layout: Layout | None,
-    table_of: Callable[[jax.Array, Shard | None], QuantizedTable],
+    table_of: Callable[[jax.Array, EmbeddingSpec, Shard | None], QuantizedTable],
 ) -> EmbeddingState:
-    """Makes the state that starts from the table `table_of(key, shard)`.
+    """Makes the state that starts from the table `table_of(key, spec, shard)`.
 
-    On one device, the shard is None. Over a mesh, each device makes the table of its shard.
+    On one device, the shard is None. Over a mesh, each device makes the table of its shard. A
+    second state of the same spec and transformation needs no compilation, if `table_of` is the same
+    function.
     """
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(
@@ -305,25 +307,52 @@ def make(
             "out"
         )
 
+    # A NumPy key counts as the same value in every process. A jax key would belong to one device.
+    is_traced = isinstance(key, jax.core.Tracer)
+    words = key if is_traced or layout is None or layout.mesh is None else np.asarray(key)
+    if _is_hashable(tx):
+        state = _build_jitted(words, spec=spec, tx=tx, layout=layout, table_of=table_of)
+    else:
+        build = partial(_build, spec=spec, tx=tx, layout=layout, table_of=table_of)
+        state = jax.jit(build)(words)
+    # Arrays are the same for every implementation: all of them share the program.
+    state = dataclasses.replace(state, implementation=implementation)
+    if layout is None and optim.rule_of(tx) is not None:
+        # XLA is still filling the table, and `place` waits for it.
+        ops.compile_ahead(implementation, state.table)
+    return huge_pages.place(state)
+
+
+def _build(
+    key: jax.Array,
+    *,
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    layout: Layout | None,
+    table_of: Callable[[jax.Array, EmbeddingSpec, Shard | None], QuantizedTable],
+) -> EmbeddingState:
     def build(key: jax.Array, index: Any = None) -> EmbeddingState:
         shard = None if layout is None else layout.shard(layout.index() if index is None else index)
-        return assemble(key, spec, tx, implementation, table_of(key, shard), layout)
+        return assemble(key, spec, tx, "xla", table_of(key, spec, shard), layout)
 
-    if layout is None:
-        state = jax.jit(build)(key)
-        if optim.rule_of(tx) is not None:
-            # XLA is still filling the table, and `place` waits for it.
-            ops.compile_ahead(implementation, state.table)
-        return huge_pages.place(state)
-    if layout.mesh is None:
+    if layout is None or layout.mesh is None:
         return build(key)
-    # A NumPy key counts as the same value in every process. A jax key would belong to one device.
-    words = key if isinstance(key, jax.core.Tracer) else np.asarray(key)
     specs = partition_specs(jax.eval_shape(partial(build, index=0), key))
-    per_device = jax.shard_map(
+    return jax.shard_map(
         build, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=specs, check_vma=False
-    )
-    return huge_pages.place(jax.jit(per_device)(words))
+    )(key)
+
+
+_build_jitted = jax.jit(_build, static_argnames=("spec", "tx", "layout", "table_of"))
+
+
+def _is_hashable(tx: optax.GradientTransformation) -> bool:
+    """Returns whether a transformation has a hash. One of callable objects may have none."""
+    try:
+        hash(tx)
+    except TypeError:
+        return False
+    return True
 
 
 def partition_specs(state: EmbeddingState) -> EmbeddingState:

@@ -379,3 +379,43 @@ def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
     assert is_other[~is_even].mean() > 0.9
     held = one.cache.tags[one.cache.dirty]
     assert held.size and (held % 2 == 1).all()
+
+
+class Unhashable:
+    """A callable object that is equal to others, and therefore has no hash."""
+
+    __hash__ = None
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["functions", "callable objects"])
+def test_a_second_state_of_a_stack_is_made_by_the_program_of_the_first(kind):
+    """Another key and another implementation; a transformation without a hash is compiled again."""
+    spec, tx = shapes.stack(61, 4, storage="int8", lines=8, ways=4), optax.sgd(0.125)
+    if kind == "callable objects":
+        tx = optax.GradientTransformation(*map(Unhashable, tx))
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    states = []
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for seed, implementation in ((0, "xla"), (0, "xla_chunked"), (1, "xla")):
+            key = jax.block_until_ready(jax.random.key(seed))
+            compiled.clear()
+            states.append(mpembed.init(key, spec, tx, implementation=implementation))
+            assert bool(compiled) == (len(states) == 1 or kind == "callable objects")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert [s.implementation for s in states] == ["xla", "xla_chunked", "xla"]
+    first, second, other = (np.asarray(state.table.rows) for state in states)
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
