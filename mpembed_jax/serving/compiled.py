@@ -41,6 +41,7 @@ _AHEAD = 64  # positions between a prefetch and its use; 16 are too few for the 
 _PIECE = 1024  # positions whose addresses are found at once
 _MIN_SPLIT = 1 << 16  # vectors of values; less work is not worth waking a thread for
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F16, _F32 = ir.HalfType(), ir.FloatType()
@@ -56,9 +57,21 @@ class Reader:
         self._table = host_rows.byte_table(fmt) if fmt.code_bits == 8 else np.zeros(1, np.float32)
         self._lut = _address(self._table)
 
+    def reads(self, ids: Any) -> bool:
+        """Returns whether `take` and `bag` read these ids as they are.
+
+        They read contiguous NumPy arrays of int32 or int64. The answer may be False for such an
+        array if its dtype is a copy.
+        """
+        return (
+            type(ids) is np.ndarray
+            and (ids.dtype is _INT64 or ids.dtype is _INT32)
+            and ids.flags.c_contiguous
+        )
+
     def take(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """See host_rows.take; ids are contiguous int32 or int64 [N]."""
-        num = len(ids)
+        """See host_rows.take; ids are contiguous int32 or int64 [..]. Returns rows [N, D]."""
+        num = ids.size
         out = np.empty((num, self.dim), np.float32)
         given = _address(out), _address(ids), ids.itemsize == 8
         table = self._rows, self._num_rows, self._lut
@@ -87,19 +100,24 @@ class Reader:
         weights: np.ndarray | None,
         combiner: str,
     ) -> tuple[np.ndarray, int]:
-        """See host_rows.bag. Without offsets, every bag has `length` positions."""
-        num_bags = len(ids) // length if offsets is None else len(offsets) - 1
+        """See host_rows.bag; ids are contiguous int32 or int64 [..]. Returns vectors [B, D].
+
+        Without offsets, every bag has `length` positions.
+        """
+        num_bags = ids.size // length if offsets is None else len(offsets) - 1
         out = np.empty((num_bags, self.dim), np.float32)
         ends = 0 if offsets is None else _address(offsets)
         factors = 0 if weights is None else _address(weights)
         given = _address(out), _address(ids), ids.itemsize == 8, ends, length, factors
         kind = _COMBINERS[combiner]
         table = self._rows, self._num_rows, self._lut
+        if ids.size * self.dim < _MIN_SPLIT:
+            return out, self._bag(*given, kind, 0, num_bags, *table)
 
         def part(first: int, last: int) -> int:
             return self._bag(*given, kind, first, last, *table)
 
-        return out, self._divided(part, num_bags, max(1, len(ids) // max(1, num_bags)))
+        return out, self._divided(part, num_bags, max(1, ids.size // max(1, num_bags)))
 
     def _divided(self, part: Callable[[int, int], int], num: int, weight: int) -> int:
         """Runs part(first, last) over [0, num) on several threads; returns the sum of the results.

@@ -86,20 +86,20 @@ class _Host:
     def __init__(self, out_of_range: str, threads: int, implementation: str, path: Path):
         self.out_of_range, self.threads = out_of_range, threads
         self.implementation, self.path = implementation, path
-        self._readers: dict[str, Any] = {}
+        self.readers: dict[str, Any] = {}  # of the tables that were read
         self._lock = threading.Lock()
         self.num_out_of_range = 0
 
     def reader(self, table: Table, packed: np.ndarray) -> Any:
         """Returns the compiled reader of a table, or None for NumPy."""
-        if (found := self._readers.get(table.name)) is not None:
+        if (found := self.readers.get(table.name)) is not None:
             return found
         if self.implementation != "numpy":
             # Imported here, because numba is optional.
             from mpembed_jax.serving import compiled
 
             made = compiled.Reader(packed, table.format, table.embedding_dim, self.threads)
-            found = self._readers[table.name] = made
+            found = self.readers[table.name] = made
         return found
 
     def rows_of(self, owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
@@ -195,6 +195,8 @@ class ServingTable:
           ValueError: if an id is outside its table and out_of_range is "raise"; if pairs are of
             another table; if ids are not a mapping, but there are several features.
         """
+        if type(ids) is np.ndarray and self._only is not None:
+            return self._lookup(*self._only, ids)
         return self._each(ids, self._lookup)
 
     def raw_ids(self, ids: Any) -> Any:
@@ -284,6 +286,8 @@ class ServingTable:
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
+        if type(ids) is np.ndarray and self._only is not None:
+            return self._bag(*self._only, ids, combiner, weights, offsets)
         if isinstance(ids, Mapping):
             weights = weights or {}
             offsets = offsets or {}
@@ -482,6 +486,17 @@ class ServingTable:
         tables = self._by_name | self._pool_of
         return {feature: tables[name] for feature, name in self.contents.features}
 
+    @functools.cached_property
+    def _only(self) -> tuple[str, Table] | None:
+        """The single feature and its table, if ids are its rows."""
+        features = list(self._by_feature.items())
+        return features[0] if len(features) == 1 and features[0][1].pool is None else None
+
+    def _reader_of(self, table: Table, ids: Any) -> Any:
+        """Returns the reader of a table, if it was made and reads these ids as they are."""
+        reader = None if self.host is None else self.host.readers.get(table.name)
+        return reader if reader is not None and reader.reads(ids) else None
+
     def table(self, name: str | None = None) -> Table:
         """Returns a table, or a pool, by its name. The name of a single table is optional.
 
@@ -586,6 +601,11 @@ class ServingTable:
         return is_host
 
     def _lookup(self, feature: str, table: Table, ids: Any) -> Any:
+        if (reader := self._reader_of(table, ids)) is not None:  # in a microsecond less
+            rows, num_outside = reader.take(ids)
+            if num_outside:
+                self.host.count(num_outside, feature, ids.reshape(-1), table)
+            return rows if ids.ndim == 1 else rows.reshape(*ids.shape, table.embedding_dim)
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
@@ -604,6 +624,14 @@ class ServingTable:
     def _bag(
         self, feature: str, table: Table, ids: Any, combiner: str, weights: Any, offsets: Any
     ) -> Any:
+        reader = None
+        if weights is None and offsets is None:
+            reader = self._reader_of(table, ids)
+        if reader is not None and ids.ndim and ids.shape[-1]:  # in two microseconds less
+            bags, num_outside = reader.bag(ids, None, ids.shape[-1], None, combiner)
+            if num_outside:
+                self.host.count(num_outside, feature, ids.reshape(-1), table)
+            return bags if ids.ndim == 2 else bags.reshape(*ids.shape[:-1], table.embedding_dim)
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if weights is not None and np.shape(weights) != np.shape(ids):

@@ -36,6 +36,7 @@ from mpembed_jax.vocabulary import hashes
 
 MAX_ORDER, MAX_HEADS = 64, 1024
 _SPREAD = 2_654_435_761  # the factor of a seed
+_BLOCK = 1 << 14  # positions
 _OUTSIDE = -1  # the id of an n-gram with a token outside the vocabulary
 
 
@@ -215,12 +216,15 @@ class NGramHash:
             raise ValueError("n-grams that are raw ids have keys and no row numbers; see keys")
         words, outside, newest = self._words(tokens, canonical, context)
         xp: Any = np if isinstance(newest, np.ndarray) else jnp
-        columns = []
-        for (order, head), rows in zip(self.tables, self.table_sizes, strict=True):
-            row = (_hashed(words, self.seed, order, head) % np.uint32(rows)).astype(np.int32)
-            row = xp.where(outside[order - 1], np.int32(_OUTSIDE), row)
-            columns.append(xp.where(newest == NO_ID, np.int32(NO_ID), row))
-        return xp.stack(columns, axis=-1)
+        sizes = np.reshape(
+            np.asarray(self.table_sizes, np.uint32), (-1, self.heads, *[1] * newest.ndim)
+        )
+        of_orders = []
+        for order, of_heads in zip(self.orders, sizes, strict=True):
+            rows = (_hashed(words, self.seed, order, self.heads) % of_heads).astype(np.int32)
+            of_orders.append(xp.where(outside[order - 1], np.int32(_OUTSIDE), rows))
+        rows = xp.where(newest == NO_ID, np.int32(NO_ID), xp.concatenate(of_orders))
+        return xp.moveaxis(rows, 0, -1).copy()
 
     def keys(self, tokens: Any, canonical: Any = None, context: Any = None) -> tuple[Any, Any]:
         """Returns the key of each n-gram: a raw id of 64 bits, as two words.
@@ -243,8 +247,7 @@ class NGramHash:
         xp: Any = np if isinstance(newest, np.ndarray) else jnp
         keys, is_ngram = [], []
         for order in self.orders:
-            halves = [_hashed(words, self.seed, order, half) for half in (0, 1)]
-            keys.append(xp.stack(halves, axis=-1))
+            keys.append(xp.moveaxis(_hashed(words, self.seed, order, 2), 0, -1))
             is_ngram.append((newest != NO_ID) & ~outside[order - 1])
         return xp.stack(keys, axis=-2), xp.stack(is_ngram, axis=-1)
 
@@ -290,31 +293,24 @@ class NGramHash:
         joined = _with_context(self, tokens, context)
         if isinstance(canonical, jax.core.Tracer):
             joined = jnp.asarray(joined)
-        elif canonical is not None:
-            canonical = check_canonical(self, canonical)
         xp: Any = np if isinstance(joined, np.ndarray) else jnp
+        mapped = joined if canonical is None else _mapped(self, joined, canonical)
+        mapped = mapped.astype(np.uint32)
         size, length = self.context_size, joined.shape[-1] - self.context_size
 
-        def back(k: int) -> Any:
-            """Returns the tokens k positions before (int32 [.., T])."""
-            return joined[..., size - k : size - k + length]
+        def back(array: Any, k: int) -> Any:
+            """Returns the part of [.., context_size + T] that is k positions before [.., T]."""
+            return array[..., size - k : size - k + length]
 
-        def word(token: Any) -> Any:
-            if canonical is None:
-                return token.astype(np.uint32)
-            is_token = (token != NO_ID) & (token != _OUTSIDE)
-            place = xp.where(is_token, token, 0)
-            return xp.where(is_token, xp.asarray(canonical)[place], token).astype(np.uint32)
-
-        newest = back(0)
-        words, outside = [word(newest)], [newest == _OUTSIDE]
+        newest = back(joined, 0)
+        words, outside = [back(mapped, 0)], [newest == _OUTSIDE]
         is_open = newest != NO_ID
         for k in range(1, max(self.orders)):
-            token, newer = back(k), back(k - 1)
+            token, newer = back(joined, k), back(joined, k - 1)
             is_open = is_open & (token != NO_ID)
             if self.boundary is not None:
                 is_open = is_open & (newer != self.boundary)
-            words.append(xp.where(is_open, word(token), np.uint32(NO_ID)))
+            words.append(xp.where(is_open, back(mapped, k), np.uint32(NO_ID)))
             outside.append(outside[-1] | (is_open & (token == _OUTSIDE)))
         return words, outside, newest
 
@@ -348,6 +344,13 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
       TypeError: if it does not consist of integers.
       ValueError: if it has another shape, or a value is out of range.
     """
+    array = _checked_map(spec, canonical)
+    _check_numbers(array)
+    return array.astype(np.int32)
+
+
+def _checked_map(spec: NGramHash, canonical: Any) -> np.ndarray:
+    """Returns a map of tokens as an array, after a check of its dtype and shape."""
     array = np.asarray(canonical)
     if array.dtype.kind not in "iu":
         raise TypeError(
@@ -359,11 +362,31 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
             f"canonical must have one number for each token, [{spec.vocabulary_size}], got "
             f"{list(array.shape)}"
         )
-    if array.min() < 0 or array.max() >= NO_ID:
+    return array
+
+
+def _check_numbers(numbers: np.ndarray) -> None:
+    if numbers.size and (numbers.min() < 0 or numbers.max() >= NO_ID):
         raise ValueError(
-            f"canonical must be in [0, 2**31 - 2], got values from {array.min()} to {array.max()}"
+            f"canonical must be in [0, 2**31 - 2], got values from {numbers.min()} to "
+            f"{numbers.max()}"
         )
-    return array.astype(np.int32)
+
+
+def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
+    """Returns the canonical number of each token; NO_ID and -1 stay. All are int32 [..].
+
+    On the host, only the numbers of these tokens are checked: decoding has one token at a time, and
+    a map has many.
+    """
+    is_token = (tokens != NO_ID) & (tokens != _OUTSIDE)
+    if isinstance(tokens, np.ndarray):
+        numbers = _checked_map(spec, canonical)[np.where(is_token, tokens, 0)]
+        _check_numbers(numbers)
+        return np.where(is_token, numbers.astype(np.int32), tokens)
+    if not isinstance(canonical, jax.core.Tracer):
+        canonical = jnp.asarray(check_canonical(spec, canonical))
+    return jnp.where(is_token, canonical[jnp.where(is_token, tokens, 0)], tokens)
 
 
 def check_tokens(spec: NGramHash, tokens: Any, name: str = "tokens") -> Any:
@@ -442,18 +465,28 @@ def _with_context(spec: NGramHash, tokens: Any, context: Any) -> Any:
     return (np if is_host else jnp).concatenate([context, tokens], axis=-1)
 
 
-def _hashed(words: list[Any], seed: int, order: int, head: int) -> Any:
-    """Returns x (uint32 [.., T]) of a head, from the words of the n-grams."""
-    mixed, multipliers = _start(seed, order, head)
+def _hashed(words: list[Any], seed: int, order: int, heads: int) -> Any:
+    """Returns x (uint32 [heads, .., T]) of the heads of an order, from the words of the n-grams."""
+    first, multipliers = _start(seed, order, heads)
+    if isinstance(words[0], np.ndarray) and words[0].size > _BLOCK:
+        # One head at a time: its numbers stay in a core's cache.
+        parts = zip(np.split(first, heads), np.split(multipliers, heads, axis=1), strict=True)
+        return np.concatenate([_of_heads(words, *part) for part in parts])
+    return _of_heads(words, first, multipliers)
+
+
+def _of_heads(words: list[Any], first: np.ndarray, multipliers: np.ndarray) -> Any:
+    by_head = (-1, *[1] * words[0].ndim)
+    mixed = first.reshape(by_head)
     for token, multiplier in zip(words, multipliers, strict=False):
-        mixed = random_bits.fmix32(mixed ^ (token * multiplier))
+        mixed = random_bits.fmix32(mixed ^ (token * multiplier.reshape(by_head)))
     return mixed
 
 
-@functools.lru_cache(1 << 14)
-def _start(seed: int, order: int, head: int) -> tuple[Any, np.ndarray]:
-    """Returns the first word (uint32) and the multipliers (uint32 [order]) of a head."""
-    first = random_bits.fmix32(
-        np.asarray([(seed * _SPREAD + 1024 * order + head) % 2**32], np.uint32)
-    )
-    return first[0], random_bits.fmix32(first + np.arange(order, dtype=np.uint32)) | np.uint32(1)
+@functools.lru_cache(1 << 10)
+def _start(seed: int, order: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first words (uint32 [heads]) and the multipliers (uint32 [order, heads])."""
+    seeds = [(seed * _SPREAD + 1024 * order + head) % 2**32 for head in range(heads)]
+    first = random_bits.fmix32(np.asarray(seeds, np.uint32))
+    of_tokens = random_bits.fmix32(first + np.arange(order, dtype=np.uint32)[:, None])
+    return first, of_tokens | np.uint32(1)

@@ -273,7 +273,8 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             Refused(lambda: SPEC.ids(np.array([1]), None, np.ones(2)), "context.*float", TypeError),
             Refused(lambda: SPEC.ids(np.array([1]), np.arange(9)), r"each token, \[10\], got \[9"),
             Refused(lambda: SPEC.ids(np.array([1]), np.ones(10)), "canonical.*float64", TypeError),
-            Refused(lambda: SPEC.ids(np.array([1]), np.arange(10) - 1), "from -1 to 8"),
+            Refused(lambda: SPEC.ids(np.array([0, 9]), np.arange(10) - 1), "from -1 to 8"),
+            Refused(lambda: SPEC.ids(jnp.array([5]), np.arange(10) - 1), "from -1 to 8"),
             Refused(lambda: NGramHash(10, (1, 2), 1, 9), r"each of orders must be in \[2, 64\]"),
             Refused(lambda: NGramHash(10, (2, 2), 1, 9), "orders must be distinct"),
             Refused(lambda: NGramHash(10, (), 1, 9), "orders must be distinct and at least one"),
@@ -300,3 +301,20 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
 def test_wrong_tokens_and_settings_are_refused(case):
     with pytest.raises(case.error, match=case.message):
         case.call()
+
+
+@pytest.mark.parametrize("canonical", named({"as they are": None, "mapped": np.arange(97) // 3}))
+def test_a_long_batch_has_the_ids_of_its_parts(canonical):
+    """More positions than are hashed at once on the host."""
+    spec = NGramHash(97, (2, 4), 3, 1000, boundary=0)
+    tokens = np.random.default_rng(0).integers(0, 97, (2, 9000))
+    whole = spec.ids(tokens, canonical)
+    assert whole.shape == (2, 9000, 6) and whole.flags.c_contiguous
+    parts = [
+        spec.ids(tokens[:, start : start + 100], canonical, spec.context_after(tokens[:, :start]))
+        for start in range(0, 9000, 900)
+    ]
+    for start, part in zip(range(0, 9000, 900), parts, strict=True):
+        np.testing.assert_array_equal(whole[:, start : start + 100], part)
+    keys, _ = dataclasses.replace(spec, heads=1, rows=None).keys(tokens, canonical)
+    assert keys.shape == (2, 9000, 2, 2)
