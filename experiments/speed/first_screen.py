@@ -168,10 +168,9 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
         "|---|---|---|---|---|",
     ]
     note = """
-Bytes and times are for D = 64: forward, backward and update of the embedding on 2 CPU cores
-(`python -m experiments.speed.first_screen`). The AUC column is from other runs of \
-the same formats: the Reddit task at D = 16,
-paired seeds with 95 % intervals \
+Bytes and times are for D = 64: forward, backward and update of the embedding on 2 CPU cores, by the
+verbs of a module with `fused=True` (`python -m experiments.speed.first_screen`). The AUC column is
+from other runs of the same formats: the Reddit task at D = 16, paired seeds with 95 % intervals
 (`python -m experiments.accuracy.paper_table --data reddit`). The files
 `experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])

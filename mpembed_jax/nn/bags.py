@@ -36,7 +36,9 @@ class CachedEmbedBags(nnx.Module):
     model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
     `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
     prefetch. Ids are local to their tables. They are {feature: ids [.., L]} with NO_ID as padding
-    of ragged bags, or an array [.., T] with one column per feature.
+    of ragged bags, or an array [.., T] with one column per feature. For a spec with a vocabulary,
+    they are raw ids, or the pairs uint32 [.., 2] that `spec.raw_ids` returns. A jitted function
+    takes pairs: it gets no strings, and 32 bits of an integer.
 
     Args:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features
@@ -125,13 +127,14 @@ class CachedEmbedBags(nnx.Module):
 
         Args:
           ids: {feature: integers [.., L]} of some or all features, or integers [.., T]; local to
-            their tables.
+            their tables, or raw ids or pairs.
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are not integers.
-          ValueError: if an array does not fit the features, in evaluation mode, or if
-            nn.apply_gradients was not called after the last prefetch.
+          TypeError: if ids are not integers, or if uint32 ids of a vocabulary are not pairs.
+          ValueError: if pairs on the host are of another table, if an array does not fit the
+            features, in evaluation mode, or if nn.apply_gradients was not called after the last
+            prefetch.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         for stack, part, own in zip(self.stacks, routed, given, strict=True):

@@ -16,6 +16,7 @@ from mpembed_jax import row_ids
 from mpembed_jax.embedding.pooling import COMBINERS, pool
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TablesOfIds
+from mpembed_jax.vocabulary import hashes
 
 Combiners = tuple[tuple[str, str | None], ...]
 
@@ -127,8 +128,57 @@ def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
 
 
 def mapped(spec: EmbeddingSpec, ids: Any) -> Any:
-    """Returns what a stack's verbs take for a user's ids: global ids, or pairs of raw ids."""
-    return spec.global_ids(ids) if spec.vocabulary is None else spec.raw_ids(ids)
+    """Returns what a stack's verbs take for a user's ids: global ids, or pairs of raw ids.
+
+    uint32 ids of a stack with a vocabulary are pairs [.., 2] already.
+    """
+    if spec.vocabulary is None:
+        return spec.global_ids(ids)
+    if not isinstance(ids, Mapping):
+        return spec.raw_ids(ids)
+    given = {f: v for f, v in ids.items() if _is_uint32(v)}
+    hashed = spec.raw_ids({f: v for f, v in ids.items() if f not in given})
+    pairs = {f: _pairs_of(spec, f, v) for f, v in given.items()}
+    return row_ids.in_mapping_of(ids, hashed | pairs)
+
+
+def _is_uint32(ids: Any) -> bool:
+    return getattr(ids, "dtype", None) == np.uint32
+
+
+def _pairs_of(spec: EmbeddingSpec, feature: str, pairs: Any) -> Any:
+    """Returns the pairs of a feature (uint32 [.., 2]) after a check of their shape and table."""
+    table = dict(spec.feature_tables)[feature]
+    number = [t.name for t in spec.tables].index(table)
+    is_device = isinstance(pairs, jax.Array)
+    check = hashes.pairs_on_device if is_device else hashes.pairs_on_host
+    return check(feature, pairs, table, number)
+
+
+def _route_pairs(specs: tuple[EmbeddingSpec, ...], array: Any, names: list[str]) -> list[Any]:
+    """Splits pairs (uint32 [.., T, 2]) into one part per stack, after the checks of `_pairs_of`."""
+    if any(s.vocabulary is None for s in specs) or array.shape[-2:] != (len(names), 2):
+        raise TypeError(
+            f"uint32 array ids must be the pairs [.., {len(names)}, 2] that raw_ids() returns, of "
+            f"stacks that all have a vocabulary, got {list(array.shape)}; cast other ids to int64"
+        )
+    ends = np.cumsum([len(s.feature_tables) for s in specs])
+    parts = []
+    for spec, end in zip(specs, ends, strict=True):
+        part = array[..., end - len(spec.feature_tables) : end, :]
+        for column, (feature, _) in enumerate(spec.feature_tables):
+            _pairs_of(spec, feature, part[..., column, :])
+        parts.append(part)
+    return parts
+
+
+def _check_widths(specs: tuple[EmbeddingSpec, ...]) -> None:
+    widths = [s.embedding_dim for s in specs]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"array ids need one embedding_dim for all features, but the specs have {widths}; "
+            "pass a dict of features"
+        )
 
 
 def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
@@ -142,7 +192,8 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 
     Args:
       specs: the stacks.
-      ids: {feature: ids [..]} of some or all features, or integers [.., T].
+      ids: {feature: ids [..]} of some or all features, or integers [.., T]. For stacks with a
+        vocabulary, pairs are possible: uint32 [.., 2] instead of [..].
 
     Returns:
       For each stack a dict {feature: int32 [..]}, or int32 [.., T of the stack]. For a stack with
@@ -150,6 +201,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 
     Raises:
       KeyError: if a feature is unknown.
+      TypeError: if ids of a stack with a vocabulary are uint32, but no pairs.
       ValueError: if array ids have another number of columns, or if the stacks have several widths.
     """
     if isinstance(ids, Mapping):
@@ -160,17 +212,15 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
         return [mapped(s, {f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
     array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     names = [f for s in specs for f, _ in s.feature_tables]
+    if _is_uint32(array) and any(s.vocabulary is not None for s in specs):
+        _check_widths(specs)
+        return _route_pairs(specs, array, names)
     if array.ndim < 1 or array.shape[-1] != len(names):
         raise ValueError(
             f"array ids must be [.., {len(names)}], one column per feature {names}, got "
             f"{list(array.shape)}; for bags pass a dict of features"
         )
-    widths = [s.embedding_dim for s in specs]
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"array ids need one embedding_dim for all features, but the specs have {widths}; "
-            "pass a dict of features"
-        )
+    _check_widths(specs)
     return [mapped(s, part) for s, part in zip(specs, _columns(specs, array), strict=True)]
 
 

@@ -5,8 +5,6 @@ numba. An id without a row of its own has a shared row of its table, as in train
 hashes of ids, not ids.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,58 +16,6 @@ from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.pool import VocabularyState
 
 _BLOCK = 4096  # ids whose sets are compared at once
-_TABLE = np.uint32(hashes.MAX_TABLES - 1)  # the bits of a place that are the number of the table
-
-
-def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
-    """Returns ids as pairs (uint32 [.., 2]): tag and place. Pairs stay as they are.
-
-    Args:
-      feature: the name that error messages use.
-      ids: pairs uint32 [.., 2], or raw ids of any other dtype.
-      table: the name of the ids' table.
-      number: the number of that table in the pool.
-
-    Raises:
-      TypeError: if ids are neither integers nor bytes nor strings, or are uint32 with a last axis
-        other than 2.
-      ValueError: if pairs are of another table.
-    """
-    if getattr(ids, "dtype", None) != np.uint32:
-        return hashes.of_column(ids, table, number)
-    pairs = np.asarray(ids)
-    _check_shape(feature, pairs.shape)
-    is_other = (pairs[..., 1] & _TABLE != number) & (pairs[..., 0] != hashes.PADDING)
-    if is_other.any():
-        place = tuple(int(i) for i in np.argwhere(is_other)[0])
-        raise ValueError(
-            f"feature {feature!r}: the pair at {list(place)} is not of table {table!r} "
-            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are taken as the pairs that "
-            "raw_ids() returns; cast raw ids to int64"
-        )
-    return pairs
-
-
-def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
-    """Returns ids as pairs (uint32 [.., 2]).
-
-    uint32 ids are pairs already. Integers of another dtype are hashed.
-
-    Raises:
-      TypeError: if ids are not integers, or are uint32 with a last axis other than 2.
-    """
-    if ids.dtype != jnp.uint32:
-        return hashes.of_traced(ids, table, number)
-    _check_shape(feature, ids.shape)
-    return ids
-
-
-def _check_shape(feature: str, shape: tuple[int, ...]) -> None:
-    if shape[-1:] != (2,):
-        raise TypeError(
-            f"feature {feature!r}: uint32 ids must be the pairs [.., 2] that raw_ids() returns, "
-            f"got {list(shape)}; cast raw ids to int64"
-        )
 
 
 def on_device(owners: jax.Array, pairs: jax.Array, sizes: Pool) -> jax.Array:
@@ -119,7 +65,7 @@ def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     own = np.where(own < numbers, own, own & ((span >> 1) - 1))
     sets = first + sizes.first_sets * own
     is_own = owners[sets] >> shift == tags[:, None]
-    shared = (pairs[:, 1] & _TABLE).astype(np.int64) * sizes.shared_rows
+    shared = (pairs[:, 1] & hashes.NUMBER).astype(np.int64) * sizes.shared_rows
     shared += _scaled(fmix32(pairs[:, 0]), sizes.shared_rows) + sizes.sets * sizes.ways
     rows = np.where(is_own.any(1), is_own.argmax(1) * sizes.sets + sets, shared)
     return np.where(pairs[:, 0] == hashes.PADDING, NO_ID, rows).astype(np.int32)

@@ -20,6 +20,7 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, pools, top_k
 from mpembed_jax.serving.container import Contents, NGrams, Pool, Table
 from mpembed_jax.table import QuantizedTable, read_rows
+from mpembed_jax.vocabulary import hashes
 
 IMPLEMENTATIONS = ("numba", "numpy")
 # Up to this many queries are scored one by one from packed rows. For more queries, each block of
@@ -545,8 +546,8 @@ class ServingTable:
         """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
         name, number = self._raw_of[feature]
         if isinstance(ids, jax.Array) and not on_host:
-            return pools.pairs_on_device(feature, ids, name, number)
-        return pools.pairs_on_host(feature, ids, name, number)
+            return hashes.pairs_on_device(feature, ids, name, number)
+        return hashes.pairs_on_host(feature, ids, name, number)
 
     def _local(self, feature: str, table: Table, ids: Any) -> Any:
         """Returns ids as rows of their table or pool."""

@@ -20,6 +20,7 @@ import numpy as np
 PADDING = 0xFFFFFFFF
 TABLE_BITS = 10
 MAX_TABLES = 1 << TABLE_BITS
+NUMBER = np.uint32(MAX_TABLES - 1)  # the bits of a place that are the number of the table
 _BLOCK = 1 << 14  # values hashed at once; their intermediate results stay in a core's cache
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 _SHIFTS = (30, 27, 31)
@@ -339,3 +340,57 @@ def _product(high: jax.Array, low: jax.Array, by: int) -> tuple[jax.Array, jax.A
     other = (middle & half) + a0 * b1  # below 2^32
     carried = a1 * b1 + (middle >> 16) + (other >> 16)
     return high * by_low + low * by_high + carried, low * by_low
+
+
+# --- pairs, or ids that become pairs
+
+
+def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
+    """Returns ids as pairs (uint32 [.., 2]): tag and place. Pairs stay as they are.
+
+    Args:
+      feature: the name that error messages use.
+      ids: pairs uint32 [.., 2], or raw ids of any other dtype.
+      table: the name of the ids' table.
+      number: the number of that table in the pool.
+
+    Raises:
+      TypeError: if ids are neither integers nor bytes nor strings, or are uint32 with a last axis
+        other than 2.
+      ValueError: if pairs are of another table.
+    """
+    if getattr(ids, "dtype", None) != np.uint32:
+        return of_column(ids, table, number)
+    pairs = np.asarray(ids)
+    _check_shape(feature, pairs.shape)
+    is_other = (pairs[..., 1] & NUMBER != number) & (pairs[..., 0] != PADDING)
+    if is_other.any():
+        place = tuple(int(i) for i in np.argwhere(is_other)[0])
+        raise ValueError(
+            f"feature {feature!r}: the pair at {list(place)} is not of table {table!r} "
+            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are taken as the pairs that "
+            "raw_ids() returns; cast raw ids to int64"
+        )
+    return pairs
+
+
+def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
+    """Returns ids as pairs (uint32 [.., 2]).
+
+    uint32 ids are pairs already. Integers of another dtype are hashed.
+
+    Raises:
+      TypeError: if ids are not integers, or are uint32 with a last axis other than 2.
+    """
+    if ids.dtype != jnp.uint32:
+        return of_traced(ids, table, number)
+    _check_shape(feature, ids.shape)
+    return ids
+
+
+def _check_shape(feature: str, shape: tuple[int, ...]) -> None:
+    if shape[-1:] != (2,):
+        raise TypeError(
+            f"feature {feature!r}: uint32 ids must be the pairs [.., 2] that raw_ids() returns, "
+            f"got {list(shape)}; cast raw ids to int64"
+        )

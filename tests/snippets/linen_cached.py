@@ -13,7 +13,7 @@ NUM_ITEMS = 50_000
 class Model(nn.Module):
     @nn.compact
     def __call__(self, ids):
-        vectors = CachedEmbed(NUM_ITEMS, 16, name="items")(ids).reshape(len(ids), -1)
+        vectors = CachedEmbed(NUM_ITEMS, 16, fused=True, name="items")(ids).reshape(len(ids), -1)
         return nn.Dense(1)(nn.relu(nn.Dense(32)(vectors)))[:, 0]
 
 

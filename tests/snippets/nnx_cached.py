@@ -11,7 +11,7 @@ NUM_ITEMS = 50_000
 
 class Model(nnx.Module):
     def __init__(self, rngs):
-        self.items = nn.CachedEmbed(NUM_ITEMS, 16, rngs=rngs)
+        self.items = nn.CachedEmbed(NUM_ITEMS, 16, fused=True, rngs=rngs)
         self.hidden = nnx.Linear(4 * 16, 32, rngs=rngs)
         self.out = nnx.Linear(32, 1, rngs=rngs)
 

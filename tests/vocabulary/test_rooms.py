@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from cases import named
+from cases import Refused, named
 from flax import nnx
 
 import mpembed_jax as mpembed
@@ -81,6 +81,66 @@ def test_modules_train_the_rows_of_the_functional_step(is_fused):
         np.testing.assert_array_equal(vectors, want[feature])
 
 
+def as_columns(ids):
+    """The pairs of both features in one array, uint32 [.., 2, 2]."""
+    return np.stack([ids["user"], ids["item"]], axis=-2)
+
+
+@pytest.mark.parametrize("form", named({"mapping": lambda ids: ids, "array": as_columns}))
+@pytest.mark.parametrize("is_fused", [False, True], ids=["rows", "fused"])
+def test_jitted_modules_take_the_pairs_of_strings_and_wide_integers(is_fused, form):
+    """A jitted function gets no strings, and 32 bits of an integer: it gets pairs instead."""
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, fused=is_fused, rngs=nnx.Rngs(0))
+    state = module.stacks[0].embedding_state
+
+    @nnx.jit
+    def train_step(module, ids):
+        module.prefetch(ids)
+        grads = nnx.grad(lambda m: jnp.sum((jnp.stack(jax.tree.leaves(m(ids))) - 1) ** 2))(module)
+        nn.apply_gradients(module, grads)
+
+    for ids in batches(0, 8):
+        pairs = SPEC.raw_ids(ids)
+        state = step(state, pairs)
+        train_step(module, form(pairs))
+    held = module.stacks[0].embedding_state
+    training.assert_same(held.vocabulary, state.vocabulary)
+    training.assert_same(held.table, state.table)
+    assert int(state.vocabulary.counters[2, 0]) > 0
+    module.eval()
+    ids = next(batches(9, 1))
+    training.assert_same(module(ids), mpembed.read(state, SPEC.raw_ids(ids)))
+
+
+BAD_PAIRS = {
+    "of another table": Refused(
+        lambda pairs: {"user": pairs["item"]}, "the pair at .* is not of table 'user'"
+    ),
+    "no pairs": Refused(
+        lambda pairs: {"user": np.arange(3, dtype=np.uint32)},
+        r"'user': uint32 ids must be the pairs \[\.\., 2\].*got \[3\]; cast raw ids to int64",
+        TypeError,
+    ),
+    "columns that are no pairs": Refused(
+        lambda pairs: np.zeros((4, 2), np.uint32),
+        r"uint32 array ids must be the pairs \[\.\., 2, 2\].*got \[4, 2\]",
+        TypeError,
+    ),
+    "columns in another order": Refused(
+        lambda pairs: as_columns(pairs)[:, ::-1], "the pair at .* is not of table 'user'"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", named(BAD_PAIRS))
+def test_pairs_that_a_module_cannot_take_are_refused(case):
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0))
+    ids = case.call(SPEC.raw_ids(next(batches(0, 1))))
+    with pytest.raises(case.error, match=case.message):
+        module.prefetch(ids)
+    assert not module.stacks[0].is_prefetched
+
+
 @pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
 def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
     @jax.jit
@@ -124,10 +184,12 @@ class Vectors(linen.Module):
         return CachedEmbedBags(SPEC, TX, combiner=None, name="embed")(ids)
 
 
-def test_a_linen_module_trains_the_rows_of_the_functional_step():
+@pytest.mark.parametrize("kind", ["integers", "pairs"])
+def test_a_linen_module_trains_the_rows_of_the_functional_step(kind):
     def numbers(seed, num):
         for ids in batches(seed, num):
-            yield {"user": ids["item"].astype(np.int32), "item": ids["item"].astype(np.int32) + 7}
+            item = ids["item"].astype(np.int32)
+            yield SPEC.raw_ids(ids) if kind == "pairs" else {"user": item, "item": item + 7}
 
     @jax.jit
     def train_step(train_state, ids):
@@ -143,7 +205,7 @@ def test_a_linen_module_trains_the_rows_of_the_functional_step():
     state = embedding_of(held)
     for ids in numbers(0, 6):
         held = train_step(held, ids)
-        state = step(state, SPEC.raw_ids(ids))
+        state = step(state, ids if kind == "pairs" else SPEC.raw_ids(ids))
     training.assert_same(embedding_of(held).vocabulary, state.vocabulary)
     training.assert_same(embedding_of(held).table, state.table)
     assert int(state.vocabulary.counters[2, 0]) > 0

@@ -233,6 +233,7 @@ class CachedEmbedBags(linen.Module):
     The rows in use are cached and trained in float32. Train the module with `nn.linen.TrainState`,
     which prefetches and updates the rows. Ids are local to their tables. They are {feature: ids
     [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per feature.
+    For a spec with a vocabulary, they are raw ids or pairs; see the nnx module.
 
     Attributes:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer.
