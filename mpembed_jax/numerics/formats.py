@@ -145,9 +145,9 @@ def as_format(fmt: "RowFormat | str") -> RowFormat:
 def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
     """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D].
 
-    `fmt` is a resolved format. What it does not have is zero. The bias is rounded down first. The
-    scale is then computed from the rounded bias and rounded up. In the opposite order, a quarter of
-    the rows would not fit their grid.
+    `fmt` is a resolved format. A scale or bias that it does not have is zero. The bias is rounded
+    down first. The scale is then computed from the rounded bias and rounded up. In the opposite
+    order, a quarter of the rows would not fit their grid.
     """
     if fmt.scale_dtype is None:
         zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
@@ -204,9 +204,9 @@ def quantize(
 ) -> jax.Array:
     """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format.
 
-    The codes of float32 are its bit patterns. All other values are rounded, and clamped to the
-    largest and smallest finite value of the codes. In a format without a scale, NaN stays NaN. In a
-    format with a scale, the scale of a row with NaN is NaN, and all its codes stand for zero.
+    The codes of float32 are its bit patterns. In all other formats, values are rounded, and clamped
+    to the finite range of the codes. In a format without a scale, NaN stays NaN. In a format with a
+    scale, a row with NaN has the scale NaN, so all of it decodes to NaN.
 
     Args:
       x: float32 [.., D].
