@@ -1,9 +1,10 @@
 """Loop carries under `jax.shard_map`, typed by the mesh axes over which they vary.
 
 The type system of `jax.shard_map` records which values differ between devices. A loop's carry must
-have the same type at the beginning and at the end. This fails for a constant that the body replaces
-by values that depend on the device: it is equal on all devices at the beginning, and differs
-between them at the end. Outside a mesh, this module does nothing.
+have the same type at the beginning and at the end. A constant is equal on all devices. If the body
+replaces it by a value that differs between devices, the two types differ. `with_final_types`
+gives the carry its later type from the beginning. `at_most_once` is a loop of one iteration or
+none, inside and outside a mesh.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,13 @@ Carry = TypeVar("Carry")
 
 
 def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Returns `carry`, typed as varying over the mesh axes over which `body` makes it vary.
+    """Returns `carry` with the types that the loop gives it in the end.
+
+    The type of a leaf says over which mesh axes the leaf varies. Outside `jax.shard_map`, nothing
+    is traced, and the carry is returned as it is.
 
     Args:
-      body: one iteration of the loop. It is traced at least once, and at most once more per mesh
-        axis.
+      body: one iteration of the loop. It is traced again until no type changes.
       carry: any pytree.
 
     Returns:
@@ -42,14 +45,14 @@ def with_final_types(body: Callable[[Carry], Carry], carry: Carry) -> Carry:
 
 
 def at_most_once(body: Callable[[Carry], Carry], count: jax.Array, carry: Carry) -> Carry:
-    """Returns body(carry) if `count` is 1, and carry if it is 0, through a loop of one iteration.
+    """Returns body(carry) if `count` is 1, and carry if it is 0, by a loop of `count` iterations.
 
-    XLA fuses nothing outside a loop into its body. The body's multiplications and additions
-    therefore contract in the same way in every program, and XLA:CPU does not fuse what follows
-    with it.
+    XLA fuses nothing outside a loop into its body. It therefore contracts the body's
+    multiplications and additions in the same way in every program. On a CPU, XLA also does not fuse
+    the body with the operations that follow the loop.
 
     Args:
-      body: one call.
+      body: a function of the carry that returns the new carry.
       count: int32 scalar, 0 or 1, whose value the compiler cannot see.
       carry: any pytree.
     """

@@ -1,9 +1,9 @@
 """Loops over chunks of an array, with a trip count that is known only on the device.
 
 The number of unique ids, misses or evictions depends on the batch, while array widths are static.
-On a CPU, a `while_loop` over chunks does only the necessary work, stays in the processor's cache,
-needs no bound, and updates its carry in place. On a GPU, one pass over the full width is better.
-For this, `chunk` is None, and there is no loop.
+On a CPU, a `while_loop` over chunks visits only the entries that have work. A chunk stays in the
+processor's cache, and the carry is updated in place. On a GPU, one pass over the full width is
+better. For such a pass, `chunk` is None, and there is no loop.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ Carry = TypeVar("Carry")
 class Window(NamedTuple):
     """One chunk of an array of `width` entries."""
 
-    # i32 []: where the slice begins. The last chunk may be partial; its slice begins earlier, so
-    # that all slices have the same length.
+    # i32 []: where the slice begins. All slices have the same length. A slice that would pass the
+    # end of the array begins earlier, so it also covers positions of the chunk before.
     first: jax.Array
     position: jax.Array  # i32 [chunk]: positions in the array
-    # bool [chunk]: the positions that this chunk is responsible for.
+    # bool [chunk]: the positions that are in [begin, end) and in no earlier chunk
     is_live: jax.Array
 
     def take(self, array: jax.Array) -> jax.Array:
-        """Returns the chunk of `array` [width, ..]."""
+        """Returns the chunk [chunk, ..] of `array` [width, ..]."""
         if self.position.shape[0] == array.shape[0]:
             return array
         return lax.dynamic_slice_in_dim(array, self.first, self.position.shape[0])
@@ -37,8 +37,8 @@ class Window(NamedTuple):
     def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with this chunk's positions, live or not, set to `values` [chunk, ..].
 
-        Chunks may overlap, so this is only for values that are the same in every chunk that
-        computes them. `put` is for other values; it must read the array and merge.
+        Slices may overlap. So a position must get the same value from every chunk that covers it.
+        For other values, there is `put`, which also reads the array.
         """
         if self.position.shape[0] == array.shape[0]:
             return values
@@ -66,9 +66,9 @@ def each(
     Args:
       begin: first position, i32 scalar.
       end: position after the last, i32 scalar, at most width.
-      width: static length of the arrays that the windows slice.
+      width: static length of the arrays that the windows slice. If it is 0, the carry is returned.
       chunk: entries per window, limited to width. None: one window and no loop.
-      body: called with a Window and the carry.
+      body: called with a Window and the carry; returns the new carry.
       carry: any pytree.
 
     Returns:
@@ -82,8 +82,8 @@ def each(
         return body(Window(jnp.int32(0), index, (index >= begin) & (index < end)), carry)
 
     # The loop stays even if one window covers everything. XLA fuses nothing outside a loop into its
-    # body, so the results do not depend on the surrounding program. (A multiply-add contracted with
-    # a neighbouring operation differs in the last bit.)
+    # body, so the results do not depend on the surrounding program. (If XLA contracts a
+    # multiplication with an addition of that program, the last bit may differ.)
     chunk = min(chunk, width)
 
     def step(loop: tuple) -> tuple:
@@ -107,15 +107,17 @@ def append(
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the members of `values`, in order, to array[count], array[count + 1] and so on.
 
+    Members that would lie outside the array are dropped, but counted.
+
     Args:
-      array: any [n, ..].
+      array: [n, ..] of any dtype.
       count: i32 scalar.
-      values: [m, ..].
+      values: [m, ..], m > 0; cast to the dtype of the array.
       is_member: bool [m]; the other values are not written.
       backwards: if True, write to array[count - 1], array[count - 2] and so on.
 
     Returns:
-      The array and the new count.
+      The array, and the count plus (backwards: minus) the number of members.
     """
     rank = jnp.cumsum(is_member.astype(jnp.int32))
     place = count - rank if backwards else count + rank - 1

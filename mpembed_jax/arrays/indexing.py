@@ -3,7 +3,7 @@
 `array.at[index].set(values)` first wraps negative indices. On a CPU, it then copies the values (for
 example the gradients of a whole batch) to a layout that differs only in the order of a dimension of
 size one. Passing the canonical dimension numbers avoids both. A scatter drops indices outside the
-array, including negative ones. A gather reads the nearest row or a fill value for them.
+array, including negative ones. A gather reads the nearest row for them, or a fill value.
 """
 
 import functools
@@ -14,18 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-HOST_KINDS = ("pinned_host",)  # memory kinds that can hold a table
+HOST_KINDS = ("pinned_host",)  # the kinds of host memory that can hold a table
 _FILL_BLOCK = 8192  # rows
 
 
 def starts(*keys: jax.Array) -> jax.Array:
-    """Returns which entries begin a run of equal keys (bool [n], n > 0) in sorted arrays [n]."""
+    """Returns which entries begin a run of equal keys (bool [n]).
+
+    Several arrays are one key: an entry also begins a run if any of its keys differs from the key
+    before it.
+
+    Args:
+      keys: arrays [n], n > 0, in which equal keys are neighbours.
+    """
     edges = [key[1:] != key[:-1] for key in keys]
     return jnp.concatenate([jnp.ones(1, bool), functools.reduce(jnp.logical_or, edges)])
 
 
 def ranks(keys: np.ndarray) -> np.ndarray:
-    """Returns the place of each entry in its run of equal keys (int [n]), for sorted NumPy keys."""
+    """Returns the place, from 0 on, of each entry in its run of equal keys (int64 [n]).
+
+    The keys are a sorted NumPy array [n].
+    """
     return np.arange(keys.size) - np.searchsorted(keys, keys)
 
 
@@ -40,7 +50,7 @@ def is_on_host(array: jax.Array) -> bool:
 
 
 def to_host(array: jax.Array, memory_kind: str | None) -> jax.Array:
-    """Returns the array in host memory if `memory_kind` is given, or unchanged if it is None."""
+    """Returns the array in host memory, or as it is if `memory_kind` is None."""
     if memory_kind is None or is_on_host(array):
         return array
     return jax.device_put(array, jax.memory.Space.Host)
@@ -50,9 +60,9 @@ def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) ->
     """Returns an array of `shape` [n, ..] in which every row equals `value` [..].
 
     If `memory_kind` is given, the array is in host memory and is filled block by block. A single
-    broadcast would first make the array on the device, which may be too small for it, and then copy
-    it. The first block is stored before the loop, because this store makes XLA allocate the array
-    in host memory.
+    broadcast would first make the whole array on the device, which may be too small for it. The
+    first block is stored before the loop, because this store makes XLA allocate the array in host
+    memory.
     """
     size = min(shape[0], _FILL_BLOCK)
     if memory_kind is None or size == 0:
@@ -73,9 +83,10 @@ def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) ->
 
 
 def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Array:
-    """Returns array[index] for array [n, ..] and int32 index [..].
+    """Returns array[index] for array [n, ..] and int32 index [..], in device memory.
 
-    An index outside the array reads the nearest row, or `fill` if it is given.
+    The array may be in host or device memory. An index outside it reads the nearest row, or `fill`
+    if that is given.
     """
     window = tuple(range(index.ndim, index.ndim + array.ndim - 1))
     dimensions = lax.GatherDimensionNumbers(window, (0,), (0,))
@@ -96,7 +107,7 @@ def take(array: jax.Array, index: jax.Array, fill: int | None = None) -> jax.Arr
 def put_block(array: jax.Array, first: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `array` [n, ..] with rows [first, first + k) replaced by values [k, ..].
 
-    The array may be in host or device memory.
+    `first` is an int32 scalar. The array may be in host or device memory.
     """
     start = (first, *[jnp.int32(0)] * (array.ndim - 1))
     if is_on_host(array):
@@ -127,22 +138,32 @@ def _scatter(
 def put(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
     """Returns `array` [n, ..] with rows `index` (int32 [m], distinct) set to values [m, ..].
 
-    The values may also be a scalar. Only indices inside the array must be distinct. XLA is told so:
-    on a GPU, stores of types narrower than 32 bits would otherwise be compare-and-swap loops.
+    The values may also be a scalar. They are cast to the dtype of the array. Only the indices
+    inside the array must be distinct. The call tells XLA that they are: otherwise, stores of types
+    narrower than 32 bits would be compare-and-swap loops on a GPU.
     """
     return _scatter(lax.scatter, array, index, values, are_distinct=True)
 
 
 def add(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Array:
-    """Returns `array` with values added at `index`; duplicate indices are summed."""
+    """Returns `array` [n, ..] with values [m, ..], or a scalar, added at `index` (int32 [m]).
+
+    All values of one index are added.
+    """
     return _scatter(lax.scatter_add, array, index, values)
 
 
 def maximum(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `array` with each entry at `index` replaced by the maximum of it and its value."""
+    """Returns `array` [n, ..] with the rows at `index` (int32 [m]) raised to values [m, ..].
+
+    A row becomes the elementwise maximum of itself and all values of its index.
+    """
     return _scatter(lax.scatter_max, array, index, values)
 
 
 def minimum(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `array` with each entry at `index` replaced by the minimum of it and its value."""
+    """Returns `array` [n, ..] with the rows at `index` (int32 [m]) lowered to values [m, ..].
+
+    A row becomes the elementwise minimum of itself and all values of its index.
+    """
     return _scatter(lax.scatter_min, array, index, values)

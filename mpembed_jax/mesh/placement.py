@@ -14,22 +14,25 @@ class Placement:
     Attributes:
       kind: "rows" (row r on shard r mod P), "tables" (each table whole on one shard) or
         "replicated" (all rows on every device).
-      capacity: the room of the exchange for each owner, as a multiple of an even share of a
-        device's budget of unique ids. In a step in which any device needs more, all devices
-        exchange full-width arrays instead, and the step is counted.
-      batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. All
-        devices along a sharding axis that is not among them have the same ids.
+      capacity: how many ids a device can send to one shard in a step, as a multiple of an even
+        share. The even share of a device with room for n unique ids is n / P. In a step in which
+        any device needs more, all devices exchange full-width arrays instead, and the step is
+        counted.
+      batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. They
+        include all axes over which rows are divided, or none of these. If none, all devices along
+        these axes must have the same ids.
       table_shards: for "tables", the shard of each table. None: tables are placed from the largest
         to the smallest, each on the shard with the fewest rows.
       summation_blocks: None: gradients are summed per device, then over devices. A number: the
         batch is cut into this many equal blocks along the leading axis of its ids. Gradients are
-        summed within blocks, then over blocks in order. The result then has the same bits for every
-        number of devices that divides the number of blocks, provided the gradients of the vectors
-        are the same (dense layers may round differently in batches of another size). This is
+        summed within blocks, then over blocks in order. For every number of devices that divides
+        the number of blocks, the sums then have the same bits if the gradients of the vectors do.
+        (Dense layers may round these differently in batches of another size.) This is
         slower, because a row used by several blocks of one device travels once for each of them.
 
     Raises:
-      ValueError: if the kind is unknown or a number is out of range.
+      ValueError: if the kind is unknown, if capacity or summation_blocks is out of range, or if
+        table_shards is given for another kind than "tables".
     """
 
     kind: str = "rows"

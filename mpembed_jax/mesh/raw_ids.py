@@ -37,15 +37,15 @@ def admit(
     Args:
       layout: the stack's layout.
       vocabulary: this shard's part.
-      pairs: uint32 [N, 2]: this device's share of the batch.
+      pairs: uint32 [N, 2]: the raw ids of this device's share of the batch.
       step: uint32 scalar.
       must_halve: bool scalar: whether all uses and counters are halved first.
       rules: the rules of admission.
 
     Returns:
-      This shard's part, and what was decided. `rows` are the global row numbers of this device's
-      positions. `recycled` are local row numbers of this shard. All counts are those of the whole
-      batch, except `num_recycled`, which is this shard's.
+      This shard's part, changed, and what was decided. `rows` are the global row numbers of this
+      device's positions. `recycled` are local row numbers of this shard, and `num_recycled` is
+      their number. All other counts are those of the whole batch.
     """
     asked, counts, back = _ask(layout, pairs)
     part = pool.Part(layout.shards, layout.index())
@@ -69,8 +69,11 @@ def locate(
     Args:
       layout: the stack's layout.
       vocabulary: this shard's part; not changed.
-      pairs: uint32 [N, 2]: this device's share of the batch.
+      pairs: uint32 [N, 2]: the raw ids of this device's share of the batch.
       per_table: shared rows per table.
+
+    Returns:
+      int32 [N]; NO_ID for padding.
     """
     asked, _, back = _ask(layout, pairs)
     geometry = vocabulary.geometry
@@ -86,13 +89,14 @@ def _ask(
     """Sends this device's distinct pairs to the shards that hold their sets.
 
     Returns:
-      The pairs (uint32 [R, 2]) that this shard received.
+      The pairs (uint32 [R, 2]) that this shard received from all devices, padding among them.
       The number of occurrences of each of them (int32 [R]).
-      A function. Each shard calls it with one number for each pair that the shard received
-      (int32 [R]). It returns the number of the pair at each position of this device (int32 [N]).
+      A function that brings answers back. It takes this shard's answers, one number for each
+      received pair (int32 [R]). It returns, for each position of this device, the answer of the
+      shard that holds the set of the position's pair (int32 [N]).
     """
     num_given = pairs.shape[0]
-    if num_given == 0:  # one padding pair is sent, because arrays without entries have no runs
+    if num_given == 0:  # `indexing.starts` needs an entry, so this device has one of padding
         pairs = jnp.pad(pairs, ((0, 1), (0, 0)), constant_values=np.uint32(PADDING))
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)
@@ -130,7 +134,7 @@ def _global_rows(
       layout: the stack's layout.
       vocabulary: this shard's part.
       pairs: uint32 [N, 2].
-      own: int32 [N]: the row's local number on its shard; sets * ways if the id has no row.
+      own: int32 [N]: the local number of the id's own row on its shard; sets * ways if it has none.
       per_table: shared rows per table.
     """
     sets, ways, groups = vocabulary.geometry

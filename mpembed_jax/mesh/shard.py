@@ -1,7 +1,7 @@
 """One shard of a stack: the rows of each table that it holds, and their global ids.
 
-Everything in a shard is indexed by local rows. Only random bits are drawn for the global id
-(invariant 3: position independence); `RowKey` does this.
+All arrays of a shard are indexed by local rows. Only random bits are drawn for the global id
+(invariant 3: position independence). `RowKey` draws them.
 """
 
 import dataclasses
@@ -32,19 +32,22 @@ class Shard:
         return self.layout.num_rows
 
     def table_of(self, rows: jax.Array) -> jax.Array:
-        """Returns the table (int32, shape of rows) of each local row; T for padding."""
+        """Returns the table (int32 [..]) of each local row (int32 [..]); T for padding."""
         first_rows = self.first_rows[1:].reshape(*[1] * rows.ndim, -1)
         return jnp.sum((rows[..., None] >= first_rows).astype(jnp.int32), axis=-1)
 
     def rows_of(self, ids: jax.Array) -> jax.Array:
-        """Returns the local rows of global ids (int32), and NO_ID for ids of other shards."""
+        """Returns the local row (int32 [..]) of each global id, NO_ID for ids of other shards.
+
+        The ids are int32 [..], or pairs [.., 2].
+        """
         shard, row = self.layout.home_of(ids)
         return jnp.where(shard == self.index, row, NO_ID)
 
     def ids_of(self, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Returns the low and high words (uint32) of the 64-bit global ids of local rows.
+        """Returns the low and high words (uint32 [..] each) of the global ids of local rows [..].
 
-        If high is None, all high words are zero.
+        A global id has 64 bits. If the second result is None, all high words are zero.
         """
         rows = rows.astype(jnp.uint32)
         if self.layout.table_shards is not None:
@@ -57,7 +60,8 @@ class Shard:
         low = rows * shards + index
         if self.layout.spec.num_rows <= 2**32:
             return low, None
-        # Computes rows * shards in two words from the halves of rows; shards is far below 2^16.
+        # The high word of rows * shards comes from 16-bit halves. No product of a half overflows,
+        # because there are fewer than 2^16 shards.
         upper = (rows >> 16) * shards + (((rows & jnp.uint32(0xFFFF)) * shards) >> 16)
         return low, (upper >> 16) + (low < index).astype(jnp.uint32)
 
@@ -71,7 +75,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class RowKey:
-    """A key bound to a shard, taken by random_bits.row_bits."""
+    """A key bound to a shard. `random_bits.row_bits` takes it in the place of a key."""
 
     words: jax.Array  # u32 [2]
     shard: Shard
@@ -79,16 +83,17 @@ class RowKey:
     def row_bits(
         self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
     ) -> jax.Array:
-        """Returns the random bits (uint32 [.., num_columns]) of local rows.
+        """Returns the random bits (uint32 [.., num_columns]) of local rows (int32 [..]).
 
-        They are the bits of the rows' 64-bit global ids.
+        They are the bits of the rows' 64-bit global ids. For the other arguments, see
+        random_bits.row_bits.
         """
         columns = random_bits.columns_of(rows, num_columns)
         seed = random_bits.draw_seed(self.words, stream, step)
         low, high = self.shard.ids_of(rows)
         if high is None:
             return random_bits.bits_at(seed, low[..., None], columns)
-        # The mixer maps 0 to 0, so ids below 2^32 draw the same bits as in a smaller stack.
+        # fmix32 maps 0 to 0, so ids below 2^32 draw the same bits as in a smaller stack.
         mixed = random_bits.fmix32(high), random_bits.fmix32(high * jnp.uint32(0x9E3779B9))
         seeds = seed[0] ^ mixed[0][..., None], seed[1] + mixed[1][..., None]
         return random_bits.bits_at(seeds, low[..., None], columns)

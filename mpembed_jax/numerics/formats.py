@@ -1,10 +1,10 @@
 """Row formats: the scale, bias and codes that represent one float32 embedding row.
 
 A row is `codes * scale + bias` with one scale (and, in some formats, one bias) per row. `packing`
-stores it as `[codes | scale | bias]` in uint16 or uint32 words, so that one memory access reads the
-whole row. The layout resembles FBGEMM's row-wise quantized tables. The symmetric formats with a
-bfloat16 scale, the packing into words and the rounding rules are this library's own. Elementwise
-functions (quantize, dequantize) can also be traced inside kernel bodies.
+stores the row as `[codes | scale | bias]` in uint16 or uint32 words, so that one memory access
+reads all of it. The layout resembles FBGEMM's row-wise quantized tables. The symmetric formats with
+a bfloat16 scale, the packing into words and the rounding rules are this library's own. The
+elementwise functions `quantize` and `dequantize` can also be traced inside a kernel body.
 """
 
 import dataclasses
@@ -36,15 +36,18 @@ class RowFormat:
     Attributes:
       name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or
         "int2".
-      symmetric: for integer formats only. True: a scale, and codes around zero. False: a scale and
-        a bias, and codes that count from the row's minimum. None: symmetric if embedding_dim < 32
-        and the format is not int2, because a bias takes a large part of a narrow row.
+      symmetric: for integer formats only. True: a row has a scale, and its codes are around zero.
+        False: a row has a scale and a bias, and its codes count from the row's minimum. None: True
+        if embedding_dim < 32 and the format is not int2, else False. A bias would take a large part
+        of a narrow row.
       scale_dtype: "bfloat16" (default), "float16" or "float32"; for integer and float8 formats
         only.
-      rounding: "stochastic" or "nearest", applied when a trained row is written.
+      rounding: "stochastic" or "nearest": how values become codes whenever a row is written to the
+        table, initial values included. float32 rows are not rounded.
 
     Raises:
-      ValueError: if the name is unknown or the format does not have the option.
+      ValueError: if the name is unknown, if an option has an unknown value, or if the format does
+        not have the option.
     """
 
     name: str = "int8"
@@ -81,7 +84,10 @@ class RowFormat:
         return _CODE_BITS[self.name]
 
     def resolve(self, embedding_dim: int) -> "RowFormat":
-        """Returns the format with each None replaced by its default for this embedding dim."""
+        """Returns the resolved format: each None is replaced by the default for this embedding dim.
+
+        An option that the format does not have stays None.
+        """
         if self.is_integer:
             symmetric = (
                 (embedding_dim < 32 and self.name != "int2")
@@ -121,7 +127,12 @@ class RowFormat:
 
 
 def as_format(fmt: "RowFormat | str") -> RowFormat:
-    """Returns the RowFormat for a RowFormat or a format's name."""
+    """Returns the RowFormat for a RowFormat or a format's name.
+
+    Raises:
+      TypeError: if `fmt` is neither.
+      ValueError: if the name is unknown.
+    """
     if isinstance(fmt, RowFormat):
         return fmt
     if isinstance(fmt, str):
@@ -134,9 +145,9 @@ def as_format(fmt: "RowFormat | str") -> RowFormat:
 def row_parameters(x: jax.Array, fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
     """Returns the stored scale and bias (float32 [.., 1] each) of float32 rows [.., D].
 
-    Both are zero in a format without them. The bias is rounded down first. The scale is then
-    computed from the rounded bias and rounded up. In the opposite order, a quarter of the rows
-    would not fit their grid.
+    `fmt` is a resolved format. A scale or bias that it does not have is zero. The bias is rounded
+    down first. The scale is then computed from the rounded bias and rounded up. In the opposite
+    order, a quarter of the rows would not fit their grid.
     """
     if fmt.scale_dtype is None:
         zero = jnp.zeros((*x.shape[:-1], 1), jnp.float32)
@@ -152,7 +163,8 @@ def parameters_of(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the scale and bias of rows whose elements lie in [low, high].
 
-    If low is None, there is no bias, and the elements have magnitudes of at most high.
+    All are float32 [.., 1]. If low is None, the elements have magnitudes of at most high, and the
+    bias is zero. The format is resolved and has a scale.
     """
     dtype = fmt.scale_dtype or "float32"
     if low is not None:
@@ -167,15 +179,15 @@ def parameters_of(
 
 
 def _saturated(width: jax.Array, extreme: jax.Array) -> jax.Array:
-    """Clamps a row's range to what the stored bias and float32 can represent.
+    """Returns the width of a row's range, clamped to [0, 3.3e38].
 
-    If the row's extreme is infinite or NaN, the result is that extreme.
+    If the row's extreme is infinite or NaN, the result is that extreme, and the scale becomes NaN.
     """
     return jnp.where(jnp.isfinite(extreme), jnp.clip(width, 0, 3.3e38), extreme)
 
 
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Returns x / divisor, correctly rounded.
+    """Returns x / divisor (float32, shape of x), correctly rounded.
 
     Without the barrier, XLA multiplies by the reciprocal, which moves grid points off the grid.
     """
@@ -192,14 +204,24 @@ def quantize(
 ) -> jax.Array:
     """Returns the codes (uint32, shape of x) of float32 `x` in a resolved format.
 
-    Codes are clamped and never NaN. `divide` must be a correctly rounded division; a kernel passes
-    its own if its compiler's division is approximate.
+    The codes of float32 are its bit patterns. In all other formats, values are rounded, and clamped
+    to the finite range of the codes. In a format without a scale, NaN stays NaN. In a format with a
+    scale, a row with NaN has the scale NaN, so all of it decodes to NaN.
+
+    Args:
+      x: float32 [.., D].
+      scale: float32, broadcast against x.
+      bias: float32, broadcast against x.
+      fmt: a resolved format.
+      bits: uint32, shape of x, for stochastic rounding; None rounds to nearest.
+      divide: a correctly rounded division. A kernel passes its own if its compiler's division is
+        approximate.
     """
     if fmt.name == "float32":
         return lax.bitcast_convert_type(x, jnp.uint32)
     if fmt.scale_dtype is None:
         return rounding.encode_float(x, rounding.FLOAT_FORMATS[fmt.name], bits)
-    # A scale of 0 means that all elements of the row are zero (or equal to the bias).
+    # If the scale is 0, all elements of the row are zero, or equal to the bias if there is one.
     divisor = jnp.where(scale > 0, scale, jnp.float32(1))
     if not fmt.is_integer:
         y = jnp.where(scale > 0, divide(x, divisor), jnp.float32(0))
@@ -214,8 +236,8 @@ def quantize(
 def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
     """Returns the float32 values of uint32 codes in a resolved format.
 
-    The product codes * scale is exact, so contraction into a multiply-add does not change the
-    result.
+    Scale and bias are float32 and are broadcast against the codes. The product codes * scale is
+    exact. A compiler that contracts it with the addition therefore does not change the result.
     """
     if fmt.name == "float32":
         return lax.bitcast_convert_type(codes, jnp.float32)
@@ -229,16 +251,21 @@ def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowForm
 
 
 def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[jax.Array]:
-    """Returns the 16-bit halves (uint32 each) that are stored after the codes.
+    """Returns the 16-bit halves of scale and bias (float32) that are stored after the codes.
 
-    The halves of the scale come first, then those of the bias, each with the low half first.
+    Each half is a uint32 array of the shape of the scale. The halves of the scale come first, then
+    those of the bias, if the format has one. In each pair, the low half comes first. The format is
+    resolved and has a scale.
     """
     dtype = fmt.scale_dtype or "float32"
     return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])
 
 
 def parameters_from(halves: list[jax.Array], fmt: RowFormat) -> tuple[jax.Array, jax.Array]:
-    """Returns the scale and bias (float32) that `parameter_halves` stored."""
+    """Returns the scale and bias (float32) that `parameter_halves` stored.
+
+    If the format has no bias, the bias is zero.
+    """
     dtype = fmt.scale_dtype or "float32"
     width = 2 if dtype == "float32" else 1
     scale = _from_halves(halves[:width], dtype)

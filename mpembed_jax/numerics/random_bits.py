@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Different purposes use different streams, so their draws are independent. Leaf i of the optimizer
-# state uses stream ROW_STATE + i.
+# The streams. Each purpose has its own, so the draws of two purposes are independent. Leaf i of the
+# optimizer state uses stream ROW_STATE + i.
 INITIAL_VALUE, INITIAL_ROUNDING, WRITE_BACK, BYPASS, FLUSH, ROW_STATE = 0, 1, 2, 3, 4, 5
 
 _GOLDEN = 0x9E3779B9
 
 
 def fmix32(x: Any) -> Any:
-    """Mixes uint32 `x` by Murmur3's 32-bit finalizer, which is a bijection.
+    """Mixes uint32 [..] by Murmur3's 32-bit finalizer, which is a bijection.
 
-    NumPy arrays stay on the host.
+    The mixed values of a NumPy array are a NumPy array.
     """
     x = x ^ (x >> 16)
     x = x * np.uint32(0x85EBCA6B)
@@ -38,7 +38,7 @@ def scale_to(mixed: jax.Array, size: int) -> jax.Array:
     The result is as uniform as a remainder, but needs no division and no 64-bit arithmetic.
 
     Args:
-      mixed: uint32 [..]; its high bits must be well mixed.
+      mixed: uint32 [..], mixed by `fmix32`, because the result depends on the high bits most.
       size: 1 to 2^31.
 
     Returns:
@@ -73,10 +73,18 @@ def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
 
 
 def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
-    """Returns 32 random bits per (row id, column) pair; `row_ids` and `columns` are broadcast.
+    """Returns 32 random bits for each row id and column.
 
     Each row has its own Weyl sequence, whose odd increment depends on the row. Each point of the
     sequence is mixed again, so that the sequence of one row is not a shifted copy of another row's.
+
+    Args:
+      seed: two uint32 words, from `draw_seed`; an array [2], or a tuple of two that are broadcast.
+      row_ids: integers. They are cast to uint32 and broadcast against columns.
+      columns: integers. They are cast to uint32 and broadcast against row_ids.
+
+    Returns:
+      uint32 of the common shape.
     """
     ids = row_ids.astype(jnp.uint32)
     start = fmix32(ids ^ seed[0])
@@ -90,7 +98,10 @@ class RowKey(Protocol):
     def row_bits(
         self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
     ) -> jax.Array:
-        """Returns the random bits (uint32 [.., num_columns]) of local rows."""
+        """Returns the random bits (uint32 [.., num_columns]) of local rows [..].
+
+        See the function `row_bits`.
+        """
 
 
 Key = jax.Array | RowKey  # u32 [2], or bound to a shard
@@ -102,11 +113,11 @@ def row_bits(
     """Returns the random bits of whole rows.
 
     Args:
-      key: uint32 [2], or a RowKey, whose row_ids are local rows.
+      key: uint32 [2], or a RowKey.
       stream: one of the stream constants of this module.
       step: integer scalar.
-      row_ids: integer [..], global row ids.
-      num_columns: embedding dim.
+      row_ids: integer [..]: global row ids; local rows if the key is a RowKey.
+      num_columns: the numbers in a row, for example the embedding dim.
 
     Returns:
       uint32 [.., num_columns].
@@ -128,10 +139,12 @@ def uniform(bits: jax.Array) -> jax.Array:
 
 
 def key_words(key: jax.Array) -> jax.Array:
-    """Returns the uint32 [2] words of a jax key, typed or raw.
+    """Returns the uint32 [2] words of a jax key: jax.random.key(..), or raw words.
+
+    Of a key of four words (the rbg implementation), the two halves are combined by xor.
 
     Raises:
-      TypeError: if `key` is neither.
+      TypeError: if `key` is neither a typed key of shape [] nor uint32 [2].
     """
     if (
         isinstance(key, jax.Array | np.ndarray)

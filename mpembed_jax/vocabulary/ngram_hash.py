@@ -1,24 +1,25 @@
 """Rows of hashed n-grams: which row of which table an n-gram of tokens has.
 
 The n-gram of order n at a position is the token there and the n - 1 tokens before it. Each order
-has several heads, and each head has its own table, as in Engram (arXiv 2601.07372). Two n-grams
-that share a row of one head rarely share one of another.
+has one head or several. Each head has a hash and a table of its own, as in Engram (arXiv
+2601.07372). Two n-grams that share a row of one head rarely share a row of another.
 
-A trained table depends on this hash. The hash therefore never changes. All arithmetic is of uint32,
+A trained table depends on this hash. The hash therefore never changes. All arithmetic is on uint32,
 modulo 2^32. For head h of order n, with s = seed * 2654435761 + 1024 n + h:
 
   m_k = fmix32(fmix32(s) + k) | 1                  for k = 0 .. n - 1
   x = fmix32(s);  x = fmix32(x xor (token_k * m_k))  for k = 0 .. n - 1
   row = x mod p
 
-token_0 is the token at the position, token_k the k-th before it, after the map of tokens. A token
-that is missing counts as 2^31 - 1. fmix32 is Murmur3's finalizer. p is the number of rows of the
-table. It is the smallest prime that is at least the number asked for and that no earlier table has.
+token_0 is the token at the position, and token_k is the k-th token before it. If there is a map of
+tokens, both are the numbers that it gives. A token that is missing counts as 2^31 - 1. fmix32 is
+Murmur3's finalizer. p is the number of rows of the table. It is the smallest prime that is at least
+the number asked for and that no earlier table has.
 
 An n-gram that is a raw id has a key of 64 bits instead of a row. Its high word is x of head 0, its
 low word x of head 1.
 
-NumPy arrays give NumPy ids, and jax arrays give the same ids on the device.
+Tokens and context in NumPy give NumPy ids. jax arrays give the same ids on the device.
 """
 
 import dataclasses
@@ -36,18 +37,18 @@ from mpembed_jax.vocabulary import hashes
 
 MAX_ORDER, MAX_HEADS = 64, 1024
 _SPREAD = 2_654_435_761  # the factor of a seed
-_BLOCK = 1 << 14  # positions
+_BLOCK = 1 << 14  # positions that the host hashes for all heads together
 _OUTSIDE = -1  # the id of an n-gram with a token outside the vocabulary
 
 
 def _is_prime(number: int) -> bool:
-    """Returns whether a number below 2^32 is a prime, by the test of Miller and Rabin."""
+    """Returns whether a number below 3,215,031,751 is a prime, by the test of Miller and Rabin."""
     if number < 2 or number % 2 == 0:
         return number == 2
     odd = number - 1
     twos = (odd & -odd).bit_length() - 1
     odd >>= twos
-    # These witnesses are exact below 3,215,031,751.
+    # Below that limit, no composite number passes for all of these witnesses.
     for witness in (2, 3, 5, 7):
         if witness % number == 0:
             continue
@@ -64,7 +65,11 @@ def _is_prime(number: int) -> bool:
 
 
 def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
-    """Returns, for each number of rows, the smallest prime not below it that is not yet taken."""
+    """Returns a prime for each number of rows: the smallest that is at least the number.
+
+    A prime that an earlier number got is left out. Each number is at least 1. All primes must be
+    below 3,215,031,751.
+    """
     sizes: list[int] = []
     for wanted in rows:
         size = wanted
@@ -94,20 +99,23 @@ class NGramHash:
 
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size); at most 2^31 - 1.
-      orders: distinct orders n of the n-grams, each in [2, 64].
+      orders: distinct orders n of the n-grams, at least one, each in [2, 64].
       heads: tables of each order, 1 to 1,024.
-      rows: rows of a table: one number for all, or one for each order. The number of rows that a
-        table has is the smallest prime that is at least this number and that no earlier table has.
-        None: n-grams are raw ids, which a vocabulary gives rows (see `keys`). heads must be 1.
+      rows: how many rows to ask for in a table: one number for all tables, or one for each order,
+        1 to 2^31 - 2. A table gets the smallest prime that is at least this number and that no
+        earlier table has. None: n-grams are raw ids, to which a vocabulary gives rows (see
+        `pairs`). Then heads must be 1.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
-        the first token of an n-gram, but no later one. It is compared before the map of tokens.
+        the first token of an n-gram, but no later one. Tokens are compared with it before the map
+        of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
         rows, and no n-gram reaches across it.
-      seed: another seed gives another hash, as for a second memory in one model; 0 to 2^31 - 1.
+      seed: 0 to 2^31 - 1. Another seed gives another hash, as for a second memory in one model.
 
     Raises:
-      TypeError: if a value is not an integer.
-      ValueError: if a value is out of range, or if the tables have 2^31 - 1 rows or more in all.
+      TypeError: if a value is not an integer, or orders is not a sequence.
+      ValueError: if a value is out of range, if values do not fit together, or if the tables have
+        2^31 - 1 rows or more in all. The message says which.
     """
 
     vocabulary_size: int
@@ -168,7 +176,7 @@ class NGramHash:
 
     @property
     def tables(self) -> tuple[tuple[int, int], ...]:
-        """The pair (order, head) of each table, in the order of the ids."""
+        """The pair (order, head) of each table, in the order of the last axis of `ids`."""
         return tuple((order, head) for order in self.orders for head in range(self.heads))
 
     @property
@@ -187,30 +195,31 @@ class NGramHash:
 
     @property
     def context_size(self) -> int:
-        """The number of tokens before a position that its n-grams can contain."""
+        """The number of earlier tokens that the n-grams of a position can contain."""
         return max(self.orders) - 1
 
     def ids(self, tokens: Any, canonical: Any = None, context: Any = None) -> Any:
         """Returns the row of each n-gram in its table.
 
-        A whole sequence, parts of it with the context before them, and one token at a time give the
-        same ids.
+        A sequence may be given as a whole, in parts, or one token at a time. With the context of
+        each part, the ids are the same.
 
         Args:
           tokens: integers [.., T] in [0, vocabulary_size). NO_ID and `padding` are padding.
-          canonical: None, or integers [vocabulary_size]; tokens with the same number are the same
-            in an n-gram.
+          canonical: None, or the map of tokens: integers [vocabulary_size] in [0, 2^31 - 1). Tokens
+            with the same number are the same token in an n-gram.
           context: None for the beginning of a text, or integers [.., context_size], the tokens
             before the first; see context_after.
 
         Returns:
-          int32 [.., T, tables], with the tables of `tables`; of NumPy for NumPy tokens. Padding
-          has NO_ID. Traced tokens outside the vocabulary, and n-grams that hold one, have -1.
+          int32 [.., T, number of tables], in the order of `tables`. It is NumPy if neither tokens
+          nor context are jax arrays and no argument is traced. Positions of padding have NO_ID.
+          N-grams with a traced token outside the vocabulary have -1.
 
         Raises:
           TypeError: if tokens, context or canonical are not integers.
-          ValueError: if a concrete token is outside the vocabulary, if a shape does not fit, or if
-            n-grams are raw ids.
+          ValueError: if a concrete token is outside the vocabulary, if a number that canonical
+            gives is out of range, if a shape does not fit, or if n-grams are raw ids.
         """
         if self.rows is None:
             raise ValueError("n-grams that are raw ids have keys and no row numbers; see keys")
@@ -235,13 +244,14 @@ class NGramHash:
           context: see `ids`.
 
         Returns:
-          The high and low words, uint32 [.., T, orders, 2]. Whether there is an n-gram, bool
-          [.., T, orders]: no at padding, and no for n-grams with a traced token outside the
-          vocabulary. Both are of NumPy for NumPy tokens.
+          The high and the low word of each key, uint32 [.., T, number of orders, 2].
+          Whether there is an n-gram, bool [.., T, number of orders]. There is none at padding, nor
+          with a traced token outside the vocabulary.
+          Both are NumPy where `ids` would be.
 
         Raises:
           TypeError: see `ids`.
-          ValueError: see `ids`.
+          ValueError: as `ids` does for tokens, context and canonical.
         """
         words, outside, newest = self._words(tokens, canonical, context)
         xp: Any = np if isinstance(newest, np.ndarray) else jnp
@@ -260,12 +270,12 @@ class NGramHash:
           context: see `ids`.
 
         Returns:
-          uint32 [.., T, orders, 2], of NumPy for NumPy tokens. Where there is no n-gram, the pair
-          is that of padding.
+          uint32 [.., T, number of orders, 2], in NumPy where `ids` would be. Where there is no
+          n-gram, the pair is that of padding.
 
         Raises:
           TypeError: see `ids`.
-          ValueError: see `ids`. Also if n-grams have row numbers.
+          ValueError: see `keys`. Also if n-grams have row numbers, because `rows` is not None.
         """
         if self.rows is not None:
             raise ValueError("n-grams that are hashed have row numbers and no pairs; see ids")
@@ -286,9 +296,10 @@ class NGramHash:
         """Returns what n-grams consist of.
 
         Returns:
-          For each k, token_k of each position as a word (uint32 [.., T]). For each k, whether one
-          of the tokens up to token_k is outside the vocabulary (bool [.., T]). The tokens at the
-          positions (int32 [.., T]), NO_ID for padding.
+          For each k, token_k of each position as a word (uint32 [.., T]).
+          For each k, whether one of the tokens token_0 to token_k is outside the vocabulary
+          (bool [.., T]).
+          The tokens at the positions (int32 [.., T]): NO_ID for padding, -1 outside the vocabulary.
         """
         joined = _with_context(self, tokens, context)
         if isinstance(canonical, jax.core.Tracer):
@@ -315,18 +326,19 @@ class NGramHash:
         return words, outside, newest
 
     def context_after(self, tokens: Any, context: Any = None) -> Any:
-        """Returns the context of the token that follows.
+        """Returns the context of the token that follows `tokens`.
 
         Args:
           tokens: integers [.., T], the tokens so far, or those since `context`.
-          context: integers [.., context_size] before them; None for the beginning of a text.
+          context: integers [.., context_size], the tokens before them. None: there are none.
 
         Returns:
-          int32 [.., context_size]; NO_ID stands for no token.
+          int32 [.., context_size]; NO_ID stands for no token, and -1 for a traced token outside the
+          vocabulary.
 
         Raises:
-          TypeError: see `ids`.
-          ValueError: see `ids`.
+          TypeError: if tokens or context are not integers.
+          ValueError: if a concrete token is outside the vocabulary, or if a shape does not fit.
         """
         joined = _with_context(self, tokens, context)
         return joined[..., joined.shape[-1] - self.context_size :]
@@ -350,7 +362,7 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
 
 
 def _checked_map(spec: NGramHash, canonical: Any) -> np.ndarray:
-    """Returns a map of tokens as an array, after a check of its dtype and shape."""
+    """Returns a map of tokens as a NumPy array, after a check of its dtype and shape."""
     array = np.asarray(canonical)
     if array.dtype.kind not in "iu":
         raise TypeError(
@@ -374,10 +386,10 @@ def _check_numbers(numbers: np.ndarray) -> None:
 
 
 def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
-    """Returns the canonical number of each token; NO_ID and -1 stay. All are int32 [..].
+    """Returns the number that the map of tokens gives to each token; NO_ID and -1 stay.
 
-    On the host, only the numbers of these tokens are checked: decoding has one token at a time, and
-    a map has many.
+    Tokens and numbers are int32 [..]. On the host, only the numbers of these tokens are checked,
+    and not the whole map: a model that decodes has one new token at a time.
     """
     is_token = (tokens != NO_ID) & (tokens != _OUTSIDE)
     if isinstance(tokens, np.ndarray):
@@ -390,13 +402,15 @@ def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
 
 
 def check_tokens(spec: NGramHash, tokens: Any, name: str = "tokens") -> Any:
-    """Returns tokens as an int32 array of NumPy or jax, in which padding is NO_ID.
+    """Returns tokens as int32 [.., T], in which padding is NO_ID.
 
-    Concrete tokens are checked. A traced token outside the vocabulary becomes -1.
+    The result is a jax array if the tokens are one, else a NumPy array. Concrete tokens are
+    checked. A traced token outside the vocabulary becomes -1.
 
     Args:
       spec: the hash.
-      tokens: integers [.., T] in [0, vocabulary_size), or NO_ID.
+      tokens: integers [.., T] in [0, vocabulary_size), or NO_ID. The token spec.padding is padding,
+        too.
       name: the name of the tokens in error messages.
 
     Raises:
@@ -449,7 +463,7 @@ def _checked_host(spec: NGramHash, tokens: np.ndarray, name: str) -> np.ndarray:
 
 
 def _with_context(spec: NGramHash, tokens: Any, context: Any) -> Any:
-    """Returns context and tokens in one array (int32 [.., context_size + T])."""
+    """Returns context and tokens in one array (int32 [.., context_size + T]), checked."""
     size = spec.context_size
     tokens = check_tokens(spec, tokens)
     if context is None:
@@ -466,10 +480,13 @@ def _with_context(spec: NGramHash, tokens: Any, context: Any) -> Any:
 
 
 def _hashed(words: list[Any], seed: int, order: int, heads: int) -> Any:
-    """Returns x (uint32 [heads, .., T]) of the heads of an order, from the words of the n-grams."""
+    """Returns x (uint32 [heads, .., T]) of the heads of an order.
+
+    `words` has token_k (uint32 [.., T]) for each k up to n - 1 at least.
+    """
     first, multipliers = _start(seed, order, heads)
     if isinstance(words[0], np.ndarray) and words[0].size > _BLOCK:
-        # One head at a time: its numbers stay in a core's cache.
+        # One head at a time, so that its numbers stay in the cache of the processor's core.
         parts = zip(np.split(first, heads), np.split(multipliers, heads, axis=1), strict=True)
         return np.concatenate([_of_heads(words, *part) for part in parts])
     return _of_heads(words, first, multipliers)

@@ -1,6 +1,6 @@
 """Ops compiled by numba for a CPU and called through XLA's foreign function interface.
 
-They give the same bits as the reference.
+They give the same bits as the reference, `ops.xla`.
 """
 
 from mpembed_jax.ops.cpu import (

@@ -1,10 +1,10 @@
 """Admission of raw ids on a CPU, by loops that numba compiles.
 
 The rules are those of `xla.admit.admit`. Positions are dealt to partitions, as in `bag_step`. A
-partition owns the groups of sets of its ids, and their part of the sketch. So nothing that one
-partition reads or writes belongs to another, and no number of threads changes a result. There is no
-sort: the newcomers of a set wait in a queue. All arithmetic is on integers, so the bits are those
-of the reference. The arrays of the vocabulary are updated in place.
+partition owns the groups of sets of its ids, and their part of the sketch. No partition reads or
+writes what belongs to another. So the number of threads does not change a result. There is no sort:
+the newcomers of a set wait in a queue. All arithmetic is on integers, so the bits are those of the
+reference. The arrays of the vocabulary are updated in place.
 """
 
 import dataclasses
@@ -34,14 +34,20 @@ _NO_KEY = np.uint64(2**64 - 1)
 _TAG_SHIFT = np.uint32(32 - pool.TAG_BITS)
 _MANTISSA = pool.MANTISSA
 _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
-# The operands and results of the call, by position. Owners and sketch are results 0 and 1 and also
-# operands 4 and 5: the call changes them in place.
+# Numbers of the call's operands, then of its results. Owners and sketch are results 0 and 1, and
+# also operands 4 and 5: the call changes them in place.
 _PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
 _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
-# By position: its key of 64 bits (see `_key_of`). By dealt position: its key, the position, and its
-# id. Here, an id is the index of a distinct id within its partition. By id: its key, set, tag,
-# hash, occurrences, line, estimate, and the next newcomer of its set. By partition: the newcomers,
-# scratch of their sets, and rows taken from other ids. Then scratch of partitions and chunks.
+# The other results are scratch. In this file, a number of an id is its index among the distinct ids
+# of its partition. The results hold:
+#   _KEY: for each position, its key of 64 bits (see `_key_of`)
+#   _DEALT, _POSITIONS, _ID_OF: for each position in the order of partitions, its key, the position
+#     itself, and the number of its id
+#   _ID_KEY to _NEXT: for each id, its key, set, tag, hash, occurrences, line, estimate, and the
+#     next newcomer of its set
+#   _QUEUE, _OPEN, _TAKEN: for each partition, its newcomers, the buckets of their sets, and the
+#     rows taken from other ids
+#   _BUCKET, _DEALS, _FACTS: hash tables of partitions, counts of chunks, counts of partitions
 (
     _KEY, _DEALT, _POSITIONS, _ID_OF, _ID_KEY, _ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE,
     _ESTIMATE, _NEXT, _QUEUE, _OPEN, _TAKEN, _BUCKET, _DEALS, _FACTS,
@@ -51,8 +57,8 @@ _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
     _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
     _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
 ) = range(12)  # fmt: skip
-# Words of `_FACTS`: how many partitions there are, where each begins, then four numbers of each.
-# Padding comes after the last partition.
+# Words of `_FACTS`: the number of partitions; where the positions of each begin, then where those
+# of padding begin and end; four counts of each partition.
 _PARTS, _BEGIN = 0, 1
 _NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED = tuple(
     _BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(4)
@@ -63,9 +69,10 @@ _DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then paddin
 
 @compiled
 def set_of(place, tag, sets, first_sets, group_bits):
-    """Returns the set of an id; see pool.sets_of.
+    """Returns the set of an id (int64), from its place and tag (uint32); see pool.sets_of.
 
-    sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the groups.
+    sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the number of
+    groups.
     """
     mixed, shift = fmix32(place), np.int64(group_bits)
     group = np.int64(mixed & ((np.uint32(1) << group_bits) - np.uint32(1)))
@@ -84,7 +91,7 @@ def set_of(place, tag, sets, first_sets, group_bits):
 
 @compiled
 def _mixed(home, tag, sets, first_sets):
-    """Returns the hash of an id; see pool.mixed."""
+    """Returns the hash (uint32) of an id, from its set and tag; see pool.mixed."""
     first = home if sets == first_sets else home % first_sets
     return fmix32(tag ^ fmix32(np.uint32(first)))
 
@@ -126,10 +133,10 @@ def _halve(owners, sketch, half_mask):
 
 @compiled
 def _shape(numbers):
-    """Returns what the place of a counter depends on, int64.
+    """Returns the four sizes (int64) on which the place of a counter depends.
 
-    Groups, bytes of a group in a row of the sketch, bits of a counter, and the base-2 logarithm of
-    the counters in a byte.
+    They are the number of groups, the bytes of a group in one row of the sketch, the bits of a
+    counter, and the base-2 logarithm of the number of counters in a byte.
     """
     bits = np.int64(numbers[_BITS])
     per_bits = np.int64(3) - np.int64(bits_of(bits))
@@ -138,7 +145,7 @@ def _shape(numbers):
 
 @compiled
 def _counter(depth, home, mixed, shape):
-    """Returns the byte and the first bit of a counter."""
+    """Returns the index of a counter's byte in the flattened sketch, and its first bit there."""
     groups, width, bits, per_bits = shape
     column = scale_to(fmix32(mixed ^ np.uint32(SEEDS[depth])), width << per_bits)
     first = (depth * groups + (home & (groups - 1))) * width
@@ -176,13 +183,19 @@ def _remember(sketch, home, mixed, shape, use):
 
 @compiled
 def _key_of(home, tag):
-    """Returns the key of an id: its set (below 2^31), then its tag. Padding has the key _NO_KEY."""
+    """Returns the key of an id: its set (below 2^31) in the high bits, its tag in the low 24.
+
+    Padding has the key _NO_KEY.
+    """
     return (np.uint64(home) << np.uint64(pool.TAG_BITS)) | np.uint64(tag)
 
 
 @compiled
 def _keys(frame, index):
-    """Returns a result of 64-bit keys, for which XLA has twice as many 32-bit words."""
+    """Returns a result that holds 64-bit keys.
+
+    For XLA, the result has two words of 32 bits for each key. The frame counts these words.
+    """
     whole = result(frame, index, np.uint64)
     return whole[: len(whole) // 2]
 
@@ -201,14 +214,17 @@ def _deal_of(frame, chunk):
 
 @compiled
 def _grouping(frame):
-    """Returns the numbers of groups and partitions, and the shift from one to the other; uint64."""
+    """Returns the number of groups, the number of partitions, and a shift (uint64 each).
+
+    The partition of a group is the group's number, shifted right by so many bits.
+    """
     groups = np.uint64(argument(frame, _NUMBERS, np.int32)[_GROUPS])
     num_parts = np.uint64(result(frame, _FACTS, np.int32)[_PARTS])
     return groups, num_parts, np.uint64(bits_of(groups) - bits_of(num_parts))
 
 
 def _count_chunk(frame, chunk):
-    """Finds the keys of a chunk's positions, and counts the positions of each partition."""
+    """Computes the keys of a chunk's positions, and counts the positions of each partition."""
     pairs, numbers = argument(frame, _PAIRS, np.uint32), argument(frame, _NUMBERS, np.int32)
     keys, deals = _keys(frame, _KEY), _deal_of(frame, chunk)
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
@@ -244,7 +260,7 @@ _deal_chunks = call_frame.parts(_deal_chunk)
 
 @compiled
 def _deal(frame, num_tasks):
-    """Groups the positions by partition, in ascending order. Padding is last."""
+    """Groups the positions by partition; those of a partition ascend. Padding is last."""
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
     _count_chunks(frame, CHUNKS, num_tasks)
@@ -259,7 +275,8 @@ def _deal(frame, num_tasks):
 def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
     """Finds the rows of a partition's ids, and pins them. Estimates all ids, queues the newcomers.
 
-    Memory is requested some ids ahead: the owners first, then the counters of an id without a row.
+    Memory is prefetched some ids ahead: the owners of the set first, then the counters of an id
+    without a row.
 
     Returns:
       The number of newcomers.
@@ -274,7 +291,7 @@ def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
             home = id_key[ahead] >> np.uint64(pool.TAG_BITS)
             id_set[ahead], id_tag[ahead] = home, np.uint32(id_key[ahead]) & _NO_OWNER
             ask_for(owners, np.int64(home * ways), np.int64(ways))
-        i = ahead - early  # as uint64, it is large before the first id
+        i = ahead - early  # it is unsigned: before the first id, it is larger than num_ids
         if i < num_ids:
             tag, first, place = id_tag[i], np.uint64(id_set[i]) * ways, _ZERO
             for way in range(ways):
@@ -299,10 +316,10 @@ def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
 
 @compiled
 def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open_buckets, taken):
-    """Gives newcomers rows. `taken` gets the rows that had another owner.
+    """Gives newcomers rows. Fills `taken` with the rows that had another owner.
 
     Returns:
-      How many newcomers got a row, and how many rows were taken.
+      How many newcomers got a row, and how many of these rows had another owner.
     """
     numbers = argument(frame, _NUMBERS, np.int32)
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
@@ -328,7 +345,7 @@ def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open
                 if paid < cost:
                     best, cost = first + way, paid
             if cost > (estimate[i] if numbers[_MAY_RECYCLE] else 0):
-                break  # nor may those that follow
+                break  # the newcomers that follow may not take a row either
             if cost > 0:
                 hashed = _mixed(home, owners[best] >> _USE_BITS, sets, first_sets)
                 _remember(sketch, home, hashed, shape, cost - 1)
@@ -386,7 +403,7 @@ def _settle(frame, part):
         if here >= 0:
             owner = _owner_of(id_tag[i], np.int64(estimate[i]), mixed[i], step)
             owners[np.uint64(here)] = owner
-            line[i] = (here - home * ways) * sets + home  # from here on, the row
+            line[i] = (here - home * ways) * sets + home  # from here on, it is the row number
         else:
             _remember(sketch, home, mixed[i], shape, np.int64(estimate[i]))
 
@@ -445,7 +462,8 @@ def admit(
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`.
 
-    `max_threads` threads of XLA's pool share the work at most.
+    The vocabulary is the whole pool, on one device. At most `max_threads` threads of XLA's pool
+    share the work.
     """
     call_frame.register("mpembed_admit", _admit)
     num = pairs.shape[0]

@@ -1,15 +1,16 @@
-"""A fused step on a CPU: one call turns ids into vectors, another turns gradients into rows.
+"""A fused step on a CPU: one call turns ids into vectors, another turns gradients into stored rows.
 
 Bags take a third call, between the two. It sums the rows of each bag.
 
 Positions are dealt to partitions: each goes to the partition that owns its id (see `partitions`).
-In the forward call, a partition deduplicates its ids and finds their lines. It lets misses enter
-and swaps rows. It writes each row to its positions; for bags, it writes only the row's index. In
-the backward call, it sums a row's gradients over its positions, updates the row and stores it.
+In the forward call, a partition deduplicates its ids and finds their lines. It lets misses enter,
+writes dirty victims back and fills the lines of newcomers. It writes each row to its positions; for
+bags, it writes only the row's index. In the backward call, a partition sums the gradients of each
+row over its positions, updates the row and stores it.
 
 No array [U, D] exists. Vectors and bags are computed from lines and packed rows. The bits are those
 of `xla.unique`, `xla.plan`, `xla.rows` and `xla.update.update_summed`, run one after another.
-`codec` rounds a row. Every product and every sum is rounded by itself.
+`codec` decodes and encodes packed rows. Every product and every sum is rounded by itself.
 """
 
 import dataclasses
@@ -54,8 +55,8 @@ F32, U32 = np.float32, np.uint32
     _NUM_ROWS, _DIM, _SETS, _WAYS, _GROUPS, _WIDTH, _BY, _BUDGET, _TASKS,
     _STEP, _MUST_HALVE, _SEED0, _SEED1,
 ) = range(13)  # fmt: skip
-# Numbers of the forward call's arguments, then of its results. The call changes its first six
-# results in place: they are arguments, too.
+# Numbers of the forward call's operands, then of its results. The first six results are operands,
+# too, from _HELD on: the call changes them in place. The results from _DEALT on are scratch.
 _IDS, _GIVEN, _HELD = range(3)
 _TABLE, _LINES, _TAGS, _PRIORITY, _DIRTY, _SKETCH = range(6)
 _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13)
@@ -63,21 +64,22 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
     _DEALT, _POSITIONS, _ROW_OF, _COUNT, _HOME, _ESTIMATE, _QUEUE, _VICTIM, _FOLLOWING,
     _BUCKET, _DEALS, _BUFFER,
 ) = range(13, 25)  # fmt: skip
-# Words of `_FACTS`, the counts that the forward call returns: _PARTS, _OVER and _LIMIT, the totals
-# of the batch, where each partition begins, then six numbers of each partition.
+# Words of `_FACTS`, which the forward call returns. They are the number of partitions, the distinct
+# ids over the budget, and the largest hash within it; then seven totals of the batch, where each
+# partition begins, and six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
-_COUNTS = 3  # the first total: six sums of _OF_PARTS over partitions, then ids out of range
+_COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
 _BEGIN = 16  # where each partition begins; then where positions without a row begin and end
 _ROWS = _BEGIN + MAX_PARTS + 2
 _OF_PARTS = (  # numbers of each partition
     _NUM_UNIQUE, _HITS, _HIT_REQUESTS, _NEW, _EVICTIONS, _WRITE_BACKS,
 ) = tuple(_ROWS + k * MAX_PARTS for k in range(6))  # fmt: skip
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
-_DEAL = MAX_PARTS + 2  # counts of a chunk: positions per partition, without a row, out of range
-# Entries of the int32 array that the call for bags takes.
+_DEAL = MAX_PARTS + 2  # a chunk's positions in each partition, without a row, and out of range
+# Entries of an int32 array that the call for bags takes.
 _BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING = range(5)
-# Numbers of the backward call's arguments, then of its results; then the entries of `_UPDATE`, an
-# int32 array that it takes.
+# Numbers of the backward call's operands, then of its results. The first four results are operands,
+# too, from _STORED on. Then the entries of `_UPDATE`, an int32 array that the call takes.
 _GRADS, _FACTORS, _SOURCE, _UPDATE, _RATES, _PLAN = range(6)  # the plan has five arrays
 _STORED = _PLAN + 5
 _NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = range(6)
@@ -91,7 +93,7 @@ _NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = r
 
 
 def _count_chunk(frame, chunk):
-    """Counts how many positions of a chunk go to each partition."""
+    """Counts how many positions of a chunk go to each partition, and how many are out of range."""
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
     num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
@@ -133,7 +135,10 @@ _deal_chunks = call_frame.parts(_deal_chunk)
 
 @compiled
 def _deal(frame, num_tasks):
-    """Groups the positions by partition, in ascending order. Positions without a row are last."""
+    """Groups the positions by partition; those of a partition ascend.
+
+    Positions without a row are last.
+    """
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
     _count_chunks(frame, CHUNKS, num_tasks)
@@ -198,7 +203,8 @@ def _find_limit(frame):
 def _place(frame, part):
     """Plans the rows of a partition.
 
-    It drops ids over the budget. Then it finds the hits, lets misses enter, and chooses victims.
+    It drops ids over the budget. Then it finds the hits and lets misses enter, which chooses their
+    victims.
     """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
     begin, end = _bounds(facts, part)
@@ -236,7 +242,7 @@ def _place(frame, part):
 
 @compiled
 def _blank(frame, position):
-    """Writes the result of a position without a row: zeros, or -1 if the call lists rows."""
+    """Writes the result of a position without a row: zeros, or -1 if the call returns indices."""
     row_of_position = result(frame, _ROW_OF_POSITION, np.int32)
     if len(row_of_position) > 0:
         row_of_position[position] = -1
@@ -249,7 +255,7 @@ def _blank(frame, position):
 
 @compiled
 def _buffer_of(frame, index, part, number, dim):
-    """Returns the address of one of a partition's buffers."""
+    """Returns the address of one of a partition's _BUFFERS buffers of `dim` elements."""
     return lanes.buffer_of(frame, index, part * _BUFFERS + number, dim)
 
 
@@ -295,7 +301,7 @@ def _forward_of(fmt: RowFormat) -> str:
 
     @compiled
     def swap(frame, part):
-        """Writes dirty victims back, and brings newcomers into their lines."""
+        """Writes dirty victims back, and dequantizes newcomers into their lines."""
         facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
         begin, end = _bounds(facts, part)
         ids, line = _part_of(frame, _ROW_IDS, begin, end), _part_of(frame, _LINE, begin, end)
@@ -335,7 +341,7 @@ def _forward_of(fmt: RowFormat) -> str:
 
     @compiled
     def write_vectors(frame, part):
-        """Writes each row, or its index if rows are listed, to the row's positions.
+        """Writes each row to its positions; its index instead, if the call returns indices.
 
         For LFU, it also writes the estimate of each cached row to the priority of the row's line.
         """
@@ -434,7 +440,10 @@ def _sum_parts(fmt: RowFormat) -> Any:
     decode = rows.decode
 
     def sum_part(frame, part):
-        """Sums the rows of a range of bags. Positions are added in ascending order."""
+        """Sums the rows of a range of bags. Positions are added in ascending order.
+
+        Each position adds its factor times its row.
+        """
         row_of_position = argument(frame, 0, np.int32)
         factors, bag = argument(frame, 1, np.float32), argument(frame, 2, np.int32)
         given = argument(frame, 3, np.int32)
@@ -498,7 +507,7 @@ def _sums_of(fmt: RowFormat) -> str:
 # --- backward
 
 
-# The usual dims, as numba functions that keep a row's squares in registers.
+# For rows of 2, 4, 8 and 16 blocks, such as D = 16, 32, 64, 128: the squares stay in registers.
 _SQUARES_2, _SQUARES_4, _SQUARES_8, _SQUARES_16 = map(lanes.sum_of_squares, (2, 4, 8, 16))
 
 
@@ -506,7 +515,9 @@ _SQUARES_2, _SQUARES_4, _SQUARES_8, _SQUARES_16 = map(lanes.sum_of_squares, (2, 
 def _sum_of_squares(scratch, grads, dim):
     """Sums the squares of a buffer in the order of `optim.rowwise`.
 
-    The blocks of the upper half are added to those of the lower half, until one block is left.
+    Let h be the largest power of two below the number of blocks. The blocks from h on are added to
+    the blocks from 0 on, until one block is left. Its lanes are summed in the same way. The squares
+    are in `scratch`, a second buffer.
     """
     num_blocks = (dim + LANES - 1) // LANES
     half = 1
@@ -531,7 +542,7 @@ def _sum_of_squares(scratch, grads, dim):
 
 @compiled
 def _bfloat16_code(x, bits):
-    """See rounding.encode_float."""
+    """Rounds float32 x to bfloat16 by random bits; returns uint16. See rounding.encode_float."""
     raw = bits_of(x)
     magnitude = raw & U32(0x7FFFFFFF)
     code = min(U32(magnitude + (bits >> U32(16))) >> U32(16), U32(0x7F7F))
@@ -541,7 +552,10 @@ def _bfloat16_code(x, bits):
 
 @compiled
 def _add_to_sum(frame, x, mean, given):
-    """Adds the mean square of a row's gradient to the row's sum G. Returns the unrounded sum."""
+    """Adds the mean square of a row's gradient to the sum G of row x.
+
+    A sum that is kept in bfloat16 is rounded stochastically. Returns the float32 sum before that.
+    """
     if given[_IS_NARROW]:
         sums = result(frame, _ACCUMULATOR, np.uint16)
         total = float_of(U32(U32(sums[x]) << U32(16))) + mean
@@ -560,7 +574,7 @@ def _backward_of(fmt: RowFormat) -> str:
     decode, encode = rows.decode, rows.encode
 
     def update_part(frame, part):
-        """Sums, updates and stores the rows of a partition."""
+        """Sums the gradients of a partition's rows, updates each row once, and stores it."""
         given, rates = argument(frame, _UPDATE, np.int32), argument(frame, _RATES, np.float32)
         facts = argument(frame, _PLAN, np.int32)
         begin, end = _bounds(facts, part)
@@ -594,7 +608,8 @@ def _backward_of(fmt: RowFormat) -> str:
                     lanes.ask_for(cached + ahead * 4 * dim, 4 * dim)
                 else:
                     lanes.ask_for(table + x * row_bytes, row_bytes)
-            # The first of plain gradients begins the sum, which saves a pass over the buffer.
+            # Without factors and source, the first gradient begins the sum. So no pass clears the
+            # buffer.
             is_first = not (has_factors or has_source)
             if not is_first:
                 lanes.clear(total, dim)
@@ -602,7 +617,7 @@ def _backward_of(fmt: RowFormat) -> str:
                 if at + 2 * _AHEAD < num_listed:
                     ahead = np.int64(order[at + 2 * _AHEAD])
                     ahead = np.int64(source[ahead]) if has_source else ahead // per_grad
-                    # If source is -1, the address is outside the array. To ask for it is harmless.
+                    # If source is -1, the address is outside the array. Prefetching it is harmless.
                     lanes.ask_for(grads + ahead * 4 * dim, 4 * dim)
                 position = np.int64(order[at])
                 here = np.int64(source[position]) if has_source else position // per_grad
@@ -656,7 +671,7 @@ def _backward_of(fmt: RowFormat) -> str:
 
 
 def compile_calls(fmt: RowFormat) -> None:
-    """Compiles the forward and the backward call of a resolved format, if nobody has."""
+    """Compiles the forward and the backward call of a resolved format, once per process."""
     _forward_of(fmt)
     _backward_of(fmt)
 
@@ -679,23 +694,24 @@ def forward(
 ) -> tuple[QuantizedTable, CacheState | None, jax.Array, Places]:
     """Plans a batch, swaps, and writes each row to its positions.
 
-    It is unique, plan, swap and lookup in one call.
+    It is `ops.unique`, `plan`, `swap`, `lookup` and `take` in one call.
 
     Args:
-      table: the table of the stack.
+      table: the table of the stack, in device memory.
       cache: the cache of the stack, or None.
-      ids: int32 [N], N > 0. NO_ID and ids outside the table have no row: their vector is zero.
-      budget: the largest number of distinct ids, see xla.unique; None: no limit.
+      ids: int32 [N], N > 0. NO_ID, ids outside the table and ids over the budget have no row.
+      budget: the largest number of distinct ids; None: no limit. Over it, the ids stay that
+        xla.unique keeps.
       step: int32 scalar, number of this prefetch.
       must_halve: bool scalar, see policy.is_time_to_halve.
       draw: the source of the random bits that round the victims.
       is_listed: whether the call returns the index of each position's row instead of its vector.
-      max_threads: how many threads may share the work.
+      max_threads: at most so many threads share the work.
 
     Returns:
       The table and the cache, changed in place.
-      The vectors, float32 [N, D]. With is_listed, instead, the index of each position's row in the
-      Places, int32 [N]; -1 if the position has no row.
+      The vectors, float32 [N, D]; zeros where a position has no row. With is_listed, instead, the
+      index of each position's row in the Places, int32 [N]; -1 where it has none.
       The Places.
     """
     (num,) = ids.shape
@@ -744,7 +760,10 @@ def forward(
 
 
 def counts(places: Places) -> dict[str, jax.Array]:
-    """Returns the counts (int32 scalars) of a forward call, by their names in cache.plan.Counts."""
+    """Returns the counts (int32 scalars) of a forward call, by their names in cache.plan.Counts.
+
+    All counts are there except `wide_exchanges`, which is that of a mesh.
+    """
     names = (
         "unique",
         "hits",
@@ -790,23 +809,23 @@ def bags(
 
     Args:
       table: after the forward call.
-      lines: after the forward call; None without a cache.
+      lines: float32 [C, D], after the forward call; None without a cache.
       places: from the forward call.
-      row_of_position: int32 [N], from the forward call.
+      row_of_position: int32 [N], from the forward call with is_listed.
       factors: float32 [N].
       bag: int32 [N], the bag of each position; outside [0, num_bags), the position is in no bag.
       num_bags: M.
       is_ascending: whether `bag` is sorted, so that the positions of a bag are neighbours.
-      max_threads: how many threads may share the work.
+      max_threads: at most so many threads share the work.
 
     Returns:
-      The table, the lines, and float32 [M, D].
+      The table and the lines, as given, and the sums, float32 [M, D].
     """
-    assert (bag.dtype, factors.dtype) == (np.int32, np.float32)  # the foreign call looks at neither
+    assert (bag.dtype, factors.dtype) == (np.int32, np.float32)  # the foreign call checks neither
     dim = table.embedding_dim
     num_parts = min(MAX_PARTS, max(1, num_bags))
     if not is_ascending:
-        num_parts = min(num_parts, 2 * FEW_TASKS)  # each of them looks at every position
+        num_parts = min(num_parts, 2 * FEW_TASKS)  # each part visits every position
     given = [dim, num_bags, num_parts, max_threads, is_ascending]
     held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
@@ -843,22 +862,24 @@ def backward(
     See xla.update.update_summed.
 
     Args:
-      store: table, lines and dirty bits. The lines that the call changes become dirty.
+      store: table, lines and dirty bits, changed in place. The lines that the call changes become
+        dirty.
       accumulator: G of row-wise Adagrad, float32 [V], or bfloat16 bit patterns uint16 [V]; None for
         SGD.
       places: from the forward call of N positions.
       grads: float32 [M, D], M > 0.
       factors: float32 [N]; each position's gradient is multiplied by its factor. None: all are 1.
-      source: int32 [N], the index in grads of each position, -1 if it takes no gradient. If source
-        is None, position n takes grads[n // (N / M)].
+      source: int32 [N], the index in grads of each position; -1 if it takes no gradient. If source
+        is None, position n takes grads[n // (N / M)], and N is a multiple of M.
       rule: the optimizer's rule.
       draw: the source of the random bits of all roundings.
       skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       is_applied: bool scalar; if False, nothing changes.
-      max_threads: how many threads may share the work.
+      max_threads: at most so many threads share the work.
 
     Returns:
-      The store, the accumulator, and the number of rows skipped.
+      The store, the accumulator, and the number of rows that skip_nonfinite left as they were
+      (int32 scalar).
     """
     table = store.table
     dim = store.table.embedding_dim

@@ -10,7 +10,7 @@ SEEDS = residency.SKETCH_SEEDS
 
 @compiled
 def fmix32(x):
-    """Mixes a uint32; see random_bits.fmix32."""
+    """Returns the mixed bits (uint32) of a uint32; see random_bits.fmix32."""
     x = np.uint32(x)
     x = np.uint32(x ^ (x >> np.uint32(16)))
     x = np.uint32(x * np.uint32(0x85EBCA6B))
@@ -21,7 +21,7 @@ def fmix32(x):
 
 @compiled
 def scale_to(mixed, size):
-    """Maps a mixed uint32 to [0, size); see random_bits.scale_to."""
+    """Maps a mixed uint32 to [0, size), as int64; see random_bits.scale_to."""
     return np.int64((np.uint64(mixed) * np.uint64(size)) >> np.uint64(32))
 
 
@@ -29,7 +29,8 @@ def scale_to(mixed, size):
 def cell_of(depth, quotient, group, groups, width):
     """Returns the cell of the id quotient * groups + group in row `depth` of the sketch.
 
-    See residency.sketch_cells.
+    The cell is an index (int64) into the flattened sketch; see residency.sketch_cells. `quotient`
+    is uint32, and `width` is the number of cells of a group in one row.
     """
     return (depth * groups + group) * width + scale_to(
         fmix32(quotient ^ np.uint32(SEEDS[depth])), width
@@ -38,7 +39,7 @@ def cell_of(depth, quotient, group, groups, width):
 
 @compiled
 def cell(depth, x, groups, width):
-    """Returns the cell of id x in row `depth` of the sketch."""
+    """Returns the cell of id x in row `depth` of the sketch; see `cell_of`."""
     quotient = np.uint32(x) // np.uint32(groups)
     group = np.int64(np.uint32(x) % np.uint32(groups))
     return cell_of(depth, quotient, group, groups, width)

@@ -1,6 +1,6 @@
 """The rules of `cache.policy`, compiled by numba. They give the same numbers.
 
-`by` is the number of a policy in POLICIES.
+`by` is the index of a policy in POLICIES. All other arguments are scalars, except those of `age`.
 """
 
 import numpy as np
@@ -19,19 +19,19 @@ _MAX_ESTIMATE, _PINNED, _MAX_AGE = policy.MAX_ESTIMATE, policy.PINNED, policy.MA
 
 @compiled
 def counts_use(by):
-    """Returns whether a policy estimates use; see policy.counts_use."""
+    """Returns whether a policy estimates the use of ids; see policy.counts_use."""
     return by == _LFU
 
 
 @compiled
 def estimate(by, use, count):
-    """Returns the estimated use of an id, 0 without estimates; see policy.estimate."""
+    """Returns the estimated use of an id; 0 if the policy has no estimates. See policy.estimate."""
     return min(use + count, _MAX_ESTIMATE) if by == _LFU else 0
 
 
 @compiled
 def pinned(by, step):
-    """Returns the priority of a line of this batch; see policy.pinned."""
+    """Returns the priority of a line that holds a row of this batch; see policy.pinned."""
     return _PINNED if by == _LFU else step
 
 
@@ -53,7 +53,10 @@ def may_enter(by, rank, estimate):
 
 @compiled
 def age(priority, sketch):
-    """Halves every estimate; see policy.age."""
+    """Halves every estimate in place, at the lines and in the sketch; see policy.age.
+
+    Both arrays are flat: int32 [C] and uint16.
+    """
     for k in range(len(priority)):
         priority[k] >>= 1
     for k in range(len(sketch)):

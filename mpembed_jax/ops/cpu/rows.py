@@ -1,9 +1,9 @@
 """Gathers and scatters of rows on a CPU, on two threads and with prefetching.
 
-Reading a row of a large table is a cache miss, which takes some hundred nanoseconds. XLA's loops
-wait for a few misses at a time. The loops here prefetch later rows while they copy the present one.
-Large results are written past the caches. Rows are moved without arithmetic, so the bits are those
-of the reference.
+A row of a large table is not in the processor's caches. To read it takes some hundred nanoseconds,
+and XLA's loops wait for a few such reads at a time. The loops here prefetch later rows while they
+copy the present one. Large results are written past the processor's caches. Rows are moved without
+arithmetic, so the bits are those of the reference.
 """
 
 import jax
@@ -13,14 +13,14 @@ from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, result, stream
 
 _AHEAD = 8  # rows between a prefetch and its use
-# Results of at least this many 32-bit words are written past the caches. They are 12 MiB, more than
-# a core's share of the last-level cache is likely to hold until they are read.
+# Results of at least this many 32-bit words (12 MiB) are written past the processor's caches. A
+# core's share of the last-level cache is not likely to hold so much until it is read.
 _STREAMED = 3 << 20
 
 
 @compiled
 def _row_at(index, i, end, array, words, num_rows):
-    """Returns index[i] as uint64, and prefetches the row of a later index.
+    """Returns index[i] as uint64, and prefetches the row of a later index before `end`.
 
     A negative index becomes a number beyond all rows.
     """
@@ -54,8 +54,8 @@ _put = call_frame.halves(_put_half)
 def put(array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     """Returns `array` [n, m] with rows `index` (int32 [k], distinct) set to `values` [k, m].
 
-    Rows are float32 or uint32. Rows with an index outside the array are dropped; see
-    `indexing.put`.
+    Array and values are both float32 or both uint32. Rows with an index outside the array are
+    dropped; see `indexing.put`.
     """
     call_frame.register("mpembed_put", _put)
     out = jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -98,7 +98,10 @@ _take = call_frame.halves(_take_half)
 
 
 def take(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns array[index] (float32 or uint32 [n, m], int32 [k]); zeros for indices outside."""
+    """Returns array[index] [k, m] for array [n, m], float32 or uint32, and index int32 [k].
+
+    An index outside the array, also a negative one, gives zeros.
+    """
     call_frame.register("mpembed_take", _take)
     out = jax.ShapeDtypeStruct((*index.shape, *array.shape[1:]), array.dtype)
     return jax.ffi.ffi_call("mpembed_take", out, vmap_method="sequential")(array, index)

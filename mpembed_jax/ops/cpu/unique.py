@@ -1,8 +1,7 @@
 """The distinct ids of a batch on a CPU, by a hash table in a loop that numba compiles.
 
-The integers of a batch take a few hundred kilobytes. Plain loops over them take half the time of
-XLA's passes over arrays, or less. The bits are those of the reference. `unique` is one foreign
-call.
+The ids of a batch take a few hundred kilobytes. A plain loop over them takes half the time of XLA's
+passes over arrays, or less. The bits are those of the reference.
 """
 
 import jax
@@ -27,7 +26,7 @@ def _unique(frame):
     counts = result(frame, 2, np.int32)
     numbers = result(frame, 3, np.int32)
     table = result(frame, 4, np.int32)
-    # These are about all distinct ids, including those over the budget.
+    # All distinct ids, also those over the budget, and how often each occurs.
     seen = result(frame, 5, np.int32)
     times = result(frame, 6, np.int32)
     size = len(unique_ids)
@@ -68,8 +67,9 @@ def _unique(frame):
 def smallest(values, num):
     """Returns the num-th smallest of `values` (uint32), counted from 1; 0 is taken as 1.
 
-    It counts the upper halves of the values first, then the lower halves. There is no sort that
-    numba would have to compile.
+    It finds the upper half of the result first, by a count of all upper halves. Then it finds the
+    lower half, by a count of the values that have this upper half. So numba need not compile a
+    sort.
     """
     found = np.uint32(0)
     rest = max(num, 1)
@@ -90,7 +90,8 @@ def smallest(values, num):
 def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding):
     """Keeps the num_kept ids that are smallest by fmix32(id xor step), in their order.
 
-    It is called if there are more distinct ids than the budget allows.
+    It is called if there are more distinct ids than the budget allows. It changes seen, times and
+    inverse in place.
     """
     mixed = np.empty(num_found, np.uint32)
     moved = np.empty(num_found, np.int32)
@@ -109,9 +110,11 @@ def _keep_smallest(ids, step, seen, times, inverse, num_found, num_kept, padding
 
 
 def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Finds ids among known ones; see `xla.unique.find`.
+    """Finds ids (int32 [N]) among known ones (int32 [n], n > 0); see `xla.unique.find`.
 
-    The distinct ids of both, in order of first occurrence, begin with the known ones.
+    It lists the distinct ids of `known` and `ids` together, in order of first occurrence. The list
+    begins with the known ids. So the index of an id in it is the index in `known`, or is beyond the
+    known ids.
     """
     num_known = known.shape[0]
     both = jnp.concatenate([known, ids])
@@ -121,10 +124,10 @@ def find(known: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Returns the distinct ids of int32 ids [N], N > 0; see `xla.unique.unique`.
+    """Returns the distinct ids of a batch, in order of first occurrence; see `xla.unique.unique`.
 
     Args:
-      ids: int32 [N]; NO_ID is padding.
+      ids: int32 [N], N > 0; NO_ID is padding.
       size: U; the last of the returned ids is always NO_ID.
       step: int32 scalar, the number of this prefetch.
     """

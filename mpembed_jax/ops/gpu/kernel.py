@@ -4,15 +4,15 @@ A kernel gets whole arrays by reference and loads their elements at index vector
 no padding: blocks are powers of two, as Triton requires, and masks cover the rest. The arithmetic
 is that of `numerics`. Only the layout differs:
 
-* A row is read by element. Every element loads the word that holds it. Neighbouring elements hit
-  the same cache line.
+* A row is read by element. Every element loads the word that holds it. Neighbouring elements find
+  it in the same line of the GPU's cache.
 * A row is written by word, in one pass for each place. The place of an element is its index within
-  its word. The pass of `place` handles element `word * per_word + place` of every word, so words
-  are made without a reshape.
+  its word. The pass for place p encodes element `word * per_word + p` of every word and puts its
+  code into the word. So words are made without a reshape.
 
-Triton's arithmetic differs from XLA's in three ways. min and max ignore NaN, so rows with a NaN are
-marked. Division is approximate, so float8 formats divide by PTX div.rn, and integer formats correct
-their quotients by exact remainders. There is no optimization_barrier.
+Triton's arithmetic differs from XLA's in three ways. min and max ignore NaN, so `write_packed`
+looks for NaN separately. Division is approximate, so float8 formats divide by PTX div.rn, and
+integer formats correct their quotients by exact remainders. There is no optimization_barrier.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +32,12 @@ _WARPS = 4
 
 
 def block_rows(embedding_dim: int) -> int:
-    """Returns the number of rows of `embedding_dim` elements that one program handles."""
+    """Returns the number of rows of `embedding_dim` elements that one program handles at once."""
     return max(1, _ELEMENTS // indexing.ceil_power(embedding_dim))
 
 
 class RowWords(NamedTuple):
-    """The layout of a format's rows in words; static."""
+    """The layout of a format's rows of `dim` elements in words; static."""
 
     format: RowFormat
     dim: int
@@ -59,7 +59,7 @@ class RowWords(NamedTuple):
         return indexing.ceil_power(self.code_words)
 
     def half_places(self) -> list[tuple[int, int]]:
-        """Returns the (word, shift) of each 16-bit half of a row's scale and bias."""
+        """Returns where each 16-bit half of a row's scale and bias is: (word, first bit)."""
         halves = self.format.word_bits(self.dim) // 16
         total = self.format.row_words(self.dim) * halves
         places = (
@@ -68,7 +68,7 @@ class RowWords(NamedTuple):
         return [(word, 16 * place) for word, place in places]
 
     def divide(self, x: jax.Array, divisor: jax.Array) -> jax.Array:
-        """Returns x / divisor, correctly rounded."""
+        """Returns x / divisor (float32, shape of x), correctly rounded."""
         if self.is_interpreted:
             return formats.divide(x, divisor)
         divisor = jnp.broadcast_to(divisor, x.shape)
@@ -86,8 +86,9 @@ class RowWords(NamedTuple):
 def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array:
     """Loads ref[index] where the mask is true, and `other` elsewhere.
 
-    If `index` has one array, its masked entries may be anything. If it has two arrays, they are
-    left as they are, because Triton looks for neighbouring addresses in them.
+    `index` has one int32 array for each axis of ref. If there is one array, it may hold anything
+    where the mask is false, because it is set to 0 there. Two arrays are passed on as they are,
+    because Triton looks for neighbouring addresses in them.
     """
     if len(index) == 1:
         index = (jnp.where(mask, index[0], 0),)
@@ -95,10 +96,10 @@ def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array
 
 
 def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
-    """Stores values to ref[index] where the mask is true; masked indices may be anything.
+    """Stores values to ref[index] where the mask is true. Elsewhere, the index may be anything.
 
-    Masked indices are moved past the end of the array. A GPU does not look at them. The interpreter
-    writes the old values back at masked indices. Inside the array, that could overwrite another
+    Where the mask is false, the index is moved past the end of the array. A GPU ignores it there.
+    The interpreter writes old values back there. Inside the array, that could overwrite another
     store to the same place. Past the end, the write is dropped.
     """
     first, *others = index
@@ -108,10 +109,10 @@ def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
 def load_row(
     ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int
 ) -> jax.Array:
-    """Loads float32 elements ref[index, columns] of rows int32 [R] and columns int32 [P].
+    """Loads the elements ref[index, columns] of rows int32 [R] and columns int32 [P].
 
-    The result is float32 [R, P]. It is zero where `mask` (bool [R]) is false and for columns >=
-    `dim`.
+    The result is [R, P] in the dtype of ref. It is zero where `mask` (bool [R]) is false and for
+    columns >= `dim`.
     """
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(jnp.where(mask, index, 0)[:, None], wide.shape)
@@ -121,9 +122,10 @@ def load_row(
 def store_row(
     ref: Any, index: jax.Array, mask: jax.Array, columns: jax.Array, dim: int, values: jax.Array
 ) -> None:
-    """Stores float32 values [R, P] to ref[index, columns] of rows int32 [R] and columns int32 [P].
+    """Stores values [R, P] to ref[index, columns] of rows int32 [R] and columns int32 [P].
 
-    Nothing is stored where `mask` (bool [R]) is false or for columns >= `dim`.
+    The values have the dtype of ref. Nothing is stored where `mask` (bool [R]) is false or for
+    columns >= `dim`.
     """
     wide = mask[:, None] & (columns < dim)[None, :]
     rows = jnp.broadcast_to(index[:, None], wide.shape)
@@ -141,7 +143,7 @@ def place_columns(row_words: RowWords) -> list[jax.Array]:
     W is the number of code words, rounded up to a power of two.
     """
     words = jnp.arange(row_words.padded_words, dtype=jnp.int32)
-    # Words past the codes have no columns of the row. They get the column `dim`, which is masked.
+    # Words past the codes hold no column of the row. They get the column `dim`, which callers mask.
     return [
         jnp.where(words < row_words.code_words, words * row_words.per_word + p, row_words.dim)
         for p in range(row_words.per_word)
@@ -149,9 +151,10 @@ def place_columns(row_words: RowWords) -> list[jax.Array]:
 
 
 def read_packed(ref: Any, ids: jax.Array, mask: jax.Array, row_words: RowWords) -> jax.Array:
-    """Dequantizes the rows ids [R] of a table to float32 [R, P]; P is the padded dim.
+    """Dequantizes the rows `ids` (int32 [R]) of a table to float32 [R, P].
 
-    The result is zero where `mask` (bool [R]) is false and past the dim.
+    P is the dim, rounded up to a power of two. The result is zero where `mask` (bool [R]) is false
+    and in the columns past the dim.
     """
     columns = columns_of(row_words.dim)
     bits = row_words.format.code_bits
@@ -186,9 +189,9 @@ def write_packed(
     """Quantizes rows and stores them to the rows `ids` of a table.
 
     Args:
-      ref: the table's words [V, row_words].
+      ref: the table's words, uint16 or uint32 [V, words of a row].
       ids: int32 [R].
-      mask: bool [R].
+      mask: bool [R]; rows where it is false are not stored.
       places: the elements of the rows, float32 [R, W] for each place; see place_columns.
       row_words: the layout of the table's rows.
       seed: the two words of random_bits.draw_seed.
@@ -225,9 +228,9 @@ def write_packed(
 def _parameters(
     places: list[jax.Array], columns: list[jax.Array], row_words: RowWords
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the stored scale and bias (float32 [R, 1] each).
+    """Returns the stored scale and bias (float32 [R, 1] each) of rows, given by places.
 
-    If a row has a NaN, both of its bounds are NaN.
+    If a row has a NaN, its minimum and its maximum count as NaN.
     """
 
     def across(
@@ -252,7 +255,8 @@ def _parameters(
 def barrier(is_interpreted: bool) -> None:
     """Waits for all threads of a program.
 
-    Loads before the barrier are done before stores after it begin, whichever threads run them.
+    All loads and stores before the barrier are done before any after it begin, whichever threads of
+    the program run them.
     """
     if not is_interpreted:
         plgpu.debug_barrier()
@@ -274,7 +278,7 @@ def launch(
     Args:
       body: the kernel.
       num_programs: length of the one-dimensional grid.
-      operands: arrays.
+      operands: arrays of any shapes and dtypes.
       outputs: shapes and dtypes of the results.
       name: the kernel's name in profiles.
       is_interpreted: whether the body is traced into plain jax operations, for any device.

@@ -3,8 +3,8 @@
 One program of one warp plans one set. It finds the hits of the set. Then the misses of the set try
 to take a way of it, one after another. So there are no rounds over all ids, and no loop outside the
 kernels. The plan follows the rules of `xla.plan.make_plan`. For each newcomer, a program looks at
-all ids of its set again. If the sets of the cache may have many ids on average, the reference's
-rounds plan the batch instead: see `has_short_sets` and `ops.plan`.
+all ids of its set again. If a batch has too many ids per set for this, the reference's rounds plan
+it instead: see `has_short_sets` and `ops.plan`.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
 _LANES = 8  # unique ids of a set that are looked at together
-_MOST_IDS_PER_SET = 64  # unique ids per set, on average, that a program can plan fast
-_HALVED = 1024  # numbers that one turn of a program halves
+_MOST_IDS_PER_SET = 64  # unique ids per set, on average, up to which the kernel plans a batch
+_HALVED = 1024  # numbers that a program halves in one iteration of its loop
 _MOST_HALVING_PROGRAMS = 1024
 _HIT = -1  # stands in the place of a hit's estimate: a hit does not wait for a line
 
@@ -35,16 +35,16 @@ class _Sets(NamedTuple):
     """The unique ids of a batch, grouped by cache set."""
 
     by_set: jax.Array  # i32 [U]: indices of the unique ids, set by set; padding comes last
-    sets: jax.Array  # i32 [U]: the set of each; S for padding
-    # i32 [min(S, U) + 1]: where each touched set begins; num_ids after the last one
+    sets: jax.Array  # i32 [U]: the set of each id, in this order; S for padding
+    # i32 [min(S, U) + 1]: where each set that has ids begins; num_ids after the last of them
     begin: jax.Array
-    num_sets: jax.Array  # i32 []: sets touched
+    num_sets: jax.Array  # i32 []: the number of sets that have ids
 
 
 class _Decisions(NamedTuple):
-    """The decisions of the kernel about the unique ids, in the order of _Sets, padding last.
+    """The decisions of the kernel about the unique ids, in the order of _Sets.
 
-    The values of padding are arbitrary.
+    The values at padding are arbitrary.
     """
 
     line: jax.Array  # i32 [U]: C for bypassed ids
@@ -54,7 +54,10 @@ class _Decisions(NamedTuple):
 
 
 def has_short_sets(geometry: Geometry, width: int) -> bool:
-    """Returns whether the kernel plans a batch of `width` unique ids faster than the rounds do."""
+    """Returns whether the kernel shall plan a batch of `width` unique ids, and not the rounds.
+
+    It shall if there are at most 64 unique ids per set of the cache, on average.
+    """
     return width <= _MOST_IDS_PER_SET * geometry.sets
 
 
@@ -67,9 +70,12 @@ def plan(
     Args:
       cache: the state before the step.
       unique: the distinct ids of the batch.
-      step: int32 scalar.
+      step: int32 scalar, the number of this prefetch.
       halve: bool scalar, whether this step halves all LFU estimates.
       is_interpreted: see kernel.launch.
+
+    Returns:
+      See `ops.plan`.
     """
     num_lines = cache.geometry.lines
     cache = _age(cache, halve, is_interpreted)
@@ -106,7 +112,7 @@ def plan(
 
 
 def _grouped(unique: Unique, geometry: Geometry) -> _Sets:
-    """Groups the unique ids of a batch by cache set, with a sort."""
+    """Groups the unique ids of a batch by cache set, with one sort."""
     width = unique.ids.shape[0]
     position = jnp.arange(width, dtype=jnp.int32)
     sets = residency.set_of(unique.ids, geometry)
@@ -131,7 +137,7 @@ def _decide(
     """Runs the kernel: updates tags and priorities, and decides about each unique id.
 
     Args:
-      cache: the state before the step, aged.
+      cache: the state before the step; its estimates are already halved, if this step halves.
       sets: the groups.
       ids: int32 [U], the unique ids in the order of the groups.
       counts: int32 [U], their occurrences.
@@ -160,7 +166,7 @@ def _decide(
             priority = kernel.load(priority_ref, (first_line + way,), is_way)
 
             def seen(here: jax.Array, is_miss: jax.Array) -> jax.Array:
-                """Returns the use of each miss that the sketch holds."""
+                """Returns what the sketch holds of each miss: its use (int32 [8])."""
                 use = jnp.full(_LANES, policy.MAX_ESTIMATE, jnp.int32)
                 for row, seed in enumerate(residency.SKETCH_SEEDS):
                     cell = residency.cells_in_row(cache.sketch.shape, here, row, jnp.uint32(seed))
@@ -170,7 +176,7 @@ def _decide(
                 return use
 
             def find(carry: tuple) -> tuple:
-                """Finds the hits among the next ids. Every other id bypasses for now."""
+                """Finds the hits among the next 8 ids. Every other id bypasses for now."""
                 start, uses = carry
                 position = start + lane
                 is_live = position < end
@@ -199,9 +205,10 @@ def _decide(
             kernel.barrier(is_interpreted)
 
             def best_after(estimate: jax.Array, miss: jax.Array) -> tuple:
-                """Returns position, estimate and id of the best miss after `miss`.
+                """Returns position, estimate and id of the next miss of the set.
 
-                The position is -1 if there is none.
+                It is the first that comes after the given estimate and id, in the order in which
+                misses meet ways. The position is -1 if there is none.
                 """
 
                 def look(carry: tuple) -> tuple:
@@ -226,7 +233,7 @@ def _decide(
                 return lax.while_loop(lambda carry: carry[0] < end, look, start)[1:]
 
             def meet(carry: tuple) -> tuple:
-                """Gives the best miss the cheapest way, if it may enter. Finds the next miss."""
+                """Gives the present miss the cheapest way, if it may enter. Finds the next miss."""
                 position, estimate, miss, tags, priority, uses = carry
                 rank = policy.ranks(by, tags, priority, step).astype(jnp.int32)
                 rank = jnp.where(is_way, rank, np.int32(2**31 - 1))
@@ -247,7 +254,7 @@ def _decide(
                 tags = jnp.where(is_taken, miss, tags)
                 priority = jnp.where(is_taken, policy.pinned(by, step), priority)
                 uses = jnp.where(is_taken, estimate, uses)
-                # If the best miss may not enter, no other miss of the set may.
+                # If this miss may not enter, no later miss of the set may.
                 position, next_estimate, next_miss = best_after(estimate, miss)
                 position = jnp.where(may, position, -1)
                 return position, next_estimate, next_miss, tags, priority, uses
@@ -292,7 +299,7 @@ def _decide(
 def _remember(
     cache: CacheState, made: _Decisions, ids: jax.Array, is_miss: jax.Array, is_cached: jax.Array
 ) -> CacheState:
-    """Raises the sketch cells of each bypassed or displaced id to the id's estimate."""
+    """Raises the sketch cells of each bypassed or displaced id to the id's estimated use."""
     left = jnp.where(is_cached, made.victim_ids, ids)
     uses = jnp.where(is_cached, made.victim_uses, made.estimates)
     cells = residency.sketch_cells(cache, left)
@@ -305,7 +312,7 @@ def _remember(
 def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheState:
     """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
 
-    The number of programs is bounded. If there is nothing to do, they end at once.
+    The kernel has at most 1,024 programs. In a step that halves nothing, they end at once.
     """
     if not policy.counts_use(cache.policy):
         return cache

@@ -1,4 +1,4 @@
-"""The reference of `bag` in plain jax.numpy: weighted sums of rows without an array [.., L, D]."""
+"""The reference of `bag` in plain jax.numpy: weighted sums of rows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from mpembed_jax.numerics import rounding
 
 
 def bag(rows: jax.Array, index: jax.Array, factors: jax.Array) -> jax.Array:
-    """Returns the sum over l of factors[.., l] * rows[index[.., l]], without an array [.., L, D].
+    """Returns the sum over l of factors[.., l] * rows[index[.., l]], in ascending order of l.
 
-    A loop adds one position of all bags at a time.
+    A loop adds the l-th row of all bags at a time. So there is no array [.., L, D].
 
     Args:
       rows: float32 [U, D].

@@ -1,7 +1,7 @@
 """The reference of `plan` in plain jax.numpy: the cache decisions of one batch.
 
 `make_plan` states the rules for hits, newcomers, victims and bypasses, and follows them exactly. It
-neither sorts nor reads a row. In `rounds`, the misses of every set meet its ways.
+neither sorts nor reads a row. The misses of a set meet its ways in `rounds`.
 
 The rules follow FBGEMM's LRU and LFU caches where those are documented. The order inside a set,
 admission, halving and the conservative sketch update are this library's own. A step calls
@@ -25,7 +25,8 @@ from mpembed_jax.row_ids import NO_ID
 class Decisions(NamedTuple):
     """The decisions of `make_plan` about the unique ids of a batch."""
 
-    # i32 [U]: positions in the given ids, ordered: hits, newcomers, bypassed
+    # i32 [U]: indices of the given ids, ordered: hits, newcomers, bypassed. Entries from num_ids on
+    # have no meaning.
     order: jax.Array
     line: jax.Array  # i32 [U], in the order of the given ids; C for bypassed ids and padding
     victim_ids: jax.Array  # i32 [U], in the order of the given ids; NO_ID for no victim
@@ -57,9 +58,9 @@ def make_plan(
 
     LFU estimates the use of each id. The use of an id in the cache is counted at its line. The use
     of every other id is counted in the sketch, as the minimum of the id's cells. Every 30 C / N
-    steps, all counts are halved. Then `estimate = min(65535, use + occurrences)`. In the end, the
-    lines of the batch take the estimates of their ids. The sketch cells of each bypassed or
-    displaced id are raised to the id's estimate.
+    steps, all counts are halved first. The estimate of an id of the batch is
+    `min(65535, use + occurrences)`. In the end, the lines of the batch take the estimates of their
+    ids. The sketch cells of each bypassed or displaced id are raised to the id's estimate.
 
     Args:
       cache: the state before the step; its `rows` are passed through.
@@ -82,7 +83,6 @@ def make_plan(
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
 
-    # Hits are found here, and misses are queued.
     @jax.named_scope("find")
     def find(window: chunks.Window, carry: tuple) -> tuple:
         line, estimates, order, num_hits, queue, num_misses = carry
@@ -120,8 +120,8 @@ def make_plan(
     @jax.named_scope("pin")
     def pin_hits(window: chunks.Window, priority: jax.Array) -> jax.Array:
         # No estimate is negative, but XLA cannot know this. The estimates of hits were computed
-        # from the priorities. The comparison makes XLA finish those reads before it replaces the
-        # priorities, so that it makes no copy of them.
+        # from the priorities. Because of the comparison, XLA reads the priorities before it
+        # replaces them, so that it makes no copy of them.
         is_pinned = window.is_live & (window.take(estimates) >= 0)
         here = jnp.where(is_pinned, window.take(line), geometry.lines)
         return indexing.put(priority, here, policy.pinned(cache.policy, step))
@@ -142,7 +142,8 @@ def make_plan(
     entered = enter(carry, geometry, cache.policy, ids, estimates, step, chunk)
     priority = entered.priority
     sketch = cache.sketch
-    # The lines of this batch take their estimates. The sketch keeps those of ids without a line.
+    # The lines of this batch take the estimates of their ids. The sketch keeps the estimates of ids
+    # that have no line.
     if is_lfu:
 
         @jax.named_scope("unpin")

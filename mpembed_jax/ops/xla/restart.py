@@ -1,4 +1,4 @@
-"""The reference of `start_again` in plain jax.numpy."""
+"""The reference of `start_again` in plain jax.numpy: rows that start again for new owners."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from mpembed_jax.ops.records import Rows
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import initial_rows
 
-# Rows that are started again at once, if there is a loop. Few rows of a batch are.
+# Rows per iteration, if there is a loop. Few rows of a batch start again.
 _AT_ONCE = 128
 
 
@@ -30,17 +30,21 @@ def start_again(
 ) -> Rows:
     """Gives rows their initial values and fresh optimizer state, and takes them out of the cache.
 
+    The lines of the rows become empty. They are not written back.
+
     Args:
       of: the arrays that hold the rows.
-      fresh: as of.row_state, the state of one row, [1, ..]; scalar leaves are not used.
+      fresh: a tree like of.row_state: the optimizer state [1, ..] of a row before its first update.
+        Its scalar leaves are not used.
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
-      key: the source of the random bits.
-      bound: float32 scalar. Initial values are uniform in +-bound.
+      key: uint32 [2], or a key bound to a shard.
+      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound that
+        the table was made with, the rows get the same bits again.
       chunk: see chunks.each.
 
     Returns:
-      The arrays.
+      The arrays, changed.
     """
     cache = of.cache
     lines: tuple = () if cache is None else (cache.tags, cache.priority, cache.dirty, cache.rows)

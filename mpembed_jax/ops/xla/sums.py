@@ -17,15 +17,15 @@ def sum_duplicates(
 ) -> jax.Array:
     """Sums the values of each index. The last row of the result is padding and is zero.
 
-    On a GPU, no scatter with duplicate indices is used; see `add_duplicates`.
+    `add_duplicates` adds them. It uses no scatter with duplicate indices on a GPU.
 
     Args:
       values: float32 [M, ..].
       index: int32 [N] in [0, size).
       size: number of rows of the result.
-      factors: float32 [N], multiplied with each position's values; None: all are 1.
-      source: int32 [N]: position n takes values[source[n]]. It may be -1, for no value, where the
-        index is size - 1. None: position n takes values[n // (N / M)], and N is a multiple of M.
+      factors: float32 [N]: the values of position n are multiplied by factors[n]. None: all are 1.
+      source: int32 [N]: position n takes values[source[n]]. Where the index is size - 1, it may be
+        -1, for no value. None: position n takes values[n // (N / M)], and N is a multiple of M.
 
     Returns:
       float32 [size, ..].
@@ -41,9 +41,9 @@ def sum_duplicates(
 
 
 def add_duplicates(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns `total` [U, ..] with values [n, ..] added at index int32 [n]; duplicates are summed.
+    """Returns `total` [U, ..] with values [n, ..] added at index (int32 [n], in [0, U)).
 
-    The last row of `total` is padding and stays as it is.
+    All values of one index are added. The last row of `total` is padding and stays as it is.
 
     The method depends on the platform that the program is lowered for. On a CPU, values are added
     in place, in the order of positions. On other platforms, they are sorted and scanned
@@ -59,11 +59,12 @@ def _add_in_order(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.
 
 
 def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns what `add_duplicates` returns, by a segmented scan over sorted positions.
+    """Does what `add_duplicates` does, by a segmented scan over sorted positions.
 
-    The last entry of each segment of the scan is the sum of the segment. No scatter sees an index
-    twice. This matters for sorted indices, too, because XLA's GPU back end adds sorted duplicates
-    atomically.
+    The last entry of each segment of the scan is the sum of the segment. The scan adds in a fixed
+    order, but not position after position, as on a CPU. So the last bits may differ. No scatter
+    sees an index twice. This matters for sorted indices, too, because XLA's GPU back end adds
+    sorted duplicates atomically.
 
     Args:
       total: float32 [U, ..].

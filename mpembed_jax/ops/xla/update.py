@@ -1,6 +1,6 @@
 """The reference of the row update in plain jax.numpy.
 
-It applies a rule of `optim` to gathered rows and stores them by `rows.write`.
+It applies a rule of `optim` to gathered rows. `rows.write` stores them.
 """
 
 from typing import Any
@@ -31,15 +31,15 @@ def update(
 
     Args:
       store: table and lines.
-      accumulator: G of row-wise Adagrad, float32 [V] or uint16 [V]. The uint16 values are bit
-        patterns of bfloat16, which are rounded stochastically. None for SGD.
+      accumulator: G of row-wise Adagrad, one number per row: float32 [V], or the bit patterns of
+        bfloat16, uint16 [V]. bfloat16 is rounded stochastically. None for SGD.
       moves: the rows of the step. Entries with id NO_ID are not updated. Entries with line C are
         not written to a line.
-      old_rows: float32 [U, D].
+      old_rows: float32 [U, D], from lookup.
       row_grads: float32 [U, D], summed per row.
       rule: the rule of the optimizer.
       draw: the source of the random bits for rounding.
-      chunk: see chunks.each; it applies to the stores.
+      chunk: see chunks.each. The loops store rows; the arithmetic is one pass over all rows.
 
     Returns:
       The store, the accumulator, and which rows were stored (bool [U]; see `rows.write`).
