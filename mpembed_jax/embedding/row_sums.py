@@ -4,8 +4,8 @@ The gradient with respect to a unique row is a sum over the positions that hold 
 two reasons for custom VJPs:
 - The transpose of `rows[inverse]` makes one array of row gradients per feature. The custom VJP
   makes one for all features of a batch.
-- A scatter-add with duplicate indices is very slow on some GPU builds (jax#38806). Elsewhere than
-  on a CPU, the custom VJPs sort the positions, so that no scatter has duplicate indices.
+- A scatter-add with duplicate indices is very slow on some GPU builds (jax#38806). Except on a CPU,
+  the custom VJPs sort the positions, so that no scatter has duplicate indices.
 """
 
 from functools import partial

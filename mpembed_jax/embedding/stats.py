@@ -208,9 +208,10 @@ def _name(state: EmbeddingState) -> tuple[EmbeddingSpec, bytes]:
 
 
 def _check_buffer(state: EmbeddingState, steps: int) -> None:
-    """Warns if training moved the table to another buffer, which makes a copy in every step.
+    """Warns if training moved the table to another buffer.
 
-    A training step moves it if the state is not donated. Tables on several devices are not checked.
+    A training step does so if its state is not donated: it then copies the table. A table on
+    several devices is not checked.
     """
     rows = state.table.rows
     if not rows.is_fully_addressable or len(rows.sharding.device_set) > 1:
