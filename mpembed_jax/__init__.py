@@ -1,4 +1,4 @@
-"""Embedding tables that are too big: trained in low precision with an FP32 cache, in JAX."""
+"""Large embedding tables, trained in low precision with a float32 cache, in JAX."""
 
 from mpembed_jax import memory, optim
 from mpembed_jax.cache.plan import CachePlan

@@ -1,4 +1,7 @@
-"""Moves a state to a spec with larger, more, fewer or renamed tables of numbered ids."""
+"""Moves a state to a spec with larger, more, fewer or renamed tables.
+
+The ids of these tables are row numbers. `vocabularies` is for tables of raw ids.
+"""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -35,17 +38,19 @@ def restack(
 
     A table keeps the rows, cache lines and optimizer state of the old table of its name (see
     `renamed`). All other rows are as init makes them. The counts of `stats`, the step and the key
-    stay as they are.
+    stay as they are. Lines of removed tables are dropped.
 
-    If sizes and policy of the cache stay the same, and each kept table begins at the same row of
-    the stack, lines and sketch stay where they are. CacheSpec(num_rows=..) keeps the sizes the
-    same. Otherwise, each line moves to the set of its new id. The most used lines move first. The
-    sketch starts empty. A dirty line that finds no room is written back to the table, rounded as by
-    flush. If the policy changes, or the new spec has no cache, all dirty lines are written back.
+    Lines and sketch stay where they are if two conditions hold: sizes and policy of the cache stay
+    the same, and each kept table begins at the same row of the stack. A cache given by
+    CacheSpec(num_rows=..) has the same sizes in stacks of any size.
+
+    Otherwise, each line moves to the set of its new id. The most used lines move first. The sketch
+    starts empty. A dirty line that finds no room is written back to the table, rounded as by flush.
+    If the policy changes, or the new spec has no cache, all dirty lines are written back.
 
     Args:
-      state: concrete and between steps; not consumed. A sharded state is held on one device while
-        it is moved.
+      state: concrete and between steps; not consumed. A state over a mesh is brought to one device,
+        moved there, and brought back (see sharding.relayout).
       spec: the spec of the new state. It has the dim, storage and row_state_dtype of the old one.
       tx: the transformation given to init.
       renamed: {new name: old name} of tables; other tables keep their names.
@@ -59,8 +64,9 @@ def restack(
       KeyError: if a name in `renamed` or `removed` is unknown.
       ValueError: if an old table is neither in the new spec nor in `removed`, or is in both; if two
         tables take the rows of one; if a table would lose rows; if dim, storage or row_state_dtype
-        differ; if a stack has a vocabulary; if a prefetch waits for its update; if tx differs; if
-        the state is of another spec, averaged or donated; if several processes hold parts of it.
+        differs; if a stack has a vocabulary; if a prefetch waits for its update; if tx differs from
+        init's; if the state was donated, made for another spec, or averaged; if it was made inside
+        jax.pmap, or several processes hold parts of it.
     """
     arguments.check_state("restack(state, spec, tx)", state)
     state.check_spec()
@@ -157,7 +163,7 @@ def _restacked(
 
 
 def _copied(array: jax.Array, source: jax.Array, kept: list[tuple[int, int, int]]) -> jax.Array:
-    """Copies the kept rows of `source` into `array` [V, ..], which is consumed; returns it."""
+    """Returns `array` [V, ..], which is consumed, with the kept rows of `source` copied into it."""
     for first, begin, size in kept:
         block = min(_BLOCK, size)
         for offset in range(0, size, block):
@@ -181,7 +187,7 @@ def _with_lines(
     old: CacheState,
     kept: list[tuple[int, int, int]],
 ) -> EmbeddingState:
-    """Puts the lines of the old cache into the new state, which is consumed; returns it."""
+    """Returns the new state, which is consumed, with the lines of the old cache put into it."""
     tags, priority, dirty = (
         np.asarray(jax.device_get(a)) for a in (old.tags, old.priority, old.dirty)
     )

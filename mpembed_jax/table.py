@@ -1,6 +1,6 @@
-"""Quantized tables: stacks of packed rows, which are initialized block by block and read by id.
+"""Quantized tables: packed rows, which are initialized block by block and read by id.
 
-This module does not know caches or optimizers. `numerics.formats` defines a row.
+This module knows neither caches nor optimizers. `numerics.formats` defines the formats of a row.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from mpembed_jax.spec import TableSpec, offsets, size_of
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedTable:
-    """A table of packed rows, `row = codes * scale + bias`.
+    """The packed rows of a stack, `row = codes * scale + bias`.
 
-    `format` is resolved. `format` and `embedding_dim` are static.
+    `format` and `embedding_dim` are static.
     """
 
     rows: jax.Array  # u16 | u32 [V, row_words]
-    format: RowFormat
-    embedding_dim: int
+    format: RowFormat  # resolved (see RowFormat.resolve)
+    embedding_dim: int  # D
 
     @property
     def num_rows(self) -> int:
@@ -54,11 +54,7 @@ def encode_rows(
     step: jax.Array,
     once: jax.Array | None = None,
 ) -> jax.Array:
-    """Packs rows in the format of a table, and rounds them as the format says.
-
-    If `once` is given (an int32 1 whose value the compiler cannot see), quantization runs in a loop
-    of one iteration. The loop keeps XLA:CPU from fusing quantization with packing, which is six
-    times slower. The values are the same.
+    """Packs rows in the format of a table, rounded by the rule of the format.
 
     Args:
       rows: float32 [n, D].
@@ -66,8 +62,10 @@ def encode_rows(
       table: the table that defines the format; its rows are not read.
       key: uint32 [2], or a key bound to a shard.
       stream: the stream of the random bits, a constant of numerics.random_bits.
-      step: int32 scalar.
-      once: int32 scalar or None.
+      step: int32 scalar, for the random bits.
+      once: None, or an int32 scalar that is 1, although the compiler cannot see it. If it is given,
+        rows of integer formats are quantized in a loop of one iteration. XLA:CPU then does not fuse
+        quantization with packing; fused, they are six times slower. The bits are the same.
 
     Returns:
       uint16 or uint32 [n, row_words].
@@ -120,7 +118,7 @@ def initial_rows(
     Args:
       table: the table that defines the format; its rows are not read.
       key: uint32 [2], or a key bound to a shard.
-      rows: int32 [n].
+      rows: int32 [n], the numbers of the rows; local ones if the key is bound to a shard.
       bounds: float32 [n, 1] or a scalar.
 
     Returns:
@@ -161,10 +159,10 @@ def init_table(
     shard: Shard | None = None,
     memory_kind: str | None = None,
 ) -> QuantizedTable:
-    """Makes a stack of tables block by block.
+    """Makes a stack of tables block by block. Call it under jit.
 
-    No float32 table exists, except for initializers that must be called for a whole table. It is
-    meant to be traced under jit.
+    There is no float32 table, except for an initializer that must be called for a whole table (see
+    `initial_values`).
 
     Args:
       key: uint32 [2].
@@ -179,6 +177,7 @@ def init_table(
       The table. Its initial values are rounded by the rule of the format.
 
     Raises:
+      TypeError: if an initializer returns something else than an array.
       ValueError: if an initializer returns an array of another shape.
     """
     fmt = fmt.resolve(embedding_dim)
@@ -193,9 +192,9 @@ def init_table(
     )
 
     if any(t.initializer is None for t in tables):
-        # One loop covers the whole stack, and finds the bound of a row from its table. A last,
-        # partial block starts earlier. Padding at the end of a shard belongs to no table and is
-        # zero.
+        # One loop fills all rows of the stack, and finds the bound of a row from its table. Tables
+        # with an initializer are overwritten below. All blocks have the same size, so the last one
+        # may begin earlier. Padding at the end of a shard belongs to no table, and its bound is 0.
         bounds = jnp.asarray([1.0 / np.sqrt(size_of(t)) for t in tables] + [0.0], jnp.float32)
         size = min(initial_values.BLOCK, total)
 
@@ -227,7 +226,7 @@ def init_table(
             values_of=values_of,
             start=start,
         ) -> jax.Array:
-            # In x64 mode, loop counters have 64 bits.
+            # As above: a loop counter has 64 bits in x64 mode.
             first = jnp.asarray(block, jnp.int32) * initial_values.BLOCK + start
             ids = first + jnp.arange(size, dtype=jnp.int32)
             rows = ids if shard is None else shard.rows_of(ids)

@@ -1,10 +1,10 @@
-"""Changes a vocabulary of raw ids: its pool's size, its tables, its counts, ids to forget.
+"""Changes of a vocabulary: another size of its pool, more tables, counted ids, forgotten ids.
 
-Rows that stay keep their values and their optimizer state. A cached row whose line finds no place
-in the new cache is rounded; see `grow`. The sets of a pool are split and joined by linear hashing
-(Litwin, 1980). The set and the tag of a row tell the new set of its owner; see `vocabulary.pool`.
-The functions work on one device, between steps. They bring a state over a mesh to one device first,
-and then back.
+Owners that stay keep the values and the optimizer state of their rows. Only a cached row whose
+dirty line finds no place in the new cache is rounded; see `grow`. The sets of a pool are split and
+joined by linear hashing (Litwin, 1980). The set and the tag of a row tell the new set of its owner;
+see `vocabulary.pool`. The functions work on one device, between steps. A state over a mesh is
+brought to one device first, and then back.
 """
 
 import dataclasses
@@ -43,28 +43,30 @@ def _on_one_device(move: Callable) -> Callable:
 
 @_on_one_device
 def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
-    """Gives the pool more rows. Every owner keeps its row.
+    """Gives the pool more rows. Every owner keeps a row with what it has learned.
 
     The sets of the pool are split. Ids are spread evenly if the pool is doubled. Between two
     doublings, the sets that are not split yet have more ids for each row. The probability that an
     id without a row takes another id's row by mistake grows with the pool: see `vocabulary.pool`.
 
-    A cached row stays in the cache if it can: it takes a way whose row number finds room there. If
-    there is no such way, the row leaves the cache. If its line is dirty, it is written back to the
-    table, rounded as by flush. The cache counts the uses of rows without a line from zero again.
+    A row may get another number. A cached row takes a way of its set whose row number finds room in
+    the cache. If there is no such way, the row leaves the cache. If its line is dirty, the line is
+    then written back to the table, rounded as by flush. The cache's sketch, which counts the uses
+    of rows without a line, starts from zero.
 
     Args:
       state: concrete and between steps; not consumed.
-      num_rows: rows of the pool, more than it has. They are rounded down to whole sets, as many in
-        each group.
+      num_rows: rows of the pool, more than it has, without shared rows. They are rounded down to
+        whole sets, as many in each group.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
 
     Raises:
       TypeError: if state has another type, or is traced.
-      ValueError: if the pool would not grow; if the state has no vocabulary, waits for its update,
-        was donated, or was made for another spec.
+      ValueError: if num_rows is not an integer, or the pool would not grow; if the state has no
+        vocabulary, waits for its update, was donated, made for another spec, or averaged; if it was
+        made inside jax.pmap, or several processes hold parts of it.
     """
     vocabulary, rules = _held("grow(state, num_rows)", state)
     geometry = vocabulary.geometry
@@ -82,7 +84,7 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
 
 @_on_one_device
 def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
-    """Takes rows from the pool. The least used owners of each set lose their rows.
+    """Takes rows from the pool. If a set has more owners than rows, the least used lose their rows.
 
     A pool that has grown first loses the sets that it gained. Once it has only its first sets, each
     set loses ways. The uses of the owners that lose their rows go to the sketch. For cached rows,
@@ -90,17 +92,17 @@ def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
 
     Args:
       state: concrete and between steps; not consumed.
-      num_rows: rows of the pool, fewer than it has. They are rounded down to whole sets, as many in
-        each group. If there would then be fewer sets than at first, the pool gets its first sets,
-        each with the most ways that `num_rows` has room for.
+      num_rows: rows of the pool, fewer than it has, without shared rows. They are rounded down to
+        whole sets, as many in each group. If these would be fewer than the first sets, the pool
+        gets its first sets, each with the most ways that `num_rows` has room for.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
 
     Raises:
       TypeError: if state has another type, or is traced.
-      ValueError: if the pool would not shrink, or would have no row in some set; if the state has
-        no vocabulary, waits for its update, was donated, or was made for another spec.
+      ValueError: if num_rows is not an integer, if the pool would not shrink, or if some first set
+        would have no row. Also for a state that `grow` refuses.
     """
     vocabulary, rules = _held("shrink(state, num_rows)", state)
     geometry = vocabulary.geometry
@@ -128,6 +130,8 @@ def add_tables(
 ) -> EmbeddingState:
     """Adds tables of raw ids to a stack. Their ids compete for the rows of its pool.
 
+    For cached rows, see `grow`.
+
     Args:
       state: concrete and between steps; not consumed.
       tables: TableSpecs without vocabulary_size, whose names are new.
@@ -139,8 +143,7 @@ def add_tables(
     Raises:
       TypeError: if state or tables have another type, or if state is traced.
       ValueError: if a name is taken, or a table has a size; if the old spec has features and
-        `features` is missing; if the state has no vocabulary, waits for its update, was donated, or
-        was made for another spec.
+        `features` is missing. Also for a state that `grow` refuses.
     """
     _held("add_tables(state, tables)", state)
     more = (tables,) if isinstance(tables, TableSpec) else tuple(tables)
@@ -166,16 +169,16 @@ def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
 
     Args:
       state: concrete and between steps; not consumed. It may be new or trained.
-      ids: nest of pairs uint32 [.., 2] (see spec.raw_ids). Counts of equal ids are added.
-      counts: integers of at least 0, one for each id: a nest like `ids`, of arrays [..].
+      ids: nest of concrete pairs uint32 [.., 2] (see spec.raw_ids). Counts of equal ids are added.
+      counts: nest like `ids`, of integer arrays [..]: the count of each id, at least 0.
 
     Returns:
       The new state.
 
     Raises:
       TypeError: if state has another type or is traced, or if ids are not pairs.
-      ValueError: if counts are not integers of at least 0, or have another shape; if the state has
-        no vocabulary, waits for its update, was donated, or was made for another spec.
+      ValueError: if counts are not integers of at least 0, or have another nesting or shape. Also
+        for a state that `grow` refuses.
     """
     _held("from_counts(state, ids, counts)", state)
     leaves, treedef = admission.checked(ids)
@@ -222,12 +225,13 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
 
     Their rows get initial values and fresh optimizer state, leave the cache, and have no owner.
     Their counters become zero, in the vocabulary and in the cache. Other ids that share a counter
-    with them may need more occurrences to be admitted. All other rows stay as they are. What an id
-    taught a row that it shared with others stays in that row. If the id occurs again, it is new.
+    with them may therefore need more occurrences to get a row. All other rows stay as they are. A
+    shared row keeps what it learned from an id that is deleted. If a deleted id occurs again, it is
+    new.
 
     Donate the state; otherwise, the call copies the table. Call it between steps. If a prefetch
-    waits for its update, no row changes. If `state.pending` is concrete, the call then raises an
-    error. If it is traced, the call counts as a refused update.
+    waits for its update, no row changes: the call raises an error if `state.pending` is concrete,
+    and counts as a refused update if it is traced.
 
     Args:
       state: consumed if donated.
@@ -239,8 +243,8 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
     Raises:
       TypeError: if state has another type, if ids are not pairs, or if a state over a mesh is
         traced.
-      ValueError: if a prefetch is known to wait for its update; if the state has no vocabulary, was
-        donated, or was made for another spec.
+      ValueError: if a prefetch is known to wait for its update. Also for a state that `grow`
+        refuses.
     """
     vocabulary, _ = _vocabulary("forget(state, ids)", state)
     leaves, _ = admission.checked(ids)
@@ -288,7 +292,7 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
 
 
 def _vocabulary(call: str, state: EmbeddingState) -> tuple[Any, VocabularySpec]:
-    """Returns a state's vocabulary and its spec."""
+    """Checks a state, and returns its vocabulary and the spec of the vocabulary."""
     arguments.check_state(call, state)
     state.check_spec()
     if state.vocabulary is None or state.spec.vocabulary is None:
@@ -304,7 +308,7 @@ def _vocabulary(call: str, state: EmbeddingState) -> tuple[Any, VocabularySpec]:
 
 
 def _held(call: str, state: EmbeddingState) -> tuple[Any, VocabularySpec]:
-    """Does what `_vocabulary` does, and checks that the state is concrete."""
+    """Does what `_vocabulary` does, for a state that must be concrete."""
     arguments.check_state(call, state)
     if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         raise TypeError(f"{call} moves arrays on the host and cannot be traced")

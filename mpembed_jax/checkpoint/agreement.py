@@ -1,7 +1,7 @@
 """Agreement of several processes: the first one looks at the disk, and all act on what it found.
 
-Processes that looked by themselves could find different things. One of them would then raise an
-error, and the others would wait for it until a timeout.
+If each process looked at the disk by itself, one might find a file that another does not find. One
+process would then raise an error, and the others would wait for it until a timeout.
 """
 
 import json
@@ -21,11 +21,18 @@ _KINDS = {
 
 
 def from_first(work: Callable[[], Any]) -> Any:
-    """Runs `work` in the first process and returns its result, which must be JSON, in all.
+    """Runs `work` in the first process, and returns its result in every process.
+
+    Args:
+      work: its result can be written as JSON. With several processes, a tuple becomes a list. If
+        `work` raises an error other than those below, the other processes wait in vain.
+
+    Returns:
+      The result.
 
     Raises:
-      CheckpointError: in every process, if `work` raised it in the first one. FileNotFoundError
-        likewise.
+      CheckpointError: in every process, if `work` raised it in the first one.
+      FileNotFoundError: likewise.
     """
     if jax.process_count() == 1:
         return work()

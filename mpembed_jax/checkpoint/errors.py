@@ -1,23 +1,26 @@
-"""The errors of checkpoints: what could not be saved or read, and whether that is for good."""
+"""The errors of checkpoints. Their types tell damage from a file that cannot be read now."""
 
 
 class CheckpointError(RuntimeError):
-    """Raised if a checkpoint could not be written, or is incomplete or damaged.
+    """Raised if a checkpoint cannot be saved or restored.
 
-    The message names the step and the problem.
+    The message names the problem and its place: a step, a folder, a file or an embedding state.
     """
 
 
 class DamagedError(CheckpointError):
-    """Raised if bytes of a checkpoint were read and are wrong, or if its files are missing."""
+    """Raised if files of a checkpoint are missing, or were read and have wrong contents."""
 
 
 class UnreadableError(CheckpointError):
-    """Raised if the system could not read a checkpoint now. It may be good."""
+    """Raised if the system cannot read a checkpoint now. The checkpoint may be good."""
 
 
 def cause_of(error: BaseException) -> str:
-    """Returns the first line of an error's message, without what libraries add for themselves."""
+    """Returns the first line of an error's message, or the error's type if it has no message.
+
+    The details that tensorstore and orbax append to a message are cut off.
+    """
     text = str(error).strip()
     if not text:
         return type(error).__name__

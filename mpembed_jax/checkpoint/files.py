@@ -1,6 +1,6 @@
-"""Files of a checkpoint folder, opened and read as files of a stranger.
+"""Files of a checkpoint folder, opened with care: they may come from a stranger.
 
-Nothing outside of the folder is opened, nothing blocks, and no more is read than a file holds.
+Only regular files inside the folder are opened. Opening never waits, not even for a FIFO.
 """
 
 import os
@@ -20,7 +20,7 @@ def exists(path: Path) -> bool:
     """Returns whether a file or folder exists.
 
     Raises:
-      OSError: if that cannot be known, for example for lack of permission.
+      OSError: if the system does not say so, for example for lack of permission.
     """
     try:
         os.stat(path)
@@ -30,24 +30,32 @@ def exists(path: Path) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    """Returns the names of the regular files in a folder.
+    """Returns the names of the regular files in a folder, and of links to regular files.
 
     Raises:
-      OSError: if the system cannot read the folder.
+      OSError: if the system cannot read the folder, or if a link in it leads nowhere.
     """
     return [n for n in os.listdir(folder) if stat.S_ISREG(os.stat(folder / n).st_mode)]
 
 
 def open_inside(folder: Path, name: str) -> Any:
-    """Opens a regular file inside of a folder for reading, unbuffered.
+    """Opens a regular file inside a folder for reading.
+
+    Args:
+      folder: the folder of a checkpoint.
+      name: the path of the file in it: a name, or the name of an array's folder and a name.
+
+    Returns:
+      An unbuffered binary file.
 
     Raises:
-      DamagedError: if it is missing, is not a regular file, or is a link out of the folder.
-      OSError: if the system cannot open it now.
+      DamagedError: if the file is missing, is not a regular file, or lies outside the folder
+        because it or its folder is a link.
+      OSError: if the system cannot open the file now.
     """
     path = folder / name
     try:
-        # lstat of the file and of the folder of an array: names have at most two parts.
+        # A name has at most two parts, so only the file and an array's folder can be links.
         if any(stat.S_ISLNK(os.lstat(part).st_mode) for part in {path, path.parent} - {folder}):
             inside = os.path.join(os.path.realpath(folder), "")
             if not os.path.realpath(path).startswith(inside):
@@ -62,7 +70,7 @@ def open_inside(folder: Path, name: str) -> Any:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file. A FIFO would wait for a writer otherwise."""
+    """Opens a file without waiting. Otherwise, opening a FIFO would wait for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -72,20 +80,21 @@ def size_of(file: Any) -> int:
 
 
 def contents(folder: Path, name: str) -> bytes:
-    """Returns the bytes of a file.
+    """Returns the bytes of a regular file inside a folder.
 
     Raises:
       DamagedError: as open_inside.
-      OSError: if the system cannot read it now.
+      OSError: if the system cannot open or read the file now.
     """
     with open_inside(folder, name) as file:
         return take(file, size_of(file))
 
 
 def take(file: Any, size: int) -> bytes:
-    """Returns the next `size` bytes of an open file, fewer only at its end.
+    """Returns the next `size` bytes of an open file, or fewer if the file ends before.
 
-    One read may return fewer bytes than asked for, also in the middle of a file.
+    Several reads may be needed: one read may return fewer bytes than asked for, even in the middle
+    of a file.
     """
     pieces = []
     while size > 0 and (piece := file.read(size)):
@@ -95,7 +104,7 @@ def take(file: Any, size: int) -> bytes:
 
 
 def checksum(file: Any) -> tuple[int, int]:
-    """Returns the size and CRC-32 of an open file."""
+    """Reads an open file to its end, and returns the number of bytes read and their CRC-32."""
     size = value = 0
     while piece := file.read(_PIECE):
         size, value = size + len(piece), zlib.crc32(piece, value)
@@ -103,7 +112,7 @@ def checksum(file: Any) -> tuple[int, int]:
 
 
 def each(work: Callable[[str], Any], names: list[str]) -> list[Any]:
-    """Returns work(name) of all names, several at once."""
+    """Returns work(name) for each name, in order. Up to eight threads run `work`."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, names))
 

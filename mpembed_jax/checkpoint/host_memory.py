@@ -1,9 +1,9 @@
-"""Block-wise reading and creation of arrays in an accelerator's host memory.
+"""Jax arrays in host memory (memory kind "pinned_host"), read and made block by block.
 
-The device never holds such an array whole. Orbax cannot restore them: if the sharding names host
-memory, it returns an array whose type says device memory, and a step compiled for that array
-aborts. The arrays therefore pass through NumPy here. They are read by the same gathers as in a
-step, and written by the same block stores that fill them at first.
+The device holds one block of such an array at a time. Orbax cannot restore these arrays: if the
+sharding names host memory, orbax returns an array whose type says device memory, and a step
+compiled for that array aborts. The arrays therefore pass through NumPy here. They are read by the
+gathers of a step (`indexing.take`), and written by the block stores of init (`indexing.put_block`).
 """
 
 import contextlib
@@ -17,11 +17,11 @@ import numpy as np
 
 from mpembed_jax.arrays import indexing
 
-BLOCK_BYTES = 1 << 25
+BLOCK_BYTES = 1 << 25  # bytes of a block
 
 
 def is_kept(array: Any) -> bool:
-    """Returns whether an array is in one device's host memory."""
+    """Returns whether a value is a jax array in the host memory of a single device."""
     return (
         isinstance(array, jax.Array)
         and indexing.is_on_host(array)
@@ -30,7 +30,7 @@ def is_kept(array: Any) -> bool:
 
 
 def _rows_of_block(array: Any, block_bytes: int) -> int:
-    """Returns the number of rows of an array [n, ..] per block: at least one and at most n."""
+    """Returns the number of rows in a block of an array [n, ..], n > 0: from 1 to n."""
     return max(1, min(array.shape[0], block_bytes // max(1, array.nbytes // array.shape[0])))
 
 
@@ -50,23 +50,25 @@ def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
 
 
 def blocks(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, jax.Array]]:
-    """Yields (first row, rows on the device) of an array [n, ..] in host memory.
+    """Yields (number of the first row, rows on the device) of each block of an array [n, ..].
 
-    Every row is in exactly one block of at most `block_bytes`, or of one row.
+    The array is in host memory. Its blocks follow one another. A block has at most `block_bytes`,
+    or one row. An empty array has no block.
     """
     if array.size == 0:
         return
     size = _rows_of_block(array, block_bytes)
     for first in range(0, array.shape[0], size):
-        # All slices have the same length, so that one compiled program reads them all.
+        # All reads have the same length, so that one compiled program does them all. The last read
+        # therefore begins earlier, and the rows that were read before are cut off.
         begin = min(first, array.shape[0] - size)
         yield first, _read(array, np.int32(begin), size)[first - begin :]
 
 
 def to_numpy(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
-    """Returns a NumPy copy of the array that later donation cannot change.
+    """Returns a NumPy copy of an array in host memory. Later donation does not change the copy.
 
-    With np.array, jax would keep a second copy next to the array.
+    np.array would make jax keep one more copy for as long as the array lives.
     """
     if array.ndim == 0:
         return np.array(array)
@@ -77,9 +79,12 @@ def to_numpy(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
 
 
 def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) -> np.ndarray:
-    """Returns array[index] on the host, for int32 indices [m] inside the array.
+    """Returns array[index] as a NumPy array [m, ..].
 
-    Rows are read one block at a time.
+    Args:
+      array: [n, ..] in host memory, n > 0.
+      index: int32 [m], from 0 to n - 1.
+      block_bytes: at most so many bytes are on the device at once, or one row.
     """
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
     take = jax.jit(indexing.take)
@@ -95,15 +100,15 @@ def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) 
 def from_numpy(
     array: np.ndarray, memory_kind: str, device: Any = None, block_bytes: int = BLOCK_BYTES
 ) -> jax.Array:
-    """Returns a jax-owned array in host memory with a copy of the values.
+    """Returns a jax array in host memory with a copy of the values.
 
-    Because jax owns it, it can be donated to a step.
+    Jax owns the copy, so it can be donated to a step.
 
     Args:
-      array: any shape.
-      memory_kind: a memory kind of the host.
+      array: any shape and dtype.
+      memory_kind: a memory kind of the host; see indexing.HOST_KINDS.
       device: the device whose host memory is used; None for the default device.
-      block_bytes: at most so many are on the device at once, or one row.
+      block_bytes: at most so many bytes are on the device at once, or one row.
     """
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         if array.ndim == 0 or array.size == 0:

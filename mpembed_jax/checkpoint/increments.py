@@ -1,15 +1,17 @@
-"""Incremental checkpoints. A bitmap on the device marks the rows touched since the last one.
+"""Incremental checkpoints: the rows and cache lines that changed since an earlier checkpoint.
 
-A step changes a table in two places. prefetch writes victims back. apply_gradients updates rows of
-the batch that are trained in the table, and optimizer state. The step's plan names all of these
-rows. `flush` has no plan, but it writes only lines that were dirty. A row therefore
-changed only if it is in a plan since the start, or if its line was dirty at the start and is clean
-now.
+`track` starts a tracker from a state that was just saved or restored. The tracker's bitmap marks
+the rows that steps have touched since then. apply_gradients updates rows of the batch, which the
+step's plan names. prefetch writes back the dirty lines of victims, and `flush` writes back all
+dirty lines. A dirty line was dirty at the start, or a plan since then names its row. A row in the
+table therefore changed only if a plan since the start names it, or if it had a dirty line at the
+start and has none now. A line changed only if a plan since the start names its row. `write_rows`
+has no plan, so its rows are not marked.
 
-A tracker keeps the same counts as the state, so that a missed step is noticed. A digest of all rows
-ties the tracker to its first checkpoint. Restoring compares it again. Over a mesh, every shard has
-a bitmap of its own rows. A checkpoint holds arrays shard after shard, as in memory. The indices in
-an increment count in this order.
+A tracker counts what the state counts, so that a step without `mark` is noticed. A digest of all
+rows at the start tells from which checkpoint the tracker started. Over a mesh, every shard has a
+bitmap of its own rows. A checkpoint holds arrays shard after shard, as in memory. The indices in an
+increment count in this order.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ from mpembed_jax.embedding.vectors import VectorPlan
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.row_ids import NO_ID
 
+# The first counters of a state are those that a plan's counts are added to.
 _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 
 
@@ -56,22 +59,24 @@ _NUM_STEP_COUNTERS = len(dataclasses.fields(Counts))
 )
 @dataclasses.dataclass(frozen=True)
 class RowTracker:
-    """The rows of one EmbeddingState touched since it was saved.
+    """The rows of one EmbeddingState that steps have touched since the start, which is `track`.
 
-    Bit i mod 32 of word i div 32 is row i (over a mesh, row i of its shard).
+    In a bitmap, bit i mod 32 of word i div 32 is row i (over a mesh, row i of its shard).
     """
 
-    # u32 [ceil(V / 32)]: rows in a plan since the start. Over a mesh, the bitmaps of all shards
-    # follow one another.
+    # u32 [ceil(V / 32)]: the bitmap of the rows that a plan since the start names. Over a mesh, the
+    # bitmaps of all shards follow one another.
     bits: jax.Array
-    was_dirty: jax.Array  # u32, same shape: rows in a dirty line at the start
-    step: jax.Array  # i32 []: step of the next prefetch
+    was_dirty: jax.Array  # u32, same shape: the bitmap of rows in a dirty line at the start
+    step: jax.Array  # i32 []: the number of the next prefetch
     has_gap: jax.Array  # bool []: whether a plan was left out or marked twice
-    counters: jax.Array  # u32 [len(COUNTERS), 2]: the counts that the state should have
-    key: jax.Array  # u32 [2]
-    fingerprint: jax.Array  # u32 [2]
+    # u32 [len(COUNTERS), 2]: the counts of steps that the state should have. Counts of updates stay
+    # as they were at the start.
+    counters: jax.Array
+    key: jax.Array  # u32 [2]: the state's
+    fingerprint: jax.Array  # u32 [2]: the state's
     started: jax.Array  # i32 []: the state's step at the start
-    digest: jax.Array  # u32 [2]: digest of all rows at the start
+    digest: jax.Array  # u32 [2]: the digest of all rows and cache lines at the start
     layout: Layout | None  # the state's
 
 
@@ -79,21 +84,23 @@ class RowTracker:
 
 
 def track(state: EmbeddingState) -> RowTracker:
-    """Starts to track touched rows of a state that was just saved or restored.
+    """Starts to track which rows the steps touch, from a state that was just saved or restored.
 
-    No row is touched yet.
+    An increment builds on the checkpoint of that state. The call reads all rows once, for a digest.
+    Steps alone are tracked. Save a full checkpoint after write_rows, and track again.
 
     Args:
-      state: not consumed. No prefetch may be waiting for its apply_gradients.
+      state: concrete; not consumed. No prefetch may be waiting for its apply_gradients.
 
     Returns:
       A tracker of V / 4 bytes, for `mark` in every step and for `save`.
 
     Raises:
-      TypeError: if state has another type.
-      ValueError: if the state was donated, or if a prefetch waits for its apply_gradients: its rows
-        would change without a plan. If the state has a vocabulary, was made inside jax.pmap, or its
-        shards have 2**31 - 1 rows or more in total: save full checkpoints of these states.
+      TypeError: if state has another type, or is traced.
+      ValueError: if the state was donated, made for another spec, or averaged; if a prefetch waits
+        for its apply_gradients, which would change rows without a plan; or if the state has a
+        vocabulary, was made inside jax.pmap, or has shards of 2**31 - 1 rows or more in total. Save
+        full checkpoints of the latter states.
     """
     arguments.check_state("track(state)", state)
     state.check_spec()
@@ -140,8 +147,8 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
       tracker: the tracker of a state over a mesh.
 
     Returns:
-      A tree like tracker. Bitmaps are divided like the state's rows. Everything else is on all
-      devices.
+      A tree like tracker. Bitmaps are divided like the state's rows. All other arrays are
+      replicated.
 
     Raises:
       TypeError: if tracker has another type.
@@ -155,7 +162,7 @@ def partition_specs(tracker: RowTracker) -> RowTracker:
 
 
 def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
-    """Returns the initial bits and was_dirty of one device."""
+    """Returns the first `bits` (no row) and `was_dirty` of one device."""
     none = jnp.zeros(-(-state.table.num_rows // 32), jnp.uint32)
     if state.cache is None:
         return none, none
@@ -164,9 +171,10 @@ def _begin(state: EmbeddingState) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Sets the bits of distinct int32 ids; ids outside the bitmap are dropped.
+    """Returns the bitmap with the bits of ids (int32 [n]) set; ids outside it are dropped.
 
-    A bit is set by addition, so only bits that were not set before are added.
+    A bit is set by addition. Ids inside the bitmap must therefore be distinct, and a bit that is
+    set already is left out.
     """
     num_words = bits.shape[0]
     word = jnp.where(ids >= 0, ids >> 5, num_words)
@@ -176,9 +184,9 @@ def _set_bits(bits: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
-    """Marks the rows that a step touches: its unique ids and its victims.
+    """Marks the rows that a step touches: its unique ids, and the victims that its plan names.
 
-    Call it once per prefetch or embed, inside the jitted step.
+    Call it exactly once per prefetch or embed, inside the jitted step.
 
     Args:
       tracker: consumed if donated. For a state over a mesh, call mark inside jax.shard_map with
@@ -186,7 +194,7 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
       plan: from the step's prefetch or embed.
 
     Returns:
-      The tracker, one step further.
+      The tracker after this step.
 
     Raises:
       TypeError: if tracker or plan has another type.
@@ -199,13 +207,13 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
     if isinstance(plan, VectorPlan) and plan.plan is not None:
         plan = plan.plan
     if isinstance(plan, VectorPlan):
-        # Its victims need no marks: their lines became dirty in a plan that was marked, or were
-        # dirty at the start.
+        # The plan does not name its victims, and they need no marks. A dirty line became dirty in a
+        # step that was marked, or was dirty at the start.
         assert plan.places is not None
         ids = ops.distinct_ids(plan.places)
     else:
         arguments.check_plan(call, plan)
-        # Victims are never in the batch, so all of these ids are distinct.
+        # No victim is in the batch, so all of these ids are distinct, as _set_bits requires.
         ids = jnp.concatenate([plan.placed[0], plan.victim_ids])
     return dataclasses.replace(
         tracker,
@@ -222,9 +230,10 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
 class Patch(NamedTuple):
     """The new values of some entries of an array."""
 
+    # The name under which `where` is saved. Patches with the same indices share it.
     index_name: str
-    where: np.ndarray  # i32 [n], ascending
-    values: np.ndarray  # [n, ..]
+    where: np.ndarray  # i32 [n], ascending: the indices of these entries
+    values: np.ndarray  # [n, ..], in the dtype of the array
 
 
 def collect(
@@ -238,17 +247,19 @@ def collect(
     Args:
       directory: the folder of the checkpoints.
       step: the step that is being saved.
-      members: the tree's embedding states.
-      trackers: see save.
+      members: the tree's embedding states, {name: member}.
+      trackers: one tracker, if the tree has one embedding state, or {name: tracker}.
 
     Returns:
-      The step and identity of the checkpoint to build on, and {name of an array in the tree:
+      {"step": .., "identity": ..} of the checkpoint to build on, and {name of an array in the tree:
       patch}.
 
     Raises:
-      ValueError: if a tracker does not fit its state, or if the directory does not hold the
-        checkpoint from which it started.
-      UnreadableError: if the system cannot read a checkpoint of the directory now.
+      ValueError: if a tracker does not fit its state, or names no state; or if the directory does
+        not hold the checkpoint from which the trackers started.
+      UnreadableError: if that checkpoint is not found, and the system cannot read one of the
+        directory now.
+      OSError: if the system cannot read the directory.
     """
     if isinstance(trackers, RowTracker):
         if len(members) != 1:
@@ -300,7 +311,7 @@ def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dic
     unreadable: UnreadableError | None = None
     for candidate in reversed(manifest.steps(directory)):
         try:
-            # The files are read when the checkpoint is restored; here that would take too long.
+            # To read all files would take too long here. `restore` reads and checks them.
             body = manifest.chain(directory, candidate, contents=False)[0]
         except UnreadableError as error:
             unreadable = unreadable or error
@@ -382,9 +393,9 @@ def _everywhere(array: jax.Array) -> NamedSharding | None:
 
 
 def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
-    """Returns array[index] on the host.
+    """Returns array[index] as a NumPy array [n, ..], for int32 indices [n] inside the array.
 
-    Indices are padded to few different lengths, so that few programs are compiled.
+    Indices are padded to one of few lengths, so that few programs are compiled.
     """
     if index.size == 0:
         return np.zeros((0, *array.shape[1:]), array.dtype)
@@ -397,6 +408,6 @@ def gather(array: jax.Array, index: np.ndarray) -> np.ndarray:
 
 
 def padded(size: int) -> int:
-    """Returns a length of at least `size`; there are only four lengths per power of two."""
+    """Returns the least length of at least `size` > 0 that is 2^k or 3 * 2^k for a whole k."""
     step = 1 << max(0, math.ceil(math.log2(max(1, size))) - 2)
     return -(-size // step) * step

@@ -1,9 +1,9 @@
 """The division of saved arrays over shards, and their reordering for another division.
 
-A checkpoint holds the arrays as they are in memory and records the placement. When it is restored
-onto another placement, the arrays are first brought into the order of one device (see
-`mesh.order`). The cache sets of whole tables differ from one device's, so such a cache is kept only
-if the placement stays the same.
+A checkpoint holds the arrays as they are in memory, and records their division. When it is restored
+with another division, the arrays are brought into the order of one device, and then into the order
+of the new shards (see `mesh.order`). If each table is whole on one shard, a cache set holds other
+rows than on one device. Such a cache is kept only if the division stays the same.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Division:
 
     @staticmethod
     def of(state: EmbeddingState) -> "Division":
-        """Returns the division of a state; replicas of a whole stack count as one shard."""
+        """Returns the division of a state. A replicated stack counts as one shard."""
         layout = state.layout
         if layout is None or layout.shards == 1:
             return Division()
@@ -45,7 +45,7 @@ class Division:
         return Division(entry["shards"], None if tables is None else tuple(tables))
 
     def record(self) -> dict[str, Any]:
-        """Returns the division as JSON."""
+        """Returns the division as fields of a state's entry in a manifest; see `read`."""
         return {
             "shards": self.shards,
             "table_shards": self.table_shards and list(self.table_shards),
@@ -54,7 +54,7 @@ class Division:
     def keeps_sets(self, other: "Division") -> bool:
         """Returns whether every cache set holds the same rows in both divisions.
 
-        This is true for any two numbers of shards by MOD, and for equal divisions by whole tables.
+        This is so for two divisions by MOD, with any numbers of shards, and for equal divisions.
         """
         return self == other or (self.table_shards is None and other.table_shards is None)
 
@@ -65,11 +65,14 @@ class Division:
 
 
 def places(member: leaves.Member) -> dict[str, leaves.Destination]:
-    """Returns {name in the tree: place} of the leaves whose place the state's spec or mesh decides.
+    """Returns the destinations of the leaves of a target that do not show their destination.
 
-    These are leaves that name no devices although their state lies over a mesh, and leaves that the
-    spec keeps in host memory. The shapes of the latter (for example from jax.eval_shape) do not
-    show the memory.
+    There are two kinds of such leaves. A leaf of a state over a mesh may name no devices: it goes
+    to the state's mesh. The state's spec may keep a leaf in host memory: it goes there, since a
+    shape (for example from jax.eval_shape) does not show the memory.
+
+    Returns:
+      {name in the tree: destination}.
     """
     state = member.state
     if state.layout is None and (kind := state.spec.memory_kind) is not None:
@@ -96,9 +99,9 @@ def places(member: leaves.Member) -> dict[str, leaves.Destination]:
 
 
 def _is_kept_by_spec(inner: str, leaf: Any) -> bool:
-    """Returns whether the spec's memory kind applies to a leaf, as in state.make.
+    """Returns whether the spec's memory kind applies to a leaf, as in `state.assemble`.
 
-    It applies to the table and to optimizer state with several numbers per row.
+    It applies to the table, and to optimizer state with several numbers per row.
     """
     return inner.startswith("table.rows") or (inner.startswith("row_state") and leaf.ndim > 1)
 
@@ -110,16 +113,16 @@ def _is_by_row(name: str, array: np.ndarray) -> bool:
 def by_id(
     arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
 ) -> dict[str, np.ndarray]:
-    """Returns a state's host arrays ({inner name: array}) in the order of one device.
+    """Returns a state's NumPy arrays in the order of one device.
 
     Args:
-      arrays: in the order of shards.
+      arrays: {inner name: array}, in the order of shards.
       division: how the arrays are divided.
       spec: the stack; only its tables are used.
 
     Returns:
-      {inner name: array}. Arrays by row are [V, ..], and tags are global ids. The cache sets of
-      whole tables stay in their order.
+      {inner name: array}. Arrays by row are [V, ..], and tags are global ids. If each table is
+      whole on one shard, the cache sets keep their order.
     """
     reorder = order.rows_by_id, order.cache_by_id, order.vocabulary_by_id
     return _reordered(arrays, division, spec, *reorder)
@@ -128,15 +131,16 @@ def by_id(
 def by_shard(
     arrays: dict[str, np.ndarray], division: Division, spec: EmbeddingSpec
 ) -> dict[str, np.ndarray]:
-    """Returns one device's host arrays in the order of shards; padding rows are zero.
+    """Returns a state's NumPy arrays in the order of shards.
 
     Args:
-      arrays: {inner name: array}, as returned by by_id.
+      arrays: {inner name: array}, in the order of one device, as `by_id` returns them.
       division: how to divide the arrays.
-      spec: the stack.
+      spec: the stack; only its tables are used.
 
     Returns:
-      {inner name: array}. Arrays by row are [P * rows of a shard, ..].
+      {inner name: array}. Arrays by row are [P * rows of a shard, ..], and tags are local rows.
+      Padding rows are zero.
     """
     reorder = order.rows_by_shard, order.cache_by_shard, order.vocabulary_by_shard
     return _reordered(arrays, division, spec, *reorder)
@@ -168,12 +172,12 @@ def _reordered(
 
 
 def num_rows(division: Division, spec: EmbeddingSpec) -> int:
-    """Returns the rows of all shards together, padding included."""
+    """Returns the number of rows of all shards together, padding included."""
     return division.shards * layout(division, spec).num_rows
 
 
 def layout(division: Division, spec: EmbeddingSpec) -> Layout:
-    """Returns the layout of arrays that are divided so; it names no devices."""
+    """Returns the layout of arrays with this division. The layout has no mesh."""
     tables = division.table_shards
     placement = Placement() if tables is None else Placement("tables", table_shards=tables)
     return Layout.bare(spec, placement, division.shards)

@@ -1,7 +1,7 @@
-"""The types and names that a manifest must have: it may come from a stranger.
+"""The fields that a manifest must have, and their types: it may come from a stranger.
 
-After `check`, the code that reads a checkpoint may use every field as it is documented here. Sizes
-are compared elsewhere: with the target's (`restoring`, `convert`) and the files' (`array_files`).
+The code that reads a checkpoint may rely on what `check` has checked. Sizes are compared elsewhere:
+with those of the target in `restoring` and `convert`, and with those of the files in `array_files`.
 """
 
 import base64
@@ -14,20 +14,20 @@ from mpembed_jax.checkpoint import array_files
 
 _MAX_INT = 2**63 - 1
 _MAX_SHARDS = 2**20
-# Names of arrays in every embedding state.
+# The names of the arrays that every embedding state has.
 _ALWAYS = ("table.rows", "key", "step", "pending", "counters", "fingerprint")
 _OF_CACHE = ("cache.tags", "cache.priority", "cache.dirty", "cache.rows")
 _OF_VOCABULARY = ("vocabulary.owners", "vocabulary.sketch", "vocabulary.counters")
-# An array's folder, as this version names it or, percent-encoded, as earlier ones did.
+# The name of an array's folder. Earlier versions took the percent-encoded name of the array.
 _KEY = re.compile(r"[A-Za-z0-9_.~%-]{1,255}", re.ASCII)
 
 
 class SchemaError(ValueError):
-    """Raised if a manifest has a field of a wrong type or name; the message names the field."""
+    """Raised if a field of a manifest is missing or wrong. The message names the field."""
 
 
 def is_count(value: Any) -> bool:
-    """Returns whether a value of JSON is an integer from 0 to the largest of 64 bits."""
+    """Returns whether a JSON value is an integer from 0 to 2**63 - 1."""
     return type(value) is int and 0 <= value <= _MAX_INT
 
 
@@ -60,8 +60,13 @@ def _shown(value: Any) -> str:
 def check(body: Any, step: int, version: int) -> None:
     """Checks a whole manifest.
 
+    Args:
+      body: any JSON value.
+      step: the step that the manifest must have.
+      version: the version that the manifest must have.
+
     Raises:
-      SchemaError: if it is not one, or is not of this step and version.
+      SchemaError: if `body` is not a manifest of this step and version.
     """
     _require(isinstance(body, dict), "it", body)
     _require(body.get("version") == version, "version", body.get("version"))
@@ -90,7 +95,7 @@ def check(body: Any, step: int, version: int) -> None:
 
 
 def _is_value(saved: Any) -> bool:
-    """Returns whether a value is what leaves.split makes of a Python value."""
+    """Returns whether a JSON value is one that `leaves.split` makes of a Python value."""
     if not _is_list(saved, lambda _: True, 2):
         return False
     kind, value = saved
@@ -103,7 +108,7 @@ def _is_value(saved: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Returns whether the name of a file stays inside of the folder and at most one folder deep."""
+    """Returns whether a name is that of a file in the checkpoint's folder, or one folder below."""
     parts = name.split("/")
     return len(parts) <= 2 and all(
         part not in ("", ".", "..") and len(part) <= 255 and not {"\\", "\0"} & set(part)
@@ -127,7 +132,10 @@ def _check_array(field: str, record: Any) -> None:
 
 
 def _check_patch(field: str, body: dict[str, Any], record: dict[str, Any]) -> None:
-    """Checks that a patch has int32 indices, no more of them than the array has rows."""
+    """Checks a patch: that its indices are a full int32 array, and that there is a base.
+
+    There may be no more indices than the array has rows.
+    """
     if "patch" not in record:
         return
     index = body["arrays"].get(record["patch"])
@@ -214,7 +222,7 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
 
 
 def shape_on_disk(body: dict[str, Any], record: dict[str, Any]) -> list[int]:
-    """Returns the shape of the array that the files of a record hold: of a patch, the new rows."""
+    """Returns the shape of the array that a record's files hold: for a patch, its rows alone."""
     shape = list(record["shape"])
     if "patch" in record:
         shape[0] = body["arrays"][record["patch"]]["shape"][0]
@@ -222,7 +230,7 @@ def shape_on_disk(body: dict[str, Any], record: dict[str, Any]) -> list[int]:
 
 
 def check_base(body: dict[str, Any], base: dict[str, Any]) -> None:
-    """Checks that a base holds every array of which `body` has a patch, in its shape and dtype.
+    """Checks that a base has every array that `body` patches, with the same shape and dtype.
 
     Raises:
       SchemaError: if it does not.

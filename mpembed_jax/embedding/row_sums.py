@@ -1,11 +1,11 @@
-"""The gathers and sums of rows in pooling, with custom gradients.
+"""The gathers and sums of rows in pooling, with custom VJPs.
 
 The gradient with respect to a unique row is a sum over the positions that hold this row. There are
-two reasons for custom gradients:
+two reasons for custom VJPs:
 - The transpose of `rows[inverse]` makes one array of row gradients per feature. The custom VJP
   makes one for all features of a batch.
-- A scatter-add with duplicate ids is very slow on some GPU builds (jax#38806). On a GPU, the custom
-  gradients sort the positions instead, so that no scatter has duplicate indices.
+- A scatter-add with duplicate indices is very slow on some GPU builds (jax#38806). Except on a CPU,
+  the custom VJPs sort the positions, so that no scatter has duplicate indices.
 """
 
 from functools import partial
@@ -24,7 +24,13 @@ from mpembed_jax.numerics import rounding
 def take(
     implementation: ops.Named | None, rows: jax.Array, index: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """Gathers rows [U, D] at each index array [..], with a single gather for all arrays."""
+    """Returns rows[i] (float32 [.., D]) for each array i of `index`, from one gather for all.
+
+    Args:
+      implementation: see pooling.pool.
+      rows: float32 [U, D].
+      index: int32 [..] each, at least one array.
+    """
     sizes = np.cumsum([i.size for i in index])[:-1]
     flat = ops.take(
         rows, jnp.concatenate([i.reshape(-1) for i in index]), implementation=implementation
@@ -59,7 +65,14 @@ take.defvjp(_take_fwd, _take_bwd)
 def bag(
     implementation: ops.Named | None, rows: jax.Array, index: jax.Array, factors: jax.Array
 ) -> jax.Array:
-    """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D]."""
+    """Returns sum_l factors[.., l] * rows[index[.., l]], float32 [.., D].
+
+    Args:
+      implementation: see pooling.pool.
+      rows: float32 [U, D].
+      index: int32 [.., L].
+      factors: float32 [.., L].
+    """
     return ops.bag(rows, index, factors, implementation=implementation)
 
 
@@ -74,10 +87,10 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
     if index.size == 0:
         return jnp.zeros_like(rows), None, factors
 
-    number = index.reshape(-1)[0]
+    number = index.reshape(-1)[0]  # any number that the compiler does not know
 
-    # The loop handles one position of all bags at a time, as in the forward pass. There is no
-    # [.., L, D] array.
+    # As in the reference of the forward pass, the loop takes one position of all bags at a time, so
+    # that there is no [.., L, D] array.
     def body(
         position: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
@@ -112,9 +125,15 @@ bag.defvjp(_bag_fwd, _bag_bwd)
 def segment_sum(
     implementation: ops.Named | None, values: jax.Array, segment: jax.Array, size: int
 ) -> jax.Array:
-    """Sums values [N, ..] by segment [N] into [size, ..].
+    """Returns the sum of the values of each segment, float32 [size, ..].
 
     The last segment is padding, and its sum is zero.
+
+    Args:
+      implementation: see pooling.pool.
+      values: float32 [N, ..].
+      segment: int32 [N] in [0, size).
+      size: number of segments, padding included.
     """
     return ops.sum_duplicates(values, segment, size, implementation=implementation)
 
@@ -144,9 +163,17 @@ def ragged_bag(
     segment: jax.Array,
     size: int,
 ) -> jax.Array:
-    """Sums factors[n] * rows[index[n]] by segment [N] into [size, D].
+    """Returns the sum of factors[n] * rows[index[n]] over each segment, float32 [size, D].
 
     The last segment is padding, and its sum is zero.
+
+    Args:
+      implementation: see pooling.pool.
+      rows: float32 [U, D].
+      index: int32 [N].
+      factors: float32 [N].
+      segment: int32 [N] in [0, size).
+      size: number of segments, padding included.
     """
     return ops.sum_duplicates(
         rows, segment, size, implementation=implementation, factors=factors, source=index

@@ -1,7 +1,4 @@
-"""The counts of an embedding since init, on the host, with warnings about its settings.
-
-Each warning names the setting to change.
-"""
+"""The counts of a state since init, on the host, with warnings that say what to change."""
 
 import warnings
 import weakref
@@ -17,22 +14,22 @@ from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.spec import EmbeddingSpec
 from mpembed_jax.vocabulary import pool
 
-# A larger cache pays if more than this share of the unique ids bypasses the cache.
+# `stats` advises a larger cache if more than this share of the unique ids bypasses it.
 _BYPASS_LIMIT = 0.2
 _MIN_UNIQUE = 1000  # unique ids needed to judge the cache
 _MIN_STEPS = 100  # steps needed to judge the exchange
 
 
 class _Look(NamedTuple):
-    """The step and the buffer of a table at the last call of `stats`."""
+    """The step of a state and the buffer of its table at the last call of `stats`."""
 
     steps: int
-    address: int
-    rows: weakref.ref
+    address: int  # of the buffer
+    rows: weakref.ref  # to the jax array of packed rows
 
 
-# The last look at each run, and the warnings already given. A run is identified by (spec, key),
-# because its state holds nothing else that could identify it.
+# The last look at each run of this process, and the warnings already given. A run is identified by
+# (spec, key): nothing else in a state stays the same in a run and differs between runs.
 _LOOKS: dict[tuple, _Look] = {}
 _WARNED: set[tuple] = set()
 
@@ -40,10 +37,10 @@ _WARNED: set[tuple] = set()
 class VocabularyStats(NamedTuple):
     """Counts of raw ids since init, as Python integers."""
 
-    requests: int  # positions that were no padding
+    requests: int  # positions that are not padding
     shared_requests: int  # positions whose id had no row of its own
-    admissions: int  # ids that got a row
-    recyclings: int  # rows that were taken from an id that was used less
+    admissions: int  # times that an id got a row
+    recyclings: int  # admissions whose row was taken from an id that was used less
     refusals: int  # times that an id had earned a row and found none
     num_owned: int  # rows with an owner now
     num_rows: int  # rows of the pool
@@ -55,17 +52,18 @@ class VocabularyStats(NamedTuple):
 
     @property
     def is_thrashing(self) -> bool:
-        """Whether most admissions took another id's row, or more ids were refused than admitted."""
+        """Whether most admissions took another id's row, or refusals outnumber admissions."""
         return max(2 * self.recyclings, self.refusals) > self.admissions
 
 
 class CacheStats(NamedTuple):
     """Counts since init, as Python integers.
 
-    cache.plan.Counts explains most of them. `steps` counts prefetches. `nonfinite_rows` counts the
-    rows that were skipped because their gradients were not finite. `refused_updates` counts the
-    apply_gradients calls that changed nothing, because they had no prefetch of their own or an old
-    plan.
+    `steps` counts prefetches. `nonfinite_rows` counts the rows that were skipped because their
+    gradients were not finite. `refused_updates` counts the apply_gradients calls that changed
+    nothing, because they had no prefetch of their own or an old plan. It also counts the calls of
+    write_rows and vocabularies.forget that changed nothing, because a prefetch waited for its
+    apply_gradients. `cache.plan.Counts` explains the others.
     """
 
     steps: int
@@ -96,9 +94,11 @@ class CacheStats(NamedTuple):
 
 
 def stats(state: EmbeddingState) -> CacheStats:
-    """Returns the counts since init, and warns if a setting should change.
+    """Returns the counts since init, and warns (UserWarning) if something should change.
 
-    Each warning is given once per run. The call waits for the device.
+    It warns if many ids bypass the cache, if ids were dropped, if the pool of raw ids is too small,
+    if the exchange of a mesh has too little room, or if training copies the table. Each warning is
+    given once for a spec and key. The call waits for the device.
 
     Args:
       state: concrete, not traced.
@@ -108,8 +108,8 @@ def stats(state: EmbeddingState) -> CacheStats:
 
     Raises:
       TypeError: if the state is traced (log `plan.counts` instead), or has another type.
-      ValueError: if the state was donated or made for another spec, if ids were out of range under
-        out_of_range="raise", or if updates were refused.
+      ValueError: if the state was donated, made for another spec, or averaged; if ids were out of
+        range under out_of_range="raise"; or if updates were refused.
     """
     arguments.check_state("stats(state)", state)
     if isinstance(state.counters, jax.core.Tracer):
@@ -182,7 +182,7 @@ def stats(state: EmbeddingState) -> CacheStats:
 
 
 def _of_vocabulary(state: EmbeddingState) -> VocabularyStats | None:
-    """Returns the counts of a state's vocabulary, if it has one."""
+    """Returns the counts of a state's vocabulary, or None if it has none."""
     vocabulary = state.vocabulary
     if vocabulary is None:
         return None
@@ -210,7 +210,8 @@ def _name(state: EmbeddingState) -> tuple[EmbeddingSpec, bytes]:
 def _check_buffer(state: EmbeddingState, steps: int) -> None:
     """Warns if training moved the table to another buffer.
 
-    A training step that does not donate its state does this.
+    A training step does so if its state is not donated: it then copies the table. A table on
+    several devices is not checked.
     """
     rows = state.table.rows
     if not rows.is_fully_addressable or len(rows.sharding.device_set) > 1:
@@ -222,7 +223,7 @@ def _check_buffer(state: EmbeddingState, steps: int) -> None:
         return
     former = before.rows()
     if former is not None and not former.is_deleted():
-        # Two runs with one seed are training side by side, each with its own table.
+        # The former table is alive. Two runs with the same spec and key are training side by side.
         return
     _warn_once(
         state,

@@ -1,8 +1,9 @@
 """One optimizer update of a batch's rows, and the storage of the new rows.
 
-Some transformations of `optim` carry a rule that a kernel can run: row-wise Adagrad and SGD at a
-constant rate. All other optax transformations run without kernels. `has_kernel` tells whether a
-kernel runs. This depends on the implementation chosen at init and on the transformation.
+Row-wise Adagrad and SGD of `optim`, at a constant rate, have a rule that a kernel can run. All
+other optax transformations run without kernels. `has_kernel` tells whether a kernel runs. This
+depends on the transformation, on the implementation chosen at init, and on the memory that holds
+the table.
 """
 
 import dataclasses
@@ -42,19 +43,20 @@ def apply(
 ) -> tuple[EmbeddingState, jax.Array]:
     """Updates rows once and stores them.
 
-    A row that has a line is stored there in float32. Any other row is stochastically rounded into
-    the table. A row that its update does not move is not stored: it keeps its bits.
+    A row that has a line is stored there in float32. Any other row is rounded into the table by the
+    rule of its format. A row that its update does not move is not stored: it keeps its bits.
 
     Args:
       tx: the transformation given to init.
       state: its table, cache, row state and key are used.
       moves: the rows. An entry with the id NO_ID is not updated. An entry with the line C (no
         line) is not written to a line.
-      rows: float32 [U, D].
-      row_grads: float32 [U, D].
-      step: int32 scalar, the plan's step.
-      is_applied: bool scalar, whether the plan may be applied. If it is False, the caller has
-        already set moves.num_ids to 0; scalars of the row state then do not change.
+      rows: float32 [U, D], before the update.
+      row_grads: float32 [U, D], summed per row.
+      step: int32 scalar, the number of the plan.
+      is_applied: bool scalar, whether the plan may be applied. If it is False, the scalars of the
+        row state do not change. The caller has then set moves.num_cached and moves.num_ids to 0, so
+        that no row changes.
 
     Returns:
       The state with its table, cache rows and row state changed, and which rows were stored
@@ -90,18 +92,18 @@ def apply_summed(
 ) -> tuple[EmbeddingState, jax.Array, jax.Array]:
     """Updates rows once, as `apply` does, from the gradients of positions, which it sums.
 
-    The transformation must have a rule (see `optim.rule_of`).
+    If the spec says skip_nonfinite, a row whose sum is not finite is not updated.
 
     Args:
-      tx: the transformation given to init.
+      tx: the transformation given to init. It has a rule (see `optim.rule_of`).
       state: see `apply`.
       moves: see `apply`.
-      rows: float32 [U, D].
+      rows: float32 [U, D], before the update.
       positions: see pooling.positions.
-      step: int32 scalar, the plan's step.
+      step: int32 scalar, the number of the plan.
 
     Returns:
-      The state.
+      The state with its table, cache rows and row state changed.
       Which rows were updated (bool [U]).
       Which rows were stored (bool [U]).
 
@@ -134,6 +136,8 @@ def accumulator_of(
 ) -> jax.Array | None:
     """Returns the accumulator that the rule updates, or None if the rule has none.
 
+    It is float32 [V], or uint16 [V] with bit patterns of bfloat16.
+
     Raises:
       ValueError: if the row state was made for another transformation.
     """
@@ -155,7 +159,7 @@ def with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> An
 
 
 def stored(state: EmbeddingState, store: Store, row_state: Any) -> EmbeddingState:
-    """Returns the state with the arrays that an update changed."""
+    """Returns the state with the table and the lines of `store`, and with `row_state`."""
     cache = None if state.cache is None else dataclasses.replace(state.cache, rows=store.lines)
     return dataclasses.replace(state, table=store.table, cache=cache, row_state=row_state)
 
@@ -172,10 +176,12 @@ def _apply_any(
 ) -> tuple[EmbeddingState, jax.Array]:
     """Runs any transformation without kernels; see `apply`.
 
-    If the implementation loops over chunks, a transformation that treats each row by itself runs in
-    chunks. The new rows of a chunk are stored while the processor's cache still holds them, and no
-    [U, D] array of new rows exists. The bits are the same with and without chunks.
-    A transformation that mixes rows gets the rows of all shards, on every device.
+    If the implementation loops over chunks, a transformation that treats each row by itself runs
+    chunk by chunk. The new rows of a chunk are stored while the processor's cache still holds them,
+    and there is no [U, D] array of new rows. The bits are the same with and without chunks.
+
+    A transformation that mixes rows runs on all rows at once. Over a mesh, every device runs it on
+    the rows of all shards.
     """
     table = state.table
     row_state = state.row_state
@@ -222,7 +228,7 @@ def _apply_any(
     ) -> tuple[jax.Array, Any, jax.Array]:
         here = jnp.where(window.is_live, window.take(ids), NO_ID)
         old_rows = window.take(rows)
-        # All chunks belong to the same step, so each begins with the same scalars.
+        # All chunks belong to the same step, so each begins with the scalars from before the step.
         row_state = _with_scalars(row_state, old_scalars)
         new_rows, row_state = update(row_state, here, old_rows, window.take(row_grads))
         is_stored = window.put(is_stored, (here != NO_ID) & is_moved(old_rows, new_rows))
@@ -242,6 +248,7 @@ def _apply_any(
         row_state, lines, is_stored = chunks.each(
             0, num_cached, width, chunk, to_lines, (row_state, lines, is_stored)
         )
+    # Wherever to_table runs, this is 1, but the compiler cannot see it; see encode_rows.
     once = (num_ids > num_cached).astype(jnp.int32)
 
     def to_table(window: chunks.Window, carry: tuple) -> tuple:
@@ -255,7 +262,7 @@ def _apply_any(
         num_cached, num_ids, width, chunk, to_table, (row_state, table.rows, is_stored)
     )
     if old_scalars:
-        # Schedule counts advance once per step, even if no chunk ran.
+        # Scalars, such as the count of a schedule, advance once per step, even if no chunk ran.
         _, advanced = update(
             _with_scalars(row_state, old_scalars),
             jnp.full(1, NO_ID, jnp.int32),

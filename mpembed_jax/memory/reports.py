@@ -1,7 +1,7 @@
-"""Byte accounting of a stack: its arrays, its cache geometry and the peak of a compiled step.
+"""The bytes of a stack before it is made: its arrays, and the peak memory of a training step.
 
-Nothing is allocated. The shapes come from tracing `assemble`, and the peak comes from compiling one
-training step.
+No table is made. The shapes come from tracing `state.assemble`, and the peak comes from compiling
+one training step.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ def nbytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Bytes of a stack by component; str() gives a readable table."""
+    """The bytes of a stack by component; str() gives a readable table."""
 
-    # Keys: table, cache rows, cache metadata, sketch, row state, counters, and vocabulary if there
-    # is one.
+    # {component: bytes}. The components are: table, cache rows, cache metadata, sketch, row state,
+    # counters, and vocabulary if there is one.
     components: dict[str, int]
-    geometry: Geometry | None
-    num_rows: int
-    embedding_dim: int
+    geometry: Geometry | None  # sets, ways and groups of the cache; None without a cache
+    num_rows: int  # V
+    embedding_dim: int  # D
     float32_bytes: int  # bytes of a plain float32 table
-    float32_row_state_bytes: int  # bytes of the same optimizer's state for a float32 table
-    # State, batch and temporaries of one compiled step; None without batch_shape.
+    float32_row_state_bytes: int  # bytes of the same optimizer's state in float32
+    # Bytes of state, batch and temporaries of one compiled step; None without batch_shape.
     step_peak_bytes: int | None
     # The part of the total that is in host memory (EmbeddingSpec.memory_kind).
     host_bytes: int = 0
@@ -104,9 +104,18 @@ class Report:
 def state_shapes(
     spec: EmbeddingSpec, tx: optax.GradientTransformation, layout: Layout | None = None
 ) -> EmbeddingState:
-    """Returns the abstract state of a stack, or of one shard of it; see mpembed_jax.init.
+    """Returns the abstract state (jax.ShapeDtypeStructs) of a stack, or of one shard of it.
 
-    No initializer is called, so that many tables take no time.
+    The table is traced as zeros. So no initializer is called, and many tables take no longer.
+
+    Args:
+      spec: the stack.
+      tx: optax transformation for the rows.
+      layout: the layout whose shard is described; None for a stack on one device.
+
+    Raises:
+      TypeError: if tx is not an optax transformation.
+      ValueError: if tx cannot work on gathered rows.
     """
     num_rows = spec.num_rows if layout is None else layout.num_rows
     fmt, dim = spec.storage, spec.embedding_dim
@@ -124,19 +133,20 @@ def report(
     tx: optax.GradientTransformation,
     batch_shape: tuple[int, ...] | None = None,
 ) -> Report:
-    """Counts the bytes of a stack before it is made.
+    """Counts the bytes of a stack on one device before it is made.
 
     Args:
       spec: the stack.
       tx: optax transformation for the rows.
-      batch_shape: shape of the ids of one batch, such as (B, T). If given, one training step is
-        compiled to determine its peak.
+      batch_shape: shape of the ids of one batch, such as (B, T); for raw ids, without the axis of
+        the pairs. If given, one training step is compiled for the default device, to find its peak
+        memory.
 
     Returns:
-      A Report whose total equals the sum of `nbytes` over the arrays of the live state.
+      A Report. Its total is `nbytes` of the state that init makes.
 
     Raises:
-      TypeError: if spec or batch_shape is something else.
+      TypeError: if spec, tx or batch_shape has another type.
       ValueError: if tx cannot work on gathered rows.
     """
     check_spec("memory.report(spec, tx, batch_shape)", spec)

@@ -1,6 +1,6 @@
 """Flax modules for cached embeddings, for nnx and linen.
 
-Changing five lines of a plain nnx training loop is enough to use them.
+To use them, five lines of a plain nnx training loop change.
 """
 
 from mpembed_jax.nn import linen

@@ -1,9 +1,10 @@
-"""The vectors and the plan of a fused step, for the calls of that step.
+"""The vectors and the plan of a fused step, for the calls of a module in that step.
 
 With `fused=True`, prefetch makes the vectors, and the loss is differentiated with respect to them.
-So there are no gradients of rows. Every call of the step gets the ids of its prefetch, in the same
-nesting and shapes. Any number of such calls is possible: their gradients add. Other shapes raise
-ValueError. Other ids raise ValueError outside jit; inside jit, their vectors are NaN.
+So there are no gradients of rows. In a step, the module may be called any number of times, and the
+gradients of the calls add. Each call must get the ids of the prefetch, in the same nesting and
+shapes. A call with other shapes raises ValueError. A call with other ids raises ValueError outside
+jit; inside jit, their vectors are NaN.
 
 This module does not use flax. It is for one device: over a mesh, modules use `prefetched`.
 """
@@ -30,8 +31,8 @@ class Embedded:
     """The plan of a fused step in progress, and the ids of its prefetch."""
 
     plan: vectors.VectorPlan
-    ids: list[jax.Array]  # i32, global
-    origin: Origin
+    ids: list[jax.Array]  # i32 [..] each: global ids
+    origin: Origin  # which of the user's arrays each of `ids` was made from
 
 
 def fetch(
@@ -48,12 +49,14 @@ def fetch(
       state: not consumed.
       ids: nest of int32 arrays of global ids.
       given: the user's own arrays, from which `ids` were computed, in the same nesting.
-      tables: the table of each id; see step.prefetch_of_tables.
-      combiner: None, or how the last axis of each array of ids is reduced.
-      tx: the transformation of the rows.
+      tables: the tables of the ids in each array; see step.prefetch_of_tables.
+      combiner: "sum", "mean" or "sqrtn" reduces the last axis of each array of ids; None: nothing
+        is reduced.
+      tx: the transformation given to init.
 
     Returns:
-      The state and plan of `embed`, and its vectors: a float32 array for each array of ids.
+      The state after `embed`; its plan, with the ids; and its vectors: float32 [.., D] for each
+      array of ids, without the last axis of ids if there is a combiner.
     """
     how = {"tables": tables, "combiner": combiner, "tx": tx}
     state, plan, found, leaves = verbs.run(_fetch, state, ids, **how)
@@ -70,7 +73,7 @@ def _fetch(
     tx: optax.GradientTransformation,
 ) -> tuple:
     state, plan, found = vectors.embed_of_tables(state, ids, tables, combiner=combiner, tx=tx)
-    # A new array, so that Origin recognizes it by its identity.
+    # Copies, because Origin recognizes an array by its identity: no two leaves may be one object.
     leaves = [jnp.array(leaf, jnp.int32) for leaf in jax.tree.leaves(ids)]
     return state, plan, tuple(jax.tree.leaves(found)), leaves
 
@@ -102,12 +105,16 @@ def called(embedded: Embedded, held: tuple[jax.Array, ...], ids: Any, given: Any
     Args:
       embedded: from `fetch`.
       held: the vectors of `fetch`.
-      ids: nest of int32 arrays of global ids, as they were given to `fetch`.
+      ids: nest of int32 arrays of global ids, as they were given to `fetch`. If they are traced,
+        the vectors of other ids are NaN.
       given: the user's own arrays, in the nesting of `ids`.
 
+    Returns:
+      float32 [.., D] for each array of ids, as `fetch` returned them.
+
     Raises:
-      ValueError: if the nesting or a shape is another one than prefetch's, or if the ids are
-        concrete and differ from prefetch's.
+      ValueError: if the nesting or a shape differs from prefetch's, or if the ids are concrete and
+        differ from prefetch's.
     """
     treedef: Any
     leaves, treedef = jax.tree.flatten(ids)
@@ -132,7 +139,11 @@ def called(embedded: Embedded, held: tuple[jax.Array, ...], ids: Any, given: Any
 
 
 def _where_equal(ids: Any, wanted: jax.Array, vectors: jax.Array) -> jax.Array:
-    """Returns the vectors; NaN where the ids of a vector differ from prefetch's."""
+    """Returns the vectors, with NaN where an id of a vector differs from prefetch's.
+
+    Raises:
+      ValueError: if an id is known to differ.
+    """
     differs = jnp.asarray(ids) != wanted
     if not isinstance(differs, jax.core.Tracer) and differs.any():
         where = tuple(int(i) for i in np.argwhere(np.asarray(differs))[0])

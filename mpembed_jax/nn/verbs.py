@@ -1,9 +1,9 @@
 """The verbs as the flax modules call them: traced inside jit, and compiled once outside it.
 
-Outside jit, the loops of a verb would be compiled again at every call. Arithmetic outside jit also
-differs from jitted arithmetic in the last bit. This module also holds what the modules add to the
-verbs, without using flax: a read for evaluation that returns rows and inverse like a plan's, and
-dense logits over a whole table.
+If a verb ran outside jit, its loops would be compiled again at every call, and its results could
+differ from those of the jitted verb in the last bit. This module also adds two functions to the
+verbs: a read for evaluation that returns rows and inverse, like those of a plan, and dense logits
+over all rows. It does not use flax.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,17 @@ def _jitted(verb: Callable, static: tuple[str, ...]) -> Callable:
 
 
 def run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any:
-    """Returns verb(state, *args, **static), compiled once if it is called outside jit."""
+    """Returns verb(state, *args, **static), jitted if the state is not traced.
+
+    Args:
+      verb: a pure function.
+      state: not consumed.
+      *args: pytrees of arrays.
+      **static: hashable settings of the verb.
+
+    Raises:
+      ValueError: if the state is concrete, and was made for another spec or averaged.
+    """
     if isinstance(state.step, jax.core.Tracer):
         return verb(state, *args, **static)
     state.check_spec()
@@ -39,10 +49,12 @@ def run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any
 
 
 def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
-    """Checks that a module of this spec holds the state of its tables, also while tracing.
+    """Checks that the state of a module has the tables and the dim of the module's spec.
+
+    Only static values are compared, so traced states are checked, too.
 
     Raises:
-      ValueError: if it holds the state of other tables.
+      ValueError: if they differ.
     """
     held = state.spec
     if (held.tables, held.embedding_dim) != (spec.tables, spec.embedding_dim):
@@ -59,22 +71,27 @@ def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
 
 
 def is_whole(state: EmbeddingState) -> bool:
-    """Returns whether a sharded state is held as whole arrays, outside jax.shard_map.
+    """Returns whether a state over a mesh is used outside jax.shard_map, as whole arrays.
 
-    The verbs then run over its mesh.
+    The modules then run the verbs in jax.shard_map over the state's mesh.
     """
     return state.layout is not None and not state.layout.is_bound
 
 
 def read(state: EmbeddingState, ids: Any) -> Any:
-    """Reads the rows of global ids for evaluation; the state does not change.
+    """Reads the rows of ids for evaluation; see `evaluation.read`.
 
     Args:
-      state: not changed.
-      ids: nest of int32 arrays.
+      state: not consumed.
+      ids: nest of int32 arrays [..] of global ids; for a stack with a vocabulary, of uint32 pairs
+        [.., 2].
 
     Returns:
       float32 [.., D] for each array, in the same nesting.
+
+    Raises:
+      TypeError: as `evaluation.read`.
+      ValueError: as `evaluation.read`.
     """
     return run(evaluation.read, state, ids)
 
@@ -100,17 +117,18 @@ def _read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any]:
 
 
 def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Callable]:
-    """Reads rows for evaluation and returns them like those of a plan: rows, inverse and `pool`.
-
-    There is one row per position, and a row of zeros at the end.
+    """Reads rows for evaluation, and returns what `pool` needs to make vectors of them.
 
     Args:
-      state: not changed.
-      ids: nest of int32 arrays of global ids.
+      state: not consumed.
+      ids: as for `read`.
 
     Returns:
-      float32 [N + 1, D]; the nest of int32 positions in it; and `pool` with the state's
-      implementation, but without foreign calls, so that jax.export can export an evaluation.
+      Rows: float32 [N + 1, D], one for each position, and a row of zeros at the end.
+      The inverse: int32 [..] in the nesting of ids, the index of each position's row. That of
+        padding, and of an id outside the stack, is N.
+      `pool` with the state's implementation, but without foreign calls, so that jax.export can
+        export an evaluation.
     """
     implementation = None if state.implementation == "numba" else state.implementation
     return *run(_read_unpooled, state, ids), partial(pool, implementation=implementation)
@@ -122,9 +140,10 @@ def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Call
 def _table_block(
     state: EmbeddingState, block: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the first row of a block and the rows that the block is responsible for.
+    """Returns the number of a block's first row (int32 scalar), and its rows ([n, D] in `dtype`).
 
-    The last block starts earlier, so that it is full. Rows before its nominal start are zero.
+    All blocks have the same number of rows, so the last block may begin inside the block before.
+    The rows that the block before has are zeros here.
     """
     size = min(_BLOCK, state.spec.num_rows)
     nominal = block * size
@@ -140,7 +159,7 @@ def _num_blocks(state: EmbeddingState) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _logits(state: EmbeddingState, query: jax.Array, is_training: bool) -> jax.Array:
-    """Returns the product of query [N, D] and the transposed table, float32 [N, V]."""
+    """Returns the product of a query [N, D] and the transposed table, float32 [N, V]."""
 
     def body(block: jax.Array, logits: jax.Array) -> jax.Array:
         first, rows = _table_block(state, block, query.dtype)
@@ -195,21 +214,24 @@ def _attend(state: EmbeddingState, query: jax.Array, *, dtype: Any, is_training:
 
 
 def attend(state: EmbeddingState, query: jax.Array, dtype: Any, is_training: bool) -> jax.Array:
-    """Returns the dot products of queries with every row of a stack; decodes the table in blocks.
+    """Returns the dot products of queries with every row of a stack.
+
+    The rows are read and decoded block by block.
 
     Args:
-      state: not changed; no gradient flows into it.
+      state: not consumed. It gets no gradient.
       query: float [.., D].
-      dtype: dtype of the products; they are accumulated in float32.
-      is_training: whether differentiation raises an error.
+      dtype: query and rows are cast to this dtype before they are multiplied. Products are
+        accumulated in float32, and the result is cast to this dtype.
+      is_training: if True, differentiation with respect to the query raises an error, too.
 
     Returns:
       [.., V] in `dtype`.
 
     Raises:
-      ValueError: if the last axis of query is not D, or if the products are differentiated while
-        training.
       TypeError: if query is not floating.
+      ValueError: if the last axis of query is not D; if the products are differentiated with
+        respect to the state; or if they are differentiated at all and is_training is True.
     """
     dim = state.spec.embedding_dim
     query = jnp.asarray(query)

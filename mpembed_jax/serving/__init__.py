@@ -1,7 +1,7 @@
-"""Serving: trained tables in one file that is mapped in milliseconds and read from packed rows.
+"""Serving: trained tables in one file, which is mapped into memory and read from its packed rows.
 
-`save` writes embedding states, `load` maps the file. `python -m mpembed_jax.serving` exports a
-checkpoint, and shows or checks a file.
+`save` writes the tables of embedding states to a file, and `load` maps the file. The command
+`python -m mpembed_jax.serving` exports a checkpoint to a file, inspects a file, or verifies it.
 """
 
 from mpembed_jax.serving.container import verify

@@ -1,8 +1,8 @@
-"""The reference of reading packed rows on the host, in NumPy.
+"""The reference for reading packed rows on the host, in NumPy.
 
-Codes of 2 and 4 bits are decoded a byte at a time, by a table of 256 entries (DeepGEMM's idea). The
-values are those of `numerics.packing.decode`, bit for bit: the product of code and scale is exact,
-so every way to compute a value rounds once.
+Codes of at most 8 bits are decoded a byte at a time, by a table of 256 entries. The idea is that of
+DeepGEMM. The values are those of `numerics.packing.decode`, bit for bit: the product of code and
+scale is exact, so only the addition of the bias rounds.
 """
 
 import functools
@@ -18,9 +18,10 @@ BLOCK = 65536  # positions whose rows are decoded at once
 
 @functools.cache
 def byte_table(fmt: RowFormat) -> np.ndarray:
-    """Returns the values of the codes in each byte (float32 [256, codes per byte]).
+    """Returns the values of the codes in each byte, float32 [256, codes per byte], without scale.
 
-    They are not yet scaled. The format has codes of at most 8 bits.
+    The code in the lowest bits comes first. The format is resolved, and its codes have at most 8
+    bits.
     """
     byte = np.arange(256, dtype=np.uint8)
     if not fmt.is_integer:
@@ -32,7 +33,13 @@ def byte_table(fmt: RowFormat) -> np.ndarray:
 
 
 def decode(packed: np.ndarray, fmt: RowFormat, dim: int) -> np.ndarray:
-    """Returns the float32 values [n, D] of packed rows [n, words] in a resolved format."""
+    """Returns the values of packed rows, float32 [n, D].
+
+    Args:
+      packed: uint16 or uint32 [n, words].
+      fmt: the format, resolved (see RowFormat.resolve).
+      dim: D.
+    """
     num_rows = len(packed)
     row = np.ascontiguousarray(packed).view(np.uint8).reshape(num_rows, fmt.row_bytes(dim))
     codes = row[:, : -(-dim * fmt.code_bits // 8)]
@@ -54,7 +61,13 @@ def decode(packed: np.ndarray, fmt: RowFormat, dim: int) -> np.ndarray:
 
 
 def parameters(row: np.ndarray, fmt: RowFormat, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the scale and bias (float32 [n, 1]) of rows uint8 [n, bytes]; without bias, zeros."""
+    """Returns the scale and the bias of rows, float32 [n, 1] each; the bias is 0 if there is none.
+
+    Args:
+      row: uint8 [n, bytes], the bytes of packed rows.
+      fmt: resolved. It has a scale.
+      dim: D.
+    """
     width = 4 if fmt.scale_dtype == "float32" else 2
     start = fmt.row_bytes(dim) - 2 * fmt.metadata_halves(dim)
     scale = _parameter(row[:, start : start + width], fmt)
@@ -64,7 +77,7 @@ def parameters(row: np.ndarray, fmt: RowFormat, dim: int) -> tuple[np.ndarray, n
 
 
 def _parameter(stored: np.ndarray, fmt: RowFormat) -> np.ndarray:
-    """Returns a scale or bias as float32 [n, 1]."""
+    """Returns a scale or bias as float32 [n, 1], from its bytes (uint8 [n, 2 or 4])."""
     stored = np.ascontiguousarray(stored)
     match fmt.scale_dtype:
         case "float32":
@@ -79,13 +92,13 @@ def take(packed: np.ndarray, fmt: RowFormat, dim: int, ids: np.ndarray) -> tuple
     """Returns the rows of ids, and how many ids are outside the table.
 
     Args:
-      packed: [V, words].
+      packed: uint16 or uint32 [V, words].
       fmt: resolved.
       dim: D.
       ids: integers [N]. NO_ID is padding, which reads as zeros and is not counted.
 
     Returns:
-      float32 [N, D] and a count. Ids outside read as zeros.
+      float32 [N, D] and a count. Ids outside the table read as zeros.
     """
     is_row = (ids >= 0) & (ids < len(packed))
     rows = np.zeros((len(ids), dim), np.float32)
@@ -106,15 +119,17 @@ def bag(
 ) -> tuple[np.ndarray, int]:
     """Returns one vector for each bag of ids, and how many ids are outside the table.
 
-    The terms `factor * row` of a bag are added in the order of its positions, in float32. Padding
-    and ids outside have no term and do not count in the divisor.
+    The vector is the sum of `factor * row`, added in float32 in the order of the bag's positions. A
+    factor is the weight. For "mean" and "sqrtn", it is divided by the bag's divisor (see
+    pooling.pool). Padding and ids outside the table count neither in the sum nor in the divisor. If
+    the divisor is 0, the vector is zero.
 
     Args:
-      packed: [V, words].
+      packed: uint16 or uint32 [V, words].
       fmt: resolved.
       dim: D.
-      ids: integers [N].
-      offsets: int64 [B + 1]: bag b has the positions offsets[b] to offsets[b + 1].
+      ids: integers [N]. NO_ID is padding.
+      offsets: int64 [B + 1], ascending: bag b has the positions offsets[b] to offsets[b + 1] - 1.
       weights: float32 [N]; None: all are 1.
       combiner: "sum", "mean" or "sqrtn".
 
