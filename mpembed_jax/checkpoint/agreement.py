@@ -24,15 +24,15 @@ def from_first(work: Callable[[], Any]) -> Any:
     """Runs `work` in the first process, and returns its result in every process.
 
     Args:
-      work: its result can be written as JSON. With several processes, a tuple becomes a list. If
-        `work` raises an error other than those below, the other processes wait in vain.
+      work: its result can be written as JSON. With several processes, a tuple becomes a list.
 
     Returns:
       The result.
 
     Raises:
-      CheckpointError: in every process, if `work` raised it in the first one.
-      FileNotFoundError: likewise.
+      CheckpointError: in every process, if `work` raised it in the first one. If `work` raised
+        another error, the first process raises that one, and all others raise CheckpointError.
+      FileNotFoundError: in every process, if `work` raised it in the first one.
     """
     if jax.process_count() == 1:
         return work()
@@ -41,9 +41,11 @@ def from_first(work: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             outcome = {"result": work()}
-        except (CheckpointError, FileNotFoundError) as error:
+        except Exception as error:  # the other processes wait for a message
             failure = error
-            outcome = {"error": str(error), "kind": type(error).__name__}
+            kind = type(error).__name__
+            said = str(error) if kind in _KINDS else f"the first process failed: {kind}: {error}"
+            outcome = {"error": said, "kind": kind if kind in _KINDS else "CheckpointError"}
     message = json.dumps(outcome).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     padded = np.frombuffer(message[:size].ljust(size, b" "), np.uint8)

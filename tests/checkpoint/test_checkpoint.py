@@ -345,6 +345,18 @@ def test_a_flush_alone_is_in_the_increment(tmp_path):
     assert_same(checkpoint.restore(tmp_path, flushed), flushed)
 
 
+def test_an_increment_after_write_rows_is_refused_by_restore(tmp_path):
+    """No plan names written rows. The checkpoint before it is good."""
+    tree = trained("int8-lfu", 0, 40)
+    checkpoint.save(tmp_path, 40, tree["emb"])
+    tracker = checkpoint.track(tree["emb"])
+    written = mpembed.write_rows(tree["emb"], np.arange(9), jnp.ones((9, DIM)))
+    checkpoint.save(tmp_path, 41, written, tracker=tracker)
+    with pytest.raises(checkpoint.CheckpointError, match="such as those of write_rows: restore an"):
+        checkpoint.restore(tmp_path, written, step=41)
+    assert_same(checkpoint.restore(tmp_path, written, step=40), tree["emb"])
+
+
 def test_a_tracker_that_missed_something_is_refused(tmp_path):
     """Whatever could lose a row.
 

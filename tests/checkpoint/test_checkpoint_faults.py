@@ -832,6 +832,7 @@ mesh = multiprocess.join(port, 2, worker)
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from mpembed_jax import checkpoint
+from mpembed_jax.checkpoint import agreement
 divided = NamedSharding(mesh, P("x"))
 def tree(value):
   whole = np.full((8, 3), value)
@@ -840,7 +841,7 @@ said = []
 def attempt(do):
   try:
     said.append(str(do()))
-  except (checkpoint.CheckpointError, FileNotFoundError) as error:
+  except (checkpoint.CheckpointError, FileNotFoundError, ZeroDivisionError) as error:
     said.append(f"{type(error).__name__}: {error}")
 def value_of(tree):
   parts = [np.unique(shard.data) for shard in tree["x"].addressable_shards]
@@ -861,6 +862,7 @@ if worker == 0:
 attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0), step=1)))
 attempt(lambda: save(folder / "run", 1, 3))
 attempt(lambda: value_of(checkpoint.restore(folder / "run", tree(0))))
+attempt(lambda: agreement.from_first(lambda: 1 // 0))
 print(json.dumps(said))
 """
 
@@ -892,6 +894,9 @@ def test_processes_that_save_together_fail_together(tmp_path, request):
         outputs = [worker.communicate(timeout=300) for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), outputs[0][1][-2000:]
     said = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    unexpected = [lines.pop() for lines in said]
+    text = "ZeroDivisionError: integer division or modulo by zero"
+    assert unexpected == [text, f"CheckpointError: the first process failed: {text}"]
     assert said[0] == said[1]
     expected = [
         "FileNotFoundError: no checkpoint in", "CheckpointError: step 1 could not be saved in",
