@@ -36,6 +36,7 @@ from experiments.speed.step import check_memory
 PEERS = (
     "ours-int8-w32",
     "ours-int8-w8",
+    "ours-int8-small-pages",
     "ours-int8-verbs",
     "ours-int4",
     "ours-float32",
@@ -140,6 +141,8 @@ class Worker:
         }
         if case.worker.endswith("-huge"):
             environment |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        if case.worker.endswith("-small-pages"):
+            environment |= {"MPEMBED_JAX_HUGE_PAGES": "0"}
         self.name = case.worker
         pipe = subprocess.PIPE
         self.process = stack.enter_context(

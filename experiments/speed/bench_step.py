@@ -224,8 +224,11 @@ def cases(quick: bool) -> list[Case]:
     ]
     # Cost follows the batch: the same ids in small and large tables, without a cache, with the same
     # lines, with 5 %.
-    for options in ({"fraction": None}, {"lines": 50_000}, {}):
-        grid += [dataclasses.replace(base, rows=r, fold=True, **options) for r in (1_000_000, None)]
+    for options, pair in itertools.product(
+        ({"fraction": None}, {"lines": 50_000}, {}), (False, True)
+    ):
+        same = dataclasses.replace(base, fold=True, pair=pair, **options)
+        grid += [dataclasses.replace(same, rows=r) for r in (1_000_000, None)]
     if not quick:
         grid += [
             dataclasses.replace(base, dim=d, batch=b)

@@ -86,6 +86,12 @@ def test_a_pair_never_changes():
     """Saved vocabularies hold these tags, so a change of the hash would lose every row."""
     got = hashes.of_column(np.asarray([0, 1, -1]), "user", 0)
     assert got.tolist() == expected([0, 1, -1], number=0).tolist()
+    assert got.tolist() == [
+        [1848324883, 2342787072], [1262193816, 1450729472], [1112528464, 1031383040],
+    ]  # fmt: skip
+    assert hashes.of_column(["Ulm", "", "ü"], "city", 1).tolist() == [
+        [36595040, 4009658369], [4279878537, 620006401], [3311848289, 65126401],
+    ]  # fmt: skip
     assert hashes.salt("user") == xxh64(b"user")
 
 

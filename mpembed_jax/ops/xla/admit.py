@@ -1,6 +1,7 @@
 """The reference of `admit` in plain jax.numpy: which raw ids of a batch get rows of their own.
 
-The program has no loop. It sorts and gathers arrays of the length of the batch.
+It sorts and gathers arrays of the length of the batch. Its one loop halves all estimates, once or
+not at all.
 """
 
 import dataclasses
