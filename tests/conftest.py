@@ -18,20 +18,19 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=3600"
 )
 
+# Two thirds of a first run's time is XLA's. Programs of tests, and of processes that they start,
+# are small: all of them are kept. Nobody reads where in Python an operation of them was made.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+}
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 from jax._src import compiler  # options of a compilation are not public
-
-# Two thirds of a first run's time is XLA's. Programs of tests are small: all of them are kept.
-jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-# Nobody reads where in Python an operation of a test's program was made.
-jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
