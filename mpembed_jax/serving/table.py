@@ -87,20 +87,20 @@ class _Host:
     def __init__(self, out_of_range: str, threads: int, implementation: str, path: Path):
         self.out_of_range, self.threads = out_of_range, threads
         self.implementation, self.path = implementation, path
-        self.readers: dict[str, Any] = {}  # of the tables that were read
+        self._readers: dict[str, Any] = {}
         self._lock = threading.Lock()
         self.num_out_of_range = 0
 
     def reader(self, table: Table, packed: np.ndarray) -> Any:
         """Returns the compiled reader of a table, or None for NumPy."""
-        if (found := self.readers.get(table.name)) is not None:
+        if (found := self._readers.get(table.name)) is not None:
             return found
         if self.implementation != "numpy":
             # Imported here, because numba is optional.
             from mpembed_jax.serving import compiled
 
             made = compiled.Reader(packed, table.format, table.embedding_dim, self.threads)
-            found = self.readers[table.name] = made
+            found = self._readers[table.name] = made
         return found
 
     def rows_of(self, owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
@@ -196,8 +196,9 @@ class ServingTable:
           ValueError: if an id is outside its table and out_of_range is "raise"; if pairs are of
             another table; if ids are not a mapping, but there are several features.
         """
-        if type(ids) is np.ndarray and self._only is not None:
-            return self._lookup(*self._only, ids)
+        reader = self._only_reader if type(ids) is np.ndarray else None
+        if reader is not None and (found := reader.quick_take(ids)) is not None:
+            return found
         return self._each(ids, self._lookup)
 
     def raw_ids(self, ids: Any) -> Any:
@@ -287,8 +288,10 @@ class ServingTable:
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
-        if type(ids) is np.ndarray and self._only is not None:
-            return self._bag(*self._only, ids, combiner, weights, offsets)
+        is_plain = weights is None and offsets is None and type(ids) is np.ndarray
+        reader = self._only_reader if is_plain else None
+        if reader is not None and (found := reader.quick_bag(ids, combiner)) is not None:
+            return found
         if isinstance(ids, Mapping):
             weights = weights or {}
             offsets = offsets or {}
@@ -488,15 +491,12 @@ class ServingTable:
         return {feature: tables[name] for feature, name in self.contents.features}
 
     @functools.cached_property
-    def _only(self) -> tuple[str, Table] | None:
-        """The single feature and its table, if ids are its rows."""
-        features = list(self._by_feature.items())
-        return features[0] if len(features) == 1 and features[0][1].pool is None else None
-
-    def _reader_of(self, table: Table, ids: Any) -> Any:
-        """Returns the reader of a table, if it was made and reads these ids as they are."""
-        reader = None if self.host is None else self.host.readers.get(table.name)
-        return reader if reader is not None and reader.reads(ids) else None
+    def _only_reader(self) -> Any:
+        """The compiled reader of the single feature, if its ids are rows; or None."""
+        tables = [*self._by_feature.values()]
+        if self.host is None or len(tables) != 1 or tables[0].pool is not None:
+            return None
+        return self.host.reader(tables[0], self.rows[tables[0].name])
 
     def table(self, name: str | None = None) -> Table:
         """Returns a table, or a pool, by its name. The name of a single table is optional.
@@ -602,11 +602,6 @@ class ServingTable:
         return is_host
 
     def _lookup(self, feature: str, table: Table, ids: Any) -> Any:
-        if (reader := self._reader_of(table, ids)) is not None:  # in a microsecond less
-            rows, num_outside = reader.take(ids)
-            if num_outside:
-                self.host.count(num_outside, feature, ids.reshape(-1), table)
-            return rows if ids.ndim == 1 else rows.reshape(*ids.shape, table.embedding_dim)
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
@@ -625,14 +620,6 @@ class ServingTable:
     def _bag(
         self, feature: str, table: Table, ids: Any, combiner: str, weights: Any, offsets: Any
     ) -> Any:
-        reader = None
-        if weights is None and offsets is None:
-            reader = self._reader_of(table, ids)
-        if reader is not None and ids.ndim and ids.shape[-1]:  # in two microseconds less
-            bags, num_outside = reader.bag(ids, None, ids.shape[-1], None, combiner)
-            if num_outside:
-                self.host.count(num_outside, feature, ids.reshape(-1), table)
-            return bags if ids.ndim == 2 else bags.reshape(*ids.shape[:-1], table.embedding_dim)
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if weights is not None and np.shape(weights) != np.shape(ids):

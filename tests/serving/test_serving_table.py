@@ -434,3 +434,40 @@ def test_a_file_with_one_feature_takes_plain_arrays(tmp_path):
     scores, ids = table.top_k(np.ones(16, np.float32), 3)
     assert scores.shape == ids.shape == (3,)
     assert jnp.asarray(ids).dtype == jnp.int32
+
+
+QUICK = {
+    "one id": (np.asarray([3]), None),
+    "int32": (np.asarray([[1, 2], [3, NO_ID]], np.int32), "mean"),
+    "three axes": (np.arange(24).reshape(2, 3, 4) % 10, "sqrtn"),
+    "read-only": (np.broadcast_to(np.arange(4), (1, 4)).copy(), "sum"),
+    "not contiguous": (np.arange(20).reshape(4, 5).T % 10, "sum"),
+    "other order of bytes": (np.arange(8).astype(">i8").reshape(2, 4), "sum"),
+    "int16": (np.arange(8, dtype=np.int16).reshape(2, 4), "mean"),
+    "empty bags": (np.zeros((3, 0), np.int64), "sum"),
+    "no bags": (np.zeros((0, 4), np.int64), "mean"),
+    "outside": (np.asarray([[0, -1, 10, 5]]), "sum"),
+    "many": (np.arange(40_000).reshape(-1, 8) % 10, "mean"),
+}
+
+
+@pytest.mark.parametrize("case", named(QUICK))
+def test_plain_arrays_are_read_as_mappings_are(case, tmp_path):
+    """A plain array of a file with a single table has a shorter way."""
+    ids, combiner = case
+    ids.flags.writeable = False
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 10)], 7, "int8")
+    state = mpembed.init(jax.random.key(0), spec, mpembed.optim.sgd(0.1))
+    serving.save(tmp_path / "file", state)
+    plain, mapped = (serving.load(tmp_path / "file") for _ in range(2))
+    found, want = plain.lookup(ids), mapped.lookup({"t": ids})["t"]
+    assert (found.shape, found.tobytes()) == (want.shape, want.tobytes())
+    if combiner is not None:
+        found, want = plain.bag(ids, combiner), mapped.bag({"t": ids}, combiner)["t"]
+        assert (found.shape, found.tobytes()) == (want.shape, want.tobytes())
+    assert plain.num_out_of_range == mapped.num_out_of_range
+    assert plain._only_reader is not None
+    strict = serving.load(tmp_path / "file", out_of_range="raise")
+    if mapped.num_out_of_range:
+        with pytest.raises(ValueError, match="id -1 at position 1 is outside table 't' of 10 rows"):
+            strict.lookup(ids)
