@@ -40,6 +40,7 @@ _GROUP = 8  # vectors of a bag's sum that are in registers at once
 _AHEAD = 64  # positions between a prefetch and its use; 16 are too few for the memory's latency
 _PIECE = 1024  # positions whose addresses are found at once
 _MIN_SPLIT = 1 << 16  # vectors of values; less work is not worth waking a thread for
+_QUICK = _WIDTH * _MIN_SPLIT  # numbers; fewer are read on one thread
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
 _WIDE = 4  # in the mode of a bag's call, beside the combiner: ids are int64
 _INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
@@ -67,7 +68,7 @@ class Reader:
         """
         is_wide = ids.dtype is _INT64
         num = ids.size
-        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _MIN_SPLIT:
+        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _QUICK:
             return None
         if not (num and ids.flags.c_contiguous):
             return None
@@ -79,7 +80,7 @@ class Reader:
         """Returns the vectors (float32 [.., D]) of bags without weights; see quick_take."""
         is_wide = ids.dtype is _INT64
         num = ids.size
-        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _MIN_SPLIT:
+        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _QUICK:
             return None
         if not (num and ids.flags.c_contiguous and ids.ndim):
             return None
@@ -94,7 +95,7 @@ class Reader:
         num = len(ids)
         out = np.empty((num, self.dim), np.float32)
         given = _address(out), _address(ids), ids.itemsize == 8
-        if num * self.dim < _WIDTH * _MIN_SPLIT:
+        if num * self.dim < _QUICK:
             return out, self._take(*given, 0, num, self._given)
 
         def part(first: int, last: int) -> int:

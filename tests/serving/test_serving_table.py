@@ -447,7 +447,7 @@ QUICK = {
     "empty bags": (np.zeros((3, 0), np.int64), "sum"),
     "no bags": (np.zeros((0, 4), np.int64), "mean"),
     "outside": (np.asarray([[0, -1, 10, 5]]), "sum"),
-    "many": (np.arange(40_000).reshape(-1, 8) % 10, "mean"),
+    "many": (np.arange(160_000).reshape(-1, 8) % 10, "mean"),
 }
 
 
