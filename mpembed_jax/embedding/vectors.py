@@ -112,8 +112,8 @@ def embed(
     """Plans a batch, brings its rows into the cache, and returns one vector per id or per bag.
 
     In training, exactly one apply_pooled_gradients must follow each embed. Donate the state;
-    otherwise, each step copies the table. Gradients with respect to weights need the separate
-    verbs.
+    otherwise, each step copies the table. Gradients of rows, for example to clip them by their
+    global norm, and gradients with respect to weights need the separate verbs.
 
     Args:
       state: consumed if donated.

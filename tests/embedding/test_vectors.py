@@ -168,10 +168,12 @@ def check(case, *, implementations=("numba",), steps=6):
         skips=st.booleans(),
         num_ids=st.sampled_from([40, NUM_IDS]),
         seed=st.integers(0, 1000),
-    )
+    ),
+    st.sampled_from([1, 2, 3, 8]),
 )
-def test_native_code_makes_the_reference_s_bits(case):
-    check(case)
+def test_native_code_makes_the_reference_s_bits(case, threads):
+    numba = dataclasses.replace(ops.IMPLEMENTATIONS["numba"], max_threads=threads)
+    check(case, implementations=(numba,))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from flax import nnx
 from nn_models import assert_same_bits
 
 import mpembed_jax as mpembed
+from experiments.speed import workload
 from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, nn, optim
 from mpembed_jax.spec import most_distinct
 
@@ -55,6 +56,16 @@ BOUNDS = {
 @pytest.mark.parametrize("bound", named(BOUNDS))
 def test_the_bound_is_a_sum_over_tables(bound):
     assert most_distinct(TABLES, bound.of_ids, bound.sizes) == bound.most
+
+
+@pytest.mark.parametrize(("batch", "share"), [(2048, 0.60), (65_536, 0.34)])
+def test_the_bound_of_the_kaggle_tables(batch, share):
+    """In positions of a batch of 26 features."""
+    tables = tuple(TableSpec(f"C{n}", size) for n, size in enumerate(workload.KAGGLE_SIZES))
+    names = (tuple(table.name for table in tables),)
+    most = most_distinct(tables, names, [26 * batch])
+    assert most == sum(min(table.vocabulary_size, batch) for table in tables)
+    assert round(most / (26 * batch), 2) == share
 
 
 def width_of(module, *ids):
