@@ -43,7 +43,7 @@ def open_inside(folder: Path, name: str) -> Any:
 
     Args:
       folder: the folder of a checkpoint.
-      name: the path of the file in it: a name, or the name of an array's folder and a name.
+      name: the path of the file, relative to the folder: "file" or "array_folder/file".
 
     Returns:
       An unbuffered binary file.

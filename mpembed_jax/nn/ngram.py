@@ -6,7 +6,8 @@ of such a model are in these tables. A step touches few of their rows. Accesses 
 Zipf-distributed. What the model does with the vectors (gates, projections) is left to it.
 
 An n-gram finds its rows by a hash. Instead, n-grams can be raw ids: an n-gram that occurs often
-enough then gets a row of its own, and all others of its order share a row.
+enough then competes for a row of its own. All others of its order share
+`VocabularySpec.shared_rows` rows, one by default.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def ngram_spec(
       memory_kind: see mpembed_jax.EmbeddingSpec.
 
     Raises:
-      TypeError: if ngrams is not an NGramHash.
+      TypeError: if ngrams is not an NGramHash, or if another argument has the wrong type.
       ValueError: see mpembed_jax.EmbeddingSpec. Also if only one of vocabulary and ngrams says that
         n-grams are raw ids, or if embedding_init is given with a vocabulary.
     """
@@ -118,14 +119,14 @@ def ngram_ids(
     Args:
       spec: the spec of the stack.
       ngrams: the hash of the stack.
-      canonical: the map of tokens, or None.
+      canonical: the map of tokens, integers [vocabulary_size], or None.
       tokens: any nest of integers [.., T].
       context: None, or the nest of integers [.., context_size].
 
     Returns:
       The nest of global ids, int32 [.., T, tables], and the nest of tokens. If n-grams are raw ids,
-      pairs, uint32 [.., T, tables, 2]. With a context, tokens alone do not determine the ids, so
-      the second is the nest of ids again.
+      the first nest is one of pairs, uint32 [.., T, tables, 2]. With a context, tokens alone do not
+      determine the ids, so the second nest is the first one again.
     """
 
     def of(tokens: Any, context: Any = None) -> Any:
@@ -163,7 +164,7 @@ class NGramMemory(nnx.Module):
       rows: rows of each table: one number for all orders, or one for each. The number of rows that
         a table gets is the smallest prime that is at least this number and that no earlier table
         has. Or a VocabularySpec: n-grams are raw ids, which earn rows of one pool; heads must be 1.
-        Evaluation and decoding give no rows.
+        No n-gram earns a row in evaluation or decoding.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
@@ -173,7 +174,8 @@ class NGramMemory(nnx.Module):
         optimizer never sees the tables.
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec of all tables together, or None to train every row in its table.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
         for nnx.Embed's default.
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
@@ -192,13 +194,14 @@ class NGramMemory(nnx.Module):
         rows or of their gradients. Each call must get exactly the tokens and context of its
         prefetch, in the same nesting and shapes. Leave it False where something reads or changes
         gradients of rows, such as clipping by the global norm, and for microbatches, vmap or scan.
-        Over a mesh, fused=True changes nothing.
+        Over a mesh, or if rows is a VocabularySpec, fused=True changes nothing.
       rngs: its `params` stream determines the initial values and the embedding's own randomness.
 
     Raises:
       TypeError: if an argument has the wrong type.
-      ValueError: if a size is out of range, if canonical does not have vocabulary_size numbers, or
-        if tx cannot work on gathered rows.
+      ValueError: if a size is out of range, if canonical does not have vocabulary_size numbers or
+        one of them is out of range, or if tx cannot work on gathered rows. Also as NGramHash,
+        ngram_spec and mpembed_jax.init.
     """
 
     def __init__(
@@ -298,8 +301,9 @@ class NGramMemory(nnx.Module):
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if a concrete token is outside the vocabulary; in evaluation mode; or if
-            neither nn.apply_gradients nor nn.discard followed the last prefetch.
+          ValueError: if a concrete token is outside the vocabulary; if context has another shape;
+            in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the last
+            prefetch; or if a mesh cannot divide the leading axis of tokens evenly.
         """
         ids, given = self._ids(tokens, context)
         self.stack.prefetch(ids, given, not self.deterministic)
@@ -311,8 +315,9 @@ class NGramMemory(nnx.Module):
         fused=True.
 
         Args:
-          tokens: in training, tokens whose n-grams were prefetched; after eval(), any tokens. For
-            decoding, pass one new token at a time, [.., 1], with its context.
+          tokens: integers [.., T], or any nest of such arrays. In training, tokens whose n-grams
+            were prefetched; after eval(), any tokens. For decoding, pass one new token at a time,
+            [.., 1], with its context.
           context: see prefetch. `context_after` returns the context of the next token.
 
         Returns:
@@ -322,8 +327,10 @@ class NGramMemory(nnx.Module):
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if a concrete token is outside the vocabulary; in training, if prefetch was
-            not called, or, outside jit, if an n-gram of the call was not prefetched.
+          ValueError: if a concrete token is outside the vocabulary, or if context has another
+            shape. In training, also if prefetch was not called. In training outside jit, also if an
+            n-gram of the call was not prefetched. With fused=True, also if nesting or shapes differ
+            from those of the prefetch.
         """
         ids, given = self._ids(tokens, context)
         vectors = vectors_of(self.stack, ids, given, not self.deterministic)

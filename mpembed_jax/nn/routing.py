@@ -24,8 +24,8 @@ Combiners = tuple[tuple[str, str | None], ...]
 class Part(NamedTuple):
     """The contribution of one stack to a call of a module."""
 
-    rows: jax.Array  # f32 [U, D]
-    inverse: Any
+    rows: jax.Array  # f32 [U, D] for each device; in evaluation f32 [N + 1, D]
+    inverse: Any  # i32 [..], in the nesting of the stack's ids: the index of each id's row in rows
     pool: Callable = pool  # pooling.pool, or the same function over a mesh
 
 
@@ -102,7 +102,9 @@ def as_combiners(combiner: Any, specs: tuple[EmbeddingSpec, ...]) -> Combiners:
 
 
 def as_arrays(ids: Any) -> Any:
-    """Returns a list of integers, or of such lists, as an array; everything else as it is.
+    """Returns a list or tuple of integers, nested or not, as a NumPy array.
+
+    Everything else, and an empty list or tuple, is returned as it is.
 
     Raises:
       ValueError: if lists have different lengths.
@@ -128,7 +130,7 @@ def table_ids(spec: EmbeddingSpec, ids: Any) -> Any:
 
 
 def mapped(spec: EmbeddingSpec, ids: Any) -> Any:
-    """Returns what a stack's verbs take for a user's ids: global ids, or pairs of raw ids.
+    """Maps a user's ids to global ids or, in a stack with a vocabulary, to pairs of raw ids.
 
     uint32 ids of a stack with a vocabulary are pairs [.., 2] already.
     """
@@ -188,7 +190,9 @@ def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
-    """Returns what each stack takes (see `mapped`) for ids local to their tables, or raw ids.
+    """Divides a user's ids among the stacks and maps each part for its stack; see `mapped`.
+
+    The user's ids are local to their tables, or raw ids.
 
     Args:
       specs: the stacks.
@@ -201,8 +205,10 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 
     Raises:
       KeyError: if a feature is unknown.
-      TypeError: if ids of a stack with a vocabulary are uint32, but no pairs.
-      ValueError: if array ids have another number of columns, or if the stacks have several widths.
+      TypeError: if ids of a stack with a vocabulary are uint32, but no pairs. Also as
+        EmbeddingSpec.global_ids and raw_ids.
+      ValueError: if array ids have another number of columns, or are of stacks of several widths.
+        Also if pairs on the host are of another table, or as global_ids and raw_ids.
     """
     if isinstance(ids, Mapping):
         known = {f for s in specs for f, _ in s.feature_tables}
@@ -227,9 +233,10 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
     """Returns the user's own arrays, nested like the result of `route`.
 
-    Arguments and errors are those of `route`. An array [.., T] stands for its columns. The same
-    array may be passed for features of different tables. Each array of a mapping is therefore an
-    Own, which names its table.
+    The arguments are those of `route`, which checks them. This function checks nothing. Each stack
+    gets an array [.., T] as a whole, and not only its own columns. The same array may be passed for
+    features of different tables. Each array of a mapping is therefore an Own, which names its
+    table.
     """
     if isinstance(ids, Mapping):
         return [{f: Own(t, ids[f]) for f, t in s.feature_tables if f in ids} for s in specs]
@@ -266,8 +273,9 @@ def fusible(combiners: Combiners, ids: Any) -> tuple[Any, str | None] | None:
 
     Returns:
       The nest of ids and its combiner. None if bags of several ids have different combiners, or if
-      ids have no bag axis. If some features have bags, a feature without a combiner gets a bag axis
-      of length 1.
+      ids have no bag axis. If a feature has bags of several ids, each feature without a combiner
+      gets a bag axis of length 1. If all bags have one id, the bag axes are removed, and the
+      combiner is None.
     """
     if not isinstance(ids, Mapping):
         return ids, None

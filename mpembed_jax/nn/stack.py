@@ -23,10 +23,11 @@ class EmbeddingVariable(nnx.Variable):
 
 
 class CachedRows(nnx.Param):
-    """Holds the rows of one step, float32 [Q, D].
+    """Holds the rows of one step, float32 [U, D] on one device.
 
-    Over a mesh, each row of the batch is held once, by its shard. The variable exists between
-    prefetch and nn.apply_gradients.
+    Over a mesh, each row of the batch is held once, by its shard. Each of the P shards has rows
+    [Q, D], and the whole array is [P * Q, D]. The variable exists between prefetch and
+    nn.apply_gradients.
     """
 
 
@@ -45,7 +46,8 @@ class Stack(nnx.Module):
     """A stack of tables; CachedEmbed and NGramMemory have one, CachedEmbedBags one per spec.
 
     The calls of a module use only properties of Stack and the functions `part_of` and `vectors_of`.
-    These are not public methods: nnx.tabulate compiles public methods, and needs arrays as results.
+    The two functions are not methods, because nnx.tabulate compiles public methods and needs arrays
+    as their results.
 
     Args:
       spec: the stack.
@@ -104,8 +106,8 @@ class Stack(nnx.Module):
         """Replaces the state.
 
         Raises:
-          ValueError: if it is the state of other tables than those of the spec, or if rows are
-            held.
+          ValueError: if it is the state of other tables than those of the spec, or if a step is
+            in progress.
         """
         verbs.check_tables(state, self.spec)
         if self.is_prefetched:
@@ -180,10 +182,13 @@ class Stack(nnx.Module):
         return self.plan.get_value(), getattr(self, self.leaf).get_value()
 
     def update(self, grads: Any) -> None:
-        """Applies one optimizer update to the held rows, then drops them and their plan.
+        """Applies one optimizer update to the rows of the step, then drops what the step held.
 
         Args:
           grads: the gradients of the held rows, or of the held vectors in a fused step.
+
+        Raises:
+          ValueError: if nothing was prefetched.
         """
         state = self.embedding_state
         plan, held = self.held
@@ -223,6 +228,9 @@ def vectors_of(stack: Stack, ids: Any, given: Any, is_training: bool) -> Any:
       ids: nest of int32 arrays of global ids; of a stack with a vocabulary, uint32 pairs.
       given: the user's own arrays, in the nesting of `ids`.
       is_training: whether the calling module is in training mode.
+
+    Returns:
+      float32 [.., D] for each array of ids, in the nesting of ids.
 
     Raises:
       ValueError: as `part_of`, and as `fused.called`.

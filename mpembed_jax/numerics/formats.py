@@ -1,10 +1,12 @@
 """Row formats: the scale, bias and codes that represent one float32 embedding row.
 
-A row is `codes * scale + bias` with one scale (and, in some formats, one bias) per row. `packing`
-stores the row as `[codes | scale | bias]` in uint16 or uint32 words, so that one memory access
-reads all of it. The layout resembles FBGEMM's row-wise quantized tables. The symmetric formats with
-a bfloat16 scale, the packing into words and the rounding rules are this library's own. The
-elementwise functions `quantize` and `dequantize` can also be traced inside a kernel body.
+An integer row is `codes * scale`, or `codes * scale + bias` in formats with a bias. A float8 row is
+`codes * scale`. The scale and the bias are one number each per row. Rows of wider floats have
+neither. `packing` stores the row as `[codes | scale | bias]` in uint16 or uint32 words, so that one
+memory access reads all of it. The layout resembles FBGEMM's row-wise quantized tables. The
+symmetric formats with a bfloat16 scale, the packing into words and the rounding rules are this
+library's own. The elementwise functions `quantize` and `dequantize` can also be traced inside a
+kernel body.
 """
 
 import dataclasses
@@ -36,8 +38,9 @@ class RowFormat:
     Attributes:
       name: "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int4" or
         "int2".
-      symmetric: for integer formats only. True: a row has a scale, and its codes are around zero.
-        False: a row has a scale and a bias, and its codes count from the row's minimum. None: True
+      symmetric: for integer formats only. True: a row has a scale, and its grid is symmetric about
+        zero; a code is stored with 2^(bits - 1) added. False: a row has a scale and a bias, and its
+        codes count from the bias, the rounded minimum of the row. None: True
         if embedding_dim < 32 and the format is not int2, else False. A bias would take a large part
         of a narrow row.
       scale_dtype: "bfloat16" (default), "float16" or "float32"; for integer and float8 formats
@@ -253,9 +256,10 @@ def dequantize(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowForm
 def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[jax.Array]:
     """Returns the 16-bit halves of scale and bias (float32) that are stored after the codes.
 
-    Each half is a uint32 array of the shape of the scale. The halves of the scale come first, then
-    those of the bias, if the format has one. In each pair, the low half comes first. The format is
-    resolved and has a scale.
+    Each half is a uint32 array of the shape of the scale. A float32 number has two halves, and the
+    low one comes first. A number of 16 bits has one half. The halves of the scale come before those
+    of the bias. If the format has no bias, there are none of the bias. The format is resolved and
+    has a scale.
     """
     dtype = fmt.scale_dtype or "float32"
     return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])

@@ -31,7 +31,7 @@ def _packed(codes: jax.Array, code_bits: int, per_word: int) -> jax.Array:
         return reduce(
             jnp.bitwise_or, [codes[..., i::per_word] << (i * code_bits) for i in range(per_word)]
         )
-    shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # right for no rows, too
+    shape = (*codes.shape[:-1], codes.shape[-1] // per_word, per_word)  # no -1: it fails for 0 rows
     shifts = _last(per_word, codes.ndim) * jnp.uint32(code_bits)
     return jnp.sum(codes.reshape(shape) << shifts, axis=-1, dtype=jnp.uint32)
 
@@ -56,8 +56,9 @@ def encode(
       the lowest bits.
 
     Raises:
-      TypeError: if rows are not float32.
-      ValueError: if random_bits are not uint32 of the shape of rows, or rows have no columns.
+      TypeError: if rows are not float32, or format is not a format.
+      ValueError: if random_bits are not uint32 of the shape of rows, if rows have no columns, or if
+        the name of the format is unknown.
     """
     if getattr(rows, "dtype", None) != jnp.float32:
         found = getattr(rows, "dtype", type(rows).__name__)
@@ -80,7 +81,10 @@ def encode(
 
 
 def pack(codes: jax.Array, scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> jax.Array:
-    """Packs codes (uint32 [.., D]), scale and bias (float32 [.., 1]) in a resolved format."""
+    """Packs codes (uint32 [.., D]), scale and bias (float32 [.., 1]) in a resolved format.
+
+    The result is the words of `encode`: uint16 or uint32 [.., row_words].
+    """
     dim = codes.shape[-1]
     halves = []
     if fmt.scale_dtype is not None:
@@ -116,7 +120,8 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
 
     Raises:
       TypeError: if packed is not an array, or format is not a format.
-      ValueError: if the words' dtype or number does not match the format and dim.
+      ValueError: if the words' dtype or number does not match the format and dim, or if the name of
+        the format is unknown.
     """
     if not hasattr(packed, "dtype"):
         raise TypeError(
@@ -137,7 +142,7 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
     if per_word > 1:
         shifts = _last(per_word, codes.ndim) * jnp.uint32(fmt.code_bits)
         codes = (codes[..., None] >> shifts) & jnp.uint32(2**fmt.code_bits - 1)
-        shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # right for no rows, too
+        shape = (*packed.shape[:-1], codes.shape[-2] * per_word)  # no -1: it fails for 0 rows
         codes = codes.reshape(shape)[..., :embedding_dim]
     scale = bias = jnp.zeros((*packed.shape[:-1], 1), jnp.float32)
     if fmt.scale_dtype is not None:

@@ -27,7 +27,8 @@ from mpembed_jax.vocabulary.ngram_hash import NGramHash
 from mpembed_jax.vocabulary.spec import VocabularySpec
 
 COLLECTION = "embedding"
-# The name of a CachedEmbed's only stack, and the prefix of the names of a CachedEmbedBags's stacks.
+# A CachedEmbed or NGramMemory has one stack, named TABLE. STACK begins the names of the stacks of a
+# CachedEmbedBags.
 TABLE, STACK = "table", "stack_"
 
 
@@ -106,7 +107,7 @@ def _planned(stack: Stack, rows: Any, ids: Any, given: Any, weights: Any = None)
 
 
 def _vectors(module: Any, stack: Stack, ids: Any, given: Any) -> Any:
-    """Returns the vectors of a module's only table: from the held rows, or read from the table."""
+    """Returns the vectors of a module's only stack: from the held rows, or read from the stack."""
     rows = _held_rows(module, TABLE)
     if rows is None:
         return verbs.read(stack.state, ids)
@@ -119,8 +120,8 @@ def _vectors(module: Any, stack: Stack, ids: Any, given: Any) -> Any:
 class CachedEmbed(linen.Module):
     """Turns ids into vectors like linen.Embed, with a quantized table and a float32 cache.
 
-    The rows in use are cached and trained in float32. Train the module with `nn.linen.TrainState`,
-    which prefetches and updates the rows.
+    Rows in the cache are trained in float32, all others in the table's format. Train the module
+    with `nn.linen.TrainState`, which prefetches and updates the rows.
 
     Attributes:
       num_embeddings: V, the number of rows of the table.
@@ -128,7 +129,8 @@ class CachedEmbed(linen.Module):
       tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array`, as for linen.Embed; see mpembed_jax.TableSpec.
         None for linen.Embed's default.
       out_of_range: the rule for ids outside the table, see mpembed_jax.EmbeddingSpec.
@@ -162,7 +164,12 @@ class CachedEmbed(linen.Module):
     fused: bool = False
 
     def setup(self) -> None:
-        """Declares the stack."""
+        """Declares the stack.
+
+        Raises:
+          TypeError: as the nnx module.
+          ValueError: as the nnx module.
+        """
         spec = embed_spec(
             self.num_embeddings,
             self.features,
@@ -182,16 +189,20 @@ class CachedEmbed(linen.Module):
         """Returns the vectors of ids, differentiable in the prefetched rows.
 
         Args:
-          ids: integers [..] in [0, num_embeddings) or a nest of such arrays. If rows were
-            prefetched, the ids must be among them, in any shape, order and number.
+          ids: integers [..] in [0, num_embeddings) or a nest of such arrays. NO_ID is padding. In
+            training, each id must have been prefetched; shape, order and number are free. With
+            fused=True, they must be exactly the ids of the prefetch, in its nesting and shapes.
 
         Returns:
-          [.., features] in `dtype`, in the nesting of ids. Padding and ids outside the table give
-          zeros. In training inside jit, ids that were not prefetched give NaN.
+          [.., features] in `dtype`, in the nesting of ids. Padding gives zeros. Ids outside the
+          table are treated by the rule `out_of_range`. In training inside jit, ids that were not
+          prefetched give NaN, or zeros if the batch exceeded max_unique_ids.
 
         Raises:
           TypeError: if ids are not integers.
-          ValueError: outside jit, if an id was not prefetched.
+          ValueError: outside jit, if an id was not prefetched; if params and collections are of
+            different steps; if out_of_range is "raise" and a concrete id is outside the table. In a
+            fused step, also if nesting or shapes differ from those of the prefetch.
         """
         stack = _checked(self.stack.value, self.spec)
         mapped = routing.table_ids(stack.state.spec, ids)
@@ -204,8 +215,8 @@ class CachedEmbed(linen.Module):
         """Returns the dot products of queries with every row (dense logits).
 
         The table is decoded in blocks. The result is differentiable in the query only. With
-        prefetched rows, its derivative raises an error, because the table would silently not be
-        trained. To train it, use sampled softmax over prefetched rows.
+        prefetched rows, differentiation raises an error, because the table would get no gradient.
+        To train the table, use sampled softmax over prefetched rows.
 
         Args:
           query: float [.., features].
@@ -230,17 +241,19 @@ class CachedEmbed(linen.Module):
 class CachedEmbedBags(linen.Module):
     """Turns features into one vector per bag, with quantized tables and a float32 cache.
 
-    The rows in use are cached and trained in float32. Train the module with `nn.linen.TrainState`,
-    which prefetches and updates the rows. Ids are local to their tables. They are {feature: ids
-    [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per feature.
-    For a spec with a vocabulary, they are raw ids or pairs; see the nnx module.
+    Rows in the cache are trained in float32, all others in the tables' format. Train the module
+    with `nn.linen.TrainState`, which prefetches and updates the rows. Ids are local to their
+    tables. They are {feature: ids [.., L]} with NO_ID as padding of ragged bags, or an array
+    [.., T] with one column per feature. For a spec with a vocabulary, they are raw ids or pairs;
+    see the nnx module.
 
     Attributes:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer.
       tx: optax transformation for the rows; one for all specs, or one per spec.
       combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id;
         or {feature: combiner}.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
@@ -259,7 +272,12 @@ class CachedEmbedBags(linen.Module):
     fused: bool = False
 
     def setup(self) -> None:
-        """Declares one stack per spec."""
+        """Declares one stack per spec.
+
+        Raises:
+          TypeError: as the nnx module.
+          ValueError: as the nnx module.
+        """
         self.known = routing.as_specs(self.specs)
         self.combiners = routing.as_combiners(self.combiner, self.known)
         pairs = zip(self.known, routing.as_transformations(self.tx, self.known), strict=True)
@@ -272,21 +290,27 @@ class CachedEmbedBags(linen.Module):
         """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
 
         Args:
-          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]. If rows
-            were prefetched, the ids must be among them, in any shape, order and number.
+          ids: {feature: integers [.., L]} of some or all features, or integers [.., T]. In
+            training, each id must have been prefetched; shape, order and number are free. With
+            fused=True, they must be exactly the ids of the prefetch, in its nesting and shapes.
           weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
-            leave features out.
+            leave features out. Weights are cast to float32.
 
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
           None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
-          training inside jit, bags with ids that were not prefetched give NaN.
+          training inside jit, bags with ids that were not prefetched give NaN. If the batch
+          exceeded max_unique_ids, these ids read as zeros instead.
 
         Raises:
-          KeyError: if a feature is unknown.
+          KeyError: if a feature is unknown, or if weights name a feature that ids do not name.
           TypeError: if ids are not integers, or if weights have another nesting.
-          ValueError: outside jit, if an id was not prefetched. Also if ids have no bag axis, if
-            weights have another shape, or if there are weights without a combiner.
+          ValueError: outside jit, if an id was not prefetched; if params and collections are of
+            different steps; if out_of_range is "raise" and a concrete id is outside its table. Also
+            if ids have no bag axis, or if array ids have another number of columns, or features of
+            several widths. Also if weights have another shape, or if there are weights without a
+            combiner. In a fused step, also if there are weights, or if nesting or shapes differ
+            from those of the prefetch.
         """
         parts: list[Any] = []
         routed, given = routing.route(self.known, ids), routing.given(self.known, ids)
@@ -311,19 +335,22 @@ class NGramMemory(linen.Module):
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size).
       features: D, the width of a row.
-      rows: rows of a table, for all orders or for each; rounded up to distinct primes. Or a
-        VocabularySpec, if n-grams are raw ids; see the nnx module.
+      rows: rows of each table: one number for all orders, or one for each. Each table gets a
+        prime of its own, at least this number. Or a VocabularySpec, if n-grams are raw ids; see
+        the nnx module.
       orders: orders n of the n-grams, each at least 2.
       heads: tables of each order.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
-        n-grams. A tuple, if the module is hashed. It is kept in the collection.
+        n-grams. Pass a tuple if something hashes the module, because arrays have no hash. The map
+        is kept in the collection.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
       seed: the seed of the hash. Give each memory of a model a different seed.
       tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec of all tables together, or None to train every row in its table.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
         for linen.Embed's default.
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
@@ -362,7 +389,12 @@ class NGramMemory(linen.Module):
     fused: bool = False
 
     def setup(self) -> None:
-        """Declares the stack."""
+        """Declares the stack.
+
+        Raises:
+          TypeError: as the nnx module.
+          ValueError: as the nnx module.
+        """
         rows, vocabulary = ngram.table_rows(self.rows)
         ngrams = NGramHash(
             self.vocabulary_size,
@@ -399,18 +431,22 @@ class NGramMemory(linen.Module):
 
         Args:
           tokens: integers [.., T] in [0, vocabulary_size) or a nest of such arrays. NO_ID and
-            `padding` stand for no token. If rows were prefetched, the n-grams must be among them.
+            `padding` stand for no token. In training, each n-gram must have been prefetched. With
+            fused=True, these must be exactly the tokens of the prefetch, in its nesting and shapes.
           context: the tokens before these, integers [.., max(orders) - 1], nested like tokens.
             None if texts begin with these tokens. See nn.NGramHash.context_after.
 
         Returns:
           [.., T, orders x heads x features] in `dtype`, in the nesting of tokens. Padding gives
-          zeros. In training inside jit, n-grams that were not prefetched give NaN.
+          zeros. In training inside jit, n-grams that were not prefetched give NaN, or zeros if the
+          batch exceeded max_unique_ids.
 
         Raises:
           TypeError: if tokens are not integers.
-          ValueError: if a concrete token is outside the vocabulary. Outside jit, also if an n-gram
-            was not prefetched.
+          ValueError: if a concrete token is outside the vocabulary, if context has another shape,
+            or if params and collections are of different steps. Outside jit, also if an n-gram was
+            not prefetched. In a fused step, also if nesting or shapes differ from those of the
+            prefetch.
         """
         stack = _checked(self.stack.value, self.spec)
         assert stack.ngrams is not None

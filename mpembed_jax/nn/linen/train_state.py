@@ -115,7 +115,11 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def embeddings(self) -> dict[str, EmbeddingState]:
-        """{path of a stack: its EmbeddingState}, for read, to_dense and the other verbs."""
+        """{path of a stack: its EmbeddingState}, for read, to_dense and the other verbs.
+
+        The path of a stack is the path of its module and the name of the stack, such as
+        "user/items/table" or "user/items/stack_0".
+        """
         return {"/".join(path): stack.state for path, stack in self._stacks().items()}
 
     def replace_embeddings(self, embeddings: Mapping[str, EmbeddingState]) -> "TrainState":
@@ -170,16 +174,20 @@ class TrainState(struct.PyTreeNode):
         Args:
           ids: all ids with which the model's cached embedding will be called in this step, as one
             nest; for an NGramMemory, tokens at the beginning of texts. If the model has several
-            cached embeddings, {path: ids}, such as {"user/items": ids}, for those that this step
-            trains.
+            cached embeddings, a mapping {path of a module: its ids}, such as {"user/items": ids}.
+            The mapping names the cached embeddings that this step trains.
 
         Returns:
           The new state. If this state is donated, its tables are consumed.
 
         Raises:
-          KeyError: if a path or feature is unknown.
+          KeyError: if a path or feature is unknown, or if ids of several cached embeddings are not
+            a mapping.
           TypeError: if ids are not integers.
-          ValueError: if apply_gradients was not called after the last prefetch.
+          ValueError: if neither apply_gradients nor discard followed the last prefetch. Also if
+            array ids do not fit the features, if a mesh cannot divide their leading axis evenly, if
+            out_of_range is "raise" and a concrete id is outside its table, or if a concrete token
+            is outside the vocabulary.
         """
         stacks = self._stacks()
         modules = sorted({path[:-1] for path in stacks})
