@@ -32,13 +32,14 @@ def _held(
 class CachedEmbedBags(nnx.Module):
     """Turns features into one vector per bag, with quantized tables and a float32 cache.
 
-    The rows in use are cached and trained in float32. A training step runs under nnx.jit with the
-    model donated. It calls `prefetch(ids)` before nnx.value_and_grad, and
-    `grads = nn.apply_gradients(model, grads)` after it. After `model.eval()`, calls need no
-    prefetch. Ids are local to their tables. They are {feature: ids [.., L]} with NO_ID as padding
-    of ragged bags, or an array [.., T] with one column per feature. For a spec with a vocabulary,
-    they are raw ids, or the pairs uint32 [.., 2] that `spec.raw_ids` returns. A jitted function
-    takes pairs: it gets no strings, and 32 bits of an integer.
+    Rows in the cache are trained in float32, all others in the tables' format. A training step
+    runs under nnx.jit with the model donated. It calls `prefetch(ids)` before
+    nnx.value_and_grad, and `grads = nn.apply_gradients(model, grads)` after it. After
+    `model.eval()`, calls need no prefetch. Ids are local to their tables. They are {feature:
+    ids [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per
+    feature. For a spec with a vocabulary, they are raw ids, or the pairs uint32 [.., 2] that
+    `spec.raw_ids` returns. A jitted function takes pairs: it gets no strings, and 32 bits of an
+    integer.
 
     Args:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features
@@ -46,7 +47,8 @@ class CachedEmbedBags(nnx.Module):
       tx: optax transformation for the rows; one for all specs, or one per spec.
       combiner: "sum", "mean" or "sqrtn" over the last axis of ids, or None for one vector per id;
         or {feature: combiner}.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
         training, its length must be a multiple of the number of devices.
@@ -161,7 +163,8 @@ class CachedEmbedBags(nnx.Module):
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
           None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
-          training inside jit, bags with ids that were not prefetched give NaN.
+          training inside jit, bags with ids that were not prefetched give NaN, or
+          zeros if the batch exceeded max_unique_ids.
 
         Raises:
           KeyError: if a feature is unknown.

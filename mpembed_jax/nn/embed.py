@@ -58,7 +58,8 @@ class CachedEmbed(nnx.Module):
         default initial values. The model's own optimizer never sees the table.
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec, or None to train every row in the table.
-      dtype: dtype of the vectors; None for float32. Rows are always trained in float32.
+      dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
+        whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array`, as for nnx.Embed; see mpembed_jax.TableSpec.
         None for nnx.Embed's default.
       out_of_range: the rule for ids outside the table, see mpembed_jax.EmbeddingSpec.
