@@ -296,7 +296,8 @@ def make(
 
     On one device, the shard is None. Over a mesh, each device makes the table of its shard. A
     second state of the same spec and transformation needs no compilation, if `table_of` is the same
-    function.
+    function, and no table has an initializer: initializers are not compared, and may return an
+    array that has changed.
     """
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(
@@ -310,7 +311,7 @@ def make(
     # A NumPy key counts as the same value in every process. A jax key would belong to one device.
     is_traced = isinstance(key, jax.core.Tracer)
     words = key if is_traced or layout is None or layout.mesh is None else np.asarray(key)
-    if _is_hashable(tx):
+    if _is_hashable(tx) and all(table.initializer is None for table in spec.tables):
         state = _build_jitted(words, spec=spec, tx=tx, layout=layout, table_of=table_of)
     else:
         build = partial(_build, spec=spec, tx=tx, layout=layout, table_of=table_of)
