@@ -175,7 +175,9 @@ def plan(
       ids: {table: sample of its ids, integers}. It shows which share of the ids the most used rows
         get. INT4 with a cache of 5 % is left out where one of 1 % gets nearly as many of the ids.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
-        each stack is compiled, and its temporaries count. For one device only.
+        each stack is compiled, as by `report`, and its temporaries count. Those of all stacks are
+        added up. This is an upper bound for a program that trains all of them: in a step of bags,
+        XLA uses memory of one stack again for another. For one device only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
         one device only. None: no host memory is used.
 
