@@ -33,10 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
         "file",
         type=Path,
         help="CSV or parquet. A file of tables has the columns rows and dim, and perhaps name. A "
-        "file of ids has a column for each table; its distinct ids are counted",
+        "file of ids has a column for each table; its distinct ids are counted. Empty cells are no "
+        "ids",
     )
     own.add_argument("--budget", required=True, help="bytes of each device, such as 16GB")
     own.add_argument("--dim", type=int, help="embedding dim of all tables, for a file of ids")
+    own.add_argument(
+        "--raw",
+        action="store_true",
+        help="for a file of ids: they are raw, and only those that occur often get rows, of a pool",
+    )
     own.add_argument(
         "--devices", type=int, default=1, help="number of devices that divide the rows"
     )
@@ -50,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         columns = _columns(given.file)
         ids = None
+        tables: dict[str, tuple[int | None, int]]
         if columns.keys() >= _COLUMNS:
+            if given.raw:
+                raise ValueError(f"{given.file} is a file of tables; --raw is for a file of ids")
             names = columns.get("name", [f"table{i}" for i in range(len(columns["rows"]))])
             sizes = zip(map(_count, columns["rows"]), map(_count, columns["dim"]), strict=True)
             tables = dict(zip(map(str, names), sizes, strict=True))
@@ -61,6 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{given.file} has columns {list(columns)}; a file of tables has rows and dim; for "
                 "a file of ids, give --dim"
             )
+        elif given.raw:
+            ids = columns
+            tables = dict.fromkeys(ids, (None, given.dim))
         else:
             ids = {
                 name: np.unique(values, return_inverse=True)[1] for name, values in columns.items()
@@ -75,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             batch_shape=None if given.batch is None else (given.batch,),
             host_budget=given.host_budget,
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(chosen)
@@ -91,16 +103,20 @@ def _count(value: Any) -> int:
 
 
 def _columns(path: Path) -> dict[str, Any]:
-    """Returns {column: values} of a CSV or parquet file."""
+    """Returns {column: values} of a CSV or parquet file; columns of ids without empty cells."""
     if path.suffix == ".parquet":
         if importlib.util.find_spec("polars") is None:
             raise ImportError(f"reading {path} needs polars, or save it as CSV")
         frame = importlib.import_module("polars").read_parquet(path)
+        if not set(frame.columns) >= _COLUMNS:
+            return {name: frame[name].drop_nulls().to_numpy() for name in frame.columns}
         return {name: frame[name].to_numpy() for name in frame.columns}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file, skipinitialspace=True))
     if not rows:
         raise ValueError(f"{path} has no rows")
+    if not rows[0].keys() >= _COLUMNS:
+        return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

@@ -5,8 +5,9 @@ those of small tables get the best format that all of them can have within the b
 stacks go up to better formats while the budget allows it, the smallest stack first. Bytes count
 every array of the state: those of `report` on one device, those of `shard_bytes` on several.
 
-The planner does not plan stacks of raw ids: it chooses neither the size of a pool nor a rule of
-admission.
+A stack of raw ids gets a pool with a row for each id that occurs k times in a sample, and a tenth
+more. Its levels are pairs of a format and k. k is 2 where that fits, else 3. It is never 1: in no
+measured format did a row for every id give a higher AUC, and it took more than twice the rows.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
+from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary.spec import VocabularySpec, groups_of
 
 # Tables of at most so many rows may share a stack in float32, apart from larger tables. Together,
 # they may take this share of the budget of all devices.
@@ -32,6 +35,7 @@ _TINY_ROWS, _TINY_SHARE = 10_000, 0.02
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SOURCE = "experiments/accuracy/README.md, Reddit"
+RAW_SOURCE = "experiments/accuracy/details.md, Reddit, raw ids"
 
 
 class Level(NamedTuple):
@@ -39,13 +43,16 @@ class Level(NamedTuple):
 
     storage: str
     fraction: float | None  # share of the rows that the cache has lines for; None: no cache
-    accuracy: dict[int, str]  # {dim: AUC minus that of float32}, as measured in SOURCE
+    # {dim: AUC minus that of float32 with a row for every id}, as measured in SOURCE or RAW_SOURCE
+    accuracy: dict[int, str]
+    admit_after: int | None = None  # of a pool; None: ids are row numbers
 
     @property
     def name(self) -> str:
         """The level in words."""
         cache = "" if self.fraction is None else f" + {self.fraction:.0%}"
-        return f"{self.storage}{cache}"
+        admitted = "" if self.admit_after is None else f", k = {self.admit_after}"
+        return f"{self.storage}{cache}{admitted}"
 
     def cache(self) -> CacheSpec | None:
         """The cache of a stack."""
@@ -66,6 +73,14 @@ LEVELS = (
     Level("int4", 0.01, {16: "-.0004 ± .0002", 64: "-.0003 ± .0003", 128: "-.0002 ± .0002"}),
     Level("int2", 0.05, {16: "-.0006 ± .0002", 64: "-.0004 ± .0002", 128: "-.0003 ± .0002"}),
 )
+RAW_LEVELS = (
+    Level("float32", None, {16: "+.0003 ± .0011", 64: "+.0001 ± .0020"}, 2),
+    Level("int8", 0.05, {16: "+.0003 ± .0011", 64: "+.0000 ± .0019"}, 2),
+    Level("int4", 0.05, {16: "+.0001 ± .0015", 64: "-.0001 ± .0021"}, 2),
+    Level("int4", 0.01, {16: "-.0002 ± .0014", 64: "-.0003 ± .0021"}, 2),
+    Level("int4", 0.05, {16: "-.0013 ± .0024", 64: "-.0011 ± .0033"}, 3),
+    Level("int4", 0.01, {16: "-.0017 ± .0021", 64: "-.0015 ± .0032"}, 3),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +95,11 @@ class Choice:
     temporary_bytes: int  # of one training step, beside the state; 0 without batch_shape
     accuracy: str
     reason: str
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes on each device in a step: the state and the temporaries."""
+        return self.device_bytes + self.temporary_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +118,7 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Bytes on each device: all states, and the temporaries of one step if they are known."""
-        return sum(choice.device_bytes + choice.temporary_bytes for choice in self.choices)
+        return sum(choice.step_bytes for choice in self.choices)
 
     @property
     def host_bytes(self) -> int:
@@ -110,12 +130,14 @@ class Plan:
         for choice in self.choices:
             spec = choice.spec
             cache = "" if spec.cache is None else f" + {spec.cache.fraction:.0%}"
+            pool = spec.vocabulary
+            admitted = "" if pool is None else f", k = {pool.admit_after}"
             lines.append(
                 (
                     choice.name,
                     f"{spec.num_rows:,}",
                     str(spec.embedding_dim),
-                    spec.storage.name + cache,
+                    spec.storage.name + cache + admitted,
                     f"{choice.device_bytes:,}",
                     f"{choice.host_bytes:,}",
                     choice.accuracy,
@@ -129,7 +151,12 @@ class Plan:
             text.append(f"temporaries of one step: {temporary:,} bytes")
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         text.append(f"{self.device_bytes:,} of {self.budget:,} bytes{each}")
-        text.append(f"accuracy: measured, {SOURCE}")
+        raw = [choice for choice in self.choices if choice.spec.vocabulary is not None]
+        if len(raw) < len(self.choices):
+            text.append(f"accuracy: measured, {SOURCE}")
+        if raw:
+            text.append(f"accuracy with k, against a row for every id: measured, {RAW_SOURCE}")
+            text.append("k: from its k-th occurrence on, a raw id has a row of its own")
         return "\n".join(text)
 
 
@@ -165,27 +192,41 @@ def plan(
     """Chooses stacks, formats, caches and placements for tables, within a budget of memory.
 
     Tables of one dim share a stack. Small tables of one dim share another stack, in float32, if
-    together they take little of the budget. Nothing is allocated.
+    together they take little of the budget. Tables of raw ids of one dim share a stack with a pool
+    of rows. Nothing is allocated.
+
+    A pool has a row for each id that occurs at least k times in the sample, and a tenth more,
+    because sets of rows do not fill evenly. It is rounded up to whole sets. A sample of a stream
+    sees only a part of all ids: the pool is for the ids of the sample. If the stream has more ids,
+    those that are used less share rows. Give a sample that is as long as what you train on, or
+    see `vocabularies.grow`.
 
     Args:
-      tables: {name: (rows, dim)}, or a sequence of (rows, dim).
+      tables: {name: (rows, dim)}, or a sequence of (rows, dim). (None, dim) is a table of raw ids,
+        as TableSpec(name) without a size. The tables of a sequence are named table0, table1, ...
       budget: bytes per device, a number or a text such as "16GB".
       tx: optax transformation for the rows.
       devices: the number of devices. They divide the rows of a stack, or each holds a copy.
-      ids: {table: sample of its ids, integers}. It shows which share of the ids the most used rows
-        get. INT4 with a cache of 5 % is left out where one of 1 % gets nearly as many of the ids.
+      ids: {table: sample of its ids}. It shows which share of the ids the most used rows get. INT4
+        with a cache of 5 % is left out where one of 1 % gets nearly as many of the ids. A table of
+        raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
+        nulls are padding. All other samples are integers.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
-        each stack is compiled, and its temporaries count. For one device only.
+        each stack is compiled, as by `report`, and its temporaries count. Those of all stacks are
+        added up. This is an upper bound for a program that trains all of them: in a step of bags,
+        XLA uses memory of one stack again for another. For one device only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
-        one device only. None: no host memory is used.
+        one device only. None: no host memory is used. Raw ids have no rows there.
 
     Returns:
       A Plan.
 
     Raises:
-      TypeError: if tables are neither a mapping nor a sequence.
-      ValueError: if a table or an argument is wrong; or if nothing fits. The message then says the
-        smallest budget that works.
+      TypeError: if tables are neither a mapping nor a sequence, or raw ids of a sample are neither
+        integers nor bytes nor strings.
+      ValueError: if a table or an argument is wrong; if a table of raw ids has no sample, or no id
+        of a stack of raw ids occurs twice; or if nothing fits. The message then says the smallest
+        budget that works.
     """
     sizes = _sizes(tables)
     limit = parse_bytes(budget)
@@ -197,22 +238,16 @@ def plan(
             "batch_shape and host_budget are for one device; leave them out, and leave room for "
             "the batch in the budget"
         )
-    samples = {name: np.asarray(sample).reshape(-1) for name, sample in (ids or {}).items()}
+    samples = dict(ids or {})
     if unknown := sorted(set(samples) - set(sizes)):
         raise ValueError(f"ids name tables {unknown}, which are not among {list(sizes)}")
-    stacks = _stacks(sizes, limit * devices)
+    stacks = _stacks(sizes, samples, limit * devices)
     bytes_of = _Bytes(stacks, tx, devices, batch_shape)
-    levels = {
-        name: _levels(name, stack, samples) if name not in stacks.tiny else [LEVELS[0]]
-        for name, stack in stacks.tables.items()
-    }
-    chosen = _fit(levels, bytes_of, limit, host_limit)
+    chosen = _fit(stacks, bytes_of, limit, host_limit)
     choices = []
     for name, (level, is_host) in chosen.items():
         choice = bytes_of(name, level, is_host)
-        reason = _reason(name, level, is_host, levels[name], name in stacks.tiny, choice)
-        hits = _hits(stacks.tables[name], samples, level.fraction)
-        reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
+        reason = _reason(stacks[name], level, is_host, choice)
         choices.append(dataclasses.replace(choice, reason=reason))
     return Plan(tuple(choices), limit, devices)
 
@@ -220,7 +255,7 @@ def plan(
 # --- tables and stacks
 
 
-def _sizes(tables: Any) -> dict[str, tuple[int, int]]:
+def _sizes(tables: Any) -> dict[str, tuple[int | None, int]]:
     if isinstance(tables, Mapping):
         found = dict(tables)
     elif isinstance(tables, Sequence) and not isinstance(tables, str):
@@ -229,12 +264,19 @@ def _sizes(tables: Any) -> dict[str, tuple[int, int]]:
         raise TypeError(
             f"tables must be {{name: (rows, dim)}} or a sequence of (rows, dim), got {tables!r}"
         )
-    sizes = {}
+    sizes: dict[str, tuple[int | None, int]] = {}
     for name, size in found.items():
-        if not isinstance(size, Sequence) or len(size) != 2 or any(int(n) != n for n in size):
-            raise ValueError(f"table {name!r} must be (rows, dim), got {size!r}")
-        rows, dim = (int(n) for n in size)
-        if not 1 <= rows < NO_ID or dim < 1:
+        if (
+            not isinstance(size, Sequence)
+            or len(size) != 2
+            or not (size[0] is None or _is_whole(size[0]))
+            or not _is_whole(size[1])
+        ):
+            raise ValueError(
+                f"table {name!r} must be (rows, dim), or (None, dim) for raw ids, got {size!r}"
+            )
+        rows, dim = None if size[0] is None else int(size[0]), int(size[1])
+        if not (rows is None or 1 <= rows < NO_ID) or dim < 1:
             raise ValueError(
                 f"table {name!r} must have 1 to {NO_ID - 1} rows and a dim of at least 1, got "
                 f"{rows} rows of dim {dim}"
@@ -245,74 +287,135 @@ def _sizes(tables: Any) -> dict[str, tuple[int, int]]:
     return sizes
 
 
-class _Stacks(NamedTuple):
-    tables: dict[str, tuple[TableSpec, ...]]
-    dims: dict[str, int]
-    tiny: frozenset[str]  # names of stacks of small tables
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int | float | np.number) and float(number).is_integer()
 
 
-def _stacks(sizes: dict[str, tuple[int, int]], limit: int) -> _Stacks:
-    """Divides the tables into stacks by dim, and separates small tables from large ones."""
-    small = {name for name, (rows, _) in sizes.items() if rows <= _TINY_ROWS}
-    if sum(4 * sizes[n][0] * sizes[n][1] for n in small) > _TINY_SHARE * limit:
-        small = set()
+class _Stack(NamedTuple):
+    """The tables of a stack, and what a sample says of them."""
+
+    tables: tuple[TableSpec, ...]
+    dim: int
+    levels: tuple[Level, ...]  # that the stack may have, the most accurate first
+    is_tiny: bool
+    is_raw: bool
+    use: np.ndarray  # i64 [ids of the samples]  occurrences of each, descending
+    num_sampled_rows: int  # rows of the tables that have samples; 0 for raw ids
+
+    def num_ids(self, admit_after: int) -> int:
+        """Returns how many ids of the samples occur at least `admit_after` times."""
+        return int(np.sum(self.use >= admit_after))
+
+    def vocabulary(self, level: Level) -> VocabularySpec | None:
+        """Returns the pool of a stack of raw ids at a level, of whole sets."""
+        if level.admit_after is None:
+            return None
+        num_rows = -(-11 * self.num_ids(level.admit_after) // 10)
+        ways = min(VocabularySpec.ways, num_rows)
+        sets = -(-num_rows // ways)
+        sets += -sets % groups_of(sets)
+        return VocabularySpec(sets * ways, level.admit_after)
+
+    def hits(self, level: Level) -> float | None:
+        """Returns the share of the sampled ids that the most used rows get, as many as have lines.
+
+        It is None without a cache or a sample.
+        """
+        if level.fraction is None or not self.use.size:
+            return None
+        pool = self.vocabulary(level)
+        num_rows = self.num_sampled_rows if pool is None else pool.num_rows
+        num_lines = max(1, int(level.fraction * num_rows))
+        return float(self.use[:num_lines].sum() / self.use.sum())
+
+    def is_idle(self, level: Level) -> bool:
+        """Returns whether a level is INT4 with 5 %, and 1 % gets nearly as many of the ids."""
+        few, many = (self.hits(level._replace(fraction=share)) for share in (0.01, 0.05))
+        is_large = level[:2] == ("int4", 0.05)
+        return is_large and few is not None and many is not None and many - few < 0.02
+
+
+def _stacks(
+    sizes: dict[str, tuple[int | None, int]], samples: dict[str, Any], limit: int
+) -> dict[str, _Stack]:
+    """Divides the tables into stacks by dim, and separates small tables and tables of raw ids."""
+    small = {
+        name: 4 * rows * dim
+        for name, (rows, dim) in sizes.items()
+        if rows is not None and rows <= _TINY_ROWS
+    }
+    if sum(small.values()) > _TINY_SHARE * limit:
+        small = {}
     tables: dict[str, list[TableSpec]] = {}
-    dims = {}
     for name, (rows, dim) in sizes.items():
-        stack = f"small{dim}" if name in small else f"dim{dim}"
-        tables.setdefault(stack, []).append(TableSpec(name, rows))
-        dims[stack] = dim
-    tiny = frozenset(stack for stack in tables if stack.startswith("small"))
-    return _Stacks({name: tuple(held) for name, held in tables.items()}, dims, tiny)
+        kind = "raw" if rows is None else "small" if name in small else "dim"
+        tables.setdefault(f"{kind}{dim}", []).append(TableSpec(name, rows))
+    return {
+        name: _stack(tuple(held), sizes[held[0].name][1], name.startswith("small"), samples)
+        for name, held in tables.items()
+    }
 
 
-def _hits(
-    tables: tuple[TableSpec, ...], samples: dict[str, np.ndarray], fraction: float | None
-) -> float | None:
-    """Returns the share of the sampled ids that the most used rows get.
-
-    Args:
-      tables: the tables of one stack.
-      samples: sampled ids of tables, by name.
-      fraction: which share of the rows counts as the most used; None without a cache.
-
-    Returns:
-      None without a cache or a sample.
-    """
-    known = [t for t in tables if t.name in samples and samples[t.name].size]
-    if fraction is None or not known:
-        return None
-    counts = [np.unique(samples[t.name], return_counts=True)[1] for t in known]
-    use = np.sort(np.concatenate(counts))[::-1]
-    num_lines = max(1, int(fraction * sum(size_of(t) for t in known)))
-    return float(use[:num_lines].sum() / use.sum())
-
-
-def _levels(
-    name: str, tables: tuple[TableSpec, ...], samples: dict[str, np.ndarray]
-) -> list[Level]:
-    """Returns the levels that a stack may have, the most accurate first."""
-    found = list(LEVELS)
-    few, many = (_hits(tables, samples, fraction) for fraction in (0.01, 0.05))
-    if few is not None and many is not None and many - few < 0.02:
-        found = [level for level in found if level[:2] != ("int4", 0.05)]
-    return found
+def _stack(
+    tables: tuple[TableSpec, ...], dim: int, is_tiny: bool, samples: dict[str, Any]
+) -> _Stack:
+    """Counts the sampled ids of a stack, and returns it with the levels that it may have."""
+    names = [table.name for table in tables]
+    is_raw = tables[0].vocabulary_size is None
+    num_sampled_rows = 0
+    if is_raw:
+        counts = [_raw_counts(name, number, samples) for number, name in enumerate(names)]
+    else:
+        known = [table for table in tables if np.size(samples.get(table.name, ()))]
+        counts = [np.unique(samples[table.name], return_counts=True)[1] for table in known]
+        num_sampled_rows = sum(map(size_of, known))
+    use = np.sort(np.concatenate([np.zeros(0, np.int64), *counts]))[::-1]
+    levels = RAW_LEVELS if is_raw else LEVELS[:1] if is_tiny else LEVELS
+    stack = _Stack(tables, dim, (), is_tiny, is_raw, use, num_sampled_rows)
+    if is_raw and not stack.num_ids(2):
+        raise ValueError(
+            f"no id occurs twice in the samples of {names}, so they do not show which ids earn a "
+            "row; give longer samples in ids"
+        )
+    # A k that no sampled id reaches would make a pool without rows.
+    possible = [n for n in levels if n.admit_after is None or stack.num_ids(n.admit_after)]
+    return stack._replace(levels=tuple(n for n in possible if not stack.is_idle(n)))
 
 
-def _reason(
-    name: str, level: Level, is_host: bool, levels: list[Level], is_tiny: bool, choice: Choice
-) -> str:
-    spec = choice.spec
-    if is_tiny:
-        return f"{len(spec.tables)} small tables, whose float32 rows cost little"
-    above = levels[: levels.index(level)]
-    reason = "float32 fits" if not above else f"{level.name} fits, {above[-1].name} does not"
+def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
+    """Returns how often each raw id of a table's sample occurs; two ids of one hash are one."""
+    if table not in samples:
+        raise ValueError(
+            f"table {table!r} has no rows, so its ids are raw: give a sample of them, "
+            f"ids={{{table!r}: integers, bytes or strings}}"
+        )
+    pairs = hashes.of_column(samples[table], table, number).reshape(-1, 2)
+    pairs = pairs[pairs[:, 0] != hashes.PADDING].astype(np.uint64)
+    return np.unique(pairs[:, 0] << np.uint64(32) | pairs[:, 1], return_counts=True)[1]
+
+
+def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
+    if stack.is_tiny:
+        return f"{len(stack.tables)} small tables, whose float32 rows cost little"
+    above = stack.levels[: stack.levels.index(level)]
+    reason = f"{level.name} fits" + (f", {above[-1].name} does not" if above else "")
     if is_host:
-        reason += " on the device" if above == levels[:1] else ""
+        reason += " on the device" if above == stack.levels[:1] else ""
         reason += "; its packed rows are in host memory, its cache is on the device"
+    if level.admit_after is not None:
+        pool = choice.spec.vocabulary
+        assert pool is not None
+        seen = " / ".join(f"{stack.num_ids(times):,}" for times in (1, 2, 3))
+        reason += (
+            f"; {seen} ids of the sample occur at least 1 / 2 / 3 times; the pool has "
+            f"{pool.num_rows:,} rows for those of k = {level.admit_after}, a tenth more in whole "
+            "sets"
+        )
     if choice.placement is not None:
         kind = choice.placement.kind
         reason += "; a copy on each device" if kind == "replicated" else f"; divided by {kind}"
+    hits = stack.hits(level)
+    reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
     return reason
 
 
@@ -324,7 +427,7 @@ class _Bytes:
 
     def __init__(
         self,
-        stacks: _Stacks,
+        stacks: dict[str, _Stack],
         tx: optax.GradientTransformation,
         devices: int,
         batch_shape: tuple[int, ...] | None,
@@ -341,13 +444,14 @@ class _Bytes:
         return self._known[key]
 
     def _made(self, name: str, level: Level, is_host: bool) -> Choice:
-        dim = self._stacks.dims[name]
+        stack = self._stacks[name]
         spec = EmbeddingSpec(
-            self._stacks.tables[name],
-            dim,
+            stack.tables,
+            stack.dim,
             level.storage,  # type: ignore[arg-type]  # a name is converted to a RowFormat
             level.cache(),
             memory_kind="pinned_host" if is_host else None,
+            vocabulary=stack.vocabulary(level),
         )
         placement = None
         host_bytes = temporary_bytes = 0
@@ -371,7 +475,7 @@ class _Bytes:
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             temporary_bytes=temporary_bytes,
-            accuracy=level.accuracy_at(dim),
+            accuracy=level.accuracy_at(stack.dim),
             reason="",
         )
 
@@ -397,7 +501,7 @@ def shard_bytes(
 _Chosen = dict[str, tuple[Level, bool]]
 
 
-def _fit(levels: dict[str, list[Level]], bytes_of: _Bytes, limit: int, host_limit: int) -> _Chosen:
+def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: int) -> _Chosen:
     """Returns the level of each stack, and whether its rows are in host memory.
 
     Raises:
@@ -406,7 +510,7 @@ def _fit(levels: dict[str, list[Level]], bytes_of: _Bytes, limit: int, host_limi
 
     def total(chosen: _Chosen) -> tuple[int, int]:
         held = [bytes_of(name, *choice) for name, choice in chosen.items()]
-        on_device = sum(choice.device_bytes + choice.temporary_bytes for choice in held)
+        on_device = sum(choice.step_bytes for choice in held)
         return on_device, sum(choice.host_bytes for choice in held)
 
     def fits(chosen: _Chosen) -> bool:
@@ -420,43 +524,45 @@ def _fit(levels: dict[str, list[Level]], bytes_of: _Bytes, limit: int, host_limi
 
     def smallest(name: str, is_host: bool) -> Level:
         own = _possible(levels[name], is_host)
-        return min(own, key=lambda level: bytes_of(name, level, is_host).device_bytes)
+        return min(own, key=lambda level: bytes_of(name, level, is_host).step_bytes)
 
     def tried_with(hosted: set[str]) -> list[_Chosen]:
         """Returns all stacks at each level in turn, then each stack at its smallest level."""
         found = [all_at(number, hosted) for number in range(1 if hosted else 0, num_levels)]
         return [*found, {name: (smallest(name, name in hosted), name in hosted) for name in levels}]
 
+    levels = {name: stack.levels for name, stack in stacks.items()}
     num_levels = max(len(own) for own in levels.values())
     # The largest stacks go to the host first.
     least = all_at(num_levels - 1, set())
     by_size = sorted(levels, key=lambda n: -bytes_of(n, *least[n]).device_bytes)
     by_size = [name for name in by_size if len(levels[name]) > 1]
-    counts = range(len(by_size) + 1 if host_limit else 1)
+    hostable = [name for name in by_size if not stacks[name].is_raw]
+    counts = range(len(hostable) + 1 if host_limit else 1)
     for num_hosted in counts:
-        for chosen in tried_with(set(by_size[:num_hosted])):
+        for chosen in tried_with(set(hostable[:num_hosted])):
             if fits(chosen):
                 return _improved(chosen, levels, by_size, fits)
-    tried = [total(chosen) for num in counts for chosen in tried_with(set(by_size[:num]))]
+    tried = [total(chosen) for num in counts for chosen in tried_with(set(hostable[:num]))]
     needed = min(on_device for on_device, on_host in tried if on_host <= host_limit)
     raise ValueError(
         f"nothing fits {limit:,} bytes per device; the smallest budget that works is {needed:,} "
         "bytes"
         + (
             ""
-            if host_limit
+            if host_limit or not hostable
             else " (or give host_budget=, so that packed rows may be in host memory)"
         )
     )
 
 
-def _possible(levels: list[Level], is_host: bool) -> list[Level]:
+def _possible(levels: tuple[Level, ...], is_host: bool) -> tuple[Level, ...]:
     """Returns the levels of a stack on the device or on the host: rows there are never float32."""
     return levels[1:] if is_host else levels
 
 
 def _improved(
-    chosen: _Chosen, levels: dict[str, list[Level]], by_size: list[str], fits: Any
+    chosen: _Chosen, levels: dict[str, tuple[Level, ...]], by_size: list[str], fits: Any
 ) -> _Chosen:
     """Gives stacks better levels as long as all stacks fit, the smallest stack first."""
     for name in reversed(by_size):

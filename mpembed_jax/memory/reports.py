@@ -15,7 +15,7 @@ import optax
 
 from mpembed_jax import ops
 from mpembed_jax.cache.spec import Geometry
-from mpembed_jax.embedding import pooling, step
+from mpembed_jax.embedding import vectors
 from mpembed_jax.embedding.state import EmbeddingState, assemble, check_spec
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.optim.row_state import init_rows
@@ -102,7 +102,10 @@ class Report:
 
 
 def state_shapes(
-    spec: EmbeddingSpec, tx: optax.GradientTransformation, layout: Layout | None = None
+    spec: EmbeddingSpec,
+    tx: optax.GradientTransformation,
+    layout: Layout | None = None,
+    implementation: ops.Named | None = None,
 ) -> EmbeddingState:
     """Returns the abstract state (jax.ShapeDtypeStructs) of a stack, or of one shard of it.
 
@@ -112,6 +115,7 @@ def state_shapes(
       spec: the stack.
       tx: optax transformation for the rows.
       layout: the layout whose shard is described; None for a stack on one device.
+      implementation: as in init.
 
     Raises:
       TypeError: if tx is not an optax transformation.
@@ -122,7 +126,7 @@ def state_shapes(
 
     def made(key: jax.Array) -> EmbeddingState:
         rows = jnp.zeros((num_rows, fmt.row_words(dim)), fmt.word_dtype(dim))
-        chosen = ops.choose(None, is_abstract=True)
+        chosen = ops.choose(implementation, is_abstract=True)
         return assemble(key, spec, tx, chosen, QuantizedTable(rows, fmt, dim), layout)
 
     return jax.eval_shape(made, jax.ShapeDtypeStruct((2,), jnp.uint32))
@@ -132,22 +136,33 @@ def report(
     spec: EmbeddingSpec,
     tx: optax.GradientTransformation,
     batch_shape: tuple[int, ...] | None = None,
+    *,
+    implementation: ops.Named | None = None,
 ) -> Report:
     """Counts the bytes of a stack on one device before it is made.
+
+    The peak is that of `embed` and `apply_pooled_gradients` in one jitted step that donates the
+    state, as XLA plans it. It holds the state, the ids, the vectors, their gradients and what the
+    two verbs need beside them. It does not hold the arrays of your model. Where the two verbs run
+    natively (see `embedding.vectors`), this is the smaller of two peaks: a step of `prefetch`,
+    `lookup` and `apply_gradients`, also that of a module without fused=True, holds rows and their
+    gradients as well, two arrays float32 [U, D].
 
     Args:
       spec: the stack.
       tx: optax transformation for the rows.
-      batch_shape: shape of the ids of one batch, such as (B, T); for raw ids, without the axis of
-        the pairs. If given, one training step is compiled for the default device, to find its peak
-        memory.
+      batch_shape: shape of the ids of one batch; for raw ids, without the axis of the pairs.
+        (B, T): there is a vector for each id. (B, T, L): there is a vector for each bag of L ids;
+        for a vector of each of the L ids, give (B * L, T). If given, one training step is compiled
+        for the default device, to find its peak memory.
+      implementation: as in init.
 
     Returns:
       A Report. Its total is `nbytes` of the state that init makes.
 
     Raises:
       TypeError: if spec, tx or batch_shape has another type.
-      ValueError: if tx cannot work on gathered rows.
+      ValueError: if tx cannot work on gathered rows, or implementation is unknown.
     """
     check_spec("memory.report(spec, tx, batch_shape)", spec)
     if batch_shape is not None and not isinstance(batch_shape, tuple | list):
@@ -155,7 +170,7 @@ def report(
             "batch_shape must be the shape of a batch's ids, such as (2048, 26), got "
             f"{batch_shape!r}"
         )
-    state = state_shapes(spec, tx)
+    state = state_shapes(spec, tx, implementation=implementation)
     cache = state.cache
     components = {
         "table": nbytes(state.table),
@@ -188,17 +203,25 @@ def report(
 def _step_peak(
     state: EmbeddingState, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]
 ) -> int:
-    def train_step(state: Any, ids: jax.Array, grads: jax.Array) -> Any:
-        state, plan = step.prefetch(state, ids)
-        rows = step.lookup(state, plan)
-        row_grads = jax.grad(lambda rows: jnp.sum(pooling.pool(rows, plan.inverse) * grads))(rows)
-        return step.apply_gradients(state, plan, rows, row_grads, tx=tx)
+    combiner = "sum" if len(batch_shape) > 2 else None
+    dim = state.spec.embedding_dim
+    lead = batch_shape if combiner is None else batch_shape[:-1]
+
+    def train_step(state: Any, weights: jax.Array, ids: jax.Array) -> Any:
+        state, plan, found = vectors.embed(state, ids, combiner=combiner, tx=tx)
+
+        def loss(weights: jax.Array, found: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(found.reshape(*lead[:1], -1) @ weights))
+
+        # The gradient of the weights needs the vectors, as those of a model do.
+        grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, found)
+        return vectors.apply_pooled_gradients(state, plan, vector_grads, tx=tx), grads
 
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
     if state.spec.vocabulary is not None:
         ids = jax.ShapeDtypeStruct((*batch_shape, 2), jnp.uint32)
-    grads = jax.ShapeDtypeStruct((*batch_shape, state.spec.embedding_dim), jnp.float32)
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, ids, grads).compile()
+    weights = jax.ShapeDtypeStruct((math.prod(lead[1:]) * dim, 1), jnp.float32)
+    compiled = jax.jit(train_step, donate_argnums=0).lower(state, weights, ids).compile()
     sizes: Any = compiled.memory_analysis()
     return (
         sizes.argument_size_in_bytes

@@ -1,11 +1,12 @@
 """The report of a spec equals the arrays of its live state, byte for byte.
 
-It says what float32 would take.
+It says what float32 would take. The peak that it predicts is that of a training step.
 """
 
 from typing import Any, NamedTuple
 
 import jax
+import peaks
 import pytest
 from cases import named
 
@@ -93,3 +94,34 @@ def test_the_peak_holds_the_state_once_and_the_batch():
     assert f"{report.total:,} B" in text
     assert f"{report.geometry.lines:,} lines" in text
     assert f"{report.ratio:.2f}x without" in text
+
+
+class Batch(NamedTuple):
+    """The shape of a batch's ids, and what they are trained with."""
+
+    shape: tuple[int, ...]
+    implementation: str
+    cache: CacheSpec | None = CacheSpec(0.05)
+    tx: Any = mpembed.optim.rowwise_adagrad(0.1)
+
+
+BATCHES = {
+    "ids, numba": Batch((2048, 2), "numba"),
+    "bags, numba": Batch((512, 2, 20), "numba"),
+    "bags, numba, no cache": Batch((512, 2, 20), "numba", cache=None),
+    "bags, numba, no rule": Batch((512, 2, 20), "numba", tx=mpembed.optim.rowwise_adam(0.1)),
+    "ids, xla": Batch((2048, 2), "xla"),
+    "bags, xla": Batch((512, 2, 20), "xla"),
+    "bags, xla, no rule": Batch((512, 2, 20), "xla", tx=mpembed.optim.rowwise_adam(0.1)),
+    "bags, chunks": Batch((512, 2, 20), "xla_chunked"),
+}
+
+
+@pytest.mark.parametrize("batch", named(BATCHES, fast={"ids, numba", "bags, numba"}))
+def test_the_temporaries_are_those_of_a_training_step(batch):
+    if batch.implementation == "numba":
+        pytest.importorskip("numba")
+    spec = mpembed.EmbeddingSpec(TABLES, 32, "int8", batch.cache)
+    report = mpembed.memory.report(spec, batch.tx, batch.shape, implementation=batch.implementation)
+    measured = peaks.of_training([spec], batch.tx, batch.shape, batch.implementation)
+    assert report.step_peak_bytes - report.total == pytest.approx(measured - report.total, rel=0.1)
