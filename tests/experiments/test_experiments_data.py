@@ -524,11 +524,10 @@ def test_raw_ids_train_in_a_pool_of_fewer_rows(tmp_path):
 
 @pytest.mark.slow
 @OPTAX_ADAM
-@pytest.mark.parametrize("row_gradients", [False, True])
-def test_raw_posts_train_beside_numbered_ones(made_up_posts, tmp_path, row_gradients):
+def test_raw_posts_train_beside_numbered_ones(made_up_posts, tmp_path):
     settings = train_dlrm.Settings(
         data="reddit", path=made_up_posts, ids="raw", pool_rows=100, batch_size=64,
-        cache_fraction=0.3, row_gradients=row_gradients, out=tmp_path,
+        cache_fraction=0.3, out=tmp_path,
     )  # fmt: skip
     full, ours, _ = train_dlrm.run(settings)["outcomes"]
     assert full["contender"]["pool_rows"] == 0 and ours["contender"]["pool_rows"] == 100
