@@ -8,7 +8,6 @@ import polars as pl
 import mpembed_jax as mpembed
 from experiments.data import batches
 from mpembed_jax import NO_ID
-from mpembed_jax.vocabulary import hashes
 
 
 def numbered(values: pl.Series) -> tuple[np.ndarray, int]:
@@ -54,7 +53,8 @@ def hashed(columns: dict[str, pl.Series], length: int) -> dict[str, np.ndarray]:
             pairs |= spec.raw_ids({name: values})
             continue
         is_value, flat = _flat(values, length)
-        pairs[name] = np.full((*is_value.shape, 2), hashes.PADDING, np.uint32)
+        padding = spec.raw_ids({name: [None]})[name]  # u32 [1, 2]
+        pairs[name] = np.tile(padding, (*is_value.shape, 1))
         pairs[name][is_value] = spec.raw_ids({name: flat})[name]
     return pairs
 
