@@ -12,9 +12,13 @@ output folder, and a projection of one full Criteo-Kaggle epoch. From the reposi
     python -m experiments.train_dlrm --data reddit --path FILE --seeds 0 1 2
     python -m experiments.train_dlrm --data movielens --seeds 0 1 2
     python -m experiments.train_dlrm --ids raw --admit-after 2 --pool-rows 200000
+    python -m experiments.train_dlrm --data criteo --path ~/criteo --ids raw --pool-rows 4000000
 
 With `--ids raw`, our run does not use the ids as row numbers: they are hashed, and earn rows of a
-pool while training. FP32 has a row for every id, as before.
+pool while training. They are what the data have: the words of Criteo's text, the names and integers
+of posts and ratings; the twin has numbers only. FP32 has a row for every id, as before, and
+therefore posts and ratings are numbered for it. The words of Criteo's text are neither counted nor
+numbered: FP32 then has the rows of the same pool.
 """
 
 import dataclasses
@@ -100,7 +104,9 @@ class Settings:
         only={"data": WITH_DENSE},
     )
     ids: Literal["dense", "raw"] = setting(
-        "dense", "Whether ids are row numbers, or raw: they earn rows of one pool while training."
+        "dense",
+        "Whether ids are row numbers, or raw: as the data have them, they earn rows of one pool "
+        "while training.",
     )
     admit_after: int = setting(
         2,
@@ -116,7 +122,7 @@ class Settings:
         "ROWS",
         at_least=1,
         at_most=(2**31 - 1) // 3,  # a sketch of 3 bytes for each row
-        shown="a third of all ids",
+        shown="a third of all ids; none for criteo, whose raw ids are not counted",
         only={"ids": ("raw",)},
     )
     max_unique_ids: int | None = setting(
@@ -173,7 +179,9 @@ class Settings:
         only={"data": ("synthetic", "movielens")},
     )
     mapping: Literal["dictionary", "hash"] = setting(
-        "dictionary", "How categories become ids.", only={"data": ("criteo",)}
+        "dictionary",
+        "How categories become ids.",
+        only={"data": ("criteo",), "ids": ("dense",)},
     )
     min_count: int = setting(
         1,
@@ -181,7 +189,7 @@ class Settings:
         "TIMES",
         at_least=1,
         at_most=MAX_SEED,
-        only={"data": ("criteo",), "mapping": ("dictionary",)},
+        only={"data": ("criteo",), "ids": ("dense",), "mapping": ("dictionary",)},
     )
     hash_size: int = setting(
         1_000_000,
@@ -189,7 +197,7 @@ class Settings:
         "IDS",
         at_least=3,
         at_most=MAX_SEED // 26,
-        only={"data": ("criteo",), "mapping": ("hash",)},
+        only={"data": ("criteo",), "ids": ("dense",), "mapping": ("hash",)},
     )
     max_bad_lines: int = setting(
         100,
@@ -222,12 +230,21 @@ class Settings:
     resume: bool = setting(False, "Go on with the unfinished run of these settings in --out.")
 
 
+UNCOUNTED = (
+    " Raw ids of Criteo's text are not counted, so no run can have a row for each. The FP32 run "
+    "has the rows of the same pool, and ratios relate to these rows."
+)
 NOT_OF_THE_RUN = ("out", "save_every", "resume", "cache_dir")  # may change when a run goes on
 
 
 def unfinished_in(settings: Settings) -> Path:
     """Returns the folder in which a run is saved until it is finished."""
     return settings.out / f"{settings.data}_unfinished"
+
+
+def is_uncounted(settings: Settings) -> bool:
+    """Says whether the sizes of the tables are not known: raw words of Criteo's text."""
+    return settings.data == "criteo" and settings.ids == "raw"
 
 
 def make_source(settings: Settings, log: Any = print) -> Any:
@@ -237,7 +254,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
       Refused: if a file is missing or is not what it should be, or leaves nothing to train on.
     """
     check_data(settings)
-    rows = settings.num_rows
+    rows, raw = settings.num_rows, settings.ids == "raw"
     match settings.data:
         case "synthetic":
             rows = 800_000 if rows is None else rows
@@ -247,13 +264,17 @@ def make_source(settings: Settings, log: Any = print) -> Any:
             return synthetic.CriteoTwin(rows, settings.scale, settings.data_seed)
         case "reddit":
             with command_line.reading("--path", settings.path, ValueError):
-                return reddit.RedditPosts(settings.path, rows, in_time_order=settings.in_time_order)
+                return reddit.RedditPosts(
+                    settings.path, rows, in_time_order=settings.in_time_order, raw=raw
+                )
         case "movielens":
             # tensorflow-datasets is needed for these two only
             from experiments.data import movielens
 
             with command_line.reading("--data", "movielens", ValueError, RuntimeError):
-                return movielens.MovielensRatings(settings.cache_dir, rows, settings.data_seed, log)
+                return movielens.MovielensRatings(
+                    settings.cache_dir, rows, settings.data_seed, log, raw=raw
+                )
         case "criteo":
             from experiments.data import criteo
 
@@ -261,7 +282,7 @@ def make_source(settings: Settings, log: Any = print) -> Any:
                 return criteo.CriteoLog(
                     settings.path,
                     cache_dir=settings.cache_dir,
-                    mapping=settings.mapping,
+                    mapping="raw" if raw else settings.mapping,
                     min_count=settings.min_count,
                     hash_size=settings.hash_size,
                     max_bad_lines=settings.max_bad_lines,
@@ -293,7 +314,10 @@ def make_recipe(settings: Any) -> training.Recipe:
 def make_contenders(
     settings: Settings, source: Any, recipe: training.Recipe
 ) -> list[training.Contender]:
-    """Returns FP32, ours, and FP32 of as many bytes."""
+    """Returns FP32, ours, and FP32 of as many bytes.
+
+    FP32 has a row for every id. If ids are not counted, it has the pool of ours.
+    """
     cached = (
         f" + {100 * settings.cache_fraction:.3g} %" if settings.cache_fraction else ", no cache"
     )
@@ -307,7 +331,13 @@ def make_contenders(
         settings.rounding,
         settings.policy, settings.ways, pool_rows=pool_rows, admit_after=settings.admit_after,
     )  # fmt: skip
-    contenders = [training.FP32, ours]
+    plain = training.FP32
+    if is_uncounted(settings):
+        plain = training.Contender(
+            f"FP32{raw}", "float32", 0.0, ways=settings.ways, pool_rows=pool_rows,
+            admit_after=settings.admit_after,
+        )  # fmt: skip
+    contenders = [plain, ours]
     if settings.hashed_baseline:
         contenders.append(training.hashed_of_equal_bytes(source, ours, recipe))
     return contenders
@@ -329,6 +359,11 @@ def check(settings: Settings) -> None:
         raise command_line.Refused(
             f"--rounding is {settings.rounding}, but FP32 rows are not rounded, and this run has "
             f"--storage float32"
+        )
+    if is_uncounted(settings) and settings.pool_rows is None:
+        raise command_line.Refused(
+            "--pool-rows is missing: it has no default with --data criteo, whose raw ids are not "
+            "counted"
         )
     check_data(settings)
     command_line.check_out(settings.out, is_file=False)
@@ -451,9 +486,11 @@ def run(settings: Settings) -> dict[str, Any]:
         others = "--pool-rows, " if settings.ids == "raw" else ""
         others += "--scale, --hidden, --num-rows or --batch-size"
         check_memory(source, contenders, recipe, others)
+    ids = f"with {sum(source.tables.values()):,} ids"
+    ids = "of raw ids" if is_uncounted(settings) else ids
     console.print(
         f"{source.name}: {source.num_train:,} training and {source.num_test:,} test rows, "
-        f"{len(source.tables)} tables with {sum(source.tables.values()):,} ids, "
+        f"{len(source.tables)} tables {ids}, "
         f"D = {recipe.embedding_dim}, batches of {recipe.batch_size:,}"
     )
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -480,7 +517,9 @@ def report(
         source.num_dense > 0
     )  # reddit and movielens: no epoch of Criteo's to project to
     table = reporting.make_table(
-        outcomes, f"{source.name}, {len(settings.seeds)} seed(s), one pass"
+        outcomes,
+        f"{source.name}, {len(settings.seeds)} seed(s), one pass",
+        UNCOUNTED if is_uncounted(settings) else "",
     )
     console.print(table)
     reporting.print_advice(console, outcomes, Settings)

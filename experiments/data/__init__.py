@@ -7,4 +7,8 @@ i32 [B] or [B, L]} or i32 [B, T], "label": f32 [B]}` whose ids are local to thei
 with `NO_ID`. Training batches are shuffled by the seed, another way in each epoch, and all full; a
 run that has taken `start` of them resumes with the next one. Test batches may be short. Only
 `movielens` downloads anything, once.
+
+Criteo's words as they are, not counted, are ids u32 [B, T] of tables of 2^32 ids, without padding.
+Posts and ratings that are opened with `raw` add "pairs" to each batch: {feature: u32 [B, 2] or
+[B, L, 2]}, their names and integers as `spec.raw_ids` hashes them.
 """

@@ -3,11 +3,12 @@
 The text, plain or gzipped, lies in a user's folder. The text (11 GB) is read once into a dataset of
 tensorflow-datasets beside it (criteo_kaggle.py says how it is split and stored); runs with the same
 file start from that. Ids are numbered by a dictionary of the training days, stored as a second
-dataset per minimum count, or hashed as they are read. A file that has changed since is another
-file: it is prepared anew, in another folder. Nothing here downloads the data. Bad lines are
-reported by file and line number.
+dataset per minimum count, or hashed as they are read, or left as the text has them: 8 hex digits
+are a 32-bit word. A file that has changed since is another file: it is prepared anew, in another
+folder. Nothing here downloads the data. Bad lines are reported by file and line number.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,28 +27,26 @@ from experiments.data.criteo_kaggle import (
 )
 from experiments.data.prepared import SIZES, BlockSplit, Sizes, described, prepared
 
+NUM_WORDS = 1 << 32  # that 8 hex digits can be
 HOLDOUTS = {"test": ("test",), "validation": ("validation",), "day": ("validation", "test")}
 
 
-class Hashed:
-    """Blocks whose categories are hashed to ids as they are read.
+class Mapped:
+    """Blocks whose categories become ids as they are read.
 
     Args:
       blocks: of the raw config.
-      hash_size: ids per column.
+      ids_of: returns the ids [n, 26] of categories u32 [n, 26].
     """
 
-    def __init__(self, blocks: batches.Blocks, hash_size: int):
+    def __init__(self, blocks: batches.Blocks, ids_of: Callable[[np.ndarray], np.ndarray]):
         self.num_rows, self.block_rows = blocks.num_rows, blocks.block_rows
-        self._blocks, self._hash_size = blocks, hash_size
+        self._blocks, self._ids_of = blocks, ids_of
 
     def read(self, numbers: Sequence[int]) -> list[batches.Arrays]:
         """Returns the blocks with these numbers."""
         read = self._blocks.read(numbers)
-        return [
-            {**b, "ids": numbering.number_by_hash(b.pop("categories"), self._hash_size)}
-            for b in read
-        ]
+        return [{"ids": self._ids_of(b.pop("categories")), **b} for b in read]
 
 
 class CriteoLog:
@@ -56,7 +55,8 @@ class CriteoLog:
     Args:
       path: train.txt, train.txt.gz, or the folder that holds one.
       cache_dir: where the datasets go; None: `mpembed_cache` in the folder of the text.
-      mapping: "dictionary" or "hash".
+      mapping: "dictionary", "hash", or "raw": the words of the text, u32, 0 for missing ones.
+        Nothing counts or numbers them.
       min_count: dictionary: values seen fewer times in training share one id.
       hash_size: hash: vocabulary size of every table.
       max_bad_lines: bad lines skipped before giving up.
@@ -80,7 +80,7 @@ class CriteoLog:
         path: Path | str,
         *,
         cache_dir: Path | str | None = None,
-        mapping: Literal["dictionary", "hash"] = "dictionary",
+        mapping: Literal["dictionary", "hash", "raw"] = "dictionary",
         min_count: int = 1,
         hash_size: int = 1_000_000,
         max_bad_lines: int = 100,
@@ -89,10 +89,11 @@ class CriteoLog:
         log: Callable[[str], None] = print,
         sizes: Sizes = SIZES,
     ):
-        if mapping not in ("dictionary", "hash") or min_count < 1 or not 3 <= hash_size < 2**31 - 1:
+        is_known = mapping in ("dictionary", "hash", "raw")
+        if not is_known or min_count < 1 or not 3 <= hash_size < 2**31 - 1:
             raise ValueError(
-                'mapping must be "dictionary" with min_count >= 1 or "hash" with 3 <= hash_size '
-                "< 2**31 - 1, "
+                'mapping must be "raw", "dictionary" with min_count >= 1 or "hash" with 3 <= '
+                "hash_size < 2**31 - 1, "
                 f"got {mapping!r}, min_count={min_count}, hash_size={hash_size}"
             )
         file = find(path)
@@ -100,7 +101,8 @@ class CriteoLog:
             " ".join(map(str, [*fingerprint(file), max_rows])).encode()
         ).hexdigest()[:16]
         folder = Path(cache_dir or file.parent / "mpembed_cache") / key
-        config = criteo_kaggle.RAW if mapping == "hash" else criteo_kaggle.by_dictionary(min_count)
+        is_numbered = mapping == "dictionary"
+        config = criteo_kaggle.by_dictionary(min_count) if is_numbered else criteo_kaggle.RAW
 
         def make() -> CriteoKaggle:
             options = {"max_bad_lines": max_bad_lines, "max_rows": max_rows, "log": log}
@@ -116,9 +118,9 @@ class CriteoLog:
                 for number, reason in builder.info.metadata["bad_lines"]
             ]
             self.tables: dict[str, int] = (
-                dict.fromkeys(CATEGORIES, hash_size)
-                if mapping == "hash"
-                else _tables(builder.info.metadata["tables"])
+                _tables(builder.info.metadata["tables"])
+                if is_numbered
+                else dict.fromkeys(CATEGORIES, hash_size if mapping == "hash" else NUM_WORDS)
             )
         if len(self.bad_lines) > max_bad_lines:
             raise BadLinesError(
@@ -130,8 +132,12 @@ class CriteoLog:
             log(f"{len(self.bad_lines)} bad lines skipped:\n{quote(file, self.bad_lines)}")
 
         def blocks(split: str) -> batches.Blocks:
-            if mapping == "hash":
-                return Hashed(BlockSplit(builder, split), hash_size)
+            match mapping:
+                case "raw":
+                    return Mapped(BlockSplit(builder, split), lambda words: words)
+                case "hash":
+                    by_hash = functools.partial(numbering.number_by_hash, hash_size=hash_size)
+                    return Mapped(BlockSplit(builder, split), by_hash)
             return BlockSplit(builder, split, {"ids": np.array(list(self.tables.values()))})
 
         self._blocks_together = sizes.blocks_together

@@ -29,7 +29,7 @@ import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.structured import movielens_parsing
 
-from experiments.data.in_memory import InMemory, numbered, numbered_bags
+from experiments.data.in_memory import InMemory, hashed, numbered, numbered_bags
 from experiments.data.prepared import is_whole, prepared
 
 SINGLES = {
@@ -213,6 +213,7 @@ class MovielensRatings(InMemory):
       split_seed: which rows train and which test.
       log: takes lines of progress.
       archive: what to download.
+      raw: batches also have the pairs of MovieLens' own ids, names and codes; 70 MB more.
     """
 
     name = "movielens"
@@ -225,6 +226,8 @@ class MovielensRatings(InMemory):
         split_seed: int = 0,
         log: Callable[[str], None] = print,
         archive: Archive = ML_1M,
+        *,
+        raw: bool = False,
     ):
         ratings = read(data_dir, log, archive).filter(pl.col("user_rating") != 3)
         ratings = ratings[np.random.default_rng(split_seed).permutation(len(ratings))[:num_rows]]
@@ -233,4 +236,11 @@ class MovielensRatings(InMemory):
             ids[name], self.tables[name] = numbered(ratings[column])
         ids["genres"], self.tables["genres"] = numbered_bags(ratings["movie_genres"], MAX_GENRES)
         label = (ratings["user_rating"] > 3).cast(pl.Float32).to_numpy()
-        super().__init__(label, ids, len(ratings) - len(ratings) // 10)
+        pairs = None
+        if raw:
+            columns = {name: ratings[column] for name, column in SINGLES.items()}
+            # Stored as bool and float; raw ids are integers.
+            columns["gender"] = columns["gender"].cast(pl.Int8)
+            columns["age"] = columns["age"].cast(pl.Int16)
+            pairs = hashed(columns | {"genres": ratings["movie_genres"]}, MAX_GENRES)
+        super().__init__(label, ids, len(ratings) - len(ratings) // 10, pairs)

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from experiments.data import batches
-from experiments.data.in_memory import InMemory, numbered, numbered_bags
+from experiments.data.in_memory import InMemory, hashed, numbered, numbered_bags
 
 FILE = Path("reddit") / "posts_before_2012-07.parquet"
 COLUMNS = ("created_utc", "subreddit", "domain", "is_self", "title", "num_comments")
@@ -92,6 +92,7 @@ class RedditPosts(InMemory):
         keeps all.
       in_time_order: train on the posts as they came, whatever the seed; the ids then drift while
         training.
+      raw: batches also have the pairs of the names, words and integers themselves; 100 MB more.
     """
 
     name = "reddit"
@@ -103,13 +104,14 @@ class RedditPosts(InMemory):
         num_rows: int | None = None,
         *,
         in_time_order: bool = False,
+        raw: bool = False,
     ):
         self.in_time_order = in_time_order
         check(path)
         with _told(find(path)):
-            self._read(path, num_rows)
+            self._read(path, num_rows, raw)
 
-    def _read(self, path: Path | str | None, num_rows: int | None) -> None:
+    def _read(self, path: Path | str | None, num_rows: int | None, raw: bool) -> None:
         posts = pl.read_parquet(find(path)).sort("created_utc", maintain_order=True)
         if num_rows is not None:
             is_train = pl.col("created_utc") < TEST_FROM
@@ -132,7 +134,9 @@ class RedditPosts(InMemory):
             ids[name], self.tables[name] = posts[name].to_numpy().astype(np.int32), size
         ids["title"], self.tables["title"] = numbered_bags(posts["words"], MAX_TOKENS)
         label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
-        super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()))
+        columns = {name: posts[name] for name in SINGLES} | {"title": posts["words"]}
+        pairs = hashed(columns, MAX_TOKENS) if raw else None
+        super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()), pairs)
 
     def train(
         self, batch_size: int, seed: int = 0, start: int = 0, num_epochs: int = 1

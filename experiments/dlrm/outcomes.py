@@ -28,8 +28,8 @@ class Outcome:
     normalized_entropy: float  # log loss over the entropy of the test set's base rate
     embedding_bytes: int  # every array of the embedding state but the optimizer's
     row_state_bytes: int  # the optimizer's
-    bytes_per_row: float  # embedding_bytes over the rows of the source's tables
-    ratio: float  # float32 tables of the source over embedding_bytes
+    bytes_per_row: float  # embedding_bytes over the rows of the FP32 run
+    ratio: float  # float32 rows, as many as the FP32 run has, over embedding_bytes
     ratio_with_row_state: float  # the same with the optimizer's state on both sides
     # hit_rate and the next three are those of the first stack.
     hit_rate: float  # share of requests found in the cache while training
@@ -102,7 +102,7 @@ def measure(
       job: what trained it.
       fitted: from training.fit.
       source: gives the test rows.
-      plain: the spec of the source's tables in float32 without a cache, to which ratios relate.
+      plain: the spec of float32 rows without a cache, to which ratios relate.
       batch_size: rows per prediction.
       on_batch: see evaluate.
 

@@ -146,10 +146,10 @@ def bars(
         print(found.line(), flush=True)
 
 
-def make_table(outcomes: list[Outcome], title: str) -> Table:
+def make_table(outcomes: list[Outcome], title: str, note: str = "") -> Table:
     """Returns a rich table, one line per contender, with means over seeds.
 
-    With several seeds, it also has AUC differences per seed.
+    With several seeds, it also has AUC differences per seed. `note` ends its caption.
     """
     several = len({o.seed for o in outcomes}) > 1
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -185,7 +185,7 @@ def make_table(outcomes: list[Outcome], title: str) -> Table:
         "optimizer's row state on both sides. hits: share of all ids that were in the cache. "
         "bypass: share of a batch's distinct ids that found no cache line and were trained in the "
         "table; most are rare ids, and dAUC shows what it cost. ms: per step."
-    )
+    ) + note
     return table
 
 

@@ -112,28 +112,35 @@ def init(
     )
 
 
-def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
-    """Maps local ids (i32 [B, T] or {feature: i32 [..]}) to rows of a stack.
+def global_ids(batch: dict, tables: dict[str, int], spec: mpembed.EmbeddingSpec) -> Any:
+    """Maps a batch's ids (i32 [B, T] or {feature: i32 [..]}) to rows of a stack.
 
-    Ids are hashed where the stack's tables are smaller.
+    Ids are hashed where the stack's tables are smaller. Words (u32 [B, T]) always are.
 
     Args:
-      ids: of all tables.
+      batch: of a source; has the ids of all tables.
       tables: the source's sizes; their order is that of the columns of [B, T].
       spec: of a stack of some of these tables.
 
     Returns:
       i32 [B, T of the stack] or {feature of the stack: i32 [..]}. For a stack with a vocabulary,
-      pairs: u32 [.., 2] instead of i32 [..].
+      pairs: u32 [.., 2] instead of i32 [..]. They are those of the batch, if it has some.
     """
+    ids = batch["ids"]
     if spec.vocabulary is not None:
+        if "pairs" in batch:
+            return batch["pairs"]
+        if not isinstance(ids, dict) and ids.dtype == jnp.uint32:
+            return spec.raw_ids(ids)  # the number of the padding is a word like any other
         return spec.raw_ids(ids, jax.tree.map(lambda leaf: leaf != mpembed.NO_ID, ids))
     names = [t.name for t in spec.tables]
-    full = np.array([tables[name] for name in names], np.int32)
+    full = np.array([tables[name] for name in names], np.int64)
     size = np.array([t.vocabulary_size for t in spec.tables], np.int32)
 
     def shrink(ids: jax.Array, full: Any, size: Any) -> jax.Array:
         hashed = (fmix32(ids.astype(jnp.uint32)) % size.astype(np.uint32)).astype(jnp.int32)
+        if ids.dtype == jnp.uint32:
+            return hashed
         return jnp.where((size < full) & (ids != mpembed.NO_ID), hashed, ids)
 
     if isinstance(ids, dict):
@@ -146,15 +153,20 @@ def global_ids(ids: Any, tables: dict[str, int], spec: mpembed.EmbeddingSpec) ->
     return spec.global_ids(shrink(ids, full, size))
 
 
+def _axis(ids: jax.Array) -> int:
+    """Returns the last axis of ids. Pairs, u32 [.., 2], have the axis of their words behind it."""
+    return -2 if ids.dtype == jnp.uint32 else -1
+
+
 def _split(ids: Any, bags: Sequence[str]) -> tuple[list[Any], list[Any]]:
     """Separates features with one id, as one [B, T] array or none, from bags [B, L].
 
-    Dicts are taken in sorted order.
+    Dicts are taken in sorted order. Ids may be pairs.
     """
     if not isinstance(ids, dict):
         return [ids], []
     singles = [ids[name] for name in sorted(ids) if name not in bags]
-    return [jnp.stack(singles, axis=-1)] if singles else [], [
+    return [jnp.stack(singles, axis=_axis(singles[0]))] if singles else [], [
         ids[name] for name in sorted(bags) if name in ids
     ]
 
@@ -188,7 +200,8 @@ def embed(
     if not bagged:
         return mpembed.embed(state, singles, tx=tx)
     # A feature with one id is a bag of one id.
-    return mpembed.embed(state, [s[..., None] for s in singles] + bagged, combiner="mean", tx=tx)
+    singles = [jnp.expand_dims(s, _axis(s)) for s in singles]
+    return mpembed.embed(state, singles + bagged, combiner="mean", tx=tx)
 
 
 def joined(vectors: list[jax.Array]) -> jax.Array:
@@ -207,9 +220,10 @@ def read(rows_of: Callable[[jax.Array], jax.Array], ids: Any, bags: Sequence[str
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def read_raw(emb: mpembed.EmbeddingState, ids: Any, bags: Sequence[str]) -> jax.Array:
-    """Returns the same vectors from a stack of all tables with a vocabulary."""
-    vectors = mpembed.read(emb, global_ids(ids, {}, emb.spec))
+def read_raw(emb: mpembed.EmbeddingState, batch: dict, bags: Sequence[str]) -> jax.Array:
+    """Returns the same vectors of a batch from a stack of all tables with a vocabulary."""
+    ids = batch["ids"]
+    vectors = mpembed.read(emb, global_ids(batch, {}, emb.spec))
     if not isinstance(ids, dict):
         return vectors
     parts = [vectors[name] for name in sorted(ids) if name not in bags]

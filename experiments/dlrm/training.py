@@ -186,7 +186,7 @@ def make_job(
 
     @partial(jax.jit, donate_argnames="learner")
     def train_step(learner: Learner, batch: dict) -> tuple[Learner, Log]:
-        ids = [stacks.global_ids(batch["ids"], source.tables, emb.spec) for emb in learner.emb]
+        ids = [stacks.global_ids(batch, source.tables, emb.spec) for emb in learner.emb]
         # What the loss is differentiated with respect to, per stack: rows, or vectors.
         leaves: list[Any]
         by_rows = row_gradients or view is not None
@@ -235,9 +235,9 @@ def make_job(
         parts = []
         for emb in learner.emb:
             if emb.vocabulary is not None:
-                parts.append(stacks.read_raw(emb, batch["ids"], bags))
+                parts.append(stacks.read_raw(emb, batch, bags))
                 continue
-            ids = stacks.global_ids(batch["ids"], source.tables, emb.spec)
+            ids = stacks.global_ids(batch, source.tables, emb.spec)
             parts.append(
                 stacks.read(
                     lambda ids, emb=emb: see(learner, mpembed.read(emb, ids), ids), ids, bags
@@ -478,13 +478,14 @@ def train(
 ) -> list[Outcome]:
     """Trains every contender for one pass (see `fit`) and evaluates it.
 
+    Ratios of bytes relate to the float32 rows of the first contender, which has one stack.
     `on_measure` is called with the name of each contender before its evaluation.
     """
     run = begin(source, contenders, recipe, job, seed=seed) if run is None else run
     fitted = fit(
         source, contenders, recipe, job, seed=seed, on_chunk=on_chunk, run=run, keeper=keeper
     )
-    [plain] = stacks.make_specs(source, FP32, recipe)
+    [plain] = run.specs[0]
 
     def on_batch() -> None:
         if keeper is not None:

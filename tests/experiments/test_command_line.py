@@ -159,6 +159,18 @@ CALLS = {
             "GB are free",
         ),
         ("pool of rows", "--pool-rows 9", "--pool-rows is 9", "with --ids raw only"),
+        (
+            "uncounted ids",
+            "--data criteo --path FOLDER --ids raw",
+            "--pool-rows is missing",
+            "not counted",
+        ),
+        (
+            "raw ids mapped",
+            "--data criteo --ids raw --mapping hash",
+            "--mapping is hash",
+            "with --ids dense only",
+        ),
         ("late rows", "--ids raw --admit-after 256", "--admit-after is 256", "at most 255"),
     ],
     "accuracy.paper_table": [

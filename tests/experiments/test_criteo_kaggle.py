@@ -4,6 +4,7 @@ The builder, its splits, what it refuses, and the order of batches.
 """
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -391,6 +392,26 @@ def test_hashed_ids_fill_their_table_and_keep_missing_apart():
     assert np.mean(ids[:, 0] == ids[:, 1]) < 0.01
 
 
+# --- the words of the text as they are
+
+
+def test_raw_words_are_those_of_the_text_and_are_not_counted(tmp_path, monkeypatch):
+    text, _, dense, categories = random_lines(700, vocabulary=220)
+    assert categories.max() > 2**31
+    write(tmp_path, text)
+    monkeypatch.setattr(numbering, "Counts", lambda *_: pytest.fail("it counts"))
+    source, again = (log_of(tmp_path, mapping="raw", holdout="day") for _ in range(2))
+    test, seen = joined(source.test(64)), joined(source.train(64, seed=3))
+    np.testing.assert_array_equal(test["ids"], categories[600:])
+    assert test["ids"].dtype == seen["ids"].dtype == np.uint32
+    words = {row.tobytes(): ids for row, ids in zip(dense, categories, strict=True)}
+    assert len(words) == 700
+    want = [words[row.tobytes()] for row in seen["dense"]]
+    np.testing.assert_array_equal(seen["ids"], want)
+    same(list(again.train(64, seed=3)), list(source.train(64, seed=3)))
+    assert [path.parent.name for path in tmp_path.rglob("1.0.0")] == ["raw"]
+
+
 # --- the main job
 
 
@@ -404,3 +425,29 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
     )  # fmt: skip
     record = train_dlrm.run(settings)
     assert record["outcomes"][0]["num_steps"] == 1200 // 128
+
+
+@OPTAX_ADAM
+@pytest.mark.slow
+def test_the_main_job_trains_on_the_words_of_the_text(tmp_path, monkeypatch):
+    """Without a dictionary; two runs over one text agree."""
+    write(tmp_path, random_lines(1400, vocabulary=220)[0])
+    monkeypatch.setattr(numbering, "Counts", lambda *_: pytest.fail("it counts"))
+    words = ["--data", "criteo", "--path", str(tmp_path), "--ids", "raw", "--pool-rows", "3000"]
+    words += ["--batch-size", "128", "--hidden", "32", "16", "--cache-fraction", "0.3"]
+    records = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert train_dlrm.main([*words, "--out", str(out)]) == 0
+        records.append(json.loads((out / "criteo.json").read_text())["outcomes"])
+        assert (out / "criteo.png").stat().st_size > 10_000
+        table = " ".join((out / "criteo.txt").read_text().split())
+        assert "INT8 + 30 %, raw ids from 2 on" in table and "rows of the same pool" in table
+    full, ours, hashed = records[0]
+    assert full["contender"]["name"] == "FP32, raw ids from 2 on"
+    assert [full["contender"][k] for k in ("storage", "pool_rows")] == ["float32", 3000]
+    assert ours["ratio"] > 1.2 and 0.85 < full["ratio"] < 1
+    assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
+    for one, two in zip(*records, strict=True):
+        for name in ("auc", "log_loss", "losses", "hit_rate", "embedding_bytes"):
+            assert one[name] == two[name]
+    assert not list(tmp_path.rglob("min_count*"))

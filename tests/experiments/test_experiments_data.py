@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 from criteo_text import line, random_lines, write
 from sklearn.linear_model import LogisticRegression
@@ -293,6 +294,46 @@ def test_a_missing_reddit_file_is_explained(tmp_path):
         reddit.RedditPosts(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def made_up_posts(tmp_path_factory):
+    """A file of posts, some without a word."""
+    rng, count = np.random.default_rng(0), 900
+    words = np.array([f"Word{i}" for i in range(60)])
+    path = tmp_path_factory.mktemp("posts") / "posts.parquet"
+    pl.DataFrame(
+        {
+            "created_utc": reddit.TEST_FROM - 600 + np.arange(count),
+            "subreddit": [f"s{i}" for i in rng.integers(0, 20, count)],
+            "domain": [f"d{i}.com" for i in rng.integers(0, 50, count)],
+            "is_self": rng.random(count) < 0.5,
+            "title": [" ".join(rng.choice(words, rng.integers(0, 20))) for _ in range(count)],
+            "num_comments": rng.integers(0, 25, count),
+        }
+    ).write_parquet(path)
+    return path
+
+
+def test_raw_posts_are_names_and_words_as_they_are(made_up_posts):
+    posts, source = pl.read_parquet(made_up_posts), reddit.RedditPosts(made_up_posts, raw=True)
+    contender = training.Contender("ours", pool_rows=64)
+    [spec] = stacks.make_specs(source, contender, training.Recipe(4))
+    [batch] = source.test(1000)
+    posts = posts[source.num_train :]
+    words = [title.lower().split()[:16] for title in posts["title"]]
+    assert not all(words)
+    want = {
+        **{name: posts[name].to_list() for name in ("subreddit", "domain")},
+        "is_self": [int(value) for value in posts["is_self"]],
+        "title": np.array([[*given, *[None] * (16 - len(given))] for given in words], object),
+    }
+    for name, pairs in spec.raw_ids(want).items():
+        np.testing.assert_array_equal(batch["pairs"][name], pairs)
+    assert list(batch["pairs"]) == list(source.tables)
+    taken = next(source.train(100, seed=1))
+    at = np.flatnonzero((source.ids["title"] == taken["ids"]["title"][7]).all(axis=1))[0]
+    np.testing.assert_array_equal(taken["pairs"]["title"][7], source.pairs["title"][at])
+
+
 # --- model and loop
 
 
@@ -479,3 +520,94 @@ def test_raw_ids_train_in_a_pool_of_fewer_rows(tmp_path):
     assert ours["contender"]["pool_rows"] == 9_000 and "raw ids from 2 on" in str(ours)
     assert ours["ratio"] > 2 and ours["auc"] > 0.55
     assert hashed["embedding_bytes"] == pytest.approx(ours["embedding_bytes"], rel=0.01)
+
+
+@pytest.mark.slow
+@OPTAX_ADAM
+def test_raw_posts_train_beside_numbered_ones(made_up_posts, tmp_path):
+    settings = train_dlrm.Settings(
+        data="reddit", path=made_up_posts, ids="raw", pool_rows=100, batch_size=64,
+        cache_fraction=0.3, out=tmp_path,
+    )  # fmt: skip
+    full, ours, _ = train_dlrm.run(settings)["outcomes"]
+    assert full["contender"]["pool_rows"] == 0 and ours["contender"]["pool_rows"] == 100
+    assert ours["num_steps"] == 600 // 64 and 0 < ours["hit_rate"] < 1
+    assert ours["losses"][0][1] == pytest.approx(full["losses"][0][1], abs=0.05)
+
+
+# --- raw ids in a stack
+
+
+def raw_stack(names):
+    tables, tx = tuple(map(mpembed.TableSpec, names)), mpembed.optim.rowwise_adagrad(0.1)
+    pool = mpembed.VocabularySpec(256, admit_after=1)
+    spec = mpembed.EmbeddingSpec(tables, 4, "float32", None, vocabulary=pool)
+    return spec, mpembed.init(jax.random.key(0), spec, tx), tx
+
+
+def step_of(bags, tx):
+    """A step whose gradients are ones; it also returns the vectors that the model saw."""
+
+    @jax.jit
+    def step(state, batch):
+        ids = stacks.global_ids(batch, {}, state.spec)
+        state, plan, vectors = stacks.embed(state, ids, bags, tx)
+        seen, pull_back = jax.vjp(stacks.joined, vectors)
+        grads = pull_back(jnp.ones_like(seen))
+        return mpembed.apply_pooled_gradients(state, plan, *grads, tx=tx), seen
+
+    return step
+
+
+def test_every_word_is_an_id_in_training_and_evaluation():
+    """Those above 2^31, the number that pads row ids, and that of the empty column."""
+    spec, state, tx = raw_stack(("C1", "C2"))
+    words = np.array([0, 1, NO_ID, 2**31, 2**31 + 1, 2**32 - 1], np.uint32)
+    ids = np.stack([words, words[::-1]], axis=1)
+    batch = {"ids": jnp.asarray(ids)}
+    pairs = jax.jit(lambda batch: stacks.global_ids(batch, {}, spec))(batch)
+    np.testing.assert_array_equal(pairs, spec.raw_ids(ids))
+    state, seen = step_of((), tx)(state, batch)
+    counts = mpembed.stats(state).vocabulary
+    assert (counts.admissions, counts.shared_requests) == (12, 0)
+    read = stacks.read_raw(state, batch, ())
+    assert read.shape == seen.shape == (6, 2, 4) and (read != seen).all()
+    np.testing.assert_array_equal(read, mpembed.read(state, spec.raw_ids(ids)))
+
+
+def test_words_are_hashed_into_fewer_rows():
+    tables = {"C1": 2**32, "C2": 2**32}
+    sizes = (mpembed.TableSpec("C1", 7), mpembed.TableSpec("C2", 5))
+    spec = mpembed.EmbeddingSpec(sizes, 4, "float32", None)
+    words = np.random.default_rng(0).integers(0, 2**32, (4000, 2), np.uint32)
+    words[0] = NO_ID
+    rows = jax.jit(lambda batch: stacks.global_ids(batch, tables, spec))({"ids": words})
+    assert rows.dtype == jnp.int32
+    assert [set(column.tolist()) for column in np.asarray(rows).T] == [{*range(7)}, {*range(7, 12)}]
+
+
+def test_bags_of_raw_ids_are_averaged_over_the_ids_they_have():
+    """In evaluation as in training: features of one id in order of their names, then bags."""
+    names, bags = ("word", "user", "item"), ("word",)
+    spec, state, tx = raw_stack(names)
+    words = [["a", "b", "c"], ["b", None, None], [None, None, None], ["c", "c", None]]
+    raw = {
+        "word": np.array(words, object),
+        "user": ["ann", "bob", "ann", "cem"],
+        "item": [2**40, 3, -1, 3],
+    }
+    ids = {name: np.zeros(4, np.int32) for name in ("user", "item")}
+    ids["word"] = np.where([[v is not None for v in bag] for bag in raw["word"]], 0, NO_ID)
+    batch = {"ids": ids, "pairs": spec.raw_ids(raw)}
+    step = step_of(bags, tx)
+    state, _ = step(state, batch)
+    read = stacks.read_raw(state, batch, bags)
+    distinct = {"word": list("abc"), "user": ["ann", "bob", "cem"], "item": [2**40, 3, -1]}
+    rows = mpembed.read(state, spec.raw_ids(distinct))
+    row = {name: dict(zip(distinct[name], np.asarray(rows[name]), strict=True)) for name in rows}
+    for at, bag in enumerate(words):
+        values = [row["word"][value] for value in bag if value is not None]
+        mean = sum(values, np.zeros(4)) / max(1, len(values))
+        want = [row["item"][raw["item"][at]], row["user"][raw["user"][at]], mean]
+        np.testing.assert_allclose(read[at], want, rtol=1e-6)
+    np.testing.assert_allclose(step(state, batch)[1], read, rtol=1e-6)

@@ -13,12 +13,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import requests
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
+import mpembed_jax as mpembed
 from experiments import train_dlrm
 from experiments.data import movielens
 from mpembed_jax import NO_ID
@@ -127,6 +129,27 @@ def test_a_download_that_breaks_off_is_told(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.zip*"))
 
 
+def test_raw_ids_are_movielens_own(folder):
+    source = movielens.MovielensRatings(folder[0], raw=True)
+    tables = tuple(map(mpembed.TableSpec, source.tables))
+    spec = mpembed.EmbeddingSpec(tables, 1, vocabulary=mpembed.VocabularySpec(64))
+    [batch] = source.test(1000)
+    pairs = batch["pairs"]
+    ratings = movielens.read(folder[0]).filter(pl.col("user_rating") != 3)
+    ratings = ratings[np.random.default_rng(0).permutation(len(ratings))][source.num_train :]
+    for name in ("user", "movie", "occupation", "zip"):
+        values = ratings[movielens.SINGLES[name]].to_list()
+        assert isinstance(values[0], str)
+        np.testing.assert_array_equal(pairs[name], spec.raw_ids({name: values})[name])
+    for name in ("gender", "age"):
+        values = [int(value) for value in ratings[movielens.SINGLES[name]]]
+        np.testing.assert_array_equal(pairs[name], spec.raw_ids({name: values})[name])
+    bags = [[*genres[:6], *[None] * (6 - len(genres))] for genres in ratings["movie_genres"]]
+    want = spec.raw_ids({"genres": np.array(bags, object)})["genres"]
+    np.testing.assert_array_equal(pairs["genres"], want)
+    assert "pairs" not in next(movielens.MovielensRatings(folder[0]).test(9))
+
+
 def test_a_download_is_kept_whole(folder, tmp_path, monkeypatch):
     asked = []
 
@@ -182,16 +205,19 @@ def test_no_temporary_folder_is_left(folder, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @OPTAX_ADAM
-def test_the_main_job_trains_on_movielens(folder, tmp_path):
+def test_the_main_job_trains_on_raw_ids_of_movielens(folder, tmp_path):
+    """FP32 on numbered ones."""
     settings = train_dlrm.Settings(
         data="movielens",
         cache_dir=folder[0],
         batch_size=64,
         hashed_baseline=False,
         cache_fraction=0.3,
+        ids="raw",
         out=tmp_path,
     )
     record = train_dlrm.run(settings)
+    assert record["outcomes"][1]["contender"]["pool_rows"] > 20
     assert (
         record["outcomes"][0]["num_steps"] > 5 and record["projected_kaggle_epoch_seconds"] is None
     )
