@@ -311,11 +311,9 @@ def make(
     # A NumPy key counts as the same value in every process. A jax key would belong to one device.
     is_traced = isinstance(key, jax.core.Tracer)
     words = key if is_traced or layout is None or layout.mesh is None else np.asarray(key)
-    if _is_hashable(tx) and all(table.initializer is None for table in spec.tables):
-        state = _build_jitted(words, spec=spec, tx=tx, layout=layout, table_of=table_of)
-    else:
-        build = partial(_build, spec=spec, tx=tx, layout=layout, table_of=table_of)
-        state = jax.jit(build)(words)
+    fixed = {"spec": spec, "tx": tx, "layout": layout, "table_of": table_of}
+    is_kept = _is_hashable(tx) and all(table.initializer is None for table in spec.tables)
+    state = _build_jitted(words, **fixed) if is_kept else jax.jit(partial(_build, **fixed))(words)
     # Arrays are the same for every implementation: all of them share the program.
     state = dataclasses.replace(state, implementation=implementation)
     if layout is None and optim.rule_of(tx) is not None:

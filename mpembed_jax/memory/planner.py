@@ -298,9 +298,13 @@ class _Stack(NamedTuple):
     dim: int
     levels: tuple[Level, ...]  # that the stack may have, the most accurate first
     is_tiny: bool
-    is_raw: bool
     use: np.ndarray  # i64 [ids of the samples]  occurrences of each, descending
     num_sampled_rows: int  # rows of the tables that have samples; 0 for raw ids
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the ids are raw, and the rows those of a pool."""
+        return self.tables[0].vocabulary_size is None
 
     def num_ids(self, admit_after: int) -> int:
         """Returns how many ids of the samples occur at least `admit_after` times."""
@@ -371,7 +375,7 @@ def _stack(
         num_sampled_rows = sum(map(size_of, known))
     use = np.sort(np.concatenate([np.zeros(0, np.int64), *counts]))[::-1]
     levels = RAW_LEVELS if is_raw else LEVELS[:1] if is_tiny else LEVELS
-    stack = _Stack(tables, dim, (), is_tiny, is_raw, use, num_sampled_rows)
+    stack = _Stack(tables, dim, (), is_tiny, use, num_sampled_rows)
     if is_raw and not stack.num_ids(2):
         raise ValueError(
             f"no id occurs twice in the samples of {names}, so they do not show which ids earn a "

@@ -66,29 +66,25 @@ class Reader:
         None: the caller takes the usual way. This is so if the ids are many, or no contiguous int32
         or int64, or if one of them is outside.
         """
-        is_wide = ids.dtype is _INT64
-        num = ids.size
-        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _QUICK:
+        if not self._is_quick(ids):
             return None
-        if not (num and ids.flags.c_contiguous):
-            return None
-        out = _empty((*ids.shape, self.dim), _FLOAT32)
-        given = _addressof(_from_buffer(out)), _address(ids), is_wide
-        return None if self._take(*given, 0, num, self._given) else out
+        out = np.empty((*ids.shape, self.dim), _FLOAT32)
+        given = _addressof(_from_buffer(out)), _address(ids), ids.dtype is _INT64
+        return None if self._take(*given, 0, ids.size, self._given) else out
 
     def quick_bag(self, ids: np.ndarray, combiner: str) -> np.ndarray | None:
         """Returns the vectors (float32 [.., D]) of bags without weights; see quick_take."""
-        is_wide = ids.dtype is _INT64
-        num = ids.size
-        if not (is_wide or ids.dtype is _INT32) or num * self.dim >= _QUICK:
-            return None
-        if not (num and ids.flags.c_contiguous and ids.ndim):
+        if not (self._is_quick(ids) and ids.ndim):
             return None
         *lead, length = ids.shape
-        out = _empty((*lead, self.dim), _FLOAT32)
-        mode = _COMBINERS[combiner] + _WIDE * is_wide
+        out = np.empty((*lead, self.dim), _FLOAT32)
+        mode = _COMBINERS[combiner] + _WIDE * (ids.dtype is _INT64)
         given = _addressof(_from_buffer(out)), _address(ids), mode, 0, length, 0
-        return None if self._bag(*given, 0, num // length, self._given) else out
+        return None if self._bag(*given, 0, ids.size // length, self._given) else out
+
+    def _is_quick(self, ids: np.ndarray) -> bool:
+        is_native = ids.dtype is _INT64 or ids.dtype is _INT32
+        return is_native and 0 < ids.size * self.dim < _QUICK and ids.flags.c_contiguous
 
     def take(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """See host_rows.take; ids are contiguous int32 or int64 [N]."""
@@ -155,7 +151,7 @@ class Reader:
         return [part(*first), *(future.result() for future in waiting)]
 
 
-_addressof, _empty = ctypes.addressof, np.empty
+_addressof = ctypes.addressof
 _from_buffer: Callable[[Any], ctypes.c_char] = ctypes.c_char.from_buffer
 
 

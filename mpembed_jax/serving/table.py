@@ -545,9 +545,8 @@ class ServingTable:
     def _pairs(self, feature: str, table: Table, ids: Any, *, on_host: bool = False) -> Any:
         """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
         name, number = self._raw_of[feature]
-        if isinstance(ids, jax.Array) and not on_host:
-            return hashes.pairs_on_device(feature, ids, name, number)
-        return hashes.pairs_on_host(feature, ids, name, number)
+        made = hashes.pairs_on_host if on_host else hashes.pairs_of
+        return made(feature, ids, name, number)
 
     def _local(self, feature: str, table: Table, ids: Any) -> Any:
         """Returns ids as rows of their table or pool."""

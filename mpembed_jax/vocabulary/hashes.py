@@ -345,6 +345,12 @@ def _product(high: jax.Array, low: jax.Array, by: int) -> tuple[jax.Array, jax.A
 # --- pairs, or ids that become pairs
 
 
+def pairs_of(feature: str, ids: Any, table: str, number: int) -> Any:
+    """Returns ids as pairs, where they are; see `pairs_on_device` and `pairs_on_host`."""
+    made = pairs_on_device if isinstance(ids, jax.Array) else pairs_on_host
+    return made(feature, ids, table, number)
+
+
 def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
     """Returns ids as pairs (uint32 [.., 2]): tag and place. Pairs stay as they are.
 
