@@ -138,23 +138,13 @@ def mapped(spec: EmbeddingSpec, ids: Any) -> Any:
         return spec.global_ids(ids)
     if not isinstance(ids, Mapping):
         return spec.raw_ids(ids)
-    given = {f: v for f, v in ids.items() if _is_uint32(v)}
-    hashed = spec.raw_ids({f: v for f, v in ids.items() if f not in given})
-    pairs = {f: _pairs_of(spec, f, v) for f, v in given.items()}
-    return row_ids.in_mapping_of(ids, hashed | pairs)
+    return row_ids.in_mapping_of(ids, {f: _pairs_of(spec, f, v) for f, v in ids.items()})
 
 
-def _is_uint32(ids: Any) -> bool:
-    return getattr(ids, "dtype", None) == np.uint32
-
-
-def _pairs_of(spec: EmbeddingSpec, feature: str, pairs: Any) -> Any:
-    """Returns the pairs of a feature (uint32 [.., 2]) after a check of their shape and table."""
+def _pairs_of(spec: EmbeddingSpec, feature: str, ids: Any) -> Any:
     table = dict(spec.feature_tables)[feature]
     number = [t.name for t in spec.tables].index(table)
-    is_device = isinstance(pairs, jax.Array)
-    check = hashes.pairs_on_device if is_device else hashes.pairs_on_host
-    return check(feature, pairs, table, number)
+    return hashes.pairs_of(feature, ids, table, number)
 
 
 def _route_pairs(specs: tuple[EmbeddingSpec, ...], array: Any, names: list[str]) -> list[Any]:
@@ -164,13 +154,10 @@ def _route_pairs(specs: tuple[EmbeddingSpec, ...], array: Any, names: list[str])
             f"uint32 array ids must be the pairs [.., {len(names)}, 2] that raw_ids() returns, of "
             f"stacks that all have a vocabulary, got {list(array.shape)}; cast other ids to int64"
         )
-    ends = np.cumsum([len(s.feature_tables) for s in specs])
-    parts = []
-    for spec, end in zip(specs, ends, strict=True):
-        part = array[..., end - len(spec.feature_tables) : end, :]
+    parts = [array[..., columns, :] for columns in _columns(specs)]
+    for spec, part in zip(specs, parts, strict=True):
         for column, (feature, _) in enumerate(spec.feature_tables):
             _pairs_of(spec, feature, part[..., column, :])
-        parts.append(part)
     return parts
 
 
@@ -183,10 +170,10 @@ def _check_widths(specs: tuple[EmbeddingSpec, ...]) -> None:
         )
 
 
-def _columns(specs: tuple[EmbeddingSpec, ...], array: Any) -> list[Any]:
-    """Splits the last axis of an array into one part per stack."""
+def _columns(specs: tuple[EmbeddingSpec, ...]) -> list[slice]:
+    """Returns the columns of each stack in an array with one column per feature."""
     ends = np.cumsum([len(s.feature_tables) for s in specs])
-    return [array[..., e - len(s.feature_tables) : e] for s, e in zip(specs, ends, strict=True)]
+    return [slice(e - len(s.feature_tables), e) for s, e in zip(specs, ends, strict=True)]
 
 
 def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
@@ -218,7 +205,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
         return [mapped(s, {f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
     array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     names = [f for s in specs for f, _ in s.feature_tables]
-    if _is_uint32(array) and any(s.vocabulary is not None for s in specs):
+    if array.dtype == np.uint32 and any(s.vocabulary is not None for s in specs):
         _check_widths(specs)
         return _route_pairs(specs, array, names)
     if array.ndim < 1 or array.shape[-1] != len(names):
@@ -227,7 +214,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
             f"{list(array.shape)}; for bags pass a dict of features"
         )
     _check_widths(specs)
-    return [mapped(s, part) for s, part in zip(specs, _columns(specs, array), strict=True)]
+    return [mapped(s, array[..., c]) for s, c in zip(specs, _columns(specs), strict=True)]
 
 
 def given(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
@@ -401,14 +388,18 @@ def combine(
             ],
             axis=-2,
         ).astype(dtype)
-    if np.shape(weights) != np.shape(ids):
+    held = [part for part in parts if isinstance(part, Part)]
+    assert len(held) == len(parts)  # a fused step has no weights
+    # That of the ids: pairs have one axis more.
+    shape = (*held[0].inverse.shape[:-1], sum(part.inverse.shape[-1] for part in held))
+    if np.shape(weights) != shape:
         raise ValueError(
-            f"weights must have the shape of ids {list(np.shape(ids))}, got "
-            f"{list(np.shape(weights))}"
+            f"weights must have the shape of ids {list(shape)}, got {list(np.shape(weights))}"
         )
+    factors_of = _as_float(weights)
     stacked: list[jax.Array] = []
-    for spec, part, factors in zip(specs, parts, _columns(specs, _as_float(weights)), strict=True):
-        assert isinstance(part, Part)  # a fused step has no weights
+    for spec, part, columns in zip(specs, held, _columns(specs), strict=True):
+        factors = factors_of[..., columns]
         names = [f for f, _ in spec.feature_tables]
         index = {f: part.inverse[..., i, None] for i, f in enumerate(names)}
         bags = _bags(

@@ -112,6 +112,23 @@ def test_jitted_modules_take_the_pairs_of_strings_and_wide_integers(is_fused, fo
     training.assert_same(module(ids), mpembed.read(state, SPEC.raw_ids(ids)))
 
 
+def test_weights_have_the_shape_of_the_ids_that_pairs_stand_for():
+    module = nn.CachedEmbedBags(SPEC, TX, combiner="sum", rngs=nnx.Rngs(0))
+    ids = next(batches(0, 1))
+    pairs = as_columns(SPEC.raw_ids(ids))
+    weights = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+    module.eval()
+    want = mpembed.read(module.stacks[0].embedding_state, SPEC.raw_ids(ids))
+    want = np.stack([want["user"], want["item"]], axis=1) * weights[..., None]
+    np.testing.assert_array_equal(module(pairs, weights), want)
+    by_feature = {"user": weights[:, :1], "item": weights[:, 1:]}
+    bags = {f: p[:, None] for f, p in SPEC.raw_ids(ids).items()}
+    found = module(bags, by_feature)
+    np.testing.assert_array_equal(np.stack([found["user"], found["item"]], axis=1), want)
+    with pytest.raises(ValueError, match=r"of ids \[16, 2\], got \[16, 2, 2\]"):
+        module(pairs, np.ones((16, 2, 2), np.float32))
+
+
 BAD_PAIRS = {
     "of another table": Refused(
         lambda pairs: {"user": pairs["item"]}, "the pair at .* is not of table 'user'"
