@@ -128,9 +128,10 @@ def stats(state: EmbeddingState) -> CacheStats:
     spec = state.spec
     if result.refused_updates:
         raise ValueError(
-            f"{result.refused_updates} apply_gradients calls had no prefetch of their own or an "
-            "old plan and changed nothing; call prefetch once before each apply_gradients and pass "
-            "its plan"
+            f"{result.refused_updates} calls changed nothing: apply_gradients without a prefetch "
+            "of its own or with an old plan, or write_rows or forget between a prefetch and its "
+            "apply_gradients; call prefetch once before each apply_gradients, pass its plan, and "
+            "write or forget rows between steps"
         )
     if result.out_of_range and spec.out_of_range == "raise":
         raise ValueError(
