@@ -35,8 +35,9 @@ def write_rows(
 
     A cached row is written to its line in float32. Any other row is rounded into the table by the
     rule of its format, as from_dense rounds it. Donate the state; otherwise, the call copies the
-    table. Call it between steps: a state whose prefetch waits for its update stays as it is, and
-    the call is counted as a refused update. If this is known while tracing, it raises an error.
+    table. Call write_rows between steps. If a prefetch waits for its update, and this is known
+    while tracing, the call raises an error. If it is not known, the call writes nothing, and is
+    counted as a refused update.
 
     Args:
       state: consumed if donated. A sharded state may be whole, or inside jax.shard_map, where all
