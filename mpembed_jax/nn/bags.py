@@ -38,8 +38,8 @@ class CachedEmbedBags(nnx.Module):
     `model.eval()`, calls need no prefetch. Ids are local to their tables. They are {feature:
     ids [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per
     feature. For a spec with a vocabulary, they are raw ids, or the pairs uint32 [.., 2] that
-    `spec.raw_ids` returns. A jitted function takes pairs: it gets no strings, and 32 bits of an
-    integer.
+    `spec.raw_ids` returns. Pass pairs to a jitted function: jax passes no strings to it, and only
+    32 bits of an integer.
 
     Args:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features
@@ -51,7 +51,7 @@ class CachedEmbedBags(nnx.Module):
         whatever this dtype is.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
-        training, its length must be a multiple of the number of devices.
+        training, the length of this axis must be a multiple of the number of devices.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
@@ -112,7 +112,8 @@ class CachedEmbedBags(nnx.Module):
         """Replaces the EmbeddingStates between steps, for example by those of write_rows.
 
         Args:
-          states: one per spec, of the same tables; consumed, if later steps donate the model.
+          states: one per spec, of the same tables. Later steps consume them if they donate the
+            model.
 
         Raises:
           ValueError: if a state is of other tables, or if a step is in progress.
@@ -169,9 +170,9 @@ class CachedEmbedBags(nnx.Module):
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if weights have another nesting.
-          ValueError: in training, if prefetch was not called, or outside jit if it was not given
-            an id. Also if ids have no bag axis, if weights have another shape, or if there are
-            weights without a combiner.
+          ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
+            call was not prefetched. Also if ids have no bag axis, if weights have another shape, or
+            if there are weights without a combiner.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         parts = [

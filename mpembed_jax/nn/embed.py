@@ -69,7 +69,7 @@ class CachedEmbed(nnx.Module):
       memory_kind: None, or "pinned_host" for a table in host memory.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
-        training, its length must be a multiple of the number of devices.
+        training, the length of this axis must be a multiple of the number of devices.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
