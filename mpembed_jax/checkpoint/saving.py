@@ -47,7 +47,7 @@ _UNSEEN = {
 }
 _DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is being replaced
 
-_PENDING: dict[str, "Saving"] = {}  # by the real path of the directory
+_PENDING: dict[str, "Saving"] = {}  # {real path of a directory: the unfinished save there}
 _LOCK = threading.RLock()  # saves of several threads start one after another
 
 
@@ -169,8 +169,8 @@ def _finish_all() -> None:
 
 
 # Python shuts down its pools of threads before it waits for other threads, and a running save needs
-# the pools. So threading._register_atexit finishes saves earlier. It is private. Without it, a save
-# that nobody waited for is lost when the program ends.
+# the pools. So threading._register_atexit finishes saves earlier. This function is private, so a
+# version of Python may lack it. There, a save that nobody waited for is lost when the program ends.
 if (_register := getattr(threading, "_register_atexit", None)) is not None:
     _register(_finish_all)
 
@@ -188,11 +188,11 @@ def save(
 
     The values are copied before this function returns, so the tree may be donated to the next step.
     A checkpoint is either complete or absent, because its folder gets its name last. With several
-    processes, call it in all of them.
+    processes, call `save` in all of them.
 
     Args:
-      directory: for all checkpoints of a run; made if missing. It is local, or shared by all
-        processes.
+      directory: the folder of all checkpoints of a run. It is made if it is missing. It is local,
+        or shared by all processes.
       step: number of this checkpoint, at least 0.
       tree: any pytree of jax and numpy arrays, random keys, bool, int, float, str and bytes; for
         example also the position in the data.

@@ -132,7 +132,7 @@ def _check_array(field: str, record: Any) -> None:
 
 
 def _check_patch(field: str, body: dict[str, Any], record: dict[str, Any]) -> None:
-    """Checks a patch: that its indices are a full int32 array, and that there is a base.
+    """Checks a patch: its indices are int32 [n] and saved whole, and the checkpoint has a base.
 
     There may be no more indices than the array has rows.
     """
