@@ -29,8 +29,8 @@ from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
 from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.spec import VocabularySpec, groups_of
 
-# Tables of at most so many rows may share a stack in float32, apart from larger tables. Together,
-# they may take this share of the budget of all devices.
+# Tables of at most _TINY_ROWS rows may share a stack in float32, separate from larger tables.
+# Together, they may take the share _TINY_SHARE of the budget of all devices.
 _TINY_ROWS, _TINY_SHARE = 10_000, 0.02
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -63,8 +63,8 @@ class Reader:
     def quick_take(self, ids: np.ndarray) -> np.ndarray | None:
         """Returns the rows (float32 [.., D]) of a small array of ids, with few steps in Python.
 
-        None: the caller takes the usual way. This is so if the ids are many, or no contiguous int32
-        or int64, or if one of them is outside.
+        Returns None if there are many ids or none, if they are not contiguous int32 or int64, or if
+        one of them is outside the table. The caller then takes the usual way.
         """
         if not self._is_quick(ids):
             return None

@@ -14,7 +14,7 @@ For a stack of n-grams, the description has the parameters of their hash. The na
 begin with the name of the stack, because every memory has tables of the same names. Its map of
 tokens, if there is one, is an array, int32 [vocabulary_size].
 
-A file is of the lowest version that has all that it holds: 3 with n-grams, 2 with a pool, else 1.
+A file has the lowest version that supports its contents: 3 with n-grams, 2 with a pool, else 1.
 """
 
 import contextlib
@@ -442,10 +442,11 @@ def _ngrams(entry: dict[str, Any]) -> NGrams:
 
 
 def checked(contents: Contents) -> Contents:
-    """Returns the contents, whose names are distinct and known, and whose n-grams have their rows.
+    """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if they are not, or have not.
+      ValueError: if a name is not distinct, if a feature names an unknown table, or if the tables
+        of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that features name
