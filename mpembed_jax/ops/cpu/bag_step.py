@@ -554,7 +554,8 @@ def _bfloat16_code(x, bits):
 def _add_to_sum(frame, x, mean, given):
     """Adds the mean square of a row's gradient to the sum G of row x.
 
-    A sum that is kept in bfloat16 is rounded stochastically. Returns the float32 sum before that.
+    A sum that is kept in bfloat16 is rounded stochastically. Returns the float32 sum before this
+    rounding.
     """
     if given[_IS_NARROW]:
         sums = result(frame, _ACCUMULATOR, np.uint16)
