@@ -52,6 +52,7 @@ def check(
       The leaves of inverse, the weights of each leaf (or None), and the tree structure.
 
     Raises:
+      TypeError: see `pool`.
       ValueError: see `pool`.
     """
     if isinstance(implementation, str) and implementation not in ops.IMPLEMENTATIONS:

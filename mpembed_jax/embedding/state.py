@@ -300,6 +300,9 @@ def make(
     second state of the same spec, transformation and `table_of` needs no compilation if no table
     has an initializer. With an initializer, the program is compiled again: specs do not compare
     initializers, and an initializer may return an array that has changed.
+
+    Raises:
+      ValueError: as init. Also if a layout is given with kernels, or with a memory kind.
     """
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(

@@ -66,7 +66,7 @@ def prefetch_of_tables(
     """Runs prefetch, with narrower arrays if the ids are of few small tables.
 
     If `tables` is given, `unique_ids` of the plan has at most one entry for each row of these
-    tables, and one entry of padding.
+    tables, and one entry of padding. The errors are those of prefetch.
 
     Args:
       state: consumed if donated.

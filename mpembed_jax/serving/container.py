@@ -258,7 +258,11 @@ def header_room(contents: Contents) -> int:
 
 
 def padded_header(contents: Contents, room: int) -> bytes:
-    """Returns the bytes before the arrays: the length, the JSON, and spaces."""
+    """Returns the bytes before the arrays: the length, the JSON, and spaces.
+
+    Raises:
+      ValueError: if the JSON does not fit `room`, or is longer than safetensors allows.
+    """
     text = contents.header()
     if len(text) > min(room - 8, _MAX_HEADER):
         raise ValueError(f"{len(contents.tables)} tables need a header of {len(text)} bytes")
