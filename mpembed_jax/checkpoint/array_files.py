@@ -43,7 +43,7 @@ class ZarrArray(NamedTuple):
 
 @functools.lru_cache
 def zarr_dtype(name: str) -> str | None:
-    """Returns what `.zarray` says of a dtype, or None if arrays of it cannot be written."""
+    """Returns the name of a dtype in `.zarray`, or None if arrays of it cannot be written."""
     try:
         spec = {"driver": "zarr", "kvstore": "memory://", "schema": {"dtype": name, "rank": 0}}
         store = tensorstore.open(spec, create=True).result()

@@ -38,8 +38,8 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_o
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
-# Keys: what orbax says if it did not see one of its folders, or a file in it. Values: the path of
-# that folder below the checkpoint's. Orbax does not give the system's reason.
+# Keys: the texts of orbax's errors if it did not see one of its folders, or a file in it. Values:
+# the path of that folder below the checkpoint's. Orbax does not give the system's reason.
 _UNSEEN = {
     "Path is not a directory": "",
     "Checkpoint directory does not exist": "",
@@ -217,8 +217,8 @@ def save(
         averaged, or if an array was donated.
       CheckpointError: if this save failed, if another process is saving in this directory, or if a
         good checkpoint of this step exists. A damaged one is replaced as soon as the new one is
-        complete. The error of an earlier save that nobody waited for is logged (logger
-        `mpembed_jax.checkpoint`); it does not hinder this one.
+        complete. If an earlier save with wait=False failed, its error is logged (logger
+        `mpembed_jax.checkpoint`), and this save goes on.
     """
     call = "save(directory, step, tree)"
     folder = manifest.path_of(call, directory)

@@ -1,4 +1,4 @@
-"""The fields that a manifest must have, and their types: it may come from a stranger.
+"""Checks the fields of a manifest and their types: it may come from an untrusted source.
 
 The code that reads a checkpoint may rely on what `check` has checked. Sizes are compared elsewhere:
 with those of the target in `restoring` and `convert`, and with those of the files in `array_files`.

@@ -1,6 +1,6 @@
 """The ops on rows: the contract of each op, and the choice of its implementation.
 
-This is the only place that knows about hardware. The implementations have names:
+Only this room has code for particular hardware. The implementations have names:
   xla               passes over whole arrays; for accelerators
   xla_chunked       loops over chunks, whose trip count is known at run time; for CPUs
   numba             like xla_chunked, but numba compiles deduplication, planning, and the gathers

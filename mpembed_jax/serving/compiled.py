@@ -341,7 +341,7 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
     """Returns {name: (function for numba, number of its arguments)}."""
     row_bytes = fmt.row_bytes(dim)
     chunks = _chunks(dim)
-    lines = range(0, row_bytes + 63, 64)  # a row touches so many of the processor's cache lines
+    lines = range(0, row_bytes + 63, 64)  # one offset per cache line that a row may touch
 
     def ask_for(builder: Any, address: Any) -> None:
         byte = _I8.as_pointer()
@@ -606,7 +606,7 @@ def _locate() -> Callable:
 
 @functools.cache
 def sign_scores(num_words: int) -> Callable:
-    """Returns a function of a sign sketch with so many words per row.
+    """Returns the function that scores rows of a sign sketch with `num_words` words per row.
 
     It is score(signs, norms, query, cosines, first, last, out). It writes norms[i] * cosines[n] to
     out[i - first], where n is the number of bits in which row i and the query differ.

@@ -707,7 +707,7 @@ def forward(
       must_halve: bool scalar, see policy.is_time_to_halve.
       draw: the source of the random bits that round the victims.
       is_listed: whether the call returns the index of each position's row instead of its vector.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The table and the cache, changed in place.
@@ -817,7 +817,7 @@ def bags(
       bag: int32 [N], the bag of each position; outside [0, num_bags), the position is in no bag.
       num_bags: M.
       is_ascending: whether `bag` is sorted, so that the positions of a bag are neighbours.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The table and the lines, as given, and the sums, float32 [M, D].
@@ -876,7 +876,7 @@ def backward(
       draw: the source of the random bits of all roundings.
       skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       is_applied: bool scalar; if False, nothing changes.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The store, the accumulator, and the number of rows that skip_nonfinite left as they were
