@@ -109,8 +109,8 @@ def lookup(
     if lines is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:
-        # This pass over the full width also makes the zeros. On a CPU, a loop over chunks that also
-        # ends where the lines end was slower.
+        # This pass over the full width also makes the zeros. On a CPU, a loop over the chunks of
+        # cached rows alone was slower.
         out = indexing.take(lines, line, 0) if gather is None else gather(lines, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
