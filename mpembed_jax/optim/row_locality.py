@@ -41,11 +41,11 @@ ROWS = 7919  # a prime that other dimensions are unlikely to equal
 
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
-    """A context in which operations on few numbers run at once, even while a function is traced.
+    """A context in which operations run immediately, even while a function is traced.
 
-    The numbers do not belong to the trace. They do not belong to the mesh of jax.set_mesh either,
-    which cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
-    Inside a jax.shard_map without jit, jax.ensure_compile_time_eval would give tracers.
+    The arrays of the context are concrete. They are outside the mesh of jax.set_mesh, because this
+    mesh cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
+    jax.ensure_compile_time_eval would give tracers inside a jax.shard_map without jit.
     """
     no_mesh = jax.sharding.AbstractMesh((), ())
     with (
