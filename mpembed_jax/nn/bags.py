@@ -135,9 +135,10 @@ class CachedEmbedBags(nnx.Module):
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if uint32 ids of a vocabulary are not pairs.
-          ValueError: if pairs on the host are of another table, if an array does not fit the
-            features, in evaluation mode, or if nn.apply_gradients was not called after the last
-            prefetch.
+          ValueError: if pairs on the host are of another table; if an array does not fit the
+            features; in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
+            last prefetch; if a mesh cannot divide the leading axis of ids evenly; or if
+            out_of_range is "raise" and a concrete id is outside its table.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         for stack, part, own in zip(self.stacks, routed, given, strict=True):
@@ -153,26 +154,31 @@ class CachedEmbedBags(nnx.Module):
             )
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
-        """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
+        """Returns the vectors of bags.
+
+        In training, they are differentiable in the weights and in what prefetch holds: the rows, or
+        the vectors with fused=True.
 
         Args:
           ids: in training, ids that were prefetched, of any of the features, in any shape, order
-            and number; after eval(), any ids.
+            and number (with fused=True, exactly those of the prefetch); after eval(), any ids.
           weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
             leave features out.
 
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
           None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
-          training inside jit, bags with ids that were not prefetched give NaN, or
-          zeros if the batch exceeded max_unique_ids.
+          training inside jit, bags with ids that were not prefetched give NaN. If the batch
+          exceeded max_unique_ids, these ids read as zeros instead.
 
         Raises:
-          KeyError: if a feature is unknown.
+          KeyError: if a feature is unknown, or if weights name a feature that ids do not name.
           TypeError: if ids are not integers, or if weights have another nesting.
           ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
             call was not prefetched. Also if ids have no bag axis, if weights have another shape, or
-            if there are weights without a combiner.
+            if there are weights without a combiner. With fused=True, also if there are weights, or
+            if nesting or shapes differ from those of the prefetch. Also if out_of_range is "raise"
+            and a concrete id is outside its table.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         parts = [

@@ -162,7 +162,8 @@ class CachedEmbed(nnx.Module):
         Raises:
           TypeError: if ids are not integers.
           ValueError: in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
-            last prefetch; or if out_of_range is "raise" and a concrete id is outside the table.
+            last prefetch; if a mesh cannot divide the leading axis of ids evenly; or if
+            out_of_range is "raise" and a concrete id is outside the table.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         self.stack.prefetch(mapped, ids, not self.deterministic)
@@ -185,7 +186,8 @@ class CachedEmbed(nnx.Module):
         Raises:
           TypeError: if ids are not integers.
           ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
-            call was not prefetched.
+            call was not prefetched. With fused=True, also if nesting or shapes differ from those of
+            the prefetch. Also if out_of_range is "raise" and a concrete id is outside the table.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         vectors = vectors_of(self.stack, mapped, ids, not self.deterministic)
