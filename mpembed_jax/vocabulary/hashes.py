@@ -52,7 +52,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
 
     Args:
       values: integers, or bytes and strings: a NumPy array [..], also of dtype object; a list [..];
-        or a column [n] of Arrow or polars.
+        or a column [n] of Arrow or polars. NumPy makes an array of a list. In a list of integers
+        and strings, it turns the integers into strings.
       table: the name of the table.
       number: the table's number in the stack, below MAX_TABLES.
 
@@ -60,8 +61,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       uint32 [.., 2].
 
     Raises:
-      TypeError: if the values are neither integers nor bytes nor strings, or if integers are mixed
-        with bytes or strings.
+      TypeError: if the values are neither integers nor bytes nor strings, or if an array of dtype
+        object has integers beside bytes or strings.
     """
     if hasattr(values, "to_arrow"):
         values = values.to_arrow()
