@@ -52,8 +52,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
 def blocks(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, jax.Array]]:
     """Yields (number of the first row, rows on the device) of each block of an array [n, ..].
 
-    The array is in host memory. Its blocks follow one another. A block has at most `block_bytes`,
-    or one row. An empty array has no block.
+    The array is in host memory. Its blocks follow one another. A block has at most `block_bytes`
+    bytes, but at least one row. An empty array has no block.
     """
     if array.size == 0:
         return

@@ -147,8 +147,7 @@ class EmbeddingState:
     def signature(self) -> jax.Array:
         """A hash of the key, the tables and the counts of the steps so far (uint32 []).
 
-        Updates do not change the signature. No other call may come between a prefetch and the use
-        of its plan.
+        Updates do not change the signature, so it stays the same until the next prefetch.
         """
         return _mixed([self.key, self.fingerprint, _of_requests(self.counters)])
 

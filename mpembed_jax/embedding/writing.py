@@ -55,8 +55,8 @@ def write_rows(
       TypeError: if state has another type, ids are not integers of 32 bits or fewer, or rows are
         not floating.
       ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
-        was donated, or made for another spec or transformation; or if the stack has 2**31 - 1 rows
-        or more, or a vocabulary.
+        was donated, made for another spec or transformation, or averaged; or if the stack has
+        2**31 - 1 rows or more, or a vocabulary.
     """
     arguments.check_state("write_rows(state, ids, rows)", state)
     state.check_spec()
