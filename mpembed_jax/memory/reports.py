@@ -109,7 +109,8 @@ def state_shapes(
 ) -> EmbeddingState:
     """Returns the abstract state (jax.ShapeDtypeStructs) of a stack, or of one shard of it.
 
-    The table is traced as zeros. So no initializer is called, and many tables take no longer.
+    The table is traced as zeros. So no initializer is called, and the time does not depend on the
+    number of tables.
 
     Args:
       spec: the stack.
