@@ -35,7 +35,7 @@ def relayout(
 ) -> EmbeddingState:
     """Moves a state to another number of devices or another placement.
 
-    Training continues with the same rows. Between rows by MOD, replicated rows and one device,
+    Training continues with the same rows. If neither placement puts whole tables on shards,
     everything moves: packed rows, lines, tags, sketches, row state and vocabulary. Training then
     continues exactly as it would have without the move. With whole tables per shard, the cache sets
     hold other rows. When a state moves to or from such a placement, dirty lines are therefore first
@@ -165,9 +165,9 @@ def plan(
     A small stack (at most replicate_bytes) is replicated. So is a stack whose cache cannot be
     divided. Every device then does all of the work on the table, but only ids and gradients travel.
     Other stacks are divided by rows (MOD) or by whole tables. Whole tables are chosen if two
-    conditions hold: the busiest owner then serves fewer ids, and the allocated rows exceed the used
-    rows by at most a tenth. Tables are placed on shards from the largest to the smallest. The
-    exchange gets the room that the fullest (device, owner) pair of the samples needed, times
+    conditions hold: the busiest owner serves fewer ids than with MOD, and the allocated rows exceed
+    the used rows by at most a tenth. Tables are placed on shards from the largest to the smallest.
+    The exchange gets the room that the fullest (device, owner) pair of the samples needed, times
     `margin`.
 
     Args:

@@ -27,11 +27,12 @@ class TableSpec:
       vocabulary_size: number of rows, at least 1. None for a table of raw ids, in a stack with a
         vocabulary.
       initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style function `(key,
-        shape, dtype) -> array`. Its values are those for the shape of the whole table. One that
-        draws each row by itself (all of jax.nn.initializers except orthogonal) is called on blocks
-        of up to 8,192 rows, with a key folded by table and block. Any other is called once for the
-        whole table, which is then in memory in float32 while the stack is made. `from_dense` reads
-        an array of values in blocks. The initializer takes no part in equality and hash.
+        shape, dtype) -> array`. Its values are those for the shape of the whole table. An
+        initializer that draws each row by itself (all of jax.nn.initializers except orthogonal) is
+        called on blocks of up to 8,192 rows, with a key folded by table and block. Any other
+        initializer is called once for the whole table, which is then in memory in float32 while the
+        stack is made. To start from an array of values, use `from_dense`, which reads it in blocks.
+        Equality and hash of a TableSpec ignore the initializer.
 
     Raises:
       ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2].
@@ -266,9 +267,10 @@ class EmbeddingSpec:
 
     @property
     def fingerprint(self) -> np.ndarray:
-        """A hash (uint32 [2]) of what gives a state's arrays their meaning; every state keeps it.
+        """A hash (uint32 [2]) of the fields that a state's arrays depend on; every state keeps it.
 
-        It covers tables, dim, format, cache and row state.
+        The fields are the names and sizes of tables, dim, format without its rounding, the sizes
+        and policy of the cache, row_state_dtype, and the sizes of a vocabulary.
         """
         cache = (
             None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
@@ -339,9 +341,10 @@ class EmbeddingSpec:
     def raw_ids(self, ids: Any, where: Any = None) -> Any:
         """Hashes raw ids of any kind to what `prefetch` and `read` take.
 
-        Ids on the host are hashed there, and the result is NumPy's. Integers on a device, traced or
-        not, are hashed there, to the same values. `vocabulary.hashes` has the hash: equal ids of a
-        table have equal pairs on any machine, in any process and version.
+        Ids on the host are hashed on the host, and the result is a NumPy array. Integers on a
+        device, traced or not, are hashed on the device, to the same values. `vocabulary.hashes`
+        defines the hash: equal ids of a table have equal pairs on any machine, in any process and
+        version.
 
         None, nulls of Arrow and masked entries of NumPy's masked arrays are padding.
 

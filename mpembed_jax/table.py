@@ -1,6 +1,6 @@
 """Quantized tables: packed rows, which are initialized block by block and read by id.
 
-This module knows neither caches nor optimizers. `numerics.formats` defines the formats of a row.
+This module has no caches and no optimizers. `numerics.formats` defines the formats of a row.
 """
 
 import dataclasses

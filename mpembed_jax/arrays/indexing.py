@@ -139,8 +139,8 @@ def put(array: jax.Array, index: jax.Array, values: jax.Array | int) -> jax.Arra
     """Returns `array` [n, ..] with rows `index` (int32 [m], distinct) set to values [m, ..].
 
     The values may also be a scalar. They are cast to the dtype of the array. Only the indices
-    inside the array must be distinct. The call tells XLA that they are: otherwise, stores of types
-    narrower than 32 bits would be compare-and-swap loops on a GPU.
+    inside the array must be distinct. The call tells XLA that they are distinct. Otherwise, stores
+    of types narrower than 32 bits would be compare-and-swap loops on a GPU.
     """
     return _scatter(lax.scatter, array, index, values, are_distinct=True)
 

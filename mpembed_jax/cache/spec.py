@@ -8,7 +8,7 @@ import numpy as np
 from mpembed_jax.arrays import indexing
 
 MAX_WAYS = 64
-POLICIES = ("lru", "lfu")  # compiled code knows a policy by its number in this list
+POLICIES = ("lru", "lfu")  # compiled code gets the index of a policy in this tuple
 
 
 class Geometry(NamedTuple):

@@ -2,7 +2,7 @@
 
 This module needs the `[checkpoint]` extra. `save` and `restore` take any tree that holds embedding
 states. Each checkpoint has a checksum of every file. A checkpoint that was cut short or changed is
-never used. Moving arrays between disk and devices, also from many processes, is left to orbax.
+never used. Orbax moves arrays between disk and devices, also from many processes.
 """
 
 from mpembed_jax.checkpoint.errors import CheckpointError

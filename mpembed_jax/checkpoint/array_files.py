@@ -1,8 +1,8 @@
-"""The files of one array, as orbax writes them: zarr 2, compressed by zstd. Checked, then read.
+"""Checks and opens the files of one array, as orbax writes them: zarr 2, compressed by zstd.
 
 tensorstore allocates as much memory as a file asks for, and aborts the process if there is not
-enough. So the file is first compared with the manifest: its shape, its pieces, and the size of a
-piece when it is decompressed.
+enough. So the files are first compared with the manifest: the shape of the array, its pieces, and
+the size of a piece when it is decompressed.
 """
 
 import functools
@@ -24,7 +24,7 @@ _MAX_LAYOUT_BYTES = 1 << 16
 _FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
 _PIECE_NAME = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_BLOCK = 1 << 17  # bytes: a block decompresses to no more
+_ZSTD_BLOCK = 1 << 17  # bytes: the most to which a block decompresses
 
 
 class ZarrArray(NamedTuple):
@@ -43,7 +43,7 @@ class ZarrArray(NamedTuple):
 
 @functools.lru_cache
 def zarr_dtype(name: str) -> str | None:
-    """Returns what `.zarray` says of a dtype, or None if arrays of it cannot be written."""
+    """Returns the name of a dtype in `.zarray`, or None if arrays of it cannot be written."""
     try:
         spec = {"driver": "zarr", "kvstore": "memory://", "schema": {"dtype": name, "rank": 0}}
         store = tensorstore.open(spec, create=True).result()
@@ -131,10 +131,11 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
 def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
     """Checks that a piece becomes as many bytes as the layout says when it is decompressed.
 
-    A block of zstd does not say how many bytes it becomes, but it becomes at most `_ZSTD_BLOCK`.
-    Where the data changes, zstd ends a block early; at level 1, not before a quarter of
-    `_ZSTD_BLOCK`. A piece may have twice as many blocks as that makes. A crafted file therefore
-    takes at most eight times the memory of its array.
+    A compressed block of zstd does not say how many bytes it becomes. It becomes at most
+    `_ZSTD_BLOCK` bytes, and this is the size that the check adds up. Where the data changes, zstd
+    ends a block early, at level 1 not before a quarter of `_ZSTD_BLOCK`. The sum may therefore be
+    four times the real size. The check accepts a sum of eight times the real size. A crafted file
+    thus takes at most eight times the memory of its array.
     """
     size = files.size_of(file)
     if not layout.is_compressed:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder, opened with care: they may come from a stranger.
+"""Files of a checkpoint folder, which may come from an untrusted source.
 
 Only regular files inside the folder are opened. Opening never waits, not even for a FIFO.
 """
@@ -20,7 +20,7 @@ def exists(path: Path) -> bool:
     """Returns whether a file or folder exists.
 
     Raises:
-      OSError: if the system does not say so, for example for lack of permission.
+      OSError: if the system cannot tell, for example for lack of permission.
     """
     try:
         os.stat(path)

@@ -52,8 +52,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, memory_kind: str) -> jax.Array:
 def blocks(array: jax.Array, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, jax.Array]]:
     """Yields (number of the first row, rows on the device) of each block of an array [n, ..].
 
-    The array is in host memory. Its blocks follow one another. A block has at most `block_bytes`,
-    or one row. An empty array has no block.
+    The array is in host memory. Its blocks follow one another. A block has at most `block_bytes`
+    bytes, but at least one row. An empty array has no block.
     """
     if array.size == 0:
         return
@@ -84,7 +84,7 @@ def gather(array: jax.Array, index: np.ndarray, block_bytes: int = BLOCK_BYTES) 
     Args:
       array: [n, ..] in host memory, n > 0.
       index: int32 [m], from 0 to n - 1.
-      block_bytes: at most so many bytes are on the device at once, or one row.
+      block_bytes: the most bytes that are on the device at once; a block has at least one row.
     """
     result = np.empty((index.size, *array.shape[1:]), array.dtype)
     take = jax.jit(indexing.take)
@@ -108,7 +108,7 @@ def from_numpy(
       array: any shape and dtype.
       memory_kind: a memory kind of the host; see indexing.HOST_KINDS.
       device: the device whose host memory is used; None for the default device.
-      block_bytes: at most so many bytes are on the device at once, or one row.
+      block_bytes: the most bytes that are on the device at once; a block has at least one row.
     """
     with contextlib.nullcontext() if device is None else jax.default_device(device):
         if array.ndim == 0 or array.size == 0:

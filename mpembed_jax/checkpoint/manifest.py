@@ -6,7 +6,7 @@ that are not arrays. The manifest is the last file that is written. Orbax then r
 its final name. A folder with its final name was therefore complete once. `check` finds later
 damage.
 
-Checksums find accidental damage. They do not stop a forger, because anybody can compute them.
+Checksums find accidental damage. They do not find forgery, because an attacker can compute them.
 Readers therefore do not trust the contents of a manifest. `schema` checks its types and names.
 `array_files` checks the files of its arrays.
 """
@@ -98,8 +98,8 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
     The manifest is the last file of a save.
 
     Raises:
-      CheckpointError: if files of the arrays `keys` are missing. This happens if somebody moves the
-        folder away during the save, because the writers then create a new, incomplete folder.
+      CheckpointError: if files of the arrays `keys` are missing. This happens if the folder is
+        moved away during the save, because the writers then create a new, incomplete folder.
     """
     names_of = {record["key"]: name for name, record in body["arrays"].items()}
     for key in keys:

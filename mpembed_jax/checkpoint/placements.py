@@ -67,9 +67,9 @@ class Division:
 def places(member: leaves.Member) -> dict[str, leaves.Destination]:
     """Returns the destinations of the leaves of a target that do not show their destination.
 
-    There are two kinds of such leaves. A leaf of a state over a mesh may name no devices: it goes
-    to the state's mesh. The state's spec may keep a leaf in host memory: it goes there, since a
-    shape (for example from jax.eval_shape) does not show the memory.
+    There are two kinds of such leaves. A leaf of a state over a mesh that names no devices goes to
+    the state's mesh. A leaf that the state's spec keeps in host memory goes to host memory. The
+    target does not show this if it is a shape, for example from jax.eval_shape.
 
     Returns:
       {name in the tree: destination}.

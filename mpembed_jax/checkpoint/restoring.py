@@ -382,7 +382,11 @@ def _check_rows(
 def check_tags(
     directory: Path, step: int, prefix: str, entry: dict[str, Any], arrays: dict[str, Any]
 ) -> None:
-    """Checks that each tag is a row of its shard. A step writes to the row of a tag."""
+    """Checks that each tag is a row of its shard, because a step writes to the row of a tag.
+
+    Raises:
+      DamagedError: if a tag is not.
+    """
     if (tags := arrays.get("cache.tags")) is None:
         return
     num_rows = arrays["table.rows"].shape[0] // entry["shards"]

@@ -38,8 +38,8 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_o
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
-# Keys: what orbax says if it did not see one of its folders, or a file in it. Values: the path of
-# that folder below the checkpoint's. Orbax does not give the system's reason.
+# Keys: the texts of orbax's errors if it did not see one of its folders, or a file in it. Values:
+# the path of that folder below the checkpoint's. Orbax does not give the system's reason.
 _UNSEEN = {
     "Path is not a directory": "",
     "Checkpoint directory does not exist": "",
@@ -47,7 +47,7 @@ _UNSEEN = {
 }
 _DAMAGED = ".damaged"  # suffix of a damaged checkpoint that is being replaced
 
-_PENDING: dict[str, "Saving"] = {}  # by the real path of the directory
+_PENDING: dict[str, "Saving"] = {}  # {real path of a directory: the unfinished save there}
 _LOCK = threading.RLock()  # saves of several threads start one after another
 
 
@@ -169,8 +169,8 @@ def _finish_all() -> None:
 
 
 # Python shuts down its pools of threads before it waits for other threads, and a running save needs
-# the pools. So threading._register_atexit finishes saves earlier. It is private. Without it, a save
-# that nobody waited for is lost when the program ends.
+# the pools. So threading._register_atexit finishes saves earlier. This function is private, so a
+# version of Python may lack it. There, a save that nobody waited for is lost when the program ends.
 if (_register := getattr(threading, "_register_atexit", None)) is not None:
     _register(_finish_all)
 
@@ -188,11 +188,11 @@ def save(
 
     The values are copied before this function returns, so the tree may be donated to the next step.
     A checkpoint is either complete or absent, because its folder gets its name last. With several
-    processes, call it in all of them.
+    processes, call `save` in all of them.
 
     Args:
-      directory: for all checkpoints of a run; made if missing. It is local, or shared by all
-        processes.
+      directory: the folder of all checkpoints of a run. It is made if it is missing. It is local,
+        or shared by all processes.
       step: number of this checkpoint, at least 0.
       tree: any pytree of jax and numpy arrays, random keys, bool, int, float, str and bytes; for
         example also the position in the data.
@@ -217,8 +217,8 @@ def save(
         averaged, or if an array was donated.
       CheckpointError: if this save failed, if another process is saving in this directory, or if a
         good checkpoint of this step exists. A damaged one is replaced as soon as the new one is
-        complete. The error of an earlier save that nobody waited for is logged (logger
-        `mpembed_jax.checkpoint`); it does not hinder this one.
+        complete. If an earlier save with wait=False failed, its error is logged (logger
+        `mpembed_jax.checkpoint`), and this save goes on.
     """
     call = "save(directory, step, tree)"
     folder = manifest.path_of(call, directory)

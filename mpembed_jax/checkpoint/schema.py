@@ -1,4 +1,4 @@
-"""The fields that a manifest must have, and their types: it may come from a stranger.
+"""Checks the fields of a manifest and their types: it may come from an untrusted source.
 
 The code that reads a checkpoint may rely on what `check` has checked. Sizes are compared elsewhere:
 with those of the target in `restoring` and `convert`, and with those of the files in `array_files`.
@@ -132,7 +132,7 @@ def _check_array(field: str, record: Any) -> None:
 
 
 def _check_patch(field: str, body: dict[str, Any], record: dict[str, Any]) -> None:
-    """Checks a patch: that its indices are a full int32 array, and that there is a base.
+    """Checks a patch: its indices are int32 [n] and saved whole, and the checkpoint has a base.
 
     There may be no more indices than the array has rows.
     """

@@ -41,7 +41,8 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     layout = state.layout
     shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
     pool_rows = vocabulary.geometry.lines * shards
-    # Estimates are halved every 30 pools of positions, as policy.is_time_to_halve does for lines.
+    # Estimates are halved in one of 30 R / N steps, with R rows in the pool and N positions in a
+    # batch, like those of lines by policy.is_time_to_halve.
     period = min(max(1, 30 * pool_rows // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)

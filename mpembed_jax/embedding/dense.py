@@ -42,8 +42,9 @@ def to_dense(
 
     Raises:
       KeyError: if a name is unknown.
-      ValueError: if the stack has 2**31 - 1 rows or more, or a vocabulary; or if the state was made
-        for another spec, or averaged.
+      TypeError: if state has another type.
+      ValueError: if the stack has 2**31 - 1 rows or more, or a vocabulary; or if the state was
+        donated, made for another spec, or averaged.
     """
     arguments.check_state("to_dense(state, tables)", state)
     state.check_spec()
@@ -126,8 +127,8 @@ def from_dense(
 
     Raises:
       KeyError: if a name is missing or unknown.
-      TypeError: if spec or tables has another type.
-      ValueError: if an array has another shape, or if the stack has a vocabulary.
+      TypeError: if key, spec, tx or tables has another type.
+      ValueError: if an array has another shape, or if the stack has a vocabulary. Also as init.
     """
     check_spec("from_dense(key, spec, tx, tables)", spec)
     names = [t.name for t in spec.tables]

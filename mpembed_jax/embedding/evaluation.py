@@ -95,7 +95,7 @@ def flush(state: EmbeddingState) -> EmbeddingState:
 
     Raises:
       TypeError: if state has another type.
-      ValueError: if the state was donated, or made for another spec.
+      ValueError: if the state was donated, made for another spec, or averaged.
     """
     arguments.check_state("flush(state)", state)
     state.check_spec()
@@ -118,8 +118,8 @@ def freeze(state: EmbeddingState) -> QuantizedTable:
 
     Raises:
       TypeError: if state has another type.
-      ValueError: if the state was donated, or made for another spec; or if it has a vocabulary,
-        because a table does not say to which raw id a row belongs.
+      ValueError: if the state was donated, made for another spec, or averaged; or if it has a
+        vocabulary, because a table does not say to which raw id a row belongs.
     """
     arguments.check_state("freeze(state)", state)
     if state.vocabulary is not None:

@@ -52,6 +52,7 @@ def check(
       The leaves of inverse, the weights of each leaf (or None), and the tree structure.
 
     Raises:
+      TypeError: see `pool`.
       ValueError: see `pool`.
     """
     if isinstance(implementation, str) and implementation not in ops.IMPLEMENTATIONS:
@@ -290,6 +291,7 @@ def check_gradients(
       The leaves of inverse, the weights of each leaf (or None), and the leaves of the gradients.
 
     Raises:
+      TypeError: as in `pool`.
       ValueError: as in `pool`, or if the tree, a shape or a dtype of the gradients differs from
         that of pool's result.
     """

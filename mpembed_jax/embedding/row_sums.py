@@ -87,7 +87,7 @@ def _bag_bwd(implementation: ops.Named | None, saved: tuple, grad: jax.Array) ->
     if index.size == 0:
         return jnp.zeros_like(rows), None, factors
 
-    number = index.reshape(-1)[0]  # any number that the compiler does not know
+    number = index.reshape(-1)[0]  # for `apart`: any number that the compiler does not know
 
     # As in the reference of the forward pass, the loop takes one position of all bags at a time, so
     # that there is no [.., L, D] array.

@@ -49,7 +49,7 @@ def _mixed_by(numpy: Any, words: list[Any]) -> Any:
     return numpy.sum(mixed, axis=-1, dtype=np.uint32)
 
 
-# One call where a verb is not jitted.
+# Outside jit, the hash is one compiled call and not one call per operation.
 _mixed_on_device = jax.jit(partial(_mixed_by, jnp), inline=True)
 
 
@@ -62,7 +62,8 @@ def _of_requests(counters: Any) -> Any:
 def clock_of(key: Any, step: Any, counters: Any) -> Any:
     """Returns the clock of a state: a hash of its history in 22 bits, as a whole number.
 
-    An average of the clocks of two states of different histories is the clock of neither.
+    If two states with different histories are averaged, the averaged clock differs from the clock
+    that this function computes for the averaged state.
 
     Args:
       key: uint32 [.., 2], the state's key.
@@ -103,8 +104,8 @@ class EmbeddingState:
     row_state: Any
     key: jax.Array  # u32 [2]
     step: jax.Array  # i32 []: the number of prefetches so far
-    # f32 []: clock_of(key, step, counters). An average of two states has another clock than that of
-    # its own key, step and counters. In a checkpoint, it is None.
+    # f32 []: clock_of(key, step, counters). In an average of two states, the clock does not match
+    # key, step and counters. In a checkpoint, the clock is None.
     clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
@@ -146,7 +147,7 @@ class EmbeddingState:
     def signature(self) -> jax.Array:
         """A hash of the key, the tables and the counts of the steps so far (uint32 []).
 
-        Only updates may come between a prefetch and the use of its plan. They do not change it.
+        Updates do not change the signature, so it stays the same until the next prefetch.
         """
         return _mixed([self.key, self.fingerprint, _of_requests(self.counters)])
 
@@ -167,7 +168,7 @@ class EmbeddingState:
 
     @property
     def is_of_one_history(self) -> jax.Array:
-        """Whether the arrays are of one history, so that they are no average (bool [])."""
+        """Whether the clock matches the history; in an average of states, it does not (bool [])."""
         return self.clock == clock_of(*self.history)
 
     @property
@@ -295,9 +296,12 @@ def make(
     """Makes the state that starts from the table `table_of(key, spec, shard)`.
 
     On one device, the shard is None. Over a mesh, each device makes the table of its shard. A
-    second state of the same spec and transformation needs no compilation, if `table_of` is the same
-    function, and no table has an initializer: initializers are not compared, and may return an
-    array that has changed.
+    second state of the same spec, transformation and `table_of` needs no compilation if no table
+    has an initializer. With an initializer, the program is compiled again: specs do not compare
+    initializers, and an initializer may return an array that has changed.
+
+    Raises:
+      ValueError: as init. Also if a layout is given with kernels, or with a memory kind.
     """
     if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
         raise ValueError(

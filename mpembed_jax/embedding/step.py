@@ -55,7 +55,8 @@ def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan
     Raises:
       TypeError: if state has another type, or if ids are not integers of at most 32 bits. With a
         vocabulary: if ids are not pairs.
-      ValueError: if host ids do not fit int32, or the state was donated or made for another spec.
+      ValueError: if host ids do not fit int32; or if the state was donated, made for another spec,
+        or averaged.
     """
     return prefetch_of_tables(state, ids, None)
 
@@ -66,7 +67,7 @@ def prefetch_of_tables(
     """Runs prefetch, with narrower arrays if the ids are of few small tables.
 
     If `tables` is given, `unique_ids` of the plan has at most one entry for each row of these
-    tables, and one entry of padding.
+    tables, and one entry of padding. The errors are those of prefetch.
 
     Args:
       state: consumed if donated.

@@ -90,9 +90,9 @@ def apply_summed(
     *,
     step: jax.Array,
 ) -> tuple[EmbeddingState, jax.Array, jax.Array]:
-    """Updates rows once, as `apply` does, from the gradients of positions, which it sums.
+    """Sums the gradients of positions for each row, and updates each row once, as `apply` does.
 
-    If the spec says skip_nonfinite, a row whose sum is not finite is not updated.
+    If skip_nonfinite of the spec is True, a row whose sum is not finite is not updated.
 
     Args:
       tx: the transformation given to init. It has a rule (see `optim.rule_of`).

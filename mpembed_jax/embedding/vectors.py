@@ -150,7 +150,7 @@ def embed_of_tables(
     num_segments: int | None = None,
     tx: optax.GradientTransformation,
 ) -> tuple[EmbeddingState, VectorPlan, Any]:
-    """Does what embed does; for `tables`, see step.prefetch_of_tables."""
+    """Does what embed does, with the same errors; for `tables`, see step.prefetch_of_tables."""
     arguments.check_state("embed(state, ids, weights, combiner, *, tx)", state)
     if state.vocabulary is None:
         leaves, treedef = row_ids.checked(ids)

@@ -35,8 +35,9 @@ def write_rows(
 
     A cached row is written to its line in float32. Any other row is rounded into the table by the
     rule of its format, as from_dense rounds it. Donate the state; otherwise, the call copies the
-    table. Call it between steps: a state whose prefetch waits for its update stays as it is, and
-    the call is counted as a refused update. If this is known while tracing, it raises an error.
+    table. Call write_rows between steps. If a prefetch waits for its update, and this is known
+    while tracing, the call raises an error. If it is not known, the call writes nothing, and is
+    counted as a refused update.
 
     Args:
       state: consumed if donated. A sharded state may be whole, or inside jax.shard_map, where all
@@ -54,8 +55,8 @@ def write_rows(
       TypeError: if state has another type, ids are not integers of 32 bits or fewer, or rows are
         not floating.
       ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
-        was donated, or made for another spec or transformation; or if the stack has 2**31 - 1 rows
-        or more, or a vocabulary.
+        was donated, made for another spec or transformation, or averaged; or if the stack has
+        2**31 - 1 rows or more, or a vocabulary.
     """
     arguments.check_state("write_rows(state, ids, rows)", state)
     state.check_spec()

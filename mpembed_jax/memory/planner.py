@@ -29,8 +29,8 @@ from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
 from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.spec import VocabularySpec, groups_of
 
-# Tables of at most so many rows may share a stack in float32, apart from larger tables. Together,
-# they may take this share of the budget of all devices.
+# Tables of at most _TINY_ROWS rows may share a stack in float32, separate from larger tables.
+# Together, they may take the share _TINY_SHARE of the budget of all devices.
 _TINY_ROWS, _TINY_SHARE = 10_000, 0.02
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -208,7 +208,7 @@ def plan(
       tx: optax transformation for the rows.
       devices: the number of devices. They divide the rows of a stack, or each holds a copy.
       ids: {table: sample of its ids}. It shows which share of the ids the most used rows get. INT4
-        with a cache of 5 % is left out where one of 1 % gets nearly as many of the ids. A table of
+        with a 5 % cache is left out if a 1 % cache gets nearly as many of the ids. A table of
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
         nulls are padding. All other samples are integers.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
@@ -225,7 +225,7 @@ def plan(
       TypeError: if tables are neither a mapping nor a sequence, or raw ids of a sample are neither
         integers nor bytes nor strings.
       ValueError: if a table or an argument is wrong; if a table of raw ids has no sample, or no id
-        of a stack of raw ids occurs twice; or if nothing fits. The message then says the smallest
+        of a stack of raw ids occurs twice; or if nothing fits. The message then names the smallest
         budget that works.
     """
     sizes = _sizes(tables)
@@ -321,7 +321,7 @@ class _Stack(NamedTuple):
         return VocabularySpec(sets * ways, level.admit_after)
 
     def hits(self, level: Level) -> float | None:
-        """Returns the share of the sampled ids that the most used rows get, as many as have lines.
+        """Returns the share of the sampled ids that hit, if the lines hold the most used rows.
 
         It is None without a cache or a sample.
         """
@@ -333,7 +333,7 @@ class _Stack(NamedTuple):
         return float(self.use[:num_lines].sum() / self.use.sum())
 
     def is_idle(self, level: Level) -> bool:
-        """Returns whether a level is INT4 with 5 %, and 1 % gets nearly as many of the ids."""
+        """Returns whether a level is INT4 with a 5 % cache, and 1 % gets nearly as many ids."""
         few, many = (self.hits(level._replace(fraction=share)) for share in (0.01, 0.05))
         is_large = level[:2] == ("int4", 0.05)
         return is_large and few is not None and many is not None and many - few < 0.02

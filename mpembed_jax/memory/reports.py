@@ -109,7 +109,8 @@ def state_shapes(
 ) -> EmbeddingState:
     """Returns the abstract state (jax.ShapeDtypeStructs) of a stack, or of one shard of it.
 
-    The table is traced as zeros. So no initializer is called, and many tables take no longer.
+    The table is traced as zeros. So no initializer is called, and the time does not depend on the
+    number of tables.
 
     Args:
       spec: the stack.
@@ -143,10 +144,10 @@ def report(
 
     The peak is that of `embed` and `apply_pooled_gradients` in one jitted step that donates the
     state, as XLA plans it. It holds the state, the ids, the vectors, their gradients and what the
-    two verbs need beside them. It does not hold the arrays of your model. Where the two verbs run
-    natively (see `embedding.vectors`), this is the smaller of two peaks: a step of `prefetch`,
-    `lookup` and `apply_gradients`, also that of a module without fused=True, holds rows and their
-    gradients as well, two arrays float32 [U, D].
+    two verbs need beside them. It does not hold the arrays of your model. A step of `prefetch`,
+    `lookup` and `apply_gradients`, also that of a module without fused=True, can have a higher
+    peak. Where the two verbs run natively (see `embedding.vectors`), such a step holds two more
+    arrays, the rows and their gradients, float32 [U, D] each.
 
     Args:
       spec: the stack.

@@ -40,7 +40,11 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Unique:
-    """Returns ops.unique of ids [N] or of pairs [N, 2]; its ids are [size] or [size, 2]."""
+    """Returns ops.unique of ids [N] or of pairs [N, 2]; its ids are [size] or [size, 2].
+
+    Raises:
+      ValueError: if there are too many pairs: (N + 1) * P must be below 2**31 - 1.
+    """
     if not layout.is_paired:
         return ops.unique(ids, size, step)
     # Local rows are deduplicated first. The pair (number of the distinct row, shard) then fits in

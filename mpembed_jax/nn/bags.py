@@ -38,8 +38,8 @@ class CachedEmbedBags(nnx.Module):
     `model.eval()`, calls need no prefetch. Ids are local to their tables. They are {feature:
     ids [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per
     feature. For a spec with a vocabulary, they are raw ids, or the pairs uint32 [.., 2] that
-    `spec.raw_ids` returns. A jitted function takes pairs: it gets no strings, and 32 bits of an
-    integer.
+    `spec.raw_ids` returns. Pass pairs to a jitted function: jax passes no strings to it, and only
+    32 bits of an integer.
 
     Args:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features
@@ -51,7 +51,7 @@ class CachedEmbedBags(nnx.Module):
         whatever this dtype is.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
-        training, its length must be a multiple of the number of devices.
+        training, the length of this axis must be a multiple of the number of devices.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
@@ -112,7 +112,8 @@ class CachedEmbedBags(nnx.Module):
         """Replaces the EmbeddingStates between steps, for example by those of write_rows.
 
         Args:
-          states: one per spec, of the same tables; consumed, if later steps donate the model.
+          states: one per spec, of the same tables. Later steps consume them if they donate the
+            model.
 
         Raises:
           ValueError: if a state is of other tables, or if a step is in progress.
@@ -134,9 +135,10 @@ class CachedEmbedBags(nnx.Module):
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if uint32 ids of a vocabulary are not pairs.
-          ValueError: if pairs on the host are of another table, if an array does not fit the
-            features, in evaluation mode, or if nn.apply_gradients was not called after the last
-            prefetch.
+          ValueError: if pairs on the host are of another table; if an array does not fit the
+            features; in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
+            last prefetch; if a mesh cannot divide the leading axis of ids evenly; or if
+            out_of_range is "raise" and a concrete id is outside its table.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         for stack, part, own in zip(self.stacks, routed, given, strict=True):
@@ -152,26 +154,31 @@ class CachedEmbedBags(nnx.Module):
             )
 
     def __call__(self, ids: Any, weights: Any = None) -> Any:
-        """Returns the vectors of bags, differentiable in the prefetched rows and the weights.
+        """Returns the vectors of bags.
+
+        In training, they are differentiable in the weights and in what prefetch holds: the rows, or
+        the vectors with fused=True.
 
         Args:
           ids: in training, ids that were prefetched, of any of the features, in any shape, order
-            and number; after eval(), any ids.
+            and number (with fused=True, exactly those of the prefetch); after eval(), any ids.
           weights: None, or a factor for each id, in the nesting and shapes of ids; a mapping may
             leave features out.
 
         Returns:
           {feature: [.., D]}, reduced over the last axis of ids ([.., L, D] if the combiner is
           None), or [.., T, D] for array ids. The dtype is `dtype`. Empty bags give zeros. In
-          training inside jit, bags with ids that were not prefetched give NaN, or
-          zeros if the batch exceeded max_unique_ids.
+          training inside jit, bags with ids that were not prefetched give NaN. If the batch
+          exceeded max_unique_ids, these ids read as zeros instead.
 
         Raises:
-          KeyError: if a feature is unknown.
+          KeyError: if a feature is unknown, or if weights name a feature that ids do not name.
           TypeError: if ids are not integers, or if weights have another nesting.
-          ValueError: in training, if prefetch was not called, or outside jit if it was not given
-            an id. Also if ids have no bag axis, if weights have another shape, or if there are
-            weights without a combiner.
+          ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
+            call was not prefetched. Also if ids have no bag axis, if weights have another shape, or
+            if there are weights without a combiner. With fused=True, also if there are weights, or
+            if nesting or shapes differ from those of the prefetch. Also if out_of_range is "raise"
+            and a concrete id is outside its table.
         """
         routed, given = routing.route(self.specs, ids), routing.given(self.specs, ids)
         parts = [

@@ -69,7 +69,7 @@ class CachedEmbed(nnx.Module):
       memory_kind: None, or "pinned_host" for a table in host memory.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
-        training, its length must be a multiple of the number of devices.
+        training, the length of this axis must be a multiple of the number of devices.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
@@ -162,7 +162,8 @@ class CachedEmbed(nnx.Module):
         Raises:
           TypeError: if ids are not integers.
           ValueError: in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
-            last prefetch; or if out_of_range is "raise" and a concrete id is outside the table.
+            last prefetch; if a mesh cannot divide the leading axis of ids evenly; or if
+            out_of_range is "raise" and a concrete id is outside the table.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         self.stack.prefetch(mapped, ids, not self.deterministic)
@@ -185,7 +186,8 @@ class CachedEmbed(nnx.Module):
         Raises:
           TypeError: if ids are not integers.
           ValueError: in training, if prefetch was not called, or, outside jit, if an id of the
-            call was not prefetched.
+            call was not prefetched. With fused=True, also if nesting or shapes differ from those of
+            the prefetch. Also if out_of_range is "raise" and a concrete id is outside the table.
         """
         mapped = routing.table_ids(self.stack.spec, ids)
         vectors = vectors_of(self.stack, mapped, ids, not self.deterministic)

@@ -4,7 +4,7 @@ With `fused=True`, prefetch makes the vectors, and the loss is differentiated wi
 So there are no gradients of rows. In a step, the module may be called any number of times, and the
 gradients of the calls add. Each call must get the ids of the prefetch, in the same nesting and
 shapes. A call with other shapes raises ValueError. A call with other ids raises ValueError outside
-jit; inside jit, their vectors are NaN.
+jit; inside jit, the vectors of these ids are NaN.
 
 This module does not use flax. It is for one device: over a mesh, modules use `prefetched`.
 """

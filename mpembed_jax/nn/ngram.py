@@ -185,7 +185,7 @@ class NGramMemory(nnx.Module):
         mpembed_jax.EmbeddingSpec.
       mesh: jax.sharding.Mesh over which tables and batches are divided; None for one device. With
         a mesh, the model is still called on whole arrays; it divides their leading axis. In
-        training, its length must be a multiple of the number of devices.
+        training, the length of this axis must be a multiple of the number of devices.
       axis_name: the mesh axis that divides rows, see mpembed_jax.init.
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.

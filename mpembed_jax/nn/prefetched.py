@@ -40,11 +40,11 @@ def _with_table(given: Any) -> tuple[str | None, Any]:
 
 
 class Origin:
-    """Pairs: an array that prefetch was given, and the leaf of the plan's inverse made from it.
+    """Which leaf of a plan's inverse was made from which array that prefetch was given.
 
     An array may come with its table, as routing.Own.
 
-    It is static. All Origins compare equal, so none causes a retrace: they are used only to
+    An Origin is static. All Origins compare equal, so none causes a retrace: they are used only to
     recognize an array object within one trace.
     """
 
@@ -213,7 +213,8 @@ def part(
                 "ids of the step's calls (several inputs: one nest of them)"
             )
     rows = _brought(state, rows, route)
-    # Outside jit no id is missing here. jax.debug_nans would stop at the NaN of _pool_or_nan.
+    # If the ids were checked above, none is missing. `pool` is then enough, and makes no NaN, at
+    # which jax.debug_nans would stop.
     chosen = pool if is_checked else _pool_or_nan
     return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, chosen))
 

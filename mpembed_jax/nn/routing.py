@@ -390,7 +390,7 @@ def combine(
         ).astype(dtype)
     held = [part for part in parts if isinstance(part, Part)]
     assert len(held) == len(parts)  # a fused step has no weights
-    # That of the ids: pairs have one axis more.
+    # The inverse has the shape of the ids. Pairs have one axis more.
     shape = (*held[0].inverse.shape[:-1], sum(part.inverse.shape[-1] for part in held))
     if np.shape(weights) != shape:
         raise ValueError(

@@ -125,8 +125,8 @@ def read_unpooled(state: EmbeddingState, ids: Any) -> tuple[jax.Array, Any, Call
 
     Returns:
       Rows: float32 [N + 1, D], one for each position, and a row of zeros at the end.
-      The inverse: int32 [..] in the nesting of ids, the index of each position's row. That of
-        padding, and of an id outside the stack, is N.
+      The inverse: int32 [..] in the nesting of ids, the index of each position's row. Padding and
+        ids outside the stack have the index N.
       `pool` with the state's implementation, but without foreign calls, so that jax.export can
         export an evaluation.
     """

@@ -258,8 +258,8 @@ def parameter_halves(scale: jax.Array, bias: jax.Array, fmt: RowFormat) -> list[
 
     Each half is a uint32 array of the shape of the scale. A float32 number has two halves, and the
     low one comes first. A number of 16 bits has one half. The halves of the scale come before those
-    of the bias. If the format has no bias, there are none of the bias. The format is resolved and
-    has a scale.
+    of the bias. If the format has no bias, only the halves of the scale are returned. The format is
+    resolved and has a scale.
     """
     dtype = fmt.scale_dtype or "float32"
     return _halves(scale, dtype) + (_halves(bias, dtype) if fmt.symmetric is False else [])

@@ -141,7 +141,7 @@ def uniform(bits: jax.Array) -> jax.Array:
 def key_words(key: jax.Array) -> jax.Array:
     """Returns the uint32 [2] words of a jax key: jax.random.key(..), or raw words.
 
-    Of a key of four words (the rbg implementation), the two halves are combined by xor.
+    A key of four words (the rbg implementation) gives two words: its halves combined by xor.
 
     Raises:
       TypeError: if `key` is neither a typed key of shape [] nor uint32 [2].

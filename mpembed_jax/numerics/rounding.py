@@ -1,8 +1,8 @@
 """Stochastic and nearest rounding of float32 to integer grids, narrow floats and stored scales.
 
 All functions use only elementwise integer and float32 arithmetic. They can therefore be traced
-inside `jax.jit` and inside a kernel body. The functions know nothing of rows and tables. They take
-random bits as an argument.
+inside `jax.jit` and inside a kernel body. The functions are independent of rows and tables. They
+take random bits as an argument.
 """
 
 from typing import NamedTuple

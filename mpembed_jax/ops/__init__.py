@@ -1,6 +1,6 @@
 """The ops on rows: the contract of each op, and the choice of its implementation.
 
-This is the only place that knows about hardware. The implementations have names:
+Only this room has code for particular hardware. The implementations have names:
   xla               passes over whole arrays; for accelerators
   xla_chunked       loops over chunks, whose trip count is known at run time; for CPUs
   numba             like xla_chunked, but numba compiles deduplication, planning, and the gathers
@@ -243,7 +243,7 @@ def distinct_ids(places: Places) -> jax.Array:
 
 
 def max_threads(implementation: Named) -> int:
-    """Returns how many threads an implementation asks for at most."""
+    """Returns the largest number of threads that an implementation asks for."""
     return _of(implementation).max_threads
 
 
@@ -309,7 +309,8 @@ def admit(
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
 
-    On one device. A shard calls the reference itself, with the counts that devices sent.
+    This function is for one device. On a mesh, each shard calls the reference, with the counts that
+    the devices sent.
     """
     native = compiled(implementation)
     if native is not None:

@@ -131,7 +131,7 @@ class Admission(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """The rows of a batch's raw ids in one step, and how they came to have them."""
+    """The rows of a batch's raw ids in one step, and the counts of their admission."""
 
     rows: jax.Array  # i32 [N]: the row of each position's id; NO_ID for padding
     recycled: jax.Array  # i32 [N]: rows that were taken from another owner, followed by NO_ID

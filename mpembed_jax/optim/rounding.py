@@ -40,7 +40,7 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
       key: jax.random.key(..) or uint32 [2].
 
     Returns:
-      An optax transformation whose update needs `params`.
+      An optax transformation. Its update raises ValueError if it gets no `params`.
 
     Raises:
       TypeError: if key is something else.

@@ -41,11 +41,11 @@ ROWS = 7919  # a prime that other dimensions are unlikely to equal
 
 @contextlib.contextmanager
 def evaluated() -> Iterator[None]:
-    """A context in which operations on few numbers run at once, even while a function is traced.
+    """A context in which operations run immediately, even while a function is traced.
 
-    The numbers do not belong to the trace. They do not belong to the mesh of jax.set_mesh either,
-    which cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
-    Inside a jax.shard_map without jit, jax.ensure_compile_time_eval would give tracers.
+    The arrays of the context are concrete. They are outside the mesh of jax.set_mesh, because this
+    mesh cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
+    jax.ensure_compile_time_eval would give tracers inside a jax.shard_map without jit.
     """
     no_mesh = jax.sharding.AbstractMesh((), ())
     with (
@@ -67,7 +67,7 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
       embedding_dim: D.
     """
     if not callable(getattr(tx, "update", None)):
-        # This is no optax transformation; whoever applies it raises an error.
+        # This is no optax transformation. The code that applies it raises an error.
         return False
     rows = jax.ShapeDtypeStruct((ROWS, embedding_dim), jnp.float32)
     traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)
@@ -103,7 +103,7 @@ def check_mixing(tx: optax.GradientTransformation, embedding_dim: int) -> None:
 
     It runs two steps on five rows with random gradients. It repeats them on ten rows: the same
     five, shuffled, and five rows of zeros. The updates must agree. It also repeats the second step
-    with twice the rows and their state. The scalars of the state must agree.
+    with the values of the rows and of their state doubled. The scalars of the state must agree.
 
     Args:
       tx: an optax transformation that `row_state.row_leaves` accepts.

@@ -3,7 +3,7 @@
 Functions are compiled for each row format and dim. A row is decoded in vectors of 16 values. Where
 the processor permutes 16 floats in one instruction (AVX-512), codes of 2 and 4 bits index a table
 of the row's own values: no code is converted or scaled. A bag is summed in registers, while rows of
-later positions are prefetched. Sums are made in the order of the reference and are the same bits.
+later positions are prefetched. Sums are made in the order of the reference and have the same bits.
 
 The functions are called through ctypes, which releases Python's lock. A large batch is divided over
 threads of this module's own.
@@ -42,7 +42,7 @@ _PIECE = 1024  # positions whose addresses are found at once
 _MIN_SPLIT = 1 << 16  # vectors of values; less work is not worth waking a thread for
 _QUICK = _WIDTH * _MIN_SPLIT  # numbers; fewer are read on one thread
 _COMBINERS = {"sum": 0, "mean": 1, "sqrtn": 2}
-_WIDE = 4  # in the mode of a bag's call, beside the combiner: ids are int64
+_WIDE = 4  # added to the combiner in the mode of a bag's call, if ids are int64
 _INT32, _INT64, _FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -56,15 +56,15 @@ class Reader:
         self.packed, self.fmt, self.dim, self.threads = packed, fmt, dim, threads
         self._take, self._bag, self._score = _functions(fmt, dim)
         self._table = host_rows.byte_table(fmt) if fmt.code_bits == 8 else np.zeros(1, np.float32)
-        # What every call gets in one argument: ctypes takes a tenth of a microsecond for each.
+        # Every call gets these in one argument: ctypes takes a tenth of a microsecond for each.
         self._facts = np.asarray([_address(packed), len(packed), _address(self._table)], np.int64)
         self._given = _address(self._facts)
 
     def quick_take(self, ids: np.ndarray) -> np.ndarray | None:
         """Returns the rows (float32 [.., D]) of a small array of ids, with few steps in Python.
 
-        None: the caller takes the usual way. This is so if the ids are many, or no contiguous int32
-        or int64, or if one of them is outside.
+        Returns None if there are many ids or none, if they are not contiguous int32 or int64, or if
+        one of them is outside the table. The caller then takes the usual way.
         """
         if not self._is_quick(ids):
             return None
@@ -341,7 +341,7 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
     """Returns {name: (function for numba, number of its arguments)}."""
     row_bytes = fmt.row_bytes(dim)
     chunks = _chunks(dim)
-    lines = range(0, row_bytes + 63, 64)  # a row touches so many of the processor's cache lines
+    lines = range(0, row_bytes + 63, 64)  # one offset per cache line that a row may touch
 
     def ask_for(builder: Any, address: Any) -> None:
         byte = _I8.as_pointer()
@@ -606,7 +606,7 @@ def _locate() -> Callable:
 
 @functools.cache
 def sign_scores(num_words: int) -> Callable:
-    """Returns a function of a sign sketch with so many words per row.
+    """Returns the function that scores rows of a sign sketch with `num_words` words per row.
 
     It is score(signs, norms, query, cosines, first, last, out). It writes norms[i] * cosines[n] to
     out[i - first], where n is the number of bits in which row i and the query differ.

@@ -14,7 +14,7 @@ For a stack of n-grams, the description has the parameters of their hash. The na
 begin with the name of the stack, because every memory has tables of the same names. Its map of
 tokens, if there is one, is an array, int32 [vocabulary_size].
 
-A file is of the lowest version that has all that it holds: 3 with n-grams, 2 with a pool, else 1.
+A file has the lowest version that supports its contents: 3 with n-grams, 2 with a pool, else 1.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.ngram_hash import NGramHash
 
 VERSION = 3  # the newest that this library reads
-# The hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. In a file with other hashes, they
-# would find wrong rows.
+# The names of the hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. A file that names
+# another hash is refused, because these hashes would find wrong rows in it.
 HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
 NGRAM_HASH = "fmix32(x xor token * multiplier)"
 OURS = "mpembed_jax"
@@ -49,7 +49,7 @@ CHECKSUMS = "mpembed_jax.checksums"
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 _ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 _ROOM = 96  # bytes kept free in the header for each table's errors, known only at the end
-# Those of 32 bits come first, so that every array is aligned.
+# The dtypes of 32 bits come first, so that every array is aligned.
 _DTYPES: dict[str, np.dtype] = {
     "U32": np.dtype("<u4"),
     "I32": np.dtype("<i4"),
@@ -75,7 +75,7 @@ class Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its bytes."""
+        """Bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -87,7 +87,7 @@ class Array(NamedTuple):
 class Pool(NamedTuple):
     """The sizes of a pool, and the tables whose raw ids have its rows; see VocabularySpec."""
 
-    tables: tuple[str, ...]  # the place of a table here is its number in pairs
+    tables: tuple[str, ...]  # the index of a table is its number in pairs
     sets: int
     ways: int
     groups: int
@@ -160,7 +160,7 @@ class NGrams(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What the names of its tables and arrays begin with."""
+        """The prefix of the names of its tables and arrays."""
         return f"{self.stack}." if self.stack else ""
 
     @property
@@ -198,7 +198,7 @@ class Contents:
 
     @property
     def version(self) -> int:
-        """The lowest version that has everything the file holds."""
+        """The lowest version that supports everything in the file."""
         if self.ngrams:
             return 3
         return 1 if all(table.pool is None for table in self.tables) else 2
@@ -258,7 +258,11 @@ def header_room(contents: Contents) -> int:
 
 
 def padded_header(contents: Contents, room: int) -> bytes:
-    """Returns the bytes before the arrays: the length, the JSON, and spaces."""
+    """Returns the bytes before the arrays: the length, the JSON, and spaces.
+
+    Raises:
+      ValueError: if the JSON does not fit `room`, or is longer than safetensors allows.
+    """
     text = contents.header()
     if len(text) > min(room - 8, _MAX_HEADER):
         raise ValueError(f"{len(contents.tables)} tables need a header of {len(text)} bytes")
@@ -289,7 +293,8 @@ def open_file(path: Any) -> Opened:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ServingError: if it is not a serving file, is cut short, or has a newer version.
+      ServingError: if it is not a serving file, is cut short, has a newer version, or has a damaged
+        header.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait
@@ -349,7 +354,7 @@ def _read_header(path: Path, head: bytes) -> Contents:
         contents = _contents(body)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ServingError(f"{path} is damaged: {error}") from None
-    # A file says everything once, in one way, so that no byte of a header can change unnoticed.
+    # The description determines every byte of the header, so each changed byte is noticed.
     if contents.header().ljust(len(head)) != head:
         raise ServingError(f"{path} is damaged: its header is not what its description says")
     return contents
@@ -359,7 +364,8 @@ def _contents(body: dict[str, Any]) -> Contents:
     """Returns the contents that the body of a header describes.
 
     Raises:
-      ValueError: or another error, if a field is missing, or has a wrong type or value.
+      ValueError, KeyError, TypeError or OverflowError: if a field is missing, or has a wrong type
+        or value.
     """
     tables = []
     if type(body["version"]) is not int or body["version"] < 1:
@@ -395,7 +401,7 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     """Returns the description of a pool.
 
     Raises:
-      ValueError: or another error, as _contents.
+      ValueError, KeyError, TypeError or OverflowError: as _contents.
     """
     if (hash_ := entry["hash"]) != HASH:
         raise ValueError(
@@ -423,7 +429,7 @@ def _ngrams(entry: dict[str, Any]) -> NGrams:
     """Returns the description of a hash of n-grams.
 
     Raises:
-      ValueError: or another error, as _contents.
+      ValueError, KeyError, TypeError or OverflowError: as _contents.
     """
     stack, has_map = entry["stack"], entry["map"]
     if type(stack) is not str or type(has_map) is not bool:
@@ -442,10 +448,11 @@ def _ngrams(entry: dict[str, Any]) -> NGrams:
 
 
 def checked(contents: Contents) -> Contents:
-    """Returns the contents, whose names are distinct and known, and whose n-grams have their rows.
+    """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if they are not, or have not.
+      ValueError: if a name is not distinct, if a feature names an unknown table, or if the tables
+        of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that features name

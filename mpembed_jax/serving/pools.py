@@ -58,7 +58,7 @@ def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     groups = np.uint32(sizes.groups)
     first = (places % groups).astype(np.int64)
     first += sizes.groups * _scaled(fmix32(places // groups), sizes.first_sets // sizes.groups)
-    # Into how many sets each id's first set was split; see vocabulary.pool.
+    # The number of sets into which each id's first set was split; see vocabulary.pool.
     numbers = sizes.sets // sizes.first_sets + (first < sizes.sets % sizes.first_sets)
     span = 2 ** np.ceil(np.log2(numbers)).astype(np.int64)
     own = fmix32(tags ^ np.uint32(pool.SPLIT_SEED)).astype(np.int64) & (span - 1)

@@ -110,8 +110,9 @@ def of_state(name: str, state: EmbeddingState) -> Source:
       state: concrete; not consumed.
 
     Raises:
-      ValueError: if the state is traced, abstract or donated, lies over several processes, or was
-        made for another spec than its own.
+      TypeError: if state has another type.
+      ValueError: if the state is traced, abstract, donated or averaged, lies over several
+        processes, or was made for another spec than its own. Also as `of_arrays`.
     """
     arguments.check_state("serving.save(path, states)", state)
     leaves = jax.tree.leaves(state)

@@ -54,7 +54,8 @@ def load(
     Raises:
       FileNotFoundError: if there is no such file.
       ImportError: if numba is named, and it is not installed or too old.
-      ServingError: if the file is not a serving file, is cut short, or has a newer version.
+      ServingError: if the file is not a serving file, is cut short, has a newer version, or has a
+        damaged header.
       TypeError: if path is not a path.
       ValueError: if out_of_range, threads or implementation has a value that is not allowed.
     """

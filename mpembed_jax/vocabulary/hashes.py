@@ -51,8 +51,9 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
     None, nulls of Arrow and masked entries of NumPy's masked arrays are padding.
 
     Args:
-      values: integers, bytes, strings: a NumPy array or list [..] of them, of dtype object too; or
-        a column [n] of Arrow or polars.
+      values: integers, or bytes and strings: a NumPy array [..], also of dtype object; a list [..];
+        or a column [n] of Arrow or polars. NumPy makes an array of a list. In a list of integers
+        and strings, it turns the integers into strings.
       table: the name of the table.
       number: the table's number in the stack, below MAX_TABLES.
 
@@ -60,7 +61,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       uint32 [.., 2].
 
     Raises:
-      TypeError: if the values are neither integers nor bytes nor strings, or both.
+      TypeError: if the values are neither integers nor bytes nor strings, or if an array of dtype
+        object has integers beside bytes or strings.
     """
     if hasattr(values, "to_arrow"):
         values = values.to_arrow()
@@ -346,7 +348,7 @@ def _product(high: jax.Array, low: jax.Array, by: int) -> tuple[jax.Array, jax.A
 
 
 def pairs_of(feature: str, ids: Any, table: str, number: int) -> Any:
-    """Returns ids as pairs, where they are; see `pairs_on_device` and `pairs_on_host`."""
+    """Returns ids as pairs, by `pairs_on_device` for a jax array, else by `pairs_on_host`."""
     made = pairs_on_device if isinstance(ids, jax.Array) else pairs_on_host
     return made(feature, ids, table, number)
 

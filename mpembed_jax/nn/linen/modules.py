@@ -45,7 +45,7 @@ class Stack:
     plan: prefetched.Prefetched | fused.Embedded | None  # the plan of the step in progress
     tx: optax.GradientTransformation
     ngrams: NGramHash | None = None  # of an NGramMemory
-    canonical: jax.Array | None = None  # i32 [vocabulary_size], of an NGramMemory with one
+    canonical: jax.Array | None = None  # i32 [vocabulary_size]: an NGramMemory's map of tokens
     fused: bool = False
     combiners: routing.Combiners | None = None  # of a CachedEmbedBags
 

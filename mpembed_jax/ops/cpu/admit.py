@@ -38,8 +38,8 @@ _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 # also operands 4 and 5: the call changes them in place.
 _PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
 _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
-# The other results are scratch. In this file, a number of an id is its index among the distinct ids
-# of its partition. The results hold:
+# The other results are scratch. In this file, the number of an id is its index among the distinct
+# ids of its partition. The results hold:
 #   _KEY: for each position, its key of 64 bits (see `_key_of`)
 #   _DEALT, _POSITIONS, _ID_OF: for each position in the order of partitions, its key, the position
 #     itself, and the number of its id
@@ -216,7 +216,7 @@ def _deal_of(frame, chunk):
 def _grouping(frame):
     """Returns the number of groups, the number of partitions, and a shift (uint64 each).
 
-    The partition of a group is the group's number, shifted right by so many bits.
+    The partition of a group is the group's number, shifted right by `shift` bits.
     """
     groups = np.uint64(argument(frame, _NUMBERS, np.int32)[_GROUPS])
     num_parts = np.uint64(result(frame, _FACTS, np.int32)[_PARTS])

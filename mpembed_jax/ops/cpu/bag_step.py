@@ -64,9 +64,9 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
     _DEALT, _POSITIONS, _ROW_OF, _COUNT, _HOME, _ESTIMATE, _QUEUE, _VICTIM, _FOLLOWING,
     _BUCKET, _DEALS, _BUFFER,
 ) = range(13, 25)  # fmt: skip
-# Words of `_FACTS`, which the forward call returns. They are the number of partitions, the distinct
-# ids over the budget, and the largest hash within it; then seven totals of the batch, where each
-# partition begins, and six numbers of each partition.
+# Words of `_FACTS`, which the forward call returns. The first three are the number of partitions,
+# the number of distinct ids over the budget, and the largest hash within the budget. Then come
+# seven totals of the batch, where each partition begins, and six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
 _COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
 _BEGIN = 16  # where each partition begins; then where positions without a row begin and end
@@ -75,7 +75,7 @@ _OF_PARTS = (  # numbers of each partition
     _NUM_UNIQUE, _HITS, _HIT_REQUESTS, _NEW, _EVICTIONS, _WRITE_BACKS,
 ) = tuple(_ROWS + k * MAX_PARTS for k in range(6))  # fmt: skip
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
-_DEAL = MAX_PARTS + 2  # a chunk's positions in each partition, without a row, and out of range
+_DEAL = MAX_PARTS + 2  # counts of a chunk: positions per partition, without a row, out of range
 # Entries of an int32 array that the call for bags takes.
 _BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING = range(5)
 # Numbers of the backward call's operands, then of its results. The first four results are operands,
@@ -554,7 +554,8 @@ def _bfloat16_code(x, bits):
 def _add_to_sum(frame, x, mean, given):
     """Adds the mean square of a row's gradient to the sum G of row x.
 
-    A sum that is kept in bfloat16 is rounded stochastically. Returns the float32 sum before that.
+    A sum that is kept in bfloat16 is rounded stochastically. Returns the float32 sum before this
+    rounding.
     """
     if given[_IS_NARROW]:
         sums = result(frame, _ACCUMULATOR, np.uint16)
@@ -700,13 +701,13 @@ def forward(
       table: the table of the stack, in device memory.
       cache: the cache of the stack, or None.
       ids: int32 [N], N > 0. NO_ID, ids outside the table and ids over the budget have no row.
-      budget: the largest number of distinct ids; None: no limit. Over it, the ids stay that
-        xla.unique keeps.
+      budget: the largest number of distinct ids; None: no limit. If there are more, the ids that
+        xla.unique keeps stay.
       step: int32 scalar, number of this prefetch.
       must_halve: bool scalar, see policy.is_time_to_halve.
       draw: the source of the random bits that round the victims.
       is_listed: whether the call returns the index of each position's row instead of its vector.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The table and the cache, changed in place.
@@ -816,7 +817,7 @@ def bags(
       bag: int32 [N], the bag of each position; outside [0, num_bags), the position is in no bag.
       num_bags: M.
       is_ascending: whether `bag` is sorted, so that the positions of a bag are neighbours.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The table and the lines, as given, and the sums, float32 [M, D].
@@ -875,7 +876,7 @@ def backward(
       draw: the source of the random bits of all roundings.
       skip_nonfinite: whether rows whose summed gradient is not finite stay as they are.
       is_applied: bool scalar; if False, nothing changes.
-      max_threads: at most so many threads share the work.
+      max_threads: the largest number of threads that share the work.
 
     Returns:
       The store, the accumulator, and the number of rows that skip_nonfinite left as they were

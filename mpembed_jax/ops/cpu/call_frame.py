@@ -258,7 +258,7 @@ def _release(block):
 
 @compiled
 def _take_parts(block):
-    """Runs parts that nobody has begun until there are none."""
+    """Runs parts that no thread has begun, one after another, until there are none."""
     frame, function, num = _word(block, 3), _word(block, 4), _word(block, 5)
     part = _add(block + _NEXT, 1)
     while part < num:

@@ -235,7 +235,7 @@ def _parameters(fmt: RowFormat) -> tuple[Callable, Callable, Callable]:
 
 
 def _load_codes(block: Block, packed: ir.Value, bits: int) -> Lanes:
-    """Loads 8 codes of so many bits as uint32."""
+    """Loads 8 codes of `bits` bits each as uint32."""
     builder = block.builder
     words = ir.VectorType(_WORD, lanes.LANES)
     if bits >= 8:
@@ -248,7 +248,7 @@ def _load_codes(block: Block, packed: ir.Value, bits: int) -> Lanes:
 
 
 def _store_codes(block: Block, packed: ir.Value, codes: Lanes, bits: int) -> None:
-    """Stores 8 codes of so many bits; the padding of the last code word is zero."""
+    """Stores 8 codes of `bits` bits each; the padding of the last code word is zero."""
     builder = block.builder
     if block.rest is not None:
         codes = codes.where(block.live(), 0)

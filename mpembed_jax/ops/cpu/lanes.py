@@ -281,7 +281,7 @@ def copy(context, row, source, dim):
 
 @intrinsic
 def copy_bytes(context, row, source, num_bytes):
-    """row = source, so many bytes."""
+    """row = source, for `num_bytes` bytes."""
 
     def write(builder, row, source, num_bytes):
         _copy_bytes(builder, source, row, num_bytes)

@@ -46,8 +46,9 @@ def load(
 
     Args:
       name: the name of the file. Functions with different code need different names.
-      function: a Python function that numba can compile as a C callback. No other function has its
-        `__qualname__`. The same must hold for every function of this package that it calls.
+      function: a Python function that numba can compile as a C callback. Its `__qualname__` must
+        differ from those of all other functions. So must that of every function of this package
+        that it calls.
       signature: numba's.
       parts: numba functions that the function calls, and the types of their arguments. They are
         optimized only as parts of the function.
@@ -89,7 +90,7 @@ class _Written(JITCodeLibrary):
 
     @property
     def codegen(self) -> Any:
-        """The object that numba asks to set a global variable of the code. Nobody reads it."""
+        """The object by which numba sets a global variable of the code. Nothing reads it."""
         return types.SimpleNamespace(set_env=lambda name, environment: None)
 
 
@@ -120,7 +121,7 @@ def _folder() -> pathlib.Path | None:
 def digest(package: pathlib.Path) -> str:
     """Returns the digest of everything that the machine code of a package depends on.
 
-    It is read once for each package of a process.
+    A process computes the digest of a package once.
 
     Args:
       package: the folder of mpembed_jax, or of a copy.

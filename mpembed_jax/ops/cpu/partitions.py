@@ -245,7 +245,7 @@ def _comes_first(i, k, ids, estimate):
 
 @compiled
 def line_up(i, ways, ids, estimate, home, bucket, following):
-    """Puts a miss into the queue of its set, which keeps the first `ways`.
+    """Puts a miss into the queue of its set. The queue keeps its first `ways` misses.
 
     Returns:
       The set's bucket if it had none yet, else -1.
@@ -289,7 +289,7 @@ def enter(
     """Lets the misses of a partition enter its sets, exactly: see xla.plan.make_plan.
 
     Args:
-      ids: this, step, shape, tags, priority, sketch, home, line, estimate: see `find`.
+      ids: see `find`, also for step, shape, tags, priority, sketch, home, line and estimate.
       queue: i32 [num_misses].
       victim: i32 [U], filled for newcomers with the id whose line they take, or NO_ID.
       bucket: scratch, as in `deduplicate`.

@@ -131,7 +131,8 @@ def _enter(
 ):  # fmt: skip
     """Runs the rounds of xla.rounds.enter.
 
-    A miss that gets a line is appended to `order`. A bypassed id is put at its back.
+    A miss that gets a line is appended to the front part of `order`. A bypassed id is written to
+    the back part, which grows from the end.
 
     Returns the number of ids that are in lines.
     """

@@ -4,8 +4,8 @@ A kernel gets whole arrays by reference and loads their elements at index vector
 no padding: blocks are powers of two, as Triton requires, and masks cover the rest. The arithmetic
 is that of `numerics`. Only the layout differs:
 
-* A row is read by element. Every element loads the word that holds it. Neighbouring elements find
-  it in the same line of the GPU's cache.
+* A row is read by element. Every element loads the word that holds it. The words of neighbouring
+  elements are in the same line of the GPU's cache.
 * A row is written by word, in one pass for each place. The place of an element is its index within
   its word. The pass for place p encodes element `word * per_word + p` of every word and puts its
   code into the word. So words are made without a reshape.

@@ -109,8 +109,8 @@ def lookup(
     if lines is None:
         out = jnp.zeros((width, table.embedding_dim), jnp.float32)
     else:
-        # This pass over the full width also makes the zeros. On a CPU, a loop over exact chunks was
-        # slower by half.
+        # This pass over the full width also makes the zeros. On a CPU, a loop over the chunks of
+        # cached rows alone was slower.
         out = indexing.take(lines, line, 0) if gather is None else gather(lines, line)
 
     def from_table(window: chunks.Window, out: jax.Array) -> jax.Array:
@@ -137,9 +137,8 @@ def only_if(is_valid: jax.Array, rows: jax.Array, chunk: int | None) -> jax.Arra
 def _wanted(window: chunks.Window, ids: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the ids of the rows that one window reads from a table.
 
-    If the table is in host memory, entries that the window is not responsible for become row 0.
-    Their rows are not used, and reading row 0 for all of them keeps other rows from crossing the
-    bus.
+    If the table is in host memory, entries that are not live in the window become row 0. Their rows
+    are not used. Because all of them read row 0, no other row crosses the bus for them.
     """
     here = window.take(ids)
     return jnp.where(window.is_live, here, 0) if indexing.is_on_host(rows) else here
