@@ -52,8 +52,7 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
 
     Args:
       values: integers, or bytes and strings: a NumPy array [..], also of dtype object; a list [..];
-        or a column [n] of Arrow or polars. NumPy makes an array of a list. In a list of integers
-        and strings, it turns the integers into strings.
+        or a column [n] of Arrow or polars.
       table: the name of the table.
       number: the table's number in the stack, below MAX_TABLES.
 
@@ -61,8 +60,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       uint32 [.., 2].
 
     Raises:
-      TypeError: if the values are neither integers nor bytes nor strings, or if an array of dtype
-        object has integers beside bytes or strings.
+      TypeError: if the values are neither integers nor bytes nor strings, or if there are integers
+        beside bytes or strings.
     """
     if hasattr(values, "to_arrow"):
         values = values.to_arrow()
@@ -72,6 +71,9 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
     else:
         mask = np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else None
         array = np.asarray(values)
+        if array.dtype.kind in "SU" and not isinstance(values, np.ndarray):
+            # From a list, NumPy makes strings of integers, too, and drops zeros at their end.
+            array = np.asarray(values, object)
         shape = array.shape
         words, is_real = _of_array(array.reshape(-1))
         if mask is not None:

@@ -158,7 +158,15 @@ def test_missing_values_are_padding():
 
 
 def test_other_values_are_refused():
-    for column in ([1.5], [True], np.asarray([1, "a"], object), [2**64], pyarrow.array([1.5])):
+    for column in (
+        [1.5],
+        [True],
+        np.asarray([1, "a"], object),
+        [1, "a"],
+        [["a"], [1]],
+        [2**64],
+        pyarrow.array([1.5]),
+    ):
         with pytest.raises(TypeError, match="raw ids must"):
             hashes.of_column(column, "user", 0)
     with pytest.raises(TypeError, match="raw ids on a device"):
