@@ -48,6 +48,8 @@ class Case:
       small: the smallest tables, as many as have this share of all rows together, stay in FP32.
       admit_after: the occurrences from which on an id has a row of its own in a pool; all others
         share one row per table. 0: ids are numbered, and each has a row.
+      pool: rows of that pool, as a share of all ids. 0: one for each id that occurs `admit_after`
+        times in training, and a tenth more.
     """
 
     storage: Storage = "float32"
@@ -60,6 +62,7 @@ class Case:
     share: float = 1.0
     small: float = 0.0
     admit_after: int = 0
+    pool: float = 0.0
 
     @property
     def name(self) -> str:
@@ -74,9 +77,8 @@ class Case:
                 return f"{stored} quantization-aware"
         if self.symmetric is not None:
             stored += " symmetric" if self.symmetric else " asymmetric"
-        admitted = [f"a row from {self.admit_after} on"] if self.admit_after else []
-        if self == Case(admit_after=self.admit_after):
-            return ", ".join([stored, *admitted])
+        if self == Case(admit_after=self.admit_after, pool=self.pool):
+            return ", ".join([stored, *self._admitted])
         words = [f"{stored} + {100 * self.cache:.3g} %" if self.cache else f"{stored} no cache"]
         words += ["LRU"] if self.cache and self.policy == "lru" else []
         words += (
@@ -84,7 +86,13 @@ class Case:
         )
         words += [self.rounding] if self.rounding != "stochastic" else []
         words += [f"{100 * self.small:.3g} % in small FP32 tables"] if self.small else []
-        return ", ".join(words + admitted)
+        return ", ".join(words + self._admitted)
+
+    @property
+    def _admitted(self) -> list[str]:
+        """The words about raw ids."""
+        words = [f"a row from {self.admit_after} on"] if self.admit_after else []
+        return words + ([f"pool of {100 * self.pool:.3g} %"] if self.pool else [])
 
     @property
     def family(self) -> str | None:
@@ -97,8 +105,9 @@ class Case:
         stored = SHORT.get(self.storage, self.storage.upper())
         if self == Case(self.storage, self.cache):
             return stored
-        if self == Case(self.storage, self.cache, admit_after=self.admit_after):
-            return f"{stored}, a row from {self.admit_after} on"
+        if self == Case(self.storage, self.cache, admit_after=self.admit_after, pool=self.pool):
+            # Pools of several sizes are points of one curve.
+            return ", ".join([stored, *self._admitted[:1], *["small pools"] * bool(self.pool)])
         return (
             f"{stored} + small FP32 tables"
             if self == Case(self.storage, self.cache, small=self.small)
@@ -167,7 +176,8 @@ WIDE = (
 )
 
 
-# Raw ids: a row for each id that occurs so often, in a pool sized for them.
+# Raw ids: a row for each id that occurs so often, in a pool sized for them. Then pools that are too
+# small for the ids that occur twice, so that rows are recycled.
 RAW = (
     FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
     *(
@@ -176,6 +186,11 @@ RAW = (
         for storage, cache in (
             ("float32", 0.0), ("int8", 0.05), ("int4", 0.1), ("int4", 0.05), ("int4", 0.01),
         )
+    ),
+    *(
+        Case("int4", cache, admit_after=2, pool=pool)
+        for pool in (0.15, 0.2, 0.25, 0.3)
+        for cache in (0.05, 0.01)
     ),
     *(Case(method="hashed", share=share) for share in (0.12, 0.06)),
     *(Case(method="pruned", share=share) for share in (0.12, 0.06)),

@@ -99,12 +99,15 @@ class Workbench:
     def contender_of(self, case: Case) -> training.Contender:
         """Returns how training stores the rows of a case.
 
-        A pool has a row for each id that occurs `admit_after` times in training, and a tenth more:
-        sets of rows do not fill evenly.
+        A pool of no given size has a row for each id that occurs `admit_after` times in training,
+        and a tenth more: sets of rows do not fill evenly.
         """
         contender = case.contender()
         if not case.admit_after:
             return contender
+        if case.pool:
+            num_rows = max(1, round(case.pool * self.plain.num_rows))
+            return dataclasses.replace(contender, pool_rows=num_rows, admit_after=case.admit_after)
         self.counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
         num = sum(int((of >= case.admit_after).sum()) for of in self.counts.values())
         return dataclasses.replace(

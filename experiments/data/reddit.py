@@ -83,8 +83,16 @@ def _told(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} is not a parquet file of posts: {reason}") from error
 
 
+def created_months(created_utc: pl.Series) -> np.ndarray:
+    """Returns the month of each second since 1970: int32 [n], twelve times the year and more."""
+    created = pl.from_epoch(created_utc, time_unit="s")
+    return (12 * created.dt.year().cast(pl.Int32) + created.dt.month() - 1).to_numpy()
+
+
 class RedditPosts(InMemory):
     """The source, about 60 MB: 588,138 posts in time order.
+
+    `month` has the month of each post, see created_months.
 
     Args:
       path: the parquet file or its folder; None looks in the default places.
@@ -136,6 +144,7 @@ class RedditPosts(InMemory):
         label = (posts["num_comments"] >= MIN_COMMENTS).cast(pl.Float32).to_numpy()
         columns = {name: posts[name] for name in SINGLES} | {"title": posts["words"]}
         pairs = hashed(columns, MAX_TOKENS) if raw else None
+        self.month = created_months(posts["created_utc"])
         super().__init__(label, ids, int((posts["created_utc"] < TEST_FROM).sum()), pairs)
 
     def train(

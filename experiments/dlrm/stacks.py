@@ -63,8 +63,9 @@ def make_specs(
     )
     if contender.pool_rows:
         vocabulary = mpembed.VocabularySpec(
-            contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways
-        )
+            contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways,
+            recycle=contender.recycle,
+        )  # fmt: skip
         tables = tuple(mpembed.TableSpec(name) for name in source.tables)
         raw = mpembed.EmbeddingSpec(
             tables, recipe.embedding_dim, storage=rows, cache=cache,

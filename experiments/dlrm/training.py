@@ -57,6 +57,7 @@ class Contender:
     # `admit_after` times.
     pool_rows: int = 0
     admit_after: int = 2
+    recycle: bool = True  # whether an id can take the row of one that is used less
 
 
 FP32 = Contender("FP32", "float32", 0.0)

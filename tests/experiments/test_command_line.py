@@ -33,7 +33,8 @@ from experiments.speed import bench_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = (
-    "train_dlrm", "accuracy.paper_table", "accuracy.served", "speed.serving", "speed.bench_step",
+    "train_dlrm", "accuracy.paper_table", "accuracy.served", "accuracy.drift", "speed.serving",
+    "speed.bench_step",
     "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
     "speed.bench_ahead", "speed.bench_hashing", "speed.bench_raw_ids", "speed.bench_threads",
     "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline", "gpu.aot_8gpu", "scaling.bench_scaling",
@@ -186,6 +187,11 @@ CALLS = {
         ("few posts", "--path FEW_POSTS", "--num-rows leaves 30", "a batch has 1,024"),
         ("seeds", "--path FEW_POSTS --seeds 0 0", "--seeds has 0 twice"),
     ],
+    "accuracy.drift": [
+        ("no posts", "--path gone", "--path is gone", "no posts_before_2012-07.parquet"),
+        ("few posts", "--path FEW_POSTS", "no month has 10,000", "lower --month-posts"),
+        ("no pool", "--path FEW_POSTS --pools 0", "--pools is 0", "above 0"),
+    ],
     "speed.serving": [
         ("no rounds", "--rounds 1", "--rounds is 1", "at least 3"),
         ("wide rows", "--rows 1000000000 --dims 64 4096", "--rows is 1,000,000,000", "GB are free"),
@@ -315,6 +321,7 @@ WRONG = [
         for name, flag in [
             *((name, "--out") for name in PROGRAMS[:-1]),
             ("accuracy.served", "--path"),
+            ("accuracy.drift", "--path"),
             ("ngram.memory_table", "--text"),
             ("speed.bench_checkpoint", "--directory"),
         ]

@@ -112,6 +112,10 @@ def test_a_pool_has_a_row_for_each_id_that_occurs_often_enough():
         assert contender.pool_rows == math.ceil(1.1 * num)
         assert contender.admit_after == times
         assert case.name == case.family.replace("INT4", "INT4 + 5 %")
+    case = Case("int4", 0.05, admit_after=2, pool=0.25)
+    assert bench.contender_of(case).pool_rows == round(0.25 * sum(source.tables.values()))
+    assert case.name == "INT4 + 5 %, a row from 2 on, pool of 25 %"
+    assert case.family == "INT4, a row from 2 on, small pools"
 
 
 @OPTAX_ADAM
