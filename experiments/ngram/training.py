@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,23 @@ class Contender:
             del held["admit_after"]
         return held
 
+
+Name = Literal[
+    "none",
+    "FP32",
+    "INT4 + 5 %",
+    "INT8 + 5 %",
+    "INT4 + 1 %",
+    "FP32 in INT4 + 5 %'s bytes",
+    "INT4, no cache",
+    "FP32, Adam",
+    "INT2 + 5 %",
+    "rows from 2 on, INT4 + 5 %",
+    "rows from 2 on, FP32",
+    "rows from 2 on, INT4 + 1 %",
+    "rows from 3 on, INT4 + 5 %",
+    "rows from 1 on, FP32",
+]
 
 # In the order in which they are run: those that answer the question first.
 CONTENDERS = {
