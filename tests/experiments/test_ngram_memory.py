@@ -232,23 +232,10 @@ def test_the_command_knows_every_contender():
 @OPTAX_ADAM
 @pytest.mark.slow
 def test_step_times_of_all_contenders_are_measured(tmp_path):
-    words = [
-        "--rows",
-        "4000",
-        "--rounds",
-        "2",
-        "--steps",
-        "1",
-        "--batch",
-        "2",
-        "--length",
-        "8",
-        "--width",
-        "16",
-    ]
+    words = "--rows 4000 --rounds 2 --steps 1 --batch 2 --length 8 --width 16"
     chosen = ("FP32", "INT4 + 5 %")
-    words += ["--contenders", *chosen, "--out", str(tmp_path)]
-    assert step_time.main(words) == 0
+    more = ("--contenders", *chosen, "--out", str(tmp_path))
+    assert step_time.main([*words.split(), *more]) == 0
     (size,) = json.loads((tmp_path / "ngram_step_time.json").read_text())["sizes"]
     assert set(size["ms"]) == {"none", *chosen, step_time.DENSE}
     assert min(size["ms"].values()) > 0
