@@ -21,29 +21,12 @@ import dataclasses
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments import command_line, provenance, running
 from experiments.accuracy import records
 from experiments.command_line import setting
 from experiments.ngram import report, text, training
-
-Name = Literal[
-    "none",
-    "FP32",
-    "INT4 + 5 %",
-    "INT8 + 5 %",
-    "INT4 + 1 %",
-    "FP32 in INT4 + 5 %'s bytes",
-    "INT4, no cache",
-    "FP32, Adam",
-    "INT2 + 5 %",
-    "rows from 2 on, INT4 + 5 %",
-    "rows from 2 on, FP32",
-    "rows from 2 on, INT4 + 1 %",
-    "rows from 3 on, INT4 + 5 %",
-    "rows from 1 on, FP32",
-]
 
 UNFINISHED = "ngram_memory_unfinished"  # folder in --out
 
@@ -74,7 +57,7 @@ class Settings:
     seeds: tuple[int, ...] = setting(
         (0, 1, 2), "Seeds of every contender.", "SEED", at_least=0, at_most=2**31 - 1
     )
-    contenders: tuple[Name, ...] = setting(
+    contenders: tuple[training.Name, ...] = setting(
         tuple(training.CONTENDERS), "Which memories, in this order."
     )
     steps: int = setting(800, "Training steps.", "STEPS", at_least=1, at_most=10_000_000)

@@ -93,9 +93,13 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Takes int32 [B, T]; returns logits, float32 [B, T, vocabulary_size]."""
+        return self.head(self.stream(tokens))
+
+    def stream(self, tokens: jax.Array) -> jax.Array:
+        """Takes int32 [B, T]; returns what the head reads, float32 [B, T, width]."""
         x = self.embed(tokens) + self.position(jnp.arange(tokens.shape[1]))
         for number, block in enumerate(self.blocks):
             x = block(x)
             if number == 0 and self.gated is not None:
                 x = self.gated(x, tokens)
-        return self.head(self.norm(x))
+        return self.norm(x)

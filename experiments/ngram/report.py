@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.accuracy import intervals
 
-RECORDS = "ngram_memory.jsonl"
+RECORDS, STEP_TIME = "ngram_memory.jsonl", "ngram_step_time.json"
 PLAIN, SMALL = "FP32", "FP32 in INT4 + 5 %'s bytes"
 COLOURS = {"none": "#999999", "FP32": "#555555", "INT8": "#0077bb", "INT4": "#228833"}
 
@@ -53,12 +53,25 @@ def group(found: Iterable[dict[str, Any]]) -> list[Group]:
     return sorted(groups.values(), key=lambda g: -sum(map(len, g.runs.values())))
 
 
-def table(group: Group) -> str:
+def speeds(group: Group, out: Path) -> dict[str, int]:
+    """Returns {contender: tokens a second} that step_time measured with a group's settings."""
+    path, recipe = out / STEP_TIME, group.recipe
+    if not path.exists():
+        return {}
+    timed = json.loads(path.read_text())
+    if any(timed["settings"][key] != recipe[key] for key in timed["settings"]):
+        return {}
+    num_rows = recipe["rows"] * len(recipe["orders"]) * recipe["ngram_heads"]
+    sizes = [size for size in timed["sizes"] if size["rows"] == num_rows]
+    return sizes[0]["tokens_per_second"] if sizes else {}
+
+
+def table(group: Group, speed: dict[str, int]) -> str:
     """Returns the Markdown table of a group, FP32's bytes over a contender's in it."""
     lines = [
         "| memory | validation loss | minus FP32's | minus FP32's in INT4 + 5 %'s bytes | MB "
-        "| bytes a parameter | smaller than FP32 | hits | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| bytes a parameter | smaller than FP32 | hits | tokens/s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(group.runs, key=lambda name: group.mean(name, "loss")):
         size, rows = group.mean(name, "state_bytes"), group.mean(name, "num_rows")
@@ -78,18 +91,19 @@ def table(group: Group) -> str:
             f"{size / numbers:.2f}" if numbers else "",
             f"{group.mean(PLAIN, 'state_bytes') / size:.2f}x" if is_smaller else "",
             f"{group.mean(name, 'hit_rate'):.3f}" if hits is not None else "",
+            f"{speed[name]:,}" if name in speed else "",
             str(len(group.runs[name])),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def text_of(groups: list[Group]) -> str:
-    """Returns the Markdown of all tables."""
+def text_of(groups: list[Group], out: Path) -> str:
+    """Returns the Markdown of all tables; `out` may have the times of a step."""
     parts = [
         "Made by `python -m experiments.ngram.memory_table --report` from ngram_memory.jsonl. ± "
         "is the half 95 % interval (t) of the mean over paired seeds; hits are shares of requests "
-        "in training."
+        "in training; tokens/s are those of `step_time`."
     ]
     for g in groups:
         commits = sorted(
@@ -100,7 +114,7 @@ def text_of(groups: list[Group]) -> str:
             f"## D = {r['features']}, {r['rows']:,} rows a table, {r['steps']} steps of "
             f"{r['batch'] * r['length']:,} tokens\n\n{g.text['train']:,} training tokens of "
             f"{g.text['vocabulary']:,}; width {r['width']}; commit {', '.join(commits)}\n\n"
-            f"{table(g)}"
+            f"{table(g, speeds(g, out))}"
         )
     return "\n\n".join(parts) + "\n"
 
@@ -111,7 +125,7 @@ def write(found: list[dict[str, Any]], out: Path) -> str:
     The picture shows the group with the most runs.
     """
     groups = group(found)
-    markdown = text_of(groups)
+    markdown = text_of(groups, out)
     (out / "ngram_memory.md").write_text(markdown)
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axis = figure.subplots()

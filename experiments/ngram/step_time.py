@@ -28,12 +28,11 @@ from matplotlib.figure import Figure
 
 from experiments import command_line, provenance, running
 from experiments.command_line import setting
-from experiments.ngram import training
+from experiments.ngram import report, training
 from experiments.ngram.model import GatedMemory, LanguageModel
 from experiments.ngram.text import BOUNDARY
 from mpembed_jax import nn
 
-OURS = ("FP32", "INT8 + 5 %", "INT4 + 5 %")
 DENSE = "dense nnx.Embed, optax.adam"
 VOCABULARY = 8192
 
@@ -48,6 +47,17 @@ class Settings:
         "ROWS",
         at_least=1000,
         at_most=100_000_000,
+    )
+    contenders: tuple[training.Name, ...] = setting(
+        (
+            "FP32",
+            "INT8 + 5 %",
+            "INT4 + 5 %",
+            "INT4 + 1 %",
+            "INT2 + 5 %",
+            "rows from 2 on, INT4 + 5 %",
+        ),
+        "Memories to time beside none and the dense way.",
     )
     rounds: int = setting(5, "Turns of each contender.", "TURNS", at_least=2, at_most=10_000)
     steps: int = setting(6, "Steps of a turn.", "STEPS", at_least=1, at_most=10_000)
@@ -111,7 +121,8 @@ def recipe_of(settings: Settings, rows: int) -> training.Recipe:
 def contenders(settings: Settings, rows: int) -> dict[str, Any]:
     """Returns {name: function that takes one step}, each with a model of its own."""
     recipe = recipe_of(settings, rows)
-    return {name: _stepper(recipe, name) for name in ("none", *OURS, DENSE)}
+    names = dict.fromkeys(("none", *settings.contenders, DENSE))
+    return {name: _stepper(recipe, name) for name in names}
 
 
 def _stepper(recipe: training.Recipe, name: str) -> Any:
@@ -173,7 +184,11 @@ def measure(settings: Settings, rows: int) -> dict[str, Any]:
         },
         # Median, least and largest over the rounds.
         "to_none": {name: ratio(name, "none") for name in times if name != "none"},
-        "to_fp32": {name: ratio(name, "FP32") for name in OURS if name != "FP32"},
+        "to_fp32": {
+            name: ratio(name, "FP32")
+            for name in settings.contenders
+            if "FP32" in times and name not in ("none", "FP32")
+        },
     }
 
 
@@ -206,7 +221,8 @@ def check(settings: Settings) -> None:
     needed = training.step_bytes(recipe, VOCABULARY)
     what = f"the logits of {settings.length:,} x {VOCABULARY:,} a sequence"
     command_line.check_memory("--batch", settings.batch, needed, what)
-    ours = [training.planned_bytes(recipe, training.CONTENDERS[n], VOCABULARY) for n in OURS]
+    chosen = [training.CONTENDERS[name] for name in settings.contenders if name != "none"]
+    ours = [training.planned_bytes(recipe, each, VOCABULARY) for each in chosen]
     dense = 4 * 4 * max(settings.rows) * recipe.features  # rows, gradient, Adam's two moments
     what = "the tables of all contenders and a step"
     command_line.check_memory("--rows", max(settings.rows), needed + sum(ours) + dense, what)
@@ -215,9 +231,14 @@ def check(settings: Settings) -> None:
 def run(settings: Settings) -> None:
     """Measures every size, and writes after each."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    path = settings.out / "ngram_step_time.json"
+    path = settings.out / report.STEP_TIME
     environment = provenance.environment()
-    what = {"batch": settings.batch, "length": settings.length, "width": settings.width}
+    what = {
+        "batch": settings.batch,
+        "length": settings.length,
+        "width": settings.width,
+        "features": training.Recipe.features,
+    }
     kept: list[dict[str, Any]] = []
     if path.exists():
         with command_line.reading("--out", settings.out, ValueError, KeyError, TypeError):

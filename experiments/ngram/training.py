@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,23 @@ class Contender:
         return held
 
 
+Name = Literal[
+    "none",
+    "FP32",
+    "INT4 + 5 %",
+    "INT8 + 5 %",
+    "INT4 + 1 %",
+    "FP32 in INT4 + 5 %'s bytes",
+    "INT4, no cache",
+    "FP32, Adam",
+    "INT2 + 5 %",
+    "rows from 2 on, INT4 + 5 %",
+    "rows from 2 on, FP32",
+    "rows from 2 on, INT4 + 1 %",
+    "rows from 3 on, INT4 + 5 %",
+    "rows from 1 on, FP32",
+]
+
 # In the order in which they are run: those that answer the question first.
 CONTENDERS = {
     contender.name: contender
@@ -101,6 +118,8 @@ def row_tx(recipe: Recipe, contender: Contender) -> optax.GradientTransformation
         return optax.adam(lambda count: 5 * schedule(count))
     return mpembed.optim.rowwise_adagrad(recipe.row_rate)
 
+
+PIECE = 512  # tokens whose logits are made at a time
 
 # Rows of the pool by `admit_after`, as shares of the rows of all hashed tables.
 POOLS = {1: 0.2, 2: 0.09, 3: 0.05}
@@ -144,8 +163,8 @@ def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) ->
 
 
 def step_bytes(recipe: Recipe, vocabulary_size: int) -> int:
-    """Returns the bytes of a step's logits, their softmax and their gradients."""
-    return 3 * 4 * recipe.batch * recipe.length * vocabulary_size
+    """Returns the bytes of the logits that a step holds, their softmax and their gradients."""
+    return 3 * 4 * min(PIECE, recipe.batch * recipe.length) * vocabulary_size
 
 
 def _cache(contender: Contender) -> mpembed.CacheSpec | None:
@@ -190,9 +209,20 @@ def batch_of(tokens: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np
 
 
 def losses_of(model: LanguageModel, window: jax.Array) -> jax.Array:
-    """Returns the loss of each token but the first, in nats (float32 [B, T])."""
-    logits = model(window[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:])
+    """Returns the loss of each token but the first, in nats (float32 [B, T]).
+
+    The logits of PIECE tokens are made at a time, forward and backward: on a CPU, arrays of all
+    logits would take a third of the step's time.
+    """
+
+    @jax.checkpoint
+    def loss_of(x: jax.Array, label: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model.head(x), label)
+
+    stream, labels = model.stream(window[:, :-1]), window[:, 1:]
+    flat = (stream.reshape(-1, stream.shape[-1]), labels.reshape(-1))
+    losses = jax.lax.map(lambda pair: loss_of(*pair), flat, batch_size=PIECE)
+    return losses.reshape(labels.shape)
 
 
 @nnx.jit(donate_argnums=(0, 1))
