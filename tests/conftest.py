@@ -95,6 +95,23 @@ def _compile_quickly(is_quick):
         jax.clear_caches()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive", action="store_true", help="also run the cases that are marked exhaustive"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m: what is exhaustive is slow
+def pytest_collection_modifyitems(config, items):
+    """Leaves exhaustive cases out, unless they are asked for."""
+    exhaustive = [item for item in items if item.get_closest_marker("exhaustive") is not None]
+    for item in exhaustive:
+        item.add_marker("slow")
+    if exhaustive and not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=exhaustive)
+        items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
+
+
 def pytest_collection_finish():
     """Spares the garbage collector what was imported: each pass over it takes a quarter second.
 

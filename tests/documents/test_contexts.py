@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import named
 from flax import nnx
 from jax import export
 from jax.experimental import checkify
@@ -432,16 +433,27 @@ def test_the_table_has_a_cell_for_each_context_and_subject():
 
 
 QUICK = {("vmap", "`read`"), ("export", "`read`"), ("deepcopy", "a step of the verbs")}
+# Over devices and without jit, these steps are also in tests/mesh, in test_over_mesh.py of
+# tests/vocabulary and in test_errors.py of tests/embedding.
+EXHAUSTIVE = {
+    "shard_map": {"a step of the verbs", "a step of raw ids", "a step in nnx", "a step in linen"},
+    "pmap": {"a step of the verbs", "a step of bags", "a step of raw ids", "a step in nnx"},
+    "disable_jit": {"a step of the verbs", "a step of raw ids"},
+    "x64": {"a step of the verbs", "a step of raw ids"},
+    "export": {"a step of raw ids", "a step in nnx"},
+}
 
 
 @pytest.mark.parametrize(
-    ("context", "subject"),
-    [
-        pytest.param(*cell, id=" of ".join(cell), marks=() if cell in QUICK else pytest.mark.slow)
-        for cell in table()
-    ],
+    "cell",
+    named(
+        {" of ".join(cell): cell for cell in table()},
+        fast={" of ".join(cell) for cell in QUICK},
+        core={" of ".join(cell) for cell in table() if cell[1] not in EXHAUSTIVE.get(cell[0], ())},
+    ),
 )
-def test_a_cell_is_true(context, subject):
+def test_a_cell_is_true(cell):
+    context, subject = cell
     CONTEXTS[context](SUBJECTS[subject])
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 import shapes
 import training
-from cases import named
+from cases import crossed, named
 from flax import nnx
 
 import mpembed_jax as mpembed
@@ -261,9 +261,11 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
-@pytest.mark.parametrize("name", list(PAIRS))
-@pytest.mark.parametrize("is_one_trace", [False, True])
+@crossed(
+    is_one_trace=[False, True],
+    name=list(PAIRS),
+    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba"}),
+)
 def test_after_a_refused_update_the_right_one_is_still_possible(name, implementation, is_one_trace):
     spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
     start = mpembed.init(jax.random.key(0), spec, RULED, implementation=implementation)

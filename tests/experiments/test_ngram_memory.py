@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import named
 from flax import nnx
 from training import OPTAX_ADAM
 
@@ -145,8 +146,7 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "INT4 + 5 %"])
+@pytest.mark.parametrize("name", named(["none", "INT4 + 5 %"], core={"INT4 + 5 %"}))
 def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(data, tmp_path, name):
     recipe, stop = dataclasses.replace(TINY, steps=5), running.Stop()
     whole = training.train(data, recipe, CONTENDERS[name], 0)

@@ -169,7 +169,9 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", named(EVERY, fast={"bfloat16-7", "int8-128"}))
+@pytest.mark.parametrize(
+    "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={rows.name for rows in SOME})
+)
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, and two updates.
 
@@ -328,13 +330,15 @@ def update_both(tx, spec, ids, grads):
     return results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", named(SOME))
+@pytest.mark.parametrize(
+    "case", named(SOME, core={"float32-1", "bfloat16-7", "int8-128", "int2-7"})
+)
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
     """Adagrad with gradients of one magnitude 2^-k per row.
 
     The mean of squares is 4^-k, its root 2^-k, and -lr g / root is +-lr, all exact. There are
-    bypassed rows, padding and a cache.
+    bypassed rows, padding and a cache. The whole command has each format in the test of every
+    kernel, and half of them here.
     """
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
@@ -361,12 +365,13 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core={"100"}))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
 
     G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
-    product. The sum with w rounds once in each program.
+    product. The sum with w rounds once in each program. The whole command has every dim in the
+    test of sums and update in one kernel.
     """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import shapes
 import training
-from cases import Refused, changed_bytes, named
+from cases import Refused, changed_bytes, crossed, named
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -133,14 +133,13 @@ class Division(NamedTuple):
         return self.placement.kind
 
 
-@pytest.mark.parametrize(
-    "division",
-    named(
+@crossed(
+    is_checkpoint=named({"state": False, "checkpoint": True}),
+    division=named(
         [Division(mpembed.Placement(kind)) for kind in ("rows", "tables", "replicated")],
         fast={"rows"},
     ),
 )
-@pytest.mark.parametrize("is_checkpoint", [False, True], ids=["state", "checkpoint"])
 def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
     division, is_checkpoint, tmp_path
 ):

@@ -105,8 +105,9 @@ def on_one_device():
     return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
 
 
-@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}))
+@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}, core={"narrow", "same_batch"}))
 def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
+    """The other meshes are also trained over by modules, and after moves."""
     state = trained(mpembed.init(jax.random.key(0), SPEC, TX, **placed(MESHES[case])), 0, 40)
     assert_same_rows(state, on_one_device)
     with warnings.catch_warnings(action="ignore"):  # a third of the rows finds no place in cache
@@ -115,7 +116,9 @@ def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one
     assert counted.recyclings > 100 and counted.refusals > 0 and counted.shared_requests > 100
 
 
-@pytest.mark.parametrize("case", named(["two", "replicas", "replicated"], fast={"replicated"}))
+@pytest.mark.parametrize(
+    "case", named(["two", "replicas", "replicated"], fast={"replicated"}, core={"replicas"})
+)
 def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
     """Outside of jax.shard_map, and inside, where each device has its own ids."""
     over = placed(MESHES[case])
@@ -148,8 +151,7 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
         assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["two", "replicas"])
+@pytest.mark.parametrize("case", named(["two", "replicas"], core={"replicas"}))
 def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
     @nnx.jit
     def train(module, pairs):
@@ -253,8 +255,7 @@ LIFE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", named(list(LIFE)))
+@pytest.mark.parametrize("change", named(list(LIFE), core={*LIFE} - {"add_tables"}))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))
