@@ -101,15 +101,31 @@ def pytest_addoption(parser):
     )
 
 
+def _is_quick(item):
+    """Returns whether a test compiles quickly."""
+    of = {item.path.parent.name, item.path.name}
+    is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
+    is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
+    is_loop = item.config.getoption("markexpr") == "not slow"
+    is_optimized = item.get_closest_marker("optimized") is not None
+    return (is_quick or is_extra or is_loop) and not is_optimized
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m: what is exhaustive is slow
 def pytest_collection_modifyitems(config, items):
-    """Leaves exhaustive cases out, unless they are asked for."""
+    """Leaves exhaustive cases out, unless they are asked for.
+
+    The tests of a file that compile quickly come after the others: between the two, all that was
+    traced is dropped.
+    """
     exhaustive = [item for item in items if item.get_closest_marker("exhaustive") is not None]
     for item in exhaustive:
         item.add_marker("slow")
     if exhaustive and not config.getoption("exhaustive"):
         config.hook.pytest_deselected(items=exhaustive)
         items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
+    places = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    items.sort(key=lambda item: (places[item.path], _is_quick(item)))
 
 
 def pytest_collection_finish():
@@ -134,11 +150,7 @@ def pytest_runtest_protocol(item):
     for marker in (optimized, item.get_closest_marker("standard_promotion")):
         if marker is not None and not marker.args:
             raise pytest.UsageError(f"{item.nodeid}: {marker.name} needs a reason")
-    of = {item.path.parent.name, item.path.name}
-    is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
-    is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
-    is_loop = item.config.getoption("markexpr") == "not slow"
-    _compile_quickly((is_quick or is_extra or is_loop) and optimized is None)
+    _compile_quickly(_is_quick(item))
     opt_out = item.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
         return (yield)

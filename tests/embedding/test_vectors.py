@@ -153,7 +153,7 @@ def check(case, *, implementations=("numba",), steps=6):
 
 @pytest.mark.optimized(CONTRACTS)
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     st.builds(
         Case,

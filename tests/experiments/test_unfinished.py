@@ -474,9 +474,13 @@ def test_an_auc_that_is_not_defined_is_an_empty_cell(tmp_path):
 # --- the grid
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
-    """Cases of every method; told to stop in training, between the cases of one, in evaluation."""
+    """Cases of every method; told to stop in training, between the cases of one, in evaluation.
+
+    The whole command has stops inside of a run above, and a grid that is killed in
+    test_paper_table.py.
+    """
     cases = (
         FP32, Case("int4", 0.05), Case("int4", small=0.05), Case(method="pruned", share=0.5),
         Case("int4", method="post-training"), Case("int4", method="quantization-aware"),

@@ -137,9 +137,12 @@ def linen_trained(mesh):
     return states, losses, np.asarray(model.apply(state.variables, batch(9)[0]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_linen_modules_over_a_mesh_train_as_on_one_device():
-    """As above: every row in every bit, evaluation too. So is the norm of all gradients."""
+    """As above: every row in every bit, evaluation too. So is the norm of all gradients.
+
+    The whole command trains linen modules over a mesh with microbatches, below.
+    """
     states, losses, vectors = linen_trained(mesh_of(4))
     wanted, wanted_losses, wanted_vectors = linen_trained(None)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)

@@ -281,8 +281,9 @@ def test_a_scan_over_batches_takes_the_same_steps(stepped):
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
+    """The whole command trains raw n-grams over a mesh, below, and hashed ones to save them."""
     wanted, losses = stepped
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip

@@ -68,7 +68,12 @@ def flushed(state):
 
 
 @pytest.mark.parametrize(
-    "storage", named(shapes.FORMATS, fast={"int4", "int8", "float32", "bfloat16"})
+    "storage",
+    named(
+        shapes.FORMATS,
+        fast={"int4", "int8", "float32", "bfloat16"},
+        core={"float8_e4m3fn", "int2"},
+    ),
 )
 def test_rows_as_trained_are_those_of_a_flush_and_any_reader_of_safetensors_sees_them(
     storage, tmp_path

@@ -177,9 +177,12 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
         np.testing.assert_array_equal(one[feature], mesh[feature])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(on_one_device):
-    """Other orders and parts of the prefetched ids, in jit and outside; others are NaN."""
+    """Other orders and parts of the prefetched ids, in jit and outside; others are NaN.
+
+    The whole command has calls by row numbers, in tests/mesh/test_sharding_nn.py.
+    """
     over = placed(MESHES["replicas"])
     module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0), **over)
     module.set_states([sharding.relayout(on_one_device, **over)])
