@@ -113,10 +113,10 @@ def cost_of(stack, implementation):
     }
 
 
-@pytest.mark.parametrize(
-    "implementation", named(["xla", "xla_chunked", "numba"], fast={"numba", "xla"})
+@crossed(
+    name=named(list(RECORDED), fast={"int8 lfu"}),
+    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba", "xla"}),
 )
-@pytest.mark.parametrize("name", named(list(RECORDED), fast={"int8 lfu"}))
 def test_a_step_costs_what_is_recorded(name, implementation):
     """Up to a tenth; another jax compiles to something else."""
     if implementation == "numba":

@@ -127,7 +127,7 @@ PAIRS = [(name, KERNEL) for name in POOLS]
 PAIRS += [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")]
 # Kernels take a long time to compile: with them, each shape of ids and each combiner once.
 CORE = {f"{name}-{KERNEL}" for name in ("vectors", "sqrtn", "ragged mean", "nest of weighted sums")}
-CORE |= {f"{name}-numba" for name in MIXED} | {"vectors-xla_chunked", "nest of sums-xla_chunked"}
+CORE |= {f"{name}-numba" for name in MIXED} | {"nest of sums-xla_chunked"}
 
 
 @pytest.mark.parametrize("case", named(PAIRS, core=CORE))

@@ -296,7 +296,9 @@ class Cached(NamedTuple):
 @pytest.mark.parametrize(
     "case",
     named(
-        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)], fast={"int4-7-5"}
+        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)],
+        fast={"int4-7-5"},
+        core={"float32-100-64"},
     ),
 )
 def test_read_matches_the_ways_of_a_set(case):
@@ -633,7 +635,9 @@ def close(got, wanted, size, num_terms):
     assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
-@pytest.mark.parametrize("combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}))
+@pytest.mark.parametrize(
+    "combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}, core={"None", "sum"})
+)
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)

@@ -214,7 +214,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("sizes", named(SIZES, fast={"table"}))
+@pytest.mark.parametrize("sizes", named(SIZES, fast={"table"}, core={"lines"}))
 def test_arrays_past_32_bits_are_addressed_with_64(sizes):
     """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB.
 
