@@ -191,7 +191,9 @@ def step(state, pairs, grads, tx):
     return state, plan, rows_
 
 
-@pytest.mark.parametrize("stored", named(STORED, fast={"int8-None-numba"}, core=CORE))
+@pytest.mark.parametrize(
+    "stored", named(STORED, fast={"int8-None-numba"}, core={"float32-None-xla", "int4-12-numba"})
+)
 def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored):
     storage, lines, implementation = stored
     spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
