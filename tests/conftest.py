@@ -46,14 +46,16 @@ settings.load_profile("tests")
 
 # Some tests, and processes that they start, compile in a third of the time: without LLVM's
 # optimizations, and with XLA's older code for fusions. They are those of these folders and files,
-# which compare no bits of two programs, and those that are marked as `slow`, except for some.
+# which compare no bits of two programs, or only of rows that serving reads, as
+# test_serving_table.py does with optimized programs. And they are those that are marked as `slow`,
+# except for some.
 # All others compile as users do. The fast loop compiles everything quickly, except what is marked
 # as `optimized`.
 _QUICKLY_COMPILED = {
     "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
     "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
-    "test_serving_raw_ids.py", "test_sharding_gradients.py", "test_sharding_nn.py", "test_spec.py",
-    "test_stats.py", "test_vocabularies.py",
+    "test_serving_ngrams.py", "test_serving_raw_ids.py", "test_sharding_gradients.py",
+    "test_sharding_nn.py", "test_spec.py", "test_stats.py", "test_vocabularies.py",
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
