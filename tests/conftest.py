@@ -46,14 +46,16 @@ settings.load_profile("tests")
 
 # Some tests, and processes that they start, compile in a third of the time: without LLVM's
 # optimizations, and with XLA's older code for fusions. They are those of these folders and files,
-# which compare no bits of two programs, and those that are marked as `slow`, except for some.
+# which compare no bits of two programs, or only of rows that serving reads, as
+# test_serving_table.py does with optimized programs. And they are those that are marked as `slow`,
+# except for some.
 # All others compile as users do. The fast loop compiles everything quickly, except what is marked
 # as `optimized`.
 _QUICKLY_COMPILED = {
     "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
     "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
-    "test_serving_raw_ids.py", "test_sharding_gradients.py", "test_sharding_nn.py", "test_spec.py",
-    "test_stats.py", "test_vocabularies.py",
+    "test_serving_ngrams.py", "test_serving_raw_ids.py", "test_sharding_gradients.py",
+    "test_sharding_nn.py", "test_spec.py", "test_stats.py", "test_vocabularies.py",
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
@@ -95,6 +97,39 @@ def _compile_quickly(is_quick):
         jax.clear_caches()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--exhaustive", action="store_true", help="also run the cases that are marked exhaustive"
+    )
+
+
+def _is_quick(item):
+    """Returns whether a test compiles quickly."""
+    of = {item.path.parent.name, item.path.name}
+    is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
+    is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
+    is_loop = item.config.getoption("markexpr") == "not slow"
+    is_optimized = item.get_closest_marker("optimized") is not None
+    return (is_quick or is_extra or is_loop) and not is_optimized
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m: what is exhaustive is slow
+def pytest_collection_modifyitems(config, items):
+    """Leaves exhaustive cases out, unless they are asked for.
+
+    The tests of a file that compile quickly come after the others: between the two, all that was
+    traced is dropped.
+    """
+    exhaustive = [item for item in items if item.get_closest_marker("exhaustive") is not None]
+    for item in exhaustive:
+        item.add_marker("slow")
+    if exhaustive and not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=exhaustive)
+        items[:] = [item for item in items if item.get_closest_marker("exhaustive") is None]
+    places = {path: number for number, path in enumerate(dict.fromkeys(i.path for i in items))}
+    items.sort(key=lambda item: (places[item.path], _is_quick(item)))
+
+
 def pytest_collection_finish():
     """Spares the garbage collector what was imported: each pass over it takes a quarter second.
 
@@ -117,11 +152,7 @@ def pytest_runtest_protocol(item):
     for marker in (optimized, item.get_closest_marker("standard_promotion")):
         if marker is not None and not marker.args:
             raise pytest.UsageError(f"{item.nodeid}: {marker.name} needs a reason")
-    of = {item.path.parent.name, item.path.name}
-    is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
-    is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
-    is_loop = item.config.getoption("markexpr") == "not slow"
-    _compile_quickly((is_quick or is_extra or is_loop) and optimized is None)
+    _compile_quickly(_is_quick(item))
     opt_out = item.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("strict" if opt_out is None else "standard"):
         return (yield)

@@ -10,7 +10,7 @@ import optax
 import oracles
 import pytest
 import training
-from cases import Refused, named
+from cases import Refused, crossed, named
 
 import mpembed_jax as mpembed
 from mpembed_jax import checkpoint, vocabularies
@@ -131,8 +131,10 @@ def counts_of(state, pairs):
     return np.asarray(pool.counts_of(state.vocabulary.sketch.reshape(-1), cells, sizes))
 
 
-@pytest.mark.parametrize("num_rows", named([176, 320, 800], fast={"320"}))
-@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
+@crossed(
+    implementation=named(["xla", "numba"], fast={"numba"}),
+    num_rows=named([176, 320, 800], fast={"320"}),
+)
 def test_growth_keeps_every_owner_bit_for_bit(num_rows, implementation):
     state = trained(init(implementation=implementation))
     before = held(state)
@@ -165,7 +167,9 @@ def test_growth_in_turns_is_growth_at_once():
     assert held(turns) == held(once) == held(state) and turns.spec == once.spec
 
 
-@pytest.mark.parametrize("num_rows", named([480, 320, 208, 160, 120, 20], fast={"120"}))
+@pytest.mark.parametrize(
+    "num_rows", named([480, 320, 208, 160, 120, 20], fast={"120"}, core={"208", "20"})
+)
 def test_shrinking_keeps_the_most_used_owners(num_rows):
     state = trained(vocabularies.grow(init(), 640), 40)
     after = vocabularies.shrink(state, num_rows)
@@ -268,8 +272,10 @@ def test_counts_are_loaded_as_the_model_loads_them(implementation, is_trained):
     assert model.totals["admissions"] > 50
 
 
-@pytest.mark.parametrize("implementation", ["xla", "numba"])
-@pytest.mark.parametrize("is_jitted", named([False, True], fast={"True"}))
+@crossed(
+    is_jitted=named([False, True], fast={"True"}),
+    implementation=["xla", "numba"],
+)
 def test_nothing_of_forgotten_ids_is_left(implementation, is_jitted):
     state = trained(init(implementation=implementation))
     model = model_of(state)

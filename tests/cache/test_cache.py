@@ -16,7 +16,7 @@ import oracles
 import pytest
 import shapes
 import training
-from cases import named
+from cases import crossed, named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,8 +128,10 @@ def start(num_ids, lines, ways, policy, implementation=None, **options):
     return initial(spec, implementation), oracles.DictCache(num_ids, geo, policy, **options)
 
 
-@pytest.mark.parametrize("policy", shapes.POLICIES)
-@pytest.mark.parametrize("ways", named([*shapes.WAYS, 64], fast={"1", "32"}))
+@crossed(
+    ways=named([*shapes.WAYS, 64], fast={"1", "32"}),
+    policy=shapes.POLICIES,
+)
 def test_residency_equals_brute_force(policy, ways):
     """320 skewed, drifting batches of 0 to 160 ids into 96 lines.
 

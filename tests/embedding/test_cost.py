@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import named
+from cases import crossed, named
 
 import mpembed_jax as mpembed
 
@@ -58,10 +58,8 @@ def compiled_step(stack, implementation):
     ).compile()
 
 
-@pytest.mark.parametrize("implementation", ["xla_chunked", "numba"])
-@pytest.mark.parametrize(
-    "stack",
-    named(
+@crossed(
+    stack=named(
         {
             "int8": Stack("int8", "lfu"),
             "int8 lru with a budget": Stack("int8", "lru", 800),
@@ -70,6 +68,7 @@ def compiled_step(stack, implementation):
         },
         fast={"int4 with a budget"},
     ),
+    implementation=["xla_chunked", "numba"],
 )
 def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):
     if implementation == "numba":
@@ -114,10 +113,10 @@ def cost_of(stack, implementation):
     }
 
 
-@pytest.mark.parametrize(
-    "implementation", named(["xla", "xla_chunked", "numba"], fast={"numba", "xla"})
+@crossed(
+    name=named(list(RECORDED), fast={"int8 lfu"}),
+    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba", "xla"}),
 )
-@pytest.mark.parametrize("name", named(list(RECORDED), fast={"int8 lfu"}))
 def test_a_step_costs_what_is_recorded(name, implementation):
     """Up to a tenth; another jax compiles to something else."""
     if implementation == "numba":

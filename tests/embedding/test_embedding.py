@@ -360,9 +360,12 @@ def test_a_row_whose_update_is_zero_keeps_its_bits(case):
     np.testing.assert_array_equal(flush(state).table.rows, before)
 
 
-@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16"}))
+@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16"}, core={"int8", "int4"}))
 def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
-    """Even ids have no gradient and keep their bits. Every implementation makes the same state."""
+    """Even ids have no gradient and keep their bits. Every implementation makes the same state.
+
+    The whole command has each implementation here, and rows of each format in a dictionary.
+    """
     others = ("xla_chunked", "numba", "pallas_interpret")
     other = others[shapes.FORMATS.index(storage) % 3]
     tx = mpembed.optim.sgd(0.5)

@@ -16,7 +16,7 @@ import optax
 import pytest
 import shapes
 import training
-from cases import named
+from cases import crossed, named
 from flax import nnx
 
 import mpembed_jax as mpembed
@@ -261,9 +261,11 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
-@pytest.mark.parametrize("name", list(PAIRS))
-@pytest.mark.parametrize("is_one_trace", [False, True])
+@crossed(
+    is_one_trace=[False, True],
+    name=list(PAIRS),
+    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba"}),
+)
 def test_after_a_refused_update_the_right_one_is_still_possible(name, implementation, is_one_trace):
     spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
     start = mpembed.init(jax.random.key(0), spec, RULED, implementation=implementation)
@@ -637,7 +639,8 @@ def spec_of_mode(mode):
 
 
 @pytest.mark.parametrize(
-    "mode", named(list(MODES), fast={"int8"}, marks={"bfloat16": training.OPTAX_ADAM})
+    "mode",
+    named(list(MODES), fast={"int8"}, core={"float8"}, marks={"bfloat16": training.OPTAX_ADAM}),
 )
 def test_no_rank_is_promoted(mode):
     """Traced only, over a mesh too."""
@@ -690,7 +693,9 @@ def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
         assert mpembed.stats(state).steps == 1
 
 
-@pytest.mark.parametrize("implementation", named({"default": None, "xla": "xla"}, fast={"default"}))
+@pytest.mark.parametrize(
+    "implementation", named({"default": None, "xla": "xla"}, fast={"default"}, core=())
+)
 def test_sound_steps_pass_debug_nans_without_jit(implementation):
     """Outside jit, jax.debug_nans looks at the result of every operation."""
     spec, ids = stack(storage="int8", cache=CacheSpec(num_rows=4)), np.array([[3, 7], [7, NO_ID]])

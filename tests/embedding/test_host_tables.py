@@ -109,8 +109,7 @@ def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implement
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [24, None])
+@pytest.mark.parametrize("lines", named([24, None], core={"24"}))
 def test_only_rows_that_miss_are_read_from_host_memory(lines, monkeypatch):
     """By every verb that reads, hits among the ids; row 0 stands for what a chunk does not need."""
     found = []

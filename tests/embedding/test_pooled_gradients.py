@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import shapes
-from cases import named
+from cases import crossed, named
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -123,17 +123,21 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
     return results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [(name, "pallas_interpret") for name in POOLS]
-    + [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")],
-)
-def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
+PAIRS = [(name, KERNEL) for name in POOLS]
+PAIRS += [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")]
+# Kernels take a long time to compile: with them, each shape of ids and each combiner once. Vectors
+# are also in the test of gradients that are not finite.
+CORE = {f"{name}-{KERNEL}" for name in ("sqrtn", "ragged mean", "nest of weighted sums")}
+CORE |= {f"{name}-numba" for name in MIXED} | {"nest of sums-xla_chunked"}
+
+
+@pytest.mark.parametrize("case", named(PAIRS, core=CORE))
+def test_the_pair_makes_the_state_of_the_separate_verbs(case):
     """With hits, evictions and bypassed rows.
 
     There are padding, ids outside the table and empty bags where sums stay exact.
     """
+    name, implementation = case
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     ids = ids_for(POOLS[name].kind, has_padding="mean" not in name and name != "sqrtn")
     one, other = by_both_ways(spec, ids, options_for(name, ids), implementation=implementation)
@@ -141,9 +145,9 @@ def test_the_pair_makes_the_state_of_the_separate_verbs(name, implementation):
     assert mpembed.stats(one).bypasses > 0 and mpembed.stats(one).hits > 0
 
 
-@pytest.mark.parametrize("implementation", named(["xla", None], fast={"None"}))
-@pytest.mark.parametrize(
-    "name", named(["weighted sum", "ragged mean", "nest of sums"], fast={"ragged mean"})
+@crossed(
+    name=named(["weighted sum", "ragged mean", "nest of sums"], fast={"ragged mean"}),
+    implementation=named(["xla", None], fast={"None"}),
 )
 def test_without_kernels_and_with_a_rule(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
@@ -238,9 +242,9 @@ def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     assert int(np.sum(results[0].cache.dirty)) == 15
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+@pytest.mark.parametrize("implementation", named([KERNEL, "numba"], core={"numba"}))
 def test_a_second_call_changes_nothing_and_is_counted(implementation):
+    """With kernels, the whole command does so in tests/ops/test_gpu_kernels.py."""
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
     ids, grads = ids_for("dense"), jnp.ones((BAGS, LENGTH, 6))
@@ -263,9 +267,9 @@ def test_a_second_call_changes_nothing_and_is_counted(implementation):
         mpembed.apply_pooled_gradients(eager, plan, grads, tx=SGD)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", [KERNEL, "numba"])
+@pytest.mark.parametrize("implementation", named([KERNEL, "numba"], core={"numba"}))
 def test_a_batch_without_ids_or_bags(implementation):
+    """Kernels of empty parts of a plan are also in tests/ops/test_gpu_kernels.py."""
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     for ids, options, grads in (
         ([], {}, []),
@@ -352,8 +356,9 @@ def test_over_a_mesh_it_is_that_pair():
     same(*results)
 
 
-@pytest.mark.parametrize("implementation", named([KERNEL, "numba"], fast={"numba"}))
+@pytest.mark.parametrize("implementation", named([KERNEL, "numba"], fast={"numba"}, core=()))
 def test_bad_gradients_and_arguments_are_refused(implementation):
+    """One check for every implementation, before its first operation."""
     spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4)
     state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
     embed = partial(mpembed.embed, state, ids_for("dense"), tx=SGD)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import training
-from cases import Refused, named
+from cases import Refused, crossed, named
 from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
@@ -34,8 +34,10 @@ def values(num=IDS.size):
     return np.random.default_rng(1).normal(size=(num, DIM)).astype(np.float32)
 
 
-@pytest.mark.parametrize("storage", named(["float32", "int8", "bfloat16"], fast={"int8"}))
-@pytest.mark.parametrize("cache", [None, CACHE], ids=["uncached", "cached"])
+@crossed(
+    cache=named({"uncached": None, "cached": CACHE}),
+    storage=named(["float32", "int8", "bfloat16"], fast={"int8"}),
+)
 def test_written_rows_have_their_values_and_all_others_their_bits(storage, cache):
     state = trained(storage, cache)
     before, rows = training.all_rows(state), values()

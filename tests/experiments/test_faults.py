@@ -29,8 +29,13 @@ def test_a_run_killed_three_times_ends_in_the_same_bits():
     assert found["resumed at steps"][-1] > 0  # from a checkpoint, not from the beginning again
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
+    """The whole command kills one process, in the test above.
+
+    It has two processes in tests/mesh/test_multiprocess.py, and two that save together in
+    tests/checkpoint/test_checkpoint_faults.py.
+    """
     found = killed_worker.kill_and_resume(kills=1, steps=20)
     assert found["bits equal"]
     assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from cases import named
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
@@ -154,14 +155,14 @@ def results(folder, data):
 NUM_STOPS = {"synthetic": 7, "raw ids": 5, "criteo": 5, "reddit": 5, "movielens": 5}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("data", NUM_STOPS)
+@pytest.mark.parametrize("data", named(list(NUM_STOPS), core={"raw ids", "movielens"}))
 def test_a_run_interrupted_again_and_again_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, capsys
 ):
     """Three contenders, two seeds; told to stop in chunks, between them, and while it evaluates.
 
-    Files of data are read in the same way in each chunk: they are told to stop less often.
+    Files of data are read in the same way in each chunk: they are told to stop less often. The
+    whole command stops synthetic data when a run is killed, and posts when files are scored.
     """
     words = words_for(data, tmp_path)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -201,8 +202,9 @@ def whole(tmp_path_factory):
     return results(out, "synthetic")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--row-gradients",)], ids=["vectors", "rows"])
+@pytest.mark.parametrize(
+    "options", named({"vectors": (), "rows": ("--row-gradients",)}, core={"vectors"})
+)
 def test_a_killed_run_goes_on_from_the_last_save(options, tmp_path, monkeypatch):
     """Saved in the background after each chunk, in full, or then by touched rows; killed twice."""
     assert train_dlrm.main([*SMALL, *options, "--out", str(tmp_path / "whole")]) == 0
@@ -329,8 +331,7 @@ def test_another_environment_is_told(stopped, monkeypatch, capsys):
     assert "warning: another environment than the save's: commit" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], core={"SIGTERM"}))
 def test_a_signal_stops_the_process_in_order(number, tmp_path):
     command = [sys.executable, "-m", "experiments.train_dlrm", *SMALL, "--num-rows", "700000"]
     with subprocess.Popen(
@@ -473,9 +474,13 @@ def test_an_auc_that_is_not_defined_is_an_empty_cell(tmp_path):
 # --- the grid
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
-    """Cases of every method; told to stop in training, between the cases of one, in evaluation."""
+    """Cases of every method; told to stop in training, between the cases of one, in evaluation.
+
+    The whole command has stops inside of a run above, and a grid that is killed in
+    test_paper_table.py.
+    """
     cases = (
         FP32, Case("int4", 0.05), Case("int4", small=0.05), Case(method="pruned", share=0.5),
         Case("int4", method="post-training"), Case("int4", method="quantization-aware"),

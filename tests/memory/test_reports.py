@@ -117,7 +117,14 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("batch", named(BATCHES, fast={"ids, numba", "bags, numba"}))
+@pytest.mark.parametrize(
+    "batch",
+    named(
+        BATCHES,
+        fast={"ids, numba", "bags, numba"},
+        core={*BATCHES} - {"ids, xla", "bags, xla, no rule"},
+    ),
+)
 def test_the_temporaries_are_those_of_a_training_step(batch):
     if batch.implementation == "numba":
         pytest.importorskip("numba")

@@ -189,7 +189,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", named(MESHES, fast=()))
+@pytest.mark.parametrize(
+    "mesh", named(MESHES, core={"rows over both", "rows over y, batches over x"})
+)
 def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     """Rows over one axis or both; batches over both, or over another axis than the rows."""
     spec = spec_of("lfu")

@@ -194,7 +194,6 @@ def mixed_steps(tx, mesh=None, placement=None):
     return mpembed.to_dense(state)["t"], scalars
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     named(
@@ -204,6 +203,7 @@ def mixed_steps(tx, mesh=None, placement=None):
             "novograd": ("novograd", "rows"),
             "global norm, replicated": ("global norm", "replicated"),
         },
+        core={"novograd", "global norm, replicated"},
         marks={"lamb": training.OPTAX_ADAM},
     ),
 )

@@ -1,5 +1,6 @@
 """Flax modules over a mesh: the same loop, the same numbers."""
 
+import itertools
 from typing import Any
 
 import flax.linen as linen
@@ -136,9 +137,12 @@ def linen_trained(mesh):
     return states, losses, np.asarray(model.apply(state.variables, batch(9)[0]))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_linen_modules_over_a_mesh_train_as_on_one_device():
-    """As above: every row in every bit, evaluation too. So is the norm of all gradients."""
+    """As above: every row in every bit, evaluation too. So is the norm of all gradients.
+
+    The whole command trains linen modules over a mesh with microbatches, below.
+    """
     states, losses, vectors = linen_trained(mesh_of(4))
     wanted, wanted_losses, wanted_vectors = linen_trained(None)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
@@ -173,12 +177,14 @@ def embed_over(mesh, **options):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "placement"),
-    [*((m, p) for m in MESHES for p in PLACEMENTS if p != "undivided"), ("replicas", "undivided")],
+    "case",
+    named(
+        [*itertools.product(MESHES, list(PLACEMENTS)[:3]), ("replicas", "undivided")],
+        core={"x-rows", "replicas-replicated", "x-blocks", "replicas-undivided"},
+    ),
 )
-def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, placement):
+def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(case):
     """A row that several devices ask for has one gradient, their sum.
 
     Clipping by any norm is therefore right.
@@ -194,6 +200,7 @@ def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, place
         nn.apply_gradients(embed, grads)
         return norms
 
+    mesh, placement = case
     one = embed_over(None)
     many = embed_over(MESHES[mesh](), **PLACEMENTS[placement])
     np.testing.assert_allclose(step(many, ids), step(one, ids), rtol=1e-6)
@@ -205,8 +212,7 @@ def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(mesh, place
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", named(list(MESHES), core={"replicas"}))
 def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
     """Microbatches take other parts of the batch than prefetch divided.
 
@@ -251,6 +257,7 @@ def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
             "mixing rows": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
         },
         fast={"rowwise_adagrad"},
+        core=(),
     ),
 )
 def test_under_set_mesh_a_step_is_the_same(tx):

@@ -164,8 +164,7 @@ def test_raw_n_grams_are_decoded_token_by_token_without_getting_rows():
     assert memory.stats().vocabulary == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [None, 128])
+@pytest.mark.parametrize("lines", named([None, 128], core={"128"}))
 def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(lines):
     """Sums of a row's gradients in another order may round a number of INT4 to its other side."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
@@ -282,8 +281,9 @@ def test_a_scan_over_batches_takes_the_same_steps(stepped):
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
+    """The whole command trains raw n-grams over a mesh, below, and hashed ones to save them."""
     wanted, losses = stepped
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import named
+from cases import crossed, named
 from flax import nnx
 from nn_models import ROW_TX, assert_same_bits
 
@@ -77,8 +77,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", named(["jit", "eager", "remat"], fast={"jit"}))
-@pytest.mark.parametrize("options", [FLOAT32, CACHED], ids=["float32", "int8 with a cache"])
+@crossed(
+    options=named({"float32": FLOAT32, "int8 with a cache": CACHED}),
+    way=named(["jit", "eager", "remat"], fast={"jit"}),
+)
 def test_a_call_of_prefetched_ids_equals_a_read(options, way):
     """In every bit; also of padding and of ids outside the table."""
     embed = embed_of(**options)
@@ -271,8 +273,10 @@ def test_prefetch_and_call_may_be_jitted_apart():
     assert len(traces) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", named({"float32": FLOAT32, "int8 with a cache": CACHED}))
+@pytest.mark.parametrize(
+    "options",
+    named({"float32": FLOAT32, "int8 with a cache": CACHED}, core={"int8 with a cache"}),
+)
 def test_a_step_that_ends_with_the_next_prefetch_trains_the_same_bits(options):
     """RECIPES.md: prefetch ahead, in modules."""
     batches = [batch(seed=k) for k in range(4)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import named
+from cases import crossed, named
 from flax import nnx
 from nn_models import assert_same_bits
 
@@ -95,8 +95,10 @@ def test_widths_are_the_exact_bound():
     assert width_of(budget, ids) == 9 + 1
 
 
-@pytest.mark.parametrize("fused", named([False, True], fast={"True"}))
-@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"xla"}))
+@crossed(
+    implementation=named(["xla", "numba"], fast={"xla"}),
+    fused=named([False, True], fast={"True"}),
+)
 def test_results_are_those_of_plans_as_wide_as_the_batch(implementation, fused):
     """A module's step, and the verbs on global ids, whose features nobody knows."""
     pytest.importorskip("numba", reason="the [cpu] extra is not installed")
@@ -151,8 +153,7 @@ def test_results_are_those_of_plans_as_wide_as_the_batch(implementation, fused):
     assert mpembed.stats(state).dropped == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("blocks", [None, 4])
+@pytest.mark.parametrize("blocks", named([None, 4], core={"4"}))
 def test_over_a_mesh_results_are_those_of_one_device(blocks):
     """Each device knows the bound of its own share of the batch."""
     auto = (jax.sharding.AxisType.Auto,)

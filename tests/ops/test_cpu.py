@@ -64,7 +64,14 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("case", named(PLANS, fast={"lru", "budget"}))
+@pytest.mark.parametrize(
+    "case",
+    named(
+        PLANS,
+        fast={"lru", "budget"},
+        core={"small", "more sets than election buckets", "one line"},
+    ),
+)
 def test_plans_and_states_equal_the_references(case):
     """Skewed ids with drift, uniform ones, padding and ids out of range.
 

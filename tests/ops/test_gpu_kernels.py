@@ -122,7 +122,14 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     return store, num_written, rows, stored
 
 
-@pytest.mark.parametrize("case", named(OPTIONS, fast={"int4-float16-100"}))
+@pytest.mark.parametrize(
+    "case",
+    named(
+        OPTIONS,
+        fast={"int4-float16-100"},
+        core={"float8_e4m3fn-float32-64", "int8-128", "int2-float32-7"},
+    ),
+)
 def test_swap_lookup_and_write_make_the_same_bits(case):
     """Also with NaN, infinities and constant rows among the victims, padding, empty lines and clean
     victims.
@@ -169,7 +176,9 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", named(EVERY, fast={"bfloat16-7", "int8-128"}))
+@pytest.mark.parametrize(
+    "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={rows.name for rows in SOME})
+)
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, and two updates.
 
@@ -287,7 +296,9 @@ class Cached(NamedTuple):
 @pytest.mark.parametrize(
     "case",
     named(
-        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)], fast={"int4-7-5"}
+        [Cached("int8", 16, 8), Cached("int4", 7, 5), Cached("float32", 100, 64)],
+        fast={"int4-7-5"},
+        core={"float32-100-64"},
     ),
 )
 def test_read_matches_the_ways_of_a_set(case):
@@ -328,13 +339,13 @@ def update_both(tx, spec, ids, grads):
     return results
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", named(SOME))
+@pytest.mark.parametrize("case", named(SOME, core={"int8-128"}))
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
     """Adagrad with gradients of one magnitude 2^-k per row.
 
     The mean of squares is 4^-k, its root 2^-k, and -lr g / root is +-lr, all exact. There are
-    bypassed rows, padding and a cache.
+    bypassed rows, padding and a cache. The whole command has each format in the test of every
+    kernel.
     """
     rng = np.random.default_rng(0)
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
@@ -361,12 +372,13 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core={"100"}))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
 
     G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
-    product. The sum with w rounds once in each program.
+    product. The sum with w rounds once in each program. The whole command has every dim in the
+    test of sums and update in one kernel.
     """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
@@ -623,7 +635,9 @@ def close(got, wanted, size, num_terms):
     assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
-@pytest.mark.parametrize("combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}))
+@pytest.mark.parametrize(
+    "combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}, core={"None", "sum"})
+)
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)

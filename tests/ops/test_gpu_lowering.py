@@ -15,7 +15,7 @@ import lowering
 import optax
 import pytest
 import shapes
-from cases import named
+from cases import crossed, named
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -135,8 +135,10 @@ def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
 LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
 
 
-@pytest.mark.parametrize("budget", named([None, 9], fast={"None"}))
-@pytest.mark.parametrize("policy", named([*shapes.POLICIES, "no cache"], fast={"lfu"}))
+@crossed(
+    policy=named([*shapes.POLICIES, "no cache"], fast={"lfu"}),
+    budget=named([None, 9], fast={"None"}),
+)
 def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     """Its program has no loop and no branch, whose condition the host would have to read.
 
@@ -163,8 +165,10 @@ def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     assert min(found["xla", False], found["xla", True]) > 0
 
 
-@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"float32", "int8"}))
-@pytest.mark.parametrize("dim", named([1, 100], fast={"100"}))
+@crossed(
+    dim=named([1, 100], fast={"100"}),
+    storage=named(shapes.FORMATS, fast={"float32", "int8"}),
+)
 def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
     """Odd dims too.
 
@@ -210,7 +214,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("sizes", named(SIZES, fast={"table"}))
+@pytest.mark.parametrize("sizes", named(SIZES, fast={"table"}, core={"lines"}))
 def test_arrays_past_32_bits_are_addressed_with_64(sizes):
     """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB.
 

@@ -66,6 +66,13 @@ CASES = {
     "lru, longer sets than a kernel plans": Batches("lru", 4, 4, 150, 80),
 }
 FAST = {"lfu, 3 ways and a budget", "lru, one overfull set", "lfu, one overfull set"}
+CORE = {
+    "lfu, 64 ways",
+    "lru, sets in 8 groups",
+    "lfu, a budget of one id",
+    "lfu, more estimates than halve at once",
+    "lfu, longer sets than a kernel plans",
+}
 
 
 @partial(jax.jit, static_argnames=("case", "implementation"), compiler_options=FAST_COMPILE)
@@ -117,7 +124,7 @@ def warm(case, seed):
     return dataclasses.replace(cache, sketch=jnp.asarray(values, jnp.uint16))
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=FAST))
+@pytest.mark.parametrize("case", named(CASES, fast=FAST, core=CORE))
 @settings(max_examples=12)
 @given(data=st.data())
 def test_kernels_plan_as_the_reference_does(case, data):

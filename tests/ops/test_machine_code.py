@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import named
 
 numba = pytest.importorskip("numba")
 
@@ -194,8 +195,7 @@ def test_code_of_two_processes_works_in_a_third(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["rows", "bags"])
+@pytest.mark.parametrize("step", named(["rows", "bags"], core={"rows"}))
 def test_new_process_loads_code_and_programs(step, tmp_path):
     """Two processes that start at once, and a third one that finds their files and compiles
     nothing.

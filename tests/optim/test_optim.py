@@ -140,7 +140,13 @@ def row_leaves_of(state):
 
 
 @pytest.mark.parametrize(
-    "name", named(list(TRANSFORMATIONS), fast=QUICK, marks=dict.fromkeys(ADAM, training.OPTAX_ADAM))
+    "name",
+    named(
+        list(TRANSFORMATIONS),
+        fast=QUICK,
+        core=[name for name in TRANSFORMATIONS if not name.startswith("injected")],
+        marks=dict.fromkeys(ADAM, training.OPTAX_ADAM),
+    ),
 )
 def test_training_equals_dense_training_of_the_touched_rows(name):
     """Same values and same state as the lazy oracle.

@@ -75,8 +75,9 @@ def test_examples_are_tried_inside_a_shard_map_without_jit():
     np.testing.assert_array_equal(run(jnp.zeros(2, jnp.int32)), [3, 3])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["scheduled", "clipped by global norm"])
+@pytest.mark.parametrize(
+    "name", named(["scheduled", "clipped by global norm"], core={"clipped by global norm"})
+)
 def test_chunks_and_full_width_passes_give_the_same_bits(name):
     """More unique ids than a chunk holds.
 

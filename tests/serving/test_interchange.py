@@ -67,7 +67,12 @@ def unpacked(row, dim, bits, layout):
 
 
 @pytest.mark.parametrize(
-    "case", named(CASES, fast={"int8-symmetric-float16-16", "int4-bias-bfloat16-64"})
+    "case",
+    named(
+        CASES,
+        fast={"int8-symmetric-float16-16", "int4-bias-bfloat16-64"},
+        core={"int8-bias-float16-33", "int4-symmetric-float16-33", "int2-bias-float16-16"},
+    ),
 )
 @pytest.mark.parametrize("layout", ["fbgemm", "fbgemm_tbe"])
 def test_rows_in_fbgemms_layouts_have_the_same_values(case, layout, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 import shapes
 import training
-from cases import Refused, changed_bytes, named
+from cases import Refused, changed_bytes, crossed, named
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -68,7 +68,12 @@ def flushed(state):
 
 
 @pytest.mark.parametrize(
-    "storage", named(shapes.FORMATS, fast={"int4", "int8", "float32", "bfloat16"})
+    "storage",
+    named(
+        shapes.FORMATS,
+        fast={"int4", "int8", "float32", "bfloat16"},
+        core={"float8_e4m3fn", "int2"},
+    ),
 )
 def test_rows_as_trained_are_those_of_a_flush_and_any_reader_of_safetensors_sees_them(
     storage, tmp_path
@@ -133,14 +138,13 @@ class Division(NamedTuple):
         return self.placement.kind
 
 
-@pytest.mark.parametrize(
-    "division",
-    named(
+@crossed(
+    is_checkpoint=named({"state": False, "checkpoint": True}),
+    division=named(
         [Division(mpembed.Placement(kind)) for kind in ("rows", "tables", "replicated")],
         fast={"rows"},
     ),
 )
-@pytest.mark.parametrize("is_checkpoint", [False, True], ids=["state", "checkpoint"])
 def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
     division, is_checkpoint, tmp_path
 ):

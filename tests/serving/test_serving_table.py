@@ -115,6 +115,17 @@ DECODED = {
             "int4-asymmetric-float16-33",
             "int2-asymmetric-float16-33",
         },
+        # Every format symmetric or not, every kind of scale and every dim.
+        core={
+            "int8-asymmetric-bfloat16-1",
+            "int4-symmetric-float32-200",
+            "int2-symmetric-bfloat16-1",
+            "float8_e4m3fn-bfloat16-1",
+            "float8_e5m2-float32-200",
+            "float32-1",
+            "bfloat16-33",
+            "float16-200",
+        },
     ),
 )
 def test_every_format_is_decoded_to_the_bits_of_the_package(case):

@@ -117,7 +117,7 @@ def test_strings_of_any_container_have_the_same_pairs(strings, number):
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.lists(st.integers(-(2**63), 2**64 - 1), min_size=1))
 def test_integers_of_any_dtype_have_the_pairs_of_their_values_modulo_2_64(values):
     want = expected(values)

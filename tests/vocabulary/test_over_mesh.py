@@ -105,8 +105,12 @@ def on_one_device():
     return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
 
 
-@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}))
+@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}, core={"same_batch"}))
 def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
+    """Modules and moved states train over the other meshes, too.
+
+    Ids beyond the room of an exchange are also in tests/mesh/test_sharding.py.
+    """
     state = trained(mpembed.init(jax.random.key(0), SPEC, TX, **placed(MESHES[case])), 0, 40)
     assert_same_rows(state, on_one_device)
     with warnings.catch_warnings(action="ignore"):  # a third of the rows finds no place in cache
@@ -115,7 +119,9 @@ def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one
     assert counted.recyclings > 100 and counted.refusals > 0 and counted.shared_requests > 100
 
 
-@pytest.mark.parametrize("case", named(["two", "replicas", "replicated"], fast={"replicated"}))
+@pytest.mark.parametrize(
+    "case", named(["two", "replicas", "replicated"], fast={"replicated"}, core={"replicas"})
+)
 def test_a_mesh_reads_what_one_device_reads(case, on_one_device):
     """Outside of jax.shard_map, and inside, where each device has its own ids."""
     over = placed(MESHES[case])
@@ -148,8 +154,7 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
         assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["two", "replicas"])
+@pytest.mark.parametrize("case", named(["two", "replicas"], core={"replicas"}))
 def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
     @nnx.jit
     def train(module, pairs):
@@ -175,9 +180,12 @@ def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
         np.testing.assert_array_equal(one[feature], mesh[feature])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_calls_over_a_mesh_find_the_rows_of_other_positions_by_raw_ids(on_one_device):
-    """Other orders and parts of the prefetched ids, in jit and outside; others are NaN."""
+    """Other orders and parts of the prefetched ids, in jit and outside; others are NaN.
+
+    The whole command has calls by row numbers, in tests/mesh/test_sharding_nn.py.
+    """
     over = placed(MESHES["replicas"])
     module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0), **over)
     module.set_states([sharding.relayout(on_one_device, **over)])
@@ -253,9 +261,9 @@ LIFE = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", named(list(LIFE)))
+@pytest.mark.parametrize("change", named(list(LIFE), core={"grow", "from_counts", "forget"}))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
+    """Growing and shrinking move owners by the same code, and added tables move none."""
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))
         four = LIFE[change](sharding.relayout(on_one_device, **placed(Over((4,)))))

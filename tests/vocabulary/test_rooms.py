@@ -158,7 +158,7 @@ def test_pairs_that_a_module_cannot_take_are_refused(case):
     assert not module.stacks[0].is_prefetched
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}, core=()))
 def test_embed_admits_and_trains_as_the_separate_verbs_do(implementation):
     @jax.jit
     def fused(state, pairs):

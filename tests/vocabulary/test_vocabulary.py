@@ -1,6 +1,7 @@
 """Raw ids earn rows as a brute-force model says; nothing of an old owner remains."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from functools import partial
 from typing import NamedTuple
@@ -64,6 +65,7 @@ STORED = (
     Stored("int8", None, "numba"),
     Stored("int4", 12, "numba"),
 )
+CORE = {"float32-None-xla", "int4-12-xla_chunked", "float32-12-numba", "int8-None-numba"}
 
 
 class Pool(NamedTuple):
@@ -103,9 +105,17 @@ def mask_of(number):
     return np.repeat(np.arange(24)[:, None] % 7 != number % 9, 2, axis=1)
 
 
-@pytest.mark.parametrize("implementation", named(list(IMPLEMENTATIONS), fast={"numba"}))
-@pytest.mark.parametrize("case", POOLS)
-def test_rows_owners_and_use_are_those_of_a_brute_force_model(case, implementation):
+@pytest.mark.parametrize(
+    "combination",
+    named(
+        list(itertools.product(POOLS, IMPLEMENTATIONS)),
+        fast={f"{case}-numba" for case in POOLS},
+        core={f"{case}-xla" for case in ("one_set", "refuses", "bytes", "doubled")}
+        | {f"{case}-xla_chunked" for case in ("every_id", "groups", "resized")},
+    ),
+)
+def test_rows_owners_and_use_are_those_of_a_brute_force_model(combination):
+    case, implementation = combination
     spec = stack(**POOLS[case]._asdict())
     model = model_of(spec)
     tx = optax.sgd(0.5)
@@ -181,7 +191,9 @@ def step(state, pairs, grads, tx):
     return state, plan, rows_
 
 
-@pytest.mark.parametrize("stored", named(STORED, fast={"int8-None-numba"}))
+@pytest.mark.parametrize(
+    "stored", named(STORED, fast={"int8-None-numba"}, core={"float32-None-xla", "int4-12-numba"})
+)
 def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored):
     storage, lines, implementation = stored
     spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
@@ -207,7 +219,7 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored
     training.assert_same(state.cache, other.cache)
 
 
-@pytest.mark.parametrize("stored", named(STORED, fast={"float32-12-numba"}))
+@pytest.mark.parametrize("stored", named(STORED, fast={"float32-12-numba"}, core=CORE))
 def test_a_recycled_row_starts_as_init_made_it(stored):
     """Every row that changes its owner has its first bits, fresh optimizer state and no line."""
     storage, lines, implementation = stored
