@@ -52,6 +52,7 @@ from mpembed_jax.ops import numba_package, xla
 from mpembed_jax.ops.records import (
     Admission,
     Admitted,
+    Dealt,
     Draw,
     Implementation,
     Moves,
@@ -88,6 +89,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Admission",
     "Admitted",
+    "Dealt",
     "Draw",
     "Implementation",
     "Moves",
@@ -305,16 +307,19 @@ def admit(
     rules: Admission,
     occurrences: jax.Array | None = None,
     *,
+    cache: CacheState | None,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
 
-    On one device. A shard calls the reference itself, with the counts that devices sent.
+    On one device. A shard calls the reference itself, with the counts that devices sent. The native
+    admission deals positions to partitions that own sets of the pool and sets of the cache.
     """
     native = compiled(implementation)
     if native is not None:
-        threads = max_threads(implementation)
-        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences, threads)
+        groups = native.partitions.MAX_PARTS if cache is None else cache.geometry.groups
+        how = occurrences, groups, max_threads(implementation)
+        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, *how)
     return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
