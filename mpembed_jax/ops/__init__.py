@@ -399,7 +399,7 @@ def start_again(
     if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
         threads = max_threads(implementation)
         return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
-    chunk = chunk_of(implementation)
+    chunk = _chunk_for(implementation, of.table)
     return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
 
 
