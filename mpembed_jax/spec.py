@@ -225,10 +225,10 @@ class EmbeddingSpec:
                 f"a stack with a vocabulary holds at most 2**31 - 2 rows, got "
                 f"{vocabulary.num_stack_rows(len(tables))} with the shared ones"
             )
-        if self.out_of_range != "drop" or self.memory_kind is not None:
+        if self.out_of_range != "drop":
             raise ValueError(
-                "a stack with a vocabulary supports neither out_of_range (no raw id is out of "
-                "range) nor memory_kind; leave both out"
+                "a stack with a vocabulary has no out_of_range, because no raw id is out of range; "
+                "leave it out"
             )
 
     @property

@@ -6,8 +6,8 @@ Starts a training of one process without a mesh, then for each number of process
 on this machine, joined by jax.distributed (gloo collectives on CPUs), each with an equal share of
 devices, rows and batch. Gradients are small multiples of a power of two, whose sums are exact in
 any order, so everything must agree in every bit: the counts of every step, the vectors, the final
-rows. Prints one line per run, writes experiments/results/multiprocess.json, and fails if two
-differ.
+rows. Each run then trains a second stack, of raw ids that compete for a small pool of rows. Prints
+one line per run, writes experiments/results/multiprocess.json, and fails if two differ.
 """
 
 import contextlib
@@ -135,12 +135,27 @@ def join(port: int, processes: int, worker: int) -> jax.sharding.Mesh:
 
 
 def train(settings: Settings, mesh: Any) -> dict[str, Any]:
-    """Trains, over the mesh if there is one.
+    """Trains a stack of numbered ids, and one of raw ids, over the mesh if there is one.
 
-    Returns counts and digests of the vectors and the rows.
+    Returns counts and digests of the vectors and the rows; those of raw ids under "raw_ids".
     """
-    tables = [mpembed.TableSpec(f"feature{k}", settings.rows) for k in range(settings.features)]
+    names = [f"feature{k}" for k in range(settings.features)]
+    tables = [mpembed.TableSpec(name, settings.rows) for name in names]
     spec = mpembed.EmbeddingSpec(tables, settings.dim, "int8", mpembed.CacheSpec(0.05, ways=8))
+    # Every device needs a group of sets of the pool and of the cache.
+    pool = max(settings.rows // 50, 16 * settings.devices)
+    raw = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec(name) for name in names],
+        settings.dim,
+        "int8",
+        mpembed.CacheSpec(num_rows=max(pool // 4, 8 * settings.devices), ways=1),
+        vocabulary=mpembed.VocabularySpec(pool, admit_after=2, ways=2),
+    )
+    return train_stack(settings, mesh, spec) | {"raw_ids": train_stack(settings, mesh, raw)}
+
+
+def train_stack(settings: Settings, mesh: Any, spec: mpembed.EmbeddingSpec) -> dict[str, Any]:
+    """Trains one stack; returns its counts and digests."""
     tx = mpembed.optim.rowwise_adagrad(0.5)
     state = mpembed.init(jax.random.key(0), spec, tx, mesh=mesh)
 
@@ -160,31 +175,44 @@ def train(settings: Settings, mesh: Any) -> dict[str, Any]:
     gather = (
         partial(jax.device_get) if mesh is None else jax.jit(lambda x: x, out_shardings=everywhere)
     )
-    rng, digest, totals = np.random.default_rng(0), hashlib.sha256(), []
-    for _ in range(settings.steps):
-        local = np.minimum(rng.zipf(1.2, (settings.batch, settings.features)), settings.rows) - 1
-        ids = spec.global_ids(local)
-        upstream = rng.integers(-8, 9, (*ids.shape, settings.dim)).astype(np.float32) / 256
+
+    def placed(array: np.ndarray) -> jax.Array:
         if sharding is None:
-            batch = jnp.asarray(ids), jnp.asarray(upstream)
-        else:  # every process gives its part
-            share = settings.batch // jax.process_count()
-            mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-            batch = tuple(
-                jax.make_array_from_process_local_data(sharding, a[mine]) for a in (ids, upstream)
-            )
-        state, (counts, vectors) = jitted(state, batch)
+            return jnp.asarray(array)
+        share = len(array) // jax.process_count()  # every process gives its part
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        return jax.make_array_from_process_local_data(sharding, array[mine])
+
+    rng, digest, totals = np.random.default_rng(0), hashlib.sha256(), []
+    seen = []
+    for number in range(settings.steps):
+        local = np.minimum(rng.zipf(1.2, (settings.batch, settings.features)), settings.rows) - 1
+        if spec.vocabulary is None:
+            ids = spec.global_ids(local)
+        else:  # integers of 64 bits, of which other ones are popular in each step
+            ids = spec.raw_ids((local + 7 * number).astype(np.int64) << 32)
+        upstream = rng.integers(-8, 9, (*local.shape, settings.dim)).astype(np.float32) / 256
+        seen.append(ids)
+        state, (counts, vectors) = jitted(state, (placed(ids), placed(upstream)))
         digest.update(np.asarray(gather(vectors)).tobytes())
         totals.append(
             {name: int(value) for name, value in vars(counts).items() if name != "wide_exchanges"}
         )
-    rows = hashlib.sha256(b"".join(table.tobytes() for table in mpembed.to_dense(state).values()))
-    return {
+    if spec.vocabulary is None:
+        dense = list(mpembed.to_dense(state).values())
+    else:  # the rows of a pool are those that its ids read
+        dense = [np.asarray(gather(jax.jit(mpembed.read)(state, placed(np.concatenate(seen)))))]
+    rows = hashlib.sha256(b"".join(table.tobytes() for table in dense))
+    counted = mpembed.stats(state)
+    result = {
         "counts": totals,
         "vectors": digest.hexdigest()[:16],
         "rows": rows.hexdigest()[:16],
-        "hit_rate": mpembed.stats(state).hit_rate,
+        "hit_rate": counted.hit_rate,
     }
+    if counted.vocabulary is not None:
+        result["vocabulary"] = counted.vocabulary._asdict()
+    return result
 
 
 def work(settings: Settings) -> None:

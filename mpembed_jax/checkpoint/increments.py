@@ -87,7 +87,8 @@ def track(state: EmbeddingState) -> RowTracker:
     """Starts to track which rows the steps touch, from a state that was just saved or restored.
 
     An increment builds on the checkpoint of that state. The call reads all rows once, for a digest.
-    Steps alone are tracked. Save a full checkpoint after write_rows, and track again.
+    Steps alone are tracked. Save a full checkpoint after write_rows, and after each function of
+    `vocabularies`, and track again.
 
     Args:
       state: concrete; not consumed. No prefetch may be waiting for its apply_gradients.
@@ -99,16 +100,17 @@ def track(state: EmbeddingState) -> RowTracker:
       TypeError: if state has another type, or is traced.
       ValueError: if the state was donated, made for another spec, or averaged; if a prefetch waits
         for its apply_gradients, which would change rows without a plan; or if the state has a
-        vocabulary, was made inside jax.pmap, or has shards of 2**31 - 1 rows or more in total. Save
-        full checkpoints of the latter states.
+        vocabulary and max_unique_ids, was made inside jax.pmap, or has shards of 2**31 - 1 rows or
+        more in total. Save full checkpoints of the latter states.
     """
     arguments.check_state("track(state)", state)
     state.check_spec()
     layout = state.layout
-    if state.vocabulary is not None:
+    if state.vocabulary is not None and state.spec.max_unique_ids is not None:
         raise ValueError(
-            "rows of a state with a vocabulary cannot be tracked, because a row that changes its "
-            "owner changes without a plan; save full checkpoints of it"
+            "rows of a state with a vocabulary and max_unique_ids cannot be tracked, because a row "
+            "that changes its owner may be over the budget, and then no plan names it; leave out "
+            "max_unique_ids, or save full checkpoints"
         )
     if bool(state.pending):
         raise ValueError(
@@ -352,6 +354,7 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
         held = np.where(is_held, tags + first, 0)
         # A line that is still dirty was not written back. The table has not changed there.
         was_dirty[held[is_held & dirty]] = False
+        # No step leaves a line empty: a raw id whose row starts again misses in the same set.
         lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""

@@ -31,13 +31,19 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     Raises:
       TypeError: if ids are not pairs.
     """
+    return admit_and_deal(state, ids)[:2]
+
+
+def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any, ops.Dealt | None]:
+    """Does what admit does. Also returns the positions by partition, from a native admission."""
     vocabulary = state.vocabulary
     assert vocabulary is not None
     leaves, treedef = checked(ids)
     pairs = row_ids.joined(leaves, (2,), jnp.uint32)
     num = pairs.shape[0]
     if num == 0:
-        return state, treedef.unflatten([jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves])
+        rows = [jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves]
+        return state, treedef.unflatten(rows), None
     layout = state.layout
     shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
     pool_rows = vocabulary.geometry.lines * shards
@@ -49,7 +55,7 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     how = must_halve, rules_of(state)
     if layout is None:
         vocabulary, admitted = ops.admit(
-            vocabulary, pairs, step, *how, implementation=state.implementation
+            vocabulary, pairs, step, *how, cache=state.cache, implementation=state.implementation
         )
     else:
         layout.check_bound("prefetch")
@@ -57,7 +63,8 @@ def admit(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any]:
     state = dataclasses.replace(state, vocabulary=vocabulary)
     state = _settled(state, admitted, admitted.num_requests, admitted.num_shared)
     shapes = [leaf.shape[:-1] for leaf in leaves]
-    return state, treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+    rows = treedef.unflatten(row_ids.divided(admitted.rows, shapes))
+    return state, rows, admitted.dealt
 
 
 def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> EmbeddingState:
@@ -80,6 +87,7 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
         jnp.bool_(False),
         rules_of(state),
         occurrences,
+        cache=state.cache,
         implementation=state.implementation,
     )
     state = dataclasses.replace(state, vocabulary=vocabulary)

@@ -83,7 +83,8 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
     leaves, treedef = jax.tree.flatten(state.row_state)
     for leaf, first in zip(leaves, jax.tree.leaves(fresh), strict=True):
         shape = (spec.num_rows, *leaf.shape[1:])
-        states.append(jnp.broadcast_to(first[0], shape) if leaf.ndim else jnp.copy(leaf))
+        kind = spec.memory_kind if indexing.is_on_host(leaf) else None
+        states.append(_filled(shape, first[0], kind) if leaf.ndim else jnp.copy(leaf))
     for begin in range(0, to.size, _BLOCK):
         size = min(_BLOCK, indexing.ceil_power(to.size))
         index = np.full((2, size), NO_ID, np.int32)
@@ -124,7 +125,12 @@ _split = jax.jit(pool.split, static_argnames="sizes")
 
 @partial(jax.jit, static_argnames="spec")
 def _init_table(key: jax.Array, *, spec: EmbeddingSpec) -> Any:
-    return init_table(key, spec.row_tables, spec.storage, spec.embedding_dim)
+    return init_table(
+        key, spec.row_tables, spec.storage, spec.embedding_dim, memory_kind=spec.memory_kind
+    )
+
+
+_filled = jax.jit(indexing.filled, static_argnums=(0, 2))
 
 
 @partial(jax.jit, donate_argnums=0)

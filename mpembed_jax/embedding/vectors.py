@@ -155,6 +155,7 @@ def embed_of_tables(
     if state.vocabulary is None:
         leaves, treedef = row_ids.checked(ids)
         positions: list[Any] = leaves
+        dealt = None
     else:
         state.check_spec()
         pairs, treedef = admission.checked(ids)
@@ -168,12 +169,12 @@ def embed_of_tables(
     weights = None if weights is None else treedef.unflatten(flat_weights)
     if state.vocabulary is not None:
         # Ids are admitted after all checks, so that a call that raises admits nothing.
-        state, ids = admission.admit(state, ids)
+        state, ids, dealt = admission.admit_and_deal(state, ids)
         leaves = jax.tree.leaves(ids)
     shapes = tuple(leaf.shape for leaf in leaves)
     how = Pooling(combiner, num_segments if segment_ids is not None else None, shapes, treedef)
     if is_fused(tx, state) and any(leaf.size for leaf in leaves):
-        return _embed_natively(state, leaves, flat_weights, segment_ids, how)
+        return _embed_natively(state, leaves, dealt, flat_weights, segment_ids, how)
     state.check_spec()
     tables = None if state.vocabulary is not None else tables
     state, plan = step.prefetch_rows(state, treedef.unflatten(leaves), tables)
@@ -195,6 +196,7 @@ def is_fused(tx: optax.GradientTransformation, state: EmbeddingState) -> bool:
 def _embed_natively(
     state: EmbeddingState,
     leaves: list[jax.Array],
+    dealt: ops.Dealt | None,
     weights: list[jax.Array | None],
     segment_ids: jax.Array | None,
     how: Pooling,
@@ -211,6 +213,7 @@ def _embed_natively(
         state.table,
         cache,
         ids,
+        dealt,
         budget=state.spec.max_unique_ids,
         step=state.step,
         must_halve=halve,

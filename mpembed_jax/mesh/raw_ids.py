@@ -6,6 +6,7 @@ would decide the same. So every id has the same row for any number of devices.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def admit(
     vocabulary, made = xla.admit.admit(vocabulary, asked, step, must_halve, rules, counts, part)
     lines = vocabulary.geometry.lines
     own = jnp.where(made.rows < lines, made.rows, lines)
-    totals = {
+    totals: Any = {
         name: exchange.total_over_shards(layout, getattr(made, name))
         for name in ("num_requests", "num_shared", "num_admitted", "num_refused")
     }

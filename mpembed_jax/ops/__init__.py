@@ -52,6 +52,7 @@ from mpembed_jax.ops import numba_package, xla
 from mpembed_jax.ops.records import (
     Admission,
     Admitted,
+    Dealt,
     Draw,
     Implementation,
     Moves,
@@ -88,6 +89,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Admission",
     "Admitted",
+    "Dealt",
     "Draw",
     "Implementation",
     "Moves",
@@ -305,17 +307,20 @@ def admit(
     rules: Admission,
     occurrences: jax.Array | None = None,
     *,
+    cache: CacheState | None,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
 
     This function is for one device. On a mesh, each shard calls the reference, with the counts that
-    the devices sent.
+    the devices sent. The native admission deals positions to partitions that own sets of the pool
+    and sets of the cache.
     """
     native = compiled(implementation)
     if native is not None:
-        threads = max_threads(implementation)
-        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences, threads)
+        groups = native.partitions.MAX_PARTS if cache is None else cache.geometry.groups
+        how = occurrences, groups, max_threads(implementation)
+        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, *how)
     return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
@@ -395,7 +400,7 @@ def start_again(
     if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
         threads = max_threads(implementation)
         return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
-    chunk = chunk_of(implementation)
+    chunk = _chunk_for(implementation, of.table)
     return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
 
 

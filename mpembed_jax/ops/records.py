@@ -140,6 +140,21 @@ class Admitted(NamedTuple):
     num_shared: jax.Array  # i32 []: positions whose id has no row of its own
     num_admitted: jax.Array  # i32 []: ids that got a row
     num_refused: jax.Array  # i32 []: ids that earned a row and found none
+    dealt: "Dealt | None" = None  # from the native admission
+
+
+class Dealt(NamedTuple):
+    """The positions whose ids have rows of their own, by partition, from a native admission.
+
+    A fused step takes them as they are: it need not deal and deduplicate them again. A partition's
+    entries begin where its positions begin. Entries after its last one have no meaning.
+    """
+
+    facts: jax.Array  # i32 [..]: how many entries each partition has; see ops.cpu.admit
+    rows: jax.Array  # i32 [N]: the distinct rows
+    counts: jax.Array  # i32 [N]: the occurrences of each row
+    positions: jax.Array  # i32 [N]: ascending in each partition
+    row_of: jax.Array  # i32 [N]: for each of these positions, the index of its row in its partition
 
 
 class Positions(NamedTuple):

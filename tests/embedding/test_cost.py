@@ -75,15 +75,56 @@ def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation)
         pytest.importorskip("numba", reason="the [cpu] extra is not installed")
     state, compiled = compiled_step(stack, implementation)
     text = compiled.as_text()
-    large = {math_prod(leaf.shape) for leaf in jax.tree.leaves(state) if leaf.size > 4 * POSITIONS}
-    copied = [s for s in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text) if math_prod(s) in large]
-    assert copied == [], "an array of the state is copied"
+    assert copies_of_the_state(state, text) == [], "an array of the state is copied"
     # No key-value sort. With a budget XLA has one single-operand sort, inside the branch that runs
     # when it overflows.
     sorts = re.findall(r" sort\(([^)]*)\)", text)
     assert len(sorts) == (stack.budget is not None and implementation != "numba")
     assert all("," not in operands for operands in sorts)
     assert compiled.memory_analysis().temp_size_in_bytes < 5 * POSITIONS * DIM * 4
+
+
+@pytest.mark.parametrize("verbs", ["embed", "prefetch"])
+def test_a_native_step_on_raw_ids_sorts_nothing_and_copies_no_table(verbs):
+    """Its ids are admitted, rows start again, and the step runs on the rows."""
+    pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+    tx = mpembed.optim.rowwise_adagrad(0.05)
+    tables = [mpembed.TableSpec(f"table{k}") for k in range(FEATURES)]
+    vocabulary = mpembed.VocabularySpec(ROWS)
+    spec = mpembed.EmbeddingSpec(
+        tables, DIM, "int8", mpembed.CacheSpec(0.05), vocabulary=vocabulary
+    )
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, pairs, upstream):
+        if verbs == "embed":
+            state, plan, vectors = mpembed.embed(state, pairs, tx=tx)
+            return mpembed.apply_pooled_gradients(state, plan, upstream, tx=tx), vectors
+        state, plan = mpembed.prefetch(state, pairs)
+        rows = mpembed.lookup(state, plan)
+        vectors, pull_back = jax.vjp(
+            partial(mpembed.pool, inverse=plan.inverse, implementation="numba"), rows
+        )
+        return mpembed.apply_gradients(state, plan, rows, pull_back(upstream)[0], tx=tx), vectors
+
+    state = jax.eval_shape(
+        lambda: mpembed.init(jax.random.key(0), spec, tx, implementation="numba")
+    )
+    pairs = jax.ShapeDtypeStruct((BATCH, FEATURES, 2), jnp.uint32)
+    upstream = jax.ShapeDtypeStruct((BATCH, FEATURES, DIM), jnp.float32)
+    compiled = step.lower(state, pairs, upstream).compile()
+    text = compiled.as_text()
+    assert "mpembed_admit" in text and "mpembed_start_again" in text
+    assert copies_of_the_state(state, text) == []
+    assert " sort(" not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * POSITIONS * DIM * 4
+
+
+def copies_of_the_state(state, text):
+    """The shapes of copied arrays that are as large as a large array of the state."""
+    large = {math_prod(leaf.shape) for leaf in jax.tree.leaves(state) if leaf.size > 4 * POSITIONS}
+    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
+    return [shape for shape in copied if math_prod(shape) in large]
 
 
 def math_prod(shape):

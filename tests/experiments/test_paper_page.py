@@ -3,8 +3,10 @@
 Those are still the runs that its commands ask for.
 """
 
+import functools
 import itertools
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,21 +21,29 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 
 
-@pytest.fixture(scope="module")
-def found():
+FOLDERS = pytest.mark.parametrize("folder", [RESULTS, RESULTS / "raw_ids"], ids=lambda f: f.name)
+
+
+@functools.cache
+def found_in(folder):
     # A copy in memory: load mends the file it reads.
-    assert (RESULTS / "paper_table.jsonl").read_bytes().endswith(b"\n")
-    return list(records.load(RESULTS / "paper_table.jsonl").values())
+    assert (folder / "paper_table.jsonl").read_bytes().endswith(b"\n")
+    return list(records.load(folder / "paper_table.jsonl").values())
+
+
+def groups_of(folder):
+    return {group.title: group for group in paper_report.group(found_in(folder))}
 
 
 @pytest.fixture(scope="module")
-def groups(found):
-    return {group.title: group for group in paper_report.group(found)}
+def groups():
+    return groups_of(RESULTS)
 
 
-def test_recorded_runs_are_found_again(found):
+@FOLDERS
+def test_recorded_runs_are_found_again(folder):
     """A change of keys, names or defaults would run everything once more."""
-    for record in found:
+    for record in found_in(folder):
         assert (
             records.key_of({name: record[name] for name in ("data", "recipe", "case", "seed")})
             == record["key"]
@@ -41,8 +51,10 @@ def test_recorded_runs_are_found_again(found):
         assert Case(**record["case"]).name == record["name"]
 
 
-def test_the_tables_are_of_these_runs(groups):
-    assert (RESULTS / "paper_table.md").read_text() == paper_report.text(list(groups.values()))
+@FOLDERS
+def test_the_tables_are_of_these_runs(folder):
+    text = paper_report.text(list(groups_of(folder).values()))
+    assert (folder / "paper_table.md").read_text() == text
 
 
 def difference(found):
@@ -50,11 +62,14 @@ def difference(found):
     return f"{found.mean:+.4f}{half}".replace("0.", ".")
 
 
-def page_rows():
-    """Yields {column: cell} of both tables of differences: the page's, and that of its details."""
-    for name in ("README.md", "details.md"):
+PAGES = [("README.md", "| rows | Reddit, D = 16"), ("details.md", "| rows | Reddit, D = 16")]
+
+
+def page_rows(pages):
+    """Yields [(column, cell), ..] of each row of tables: (the page, how the first line begins)."""
+    for name, head in pages:
         lines = (ROOT / "experiments" / "accuracy" / name).read_text().splitlines()
-        (first,) = [i for i, line in enumerate(lines) if line.startswith("| rows | Reddit, D = 16")]
+        (first,) = [i for i, line in enumerate(lines) if line.startswith(head)]
         columns = [cell.strip() for cell in lines[first].strip("|").split("|")]
         for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :]):
             yield list(zip(columns, [cell.strip() for cell in line[1:-1].split("|")], strict=True))
@@ -63,7 +78,7 @@ def page_rows():
 def test_the_pages_copy_their_differences_from_the_runs(groups):
     """Every cell, and an empty one only where nothing was run."""
     num_filled = 0
-    for (_, name), *cells in page_rows():
+    for (_, name), *cells in page_rows(PAGES):
         name = name.replace(", small FP32", ", 1 % in small FP32")
         for (column, cell), (_, ratio) in zip(cells[::2], cells[1::2], strict=True):
             group = groups[column.replace("Reddit", "reddit").replace("twin", "synthetic")]
@@ -79,6 +94,21 @@ def test_the_pages_copy_their_differences_from_the_runs(groups):
             assert (cell, ratio) == (auc, f"{group.mean(case, 'ratio'):.2f}"), (name, column)
             num_filled += 1
     assert num_filled > 50
+
+
+def test_the_page_copies_its_cells_about_raw_ids_from_their_runs():
+    found, num_filled = groups_of(RESULTS / "raw_ids"), 0
+    for (_, name), *cells in page_rows([("details.md", "| rows | D = 16 | × | D = 64 | × |")]):
+        kept = re.sub(r", k = (\d)$", r", a row from \1 on", name)
+        for (column, cell), (_, ratio) in zip(cells[::2], cells[1::2], strict=True):
+            group = found[f"reddit, {column}"]
+            (case,) = (case for case in group.cases if case.name == kept)
+            auc = group.difference(case, "auc")
+            assert auc.num == 3  # the seeds that the page names
+            got = difference(auc), f"{group.mean(case, 'ratio'):.2f}"
+            assert (cell, ratio) == got, (name, column)
+            num_filled += 1
+    assert num_filled >= 22
 
 
 def lost(group, case):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Counts of every step, vectors and rows, in every bit."""
+    """Counts of every step, vectors and rows, in every bit, of numbered ids and of raw ones."""
     command = [
         sys.executable,
         "-m",
@@ -31,3 +31,4 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert (one.pop("mesh"), two.pop("mesh")) == (False, True)
     assert one == two
     assert min(one["counts"][name] for name in ("hits", "misses")) > 0
+    assert min(one["raw_ids"]["vocabulary"].values()) > 0

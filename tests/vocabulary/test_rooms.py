@@ -14,10 +14,11 @@ from cases import Refused, named
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, memory, nn, restacking
+from mpembed_jax import checkpoint, memory, nn, restacking, vocabularies
 from mpembed_jax.embedding import admission
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
+from mpembed_jax.vocabulary import pool
 
 TX = rowwise_adagrad(0.5)
 SPEC = mpembed.EmbeddingSpec(
@@ -256,6 +257,72 @@ def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     training.assert_same(trained(restored, 5, 6), trained(state, 5, 6))
 
 
+def recyclings(state):
+    return np.asarray(state.vocabulary.counters)[pool.COUNTERS.index("recyclings"), 0]
+
+
+@pytest.mark.parametrize("verbs", named(["prefetch", "embed"], fast={"embed"}))
+def test_increments_hold_rows_that_change_their_owners(verbs, tmp_path):
+    """Every link of a chain is restored bit for bit. Rows in lines start again in each link."""
+    spec = dataclasses.replace(
+        SPEC,
+        cache=mpembed.CacheSpec(num_rows=480, ways=4),
+        vocabulary=mpembed.VocabularySpec(960, admit_after=1, ways=8),
+    )
+
+    @jax.jit
+    def run(state, tracker, pairs):
+        if verbs == "prefetch":
+            state, plan, _ = training.step(state, pairs, TX)
+        else:
+            state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
+            state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
+        return state, checkpoint.mark(tracker, plan)
+
+    state = mpembed.init(jax.random.key(1), spec, TX)
+    tracker = checkpoint.track(state)
+    for first in range(0, 2000, 32):  # more ids than rows, each once
+        state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
+    full = checkpoint.save(tmp_path, 1, state)
+    for link in range(2, 5):
+        tracker, before = checkpoint.track(state), recyclings(state)
+        for number in range(2):  # new ids, each four times
+            names = 10_000 * link + 8 * number + np.arange(32) % 8
+            state, tracker = run(state, tracker, spec.raw_ids(names.reshape(16, 2)))
+        state = jax.jit(mpembed.flush)(state) if link == 3 else state
+        assert recyclings(state) > before
+        saved = checkpoint.save(tmp_path, link, state, tracker=tracker)
+        assert saved.nbytes < 0.8 * full.nbytes
+        empty = mpembed.init(jax.random.key(2), spec, TX)
+        training.assert_same(checkpoint.restore(tmp_path, empty), state)
+
+
+def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):
+    """Rows start again, ids are forgotten, the pool grows, shrinks and is restored."""
+    found = []
+    for memory_kind in (None, "pinned_host"):
+        spec = dataclasses.replace(
+            SPEC,
+            vocabulary=mpembed.VocabularySpec(48, admit_after=1, ways=4),
+            memory_kind=memory_kind,
+        )
+        state = mpembed.init(jax.random.key(1), spec, TX)
+        for ids in batches(3, 6):
+            state = step(state, spec.raw_ids(ids))
+        assert recyclings(state) > 0
+        states = [state]
+        states.append(vocabularies.forget(state, spec.raw_ids({"item": [2**40 + 1, 2**40 + 2]})))
+        states.append(vocabularies.grow(states[-1], 96))
+        states.append(vocabularies.shrink(states[-1], 64))
+        checkpoint.save(tmp_path / str(memory_kind), 1, states[-1])
+        empty = mpembed.init(jax.random.key(2), states[-1].spec, TX)
+        states.append(checkpoint.restore(tmp_path / str(memory_kind), empty))
+        kinds = {each.table.rows.sharding.memory_kind for each in states}
+        assert kinds == {memory_kind or "device"}
+        found.append([jax.device_get(jax.tree.leaves(each)) for each in states])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_a_checkpoint_of_another_pool_is_refused(tmp_path):
     state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 2)
     checkpoint.save(tmp_path, 1, state)
@@ -307,6 +374,7 @@ def test_the_report_counts_the_bytes_of_the_state():
 def test_what_is_not_supported_is_refused():
     state = mpembed.init(jax.random.key(1), SPEC, TX)
     dense = mpembed.EmbeddingSpec((mpembed.TableSpec("user", 9),), 8)
+    narrow = mpembed.init(jax.random.key(1), dataclasses.replace(SPEC, max_unique_ids=9), TX)
     refused = [
         (ValueError, "raw_ids", lambda: SPEC.global_ids({"user": [1]})),
         (ValueError, "no vocabulary", lambda: dense.raw_ids({"user": [1]})),
@@ -314,13 +382,13 @@ def test_what_is_not_supported_is_refused():
         (TypeError, "raw_ids", lambda: mpembed.read(state, np.zeros(3, np.int32))),
         (ValueError, "vocabulary", lambda: mpembed.freeze(state)),
         (ValueError, "raw ids", lambda: mpembed.to_dense(state)),
-        (ValueError, "vocabulary", lambda: checkpoint.track(state)),
+        (ValueError, "max_unique_ids", lambda: checkpoint.track(narrow)),
         (ValueError, "row numbers", lambda: mpembed.write_rows(state, [1], np.zeros((1, 8)))),
         (ValueError, "stacks without a vocabulary", lambda: restacking.restack(state, SPEC, TX)),
         (ValueError, "raw ids", lambda: mpembed.from_dense(jax.random.key(0), SPEC, TX, TABLES)),
         (ValueError, "vocabulary_size", lambda: mpembed.EmbeddingSpec(SPEC.tables, 8)),
         (ValueError, "vocabulary_size", lambda: dataclasses.replace(SPEC, tables=dense.tables)),
-        (ValueError, "memory_kind", lambda: dataclasses.replace(SPEC, memory_kind="pinned_host")),
+        (ValueError, "out_of_range", lambda: dataclasses.replace(SPEC, out_of_range="clip")),
         (KeyError, "unknown", lambda: SPEC.raw_ids({"stranger": [1]})),
         (ValueError, "one column", lambda: SPEC.raw_ids(np.zeros((3, 5), np.int64))),
         (ValueError, "where", lambda: SPEC.raw_ids({"user": [1]}, {"user": [True, True]})),

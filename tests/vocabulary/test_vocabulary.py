@@ -164,6 +164,75 @@ def test_any_number_of_threads_admits_as_the_reference_does(case):
     assert counted["recyclings"] > 1000 and counted["refusals"] > 1000
 
 
+class Fused(NamedTuple):
+    """A pool with a cache of `lines`, and what `embed` is asked for."""
+
+    pool: Pool
+    lines: int | None
+    combiner: str | None = None
+    budget: int | None = None  # of unique ids
+    storage: str = "int8"
+
+
+FUSED = {
+    "fewer groups in the cache": Fused(Pool(2048, 2, 8), 128),
+    "fewer groups in the pool": Fused(Pool(512, 2, 32, shared_rows=3), 480),
+    "no cache": Fused(Pool(2048, 2, 8, shared_rows=40), None),
+    "bags": Fused(Pool(2048, 2, 8), 500, "mean"),
+    "budget": Fused(Pool(2048, 2, 8, shared_rows=3), 500, None, 300),
+    "budget of bags": Fused(Pool(2048, 2, 8), None, "sum", 300),
+    "resized": Fused(Pool(2048 + 512, 2, 8, first_sets=128), 500),
+    "one row": Fused(Pool(1, 1, 1), 1),
+    "refuses": Fused(Pool(512, 1, 8, recycle=False), 200),
+}
+
+
+@pytest.mark.parametrize(
+    "case", named(FUSED, fast={"fewer groups in the cache", "budget of bags", "resized"})
+)
+def test_embed_trains_raw_ids_to_the_reference_s_bits_with_any_number_of_threads(case):
+    """The native step takes the partitions of its admission. All of the state is compared."""
+    pytest.importorskip("numba", reason="the [cpu] extra is not installed")
+    spec = stack(dim=8, storage=case.storage, **case.pool._asdict())
+    if case.lines is not None:
+        spec = dataclasses.replace(spec, cache=mpembed.CacheSpec(num_rows=case.lines, ways=4))
+    spec = dataclasses.replace(spec, max_unique_ids=case.budget)
+    tx = rowwise_adagrad(0.5)
+
+    @jax.jit
+    def train(state, pairs, grads):
+        state, plan, vectors = mpembed.embed(state, pairs, combiner=case.combiner, tx=tx)
+        state = mpembed.apply_pooled_gradients(state, plan, grads, tx=tx)
+        return state, vectors, plan.counts
+
+    native = ops.IMPLEMENTATIONS["numba"]
+    threads = [dataclasses.replace(native, max_threads=number) for number in (1, 2, 8)]
+    first = mpembed.init(jax.random.key(0), spec, tx, implementation="xla")
+    states = [dataclasses.replace(first, implementation=each) for each in ("xla", *threads)]
+    rng = np.random.default_rng(1)
+    for number in range(8):
+        batch = rng.zipf(1.2, (600, 4)) % 3000 + 100 * number
+        batch[:, 2:] = batch[:, :2] if number % 2 else batch[:, 2:]
+        tables = {"table0": batch[:, :3], "table1": batch[:, 3:]}
+        where = {
+            name: np.arange(x.size).reshape(x.shape) % 7 != number for name, x in tables.items()
+        }
+        pairs = spec.raw_ids(tables, where=where)
+        lead = [x.shape if case.combiner is None else x.shape[:1] for x in tables.values()]
+        grads = [rng.integers(-8, 9, (*shape, 8)).astype(np.float32) / 64 for shape in lead]
+        grads = dict(zip(tables, grads, strict=True))
+        states, vectors, counts = zip(
+            *(train(state, pairs, grads) for state in states), strict=True
+        )
+        for state, found, counted in zip(states[1:], vectors[1:], counts[1:], strict=True):
+            training.assert_same(found, vectors[0])
+            training.assert_same(counted, counts[0])
+            training.assert_same(dataclasses.replace(state, implementation="xla"), states[0])
+    counted = dict(zip(pool.COUNTERS, np.asarray(states[0].vocabulary.counters)[:, 0], strict=True))
+    assert counted["admissions"] > 0 and counted["shared_requests"] > 0
+    assert case.pool.num_rows == 1 or (counted["recyclings"] > 100) == case.pool.recycle
+
+
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(

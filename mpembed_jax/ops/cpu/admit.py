@@ -18,7 +18,7 @@ from mpembed_jax.ops.cpu import call_frame, partitions
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, result
 from mpembed_jax.ops.cpu.hashes import SEEDS, fmix32, scale_to
 from mpembed_jax.ops.cpu.partitions import CHUNKS, MAX_PARTS, bits_of
-from mpembed_jax.ops.records import Admission, Admitted
+from mpembed_jax.ops.records import Admission, Admitted, Dealt
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.pool import VocabularyState
@@ -55,15 +55,17 @@ _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
 # Entries of `_NUMBERS`, int32.
 (
     _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
-    _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
-) = range(12)  # fmt: skip
-# Words of `_FACTS`: the number of partitions; where the positions of each begin, then where those
-# of padding begin and end; four counts of each partition.
-_PARTS, _BEGIN = 0, 1
-_NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED = tuple(
-    _BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(4)
+    _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
+) = range(13)  # fmt: skip
+# Words of `_FACTS`. A fused step reads those whose names are public. They are the number of
+# partitions, the number of groups by which positions are dealt, and the first shared row; where the
+# positions of each partition begin, then where those of padding begin and end; six counts of each
+# partition. The last two count the rows that its ids own, and the positions of these rows.
+PARTS, GROUPS, FIRST_SHARED, BEGIN = range(4)
+_NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED, NUM_OWN, NUM_OWN_POSITIONS = tuple(
+    BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(6)
 )
-_NUM_FACTS = _NUM_REFUSED + MAX_PARTS
+_NUM_FACTS = NUM_OWN_POSITIONS + MAX_PARTS
 _DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then padding
 
 
@@ -216,10 +218,11 @@ def _deal_of(frame, chunk):
 def _grouping(frame):
     """Returns the number of groups, the number of partitions, and a shift (uint64 each).
 
-    The partition of a group is the group's number, shifted right by `shift` bits.
+    There may be fewer groups than the pool has. The partition of a group is the group's number,
+    shifted right by `shift` bits.
     """
-    groups = np.uint64(argument(frame, _NUMBERS, np.int32)[_GROUPS])
-    num_parts = np.uint64(result(frame, _FACTS, np.int32)[_PARTS])
+    facts = result(frame, _FACTS, np.int32)
+    groups, num_parts = np.uint64(facts[GROUPS]), np.uint64(facts[PARTS])
     return groups, num_parts, np.uint64(bits_of(groups) - bits_of(num_parts))
 
 
@@ -229,7 +232,7 @@ def _count_chunk(frame, chunk):
     keys, deals = _keys(frame, _KEY), _deal_of(frame, chunk)
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
     groups, num_parts, shift = _grouping(frame)
-    group_bits, last = bits_of(groups), _NO_OWNER - np.uint32(1)
+    group_bits, last = bits_of(numbers[_GROUPS]), _NO_OWNER - np.uint32(1)
     begin, end = partitions.chunk_range(len(keys), chunk)
     for position in range(np.uint64(begin), np.uint64(end)):
         first = _TWO * position
@@ -262,9 +265,9 @@ _deal_chunks = call_frame.parts(_deal_chunk)
 def _deal(frame, num_tasks):
     """Groups the positions by partition; those of a partition ascend. Padding is last."""
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
-    num_parts = facts[_PARTS]
+    num_parts = facts[PARTS]
     _count_chunks(frame, CHUNKS, num_tasks)
-    partitions.begin_parts(deals, _DEAL, num_parts, facts[_BEGIN:])
+    partitions.begin_parts(deals, _DEAL, num_parts, facts[BEGIN:])
     _deal_chunks(frame, CHUNKS, num_tasks)
 
 
@@ -358,11 +361,14 @@ def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open
 
 
 def _settle(frame, part):
-    """Admits the ids of a partition, and writes the rows of its positions."""
+    """Admits the ids of a partition, and writes the rows of its positions.
+
+    At the end, `line`, `count`, `positions` and `id_of` hold what `Dealt` says.
+    """
     facts, numbers = result(frame, _FACTS, np.int32), argument(frame, _NUMBERS, np.int32)
-    begin, end = np.int64(facts[_BEGIN + part]), np.int64(facts[_BEGIN + part + 1])
+    begin, end = np.int64(facts[BEGIN + part]), np.int64(facts[BEGIN + part + 1])
     positions, row = result(frame, _POSITIONS, np.int32)[begin:end], result(frame, _ROWS, np.int32)
-    if part == facts[_PARTS]:
+    if part == facts[PARTS]:
         for k in range(len(positions)):
             row[positions[k]] = _NO_ID
         return
@@ -398,26 +404,34 @@ def _settle(frame, part):
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
     step, shape = argument(frame, _STEP, np.uint32)[0], _shape(numbers)
     sets, ways = np.int64(numbers[_SETS]), np.int64(numbers[_WAYS])
+    index, num_own = queue, _ZERO  # the queue of newcomers is not needed any more
     for i in range(np.uint64(num_ids)):
         here, home = np.int64(line[i]), np.int64(id_set[i])
         if here >= 0:
             owner = _owner_of(id_tag[i], np.int64(estimate[i]), mixed[i], step)
             owners[np.uint64(here)] = owner
-            line[i] = (here - home * ways) * sets + home  # from here on, it is the row number
+            line[num_own], count[num_own] = (here - home * ways) * sets + home, count[i]
+            index[i] = num_own
+            num_own += _ONE
         else:
+            index[i] = -1
             _remember(sketch, home, mixed[i], shape, np.int64(estimate[i]))
 
     pairs, per_table = argument(frame, _PAIRS, np.uint32), np.int64(numbers[_PER_TABLE])
-    num_shared = 0
+    num_listed = _ZERO
     for k in range(np.uint64(len(positions))):
-        position, own = np.uint64(positions[k]), np.int64(line[np.uint64(id_of[k])])
-        if own < 0:
-            num_shared += 1
+        position, own = np.uint64(positions[k]), np.int64(index[np.uint64(id_of[k])])
+        positions[num_listed], id_of[num_listed] = position, own
+        if own >= 0:
+            num_listed += _ONE
+            row[position] = line[np.uint64(own)]
+        else:
             tag, place = pairs[_TWO * position], pairs[_TWO * position + _ONE]
             number = np.int64(place & _TABLES)
-            own = sets * ways + number * per_table + scale_to(fmix32(tag), per_table)
-        row[position] = own
-    facts[_NUM_SHARED + part] = num_shared
+            shared = number * per_table + scale_to(fmix32(tag), per_table)
+            row[position] = facts[FIRST_SHARED] + shared
+    facts[NUM_OWN + part], facts[NUM_OWN_POSITIONS + part] = num_own, num_listed
+    facts[_NUM_SHARED + part] = end - begin - np.int64(num_listed)
 
 
 _settle_parts = call_frame.parts(_settle)
@@ -429,9 +443,11 @@ def _admit(frame):
     recycled, found = result(frame, _RECYCLED, np.int32), result(frame, _FOUND, np.int32)
     taken = result(frame, _TAKEN, np.int32)
     num_tasks = min(call_frame.num_threads(frame), np.int64(numbers[_TASKS]))
-    num_parts = partitions.num_parts(np.int64(numbers[_GROUPS]), num_tasks)
+    groups = np.int64(numbers[_DEAL_GROUPS])
+    num_parts = partitions.num_parts(groups, num_tasks)
     facts[:] = 0
-    facts[_PARTS] = num_parts
+    facts[PARTS], facts[GROUPS] = num_parts, groups
+    facts[FIRST_SHARED] = numbers[_SETS] * numbers[_WAYS]
     if numbers[_MUST_HALVE]:
         _halve(owners, sketch, numbers[_HALF_MASK])
     _deal(frame, num_tasks)
@@ -439,7 +455,7 @@ def _admit(frame):
     found[:] = 0
     num_recycled = 0
     for part in range(num_parts):
-        begin = np.int64(facts[_BEGIN + part])
+        begin = np.int64(facts[BEGIN + part])
         for k in range(begin, begin + facts[_NUM_RECYCLED + part]):
             recycled[num_recycled] = taken[k]
             num_recycled += 1
@@ -448,7 +464,7 @@ def _admit(frame):
         found[4] += facts[_NUM_REFUSED + part]
     for k in range(num_recycled, len(recycled)):
         recycled[k] = _NO_ID
-    found[0], found[1] = num_recycled, facts[_BEGIN + num_parts]
+    found[0], found[1] = num_recycled, facts[BEGIN + num_parts]
 
 
 def admit(
@@ -458,11 +474,13 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None,
+    groups: int,
     max_threads: int,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`.
 
-    The vocabulary is the whole pool, on one device. At most `max_threads` threads of XLA's pool
+    The vocabulary is the whole pool, on one device. Positions are dealt by the groups of the pool,
+    or by `groups`, a power of two, if those are fewer. At most `max_threads` threads of XLA's pool
     share the work.
     """
     call_frame.register("mpembed_admit", _admit)
@@ -475,7 +493,8 @@ def admit(
     sizes |= {_DEALS: CHUNKS * _DEAL, _FACTS: _NUM_FACTS}
     sizes |= dict.fromkeys((_KEY, _DEALT, _ID_KEY), 2 * num)
     kinds = dict.fromkeys((_ID_TAG, _MIXED), jnp.uint32)
-    static = [*of.geometry, of.first_sets, of.counter_bits, of.width, of.half_mask, *rules]
+    static = [*of.geometry, of.first_sets, of.counter_bits, of.width, of.half_mask]
+    static += [min(groups, of.geometry.groups), *rules]
     numbers = jnp.asarray([max_threads, *static], jnp.int32)
     results: Any = jax.ffi.ffi_call(
         "mpembed_admit",
@@ -491,4 +510,6 @@ def admit(
         *held,
     )
     vocabulary = dataclasses.replace(vocabulary, owners=results[_OWNERS], sketch=results[_SKETCH])
-    return vocabulary, Admitted(results[_ROWS], results[_RECYCLED], *results[_FOUND])
+    dealt = Dealt(*(results[n] for n in (_FACTS, _LINE, _COUNT, _POSITIONS, _ID_OF)))
+    found = Admitted(results[_ROWS], results[_RECYCLED], *results[_FOUND])
+    return vocabulary, found._replace(dealt=dealt)

@@ -26,7 +26,7 @@ from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.cache.spec import POLICIES
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat
-from mpembed_jax.ops.cpu import call_frame, codec, lanes, partitions
+from mpembed_jax.ops.cpu import admit, call_frame, codec, lanes, partitions
 from mpembed_jax.ops.cpu.call_frame import (
     argument,
     argument_address,
@@ -40,7 +40,7 @@ from mpembed_jax.ops.cpu.lanes import LANES, bits_of, float_of
 from mpembed_jax.ops.cpu.partitions import CHUNKS, FEW_TASKS, MAX_PARTS
 from mpembed_jax.ops.cpu.policy import age, counts_use
 from mpembed_jax.ops.cpu.unique import smallest
-from mpembed_jax.ops.records import Draw, Places, Store
+from mpembed_jax.ops.records import Dealt, Draw, Places, Store
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
@@ -57,7 +57,7 @@ F32, U32 = np.float32, np.uint32
 ) = range(13)  # fmt: skip
 # Numbers of the forward call's operands, then of its results. The first six results are operands,
 # too, from _HELD on: the call changes them in place. The results from _DEALT on are scratch.
-_IDS, _GIVEN, _HELD = range(3)
+_IDS, _GIVEN, _OWN_FACTS, _OWN_ROWS, _OWN_COUNTS, _OWN_POSITIONS, _OWN_ROW_OF, _HELD = range(8)
 _TABLE, _LINES, _TAGS, _PRIORITY, _DIRTY, _SKETCH = range(6)
 _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13)
 (
@@ -66,9 +66,11 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
 ) = range(13, 25)  # fmt: skip
 # Words of `_FACTS`, which the forward call returns. The first three are the number of partitions,
 # the number of distinct ids over the budget, and the largest hash within the budget. Then come
-# seven totals of the batch, where each partition begins, and six numbers of each partition.
+# seven totals of the batch, where each partition begins, and six numbers of each partition. The
+# sixteenth word is the number of groups by which positions are dealt.
 _PARTS, _OVER, _LIMIT = range(3)
 _COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
+_DEAL_GROUPS = 15
 _BEGIN = 16  # where each partition begins; then where positions without a row begin and end
 _ROWS = _BEGIN + MAX_PARTS + 2
 _OF_PARTS = (  # numbers of each partition
@@ -92,18 +94,27 @@ _NEW_TABLE, _NEW_LINES, _NEW_DIRTY, _ACCUMULATOR, _NONFINITE, _UPDATE_BUFFER = r
 # --- forward
 
 
+@compiled
+def _first_dealt(frame):
+    """Returns the smallest id that this call deals. An admission dealt all smaller ones."""
+    own = argument(frame, _OWN_FACTS, np.int32)
+    return own[admit.FIRST_SHARED] if len(own) > 0 else np.int32(-(2**31))
+
+
 def _count_chunk(frame, chunk):
     """Counts how many positions of a chunk go to each partition, and how many are out of range."""
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
-    num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
+    facts = result(frame, _FACTS, np.int32)
+    num_parts, groups = np.int64(facts[_PARTS]), np.int64(facts[_DEAL_GROUPS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
-    num_rows = given[_NUM_ROWS]
-    groups = np.int64(given[_GROUPS])
+    num_rows, first = given[_NUM_ROWS], _first_dealt(frame)
     deals[:] = 0
     shift = partitions.bits_of(groups // num_parts)
     begin, end = partitions.chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
+        if x < first:
+            continue
         part = partitions.part_of(x, num_rows, groups, num_parts, shift)
         deals[part] += 1
         deals[_DEAL - 1] += part == num_parts and x != _NO_ID
@@ -115,15 +126,17 @@ _count_chunks = call_frame.parts(_count_chunk)
 def _deal_chunk(frame, chunk):
     """Copies the ids and positions of a chunk to the places of their partitions, in order."""
     ids, given = argument(frame, _IDS, np.int32), argument(frame, _GIVEN, np.int32)
-    num_parts = np.int64(result(frame, _FACTS, np.int32)[_PARTS])
+    facts = result(frame, _FACTS, np.int32)
+    num_parts, groups = np.int64(facts[_PARTS]), np.int64(facts[_DEAL_GROUPS])
     deals = result(frame, _DEALS, np.int32)[chunk * _DEAL : (chunk + 1) * _DEAL]
     dealt, positions = result(frame, _DEALT, np.int32), result(frame, _POSITIONS, np.int32)
-    num_rows = given[_NUM_ROWS]
-    groups = np.int64(given[_GROUPS])
+    num_rows, first = given[_NUM_ROWS], _first_dealt(frame)
     shift = partitions.bits_of(groups // num_parts)
     begin, end = partitions.chunk_range(len(ids), chunk)
     for position in range(begin, end):
         x = ids[position]
+        if x < first:
+            continue
         part = partitions.part_of(x, num_rows, groups, num_parts, shift)
         at = deals[part]
         deals[part] += 1
@@ -137,12 +150,20 @@ _deal_chunks = call_frame.parts(_deal_chunk)
 def _deal(frame, num_tasks):
     """Groups the positions by partition; those of a partition ascend.
 
+    The first places of a partition are left for the positions that an admission dealt to it.
     Positions without a row are last.
     """
     facts, deals = result(frame, _FACTS, np.int32), result(frame, _DEALS, np.int32)
     num_parts = facts[_PARTS]
     _count_chunks(frame, CHUNKS, num_tasks)
+    own = argument(frame, _OWN_FACTS, np.int32)
+    if len(own) > 0:
+        own = own[admit.NUM_OWN_POSITIONS : admit.NUM_OWN_POSITIONS + num_parts]
+    for part in range(len(own)):  # they are positions of the first chunk
+        deals[part] += own[part]
     partitions.begin_parts(deals, _DEAL, num_parts, facts[_BEGIN:])
+    for part in range(len(own)):
+        deals[part] += own[part]
     _deal_chunks(frame, CHUNKS, num_tasks)
 
 
@@ -162,14 +183,36 @@ def _buckets_of(frame, facts, part):
 
 
 @compiled
+def _copy(frame, to, begin, source, first, num):
+    target, given = result(frame, to, np.int32), argument(frame, source, np.int32)
+    for k in range(np.uint64(num)):
+        target[np.uint64(begin) + k] = given[np.uint64(first) + k]
+
+
+@compiled
 def _deduplicate(frame, part):
-    facts = result(frame, _FACTS, np.int32)
+    """Finds the distinct ids of a partition. Those that an admission dealt come first."""
+    facts, own = result(frame, _FACTS, np.int32), argument(frame, _OWN_FACTS, np.int32)
     begin, end = _bounds(facts, part)
-    facts[_NUM_UNIQUE + part] = partitions.deduplicate(
-        _part_of(frame, _DEALT, begin, end), _part_of(frame, _ROW_IDS, begin, end),
-        _part_of(frame, _COUNT, begin, end), _part_of(frame, _ROW_OF, begin, end),
-        _buckets_of(frame, facts, part),
+    num_own, num_listed = 0, 0
+    if len(own) > 0:
+        first = own[admit.BEGIN + part]
+        num_own, num_listed = own[admit.NUM_OWN + part], own[admit.NUM_OWN_POSITIONS + part]
+        _copy(frame, _ROW_IDS, begin, _OWN_ROWS, first, num_own)
+        _copy(frame, _COUNT, begin, _OWN_COUNTS, first, num_own)
+        _copy(frame, _POSITIONS, begin, _OWN_POSITIONS, first, num_listed)
+        _copy(frame, _ROW_OF, begin, _OWN_ROW_OF, first, num_listed)
+    row_of = _part_of(frame, _ROW_OF, begin + num_listed, end)
+    facts[_NUM_UNIQUE + part] = num_own + partitions.deduplicate(
+        _part_of(frame, _DEALT, begin + num_listed, end),
+        _part_of(frame, _ROW_IDS, begin + num_own, end),
+        _part_of(frame, _COUNT, begin + num_own, end), row_of,
+        partitions.buckets_of(
+            result(frame, _BUCKET, np.int32), begin + num_listed, end, part
+        ),
     )  # fmt: skip
+    for k in range(len(row_of)):
+        row_of[k] += num_own
 
 
 _deduplicate_parts = call_frame.parts(_deduplicate)
@@ -409,9 +452,11 @@ def _forward_of(fmt: RowFormat) -> str:
         facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
         facts[:] = 0
         num_tasks = min(call_frame.num_threads(frame), np.int64(given[_TASKS]))
-        groups = np.int64(given[_GROUPS])
+        own, groups = argument(frame, _OWN_FACTS, np.int32), np.int64(given[_GROUPS])
         num_parts = partitions.num_parts(groups, num_tasks)
-        facts[_PARTS] = num_parts
+        if len(own) > 0:
+            groups, num_parts = np.int64(own[admit.GROUPS]), np.int64(own[admit.PARTS])
+        facts[_PARTS], facts[_DEAL_GROUPS] = num_parts, groups
         if given[_MUST_HALVE]:
             age(result(frame, _PRIORITY, np.int32), result(frame, _SKETCH, np.uint16))
         _deal(frame, num_tasks)
@@ -685,6 +730,7 @@ def forward(
     table: QuantizedTable,
     cache: CacheState | None,
     ids: jax.Array,
+    dealt: Dealt | None,
     *,
     budget: int | None,
     step: jax.Array,
@@ -701,6 +747,7 @@ def forward(
       table: the table of the stack, in device memory.
       cache: the cache of the stack, or None.
       ids: int32 [N], N > 0. NO_ID, ids outside the table and ids over the budget have no row.
+      dealt: the positions of `ids` that an admission dealt to partitions; None: it dealt none.
       budget: the largest number of distinct ids; None: no limit. If there are more, the ids that
         xla.unique keeps stay.
       step: int32 scalar, number of this prefetch.
@@ -749,7 +796,7 @@ def forward(
         [*call_frame.shapes_of(held), vectors, *others, lanes.buffers(MAX_PARTS * _BUFFERS, dim)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
         vmap_method="sequential",
-    )(ids, given, *held)
+    )(ids, given, *([nothing] * 5 if dealt is None else dealt), *held)
     table = dataclasses.replace(table, rows=results[_TABLE])
     if cache is not None:
         cache = dataclasses.replace(
