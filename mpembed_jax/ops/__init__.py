@@ -315,6 +315,10 @@ def admit(
     if native is not None:
         threads = max_threads(implementation)
         return native.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences, threads)
+    if has_kernels(implementation):
+        kernels, is_interpreted = _kernels(implementation)
+        given = vocabulary, pairs, step, must_halve, rules, occurrences
+        return kernels.admit.admit(*given, is_interpreted=is_interpreted)
     return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
@@ -394,6 +398,11 @@ def start_again(
     if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
         threads = max_threads(implementation)
         return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
+    if has_kernels(implementation, of.table):
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.restart.start_again(
+            *given, key=key, bound=bound, is_interpreted=is_interpreted
+        )
     chunk = chunk_of(implementation)
     return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
 

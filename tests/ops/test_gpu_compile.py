@@ -75,6 +75,22 @@ def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(case):
     assert found["launches"] <= 80
 
 
+def test_a_step_of_raw_ids_has_no_loop_and_copies_no_array_of_the_state():
+    """A pool of 33.76 M rows. Ids are admitted, and rows start again, in every step."""
+    tables = [mpembed.TableSpec(f"t{k}") for k in range(26)]
+    spec = mpembed.EmbeddingSpec(tables, DIM, "int8", vocabulary=mpembed.VocabularySpec(33_762_577))
+    step, arguments = compile_gpu.step_and_arguments(
+        spec, "pallas_triton", (2048, 26), ADAGRAD, is_pooled=True
+    )
+    compiled = compile_gpu.compile_for("h200", step, *arguments, donate_argnums=0)
+    found = compile_gpu.figures(compiled, arguments[0])
+    assert found["loops"] == found["branches"] == found["state_sized_copies"] == 0
+    # halve uses, admit, start again, halve, plan, swap, lookup, update
+    assert found["kernels"] == 8
+    assert found["launches"] <= 130
+    assert found["temporary_bytes"] < 2.5 * 4 * DIM * 2048 * 26
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
 def test_a_copy_of_the_state_would_be_seen(implementation):
     """A step whose state is not donated must copy what it changes."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -29,6 +30,8 @@ from mpembed_jax.numerics.formats import RowFormat
 
 _ELEMENTS = 1024  # elements of a block: 8 for each thread of 4 warps
 _WARPS = 4
+_CHANGED = 1024  # elements that a program of `change_if` changes in one iteration of its loop
+_MOST_CHANGING_PROGRAMS = 1024
 
 
 def block_rows(embedding_dim: int) -> int:
@@ -301,6 +304,66 @@ def launch(
         name=name,
     )
     return call(*operands)
+
+
+def change_if(
+    is_changed: jax.Array,
+    arrays: Sequence[jax.Array],
+    changes: Sequence[Callable[[jax.Array], jax.Array]],
+    *,
+    name: str,
+    is_interpreted: bool,
+) -> tuple[jax.Array, ...]:
+    """Changes all elements of some arrays in place, or none.
+
+    The kernel has at most 1,024 programs. If nothing is changed, they end at once.
+
+    Args:
+      is_changed: bool scalar, whether the arrays are changed.
+      arrays: one-dimensional arrays.
+      changes: for each array, an elementwise function that keeps its dtype.
+      name: see launch.
+      is_interpreted: see launch.
+
+    Returns:
+      The arrays.
+    """
+    largest = max(array.size for array in arrays)
+    num_programs = min(_MOST_CHANGING_PROGRAMS, pl.cdiv(largest, _CHANGED))
+
+    def body(flag: Any, *refs: Any) -> None:
+        program = pl.program_id(0)
+
+        def change_all() -> None:
+            for ref, change in zip(refs[len(arrays) :], changes, strict=True):
+                (size,) = ref.shape
+
+                def turn(
+                    number: jax.Array,
+                    nothing: int,
+                    ref: Any = ref,
+                    change: Callable = change,
+                    size: int = size,
+                ) -> int:
+                    block = number * num_programs + program
+                    index = block * _CHANGED + jnp.arange(_CHANGED, dtype=jnp.int32)
+                    value = load(ref, (index,), index < size)
+                    store(ref, (index,), change(value), index < size)
+                    return nothing
+
+                lax.fori_loop(0, pl.cdiv(size, _CHANGED * num_programs), turn, 0)
+
+        pl.when(flag[0] != 0)(change_all)
+
+    return launch(
+        body,
+        num_programs,
+        [is_changed.astype(jnp.int32)[None], *arrays],
+        [shape_of(array) for array in arrays],
+        name=name,
+        is_interpreted=is_interpreted,
+        aliases={k + 1: k for k in range(len(arrays))},
+    )
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
