@@ -268,8 +268,8 @@ def unique(
 ) -> Unique:
     """Returns the distinct ids of a batch; see `xla.unique.unique`."""
     if has_kernels(implementation):
-        kernels, _ = _kernels(implementation)
-        return kernels.unique.unique(ids, size, step)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.unique.unique(ids, size, step, is_interpreted=is_interpreted)
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)

@@ -25,7 +25,8 @@ pytestmark = [
 ]
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
 BATCH, LENGTH = 24, 3
-PLANNING = {"mpembed_halve", "mpembed_plan"}  # kernels of a step with an LFU cache
+# The kernels that plan a step with an LFU cache. Long arrays are summed by one more.
+PLANNING = {"mpembed_halve", "mpembed_plan", "mpembed_running_sums"}
 OF_RAW_IDS = {"mpembed_halve_uses", "mpembed_admit", "mpembed_start_again"}
 RAW_IDS = mpembed.EmbeddingSpec(
     [mpembed.TableSpec("user"), mpembed.TableSpec("item")],

@@ -70,7 +70,7 @@ def admit(
     if not plan.has_short_sets(sizes.geometry, num):
         never = jnp.bool_(False)
         return xla.admit.admit(vocabulary, pairs, step, never, rules, occurrences)
-    ids = _grouped(pairs, occurrences, sizes)
+    ids = _grouped(pairs, occurrences, sizes, is_interpreted)
     sketch = vocabulary.sketch.reshape(-1)
     mixed = pool.mixed(ids.sets, ids.tags, sizes)
     seen = pool.counts_of(sketch, pool.cells(sizes, ids.sets, mixed), sizes)
@@ -101,7 +101,7 @@ def admit(
     )
 
     own_way = indexing.take(way, ids.group)
-    rank = jnp.cumsum(is_recycled.astype(jnp.int32))
+    (rank,) = kernel.running_sums([is_recycled], is_interpreted=is_interpreted)
     recycled = indexing.put(
         jnp.full(num, NO_ID, jnp.int32),
         jnp.where(is_recycled, rank - 1, num),
@@ -143,7 +143,9 @@ def _halved(
     )
 
 
-def _grouped(pairs: jax.Array, occurrences: jax.Array | None, sizes: pool.Sizes) -> _Ids:
+def _grouped(
+    pairs: jax.Array, occurrences: jax.Array | None, sizes: pool.Sizes, is_interpreted: bool
+) -> _Ids:
     """Groups the positions of a batch by id, and the ids by set."""
     num = pairs.shape[0]
     num_sets = sizes.geometry.sets
@@ -155,23 +157,27 @@ def _grouped(pairs: jax.Array, occurrences: jax.Array | None, sizes: pool.Sizes)
     # sort by two keys.
     _, by_tag = lax.sort_key_val(tags, position)
     by_set, order = lax.sort_key_val(indexing.take(sets, by_tag), by_tag)
-    is_first = indexing.starts(by_set, indexing.take(tags, order))
-    rank = jnp.cumsum(is_first.astype(jnp.int32)) - 1
+    is_first = kernel.starts(by_set, indexing.take(tags, order))
+    (rank,) = kernel.running_sums([is_first], is_interpreted=is_interpreted)
+    rank = rank - 1
     first = jnp.full(num + 1, num, jnp.int32)
     first = indexing.put(first, jnp.where(is_first, rank, num + 1), position)
     times = jnp.where(is_real, 1 if occurrences is None else occurrences, 0)
     if occurrences is None:
         counts = first[1:] - first[:-1]
     else:
-        before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(indexing.take(times, order))])
+        (before,) = kernel.running_sums(
+            [indexing.take(times, order)], is_interpreted=is_interpreted
+        )
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), before])
         bounds = indexing.take(before, first)
         counts = bounds[1:] - bounds[:-1]
     is_group = position <= rank[-1]
     id_sets = jnp.where(is_group, indexing.take(by_set, first[:-1]), num_sets)
     is_id = id_sets < num_sets
     num_ids = jnp.sum(is_id, dtype=jnp.int32)
-    begins = indexing.starts(id_sets) & is_id
-    set_rank = jnp.cumsum(begins.astype(jnp.int32))
+    begins = kernel.starts(id_sets) & is_id
+    (set_rank,) = kernel.running_sums([begins], is_interpreted=is_interpreted)
     most = min(num_sets, num)
     begin = jnp.broadcast_to(num_ids, (most + 1,))
     return _Ids(

@@ -15,6 +15,7 @@ looks for NaN separately. Division is approximate, so float8 formats divide by P
 integer formats correct their quotients by exact remainders. There is no optimization_barrier.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ _ELEMENTS = 1024  # elements of a block: 8 for each thread of 4 warps
 _WARPS = 4
 _CHANGED = 1024  # elements that a program of `change_if` changes in one iteration of its loop
 _MOST_CHANGING_PROGRAMS = 1024
+_SUMMED = 4096  # elements that a program of `running_sums` adds: 32 for each thread
+_FEW_BLOCKS = 16  # blocks of so many elements that are summed without a kernel of their own
 
 
 def block_rows(embedding_dim: int) -> int:
@@ -363,6 +366,87 @@ def change_if(
         name=name,
         is_interpreted=is_interpreted,
         aliases={k + 1: k for k in range(len(arrays))},
+    )
+
+
+def starts(*keys: jax.Array) -> jax.Array:
+    """Returns which entries begin a run of equal keys (bool [n]); see `indexing.starts`.
+
+    The entry before is gathered. XLA on a GPU fuses a gather with its uses, but no concatenation.
+    """
+    position = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
+    before = jnp.maximum(position - 1, 0)
+    edges = [key != indexing.take(key, before) for key in keys]
+    return (position == 0) | functools.reduce(jnp.logical_or, edges)
+
+
+def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[jax.Array, ...]:
+    """Returns the sums of each array's elements up to and including each one.
+
+    XLA's cumulative sum is a tree of up to six launches. Here, one kernel sums blocks, and a second
+    one adds the sums of all blocks before its own. Up to 16 blocks, there is only one kernel, in
+    which each program itself sums the elements before its block.
+
+    Args:
+      arrays: int32 or bool [n], n > 0, all of one length.
+      is_interpreted: see launch.
+
+    Returns:
+      int32 [n] for each array.
+    """
+    arrays = [array.astype(jnp.int32) for array in arrays]
+    (size,) = arrays[0].shape
+    block = min(_SUMMED, indexing.ceil_power(size))
+    num_blocks = pl.cdiv(size, block)
+
+    def own(ref: Any) -> jax.Array:
+        index = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        return load(ref, (index,), index < size)
+
+    def sum_blocks(*refs: Any) -> None:
+        here = jnp.full(1, pl.program_id(0), jnp.int32)
+        for ref, out in zip(refs[: len(arrays)], refs[len(arrays) :], strict=True):
+            total = jnp.sum(own(ref), dtype=jnp.int32)
+            store(out, (here,), jnp.broadcast_to(total, (1,)), here >= 0)
+
+    sums: tuple[jax.Array, ...] = ()
+    if num_blocks > _FEW_BLOCKS:
+        sums = launch(
+            sum_blocks,
+            num_blocks,
+            arrays,
+            [jax.ShapeDtypeStruct((num_blocks,), jnp.int32)] * len(arrays),
+            name="mpembed_block_sums",
+            is_interpreted=is_interpreted,
+        )
+
+    def add(*refs: Any) -> None:
+        program = pl.program_id(0)
+        index = program * block + jnp.arange(block, dtype=jnp.int32)
+        inputs, before = refs[: len(arrays)], refs[len(arrays) : -len(arrays)]
+        for k, out in enumerate(refs[-len(arrays) :]):
+            source, width = (before[k], _CHANGED) if before else (inputs[k], block)
+            end = program if before else program * block
+
+            def further(
+                turn: jax.Array, total: jax.Array, source: Any = source, width: int = width,
+                end: jax.Array = end,
+            ) -> jax.Array:  # fmt: skip
+                place = turn * width + jnp.arange(width, dtype=jnp.int32)
+                return total + load(source, (place,), place < end)
+
+            zeros = jnp.zeros(width, jnp.int32)
+            base = lax.fori_loop(0, pl.cdiv(end, width), further, zeros)
+            base = jnp.sum(base, dtype=jnp.int32)
+            store(out, (index,), base + jnp.cumsum(own(inputs[k])), index < size)
+
+    return launch(
+        add,
+        num_blocks,
+        [*arrays, *sums],
+        [jax.ShapeDtypeStruct((size,), jnp.int32)] * len(arrays),
+        name="mpembed_running_sums",
+        is_interpreted=is_interpreted,
     )
 
 

@@ -77,7 +77,7 @@ def plan(
     """
     num_lines = cache.geometry.lines
     cache = _age(cache, halve, is_interpreted)
-    sets = _grouped(unique, cache.geometry)
+    sets = _grouped(unique, cache.geometry, is_interpreted)
     ids, counts = (indexing.take(array, sets.by_set) for array in (unique.ids, unique.counts))
     cache, made = _decide(cache, sets, ids, counts, step, is_interpreted)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -89,7 +89,7 @@ def plan(
         cache = _remember(cache, made, ids, is_row & ~is_hit, is_cached)
 
     # The plan lists hits, newcomers, bypassed ids and padding, in this order.
-    hits, cached = jnp.cumsum(jnp.stack([is_hit, is_cached]).astype(jnp.int32), axis=1)
+    hits, cached = kernel.running_sums([is_hit, is_cached], is_interpreted=is_interpreted)
     num_hits, num_cached = hits[-1], cached[-1]
     place = jnp.where(is_cached, num_hits + cached - hits - 1, num_cached + position - cached)
     place = jnp.where(is_hit, hits - 1, place)
@@ -109,15 +109,15 @@ def plan(
     return cache, moves, indexing.take(moved, unique.inverse), hit_requests
 
 
-def _grouped(unique: Unique, geometry: Geometry) -> _Sets:
+def _grouped(unique: Unique, geometry: Geometry, is_interpreted: bool) -> _Sets:
     """Groups the unique ids of a batch by cache set, with one sort."""
     width = unique.ids.shape[0]
     position = jnp.arange(width, dtype=jnp.int32)
     sets = residency.set_of(unique.ids, geometry)
     sets = jnp.where(position < unique.num_ids, sets, geometry.sets)
     sets, by_set = lax.sort_key_val(sets, position)
-    is_first = indexing.starts(sets) & (sets < geometry.sets)
-    rank = jnp.cumsum(is_first.astype(jnp.int32))
+    is_first = kernel.starts(sets) & (sets < geometry.sets)
+    (rank,) = kernel.running_sums([is_first], is_interpreted=is_interpreted)
     most = min(geometry.sets, width)
     begin = jnp.broadcast_to(unique.num_ids, (most + 1,))
     begin = indexing.put(begin, jnp.where(is_first, rank - 1, most + 1), position)
