@@ -8,13 +8,15 @@
 Parts run in order of importance, each in a process of its own with a time limit, and the file is
 written after each row: a part that raises, hangs or kills its process (an illegal address does, for
 all that follows) costs no other its results. They are: copy bandwidth; every kernel against plain
-XLA; tables in host memory against tables on the device; gather and dequantize alone; the
-embedding's step (26 Kaggle vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and
-by verb, XLA against kernels; torch's sparse EmbeddingBag where torch is installed; an FP32 table in
-pinned host memory against INT8 + cache on the device; bags and their gradients; other batch sizes
-and formats; more than 100 M rows. What --budget leaves no time for is named. Floors are bytes that
-must move over the copy bandwidth measured first (roofline.py). The swap is timed within prefetch,
-whose planning is the same XLA either way. Needs jax, optax and numpy alone.
+XLA, passed or not; the kernels of a step by time, from a profile; the embedding's step (26 Kaggle
+vocabularies, Zipf 1.05, INT8 + 5 % cache, row-wise Adagrad), whole and by verb, with kernels and
+with plain XLA; torch's sparse EmbeddingBag and torch's sort where torch is installed; sorts, sums
+and scatters alone; tables in host memory against tables on the device; an FP32 table in pinned host
+memory against INT8 + cache on the device; gather and dequantize alone; bags and their gradients;
+other batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named.
+The optimized HLO of the steps is kept in a folder beside the file. Floors are bytes that must move
+over the copy bandwidth measured first (roofline.py). The swap is timed within prefetch. Needs jax,
+optax and numpy alone.
 """
 
 import contextlib
@@ -67,6 +69,7 @@ def rows_of_process(name: str, bench: Bench, seconds: float) -> Iterator[dict]:
         str(bench.bandwidth),
     ]
     command += ["--interpret"] if bench.is_tiny else []
+    command += [] if bench.programs is None else ["--programs", str(bench.programs)]
     environment = dict(
         os.environ,
         PYTHONPATH=os.pathsep.join([str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -108,6 +111,7 @@ class Settings:
     out: Path = setting(Path("experiments/results/bench_gpu.json"), "File for the results.")
     part: str | None = setting(None, choices=tuple(PARTS), is_hidden=True)
     bandwidth: float = setting(0.0, unit="BYTES", is_hidden=True)
+    programs: Path | None = setting(None, is_hidden=True)
 
 
 def check(settings: Settings) -> None:
@@ -141,7 +145,8 @@ def run(settings: Settings) -> dict:
     Raises:
       Failed: if the bandwidth, to which all floors relate, could not be measured.
     """
-    bench = Bench(settings.interpret, settings.bandwidth)
+    programs = settings.programs or settings.out.with_suffix(".hlo")
+    bench = Bench(settings.interpret, settings.bandwidth, programs)
     if settings.part is not None:
         rows = list(_print_rows(rows_of(settings.part, bench)))
         return {"parts": {settings.part: rows}}

@@ -39,7 +39,8 @@ class Compiled:
 
 
 # What XLA calls the dtypes of a state and a batch.
-_HLO_DTYPES = {"bool": "pred", "int32": "s32", "uint16": "u16", "uint32": "u32", "float32": "f32"}
+_HLO_DTYPES = {"bool": "pred", "int32": "s32", "uint8": "u8", "uint16": "u16", "uint32": "u32"}
+_HLO_DTYPES |= {"float32": "f32"}
 
 
 def is_on_host(leaf: Any) -> bool:
@@ -142,6 +143,8 @@ def step_and_arguments(
 
     state = abstract_state(spec, implementation, tx)
     ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+    if spec.vocabulary is not None:
+        ids = jax.ShapeDtypeStruct((*batch_shape, 2), jnp.uint32)
     return step, (state, ids, jax.ShapeDtypeStruct((*batch_shape, spec.embedding_dim), jnp.float32))
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,20 @@ import numpy as np
 import mpembed_jax as mpembed
 from experiments import provenance
 from experiments.gpu import checks
-from experiments.gpu.steps import TX, Bench, Case, failure, ids_of, measured, seconds_of
+from experiments.gpu.steps import (
+    TX,
+    WARM_CALLS,
+    Bench,
+    Case,
+    compiled_steps,
+    failure,
+    ids_of,
+    measured,
+    seconds_of,
+    train_step,
+)
 from experiments.speed.step import copy_bandwidth
+from mpembed_jax.arrays import indexing
 
 
 def memory_rate(bench: Bench) -> Iterator[dict]:
@@ -108,24 +122,87 @@ def bags_alone(bench: Bench) -> Iterator[dict]:
 
 
 def steps(cases: tuple[Case, ...], *, by_verb: bool = False) -> Callable:
-    """Makes a part of step measurements, XLA against kernels.
+    """Makes a part of step measurements: all cases with kernels, then the first with plain XLA.
 
-    XLA ends both kinds of step in the same way, so it runs only one of them.
+    XLA's steps take longest to compile. XLA ends both kinds of step in the same way, so it runs
+    only one of them, and not by verb.
     """
 
     def part(bench: Bench) -> Iterator[dict]:
-        # Plain XLA first: a kernel that touches memory it should not leaves the process nothing to
-        # measure with.
-        for implementation, case in itertools.product(
-            ("xla", bench.kernels), cases[:1] if bench.is_tiny else cases
-        ):
-            if case.is_pooled and implementation == "xla":
-                continue
-            if bench.is_tiny:
-                case = dataclasses.replace(case, batch=8, rows=40_000, dim=8)
-            yield measured(bench, case, implementation, by_verb=by_verb)
+        chosen = cases[:1] if bench.is_tiny else cases
+        if bench.is_tiny:
+            chosen = tuple(dataclasses.replace(c, batch=8, rows=40_000, dim=8) for c in chosen)
+        runs = [(case, bench.kernels) for case in chosen]
+        runs += [(case, "xla") for case in chosen[:1] if not case.is_pooled]
+        compiled = compiled_steps(bench, runs)
+        for case, by in runs:
+            is_detailed = by_verb and by != "xla"
+            yield measured(bench, case, by, by_verb=is_detailed, compiled=compiled[case, by])
 
     return part
+
+
+def profile(bench: Bench) -> Iterator[dict]:
+    """Profiles warm steps with kernels: what ran on the device, by its time in all of them.
+
+    Under a profiler, XLA records no graphs of launches. So the whole takes longer than elsewhere.
+    """
+    case = Case(8, 8, rows=40_000) if bench.is_tiny else Case(64, 65536, is_pooled=True)
+    num_steps = 1 if bench.is_tiny else 8
+    batches = ids_of(case.rows, case.batch, WARM_CALLS + num_steps)
+    upstream = jnp.full((*batches[0].shape, case.dim), 1e-3, jnp.float32)
+    state = mpembed.init(jax.random.key(0), case.spec(), TX, implementation=bench.kernels)
+    step = train_step(is_pooled=case.is_pooled)
+    for ids in batches[:WARM_CALLS]:
+        state, _ = step(state, jnp.asarray(ids), upstream)
+    jax.block_until_ready(state)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for ids in batches[WARM_CALLS:]:
+                state, _ = step(state, jnp.asarray(ids), upstream)
+            jax.block_until_ready(state)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        times = times_of(path, "CPU" if bench.is_tiny else "GPU")
+    for name, (count, seconds) in sorted(times.items(), key=lambda of: -of[1][1])[:100]:
+        yield {
+            "name": name,
+            "times": count / num_steps,
+            "microseconds": seconds * 1e6 / num_steps,
+        }
+
+
+def times_of(path: Path, device: str) -> dict[str, tuple[int, float]]:
+    """Returns how often each event of a profile occurred on a device, and its seconds in all."""
+    times: dict[str, tuple[int, float]] = {}
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if device not in plane.name:
+            continue
+        for line in plane.lines:
+            if device == "GPU" and "Stream" not in line.name:
+                continue  # other lines repeat the kernels by module and by name scope
+            for event in line.events:
+                count, seconds = times.get(event.name, (0, 0.0))
+                times[event.name] = (count + 1, seconds + event.duration_ns * 1e-9)
+    return times
+
+
+def primitives(bench: Bench) -> Iterator[dict]:
+    """Times the parts of a plan that XLA does: a sort of pairs, a running sum, a scatter, a gather.
+
+    They have as many elements as the positions of large and of small batches.
+    """
+    for size in (100,) if bench.is_tiny else (65536 * 26, 2048 * 26):
+        keys = jax.random.bits(jax.random.key(0), (size,), jnp.uint32)
+        place = jax.random.permutation(jax.random.key(1), jnp.arange(size, dtype=jnp.int32))
+        for name, function in (
+            ("sort of pairs", lambda keys, place: jax.lax.sort_key_val(keys, place)),
+            ("running sum", lambda keys, place: jnp.cumsum(place)),
+            ("scatter", lambda keys, place: indexing.put(jnp.zeros_like(place), place, place)),
+            ("gather", lambda keys, place: indexing.take(keys, place)),
+        ):
+            call = functools.partial(jax.jit(function), keys, place)
+            seconds = seconds_of(call, 1 if bench.is_tiny else 32)
+            yield {"name": name, "elements": size, "microseconds": seconds * 1e6}
 
 
 def torch_sparse(bench: Bench) -> Iterator[dict]:
@@ -161,16 +238,24 @@ def torch_sparse(bench: Bench) -> Iterator[dict]:
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        rounds = []
-        for _ in range(6):
-            synchronize()
-            begin = time.perf_counter()
-            for _ in range(1 if bench.is_tiny else 8):
-                once()
-            synchronize()
-            rounds.append((time.perf_counter() - begin) / (1 if bench.is_tiny else 8))
+        def seconds_a_call(call: Callable) -> float:
+            rounds = []
+            for _ in range(6):
+                synchronize()
+                begin = time.perf_counter()
+                for _ in range(1 if bench.is_tiny else 8):
+                    call()
+                synchronize()
+                rounds.append((time.perf_counter() - begin) / (1 if bench.is_tiny else 8))
+            return statistics.median(rounds[1:])
+
         row = {"dim": dim, "batch": case.batch, "device": device, "torch": torch.__version__}
-        yield row | {"milliseconds": statistics.median(rounds[1:]) * 1e3}
+        flat = batches[0].reshape(-1).to(torch.int32)
+        yield row | {
+            "milliseconds": seconds_a_call(once) * 1e3,
+            # A yardstick for XLA's sort of pairs: it also returns where each id was.
+            "sort_milliseconds": seconds_a_call(lambda flat=flat: torch.sort(flat)) * 1e3,
+        }
         del table, optimizer
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -198,18 +283,24 @@ class Part(NamedTuple):
     limit: float  # seconds after which its process is ended
 
 
+def _sizes(**options: Any) -> tuple[Case, ...]:
+    """The cases of the targets: large and small batches of both dims."""
+    return tuple(Case(dim, batch, **options) for batch in (65536, 2048) for dim in (64, 128))
+
+
 PARTS: dict[str, Part] = {
     "copy bandwidth": Part(memory_rate, 60),
     "kernels against xla": Part(checks.kernels_against_xla, 100),
-    "host tables against device": Part(checks.host_against_device, 50),
-    "gather alone": Part(gather_alone, 40),
-    "step": Part(steps(tuple(Case(dim, 65536) for dim in (64, 128, 16)), by_verb=True), 150),
-    "step, pooled gradients": Part(
-        steps(tuple(Case(dim, 65536, is_pooled=True) for dim in (64, 128, 16)), by_verb=True), 90
-    ),
+    "profile": Part(profile, 60),
+    "step, pooled gradients": Part(steps(_sizes(is_pooled=True), by_verb=True), 100),
+    "step": Part(steps(_sizes(), by_verb=True), 120),
     "torch sparse": Part(torch_sparse, 45),
+    "primitives": Part(primitives, 30),
+    "host tables against device": Part(checks.host_against_device, 50),
     "host memory": Part(spilled, 80),
+    "gather alone": Part(gather_alone, 40),
     "bags alone": Part(bags_alone, 40),
+    "step, D 16": Part(steps((Case(16, 65536),)), 40),
     "step, batch 16384": Part(steps(tuple(Case(dim, 16384) for dim in (64, 128, 16))), 60),
     "step, int4": Part(steps(tuple(Case(dim, 65536, "int4", 0.01) for dim in (64, 128, 16))), 60),
     "step, float32 without cache": Part(

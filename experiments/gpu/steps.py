@@ -6,10 +6,12 @@ It has the cases, the ids, the whole step, and each verb beside the floors of it
 import concurrent.futures
 import dataclasses
 import functools
+import gzip
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +39,11 @@ class Case:
     memory_kind: str | None = None
     is_pooled: bool = False  # ends in apply_pooled_gradients
 
+    @property
+    def name(self) -> str:
+        """A name for files: what is set, in the order of the fields."""
+        return "_".join(str(value) for value in dataclasses.astuple(self))
+
     def spec(self) -> mpembed.EmbeddingSpec:
         """The stack."""
         sizes = workload.sizes_for(self.rows)
@@ -51,6 +58,7 @@ class Bench(NamedTuple):
 
     is_tiny: bool
     bandwidth: float  # bytes a second, of the copy; 0 until measured
+    programs: Path | None = None  # folder for the optimized HLO of compiled steps
 
     @property
     def kernels(self) -> str:
@@ -73,10 +81,16 @@ def ids_of(rows: int | None, batch: int, count: int) -> tuple[np.ndarray, ...]:
         return tuple(pool.map(draw, range(count)))
 
 
+# Calls before a measurement. On a GPU, XLA records a graph of launches in the second call, and
+# updates it in the third.
+WARM_CALLS = 3
+
+
 def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     """Median over five rounds of the time per call, calls queued one after another."""
     rounds = []
-    jax.block_until_ready(function())
+    for _ in range(WARM_CALLS):
+        jax.block_until_ready(function())
     for _ in range(5):
         begin = time.perf_counter()
         for _ in range(repeats):
@@ -96,14 +110,61 @@ def train_step(*, is_pooled: bool) -> Callable:
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, ids: jax.Array, upstream: jax.Array) -> Any:
         state, plan, _, vectors = embedding_step(state, ids, upstream, tx=TX, is_pooled=is_pooled)
-        # The sum of the vectors stands for a model that reads them.
-        return state, (plan.counts, jnp.sum(vectors))
+        # A sum of the vectors would be fused with their gather, and they would never be written.
+        return state, (plan.counts, vectors)
 
     return step
 
 
-def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
+def compiled_steps(bench: Bench, runs: list[tuple[Case, str]]) -> dict[tuple[Case, str], Any]:
+    """Compiles the steps of cases side by side, from shapes, and keeps their optimized HLO.
+
+    Args:
+      bench: says where the HLO is kept.
+      runs: cases and implementations; tables in device memory.
+
+    Returns:
+      For each of them the compiled step and the seconds it took, or the error.
+    """
+
+    def lowered(case: Case, implementation: str) -> Any:
+        init = functools.partial(mpembed.init, spec=case.spec(), tx=TX)
+        init = functools.partial(init, implementation=implementation)
+        state = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        shape = (case.batch, len(workload.sizes_for(case.rows)))
+        upstream = jax.ShapeDtypeStruct((*shape, case.dim), jnp.float32)
+        step = train_step(is_pooled=case.is_pooled)
+        return step.lower(state, jax.ShapeDtypeStruct(shape, jnp.int32), upstream)
+
+    def finish(case: Case, implementation: str, program: Any) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        compiled = program.compile()
+        seconds = time.perf_counter() - begin
+        if bench.programs is not None:
+            bench.programs.mkdir(parents=True, exist_ok=True)
+            path = bench.programs / f"{implementation}_{case.name}.hlo.gz"
+            path.write_bytes(gzip.compress(compiled.as_text().encode()))
+        return compiled, seconds
+
+    found: dict[tuple[Case, str], Any] = {}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        futures = {}
+        for run in runs:
+            try:  # tracing holds Python's lock, XLA's compilation does not
+                futures[run] = pool.submit(finish, *run, lowered(*run))
+            except Exception as error:
+                found[run] = error
+        for run, future in futures.items():
+            found[run] = future.exception() or future.result()
+    return found
+
+
+def measure_step(
+    bench: Bench, case: Case, implementation: str, *, by_verb: bool, compiled: Any = None
+) -> dict:
     """Times a warm step, whole and, if asked, by verb, beside the floors of its own counts.
+
+    `compiled` is what compiled_steps returned for it; None: the step is compiled here.
 
     The device's peak is that of the process so far: a part's largest case comes to stand in the
     rows after it, too.
@@ -111,12 +172,13 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     warm, repeats = (
         (2, 1) if bench.is_tiny else (max(32, 32 * 65536 // case.batch), 8)
     )  # as many ids, whatever the batch
-    # One for compiling, one before the rounds, five rounds; the verbs one by one.
-    count = 1 + warm + 1 + 5 * repeats + (1 + 2 * repeats if by_verb else 0)
+    # One for compiling, some before the rounds, five rounds; the verbs one by one.
+    count = 1 + warm + WARM_CALLS + 5 * repeats + (1 + 2 * repeats if by_verb else 0)
     batches = [jnp.asarray(ids) for ids in ids_of(case.rows, case.batch, count)]
     upstream = jnp.full((*batches[0].shape, case.dim), 1e-3, jnp.float32)
     state = mpembed.init(jax.random.key(0), case.spec(), TX, implementation=implementation)
-    step, ids = train_step(is_pooled=case.is_pooled), iter(batches)
+    step, compile_seconds = compiled or (train_step(is_pooled=case.is_pooled), None)
+    ids = iter(batches)
     begin = time.perf_counter()
     state, _ = step(state, next(ids), upstream)
     jax.block_until_ready(state)
@@ -140,6 +202,7 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
         "milliseconds": seconds * 1e3,
         "floor_milliseconds": floor * 1e3,
         "times_floor": seconds / floor,
+        "compile_seconds": compile_seconds,  # side by side with others
         "first_step_seconds": first,
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(held[0])),
         "bytes_in_use": stats.get("bytes_in_use"),
@@ -153,13 +216,17 @@ def measure_step(bench: Bench, case: Case, implementation: str, *, by_verb: bool
     return row
 
 
-def measured(bench: Bench, case: Case, implementation: str, *, by_verb: bool) -> dict:
+def measured(
+    bench: Bench, case: Case, implementation: str, *, by_verb: bool, compiled: Any = None
+) -> dict:
     """Returns measure_step's row, or a row that says how it failed.
 
     The other cases of the part then go on.
     """
     try:
-        return measure_step(bench, case, implementation, by_verb=by_verb)
+        if isinstance(compiled, BaseException):
+            raise compiled
+        return measure_step(bench, case, implementation, by_verb=by_verb, compiled=compiled)
     except Exception as error:
         return dataclasses.asdict(case) | {"implementation": implementation} | failure(error)
 

@@ -270,8 +270,8 @@ def unique(
 ) -> Unique:
     """Returns the distinct ids of a batch; see `xla.unique.unique`."""
     if has_kernels(implementation):
-        kernels, _ = _kernels(implementation)
-        return kernels.unique.unique(ids, size, step)
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.unique.unique(ids, size, step, is_interpreted=is_interpreted)
     native = compiled(implementation)
     if native is None or ids.shape[0] == 0:
         return xla.unique.unique(ids, size, step)
@@ -321,6 +321,10 @@ def admit(
         groups = native.partitions.MAX_PARTS if cache is None else cache.geometry.groups
         how = occurrences, groups, max_threads(implementation)
         return native.admit.admit(vocabulary, pairs, step, must_halve, rules, *how)
+    if has_kernels(implementation):
+        kernels, is_interpreted = _kernels(implementation)
+        given = vocabulary, pairs, step, must_halve, rules, occurrences
+        return kernels.admit.admit(*given, is_interpreted=is_interpreted)
     return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
 
 
@@ -400,6 +404,11 @@ def start_again(
     if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
         threads = max_threads(implementation)
         return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
+    if has_kernels(implementation, of.table):
+        kernels, is_interpreted = _kernels(implementation)
+        return kernels.restart.start_again(
+            *given, key=key, bound=bound, is_interpreted=is_interpreted
+        )
     chunk = _chunk_for(implementation, of.table)
     return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
 

@@ -1,6 +1,7 @@
 """The GPU benchmark runs as it is, tiny and interpreted; its floors count what they say."""
 
 import ast
+import gzip
 import json
 import pathlib
 import re
@@ -30,15 +31,17 @@ def test_the_kernels_part_and_a_step_run_tiny():
     for row in checked:
         assert row["largest_difference"] <= (1e-6 if row["rule"] == "adagrad" else 0), row
         assert row["rule"] == "adagrad" or row["unequal_elements"] == {}
+        assert row["passed"] and row["bound"] == (1e-6 if row["rule"] == "adagrad" else 0)
     assert {row["implementation"] for row in checked} == {"pallas_interpret"}
-    for row in bench_gpu.rows_of("step", TINY):
-        assert set(row["verbs"]) == {
-            "prefetch",
-            "lookup",
-            "pool",
-            "row gradients",
-            "apply_gradients",
-        }
+    by_kernels, by_xla = bench_gpu.rows_of("step", TINY)
+    assert set(by_kernels["verbs"]) == {
+        "prefetch",
+        "lookup",
+        "pool",
+        "row gradients",
+        "apply_gradients",
+    }
+    assert by_xla["implementation"] == "xla" and "verbs" not in by_xla
     for name, count in (("host memory", 4), ("host tables against device", 1)):
         found = list(bench_gpu.rows_of(name, TINY))
         assert len(found) == count and not [
@@ -59,6 +62,30 @@ def test_the_kernels_part_and_a_step_run_tiny():
     for row in rows:
         assert row["times_floor"] == pytest.approx(row["milliseconds"] / row["floor_milliseconds"])
         assert row["counts"]["unique"] > 0
+
+
+def test_a_step_is_compiled_from_shapes_and_its_program_is_kept(tmp_path):
+    """The compiled step takes the state that init makes. It returns the vectors, unsummed."""
+    bench = TINY._replace(programs=tmp_path / "programs")
+    run = steps.Case(8, 8, rows=40_000, is_pooled=True), bench.kernels
+    compiled = steps.compiled_steps(bench, [run])
+    row = steps.measured(bench, *run, by_verb=False, compiled=compiled[run])
+    assert "error" not in row and row["compile_seconds"] > 0 and row["counts"]["unique"] > 0
+    (path,) = bench.programs.iterdir()
+    text = gzip.decompress(path.read_bytes()).decode()
+    assert re.search(r"->\s*\(.*f32\[8,26,8\]", text)
+
+
+def test_parts_without_a_step_run_tiny():
+    names = [row["name"] for row in bench_gpu.rows_of("primitives", TINY)]
+    assert names == ["sort of pairs", "running sum", "scatter", "gather"]
+
+
+@pytest.mark.slow
+def test_a_profile_tells_what_ran_by_its_time():
+    rows = list(bench_gpu.rows_of("profile", TINY))
+    times = [row["microseconds"] for row in rows]
+    assert times[0] > 0 and times == sorted(times, reverse=True)
 
 
 def test_bits_that_differ_are_counted_by_name():
@@ -86,7 +113,7 @@ def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     rows = list(
         bench_gpu.rows_of("step", TINY._replace(bandwidth=0.0))
     )  # divided by: both cases raise, and both are tried
-    assert [row["implementation"] for row in rows] == ["xla", "pallas_interpret"]
+    assert [row["implementation"] for row in rows] == ["pallas_interpret", "xla"]
     assert all(
         "ZeroDivisionError" in row["error"] and "measure_step" in row["where"] for row in rows
     )

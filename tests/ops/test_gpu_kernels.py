@@ -23,6 +23,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import encode
 from mpembed_jax.ops import Draw, Moves, Positions, Store
+from mpembed_jax.ops.gpu import kernel
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
@@ -704,3 +705,14 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
     same(results[1], results[0])
     assert int(results[0][1].write_backs.sum()) > 20
     assert int(results[0][1].bypasses.sum()) > 20
+
+
+@pytest.mark.parametrize("size", [1, 3, 60, 4096, 4097, 70_001])
+def test_running_sums_are_those_of_all_elements_before(size):
+    """One block and several, the last one partly filled; numbers of both signs, and flags."""
+    rng = np.random.default_rng(size)
+    numbers, flags = rng.integers(-9, 9, size).astype(np.int32), rng.random(size) < 0.5
+    found = jax.jit(partial(kernel.running_sums, is_interpreted=True))([numbers, flags])
+    for sums, values in zip(found, (numbers, flags), strict=True):
+        assert sums.dtype == jnp.int32
+        np.testing.assert_array_equal(sums, np.cumsum(values))

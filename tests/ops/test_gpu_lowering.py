@@ -25,7 +25,16 @@ pytestmark = [
 ]
 ADAGRAD = mpembed.optim.rowwise_adagrad(0.05)
 BATCH, LENGTH = 24, 3
-PLANNING = {"mpembed_halve", "mpembed_plan"}  # kernels of a step with an LFU cache
+# The kernels that plan a step with an LFU cache. Long arrays are summed by one more.
+PLANNING = {"mpembed_halve", "mpembed_plan", "mpembed_running_sums"}
+OF_RAW_IDS = {"mpembed_halve_uses", "mpembed_admit", "mpembed_start_again"}
+RAW_IDS = mpembed.EmbeddingSpec(
+    [mpembed.TableSpec("user"), mpembed.TableSpec("item")],
+    16,
+    "int8",
+    mpembed.CacheSpec(num_rows=256),
+    vocabulary=mpembed.VocabularySpec(3000),
+)
 BEST_ON_CPU = "xla_chunked" if importlib.util.find_spec("numba") is None else "numba"
 
 POOLS = {
@@ -84,9 +93,12 @@ def step_and_arguments(
     state = jax.eval_shape(
         lambda key: mpembed.init(key, spec, tx, implementation=implementation), key
     )
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if spec.vocabulary is not None:
+        ids = jax.ShapeDtypeStruct((*shape, 2), jnp.uint32)
     arguments = (
         state,
-        jax.ShapeDtypeStruct(shape, jnp.int32),
+        ids,
         jax.ShapeDtypeStruct(shape, jnp.float32),
         jax.ShapeDtypeStruct(shape, jnp.int32),
         jax.ShapeDtypeStruct((), jnp.float32),
@@ -163,6 +175,24 @@ def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
                 assert text.count("stablehlo.sort") == 1 + is_cached
     assert found["pallas_triton", False] == found["pallas_triton", True] == 0
     assert min(found["xla", False], found["xla", True]) > 0
+
+
+def test_a_step_of_raw_ids_with_kernels_never_waits_for_the_device():
+    """Neither the halving of uses nor rows that start again have a loop or a branch.
+
+    Two sorts admit the ids. All sorts have one key and one value, as a radix sort needs.
+    """
+    found = {}
+    for implementation in ("pallas_triton", "xla"):
+        step, arguments = step_and_arguments(implementation, "vectors", spec=RAW_IDS)
+        lowered = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+        found[implementation] = lowered.as_text()
+    assert len(LOOPS_AND_BRANCHES.findall(found["xla"])) > 0
+    text = found["pallas_triton"]
+    assert LOOPS_AND_BRANCHES.findall(text) == []
+    assert set(lowering.kernels(text)) >= OF_RAW_IDS
+    num_operands = [len(x.split(",")) for x in re.findall(r'stablehlo\.sort"\(([^)]*)\)', text)]
+    assert num_operands == [2] * 5  # admit, admit, unique, plan, sums of duplicates
 
 
 @crossed(
@@ -258,14 +288,21 @@ def test_kernels_have_no_atomics():
     modules |= lowering.kernel_modules(
         lowering.lowered_for("cuda", mpembed.read, arguments[0], arguments[1])
     )
-    assert set(modules) == PLANNING | {
+    step, arguments = step_and_arguments("pallas_triton", "vectors", spec=RAW_IDS)
+    modules |= lowering.kernel_modules(
+        lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
+    )
+    assert set(modules) == PLANNING | OF_RAW_IDS | {
         f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")
     }
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
     # A thread must not store what another one has yet to read: victims before newcomers, old sums
-    # of squares before new. In the plan it must not read what another one has yet to store.
+    # of squares before new, tags of rows that start again. In the plan, and when ids are admitted,
+    # it must not read what another one has yet to store.
     waiting = {name for name, text in modules.items() if "gpu.barrier" in text}
-    assert waiting == {"mpembed_plan", "mpembed_swap", "mpembed_update", "mpembed_update_summed"}
+    assert waiting == {
+        f"mpembed_{x}" for x in ("plan", "admit", "start_again", "swap", "update", "update_summed")
+    }
 
 
 DEVICES = {

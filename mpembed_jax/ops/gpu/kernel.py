@@ -15,11 +15,13 @@ looks for NaN separately. Division is approximate, so float8 formats divide by P
 integer formats correct their quotients by exact remainders. There is no optimization_barrier.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -29,6 +31,10 @@ from mpembed_jax.numerics.formats import RowFormat
 
 _ELEMENTS = 1024  # elements of a block: 8 for each thread of 4 warps
 _WARPS = 4
+_CHANGED = 1024  # elements that a program of `change_if` changes in one iteration of its loop
+_MOST_CHANGING_PROGRAMS = 1024
+_SUMMED = 4096  # elements that a program of `running_sums` adds: 32 for each thread
+_FEW_BLOCKS = 16  # blocks of so many elements that are summed without a kernel of their own
 
 
 def block_rows(embedding_dim: int) -> int:
@@ -301,6 +307,147 @@ def launch(
         name=name,
     )
     return call(*operands)
+
+
+def change_if(
+    is_changed: jax.Array,
+    arrays: Sequence[jax.Array],
+    changes: Sequence[Callable[[jax.Array], jax.Array]],
+    *,
+    name: str,
+    is_interpreted: bool,
+) -> tuple[jax.Array, ...]:
+    """Changes all elements of some arrays in place, or none.
+
+    The kernel has at most 1,024 programs. If nothing is changed, they end at once.
+
+    Args:
+      is_changed: bool scalar, whether the arrays are changed.
+      arrays: one-dimensional arrays.
+      changes: for each array, an elementwise function that keeps its dtype.
+      name: see launch.
+      is_interpreted: see launch.
+
+    Returns:
+      The arrays.
+    """
+    largest = max(array.size for array in arrays)
+    num_programs = min(_MOST_CHANGING_PROGRAMS, pl.cdiv(largest, _CHANGED))
+
+    def body(flag: Any, *refs: Any) -> None:
+        program = pl.program_id(0)
+
+        def change_all() -> None:
+            for ref, change in zip(refs[len(arrays) :], changes, strict=True):
+                (size,) = ref.shape
+
+                def turn(
+                    number: jax.Array,
+                    nothing: int,
+                    ref: Any = ref,
+                    change: Callable = change,
+                    size: int = size,
+                ) -> int:
+                    block = number * num_programs + program
+                    index = block * _CHANGED + jnp.arange(_CHANGED, dtype=jnp.int32)
+                    value = load(ref, (index,), index < size)
+                    store(ref, (index,), change(value), index < size)
+                    return nothing
+
+                lax.fori_loop(0, pl.cdiv(size, _CHANGED * num_programs), turn, 0)
+
+        pl.when(flag[0] != 0)(change_all)
+
+    return launch(
+        body,
+        num_programs,
+        [is_changed.astype(jnp.int32)[None], *arrays],
+        [shape_of(array) for array in arrays],
+        name=name,
+        is_interpreted=is_interpreted,
+        aliases={k + 1: k for k in range(len(arrays))},
+    )
+
+
+def starts(*keys: jax.Array) -> jax.Array:
+    """Returns which entries begin a run of equal keys (bool [n]); see `indexing.starts`.
+
+    The entry before is gathered. XLA on a GPU fuses a gather with its uses, but no concatenation.
+    """
+    position = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
+    before = jnp.maximum(position - 1, 0)
+    edges = [key != indexing.take(key, before) for key in keys]
+    return (position == 0) | functools.reduce(jnp.logical_or, edges)
+
+
+def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[jax.Array, ...]:
+    """Returns the sums of each array's elements up to and including each one.
+
+    XLA's cumulative sum is a tree of up to six launches. Here, one kernel sums blocks, and a second
+    one adds the sums of all blocks before its own. Up to 16 blocks, there is only one kernel, in
+    which each program itself sums the elements before its block.
+
+    Args:
+      arrays: int32 or bool [n], n > 0, all of one length.
+      is_interpreted: see launch.
+
+    Returns:
+      int32 [n] for each array.
+    """
+    arrays = [array.astype(jnp.int32) for array in arrays]
+    (size,) = arrays[0].shape
+    block = min(_SUMMED, indexing.ceil_power(size))
+    num_blocks = pl.cdiv(size, block)
+
+    def own(ref: Any) -> jax.Array:
+        index = pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32)
+        return load(ref, (index,), index < size)
+
+    def sum_blocks(*refs: Any) -> None:
+        here = jnp.full(1, pl.program_id(0), jnp.int32)
+        for ref, out in zip(refs[: len(arrays)], refs[len(arrays) :], strict=True):
+            total = jnp.sum(own(ref), dtype=jnp.int32)
+            store(out, (here,), jnp.broadcast_to(total, (1,)), here >= 0)
+
+    sums: tuple[jax.Array, ...] = ()
+    if num_blocks > _FEW_BLOCKS:
+        sums = launch(
+            sum_blocks,
+            num_blocks,
+            arrays,
+            [jax.ShapeDtypeStruct((num_blocks,), jnp.int32)] * len(arrays),
+            name="mpembed_block_sums",
+            is_interpreted=is_interpreted,
+        )
+
+    def add(*refs: Any) -> None:
+        program = pl.program_id(0)
+        index = program * block + jnp.arange(block, dtype=jnp.int32)
+        inputs, before = refs[: len(arrays)], refs[len(arrays) : -len(arrays)]
+        for k, out in enumerate(refs[-len(arrays) :]):
+            source, width = (before[k], _CHANGED) if before else (inputs[k], block)
+            end = program if before else program * block
+
+            def further(
+                turn: jax.Array, total: jax.Array, source: Any = source, width: int = width,
+                end: jax.Array = end,
+            ) -> jax.Array:  # fmt: skip
+                place = turn * width + jnp.arange(width, dtype=jnp.int32)
+                return total + load(source, (place,), place < end)
+
+            zeros = jnp.zeros(width, jnp.int32)
+            base = lax.fori_loop(0, pl.cdiv(end, width), further, zeros)
+            base = jnp.sum(base, dtype=jnp.int32)
+            store(out, (index,), base + jnp.cumsum(own(inputs[k])), index < size)
+
+    return launch(
+        add,
+        num_blocks,
+        [*arrays, *sums],
+        [jax.ShapeDtypeStruct((size,), jnp.int32)] * len(arrays),
+        name="mpembed_running_sums",
+        is_interpreted=is_interpreted,
+    )
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -24,10 +24,8 @@ from mpembed_jax.ops.gpu import kernel
 from mpembed_jax.ops.records import Moves, Unique
 from mpembed_jax.row_ids import NO_ID
 
-_LANES = 8  # unique ids of a set that are looked at together
+LANES = 8  # unique ids of a set that are looked at together
 _MOST_IDS_PER_SET = 64  # unique ids per set, on average, up to which the kernel plans a batch
-_HALVED = 1024  # numbers that a program halves in one iteration of its loop
-_MOST_HALVING_PROGRAMS = 1024
 _HIT = -1  # stands in the place of a hit's estimate: a hit does not wait for a line
 
 
@@ -79,7 +77,7 @@ def plan(
     """
     num_lines = cache.geometry.lines
     cache = _age(cache, halve, is_interpreted)
-    sets = _grouped(unique, cache.geometry)
+    sets = _grouped(unique, cache.geometry, is_interpreted)
     ids, counts = (indexing.take(array, sets.by_set) for array in (unique.ids, unique.counts))
     cache, made = _decide(cache, sets, ids, counts, step, is_interpreted)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
@@ -91,7 +89,7 @@ def plan(
         cache = _remember(cache, made, ids, is_row & ~is_hit, is_cached)
 
     # The plan lists hits, newcomers, bypassed ids and padding, in this order.
-    hits, cached = jnp.cumsum(jnp.stack([is_hit, is_cached]).astype(jnp.int32), axis=1)
+    hits, cached = kernel.running_sums([is_hit, is_cached], is_interpreted=is_interpreted)
     num_hits, num_cached = hits[-1], cached[-1]
     place = jnp.where(is_cached, num_hits + cached - hits - 1, num_cached + position - cached)
     place = jnp.where(is_hit, hits - 1, place)
@@ -111,15 +109,15 @@ def plan(
     return cache, moves, indexing.take(moved, unique.inverse), hit_requests
 
 
-def _grouped(unique: Unique, geometry: Geometry) -> _Sets:
+def _grouped(unique: Unique, geometry: Geometry, is_interpreted: bool) -> _Sets:
     """Groups the unique ids of a batch by cache set, with one sort."""
     width = unique.ids.shape[0]
     position = jnp.arange(width, dtype=jnp.int32)
     sets = residency.set_of(unique.ids, geometry)
     sets = jnp.where(position < unique.num_ids, sets, geometry.sets)
     sets, by_set = lax.sort_key_val(sets, position)
-    is_first = indexing.starts(sets) & (sets < geometry.sets)
-    rank = jnp.cumsum(is_first.astype(jnp.int32))
+    is_first = kernel.starts(sets) & (sets < geometry.sets)
+    (rank,) = kernel.running_sums([is_first], is_interpreted=is_interpreted)
     most = min(geometry.sets, width)
     begin = jnp.broadcast_to(unique.num_ids, (most + 1,))
     begin = indexing.put(begin, jnp.where(is_first, rank - 1, most + 1), position)
@@ -155,7 +153,7 @@ def _decide(
         tags_ref, priority_ref, line_ref, victim_ref, estimates_ref, *uses_ref = refs[7 + is_lfu :]
         number = pl.program_id(0)
         step = numbers[1]
-        lane = jnp.arange(_LANES, dtype=jnp.int32)
+        lane = jnp.arange(LANES, dtype=jnp.int32)
         way = jnp.arange(indexing.ceil_power(ways), dtype=jnp.int32)
         is_way = way < ways
 
@@ -167,7 +165,7 @@ def _decide(
 
             def seen(here: jax.Array, is_miss: jax.Array) -> jax.Array:
                 """Returns what the sketch holds of each miss: its use (int32 [8])."""
-                use = jnp.full(_LANES, policy.MAX_ESTIMATE, jnp.int32)
+                use = jnp.full(LANES, policy.MAX_ESTIMATE, jnp.int32)
                 for row, seed in enumerate(residency.SKETCH_SEEDS):
                     cell = residency.cells_in_row(cache.sketch.shape, here, row, jnp.uint32(seed))
                     use = jnp.minimum(
@@ -184,18 +182,18 @@ def _decide(
                 is_match = is_live[:, None] & (here[:, None] == tags[None, :])
                 found = jnp.max(jnp.where(is_match, way[None, :], -1), axis=1)
                 is_hit = found >= 0
-                estimate = jnp.zeros(_LANES, jnp.int32)
+                estimate = jnp.zeros(LANES, jnp.int32)
                 if is_lfu:
                     used = jnp.max(jnp.where(is_match, priority[None, :], 0), axis=1)
                     used = jnp.where(is_hit, used, seen(here, is_live & ~is_hit))
                     estimate = policy.estimate(used, kernel.load(counts_ref, (position,), is_live))
                 line = jnp.where(is_hit, first_line + found, num_lines)
                 kernel.store(line_ref, (position,), line, is_live)
-                kernel.store(victim_ref, (position,), jnp.full(_LANES, NO_ID, jnp.int32), is_live)
+                kernel.store(victim_ref, (position,), jnp.full(LANES, NO_ID, jnp.int32), is_live)
                 waiting = jnp.where(is_hit, _HIT, estimate)
                 kernel.store(estimates_ref, (position,), waiting, is_live)
                 use = jnp.max(jnp.where(is_match, estimate[:, None], -1), axis=0)
-                return start + _LANES, jnp.maximum(uses, use)
+                return start + LANES, jnp.maximum(uses, use)
 
             # For each way whose id is in the batch, the estimate of that id; -1 for other ways.
             uses = jnp.full(way.shape, -1, jnp.int32)
@@ -204,33 +202,8 @@ def _decide(
             # The threads that read the misses are not those that stored them.
             kernel.barrier(is_interpreted)
 
-            def best_after(estimate: jax.Array, miss: jax.Array) -> tuple:
-                """Returns position, estimate and id of the next miss of the set.
-
-                It is the first that comes after the given estimate and id, in the order in which
-                misses meet ways. The position is -1 if there is none.
-                """
-
-                def look(carry: tuple) -> tuple:
-                    start, best_position, best, best_id = carry
-                    position = start + lane
-                    is_live = position < end
-                    here = kernel.load(ids_ref, (position,), is_live, NO_ID)
-                    own = kernel.load(estimates_ref, (position,), is_live, _HIT)
-                    waits = (own >= 0) & ((own < estimate) | ((own == estimate) & (here > miss)))
-                    highest = jnp.max(jnp.where(waits, own, -1))
-                    lowest_id = jnp.min(jnp.where(waits & (own == highest), here, NO_ID))
-                    where = jnp.max(jnp.where(waits & (here == lowest_id), position, -1))
-                    is_better = (highest > best) | ((highest == best) & (lowest_id < best_id))
-                    return (
-                        start + _LANES,
-                        jnp.where(is_better, where, best_position),
-                        jnp.where(is_better, highest, best),
-                        jnp.where(is_better, lowest_id, best_id),
-                    )
-
-                start = (begin, jnp.int32(-1), jnp.int32(-1), jnp.int32(NO_ID))
-                return lax.while_loop(lambda carry: carry[0] < end, look, start)[1:]
+            def next_after(estimate: jax.Array, miss: jax.Array) -> tuple:
+                return best_after(ids_ref, estimates_ref, (begin, end), estimate, miss, 0)
 
             def meet(carry: tuple) -> tuple:
                 """Gives the present miss the cheapest way, if it may enter. Finds the next miss."""
@@ -255,11 +228,11 @@ def _decide(
                 priority = jnp.where(is_taken, policy.pinned(by, step), priority)
                 uses = jnp.where(is_taken, estimate, uses)
                 # If this miss may not enter, no later miss of the set may.
-                position, next_estimate, next_miss = best_after(estimate, miss)
+                position, next_estimate, next_miss = next_after(estimate, miss)
                 position = jnp.where(may, position, -1)
                 return position, next_estimate, next_miss, tags, priority, uses
 
-            first = best_after(jnp.int32(policy.MAX_ESTIMATE + 1), jnp.int32(-1))
+            first = next_after(jnp.int32(policy.MAX_ESTIMATE + 1), jnp.int32(-1))
             *_, tags, priority, uses = lax.while_loop(
                 lambda carry: carry[0] >= 0, meet, (*first, tags, priority, uses)
             )
@@ -296,6 +269,55 @@ def _decide(
     return cache, _Decisions(*decided)
 
 
+def best_after(
+    ids_ref: Any,
+    estimates_ref: Any,
+    bounds: tuple[jax.Array, jax.Array],
+    estimate: jax.Array,
+    miss: jax.Array,
+    least: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Finds the next miss of a set, in a kernel.
+
+    Misses come in the order of descending estimate, then ascending id. The next miss is the first
+    one after a given estimate and id.
+
+    Args:
+      ids_ref: reference to int32 [U], the ids.
+      estimates_ref: reference to int32 [U], their estimates.
+      bounds: the first index of the set's ids, and the index after the last.
+      estimate: int32 scalar.
+      miss: int32 scalar.
+      least: ids with a smaller estimate do not wait; at least 0.
+
+    Returns:
+      Its index, estimate and id (int32 scalars). The index is -1 if there is none.
+    """
+    lane = jnp.arange(LANES, dtype=jnp.int32)
+    begin, end = bounds
+
+    def look(carry: tuple) -> tuple:
+        start, best_position, best, best_id = carry
+        position = start + lane
+        is_live = position < end
+        here = kernel.load(ids_ref, (position,), is_live, NO_ID)
+        own = kernel.load(estimates_ref, (position,), is_live, _HIT)
+        waits = (own >= least) & ((own < estimate) | ((own == estimate) & (here > miss)))
+        highest = jnp.max(jnp.where(waits, own, -1))
+        lowest_id = jnp.min(jnp.where(waits & (own == highest), here, NO_ID))
+        where = jnp.max(jnp.where(waits & (here == lowest_id), position, -1))
+        is_better = (highest > best) | ((highest == best) & (lowest_id < best_id))
+        return (
+            start + LANES,
+            jnp.where(is_better, where, best_position),
+            jnp.where(is_better, highest, best),
+            jnp.where(is_better, lowest_id, best_id),
+        )
+
+    start = (begin, jnp.int32(-1), jnp.int32(-1), jnp.int32(NO_ID))
+    return lax.while_loop(lambda carry: carry[0] < end, look, start)[1:]
+
+
 def _remember(
     cache: CacheState, made: _Decisions, ids: jax.Array, is_miss: jax.Array, is_cached: jax.Array
 ) -> CacheState:
@@ -310,42 +332,19 @@ def _remember(
 
 
 def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheState:
-    """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
-
-    The kernel has at most 1,024 programs. In a step that halves nothing, they end at once.
-    """
+    """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true."""
     if not policy.counts_use(cache.policy):
         return cache
 
-    held = [cache.sketch.reshape(-1), cache.priority.reshape(-1)]
-    num_programs = min(_MOST_HALVING_PROGRAMS, pl.cdiv(cache.sketch.size, _HALVED))
+    def half(values: jax.Array) -> jax.Array:
+        return values >> 1
 
-    def body(halve_ref: Any, _sketch_in: Any, _priority_in: Any, *outputs: Any) -> None:
-        program = pl.program_id(0)
-
-        def halve_all() -> None:
-            for ref in outputs:
-                (size,) = ref.shape
-
-                def turn(number: jax.Array, nothing: int, ref: Any = ref, size: int = size) -> int:
-                    block = number * num_programs + program
-                    index = block * _HALVED + jnp.arange(_HALVED, dtype=jnp.int32)
-                    value = kernel.load(ref, (index,), index < size)
-                    kernel.store(ref, (index,), value >> 1, index < size)
-                    return nothing
-
-                lax.fori_loop(0, pl.cdiv(size, _HALVED * num_programs), turn, 0)
-
-        pl.when(halve_ref[0] != 0)(halve_all)
-
-    sketch, priority = kernel.launch(
-        body,
-        num_programs,
-        [halve.astype(jnp.int32)[None], *held],
-        [kernel.shape_of(array) for array in held],
+    sketch, priority = kernel.change_if(
+        halve,
+        [cache.sketch.reshape(-1), cache.priority.reshape(-1)],
+        [half, half],
         name="mpembed_halve",
         is_interpreted=is_interpreted,
-        aliases={1: 0, 2: 1},
     )
     return dataclasses.replace(
         cache,

@@ -13,11 +13,12 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.plan import Segments
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops import xla
+from mpembed_jax.ops.gpu import kernel
 from mpembed_jax.ops.records import Unique
 from mpembed_jax.row_ids import NO_ID
 
 
-def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
+def unique(ids: jax.Array, size: int, step: jax.Array, *, is_interpreted: bool) -> Unique:
     """Returns the distinct ids of a batch and their segments; see `xla.unique.unique`.
 
     Ids are sorted, and returned, in the order of fmix32(id xor step), which is a bijection. So the
@@ -34,10 +35,11 @@ def unique(ids: jax.Array, size: int, step: jax.Array) -> Unique:
     # XLA's GPU back end uses a radix sort for two operands. Equal keys keep the order of positions.
     keys, order = lax.sort_key_val(mixed(ids), position)
     is_real = keys != mixed(jnp.int32(NO_ID))
-    edge = keys[1:] != keys[:-1]
-    is_first = is_real & jnp.concatenate([jnp.ones(1, bool), edge])
-    is_last = jnp.concatenate([edge, jnp.ones(1, bool)])
-    rank = jnp.cumsum(is_first.astype(jnp.int32)) - 1
+    is_first = is_real & kernel.starts(keys)
+    after = indexing.take(keys, jnp.minimum(position + 1, num_positions - 1))
+    is_last = (position == num_positions - 1) | (keys != after)
+    (rank,) = kernel.running_sums([is_first], is_interpreted=is_interpreted)
+    rank = rank - 1
     num_found = rank[-1] + 1
     num_ids = jnp.minimum(num_found, size - 1)
     place = jnp.where(is_real, jnp.minimum(rank, size - 1), size - 1)
