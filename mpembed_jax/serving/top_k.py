@@ -22,7 +22,8 @@ class Best:
 
     def __init__(self, num_queries: int, k: int):
         self._k = k
-        self._least = np.full(num_queries, -np.inf, np.float32)  # k-th best at the last _compact
+        # Of the best k, none is below it.
+        self._least = np.full(num_queries, -np.inf, np.float32)
         self._found = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
         self._num_found = 0
 
@@ -34,6 +35,7 @@ class Best:
             known = np.where(np.isnan(scores), np.float32(-np.inf), scores)
             least = np.maximum(least, np.partition(known, at, axis=1)[:, at])
             query, column = np.nonzero((scores >= least[:, None]) & (scores > self._least[:, None]))
+            self._least = least  # k rows of this block are not below it
         else:
             query, column = np.nonzero(scores > least[:, None])
         if query.size:
