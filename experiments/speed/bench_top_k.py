@@ -6,8 +6,8 @@ product of a user's row and an item's) is trained on them in INT8 with a 5 % cac
 trained. Queries are trained rows of users. `top_k` finds the best 100 items of each, of all items
 and by sketches that choose 10 times as many candidates. Recall is the share of the exact answer
 that is found. The two then take turns, with one query in a call and with 16. A ratio is the median
-over turns of the exact time to the sketch's. With one
-thread, times are those of the process. Target: a recall of .95. From the repository root:
+over turns of the exact time to the sketch's. With one thread, times are those of the process.
+Target: a recall of .95. From the repository root:
 
     python -m experiments.speed.bench_top_k
 """
