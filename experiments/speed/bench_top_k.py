@@ -57,14 +57,14 @@ class Settings:
         (64, 128), "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096
     )
     bits: tuple[int, ...] = setting(
-        (64, 128, 256, 512), "Bits of a sketch, multiples of 64.", "BITS", at_least=64,
+        (128, 256, 512), "Bits of a sketch, multiples of 64.", "BITS", at_least=64,
         at_most=65_536,
     )  # fmt: skip
     queries: int = setting(
-        1000, "Users whose recall is measured.", "USERS", at_least=1, at_most=100_000
+        200, "Users whose recall is measured.", "USERS", at_least=1, at_most=100_000
     )
-    rounds: int = setting(15, "Turns of each.", "ROUNDS", at_least=3, at_most=10_000)
-    batch: int = setting(4096, "Ratings in a step.", "RATINGS", at_least=1, at_most=1_000_000)
+    rounds: int = setting(9, "Turns of each.", "ROUNDS", at_least=3, at_most=10_000)
+    batch: int = setting(16_384, "Ratings in a step.", "RATINGS", at_least=1, at_most=1_000_000)
     threads: int = setting(
         os.cpu_count() or 1, "Threads of the searches.", "THREADS", at_least=1, at_most=1024,
         shown="all cores",
