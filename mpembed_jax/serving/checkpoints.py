@@ -82,7 +82,7 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     try:
         tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
         rounding = entry.get("rounding") or RowFormat.rounding
-        storage = RowFormat(*entry["storage"], rounding=rounding)
+        storage = RowFormat(*entry["storage"], rounding)
         features = entry.get("features")
         spec = EmbeddingSpec(
             tables,
