@@ -82,7 +82,8 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     try:
         tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
         rounding = entry.get("rounding") or RowFormat.rounding
-        storage = RowFormat(*entry["storage"], rounding)
+        name, symmetric, scale_dtype = entry["storage"]
+        storage = RowFormat(name, symmetric, scale_dtype, rounding)
         features = entry.get("features")
         spec = EmbeddingSpec(
             tables,
