@@ -64,3 +64,16 @@ def test_the_table_of_look_ups_and_bags_is_of_the_recorded_runs():
                 cells += [us[ours], us[peer], f"{case['ratios'][f'{ours} / {peer}']:.2f}"]
             expected.append([*cells, us["torch-fp32"]])
     assert rows_of(page("speed/details.md"), "| D, bags x ids |") == expected
+
+
+def test_the_table_of_sign_sketches_is_of_the_recorded_runs():
+    expected = []
+    record = json.loads((RESULTS / "bench_top_k.json").read_text())
+    for result in record["results"]:
+        cells = [str(result["bits"]), f"{result['recall']:.3f}", f"{result['recall_10']:.2f}"]
+        cells += [f"{result['bytes_per_row']:.0f}"]
+        for num in (1, 16):
+            own = result[f"ms_of_{num}"]
+            cells += [f"{own['exact']:.1f} / {own['sketch']:.1f}", f"{own['speed_up']:.2f}"]
+        expected.append(cells)
+    assert rows_of(page("speed/details.md"), "| bits | recall@100 |") == expected
