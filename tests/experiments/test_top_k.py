@@ -12,12 +12,12 @@ from experiments.speed import bench_top_k
 def test_more_bits_find_more_of_the_best_items(tmp_path):
     out = tmp_path / "found.json"
     words = (
-        "--items 1500 --users 1000 --ratings 200000 --batch 2048 --dims 16 --bits 64 512 "
+        "--items 12000 --users 1000 --ratings 200000 --batch 2048 --dims 16 --bits 64 512 "
         f"--queries 40 --rounds 3 --threads 2 --out {out}"
     )
     assert bench_top_k.main(words.split()) == 0
     few, many = json.loads(out.read_text())["results"]
-    assert few["auc"] == many["auc"] > 0.6
+    assert few["auc"] == many["auc"] > 0.55
     assert few["recall_10"] < few["recall"] < many["recall"] and many["recall"] > 0.97
     assert (few["bytes_per_row"], many["bytes_per_row"]) == (12, 68)
     for result in (few, many):
