@@ -106,10 +106,17 @@ def table_sizes(spec: EmbeddingSpec) -> list[list[Any]]:
 
 
 def record(member: leaves.Member) -> dict[str, Any]:
-    """Returns the manifest's record of an EmbeddingState."""
+    """Returns the manifest's record of an EmbeddingState.
+
+    Restoring does not need features and rounding. A serving file that is made from the checkpoint
+    does. Checkpoints of earlier versions do not have them.
+    """
     state = member.state
+    features = state.spec.features and [list(pair) for pair in state.spec.feature_tables]
     return {
         **describe(state.spec),
+        "features": features,
+        "rounding": state.spec.storage.rounding,
         "names": member.names,
         **placements.Division.of(state).record(),
         "fingerprint": numbers(state.fingerprint),

@@ -195,6 +195,9 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
     require("storage", is_storage)
     require("cache", is_cache)
     require("vocabulary", is_vocabulary)
+    # Earlier versions wrote neither of these two.
+    require("features", lambda v: v is None or _is_list(v, lambda p: _is_list(p, _is_text, 2)))
+    require("rounding", lambda v: v is None or _is_text(v))
     require("row_state_dtype", lambda v: v is None or _is_text(v))
     require("shards", lambda v: is_count(v) and 0 < v <= _MAX_SHARDS)
     require("table_shards", lambda v: v is None or _is_list(v, is_count))

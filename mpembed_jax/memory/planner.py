@@ -92,7 +92,7 @@ class Choice:
     placement: Placement | None  # over the devices; None for one device
     device_bytes: int  # of the state, on each device
     host_bytes: int  # of the state, in host memory
-    temporary_bytes: int  # of one training step, beside the state; 0 without batch_shape
+    temporary_bytes: int  # of a step of this stack alone, beside the state; 0 without batch_shape
     accuracy: str
     reason: str
 
@@ -109,6 +109,7 @@ class Plan:
     choices: tuple[Choice, ...]
     budget: int  # bytes per device
     devices: int
+    temporary_bytes: int = 0  # of one step of all stacks, beside the states; 0 without batch_shape
 
     @property
     def specs(self) -> dict[str, EmbeddingSpec]:
@@ -118,7 +119,7 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Bytes on each device: all states, and the temporaries of one step if they are known."""
-        return sum(choice.step_bytes for choice in self.choices)
+        return sum(choice.device_bytes for choice in self.choices) + self.temporary_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -147,8 +148,8 @@ class Plan:
         text = ["  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) for line in lines]
         text = [line.rstrip() for line in text]
         text += [f"{choice.name}: {choice.reason}" for choice in self.choices]
-        if temporary := sum(choice.temporary_bytes for choice in self.choices):
-            text.append(f"temporaries of one step: {temporary:,} bytes")
+        if self.temporary_bytes:
+            text.append(f"temporaries of one step: {self.temporary_bytes:,} bytes")
         each = f" on each of {self.devices} devices" if self.devices > 1 else ""
         text.append(f"{self.device_bytes:,} of {self.budget:,} bytes{each}")
         raw = [choice for choice in self.choices if choice.spec.vocabulary is not None]
@@ -212,9 +213,10 @@ def plan(
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
         nulls are padding. All other samples are integers.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
-        each stack is compiled, as by `report`, and its temporaries count. Those of all stacks are
-        added up. This is an upper bound for a program that trains all of them: in a step of bags,
-        XLA uses memory of one stack again for another. For one device only.
+        each stack is compiled, as by `report`, and its temporaries count. The choice adds up those
+        of all stacks. In one program, XLA uses memory of one stack again for another, so a step of
+        the chosen stacks together is compiled as well: the plan has its temporaries. For one device
+        only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
         one device only. None: no host memory is used. Raw ids have no rows there.
 
@@ -249,7 +251,7 @@ def plan(
         choice = bytes_of(name, level, is_host)
         reason = _reason(stacks[name], level, is_host, choice)
         choices.append(dataclasses.replace(choice, reason=reason))
-    return Plan(tuple(choices), limit, devices)
+    return Plan(tuple(choices), limit, devices, bytes_of.temporaries(choices))
 
 
 # --- tables and stacks
@@ -463,11 +465,7 @@ class _Bytes:
             placement = sharding.plan(spec, self._devices)
             device_bytes = shard_bytes(spec, self._tx, placement, self._devices)
         else:
-            shape = None
-            if self._batch_shape is not None:
-                first, *rest = self._batch_shape
-                shape = (first, len(spec.tables), *rest)
-            found = report(spec, self._tx, shape)
+            found = report(spec, self._tx, self._shape(spec))
             host_bytes = found.host_bytes
             device_bytes = found.total - host_bytes
             if found.step_peak_bytes is not None:
@@ -482,6 +480,27 @@ class _Bytes:
             accuracy=level.accuracy_at(stack.dim),
             reason="",
         )
+
+    def _shape(self, spec: EmbeddingSpec) -> tuple[int, ...] | None:
+        """Returns the shape of a stack's ids in a batch; None if no batch was given."""
+        if self._batch_shape is None:
+            return None
+        first, *rest = self._batch_shape
+        return (first, len(spec.tables), *rest)
+
+    def temporaries(self, choices: Sequence[Choice]) -> int:
+        """Returns the bytes that one step of all stacks needs beside their states.
+
+        They are not more than what the stacks need alone, one after another.
+        """
+        added_up = sum(choice.temporary_bytes for choice in choices)
+        specs = [choice.spec for choice in choices]
+        shapes = [shape for spec in specs if (shape := self._shape(spec)) is not None]
+        if len(shapes) < 2:
+            return added_up
+        states = [reports.state_shapes(spec, self._tx) for spec in specs]
+        peak = reports.step_peak(states, self._tx, shapes)
+        return min(added_up, peak - reports.nbytes(states))
 
 
 def shard_bytes(

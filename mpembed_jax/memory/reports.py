@@ -6,6 +6,7 @@ one training step.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -196,34 +197,57 @@ def report(
         embedding_dim=spec.embedding_dim,
         float32_bytes=4 * spec.num_rows * spec.embedding_dim,
         float32_row_state_bytes=nbytes(plain),
-        step_peak_bytes=None if batch_shape is None else _step_peak(state, tx, batch_shape),
+        step_peak_bytes=None if batch_shape is None else step_peak([state], tx, [batch_shape]),
         host_bytes=0 if spec.memory_kind is None else nbytes((state.table, wide_row_state)),
     )
 
 
-def _step_peak(
-    state: EmbeddingState, tx: optax.GradientTransformation, batch_shape: tuple[int, ...]
+def step_peak(
+    states: Sequence[EmbeddingState],
+    tx: optax.GradientTransformation,
+    batch_shapes: Sequence[tuple[int, ...]],
 ) -> int:
-    combiner = "sum" if len(batch_shape) > 2 else None
-    dim = state.spec.embedding_dim
-    lead = batch_shape if combiner is None else batch_shape[:-1]
+    """Returns the peak bytes of one compiled step that trains all states, which it holds once.
 
-    def train_step(state: Any, weights: jax.Array, ids: jax.Array) -> Any:
-        state, plan, found = vectors.embed(state, ids, combiner=combiner, tx=tx)
+    Args:
+      states: abstract states, one of each stack.
+      tx: optax transformation for the rows.
+      batch_shapes: the shape of each stack's ids, as in `report`.
+    """
+    combiners = ["sum" if len(shape) > 2 else None for shape in batch_shapes]
+    leads = [shape if len(shape) <= 2 else shape[:-1] for shape in batch_shapes]
 
-        def loss(weights: jax.Array, found: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.square(found.reshape(*lead[:1], -1) @ weights))
+    def train_step(states: Any, weights: Any, ids: Any) -> Any:
+        made = [
+            vectors.embed(state, here, combiner=combiner, tx=tx)
+            for state, here, combiner in zip(states, ids, combiners, strict=True)
+        ]
+
+        def loss(weights: Any, found: Any) -> jax.Array:
+            each = zip(found, weights, leads, strict=True)
+            hidden = [own.reshape(*lead[:1], -1) @ weight for own, weight, lead in each]
+            return jnp.sum(jnp.square(sum(hidden)))
 
         # The gradient of the weights needs the vectors, as those of a model do.
-        grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, found)
-        return vectors.apply_pooled_gradients(state, plan, vector_grads, tx=tx), grads
+        grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, [f for *_, f in made])
+        states = [
+            vectors.apply_pooled_gradients(state, plan, own, tx=tx)
+            for (state, plan, _), own in zip(made, vector_grads, strict=True)
+        ]
+        return states, grads
 
-    ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
-    if state.spec.vocabulary is not None:
-        ids = jax.ShapeDtypeStruct((*batch_shape, 2), jnp.uint32)
-    weights = jax.ShapeDtypeStruct((math.prod(lead[1:]) * dim, 1), jnp.float32)
-    compiled = jax.jit(train_step, donate_argnums=0).lower(state, weights, ids).compile()
-    sizes: Any = compiled.memory_analysis()
+    ids, weights = [], []
+    for state, shape, lead in zip(states, batch_shapes, leads, strict=True):
+        is_raw = state.spec.vocabulary is not None
+        ids.append(
+            jax.ShapeDtypeStruct((*shape, 2), jnp.uint32)
+            if is_raw
+            else jax.ShapeDtypeStruct(shape, jnp.int32)
+        )
+        width = math.prod(lead[1:]) * state.spec.embedding_dim
+        weights.append(jax.ShapeDtypeStruct((width, 1), jnp.float32))
+    step = jax.jit(train_step, donate_argnums=0)
+    sizes: Any = step.lower(list(states), weights, ids).compile().memory_analysis()
     return (
         sizes.argument_size_in_bytes
         + sizes.temp_size_in_bytes

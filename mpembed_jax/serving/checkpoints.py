@@ -1,9 +1,9 @@
 """The stacks of a checkpoint as sources of a serving file, without the model that was trained.
 
 Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
-state stays on disk. A checkpoint records neither features nor the rule of rounding. Each table is
-therefore its own feature, and lines are rounded stochastically, unless they are encoded again. A
-checkpoint does not record the hash of n-grams either. Their tables are exported as tables of row
+state stays on disk. A checkpoint of an earlier version records neither features nor the rule of
+rounding. Each table is then its own feature, and lines are rounded stochastically, unless they are
+encoded again. No checkpoint records the hash of n-grams. Their tables are exported as tables of row
 numbers or raw ids. To serve an n-gram memory, restore the model and save that.
 """
 
@@ -81,9 +81,18 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
     names = {inner: entry["names"][inner] for inner in wanted}
     try:
         tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
-        storage = RowFormat(*entry["storage"])
-        rules = None if pool is None else _vocabulary(pool)
-        spec = EmbeddingSpec(tables, entry["embedding_dim"], storage, None, vocabulary=rules)
+        rounding = entry.get("rounding") or RowFormat.rounding
+        name, symmetric, scale_dtype = entry["storage"]
+        storage = RowFormat(name, symmetric, scale_dtype, rounding)
+        features = entry.get("features")
+        spec = EmbeddingSpec(
+            tables,
+            entry["embedding_dim"],
+            storage,
+            None,
+            features=None if features is None else tuple((f, t) for f, t in features),
+            vocabulary=None if pool is None else _vocabulary(pool),
+        )
         division = placements.Division.read(entry)
         _check_arrays(entry, {i: held["arrays"][n] for i, n in names.items()}, spec, division)
         layout = None if division.shards == 1 else placements.layout(division, spec)

@@ -22,7 +22,8 @@ class Best:
 
     def __init__(self, num_queries: int, k: int):
         self._k = k
-        self._least = np.full(num_queries, -np.inf, np.float32)  # k-th best at the last _compact
+        # Of the best k, none is below it.
+        self._least = np.full(num_queries, -np.inf, np.float32)
         self._found = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
         self._num_found = 0
 
@@ -31,11 +32,14 @@ class Best:
         least = self._least
         if scores.shape[1] > self._k and np.isneginf(least).any():
             at = scores.shape[1] - self._k
-            known = np.where(np.isnan(scores), np.float32(-np.inf), scores)
+            known = np.fmax(scores, np.float32(-np.inf))  # without NaN
             least = np.maximum(least, np.partition(known, at, axis=1)[:, at])
-            query, column = np.nonzero((scores >= least[:, None]) & (scores > self._least[:, None]))
+            is_in = (scores >= least[:, None]) & (scores > self._least[:, None])
+            self._least = least  # k rows of this block are not below it
         else:
-            query, column = np.nonzero(scores > least[:, None])
+            is_in = scores > least[:, None]
+        # With two axes, np.nonzero takes much longer.
+        query, column = np.divmod(np.flatnonzero(is_in), scores.shape[1])
         if query.size:
             self._found.append((query, scores[query, column], ids[column]))
             self._num_found += query.size
@@ -49,7 +53,12 @@ class Best:
 
     def _compact(self) -> None:
         query, score, found = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
-        order = np.lexsort((found, -score, query))
+        # Stable: of equal scores, those that were added first, which have lower ids, stay first.
+        order = (
+            np.lexsort((-score, query))
+            if len(self._least) > 1
+            else np.argsort(-score, kind="stable")
+        )
         query, score, found = query[order], score[order], found[order]
         start = np.searchsorted(query, np.arange(len(self._least)))
         rank = np.arange(len(query)) - start[query]

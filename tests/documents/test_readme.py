@@ -28,6 +28,10 @@ def test_every_python_snippet_runs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "hit rate" in printed
     assert "ratio:" in printed
+    # What README says beside the plan of 10 M x 64, 100 M x 64 and 500 k x 16 rows for 16 GB.
+    assert re.search(r"^dim64 +110,000,000 +64 +int8 \+ 5% ", printed, re.MULTILINE)
+    assert re.search(r"^dim16 +500,000 +16 +float32 ", printed, re.MULTILINE)
+    assert re.search(r"^9,[45]\d\d,\d{3},\d{3} of 16,000,000,000 bytes$", printed, re.MULTILINE)
 
 
 def test_the_five_lines_are_the_difference_of_two_working_scripts():

@@ -37,6 +37,7 @@ PROGRAMS = (
     "speed.bench_step",
     "speed.bench_peers", "speed.bench_data", "speed.bench_checkpoint", "speed.first_screen",
     "speed.bench_ahead", "speed.bench_hashing", "speed.bench_raw_ids", "speed.bench_threads",
+    "speed.bench_top_k",
     "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline", "gpu.aot_8gpu", "scaling.bench_scaling",
     "scaling.multiprocess", "faults.run", "ngram.memory_table", "ngram.step_time",
     "ngram.known_models", "faults.killed_worker",
@@ -234,6 +235,10 @@ CALLS = {
     "speed.bench_threads": [
         ("one round", "--rounds 1", "--rounds is 1", "at least 2"),
         ("wide rows", "--rows 1000000000 --dims 4096", "--rows is 1,000,000,000", "GB are free"),
+    ],
+    "speed.bench_top_k": [
+        ("odd bits", "--bits 64 100", "--bits is 100", "a multiple of 64"),
+        ("wide rows", "--items 100000000 --dims 4096", "--items is 100,000,000", "GB are free"),
     ],
     "speed.first_screen": [
         (

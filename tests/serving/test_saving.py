@@ -1,5 +1,6 @@
 """A serving file holds the rows of training, whole and checked, or it is refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -159,6 +160,35 @@ def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
     expected = flushed(state)
     for name, rows in arrays(tmp_path / "a").items():
         np.testing.assert_array_equal(rows, expected[name])
+
+
+def test_the_file_of_a_checkpoint_has_its_features_and_its_rounding(tmp_path):
+    storage = mpembed.RowFormat("int4", rounding="nearest")
+    features = {"liked": "table0", "seen": "table0", "kind": "table1"}
+    spec = shapes.stack(SIZES, 16, storage=storage, lines=64)
+    state = trained(dataclasses.replace(spec, features=features))
+    steps, out, other = tmp_path / "steps", tmp_path / "a", tmp_path / "b"
+    checkpoint.save(steps, 1, {"emb": state})
+    assert checkpoints.export(steps, out).features == tuple(features.items())
+    serving.save(other, {"emb": state})
+    assert out.read_bytes() == other.read_bytes()
+
+    def export_changed(**fields):
+        path = steps / "step_1" / "manifest.json"
+        body = json.loads(json.loads(path.read_text())["body"])
+        entry = body["embeddings"]["emb"] | fields
+        body["embeddings"]["emb"] = {n: v for n, v in entry.items() if v != "left out"}
+        text = json.dumps(body, sort_keys=True)
+        path.write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "body": text}))
+        return checkpoints.export(steps, out)
+
+    for fields in ({"features": [["liked", "nowhere"]]}, {"features": "liked"}, {"rounding": "up"}):
+        with pytest.raises(checkpoint.CheckpointError, match=r"features|rounding"):
+            export_changed(**{"features": None, "rounding": None} | fields)
+    # An earlier version wrote neither: each table is a feature.
+    older = export_changed(features="left out", rounding="left out")
+    assert older.features == tuple((f"table{i}", f"table{i}") for i in range(3))
+    assert out.read_bytes() != other.read_bytes()
 
 
 @pytest.mark.slow

@@ -276,12 +276,15 @@ def test_the_best_rows_are_those_of_a_brute_force(model, search):
     assert one[0].shape == one[1].shape == (search.k,)
 
 
-def test_of_equal_rows_the_lowest_ids_win_and_rows_without_a_score_are_last():
+@pytest.mark.parametrize("queries", named([(0, 1, 2, 3, 4), (0, 3), (2,)]))
+def test_of_equal_rows_the_lowest_ids_win_and_rows_without_a_score_are_last(queries):
     rng = np.random.default_rng(0)
-    scores = rng.integers(0, 4, (5, 3000)).astype(np.float32)
+    kinds = np.array([[4], [4], [400], [4000], [4]])  # few distinct scores, or many
+    scores = rng.integers(0, kinds, (5, 3000)).astype(np.float32)
     scores[:, ::7] = np.nan
     scores[4, 3:] = np.nan
-    best = top_k.Best(5, 50)
+    scores = scores[list(queries)]
+    best = top_k.Best(len(queries), 50)
     for first in range(0, 3000, 256):
         best.add(scores[:, first : first + 256], np.arange(first, min(first + 256, 3000)))
     found, ids = best.result()
