@@ -386,7 +386,7 @@ class EmbeddingSpec:
                 f: _hashed(v, known[f], numbers[known[f]], given.get(f)) for f, v in ids.items()
             }
             return row_ids.in_mapping_of(ids, hashed)
-        array = ids if isinstance(ids, jax.Array | np.ndarray) else np.asarray(ids)
+        array = ids if isinstance(ids, jax.Array | np.ndarray) else hashes.as_array(ids)
         if array.ndim < 1 or array.shape[-1] != len(known):
             raise ValueError(
                 f"array ids must be [.., {len(known)}], one column per feature {list(known)}, got "

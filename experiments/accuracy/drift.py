@@ -219,6 +219,9 @@ def check(settings: Settings) -> None:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
+    names = [name_of(share, "") for share in settings.pools]
+    if len(set(names)) < len(names):
+        command_line.refuse("--pools", " ".join(map(str, settings.pools)), "shares of three digits")
     with command_line.reading("--path", settings.path, ValueError):
         reddit.check(settings.path)
 

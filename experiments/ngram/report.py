@@ -17,6 +17,7 @@ from matplotlib.ticker import NullLocator
 from experiments.accuracy import intervals
 
 RECORDS, STEP_TIME = "ngram_memory.jsonl", "ngram_step_time.json"
+TIMED = ("batch", "length", "width", "features")  # settings of a step's time
 PLAIN, SMALL = "FP32", "FP32 in INT4 + 5 %'s bytes"
 COLOURS = {"none": "#999999", "FP32": "#555555", "INT8": "#0077bb", "INT4": "#228833"}
 
@@ -59,7 +60,7 @@ def speeds(group: Group, out: Path) -> dict[str, int]:
     if not path.exists():
         return {}
     timed = json.loads(path.read_text())
-    if any(timed["settings"][key] != recipe[key] for key in timed["settings"]):
+    if any(timed["settings"].get(key) != recipe[key] for key in TIMED):
         return {}
     num_rows = recipe["rows"] * len(recipe["orders"]) * recipe["ngram_heads"]
     sizes = [size for size in timed["sizes"] if size["rows"] == num_rows]

@@ -197,9 +197,9 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     results = sorted(results, key=lambda result: result["rows"])
-    for name in results[0]["ms"]:
-        x = [result["rows"] / 1e6 for result in results]
-        axis.plot(x, [result["ms"][name] for result in results], "o-", label=name)
+    for name in dict.fromkeys(name for result in results for name in result["ms"]):
+        timed = [(r["rows"] / 1e6, r["ms"][name]) for r in results if name in r["ms"]]
+        axis.plot(*zip(*timed, strict=True), "o-", label=name)
     axis.set_xlabel("rows of the tables together, millions")
     axis.set_ylabel("ms of a training step")
     axis.set_ylim(bottom=0)

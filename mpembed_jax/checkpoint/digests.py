@@ -109,10 +109,13 @@ def record(member: leaves.Member) -> dict[str, Any]:
     """Returns the manifest's record of an EmbeddingState.
 
     Restoring does not need features and rounding. A serving file that is made from the checkpoint
-    does. Checkpoints of earlier versions do not have them.
+    does. Checkpoints of earlier versions do not have them. Features whose names are not strings are
+    left out.
     """
     state = member.state
-    features = state.spec.features and [list(pair) for pair in state.spec.feature_tables]
+    pairs = [list(pair) for pair in state.spec.feature_tables]
+    is_text = all(type(name) is str for name, _ in pairs)
+    features = pairs if state.spec.features and is_text else None
     return {
         **describe(state.spec),
         "features": features,

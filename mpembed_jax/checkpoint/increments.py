@@ -347,6 +347,7 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
     )
     lines = np.zeros(0, np.int32)
     if cache is not None:
+        ways = cache.tags.shape[-1]
         tags, dirty = (_on_host(x).reshape(-1) for x in (cache.tags, cache.dirty))
         is_held = (tags >= 0) & (tags < num_rows)
         # The first row of each line's shard.
@@ -354,8 +355,13 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
         held = np.where(is_held, tags + first, 0)
         # A line that is still dirty was not written back. The table has not changed there.
         was_dirty[held[is_held & dirty]] = False
-        # No step leaves a line empty: a raw id whose row starts again misses in the same set.
-        lines = np.flatnonzero(is_held & is_touched[held]).astype(np.int32)
+        has_changed = is_held & is_touched[held]
+        if state.vocabulary is not None:
+            # A raw id whose row starts again leaves its line empty, and misses in the same set. It
+            # takes the first empty line. That is another one if `forget` left a line empty before.
+            is_active = has_changed.reshape(-1, ways).any(axis=1)
+            has_changed |= ~is_held & np.repeat(is_active, ways)
+        lines = np.flatnonzero(has_changed).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
     prefix = f"{name}." if name else ""
     named = leaves.named(state)

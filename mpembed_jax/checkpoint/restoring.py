@@ -374,8 +374,9 @@ def _check_rows(
         raise CheckpointError(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
             "differ from the saved ones, although no file is damaged. In an increment, rows are "
-            "missing that no plan named, such as those of write_rows: restore an older step, and "
-            "save a full checkpoint after such a call. If there was none, report this"
+            "missing that no plan named, such as those of write_rows and vocabularies.forget: "
+            "restore an older step, and save a full checkpoint after such a call. If there was "
+            "none, report this"
         )
 
 

@@ -87,7 +87,7 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
         jnp.bool_(False),
         rules_of(state),
         occurrences,
-        cache=state.cache,
+        cache=None,
         implementation=state.implementation,
     )
     state = dataclasses.replace(state, vocabulary=vocabulary)

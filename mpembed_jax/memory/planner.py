@@ -500,7 +500,7 @@ class _Bytes:
             return added_up
         states = [reports.state_shapes(spec, self._tx) for spec in specs]
         peak = reports.step_peak(states, self._tx, shapes)
-        return min(added_up, peak - reports.nbytes(states))
+        return min(added_up, max(0, peak - reports.nbytes(states)))
 
 
 def shard_bytes(

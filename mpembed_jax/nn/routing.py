@@ -203,9 +203,11 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
         if unknown:
             raise KeyError(f"unknown features {unknown}; the specs have {sorted(known)}")
         return [mapped(s, {f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
-    array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    has_raw_ids = any(s.vocabulary is not None for s in specs)
+    as_array = hashes.as_array if has_raw_ids else np.asarray
+    array = ids if isinstance(ids, jax.Array) else as_array(ids)
     names = [f for s in specs for f, _ in s.feature_tables]
-    if array.dtype == np.uint32 and any(s.vocabulary is not None for s in specs):
+    if array.dtype == np.uint32 and has_raw_ids:
         _check_widths(specs)
         return _route_pairs(specs, array, names)
     if array.ndim < 1 or array.shape[-1] != len(names):

@@ -70,10 +70,7 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
         shape: tuple[int, ...] = words.shape
     else:
         mask = np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else None
-        array = np.asarray(values)
-        if array.dtype.kind in "SU" and not isinstance(values, np.ndarray):
-            # From a list, NumPy makes strings of integers, too, and drops zeros at their end.
-            array = np.asarray(values, object)
+        array = as_array(values)
         shape = array.shape
         words, is_real = _of_array(array.reshape(-1))
         if mask is not None:
@@ -95,6 +92,18 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
     if is_real is not None:
         result[~is_real] = PADDING
     return result.reshape(*shape, 2)
+
+
+def as_array(values: Any) -> np.ndarray:
+    """Returns raw ids as an array that has their own types.
+
+    NumPy makes strings of the integers of a list that has strings, too, drops the zeros at the end
+    of its bytes, and makes floats of integers on both sides of 2**63.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind in "SUf" and not isinstance(values, np.ndarray):
+        array = np.asarray(values, object)
+    return array
 
 
 def _of_array(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

@@ -212,7 +212,7 @@ def test_a_second_update_for_one_prefetch_is_refused_wherever_it_happens():
     jax.tree.map(
         np.testing.assert_array_equal, (twice.table, twice.cache), (once.table, once.cache)
     )
-    with pytest.raises(ValueError, match=f"1 apply_gradients calls.*{FIX} and pass its plan"):
+    with pytest.raises(ValueError, match=f"1 calls changed nothing.*{FIX}, pass its plan"):
         mpembed.stats(twice)
 
 
@@ -233,7 +233,7 @@ def test_an_old_plan_reads_nan_changes_nothing_and_stats_names_it(implementation
     np.testing.assert_array_equal(jax.jit(mpembed.lookup)(state, plan), wanted)
     after = jax.jit(partial(mpembed.apply_gradients, tx=TX))(state, old, rows, jnp.ones_like(rows))
     np.testing.assert_array_equal(all_rows(after), all_rows(state))
-    with pytest.raises(ValueError, match="an old plan and changed nothing"):
+    with pytest.raises(ValueError, match=r"1 calls changed nothing: .* with an old plan"):
         mpembed.stats(after)
 
 
@@ -311,7 +311,7 @@ def test_the_plan_of_another_state_is_refused_though_its_number_is_right(
         pair.apply(mine, of_other)
     refused = jax.jit(pair.apply)(mine, of_other)
     np.testing.assert_array_equal(all_rows(refused), all_rows(mine))
-    with pytest.raises(ValueError, match="1 apply_gradients calls"):
+    with pytest.raises(ValueError, match="1 calls changed nothing"):
         mpembed.stats(refused)
     if name == "rows":
         assert np.isnan(jax.jit(mpembed.lookup)(mine, of_other)).all()

@@ -191,6 +191,22 @@ def test_the_file_of_a_checkpoint_has_its_features_and_its_rounding(tmp_path):
     assert out.read_bytes() != other.read_bytes()
 
 
+def test_a_checkpoint_whose_stacks_share_a_feature_has_a_feature_for_each_table(tmp_path):
+    wide, deep = shapes.stack((8,), 4), shapes.stack((9,), 8)
+    deep = dataclasses.replace(deep, tables=(mpembed.TableSpec("deep", 9),))
+    specs = (
+        dataclasses.replace(wide, features={"user": "table0"}),
+        dataclasses.replace(deep, features={"user": "deep"}),
+        dataclasses.replace(deep, tables=(mpembed.TableSpec("last", 9),), features={3: "last"}),
+    )
+    tx = mpembed.optim.rowwise_adagrad(0.1)
+    states = {f"s{n}": mpembed.init(jax.random.key(n), spec, tx) for n, spec in enumerate(specs)}
+    checkpoint.save(tmp_path / "steps", 1, states)
+    with pytest.warns(UserWarning, match="several stacks have the feature 'user'"):
+        contents = checkpoints.export(tmp_path / "steps", tmp_path / "a")
+    assert contents.features == (("table0", "table0"), ("deep", "deep"), ("last", "last"))
+
+
 @pytest.mark.slow
 def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_path, capsys):
     spec = shapes.stack(SIZES, 16, storage="int8", lines=64)

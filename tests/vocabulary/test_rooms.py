@@ -14,8 +14,9 @@ from cases import Refused, named
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import checkpoint, memory, nn, restacking, vocabularies
+from mpembed_jax import NO_ID, checkpoint, memory, nn, restacking, vocabularies
 from mpembed_jax.embedding import admission
+from mpembed_jax.nn import routing
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
 from mpembed_jax.vocabulary import pool
@@ -257,6 +258,16 @@ def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     training.assert_same(trained(restored, 5, 6), trained(state, 5, 6))
 
 
+def test_lists_have_the_pairs_of_their_own_types():
+    """NumPy would make strings of the integers beside strings, and floats beside 2**63."""
+    rows = [[17, "x"], [2**63, b"y\0"]]
+    wanted = SPEC.raw_ids({"user": np.asarray([17, 2**63], np.uint64), "item": ["x", b"y\0"]})
+    got = SPEC.raw_ids(rows)
+    for n, name in enumerate(("user", "item")):
+        np.testing.assert_array_equal(got[:, n], wanted[name])
+    np.testing.assert_array_equal(routing.route((SPEC,), rows)[0], got)
+
+
 def recyclings(state):
     return np.asarray(state.vocabulary.counters)[pool.COUNTERS.index("recyclings"), 0]
 
@@ -295,6 +306,40 @@ def test_increments_hold_rows_that_change_their_owners(verbs, tmp_path):
         assert saved.nbytes < 0.8 * full.nbytes
         empty = mpembed.init(jax.random.key(2), spec, TX)
         training.assert_same(checkpoint.restore(tmp_path, empty), state)
+
+
+def test_an_increment_empties_the_line_of_a_row_that_started_again(tmp_path):
+    """Forgotten ids leave empty lines, so that newcomers take other lines than old owners had."""
+    spec = dataclasses.replace(
+        SPEC,
+        cache=mpembed.CacheSpec(num_rows=96, ways=4),
+        vocabulary=mpembed.VocabularySpec(96, admit_after=1, ways=4),
+    )
+
+    @jax.jit
+    def run(state, tracker, pairs):
+        state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
+        state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
+        return state, checkpoint.mark(tracker, plan)
+
+    state = mpembed.init(jax.random.key(1), spec, TX)
+    tracker = checkpoint.track(state)
+    for first in range(0, 320, 32):
+        state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
+    num_emptied = 0
+    for number in range(8):
+        known = np.arange(320).reshape(160, 2)
+        start = vocabularies.forget(state, spec.raw_ids(known[8 * number : 8 * number + 8]))
+        folder = tmp_path / str(number)
+        checkpoint.save(folder, 1, start)
+        names = 1000 + 2 * number + np.tile(np.arange(2), (16, 1))
+        after, tracker = run(start, checkpoint.track(start), spec.raw_ids(names))
+        was_held, is_held = (np.asarray(s.cache.tags) != NO_ID for s in (start, after))
+        num_emptied += np.sum(was_held & ~is_held)
+        checkpoint.save(folder, 2, after, tracker=tracker)
+        empty = mpembed.init(jax.random.key(2), spec, TX)
+        training.assert_same(checkpoint.restore(folder, empty), after)
+    assert num_emptied > 0  # what this test is about
 
 
 def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):

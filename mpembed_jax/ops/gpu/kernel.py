@@ -350,11 +350,13 @@ def change_if(
                 ) -> int:
                     block = number * num_programs + program
                     index = block * _CHANGED + jnp.arange(_CHANGED, dtype=jnp.int32)
-                    value = load(ref, (index,), index < size)
-                    store(ref, (index,), change(value), index < size)
+                    # Past 2**31, an index is negative.
+                    is_inside = (index >= 0) & (index < size)
+                    store(ref, (index,), change(load(ref, (index,), is_inside)), is_inside)
                     return nothing
 
-                lax.fori_loop(0, pl.cdiv(size, _CHANGED * num_programs), turn, 0)
+                turns = jnp.int32(pl.cdiv(size, _CHANGED * num_programs))
+                lax.fori_loop(jnp.int32(0), turns, turn, 0)
 
         pl.when(flag[0] != 0)(change_all)
 
@@ -436,9 +438,10 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
                 return total + load(source, (place,), place < end)
 
             zeros = jnp.zeros(width, jnp.int32)
-            base = lax.fori_loop(0, pl.cdiv(end, width), further, zeros)
+            turns = lax.div(end + jnp.int32(width - 1), jnp.int32(width))
+            base = lax.fori_loop(jnp.int32(0), turns, further, zeros)
             base = jnp.sum(base, dtype=jnp.int32)
-            store(out, (index,), base + jnp.cumsum(own(inputs[k])), index < size)
+            store(out, (index,), base + jnp.cumsum(own(inputs[k]), dtype=jnp.int32), index < size)
 
     return launch(
         add,
