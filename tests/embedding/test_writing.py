@@ -109,7 +109,7 @@ def test_a_pending_state_stays_as_it_is_and_the_call_is_counted():
     after = write(state, IDS, values())
     same = dataclasses.replace(after, counters=state.counters)
     training.assert_same(same, state)
-    with pytest.raises(ValueError, match="1 apply_gradients"):
+    with pytest.raises(ValueError, match=r"1 calls changed nothing.* write_rows"):
         mpembed.stats(after)
     assert plan is not None
 
