@@ -30,7 +30,6 @@ from experiments.gpu.steps import (
     train_step,
 )
 from experiments.speed.step import copy_bandwidth
-from mpembed_jax.arrays import indexing
 
 
 def memory_rate(bench: Bench) -> Iterator[dict]:
@@ -191,14 +190,15 @@ def primitives(bench: Bench) -> Iterator[dict]:
 
     They have as many elements as the positions of large and of small batches.
     """
+    distinct: Any = {"unique_indices": True, "mode": "drop"}
     for size in (100,) if bench.is_tiny else (65536 * 26, 2048 * 26):
         keys = jax.random.bits(jax.random.key(0), (size,), jnp.uint32)
         place = jax.random.permutation(jax.random.key(1), jnp.arange(size, dtype=jnp.int32))
         for name, function in (
             ("sort of pairs", lambda keys, place: jax.lax.sort_key_val(keys, place)),
             ("running sum", lambda keys, place: jnp.cumsum(place)),
-            ("scatter", lambda keys, place: indexing.put(jnp.zeros_like(place), place, place)),
-            ("gather", lambda keys, place: indexing.take(keys, place)),
+            ("scatter", lambda keys, place: jnp.zeros_like(place).at[place].set(place, **distinct)),
+            ("gather", lambda keys, place: keys.at[place].get(mode="fill")),
         ):
             call = functools.partial(jax.jit(function), keys, place)
             seconds = seconds_of(call, 1 if bench.is_tiny else 32)
