@@ -187,7 +187,7 @@ def check_memory(settings: Settings) -> None:
     """
     recipe = recipe_of(settings, max(settings.features))
     needed = training.step_bytes(recipe, settings.vocabulary)
-    what = f"the logits of {settings.length:,} x {settings.vocabulary:,} a sequence"
+    what = f"a step with sequences of {settings.length:,} tokens"
     command_line.check_memory("--batch", settings.batch, needed, what)
     chosen = [training.CONTENDERS[name] for name in settings.contenders if name != "none"]
     sizes = [training.planned_bytes(recipe, each, settings.vocabulary) for each in chosen]

@@ -219,7 +219,7 @@ def check(settings: Settings) -> None:
     command_line.check_out(settings.out, is_file=False)
     recipe = recipe_of(settings, max(settings.rows))
     needed = training.step_bytes(recipe, VOCABULARY)
-    what = f"the logits of {settings.length:,} x {VOCABULARY:,} a sequence"
+    what = f"a step with sequences of {settings.length:,} tokens"
     command_line.check_memory("--batch", settings.batch, needed, what)
     chosen = [training.CONTENDERS[name] for name in settings.contenders if name != "none"]
     ours = [training.planned_bytes(recipe, each, VOCABULARY) for each in chosen]

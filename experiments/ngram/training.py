@@ -163,8 +163,14 @@ def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) ->
 
 
 def step_bytes(recipe: Recipe, vocabulary_size: int) -> int:
-    """Returns the bytes of the logits that a step holds, their softmax and their gradients."""
-    return 3 * 4 * min(PIECE, recipe.batch * recipe.length) * vocabulary_size
+    """Returns about as many bytes as a step holds beside the tables.
+
+    These are the logits of a piece, their softmax and their gradients, and what the blocks keep of
+    each token for the backward pass: 16 vectors and the attention to all tokens.
+    """
+    tokens = recipe.batch * recipe.length
+    kept = recipe.num_blocks * (16 * recipe.width + recipe.heads * recipe.length)
+    return 4 * (3 * min(PIECE, tokens) * vocabulary_size + tokens * kept)
 
 
 def _cache(contender: Contender) -> mpembed.CacheSpec | None:
