@@ -284,6 +284,11 @@ def halved(owners: jax.Array) -> jax.Array:
     return (owners - code) | half
 
 
+def halved_counts(sketch: jax.Array, sizes: Sizes) -> jax.Array:
+    """Returns a sketch (uint8), whose bytes hold one or more counters, with half their counts."""
+    return (sketch >> 1) & jnp.uint8(sizes.half_mask)
+
+
 def mixed(sets: jax.Array, tags: jax.Array, sizes: Sizes, part: Part = WHOLE) -> jax.Array:
     """Returns the hash (uint32 [n]) of ids' sets and tags. A split does not change it."""
     first = part.numbers_of(sets % sizes.first_sets).astype(jnp.uint32)

@@ -1,6 +1,7 @@
 """Raw ids in the other rooms: flax modules, checkpoints, stats, bytes; and what is refused."""
 
 import dataclasses
+from functools import partial
 from unittest import mock
 
 import flax.linen as linen
@@ -272,6 +273,25 @@ def recyclings(state):
     return np.asarray(state.vocabulary.counters)[pool.COUNTERS.index("recyclings"), 0]
 
 
+@partial(jax.jit, static_argnames="verbs")
+def tracked_step(state, tracker, pairs, *, verbs):
+    if verbs == "prefetch":
+        state, plan, _ = training.step(state, pairs, TX)
+    else:
+        state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
+        state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
+    return state, checkpoint.mark(tracker, plan)
+
+
+def after_new_ids(spec, num, run):
+    """A state after the ids 0, 1, .. below `num`, each once."""
+    state = mpembed.init(jax.random.key(1), spec, TX)
+    tracker = checkpoint.track(state)
+    for first in range(0, num, 32):
+        state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
+    return state
+
+
 @pytest.mark.parametrize("verbs", named(["prefetch", "embed"], fast={"embed"}))
 def test_increments_hold_rows_that_change_their_owners(verbs, tmp_path):
     """Every link of a chain is restored bit for bit. Rows in lines start again in each link."""
@@ -281,19 +301,8 @@ def test_increments_hold_rows_that_change_their_owners(verbs, tmp_path):
         vocabulary=mpembed.VocabularySpec(960, admit_after=1, ways=8),
     )
 
-    @jax.jit
-    def run(state, tracker, pairs):
-        if verbs == "prefetch":
-            state, plan, _ = training.step(state, pairs, TX)
-        else:
-            state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
-            state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
-        return state, checkpoint.mark(tracker, plan)
-
-    state = mpembed.init(jax.random.key(1), spec, TX)
-    tracker = checkpoint.track(state)
-    for first in range(0, 2000, 32):  # more ids than rows, each once
-        state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
+    run = partial(tracked_step, verbs=verbs)
+    state = after_new_ids(spec, 2000, run)  # more ids than rows, each once
     full = checkpoint.save(tmp_path, 1, state)
     for link in range(2, 5):
         tracker, before = checkpoint.track(state), recyclings(state)
@@ -316,16 +325,8 @@ def test_an_increment_empties_the_line_of_a_row_that_started_again(tmp_path):
         vocabulary=mpembed.VocabularySpec(96, admit_after=1, ways=4),
     )
 
-    @jax.jit
-    def run(state, tracker, pairs):
-        state, plan, vectors = mpembed.embed(state, pairs, tx=TX)
-        state = mpembed.apply_pooled_gradients(state, plan, vectors, tx=TX)
-        return state, checkpoint.mark(tracker, plan)
-
-    state = mpembed.init(jax.random.key(1), spec, TX)
-    tracker = checkpoint.track(state)
-    for first in range(0, 320, 32):
-        state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
+    run = partial(tracked_step, verbs="embed")
+    state = after_new_ids(spec, 320, run)
     num_emptied = 0
     for number in range(8):
         known = np.arange(320).reshape(160, 2)

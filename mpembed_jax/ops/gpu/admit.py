@@ -128,11 +128,11 @@ def _halved(
     vocabulary: VocabularyState, must_halve: jax.Array, is_interpreted: bool
 ) -> VocabularyState:
     """Returns the vocabulary with half its uses and counts, if `must_halve` (bool []) is true."""
-    mask = vocabulary.sizes.half_mask
+    sizes = vocabulary.sizes
     owners, sketch = kernel.change_if(
         must_halve,
         [vocabulary.owners.reshape(-1), vocabulary.sketch.reshape(-1)],
-        [pool.halved, lambda counts: (counts >> 1) & jnp.uint8(mask)],
+        [pool.halved, lambda sketch: pool.halved_counts(sketch, sizes)],
         name="mpembed_halve_uses",
         is_interpreted=is_interpreted,
     )

@@ -18,6 +18,7 @@ from mpembed_jax.numerics import random_bits
 from mpembed_jax.ops.gpu import kernel
 from mpembed_jax.ops.gpu.kernel import RowWords
 from mpembed_jax.ops.records import Rows
+from mpembed_jax.ops.xla.restart import with_fresh, with_lines
 from mpembed_jax.row_ids import NO_ID
 
 _MOST_PROGRAMS = 1024
@@ -106,20 +107,11 @@ def start_again(
     )
     is_live = jnp.arange(width, dtype=jnp.int32) < num_rows
     here = jnp.where(is_live, rows, NO_ID)
-    row_state = jax.tree.map(
-        lambda array, fresh: indexing.put(array, here, fresh) if fresh.ndim else array,
-        of.row_state,
-        fresh,
-    )
+    row_state = with_fresh(of.row_state, fresh, here)
     if cache is not None:
         tags, priority, lines, line = cached
         line = jnp.where(is_live, line, cache.geometry.lines)
-        shape = cache.tags.shape
-        cache = dataclasses.replace(
-            cache,
-            tags=tags.reshape(shape),
-            priority=priority.reshape(shape),
-            dirty=indexing.put(cache.dirty.reshape(-1), line, False).reshape(shape),
-            rows=lines,
-        )
+        dirty = indexing.put(cache.dirty.reshape(-1), line, False)
+        by_set = (array.reshape(cache.tags.shape) for array in (tags, priority, dirty))
+        cache = with_lines(cache, (*by_set, lines))
     return Rows(dataclasses.replace(table, rows=packed), row_state, cache)

@@ -62,7 +62,7 @@ def admit(
     sets_, ways = geometry.sets, geometry.ways
 
     def halve(both: tuple) -> tuple:
-        return pool.halved(both[0]), (both[1] >> 1) & jnp.uint8(sizes.half_mask)
+        return pool.halved(both[0]), pool.halved_counts(both[1], sizes)
 
     owners, sketch = carries.at_most_once(
         halve, must_halve.astype(jnp.int32), (vocabulary.owners, vocabulary.sketch)

@@ -54,11 +54,7 @@ def start_again(
         here = jnp.where(window.is_live, window.take(rows), NO_ID)
         table = dataclasses.replace(of.table, rows=packed)
         packed = indexing.put(packed, here, initial_rows(table, key, here, bound))
-        row_state = jax.tree.map(
-            lambda held, fresh: indexing.put(held, here, fresh) if fresh.ndim else held,
-            row_state,
-            fresh,
-        )
+        row_state = with_fresh(row_state, fresh, here)
         if cache is not None:
             tags, priority, dirty, values = lines
             held = dataclasses.replace(cache, tags=tags)
@@ -79,6 +75,15 @@ def start_again(
         (of.table.rows, of.row_state, lines),
     )
     return Rows(dataclasses.replace(of.table, rows=packed), row_state, with_lines(cache, lines))
+
+
+def with_fresh(row_state: Any, fresh: Any, rows: jax.Array) -> Any:
+    """Returns optimizer state with that of rows (int32 [n]) replaced; see start_again for fresh."""
+    return jax.tree.map(
+        lambda held, first: indexing.put(held, rows, first) if first.ndim else held,
+        row_state,
+        fresh,
+    )
 
 
 def with_lines(cache: CacheState | None, lines: tuple) -> CacheState | None:
