@@ -291,7 +291,7 @@ CALLS = {
         ("few tokens", "--text TEXT --tokens 1000", "--tokens is 1,000", "are too few"),
         (
             "long sequences",
-            "--text TEXT --vocabulary 300 --length 9000",
+            "--text TEXT --vocabulary 300 --length 9000 --batch 1",
             "--length is 9,000",
             "must be less than",
         ),

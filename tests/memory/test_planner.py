@@ -356,7 +356,7 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
         ),
         Refused(
             lambda: memory.plan([(None, 4)], 99, tx=TX, ids={"table0": [0.5]}),
-            "raw ids must be integers",
+            "raw ids must be all integers, or all bytes and strings.*float",
             TypeError,
         ),
     ]),
