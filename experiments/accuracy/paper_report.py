@@ -5,6 +5,7 @@ with the 95 % interval of the mean over seeds (`intervals`). Bytes per row count
 embedding state but the optimizer's.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from experiments.accuracy import intervals
-from experiments.accuracy.grid import FP32, STORAGES, Case
+from experiments.accuracy.grid import FP32, SHORT, STORAGES, Case
 from experiments.accuracy.intervals import Interval
 
 LIMIT = 0.0005  # AUC lost, for the bytes a method needs
@@ -24,6 +25,7 @@ COLOURS = {
     "INT8": "#0077bb", "INT4": "#228833", "INT2": "#cc3311", "FP32 hashed": "#555555",
     "FP32 pruned": "#999933", "FP32 narrow": "#aa4499",
 }  # fmt: skip
+RAW_COLOUR = "#ee7733"
 HIT_COLOURS = ("#cc3311", "#0077bb", "#228833", "#aa4499", "#555555", "#999933")
 
 
@@ -221,15 +223,19 @@ def round_ticks(axis: Any, which: str, ticks: Iterable[float], low: float, high:
     getattr(axis, f"{which}axis").set_minor_locator(NullLocator())
 
 
+def _point(group: Group, case: Case) -> tuple[float, float, float]:
+    """Returns bytes per row, thousandths of AUC lost, and half their interval."""
+    lost = group.difference(case, "auc")
+    half = 0.0 if math.isnan(lost.half) else lost.half
+    return group.mean(case, "bytes_per_row"), -1e3 * lost.mean, 1e3 * half
+
+
 def draw_accuracy(axis: Any, group: Group) -> list[End]:
     """AUC lost against bytes per row: a line per method that has several sizes."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for case in group.cases:
         if case.family in COLOURS and case != FP32 and _is_paired(group, case):
-            lost = group.difference(case, "auc")
-            half = 0.0 if math.isnan(lost.half) else lost.half
-            point = (group.mean(case, "bytes_per_row"), -1e3 * lost.mean, 1e3 * half)
-            lines.setdefault(case.family, []).append(point)
+            lines.setdefault(case.family, []).append(_point(group, case))
     ends, xs, ys = [], [0.0], [0.0]
     for name, points in sorted(lines.items()):
         x, y, half = zip(*sorted(points), strict=True)
@@ -251,6 +257,30 @@ def draw_accuracy(axis: Any, group: Group) -> list[End]:
     axis.set_ylabel("AUC lost against FP32, thousandths (95 % intervals)")
     axis.set_title(f"How few bytes a row can have, and what that costs ({group.title})")
     return ends
+
+
+def draw_pools(axis: Any, group: Group, like: Case) -> End:
+    """Adds a line to `draw_accuracy`: pools of raw ids that are like a case but for their rows.
+
+    Raises:
+      ValueError: there is none.
+    """
+    pools = [case for case in group.cases if dataclasses.replace(case, pool=like.pool) == like]
+    points = [_point(group, case) for case in pools if _is_paired(group, case)]
+    if not points:
+        raise ValueError(f"there are no runs like {like.name}")
+    x, y, half = zip(*sorted(points), strict=True)
+    stored = SHORT.get(like.storage, like.storage.upper())
+    name = f"{stored} + {100 * like.cache:.3g} %, raw ids"
+    axis.errorbar(
+        x, y, half, fmt="-D", color=RAW_COLOUR, markersize=4, linewidth=1.5, capsize=2,
+        elinewidth=0.8,
+    )  # fmt: skip
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.9 * x[0]), max(high, 1.1 * x[-1]))
+    ticks = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+    round_ticks(axis, "x", ticks, *axis.get_xlim())
+    return End(x[0], y[0], name, RAW_COLOUR)
 
 
 def _hits(axis: Any, group: Group) -> list[End]:

@@ -4,20 +4,23 @@ They show step time against vocabulary, AUC loss against bytes per row, and what
 cost.
 
     python -m experiments.speed.first_screen
+    python -m experiments.speed.first_screen --report
 
 Measures the embedding's step (embed and apply_pooled_gradients, B = 2,048 x 26 ids, D = 64) for
 growing tables, ours and a dense flax nnx.Embed with optax.adagrad as far as it is bearable; reads
-experiments/results/paper_table.jsonl for accuracy and memory.report for bytes. Writes
+experiments/results/paper_table.jsonl for accuracy and memory.report for bytes. The line of raw ids
+comes from raw_ids/paper_table.jsonl and bench_raw_ids.json beside it. Writes
 experiments/results/first_screen.json and .png, and the table between README's markers.
 """
 
 import dataclasses
+import json
 import re
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +61,14 @@ class Settings:
     out: Path = setting(
         Path("experiments/results"), "Folder of the results, with paper_table.jsonl in it."
     )
+    report: bool = setting(False, "Measure nothing; draw and write what is in first_screen.json.")
 
 
 README = command_line.ROOT / "README.md"
 BEGIN = "<!-- first screen table: python -m experiments.speed.first_screen -->"
 END = "<!-- end of table -->"
+RESULTS = "first_screen.json"
+POOL = Case("int4", 0.01, admit_after=2, pool=0.3)  # the line of raw ids
 
 
 def check(settings: Settings) -> None:
@@ -77,7 +83,13 @@ def check(settings: Settings) -> None:
         raise command_line.Refused(f"{README} has no line {BEGIN}, after which the table goes")
     with command_line.reading("--out", settings.out, ValueError):
         records.load(settings.out / "paper_table.jsonl")
+        records.load(settings.out / "raw_ids" / "paper_table.jsonl")
     command_line.check_out(settings.out, is_file=False)
+    if settings.report:
+        if not (settings.out / RESULTS).is_file():
+            path = settings.out / RESULTS
+            raise command_line.Refused(f"no results in {path}; run without --report first")
+        return
     check_memory(max(settings.rows), settings.dim)
     dense = max(settings.dense_rows)
     what = "a dense table, its gradient and its accumulators"
@@ -138,7 +150,58 @@ def measure(settings: Settings) -> dict[str, Any]:
     return curves
 
 
-def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None) -> str:
+class Quality(NamedTuple):
+    """What is known of accuracy and raw ids, or None.
+
+    Attributes:
+      numbered: runs in which each id has a row.
+      raw: runs in which ids earn rows.
+      raw_time: a step on raw ids, of which a pool has room, to the step on numbered ids.
+    """
+
+    numbered: paper_report.Group | None
+    raw: paper_report.Group | None
+    raw_time: float | None
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Quality":
+        """Returns what the folder of results has."""
+
+        def reddit(path: Path) -> paper_report.Group | None:
+            groups = paper_report.group(records.load(path).values())
+            return next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
+
+        times = settings.out / "bench_raw_ids.json"
+        found = json.loads(times.read_text())["results"] if times.is_file() else []
+        ratios = [r["ratio"] for r in found if r["is_raw"] and r["dim"] == settings.dim]
+        return cls(
+            reddit(settings.out / "paper_table.jsonl"),
+            reddit(settings.out / "raw_ids" / "paper_table.jsonl"),
+            ratios[0] if ratios else None,  # of the largest pool
+        )
+
+
+def raw_line(settings: Settings, quality: Quality) -> str:
+    """Returns the table's line of raw ids in a pool of rows."""
+    names = [mpembed.TableSpec(f"C{i}") for i in range(len(workload.KAGGLE_SIZES))]
+    vocabulary = mpembed.VocabularySpec(
+        round(POOL.pool * sum(workload.KAGGLE_SIZES)), admit_after=POOL.admit_after
+    )
+    spec = mpembed.EmbeddingSpec(
+        names, settings.dim, POOL.storage, mpembed.CacheSpec(POOL.cache), vocabulary=vocabulary
+    )
+    report = mpembed.memory.report(spec, mpembed.optim.rowwise_adagrad(0.05))
+    without = report.total - report.components["row state"]
+    has = quality.raw is not None and POOL in quality.raw.cases
+    difference = str(quality.raw.difference(POOL, "auc")) if quality.raw and has else ""
+    time = "" if quality.raw_time is None else f"{quality.raw_time:.2f} times numbered ids"
+    return (
+        f"| **INT4 + 1 %, raw ids**, rows for {100 * POOL.pool:.0f} % of them, row-wise Adagrad "
+        f"| {without / 1e9:.2f} | {report.total / 1e9:.2f} | {time} | {difference} |"
+    )
+
+
+def table(settings: Settings, curves: dict[str, Any], quality: Quality) -> str:
     """Returns README's table in Markdown."""
     tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.KAGGLE_SIZES)]
     tx = mpembed.optim.rowwise_adagrad(0.05)
@@ -155,13 +218,13 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
         spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
         report = mpembed.memory.report(spec, tx)
         without = report.total - report.components["row state"]
-        difference = (
-            "" if quality is None else str(quality.difference(Case(storage, fraction), "auc"))
-        )
+        runs = quality.numbered
+        difference = "" if runs is None else str(runs.difference(Case(storage, fraction), "auc"))
         rows.append(
             f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
             f"| {curves[name][-1][1]:.1f} | {difference} |"
         )
+    rows.append(raw_line(settings, quality))
     head = [
         "| 33.8 M rows x 64 | GB | GB with optimizer state | ms per step (2,048 x 26 ids) | AUC "
         "against FP32 (D = 16) |",
@@ -171,14 +234,15 @@ def table(settings: Settings, curves: dict[str, Any], quality: paper_report.Grou
 Bytes and times are for D = 64: forward, backward and update of the embedding on 2 CPU cores, by the
 verbs of a module with `fused=True` (`python -m experiments.speed.first_screen`). The AUC column is
 from other runs of the same formats: the Reddit task at D = 16, paired seeds with 95 % intervals
-(`python -m experiments.accuracy.paper_table --data reddit`). The files
-`experiments/results/*.json` name the device and the commit."""
+(`python -m experiments.accuracy.paper_table --data reddit`). Raw ids need no numbering: an id earns
+a row at its second occurrence, and the least used rows are recycled. They need the host to hash
+ids, and a pool whose size you choose, which depends on how many ids come again. Their time is
+that of INT8 + 5 % and a pool with room (`python -m experiments.speed.bench_raw_ids`), their AUC is
+from `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])
 
 
-def draw(
-    settings: Settings, curves: dict[str, Any], quality: paper_report.Group | None, path: Path
-) -> None:
+def draw(settings: Settings, curves: dict[str, Any], quality: Quality, path: Path) -> None:
     """Draws the picture of README's first screen."""
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
@@ -199,10 +263,13 @@ def draw(
     )
     left.set_title(f"A step's time does not grow with the table (D = {settings.dim})", fontsize=11)
     panels = [(left, ends)]
-    if quality is None:
+    if quality.numbered is None:
         right.set_visible(False)
     else:
-        panels.append((right, paper_report.draw_accuracy(right, quality)))
+        shown = paper_report.draw_accuracy(right, quality.numbered)
+        if quality.raw is not None:
+            shown.append(paper_report.draw_pools(right, quality.raw, POOL))
+        panels.append((right, shown))
         right.title.set_fontsize(11)
     for axis, ends in panels:
         axis.grid(alpha=0.25)
@@ -213,12 +280,14 @@ def draw(
 
 def run(settings: Settings) -> None:
     """Measures, draws and writes."""
-    groups = paper_report.group(records.load(settings.out / "paper_table.jsonl").values())
-    quality = next((g for g in groups if (g.data["name"], g.dim) == ("reddit", 16)), None)
-    workload.keep_freed_memory()
-    curves = measure(settings)
-    found = {"environment": provenance.environment(), "curves": curves}
-    provenance.write(settings.out / "first_screen.json", found)
+    quality = Quality.load(settings)
+    if settings.report:
+        curves = json.loads((settings.out / RESULTS).read_text())["curves"]
+    else:
+        workload.keep_freed_memory()
+        curves = measure(settings)
+        found = {"environment": provenance.environment(), "curves": curves}
+        provenance.write(settings.out / RESULTS, found)
     draw(settings, curves, quality, settings.out / "first_screen.png")
     markdown = table(settings, curves, quality)
     new = f"{BEGIN}\n{markdown}\n{END}"

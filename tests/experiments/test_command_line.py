@@ -254,6 +254,7 @@ CALLS = {
             "GB are free",
         ),
         ("one dense size", "--dense-rows 100000", "--dense-rows is 100000", "two sizes"),
+        ("nothing to report", "--report --out FOLDER", "run without --report first"),
     ],
     "gpu.bench_gpu": [
         ("no such part", "--parts nothing", "--parts is nothing", "'copy bandwidth'"),
