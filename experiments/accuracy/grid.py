@@ -50,6 +50,8 @@ class Case:
         share one row per table. 0: ids are numbered, and each has a row.
       pool: rows of that pool, as a share of all ids. 0: one for each id that occurs `admit_after`
         times in training, and a tenth more.
+      shared_rows: of each table, for the ids without a row of their own.
+      sketch_bytes: that count the ids without a row, for each row of the pool.
     """
 
     storage: Storage = "float32"
@@ -63,6 +65,8 @@ class Case:
     small: float = 0.0
     admit_after: int = 0
     pool: float = 0.0
+    shared_rows: int = 1
+    sketch_bytes: int = 3
 
     @property
     def name(self) -> str:
@@ -92,7 +96,11 @@ class Case:
     def _admitted(self) -> list[str]:
         """The words about raw ids."""
         words = [f"a row from {self.admit_after} on"] if self.admit_after else []
-        return words + ([f"pool of {100 * self.pool:.3g} %"] if self.pool else [])
+        words += [f"pool of {100 * self.pool:.3g} %"] if self.pool else []
+        words += [f"{self.shared_rows} shared rows"] if self.shared_rows > 1 else []
+        if self.sketch_bytes != 3:
+            words.append(f"sketch of {self.sketch_bytes} byte{'s' * (self.sketch_bytes > 1)}")
+        return words
 
     @property
     def family(self) -> str | None:
@@ -177,7 +185,7 @@ WIDE = (
 
 
 # Raw ids: a row for each id that occurs so often, in a pool sized for them. Then pools that are too
-# small for the ids that occur twice, so that rows are recycled.
+# small for the ids that occur twice, so that rows are recycled. Then smaller sketches.
 RAW = (
     FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
     *(
@@ -191,6 +199,10 @@ RAW = (
         Case("int4", cache, admit_after=2, pool=pool)
         for pool in (0.15, 0.2, 0.25, 0.3)
         for cache in (0.05, 0.01)
+    ),
+    *(
+        Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size)
+        for pool, size in ((0.3, 2), (0.3, 1), (0.28, 2))
     ),
     *(Case(method="hashed", share=share) for share in (0.12, 0.06)),
     *(Case(method="pruned", share=share) for share in (0.12, 0.06)),

@@ -107,11 +107,17 @@ class Workbench:
             return contender
         if case.pool:
             num_rows = max(1, round(case.pool * self.plain.num_rows))
-            return dataclasses.replace(contender, pool_rows=num_rows, admit_after=case.admit_after)
-        self.counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
-        num = sum(int((of >= case.admit_after).sum()) for of in self.counts.values())
+        else:
+            counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
+            self.counts = counts
+            num = sum(int((of >= case.admit_after).sum()) for of in counts.values())
+            num_rows = max(1, -(-11 * num // 10))
         return dataclasses.replace(
-            contender, pool_rows=max(1, -(-11 * num // 10)), admit_after=case.admit_after
+            contender,
+            pool_rows=num_rows,
+            admit_after=case.admit_after,
+            shared_rows=case.shared_rows,
+            sketch_bytes=case.sketch_bytes,
         )
 
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:

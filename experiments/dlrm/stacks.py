@@ -64,7 +64,8 @@ def make_specs(
     if contender.pool_rows:
         vocabulary = mpembed.VocabularySpec(
             contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways,
-            recycle=contender.recycle,
+            recycle=contender.recycle, shared_rows=contender.shared_rows,
+            sketch_bytes=contender.sketch_bytes,
         )  # fmt: skip
         tables = tuple(mpembed.TableSpec(name) for name in source.tables)
         raw = mpembed.EmbeddingSpec(

@@ -58,6 +58,8 @@ class Contender:
     pool_rows: int = 0
     admit_after: int = 2
     recycle: bool = True  # whether an id can take the row of one that is used less
+    shared_rows: int = 1  # of a table, for the ids without a row
+    sketch_bytes: int = 3  # counters of ids without a row, for each row of the pool
 
 
 FP32 = Contender("FP32", "float32", 0.0)
