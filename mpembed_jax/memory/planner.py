@@ -218,7 +218,7 @@ def plan(
         the chosen stacks together is compiled as well: the plan has its temporaries. For one device
         only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
-        one device only. None: no host memory is used. Raw ids have no rows there.
+        one device only. None: no host memory is used.
 
     Returns:
       A Plan.
@@ -560,20 +560,19 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
     least = all_at(num_levels - 1, set())
     by_size = sorted(levels, key=lambda n: -bytes_of(n, *least[n]).device_bytes)
     by_size = [name for name in by_size if len(levels[name]) > 1]
-    hostable = [name for name in by_size if not stacks[name].is_raw]
-    counts = range(len(hostable) + 1 if host_limit else 1)
+    counts = range(len(by_size) + 1 if host_limit else 1)
     for num_hosted in counts:
-        for chosen in tried_with(set(hostable[:num_hosted])):
+        for chosen in tried_with(set(by_size[:num_hosted])):
             if fits(chosen):
                 return _improved(chosen, levels, by_size, fits)
-    tried = [total(chosen) for num in counts for chosen in tried_with(set(hostable[:num]))]
+    tried = [total(chosen) for num in counts for chosen in tried_with(set(by_size[:num]))]
     needed = min(on_device for on_device, on_host in tried if on_host <= host_limit)
     raise ValueError(
         f"nothing fits {limit:,} bytes per device; the smallest budget that works is {needed:,} "
         "bytes"
         + (
             ""
-            if host_limit or not hostable
+            if host_limit or not by_size
             else " (or give host_budget=, so that packed rows may be in host memory)"
         )
     )

@@ -271,10 +271,17 @@ def test_a_tight_budget_admits_later_and_too_tight_a_one_names_the_smallest():
     assert smallest_budget(RAW, least - 1, ids=SAMPLES) == least
 
 
-def test_host_memory_takes_no_rows_of_raw_ids():
-    plan = memory.plan(RAW, 270_000, tx=TX, ids=SAMPLES, host_budget="1GB")
-    hosts = {choice.name: choice.host_bytes for choice in plan.choices}
-    assert hosts["raw16"] == 0 < hosts["dim16"]
+def test_host_memory_takes_the_rows_of_a_pool():
+    plan = memory.plan(RAW, 200_000, tx=TX, ids=SAMPLES, host_budget="1GB")
+    (choice,) = [choice for choice in plan.choices if choice.spec.vocabulary is not None]
+    assert choice.spec.memory_kind == "pinned_host" and choice.spec.vocabulary.admit_after == 2
+    state = mpembed.init(jax.random.key(0), choice.spec, TX)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.table)}
+    assert kinds == {"pinned_host"}
+    assert choice.host_bytes == nbytes(state.table)
+    assert choice.device_bytes == nbytes(state) - choice.host_bytes
+    assert plan.device_bytes <= plan.budget
+    assert "its packed rows are in host memory, its cache is on the device" in str(plan)
 
 
 def test_the_bytes_of_a_pool_over_a_mesh_are_those_of_each_device():
