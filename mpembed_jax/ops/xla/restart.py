@@ -78,7 +78,7 @@ def start_again(
 
 
 def with_fresh(row_state: Any, fresh: Any, rows: jax.Array) -> Any:
-    """Returns optimizer state with that of rows (int32 [n]) replaced; see start_again for fresh."""
+    """Returns row_state with fresh state for the given rows (int32 [n]); see start_again."""
     return jax.tree.map(
         lambda held, first: indexing.put(held, rows, first) if first.ndim else held,
         row_state,
