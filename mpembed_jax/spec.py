@@ -63,8 +63,8 @@ def size_of(table: TableSpec) -> int:
     """
     if table.vocabulary_size is None:
         raise ValueError(
-            f"table {table.name!r} has no vocabulary_size: its raw ids have rows of a pool, and "
-            "this is supported for tables of dense ids only"
+            f"table {table.name!r} has no vocabulary_size: its raw ids have rows of a pool; this "
+            "operation needs tables of dense ids"
         )
     return int(table.vocabulary_size)
 
@@ -240,7 +240,7 @@ class EmbeddingSpec:
 
     @property
     def row_tables(self) -> tuple[TableSpec, ...]:
-        """The tables by which rows are made: a pool with its shared rows counts as one."""
+        """The tables that `init_table` makes: a pool and its shared rows are made as one table."""
         return self.tables if self.vocabulary is None else (TableSpec("pool", self.num_rows),)
 
     @property

@@ -24,8 +24,9 @@ def sum_duplicates(
       index: int32 [N] in [0, size).
       size: number of rows of the result.
       factors: float32 [N]: the values of position n are multiplied by factors[n]. None: all are 1.
-      source: int32 [N]: position n takes values[source[n]]. Where the index is size - 1, it may be
-        -1, for no value. None: position n takes values[n // (N / M)], and N is a multiple of M.
+      source: int32 [N]: position n takes values[source[n]]. Where index[n] is size - 1, source[n]
+        may be -1, for no value. None: position n takes values[n // (N / M)], and N is a multiple
+        of M.
 
     Returns:
       float32 [size, ..].
