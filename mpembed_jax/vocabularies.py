@@ -57,7 +57,7 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     Args:
       state: concrete and between steps; not consumed.
       num_rows: rows of the pool, more than it has, without shared rows. They are rounded down to
-        whole sets, as many in each group.
+        whole sets, with the same number of sets in each group.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
@@ -93,8 +93,9 @@ def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     Args:
       state: concrete and between steps; not consumed.
       num_rows: rows of the pool, fewer than it has, without shared rows. They are rounded down to
-        whole sets, as many in each group. If these would be fewer than the first sets, the pool
-        gets its first sets, each with the most ways that `num_rows` has room for.
+        whole sets, with the same number of sets in each group. If these would be fewer than the
+        first sets, the pool gets its first sets, each with the most ways that `num_rows` has room
+        for.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.

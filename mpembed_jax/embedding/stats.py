@@ -168,7 +168,7 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
             f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
             "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after "
-            "(of this state: vocabularies.grow)",
+            "(vocabularies.grow enlarges the pool of a state)",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(

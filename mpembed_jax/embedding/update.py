@@ -1,9 +1,9 @@
 """One optimizer update of a batch's rows, and the storage of the new rows.
 
-Row-wise Adagrad and SGD of `optim`, at a constant rate, have a rule that a kernel can run. All
-other optax transformations run without kernels. `has_kernel` tells whether a kernel runs. This
-depends on the transformation, on the implementation chosen at init, and on the memory that holds
-the table.
+Row-wise Adagrad and SGD of `optim`, at a constant rate and without weight decay, have a rule that a
+kernel can run. All other optax transformations run without kernels. `has_kernel` tells whether a
+kernel runs. This depends on the transformation, on the implementation chosen at init, and on the
+memory that holds the table.
 """
 
 import dataclasses

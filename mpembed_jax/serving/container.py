@@ -344,7 +344,7 @@ def _read_header(path: Path, head: bytes) -> Contents:
         body = json.loads(text)
         version = body["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ServingError(f"{path} is damaged: its description is no JSON: {error}") from None
+        raise ServingError(f"{path} is damaged: its description is not JSON: {error}") from None
     if type(version) is int and version > VERSION:
         raise ServingError(
             f"{path} is of version {version}, this library reads {VERSION}; use the version of "
@@ -475,7 +475,7 @@ def checked(contents: Contents) -> Contents:
     features: set[str] = set()
     for feature, owner in contents.features:
         if feature in features or owner not in tables:
-            raise ValueError(f"feature {feature!r} of table {owner!r} is not distinct or known")
+            raise ValueError(f"feature {feature!r} occurs twice, or its table {owner!r} is unknown")
         features.add(feature)
     if not names or not features:
         raise ValueError("it has no tables")
