@@ -42,7 +42,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
 
     Raises:
       ValueError: if the state cannot be converted. Tables, dim, vocabulary and the leaves of the
-        optimizer's state must be the same. With a vocabulary, row_state_dtype must be, too.
+        optimizer's state must be the same. With a vocabulary, row_state_dtype must be the same,
+        too.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument(
         "--raw",
         action="store_true",
-        help="for a file of ids: they are raw, and only those that occur often get rows, of a pool",
+        help="for a file of ids: the ids are raw, and those that occur often get rows of a pool",
     )
     own.add_argument(
         "--devices", type=int, default=1, help="number of devices that divide the rows"

@@ -43,7 +43,7 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
       An optax transformation. Its update raises ValueError if it gets no `params`.
 
     Raises:
-      TypeError: if key is something else.
+      TypeError: if key is not a key.
     """
 
     key_words(key)  # raises an error if this is not a key

@@ -61,8 +61,8 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 "cannot be kept by row: noise drawn by position would depend on the order of the "
                 "batch"
             )
-    # The state is made for two numbers of rows. The first dimension of a leaf is the row dimension
-    # if it equals both numbers in turn. Another dimension is unlikely to do so.
+    # The state is made twice, for two numbers of rows. If the first dimension of a leaf is the
+    # number of rows both times, the leaf has one entry per row.
     small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:

@@ -3,8 +3,8 @@
 FBGEMM has two layouts. Its fused row-wise operators read the codes, then the scale and the bias,
 which are float32 for INT8 and float16 for INT4 and INT2. Its table-batched embeddings read a
 float16 scale and bias, then the codes. Values are `code * scale + bias` with unsigned codes; a
-symmetric row gets the bias -2^(bits - 1) * scale. Nothing is rounded: a row that the layout cannot
-hold is an error.
+symmetric row gets the bias -2^(bits - 1) * scale. FBGEMM's layouts are written without rounding: a
+row that the layout cannot hold is an error.
 """
 
 from collections.abc import Callable
