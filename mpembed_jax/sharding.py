@@ -183,7 +183,7 @@ def plan(
       A Placement.
 
     Raises:
-      TypeError: if spec or num_shards is something else.
+      TypeError: if spec or num_shards has another type.
       ValueError: if margin or num_shards is below 1, a batch does not divide over the devices, or
         batches are given for a stack with a vocabulary.
     """

@@ -104,9 +104,9 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
     try:
         held = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is no JSON: {error}") from None
+        raise DamagedError(f"{where} is not JSON: {error}") from None
     if not isinstance(held, dict):
-        raise DamagedError(f"{where} is no JSON object")
+        raise DamagedError(f"{where} is not a JSON object")
     wanted = {**_FIXED, "shape": shape, "dtype": zarr_dtype(dtype)}
     chunks = held.get("chunks")
     compressor = held.get("compressor")

@@ -228,7 +228,7 @@ def step_peak(
             hidden = [own.reshape(*lead[:1], -1) @ weight for own, weight, lead in each]
             return jnp.sum(jnp.square(sum(hidden)))
 
-        # The gradient of the weights needs the vectors, as those of a model do.
+        # The vectors must stay until the gradient of the weights is made, as in a model.
         grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, [f for *_, f in made])
         states = [
             vectors.apply_pooled_gradients(state, plan, own, tx=tx)

@@ -307,7 +307,7 @@ def _has_avx512() -> bool:
 
 
 def splat(builder: Any, value: Any, width: int) -> Any:
-    """Returns a vector whose lanes all are a scalar."""
+    """Returns a vector that holds a scalar in each lane."""
     kind = ir.VectorType(value.type, width)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     zeros = ir.Constant(ir.VectorType(_I32, width), [0] * width)

@@ -85,7 +85,7 @@ def of_tree(tree: Any) -> list[Source]:
 def _is_memory(node: Any) -> bool:
     """Returns whether a node is an NGramState, or a module that has what an NGramState has.
 
-    Modules are known by their attributes, because their classes would import flax.
+    Modules are recognized by their attributes, because importing their classes would import flax.
     """
     return isinstance(getattr(node, "ngrams", None), NGramHash) and (
         hasattr(node, "state") and hasattr(node, "canonical")
