@@ -38,7 +38,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
       have BLOCK rows, except the last one. The function returns float32 [rows, D].
 
     Raises:
-      TypeError: if the initializer returns something else than an array.
+      TypeError: if the initializer returns something other than an array.
       ValueError: if the initializer returns another shape.
     """
     call: Any = table.initializer

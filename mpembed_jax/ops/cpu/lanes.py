@@ -153,7 +153,8 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
 
 
 class Block:
-    """Eight elements of a row, from `first` (i64) on. Only `rest` (i64) of them exist, if given."""
+    """Eight elements of a row, from `first` (i64) on; in a last block, only `rest` (i64) of
+    them."""
 
     def __init__(self, builder: ir.IRBuilder, first: ir.Value, rest: ir.Value | None):
         self.builder, self.first, self.rest = builder, first, rest
@@ -191,7 +192,8 @@ class Block:
     def store(self, address: ir.Value, value: ir.Value, bits: int = 32) -> None:
         """Stores 8 elements of `bits` bits.
 
-        Of a block with a rest, it stores the bytes of the rest, rounded up to an even number.
+        If the block has a rest, only the bytes of the rest are stored, rounded up to an even
+        number.
         """
         builder = self.builder
         place, num_bytes = self._place(address, bits)
@@ -504,7 +506,8 @@ def _extreme(write_join: Callable, start: float, is_magnitude: bool) -> Callable
     return typed
 
 
-smallest = intrinsic(_extreme(Lanes.minimum, float("inf"), False))  # of a buffer; NaN if one is
+# Functions of a buffer. The result is NaN if one of its elements is NaN.
+smallest = intrinsic(_extreme(Lanes.minimum, float("inf"), False))
 largest = intrinsic(_extreme(Lanes.maximum, float("-inf"), False))
 largest_magnitude = intrinsic(_extreme(Lanes.maximum, 0.0, True))
 
