@@ -153,8 +153,10 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
 
 
 class Block:
-    """Eight elements of a row, from `first` (i64) on; in a last block, only `rest` (i64) of
-    them."""
+    """Eight elements of a row, from `first` (i64) on.
+
+    The last block of a row may have only `rest` (i64) elements. In all other blocks, rest is None.
+    """
 
     def __init__(self, builder: ir.IRBuilder, first: ir.Value, rest: ir.Value | None):
         self.builder, self.first, self.rest = builder, first, rest

@@ -72,7 +72,10 @@ def begin_parts(deals, width, num_parts, begins):
 
 @compiled
 def buckets_of(buckets, begin, end, part):
-    """Returns a partition's share of i32 [4 num_positions + 16 MAX_PARTS], for `deduplicate`."""
+    """Returns the part of `buckets` that a partition uses as the scratch of `deduplicate`.
+
+    `buckets` is i32 [4 num_positions + 16 MAX_PARTS].
+    """
     num_buckets = 16  # a power of two, at least twice the number of positions
     while num_buckets < 2 * (end - begin):
         num_buckets *= 2
@@ -286,7 +289,7 @@ def enter(
     ids, step, shape, tags, priority, sketch, home, line, estimate, queue, victim,
     bucket, following, open_buckets,
 ):  # fmt: skip
-    """Lets the misses of a partition enter its sets, exactly: see xla.plan.make_plan.
+    """Lets the misses of a partition enter its sets, by the rules of xla.plan.make_plan.
 
     Args:
       ids: see `find`, also for step, shape, tags, priority, sketch, home, line and estimate.
