@@ -62,7 +62,7 @@ class Errors(NamedTuple):
 
     largest: float  # of all finite elements
     mean: float  # of the absolute differences of all elements
-    num_nonfinite: int  # elements that are not finite in training; they count as zero
+    num_nonfinite: int  # elements that are not finite in training; their difference counts as zero
 
 
 class Array(NamedTuple):
@@ -133,7 +133,7 @@ class Table(NamedTuple):
 
     @property
     def block_rows(self) -> int:
-        """The number of rows of a block: some megabytes, and fewer in the last block."""
+        """The number of rows in a block of about two million elements."""
         return max(1, (1 << 21) // self.embedding_dim)
 
     @property
