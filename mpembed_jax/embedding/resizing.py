@@ -1,7 +1,7 @@
 """Moves a state to a spec with another pool or more tables.
 
-An owner that stays keeps its row, its optimizer state and its use. It keeps its cache line if there
-is a place for the line.
+An owner that stays keeps the values of its row, its optimizer state and its use. It keeps its cache
+line if there is a place for the line.
 
 The sets of a pool are split and joined by linear hashing; see `vocabulary.pool`.
 """

@@ -561,8 +561,8 @@ def float_of(context, x):
 def buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of a call's result that has room for `num` buffers of rows.
 
-    It is of integers, because jax_debug_nans looks at floats of eager calls. Some elements of a
-    buffer are never written, and could look like NaN.
+    The result is int32, because jax_debug_nans looks for NaN in the floats of calls outside jit.
+    Some elements of a buffer are never written. As floats, they could be NaN.
     """
     return jax.ShapeDtypeStruct((num * (-(-dim // LANES) * LANES),), jnp.int32)
 
