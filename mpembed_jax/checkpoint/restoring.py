@@ -36,7 +36,7 @@ from mpembed_jax.checkpoint.errors import (
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
-# Arrays of an embedding state whose values its entry in the manifest repeats.
+# Arrays of an embedding state whose values are also in the state's entry in the manifest.
 _IN_ENTRY = {"fingerprint": "fingerprint", "key": "key", "step": "step", "pending": "is_pending"}
 
 

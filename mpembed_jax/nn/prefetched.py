@@ -101,7 +101,7 @@ def fetch(
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
-      given: the user's own arrays, in the nesting of `ids`, which were computed from them.
+      given: the user's own arrays, from which `ids` were computed, in the same nesting.
       tables: the tables that the ids belong to; see step.prefetch_of_tables.
 
     Returns:

@@ -138,9 +138,9 @@ def export_program(
 ) -> bytes:
     """Compiles a model with its tables to StableHLO that jax alone can run.
 
-    The program is `jax.export.deserialize(data)`. It takes {name: array}, which is what a serving
-    file holds under these names: the packed words of tables, the owners of pools, and maps of
-    tokens. Then it takes the other arguments:
+    The program is `jax.export.deserialize(data)`. Its first argument is {name: array}, the arrays
+    of a serving file by their names: the packed words of tables, the owners of pools, and maps of
+    tokens. The other arguments follow:
 
         program.call(rows, *arguments)
 
