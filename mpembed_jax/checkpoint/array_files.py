@@ -24,7 +24,7 @@ _MAX_LAYOUT_BYTES = 1 << 16
 _FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
 _PIECE_NAME = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_BLOCK = 1 << 17  # bytes: the most to which a block decompresses
+_ZSTD_BLOCK = 1 << 17  # bytes of a decompressed block, at most
 
 
 class ZarrArray(NamedTuple):

@@ -336,7 +336,7 @@ class _Stack(NamedTuple):
         return float(self.use[:num_lines].sum() / self.use.sum())
 
     def is_idle(self, level: Level) -> bool:
-        """Returns whether a level is INT4 with a 5 % cache, and a 1 % cache has nearly its hits."""
+        """Returns whether a level is INT4 + 5 %, and INT4 + 1 % would have nearly as many hits."""
         few, many = (self.hits(level._replace(fraction=share)) for share in (0.01, 0.05))
         is_large = level[:2] == ("int4", 0.05)
         return is_large and few is not None and many is not None and many - few < 0.02
@@ -390,7 +390,7 @@ def _stack(
 
 
 def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
-    """Returns how often each raw id of a table's sample occurs; two ids of one hash are one."""
+    """Returns how often each raw id of a table's sample occurs. Ids of equal hashes are one id."""
     if table not in samples:
         raise ValueError(
             f"table {table!r} has no rows, so its ids are raw: give a sample of them, "

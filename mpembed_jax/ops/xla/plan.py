@@ -1,7 +1,7 @@
 """The reference of `plan` in plain jax.numpy: the cache decisions of one batch.
 
 `make_plan` states the rules for hits, newcomers, victims and bypasses, and follows them exactly. It
-neither sorts nor reads a row. The misses of a set meet its ways in `rounds`.
+sorts nothing and reads no row. The misses of a set meet its ways in `rounds`.
 
 The rules follow FBGEMM's LRU and LFU caches where those are documented. The order inside a set,
 admission, halving and the conservative sketch update are this library's own. A step calls
