@@ -278,8 +278,8 @@ class ServingTable:
           combiner: "sum", "mean" or "sqrtn".
           weights: float32 of the shapes of ids, in the same nesting; None: all are 1.
           offsets: {feature: integers [B + 1]}, or one such array: bag b has the positions
-            offsets[b] to offsets[b + 1]. Offsets work on the host only. If they are None, the last
-            axis of ids is one bag.
+            offsets[b] to offsets[b + 1] - 1. Offsets work on the host only. If they are None, the
+            last axis of ids is one bag.
 
         Returns:
           float32 [.., D] for each array; [B, D] with offsets.
