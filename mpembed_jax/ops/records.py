@@ -197,7 +197,7 @@ class Implementation:
       chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
       host_chunk: the same for a table in host memory, used if chunk is None.
       is_native: whether numba runs deduplication, planning and the movements of large rows.
-      max_threads: most threads of XLA's pool that share a fused step.
+      max_threads: the largest number of threads of XLA's pool that share a fused step.
       is_kernel: whether Pallas kernels run the row movements.
       is_interpreted: whether the kernels are traced into plain jax operations.
     """

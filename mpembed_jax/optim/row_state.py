@@ -151,8 +151,8 @@ def init_rows(
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
       memory_kind: None, or a host memory kind for row leaves with more than one number per row.
-        Other leaves stay on the device, because a step needs the entries of all rows of its batch,
-        also of the cached rows.
+        Leaves with one number per row stay on the device. They are small, and a step needs their
+        entries for all rows of its batch, also for the cached rows.
 
     Returns:
       A pytree. The leading dimension of its row leaves is V.
