@@ -227,8 +227,8 @@ def save(
     for each in trackers:
         if tracker is not None and not isinstance(each, increments.RowTracker):
             raise TypeError(
-                f"{call}: tracker must be a RowTracker (from track), or a mapping of the names of "
-                f"embedding states to theirs, got {type(each).__name__}"
+                f"{call}: tracker must be a RowTracker (from track), or a mapping from names of "
+                f"embedding states to RowTrackers, got {type(each).__name__}"
             )
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")

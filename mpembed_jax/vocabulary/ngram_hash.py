@@ -106,8 +106,8 @@ class NGramHash:
         earlier table has. None: n-grams are raw ids, to which a vocabulary gives rows (see
         `pairs`). Then heads must be 1.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
-        the first token of an n-gram, but no later one. Tokens are compared with it before the map
-        of tokens.
+        the first token of an n-gram, but no later one. Tokens are compared with it before they
+        go through the map of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
         rows, and no n-gram reaches across it.
       seed: 0 to 2^31 - 1. Another seed gives another hash, as for a second memory in one model.
