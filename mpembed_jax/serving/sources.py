@@ -1,4 +1,4 @@
-"""The rows of a stack by global id, block by block, with the cache lines that are newer.
+"""The rows of a stack by global id, block by block, and the cache lines newer than the table.
 
 A source reads a state in training or the arrays of a checkpoint. It never copies a table: a block
 is a slice of each shard. Rows lie in the order of their shards; see `mesh.order`.
