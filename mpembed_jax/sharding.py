@@ -224,7 +224,7 @@ def plan(
 
 
 def _largest_share(layout: Layout, batch: Any) -> float:
-    """Returns the largest share of a device's budget that its ids for a single owner take."""
+    """Returns the most ids that a device sends to one owner, as a share of the device's budget."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     devices = layout.shards
     spec = layout.spec

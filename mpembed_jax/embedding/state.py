@@ -197,7 +197,7 @@ class EmbeddingState:
         is_packed = jnp.issubdtype(self.table.rows.dtype, jnp.unsignedinteger)
         if not is_packed or lines not in (None, np.float32) or self.step.dtype != np.int32:
             raise ValueError(
-                f"the arrays of this state were computed with: its packed rows are "
+                f"arithmetic was done on the arrays of this state: its packed rows are "
                 f"{self.table.rows.dtype}, its cache lines {lines}, its step is "
                 f"{self.step.dtype}; {_AVERAGED}"
             )

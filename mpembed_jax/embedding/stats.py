@@ -224,7 +224,8 @@ def _check_buffer(state: EmbeddingState, steps: int) -> None:
         return
     former = before.rows()
     if former is not None and not former.is_deleted():
-        # The former table is alive. Two runs with the same spec and key are training side by side.
+        # The former table still exists, so the table did not move: two runs with the same spec and
+        # key train side by side.
         return
     _warn_once(
         state,

@@ -215,7 +215,7 @@ def compiled(implementation: Named | None) -> Any:
 
 
 def bag_step(implementation: Named, table: QuantizedTable) -> Any:
-    """Returns `cpu.bag_step`, a whole step of a table in two calls, or None if it cannot run."""
+    """Returns `cpu.bag_step`, the fused step by foreign calls, or None if it cannot run."""
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
 

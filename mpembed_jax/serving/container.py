@@ -186,7 +186,7 @@ class Contents:
     """The contents of a file: its tables and features, and the hashes of its n-grams."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
+    features: tuple[tuple[str, str], ...]  # (feature, table); in a pool, its table of raw ids
     ngrams: tuple[NGrams, ...] = ()
     checksums_crc32: int = 0  # of the array of checksums
 
@@ -451,8 +451,8 @@ def checked(contents: Contents) -> Contents:
     """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if a name is not distinct, if a feature names an unknown table, or if the tables
-        of a stack of n-grams do not fit its hash.
+      ValueError: if a name occurs twice, if a feature names an unknown table, if there is no
+        table or no feature, or if the tables of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that features name

@@ -98,7 +98,8 @@ def as_array(values: Any) -> np.ndarray:
     """Returns raw ids as an array that keeps their values and types.
 
     NumPy alone would change some lists. Integers beside strings would become strings. Bytes would
-    lose zeros at their end. Integers below and above 2**63 would become floats.
+    lose zeros at their end. If some integers are below 2**63 and some are not, all would become
+    floats.
     """
     array = np.asarray(values)
     if array.dtype.kind in "SUf" and not isinstance(values, np.ndarray):

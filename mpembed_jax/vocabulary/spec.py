@@ -11,7 +11,7 @@ MAX_ADMIT_AFTER = 255  # what a counter of the sketch holds
 
 
 def groups_of(sets: int) -> int:
-    """Returns the groups that a number of sets is divided into."""
+    """Returns the number of groups into which the sets of a pool are divided."""
     return CacheSpec(num_rows=sets, ways=1).geometry(sets).groups
 
 

@@ -247,8 +247,7 @@ def _find_limit(frame):
 def _place(frame, part):
     """Plans the rows of a partition.
 
-    It drops ids over the budget. Then it finds the hits and lets misses enter, which chooses their
-    victims.
+    It drops ids over the budget. Then it finds the hits, and gives the lines of victims to misses.
     """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
     begin, end = _bounds(facts, part)

@@ -242,7 +242,10 @@ _ROW = types.int64  # an address
 
 
 def _row_function(write: Callable, returns: types.Type, *kinds: types.Type) -> tuple:
-    """Returns what an intrinsic returns, for write(builder, *operands)."""
+    """Returns the signature and the code generator of an intrinsic, for numba.
+
+    The generator calls write(builder, *operands). If that is None, the intrinsic returns nothing.
+    """
 
     def codegen(target: Any, builder: Any, signature: Any, operands: Any) -> Any:
         answer = write(builder, *operands)

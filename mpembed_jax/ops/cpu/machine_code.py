@@ -90,7 +90,7 @@ class _Written(JITCodeLibrary):
 
     @property
     def codegen(self) -> Any:
-        """The object by which numba sets a global variable of the code. Nothing reads it."""
+        """The object by which numba sets a global variable of the code, which nothing reads."""
         return types.SimpleNamespace(set_env=lambda name, environment: None)
 
 

@@ -251,7 +251,7 @@ def line_up(i, ways, ids, estimate, home, bucket, following):
     """Puts a miss into the queue of its set. The queue keeps its first `ways` misses.
 
     Returns:
-      The set's bucket if it had none yet, else -1.
+      The set's bucket if the queue was empty before, else -1.
     """
     mask = np.int64(len(bucket) - 1)
     b = np.int64(fmix32(home[i]) >> np.uint32(6)) & mask

@@ -121,7 +121,7 @@ def admit(
     is_recycled = enters & (paid > 0)
     target = jnp.where(enters, new_sets * ways + new_way, size)
 
-    # Newcomers take their rows. The rows of the batch take its estimates.
+    # Newcomers take their rows. The rows of the batch's ids take the estimates of these ids.
     entered = jnp.where(enters, new, num)
     way = indexing.put(way, entered, new_way)
     line = indexing.put(line, entered, target)

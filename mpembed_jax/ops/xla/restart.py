@@ -39,8 +39,8 @@ def start_again(
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
       key: uint32 [2], or a key bound to a shard.
-      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound that
-        the table was made with, the rows get the same bits again.
+      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound of
+        init, a row gets the values that init gave it.
       chunk: see chunks.each.
 
     Returns:
