@@ -131,11 +131,11 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
 def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
     """Checks that a piece becomes as many bytes as the layout says when it is decompressed.
 
-    A compressed block of zstd does not say how many bytes it becomes. It becomes at most
-    `_ZSTD_BLOCK` bytes, and this is the size that the check adds up. Where the data changes, zstd
-    ends a block early, at level 1 not before a quarter of `_ZSTD_BLOCK`. The sum may therefore be
-    four times the real size. The check accepts a sum of eight times the real size. A crafted file
-    thus takes at most eight times the memory of its array.
+    A compressed block of zstd does not say how many bytes it becomes. The check counts the maximum,
+    `_ZSTD_BLOCK` bytes. A block may become fewer: zstd at level 1 ends a block early where the data
+    changes, but not before a quarter of the maximum. The sum may therefore be four times the real
+    size. The check accepts a sum of eight times the real size. A crafted file thus takes at most
+    eight times the memory of its array.
     """
     size = files.size_of(file)
     if not layout.is_compressed:

@@ -209,8 +209,8 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
     if isinstance(plan, VectorPlan) and plan.plan is not None:
         plan = plan.plan
     if isinstance(plan, VectorPlan):
-        # The plan does not name its victims, and they need no marks. A dirty line became dirty in a
-        # step that was marked, or was dirty at the start.
+        # This plan names no victims. They need no marks: a dirty line became dirty in a step that
+        # was marked, or was dirty at the start.
         assert plan.places is not None
         ids = ops.distinct_ids(plan.places)
     else:

@@ -103,7 +103,7 @@ def _count(value: Any) -> int:
 
 
 def _columns(path: Path) -> dict[str, Any]:
-    """Returns {column: values} of a CSV or parquet file; columns of ids without empty cells."""
+    """Returns {column: values} of a CSV or parquet file, without empty cells in a file of ids."""
     if path.suffix == ".parquet":
         if importlib.util.find_spec("polars") is None:
             raise ImportError(f"reading {path} needs polars, or save it as CSV")

@@ -213,8 +213,8 @@ def part(
                 "ids of the step's calls (several inputs: one nest of them)"
             )
     rows = _brought(state, rows, route)
-    # If the ids were checked above, none is missing, and `pool` is enough. _pool_or_nan would make a
-    # NaN that no vector takes, but jax.debug_nans would stop at it.
+    # If the ids were checked above, none is missing, and `pool` is enough. _pool_or_nan would make
+    # a NaN that no vector takes, but jax.debug_nans would stop at it.
     chosen = pool if is_checked else _pool_or_nan
     return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, chosen))
 

@@ -138,11 +138,11 @@ def export_program(
 ) -> bytes:
     """Compiles a model with its tables to StableHLO that jax alone can run.
 
-    The program is `jax.export.deserialize(data)`. Its first argument is {name: array}, the arrays
-    of a serving file by their names: the packed words of tables, the owners of pools, and maps of
-    tokens. The other arguments follow:
+    The first argument of the program is {name: array}, the arrays of a serving file by their names:
+    the packed words of tables, the owners of pools, and maps of tokens. The other arguments follow.
+    With the returned bytes `data`, a call is:
 
-        program.call(rows, *arguments)
+        jax.export.deserialize(data).call(rows, *arguments)
 
     Args:
       function: `function(tables, *arguments)`; its constants, such as the weights of a model,

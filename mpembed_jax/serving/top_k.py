@@ -25,7 +25,7 @@ class Best:
 
     def __init__(self, num_queries: int, k: int):
         self._k = k
-        # For each query, a score that at least k of the added scores reach; -inf until then.
+        # For each query, a score that at least k of the added scores reach; -inf if none is known.
         self._least = np.full(num_queries, -np.inf, np.float32)
         self._found = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
         self._num_found = 0
