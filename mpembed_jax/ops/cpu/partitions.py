@@ -15,7 +15,7 @@ from mpembed_jax.ops.cpu.hashes import cell_of, fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 
 MAX_PARTS = 64
-# With at most FEW_TASKS threads, a call has at most FEW_PARTS partitions. It is then faster.
+# With at most FEW_TASKS threads, a call is faster with at most FEW_PARTS partitions.
 FEW_PARTS, FEW_TASKS = 16, 4
 CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _NO_ID = np.int32(NO_ID)
@@ -173,7 +173,7 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows, and pins those lines. Queues and estimates the misses.
+    """Finds the lines of a partition's rows, and pins them. Estimates all rows, queues the misses.
 
     Memory is requested some rows ahead: tags first, then the priority of a line that is found, or
     the sketch's cells.
