@@ -37,8 +37,8 @@ class Window(NamedTuple):
     def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with this chunk's positions, live or not, set to `values` [chunk, ..].
 
-        Slices may overlap. So a position must get the same value from every chunk that covers it.
-        If it may not, use `put`, which also reads the array.
+        Slices may overlap. So every chunk that covers a position must give it the same value. If
+        the values may differ, use `put`, which also reads the array.
         """
         if self.position.shape[0] == array.shape[0]:
             return values
