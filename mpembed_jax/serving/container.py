@@ -186,7 +186,7 @@ class Contents:
     """The contents of a file: its tables and features, and the hashes of its n-grams."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, table); in a pool, its table of raw ids
+    features: tuple[tuple[str, str], ...]  # (feature, its table, which may be one of a pool)
     ngrams: tuple[NGrams, ...] = ()
     checksums_crc32: int = 0  # of the array of checksums
 
@@ -252,7 +252,7 @@ def _described(table: Table) -> dict[str, Any]:
 
 
 def header_room(contents: Contents) -> int:
-    """Returns the bytes before the arrays, with room for the errors of all tables."""
+    """Returns the number of bytes before the arrays, with room for the errors of all tables."""
     size = 8 + len(contents.header()) + _ROOM * (1 + len(contents.tables))
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
