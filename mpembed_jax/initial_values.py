@@ -4,7 +4,8 @@ An initializer `(key, shape, dtype) -> array` learns the size of the table from 
 initializers draw each row by itself. The number of rows then changes only some numbers in the
 computation, such as fan_in. The trace of the call shows whether this is so. If it is, the
 initializer is called on blocks, but with the numbers of the whole table. Any other initializer is
-called once for the whole table, because it may use the number of a row, another row, or an array.
+called once for the whole table, because a value may depend on the row's number, on another row, or
+on an array that the initializer holds.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def of_blocks(table: TableSpec, key: jax.Array, embedding_dim: int) -> Block:
       have BLOCK rows, except the last one. The function returns float32 [rows, D].
 
     Raises:
-      TypeError: if the initializer returns something else than an array.
+      TypeError: if the initializer returns something other than an array.
       ValueError: if the initializer returns another shape.
     """
     call: Any = table.initializer

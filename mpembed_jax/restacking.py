@@ -126,7 +126,7 @@ def _kept(
         (first, size), (begin, room) = old.table_range(name), new.table_range(to)
         if room < size:
             raise ValueError(
-                f"table {to!r} would lose rows: {name!r} has {size} rows, the new {room}"
+                f"table {to!r} would lose rows: {name!r} has {size} rows, the new table has {room}"
             )
         kept.append((first, begin, size))
     return kept

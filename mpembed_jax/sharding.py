@@ -162,13 +162,13 @@ def plan(
 ) -> Placement:
     """Chooses a placement for a stack from its size and the skew of sample batches.
 
-    A small stack (at most replicate_bytes) is replicated. So is a stack whose cache cannot be
-    divided. Every device then does all of the work on the table, but only ids and gradients travel.
-    Other stacks are divided by rows (MOD) or by whole tables. Whole tables are chosen if two
-    conditions hold: the busiest owner serves fewer ids than with MOD, and the allocated rows exceed
-    the used rows by at most a tenth. Tables are placed on shards from the largest to the smallest.
-    The exchange gets the room that the fullest (device, owner) pair of the samples needed, times
-    `margin`.
+    A small stack (at most replicate_bytes) is replicated. So is a stack whose cache or pool cannot
+    be divided. Every device then does all of the work on the table, but only ids and gradients
+    travel. Other stacks are divided by rows (MOD) or by whole tables. Whole tables are chosen if
+    two conditions hold: the busiest owner serves fewer ids than with MOD, and the allocated rows
+    exceed the used rows by at most a tenth. Tables are placed on shards from the largest to the
+    smallest. The exchange gets the room that the fullest (device, owner) pair of the samples
+    needed, times `margin`.
 
     Args:
       spec: the stack.
@@ -176,14 +176,14 @@ def plan(
         same devices.
       batches: nests of int32 host arrays of global ids, whole batches. Without any, the skew is
         unknown, and rows go by MOD with the default room.
-      replicate_bytes: size of the largest table to replicate.
+      replicate_bytes: a stack is replicated if its packed rows take at most this many bytes.
       margin: factor on the measured room, at least 1.
 
     Returns:
       A Placement.
 
     Raises:
-      TypeError: if spec or num_shards is something else.
+      TypeError: if spec or num_shards has another type.
       ValueError: if margin or num_shards is below 1, a batch does not divide over the devices, or
         batches are given for a stack with a vocabulary.
     """
@@ -224,7 +224,7 @@ def plan(
 
 
 def _largest_share(layout: Layout, batch: Any) -> float:
-    """Returns the largest share of a device's budget that its ids for a single owner take."""
+    """Returns the most ids that a device sends to one owner, as a share of the device's budget."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     devices = layout.shards
     spec = layout.spec

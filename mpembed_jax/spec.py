@@ -63,8 +63,8 @@ def size_of(table: TableSpec) -> int:
     """
     if table.vocabulary_size is None:
         raise ValueError(
-            f"table {table.name!r} has no vocabulary_size: its raw ids have rows of a pool, and "
-            "this is supported for tables of dense ids only"
+            f"table {table.name!r} has no vocabulary_size: its raw ids have rows of a pool; this "
+            "operation needs tables of dense ids"
         )
     return int(table.vocabulary_size)
 
@@ -122,8 +122,9 @@ class EmbeddingSpec:
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       memory_kind: None: everything is on the device. "pinned_host": the packed rows, and optimizer
         state of more than one number per row, are in host memory. The cache and the arrays of a
-        batch stay on the device. Results are the same, bit for bit. Only rows that miss the cache
-        cross the bus, in packed form.
+        batch stay on the device. Results are the same, bit for bit. Only rows that miss the cache,
+        and dirty rows that leave it, cross the bus, in packed form. The optimizer state in host
+        memory crosses the bus for all rows of a batch.
       vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
         raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
         The rows start from uniform(+-1/sqrt(num_rows)).
@@ -240,7 +241,7 @@ class EmbeddingSpec:
 
     @property
     def row_tables(self) -> tuple[TableSpec, ...]:
-        """The tables by which rows are made: a pool with its shared rows counts as one."""
+        """The tables that `init_table` makes: a pool and its shared rows are made as one table."""
         return self.tables if self.vocabulary is None else (TableSpec("pool", self.num_rows),)
 
     @property
@@ -339,7 +340,7 @@ class EmbeddingSpec:
         return self._map(array, [f for f, _ in pairs], ranges[..., 0], ranges[..., 1])
 
     def raw_ids(self, ids: Any, where: Any = None) -> Any:
-        """Hashes raw ids of any kind to what `prefetch` and `read` take.
+        """Hashes raw ids of any kind to the pairs that `prefetch` and `read` take.
 
         Ids on the host are hashed on the host, and the result is a NumPy array. Integers on a
         device, traced or not, are hashed on the device, to the same values. `vocabulary.hashes`

@@ -63,8 +63,8 @@ def encode_rows(
       key: uint32 [2], or a key bound to a shard.
       stream: the stream of the random bits, a constant of numerics.random_bits.
       step: int32 scalar, for the random bits.
-      once: None, or an int32 scalar that is 1, although the compiler cannot see it. If it is given,
-        rows of integer formats are quantized in a loop of one iteration. XLA:CPU then does not fuse
+      once: None, or an int32 scalar whose value, 1, the compiler cannot see. If it is given, rows
+        of integer formats are quantized in a loop of one iteration. XLA:CPU then does not fuse
         quantization with packing; fused, they are six times slower. The bits are the same.
 
     Returns:
@@ -177,7 +177,7 @@ def init_table(
       The table. Its initial values are rounded by the rule of the format.
 
     Raises:
-      TypeError: if an initializer returns something else than an array.
+      TypeError: if an initializer returns something other than an array.
       ValueError: if an initializer returns an array of another shape.
     """
     fmt = fmt.resolve(embedding_dim)

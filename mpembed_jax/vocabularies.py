@@ -49,15 +49,16 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     doublings, the sets that are not split yet have more ids for each row. The probability that an
     id without a row takes another id's row by mistake grows with the pool: see `vocabulary.pool`.
 
-    A row may get another number. A cached row takes a way of its set whose row number finds room in
-    the cache. If there is no such way, the row leaves the cache. If its line is dirty, the line is
+    A row may get another number, and the number decides the row's set in the cache. A cached row
+    therefore gets a number whose set in the cache has room for its line. If there is none, the row
+    leaves the cache. If its line is dirty, the line is
     then written back to the table, rounded as by flush. The cache's sketch, which counts the uses
     of rows without a line, starts from zero.
 
     Args:
       state: concrete and between steps; not consumed.
       num_rows: rows of the pool, more than it has, without shared rows. They are rounded down to
-        whole sets, as many in each group.
+        whole sets, with the same number of sets in each group.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.
@@ -93,8 +94,9 @@ def shrink(state: EmbeddingState, num_rows: int) -> EmbeddingState:
     Args:
       state: concrete and between steps; not consumed.
       num_rows: rows of the pool, fewer than it has, without shared rows. They are rounded down to
-        whole sets, as many in each group. If these would be fewer than the first sets, the pool
-        gets its first sets, each with the most ways that `num_rows` has room for.
+        whole sets, with the same number of sets in each group. If these would be fewer than the
+        first sets, the pool gets its first sets, each with the most ways that `num_rows` has room
+        for.
 
     Returns:
       The new state. Its `spec` has the new sizes: restore its checkpoints with that spec.

@@ -185,7 +185,7 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
         [
             Refused(
                 lambda s: restacking.restack(s, spec_of({"a": 199, "b": 300}), TX),
-                "table 'a' would lose rows: 'a' has 200 rows, the new 199",
+                "table 'a' would lose rows: 'a' has 200 rows, the new table has 199",
             ),
             Refused(
                 lambda s: restacking.restack(s, spec_of(SIZES), TX, renamed={"a": "z"}),

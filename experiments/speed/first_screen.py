@@ -232,13 +232,15 @@ def table(settings: Settings, curves: dict[str, Any], quality: Quality) -> str:
     ]
     note = """
 Bytes and times are for D = 64: forward, backward and update of the embedding on 2 CPU cores, by the
-verbs of a module with `fused=True` (`python -m experiments.speed.first_screen`). The AUC column is
-from other runs of the same formats: the Reddit task at D = 16, paired seeds with 95 % intervals
-(`python -m experiments.accuracy.paper_table --data reddit`). Raw ids need no numbering: an id earns
-a row at its second occurrence, and the least used rows are recycled. They need the host to hash
-ids, and a pool whose size you choose, which depends on how many ids come again. Their time is
-that of INT8 + 5 % and a pool with room (`python -m experiments.speed.bench_raw_ids`), their AUC is
-from `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
+functions that a module with `fused=True` calls (`python -m experiments.speed.first_screen`). The
+AUC column is from other runs of the same formats: the Reddit task at D = 16, paired seeds with 95 %
+intervals (`python -m experiments.accuracy.paper_table --data reddit`).
+
+Raw ids need no numbering. An id earns a row at its second occurrence, and the least used rows are
+recycled. The host hashes the ids. You choose the number of rows; it depends on how many ids come
+again. The time of raw ids was measured with INT8 + 5 % and rows to spare
+(`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same command as the others,
+with `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])
 
 

@@ -37,8 +37,8 @@ class Window(NamedTuple):
     def fill(self, array: jax.Array, values: jax.Array) -> jax.Array:
         """Returns `array` with this chunk's positions, live or not, set to `values` [chunk, ..].
 
-        Slices may overlap. So a position must get the same value from every chunk that covers it.
-        For other values, there is `put`, which also reads the array.
+        Slices may overlap. So every chunk that covers a position must give it the same value. If
+        the values may differ, use `put`, which also reads the array.
         """
         if self.position.shape[0] == array.shape[0]:
             return values
@@ -82,8 +82,8 @@ def each(
         return body(Window(jnp.int32(0), index, (index >= begin) & (index < end)), carry)
 
     # The loop stays even if one window covers everything. XLA fuses nothing outside a loop into its
-    # body, so the results do not depend on the surrounding program. (If XLA contracts a
-    # multiplication with an addition of that program, the last bit may differ.)
+    # body, so the results do not depend on the surrounding program. Without the loop, XLA could
+    # contract a multiplication of the body with an addition outside, and the last bit could differ.
     chunk = min(chunk, width)
 
     def step(loop: tuple) -> tuple:

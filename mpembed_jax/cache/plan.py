@@ -48,9 +48,10 @@ class CachePlan:
     budget, inverse is U - 1. At every other position, `ids == unique_ids[inverse]`.
 
     On a mesh, `unique_ids` and `inverse` describe the ids of this device, in the order of their
-    first occurrence. With summation blocks, an id has an entry for each block that it is in.
-    `line`, `is_hit` and `victim_ids` have Q entries instead of U. They describe `route.rows`: the
-    rows of this device's shard that any device asks for. `counts` covers all devices.
+    first occurrence. With summation blocks (see Placement), an id has an entry for each block that
+    it is in. `line`, `is_hit` and `victim_ids` have Q entries instead of U. They describe
+    `route.rows`: the rows of this device's shard that any device asks for. `counts` covers all
+    devices.
     """
 
     unique_ids: jax.Array  # i32 [U], or pairs [U, 2]
@@ -108,7 +109,7 @@ class Counts:
     hits: jax.Array  # unique ids that had a line before the step
     hit_requests: jax.Array  # positions whose id had a line before the step
     misses: jax.Array  # unique - hits
-    bypasses: jax.Array  # misses that found no free way; they are trained in the table
+    bypasses: jax.Array  # misses that got no line; they are trained in the table
     evictions: jax.Array  # ids that lost their line to a newcomer
     write_backs: jax.Array  # evictions of dirty lines, whose rows are quantized into the table
     out_of_range: jax.Array  # positions whose id is outside the stack

@@ -1,4 +1,4 @@
-"""Residency: the record of the id in each line of the set-associative FP32 cache.
+"""Residency: which id each line of the set-associative FP32 cache holds.
 
 CacheState holds the rows, too, but this module never computes with a row. The policies are LRU and
 LFU. With LFU, a newcomer takes an empty line, or the line of an id with a lower estimated use. A

@@ -29,11 +29,12 @@ class Geometry(NamedTuple):
         return self.sets * self.ways
 
     def election_buckets(self, width: int) -> int:
-        """Returns the number of buckets in which the misses of a batch enter the cache in rounds.
+        """Returns the number of buckets to which the misses of a batch are hashed by their sets.
 
-        In each round, one miss of each bucket meets a line (see `ops/xla/rounds.py`). For a batch
-        of `width` unique ids, there are as many buckets as sets, but at most max(16, 2 * width),
-        rounded up to a power of two. If there are more sets than buckets, sets share buckets.
+        Misses enter the cache in rounds. In each round, one miss of each bucket meets a line (see
+        `ops/xla/rounds.py`). For a batch of `width` unique ids, there are as many buckets as sets,
+        but at most 2 * width, rounded up to a power of two, or 16 if this is more. If there are
+        more sets than buckets, sets share buckets.
         """
         return min(self.sets, max(16, indexing.ceil_power(2 * width)))
 

@@ -24,7 +24,7 @@ _MAX_LAYOUT_BYTES = 1 << 16
 _FIXED = {"zarr_format": 2, "order": "C", "filters": None, "fill_value": None}
 _PIECE_NAME = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", re.ASCII)
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_ZSTD_BLOCK = 1 << 17  # bytes: the most to which a block decompresses
+_ZSTD_BLOCK = 1 << 17  # bytes of a decompressed block, at most
 
 
 class ZarrArray(NamedTuple):
@@ -104,9 +104,9 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
     try:
         held = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{where} is no JSON: {error}") from None
+        raise DamagedError(f"{where} is not JSON: {error}") from None
     if not isinstance(held, dict):
-        raise DamagedError(f"{where} is no JSON object")
+        raise DamagedError(f"{where} is not a JSON object")
     wanted = {**_FIXED, "shape": shape, "dtype": zarr_dtype(dtype)}
     chunks = held.get("chunks")
     compressor = held.get("compressor")
@@ -131,11 +131,11 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
 def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
     """Checks that a piece becomes as many bytes as the layout says when it is decompressed.
 
-    A compressed block of zstd does not say how many bytes it becomes. It becomes at most
-    `_ZSTD_BLOCK` bytes, and this is the size that the check adds up. Where the data changes, zstd
-    ends a block early, at level 1 not before a quarter of `_ZSTD_BLOCK`. The sum may therefore be
-    four times the real size. The check accepts a sum of eight times the real size. A crafted file
-    thus takes at most eight times the memory of its array.
+    A compressed block of zstd does not say how many bytes it becomes. The check counts the maximum,
+    `_ZSTD_BLOCK` bytes. A block may become fewer: zstd at level 1 ends a block early where the data
+    changes, but not before a quarter of the maximum. The sum may therefore be four times the real
+    size. The check accepts a sum of eight times the real size. A crafted file thus takes at most
+    eight times the memory of its array.
     """
     size = files.size_of(file)
     if not layout.is_compressed:

@@ -42,7 +42,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
 
     Raises:
       ValueError: if the state cannot be converted. Tables, dim, vocabulary and the leaves of the
-        optimizer's state must be the same. With a vocabulary, row_state_dtype must be, too.
+        optimizer's state must be the same. With a vocabulary, row_state_dtype must be the same,
+        too.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
@@ -71,8 +72,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
     if spec.vocabulary is not None and entry["row_state_dtype"] != spec.row_state_dtype:
         raise ValueError(
             f"{name} has a vocabulary, and was saved with row_state_dtype "
-            f"{entry['row_state_dtype']}, the target has {spec.row_state_dtype}; it is restored "
-            "with the same"
+            f"{entry['row_state_dtype']}, the target has {spec.row_state_dtype}; give the target "
+            "the saved one"
         )
     return entry["fingerprint"] != state.expected_fingerprint.tolist()
 

@@ -17,9 +17,10 @@ _BLOCK = 1 << 20  # rows of a host array digested at once
 
 
 def row_names(state: EmbeddingState) -> tuple[list[str], list[str]]:
-    """Returns the inner names of a state's arrays by row, and of those by cache line.
+    """Returns the inner names of a state's arrays by row, and of its arrays by cache line.
 
-    An array by row has one entry per table row. An array by line has one entry per cache line.
+    An inner name is the path of an array inside the state. An array by row has one entry per table
+    row. An array by line has one entry per cache line.
     """
     rows, lines = [], []
     for name, leaf in leaves.named(state).items():

@@ -98,10 +98,10 @@ def track(state: EmbeddingState) -> RowTracker:
 
     Raises:
       TypeError: if state has another type, or is traced.
-      ValueError: if the state was donated, made for another spec, or averaged; if a prefetch waits
-        for its apply_gradients, which would change rows without a plan; or if the state has a
-        vocabulary and max_unique_ids, was made inside jax.pmap, or has shards of 2**31 - 1 rows or
-        more in total. Save full checkpoints of the latter states.
+      ValueError: if the state was donated, made for another spec, or averaged; or if a prefetch
+        waits for its apply_gradients, because the tracker has not seen its plan. Also if the state
+        has a vocabulary and max_unique_ids, was made inside jax.pmap, or has shards of 2**31 - 1
+        rows or more in total: such states need full checkpoints.
     """
     arguments.check_state("track(state)", state)
     state.check_spec()
@@ -209,8 +209,8 @@ def mark(tracker: RowTracker, plan: CachePlan | VectorPlan) -> RowTracker:
     if isinstance(plan, VectorPlan) and plan.plan is not None:
         plan = plan.plan
     if isinstance(plan, VectorPlan):
-        # The plan does not name its victims, and they need no marks. A dirty line became dirty in a
-        # step that was marked, or was dirty at the start.
+        # This plan names no victims. They need no marks: a dirty line became dirty in a step that
+        # was marked, or was dirty at the start.
         assert plan.places is not None
         ids = ops.distinct_ids(plan.places)
     else:
@@ -260,7 +260,7 @@ def collect(
       ValueError: if a tracker does not fit its state, or names no state; or if the directory does
         not hold the checkpoint from which the trackers started.
       UnreadableError: if that checkpoint is not found, and the system cannot read one of the
-        directory now.
+        directory's checkpoints now.
       OSError: if the system cannot read the directory.
     """
     if isinstance(trackers, RowTracker):
@@ -357,8 +357,9 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
         was_dirty[held[is_held & dirty]] = False
         has_changed = is_held & is_touched[held]
         if state.vocabulary is not None:
-            # A raw id whose row starts again leaves its line empty, and misses in the same set. It
-            # takes the first empty line. That is another one if `forget` left a line empty before.
+            # If the row of a raw id starts again, its line becomes empty. The row then takes the
+            # first empty line of the same set. That is another line if `forget` had emptied one
+            # before. So a line that is empty now may have changed, if its set has a changed line.
             is_active = has_changed.reshape(-1, ways).any(axis=1)
             has_changed |= ~is_held & np.repeat(is_active, ways)
         lines = np.flatnonzero(has_changed).astype(np.int32)

@@ -67,9 +67,9 @@ class Division:
 def places(member: leaves.Member) -> dict[str, leaves.Destination]:
     """Returns the destinations of the leaves of a target that do not show their destination.
 
-    There are two kinds of such leaves. A leaf of a state over a mesh that names no devices goes to
-    the state's mesh. A leaf that the state's spec keeps in host memory goes to host memory. The
-    target does not show this if it is a shape, for example from jax.eval_shape.
+    There are two kinds of such leaves. If a state is over a mesh, a leaf that names no devices goes
+    to this mesh. If the state's spec keeps a leaf in host memory, it goes to host memory. A target
+    of shapes, for example from jax.eval_shape, does not show this.
 
     Returns:
       {name in the tree: destination}.

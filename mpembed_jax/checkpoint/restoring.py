@@ -36,7 +36,7 @@ from mpembed_jax.checkpoint.errors import (
 from mpembed_jax.row_ids import NO_ID
 
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
-# Arrays of an embedding state whose values its entry in the manifest repeats.
+# Arrays of an embedding state whose values are also in the state's entry in the manifest.
 _IN_ENTRY = {"fingerprint": "fingerprint", "key": "key", "step": "step", "pending": "is_pending"}
 
 
@@ -144,7 +144,8 @@ def _newest(directory: Path) -> list[dict[str, Any]]:
     Raises:
       FileNotFoundError: if there is no checkpoint.
       CheckpointError: if all are damaged. Also if a newer one cannot be read now, or was written by
-        a newer version: it may be good, and a run from an older one would lose its steps.
+        a newer version. It may be good, and a run that went on from an older one would lose the
+        steps between the two.
     """
     while True:
         found = manifest.steps(directory)
@@ -373,10 +374,10 @@ def _check_rows(
     if digests.digest(rows).tolist() != entry["digest"]:
         raise CheckpointError(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
-            "differ from the saved ones, although no file is damaged. In an increment, rows are "
-            "missing that no plan named, such as those of write_rows and vocabularies.forget: "
-            "restore an older step, and save a full checkpoint after such a call. If there was "
-            "none, report this"
+            "differ from the saved ones, although no file is damaged. An increment lacks rows that "
+            "no plan named, such as those that write_rows and vocabularies.forget change: restore "
+            "an older step, and save a full checkpoint after each such call. If there was no such "
+            "call, report this error"
         )
 
 

@@ -38,8 +38,8 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, cause_o
 _LOG = logging.getLogger("mpembed_jax.checkpoint")
 _TEMPORARY = ".orbax-checkpoint-tmp"  # suffix that orbax gives to unfinished folders
 
-# Keys: the texts of orbax's errors if it did not see one of its folders, or a file in it. Values:
-# the path of that folder below the checkpoint's. Orbax does not give the system's reason.
+# Keys: texts of the errors that orbax raises if it cannot see one of its folders, or a file in it.
+# Values: the path of that folder inside the checkpoint's folder. These errors do not say why.
 _UNSEEN = {
     "Path is not a directory": "",
     "Checkpoint directory does not exist": "",
@@ -227,8 +227,8 @@ def save(
     for each in trackers:
         if tracker is not None and not isinstance(each, increments.RowTracker):
             raise TypeError(
-                f"{call}: tracker must be a RowTracker (from track), or a mapping of the names of "
-                f"embedding states to theirs, got {type(each).__name__}"
+                f"{call}: tracker must be a RowTracker (from track), or a mapping from names of "
+                f"embedding states to RowTrackers, got {type(each).__name__}"
             )
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
@@ -473,8 +473,8 @@ def _failure(
 def _why_unseen(unfinished: Path, error: BaseException) -> str:
     """Returns why orbax did not see a file of an unfinished checkpoint.
 
-    It is "" for another error. The system is asked again. If the file is visible now, the reason is
-    unknown.
+    The reason is "" if the error is about something else. The system is asked for the reason
+    again. If the file is visible by now, the text says so.
     """
     unseen = [unfinished / name for text, name in _UNSEEN.items() if text in str(error)]
     try:

@@ -47,8 +47,8 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
     layout = state.layout
     shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
     pool_rows = vocabulary.geometry.lines * shards
-    # Estimates are halved in one of 30 R / N steps, with R rows in the pool and N positions in a
-    # batch, like those of lines by policy.is_time_to_halve.
+    # Estimates are halved every 30 R / N steps, with R rows in the pool and N positions in a batch.
+    # policy.is_time_to_halve does the same for cache lines.
     period = min(max(1, 30 * pool_rows // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
@@ -104,7 +104,7 @@ def rules_of(state: EmbeddingState) -> ops.Admission:
 def _settled(
     state: EmbeddingState, admitted: ops.Admitted, num_requests: jax.Array, num_shared: jax.Array
 ) -> EmbeddingState:
-    """Returns the state after an admission: counted, and with rows started again."""
+    """Adds an admission to the counters, and starts the recycled rows again."""
     vocabulary = state.vocabulary
     assert vocabulary is not None
     num_recycled = admitted.num_recycled
@@ -125,7 +125,7 @@ def _settled(
 def rows_of(state: EmbeddingState, ids: Any) -> Any:
     """Returns the row (int32 [..]) of each raw id: its own, or the one that it shares.
 
-    Nothing is admitted. As `read`, it can be called inside jax.shard_map and outside.
+    Nothing is admitted. Like `read`, this function can be called inside jax.shard_map and outside.
 
     Args:
       state: a state with a vocabulary.

@@ -56,7 +56,7 @@ def check_state(call: str, state: Any) -> None:
       TypeError: if it is not an EmbeddingState.
       ValueError: if it was donated.
     """
-    expect(call, "state", state, EmbeddingState, "from init, or from the verb before")
+    expect(call, "state", state, EmbeddingState, "from init, or from the previous verb")
     held = state.fingerprint
     is_array = isinstance(held, jax.Array) and not isinstance(held, jax.core.Tracer)
     if is_array and held.is_deleted():

@@ -1,6 +1,6 @@
 """Moves the lines of an old cache into a new cache, when rows get other ids.
 
-Lines choose their places in the order of their use. A dirty line without a place is written back to
+The most used lines choose their places first. A dirty line without a place is written back to
 the table.
 """
 

@@ -225,9 +225,9 @@ def segments(
     segment_ids = jnp.asarray(segment_ids)
     if segment_ids.dtype.itemsize < 4:
         segment_ids = segment_ids.astype(jnp.int32)  # a narrower type may not hold num_segments
+    # The comparison is in the type of the ids, because a cast could wrap around.
     is_inside = (segment_ids >= 0) & (segment_ids < jnp.asarray(num_segments, segment_ids.dtype))
     is_real = (index != num_rows - 1) & is_inside
-    # The comparison is in the type of the ids, because a cast could wrap around.
     segment = jnp.where(is_real, segment_ids.astype(jnp.int32), jnp.int32(num_segments))
     w = (
         is_real.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """Moves a state to a spec with another pool or more tables.
 
-An owner that stays keeps its row, its optimizer state and its use. It keeps its cache line if there
-is a place for the line.
+An owner that stays keeps the values of its row, its optimizer state and its use. It keeps its cache
+line if there is a place for the line.
 
 The sets of a pool are split and joined by linear hashing; see `vocabulary.pool`.
 """
@@ -190,8 +190,9 @@ class _Ways:
 def _ways(sets: np.ndarray, old_rows: np.ndarray, geometry: Any, lines: Lines) -> np.ndarray:
     """Returns the way (int [n]) of each owner in its set.
 
-    Cached rows choose first. Each takes a way whose row number finds room in the cache. All other
-    owners take the ways that are left, in the order of their old rows.
+    The way decides the number of the row, and the number decides the row's set in the cache. Owners
+    of cached rows choose first: each takes a way whose set in the cache has room for the line. All
+    other owners take the ways that are left, in the order of their old rows.
     """
     cached = np.flatnonzero(lines.have(old_rows))
     free = _Ways(sets[cached], geometry)

@@ -54,7 +54,7 @@ _mixed_on_device = jax.jit(partial(_mixed_by, jnp), inline=True)
 
 
 def _of_requests(counters: Any) -> Any:
-    """Returns the counts that tell what was requested, uint32 [.., n] of [.., len(COUNTERS), 2]."""
+    """Returns the counts of requests (uint32 [.., n]) from counters [.., len(COUNTERS), 2]."""
     counts = counters[..., : len(OF_REQUESTS), :]
     return counts.reshape(*counts.shape[:-2], -1)
 
@@ -197,7 +197,7 @@ class EmbeddingState:
         is_packed = jnp.issubdtype(self.table.rows.dtype, jnp.unsignedinteger)
         if not is_packed or lines not in (None, np.float32) or self.step.dtype != np.int32:
             raise ValueError(
-                f"the arrays of this state were computed with: its packed rows are "
+                f"arithmetic was done on the arrays of this state: its packed rows are "
                 f"{self.table.rows.dtype}, its cache lines {lines}, its step is "
                 f"{self.step.dtype}; {_AVERAGED}"
             )
@@ -318,10 +318,11 @@ def make(
     fixed = {"spec": spec, "tx": tx, "layout": layout, "table_of": table_of}
     is_kept = _is_hashable(tx) and all(table.initializer is None for table in spec.tables)
     state = _build_jitted(words, **fixed) if is_kept else jax.jit(partial(_build, **fixed))(words)
-    # Arrays are the same for every implementation: all of them share the program.
+    # The arrays do not depend on the implementation. So all implementations share the program.
     state = dataclasses.replace(state, implementation=implementation)
     if layout is None and optim.rule_of(tx) is not None:
-        # XLA is still filling the table, and `place` waits for it.
+        # XLA fills the table in the background, until `place` waits for it. This compiles
+        # meanwhile.
         ops.compile_ahead(implementation, state.table)
     return huge_pages.place(state)
 
@@ -350,7 +351,7 @@ _build_jitted = jax.jit(_build, static_argnames=("spec", "tx", "layout", "table_
 
 
 def _is_hashable(tx: optax.GradientTransformation) -> bool:
-    """Returns whether a transformation has a hash. One of callable objects may have none."""
+    """Returns whether a transformation has a hash. Functions have one, callable objects may not."""
     try:
         hash(tx)
     except TypeError:

@@ -168,7 +168,7 @@ def stats(state: EmbeddingState) -> CacheStats:
             f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
             f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
             "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after "
-            "(of this state: vocabularies.grow)",
+            "(vocabularies.grow enlarges the pool of a state)",
         )
     if result.steps >= _MIN_STEPS and 2 * result.wide_exchanges > result.steps:
         _warn_once(
@@ -224,7 +224,8 @@ def _check_buffer(state: EmbeddingState, steps: int) -> None:
         return
     former = before.rows()
     if former is not None and not former.is_deleted():
-        # The former table is alive. Two runs with the same spec and key are training side by side.
+        # The former table still exists, so the table did not move: two runs with the same spec and
+        # key train side by side.
         return
     _warn_once(
         state,

@@ -3,8 +3,8 @@
 One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `prefetch` plans a batch and brings its rows into the cache.
 - `lookup` gathers the unique rows, from which the user computes gradients.
-- `apply_gradients` updates each unique row once. A cached row is updated in its float32 line, any
-  other row in the table, with stochastic rounding.
+- `apply_gradients` updates each unique row once. A cached row is updated in its float32 line. Any
+  other row is rounded into the table by the rule of its format.
 - `gradient_norm` is the norm of the gradients of all rows.
 
 In `vectors`, one differentiates with respect to vectors instead. The verbs are pure; jit them with
@@ -277,10 +277,11 @@ def apply_gradients(
 ) -> EmbeddingState:
     """Applies exactly one optimizer update to each unique row of the plan and stores the row.
 
-    A cached row is written to its line in float32. A bypassed row is stochastically rounded into
-    the table. A row that its update does not move keeps its stored bits. Donate the state. A plan
-    that is not the state's latest, is of another state, or was already applied, changes nothing and
-    is counted in `stats`. If state and plan are concrete, the call raises ValueError instead.
+    A cached row is written to its line in float32. A bypassed row is rounded into the table by the
+    rule of its format. A row that its update does not move keeps its stored bits. Donate the state.
+    A plan that is not the state's latest, is of another state, or was already applied, changes
+    nothing and is counted in `stats`. If state and plan are concrete, the call raises ValueError
+    instead.
 
     Args:
       state: from prefetch; consumed if donated.

@@ -1,9 +1,9 @@
 """One optimizer update of a batch's rows, and the storage of the new rows.
 
-Row-wise Adagrad and SGD of `optim`, at a constant rate, have a rule that a kernel can run. All
-other optax transformations run without kernels. `has_kernel` tells whether a kernel runs. This
-depends on the transformation, on the implementation chosen at init, and on the memory that holds
-the table.
+Row-wise Adagrad and SGD of `optim`, at a constant rate and without weight decay, have a rule that a
+kernel can run. All other optax transformations run without kernels. `has_kernel` tells whether a
+kernel runs. This depends on the transformation, on the implementation chosen at init, and on the
+memory that holds the table.
 """
 
 import dataclasses
@@ -248,7 +248,7 @@ def _apply_any(
         row_state, lines, is_stored = chunks.each(
             0, num_cached, width, chunk, to_lines, (row_state, lines, is_stored)
         )
-    # Wherever to_table runs, this is 1, but the compiler cannot see it; see encode_rows.
+    # If to_table runs, `once` is 1. The compiler cannot know this; see encode_rows.
     once = (num_ids > num_cached).astype(jnp.int32)
 
     def to_table(window: chunks.Window, carry: tuple) -> tuple:

@@ -312,11 +312,11 @@ def apply_pooled_gradients(
 ) -> EmbeddingState:
     """Applies exactly one optimizer update to each unique row, from the gradients of vectors.
 
-    Cached rows are written to their lines in float32. Bypassed rows are stochastically rounded into
-    the table. Each row's gradient is the sum over its positions, in ascending order. Donate the
-    state. A plan that is not the state's latest, is of another state, or was applied before,
-    changes nothing and is counted. If state and plan are concrete, the call raises ValueError
-    instead.
+    Cached rows are written to their lines in float32. Bypassed rows are rounded into the table by
+    the rule of its format. Each row's gradient is the sum over its positions, in ascending order.
+    Donate the state. A plan that is not the state's latest, is of another state, or was applied
+    before, changes nothing and is counted. If state and plan are concrete, the call raises
+    ValueError instead.
 
     Args:
       state: from embed; consumed if donated.

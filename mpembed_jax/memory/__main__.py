@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument(
         "--raw",
         action="store_true",
-        help="for a file of ids: they are raw, and only those that occur often get rows, of a pool",
+        help="for a file of ids: the ids are raw, and those that occur often get rows of a pool",
     )
     own.add_argument(
         "--devices", type=int, default=1, help="number of devices that divide the rows"
@@ -103,7 +103,7 @@ def _count(value: Any) -> int:
 
 
 def _columns(path: Path) -> dict[str, Any]:
-    """Returns {column: values} of a CSV or parquet file; columns of ids without empty cells."""
+    """Returns {column: values} of a CSV or parquet file, without empty cells in a file of ids."""
     if path.suffix == ".parquet":
         if importlib.util.find_spec("polars") is None:
             raise ImportError(f"reading {path} needs polars, or save it as CSV")

@@ -214,9 +214,9 @@ def plan(
         nulls are padding. All other samples are integers.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
         each stack is compiled, as by `report`, and its temporaries count. The choice adds up those
-        of all stacks. In one program, XLA uses memory of one stack again for another, so a step of
-        the chosen stacks together is compiled as well: the plan has its temporaries. For one device
-        only.
+        of all stacks. One program for all stacks needs less, because XLA uses the memory of one
+        stack again for another. So one step of all chosen stacks is compiled at the end, and the
+        plan has the temporaries of this step. For one device only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
         one device only. None: no host memory is used.
 
@@ -335,7 +335,7 @@ class _Stack(NamedTuple):
         return float(self.use[:num_lines].sum() / self.use.sum())
 
     def is_idle(self, level: Level) -> bool:
-        """Returns whether a level is INT4 with a 5 % cache, and 1 % gets nearly as many ids."""
+        """Returns whether a level is INT4 + 5 %, and INT4 + 1 % would have nearly as many hits."""
         few, many = (self.hits(level._replace(fraction=share)) for share in (0.01, 0.05))
         is_large = level[:2] == ("int4", 0.05)
         return is_large and few is not None and many is not None and many - few < 0.02
@@ -389,7 +389,7 @@ def _stack(
 
 
 def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
-    """Returns how often each raw id of a table's sample occurs; two ids of one hash are one."""
+    """Returns how often each raw id of a table's sample occurs. Ids of equal hashes are one id."""
     if table not in samples:
         raise ValueError(
             f"table {table!r} has no rows, so its ids are raw: give a sample of them, "
@@ -491,7 +491,7 @@ class _Bytes:
     def temporaries(self, choices: Sequence[Choice]) -> int:
         """Returns the bytes that one step of all stacks needs beside their states.
 
-        They are not more than what the stacks need alone, one after another.
+        They are at most the sum of the bytes that a step of each stack alone needs.
         """
         added_up = sum(choice.temporary_bytes for choice in choices)
         specs = [choice.spec for choice in choices]
@@ -579,7 +579,7 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
 
 
 def _possible(levels: tuple[Level, ...], is_host: bool) -> tuple[Level, ...]:
-    """Returns the levels of a stack on the device or on the host: rows there are never float32."""
+    """Returns the levels of a stack on the device or on the host. Host rows are never float32."""
     return levels[1:] if is_host else levels
 
 

@@ -143,9 +143,9 @@ def report(
 ) -> Report:
     """Counts the bytes of a stack on one device before it is made.
 
-    The peak is that of `embed` and `apply_pooled_gradients` in one jitted step that donates the
-    state, as XLA plans it. It holds the state, the ids, the vectors, their gradients and what the
-    two verbs need beside them. It does not hold the arrays of your model. A step of `prefetch`,
+    The peak is XLA's estimate for one jitted step of `embed` and `apply_pooled_gradients` that
+    donates the state. It counts the state, the ids, the vectors, their gradients and what the two
+    verbs need beside them. It does not count the arrays of your model. A step of `prefetch`,
     `lookup` and `apply_gradients`, also that of a module without fused=True, can have a higher
     peak. Where the two verbs run natively (see `embedding.vectors`), such a step holds two more
     arrays, the rows and their gradients, float32 [U, D] each.
@@ -207,7 +207,7 @@ def step_peak(
     tx: optax.GradientTransformation,
     batch_shapes: Sequence[tuple[int, ...]],
 ) -> int:
-    """Returns the peak bytes of one compiled step that trains all states, which it holds once.
+    """Returns the peak bytes of one compiled step that trains all states and donates them.
 
     Args:
       states: abstract states, one of each stack.
@@ -228,7 +228,7 @@ def step_peak(
             hidden = [own.reshape(*lead[:1], -1) @ weight for own, weight, lead in each]
             return jnp.sum(jnp.square(sum(hidden)))
 
-        # The gradient of the weights needs the vectors, as those of a model do.
+        # The vectors must stay until the gradient of the weights is made, as in a model.
         grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, [f for *_, f in made])
         states = [
             vectors.apply_pooled_gradients(state, plan, own, tx=tx)

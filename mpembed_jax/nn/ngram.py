@@ -83,8 +83,8 @@ def ngram_spec(
     if vocabulary is not None:
         if embedding_init is not None:
             raise ValueError(
-                "rows of n-grams that are raw ids start from uniform(+-1/sqrt(rows)), whoever gets "
-                "them; leave embedding_init out"
+                "if n-grams are raw ids, all rows start from uniform(+-1/sqrt(rows)); leave "
+                "embedding_init out"
             )
         tables = tuple(TableSpec(name) for name in ngrams.table_names)
     else:

@@ -40,7 +40,7 @@ def _with_table(given: Any) -> tuple[str | None, Any]:
 
 
 class Origin:
-    """Which leaf of a plan's inverse was made from which array that prefetch was given.
+    """Tells from which array, given to prefetch, each leaf of a plan's inverse was made.
 
     An array may come with its table, as routing.Own.
 
@@ -101,7 +101,7 @@ def fetch(
     Args:
       state: not consumed.
       ids: nest of int32 arrays of global ids.
-      given: the user's own arrays, in the nesting of `ids`, which were computed from them.
+      given: the user's own arrays, from which `ids` were computed, in the same nesting.
       tables: the tables that the ids belong to; see step.prefetch_of_tables.
 
     Returns:
@@ -213,8 +213,8 @@ def part(
                 "ids of the step's calls (several inputs: one nest of them)"
             )
     rows = _brought(state, rows, route)
-    # If the ids were checked above, none is missing. `pool` is then enough, and makes no NaN, at
-    # which jax.debug_nans would stop.
+    # If the ids were checked above, none is missing, and `pool` is enough. _pool_or_nan would make
+    # a NaN that no vector takes, but jax.debug_nans would stop at it.
     chosen = pool if is_checked else _pool_or_nan
     return routing.Part(rows, treedef.unflatten(inverse), _pool_of(state, chosen))
 
@@ -285,7 +285,7 @@ def _pool_of(state: EmbeddingState, pool: Callable) -> Callable:
     ) -> Any:
         run = partial(pool, combiner=combiner)
         if not any(index.size for index in jax.tree.leaves(inverse)):
-            # No row is used. XLA cannot partition a function whose results are all empty.
+            # There are no ids. XLA cannot partition a function whose results are all empty.
             return run(rows, inverse, weights)
         return jax.shard_map(run, mesh=layout.mesh, in_specs=batch, out_specs=batch)(
             rows, inverse, weights

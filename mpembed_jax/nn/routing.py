@@ -192,7 +192,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
 
     Raises:
       KeyError: if a feature is unknown.
-      TypeError: if ids of a stack with a vocabulary are uint32, but no pairs. Also as
+      TypeError: if ids of a stack with a vocabulary are uint32, but not pairs. Also as
         EmbeddingSpec.global_ids and raw_ids.
       ValueError: if array ids have another number of columns, or are of stacks of several widths.
         Also if pairs on the host are of another table, or as global_ids and raw_ids.

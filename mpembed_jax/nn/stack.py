@@ -88,7 +88,7 @@ class Stack(nnx.Module):
 
     @property
     def leaf(self) -> str:
-        """The attribute with respect to which the loss is differentiated."""
+        """The name of the attribute with respect to which the loss is differentiated."""
         return "held_vectors" if self.holds_vectors else "rows"
 
     @property
@@ -272,7 +272,7 @@ def apply_gradients(model: nnx.Module, grads: Any) -> nnx.State:
       The other gradients, for nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, grads).
 
     Raises:
-      TypeError: if grads are no gradients of a model.
+      TypeError: if grads are not gradients of a model.
       ValueError: if the model has no cached embedding, if none was prefetched, or if grads lack the
         gradients of a prefetched one.
     """

@@ -143,7 +143,7 @@ def _table_block(
     """Returns the number of a block's first row (int32 scalar), and its rows ([n, D] in `dtype`).
 
     All blocks have the same number of rows, so the last block may begin inside the block before.
-    The rows that the block before has are zeros here.
+    The rows that the block before already has are zeros here.
     """
     size = min(_BLOCK, state.spec.num_rows)
     nominal = block * size

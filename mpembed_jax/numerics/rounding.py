@@ -236,7 +236,8 @@ def grid_step(width: jax.Array, levels: float, dtype: str) -> jax.Array:
 def round_down(x: jax.Array, dtype: str) -> jax.Array:
     """Rounds float32 of any sign down (towards minus infinity) to a row's bias stored as `dtype`.
 
-    The result is float32. Values below the lowest finite value of `dtype` become this lowest value.
+    The result is float32; for "float32", it is x. In a narrower dtype, values below the lowest
+    finite value become this lowest value.
     """
     raw = _as_bits(x)
     is_negative = (raw >> 31) == 1

@@ -14,18 +14,19 @@ that cover only the rows that are needed. No other rows cross the bus.
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
   unique(ids [N], size, step)               -> Unique: the distinct ids of a batch
-  find(known [U], ids [N])                  -> i32 [N]: the index of each id among known ids, and
-                                               whether it is among them
+  find(known [U], ids [N])                  -> i32 [N], bool [N]: the index of each id among known
+                                               ids, and whether it is among them
   admit(vocabulary, pairs, step, halve, ..) -> the vocabulary, Admitted: the rows of raw ids
   start_again(of, fresh, rows, num_rows)    -> Rows: initial values and fresh optimizer state for
                                                rows, and no lines
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
                                                each position's id, the number of positions that hit
-  swap(store, moves, draw)                  -> Store: dirty victims quantized into the table,
-                                               newcomers dequantized into lines
+  swap(store, moves, draw)                  -> Store, i32 []: dirty victims quantized into the
+                                               table, newcomers dequantized into lines; how many
+                                               victims were dirty
   lookup(store, moves, is_valid)            -> f32 [U, D]: each row from its line or the table
   only_if(is_valid, rows)                   -> f32 [U, D]: the rows, or NaN if they are not valid
-  read(table, cache, ids)                   -> f32 [.., D]: the same, for ids without a plan
+  read(table, cache, ids)                   -> f32 [.., D]: as lookup, for ids without a plan
   write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
                                                rounded into the table; which ones
   update(store, accumulator, moves, ..)     -> SGD or row-wise Adagrad on each row, then write
@@ -214,7 +215,7 @@ def compiled(implementation: Named | None) -> Any:
 
 
 def bag_step(implementation: Named, table: QuantizedTable) -> Any:
-    """Returns `cpu.bag_step`, a whole step of a table in two calls, or None if it cannot run."""
+    """Returns `cpu.bag_step`, the fused step by foreign calls, or None if it cannot run."""
     native = compiled(implementation)
     return None if native is None or indexing.is_on_host(table.rows) else native.bag_step
 

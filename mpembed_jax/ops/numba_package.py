@@ -5,7 +5,7 @@ import importlib.util
 import re
 import warnings
 
-OLDEST = "0.62"  # numba 0.61 has LLVM 15, which aborts at the minimum of eight floats
+OLDEST = "0.62"  # numba 0.61 has LLVM 15, which aborts when it compiles the minimum of eight floats
 
 
 def why_not() -> str | None:

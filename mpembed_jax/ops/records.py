@@ -34,7 +34,10 @@ class Unique(NamedTuple):
 
 
 class Request(NamedTuple):
-    """The requests of a batch on one device: its distinct ids, and the rows that it must find."""
+    """The part of a batch that one device works on.
+
+    A device has distinct ids of its own positions, and rows that it must find.
+    """
 
     # The rows that this device must find. On a mesh, these are the rows of its shard that any
     # device asks for.
@@ -92,7 +95,7 @@ class Store(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """All arrays that hold something of a row."""
+    """All arrays that hold data of rows."""
 
     table: QuantizedTable
     row_state: Any  # the optimizer state: leaves [V, ..], and scalars
@@ -162,8 +165,8 @@ class Positions(NamedTuple):
 
     grads: jax.Array  # f32 [M, D], M > 0: the gradients of all vectors or bags
     row: jax.Array  # i32 [N], N > 0: the row of each position, in [0, U); U - 1 is padding
-    # i32 [N]: the index in `grads` of each position; -1 if it takes none, and its row is U - 1.
-    # None: position n takes grads[n // (N / M)].
+    # i32 [N]: the index in `grads` of each position. -1: the position has no gradient, and its row
+    # is U - 1. None: position n takes grads[n // (N / M)].
     source: jax.Array | None
     factors: jax.Array | None  # f32 [N]: factors of the positions' gradients; None: all are 1
     # The positions of each row. They may include positions that take no gradient. None: not sorted.
@@ -180,7 +183,8 @@ class Places(NamedTuple):
     facts: jax.Array  # i32 [..]  counts, and where each partition begins; see ops.cpu.bag_step
     ids: jax.Array  # i32 [N]
     line: jax.Array  # i32 [N]  -1 where the row has none
-    stop: jax.Array  # i32 [N]  a row's positions end before order[stop], counted in its partition
+    # i32 [N]  where the positions of a row end in `order`, counted from its partition's beginning
+    stop: jax.Array
     order: jax.Array  # i32 [N]  positions, row by row, ascending
 
 
@@ -193,7 +197,7 @@ class Implementation:
       chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
       host_chunk: the same for a table in host memory, used if chunk is None.
       is_native: whether numba runs deduplication, planning and the movements of large rows.
-      max_threads: most threads of XLA's pool that share a fused step.
+      max_threads: the largest number of threads of XLA's pool that share a fused step.
       is_kernel: whether Pallas kernels run the row movements.
       is_interpreted: whether the kernels are traced into plain jax operations.
     """

@@ -29,10 +29,10 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
     dtypes pass through unchanged. Without this link, updates smaller than half a step of the format
     are lost.
 
-    Wrappers that choose between the result of a transformation and updates of the gradients' dtype,
-    such as optax.apply_if_finite and optax.conditionally_mask, go inside the chain. If they are
-    around the chain, lax.cond raises a TypeError, because bfloat16 gradients would become float32
-    updates. This is right:
+    Some wrappers choose by lax.cond between a transformation's result and other updates, such as
+    optax.apply_if_finite and optax.conditionally_mask. Put them inside the chain. If they are
+    around the chain, lax.cond raises a TypeError: the chain's updates are float32, and the other
+    updates have the dtype of the gradients. This is right:
 
       `optax.chain(optax.apply_if_finite(optax.sgd(0.1), 3), stochastic_round_updates(key))`
 
@@ -43,7 +43,7 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
       An optax transformation. Its update raises ValueError if it gets no `params`.
 
     Raises:
-      TypeError: if key is something else.
+      TypeError: if key is not a key.
     """
 
     key_words(key)  # raises an error if this is not a key

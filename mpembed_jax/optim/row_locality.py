@@ -1,4 +1,4 @@
-"""Row locality: tests of optimizers and initializers that treat each row by itself.
+"""Row locality: tests whether an optimizer or an initializer treats each row by itself.
 
 The static test inspects the jaxpr of an optax update. Row-local transformations (SGD, Adagrad, Adam
 and their row-wise variants) give the same values when a batch's rows are updated in parts. An

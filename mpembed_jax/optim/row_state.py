@@ -61,8 +61,8 @@ def row_leaves(tx: optax.GradientTransformation, embedding_dim: int) -> tuple[li
                 "cannot be kept by row: noise drawn by position would depend on the order of the "
                 "batch"
             )
-    # The state is made for two numbers of rows. The first dimension of a leaf is the row dimension
-    # if it equals both numbers in turn. Another dimension is unlikely to do so.
+    # The state is made twice, for two numbers of rows. If the first dimension of a leaf is the
+    # number of rows both times, the leaf has one entry per row.
     small, large = 5, 7
 
     def initial(rows: int, fill: float) -> Any:
@@ -151,8 +151,8 @@ def init_rows(
       embedding_dim: D.
       dtype: "float32" or "bfloat16".
       memory_kind: None, or a host memory kind for row leaves with more than one number per row.
-        Other leaves stay on the device, because a step needs the entries of all rows of its batch,
-        also of the cached rows.
+        Leaves with one number per row stay on the device. They are small, and a step needs their
+        entries for all rows of its batch, also for the cached rows.
 
     Returns:
       A pytree. The leading dimension of its row leaves is V.

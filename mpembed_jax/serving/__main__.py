@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--step", type=int, help="step of the checkpoint; default: the newest good one"
     )
     for name, text in (
-        ("inspect", "print tables, formats, bytes and errors"),
+        ("inspect", "print the format, the bytes and the rounding errors of each table"),
         ("verify", "check every byte"),
     ):
         commands.add_parser(name, help=text).add_argument("file", type=Path)

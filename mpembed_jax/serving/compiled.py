@@ -64,7 +64,7 @@ class Reader:
         """Returns the rows (float32 [.., D]) of a small array of ids, with few steps in Python.
 
         Returns None if there are many ids or none, if they are not contiguous int32 or int64, or if
-        one of them is outside the table. The caller then takes the usual way.
+        one of them is outside the table. The caller then uses `take`.
         """
         if not self._is_quick(ids):
             return None
@@ -213,8 +213,9 @@ class _Row:
                 self.bias = self._parameter(start + width)
         self.values = None
         if fmt.is_integer and fmt.code_bits < 8 and _has_avx512():
-            # The permutation reads the 4 lowest bits of an index, and a code of 2 bits has
-            # neighbours above it. Entry i is therefore the value of code i, modulo 4 for 2 bits.
+            # The permutation reads the 4 lowest bits of an index. For codes of 2 bits, two of these
+            # bits belong to the next code. So entry i holds the value of code i, or of code i
+            # modulo 4 for codes of 2 bits.
             codes = [i % (1 << fmt.code_bits) - self._offset for i in range(_WIDTH)]
             self.values = self._scaled(ir.Constant(ir.VectorType(_F32, _WIDTH), codes))
 
@@ -307,7 +308,7 @@ def _has_avx512() -> bool:
 
 
 def splat(builder: Any, value: Any, width: int) -> Any:
-    """Returns a vector whose lanes all are a scalar."""
+    """Returns a vector that holds a scalar in each lane."""
     kind = ir.VectorType(value.type, width)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
     zeros = ir.Constant(ir.VectorType(_I32, width), [0] * width)

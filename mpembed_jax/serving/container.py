@@ -62,7 +62,7 @@ class Errors(NamedTuple):
 
     largest: float  # of all finite elements
     mean: float  # of the absolute differences of all elements
-    num_nonfinite: int  # elements that are not finite in training; they count as zero
+    num_nonfinite: int  # elements that are not finite in training; their difference counts as zero
 
 
 class Array(NamedTuple):
@@ -133,7 +133,7 @@ class Table(NamedTuple):
 
     @property
     def block_rows(self) -> int:
-        """The number of rows of a block: some megabytes, and fewer in the last block."""
+        """The number of rows in a block of about two million elements."""
         return max(1, (1 << 21) // self.embedding_dim)
 
     @property
@@ -186,7 +186,7 @@ class Contents:
     """The contents of a file: its tables and features, and the hashes of its n-grams."""
 
     tables: tuple[Table, ...]
-    features: tuple[tuple[str, str], ...]  # (feature, name of a table, or of one of raw ids)
+    features: tuple[tuple[str, str], ...]  # (feature, its table, which may be one of a pool)
     ngrams: tuple[NGrams, ...] = ()
     checksums_crc32: int = 0  # of the array of checksums
 
@@ -252,7 +252,7 @@ def _described(table: Table) -> dict[str, Any]:
 
 
 def header_room(contents: Contents) -> int:
-    """Returns the bytes before the arrays, with room for the errors of all tables."""
+    """Returns the number of bytes before the arrays, with room for the errors of all tables."""
     size = 8 + len(contents.header()) + _ROOM * (1 + len(contents.tables))
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
@@ -344,7 +344,7 @@ def _read_header(path: Path, head: bytes) -> Contents:
         body = json.loads(text)
         version = body["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ServingError(f"{path} is damaged: its description is no JSON: {error}") from None
+        raise ServingError(f"{path} is damaged: its description is not JSON: {error}") from None
     if type(version) is int and version > VERSION:
         raise ServingError(
             f"{path} is of version {version}, this library reads {VERSION}; use the version of "
@@ -451,8 +451,8 @@ def checked(contents: Contents) -> Contents:
     """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if a name is not distinct, if a feature names an unknown table, or if the tables
-        of a stack of n-grams do not fit its hash.
+      ValueError: if a name occurs twice, if a feature names an unknown table, if there is no
+        table or no feature, or if the tables of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that features name
@@ -475,7 +475,7 @@ def checked(contents: Contents) -> Contents:
     features: set[str] = set()
     for feature, owner in contents.features:
         if feature in features or owner not in tables:
-            raise ValueError(f"feature {feature!r} of table {owner!r} is not distinct or known")
+            raise ValueError(f"feature {feature!r} occurs twice, or its table {owner!r} is unknown")
         features.add(feature)
     if not names or not features:
         raise ValueError("it has no tables")

@@ -3,8 +3,8 @@
 FBGEMM has two layouts. Its fused row-wise operators read the codes, then the scale and the bias,
 which are float32 for INT8 and float16 for INT4 and INT2. Its table-batched embeddings read a
 float16 scale and bias, then the codes. Values are `code * scale + bias` with unsigned codes; a
-symmetric row gets the bias -2^(bits - 1) * scale. Nothing is rounded: a row that the layout cannot
-hold is an error.
+symmetric row gets the bias -2^(bits - 1) * scale. FBGEMM's layouts are written without rounding: a
+row that the layout cannot hold is an error.
 """
 
 from collections.abc import Callable
@@ -138,11 +138,11 @@ def export_program(
 ) -> bytes:
     """Compiles a model with its tables to StableHLO that jax alone can run.
 
-    The program is `jax.export.deserialize(data)`. It takes {name: array}, which is what a serving
-    file holds under these names: the packed words of tables, the owners of pools, and maps of
-    tokens. Then it takes the other arguments:
+    The first argument of the program is {name: array}, the arrays of a serving file by their names:
+    the packed words of tables, the owners of pools, and maps of tokens. The other arguments follow.
+    With the returned bytes `data`, a call is:
 
-        program.call(rows, *arguments)
+        jax.export.deserialize(data).call(rows, *arguments)
 
     Args:
       function: `function(tables, *arguments)`; its constants, such as the weights of a model,

@@ -1,7 +1,7 @@
 """The rows that raw ids have in a pool of a serving file: on the host, and under jit.
 
-The definition is `vocabulary.pool.locate`. `locate` is the same in NumPy, `compiled.locate` in
-numba. An id without a row of its own has a shared row of its table, as in training. A file holds
+The definition is `vocabulary.pool.locate`. `locate` does the same in NumPy, and `compiled.locate`
+in numba. An id without a row of its own has a shared row of its table, as in training. A file holds
 hashes of ids, not ids.
 """
 

@@ -268,7 +268,7 @@ def _encode_again(
 def _differences(
     rows: jax.Array, packed: jax.Array, fmt: RowFormat, is_row: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns the largest difference, their sum, and the number of elements that are not finite."""
+    """Returns the largest difference, the sum of all, and how many elements are not finite."""
     is_finite = jnp.isfinite(rows) & is_row[:, None]
     difference = jnp.abs(decode(packed, fmt, rows.shape[1]) - rows)
     difference = jnp.where(is_finite, difference, jnp.float32(0))

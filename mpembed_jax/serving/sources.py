@@ -1,4 +1,4 @@
-"""The rows of a stack by global id, block by block, with the cache lines that are newer.
+"""The rows of a stack by global id, block by block, and the cache lines newer than the table.
 
 A source reads a state in training or the arrays of a checkpoint. It never copies a table: a block
 is a slice of each shard. Rows lie in the order of their shards; see `mesh.order`.
@@ -85,7 +85,7 @@ def of_tree(tree: Any) -> list[Source]:
 def _is_memory(node: Any) -> bool:
     """Returns whether a node is an NGramState, or a module that has what an NGramState has.
 
-    Modules are known by their attributes, because their classes would import flax.
+    Modules are recognized by their attributes, because importing their classes would import flax.
     """
     return isinstance(getattr(node, "ngrams", None), NGramHash) and (
         hasattr(node, "state") and hasattr(node, "canonical")

@@ -217,7 +217,9 @@ class ServingTable:
 
         def pairs(feature: str, table: Table, here: Any) -> Any:
             if table.pool is None:
-                raise ValueError(f"feature {feature!r}: the ids of table {table.name!r} are rows")
+                raise ValueError(
+                    f"feature {feature!r}: the ids of table {table.name!r} are row numbers, not raw"
+                )
             return self._pairs(feature, table, here)
 
         return self._each(ids, pairs, is_raw=True)
@@ -276,8 +278,8 @@ class ServingTable:
           combiner: "sum", "mean" or "sqrtn".
           weights: float32 of the shapes of ids, in the same nesting; None: all are 1.
           offsets: {feature: integers [B + 1]}, or one such array: bag b has the positions
-            offsets[b] to offsets[b + 1]. Offsets work on the host only. If they are None, the last
-            axis of ids is one bag.
+            offsets[b] to offsets[b + 1] - 1. Offsets work on the host only. If they are None, the
+            last axis of ids is one bag.
 
         Returns:
           float32 [.., D] for each array; [B, D] with offsets.
@@ -380,8 +382,8 @@ class ServingTable:
         """Returns, for each query, the k rows with the largest dot products with it.
 
         Rows are decoded in blocks, so no float32 table exists. If rows have equal scores, lower
-        ids come first. Scores are float32 sums. The order of their terms can change the
-        last bits.
+        ids come first. A score is a float32 sum. Its last bits depend on the order in which its
+        terms are added.
 
         The rows of a pool belong to raw ids of several tables, and the file does not hold the ids.
         So top_k refuses the name of a table of raw ids. It takes the name of the pool, and returns
@@ -513,8 +515,8 @@ class ServingTable:
             assert pool.pool is not None
             raise KeyError(
                 f"name the pool {pool.name!r}: it has the rows of all raw ids of "
-                f"{list(pool.pool.tables)}, and no row says whose it is; rows_of returns the rows "
-                "of ids"
+                f"{list(pool.pool.tables)}, and does not say which row belongs to which id; "
+                "rows_of returns the rows of given ids"
             )
         if name not in known:
             raise KeyError(f"unknown table {name!r}; this file has {list(known)}")

@@ -1,4 +1,7 @@
-"""The rows with the largest products with a query, found block by block without a float32 table."""
+"""The rows with the largest dot products with a query, found block by block.
+
+No float32 table is made.
+"""
 
 from typing import Any
 
@@ -22,7 +25,7 @@ class Best:
 
     def __init__(self, num_queries: int, k: int):
         self._k = k
-        # Of the best k, none is below it.
+        # For each query, a score that at least k of the added scores reach; -inf if none is known.
         self._least = np.full(num_queries, -np.inf, np.float32)
         self._found = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
         self._num_found = 0
@@ -35,7 +38,7 @@ class Best:
             known = np.fmax(scores, np.float32(-np.inf))  # without NaN
             least = np.maximum(least, np.partition(known, at, axis=1)[:, at])
             is_in = (scores >= least[:, None]) & (scores > self._least[:, None])
-            self._least = least  # k rows of this block are not below it
+            self._least = least  # k scores of this block reach it
         else:
             is_in = scores > least[:, None]
         # With two axes, np.nonzero takes much longer.

@@ -95,10 +95,11 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
 
 
 def as_array(values: Any) -> np.ndarray:
-    """Returns raw ids as an array that has their own types.
+    """Returns raw ids as an array that keeps their values and types.
 
-    NumPy makes strings of the integers of a list that has strings, too, drops the zeros at the end
-    of its bytes, and makes floats of integers on both sides of 2**63.
+    NumPy alone would change some lists. Integers beside strings would become strings. Bytes would
+    lose zeros at their end. If some integers are below 2**63 and some are not, all would become
+    floats.
     """
     array = np.asarray(values)
     if array.dtype.kind in "SUf" and not isinstance(values, np.ndarray):
@@ -233,7 +234,7 @@ def _of_arrow(column: Any) -> tuple[np.ndarray, np.ndarray | None]:
     if not any(kind.startswith(p) for p in ("string", "large_string", "binary", "large_binary")):
         raise TypeError(
             f"raw ids must be integers, bytes or strings, got a column of {kind}; cast it first "
-            "(a column of lists: its flattened values)"
+            "(for a column of lists, pass its flattened values)"
         )
     column = column.cast("large_binary")
     _, offsets, data = column.buffers()

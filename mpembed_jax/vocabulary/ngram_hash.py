@@ -12,9 +12,9 @@ modulo 2^32. For head h of order n, with s = seed * 2654435761 + 1024 n + h:
   row = x mod p
 
 token_0 is the token at the position, and token_k is the k-th token before it. If there is a map of
-tokens, both are the numbers that it gives. A token that is missing counts as 2^31 - 1. fmix32 is
-Murmur3's finalizer. p is the number of rows of the table. It is the smallest prime that is at least
-the number asked for and that no earlier table has.
+tokens, these are the numbers that the map gives. A token that is missing counts as 2^31 - 1. fmix32
+is Murmur3's finalizer. p is the number of rows of the table. It is the smallest prime that is at
+least the number asked for and that no earlier table has.
 
 An n-gram that is a raw id has a key of 64 bits instead of a row. Its high word is x of head 0, its
 low word x of head 1.
@@ -67,8 +67,8 @@ def _is_prime(number: int) -> bool:
 def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
     """Returns a prime for each number of rows: the smallest that is at least the number.
 
-    A prime that an earlier number got is left out. Each number is at least 1. All primes must be
-    below 3,215,031,751.
+    No prime is used twice: a prime that an earlier number got is skipped. Each number is at least
+    1. All primes must be below 3,215,031,751.
     """
     sizes: list[int] = []
     for wanted in rows:
@@ -106,8 +106,8 @@ class NGramHash:
         earlier table has. None: n-grams are raw ids, to which a vocabulary gives rows (see
         `pairs`). Then heads must be 1.
       boundary: a token that begins or separates texts, or None. No n-gram crosses it: it may be
-        the first token of an n-gram, but no later one. Tokens are compared with it before the map
-        of tokens.
+        the first token of an n-gram, but no later one. Tokens are compared with it before they
+        go through the map of tokens.
       padding: a token that stands for no token, or None. NO_ID always does. Its position has no
         rows, and no n-gram reaches across it.
       seed: 0 to 2^31 - 1. Another seed gives another hash, as for a second memory in one model.

@@ -11,7 +11,7 @@ MAX_ADMIT_AFTER = 255  # what a counter of the sketch holds
 
 
 def groups_of(sets: int) -> int:
-    """Returns the groups that a number of sets is divided into."""
+    """Returns the number of groups into which the sets of a pool are divided."""
     return CacheSpec(num_rows=sets, ways=1).geometry(sets).groups
 
 
@@ -93,8 +93,8 @@ class VocabularySpec:
     def counter_bits(self) -> int:
         """Bits of a counter of the sketch: as few as count to admit_after - 1.
 
-        If rows are recycled, there are at least 4. With fewer, an id would not count further than
-        3, and would seldom get the row of an id that is used less.
+        If rows are recycled, there are at least 4. With 2, a counter would stop at 3, and an id
+        would seldom get the row of an id that is used less.
         """
         least = 4 if self.recycle else 2
         return next(bits for bits in (2, 4, 8) if bits >= least and self.admit_after <= 2**bits)

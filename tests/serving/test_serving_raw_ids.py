@@ -404,6 +404,6 @@ def test_names_that_clash_and_raw_ids_of_tables_of_rows_are_refused(states, tmp_
         serving.save(tmp_path / "a", mpembed.init(jax.random.key(0), spec, TX))
     assert not list(tmp_path.iterdir())
     serving.save(tmp_path / "a", state)
-    with pytest.raises(ValueError, match="the ids of table 'user' are rows"):
+    with pytest.raises(ValueError, match="the ids of table 'user' are row numbers"):
         serving.load(tmp_path / "a").raw_ids([1])
     assert json.loads(json.dumps(serving.load(tmp_path / "a").rows_of([1]))) == [1]

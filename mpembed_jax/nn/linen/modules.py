@@ -335,8 +335,8 @@ class NGramMemory(linen.Module):
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size).
       features: D, the width of a row.
-      rows: rows of each table: one number for all orders, or one for each. Each table gets a
-        prime of its own, at least this number. Or a VocabularySpec, if n-grams are raw ids; see
+      rows: rows of each table: one number for all orders, or one for each. The size of each table
+        is a different prime, at least this number. Or a VocabularySpec, if n-grams are raw ids; see
         the nnx module.
       orders: orders n of the n-grams, each at least 2.
       heads: tables of each order.

@@ -39,7 +39,7 @@ _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 _PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
 _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
 # The other results are scratch. In this file, the number of an id is its index among the distinct
-# ids of its partition. The results hold:
+# ids of its partition. The scratch results hold:
 #   _KEY: for each position, its key of 64 bits (see `_key_of`)
 #   _DEALT, _POSITIONS, _ID_OF: for each position in the order of partitions, its key, the position
 #     itself, and the number of its id
@@ -57,10 +57,10 @@ _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
     _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
     _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
 ) = range(13)  # fmt: skip
-# Words of `_FACTS`. A fused step reads those whose names are public. They are the number of
-# partitions, the number of groups by which positions are dealt, and the first shared row; where the
-# positions of each partition begin, then where those of padding begin and end; six counts of each
-# partition. The last two count the rows that its ids own, and the positions of these rows.
+# Words of `_FACTS`: the number of partitions, the number of groups by which positions are dealt,
+# and the first shared row; then where the positions of each partition begin, and where those of
+# padding begin and end; then six counts of each partition. The last two of them count the rows that
+# its ids own, and the positions of these rows. A fused step reads the words whose names are public.
 PARTS, GROUPS, FIRST_SHARED, BEGIN = range(4)
 _NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED, NUM_OWN, NUM_OWN_POSITIONS = tuple(
     BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(6)
@@ -196,7 +196,8 @@ def _key_of(home, tag):
 def _keys(frame, index):
     """Returns a result that holds 64-bit keys.
 
-    For XLA, the result has two words of 32 bits for each key. The frame counts these words.
+    For XLA, the result has two words of 32 bits for each key, so its length in the frame is twice
+    the number of keys.
     """
     whole = result(frame, index, np.uint64)
     return whole[: len(whole) // 2]
@@ -218,7 +219,7 @@ def _deal_of(frame, chunk):
 def _grouping(frame):
     """Returns the number of groups, the number of partitions, and a shift (uint64 each).
 
-    There may be fewer groups than the pool has. The partition of a group is the group's number,
+    The call may use fewer groups than the pool has. The partition of a group is the group's number,
     shifted right by `shift` bits.
     """
     facts = result(frame, _FACTS, np.int32)

@@ -159,7 +159,8 @@ def _deal(frame, num_tasks):
     own = argument(frame, _OWN_FACTS, np.int32)
     if len(own) > 0:
         own = own[admit.NUM_OWN_POSITIONS : admit.NUM_OWN_POSITIONS + num_parts]
-    for part in range(len(own)):  # they are positions of the first chunk
+    # They are counted as positions of the first chunk, so that their places come first.
+    for part in range(len(own)):
         deals[part] += own[part]
     partitions.begin_parts(deals, _DEAL, num_parts, facts[_BEGIN:])
     for part in range(len(own)):
@@ -246,8 +247,7 @@ def _find_limit(frame):
 def _place(frame, part):
     """Plans the rows of a partition.
 
-    It drops ids over the budget. Then it finds the hits and lets misses enter, which chooses their
-    victims.
+    It drops ids over the budget. Then it finds the hits, and gives the lines of victims to misses.
     """
     facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
     begin, end = _bounds(facts, part)
@@ -384,7 +384,7 @@ def _forward_of(fmt: RowFormat) -> str:
 
     @compiled
     def write_vectors(frame, part):
-        """Writes each row to its positions; its index instead, if the call returns indices.
+        """Writes each row to its positions, or the index of the row if the call returns indices.
 
         For LFU, it also writes the estimate of each cached row to the priority of the row's line.
         """
@@ -747,7 +747,7 @@ def forward(
       table: the table of the stack, in device memory.
       cache: the cache of the stack, or None.
       ids: int32 [N], N > 0. NO_ID, ids outside the table and ids over the budget have no row.
-      dealt: the positions of `ids` that an admission dealt to partitions; None: it dealt none.
+      dealt: the positions of `ids` that an admission dealt to partitions; None: there are none.
       budget: the largest number of distinct ids; None: no limit. If there are more, the ids that
         xla.unique keeps stay.
       step: int32 scalar, number of this prefetch.
@@ -810,7 +810,7 @@ def forward(
 def counts(places: Places) -> dict[str, jax.Array]:
     """Returns the counts (int32 scalars) of a forward call, by their names in cache.plan.Counts.
 
-    All counts are there except `wide_exchanges`, which is that of a mesh.
+    All counts are there except `wide_exchanges`, which only a mesh has.
     """
     names = (
         "unique",

@@ -40,8 +40,9 @@ _free = types.ExternalFunction("free", types.void(types.int64))
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
-# Python never calls these functions. Compilation takes half the time without wrappers for Python.
-# Division by zero is that of NumPy: with Python's, every division would have a branch that raises.
+# Python never calls these functions. Without wrappers for Python, compilation takes half the time.
+# Division by zero follows NumPy's rules. With Python's, every division would have a branch that
+# raises an error.
 compiled = numba.njit(  # type: ignore[call-overload]
     no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy"
 )
@@ -61,7 +62,8 @@ def _pointer(context, address):
 def _address_of(context, function):
     """Returns the address of a C function that calls a compiled function of int64 arguments.
 
-    The C function is part of the code that asks for it, so the code may be kept on disk.
+    The C function is compiled into the code that uses its address, so that this code can be kept on
+    disk.
     """
     made = function.dispatcher
     count = len(made.py_func.__code__.co_varnames[: made.py_func.__code__.co_argcount])
@@ -371,9 +373,10 @@ def _register(name: str, body: Callable[[int], None]) -> Any:
             run(frame)
         return 0  # no error
 
-    # numba makes a symbol of this name and of a count that each process begins anew. A process may
-    # load code that two others compiled. Of two equal symbols, it would call only one. So each
-    # function has a name of its own.
+    # numba makes the symbol of a function from this name and a counter, which starts again in each
+    # process. A process may load code from disk that two other processes compiled. If two functions
+    # had the same symbol, one of them would be called in place of the other. So each function gets
+    # a name of its own.
     handler.__qualname__ = f"handler.{name}"
     one = (types.int64,)
     parts = [(_is_query, one), (run, one)]

@@ -29,16 +29,17 @@ _WORD, _LONG = ir.IntType(32), ir.IntType(64)
 
 
 class Codec(NamedTuple):
-    """Decoding and encoding of a row format, as numba functions that take addresses of rows."""
+    """Decoding and encoding in a row format, as numba functions that take addresses of rows."""
 
     # decode(packed, buffer, dim): a packed row to a buffer of float32.
     decode: Callable
-    # encode(buffer, packed, dim, id, seed0, seed1): a buffer to a packed row, with the id's bits.
+    # encode(buffer, packed, dim, id, seed0, seed1): a buffer to a packed row, rounded with the
+    # random bits of the id.
     encode: Callable
 
 
 def name_of(fmt: RowFormat) -> str:
-    """Returns the name of a resolved format, for the foreign functions that are made for it."""
+    """Returns a name of a resolved format; the names of its foreign functions contain it."""
     kind = {None: "", True: "_symmetric", False: "_asymmetric"}[fmt.symmetric]
     return f"{fmt.name}{kind}_{fmt.scale_dtype}_{fmt.rounding}"
 

@@ -153,7 +153,10 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value) -> Lanes:
 
 
 class Block:
-    """Eight elements of a row, from `first` (i64) on. Only `rest` (i64) of them exist, if given."""
+    """Eight elements of a row, from `first` (i64) on.
+
+    The last block of a row may have only `rest` (i64) elements. In all other blocks, rest is None.
+    """
 
     def __init__(self, builder: ir.IRBuilder, first: ir.Value, rest: ir.Value | None):
         self.builder, self.first, self.rest = builder, first, rest
@@ -191,7 +194,8 @@ class Block:
     def store(self, address: ir.Value, value: ir.Value, bits: int = 32) -> None:
         """Stores 8 elements of `bits` bits.
 
-        Of a block with a rest, it stores the bytes of the rest, rounded up to an even number.
+        If the block has a rest, only the bytes of the rest are stored, rounded up to an even
+        number.
         """
         builder = self.builder
         place, num_bytes = self._place(address, bits)
@@ -238,7 +242,10 @@ _ROW = types.int64  # an address
 
 
 def _row_function(write: Callable, returns: types.Type, *kinds: types.Type) -> tuple:
-    """Returns what an intrinsic returns, for write(builder, *operands)."""
+    """Returns the signature and the code generator of an intrinsic, for numba.
+
+    The generator calls write(builder, *operands). If that is None, the intrinsic returns nothing.
+    """
 
     def codegen(target: Any, builder: Any, signature: Any, operands: Any) -> Any:
         answer = write(builder, *operands)
@@ -504,7 +511,8 @@ def _extreme(write_join: Callable, start: float, is_magnitude: bool) -> Callable
     return typed
 
 
-smallest = intrinsic(_extreme(Lanes.minimum, float("inf"), False))  # of a buffer; NaN if one is
+# Functions of a buffer. The result is NaN if one of its elements is NaN.
+smallest = intrinsic(_extreme(Lanes.minimum, float("inf"), False))
 largest = intrinsic(_extreme(Lanes.maximum, float("-inf"), False))
 largest_magnitude = intrinsic(_extreme(Lanes.maximum, 0.0, True))
 
@@ -556,8 +564,8 @@ def float_of(context, x):
 def buffers(num: int, dim: int) -> jax.ShapeDtypeStruct:
     """Returns the shape of a call's result that has room for `num` buffers of rows.
 
-    It is of integers, because jax_debug_nans looks at floats of eager calls. Some elements of a
-    buffer are never written, and could look like NaN.
+    The result is int32, because jax_debug_nans looks for NaN in the floats of calls outside jit.
+    Some elements of a buffer are never written. As floats, they could be NaN.
     """
     return jax.ShapeDtypeStruct((num * (-(-dim // LANES) * LANES),), jnp.int32)
 

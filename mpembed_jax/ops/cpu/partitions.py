@@ -15,7 +15,7 @@ from mpembed_jax.ops.cpu.hashes import cell_of, fmix32, scale_to
 from mpembed_jax.row_ids import NO_ID
 
 MAX_PARTS = 64
-# With at most FEW_TASKS threads, a call has at most FEW_PARTS partitions. It is then faster.
+# With at most FEW_TASKS threads, a call is faster with at most FEW_PARTS partitions.
 FEW_PARTS, FEW_TASKS = 16, 4
 CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _NO_ID = np.int32(NO_ID)
@@ -72,7 +72,10 @@ def begin_parts(deals, width, num_parts, begins):
 
 @compiled
 def buckets_of(buckets, begin, end, part):
-    """Returns a partition's share of i32 [4 num_positions + 16 MAX_PARTS], for `deduplicate`."""
+    """Returns the part of `buckets` that a partition uses as the scratch of `deduplicate`.
+
+    `buckets` is i32 [4 num_positions + 16 MAX_PARTS].
+    """
     num_buckets = 16  # a power of two, at least twice the number of positions
     while num_buckets < 2 * (end - begin):
         num_buckets *= 2
@@ -170,7 +173,7 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows, and pins those lines. Queues and estimates the misses.
+    """Finds the lines of a partition's rows, and pins them. Estimates all rows, queues the misses.
 
     Memory is requested some rows ahead: tags first, then the priority of a line that is found, or
     the sketch's cells.
@@ -248,7 +251,7 @@ def line_up(i, ways, ids, estimate, home, bucket, following):
     """Puts a miss into the queue of its set. The queue keeps its first `ways` misses.
 
     Returns:
-      The set's bucket if it had none yet, else -1.
+      The set's bucket if the queue was empty before, else -1.
     """
     mask = np.int64(len(bucket) - 1)
     b = np.int64(fmix32(home[i]) >> np.uint32(6)) & mask
@@ -286,7 +289,7 @@ def enter(
     ids, step, shape, tags, priority, sketch, home, line, estimate, queue, victim,
     bucket, following, open_buckets,
 ):  # fmt: skip
-    """Lets the misses of a partition enter its sets, exactly: see xla.plan.make_plan.
+    """Lets the misses of a partition enter its sets, by the rules of xla.plan.make_plan.
 
     Args:
       ids: see `find`, also for step, shape, tags, priority, sketch, home, line and estimate.

@@ -39,10 +39,10 @@ _MAX_WAYS = np.uint64(MAX_WAYS)
 def _find_half(frame, half):
     """Finds the lines of one half of the ids, pins those lines, and queues the misses.
 
-    It also estimates the use of every id. Hits are written to `order` and misses to
-    `queue`, both from the index of the half's first id on. found[half] counts the hits, and
-    found[2 + half] the misses. Memory is prefetched some ids ahead: first the tags of an id's set,
-    then the priority of its line.
+    It also estimates the use of every id. Hits are written to `order` and misses to `queue`. Both
+    lists start at the index of the half's first id. found[half] becomes the number of hits, and
+    found[2 + half] the number of misses. Memory is prefetched some ids ahead: first the tags of an
+    id's set, then the priority of its line.
     """
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
@@ -131,6 +131,7 @@ def _enter(
 ):  # fmt: skip
     """Runs the rounds of xla.rounds.enter.
 
+    A bucket is a set, or several sets that share one (see cache.spec.Geometry.election_buckets).
     A miss that gets a line is appended to the front part of `order`. A bypassed id is written to
     the back part, which grows from the end.
 
@@ -188,7 +189,8 @@ def _enter(
 def _place_half(frame, half):
     """Puts one part of the ids into the order of the plan, and stores their estimates.
 
-    An estimate is stored at the id's line, or in the sketch if the id has no line.
+    An estimate is stored at the id's line, or in the sketch if the id has no line. The use of each
+    victim is stored in the sketch, too.
     """
     ids = argument(frame, _IDS, np.int32)
     counts = argument(frame, _COUNTS, np.int32)
@@ -225,8 +227,8 @@ def _place_half(frame, half):
         else:
             victim_ids[k] = victim[i]
         if policy.counts_use(by):
-            # The lines of this batch take the estimates of their ids. The sketch keeps those of
-            # ids without a line.
+            # The lines of this batch take the estimates of their ids. The sketch takes those of
+            # bypassed ids, and the uses of victims.
             if k < num_cached:
                 priority[line[i]] = estimate[i]
             if k >= num_hits and (k >= num_cached or victim[i] != _NO_ID):

@@ -14,7 +14,7 @@ from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, r
 
 _AHEAD = 8  # rows between a prefetch and its use
 # Results of at least this many 32-bit words (12 MiB) are written past the processor's caches. A
-# core's share of the last-level cache is not likely to hold so much until it is read.
+# core's share of the last-level cache is not likely to hold so much until the result is read.
 _STREAMED = 3 << 20
 
 

@@ -67,9 +67,9 @@ def _unique(frame):
 def smallest(values, num):
     """Returns the num-th smallest of `values` (uint32), counted from 1; 0 is taken as 1.
 
-    It finds the upper half of the result first, by a count of all upper halves. Then it finds the
-    lower half, by a count of the values that have this upper half. So numba need not compile a
-    sort.
+    It first finds the upper 16 bits of the result, by counting how often each upper half occurs.
+    Then it finds the lower 16 bits in the same way, among the values with this upper half. So numba
+    need not compile a sort.
     """
     found = np.uint32(0)
     rest = max(num, 1)

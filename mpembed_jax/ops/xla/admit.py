@@ -30,8 +30,8 @@ def admit(
     """Gives rows of their own to the ids of a batch that earned them.
 
     The rules are:
-    * If must_halve, all estimates are halved first. This is so in one of 30 R / N steps, with R
-      rows in the pool and N positions in a batch.
+    * If must_halve, all estimates are halved first. This is so every 30 R / N steps, with R rows
+      in the pool and N positions in a batch.
     * An id that has a row keeps it. Its use is counted at the row, and no newcomer may take the row
       in this step.
     * The use of every other id is counted in the sketch. An id whose estimate, its occurrences in
@@ -41,7 +41,7 @@ def admit(
     * A newcomer gets the row if it is empty, or if rows are recycled and its owner's use is below
       the newcomer's estimate. All other newcomers are refused, and share a row in this step.
     * The use of an id with a row becomes its estimate, rounded stochastically.
-    * The sketch cells of each id that leaves or stays without a row are raised to its estimate.
+    * The sketch cells of each id that loses its row or has none are raised to its estimate.
 
     Args:
       vocabulary: the state before the step; its counters are passed through.
@@ -121,7 +121,7 @@ def admit(
     is_recycled = enters & (paid > 0)
     target = jnp.where(enters, new_sets * ways + new_way, size)
 
-    # Newcomers take their rows. The rows of the batch take its estimates.
+    # Newcomers take their rows. The rows of the batch's ids take the estimates of these ids.
     entered = jnp.where(enters, new, num)
     way = indexing.put(way, entered, new_way)
     line = indexing.put(line, entered, target)

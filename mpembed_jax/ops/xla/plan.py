@@ -1,11 +1,11 @@
 """The reference of `plan` in plain jax.numpy: the cache decisions of one batch.
 
 `make_plan` states the rules for hits, newcomers, victims and bypasses, and follows them exactly. It
-neither sorts nor reads a row. The misses of a set meet its ways in `rounds`.
+sorts nothing and reads no row. The misses of a set meet its ways in `rounds`.
 
 The rules follow FBGEMM's LRU and LFU caches where those are documented. The order inside a set,
 admission, halving and the conservative sketch update are this library's own. A step calls
-`ops.plan`, which runs this module or the same rules compiled by numba.
+`ops.plan`, which runs this module, or the same rules compiled by numba or in a GPU kernel.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def make_plan(
     * They meet the unpinned ways of the set in order. Empty ways come first. LRU: then the oldest.
       LFU: then the least used. Among equals, the lowest way comes first.
     * A miss enters if its way is empty. LRU: it also enters if the line was not used in this step.
-      LFU: it also enters if the line's estimate is below its own.
+      LFU: it also enters if the estimate of the line's id is below the miss's own.
     * All other misses bypass the cache.
 
     LFU estimates the use of each id. The use of an id in the cache is counted at its line. The use

@@ -39,8 +39,8 @@ def start_again(
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
       key: uint32 [2], or a key bound to a shard.
-      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound that
-        the table was made with, the rows get the same bits again.
+      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound of
+        init, a row gets the values that init gave it.
       chunk: see chunks.each.
 
     Returns:
@@ -78,7 +78,7 @@ def start_again(
 
 
 def with_fresh(row_state: Any, fresh: Any, rows: jax.Array) -> Any:
-    """Returns optimizer state with that of rows (int32 [n]) replaced; see start_again for fresh."""
+    """Returns row_state with fresh state for the given rows (int32 [n]); see start_again."""
     return jax.tree.map(
         lambda held, first: indexing.put(held, rows, first) if first.ndim else held,
         row_state,

@@ -24,8 +24,9 @@ def sum_duplicates(
       index: int32 [N] in [0, size).
       size: number of rows of the result.
       factors: float32 [N]: the values of position n are multiplied by factors[n]. None: all are 1.
-      source: int32 [N]: position n takes values[source[n]]. Where the index is size - 1, it may be
-        -1, for no value. None: position n takes values[n // (N / M)], and N is a multiple of M.
+      source: int32 [N]: position n takes values[source[n]]. Where index[n] is size - 1, source[n]
+        may be -1, for no value. None: position n takes values[n // (N / M)], and N is a multiple
+        of M.
 
     Returns:
       float32 [size, ..].
@@ -74,7 +75,8 @@ def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Arr
     (num,) = index.shape
     last = total.shape[0] - 1
     if num == 0:
-        # Nothing is added; but inside jax.shard_map, the result varies over the axes of the values.
+        # Nothing is added. But inside jax.shard_map, the type of the result must say that it varies
+        # over the mesh axes of the values.
         return _add_in_order(total, index, values)
     segment, order = lax.sort_key_val(index, jnp.arange(num, dtype=jnp.int32))
     begins = jnp.concatenate([jnp.ones(1, bool), segment[1:] != segment[:-1]])
