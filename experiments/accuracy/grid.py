@@ -185,7 +185,8 @@ WIDE = (
 
 
 # Raw ids: a row for each id that occurs so often, in a pool sized for them. Then pools that are too
-# small for the ids that occur twice, so that rows are recycled. Then smaller sketches.
+# small for the ids that occur twice, so that rows are recycled. Then smaller sketches,
+# and rare ids that share more rows.
 RAW = (
     FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
     *(
@@ -204,6 +205,7 @@ RAW = (
         Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size)
         for pool, size in ((0.3, 2), (0.3, 1), (0.28, 2))
     ),
+    Case("int4", 0.01, admit_after=2, pool=0.3, shared_rows=256),
     *(Case(method="hashed", share=share) for share in (0.12, 0.06)),
     *(Case(method="pruned", share=share) for share in (0.12, 0.06)),
 )  # fmt: skip
