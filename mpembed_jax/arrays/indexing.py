@@ -68,7 +68,7 @@ def filled(shape: tuple[int, ...], value: jax.Array, memory_kind: str | None) ->
     if memory_kind is None or size == 0:
         return to_host(jnp.broadcast_to(value, shape), memory_kind)
     block = jnp.broadcast_to(value, (size, *shape[1:]))
-    # Without the barrier, XLA sees that storing the first block changes nothing.
+    # If the value is 0, this store changes nothing. Without the barrier, XLA would drop it.
     array = put_block(
         to_host(jnp.zeros(shape, value.dtype), memory_kind),
         jnp.int32(0),

@@ -110,7 +110,7 @@ class EmbeddingState:
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
-    # spec. It is zero after an average of states was used.
+    # spec. A prefetch of an average of states sets it to zero.
     fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
@@ -145,7 +145,7 @@ class EmbeddingState:
 
     @property
     def signature(self) -> jax.Array:
-        """A hash of the key, the tables and the counts of the steps so far (uint32 []).
+        """A hash of the key, the fingerprint and the counts of requests so far (uint32 []).
 
         Updates do not change the signature, so it stays the same until the next prefetch.
         """

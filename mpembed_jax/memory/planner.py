@@ -213,10 +213,10 @@ def plan(
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
         nulls are padding. All other samples are integers.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
-        each stack is compiled, as by `report`, and its temporaries count. The choice adds up those
-        of all stacks. One program for all stacks needs less, because XLA uses the memory of one
-        stack again for another. So one step of all chosen stacks is compiled at the end, and the
-        plan has the temporaries of this step. For one device only.
+        each stack is compiled, as by `report`, and its temporaries count. Formats are chosen as if
+        the temporaries of all stacks were held at once. In one program for all stacks, XLA uses the
+        memory of one stack again for another. So one step of all chosen stacks is compiled at the
+        end, and the plan states the temporaries of this step. For one device only.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
         one device only. None: no host memory is used.
 
@@ -414,8 +414,8 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
         seen = " / ".join(f"{stack.num_ids(times):,}" for times in (1, 2, 3))
         reason += (
             f"; {seen} ids of the sample occur at least 1 / 2 / 3 times; the pool has "
-            f"{pool.num_rows:,} rows for those of k = {level.admit_after}, a tenth more in whole "
-            "sets"
+            f"{pool.num_rows:,} rows: one for each id that occurs at least k = "
+            f"{level.admit_after} times, and a tenth more, rounded up to whole sets"
         )
     if choice.placement is not None:
         kind = choice.placement.kind

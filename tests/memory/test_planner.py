@@ -248,7 +248,7 @@ def test_a_pool_has_rows_for_the_ids_that_occur_often_and_the_bytes_of_the_plan(
     text = str(plan)
     seen = " / ".join(f"{own_ids(times):,}" for times in (1, 2, 3))
     assert f"{seen} ids of the sample occur at least 1 / 2 / 3 times" in text
-    assert f"{rows:,} rows for those of k = {pool.admit_after}" in text
+    assert f"{rows:,} rows: one for each id that occurs at least k = {pool.admit_after}" in text
     assert planner.RAW_SOURCE in text and f"{choice.device_bytes:,}" in text
 
 

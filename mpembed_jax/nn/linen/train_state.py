@@ -173,9 +173,10 @@ class TrainState(struct.PyTreeNode):
 
         Args:
           ids: all ids with which the model's cached embedding will be called in this step, as one
-            nest; for an NGramMemory, tokens at the beginning of texts. If the model has several
-            cached embeddings, a mapping {path of a module: its ids}, such as {"user/items": ids}.
-            The mapping names the cached embeddings that this step trains.
+            nest. For an NGramMemory: tokens of texts, from the first token on (a step takes no
+            context). If the model has several cached embeddings, a mapping {path of a module: its
+            ids}, such as {"user/items": ids}. The mapping names the cached embeddings that this
+            step trains.
 
         Returns:
           The new state. If this state is donated, its tables are consumed.

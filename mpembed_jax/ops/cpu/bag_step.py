@@ -64,10 +64,12 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
     _DEALT, _POSITIONS, _ROW_OF, _COUNT, _HOME, _ESTIMATE, _QUEUE, _VICTIM, _FOLLOWING,
     _BUCKET, _DEALS, _BUFFER,
 ) = range(13, 25)  # fmt: skip
-# Words of `_FACTS`, which the forward call returns. The first three are the number of partitions,
-# the number of distinct ids over the budget, and the largest hash within the budget. Then come
-# seven totals of the batch, where each partition begins, and six numbers of each partition. The
-# sixteenth word is the number of groups by which positions are dealt.
+# Words of `_FACTS`, which the forward call returns:
+# 0 to 2: the number of partitions, the number of distinct ids over the budget, and the largest hash
+#   within the budget.
+# 3 to 9: seven totals of the batch.
+# 15: the number of groups by which positions are dealt.
+# From 16 on: the begin of each partition, then six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
 _COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
 _DEAL_GROUPS = 15
@@ -748,8 +750,8 @@ def forward(
       cache: the cache of the stack, or None.
       ids: int32 [N], N > 0. NO_ID, ids outside the table and ids over the budget have no row.
       dealt: the positions of `ids` that an admission dealt to partitions; None: there are none.
-      budget: the largest number of distinct ids; None: no limit. If there are more, the ids that
-        xla.unique keeps stay.
+      budget: the largest number of distinct ids; None: no limit. If there are more, the same ids
+        stay as in xla.unique.
       step: int32 scalar, number of this prefetch.
       must_halve: bool scalar, see policy.is_time_to_halve.
       draw: the source of the random bits that round the victims.

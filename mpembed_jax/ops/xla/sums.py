@@ -63,9 +63,9 @@ def add_sorted(total: jax.Array, index: jax.Array, values: jax.Array) -> jax.Arr
     """Does what `add_duplicates` does, by a segmented scan over sorted positions.
 
     The last entry of each segment of the scan is the sum of the segment. The scan adds in a fixed
-    order, but not position after position, as on a CPU. So the last bits may differ. No scatter
-    sees an index twice. This matters for sorted indices, too, because XLA's GPU back end adds
-    sorted duplicates atomically.
+    order. This is not the order of positions, in which a CPU adds, so the last bits may differ. No
+    scatter sees an index twice. This matters for sorted indices, too, because XLA's GPU back end
+    adds sorted duplicates atomically.
 
     Args:
       total: float32 [U, ..].
