@@ -65,11 +65,11 @@ class Division:
 
 
 def places(member: leaves.Member) -> dict[str, leaves.Destination]:
-    """Returns the destinations of the leaves of a target that do not show their destination.
+    """Returns the destinations that the leaves of a target take from its state.
 
-    There are two kinds of such leaves. If a state is over a mesh, a leaf that names no devices goes
-    to this mesh. If the state's spec keeps a leaf in host memory, it goes to host memory. A target
-    of shapes, for example from jax.eval_shape, does not show this.
+    Leaves of shapes alone, for example from jax.eval_shape, name neither devices nor memory. If the
+    state is over a mesh, a leaf that names no devices goes to this mesh. If the state's spec keeps
+    a leaf in host memory, the leaf goes there.
 
     Returns:
       {name in the tree: destination}.

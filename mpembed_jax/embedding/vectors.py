@@ -1,7 +1,8 @@
 """The fused pair of verbs: ids to vectors, and gradients of vectors to stored rows.
 
-`embed` does what prefetch, lookup and pool do. `apply_pooled_gradients` does what the gradient of
-pool and apply_gradients do. Differentiate the loss with respect to the vectors.
+`embed` does what prefetch, lookup and pool do. `apply_pooled_gradients` turns gradients of vectors
+into gradients of rows, and does what apply_gradients does. Differentiate the loss with respect to
+the vectors.
 
     emb, plan, vectors = mpembed.embed(emb, ids, tx=row_tx)
     loss, (grads, vector_grads) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, vectors)
@@ -12,9 +13,8 @@ in device memory, and if the transformation has a rule (`optim.sgd` or `optim.ro
 a fixed rate and without weight decay). `embed` is then one foreign call, or two for bags, and
 `apply_pooled_gradients` is one. No array [U, D] of unique rows or of their gradients exists.
 
-Elsewhere, embed runs prefetch, lookup and pool, and apply_pooled_gradients does what the gradient
-of pool and apply_gradients do. The results are the same. Use the separate verbs if you need the
-gradients of rows, for example to clip them by their global norm.
+Elsewhere, the two verbs run the separate ones. The results are the same. Call the separate verbs if
+you need the gradients of rows, for example to clip them by their global norm.
 """
 
 import dataclasses
@@ -85,8 +85,8 @@ class VectorPlan:
     pooling: Pooling
     places: Places | None = None
     factors: jax.Array | None = None  # f32 [N]  None: all are 1
-    # i32 [N]  for each position, the index of its gradient among the gradients of the M vectors; -1
-    # if it has none. None: the index is n // (N / M) for position n.
+    # i32 [N]  the index of each position's gradient among those of the M vectors; -1 for a position
+    # without a gradient. If source is None, position n of N takes gradient n // (N / M).
     source: Any = None
     plan: CachePlan | None = None
     rows: jax.Array | None = None  # f32 [U, D]
