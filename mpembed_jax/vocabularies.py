@@ -51,9 +51,8 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
 
     A row may get another number, and the number decides the row's set in the cache. A cached row
     therefore gets a number whose set in the cache has room for its line. If there is none, the row
-    leaves the cache. If its line is dirty, the line is
-    then written back to the table, rounded as by flush. The cache's sketch, which counts the uses
-    of rows without a line, starts from zero.
+    leaves the cache. If its line is dirty, the line is then written back to the table, rounded as
+    by flush. The cache's sketch, which counts the uses of rows without a line, starts from zero.
 
     Args:
       state: concrete and between steps; not consumed.

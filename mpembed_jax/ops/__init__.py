@@ -3,8 +3,8 @@
 Only this room has code for particular hardware. The implementations have names:
   xla               passes over whole arrays; for accelerators
   xla_chunked       loops over chunks, whose trip count is known at run time; for CPUs
-  numba             like xla_chunked, but numba compiles deduplication, planning, and the gathers
-                    and scatters of large rows
+  numba             like xla_chunked, but numba compiles deduplication, admission, planning, the
+                    gathers and scatters of rows, and the fused step
   pallas_triton     Pallas kernels for NVIDIA GPUs
   pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device
 
@@ -314,8 +314,8 @@ def admit(
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
 
     This function is for one device. On a mesh, each shard calls the reference, with the counts that
-    the devices sent. The native admission deals positions to partitions that own sets of the pool
-    and sets of the cache.
+    the devices sent. Only the native admission uses `cache`: it deals positions to partitions that
+    own sets of the pool and sets of the cache.
     """
     native = compiled(implementation)
     if native is not None:

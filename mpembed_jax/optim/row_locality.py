@@ -43,9 +43,9 @@ ROWS = 7919  # a prime that other dimensions are unlikely to equal
 def evaluated() -> Iterator[None]:
     """A context in which operations run immediately, even while a function is traced.
 
-    The arrays of the context are concrete. They are outside the mesh of jax.set_mesh, because this
-    mesh cannot hold them inside jax.shard_map. A user's transfer guard does not apply to them.
-    jax.ensure_compile_time_eval would give tracers inside a jax.shard_map without jit.
+    The arrays of the context are concrete. The mesh of jax.set_mesh does not apply to them: inside
+    jax.shard_map, it would not accept concrete arrays. A user's transfer guard does not apply to
+    them either. jax.ensure_compile_time_eval would give tracers inside a jax.shard_map without jit.
     """
     no_mesh = jax.sharding.AbstractMesh((), ())
     with (

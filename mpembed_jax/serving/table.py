@@ -148,8 +148,9 @@ class ServingTable:
     If an n-gram memory was saved, `ngram_vectors` turns tokens into what the memory returns.
 
     Attributes:
-      rows: {table name: packed words [V, words]}, {owners' name: uint32 [S, W]} of a pool, and
-        {"canonical": int32 [vocabulary_size]}, the map of tokens of n-grams ("<stack>.canonical").
+      rows: {name: array}. A table has its packed words [V, words]. A pool also has its owners,
+        "<pool>.owners", uint32 [S, W]. An n-gram memory may have its map of tokens,
+        "<stack>.canonical" or "canonical", int32 [vocabulary_size].
       contents: the description of the file: tables and features.
       host: the settings for reads on the host; None for a table on the device.
     """

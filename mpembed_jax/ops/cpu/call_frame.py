@@ -31,7 +31,7 @@ from mpembed_jax.ops.cpu import machine_code
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 # Indices of XLA_FFI_ThreadPool_Schedule and .._NumThreads among the words of XLA_FFI_Api.
 _SCHEDULE, _NUM_THREADS = 17, 18
-_NEXT, _DONE, _HOLDERS = 0, 8, 16  # bytes in the block of `_run_parts`
+_NEXT, _DONE, _HOLDERS = 0, 8, 16  # offsets in bytes in the block of `_run_parts`
 _LINE = 16  # 32-bit words in a cache line of the processor
 _handlers: dict[str, Any] = {}  # keeps compiled code alive as long as the process
 _lock = threading.Lock()
