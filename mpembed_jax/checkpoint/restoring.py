@@ -329,7 +329,7 @@ def _check_index(body: dict[str, Any], name: str, index: np.ndarray) -> None:
     size = body["arrays"][name]["shape"][0]
     if index.size and (index.min() < 0 or index.max() >= size):
         raise DamagedError(
-            f"step {body['step']}: the increment of array {name!r} names rows outside of its {size}"
+            f"step {body['step']}: the increment of array {name!r} names a row outside [0, {size})"
         )
 
 
@@ -395,5 +395,5 @@ def check_tags(
     if not bool(((tags == NO_ID) | ((tags >= 0) & (tags < num_rows))).all()):
         raise DamagedError(
             f"step {step} of {directory}: the cache of embedding state {prefix or 'in the tree'!r} "
-            f"names rows outside of its {num_rows}"
+            f"names a row outside [0, {num_rows})"
         )

@@ -250,9 +250,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
 def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
     """Gathers the planned rows that this device holds.
 
-    On a mesh, these are the rows of its shard that any device requests. Each row of
-    the batch is on exactly one shard. `exchange.fetch`, which is differentiable, brings the rows
-    to the devices that request them.
+    On a mesh, these are the rows of its shard that any device requests. Each row of the batch is on
+    exactly one shard. `exchange.fetch`, which is differentiable, brings the rows to the devices
+    that request them.
 
     Returns:
       float32 [Q, D]. On one device, these are the rows of `lookup`, without its check of the plan.
@@ -498,8 +498,8 @@ def is_planned(state: EmbeddingState, plan: Any) -> bool:
 def is_latest(state: EmbeddingState, plan: Any) -> jax.Array:
     """Returns whether a plan comes from this state's latest prefetch (bool []).
 
-    Plans of other states are recognized by the state's signature: by its key, its tables and the
-    counts of its steps so far. Two copies of one state with equal counts are not told apart.
+    Plans of other states are recognized by the state's signature: a hash of its key, fingerprint
+    and counts of requests. Two copies of one state with equal counts are not told apart.
     """
     if is_planned(state, plan):
         return state.is_own  # its clock was compared by after_prefetch

@@ -35,9 +35,9 @@ def write_rows(
 
     A cached row is written to its line in float32. Any other row is rounded into the table by the
     rule of its format, as from_dense rounds it. Donate the state; otherwise, the call copies the
-    table. Call write_rows between steps. If a prefetch waits for its update, and this is known
-    while tracing, the call raises an error. If it is not known, the call writes nothing, and is
-    counted as a refused update.
+    table. Call write_rows between steps. If a prefetch waits for its update, nothing is written:
+    the call raises an error if `state.pending` is concrete, and counts as a refused update if it is
+    traced.
 
     Args:
       state: consumed if donated. A sharded state may be whole, or inside jax.shard_map, where all

@@ -40,9 +40,8 @@ class RowFormat:
         "int2".
       symmetric: for integer formats only. True: a row has a scale, and its grid is symmetric about
         zero; a code is stored with 2^(bits - 1) added. False: a row has a scale and a bias, and its
-        codes count from the bias, the rounded minimum of the row. None: True
-        if embedding_dim < 32 and the format is not int2, else False. A bias would take a large part
-        of a narrow row.
+        codes count from the bias, the rounded minimum of the row. None: True if embedding_dim < 32
+        and the format is not int2, else False. A bias would take a large part of a narrow row.
       scale_dtype: "bfloat16" (default), "float16" or "float32"; for integer and float8 formats
         only.
       rounding: "stochastic" or "nearest": how values become codes whenever a row is written to the

@@ -147,7 +147,7 @@ def export_program(
     Args:
       function: `function(tables, *arguments)`; its constants, such as the weights of a model,
         become part of the program.
-      tables: a table whose rows the program will get; its rows are not read.
+      tables: the tables whose arrays the program takes. This call uses only shapes and dtypes.
       arguments: arrays, jax.ShapeDtypeStructs, or dicts, lists and tuples of them. Their shapes may
         be symbolic (jax.export.symbolic_shape).
       platforms: as in jax.export.export, such as ("cpu", "cuda"); None: that of this process.

@@ -58,9 +58,9 @@ class Part(NamedTuple):
     shards: int = 1
     shard: jax.Array | int = 0
 
-    def numbers_of(self, sets: jax.Array) -> jax.Array:
-        """Returns the numbers (int32) that local sets have in the whole pool."""
-        return sets * self.shards + self.shard
+    def numbers_of(self, local: jax.Array) -> jax.Array:
+        """Returns the numbers (int32) that local sets, or local rows, have in the whole pool."""
+        return local * self.shards + self.shard
 
 
 WHOLE = Part()

@@ -91,7 +91,7 @@ class VocabularySpec:
 
     @property
     def counter_bits(self) -> int:
-        """Bits of a counter of the sketch: as few as count to admit_after - 1.
+        """Bits of a counter of the sketch: 2, 4 or 8, the fewest that can count to admit_after - 1.
 
         If rows are recycled, there are at least 4. With 2, a counter would stop at 3, and an id
         would seldom get the row of an id that is used less.

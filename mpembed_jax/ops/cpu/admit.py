@@ -480,9 +480,9 @@ def admit(
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids (uint32 [N, 2], N > 0) rows; see `xla.admit.admit`.
 
-    The vocabulary is the whole pool, on one device. Positions are dealt by the groups of the pool,
-    or by `groups`, a power of two, if those are fewer. At most `max_threads` threads of XLA's pool
-    share the work.
+    The vocabulary is the whole pool, on one device. Positions are dealt by group. The number of
+    groups is that of the pool, but at most `groups`, a power of two. At most `max_threads` threads
+    of XLA's pool share the work.
     """
     call_frame.register("mpembed_admit", _admit)
     num = pairs.shape[0]
