@@ -3,7 +3,7 @@
 Only this room has code for particular hardware. The implementations have names:
   xla               passes over whole arrays; for accelerators
   xla_chunked       loops over chunks, whose trip count is known at run time; for CPUs
-  numba             like xla_chunked, but numba compiles deduplication, admission, planning, the
+  numba             like xla_chunked, but numba compiles unique, find, admit, start_again, plan, the
                     gathers and scatters of rows, and the fused step
   pallas_triton     Pallas kernels for NVIDIA GPUs
   pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device

@@ -196,8 +196,8 @@ class Implementation:
       name: see ops.IMPLEMENTATIONS.
       chunk: rows per iteration of XLA's loops; None: passes over whole arrays.
       host_chunk: the same for a table in host memory, used if chunk is None.
-      is_native: whether numba runs deduplication, admission, planning, the gathers and scatters of
-        rows, and the fused step.
+      is_native: whether numba runs unique, find, admit, start_again, plan, the gathers and scatters
+        of rows, and the fused step.
       max_threads: the largest number of threads of XLA's pool that share a fused step.
       is_kernel: whether Pallas kernels run the row movements.
       is_interpreted: whether the kernels are traced into plain jax operations.

@@ -173,7 +173,7 @@ class TrainState(struct.PyTreeNode):
 
         Args:
           ids: all ids with which the model's cached embedding will be called in this step, as one
-            nest. For an NGramMemory: tokens of texts, from the first token on (a step takes no
+            nest. For an NGramMemory: tokens of texts, from the first token on (prefetch takes no
             context). If the model has several cached embeddings, a mapping {path of a module: its
             ids}, such as {"user/items": ids}. The mapping names the cached embeddings that this
             step trains.

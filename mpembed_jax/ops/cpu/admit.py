@@ -355,6 +355,7 @@ def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open
                 _remember(sketch, home, hashed, shape, cost - 1)
                 taken[num_taken] = (best - first) * sets + home
                 num_taken += 1
+            # Recycles: the tag of the row's owner becomes that of the newcomer.
             owners[best], line[i] = (id_tag[i] << _USE_BITS) | _PINNED, best
             num_admitted += 1
             i = np.int64(following[i])

@@ -126,6 +126,7 @@ def admit(
     way = indexing.put(way, entered, new_way)
     line = indexing.put(line, entered, target)
     owned = pool.owners_of(id_tags, estimates, pool.noise_of(mixed, step))
+    # Recycles: the tag of the row's owner becomes that of the newcomer.
     owners = indexing.put(owners, line, owned)
     is_left = is_id & (line == size)
     sketch = pool.raised(sketch, is_left, cells, estimates, sizes)
