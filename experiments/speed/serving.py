@@ -187,7 +187,7 @@ def drop_from_memory(path: Path) -> None:
 
 
 def memory_of(path: Path, num_processes: int) -> list[list[int]]:
-    """Returns [resident, proportional] kilobytes that each of several processes adds by reading.
+    """Returns [resident, proportional] KiB that each of several processes adds by reading.
 
     The proportional size divides pages that processes share among them. All processes have read
     the whole file before the last one measures.

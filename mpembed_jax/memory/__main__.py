@@ -107,7 +107,11 @@ def _columns(path: Path) -> dict[str, Any]:
     if path.suffix == ".parquet":
         if importlib.util.find_spec("polars") is None:
             raise ImportError(f"reading {path} needs polars, or save it as CSV")
-        frame = importlib.import_module("polars").read_parquet(path)
+        polars = importlib.import_module("polars")
+        try:
+            frame = polars.read_parquet(path)
+        except polars.exceptions.PolarsError as error:
+            raise ValueError(f"{path} cannot be read as parquet: {error}") from None
         if not set(frame.columns) >= _COLUMNS:
             return {name: frame[name].drop_nulls().to_numpy() for name in frame.columns}
         return {name: frame[name].to_numpy() for name in frame.columns}
@@ -115,6 +119,9 @@ def _columns(path: Path) -> dict[str, Any]:
         rows = list(csv.DictReader(file, skipinitialspace=True))
     if not rows:
         raise ValueError(f"{path} has no rows")
+    # DictReader puts the cells for which there is no name under None.
+    if longer := [number for number, row in enumerate(rows, 1) if None in row]:
+        raise ValueError(f"row {longer[0]} of {path} has more cells than the header has names")
     if not rows[0].keys() >= _COLUMNS:
         return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
     return {name: [row[name] for row in rows] for name in rows[0]}

@@ -211,7 +211,7 @@ def plan(
       ids: {table: sample of its ids}. It shows which share of the ids the most used rows get. INT4
         with a 5 % cache is left out if a 1 % cache gets nearly as many of the ids. A table of
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
-        nulls are padding. All other samples are integers.
+        nulls are padding. All other samples are row numbers in their table; NO_ID is padding.
       batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
         each stack is compiled, as by `report`, and its temporaries count. Formats are chosen as if
         the temporaries of all stacks were held at once. In one program for all stacks, XLA uses the
@@ -224,11 +224,11 @@ def plan(
       A Plan.
 
     Raises:
-      TypeError: if tables are neither a mapping nor a sequence, or raw ids of a sample are neither
-        integers nor bytes nor strings.
-      ValueError: if a table or an argument is wrong; if a table of raw ids has no sample, or no id
-        of a stack of raw ids occurs twice; or if nothing fits. The message then names the smallest
-        budget that works.
+      TypeError: if tables are neither a mapping nor a sequence, if raw ids of a sample are neither
+        integers nor bytes nor strings, or if other ids of a sample are not integers.
+      ValueError: if a table or an argument is wrong; if a sampled row number is outside its table;
+        if a table of raw ids has no sample, or no id of a stack of raw ids occurs twice; or if
+        nothing fits. The message then names the smallest budget that works.
     """
     sizes = _sizes(tables)
     limit = parse_bytes(budget)
@@ -239,6 +239,14 @@ def plan(
         raise ValueError(
             "batch_shape and host_budget are for one device; leave them out, and leave room for "
             "the batch in the budget"
+        )
+    if batch_shape is not None and not (
+        isinstance(batch_shape, tuple | list)
+        and len(batch_shape) in (1, 2)
+        and all(_is_whole(size) and size >= 1 for size in batch_shape)
+    ):
+        raise ValueError(
+            f"batch_shape must be (B,), or (B, L) for bags of L ids, got {batch_shape!r}"
         )
     samples = dict(ids or {})
     if unknown := sorted(set(samples) - set(sizes)):
@@ -373,7 +381,7 @@ def _stack(
         counts = [_raw_counts(name, number, samples) for number, name in enumerate(names)]
     else:
         known = [table for table in tables if np.size(samples.get(table.name, ()))]
-        counts = [np.unique(samples[table.name], return_counts=True)[1] for table in known]
+        counts = [_row_counts(table, samples[table.name]) for table in known]
         num_sampled_rows = sum(map(size_of, known))
     use = np.sort(np.concatenate([np.zeros(0, np.int64), *counts]))[::-1]
     levels = RAW_LEVELS if is_raw else LEVELS[:1] if is_tiny else LEVELS
@@ -386,6 +394,23 @@ def _stack(
     # A k that no sampled id reaches would make a pool without rows.
     possible = [n for n in levels if n.admit_after is None or stack.num_ids(n.admit_after)]
     return stack._replace(levels=tuple(n for n in possible if not stack.is_idle(n)))
+
+
+def _row_counts(table: TableSpec, sample: Any) -> np.ndarray:
+    """Returns how often each row number of a table's sample occurs. NO_ID is padding."""
+    array = np.asarray(sample)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"table {table.name!r} has rows, so its sample must be row numbers, integers, got "
+            f"{array.dtype}; for raw ids, give the table as (None, dim)"
+        )
+    rows, counts = np.unique(array[array != NO_ID], return_counts=True)
+    if rows.size and not 0 <= rows[0] <= rows[-1] < size_of(table):
+        raise ValueError(
+            f"the sample of table {table.name!r} must be in [0, {size_of(table)}), got {rows[0]} "
+            f"to {rows[-1]}; for raw ids, give the table as (None, dim)"
+        )
+    return counts
 
 
 def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
@@ -439,7 +464,7 @@ class _Bytes:
         batch_shape: tuple[int, ...] | None,
     ):
         self._stacks, self._tx = stacks, tx
-        self._devices, self._batch_shape = devices, batch_shape
+        self.devices, self._batch_shape = devices, batch_shape
         self._known: dict[tuple[str, str, bool], Choice] = {}
 
     def __call__(self, name: str, level: Level, is_host: bool) -> Choice:
@@ -461,9 +486,9 @@ class _Bytes:
         )
         placement = None
         host_bytes = temporary_bytes = 0
-        if self._devices > 1:
-            placement = sharding.plan(spec, self._devices)
-            device_bytes = shard_bytes(spec, self._tx, placement, self._devices)
+        if self.devices > 1:
+            placement = sharding.plan(spec, self.devices)
+            device_bytes = shard_bytes(spec, self._tx, placement, self.devices)
         else:
             found = report(spec, self._tx, self._shape(spec))
             host_bytes = found.host_bytes
@@ -572,7 +597,7 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
         "bytes"
         + (
             ""
-            if host_limit or not by_size
+            if host_limit or not by_size or bytes_of.devices > 1
             else " (or give host_budget=, so that packed rows may be in host memory)"
         )
     )

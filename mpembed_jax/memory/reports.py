@@ -225,7 +225,7 @@ def step_peak(
 
         def loss(weights: Any, found: Any) -> jax.Array:
             each = zip(found, weights, leads, strict=True)
-            hidden = [own.reshape(*lead[:1], -1) @ weight for own, weight, lead in each]
+            hidden = [own.reshape(*lead[:1], len(weight)) @ weight for own, weight, lead in each]
             return jnp.sum(jnp.square(sum(hidden)))
 
         # The vectors must stay until the gradient of the weights is made, as in a model.

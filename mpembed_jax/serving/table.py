@@ -287,8 +287,8 @@ class ServingTable:
 
         Raises:
           KeyError, TypeError, ValueError: as in lookup. TypeError also if offsets are given for a
-            table on the device. ValueError also if the combiner is unknown, or if weights or
-            offsets do not fit the ids.
+            table on the device, or are not integers. ValueError also if the combiner is unknown, or
+            if weights or offsets do not fit the ids.
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
@@ -406,12 +406,15 @@ class ServingTable:
 
         Raises:
           KeyError: if the table is unknown, or a table of raw ids.
+          TypeError: if k is not an integer.
           ValueError: if k or a shape is wrong, if a row of `among` is outside, or if both `among`
             and a sketch are given.
         """
         chosen = self.table(table)
         packed = self.rows[chosen.name]
         dim, num_rows = chosen.embedding_dim, chosen.num_rows
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
+            raise TypeError(f"k must be an integer, got {k!r}")
         if not 1 <= k <= num_rows:
             raise ValueError(f"k must be in [1, {num_rows}] for table {chosen.name!r}, got {k}")
         if np.ndim(query) < 1 or np.shape(query)[-1] != dim:
@@ -754,7 +757,10 @@ def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
 
 
 def _checked_offsets(feature: str, offsets: Any, shape: tuple[int, ...]) -> np.ndarray:
-    ends = np.ascontiguousarray(offsets, np.int64)
+    given = np.asarray(offsets)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"feature {feature!r}: offsets must be integers, got {given.dtype}")
+    ends = np.ascontiguousarray(given, np.int64)
     is_right = len(shape) == 1 and ends.ndim == 1 and len(ends) > 0
     if not is_right or ends[0] != 0 or ends[-1] != shape[0] or (np.diff(ends) < 0).any():
         raise ValueError(

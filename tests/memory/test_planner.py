@@ -15,6 +15,7 @@ from cases import Refused, named
 import mpembed_jax as mpembed
 from mpembed_jax import memory, vocabularies
 from mpembed_jax.memory import __main__, planner
+from mpembed_jax.row_ids import NO_ID
 
 TX = mpembed.optim.rowwise_adagrad(0.1)
 ROOT = Path(__file__).parents[2]
@@ -326,6 +327,9 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     assert re.search(r"dim64 +50,000 +64", printed) and "of 8,000,000 bytes" in printed
     assert __main__.main(["plan", str(file), "--budget", "1MB"]) == 1
     assert "smallest budget that works" in capsys.readouterr().err
+    file.with_name("longer.csv").write_text("rows,dim\n3,4\n5,6,7\n")
+    assert __main__.main(["plan", str(file.with_name("longer.csv")), "--budget", "8MB"]) == 1
+    assert "row 2 of" in capsys.readouterr().err
     ids = tmp_path / "ids.csv"
     ids.write_text("user,item\n" + "".join(f"u{i % 70},{i}\n" for i in range(300)))
     assert __main__.main(["plan", str(ids), "--budget", "1MB"]) == 1
@@ -336,6 +340,9 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     polars.read_csv(file).write_parquet(tmp_path / "tables.parquet")
     assert __main__.main(["plan", str(tmp_path / "tables.parquet"), "--budget", "8MB"]) == 0
     assert capsys.readouterr().out == printed
+    (tmp_path / "no.parquet").write_text("rows,dim")
+    assert __main__.main(["plan", str(tmp_path / "no.parquet"), "--budget", "8MB"]) == 1
+    assert "cannot be read as parquet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -354,6 +361,21 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
             lambda: memory.plan([(3, 4)], 99, tx=TX, devices=2, batch_shape=(3,)), "for one device"
         ),
         Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, ids={"b": []}), r"ids name tables \['b'"),
+        Refused(
+            lambda: memory.plan([(9, 4)], 99, tx=TX, ids={"table0": [0.5]}),
+            r"must be row numbers, integers, got float64.*\(None, dim\)",
+            TypeError,
+        ),
+        Refused(
+            lambda: memory.plan([(9, 4)], 99, tx=TX, ids={"table0": [NO_ID, 3, 9]}),
+            r"sample of table 'table0' must be in \[0, 9\), got 3 to 9",
+        ),
+        Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, batch_shape=5), "batch_shape must be"),
+        Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, batch_shape=(0,)), "batch_shape must be"),
+        Refused(
+            lambda: memory.plan(TABLES, 99, tx=TX, devices=2),
+            "the smallest budget that works is [0-9,]+ bytes$",
+        ),
         Refused(lambda: memory.plan([(None, 4)], 99, tx=TX), "its ids are raw: give a sample"),
         Refused(lambda: memory.plan([(3, None)], 99, tx=TX), r"or \(None, dim\) for raw ids"),
         Refused(lambda: memory.plan([("3", 4)], 99, tx=TX), r"'table0' must be \(rows, dim\), or"),

@@ -90,6 +90,8 @@ def test_the_peak_holds_the_state_once_and_the_batch():
     report = mpembed.memory.report(spec, tx, batch_shape=(64, 4))
     batch = 64 * 4 * (16 + 1) * 4
     assert report.total + batch <= report.step_peak_bytes < report.total + 40 * batch
+    empty = mpembed.memory.report(spec, tx, batch_shape=(0, 4))
+    assert empty.total == report.total <= empty.step_peak_bytes < report.step_peak_bytes
     text = str(report)
     assert f"{report.total:,} B" in text
     assert f"{report.geometry.lines:,} lines" in text

@@ -398,6 +398,14 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"seen": [1.0]}), "weights must be a"),
         Refused(lambda t: t.bag({"liked": [1]}, offsets={"liked": [0, 2]}), "never falls"),
         Refused(lambda t: t.bag({"liked": [1]}, offsets={"liked": [0, -1, 1]}), "offsets must"),
+        Refused(
+            lambda t: t.bag({"liked": [1, 2]}, offsets={"liked": [0, 1.5, 2]}),
+            "offsets must be integers, got float64",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.top_k(np.ones(16), 2.5, "items"), "k must be an integer, got 2.5", TypeError
+        ),
         Refused(lambda t: t.top_k(np.ones(16), 3), "unknown table None", KeyError),
         Refused(lambda t: t.top_k(np.ones(16), 5001, "items"), r"k must be in \[1, 5000\]"),
         Refused(lambda t: t.top_k(np.ones(15), 3, "items"), r"query must be float32 \[\.\., 16\]"),
