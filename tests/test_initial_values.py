@@ -81,7 +81,10 @@ def keys():
     return jax.random.fold_in(jax.random.wrap_key_data(jax.random.key_data(KEY)), 1)
 
 
-@pytest.mark.parametrize("name", named(list(FANS), fast={"a rule of its own", "xavier_uniform"}))
+@pytest.mark.parametrize(
+    "name",
+    named(list(FANS), fast={"a rule of its own", "xavier_uniform"}, core={"fan_avg of other axes"}),
+)
 def test_fans_are_those_of_the_whole_table(name):
     """A block's numbers are drawn from its own key and scaled as for the whole table."""
     values, call = table_of(FANS[name]), jax.jit(FANS[name], static_argnums=(1, 2))

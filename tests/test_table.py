@@ -59,13 +59,17 @@ CASES |= {
 
 
 QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
+CORE = {
+    "float32-default-1", "bfloat16-default-16", "float16-default-100", "int8-default-1",
+    "int4-default-16", "int2-default-100", "float8_e4m3fn-default-100", "float8_e5m2-default-1",
+}  # fmt: skip
 
 
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=QUICK))
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK, core=CORE))
 def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit.
 

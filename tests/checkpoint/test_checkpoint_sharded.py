@@ -232,8 +232,7 @@ def manifest_of(folder, step):
     return json.loads(json.loads((folder / f"step_{step}" / "manifest.json").read_text())["body"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rows", "tables", "replicated"])
+@pytest.mark.parametrize("kind", named(["rows", "tables", "replicated"], core={"rows"}))
 def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables, tmp_path):
     """Two links, a flush between their steps.
 

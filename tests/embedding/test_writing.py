@@ -37,6 +37,7 @@ def values(num=IDS.size):
 @crossed(
     cache=named({"uncached": None, "cached": CACHE}),
     storage=named(["float32", "int8", "bfloat16"], fast={"int8"}),
+    core={"cached-bfloat16"},
 )
 def test_written_rows_have_their_values_and_all_others_their_bits(storage, cache):
     state = trained(storage, cache)

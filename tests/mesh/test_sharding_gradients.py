@@ -203,7 +203,7 @@ def mixed_steps(tx, mesh=None, placement=None):
             "novograd": ("novograd", "rows"),
             "global norm, replicated": ("global norm", "replicated"),
         },
-        core={"novograd", "global norm, replicated"},
+        core={"global norm, replicated"},
         marks={"lamb": training.OPTAX_ADAM},
     ),
 )
