@@ -226,7 +226,7 @@ def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     results = []
     first = mpembed.init(jax.random.key(0), spec, SGD, implementation="numba")
     _, seen = jax.jit(mpembed.prefetch)(first, ids)
-    is_bypassed = np.asarray(seen.inverse) >= np.asarray(seen.placed)[1]
+    is_bypassed = np.asarray(seen.inverse) >= int(seen.placed[1])
     grads[np.argmin(is_bypassed), 1], grads[np.argmax(is_bypassed), 0] = np.nan, -np.inf
     for is_pooled, implementation in ((False, "numba"), (True, KERNEL), (True, "numba")):
         state = dataclasses.replace(first, implementation=implementation)

@@ -89,7 +89,11 @@ def test_contenders_of_a_seed_differ_in_their_memory_only(data):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CONTENDERS if name not in ("none", "FP32, Adam")]
+    "name",
+    named(
+        [name for name in CONTENDERS if name not in ("none", "FP32, Adam")],
+        core={*CONTENDERS} - {"none", "FP32, Adam", "INT4 + 1 %", "INT8 + 5 %"},
+    ),
 )
 def test_bytes_are_known_before_a_memory_is_made(data, name):
     model = training.build(TINY, CONTENDERS[name], data.vocabulary_size, 0)

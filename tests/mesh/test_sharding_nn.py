@@ -181,7 +181,7 @@ def embed_over(mesh, **options):
     "case",
     named(
         [*itertools.product(MESHES, list(PLACEMENTS)[:3]), ("replicas", "undivided")],
-        core={"x-rows", "replicas-undivided"},
+        core={"replicas-undivided"},
     ),
 )
 def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(case):

@@ -262,6 +262,7 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
     named(
         {make.__name__: make for make in (optim.sgd, optim.rowwise_adagrad, optim.rowwise_adam)},
         fast={"rowwise_adagrad"},
+        core=(),
     ),
 )
 def test_injected_hyperparameters_train_as_given_ones(make):
