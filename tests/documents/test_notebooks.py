@@ -80,7 +80,9 @@ def test_a_notebook_calls_what_exists_with_arguments_it_has(path):
         if isinstance(node, ast.Call) and callable(function := found(node.func)):
             name = getattr(function, "__module__", None) or ""
             if name.startswith(("mpembed_jax", "experiments")):
-                arguments = inspect.signature(function).parameters.values()
+                # nnx hides what the __init__ of a module takes.
+                made = function.__init__ if inspect.isclass(function) else function
+                arguments = inspect.signature(made).parameters.values()
                 takes_any = any(argument.kind == argument.VAR_KEYWORD for argument in arguments)
                 given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
                 assert takes_any or given <= {argument.name for argument in arguments}, name
