@@ -158,8 +158,9 @@ def test_growth_keeps_every_owner_bit_for_bit(num_rows, implementation):
     training.assert_same(trained(after, 4), trained(vocabularies.grow(state, num_rows), 4))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_growth_in_turns_is_growth_at_once():
+    """The whole command grows once, in the test above."""
     state = trained(init())
     turns = state
     for size in (208, 320, 496):

@@ -131,7 +131,7 @@ def start(num_ids, lines, ways, policy, implementation=None, **options):
 @crossed(
     ways=named([*shapes.WAYS, 64], fast={"1", "32"}),
     policy=shapes.POLICIES,
-    core={"64-lru"},
+    core=(),
 )
 def test_residency_equals_brute_force(policy, ways):
     """320 skewed, drifting batches of 0 to 160 ids into 96 lines.

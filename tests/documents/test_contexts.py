@@ -471,8 +471,7 @@ def test_a_state_with_native_calls_cannot_be_exported():
         export.export(jax.jit(lambda ids: Verbs.run(state, ids)[1]))(IDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("subject", [Verbs, Bags])
+@pytest.mark.parametrize("subject", named({"Verbs": Verbs, "Bags": Bags}, core={"Verbs"}))
 def test_checkify_finds_no_float_fault_in_a_sound_step(subject):
     checked = checkify.checkify(subject.run, checkify.float_checks | checkify.user_checks)
     error, (state, loss) = jax.jit(checked)(subject.start(), IDS)

@@ -68,8 +68,8 @@ def compiled_step(stack, implementation):
         },
         fast={"int4 with a budget"},
     ),
-    implementation=["xla_chunked", "numba"],
-    core=(),
+    implementation=named(["xla_chunked", "numba"], fast={"numba"}),
+    core={"float32 without cache-xla_chunked"},
 )
 def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):
     if implementation == "numba":

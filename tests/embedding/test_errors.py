@@ -685,7 +685,8 @@ def test_every_verb_runs_without_jit():
 
 
 @pytest.mark.parametrize(
-    "mode", named(["int8", "bfloat16"], fast={"int8"}, marks={"bfloat16": training.OPTAX_ADAM})
+    "mode",
+    named(["int8", "bfloat16"], fast={"int8"}, core=(), marks={"bfloat16": training.OPTAX_ADAM}),
 )
 def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
     """Also when they are traced for the first time."""

@@ -160,7 +160,6 @@ def test_without_kernels_and_with_a_rule(name, implementation):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     named(
@@ -168,6 +167,7 @@ def test_without_kernels_and_with_a_rule(name, implementation):
             "rule": mpembed.optim.rowwise_adagrad(0.25, eps=0.0),
             "no rule": optax.sgd(0.25, momentum=0.5),
         },
+        core={"rule"},
     ),
 )
 def test_transformations_with_and_without_a_rule(tx):

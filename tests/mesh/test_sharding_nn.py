@@ -288,9 +288,12 @@ def test_under_set_mesh_a_step_is_the_same(tx):
     np.testing.assert_array_equal(under, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_over_a_mesh_without_jit_passes_debug_nans():
-    """Outside jit, jax.debug_nans looks at every result of a call, also within a shard_map."""
+    """Outside jit, jax.debug_nans looks at every result of a call, also within a shard_map.
+
+    The whole command does so on one device, in tests/embedding/test_errors.py.
+    """
     embed, ids = embed_over(mesh_of(4)), np.array([[3, 7], [7, 9], [3, 3], [499, 0]], np.int32)
     before = mpembed.to_dense(embed.state)["embedding"]
     with jax.debug_nans(True):

@@ -262,8 +262,9 @@ def test_memories_of_one_model_are_trained_each_by_itself(stepped):
     assert not np.isnan(losses).any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputed_layers_take_the_same_steps(stepped):
+    """The whole command recomputes modules in tests/documents/test_contexts.py."""
     wanted, losses = stepped
     model, step = Layers(), nnx.jit(layers_step, static_argnames="is_recomputed")
     got = [float(step(model, tokens, is_recomputed=True)) for tokens in batches(3)]
@@ -271,8 +272,9 @@ def test_recomputed_layers_take_the_same_steps(stepped):
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scan_over_batches_takes_the_same_steps(stepped):
+    """The whole command scans over modules in tests/documents/test_contexts.py."""
     wanted, losses = stepped
     model = Layers()
 

@@ -380,8 +380,8 @@ def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
 
     G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
-    product. The sum with w rounds once in each program. The whole command has every dim in the
-    test of sums and update in one kernel.
+    product. The sum with w rounds once in each program. The whole command has other dims in
+    the test of every kernel.
     """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)

@@ -265,9 +265,13 @@ LIFE = {
 }
 
 
-@pytest.mark.parametrize("change", named(list(LIFE), core={"grow", "from_counts", "forget"}))
+@pytest.mark.parametrize("change", named(list(LIFE), core={"from_counts", "forget"}))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
-    """Growing and shrinking move owners by the same code, and added tables move none."""
+    """Growing and shrinking move owners by the same code, and added tables move none.
+
+    The whole command grows on one device in tests/test_vocabularies.py, and moves rows over a mesh
+    to a larger stack in tests/test_restacking.py.
+    """
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))
         four = LIFE[change](sharding.relayout(on_one_device, **placed(Over((4,)))))
