@@ -35,13 +35,15 @@ def named(records, *, fast=None, core=None, marks=None):
     return [pytest.param(record, id=name, marks=marks_of(name)) for name, record in cases]
 
 
-def crossed(**dimensions):
+def crossed(*, core=None, **dimensions):
     """Returns the decorator that parametrizes a test by every combination of some values.
 
     The whole command runs the combinations of the quick loop, and few others: together they have
     every value of every dimension. All other combinations are exhaustive.
 
     Args:
+      core: names of the slow combinations that the whole command runs, where other tests have the
+        values that these lack. None: chosen as above.
       dimensions: the values of each argument of the test, or its cases as `named` makes them. If
         none of them is marked slow, all combinations are.
     """
@@ -60,7 +62,10 @@ def crossed(**dimensions):
         if not any(mark.name == "slow" for mark in marks)
     ]
     fast = fast if len(fast) < len(combinations) else []
-    core = covering({name: [x.id for x in xs] for name, (xs, _) in combinations.items()}, fast)
+    if core is None:
+        core = covering({name: [x.id for x in xs] for name, (xs, _) in combinations.items()}, fast)
+    unknown = set(core) - set(combinations)
+    assert not unknown, f"no such combinations: {unknown}"
 
     def marks_of(name):
         found = [mark for mark in combinations[name][1] if mark.name != "slow"]

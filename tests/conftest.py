@@ -31,6 +31,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 from jax._src import compiler  # options of a compilation are not public
+from jax._src.interpreters import mlir
 
 # Deterministic, and without deadlines: the first example compiles.
 settings.register_profile(
@@ -44,13 +45,14 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-# Some tests, and processes that they start, compile in a third of the time: without LLVM's
+# Most tests, and processes that they start, compile in a third of the time: without LLVM's
 # optimizations, and with XLA's older code for fusions. They are those of these folders and files,
-# which compare no bits of two programs, or only of rows that serving reads, as
+# which compare no bits of two programs, or only of rows that serving reads, as a test of
 # test_serving_table.py does with optimized programs. And they are those that are marked as `slow`,
 # except for some.
-# All others compile as users do. The fast loop compiles everything quickly, except what is marked
-# as `optimized`.
+# All others compile as users do, with --exhaustive. The whole command compiles as users do the
+# tests of the invariants, of golden bits, of shards and of random numbers, and what is marked as
+# `optimized`. The fast loop does so only for the latter.
 _QUICKLY_COMPILED = {
     "cache", "checkpoint", "documents", "experiments", "memory", "nn", "vocabulary",
     "test_errors.py", "test_interchange.py", "test_restacking.py", "test_saving.py",
@@ -59,6 +61,7 @@ _QUICKLY_COMPILED = {
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_admit.py", "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
 }  # fmt: skip
+_OPTIMIZED_IN_COMMAND = {"arrays", "invariants", "numerics", "test_sharding.py", "test_table.py"}
 _ALWAYS_OPTIMIZED = {"invariants"}  # slow or not
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _FLAGS = os.environ["XLA_FLAGS"]
@@ -97,6 +100,20 @@ def _compile_quickly(is_quick):
         jax.clear_caches()
 
 
+# jax makes an MLIR context for each program, a third of the time that a small one takes. Here a
+# hundred programs share one. It keeps what is made in it, so it cannot serve them all.
+_make_context = mlir.make_ir_context
+_contexts = itertools.count()
+
+
+@functools.lru_cache(maxsize=1)
+def _context(number):
+    return _make_context()
+
+
+mlir.make_ir_context = lambda: _context(next(_contexts) // 100)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive", action="store_true", help="also run the cases that are marked exhaustive"
@@ -109,8 +126,9 @@ def _is_quick(item):
     is_quick = not _QUICKLY_COMPILED.isdisjoint(of)
     is_extra = item.get_closest_marker("slow") is not None and _ALWAYS_OPTIMIZED.isdisjoint(of)
     is_loop = item.config.getoption("markexpr") == "not slow"
+    is_command = not item.config.getoption("exhaustive") and _OPTIMIZED_IN_COMMAND.isdisjoint(of)
     is_optimized = item.get_closest_marker("optimized") is not None
-    return (is_quick or is_extra or is_loop) and not is_optimized
+    return (is_quick or is_extra or is_loop or is_command) and not is_optimized
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m: what is exhaustive is slow

@@ -59,13 +59,14 @@ CASES |= {
 
 
 QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
+CORE = {"float32-default-1", "int4-default-16", "int2-default-100"}
 
 
 def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=QUICK))
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK, core=CORE))
 def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit.
 

@@ -131,6 +131,7 @@ def start(num_ids, lines, ways, policy, implementation=None, **options):
 @crossed(
     ways=named([*shapes.WAYS, 64], fast={"1", "32"}),
     policy=shapes.POLICIES,
+    core=(),
 )
 def test_residency_equals_brute_force(policy, ways):
     """320 skewed, drifting batches of 0 to 160 ids into 96 lines.
@@ -145,7 +146,7 @@ def test_residency_equals_brute_force(policy, ways):
         assert model.halvings > 10
 
 
-@pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}))
+@pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}, core=()))
 def test_residency_in_full_width_passes(policy):
     """The implementation that loops over no chunks, an accelerator's default.
 
@@ -166,7 +167,9 @@ ENDS = [End("one-line", "lru"), End("one-line", "lfu"), End("larger-than-table",
 ENDS += [End("groups", "lru"), End("groups", "lfu")]
 
 
-@pytest.mark.parametrize("end", named(ENDS, fast={"one-line-lru", "groups-lfu"}))
+@pytest.mark.parametrize(
+    "end", named(ENDS, fast={"one-line-lru", "groups-lfu"}, core={"larger-than-table-lfu"})
+)
 def test_residency_at_the_geometries_ends(end):
     """One line; more lines than rows; 512 sets in 64 groups of id mod 64."""
     geometry, policy = end

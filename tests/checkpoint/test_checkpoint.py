@@ -296,7 +296,7 @@ def test_a_chain_of_increments_restores_exactly(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}))
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}, core=()))
 @pytest.mark.parametrize(
     "cache", [None, mpembed.CacheSpec(num_rows=32, ways=4, policy="lru")], ids=["none", "lru"]
 )
@@ -642,6 +642,7 @@ def test_another_format_keeps_what_rows_mean(saved, caplog):
             "lru": CacheSpec(**SMALL, policy="lru"),
         },
         fast={"smaller"},
+        core={"none"},
     ),
 )
 def test_another_cache_starts_empty_after_a_flush(new, saved, caplog):

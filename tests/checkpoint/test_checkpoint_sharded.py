@@ -103,7 +103,7 @@ class Moved(NamedTuple):
 MOVES = [Moved(4, 4), Moved(4, 2), Moved(4, 8), Moved(4, None), Moved(None, 4)]
 
 
-@pytest.mark.parametrize("case", named(MOVES, fast={"4-4", "4-None"}))
+@pytest.mark.parametrize("case", named(MOVES, fast={"4-4", "4-None"}, core={"4-8", "None-4"}))
 def test_a_state_comes_back_on_any_number_of_devices_and_trains_on(case, saved, caplog):
     """Rows as they were.
 
@@ -232,8 +232,7 @@ def manifest_of(folder, step):
     return json.loads(json.loads((folder / f"step_{step}" / "manifest.json").read_text())["body"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rows", "tables", "replicated"])
+@pytest.mark.parametrize("kind", named(["rows", "tables", "replicated"], core={"rows"}))
 def test_increments_over_a_mesh_restore_exactly_anywhere(kind, saved, of_tables, tmp_path):
     """Two links, a flush between their steps.
 

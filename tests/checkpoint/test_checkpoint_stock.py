@@ -79,7 +79,13 @@ def trainer(tx):
 
 
 @pytest.mark.parametrize(
-    "case", named(list(CASES), fast={"int8-lfu"}, marks={"int4-lru-bf16-adam": training.OPTAX_ADAM})
+    "case",
+    named(
+        list(CASES),
+        fast={"int8-lfu"},
+        core={"float32-none"},
+        marks={"int4-lru-bf16-adam": training.OPTAX_ADAM},
+    ),
 )
 def test_the_next_100_steps_after_a_restore_are_bit_equal(case, tmp_path):
     """Into shapes with shardings, as orbax documents it, and into a live state of another key."""

@@ -442,9 +442,9 @@ SUBJECTS_OF = {
     "vmap": {"a step of the verbs", "a step of raw ids", "evaluation in nnx"},
     "grad": {"a step of the verbs", "a step in nnx"},
     "remat": {"a step of bags", "a step of raw ids", "a step in linen"},
-    "shard_map": {"a step of bags", "`read`", "evaluation in nnx"},
-    "pmap": {"`read`", "evaluation in nnx", "a step in linen"},
-    "disable_jit": {"a step of bags", "`read`", "a step in nnx", "a step in linen"},
+    "shard_map": {"`read`", "evaluation in nnx"},  # steps: tests/mesh
+    "pmap": {"`read`", "evaluation in nnx"},
+    "disable_jit": {"a step of bags", "`read`", "a step in linen"},
     "x64": {"a step of bags", "`read`", "a step in nnx"},
     "export": {"a step of the verbs", "a step in linen"},
 }
@@ -471,8 +471,7 @@ def test_a_state_with_native_calls_cannot_be_exported():
         export.export(jax.jit(lambda ids: Verbs.run(state, ids)[1]))(IDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("subject", [Verbs, Bags])
+@pytest.mark.parametrize("subject", named({"Verbs": Verbs, "Bags": Bags}, core={"Verbs"}))
 def test_checkify_finds_no_float_fault_in_a_sound_step(subject):
     checked = checkify.checkify(subject.run, checkify.float_checks | checkify.user_checks)
     error, (state, loss) = jax.jit(checked)(subject.start(), IDS)

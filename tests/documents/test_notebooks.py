@@ -4,6 +4,8 @@ They install a jax that fits, and do not replace a good one.
 """
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -45,7 +47,50 @@ def test_relative_links_lead_to_files(path):
         assert target.startswith("https://") or (path.parent / target).is_file(), target
 
 
-# --- running them
+@names
+def test_a_notebook_calls_what_exists_with_arguments_it_has(path):
+    """What it imports, attributes of modules, and the names of arguments of their functions."""
+    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells(path, "code")))
+    nodes, held = list(ast.walk(tree)), {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                module = importlib.import_module(name.name)
+                held[name.asname or name.name.split(".")[0]] = (
+                    module if name.asname else sys.modules[name.name.split(".")[0]]
+                )
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                held[name.asname or name.name] = getattr(module, name.name)
+
+    def found(node):
+        """What an expression names, if it is of a module."""
+        if isinstance(node, ast.Name):
+            return held.get(node.id)
+        if isinstance(node, ast.Attribute) and inspect.ismodule(module := found(node.value)):
+            return getattr(module, node.attr)
+        return None
+
+    num_calls = 0
+    for node in nodes:
+        found(node)  # every attribute of a module exists
+        if isinstance(node, ast.Call) and callable(function := found(node.func)):
+            name = getattr(function, "__module__", None) or ""
+            if name.startswith(("mpembed_jax", "experiments")):
+                # nnx hides what the __init__ of a module takes.
+                made = function.__init__ if inspect.isclass(function) else function
+                arguments = inspect.signature(made).parameters.values()
+                takes_any = any(argument.kind == argument.VAR_KEYWORD for argument in arguments)
+                given = {keyword.arg for keyword in node.keywords if keyword.arg is not None}
+                assert takes_any or given <= {argument.name for argument in arguments}, name
+                num_calls += 1
+    assert num_calls > 1
+
+
+# --- running them: the whole command runs the first two
 
 
 def run(name, **environment):
@@ -101,7 +146,7 @@ def test_the_dlrm_notebook_compares_runs_and_reads_a_train_txt(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     printed = run("memory")
     assert "figures: 1" in printed
@@ -117,7 +162,7 @@ def test_the_memory_notebook_gives_the_bytes_of_its_workloads():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_ngram_notebook_compares_memories_by_how_often_n_grams_were_seen():
     printed = run("ngram_memory")
     assert "figures: 2" in printed
@@ -127,7 +172,7 @@ def test_the_ngram_notebook_compares_memories_by_how_often_n_grams_were_seen():
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_serving_notebook_compares_the_formats():
     printed = run("serving")
     assert "figures: 1" in printed
@@ -141,7 +186,7 @@ def test_the_serving_notebook_compares_the_formats():
     assert float(lost["int2"]) < float(lost["int8"]) + 0.0005
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_notebook_of_raw_ids_shows_what_recycling_is_worth():
     printed = run("raw_ids")
     assert "figures: 2" in printed

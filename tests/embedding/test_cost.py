@@ -68,7 +68,8 @@ def compiled_step(stack, implementation):
         },
         fast={"int4 with a budget"},
     ),
-    implementation=["xla_chunked", "numba"],
+    implementation=named(["xla_chunked", "numba"], fast={"numba"}),
+    core={"float32 without cache-xla_chunked"},
 )
 def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):
     if implementation == "numba":
@@ -156,7 +157,8 @@ def cost_of(stack, implementation):
 
 @crossed(
     name=named(list(RECORDED), fast={"int8 lfu"}),
-    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba", "xla"}),
+    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba"}),
+    core={"float32 without cache-xla"},
 )
 def test_a_step_costs_what_is_recorded(name, implementation):
     """Up to a tenth; another jax compiles to something else."""

@@ -73,9 +73,10 @@ MODELS = {
     "int2": Case("int2", 100),
 }
 QUICK = {"bfloat16", "int8 without cache", "int4 with a budget"}
+CORE = {"float16", "float8_e4m3fn", "float8_e5m2", "int4 of one line", "int2"}
 
 
-@pytest.mark.parametrize("case", named(MODELS, fast=QUICK))
+@pytest.mark.parametrize("case", named(MODELS, fast=QUICK, core=CORE))
 def test_training_equals_a_dictionary_of_rows(case):
     """40 steps of SGD: every looked-up row, line and stored row, after flush too.
 
@@ -341,6 +342,7 @@ FROZEN = {
     named(
         FROZEN,
         fast={"set_to_zero", "rate zero"},
+        core={"set_to_zero, kernels", "no gradient", "masked", "mixing rows"},
         marks={"no gradient, no momentum": training.OPTAX_ADAM},
     ),
 )
@@ -360,7 +362,7 @@ def test_a_row_whose_update_is_zero_keeps_its_bits(case):
     np.testing.assert_array_equal(flush(state).table.rows, before)
 
 
-@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16"}, core={"int8", "int4"}))
+@pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16"}, core=()))
 def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
     """Even ids have no gradient and keep their bits. Every implementation makes the same state.
 

@@ -265,6 +265,7 @@ PAIRS = {
     is_one_trace=[False, True],
     name=list(PAIRS),
     implementation=named(["xla", "xla_chunked", "numba"], fast={"numba"}),
+    core={"False-rows-xla"},
 )
 def test_after_a_refused_update_the_right_one_is_still_possible(name, implementation, is_one_trace):
     spec = stack(cache=CacheSpec(num_rows=8, ways=1, policy="lru"))
@@ -563,8 +564,8 @@ def test_reading_no_ids_gives_no_rows():
             assert jax.eval_shape(decode, packed).shape == shape
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     state = mpembed.init(jax.random.key(0), stack(storage="int8"), TX, mesh=mesh)
-    for held in (start(stack(storage="int8")), state, mpembed.freeze(state)):
-        rows = mpembed.read(held, ids | {"one": np.int32(3)})
+    for held in (start(stack(storage="int8")), state, jax.jit(mpembed.freeze)(state)):
+        rows = training.read(held, ids | {"one": np.int32(3)})
         assert shapes_of(rows) == wanted | {"one": (DIM,)}
 
 
@@ -640,7 +641,7 @@ def spec_of_mode(mode):
 
 @pytest.mark.parametrize(
     "mode",
-    named(list(MODES), fast={"int8"}, core={"float8"}, marks={"bfloat16": training.OPTAX_ADAM}),
+    named(list(MODES), fast={"int8"}, core=(), marks={"bfloat16": training.OPTAX_ADAM}),
 )
 def test_no_rank_is_promoted(mode):
     """Traced only, over a mesh too."""
@@ -665,9 +666,14 @@ def test_no_rank_is_promoted(mode):
             jax.eval_shape(mpembed.read, state, jax.ShapeDtypeStruct((4, 3), jnp.int32))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_verb_runs_without_jit():
-    """Up to the last bits of float32, which may decide between two steps of a grid below 0.02."""
+    """Up to the last bits of float32, which may decide between two steps of a grid below 0.02.
+
+    The whole command runs the verbs outside jit in
+    test_sound_steps_pass_debug_nans_without_jit, and with jit disabled in
+    tests/documents/test_contexts.py.
+    """
     spec, tx, implementation = spec_of_mode("int8")
     with jax.disable_jit():
         plain = whole_life(spec, tx, implementation, ["mean"])
@@ -679,7 +685,8 @@ def test_every_verb_runs_without_jit():
 
 
 @pytest.mark.parametrize(
-    "mode", named(["int8", "bfloat16"], fast={"int8"}, marks={"bfloat16": training.OPTAX_ADAM})
+    "mode",
+    named(["int8", "bfloat16"], fast={"int8"}, core=(), marks={"bfloat16": training.OPTAX_ADAM}),
 )
 def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
     """Also when they are traced for the first time."""

@@ -53,7 +53,9 @@ def stack(storage, lines, memory_kind):
     return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
 
 
-@pytest.mark.parametrize("case", named(list(CASES), fast={"int8 cached"}))
+@pytest.mark.parametrize(
+    "case", named(list(CASES), fast={"int8 cached"}, core={"float32 momentum"})
+)
 def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     """Six steps, then flush and read; arrays stay where they are, buffers are reused."""
     storage, lines, tx = CASES[case]
@@ -81,8 +83,9 @@ def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     assert spec.fingerprint.tolist() == stack(storage, lines, None).fingerprint.tolist()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize(
+    "implementation", named(["xla", "pallas_interpret"], core={"pallas_interpret"})
+)
 def test_an_accelerator_moves_only_wanted_rows_and_makes_the_same_bits(implementation):
     """In chunks of rows, here of 16, over the newcomers and over the bypassed.
 

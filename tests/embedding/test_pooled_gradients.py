@@ -125,10 +125,10 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
 
 PAIRS = [(name, KERNEL) for name in POOLS]
 PAIRS += [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")]
-# Kernels take a long time to compile: with them, each shape of ids and each combiner once. Vectors
-# are also in the test of gradients that are not finite.
-CORE = {f"{name}-{KERNEL}" for name in ("sqrtn", "ragged mean", "nest of weighted sums")}
-CORE |= {f"{name}-numba" for name in MIXED} | {"nest of sums-xla_chunked"}
+# Kernels take a long time to compile: with them, one nest. Vectors are in the test of gradients
+# that are not finite, sums in that of a budget, ragged means in the next one.
+CORE = {f"nest of weighted sums-{KERNEL}"}
+CORE |= {f"{name}-numba" for name in MIXED}
 
 
 @pytest.mark.parametrize("case", named(PAIRS, core=CORE))
@@ -148,6 +148,7 @@ def test_the_pair_makes_the_state_of_the_separate_verbs(case):
 @crossed(
     name=named(["weighted sum", "ragged mean", "nest of sums"], fast={"ragged mean"}),
     implementation=named(["xla", None], fast={"None"}),
+    core={"nest of sums-xla"},
 )
 def test_without_kernels_and_with_a_rule(name, implementation):
     spec = shapes.stack(NUM_IDS, 6, storage="int4", lines=16, ways=4)
@@ -159,7 +160,6 @@ def test_without_kernels_and_with_a_rule(name, implementation):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     named(
@@ -167,6 +167,7 @@ def test_without_kernels_and_with_a_rule(name, implementation):
             "rule": mpembed.optim.rowwise_adagrad(0.25, eps=0.0),
             "no rule": optax.sgd(0.25, momentum=0.5),
         },
+        core={"rule"},
     ),
 )
 def test_transformations_with_and_without_a_rule(tx):
@@ -196,16 +197,21 @@ def test_transformations_with_and_without_a_rule(tx):
     same(*results)
 
 
-@pytest.mark.slow
-def test_ids_over_the_budget_and_host_tables():
-    ids = ids_for("dense")
-    spec = shapes.stack(NUM_IDS, 6, storage="int8", lines=16, ways=4, max_unique_ids=12)
-    one, other = by_both_ways(spec, ids, {"combiner": "sum"})
-    same(one, other)
-    spec = mpembed.EmbeddingSpec(
-        [mpembed.TableSpec("t", NUM_IDS)], 6, "int8", memory_kind="pinned_host"
-    )
-    same(*by_both_ways(spec, ids, {"combiner": "sum"}))
+@pytest.mark.parametrize(
+    "options",
+    named(
+        {
+            "ids over the budget": {"cache": mpembed.CacheSpec(num_rows=16, ways=4)}
+            | {"max_unique_ids": 12},
+            "a host table": {"memory_kind": "pinned_host"},
+        },
+        core={"ids over the budget"},
+    ),
+)
+def test_options_of_the_stack(options):
+    """Host tables with kernels are also in test_host_tables.py."""
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_IDS)], 6, "int8", **options)
+    same(*by_both_ways(spec, ids_for("dense"), {"combiner": "sum"}))
 
 
 @pytest.mark.slow
@@ -218,24 +224,24 @@ def test_rows_whose_gradient_is_not_finite_are_skipped_and_counted():
     ids = np.arange(40, dtype=np.int32)
     grads = np.full((40, 4), 0.5, np.float32)
     results = []
-    for is_pooled, implementation in ((False, KERNEL), (True, KERNEL), (True, "numba")):
-        state = mpembed.init(jax.random.key(0), spec, SGD, implementation=implementation)
-        _, seen = jax.jit(mpembed.prefetch)(state, ids)
-        bypassed = jnp.argmax((seen.inverse >= seen.placed[1]).astype(jnp.int32))
-        cached = jnp.argmax((seen.inverse < seen.placed[1]).astype(jnp.int32))
-        wrong = jnp.asarray(grads).at[cached, 1].set(jnp.nan).at[bypassed, 0].set(-jnp.inf)
+    first = mpembed.init(jax.random.key(0), spec, SGD, implementation="numba")
+    _, seen = jax.jit(mpembed.prefetch)(first, ids)
+    is_bypassed = np.asarray(seen.inverse) >= int(seen.placed[1])
+    grads[np.argmin(is_bypassed), 1], grads[np.argmax(is_bypassed), 0] = np.nan, -np.inf
+    for is_pooled, implementation in ((False, "numba"), (True, KERNEL), (True, "numba")):
+        state = dataclasses.replace(first, implementation=implementation)
 
         @partial(jax.jit, donate_argnums=0)
-        def step(state, wrong):
+        def step(state, grads):
             if is_pooled:  # noqa: B023 -- traced at once
                 state, plan, _ = mpembed.embed(state, ids, tx=SGD)
-                return mpembed.apply_pooled_gradients(state, plan, wrong, tx=SGD)
+                return mpembed.apply_pooled_gradients(state, plan, grads, tx=SGD)
             state, plan = mpembed.prefetch(state, ids)
             rows = mpembed.lookup(state, plan)
             pull_back = jax.vjp(lambda rows: mpembed.pool(rows, plan.inverse), rows)[1]
-            return mpembed.apply_gradients(state, plan, rows, pull_back(wrong)[0], tx=SGD)
+            return mpembed.apply_gradients(state, plan, rows, pull_back(grads)[0], tx=SGD)
 
-        results.append(step(state, wrong))
+        results.append(step(jax.tree.map(jnp.copy, state), grads))
     for other in results[1:]:
         same(results[0], other)
     assert mpembed.stats(results[0]).nonfinite_rows == 2
@@ -383,9 +389,12 @@ def test_bad_gradients_and_arguments_are_refused(implementation):
             mpembed.apply_pooled_gradients(embedded, plan, vectors, tx=optax.adam(0.1))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_positions_outside_every_bag_take_no_gradient():
-    """They belong to a row all the same. They must not make it NaN beside an infinite gradient."""
+    """They belong to a row all the same. They must not make it NaN beside an infinite gradient.
+
+    The whole command has them beside NaN, in test_a_gradient_that_is_no_number_stays_in_its_bag.
+    """
     spec = shapes.stack(60, 4, storage="float32", lines=16, ways=4)
     place = jnp.arange(24, dtype=jnp.int32)
     bags = jnp.where(place % 5 == 0, -1, place % 6)

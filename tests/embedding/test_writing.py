@@ -37,6 +37,7 @@ def values(num=IDS.size):
 @crossed(
     cache=named({"uncached": None, "cached": CACHE}),
     storage=named(["float32", "int8", "bfloat16"], fast={"int8"}),
+    core={"cached-bfloat16"},
 )
 def test_written_rows_have_their_values_and_all_others_their_bits(storage, cache):
     state = trained(storage, cache)
@@ -62,7 +63,7 @@ def test_writing_every_row_of_a_new_state_is_from_dense_bit_for_bit():
     training.assert_same(state, mpembed.from_dense(jax.random.key(0), spec, TX, {"t": dense}))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", named(["float32", "bfloat16"], fast={"bfloat16"}, core=()))
 def test_a_row_may_get_its_initial_optimizer_state(dtype):
     tx = optax.adam(0.1) if dtype == "float32" else mpembed.optim.rowwise_adagrad(0.1)
     with jax.numpy_dtype_promotion("standard"):  # optax.adam

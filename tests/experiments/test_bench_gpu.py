@@ -22,8 +22,11 @@ MODULES = [
 TINY = steps.Bench(is_tiny=True, bandwidth=1e9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_kernels_part_and_a_step_run_tiny():
+    """The whole command runs a step and the parts without one below, and compares kernels in
+    tests/ops.
+    """
     checked = list(bench_gpu.rows_of("kernels against xla", TINY))
     assert [(row["is_pooled"], row["rule"]) for row in checked] == [
         (False, "sgd"), (False, "adagrad"), (False, "momentum"), (True, "sgd"), (True, "adagrad")

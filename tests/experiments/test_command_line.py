@@ -401,7 +401,7 @@ def test_a_module_shows_no_traceback_and_ends_with_2(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", named(list(PARTS), fast={"faults.calls"}, core=()))
 def test_a_part_of_a_program_is_not_started_by_hand(name):
     command = [sys.executable, "-m", f"experiments.{name}", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -582,7 +582,7 @@ def test_a_signal_that_the_garbage_collector_drops_comes_again():
     assert (status, said) == (143, "experiments.train_dlrm: stopped\n")
 
 
-@pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], fast={"SIGINT"}))
+@pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], fast={"SIGINT"}, core=()))
 def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
     """While Python and jax are taken down, which takes a second."""
     slow = "__import__('atexit').register(lambda: (print('ends', flush=True), time.sleep(20)))"

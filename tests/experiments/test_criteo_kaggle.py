@@ -428,9 +428,13 @@ def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_main_job_trains_on_the_words_of_the_text(tmp_path, monkeypatch):
-    """Without a dictionary; two runs over one text agree."""
+    """Without a dictionary; two runs over one text agree.
+
+    The whole command reads a text in the test above, and trains raw ids in
+    test_the_main_job_trains_on_raw_ids_of_movielens of test_movielens.py.
+    """
     write(tmp_path, random_lines(1400, vocabulary=220)[0])
     monkeypatch.setattr(numbering, "Counts", lambda *_: pytest.fail("it counts"))
     words = ["--data", "criteo", "--path", str(tmp_path), "--ids", "raw", "--pool-rows", "3000"]

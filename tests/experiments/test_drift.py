@@ -61,8 +61,11 @@ def test_a_batch_is_scored_by_the_model_that_has_not_seen_it(path):
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pools_recycle_or_not_beside_tables_of_as_many_bytes(path, tmp_path):
+    """The whole command scores batches in the test above, and recycles rows in
+    tests/vocabulary/test_vocabulary.py.
+    """
     out = tmp_path / "drift.json"
     words = ["--path", str(path), "--pools", "0.2", "--seeds", "0", "1", "--month-posts", "100"]
     assert drift.main([*words, "--out", str(out)]) == 0

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
+from cases import named
 from criteo_text import line, random_lines, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -429,11 +430,14 @@ def test_contenders_are_paired_and_bags_are_trained(tmp_path, posts):
     assert plain.auc > 0.6 and cached.hit_rate > 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @OPTAX_ADAM
 @pytest.mark.parametrize("data", ["posts with bags", "a click log"])
 def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
-    """Two stacks, and bags with padding. Only the dense layers may round differently."""
+    """Two stacks, and bags with padding. Only the dense layers may round differently.
+
+    The whole command compares one step, in the next test.
+    """
     contender = training.Contender("ours", "int8", 0.1, float32_share=0.2)
     if data == "a click log":
         source, recipe = synthetic.CriteoTwin(7_000, 0.001), training.Recipe(4, 256, hidden=(16, 8))
@@ -457,8 +461,10 @@ def test_gradients_of_vectors_and_of_rows_train_the_same_tables(request, data):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("names", [("item", "user", "words"), ("words",), ("item", "user")])
+@pytest.mark.parametrize(
+    "names",
+    named([("item", "user", "words"), ("words",), ("item", "user")], core={"item-user-words"}),
+)
 def test_vectors_of_embed_are_those_of_pooled_rows(names):
     """In every bit, and so are the rows that their gradients leave."""
     bags = [name for name in names if name == "words"]
@@ -508,9 +514,10 @@ def test_the_script_runs_as_a_file_and_shows_its_settings():
     assert "--cache-fraction" in shown.stdout and "--max-bad-lines" in shown.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @OPTAX_ADAM
 def test_raw_ids_train_in_a_pool_of_fewer_rows(tmp_path):
+    """The whole command trains raw ids of other data in the next test and in test_movielens.py."""
     record = train_dlrm.run(
         small_settings(
             tmp_path, num_rows=7_000, ids="raw", admit_after=2, pool_rows=9_000, save_every=0.01

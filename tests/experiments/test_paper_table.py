@@ -119,8 +119,11 @@ def test_a_pool_has_a_row_for_each_id_that_occurs_often_enough():
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_raw_ids_are_cases_of_the_grid_and_their_vocabulary_is_counted(tmp_path):
+    """The whole command runs cases of the grid below, and trains raw ids in
+    test_the_main_job_trains_on_raw_ids_of_movielens of test_movielens.py.
+    """
     settings = {"grid": "raw", "storage": ("int8",), "method": ("trained",)}
     paper_table.run(small(tmp_path, **settings))
     bytes_of = {line["name"]: line["outcome"]["bytes_per_row"] for line in lines(tmp_path)}
@@ -319,7 +322,7 @@ def test_the_smallest_tables_fill_their_share():
 
 
 @OPTAX_ADAM
-@pytest.mark.parametrize("as_dict", named([False, True], fast={"True"}))
+@pytest.mark.parametrize("as_dict", named([False, True], fast={"True"}, core=()))
 def test_two_stacks_of_fp32_train_as_one(as_dict):
     """Initial values and the order of vectors agree. The order of float additions may differ."""
 
@@ -467,9 +470,12 @@ def test_the_report_pairs_and_draws(finished):
         assert (settings.out / f"paper_table_{name}.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @OPTAX_ADAM
 def test_criteos_own_file_goes_the_same_way(tmp_path):
+    """The whole command reads this file in test_the_main_job_reads_criteo of
+    test_criteo_kaggle.py.
+    """
     rng = np.random.default_rng(0)
     rows = np.concatenate(
         [rng.integers(0, 2, (1400, 1)), rng.integers(0, 50, (1400, 13))], axis=1

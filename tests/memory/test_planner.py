@@ -92,7 +92,7 @@ def test_the_bytes_of_a_mesh_are_those_of_each_device():
 
 @pytest.mark.parametrize("shape", named([(4096,), (512, 20)], fast={"512-20"}, core=()))
 def test_temporaries_are_those_of_a_compiled_step(shape):
-    plan = memory.plan({"a": (50_000, 32)}, "20MB", tx=TX, batch_shape=shape)
+    plan = memory.plan({"a": (50_000, 16)}, "10MB", tx=TX, batch_shape=shape)
     (choice,) = plan.choices
     first, *rest = shape
     peak = peaks.of_training([choice.spec], TX, (first, 1, *rest))
@@ -103,7 +103,7 @@ def test_temporaries_are_those_of_a_compiled_step(shape):
 @pytest.mark.parametrize("shape", named([(4096,), (512, 20)], core={"512-20"}))
 def test_temporaries_of_two_stacks_are_those_of_one_program(shape):
     """With bags, XLA uses memory of one stack again for another: their sum is half too much."""
-    tables = {"a": (5_000, 32), "b": (5_000, 16)}
+    tables = {"a": (5_000, 16), "b": (5_000, 24)}
     plan = memory.plan(tables, "20MB", tx=TX, batch_shape=shape)
     first, *rest = shape
     peak = peaks.of_training(plan.specs.values(), TX, (first, 1, *rest))

@@ -124,7 +124,7 @@ BATCHES = {
     named(
         BATCHES,
         fast={"ids, numba", "bags, numba"},
-        core={*BATCHES} - {"ids, xla", "bags, xla, no rule"},
+        core={*BATCHES} - {"ids, xla", "bags, xla", "bags, xla, no rule", "bags, chunks"},
     ),
 )
 def test_the_temporaries_are_those_of_a_training_step(batch):

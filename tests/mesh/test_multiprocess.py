@@ -10,9 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Counts of every step, vectors and rows, in every bit, of numbered ids and of raw ones."""
+    """Counts of every step, vectors and rows, in every bit, of numbered ids and of raw ones.
+
+    The whole command has several devices of one process in this folder, and two processes that
+    save together in tests/checkpoint/test_checkpoint_faults.py.
+    """
     command = [
         sys.executable,
         "-m",

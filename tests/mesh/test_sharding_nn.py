@@ -181,7 +181,7 @@ def embed_over(mesh, **options):
     "case",
     named(
         [*itertools.product(MESHES, list(PLACEMENTS)[:3]), ("replicas", "undivided")],
-        core={"x-rows", "replicas-replicated", "x-blocks", "replicas-undivided"},
+        core={"replicas-undivided"},
     ),
 )
 def test_the_norm_of_row_gradients_over_a_mesh_is_that_of_one_device(case):
@@ -243,10 +243,17 @@ def test_ids_prefetched_on_one_device_are_found_from_another(mesh):
         rtol=0,
         atol=2**-23,
     )
-    second.prefetch(ids)
-    np.testing.assert_array_equal(second(ids[::-1])[-1, 0], mpembed.read(second.state, ids[0, 0]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mesh", list(MESHES))
+def test_outside_jit_ids_of_another_device_are_found_and_others_refused(mesh):
+    """The whole command has the test above, and refuses such ids in tests/nn/test_prefetched.py."""
+    embed, ids = embed_over(MESHES[mesh]()), np.arange(96, dtype=np.int32).reshape(32, 3)
+    embed.prefetch(ids)
+    np.testing.assert_array_equal(embed(ids[::-1])[-1, 0], mpembed.read(embed.state, ids[0, 0]))
     with pytest.raises(ValueError, match="the call names row 499"):
-        second(np.full(4, 499, np.int32))
+        embed(np.full(4, 499, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -265,8 +272,7 @@ def test_under_set_mesh_a_step_is_the_same(tx):
     ids = np.arange(16, dtype=np.int32).reshape(8, 2)
 
     def trained():
-        mesh, cache = mesh_of(4), mpembed.CacheSpec(num_rows=64, ways=2)
-        embed = nn.CachedEmbed(500, 4, tx=tx, cache=cache, mesh=mesh, rngs=nnx.Rngs(0))
+        embed = nn.CachedEmbed(500, 4, tx=tx, cache=None, mesh=mesh_of(4), rngs=nnx.Rngs(0))
 
         @nnx.jit
         def step(embed, ids):
@@ -282,9 +288,12 @@ def test_under_set_mesh_a_step_is_the_same(tx):
     np.testing.assert_array_equal(under, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_step_over_a_mesh_without_jit_passes_debug_nans():
-    """Outside jit, jax.debug_nans looks at every result of a call, also within a shard_map."""
+    """Outside jit, jax.debug_nans looks at every result of a call, also within a shard_map.
+
+    The whole command does so on one device, in tests/embedding/test_errors.py.
+    """
     embed, ids = embed_over(mesh_of(4)), np.array([[3, 7], [7, 9], [3, 3], [499, 0]], np.int32)
     before = mpembed.to_dense(embed.state)["embedding"]
     with jax.debug_nans(True):
@@ -310,9 +319,13 @@ def microbatched_linen_step(state, ids, upstream):
     return state.apply_gradients(grads=grads), (loss, optax.tree.norm(grads))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_linen_microbatches_over_a_mesh_equal_the_whole_batch_on_one_device():
-    """Gradients with exact sums: the INT8 rows agree in every bit."""
+    """Gradients with exact sums: the INT8 rows agree in every bit.
+
+    The whole command has microbatches in linen, and those of the verbs over a mesh, in
+    tests/documents/test_recipes.py.
+    """
     trained = []
     for mesh, step in ((mesh_of(4), microbatched_linen_step), (None, linen_step)):
         model = LinenModel(mesh)

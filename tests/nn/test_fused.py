@@ -119,7 +119,9 @@ CASES = [*map(Case, MODELS), Case("embed", tx="momentum"), Case("one combiner", 
 @pytest.mark.parametrize(
     "case",
     named(
-        CASES, fast={"embed-momentum-int8 with a cache", "one combiner-adagrad-int8 with a cache"}
+        CASES,
+        fast={"embed-momentum-int8 with a cache", "one combiner-adagrad-int8 with a cache"},
+        core={"several combiners-adagrad-int8 with a cache"},
     ),
 )
 def test_fused_trains_the_same_bits(case):
@@ -306,7 +308,7 @@ LINEN = {
 }
 
 
-@pytest.mark.parametrize("name", named(list(LINEN), fast={"one combiner"}))
+@pytest.mark.parametrize("name", named(list(LINEN), fast={"one combiner"}, core={"n-grams"}))
 def test_linen_modules_train_the_same_bits(name):
     make, batch = LINEN[name]
 

@@ -164,9 +164,14 @@ def test_raw_n_grams_are_decoded_token_by_token_without_getting_rows():
     assert memory.stats().vocabulary == before
 
 
-@pytest.mark.parametrize("lines", named([None, 128], core={"128"}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("lines", [None, 128])
 def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(lines):
-    """Sums of a row's gradients in another order may round a number of INT4 to its other side."""
+    """Sums of a row's gradients in another order may round a number of INT4 to its other side.
+
+    The whole command has raw ids over a mesh in tests/vocabulary/test_over_mesh.py, and a memory
+    over a mesh in tests/serving/test_serving_ngrams.py.
+    """
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip
     rows = mpembed.VocabularySpec(1024, admit_after=2, ways=4)
@@ -257,8 +262,9 @@ def test_memories_of_one_model_are_trained_each_by_itself(stepped):
     assert not np.isnan(losses).any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputed_layers_take_the_same_steps(stepped):
+    """The whole command recomputes modules in tests/documents/test_contexts.py."""
     wanted, losses = stepped
     model, step = Layers(), nnx.jit(layers_step, static_argnames="is_recomputed")
     got = [float(step(model, tokens, is_recomputed=True)) for tokens in batches(3)]
@@ -266,8 +272,9 @@ def test_recomputed_layers_take_the_same_steps(stepped):
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_scan_over_batches_takes_the_same_steps(stepped):
+    """The whole command scans over modules in tests/documents/test_contexts.py."""
     wanted, losses = stepped
     model = Layers()
 

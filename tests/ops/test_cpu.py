@@ -69,7 +69,7 @@ PLANS = {
     named(
         PLANS,
         fast={"lru", "budget"},
-        core={"small", "more sets than election buckets", "one line"},
+        core={"more sets than election buckets", "one line"},
     ),
 )
 def test_plans_and_states_equal_the_references(case):
@@ -194,11 +194,13 @@ def test_take_equals_a_gather_with_zeros_outside(dtype, size):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batches_of_whole_lives_are_lives_one_after_another():
     """vmap over keys and batches equals one after another.
 
     This holds for init, three steps, flush and read, bit for bit. One state may serve many batches.
+    The whole command has steps under vmap in tests/embedding/test_vectors.py, and the verbs and
+    `read` in tests/documents/test_contexts.py.
     """
     spec = shapes.stack(300, 32, storage="int8", lines=32, ways=4)
     ids = np.random.default_rng(0).integers(0, 300, (2, 3, 40)).astype(np.int32)
@@ -388,11 +390,12 @@ def test_find_equals_the_reference_alone_and_under_vmap():
 
 def test_a_step_that_was_compiled_ahead_compiles_nothing_when_it_is_traced(monkeypatch):
     """init does so for large tables only, and only where the step runs natively."""
-    fmt = mpembed.RowFormat("int2", scale_dtype="float32")  # no other test's
-    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 50)], 4, fmt, None)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("a", 50)], 4, "int8", None)
     state = mpembed.init(jax.random.key(0), spec, TX, implementation="numba")
     assert not ops.compile_ahead("numba", state.table)
     assert not ops.compile_ahead("xla", state.table, 0)
+    for make in (cpu.bag_step._forward_of, cpu.bag_step._backward_of):
+        make.cache_clear()  # as in a new process
     assert ops.compile_ahead("numba", state.table, state.table.nbytes)
 
     def refuse(name, body):

@@ -48,6 +48,7 @@ CASES = {
     "longer sets than a kernel decides": batches(8, 150, 60, ways=4),
 }
 FAST = {"one set", "3 ways, no recycling", "resized", "occurrences"}
+CORE = {"groups and shared rows", "counters of two bits", "longer sets than a kernel decides"}
 
 
 def warm(spec, seed):
@@ -93,7 +94,7 @@ def drawn(case, seed, top, padding):
     return jnp.asarray(drawn), jnp.asarray(times, jnp.int32)
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=FAST))
+@pytest.mark.parametrize("case", named(CASES, fast=FAST, core=CORE))
 @settings(max_examples=10)
 @given(data=st.data())
 def test_kernels_admit_as_the_reference_does(case, data):

@@ -128,7 +128,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     named(
         OPTIONS,
         fast={"int4-float16-100"},
-        core={"float8_e4m3fn-float32-64", "int8-128", "int2-float32-7"},
+        core={"float8_e4m3fn-float32-64", "int2-float32-7"},
     ),
 )
 def test_swap_lookup_and_write_make_the_same_bits(case):
@@ -178,7 +178,7 @@ def spread(rng, row_grads, num):
 
 
 @pytest.mark.parametrize(
-    "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={rows.name for rows in SOME})
+    "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={"float8_e5m2-100"})
 )
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, and two updates.
@@ -186,7 +186,8 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     One update is from row gradients +-2^-k, the other from gradients of positions that sum to them.
     One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way
     round. The mean of squares is 4^-k and its root 2^-k, exactly. Adagrad's step is +-lr and rounds
-    once, in the sum. The sums are known in advance.
+    once, in the sum. The sums are known in advance. The whole command has kernels of the other
+    formats in the test above, and lowers some of them for CUDA.
     """
     table, lines, dirty, ids, line, victims = stage(*case)
     rng, dim = np.random.default_rng(4), case.dim
@@ -340,7 +341,7 @@ def update_both(tx, spec, ids, grads):
     return results
 
 
-@pytest.mark.parametrize("case", named(SOME, core={"int8-128"}))
+@pytest.mark.parametrize("case", named(SOME, core=()))
 def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
     """Adagrad with gradients of one magnitude 2^-k per row.
 
@@ -365,21 +366,22 @@ def test_the_row_update_makes_the_same_bits_where_arithmetic_is_exact(case):
     assert one.row_state != () and np.asarray(jax.tree.leaves(one.row_state)[0]).any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sgd_makes_the_same_bits_on_dyadic_numbers():
+    """The whole command has SGD in the test of every kernel."""
     spec = shapes.stack(150, 9, storage="bfloat16", lines=24)
     ids = np.random.default_rng(1).permutation(150)[:50].astype(np.int32)
     (one, _), (other, _) = update_both(optim.sgd(0.5), spec, ids, shapes.dyadic(1, (50, 9)))
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
-@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core={"100"}))
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core=()))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
 
     G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
-    product. The sum with w rounds once in each program. The whole command has every dim in the
-    test of sums and update in one kernel.
+    product. The sum with w rounds once in each program. The whole command has other dims in
+    the test of every kernel.
     """
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
@@ -437,7 +439,7 @@ def test_an_optimizer_of_another_state_is_refused():
         mpembed.apply_gradients(state, plan, rows, rows, tx=optim.rowwise_adagrad(0.1))
 
 
-@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core={"128"}))
 def test_sums_and_update_in_one_kernel_within_their_rounding_errors(dim):
     """By SGD: lr (n + 1) 2^-24 sum |g| + 2^-24 |w|, to first order.
 
@@ -593,7 +595,7 @@ def test_sums_of_duplicates_equal_a_loop(case, implementation):
         )
 
 
-@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}))
+@pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core={"128"}))
 def test_bags_and_their_sums_at_every_dim_within_their_rounding_errors(dim):
     """|error| <= n 2^-24 / (1 - n 2^-24) sum |factor row|.
 
@@ -637,7 +639,7 @@ def close(got, wanted, size, num_terms):
 
 
 @pytest.mark.parametrize(
-    "combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}, core={"None", "sum"})
+    "combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}, core={"None"})
 )
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import named
 
 numba = pytest.importorskip("numba")
 
@@ -195,10 +194,13 @@ def test_code_of_two_processes_works_in_a_third(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("step", named(["rows", "bags"], core={"rows"}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("step", ["rows", "bags"])
 def test_new_process_loads_code_and_programs(step, tmp_path):
     """Two processes that start at once, and a third one that finds their files and compiles
     nothing.
+
+    The whole command loads the code of single operations, in the test above and the first one.
     """
     env = os.environ | {
         "MPEMBED_JAX_CACHE_DIR": str(tmp_path / "code"),

@@ -262,6 +262,7 @@ def test_injected_hyperparameters_can_be_changed_in_the_state():
     named(
         {make.__name__: make for make in (optim.sgd, optim.rowwise_adagrad, optim.rowwise_adam)},
         fast={"rowwise_adagrad"},
+        core=(),
     ),
 )
 def test_injected_hyperparameters_train_as_given_ones(make):
@@ -685,7 +686,9 @@ MIXING = {
 
 @pytest.mark.optimized("compares bits of two programs with sums over rows")
 @training.OPTAX_ADAM
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize(
+    "name", named(list(MIXING), fast={"global norm", "novograd", "if finite"}, core=())
+)
 def test_gradients_of_padding_rows_are_nothing_whatever_they_are(name):
     """The rows are normalized before pooling.
 

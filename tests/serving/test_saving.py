@@ -73,7 +73,7 @@ def flushed(state):
     named(
         shapes.FORMATS,
         fast={"int4", "int8", "float32", "bfloat16"},
-        core={"float8_e4m3fn", "int2"},
+        core=(),
     ),
 )
 def test_rows_as_trained_are_those_of_a_flush_and_any_reader_of_safetensors_sees_them(
@@ -145,6 +145,7 @@ class Division(NamedTuple):
         [Division(mpembed.Placement(kind)) for kind in ("rows", "tables", "replicated")],
         fast={"rows"},
     ),
+    core=(),
 )
 def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
     division, is_checkpoint, tmp_path

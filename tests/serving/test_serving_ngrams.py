@@ -77,9 +77,7 @@ def vectors_of(module, tokens=TOKENS):
     return np.asarray(nnx.jit(lambda module, tokens: module(tokens))(module, tokens))
 
 
-@pytest.mark.parametrize(
-    "memory", named(MEMORIES, fast={"mapped", "int4", "mapped raw"}, core={"hashed"})
-)
+@pytest.mark.parametrize("memory", named(MEMORIES, fast={"int4", "mapped raw"}, core={"hashed"}))
 def test_tokens_read_the_vectors_of_the_module_bit_for_bit(memory, tmp_path):
     module = trained(memory_of(**memory.options))
     wanted = vectors_of(module)

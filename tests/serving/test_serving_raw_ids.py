@@ -224,7 +224,7 @@ def save_of(kind, state, folder):
 
 
 @pytest.mark.parametrize(
-    "kind", named(["mesh", "checkpoint", "mesh checkpoint"], fast={"mesh", "checkpoint"})
+    "kind", named(["mesh", "checkpoint", "mesh checkpoint"], fast={"mesh", "checkpoint"}, core=())
 )
 def test_a_mesh_and_a_checkpoint_have_the_owners_of_one_device(kind, states, tmp_path):
     one = serving.load(save_of("one", states["emb"], tmp_path))
@@ -239,7 +239,9 @@ def test_a_mesh_and_a_checkpoint_have_the_owners_of_one_device(kind, states, tmp
     assert other.lookup(SPEC.raw_ids(ids))["user"].shape == (500, 3, 8)
 
 
-@pytest.mark.parametrize("change", ["grow", "shrink", "add_tables"])
+@pytest.mark.parametrize(
+    "change", named(["grow", "shrink", "add_tables"], fast={"grow", "add_tables"}, core=())
+)
 def test_a_pool_that_was_changed_is_served_with_its_new_sets(change, tmp_path):
     state = trained(3)
     match change:

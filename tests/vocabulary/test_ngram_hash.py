@@ -168,7 +168,7 @@ def hashed(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(hashed())
 def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case):
     spec, tokens, cut = case

@@ -105,7 +105,7 @@ def on_one_device():
     return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
 
 
-@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}, core={"same_batch"}))
+@pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}, core=()))
 def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
     """Modules and moved states train over the other meshes, too.
 
@@ -146,7 +146,7 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
     want = trained(sharding.relayout(on_one_device), 40, 8)
     four = sharding.relayout(on_one_device, **placed(Over((4,))))
     checkpoint.save(tmp_path / "four", 1, four)
-    for over in (None, Over((2,)), Over((8,)), Over((4,)), Over((2,), kind="replicated")):
+    for over in (None, Over((8,))):
         moved = {} if over is None else placed(over)
         template = mpembed.init(jax.random.key(5), SPEC, TX, **moved)
         restored = checkpoint.restore(tmp_path / "four", template)
@@ -154,8 +154,11 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
         assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
 
 
-@pytest.mark.parametrize("case", named(["two", "replicas"], core={"replicas"}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["two", "replicas"])
 def test_modules_over_a_mesh_train_the_rows_of_one_device(case):
+    """The whole command trains the verbs above, and modules in tests/mesh/test_sharding_nn.py."""
+
     @nnx.jit
     def train(module, pairs):
         module.prefetch(pairs)
@@ -227,8 +230,9 @@ def test_a_batch_without_ids_is_read_and_trained_over_a_mesh(vocabulary):
     assert read.shape == (4, 0, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inside_pmap_the_rows_are_those_of_one_device():
+    """The whole command has row numbers inside pmap, in tests/mesh/test_sharding.py."""
     devices = jax.devices()[:4]
     make = jax.pmap(
         lambda key: mpembed.init(key, SPEC, TX, axis_name="rows"), "rows", devices=devices
@@ -261,9 +265,13 @@ LIFE = {
 }
 
 
-@pytest.mark.parametrize("change", named(list(LIFE), core={"grow", "from_counts", "forget"}))
+@pytest.mark.parametrize("change", named(list(LIFE), core={"from_counts", "forget"}))
 def test_vocabularies_over_a_mesh_change_and_train_as_on_one_device(change, on_one_device):
-    """Growing and shrinking move owners by the same code, and added tables move none."""
+    """Growing and shrinking move owners by the same code, and added tables move none.
+
+    The whole command grows on one device in tests/test_vocabularies.py, and moves rows over a mesh
+    to a larger stack in tests/test_restacking.py.
+    """
     with warnings.catch_warnings(action="ignore"):  # lines without room are written back
         one = LIFE[change](sharding.relayout(on_one_device))
         four = LIFE[change](sharding.relayout(on_one_device, **placed(Over((4,)))))

@@ -65,7 +65,7 @@ STORED = (
     Stored("int8", None, "numba"),
     Stored("int4", 12, "numba"),
 )
-CORE = {"float32-None-xla", "int4-12-xla_chunked", "float32-12-numba", "int8-None-numba"}
+CORE = {"float32-None-xla", "int8-None-numba"}
 
 
 class Pool(NamedTuple):
@@ -110,8 +110,7 @@ def mask_of(number):
     named(
         list(itertools.product(POOLS, IMPLEMENTATIONS)),
         fast={f"{case}-numba" for case in POOLS},
-        core={f"{case}-xla" for case in ("one_set", "refuses", "bytes", "doubled")}
-        | {f"{case}-xla_chunked" for case in ("every_id", "groups", "resized")},
+        core={"one_set-xla", "groups-xla_chunked"},
     ),
 )
 def test_rows_owners_and_use_are_those_of_a_brute_force_model(combination):
@@ -188,7 +187,8 @@ FUSED = {
 
 
 @pytest.mark.parametrize(
-    "case", named(FUSED, fast={"fewer groups in the cache", "budget of bags", "resized"})
+    "case",
+    named(FUSED, fast={"fewer groups in the cache", "budget of bags", "resized"}, core=()),
 )
 def test_embed_trains_raw_ids_to_the_reference_s_bits_with_any_number_of_threads(case):
     """The native step takes the partitions of its admission. All of the state is compared."""
@@ -206,7 +206,7 @@ def test_embed_trains_raw_ids_to_the_reference_s_bits_with_any_number_of_threads
         return state, vectors, plan.counts
 
     native = ops.IMPLEMENTATIONS["numba"]
-    threads = [dataclasses.replace(native, max_threads=number) for number in (1, 2, 8)]
+    threads = [dataclasses.replace(native, max_threads=number) for number in (1, 8)]
     first = mpembed.init(jax.random.key(0), spec, tx, implementation="xla")
     states = [dataclasses.replace(first, implementation=each) for each in ("xla", *threads)]
     rng = np.random.default_rng(1)
@@ -234,7 +234,7 @@ def test_embed_trains_raw_ids_to_the_reference_s_bits_with_any_number_of_threads
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     st.lists(st.lists(st.integers(0, 30), min_size=16, max_size=16), min_size=1, max_size=12),
     st.sampled_from(sorted(POOLS)),
@@ -260,9 +260,7 @@ def step(state, pairs, grads, tx):
     return state, plan, rows_
 
 
-@pytest.mark.parametrize(
-    "stored", named(STORED, fast={"int8-None-numba"}, core={"float32-None-xla", "int4-12-numba"})
-)
+@pytest.mark.parametrize("stored", named(STORED, fast={"int8-None-numba"}, core={"int4-12-numba"}))
 def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored):
     storage, lines, implementation = stored
     spec = stack(400, 8, storage=storage, lines=lines, ways=8, recycle=False, admit_after=2)
