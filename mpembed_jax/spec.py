@@ -297,7 +297,8 @@ class EmbeddingSpec:
 
         Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and
         returned as numpy int32. jax itself would silently truncate 2**32 + 5 to 5. Traced ids and
-        ids on a device are also accepted. NO_ID is padding and stays NO_ID.
+        ids on a device are also accepted. NO_ID is padding and stays NO_ID. Masked entries of
+        NumPy's masked arrays are padding.
 
         A stack of 2**31 - 1 rows or more accepts host ids only. They are mapped to int64, with -1
         for padding; see sharding.pairs.
@@ -311,8 +312,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are not integers; or if the stack has 2**31 - 1 rows or more and the ids
-            are not on the host.
+          TypeError: if ids are not integers, or are a list of masked arrays; or if the stack has
+            2**31 - 1 rows or more and the ids are not on the host.
           ValueError: if the last axis is not T; if out_of_range is "raise" and a concrete id is
             outside its table; or if the stack has a vocabulary.
         """
@@ -328,7 +329,7 @@ class EmbeddingSpec:
                 raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
             mapped = {f: self._map(v, [f], *self.table_range(known[f])) for f, v in ids.items()}
             return row_ids.in_mapping_of(ids, mapped)
-        array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+        array = ids if isinstance(ids, jax.Array) else row_ids.on_host(ids)
         if array.ndim < 1 or array.shape[-1] != len(pairs):
             raise ValueError(
                 f"array ids must be [.., {len(pairs)}], one column per feature "
@@ -360,8 +361,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are neither integers nor bytes nor strings, or if only one of ids and
-            `where` is a mapping.
+          TypeError: if ids are neither integers nor bytes nor strings, or are a list of masked
+            arrays; or if only one of ids and `where` is a mapping.
           ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
             no vocabulary.
         """
@@ -428,7 +429,7 @@ class EmbeddingSpec:
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(
                 jnp.int32
             )
-        host: Any = np.asarray(ids)
+        host: Any = row_ids.on_host(ids)
         if host.dtype.kind not in "iu" and host.size:
             raise TypeError(
                 f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first"
