@@ -20,7 +20,7 @@ from mpembed_jax import row_ids, sharding
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import admission, arguments, resizing
-from mpembed_jax.embedding.counters import count_updates
+from mpembed_jax.embedding.counters import count_change, count_updates
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
@@ -277,6 +277,7 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
         of_rows = jnp.where(is_row, of_rows, counts.size).reshape(-1)
         counts = indexing.minimum(counts, of_rows, jnp.zeros(of_rows.shape, counts.dtype))
         cache = dataclasses.replace(cache, sketch=counts.reshape(cache.sketch.shape))
+    counters = count_updates(state.counters, jnp.int32(0), is_pending)
     state = dataclasses.replace(
         state,
         cache=cache,
@@ -285,7 +286,7 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
             owners=owners.reshape(vocabulary.owners.shape),
             sketch=sketch.reshape(vocabulary.sketch.shape),
         ),
-        counters=count_updates(state.counters, jnp.int32(0), is_pending),
+        counters=count_change(counters, jnp.any(is_row)),
     )
     return admission.start_again(state, rows, jnp.sum(is_row, dtype=jnp.int32))
 

@@ -374,9 +374,10 @@ def _check_rows(
         raise CheckpointError(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
             "differ from the saved ones, although no file is damaged. In an increment, rows are "
-            "missing that no plan named, such as those of write_rows and vocabularies.forget: "
-            "restore an older step, and save a full checkpoint after such a call. If there was "
-            "none, report this"
+            "missing that no plan named, because the arrays of the state were changed by hand, or "
+            "by write_rows or vocabularies.forget before an earlier version saved: restore an "
+            "older step, and save a full checkpoint after such a change. If there was none, report "
+            "this"
         )
 
 

@@ -414,6 +414,30 @@ def test_an_increment_empties_the_line_of_a_row_that_started_again(tmp_path):
     assert num_emptied > 0  # what this test is about
 
 
+def test_an_increment_after_a_change_of_the_vocabulary_is_refused_before_it_is_written(tmp_path):
+    """No plan names the rows that start again. A call that changes no row is no matter."""
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 4)
+    (first,) = batches(0, 1)
+    checkpoint.save(tmp_path, 1, state)
+    tracker = checkpoint.track(state)
+    many = {"item": np.arange(200)}
+    for changed in (
+        vocabularies.forget(state, SPEC.raw_ids(first)),
+        vocabularies.from_counts(state, SPEC.raw_ids(many), {"item": np.full(200, 100)}),
+        vocabularies.shrink(vocabularies.grow(state, 96), 48),
+    ):
+        with pytest.raises(ValueError, match="outside of steps after the tracker was started"):
+            checkpoint.save(tmp_path, 2, changed, tracker=tracker)
+        assert checkpoint.steps(tmp_path) == [1]
+        assert mpembed.stats(changed).refused_updates == 0
+    same = vocabularies.forget(state, SPEC.raw_ids({"user": ["nobody"]}))
+    same = vocabularies.from_counts(
+        same, SPEC.raw_ids(first), dict.fromkeys(first, np.ones(16, int))
+    )
+    checkpoint.save(tmp_path, 2, same, tracker=tracker)
+    training.assert_same(checkpoint.restore(tmp_path, state), same)
+
+
 def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):
     """Rows start again, ids are forgotten, the pool grows, shrinks and is restored."""
     found = []
