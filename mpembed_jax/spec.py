@@ -353,8 +353,8 @@ class EmbeddingSpec:
           ids: {feature: raw ids}, or an array or list [.., T] with one column per feature, in the
             order of `feature_tables`. Raw ids are integers, bytes or strings: NumPy arrays [..],
             lists, arrays of dtype object, columns [n] of Arrow or polars; or integers of jax [..].
-          where: bool in the nesting and shapes of ids; False is padding. A mapping may leave
-            features out. None: all are ids.
+          where: bool in the nesting and shapes of ids; False, or masked, is padding. A mapping may
+            leave features out. None: all are ids.
 
         Returns:
           uint32 [.., 2] in the nesting of ids: pairs [tag, place].
@@ -395,7 +395,7 @@ class EmbeddingSpec:
             )
         _check_where(where, array.shape)
         if not (where is None or isinstance(where, jax.Array)):
-            where = np.asarray(where)
+            where = np.ma.filled(where, False)
         columns = [
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())
@@ -476,4 +476,5 @@ def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
     _check_where(where, pairs.shape[:-1])
     if is_on_device or isinstance(where, jax.Array):
         return jnp.where(jnp.asarray(where)[..., None], pairs, jnp.uint32(hashes.PADDING))
-    return np.where(np.asarray(where, bool)[..., None], pairs, np.uint32(hashes.PADDING))
+    is_id = np.asarray(np.ma.filled(where, False), bool)
+    return np.where(is_id[..., None], pairs, np.uint32(hashes.PADDING))
