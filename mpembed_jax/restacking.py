@@ -17,6 +17,7 @@ from mpembed_jax import sharding
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.residency import CacheState
 from mpembed_jax.embedding import arguments
+from mpembed_jax.embedding.counters import count_change
 from mpembed_jax.embedding.lines import Lines, write_back
 from mpembed_jax.embedding.state import EmbeddingState, init
 from mpembed_jax.optim import row_state
@@ -152,11 +153,12 @@ def _restacked(
         _copied(array, old, kept) if array.ndim else jnp.copy(old)
         for array, old in zip(leaves, old_leaves, strict=True)
     ]
-    same = {name: getattr(state, name) for name in ("key", "step", "clock", "counters")}
+    same = {name: getattr(state, name) for name in ("key", "step", "clock")}
     new = dataclasses.replace(
         new,
         table=dataclasses.replace(new.table, rows=rows),
         row_state=treedef.unflatten(leaves),
+        counters=count_change(state.counters),
         **jax.tree.map(jnp.copy, same),
     )
     return new if state.cache is None else _with_lines(new, state, state.cache, kept)

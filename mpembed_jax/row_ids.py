@@ -12,11 +12,44 @@ import numpy as np
 NO_ID = 2**31 - 1
 
 
+def on_host(ids: Any) -> np.ndarray:
+    """Returns ids on the host as a NumPy array. Masked integers become NO_ID, in 64 bits.
+
+    Raises:
+      TypeError: if ids are a list of masked arrays.
+    """
+    check_list(ids)
+    array = np.asarray(ids)
+    if isinstance(ids, np.ma.MaskedArray) and array.dtype.kind in "iu":
+        array = array.astype(np.uint64 if array.dtype.kind == "u" else np.int64)
+        array[np.ma.getmaskarray(ids)] = NO_ID
+    return array
+
+
+def check_list(ids: Any) -> None:
+    """Checks that ids are no list of masked arrays, whose masks NumPy would drop.
+
+    Raises:
+      TypeError: if they are.
+    """
+    if not isinstance(ids, list | tuple):
+        return
+    kinds = set(map(type, ids))
+    if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+        raise TypeError(
+            "ids are a list of masked arrays, whose masks would be lost; pass one masked array, "
+            "such as np.ma.stack(ids)"
+        )
+    if any(issubclass(kind, list | tuple) for kind in kinds):
+        for part in ids:
+            check_list(part)
+
+
 def checked(ids: Any) -> tuple[list[jax.Array], Any]:
     """Returns the leaves of a nest of ids as int32 arrays, and the structure of the nest.
 
     Args:
-      ids: any pytree of ints, numpy arrays [..] and jax arrays [..].
+      ids: any pytree of ints, numpy arrays [..] and jax arrays [..]. Masked entries are padding.
 
     Raises:
       TypeError: if an id is not an integer, or a jax array has a dtype that int32 cannot hold.
@@ -26,7 +59,7 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
     checked = []
     for leaf in leaves:
         if isinstance(leaf, int | np.ndarray | np.generic) and not isinstance(leaf, bool):
-            array = np.asarray(leaf)
+            array = on_host(leaf)
             if array.dtype.kind in "iu":
                 if array.size and (array.max() > NO_ID or array.min() < -(2**31)):
                     raise ValueError(

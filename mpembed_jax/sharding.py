@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mpembed_jax import row_ids
 from mpembed_jax.arrays import huge_pages
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import arguments, evaluation
@@ -225,7 +226,7 @@ def plan(
 
 def _largest_share(layout: Layout, batch: Any) -> float:
     """Returns the most ids that a device sends to one owner, as a share of the device's budget."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    leaves = [row_ids.on_host(leaf) for leaf in jax.tree.leaves(batch)]
     devices = layout.shards
     spec = layout.spec
     if any(leaf.ndim == 0 or leaf.shape[0] % devices for leaf in leaves):

@@ -298,7 +298,8 @@ class EmbeddingSpec:
 
         Host ids (numpy arrays, lists, ints) of any integer dtype are checked in 64 bits and
         returned as numpy int32. jax itself would silently truncate 2**32 + 5 to 5. Traced ids and
-        ids on a device are also accepted. NO_ID is padding and stays NO_ID.
+        ids on a device are also accepted. NO_ID is padding and stays NO_ID. Masked entries of
+        NumPy's masked arrays are padding.
 
         A stack of 2**31 - 1 rows or more accepts host ids only. They are mapped to int64, with -1
         for padding; see sharding.pairs.
@@ -312,8 +313,8 @@ class EmbeddingSpec:
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are not integers; or if the stack has 2**31 - 1 rows or more and the ids
-            are not on the host.
+          TypeError: if ids are not integers, or are a list of masked arrays; or if the stack has
+            2**31 - 1 rows or more and the ids are not on the host.
           ValueError: if the last axis is not T; if out_of_range is "raise" and a concrete id is
             outside its table; or if the stack has a vocabulary.
         """
@@ -329,7 +330,7 @@ class EmbeddingSpec:
                 raise KeyError(f"unknown features {unknown}; this spec has {list(known)}")
             mapped = {f: self._map(v, [f], *self.table_range(known[f])) for f, v in ids.items()}
             return row_ids.in_mapping_of(ids, mapped)
-        array = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+        array = ids if isinstance(ids, jax.Array) else row_ids.on_host(ids)
         if array.ndim < 1 or array.shape[-1] != len(pairs):
             raise ValueError(
                 f"array ids must be [.., {len(pairs)}], one column per feature "
@@ -353,16 +354,16 @@ class EmbeddingSpec:
           ids: {feature: raw ids}, or an array or list [.., T] with one column per feature, in the
             order of `feature_tables`. Raw ids are integers, bytes or strings: NumPy arrays [..],
             lists, arrays of dtype object, columns [n] of Arrow or polars; or integers of jax [..].
-          where: bool in the nesting and shapes of ids; False is padding. A mapping may leave
-            features out. None: all are ids.
+          where: bool in the nesting and shapes of ids; False, or masked, is padding. A mapping may
+            leave features out. None: all are ids.
 
         Returns:
           uint32 [.., 2] in the nesting of ids: pairs [tag, place].
 
         Raises:
           KeyError: if a feature is unknown.
-          TypeError: if ids are neither integers nor bytes nor strings, or if only one of ids and
-            `where` is a mapping.
+          TypeError: if ids are neither integers nor bytes nor strings, or are a list of masked
+            arrays; or if only one of ids and `where` is a mapping.
           ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
             no vocabulary.
         """
@@ -395,7 +396,7 @@ class EmbeddingSpec:
             )
         _check_where(where, array.shape)
         if not (where is None or isinstance(where, jax.Array)):
-            where = np.asarray(where)
+            where = np.ma.filled(where, False)
         columns = [
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())
@@ -429,7 +430,7 @@ class EmbeddingSpec:
             return jnp.where(is_padding, NO_ID, jnp.where(is_inside, moved, self.num_rows)).astype(
                 jnp.int32
             )
-        host: Any = np.asarray(ids)
+        host: Any = row_ids.on_host(ids)
         if host.dtype.kind not in "iu" and host.size:
             raise TypeError(
                 f"ids must be integers, got {host.dtype} {list(host.shape)}; cast them first"
@@ -476,4 +477,5 @@ def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
     _check_where(where, pairs.shape[:-1])
     if is_on_device or isinstance(where, jax.Array):
         return jnp.where(jnp.asarray(where)[..., None], pairs, jnp.uint32(hashes.PADDING))
-    return np.where(np.asarray(where, bool)[..., None], pairs, np.uint32(hashes.PADDING))
+    is_id = np.asarray(np.ma.filled(where, False), bool)
+    return np.where(is_id[..., None], pairs, np.uint32(hashes.PADDING))

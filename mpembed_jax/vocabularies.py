@@ -20,7 +20,7 @@ from mpembed_jax import row_ids, sharding
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import admission, arguments, resizing
-from mpembed_jax.embedding.counters import count_updates
+from mpembed_jax.embedding.counters import count_change, count_updates
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
@@ -178,13 +178,15 @@ def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
 
     Raises:
       TypeError: if state has another type or is traced, or if ids are not pairs.
-      ValueError: if counts are not integers of at least 0, or have another nesting or shape. Also
-        for a state that `grow` refuses.
+      ValueError: if counts are not integers of at least 0, are a masked array, or have another
+        nesting or shape. Also for a state that `grow` refuses.
     """
     _held("from_counts(state, ids, counts)", state)
     leaves, treedef = admission.checked(ids)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for leaf, number in zip(leaves, treedef.flatten_up_to(counts), strict=True):
+        if isinstance(number, np.ma.MaskedArray):
+            raise ValueError("from_counts: counts are a masked array; fill them: counts.filled(0)")
         array = np.asarray(number)
         if array.dtype.kind not in "iu" or array.shape != leaf.shape[:-1] or (array < 0).any():
             raise ValueError(
@@ -276,6 +278,7 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
         of_rows = jnp.where(is_row, of_rows, counts.size).reshape(-1)
         counts = indexing.minimum(counts, of_rows, jnp.zeros(of_rows.shape, counts.dtype))
         cache = dataclasses.replace(cache, sketch=counts.reshape(cache.sketch.shape))
+    counters = count_updates(state.counters, jnp.int32(0), is_pending)
     state = dataclasses.replace(
         state,
         cache=cache,
@@ -284,7 +287,7 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
             owners=owners.reshape(vocabulary.owners.shape),
             sketch=sketch.reshape(vocabulary.sketch.shape),
         ),
-        counters=count_updates(state.counters, jnp.int32(0), is_pending),
+        counters=count_change(counters, jnp.any(is_row)),
     )
     return admission.start_again(state, rows, jnp.sum(is_row, dtype=jnp.int32))
 

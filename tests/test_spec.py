@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, RowFormat, TableSpec
+from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, RowFormat, TableSpec, row_ids
+from mpembed_jax.nn import routing
 
 USERS, ITEMS, TAGS = TableSpec("users", 100), TableSpec("items", 3), TableSpec("tags", 40)
 SIZES = {"users": (0, 100), "items": (100, 3), "tags": (103, 40)}
@@ -316,6 +317,29 @@ def test_empty_ids_of_a_feature_just_work(ids):
     mapped = stack(out_of_range="raise").global_ids({"items": ids})["items"]
     assert mapped.dtype == np.int32
     assert mapped.shape == np.shape(ids)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint64])
+def test_masked_ids_are_padding(dtype):
+    """In a mapping, in columns, and as global ids that no spec has mapped."""
+    ids = np.ma.array([[1, 2, 0], [3, 1, 1]], dtype, mask=[[0, 1, 0], [1, 0, 0]])
+    spec = stack(out_of_range="raise")
+    want = spec.global_ids(ids.astype(np.int64).filled(NO_ID))
+    assert (want == NO_ID).sum() == 2
+    np.testing.assert_array_equal(spec.global_ids(ids), want)
+    (feature, _), *_ = spec.feature_tables
+    np.testing.assert_array_equal(spec.global_ids({feature: ids[:, 0]})[feature], want[:, 0])
+    np.testing.assert_array_equal(routing.route((spec,), ids)[0], want)
+    (got,), _ = row_ids.checked(ids)
+    np.testing.assert_array_equal(got, ids.astype(np.int64).filled(NO_ID))
+
+
+def test_a_list_of_masked_arrays_is_refused():
+    """NumPy drops their masks."""
+    row = np.ma.array([1, 2, 0], mask=[0, 1, 0])
+    for ids in ([row, row], [[row], [row]]):
+        with pytest.raises(TypeError, match=r"list of masked arrays.*np\.ma\.stack"):
+            stack().global_ids(ids)
 
 
 def test_empty_arrays_of_columns_just_work():

@@ -393,6 +393,13 @@ REFUSED = {
         r"one for each id \[1\]",
         ValueError,
     ),
+    "masked counts": Refused(
+        lambda: vocabularies.from_counts(
+            state_of(), pairs_of(1), {"user": np.ma.array([1], mask=[True])}
+        ),
+        "masked array; fill them",
+        ValueError,
+    ),
     "half counts": Refused(
         lambda: vocabularies.from_counts(state_of(), pairs_of(1), {"user": [1.5]}),
         "integers",

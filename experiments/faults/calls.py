@@ -1,5 +1,7 @@
 """Failures of every system call of save, incremental save, pruning, replacement and restore.
 
+Increments hold states of raw ids, whose pool has grown and whose rows change their owners.
+
     python -m experiments.faults.run --only calls
 
 `calls.c` stands between this process and libc (LD_PRELOAD, so Linux with a C compiler): it counts
@@ -18,6 +20,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -29,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import mpembed_jax as mpembed
 from experiments import command_line, provenance, running
 from experiments.faults.training import bits_of, marked_step
-from mpembed_jax import checkpoint
+from mpembed_jax import checkpoint, vocabularies
 
 ERRORS = ("ENOSPC", "EMFILE", "EIO", "EACCES", "EROFS", "EDQUOT")
 KINDS = (*ERRORS, "short", "SIGKILL")
@@ -52,19 +56,57 @@ def _numbers(step: int) -> dict[str, Any]:
 
 
 _TX = optax.sgd(0.125)
-_SPEC = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 50)], 4, "int8", None)
+_SPEC = mpembed.EmbeddingSpec(
+    [mpembed.TableSpec("t")],
+    4,
+    "int8",
+    None,
+    vocabulary=mpembed.VocabularySpec(64, admit_after=1, ways=4),
+)
 
 
 _train_step = jax.jit(functools.partial(marked_step, tx=_TX))
+# Where a process finds the states that another one has trained.
+_STATES = "MPEMBED_FAULTS_STATES"
+
+
+def _trained() -> dict[int, tuple[Any, Any]]:
+    """Returns the state of raw ids in each checkpoint, and the tracker if it is an increment.
+
+    The pool grows. Ids are admitted until it is full, and some are forgotten. Then new ids take the
+    rows of others, twice.
+    """
+
+    def pairs(first: int, num: int = 12) -> Any:
+        return state.spec.raw_ids({"t": first + np.arange(96) % num})
+
+    state = mpembed.init(jax.random.key(0), _SPEC, _TX)
+    found: dict[int, tuple[Any, Any]] = {1: (state, None)}
+    state = vocabularies.grow(state, 72)
+    state, _ = _train_step(state, checkpoint.track(state), pairs(0, 96))
+    state = jax.jit(vocabularies.forget)(state, {"t": pairs(0)["t"][:3]})
+    found[2] = state, None
+    for step in (3, 4):
+        before, tracker = mpembed.stats(state).vocabulary, checkpoint.track(state)
+        for _ in range(2):
+            state, tracker = _train_step(state, tracker, pairs(100 * step))
+        after = mpembed.stats(state).vocabulary
+        assert before is not None and after is not None and after.recyclings > before.recyclings
+        found[step] = state, tracker
+    return found
 
 
 @functools.cache
+def _states() -> dict[int, tuple[Any, Any]]:
+    path = Path(os.environ[_STATES])
+    if not path.exists():
+        path.write_bytes(pickle.dumps(jax.device_get(_trained())))
+    return jax.tree.map(jnp.asarray, pickle.loads(path.read_bytes()))
+
+
 def _embedding(step: int) -> tuple[dict[str, Any], Any]:
-    """Returns a tree of `step` training steps, and the tracker of the last one."""
-    state, tracker = mpembed.init(jax.random.key(0), _SPEC, _TX), None
-    for number in range(step):
-        ids = np.array([number, 7, 11], np.int32)
-        state, tracker = _train_step(state, checkpoint.track(state), ids)
+    """Returns the tree of a checkpoint, and the tracker if it is an increment."""
+    state, tracker = _states()[step]
     return {"emb": state, "position": step}, tracker
 
 
@@ -92,14 +134,13 @@ def _prepare_damaged(folder: Path) -> None:
 
 
 def _prepare_chain(folder: Path) -> None:
-    for step in (1, 2):
-        tree, tracker = _embedding(step)
-        checkpoint.save(folder, step, tree, tracker=tracker if step == 2 else None)
+    for step in (1, 2, 3):
+        _save_embedding(folder, step)
 
 
-def _save_increment(folder: Path) -> None:
-    tree, tracker = _embedding(3)
-    checkpoint.save(folder, 3, tree, tracker=tracker)
+def _save_embedding(folder: Path, step: int) -> None:
+    tree, tracker = _embedding(step)
+    checkpoint.save(folder, step, tree, tracker=tracker)
 
 
 OPERATIONS = {
@@ -112,7 +153,11 @@ OPERATIONS = {
         _numbers,
     ),
     "incremental save": Operation(
-        _prepare_chain, (1, 2), _save_increment, 3, lambda n: _embedding(n)[0]
+        _prepare_chain,
+        (1, 2, 3),
+        lambda d: _save_embedding(d, 4),
+        4,
+        lambda n: _embedding(n)[0],
     ),
     "pruning": Operation(
         _prepare,
@@ -130,8 +175,8 @@ OPERATIONS = {
     ),
     "restore of an increment": Operation(
         _prepare_chain,
-        (1, 2),
-        lambda d: checkpoint.restore(d, _embedding(0)[0]),
+        (1, 2, 3),
+        lambda d: checkpoint.restore(d, _embedding(3)[0]),
         None,
         lambda n: _embedding(n)[0],
     ),
@@ -355,6 +400,7 @@ def everything(
             **os.environ,
             "LD_PRELOAD": str(library),
             "JAX_PLATFORMS": "cpu",
+            _STATES: f"{folder}/states.pickle",
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/programs",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -5,8 +5,11 @@ the rows that steps have touched since then. apply_gradients updates rows of the
 step's plan names. prefetch writes back the dirty lines of victims, and `flush` writes back all
 dirty lines. A dirty line was dirty at the start, or a plan since then names its row. A row in the
 table therefore changed only if a plan since the start names it, or if it had a dirty line at the
-start and has none now. A line changed only if a plan since the start names its row. `write_rows`
-has no plan, so its rows are not marked.
+start and has none now. A line changed only if a plan since the start names its row.
+
+`write_rows`, `restack` and the functions of `vocabularies` have no plan, so the rows that they
+change are not marked. The state counts such changes. `save` refuses a tracker that started before
+one.
 
 A tracker counts what the state counts, so that a step without `mark` is noticed. A digest of all
 rows at the start tells from which checkpoint the tracker started. Over a mesh, every shard has a
@@ -32,7 +35,7 @@ from mpembed_jax.cache.plan import CachePlan, Counts
 from mpembed_jax.checkpoint import digests, host_memory, leaves, manifest
 from mpembed_jax.checkpoint.errors import CheckpointError, UnreadableError
 from mpembed_jax.embedding import arguments
-from mpembed_jax.embedding.counters import count_step
+from mpembed_jax.embedding.counters import count_step, num_changes
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.embedding.vectors import VectorPlan
 from mpembed_jax.mesh.layout import Layout
@@ -70,8 +73,8 @@ class RowTracker:
     was_dirty: jax.Array  # u32, same shape: the bitmap of rows in a dirty line at the start
     step: jax.Array  # i32 []: the number of the next prefetch
     has_gap: jax.Array  # bool []: whether a plan was left out or marked twice
-    # u32 [len(COUNTERS), 2]: the counts of steps that the state should have. Counts of updates stay
-    # as they were at the start.
+    # u32 [len(COUNTERS), 2]: the counts of steps that the state should have. Counts of updates, and
+    # of changes outside of steps, stay as they were at the start.
     counters: jax.Array
     key: jax.Array  # u32 [2]: the state's
     fingerprint: jax.Array  # u32 [2]: the state's
@@ -87,8 +90,8 @@ def track(state: EmbeddingState) -> RowTracker:
     """Starts to track which rows the steps touch, from a state that was just saved or restored.
 
     An increment builds on the checkpoint of that state. The call reads all rows once, for a digest.
-    Steps alone are tracked. Save a full checkpoint after write_rows, and after each function of
-    `vocabularies`, and track again.
+    Steps alone are tracked. After write_rows, and after each function of `vocabularies` that
+    changed rows, `save` refuses the tracker: save a full checkpoint, and track again.
 
     Args:
       state: concrete; not consumed. No prefetch may be waiting for its apply_gradients.
@@ -282,7 +285,7 @@ def collect(
 
 
 def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> None:
-    what = f"the tracker of {name!r}" if name else "the tracker"
+    what = _of(name)
     if any(
         (np.asarray(getattr(tracker, f)) != np.asarray(getattr(state, f))).any()
         for f in ("key", "fingerprint")
@@ -303,6 +306,21 @@ def _check_tracker(name: str, state: EmbeddingState, tracker: RowTracker) -> Non
             "mark(tracker, plan) exactly once per prefetch, with its plan; save a full "
             "checkpoint now, without tracker="
         )
+    if num_changes(np.asarray(tracker.counters)) != num_changes(np.asarray(state.counters)):
+        raise ValueError(_changed(what))
+
+
+def _of(name: str) -> str:
+    return f"the tracker of {name!r}" if name else "the tracker"
+
+
+def _changed(what: str) -> str:
+    return (
+        f"rows were changed outside of steps after {what} was started, and no plan names them, as "
+        "after write_rows, restack, and vocabularies.forget, from_counts, grow and shrink; an "
+        "increment would lose them. Save a full checkpoint now, without tracker=, and call track "
+        "again; next time, make such a change before track"
+    )
 
 
 def _base(directory: Path, step: int, trackers: Mapping[str, RowTracker]) -> dict[str, int]:
@@ -364,6 +382,10 @@ def _patches(name: str, member: leaves.Member, tracker: RowTracker) -> dict[str,
             has_changed |= ~is_held & np.repeat(is_active, ways)
         lines = np.flatnonzero(has_changed).astype(np.int32)
     rows = np.flatnonzero(is_touched | was_dirty).astype(np.int32)
+    if not rows.size and not lines.size:
+        now = digests.digest_of(state)
+        if digests.numbers(tracker.digest) != digests.numbers(now):
+            raise ValueError(_changed(_of(name)))
     prefix = f"{name}." if name else ""
     named = leaves.named(state)
     patches = {}

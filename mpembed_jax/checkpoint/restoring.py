@@ -375,9 +375,9 @@ def _check_rows(
         raise CheckpointError(
             f"step {step} of {directory}: the rows of embedding state {prefix or 'in the tree'!r} "
             "differ from the saved ones, although no file is damaged. An increment lacks rows that "
-            "no plan named, such as those that write_rows and vocabularies.forget change: restore "
-            "an older step, and save a full checkpoint after each such call. If there was no such "
-            "call, report this error"
+            "no plan named: the arrays of the state were changed by hand, or by write_rows or "
+            "vocabularies.forget before an earlier version saved. Restore an older step, and save "
+            "a full checkpoint after such a change. If there was none, report this error"
         )
 
 

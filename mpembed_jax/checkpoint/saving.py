@@ -212,9 +212,10 @@ def save(
     Raises:
       TypeError: if a leaf cannot be saved; the message names it. Also if directory, step or tracker
         has another type.
-      ValueError: if a tracker does not fit its state, or if the directory does not hold the
-        checkpoint from which it started. Also if an embedding state was made for another spec, or
-        averaged, or if an array was donated.
+      ValueError: if a tracker does not fit its state, if rows were changed outside of steps after
+        `track`, or if the directory does not hold the checkpoint from which the tracker started.
+        Also if an embedding state was made for another spec, or averaged, or if an array was
+        donated.
       CheckpointError: if this save failed, if another process is saving in this directory, or if a
         good checkpoint of this step exists. A damaged one is replaced as soon as the new one is
         complete. If an earlier save with wait=False failed, its error is logged (logger

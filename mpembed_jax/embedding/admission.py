@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax import ops, row_ids
-from mpembed_jax.embedding.counters import add
+from mpembed_jax.embedding.counters import add, count_change
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
 from mpembed_jax.vocabulary import pool
@@ -90,7 +90,9 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
         cache=None,
         implementation=state.implementation,
     )
-    state = dataclasses.replace(state, vocabulary=vocabulary)
+    # Rows that start again are named by no plan. A row that had no owner does not change.
+    counters = count_change(state.counters, admitted.num_recycled > 0)
+    state = dataclasses.replace(state, vocabulary=vocabulary, counters=counters)
     return _settled(state, admitted, jnp.int32(0), jnp.int32(0))
 
 

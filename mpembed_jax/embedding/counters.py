@@ -1,9 +1,15 @@
-"""The 64-bit counters of an embedding state, without jax's x64 mode."""
+"""The 64-bit counters of an embedding state, without jax's x64 mode.
+
+The last counter counts refused updates. They are fewer than 2^32, so its high word is free. It
+counts the changes of rows outside of steps, from which a tracker learns that no plan names them.
+"""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpembed_jax.cache.plan import Counts
 
@@ -51,3 +57,23 @@ def count_updates(
     """
     tail = [num_nonfinite, is_refused.astype(jnp.int32)]
     return add(counters, [jnp.int32(0)] * (len(COUNTERS) - len(tail)) + tail)
+
+
+def count_change(counters: jax.Array, has_changed: jax.Array | bool = True) -> jax.Array:
+    """Counts a change of rows outside of steps.
+
+    Args:
+      counters: uint32 [len(COUNTERS), 2].
+      has_changed: bool scalar, whether rows have changed.
+
+    Returns:
+      The new counters.
+    """
+    one = np.zeros(counters.shape, np.uint32)
+    one[-1, 1] = 1
+    return counters + one * jnp.asarray(has_changed).astype(jnp.uint32)
+
+
+def num_changes(counters: Any) -> Any:
+    """Returns the number of changes of rows outside of steps (uint32 [])."""
+    return counters[-1, 1]

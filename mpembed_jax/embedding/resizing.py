@@ -16,6 +16,7 @@ import numpy as np
 
 from mpembed_jax.arrays import huge_pages, indexing
 from mpembed_jax.cache import residency
+from mpembed_jax.embedding.counters import count_change
 from mpembed_jax.embedding.lines import Lines, write_back
 from mpembed_jax.embedding.state import EmbeddingState
 from mpembed_jax.row_ids import NO_ID
@@ -101,7 +102,7 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
     elif state.cache is not None:
         cache, homeless = lines.moved(source, to)
         table = write_back(table, state.cache.rows, homeless, state.key, state.step)
-    same = {name: getattr(state, name) for name in ("key", "step", "clock", "counters", "pending")}
+    same = {name: getattr(state, name) for name in ("key", "step", "clock", "pending")}
     result = dataclasses.replace(
         state,
         spec=spec,
@@ -109,6 +110,7 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
         cache=cache,
         row_state=treedef.unflatten(states),
         fingerprint=jnp.asarray(spec.fingerprint),
+        counters=count_change(state.counters),
         vocabulary=dataclasses.replace(
             new,
             owners=jnp.asarray(words),

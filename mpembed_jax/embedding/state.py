@@ -108,7 +108,7 @@ class EmbeddingState:
     # key, step and counters. In a checkpoint, the clock is None.
     clock: jax.Array | None
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
-    counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of 64-bit counts
+    counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of counts; see counters.py
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
     # spec. A prefetch of an average of states sets it to zero.
     fingerprint: jax.Array

@@ -120,6 +120,7 @@ def stats(state: EmbeddingState) -> CacheStats:
     state.check_spec()
     words, step = jax.device_get((state.counters, state.step))
     totals = [int(low) + (int(high) << 32) for low, high in words.astype(np.uint64)]
+    totals[-1] = int(words[-1, 0])  # its high word counts changes outside of steps
     result = CacheStats(
         steps=int(step.astype(np.uint32)),
         **dict(zip(COUNTERS, totals, strict=True)),

@@ -14,7 +14,7 @@ from mpembed_jax import row_ids
 from mpembed_jax.arrays import chunks, indexing
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import arguments
-from mpembed_jax.embedding.counters import count_updates
+from mpembed_jax.embedding.counters import count_change, count_updates
 from mpembed_jax.embedding.state import EmbeddingState, over_mesh
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.optim import row_state
@@ -131,10 +131,11 @@ def _write(
 
     num_ids = ids.shape[0]
     packed = chunks.each(0, num_ids, num_ids, _BLOCK, store, state.table.rows)
+    counters = count_updates(state.counters, jnp.int32(0), is_pending)
     return dataclasses.replace(
         state,
         table=dataclasses.replace(state.table, rows=packed),
         cache=cache,
         row_state=states,
-        counters=count_updates(state.counters, jnp.int32(0), is_pending),
+        counters=count_change(counters, jnp.any(is_written)),
     )

@@ -61,7 +61,8 @@ def fetch(
     how = {"tables": tables, "combiner": combiner, "tx": tx}
     state, plan, found, leaves = verbs.run(_fetch, state, ids, **how)
     treedef: Any = jax.tree.structure(ids)
-    return state, Embedded(plan, leaves, Origin(leaves, treedef.flatten_up_to(given))), found
+    origin = Origin(leaves, treedef.flatten_up_to(given), jax.tree.leaves(ids))
+    return state, Embedded(plan, leaves, origin), found
 
 
 def _fetch(
@@ -129,7 +130,7 @@ def called(embedded: Embedded, held: tuple[jax.Array, ...], ids: Any, given: Any
         )
     found = [
         vector
-        if embedded.origin.inverse_of(own, embedded.ids) is wanted
+        if embedded.origin.inverse_of(own, leaf, embedded.ids) is wanted
         else _where_equal(leaf, wanted, vector)
         for leaf, own, wanted, vector in zip(
             leaves, treedef.flatten_up_to(given), embedded.ids, held, strict=True

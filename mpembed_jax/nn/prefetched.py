@@ -42,22 +42,21 @@ def _with_table(given: Any) -> tuple[str | None, Any]:
 class Origin:
     """Tells from which array, given to prefetch, each leaf of a plan's inverse was made.
 
-    An array may come with its table, as routing.Own.
+    An array may come with its table, as routing.Own. Ids that were mapped on the host are
+    recognized by their values after mapping, which also tell masked and padded ids apart.
 
     An Origin is static. All Origins compare equal, so none causes a retrace: they are used only to
     recognize an array object within one trace.
     """
 
-    def __init__(self, inverse: list[Any], given: list[Any]):
+    def __init__(self, inverse: list[Any], given: list[Any], mapped: list[Any]):
         # References are weak, because a tracer must not outlive its trace. Host arrays are copied,
         # because they may change.
         self._pairs = [
-            (
-                weakref.ref(index),
-                table,
-                weakref.ref(ids) if isinstance(ids, jax.Array) else np.array(ids),
+            (weakref.ref(index), table, _mark(ids, leaf))
+            for index, (table, ids), leaf in zip(
+                inverse, map(_with_table, given), mapped, strict=True
             )
-            for index, (table, ids) in zip(inverse, map(_with_table, given), strict=True)
             if isinstance(index, jax.core.Tracer)
         ]
 
@@ -67,21 +66,31 @@ class Origin:
     def __hash__(self) -> int:
         return hash(Origin)
 
-    def inverse_of(self, ids: Any, inverse: list[Any]) -> Any:
-        """Returns the leaf of `inverse` that was made from `ids`, or None if that is not known."""
+    def inverse_of(self, ids: Any, mapped: Any, inverse: list[Any]) -> Any:
+        """Returns the leaf of `inverse` that was made from `ids`, or None if that is not known.
+
+        `mapped` is what `ids` became: global ids, or pairs.
+        """
         table, ids = _with_table(ids)
+        mark = _mark(ids, mapped)
         for made, of, given in self._pairs:
             if of != table:
                 continue
             held = next((index for index in inverse if index is made()), None)
             if held is None:
                 continue
-            if isinstance(given, weakref.ref):
-                if given() is ids:
-                    return held
-            elif not isinstance(ids, jax.Array) and np.array_equal(given, ids):
+            if isinstance(given, weakref.ref) != isinstance(mark, weakref.ref):
+                continue
+            if given() is ids if isinstance(given, weakref.ref) else np.array_equal(given, mark):
                 return held
         return None
+
+
+def _mark(ids: Any, mapped: Any) -> Any:
+    """Returns what recognizes the ids: a weak reference to a jax array, or values on the host."""
+    if isinstance(mapped, np.ndarray):
+        return mapped.copy()
+    return weakref.ref(ids) if isinstance(ids, jax.Array) else row_ids.on_host(ids).copy()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["plan"], meta_fields=["origin"])
@@ -109,7 +118,8 @@ def fetch(
     """
     state, plan, rows = verbs.run(_fetch, state, ids, tables=tables)
     treedef: Any = jax.tree.structure(ids)
-    origin = Origin(treedef.flatten_up_to(plan.inverse), treedef.flatten_up_to(given))
+    inverse, own = treedef.flatten_up_to(plan.inverse), treedef.flatten_up_to(given)
+    origin = Origin(inverse, own, jax.tree.leaves(ids))
     return state, Prefetched(plan, origin), rows
 
 
@@ -194,7 +204,10 @@ def part(
     treedef: Any
     leaves, treedef = jax.tree.flatten(ids)
     planned = jax.tree.leaves(plan.inverse)
-    known = [prefetched.origin.inverse_of(g, planned) for g in treedef.flatten_up_to(given)]
+    known = [
+        prefetched.origin.inverse_of(own, leaf, planned)
+        for own, leaf in zip(treedef.flatten_up_to(given), leaves, strict=True)
+    ]
     if all(index is not None for index in known):
         rows = _brought(state, rows, plan.route)
         return routing.Part(rows, treedef.unflatten(known), _pool_of(state, pool))

@@ -154,7 +154,8 @@ def _route_pairs(specs: tuple[EmbeddingSpec, ...], array: Any, names: list[str])
             f"uint32 array ids must be the pairs [.., {len(names)}, 2] that raw_ids() returns, of "
             f"stacks that all have a vocabulary, got {list(array.shape)}; cast other ids to int64"
         )
-    parts = [array[..., columns, :] for columns in _columns(specs)]
+    pairs = array if isinstance(array, jax.Array) else hashes.unmasked(array)
+    parts = [pairs[..., columns, :] for columns in _columns(specs)]
     for spec, part in zip(specs, parts, strict=True):
         for column, (feature, _) in enumerate(spec.feature_tables):
             _pairs_of(spec, feature, part[..., column, :])
@@ -204,8 +205,9 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
             raise KeyError(f"unknown features {unknown}; the specs have {sorted(known)}")
         return [mapped(s, {f: ids[f] for f, _ in s.feature_tables if f in ids}) for s in specs]
     has_raw_ids = any(s.vocabulary is not None for s in specs)
-    as_array = hashes.as_array if has_raw_ids else np.asarray
-    array = ids if isinstance(ids, jax.Array) else as_array(ids)
+    as_array = hashes.as_array if has_raw_ids else row_ids.on_host
+    # A masked array stays one, until `mapped` knows what padding is.
+    array = ids if isinstance(ids, jax.Array | np.ndarray) else as_array(ids)
     names = [f for s in specs for f, _ in s.feature_tables]
     if array.dtype == np.uint32 and has_raw_ids:
         _check_widths(specs)

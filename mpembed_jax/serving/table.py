@@ -287,8 +287,8 @@ class ServingTable:
 
         Raises:
           KeyError, TypeError, ValueError: as in lookup. TypeError also if offsets are given for a
-            table on the device, or are not integers. ValueError also if the combiner is unknown, or
-            if weights or offsets do not fit the ids.
+            table on the device or are not integers, or if weights are masked. ValueError also if the
+            combiner is unknown, or if weights or offsets do not fit the ids.
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
@@ -633,6 +633,10 @@ class ServingTable:
                 f"feature {feature!r}: weights must have the shape of ids "
                 f"{list(np.shape(ids))}, got {list(np.shape(weights))}"
             )
+        if isinstance(weights, np.ma.MaskedArray):
+            raise TypeError(
+                f"feature {feature!r}: weights are a masked array; fill them: weights.filled(0)"
+            )
         if not self._is_on_host(packed, ids):
             if offsets is not None:
                 raise TypeError("offsets are used on the host only; pad the bags with NO_ID")
@@ -745,7 +749,7 @@ def _load_again(path: Path, out_of_range: str, threads: int, implementation: str
 
 def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     """Returns ids as int32 or int64 [N], and their shape."""
-    array = np.asarray(ids)
+    array = row_ids.on_host(ids)
     kind = array.dtype
     if kind.kind not in "iu" and array.size:
         raise TypeError(f"feature {feature!r}: ids must be integers, got {kind}; cast them first")

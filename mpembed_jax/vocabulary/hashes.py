@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax import row_ids
+
 PADDING = 0xFFFFFFFF
 TABLE_BITS = 10
 MAX_TABLES = 1 << TABLE_BITS
@@ -60,8 +62,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       uint32 [.., 2].
 
     Raises:
-      TypeError: if the values are neither integers nor bytes nor strings, or if there are integers
-        beside bytes or strings.
+      TypeError: if the values are neither integers nor bytes nor strings, if there are integers
+        beside bytes or strings, or if the values are a list of masked arrays.
     """
     if hasattr(values, "to_arrow"):
         values = values.to_arrow()
@@ -100,7 +102,11 @@ def as_array(values: Any) -> np.ndarray:
     NumPy alone would change some lists. Integers beside strings would become strings. Bytes would
     lose zeros at their end. If some integers are below 2**63 and some are not, all would become
     floats.
+
+    Raises:
+      TypeError: if the raw ids are a list of masked arrays.
     """
+    row_ids.check_list(values)
     array = np.asarray(values)
     if array.dtype.kind in "SUf" and not isinstance(values, np.ndarray):
         array = np.asarray(values, object)
@@ -368,6 +374,8 @@ def pairs_of(feature: str, ids: Any, table: str, number: int) -> Any:
 def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray:
     """Returns ids as pairs (uint32 [.., 2]): tag and place. Pairs stay as they are.
 
+    A masked pair is padding.
+
     Args:
       feature: the name that error messages use.
       ids: pairs uint32 [.., 2], or raw ids of any other dtype.
@@ -381,8 +389,8 @@ def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray
     """
     if getattr(ids, "dtype", None) != np.uint32:
         return of_column(ids, table, number)
-    pairs = np.asarray(ids)
-    _check_shape(feature, pairs.shape)
+    _check_shape(feature, ids.shape)
+    pairs = unmasked(ids)
     is_other = (pairs[..., 1] & NUMBER != number) & (pairs[..., 0] != PADDING)
     if is_other.any():
         place = tuple(int(i) for i in np.argwhere(is_other)[0])
@@ -392,6 +400,15 @@ def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray
             "raw_ids() returns; cast raw ids to int64"
         )
     return pairs
+
+
+def unmasked(pairs: Any) -> np.ndarray:
+    """Returns pairs (uint32 [.., 2]) on the host as a plain array. Masked ones become padding."""
+    plain = np.asarray(pairs)
+    if isinstance(pairs, np.ma.MaskedArray):
+        is_masked = np.ma.getmaskarray(pairs).any(axis=-1, keepdims=True)
+        plain = np.where(is_masked, np.uint32(PADDING), plain)
+    return plain
 
 
 def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpembed_jax import row_ids
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes
@@ -419,7 +420,7 @@ def check_tokens(spec: NGramHash, tokens: Any, name: str = "tokens") -> Any:
     """
     if not isinstance(tokens, jax.core.Tracer):
         is_host = not isinstance(tokens, jax.Array)
-        array = _checked_host(spec, np.asarray(tokens), name)
+        array = _checked_host(spec, row_ids.on_host(tokens), name)
         return array if is_host else jnp.asarray(array)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(

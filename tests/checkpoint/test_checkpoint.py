@@ -345,16 +345,40 @@ def test_a_flush_alone_is_in_the_increment(tmp_path):
     assert_same(checkpoint.restore(tmp_path, flushed), flushed)
 
 
-def test_an_increment_after_write_rows_is_refused_by_restore(tmp_path):
-    """No plan names written rows. The checkpoint before it is good."""
+def test_an_increment_after_write_rows_is_refused_before_it_is_written(tmp_path):
+    """No plan names written rows. A call that writes no row, or one before track, is no matter."""
+    emb = trained("int8-lfu", 0, 40)["emb"]
+    emb = mpembed.write_rows(emb, np.arange(3), jnp.ones((3, DIM)))
+    checkpoint.save(tmp_path, 40, emb)
+    tracker = checkpoint.track(emb)
+    written = mpembed.write_rows(emb, np.arange(9), jnp.ones((9, DIM)))
+    with pytest.raises(ValueError, match=r"outside of steps after the tracker was.*full"):
+        checkpoint.save(tmp_path, 41, written, tracker=tracker)
+    assert checkpoint.steps(tmp_path) == [40]
+    nothing = mpembed.write_rows(emb, np.full(9, mpembed.NO_ID), jnp.ones((9, DIM)))
+    checkpoint.save(tmp_path, 42, nothing, tracker=tracker)
+    assert_same(checkpoint.restore(tmp_path, nothing), emb)
+
+
+def test_an_increment_after_a_change_by_hand_is_refused(tmp_path):
+    """By save, if no step came in between, else by restore: no plan names the changed row."""
     tree = trained("int8-lfu", 0, 40)
     checkpoint.save(tmp_path, 40, tree["emb"])
+
+    def changed(emb):
+        rows = emb.table.rows.at[-1, 0].add(1)
+        return dataclasses.replace(emb, table=dataclasses.replace(emb.table, rows=rows))
+
+    with pytest.raises(ValueError, match="outside of steps"):
+        checkpoint.save(tmp_path, 41, changed(tree["emb"]), tracker=checkpoint.track(tree["emb"]))
     tracker = checkpoint.track(tree["emb"])
-    written = mpembed.write_rows(tree["emb"], np.arange(9), jnp.ones((9, DIM)))
-    checkpoint.save(tmp_path, 41, written, tracker=tracker)
-    with pytest.raises(checkpoint.CheckpointError, match="such as those of write_rows and"):
-        checkpoint.restore(tmp_path, written, step=41)
-    assert_same(checkpoint.restore(tmp_path, written, step=40), tree["emb"])
+    emb, plan = mpembed.prefetch(tree["emb"], np.arange(3, dtype=np.int32))
+    rows = mpembed.lookup(emb, plan)
+    emb = changed(mpembed.apply_gradients(emb, plan, rows, rows, tx=ADAGRAD))
+    checkpoint.save(tmp_path, 41, emb, tracker=checkpoint.mark(tracker, plan))
+    with pytest.raises(checkpoint.CheckpointError, match="rows are missing that no plan named"):
+        checkpoint.restore(tmp_path, emb, step=41)
+    assert_same(checkpoint.restore(tmp_path, emb, step=40), tree["emb"])
 
 
 def test_a_tracker_that_missed_something_is_refused(tmp_path):

@@ -60,7 +60,9 @@ def test_writing_every_row_of_a_new_state_is_from_dense_bit_for_bit():
     spec = EmbeddingSpec([TableSpec("t", ROWS)], DIM, cache=None)
     dense = values(ROWS)
     state = write(mpembed.init(jax.random.key(0), spec, TX), np.arange(ROWS, dtype=np.int32), dense)
-    training.assert_same(state, mpembed.from_dense(jax.random.key(0), spec, TX, {"t": dense}))
+    made = mpembed.from_dense(jax.random.key(0), spec, TX, {"t": dense})
+    # A state counts the changes of its rows outside of steps.
+    training.assert_same(dataclasses.replace(state, counters=made.counters), made)
 
 
 @pytest.mark.parametrize("dtype", named(["float32", "bfloat16"], fast={"bfloat16"}, core=()))

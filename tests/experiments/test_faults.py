@@ -152,14 +152,14 @@ def test_steps_of_a_directory_ignore_what_is_unfinished(tmp_path):
 # --- every call, random sequences, mutated files
 
 
-LONG = ("incremental save", "restore of an increment")  # of 500 calls and more
+LONG = ("incremental save", "restore of an increment")  # a thousand calls, of raw ids
 
 
 def failed_calls(stride):
-    """Every `stride`-th call, of the long operations every sixth of these, meets every fault."""
+    """Every `stride`-th call, of the long operations every twelfth of these, meets every fault."""
     short = tuple(name for name in calls.OPERATIONS if name not in LONG)
     total = 0
-    for names, each in ((short, stride), (LONG, 6 * stride)):
+    for names, each in ((short, stride), (LONG, 12 * stride)):
         if (found := calls.everything(each, names=names)) is None:
             pytest.skip("calls can be made to fail on Linux with a C compiler")
         for name in names:

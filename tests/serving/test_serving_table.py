@@ -83,6 +83,10 @@ def test_lookups_are_those_of_read_bit_for_bit_and_ids_outside_are_counted_zeros
         assert rows[feature].tobytes() == expected[feature].tobytes()
         assert not rows[feature][ids[feature] < 0].any()
     assert table.num_out_of_range == counts > 0
+    masked = {f: np.ma.array(array, mask=array % 3 == 0) for f, array in ids.items()}
+    for feature, vectors in table.lookup(masked).items():
+        is_out = masked[feature].mask[..., None]
+        np.testing.assert_array_equal(vectors, np.where(is_out, 0, expected[feature]))
     assert table.lookup({"liked": 7}).items() and table.lookup({"liked": []})["liked"].shape == (
         0,
         16,
@@ -394,6 +398,11 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.bag({"liked": 1}), "a bag is the last axis"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"liked": [1.0, 2.0]}), "weights must have"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"seen": [1.0]}), "weights must be a"),
+        Refused(
+            lambda t: t.bag({"liked": [1]}, "sum", {"liked": np.ma.array([1.0], mask=[True])}),
+            "weights are a masked array; fill them",
+            TypeError,
+        ),
         Refused(lambda t: t.bag({"liked": [1]}, offsets={"liked": [0, 2]}), "never falls"),
         Refused(lambda t: t.bag({"liked": [1]}, offsets={"liked": [0, -1, 1]}), "offsets must"),
         Refused(

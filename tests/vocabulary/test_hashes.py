@@ -190,6 +190,18 @@ def test_a_mask_of_another_shape_is_refused(library):
 
 
 @pytest.mark.parametrize("is_mapping", [False, True], ids=["columns", "mapping"])
+def test_masked_entries_of_a_mask_are_padding(is_mapping):
+    where = np.ma.array([[True, True], [False, True]], mask=[[False, True], [False, False]])
+    ids, filled = np.arange(4).reshape(2, 2), where.filled(False)
+    if is_mapping:
+        ids, where, filled = ({"a": x[:, 0], "b": x[:, 1]} for x in (ids, where, filled))
+    tables = [mpembed.TableSpec("a"), mpembed.TableSpec("b")]
+    spec = mpembed.EmbeddingSpec(tables, 4, vocabulary=mpembed.VocabularySpec(num_rows=8))
+    got, want = spec.raw_ids(ids, where), spec.raw_ids(ids, filled)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("is_mapping", [False, True], ids=["columns", "mapping"])
 def test_a_traced_mask_of_host_ids_is_a_mask(is_mapping):
     """Ids of the host are hashed there, also in a jitted function that computes the mask."""
     ids = np.array([["x", "y"], ["z", "x"], ["u", "v"]])

@@ -204,6 +204,11 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
         context = spec.context_after(token, context)
 
 
+def test_masked_tokens_stand_for_no_token():
+    tokens = np.ma.array([5, 6, 7, 8], mask=[0, 1, 0, 0])
+    np.testing.assert_array_equal(SPEC.ids(tokens), SPEC.ids(tokens.filled(NO_ID)))
+
+
 def test_no_n_gram_crosses_a_boundary_and_padding_stands_for_no_token():
     spec = NGramHash(100, (2, 3, 4), 2, 1000, boundary=0, padding=1)
     text, other = np.array([5, 6, 7, 8]), np.array([9, 9, 0, 5, 6, 7, 8])

@@ -1,6 +1,7 @@
 """Raw ids over a mesh: any number of devices admits, recycles and trains the rows of one device."""
 
 import dataclasses
+import json
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 import mpembed_jax as mpembed
 from mpembed_jax import checkpoint, nn, sharding, vocabularies
 from mpembed_jax.mesh.placement import Placement
+from mpembed_jax.vocabulary import pool
 
 TX = mpembed.optim.rowwise_adagrad(0.5)
 VOCABULARY = mpembed.VocabularySpec(560, admit_after=2, ways=4, shared_rows=3, sketch_bytes=2)
@@ -152,6 +154,50 @@ def test_training_goes_on_after_moves_and_restores_over_other_meshes(tmp_path, o
         restored = checkpoint.restore(tmp_path / "four", template)
         assert_same_rows(trained(restored, 40, 8), want)
         assert_same_rows(trained(sharding.relayout(four, **moved), 40, 8), want)
+
+
+@jax.jit
+def tracked_step(state, tracker, pairs):
+    layout = state.layout
+    specs = (mpembed.partition_specs(state), checkpoint.partition_specs(tracker))
+
+    def run(state, tracker, pairs):
+        state, plan, _ = training.step(state, pairs, TX, gradient)
+        return state, checkpoint.mark(tracker, plan)
+
+    batch = PartitionSpec(layout.batch_axes or None)
+    whole = jax.shard_map(run, mesh=layout.mesh, in_specs=(*specs, batch), out_specs=specs)
+    return whole(state, tracker, pairs)
+
+
+def recyclings(state):
+    return int(state.vocabulary.counters[pool.COUNTERS.index("recyclings"), 0])
+
+
+@pytest.mark.parametrize("shards", named({"two": 2, "four": 4}, core={"four"}))
+def test_increments_over_a_mesh_restore_over_any_other_as_a_full_checkpoint_does(
+    shards, tmp_path, on_one_device
+):
+    """Ids are forgotten before the chain, rows change their owners in it, and lines are flushed."""
+    state = LIFE["forget"](sharding.relayout(on_one_device, **placed(Over((shards,)))))
+    checkpoint.save(tmp_path / "links", 0, state)
+    for link in (1, 2):
+        tracker, before = checkpoint.track(state), recyclings(state)
+        for ids, where in batches(60 * link, 2):
+            state, tracker = tracked_step(state, tracker, SPEC.raw_ids(ids, where))
+        assert recyclings(state) > before
+        state = jax.jit(mpembed.flush)(state) if link == 1 else state
+        checkpoint.save(tmp_path / "links", link, state, tracker=tracker)
+        file = tmp_path / f"links/step_{link}/manifest.json"
+        assert json.loads(json.loads(file.read_text())["body"])["base"]["step"] == link - 1
+    checkpoint.save(tmp_path / "full", 2, state)
+    for over in (None, Over((2,)), Over((4,))):
+        moved = {} if over is None else placed(over)
+        target = mpembed.init(jax.random.key(5), SPEC, TX, **moved)
+        got, want = (checkpoint.restore(tmp_path / name, target) for name in ("links", "full"))
+        training.assert_same(got, want)
+        if over == Over((shards,)):
+            training.assert_same(got, state)
 
 
 @pytest.mark.exhaustive

@@ -20,7 +20,7 @@ from mpembed_jax.embedding import admission
 from mpembed_jax.nn import routing
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
-from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary import hashes, pool
 
 TX = rowwise_adagrad(0.5)
 SPEC = mpembed.EmbeddingSpec(
@@ -130,6 +130,78 @@ def test_weights_have_the_shape_of_the_ids_that_pairs_stand_for():
     np.testing.assert_array_equal(np.stack([found["user"], found["item"]], axis=1), want)
     with pytest.raises(ValueError, match=r"of ids \[16, 2\], got \[16, 2, 2\]"):
         module(pairs, np.ones((16, 2, 2), np.float32))
+
+
+MASK = [[False, True], [False, False], [True, False]]
+MASKED = {
+    "integers": np.ma.array([[1, 2], [3, 4], [5, 6]], mask=MASK),
+    "strings": np.ma.array([["a", "b"], ["c", "d"], ["e", "f"]], mask=MASK),
+    "objects": np.ma.array(np.asarray([["a", "b"], ["c", "d"], ["e", "f"]], object), mask=MASK),
+    "None": [["a", None], ["c", "d"], [None, "f"]],
+    "pairs": np.ma.array(
+        SPEC.raw_ids([["a", "b"], ["c", "d"], ["e", "f"]]),
+        mask=np.asarray(MASK)[..., None].repeat(2, axis=-1),
+    ),
+}
+
+
+@pytest.mark.parametrize("ids", named(MASKED))
+def test_modules_take_masked_ids_as_padding(ids):
+    def is_padding(pairs):
+        assert not isinstance(pairs, np.ma.MaskedArray)
+        return (pairs == hashes.PADDING).all(axis=-1)
+
+    (routed,) = routing.route((SPEC,), ids)
+    np.testing.assert_array_equal(is_padding(routed), MASK)
+    columns = ids if isinstance(ids, np.ndarray) else np.asarray(ids, object)
+    (routed,) = routing.route((SPEC,), {"user": columns[:, 0], "item": columns[:, 1]})
+    found = np.stack([is_padding(routed["user"]), is_padding(routed["item"])], axis=1)
+    np.testing.assert_array_equal(found, MASK)
+
+
+def test_a_list_of_masked_raw_ids_is_refused():
+    row = MASKED["strings"][0]
+    for call in (SPEC.raw_ids, lambda ids: routing.route((SPEC,), ids)):
+        for ids in ([row, row], {"user": [row, row]}):
+            with pytest.raises(TypeError, match=r"list of masked arrays.*np\.ma\.stack"):
+                call(ids)
+
+
+SIMILAR = {
+    "other masks": (
+        {"user": np.ma.array(["a", "a"], mask=[1, 0]), "item": [1, 1]},
+        {"user": np.ma.array(["a", "a"], mask=[0, 1]), "item": [1, 1]},
+    ),
+    "integers that are equal as floats": (
+        {"user": ["a", "a"], "item": [2**63, 2**63 + 1, -1]},
+        {"user": ["a", "a"], "item": [2**63 + 1, 2**63, -1]},
+    ),
+    "bytes that end with a zero": (
+        {"user": [b"a", b"a\0"], "item": [1, 1]},
+        {"user": [b"a\0", b"a"], "item": [1, 1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", named(SIMILAR, fast={"other masks"}))
+def test_a_call_in_jit_tells_similar_host_ids_from_those_of_its_prefetch(case):
+    """NumPy takes both for equal. They are permutations, so prefetch has all ids of the call."""
+    planned, called = case
+    rules = mpembed.VocabularySpec(48, admit_after=1, ways=8)
+    spec = dataclasses.replace(SPEC, cache=None, vocabulary=rules)
+    module = nn.CachedEmbedBags(spec, TX, combiner=None, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def call(module):
+        module.prefetch(planned)
+        return module(planned), module(called)
+
+    of_planned, of_called = call(module)
+    for feature, vectors in of_planned.items():
+        before, after = (spec.raw_ids(ids)[feature].tolist() for ids in (planned, called))
+        order = np.asarray([before.index(pair) for pair in after])
+        np.testing.assert_array_equal(of_called[feature], vectors[order])
+    assert any((of_planned[f] != of_called[f]).any() for f in of_planned)
 
 
 BAD_PAIRS = {
@@ -341,6 +413,31 @@ def test_an_increment_empties_the_line_of_a_row_that_started_again(tmp_path):
         empty = mpembed.init(jax.random.key(2), spec, TX)
         training.assert_same(checkpoint.restore(folder, empty), after)
     assert num_emptied > 0  # what this test is about
+
+
+@pytest.mark.slow
+def test_an_increment_after_a_change_of_the_vocabulary_is_refused_before_it_is_written(tmp_path):
+    """No plan names the rows that start again. A call that changes no row is no matter."""
+    state = trained(mpembed.init(jax.random.key(1), SPEC, TX), 0, 4)
+    (first,) = batches(0, 1)
+    checkpoint.save(tmp_path, 1, state)
+    tracker = checkpoint.track(state)
+    many = {"item": np.arange(200)}
+    for changed in (
+        vocabularies.forget(state, SPEC.raw_ids(first)),
+        vocabularies.from_counts(state, SPEC.raw_ids(many), {"item": np.full(200, 100)}),
+        vocabularies.shrink(vocabularies.grow(state, 96), 48),
+    ):
+        with pytest.raises(ValueError, match="outside of steps after the tracker was started"):
+            checkpoint.save(tmp_path, 2, changed, tracker=tracker)
+        assert checkpoint.steps(tmp_path) == [1]
+        assert mpembed.stats(changed).refused_updates == 0
+    same = vocabularies.forget(state, SPEC.raw_ids({"user": ["nobody"]}))
+    same = vocabularies.from_counts(
+        same, SPEC.raw_ids(first), dict.fromkeys(first, np.ones(16, int))
+    )
+    checkpoint.save(tmp_path, 2, same, tracker=tracker)
+    training.assert_same(checkpoint.restore(tmp_path, state), same)
 
 
 def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):
