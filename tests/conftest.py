@@ -58,6 +58,7 @@ _QUICKLY_COMPILED = {
     "test_sharding_nn.py", "test_spec.py", "test_stats.py", "test_vocabularies.py",
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_admit.py", "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
+    "test_kernels_over_a_mesh.py",
 }  # fmt: skip
 _ALWAYS_OPTIMIZED = {"invariants"}  # slow or not
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}

@@ -59,6 +59,7 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None,
+    part: pool.Part,
     *,
     is_interpreted: bool,
 ) -> tuple[VocabularyState, Admitted]:
@@ -69,10 +70,10 @@ def admit(
     vocabulary = _halved(vocabulary, must_halve, is_interpreted)
     if not plan.has_short_sets(sizes.geometry, num):
         never = jnp.bool_(False)
-        return xla.admit.admit(vocabulary, pairs, step, never, rules, occurrences)
-    ids = _grouped(pairs, occurrences, sizes, is_interpreted)
+        return xla.admit.admit(vocabulary, pairs, step, never, rules, occurrences, part)
+    ids = _grouped(pairs, occurrences, sizes, part, is_interpreted)
     sketch = vocabulary.sketch.reshape(-1)
-    mixed = pool.mixed(ids.sets, ids.tags, sizes)
+    mixed = pool.mixed(ids.sets, ids.tags, sizes, part)
     seen = pool.counts_of(sketch, pool.cells(sizes, ids.sets, mixed), sizes)
     made = _decide(vocabulary, ids, seen, rules, is_interpreted)
 
@@ -91,7 +92,7 @@ def admit(
     owners = indexing.put(vocabulary.owners.reshape(-1), line, owned)
     # An id leaves for the sketch if it stays without a row, or if another id takes its row.
     left = jnp.where(is_recycled, displaced >> pool.USE_BITS, ids.tags)
-    cells = pool.cells(sizes, ids.sets, pool.mixed(ids.sets, left, sizes))
+    cells = pool.cells(sizes, ids.sets, pool.mixed(ids.sets, left, sizes, part))
     uses = jnp.where(is_recycled, pool.use_of(displaced), estimates)
     sketch = pool.raised(sketch, is_recycled | (is_id & ~is_owner), cells, uses, sizes)
     vocabulary = dataclasses.replace(
@@ -144,7 +145,11 @@ def _halved(
 
 
 def _grouped(
-    pairs: jax.Array, occurrences: jax.Array | None, sizes: pool.Sizes, is_interpreted: bool
+    pairs: jax.Array,
+    occurrences: jax.Array | None,
+    sizes: pool.Sizes,
+    part: pool.Part,
+    is_interpreted: bool,
 ) -> _Ids:
     """Groups the positions of a batch by id, and the ids by set."""
     num = pairs.shape[0]
@@ -152,7 +157,7 @@ def _grouped(
     position = jnp.arange(num, dtype=jnp.int32)
     tags = pool.tags_of(pairs)
     is_real = tags != jnp.uint32(pool.NO_OWNER)
-    sets = jnp.where(is_real, pool.sets_of(pairs, sizes), num_sets)
+    sets = jnp.where(is_real, pool.sets_of(pairs, sizes, part.shards), num_sets)
     # XLA's GPU back end uses a radix sort for one key and one value. Two such stable sorts are one
     # sort by two keys.
     _, by_tag = lax.sort_key_val(tags, position)
