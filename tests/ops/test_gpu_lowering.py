@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
+from mpembed_jax.vocabulary import pool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
@@ -196,6 +197,21 @@ def test_a_step_of_raw_ids_with_kernels_never_waits_for_the_device():
     assert set(lowering.kernels(text)) >= OF_RAW_IDS
     num_operands = [len(x.split(",")) for x in re.findall(r'stablehlo\.sort"\(([^)]*)\)', text)]
     assert num_operands == [2] * 5  # admit, admit, unique, plan, sums of duplicates
+
+
+def test_admission_to_a_pool_of_few_sets_has_no_loop():
+    """Its sets are too long for the kernel, and the reference decides after the halving."""
+    vocabulary = jax.eval_shape(lambda: pool.init(mpembed.VocabularySpec(64, ways=32), None))
+    scalar = jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments = vocabulary, jax.ShapeDtypeStruct((200, 2), jnp.uint32), scalar
+
+    def admit(vocabulary, pairs, step):
+        given = vocabulary, pairs, step, step == 7, ops.Admission(2, True, 8)
+        return ops.admit(*given, cache=None, implementation="pallas_triton")
+
+    text = lowering.lowered_for("cuda", admit, *arguments).as_text()
+    assert set(lowering.kernels(text)) == {"mpembed_halve_uses"}
+    assert LOOPS_AND_BRANCHES.findall(text) == []
 
 
 def test_a_step_over_a_mesh_lowers_with_kernels():

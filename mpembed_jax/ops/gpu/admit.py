@@ -3,8 +3,12 @@
 The positions are sorted by tag, then by set, so all positions of an id are neighbours, and so are
 all ids of a set. One program of one warp decides about one set, as in `plan`: it finds the ids that
 have rows, and then the newcomers meet the other rows, one after another. There is no loop outside
-the kernels. The reference is `xla.admit`. If a batch has too many positions per set, the reference
-runs after the halving: see `plan.has_short_sets`.
+the kernels. The reference is `xla.admit`.
+
+If a batch has more than 64 positions per set of the pool (`plan.has_short_sets`), the reference
+runs after the halving. For each newcomer, a program looks at all ids of its set, so its time grows
+with the square of their number. The reference sorts all ids, in any number of sets. It has no
+rounds and, after the halving, no loop, so the host never waits there either.
 """
 
 import dataclasses
@@ -69,8 +73,7 @@ def admit(
     sets_, ways, _ = sizes.geometry
     vocabulary = _halved(vocabulary, must_halve, is_interpreted)
     if not plan.has_short_sets(sizes.geometry, num):
-        never = jnp.bool_(False)
-        return xla.admit.admit(vocabulary, pairs, step, never, rules, occurrences, part)
+        return xla.admit.admit_halved(vocabulary, pairs, step, rules, occurrences, part)
     ids = _grouped(pairs, occurrences, sizes, part, is_interpreted)
     sketch = vocabulary.sketch.reshape(-1)
     mixed = pool.mixed(ids.sets, ids.tags, sizes, part)
