@@ -60,6 +60,7 @@ _QUICKLY_COMPILED = {
     "test_sharding_nn.py", "test_spec.py", "test_stats.py", "test_vocabularies.py",
     # Nobody compiles interpreted kernels but these tests.
     "test_gpu_admit.py", "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
+    "test_kernels_over_a_mesh.py",
 }  # fmt: skip
 _OPTIMIZED_IN_COMMAND = {"arrays", "invariants", "numerics", "test_sharding.py", "test_table.py"}
 _ALWAYS_OPTIMIZED = {"invariants"}  # slow or not

@@ -8,6 +8,9 @@ import jax
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 
+# From jax 0.11, kernels are lowered for the device of the mesh; before, sm_90 is assumed.
+HAS_ABSTRACT_DEVICES = tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (0, 11)
+
 
 def lowered_for(platform, function, *args, donate_argnums=()):
     """The lowered `function` for "cuda" (an H200) or "tpu".
@@ -15,11 +18,7 @@ def lowered_for(platform, function, *args, donate_argnums=()):
     Args are arrays or their shape structs.
     """
     context = contextlib.nullcontext()
-    if platform == "cuda" and tuple(int(part) for part in jax.__version__.split(".")[:2]) >= (
-        0,
-        11,
-    ):
-        # From jax 0.11 kernels are lowered for the device of the mesh; before, sm_90 is assumed.
+    if platform == "cuda" and HAS_ABSTRACT_DEVICES:
         from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
         context = use_abstract_mesh(

@@ -1,13 +1,14 @@
-"""Loop carries under `jax.shard_map`, typed by the mesh axes over which they vary.
+"""Values under `jax.shard_map`, typed by the mesh axes over which they vary.
 
 The type system of `jax.shard_map` records which values differ between devices. A loop's carry must
 have the same type at the beginning and at the end. A constant is equal on all devices. If the body
 replaces it by a value that differs between devices, the two types differ. `with_final_types`
 gives the carry its later type from the beginning. `at_most_once` is a loop of one iteration or
-none, inside and outside a mesh.
+none, inside and outside a mesh. `with_common_type` gives the operands of a kernel one type, which
+is also that of its results.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -58,6 +59,21 @@ def at_most_once(body: Callable[[Carry], Carry], count: jax.Array, carry: Carry)
     """
     start = with_final_types(body, carry)
     return lax.fori_loop(0, count, lambda _, carry: body(carry), start)
+
+
+def with_common_type(values: Sequence[jax.Array]) -> tuple[list[jax.Array], frozenset[str]]:
+    """Returns values that all vary over the same mesh axes, and these axes.
+
+    They are the axes over which any of the given values varies. Outside `jax.shard_map`, there are
+    none.
+    """
+    axes = frozenset().union(*map(_axes, values))
+    missing = [tuple(axes - _axes(value)) for value in values]
+    same = [
+        lax.pcast(value, others, to="varying") if others else value
+        for value, others in zip(values, missing, strict=True)
+    ]
+    return same, axes
 
 
 def _axes(value: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:

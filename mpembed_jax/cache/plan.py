@@ -48,10 +48,10 @@ class CachePlan:
     budget, inverse is U - 1. At every other position, `ids == unique_ids[inverse]`.
 
     On a mesh, `unique_ids` and `inverse` describe the ids of this device, in the order of their
-    first occurrence. With summation blocks (see Placement), an id has an entry for each block that
-    it is in. `line`, `is_hit` and `victim_ids` have Q entries instead of U. They describe
-    `route.rows`: the rows of this device's shard that any device asks for. `counts` covers all
-    devices.
+    first occurrence; with kernels, in another order. With summation blocks (see Placement), an id
+    has an entry for each block that it is in. `line`, `is_hit` and `victim_ids` have Q entries
+    instead of U. They describe `route.rows`: the rows of this device's shard that any device asks
+    for. `counts` covers all devices.
     """
 
     unique_ids: jax.Array  # i32 [U], or pairs [U, 2]

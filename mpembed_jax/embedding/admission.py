@@ -59,7 +59,9 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
         )
     else:
         layout.check_bound("prefetch")
-        vocabulary, admitted = raw_ids.admit(layout, vocabulary, pairs, step, *how)
+        vocabulary, admitted = raw_ids.admit(
+            layout, vocabulary, pairs, step, *how, state.implementation
+        )
     state = dataclasses.replace(state, vocabulary=vocabulary)
     state = _settled(state, admitted, admitted.num_requests, admitted.num_shared)
     shapes = [leaf.shape[:-1] for leaf in leaves]
@@ -146,7 +148,7 @@ def rows_of(state: EmbeddingState, ids: Any) -> Any:
 
     def of_shards(state: EmbeddingState, pairs: jax.Array) -> jax.Array:
         assert layout is not None and state.vocabulary is not None
-        return raw_ids.locate(layout, state.vocabulary, pairs, per_table)
+        return raw_ids.locate(layout, state.vocabulary, pairs, per_table, state.implementation)
 
     if layout is None:
         rows = pool.locate(vocabulary, pairs, per_table)

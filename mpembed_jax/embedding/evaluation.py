@@ -60,7 +60,8 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
     )
 
     def read_shards(state: EmbeddingState, ids: jax.Array) -> jax.Array:
-        return exchange.read(layout, requests.masked(layout, ids)[0], partial(_read_rows, state))
+        flat = requests.masked(layout, ids)[0]
+        return exchange.read(layout, flat, partial(_read_rows, state), state.implementation)
 
     rows = _or_nan(state, over_batch(read_shards, state, flat, NO_ID))
     ends = np.cumsum([math.prod(shape) for shape in shapes], dtype=int)

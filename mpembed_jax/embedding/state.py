@@ -301,15 +301,12 @@ def make(
     initializers, and an initializer may return an array that has changed.
 
     Raises:
-      ValueError: as init. Also if a layout is given with kernels, or with a memory kind.
+      ValueError: as init. Also if a layout is given with a memory kind.
     """
-    if layout is not None and (ops.has_kernels(implementation) or spec.memory_kind is not None):
+    if layout is not None and spec.memory_kind is not None:
         raise ValueError(
-            "a stack over a mesh runs on plain XLA with its tables in device memory (kernels could "
-            "not be tested there: interpreted kernels fail the replication check of "
-            "jax.shard_map, which row gradients need); got "
-            f"implementation={implementation!r} and memory_kind={spec.memory_kind!r}; leave both "
-            "out"
+            "a stack over a mesh has its tables in device memory; got "
+            f"memory_kind={spec.memory_kind!r}; leave it out"
         )
 
     # A NumPy key counts as the same value in every process. A jax key would belong to one device.

@@ -91,7 +91,7 @@ def prefetch_rows(
     if layout is None:
         request = _ask(state, leaves, tables)
     else:
-        request = exchange.ask(layout, leaves, state.step, tables)
+        request = exchange.ask(layout, leaves, state.step, tables, state.implementation)
     state, moves, inverse, counts = _place(state, request)
     unique_ids = moves.ids
     route = None
@@ -243,7 +243,8 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     by: Any = {"implementation": state.implementation}
     if state.layout is None:
         return ops.lookup(state.store, _moves(plan), is_valid, **by).astype(dtype)
-    rows = exchange.fetch(state.layout, exchange.route_of(plan), lookup_held(state, plan))
+    given = state.layout, state.implementation, exchange.route_of(plan)
+    rows = exchange.fetch(*given, lookup_held(state, plan))
     return ops.only_if(is_valid, rows, **by).astype(dtype)
 
 
@@ -305,7 +306,8 @@ def apply_gradients(
         _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
         layout.check_bound("apply_gradients")
         rows = lookup_held(state, plan)
-        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+        given = layout, state.implementation, exchange.route_of(plan)
+        row_grads = exchange.collect(*given, row_grads)
     return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
 
 
@@ -413,7 +415,8 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
     _check("gradient_norm", state, plan, plan.unique_ids.shape[0], row_grads=row_grads)
     if layout is not None:
         layout.check_bound("gradient_norm")
-        row_grads = exchange.collect(layout, exchange.route_of(plan), row_grads)
+        given = layout, state.implementation, exchange.route_of(plan)
+        row_grads = exchange.collect(*given, row_grads)
     is_row = _moves(plan).is_row
     total = jnp.sum(jnp.square(jnp.where(is_row[:, None], row_grads, jnp.float32(0))))
     return jnp.sqrt(total if layout is None else exchange.total_over_shards(layout, total))

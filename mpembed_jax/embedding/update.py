@@ -75,7 +75,7 @@ def apply(
         rows,
         row_grads,
         rule=rule,
-        draw=Draw(state.key, step),
+        draw=Draw(state.row_key, step),
         implementation=state.implementation,
     )
     return stored(state, store, with_accumulator(state, accumulator)), is_stored
@@ -123,7 +123,7 @@ def apply_summed(
         rows,
         positions,
         rule=rule,
-        draw=Draw(state.key, step),
+        draw=Draw(state.row_key, step),
         skip_nonfinite=state.spec.skip_nonfinite,
         implementation=state.implementation,
     )

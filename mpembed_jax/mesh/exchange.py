@@ -86,17 +86,21 @@ def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable)
     return lax.cond(is_wide, lambda: run(wide), lambda: run(narrow))
 
 
-def _assign(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _assign(
+    layout: Layout, ids: jax.Array, implementation: ops.Named
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the owner, the local row and the rank of each entry (int32 [U] each).
 
     The rank is the entry's position among the entries with the same owner.
     """
     owner, row = layout.home_of(ids)
-    owner, rank = _ranked(layout, owner)
+    owner, rank = _ranked(layout, owner, implementation)
     return owner, row, rank
 
 
-def _ranked(layout: Layout, owner: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _ranked(
+    layout: Layout, owner: jax.Array, implementation: ops.Named
+) -> tuple[jax.Array, jax.Array]:
     """Returns the owner and the rank of each entry (int32 [U] each).
 
     If the batch is not divided over the sharding axes, this device sends only a part of the
@@ -105,12 +109,26 @@ def _ranked(layout: Layout, owner: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not layout.is_batch_divided:
         is_mine = jnp.arange(owner.shape[0], dtype=jnp.int32) % layout.shards == layout.index()
         owner = jnp.where(is_mine, owner, layout.shards)
+    if ops.has_kernels(implementation):
+        return owner, _ranks(owner, layout.shards)
     rank = jnp.zeros_like(owner)
-    # One machine has few shards. For so few, one pass per shard is faster than a sort.
+    # One machine has few shards. For so few, one pass per shard is faster than a sort on a CPU.
     for shard in range(layout.shards):
         is_here = owner == shard
         rank = jnp.where(is_here, jnp.cumsum(is_here.astype(jnp.int32)) - 1, rank)
     return owner, rank
+
+
+def _ranks(owner: jax.Array, shards: int) -> jax.Array:
+    """Returns the rank of each entry (int32 [U]) among those with its owner, by one sort.
+
+    A cumulative sum for each shard would be several launches for each on a GPU.
+    """
+    position = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    by_owner, order = lax.sort_key_val(owner, position)  # stable
+    first = jnp.where(indexing.starts(by_owner), by_owner, shards + 1)
+    first = indexing.put(jnp.zeros(shards + 1, jnp.int32), first, position)
+    return indexing.put(jnp.zeros_like(owner), order, position - indexing.take(first, by_owner))
 
 
 def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
@@ -181,7 +199,11 @@ def _sum(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def ask(
-    layout: Layout, leaves: list[jax.Array], step: jax.Array, tables: TablesOfIds | None
+    layout: Layout,
+    leaves: list[jax.Array],
+    step: jax.Array,
+    tables: TablesOfIds | None,
+    implementation: ops.Named,
 ) -> Request:
     """Sends this device's distinct ids to their owners; returns the requests for this shard's rows.
 
@@ -191,12 +213,15 @@ def ask(
       step: int32 scalar.
       tables: for each of `leaves`, the names of the tables to which its ids belong (see
         `spec.TablesOfIds`). None if they are not known.
+      implementation: of the ops; see ops.IMPLEMENTATIONS.
     """
     layout.check_bound("prefetch")
-    own, num_requests, num_out_of_range = requests.deduplicate(layout, leaves, step, tables)
+    own, num_requests, num_out_of_range = requests.deduplicate(
+        layout, leaves, step, tables, implementation
+    )
     num_dropped = own.num_dropped
     num_positions = own.inverse.shape[0]
-    rows, own, route = request(layout, own, step)
+    rows, own, route = request(layout, own, step, implementation)
     num_dropped = total_over_batch(layout, num_dropped) + total_over_shards(
         layout, rows.num_dropped
     )
@@ -235,7 +260,9 @@ def settle(
 
 
 @jax.named_scope("exchange_ids")
-def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Unique, Route]:
+def request(
+    layout: Layout, wanted: Unique, step: jax.Array, implementation: ops.Named
+) -> tuple[Unique, Unique, Route]:
     """Sends a device's unique ids to their owners, which deduplicate the ids that they receive.
 
     The budget is `max_unique_ids` of the stack. If the whole batch has more distinct ids, the ids
@@ -246,6 +273,7 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
       wanted: the distinct ids of this device's share of the batch. NO_ID may appear anywhere among
         them.
       step: int32 scalar.
+      implementation: of the ops.
 
     Returns:
       Three results:
@@ -256,7 +284,7 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
     """
     num_entries = wanted.ids.shape[0] - 1
     budget = layout.spec.max_unique_ids
-    owner, row, rank = _assign(layout, wanted.ids)
+    owner, row, rank = _assign(layout, wanted.ids, implementation)
     is_wide = _is_wide(layout, owner, rank, num_entries, layout.all_axes)
     num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
     size = min(num_received, layout.num_rows) + 1
@@ -265,7 +293,9 @@ def request(layout: Layout, wanted: Unique, step: jax.Array) -> tuple[Unique, Un
     def send(width: int) -> Unique:
         empty = jnp.broadcast_to(jnp.asarray([NO_ID, 0], jnp.int32), (layout.shards * width, 2))
         received = _deliver(layout, owner, rank, entries, empty)
-        found = ops.unique(received[:, 0], received.shape[0] + 1, step)
+        found = ops.unique(
+            received[:, 0], received.shape[0] + 1, step, implementation=implementation
+        )
         counts = indexing.add(jnp.zeros_like(found.ids), found.inverse, received[:, 1])
         # There are at most `size - 1` distinct rows, so the cuts to `size` remove only padding.
         padding = max(0, size - found.ids.shape[0])
@@ -346,7 +376,11 @@ def _keep_budget(
 
 
 def ask_owners(
-    layout: Layout, owner: jax.Array, entries: jax.Array, padding: jax.Array
+    layout: Layout,
+    owner: jax.Array,
+    entries: jax.Array,
+    padding: jax.Array,
+    implementation: ops.Named,
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Sends entries to their owners; an owner can answer each entry with a number.
 
@@ -355,6 +389,7 @@ def ask_owners(
       owner: int32 [U]: the owner of each entry; P for no owner. The last entry has no owner.
       entries: [U, k].
       padding: [k]: the entry that fills empty places.
+      implementation: of the ops.
 
     Returns:
       Two results:
@@ -364,7 +399,7 @@ def ask_owners(
         this device's own entries (int32 [U], 0 for an entry without an owner).
     """
     num_entries = owner.shape[0] - 1
-    owner, rank = _ranked(layout, owner)
+    owner, rank = _ranked(layout, owner, implementation)
     is_wide = _is_wide(layout, owner, rank, num_entries, layout.all_axes)
     num_received = layout.replicas * layout.shards * _width(layout, num_entries, True)
 
@@ -401,9 +436,9 @@ def _return(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
     return received if layout.is_batch_divided else _sum(received, layout.axes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 @jax.named_scope("exchange_rows")
-def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
+def fetch(layout: Layout, implementation: ops.Named, route: Route, rows: jax.Array) -> jax.Array:
     """Returns the rows [U, D] of this device's unique ids, taken from the owners' rows [Q, D].
 
     The last row of each owner must be zero, because ids without a row get the last row. `collect`
@@ -413,34 +448,49 @@ def fetch(layout: Layout, route: Route, rows: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("exchange_gradients")
-def collect(layout: Layout, route: Route, row_grads: jax.Array) -> jax.Array:
+def collect(
+    layout: Layout, implementation: ops.Named, route: Route, row_grads: jax.Array
+) -> jax.Array:
     """Returns the summed gradients [Q, D] of a shard's rows, from all devices' gradients [U, D].
 
-    The gradients of one row are added in the order of the devices.
+    The gradients of one row are added in the order of the devices. A kernel adds those of more than
+    32 devices in another order, which is fixed, too.
     """
 
     def send(width: int) -> jax.Array:
         empty = jnp.zeros((layout.shards * width, row_grads.shape[1]), row_grads.dtype)
         received = _deliver(layout, route.owner, route.rank, row_grads, empty)
-        total = jnp.zeros((route.rows.shape[0], row_grads.shape[1]), row_grads.dtype)
-        return ops.add_duplicates(total, route.asked[: received.shape[0]], received)
+        return ops.sum_duplicates(
+            received,
+            route.asked[: received.shape[0]],
+            route.rows.shape[0],
+            implementation=implementation,
+        )
 
     return _either(layout, route.is_wide, route.owner.shape[0] - 1, send)
 
 
-def _fetch_fwd(layout: Layout, route: Route, rows: jax.Array) -> tuple[jax.Array, Route]:
-    return fetch(layout, route, rows), route
+def _fetch_fwd(
+    layout: Layout, implementation: ops.Named, route: Route, rows: jax.Array
+) -> tuple[jax.Array, Route]:
+    return fetch(layout, implementation, route, rows), route
 
 
-def _fetch_bwd(layout: Layout, route: Route, row_grads: jax.Array) -> tuple[None, jax.Array]:
-    return None, collect(layout, route, row_grads)
+def _fetch_bwd(
+    layout: Layout, implementation: ops.Named, route: Route, row_grads: jax.Array
+) -> tuple[None, jax.Array]:
+    return None, collect(layout, implementation, route, row_grads)
 
 
 fetch.defvjp(_fetch_fwd, _fetch_bwd)
 
 
 def find(
-    layout: Layout, planned: Route, leaves: list[jax.Array], step: jax.Array
+    layout: Layout,
+    planned: Route,
+    leaves: list[jax.Array],
+    step: jax.Array,
+    implementation: ops.Named,
 ) -> tuple[jax.Array, jax.Array, Route]:
     """Finds ids among the planned rows of all shards.
 
@@ -450,6 +500,7 @@ def find(
       leaves: ids of this device, int32 [..] or pairs [.., 2]. They may differ from the prefetched
         ids.
       step: int32 scalar: the step of the plan.
+      implementation: of the ops.
 
     Returns:
       Three results:
@@ -458,8 +509,8 @@ def find(
       - For each position, whether the plan lacks its row (bool [N]).
       - The route with which `fetch` brings the rows of the entries.
     """
-    wanted, _, _ = requests.deduplicate(layout, leaves, step)
-    asked, own, route = request(layout, wanted, step)
+    wanted, _, _ = requests.deduplicate(layout, leaves, step, None, implementation)
+    asked, own, route = request(layout, wanted, step, implementation)
     index, _ = ops.find(planned.rows, asked.ids)
     route = dataclasses.replace(
         planned,
@@ -509,14 +560,19 @@ def over_shards(
     return jax.tree.map(own, update(*jax.tree.map(of_all, (row_grads, row_state, rows))))
 
 
-def read(layout: Layout, ids: jax.Array, read_rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def read(
+    layout: Layout,
+    ids: jax.Array,
+    read_rows: Callable[[jax.Array], jax.Array],
+    implementation: ops.Named,
+) -> jax.Array:
     """Returns the rows [N, D] of ids [N] (or pairs [N, 2]).
 
     The owner of an id reads the id's row. `read_rows` takes local rows [n] and returns their values
     [n, D].
     """
-    wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0))
-    owner, row, rank = _assign(layout, wanted.ids)
+    wanted = requests.distinct(layout, ids, ids.shape[0] + 1, jnp.int32(0), implementation)
+    owner, row, rank = _assign(layout, wanted.ids, implementation)
     num_entries = ids.shape[0]
     is_wide = _is_wide(layout, owner, rank, num_entries, layout.axes)
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpembed_jax import ops
 from mpembed_jax.arrays import indexing
 from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.mesh import exchange
 from mpembed_jax.mesh.layout import Layout
-from mpembed_jax.ops import Admission, Admitted, xla
+from mpembed_jax.ops import Admission, Admitted
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import pool
 from mpembed_jax.vocabulary.hashes import PADDING
@@ -32,6 +33,7 @@ def admit(
     step: jax.Array,
     must_halve: jax.Array,
     rules: Admission,
+    implementation: ops.Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives rows of their own to the raw ids that earned them; see `ops.xla.admit.admit`.
 
@@ -42,15 +44,17 @@ def admit(
       step: uint32 scalar.
       must_halve: bool scalar: whether all uses and counters are halved first.
       rules: the rules of admission.
+      implementation: of the ops.
 
     Returns:
       This shard's part, changed, and what was decided. `rows` are the global row numbers of this
       device's positions. `recycled` are local row numbers of this shard, and `num_recycled` is
       their number. All other counts are those of the whole batch.
     """
-    asked, counts, back = _ask(layout, pairs)
+    asked, counts, back = _ask(layout, pairs, implementation)
     part = pool.Part(layout.shards, layout.index())
-    vocabulary, made = xla.admit.admit(vocabulary, asked, step, must_halve, rules, counts, part)
+    given = vocabulary, asked, step, must_halve, rules, counts, part
+    vocabulary, made = ops.admit(*given, cache=None, implementation=implementation)
     lines = vocabulary.geometry.lines
     own = jnp.where(made.rows < lines, made.rows, lines)
     totals: Any = {
@@ -63,7 +67,11 @@ def admit(
 
 @jax.named_scope("exchange_raw_ids")
 def locate(
-    layout: Layout, vocabulary: VocabularyState, pairs: jax.Array, per_table: int
+    layout: Layout,
+    vocabulary: VocabularyState,
+    pairs: jax.Array,
+    per_table: int,
+    implementation: ops.Named,
 ) -> jax.Array:
     """Returns the global row number of each id; see `pool.locate`.
 
@@ -72,11 +80,12 @@ def locate(
       vocabulary: this shard's part; not changed.
       pairs: uint32 [N, 2]: the raw ids of this device's share of the batch.
       per_table: shared rows per table.
+      implementation: of the ops.
 
     Returns:
       int32 [N]; NO_ID for padding.
     """
-    asked, _, back = _ask(layout, pairs)
+    asked, _, back = _ask(layout, pairs, implementation)
     geometry = vocabulary.geometry
     sets = pool.sets_of(asked, vocabulary.sizes, layout.shards)
     way = pool.ways_of(vocabulary, sets, pool.tags_of(asked))
@@ -85,7 +94,7 @@ def locate(
 
 
 def _ask(
-    layout: Layout, pairs: jax.Array
+    layout: Layout, pairs: jax.Array, implementation: ops.Named
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Sends this device's distinct pairs to the shards that hold their sets.
 
@@ -117,7 +126,7 @@ def _ask(
     is_pair = entries[:, 0] != jnp.uint32(PADDING)
     owner = jnp.where(is_pair, pool.shard_of(entries, layout.shards), layout.shards)
     padding = jnp.asarray([PADDING, 0, 0], jnp.uint32)
-    received, bring = exchange.ask_owners(layout, owner, entries, padding)
+    received, bring = exchange.ask_owners(layout, owner, entries, padding, implementation)
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
 
     def back(rows: jax.Array) -> jax.Array:

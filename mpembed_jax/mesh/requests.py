@@ -6,6 +6,7 @@ distinct only within a block.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +40,17 @@ def masked(layout: Layout, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
     return masked, jnp.sum(is_row, dtype=jnp.int32), jnp.sum(~is_row & ~is_padding, dtype=jnp.int32)
 
 
-def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Unique:
+def distinct(
+    layout: Layout, ids: jax.Array, size: int, step: jax.Array, implementation: ops.Named
+) -> Unique:
     """Returns ops.unique of ids [N] or of pairs [N, 2]; its ids are [size] or [size, 2].
 
     Raises:
       ValueError: if there are too many pairs: (N + 1) * P must be below 2**31 - 1.
     """
+    find = partial(ops.unique, implementation=implementation)
     if not layout.is_paired:
-        return ops.unique(ids, size, step)
+        return find(ids, size, step)
     # Local rows are deduplicated first. The pair (number of the distinct row, shard) then fits in
     # 32 bits.
     num_ids = ids.shape[0]
@@ -55,9 +59,9 @@ def distinct(layout: Layout, ids: jax.Array, size: int, step: jax.Array) -> Uniq
             f"{num_ids} ids per device are too many for one batch over {layout.shards} shards; "
             "use smaller batches"
         )
-    rows = ops.unique(ids[:, 1], num_ids + 1, step)
+    rows = find(ids[:, 1], num_ids + 1, step)
     is_real = ids[:, 1] != NO_ID
-    found = ops.unique(
+    found = find(
         jnp.where(is_real, rows.inverse * layout.shards + ids[:, 0], NO_ID), num_ids + 1, step
     )
     is_id = found.ids != NO_ID
@@ -70,7 +74,8 @@ def deduplicate(
     layout: Layout,
     leaves: list[jax.Array],
     step: jax.Array,
-    tables: TablesOfIds | None = None,
+    tables: TablesOfIds | None,
+    implementation: ops.Named,
 ) -> tuple[Unique, jax.Array, jax.Array]:
     """Returns the distinct ids of a device, the number of requests and of ids outside the stack.
 
@@ -79,6 +84,7 @@ def deduplicate(
       leaves: int32 arrays [..], or pairs [.., 2].
       step: int32 scalar.
       tables: the tables that the ids belong to, or None.
+      implementation: of the ops.
 
     Raises:
       ValueError: if summation blocks do not divide the leading axis of a leaf.
@@ -101,7 +107,7 @@ def deduplicate(
             sizes = [leaf.size // blocks for leaf in leaves]
             most = most_distinct(layout.spec.tables, tables, sizes)
             most = most if budget is None else min(budget, most)
-        return distinct(layout, ids, most + 1, step)
+        return distinct(layout, ids, most + 1, step, implementation)
 
     if blocks == 1:
         return find(ids), num_requests, num_out_of_range

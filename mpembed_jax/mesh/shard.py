@@ -75,25 +75,21 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class RowKey:
-    """A key bound to a shard. `random_bits.row_bits` takes it in the place of a key."""
+    """A key bound to a shard. `random_bits.row_seeds` takes it in the place of a key."""
 
     words: jax.Array  # u32 [2]
     shard: Shard
 
-    def row_bits(
-        self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
-    ) -> jax.Array:
-        """Returns the random bits (uint32 [.., num_columns]) of local rows (int32 [..]).
+    def row_seeds(self, stream: int, step: jax.Array, rows: jax.Array) -> random_bits.RowSeeds:
+        """Returns the sequences of random bits of local rows (int32 [..]).
 
-        They are the bits of the rows' 64-bit global ids. For the other arguments, see
+        They are those of the rows' 64-bit global ids. For the other arguments, see
         random_bits.row_bits.
         """
-        columns = random_bits.columns_of(rows, num_columns)
         seed = random_bits.draw_seed(self.words, stream, step)
         low, high = self.shard.ids_of(rows)
         if high is None:
-            return random_bits.bits_at(seed, low[..., None], columns)
+            return random_bits.seeds_at(seed, low)
         # fmix32 maps 0 to 0, so ids below 2^32 draw the same bits as in a smaller stack.
         mixed = random_bits.fmix32(high), random_bits.fmix32(high * jnp.uint32(0x9E3779B9))
-        seeds = seed[0] ^ mixed[0][..., None], seed[1] + mixed[1][..., None]
-        return random_bits.bits_at(seeds, low[..., None], columns)
+        return random_bits.seeds_at((seed[0] ^ mixed[0], seed[1] + mixed[1]), low)

@@ -248,7 +248,7 @@ def _find(
     shapes = [np.shape(leaf) for leaf in leaves]
     if layout is not None:
         index, is_missing, route = exchange.find(
-            layout, exchange.route_of(plan), leaves, plan.number
+            layout, exchange.route_of(plan), leaves, plan.number, state.implementation
         )
     else:
         ids = row_ids.joined(leaves)
@@ -312,7 +312,7 @@ def _brought(state: EmbeddingState, rows: jax.Array, route: Route | None) -> jax
     layout: Any = state.layout
     if layout is None:
         return rows
-    bring = partial(exchange.fetch, layout)
+    bring = partial(exchange.fetch, layout, state.implementation)
     if not verbs.is_whole(state):
         return bring(route, rows)
     specs = (exchange.route_specs(layout), _held(layout))

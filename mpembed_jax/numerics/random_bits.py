@@ -6,7 +6,7 @@ Everything is elementwise integer and float32 arithmetic, so the same functions 
 `jax.jit` and inside a kernel body.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def scale_to(mixed: jax.Array, size: int) -> jax.Array:
 
 
 def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
-    """Folds (key, stream, step) into the two words that `bits_at` takes.
+    """Folds (key, stream, step) into the two words that `seeds_at` takes.
 
     Args:
       key: uint32 [2].
@@ -72,36 +72,45 @@ def draw_seed(key: jax.Array, stream: int, step: jax.Array) -> jax.Array:
     return jnp.stack([fmix32(mixed ^ key[1]), fmix32(mixed + fmix32(key[1] ^ jnp.uint32(_GOLDEN)))])
 
 
-def bits_at(seed: jax.Array | tuple, row_ids: jax.Array, columns: jax.Array) -> jax.Array:
-    """Returns 32 random bits for each row id and column.
+class RowSeeds(NamedTuple):
+    """The Weyl sequence of each row, from which `bits_of` draws the bits of its columns."""
+
+    start: jax.Array  # u32 [..]
+    increment: jax.Array  # u32 [..]; odd
+
+
+def seeds_at(seed: jax.Array | tuple, row_ids: jax.Array) -> RowSeeds:
+    """Returns the sequences of rows.
+
+    Args:
+      seed: two uint32 words, from `draw_seed`; an array [2], or a tuple of two that are broadcast.
+      row_ids: integers [..], which are cast to uint32.
+    """
+    ids = row_ids.astype(jnp.uint32)
+    return RowSeeds(fmix32(ids ^ seed[0]), fmix32(ids + seed[1]) | jnp.uint32(1))
+
+
+def bits_of(seeds: RowSeeds, columns: jax.Array) -> jax.Array:
+    """Returns 32 random bits for each row and column.
 
     Each row has its own Weyl sequence, whose odd increment depends on the row. Each point of the
     sequence is mixed again, so that the sequence of one row is not a shifted copy of another row's.
 
     Args:
-      seed: two uint32 words, from `draw_seed`; an array [2], or a tuple of two that are broadcast.
-      row_ids: integers. They are cast to uint32 and broadcast against columns.
-      columns: integers. They are cast to uint32 and broadcast against row_ids.
+      seeds: the sequences of the rows. They are broadcast against columns.
+      columns: integers. They are cast to uint32 and broadcast against the sequences.
 
     Returns:
       uint32 of the common shape.
     """
-    ids = row_ids.astype(jnp.uint32)
-    start = fmix32(ids ^ seed[0])
-    increment = fmix32(ids + seed[1]) | jnp.uint32(1)
-    return fmix32(start + columns.astype(jnp.uint32) * increment)
+    return fmix32(seeds.start + columns.astype(jnp.uint32) * seeds.increment)
 
 
 class RowKey(Protocol):
     """A key bound to the rows of one shard: local rows draw the bits of their global ids."""
 
-    def row_bits(
-        self, stream: int, step: jax.Array, rows: jax.Array, num_columns: int
-    ) -> jax.Array:
-        """Returns the random bits (uint32 [.., num_columns]) of local rows [..].
-
-        See the function `row_bits`.
-        """
+    def row_seeds(self, stream: int, step: jax.Array, rows: jax.Array) -> RowSeeds:
+        """Returns the sequences of local rows [..]; see the function `row_seeds`."""
 
 
 Key = jax.Array | RowKey  # u32 [2], or bound to a shard
@@ -122,10 +131,15 @@ def row_bits(
     Returns:
       uint32 [.., num_columns].
     """
-    if not isinstance(key, jax.Array | np.ndarray):
-        return key.row_bits(stream, step, row_ids, num_columns)
     columns = columns_of(row_ids, num_columns)
-    return bits_at(draw_seed(key, stream, step), row_ids[..., None], columns)
+    return bits_of(row_seeds(key, stream, step, row_ids[..., None]), columns)
+
+
+def row_seeds(key: Key, stream: int, step: jax.Array, row_ids: jax.Array) -> RowSeeds:
+    """Returns the sequences from which rows (integers [..]) draw their bits; see `row_bits`."""
+    if isinstance(key, jax.Array | np.ndarray):
+        return seeds_at(draw_seed(key, stream, step), row_ids)
+    return key.row_seeds(stream, step, row_ids)
 
 
 def columns_of(row_ids: jax.Array, num_columns: int) -> jax.Array:

@@ -6,7 +6,8 @@ Only this room has code for particular hardware. The implementations have names:
   numba             like xla_chunked, but numba compiles unique, find, admit, start_again, plan, the
                     gathers and scatters of rows, and the fused step
   pallas_triton     Pallas kernels for NVIDIA GPUs
-  pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device
+  pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device.
+                    jax interprets kernels inside jax.shard_map only with check_vma=False
 
 All implementations give the same bits. A table in host memory is always accessed by XLA, in chunks
 that cover only the rows that are needed. No other rows cross the bus.
@@ -69,7 +70,7 @@ from mpembed_jax.ops.xla.sums import add_duplicates
 from mpembed_jax.optim import RowRule
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
-from mpembed_jax.vocabulary.pool import VocabularyState
+from mpembed_jax.vocabulary.pool import WHOLE, Part, VocabularyState
 
 # Rows per chunk. They take a few hundred kilobytes, which fit a core's cache at every usual
 # embedding dim.
@@ -307,14 +308,15 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None = None,
+    part: Part = WHOLE,
     *,
     cache: CacheState | None,
     implementation: Named,
 ) -> tuple[VocabularyState, Admitted]:
     """Gives raw ids rows of their own, where they earned them; see `xla.admit.admit`.
 
-    This function is for one device. On a mesh, each shard calls the reference, with the counts that
-    the devices sent. Only the native admission uses `cache`: it deals positions to partitions that
+    On a mesh, each shard passes the counts that the devices sent, and its part of the pool. The
+    native admission is for one device. Only it uses `cache`: it deals positions to partitions that
     own sets of the pool and sets of the cache.
     """
     native = compiled(implementation)
@@ -324,9 +326,9 @@ def admit(
         return native.admit.admit(vocabulary, pairs, step, must_halve, rules, *how)
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
-        given = vocabulary, pairs, step, must_halve, rules, occurrences
+        given = vocabulary, pairs, step, must_halve, rules, occurrences, part
         return kernels.admit.admit(*given, is_interpreted=is_interpreted)
-    return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences)
+    return xla.admit.admit(vocabulary, pairs, step, must_halve, rules, occurrences, part)
 
 
 def plan(

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpembed_jax.cache.plan import Route, Segments
 from mpembed_jax.cache.residency import CacheState
-from mpembed_jax.numerics.random_bits import Key, draw_seed
+from mpembed_jax.numerics.random_bits import Key, RowSeeds, draw_seed, row_seeds
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
@@ -112,17 +112,21 @@ class Draw(NamedTuple):
     step: jax.Array  # i32 []
 
     def seed(self, stream: int) -> jax.Array:
-        """Returns the seed (uint32 [2]) from which a kernel draws the bits of a stream.
+        """Returns the seed (uint32 [2]) from which native code draws the bits of a stream.
 
         Raises:
           TypeError: if the key is bound to a shard, because the rows of a shard are not global ids.
         """
         if not isinstance(self.key, jax.Array | np.ndarray):
             raise TypeError(
-                "kernels draw random bits for global ids, so they cannot run over a mesh; choose "
-                'implementation="xla"'
+                "native code draws random bits for global ids, so it cannot run over a mesh; "
+                'choose implementation="xla"'
             )
         return draw_seed(self.key, stream, self.step)
+
+    def row_seeds(self, stream: int, rows: jax.Array) -> RowSeeds:
+        """Returns the sequences from which a kernel draws the bits of rows (int32 [..])."""
+        return row_seeds(self.key, stream, self.step, rows)
 
 
 class Admission(NamedTuple):

@@ -100,6 +100,20 @@ def test_bits_that_differ_are_counted_by_name():
     }
 
 
+def test_only_floats_may_differ_and_only_by_little():
+    floats = np.array([1, np.nan, 4], np.float32)
+    one = {"rows": floats, "tags": np.arange(3)}
+    assert checks.largest_difference(one, one) == 0
+    near = one | {"rows": floats + np.float32(0.5)}
+    assert checks.largest_difference(one, near) == 0.5 / 4
+    for wrong in (
+        {"tags": np.array([0, 1, 3])},
+        {"rows": np.array([1, 0, 4], np.float32)},
+        {"rows": np.array([1, np.nan, np.inf], np.float32)},
+    ):
+        assert checks.largest_difference(one, one | wrong) == np.inf
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     """One raises inside its process, one is ended for taking too long, one would begin too late.

@@ -79,6 +79,7 @@ class Case(NamedTuple):
     budget: int | None = None
     placement: mpembed.Placement = mpembed.Placement("rows")
     is_pooled: bool = False
+    implementation: str = "xla"
 
 
 CASES = {
@@ -89,6 +90,8 @@ CASES = {
     "vectors": Case((2, 4), is_pooled=True),
     "raw ids": Case((2, 4), is_raw=True),
     "replicated": Case((4,), placement=mpembed.Placement("replicated")),
+    "kernels, a budget": Case((2, 4), budget=100, implementation="pallas_interpret"),
+    "kernels, raw ids": Case((2, 4), is_raw=True, implementation="pallas_interpret"),
 }
 
 
@@ -118,7 +121,7 @@ def test_no_collective_waits_for_a_condition_that_devices_may_decide_differently
         vocabulary=mpembed.VocabularySpec(560, ways=4) if case.is_raw else None,
     )
     init = partial(mpembed.init, spec=spec, tx=TX, mesh=mesh, axis_name="rows")
-    init = partial(init, placement=case.placement)
+    init = partial(init, placement=case.placement, implementation=case.implementation)
     state = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
     specs = mpembed.partition_specs(state)
     batch = P(state.layout.batch_axes or None)

@@ -21,6 +21,7 @@ from experiments.scaling.collectives import collectives
 from mpembed_jax import sharding
 from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.numerics import random_bits
 
 KEY = jax.random.key(3)
 SIZES = (1200, 3797, 3)  # V = 5,000
@@ -596,9 +597,9 @@ def test_pairs_are_the_rows_of_64_bit_ids():
     low, high = shard.ids_of(jnp.asarray(pairs[..., 1], jnp.int32))
     ids = np.asarray(low, np.uint64) + (np.asarray(high, np.uint64) << np.uint64(32))
     np.testing.assert_array_equal(ids[1:], (pairs[..., 1] * 64 + 63)[1:].astype(np.uint64))
-    bits = shard.key(jnp.asarray([1, 2], jnp.uint32)).row_bits(
-        1, jnp.int32(3), jnp.asarray(pairs[1:, 0, 1], jnp.int32), 8
-    )
+    key = shard.key(jnp.asarray([1, 2], jnp.uint32))
+    rows = jnp.asarray(pairs[1:, 0, 1], jnp.int32)
+    bits = random_bits.row_bits(key, 1, jnp.int32(3), rows, 8)
     assert len(np.unique(np.asarray(bits))) > 0.99 * bits.size
     with pytest.raises(ValueError, match="must be pairs"):
         state.layout.shape_of(jnp.zeros((3,), jnp.int32))

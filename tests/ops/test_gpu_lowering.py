@@ -3,6 +3,7 @@
 It has no scatter of duplicates, and kernels where they are named.
 """
 
+import dataclasses
 import importlib.util
 import re
 import types
@@ -16,9 +17,12 @@ import optax
 import pytest
 import shapes
 from cases import crossed, named
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
+from mpembed_jax.vocabulary import pool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
@@ -194,6 +198,56 @@ def test_a_step_of_raw_ids_with_kernels_never_waits_for_the_device():
     assert set(lowering.kernels(text)) >= OF_RAW_IDS
     num_operands = [len(x.split(",")) for x in re.findall(r'stablehlo\.sort"\(([^)]*)\)', text)]
     assert num_operands == [2] * 5  # admit, admit, unique, plan, sums of duplicates
+
+
+def test_admission_to_a_pool_of_few_sets_has_no_loop():
+    """Its sets are too long for the kernel, and the reference decides after the halving."""
+    vocabulary = jax.eval_shape(lambda: pool.init(mpembed.VocabularySpec(64, ways=32), None))
+    scalar = jax.ShapeDtypeStruct((), jnp.uint32)
+    arguments = vocabulary, jax.ShapeDtypeStruct((200, 2), jnp.uint32), scalar
+
+    def admit(vocabulary, pairs, step):
+        given = vocabulary, pairs, step, step == 7, ops.Admission(2, True, 8)
+        return ops.admit(*given, cache=None, implementation="pallas_triton")
+
+    text = lowering.lowered_for("cuda", admit, *arguments).as_text()
+    assert set(lowering.kernels(text)) == {"mpembed_halve_uses"}
+    assert LOOPS_AND_BRANCHES.findall(text) == []
+
+
+def test_a_step_over_a_mesh_lowers_with_kernels():
+    """Kernels take part in the types that say what differs between devices: jax checks them.
+
+    A loop would wait for the device. The branches choose the width of an exchange: of raw ids,
+    their rows, row numbers, rows and gradients.
+    """
+    abstract = {}
+    if lowering.HAS_ABSTRACT_DEVICES:
+        abstract["abstract_device"] = jax.sharding.AbstractDevice("NVIDIA H200", 132, "cuda")
+    mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), **abstract)
+    spec = dataclasses.replace(RAW_IDS, cache=mpembed.CacheSpec(num_rows=256, ways=8))
+    init = partial(mpembed.init, spec=spec, tx=ADAGRAD, mesh=mesh)
+    init = partial(init, implementation="pallas_triton")
+    state = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    specs = mpembed.partition_specs(state)
+
+    def step(state, ids, grads):
+        state, plan, vectors = mpembed.embed(state, ids, tx=ADAGRAD)
+        return mpembed.apply_pooled_gradients(state, plan, grads, tx=ADAGRAD), vectors
+
+    divided = P("x")
+    run = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, divided, divided), out_specs=(specs, divided)
+    )
+    arguments = (
+        state,
+        jax.ShapeDtypeStruct((BATCH, LENGTH, 2), jnp.uint32),
+        jax.ShapeDtypeStruct((BATCH, LENGTH, 16), jnp.float32),
+    )
+    text = lowering.lowered_for("cuda", run, *arguments, donate_argnums=0).as_text()
+    moving_rows = {f"mpembed_{name}" for name in ("swap", "lookup", "update", "sum")}
+    assert set(lowering.kernels(text)) == PLANNING | OF_RAW_IDS | moving_rows
+    assert LOOPS_AND_BRANCHES.findall(text) == ["stablehlo.case"] * 5
 
 
 @crossed(

@@ -339,7 +339,7 @@ def _mixed(x: Lanes) -> Lanes:
 
 @compiled
 def bits_of_row(x, seed0, seed1):
-    """Returns the start and the increment of the random bits of row x; see random_bits.bits_at."""
+    """Returns the start and the increment of the random bits of row x; see random_bits.seeds_at."""
     return fmix32(U32(x) ^ seed0), fmix32(U32(U32(x) + seed1)) | U32(1)
 
 
@@ -362,7 +362,7 @@ def draw_uniform(context, buffer, bound, dim, start, increment):
 
 
 def _bits_of(block: Block, starts: Lanes, increments: Lanes) -> Lanes:
-    """Returns the random bits of a block's columns; see random_bits.bits_at."""
+    """Returns the random bits of a block's columns; see random_bits.bits_of."""
     builder = block.builder
     numbers = constant(builder, list(range(lanes.LANES)), is_float=False)
     first = lanes.splat(builder, builder.trunc(block.first, _WORD))

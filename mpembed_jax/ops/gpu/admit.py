@@ -3,8 +3,12 @@
 The positions are sorted by tag, then by set, so all positions of an id are neighbours, and so are
 all ids of a set. One program of one warp decides about one set, as in `plan`: it finds the ids that
 have rows, and then the newcomers meet the other rows, one after another. There is no loop outside
-the kernels. The reference is `xla.admit`. If a batch has too many positions per set, the reference
-runs after the halving: see `plan.has_short_sets`.
+the kernels. The reference is `xla.admit`.
+
+If a batch has more than 64 positions per set of the pool (`plan.has_short_sets`), the reference
+runs after the halving. For each newcomer, a program looks at all ids of its set, so its time grows
+with the square of their number. The reference sorts all ids, in any number of sets. It has no
+rounds and, after the halving, no loop, so the host never waits there either.
 """
 
 import dataclasses
@@ -59,6 +63,7 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None,
+    part: pool.Part,
     *,
     is_interpreted: bool,
 ) -> tuple[VocabularyState, Admitted]:
@@ -68,11 +73,10 @@ def admit(
     sets_, ways, _ = sizes.geometry
     vocabulary = _halved(vocabulary, must_halve, is_interpreted)
     if not plan.has_short_sets(sizes.geometry, num):
-        never = jnp.bool_(False)
-        return xla.admit.admit(vocabulary, pairs, step, never, rules, occurrences)
-    ids = _grouped(pairs, occurrences, sizes, is_interpreted)
+        return xla.admit.admit_halved(vocabulary, pairs, step, rules, occurrences, part)
+    ids = _grouped(pairs, occurrences, sizes, part, is_interpreted)
     sketch = vocabulary.sketch.reshape(-1)
-    mixed = pool.mixed(ids.sets, ids.tags, sizes)
+    mixed = pool.mixed(ids.sets, ids.tags, sizes, part)
     seen = pool.counts_of(sketch, pool.cells(sizes, ids.sets, mixed), sizes)
     made = _decide(vocabulary, ids, seen, rules, is_interpreted)
 
@@ -91,7 +95,7 @@ def admit(
     owners = indexing.put(vocabulary.owners.reshape(-1), line, owned)
     # An id leaves for the sketch if it stays without a row, or if another id takes its row.
     left = jnp.where(is_recycled, displaced >> pool.USE_BITS, ids.tags)
-    cells = pool.cells(sizes, ids.sets, pool.mixed(ids.sets, left, sizes))
+    cells = pool.cells(sizes, ids.sets, pool.mixed(ids.sets, left, sizes, part))
     uses = jnp.where(is_recycled, pool.use_of(displaced), estimates)
     sketch = pool.raised(sketch, is_recycled | (is_id & ~is_owner), cells, uses, sizes)
     vocabulary = dataclasses.replace(
@@ -144,7 +148,11 @@ def _halved(
 
 
 def _grouped(
-    pairs: jax.Array, occurrences: jax.Array | None, sizes: pool.Sizes, is_interpreted: bool
+    pairs: jax.Array,
+    occurrences: jax.Array | None,
+    sizes: pool.Sizes,
+    part: pool.Part,
+    is_interpreted: bool,
 ) -> _Ids:
     """Groups the positions of a batch by id, and the ids by set."""
     num = pairs.shape[0]
@@ -152,7 +160,7 @@ def _grouped(
     position = jnp.arange(num, dtype=jnp.int32)
     tags = pool.tags_of(pairs)
     is_real = tags != jnp.uint32(pool.NO_OWNER)
-    sets = jnp.where(is_real, pool.sets_of(pairs, sizes), num_sets)
+    sets = jnp.where(is_real, pool.sets_of(pairs, sizes, part.shards), num_sets)
     # XLA's GPU back end uses a radix sort for one key and one value. Two such stable sorts are one
     # sort by two keys.
     _, by_tag = lax.sort_key_val(tags, position)

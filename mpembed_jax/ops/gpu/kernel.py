@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mpembed_jax.arrays import indexing
+from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import formats, random_bits
 from mpembed_jax.numerics.formats import RowFormat
 
@@ -190,7 +190,7 @@ def write_packed(
     mask: jax.Array,
     places: list[jax.Array],
     row_words: RowWords,
-    seed: tuple[jax.Array, jax.Array],
+    seeds: random_bits.RowSeeds,
 ) -> None:
     """Quantizes rows and stores them to the rows `ids` of a table.
 
@@ -200,7 +200,7 @@ def write_packed(
       mask: bool [R]; rows where it is false are not stored.
       places: the elements of the rows, float32 [R, W] for each place; see place_columns.
       row_words: the layout of the table's rows.
-      seed: the two words of random_bits.draw_seed.
+      seeds: the sequences of random bits of the rows, [R].
     """
     fmt = row_words.format
     columns = place_columns(row_words)
@@ -213,7 +213,7 @@ def write_packed(
     for place, (x, column) in enumerate(zip(places, columns, strict=True)):
         bits = None
         if fmt.rounding == "stochastic" and fmt.name != "float32":
-            bits = random_bits.bits_at(seed, ids[:, None], column[None, :])
+            bits = bits_of(seeds, column)
         codes = formats.quantize(x, scale, bias, fmt, bits, row_words.divide)
         codes = jnp.where((column < row_words.dim)[None, :], codes, jnp.uint32(0))
         words = words | (codes << (place * fmt.code_bits) if place else codes)
@@ -229,6 +229,20 @@ def write_packed(
     for word, value in tail.items():
         index = (ids, jnp.full(ids.shape, word, jnp.int32))
         store(ref, index, jnp.sum(value, axis=1, dtype=jnp.uint32).astype(ref.dtype), mask)
+
+
+def bits_of(seeds: random_bits.RowSeeds, columns: jax.Array) -> jax.Array:
+    """Returns the random bits (uint32 [R, P]) of rows [R] at columns (int32 [P])."""
+    wide = random_bits.RowSeeds(seeds.start[:, None], seeds.increment[:, None])
+    return random_bits.bits_of(wide, columns[None, :])
+
+
+def load_seeds(refs: Sequence[Any], index: jax.Array, mask: jax.Array) -> random_bits.RowSeeds:
+    """Loads the sequences of random bits at index (int32 [R]), where the mask is true.
+
+    `refs` are references to the two fields of RowSeeds.
+    """
+    return random_bits.RowSeeds(*(load(ref, (index,), mask) for ref in refs))
 
 
 def _parameters(
@@ -281,6 +295,8 @@ def launch(
 ) -> tuple[jax.Array, ...]:
     """Runs `body(*operand_refs, *output_refs)` once per program; each reference is a whole array.
 
+    Inside `jax.shard_map`, the results vary over the mesh axes over which any operand varies.
+
     Args:
       body: the kernel.
       num_programs: length of the one-dimensional grid.
@@ -295,10 +311,14 @@ def launch(
     Returns:
       The results.
     """
+    operands, axes = carries.with_common_type(operands)
+    varying = jax.sharding.ManualAxisType(varying=axes)
     call = pl.pallas_call(
         body,
         grid=(num_programs,),
-        out_shape=tuple(outputs),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(of.shape, of.dtype, manual_axis_type=varying) for of in outputs
+        ),
         input_output_aliases=aliases or {},
         interpret=is_interpreted,
         compiler_params=None

@@ -31,7 +31,7 @@ def start_again(
     rows: jax.Array,
     num_rows: jax.Array,
     *,
-    key: jax.Array,
+    key: random_bits.Key,
     bound: jax.Array,
     is_interpreted: bool,
 ) -> Rows:
@@ -49,8 +49,8 @@ def start_again(
         held += [cache.tags.reshape(-1), cache.priority.reshape(-1), cache.rows]
 
     def body(*refs: Any) -> None:
-        num_rows_ref, seeds, bound_ref, rows_ref = refs[:4]
-        packed, *cached = refs[4 + len(held) :]
+        num_rows_ref, bound_ref, rows_ref, *seeds = refs[:7]
+        packed, *cached = refs[7 + len(held) :]
         num_rows = num_rows_ref[0]
 
         def restart(start: jax.Array) -> jax.Array:
@@ -59,11 +59,14 @@ def start_again(
             here = kernel.load(rows_ref, (position,), is_live, -1)
             is_row = (here >= 0) & (here < table.num_rows)
             here = jnp.where(is_row, here, 0)
+            of_values, of_rounding = (
+                kernel.load_seeds(both, position, is_row) for both in (seeds[:2], seeds[2:])
+            )
             places = []
             for column in kernel.place_columns(row_words):
-                bits = random_bits.bits_at((seeds[0], seeds[1]), here[:, None], column[None, :])
+                bits = kernel.bits_of(of_values, column)
                 places.append((random_bits.uniform(bits) * 2 - 1) * bound_ref[0])
-            kernel.write_packed(packed, here, is_row, places, row_words, (seeds[2], seeds[3]))
+            kernel.write_packed(packed, here, is_row, places, row_words, of_rounding)
             if cache is not None:
                 tags, priority, lines, line_out = cached
                 ways = cache.geometry.ways
@@ -88,11 +91,10 @@ def start_again(
 
         lax.while_loop(lambda start: start < num_rows, restart, pl.program_id(0) * block)
 
-    seeds = [
-        random_bits.draw_seed(key, stream, jnp.int32(0))
-        for stream in (random_bits.INITIAL_VALUE, random_bits.INITIAL_ROUNDING)
-    ]
-    operands = [num_rows[None], jnp.concatenate(seeds), bound[None], rows, *held]
+    operands = [num_rows[None], bound[None], rows]
+    for stream in (random_bits.INITIAL_VALUE, random_bits.INITIAL_ROUNDING):
+        operands += random_bits.row_seeds(key, stream, jnp.int32(0), rows)
+    operands += held
     outputs = [kernel.shape_of(array) for array in held]
     if cache is not None:
         outputs.append(jax.ShapeDtypeStruct((width,), jnp.int32))

@@ -170,7 +170,8 @@ def swap(
     must_write = was_dirty & (victim_ids != NO_ID)
 
     def body(*refs: Any) -> None:
-        seed, bounds, ids_ref, line_ref, victim_ref, packed_in, _lines_in, packed, lines = refs
+        bounds, ids_ref, line_ref, victim_ref, *seeds = refs[:6]
+        packed_in, _lines_in, packed, lines = refs[6:]
         position = _positions(block)
 
         @pl.when(_overlaps(bounds, block))
@@ -190,15 +191,16 @@ def swap(
             )
             kernel.barrier(is_interpreted)
             # Writes the victims back.
-            kernel.write_packed(packed, victim, writes, old, row_words, (seed[0], seed[1]))
+            own = kernel.load_seeds(seeds, position, writes)
+            kernel.write_packed(packed, victim, writes, old, row_words, own)
             kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
 
     operands = [
-        draw.seed(random_bits.WRITE_BACK),
         jnp.stack([begin, end]),
         ids,
         line,
         jnp.where(must_write, victim_ids, -1),
+        *draw.row_seeds(random_bits.WRITE_BACK, victim_ids),
         table.rows,
         lines,
     ]
@@ -209,7 +211,7 @@ def swap(
         [kernel.shape_of(table.rows), kernel.shape_of(lines)],
         name="mpembed_swap",
         is_interpreted=is_interpreted,
-        aliases={5: 0, 6: 1},
+        aliases={6: 0, 7: 1},
     )
     dirty = indexing.put(dirty, jnp.where(was_dirty, line, dirty.shape[0]), False)
     num_written = jnp.sum(must_write, dtype=jnp.int32)

@@ -265,9 +265,8 @@ def _launch(
 
     def body(*refs: Any) -> None:
         inputs, outputs = list(refs[: len(operands)]), list(refs[len(operands) :])
-        seeds, bounds_ref, ids_ref, line_ref, rows_ref, *grad_refs = inputs[
-            : len(operands) - len(held)
-        ]
+        bounds_ref, ids_ref, line_ref, rows_ref, *others = inputs[: len(operands) - len(held)]
+        seed_refs, grad_refs = others[: len(seeds)], others[len(seeds) :]
         into = stored.holding(outputs)
         num_cached, num_ids = bounds_ref[0], bounds_ref[1]
         position, is_row = gradients.rows_of(num_ids)
@@ -287,10 +286,13 @@ def _launch(
                     is_updated = is_updated & is_finite
                 total = None
                 if into.accumulator is not None:
+                    own = None
+                    if is_narrow:
+                        own = kernel.load_seeds(seed_refs[2:], position, is_updated)
                     total = _add_squares(
-                        into.accumulator, grads, here, is_updated, seeds, row_words
+                        into.accumulator, grads, here, is_updated, own, num_ids, row_words
                     )
-                places = _stepped(rule, old, grads, total, seeds[0])
+                places = _stepped(rule, old, grads, total, num_ids)
             moved = [
                 jnp.max(jnp.where((new != before) & (c < dim)[None, :], 1, 0), axis=1)
                 for new, before, c in zip(places, old, columns, strict=True)
@@ -302,21 +304,16 @@ def _launch(
                 place = kernel.load(line_ref, (position,), is_cached)
                 for values, c in zip(places, columns, strict=True):
                     kernel.store_row(into.lines, place, is_cached, c, dim, values)
-            kernel.write_packed(
-                into.packed, here, is_stored & ~is_cached, places, row_words, (seeds[0], seeds[1])
-            )
+            is_rounded = is_stored & ~is_cached
+            own = kernel.load_seeds(seed_refs[:2], position, is_rounded)
+            kernel.write_packed(into.packed, here, is_rounded, places, row_words, own)
 
-    # G is leaf 0 of the state tree of row-wise Adagrad, so its bits come from stream ROW_STATE + 0.
-    seeds = [draw.seed(stream) for stream in (random_bits.BYPASS, random_bits.ROW_STATE)]
-    operands = [
-        jnp.concatenate(seeds),
-        bounds,
-        moves.ids,
-        moves.line,
-        rows,
-        *gradients.operands,
-        *held,
-    ]
+    is_narrow = stored.accumulator is not None and stored.accumulator.dtype == jnp.uint16
+    seeds = [*draw.row_seeds(random_bits.BYPASS, moves.ids)]
+    if is_narrow:
+        # G is leaf 0 of the state tree of row-wise Adagrad, so its stream is ROW_STATE + 0.
+        seeds += draw.row_seeds(random_bits.ROW_STATE, moves.ids)
+    operands = [bounds, moves.ids, moves.line, rows, *seeds, *gradients.operands, *held]
     shapes = [kernel.shape_of(array) for array in held]
     results = kernel.launch(
         body, pl.cdiv(width, gradients.block), operands,
@@ -329,20 +326,26 @@ def _launch(
 
 
 def _add_squares(
-    accumulator: Any, grads: list, ids: jax.Array, mask: jax.Array, seeds: Any, row_words: RowWords
+    accumulator: Any,
+    grads: list,
+    ids: jax.Array,
+    mask: jax.Array,
+    seeds: random_bits.RowSeeds | None,
+    number: jax.Array,
+    row_words: RowWords,
 ) -> jax.Array:
     """Adds the mean square of each row's gradient to its stored G, and returns the sum.
 
-    G is stored as float32, or as bit patterns of bfloat16. The returned sum (float32 [R]) is not
-    rounded.
+    G is stored as float32, or as bit patterns of bfloat16; these are rounded by random bits of the
+    sequences `seeds` (None for float32). The returned sum (float32 [R]) is not rounded. `number` is
+    for rounding.apart.
     """
-    is_narrow = accumulator.dtype == jnp.uint16
     before = kernel.load(accumulator, (ids,), mask)
-    if is_narrow:
+    if seeds is not None:
         before = rounding.decode_float(before.astype(jnp.uint32), _BFLOAT16)
-    total = stored = before + _mean_of_squares(grads, row_words.dim, seeds[2])
-    if is_narrow:
-        bits = random_bits.bits_at((seeds[2], seeds[3]), ids, jnp.zeros(ids.shape, jnp.uint32))
+    total = stored = before + _mean_of_squares(grads, row_words.dim, number)
+    if seeds is not None:
+        bits = random_bits.bits_of(seeds, jnp.zeros(ids.shape, jnp.uint32))
         stored = rounding.encode_float(total, _BFLOAT16, bits).astype(jnp.uint16)
     # All threads with a copy of the old sum must have read it before one of them stores the new
     # sum.

@@ -56,10 +56,7 @@ def admit(
     Returns:
       The vocabulary and what was decided. `rows` are local row numbers of the part.
     """
-    num = pairs.shape[0]
     sizes = vocabulary.sizes
-    geometry = sizes.geometry
-    sets_, ways = geometry.sets, geometry.ways
 
     def halve(both: tuple) -> tuple:
         return pool.halved(both[0]), pool.halved_counts(both[1], sizes)
@@ -68,6 +65,22 @@ def admit(
         halve, must_halve.astype(jnp.int32), (vocabulary.owners, vocabulary.sketch)
     )
     vocabulary = dataclasses.replace(vocabulary, owners=owners, sketch=sketch)
+    return admit_halved(vocabulary, pairs, step, rules, occurrences, part)
+
+
+def admit_halved(
+    vocabulary: VocabularyState,
+    pairs: jax.Array,
+    step: jax.Array,
+    rules: Admission,
+    occurrences: jax.Array | None,
+    part: pool.Part,
+) -> tuple[VocabularyState, Admitted]:
+    """Does what `admit` does after the halving. It has no loop."""
+    num = pairs.shape[0]
+    sizes = vocabulary.sizes
+    geometry = sizes.geometry
+    sets_, ways = geometry.sets, geometry.ways
     position = jnp.arange(num, dtype=jnp.int32)
     tags = pool.tags_of(pairs)
     is_real = tags != jnp.uint32(pool.NO_OWNER)
@@ -89,8 +102,8 @@ def admit(
     is_hit = is_id & (way < ways)
     size = sets_ * ways
     line = jnp.where(is_hit, id_sets * ways + way, size)
-    owners = owners.reshape(-1)
-    sketch = sketch.reshape(-1)
+    owners = vocabulary.owners.reshape(-1)
+    sketch = vocabulary.sketch.reshape(-1)
     mixed = pool.mixed(id_sets, id_tags, sizes, part)
     cells = pool.cells(sizes, id_sets, mixed)
     seen = pool.counts_of(sketch, cells, sizes)
