@@ -131,8 +131,8 @@ class Layout:
             *axes,
         ):
             raise ValueError(
-                f"with summation_blocks the batch must be divided over the sharding axes {axes} "
-                f"last, got batch_axes {batch_axes}"
+                f"with summation_blocks, batch_axes must end with the sharding axes {axes}, got "
+                f"{batch_axes}"
             )
         if spec.num_rows >= NO_ID and any(t.initializer is not None for t in spec.tables):
             raise ValueError(

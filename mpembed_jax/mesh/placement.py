@@ -20,7 +20,7 @@ class Placement:
         counted.
       batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. They
         include all axes over which rows are divided, or none of these. If none, all devices along
-        these axes must have the same ids.
+        the axes that divide rows must have the same ids.
       table_shards: for "tables", the shard of each table. None: tables are placed from the largest
         to the smallest, each on the shard with the fewest rows.
       summation_blocks: None: gradients are summed per device, then over devices. A number: the

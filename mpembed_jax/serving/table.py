@@ -287,8 +287,8 @@ class ServingTable:
 
         Raises:
           KeyError, TypeError, ValueError: as in lookup. TypeError also if offsets are given for a
-            table on the device or are not integers, or if weights are masked. ValueError also if the
-            combiner is unknown, or if weights or offsets do not fit the ids.
+            table on the device or are not integers, or if weights are masked. ValueError also if
+            the combiner is unknown, or if weights or offsets do not fit the ids.
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')

@@ -92,6 +92,7 @@ def admit(
     is_recycled = enters & (displaced >> pool.USE_BITS != jnp.uint32(pool.NO_OWNER))
     line = jnp.where(is_owner, ids.sets * ways + way, sets_ * ways)
     owned = pool.owners_of(ids.tags, estimates, pool.noise_of(mixed, step))
+    # Recycles: the tag of the row's owner becomes that of the newcomer.
     owners = indexing.put(vocabulary.owners.reshape(-1), line, owned)
     # An id leaves for the sketch if it stays without a row, or if another id takes its row.
     left = jnp.where(is_recycled, displaced >> pool.USE_BITS, ids.tags)

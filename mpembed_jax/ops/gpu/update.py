@@ -1,9 +1,9 @@
 """GPU kernels of the row update by Pallas' Triton back end: from gradients to stored rows.
 
 One kernel applies the optimizer's rule (SGD or row-wise Adagrad) to each unique row of a batch. It
-stores the row in its line as float32, or stochastically rounded in the table. `update` takes the
-gradient of each row. `update_summed` takes the gradients of positions and sums those of each row
-itself, so no array of row gradients exists. The references are in `xla.update`.
+stores the row in its line as float32, or in the table, rounded by the rule of its format. `update`
+takes the gradient of each row. `update_summed` takes the gradients of positions and sums those of
+each row itself, so no array of row gradients exists. The references are in `xla.update`.
 """
 
 import functools
@@ -53,7 +53,7 @@ class _Gradients(NamedTuple):
     block: int  # R, rows of a program
     rows_of: Callable[
         [Any], tuple
-    ]  # number of ids -> (rows of a program int32 [R], which of them are rows bool [R])
+    ]  # number of ids -> (the rows of a program, int32 [R]; whether each exists, bool [R])
     places: Callable[
         [list, jax.Array, jax.Array], list
     ]  # (references, row, mask) -> float32 [R, W] by place
@@ -78,9 +78,9 @@ def _stepped(
 def _mean_of_squares(grads: list[jax.Array], dim: int, number: jax.Array) -> jax.Array:
     """Returns the mean square of each row (float32 [R]) of a list by place (float32 [R, W]).
 
-    The order of the sum is that of `optim.rowwise.mean_of_squares`: by halves. Element d lies at
-    place d mod P and word d div P, so the words are halved first. Padding is zero. `number` is for
-    rounding.apart.
+    The order of the sum is that of `optim.rowwise.mean_of_squares`: by halves. With k elements
+    in a word, element d is at place d mod k of word d div k, so the words are halved first. Padding
+    is zero. `number` is for rounding.apart.
     """
     squares = [rounding.apart(g * g, number) for g in grads]
     while squares[0].shape[1] > 1:
