@@ -111,7 +111,7 @@ def batches():
     return jnp.asarray(ids), jnp.asarray(shapes.dyadic(0, (STEPS, BATCH, DIM)))
 
 
-def trained(state, tx):
+def trained(state, tx, batches):
     """The state after all steps, and the counts and vectors of each."""
 
     def step(state, batch):
@@ -129,7 +129,7 @@ def trained(state, tx):
         run = jax.shard_map(
             run, mesh=state.layout.mesh, in_specs=(specs, batch), out_specs=(specs, (P(), batch))
         )
-    return jax.jit(run)(state, batches())
+    return jax.jit(run)(state, batches)
 
 
 @pytest.mark.parametrize("case", named(CASES, core=CORE))
@@ -139,9 +139,10 @@ def test_kernels_over_a_mesh_make_the_state_of_the_reference_on_one_device(case)
     Sums of gradients are exact. Random bits are those of global ids.
     """
     spec, tx = case.spec, RULES[case.rule]
-    one, (counts, vectors) = trained(mpembed.init(KEY, spec, tx, implementation=REFERENCE), tx)
+    one = mpembed.init(KEY, spec, tx, implementation=REFERENCE)
+    one, (counts, vectors) = trained(one, tx, batches())
     state = mpembed.init(KEY, spec, tx, **case.placed, implementation=KERNEL)
-    state, (got_counts, got_vectors) = trained(state, tx)
+    state, (got_counts, got_vectors) = trained(state, tx, batches())
     np.testing.assert_array_equal(got_vectors, vectors)
     wide = np.asarray(got_counts.wide_exchanges)
     assert (wide.sum() > 2) == (case.capacity < 1)
@@ -161,6 +162,31 @@ def test_kernels_over_a_mesh_make_the_state_of_the_reference_on_one_device(case)
     np.testing.assert_array_equal(mpembed.read(state, every), mpembed.read(one, every))
 
 
+@pytest.mark.slow
+def test_raw_ids_over_two_devices_get_the_rows_of_one():
+    """Owners, sketch and rows, of which some start again for new owners."""
+    vocabulary = mpembed.VocabularySpec(32, ways=2, admit_after=1, shared_rows=3)
+    spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t")], DIM, "int8", None, vocabulary=vocabulary)
+    ids = np.minimum(np.random.default_rng(0).zipf(1.2, (4, BATCH)), 200)
+    ids = ids + 40 * np.arange(4)[:, None]
+    pairs = np.stack([spec.raw_ids(of_step[:, None])[:, 0] for of_step in ids])
+    given = jnp.asarray(pairs), batches()[1][:4]
+    tx = RULES["sgd"]
+    one, two = (
+        mpembed.init(KEY, spec, tx, implementation=by, **placed)
+        for by, placed in (
+            (REFERENCE, {}),
+            (KERNEL, Over((2,), None, "int8", capacity=2).placed),
+        )
+    )
+    one, (_, vectors) = trained(one, tx, given)
+    two, (_, got_vectors) = trained(two, tx, given)
+    np.testing.assert_array_equal(got_vectors, vectors)
+    assert mpembed.stats(one).vocabulary.recyclings > 0
+    training.assert_same(dataclasses.replace(sharding.relayout(two), implementation=REFERENCE), one)
+
+
+@pytest.mark.slow
 def test_dense_gradients_over_two_devices_are_those_of_one():
     """Kernels have types that say what differs between devices, so jax sums dense gradients."""
     spec = dataclasses.replace(CASES["replicated"].spec, cache=None)
