@@ -354,7 +354,7 @@ def of_first(**fields):
         Lie("one", "'table0' has storage", of_first(storage=["int8", 1, "bfloat16"])),
         Lie("checksum", "checksums is -1", lambda b: b.update(checksums_crc32=-1)),
         Lie("names", "name of table 'table1' is taken", of_first(name="table1")),
-        Lie("feature", "feature 'f' of table 'g'", lambda b: b["features"].append(["f", "g"])),
+        Lie("feature", "or its table 'g' is unknown", lambda b: b["features"].append(["f", "g"])),
         Lie("no tables", "damaged", lambda b: b.update(tables=3)),
         Lie("nothing", "damaged", lambda b: b.clear()),
     ]),
