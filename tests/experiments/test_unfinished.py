@@ -524,9 +524,13 @@ def test_a_grid_goes_on_inside_a_case(tmp_path, monkeypatch, capsys):
     assert not (out / "paper_table_unfinished").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scores_of_serving_files_go_on_inside_a_seed(tmp_path, monkeypatch, capsys):
-    """Two seeds; told to stop while it trains, while it scores, and between the seeds."""
+    """Two seeds; told to stop while it trains, while it scores, and between the seeds.
+
+    The whole command has test_a_killed_run_goes_on_from_the_last_save and
+    test_a_killed_grid_continues_where_it_was.
+    """
     write_posts(tmp_path, 9000)
     words = ["--path", str(tmp_path / "posts.parquet"), "--seeds", "0", "1"]
     stop = tell(monkeypatch, 10**9)

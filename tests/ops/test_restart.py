@@ -81,7 +81,9 @@ def used(kept):
 @pytest.mark.parametrize(
     "case",
     named(
-        KEPT, fast={"int4, half a block"}, core={*KEPT} - {"int4, half a block", "int8", "float8"}
+        KEPT,
+        fast={"int4, half a block"},
+        core={"int2, no cache", "float32", "nearest", "state of columns and a count"},
     ),
 )
 def test_rows_that_start_again_have_the_references_bits(case):
