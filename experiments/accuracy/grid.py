@@ -251,6 +251,7 @@ def choose(
     rounding: Sequence[str] | None = None,
     ways: Sequence[int] | None = None,
     method: Sequence[str] | None = None,
+    admit_after: Sequence[int] | None = None,
 ) -> tuple[Case, ...]:
     """Keeps the cases whose fields are among those named (None: all).
 
@@ -266,13 +267,16 @@ def choose(
         "rounding": rounding,
         "ways": ways,
         "method": method,
+        "admit_after": admit_after,
     }
     kept = [
         c for c in cases if all(v is None or getattr(c, field) in v for field, v in wanted.items())
     ]
     if not [c for c in kept if c != FP32]:
         asked = ", ".join(
-            f"--{name} {' or '.join(map(str, v))}" for name, v in wanted.items() if v is not None
+            f"--{name.replace('_', '-')} {' or '.join(map(str, v))}"
+            for name, v in wanted.items()
+            if v is not None
         )
         raise ValueError(f"no case of the grid has {asked}")
     return tuple(dict.fromkeys((FP32, *kept)))

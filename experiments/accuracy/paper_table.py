@@ -93,6 +93,15 @@ class Settings:
     method: tuple[Method, ...] | None = setting(
         None, "Only cases of these methods, and FP32.", shown="all"
     )
+    admit_after: tuple[int, ...] | None = setting(
+        None,
+        "Only cases in which raw ids have rows from so many occurrences on (0: numbered ids), and "
+        "FP32.",
+        "TIMES",
+        at_least=0,
+        at_most=100,
+        shown="all",
+    )
     num_rows: int | None = setting(
         None,
         "Rows of data to use. Criteo: lines of the file. Reddit: per split.",
@@ -206,7 +215,7 @@ def cases_of(settings: Settings, embedding_dim: int) -> tuple[Case, ...]:
     return grid.choose(
         cases, storage=settings.storage, cache=settings.cache, policy=settings.policy,
         rounding=settings.rounding,
-        ways=settings.ways, method=settings.method,
+        ways=settings.ways, method=settings.method, admit_after=settings.admit_after,
     )  # fmt: skip
 
 
