@@ -396,7 +396,7 @@ class EmbeddingSpec:
             )
         _check_where(where, array.shape)
         if not (where is None or isinstance(where, jax.Array)):
-            where = np.ma.filled(where, False)
+            where = np.asanyarray(where)  # a masked array stays one
         columns = [
             _hashed(array[..., n], t, numbers[t], None if where is None else where[..., n])
             for n, t in enumerate(known.values())
@@ -475,7 +475,7 @@ def _hashed(ids: Any, table: str, number: int, where: Any) -> Any:
     if where is None:
         return pairs
     _check_where(where, pairs.shape[:-1])
-    if is_on_device or isinstance(where, jax.Array):
-        return jnp.where(jnp.asarray(where)[..., None], pairs, jnp.uint32(hashes.PADDING))
-    is_id = np.asarray(np.ma.filled(where, False), bool)
-    return np.where(is_id[..., None], pairs, np.uint32(hashes.PADDING))
+    xp: Any = jnp if is_on_device or isinstance(where, jax.Array) else np
+    if not isinstance(where, jax.Array):
+        where = np.ma.filled(where, False)
+    return xp.where(xp.asarray(where, bool)[..., None], pairs, xp.uint32(hashes.PADDING))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from mpembed_jax import sharding
+from mpembed_jax import row_ids, sharding
 from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.memory import reports
 from mpembed_jax.memory.reports import report
@@ -397,8 +397,11 @@ def _stack(
 
 
 def _row_counts(table: TableSpec, sample: Any) -> np.ndarray:
-    """Returns how often each row number of a table's sample occurs. NO_ID is padding."""
-    array = np.asarray(sample)
+    """Returns how often each row number of a table's sample occurs.
+
+    NO_ID and masked entries are padding.
+    """
+    array = row_ids.on_host(sample)
     if array.dtype.kind not in "iu":
         raise TypeError(
             f"table {table.name!r} has rows, so its sample must be row numbers, integers, got "

@@ -285,6 +285,12 @@ def test_host_memory_takes_the_rows_of_a_pool():
     assert "its packed rows are in host memory, its cache is on the device" in str(plan)
 
 
+def test_masked_entries_of_a_sample_are_padding():
+    sample = np.ma.array([3, 3, 1, 999], mask=[False, False, False, True])
+    plans = [memory.plan([(9, 4)], "1MB", tx=TX, ids={"table0": s}) for s in (sample, [3, 3, 1])]
+    assert str(plans[0]) == str(plans[1])
+
+
 def test_the_bytes_of_a_pool_over_a_mesh_are_those_of_each_device():
     ids = {"user": np.arange(40_000) // 2}
     plan = memory.plan({"user": (None, 64)}, "2MB", tx=TX, ids=ids, devices=4)

@@ -197,8 +197,9 @@ def test_masked_entries_of_a_mask_are_padding(is_mapping):
         ids, where, filled = ({"a": x[:, 0], "b": x[:, 1]} for x in (ids, where, filled))
     tables = [mpembed.TableSpec("a"), mpembed.TableSpec("b")]
     spec = mpembed.EmbeddingSpec(tables, 4, vocabulary=mpembed.VocabularySpec(num_rows=8))
-    got, want = spec.raw_ids(ids, where), spec.raw_ids(ids, filled)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    want = spec.raw_ids(ids, filled)
+    for each in (ids, jax.tree.map(jnp.asarray, ids)):
+        jax.tree.map(np.testing.assert_array_equal, spec.raw_ids(each, where), want)
 
 
 @pytest.mark.parametrize("is_mapping", [False, True], ids=["columns", "mapping"])
