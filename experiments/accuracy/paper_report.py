@@ -26,6 +26,7 @@ COLOURS = {
     "FP32 pruned": "#999933", "FP32 narrow": "#aa4499",
 }  # fmt: skip
 RAW_COLOUR = "#ee7733"
+BYTES_TICKS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # of a row
 HIT_COLOURS = ("#cc3311", "#0077bb", "#228833", "#aa4499", "#555555", "#999933")
 
 
@@ -230,6 +231,17 @@ def _point(group: Group, case: Case) -> tuple[float, float, float]:
     return group.mean(case, "bytes_per_row"), -1e3 * lost.mean, 1e3 * half
 
 
+def _draw_points(
+    axis: Any, points: list[tuple[float, float, float]], style: str, colour: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Draws a line of points with intervals; returns their places, by bytes."""
+    x, y, half = zip(*sorted(points), strict=True)
+    axis.errorbar(
+        x, y, half, fmt=style, color=colour, markersize=4, linewidth=1.5, capsize=2, elinewidth=0.8
+    )
+    return x, y
+
+
 def draw_accuracy(axis: Any, group: Group) -> list[End]:
     """AUC lost against bytes per row: a line per method that has several sizes."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -238,12 +250,8 @@ def draw_accuracy(axis: Any, group: Group) -> list[End]:
             lines.setdefault(case.family, []).append(_point(group, case))
     ends, xs, ys = [], [0.0], [0.0]
     for name, points in sorted(lines.items()):
-        x, y, half = zip(*sorted(points), strict=True)
         style = "-o" if name.startswith("INT") else ":s"
-        axis.errorbar(
-            x, y, half, fmt=style, color=COLOURS[name], markersize=4, linewidth=1.5, capsize=2,
-            elinewidth=0.8,
-        )  # fmt: skip
+        x, y = _draw_points(axis, points, style, COLOURS[name])
         ends.append(End(x[-1], y[-1], name, COLOURS[name]))
         xs, ys = [*xs, *x], [*ys, *y]
     full = group.mean(FP32, "bytes_per_row")
@@ -251,7 +259,7 @@ def draw_accuracy(axis: Any, group: Group) -> list[End]:
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=1, linscale=0.7)
     axis.set_xlim(0.9 * min(xs[1:], default=full / 2), 1.35 * max(xs[1:], default=full))
-    round_ticks(axis, "x", (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256), *axis.get_xlim())
+    round_ticks(axis, "x", BYTES_TICKS, *axis.get_xlim())
     round_ticks(axis, "y", (-5, -2, -1, 0, 1, 2, 5, 10, 20, 50), min(ys) - 1, max(ys) + 10)
     axis.set_xlabel(f"bytes per row of the embedding (FP32: {full:.0f}), all metadata counted")
     axis.set_ylabel("AUC lost against FP32, thousandths (95 % intervals)")
@@ -269,17 +277,12 @@ def draw_pools(axis: Any, group: Group, like: Case) -> End:
     points = [_point(group, case) for case in pools if _is_paired(group, case)]
     if not points:
         raise ValueError(f"there are no runs like {like.name}")
-    x, y, half = zip(*sorted(points), strict=True)
+    x, y = _draw_points(axis, points, "-D", RAW_COLOUR)
     stored = SHORT.get(like.storage, like.storage.upper())
     name = f"{stored} + {100 * like.cache:.3g} %, raw ids"
-    axis.errorbar(
-        x, y, half, fmt="-D", color=RAW_COLOUR, markersize=4, linewidth=1.5, capsize=2,
-        elinewidth=0.8,
-    )  # fmt: skip
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.9 * x[0]), max(high, 1.1 * x[-1]))
-    ticks = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-    round_ticks(axis, "x", ticks, *axis.get_xlim())
+    round_ticks(axis, "x", BYTES_TICKS, *axis.get_xlim())
     return End(x[0], y[0], name, RAW_COLOUR)
 
 

@@ -108,9 +108,8 @@ class Workbench:
         if case.pool:
             num_rows = max(1, round(case.pool * self.plain.num_rows))
         else:
-            counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
-            self.counts = counts
-            num = sum(int((of >= case.admit_after).sum()) for of in counts.values())
+            self.counts = self.counts or baselines.count_ids(self.source, self.recipe.batch_size)
+            num = sum(int((of >= case.admit_after).sum()) for of in self.counts.values())
             num_rows = max(1, -(-11 * num // 10))
         return dataclasses.replace(
             contender,

@@ -155,7 +155,7 @@ class Quality(NamedTuple):
 
     Attributes:
       numbered: runs in which each id has a row.
-      raw: runs in which ids earn rows.
+      raw: runs in which ids earn rows, those of POOL among them.
       raw_time: a step on raw ids, of which a pool has room, to the step on numbered ids.
     """
 
@@ -174,37 +174,42 @@ class Quality(NamedTuple):
         times = settings.out / "bench_raw_ids.json"
         found = json.loads(times.read_text())["results"] if times.is_file() else []
         ratios = [r["ratio"] for r in found if r["is_raw"] and r["dim"] == settings.dim]
+        raw = reddit(settings.out / "raw_ids" / "paper_table.jsonl")
         return cls(
             reddit(settings.out / "paper_table.jsonl"),
-            reddit(settings.out / "raw_ids" / "paper_table.jsonl"),
+            raw if raw is not None and POOL in raw.cases else None,
             ratios[0] if ratios else None,  # of the largest pool
         )
+
+
+def _gigabytes(spec: mpembed.EmbeddingSpec) -> str:
+    """Returns the two cells of a stack: its gigabytes without and with the optimizer's state."""
+    report = mpembed.memory.report(spec, mpembed.optim.rowwise_adagrad(0.05))
+    without = report.total - report.components["row state"]
+    return f"{without / 1e9:.2f} | {report.total / 1e9:.2f}"
 
 
 def raw_line(settings: Settings, quality: Quality) -> str:
     """Returns the table's line of raw ids in a pool of rows."""
     names = [mpembed.TableSpec(f"C{i}") for i in range(len(workload.KAGGLE_SIZES))]
     vocabulary = mpembed.VocabularySpec(
-        round(POOL.pool * sum(workload.KAGGLE_SIZES)), admit_after=POOL.admit_after
-    )
+        round(POOL.pool * sum(workload.KAGGLE_SIZES)), admit_after=POOL.admit_after,
+        shared_rows=POOL.shared_rows, sketch_bytes=POOL.sketch_bytes,
+    )  # fmt: skip
     spec = mpembed.EmbeddingSpec(
         names, settings.dim, POOL.storage, mpembed.CacheSpec(POOL.cache), vocabulary=vocabulary
     )
-    report = mpembed.memory.report(spec, mpembed.optim.rowwise_adagrad(0.05))
-    without = report.total - report.components["row state"]
-    has = quality.raw is not None and POOL in quality.raw.cases
-    difference = str(quality.raw.difference(POOL, "auc")) if quality.raw and has else ""
+    difference = "" if quality.raw is None else str(quality.raw.difference(POOL, "auc"))
     time = "" if quality.raw_time is None else f"{quality.raw_time:.2f} times numbered ids"
     return (
         f"| **INT4 + 1 %, raw ids**, rows for {100 * POOL.pool:.0f} % of them, row-wise Adagrad "
-        f"| {without / 1e9:.2f} | {report.total / 1e9:.2f} | {time} | {difference} |"
+        f"| {_gigabytes(spec)} | {time} | {difference} |"
     )
 
 
 def table(settings: Settings, curves: dict[str, Any], quality: Quality) -> str:
     """Returns README's table in Markdown."""
     tables = [mpembed.TableSpec(f"C{i}", v) for i, v in enumerate(workload.KAGGLE_SIZES)]
-    tx = mpembed.optim.rowwise_adagrad(0.05)
     plain = 4 * sum(workload.KAGGLE_SIZES) * settings.dim
     dense = curves["dense flax FP32"]
     slope = (dense[-1][1] - dense[0][1]) / (dense[-1][0] - dense[0][0])
@@ -216,13 +221,11 @@ def table(settings: Settings, curves: dict[str, Any], quality: Quality) -> str:
     ]
     for name, storage, fraction in FORMATS:
         spec = mpembed.EmbeddingSpec(tables, settings.dim, storage, mpembed.CacheSpec(fraction))
-        report = mpembed.memory.report(spec, tx)
-        without = report.total - report.components["row state"]
         runs = quality.numbered
         difference = "" if runs is None else str(runs.difference(Case(storage, fraction), "auc"))
         rows.append(
-            f"| **{name}**, row-wise Adagrad | {without / 1e9:.2f} | {report.total / 1e9:.2f} "
-            f"| {curves[name][-1][1]:.1f} | {difference} |"
+            f"| **{name}**, row-wise Adagrad | {_gigabytes(spec)} | {curves[name][-1][1]:.1f} "
+            f"| {difference} |"
         )
     rows.append(raw_line(settings, quality))
     head = [
