@@ -127,7 +127,7 @@ class EmbeddingSpec:
         memory crosses the bus for all rows of a batch.
       vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
         raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
-        The rows start from uniform(+-1/sqrt(num_rows)).
+        Its initial_bound says what the rows start from.
 
     Raises:
       TypeError: if a field has the wrong type.
@@ -243,6 +243,13 @@ class EmbeddingSpec:
     def row_tables(self) -> tuple[TableSpec, ...]:
         """The tables that `init_table` makes: a pool and its shared rows are made as one table."""
         return self.tables if self.vocabulary is None else (TableSpec("pool", self.num_rows),)
+
+    @property
+    def initial_bounds(self) -> tuple[float, ...]:
+        """Where the rows of `row_tables` start: uniform in +-bound, without an initializer."""
+        if self.vocabulary is not None and self.vocabulary.initial_bound is not None:
+            return (self.vocabulary.initial_bound,)
+        return tuple(float(1.0 / np.sqrt(size_of(table))) for table in self.row_tables)
 
     @property
     def feature_tables(self) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mpembed_jax import initial_values
@@ -17,7 +16,7 @@ from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
-from mpembed_jax.spec import TableSpec, offsets, size_of
+from mpembed_jax.spec import EmbeddingSpec, offsets, size_of
 
 
 @partial(
@@ -151,27 +150,17 @@ class Shard(Protocol):
         """Returns the local rows (int32) of global ids, and NO_ID for ids of other shards."""
 
 
-def init_table(
-    key: jax.Array,
-    tables: tuple[TableSpec, ...],
-    fmt: RowFormat,
-    embedding_dim: int,
-    shard: Shard | None = None,
-    memory_kind: str | None = None,
-) -> QuantizedTable:
-    """Makes a stack of tables block by block. Call it under jit.
+def init_table(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None = None) -> QuantizedTable:
+    """Makes the rows of a stack block by block. Call it under jit.
 
     There is no float32 table, except for an initializer that must be called for a whole table (see
     `initial_values`).
 
     Args:
       key: uint32 [2].
-      tables: the tables of the stack. Their rows follow one another.
-      fmt: the row format.
-      embedding_dim: D.
+      spec: the stack. Its tables' rows follow one another.
       shard: the shard whose rows are made, with the same values as in the whole stack. None: all
         rows are made.
-      memory_kind: None for the device, or the kind of host memory that holds the rows.
 
     Returns:
       The table. Its initial values are rounded by the rule of the format.
@@ -180,7 +169,7 @@ def init_table(
       TypeError: if an initializer returns something other than an array.
       ValueError: if an initializer returns an array of another shape.
     """
-    fmt = fmt.resolve(embedding_dim)
+    tables, fmt, embedding_dim = spec.row_tables, spec.storage, spec.embedding_dim
     starts = offsets(tables)
     total = int(starts[-1]) if shard is None else shard.num_rows
     first_rows = jnp.asarray(starts, jnp.int32) if shard is None else shard.first_rows
@@ -188,14 +177,14 @@ def init_table(
     packed = indexing.filled(
         (total, fmt.row_words(embedding_dim)),
         jnp.zeros((), fmt.word_dtype(embedding_dim)),
-        memory_kind,
+        spec.memory_kind,
     )
 
     if any(t.initializer is None for t in tables):
         # One loop fills all rows of the stack, and finds the bound of a row from its table. Tables
         # with an initializer are overwritten below. All blocks have the same size, so the last one
         # may begin earlier. Padding at the end of a shard belongs to no table, and its bound is 0.
-        bounds = jnp.asarray([1.0 / np.sqrt(size_of(t)) for t in tables] + [0.0], jnp.float32)
+        bounds = jnp.asarray([*spec.initial_bounds, 0.0], jnp.float32)
         size = min(initial_values.BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:

@@ -251,7 +251,8 @@ def test_row_bytes_of_numerics_5():
 
 
 def make(key, tables, fmt="float32", dim=4):
-    make_table = jax.jit(lambda key: init_table(key, tables, mpembed.RowFormat(fmt), dim))
+    spec = mpembed.EmbeddingSpec(tables, dim, fmt, cache=None)
+    make_table = jax.jit(lambda key: init_table(key, spec))
     return make_table(jnp.array([key, 1], jnp.uint32))
 
 

@@ -52,6 +52,8 @@ class Case:
         times in training, and a tenth more.
       shared_rows: of each table, for the ids without a row of their own.
       sketch_bytes: that count the ids without a row, for each row of the pool.
+      initial_bound: rows of the pool start from values within +-bound. None: from what the library
+        chooses.
     """
 
     storage: Storage = "float32"
@@ -67,6 +69,7 @@ class Case:
     pool: float = 0.0
     shared_rows: int = 1
     sketch_bytes: int = 3
+    initial_bound: float | None = None
 
     @property
     def name(self) -> str:
@@ -100,6 +103,7 @@ class Case:
         words += [f"{self.shared_rows} shared rows"] if self.shared_rows > 1 else []
         if self.sketch_bytes != 3:
             words.append(f"sketch of {self.sketch_bytes} byte{'s' * (self.sketch_bytes > 1)}")
+        words += [] if self.initial_bound is None else [f"rows from ±{self.initial_bound:.3g}"]
         return words
 
     @property

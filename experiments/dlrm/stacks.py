@@ -65,7 +65,7 @@ def make_specs(
         vocabulary = mpembed.VocabularySpec(
             contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways,
             recycle=contender.recycle, shared_rows=contender.shared_rows,
-            sketch_bytes=contender.sketch_bytes,
+            sketch_bytes=contender.sketch_bytes, initial_bound=contender.initial_bound,
         )  # fmt: skip
         tables = tuple(mpembed.TableSpec(name) for name in source.tables)
         raw = mpembed.EmbeddingSpec(

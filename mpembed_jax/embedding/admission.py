@@ -194,7 +194,7 @@ def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> 
         rows,
         num_rows,
         key=state.row_key,
-        bound=jnp.float32(1.0 / np.sqrt(state.spec.num_rows)),
+        bound=jnp.float32(state.spec.initial_bounds[0]),
         implementation=state.implementation,
     )
     return dataclasses.replace(state, **new._asdict())

@@ -125,13 +125,7 @@ def moved(state: EmbeddingState, spec: EmbeddingSpec) -> EmbeddingState:
 _split = jax.jit(pool.split, static_argnames="sizes")
 
 
-@partial(jax.jit, static_argnames="spec")
-def _init_table(key: jax.Array, *, spec: EmbeddingSpec) -> Any:
-    return init_table(
-        key, spec.row_tables, spec.storage, spec.embedding_dim, memory_kind=spec.memory_kind
-    )
-
-
+_init_table = jax.jit(init_table, static_argnames="spec")
 _filled = jax.jit(indexing.filled, static_argnums=(0, 2))
 
 

@@ -276,13 +276,7 @@ def init(
         implementation, is_abstract=isinstance(key, jax.core.Tracer | jax.ShapeDtypeStruct)
     )
     layout = Layout.of(spec, mesh, axis_name, placement)
-    return make(random_bits.key_words(key), spec, tx, chosen, layout, _initial_table)
-
-
-def _initial_table(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
-    return init_table(
-        key, spec.row_tables, spec.storage, spec.embedding_dim, shard, spec.memory_kind
-    )
+    return make(random_bits.key_words(key), spec, tx, chosen, layout, init_table)
 
 
 def make(
