@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,19 @@ class TableSpec:
         initializer is called once for the whole table, which is then in memory in float32 while the
         stack is made. To start from an array of values, use `from_dense`, which reads it in blocks.
         Equality and hash of a TableSpec ignore the initializer.
+      initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row starts so when an
+        id gets it. If a table has about n ids, 1/sqrt(n) is a good bound, and raw ids of tables of
+        very different sizes need it. None: see initializer; for raw ids, 1/sqrt(rows of the stack).
 
     Raises:
-      ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2].
+      ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2]; if initial_bound is not a
+        finite number of at least 0; or if there are both an initializer and an initial_bound.
     """
 
     name: str
     vocabulary_size: int | None = None
     initializer: Callable | None = dataclasses.field(default=None, compare=False)
+    initial_bound: float | None = None
 
     def __post_init__(self) -> None:
         size = self.vocabulary_size
@@ -53,6 +59,20 @@ class TableSpec:
                 f"table {self.name!r}: vocabulary_size must be an integer in [1, 2**31 - 2], got "
                 f"{size!r}"
             )
+        bound = self.initial_bound
+        if bound is None:
+            return
+        is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+        if not is_number or not 0 <= float(bound) <= float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"table {self.name!r}: initial_bound must be a finite number of at least 0, got "
+                f"{bound!r}"
+            )
+        if self.initializer is not None:
+            raise ValueError(
+                f"table {self.name!r} has an initializer and an initial_bound; leave one out"
+            )
+        object.__setattr__(self, "initial_bound", float(bound))
 
 
 def size_of(table: TableSpec) -> int:
@@ -67,6 +87,14 @@ def size_of(table: TableSpec) -> int:
             "operation needs tables of dense ids"
         )
     return int(table.vocabulary_size)
+
+
+def initial_bounds(tables: tuple[TableSpec, ...]) -> tuple[float, ...]:
+    """Returns the bounds of the initial values of tables of dense ids, without initializers."""
+    return tuple(
+        float(1.0 / np.sqrt(size_of(t))) if t.initial_bound is None else t.initial_bound
+        for t in tables
+    )
 
 
 def offsets(tables: tuple[TableSpec, ...]) -> np.ndarray:
@@ -127,7 +155,7 @@ class EmbeddingSpec:
         memory crosses the bus for all rows of a batch.
       vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
         raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
-        Its initial_bound says what the rows start from.
+        Rows start as the initial_bound of their table says.
 
     Raises:
       TypeError: if a field has the wrong type.
@@ -241,15 +269,25 @@ class EmbeddingSpec:
 
     @property
     def row_tables(self) -> tuple[TableSpec, ...]:
-        """The tables that `init_table` makes: a pool and its shared rows are made as one table."""
-        return self.tables if self.vocabulary is None else (TableSpec("pool", self.num_rows),)
+        """The tables that `init_table` makes: with a vocabulary, its pool and its shared rows."""
+        if self.vocabulary is None:
+            return self.tables
+        shared, bounds = self.vocabulary.shared_rows, self.initial_bounds
+        # If tables differ, the first owner of a row gives it other values.
+        return (
+            TableSpec("pool", self.vocabulary.geometry.lines, initial_bound=bounds[0]),
+            *(TableSpec(f"shared {k}", shared, initial_bound=b) for k, b in enumerate(bounds)),
+        )
 
     @property
     def initial_bounds(self) -> tuple[float, ...]:
-        """Where the rows of `row_tables` start: uniform in +-bound, without an initializer."""
-        if self.vocabulary is not None and self.vocabulary.initial_bound is not None:
-            return (self.vocabulary.initial_bound,)
-        return tuple(float(1.0 / np.sqrt(size_of(table))) for table in self.row_tables)
+        """The bounds of the initial values of each of `tables`, which no initializer gives."""
+        if self.vocabulary is None:
+            return initial_bounds(self.tables)
+        of_raw_ids = float(1.0 / np.sqrt(self.num_rows))
+        return tuple(
+            of_raw_ids if t.initial_bound is None else t.initial_bound for t in self.tables
+        )
 
     @property
     def feature_tables(self) -> tuple[tuple[str, str], ...]:

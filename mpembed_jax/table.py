@@ -16,7 +16,7 @@ from mpembed_jax.arrays import carries, indexing
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.numerics.formats import RowFormat, quantize, row_parameters
 from mpembed_jax.numerics.packing import decode, encode, pack
-from mpembed_jax.spec import EmbeddingSpec, offsets, size_of
+from mpembed_jax.spec import EmbeddingSpec, initial_bounds, offsets, size_of
 
 
 @partial(
@@ -184,7 +184,7 @@ def init_table(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None = None) 
         # One loop fills all rows of the stack, and finds the bound of a row from its table. Tables
         # with an initializer are overwritten below. All blocks have the same size, so the last one
         # may begin earlier. Padding at the end of a shard belongs to no table, and its bound is 0.
-        bounds = jnp.asarray([*spec.initial_bounds, 0.0], jnp.float32)
+        bounds = jnp.asarray([*initial_bounds(tables), 0.0], jnp.float32)
         size = min(initial_values.BLOCK, total)
 
         def uniform_block(block: jax.Array, packed: jax.Array) -> jax.Array:

@@ -132,6 +132,25 @@ def test_shards_hold_the_rows_of_one_device(initializer):
     np.testing.assert_array_equal(table_of(initializer, mesh=mesh), table_of(initializer))
 
 
+@pytest.mark.parametrize("bound", [0.0, 0.25])
+def test_a_table_starts_within_a_bound(bound):
+    tables = [mpembed.TableSpec("first", 3), mpembed.TableSpec("t", 5000, initial_bound=bound)]
+    state = mpembed.init(KEY, mpembed.EmbeddingSpec(tables, DIM, "float32", None), TX)
+    first, values = (np.abs(rows).max() for rows in mpembed.to_dense(state).values())
+    assert 0.99 * bound <= values <= bound and 0.25 < first <= 3**-0.5
+
+
+@pytest.mark.parametrize("bound", [-0.1, "0.1", np.inf, np.nan, True])
+def test_a_bound_that_is_no_finite_number_is_refused(bound):
+    with pytest.raises(ValueError, match="'t': initial_bound must be a finite number"):
+        mpembed.TableSpec("t", 5, initial_bound=bound)
+
+
+def test_an_initializer_and_a_bound_are_refused():
+    with pytest.raises(ValueError, match="an initializer and an initial_bound; leave one out"):
+        mpembed.TableSpec("t", 5, jax.nn.initializers.ones, initial_bound=0.1)
+
+
 def test_a_module_has_the_spread_of_nnx_embed():
     """100,000 rows of 16: deviations of n = 1.6 M values each agree within 5 sigma."""
     init = jax.nn.initializers.xavier_uniform()

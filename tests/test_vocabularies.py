@@ -17,7 +17,6 @@ from mpembed_jax import checkpoint, vocabularies
 from mpembed_jax.cache import residency
 from mpembed_jax.embedding import admission
 from mpembed_jax.optim import rowwise_adagrad
-from mpembed_jax.table import read_rows
 from mpembed_jax.vocabulary import pool
 
 DIM = 8
@@ -27,7 +26,7 @@ NO_TAG = oracles.DictVocabulary.NO_TAG
 
 
 def spec_of(num_rows=160, cache=None, **options):
-    options = {"admit_after": 2, "ways": 8, "initial_bound": 0.25} | options
+    options = {"admit_after": 2, "ways": 8} | options
     cache = mpembed.CacheSpec(fraction=0.2, ways=8) if cache is None else cache
     vocabulary = mpembed.VocabularySpec(num_rows, **options)
     return mpembed.EmbeddingSpec(TABLES, DIM, "int8", cache, vocabulary=vocabulary)
@@ -273,16 +272,6 @@ def test_counts_are_loaded_as_the_model_loads_them(implementation, is_trained):
     assert model.totals["admissions"] > 50
 
 
-@pytest.mark.parametrize("bound", [None, 0.25, 0.0])
-def test_rows_of_a_pool_start_within_its_bound(bound):
-    """So do rows that `grow` adds. None is one over the root of the rows, as for a table."""
-    state = init(spec_of(initial_bound=bound))
-    for made in (state, vocabularies.grow(state, 320)):
-        rows = np.asarray(read_rows(made.table, jnp.arange(made.spec.num_rows)))
-        most = 1 / np.sqrt(made.spec.num_rows) if bound is None else bound
-        assert 0.97 * most <= np.abs(rows).max() <= 1.01 * most
-
-
 @crossed(
     is_jitted=named([False, True], fast={"True"}),
     implementation=["xla", "numba"],
@@ -429,15 +418,6 @@ REFUSED = {
     "a name": Refused(lambda: vocabularies.add_tables(state_of(), "city"), "TableSpec", TypeError),
     "sets that cannot be the first": Refused(
         lambda: mpembed.VocabularySpec(64, ways=8, first_sets=9), "first_sets", ValueError
-    ),
-    "a negative bound": Refused(
-        lambda: mpembed.VocabularySpec(64, initial_bound=-0.1), "initial_bound", ValueError
-    ),
-    "a bound that is no number": Refused(
-        lambda: mpembed.VocabularySpec(64, initial_bound="0.1"), "initial_bound", ValueError
-    ),
-    "a bound without end": Refused(
-        lambda: mpembed.VocabularySpec(64, initial_bound=np.inf), "initial_bound", ValueError
     ),
     "a sketch without end": Refused(
         lambda: mpembed.VocabularySpec(2**30, sketch_bytes=3), "lower sketch_bytes", ValueError

@@ -52,8 +52,8 @@ class Case:
         times in training, and a tenth more.
       shared_rows: of each table, for the ids without a row of their own.
       sketch_bytes: that count the ids without a row, for each row of the pool.
-      initial_bound: rows of the pool start from values within +-bound. None: from what the library
-        chooses.
+      by_table: raw ids' rows start from values as large as those of numbered ids, ±1/√(ids of the
+        table). Otherwise, all rows of the pool start from ±1/√(rows of the pool).
     """
 
     storage: Storage = "float32"
@@ -69,7 +69,7 @@ class Case:
     pool: float = 0.0
     shared_rows: int = 1
     sketch_bytes: int = 3
-    initial_bound: float | None = None
+    by_table: bool = False
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ class Case:
         words += [f"{self.shared_rows} shared rows"] if self.shared_rows > 1 else []
         if self.sketch_bytes != 3:
             words.append(f"sketch of {self.sketch_bytes} byte{'s' * (self.sketch_bytes > 1)}")
-        words += [] if self.initial_bound is None else [f"rows from ±{self.initial_bound:.3g}"]
+        words += ["initial values by table"] * self.by_table
         return words
 
     @property
@@ -190,7 +190,7 @@ WIDE = (
 
 # Raw ids: a row for each id that occurs so often, in a pool sized for them. Then pools that are too
 # small for the ids that occur twice, so that rows are recycled. Then smaller sketches,
-# and rare ids that share more rows.
+# and rare ids that share more rows. Then rows that start from values as large as in numbered tables.
 RAW = (
     FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
     *(
@@ -210,6 +210,14 @@ RAW = (
         for pool, size in ((0.3, 2), (0.3, 1), (0.28, 2))
     ),
     Case("int4", 0.01, admit_after=2, pool=0.3, shared_rows=256),
+    *(
+        Case(storage, 0.05, admit_after=times, by_table=True)
+        for storage, times in (("int8", 2), ("int8", 3), ("int4", 2), ("int4", 3))
+    ),
+    *(
+        Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size, by_table=True)
+        for pool, size in ((0.3, 3), (0.3, 1), (0.25, 2), (0.25, 1))
+    ),
     *(Case(method="hashed", share=share) for share in (0.12, 0.06)),
     *(Case(method="pruned", share=share) for share in (0.12, 0.06)),
 )  # fmt: skip

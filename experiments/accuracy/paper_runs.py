@@ -117,7 +117,7 @@ class Workbench:
             admit_after=case.admit_after,
             shared_rows=case.shared_rows,
             sketch_bytes=case.sketch_bytes,
-            initial_bound=case.initial_bound,
+            by_table=case.by_table,
         )
 
     def _with_bytes(self, outcome: Outcome, embedding_bytes: int) -> Outcome:

@@ -65,9 +65,12 @@ def make_specs(
         vocabulary = mpembed.VocabularySpec(
             contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways,
             recycle=contender.recycle, shared_rows=contender.shared_rows,
-            sketch_bytes=contender.sketch_bytes, initial_bound=contender.initial_bound,
+            sketch_bytes=contender.sketch_bytes,
         )  # fmt: skip
-        tables = tuple(mpembed.TableSpec(name) for name in source.tables)
+        bounds = {n: 1 / np.sqrt(v) for n, v in source.tables.items()} if contender.by_table else {}
+        tables = tuple(
+            mpembed.TableSpec(name, initial_bound=bounds.get(name)) for name in source.tables
+        )
         raw = mpembed.EmbeddingSpec(
             tables, recipe.embedding_dim, storage=rows, cache=cache,
             max_unique_ids=recipe.max_unique_ids, vocabulary=vocabulary,

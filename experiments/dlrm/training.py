@@ -60,7 +60,7 @@ class Contender:
     recycle: bool = True  # whether an id can take the row of one that is used less
     shared_rows: int = 1  # of a table, for the ids without a row
     sketch_bytes: int = 3  # counters of ids without a row, for each row of the pool
-    initial_bound: float | None = None  # of the values from which rows of the pool start
+    by_table: bool = False  # whether raw ids' rows start from values as large as numbered ids' rows
 
 
 FP32 = Contender("FP32", "float32", 0.0)

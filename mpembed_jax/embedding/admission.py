@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpembed_jax import ops, row_ids
+from mpembed_jax.arrays import indexing
 from mpembed_jax.embedding.counters import add, count_change
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
@@ -92,8 +93,8 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
         cache=None,
         implementation=state.implementation,
     )
-    # Rows that start again are named by no plan. A row that had no owner does not change.
-    counters = count_change(state.counters, admitted.num_recycled > 0)
+    # Rows that start again are named by no plan.
+    counters = count_change(state.counters, admitted.num_started > 0)
     state = dataclasses.replace(state, vocabulary=vocabulary, counters=counters)
     return _settled(state, admitted, jnp.int32(0), jnp.int32(0))
 
@@ -102,13 +103,14 @@ def rules_of(state: EmbeddingState) -> ops.Admission:
     """Returns the rules by which a state admits."""
     rules = state.spec.vocabulary
     assert rules is not None
-    return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows)
+    starts_all = len(set(state.spec.initial_bounds)) > 1
+    return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows, starts_all)
 
 
 def _settled(
     state: EmbeddingState, admitted: ops.Admitted, num_requests: jax.Array, num_shared: jax.Array
 ) -> EmbeddingState:
-    """Adds an admission to the counters, and starts the recycled rows again."""
+    """Adds an admission to the counters, and starts rows of new owners again."""
     vocabulary = state.vocabulary
     assert vocabulary is not None
     num_recycled = admitted.num_recycled
@@ -123,7 +125,7 @@ def _settled(
     ]
     vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))
     state = dataclasses.replace(state, vocabulary=vocabulary)
-    return start_again(state, admitted.recycled, admitted.num_recycled)
+    return start_again(state, admitted.started, admitted.num_started, admitted.tables)
 
 
 def rows_of(state: EmbeddingState, ids: Any) -> Any:
@@ -175,26 +177,33 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
     return [jnp.asarray(leaf) for leaf in leaves], treedef
 
 
-def start_again(state: EmbeddingState, rows: jax.Array, num_rows: jax.Array) -> EmbeddingState:
+def start_again(
+    state: EmbeddingState, rows: jax.Array, num_rows: jax.Array, tables: jax.Array | None = None
+) -> EmbeddingState:
     """Gives rows their initial values and fresh optimizer state, and takes them out of the cache.
 
     Args:
       state: consumed if donated.
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
+      tables: int32 [n], the tables of the rows. None: the rows have no owners, or tables have the
+        same initial values.
 
     Returns:
       The state.
     """
     vocabulary = state.vocabulary
     assert vocabulary is not None
+    bounds = jnp.asarray(state.spec.initial_bounds, jnp.float32)
+    if tables is None or not rules_of(state).starts_all:
+        tables = jnp.zeros(rows.shape, jnp.int32)
     new = ops.start_again(
         ops.Rows(state.table, state.row_state, state.cache),
         vocabulary.fresh_row_state,
         rows,
         num_rows,
         key=state.row_key,
-        bound=jnp.float32(state.spec.initial_bounds[0]),
+        bounds=indexing.take(bounds, tables),
         implementation=state.implementation,
     )
     return dataclasses.replace(state, **new._asdict())

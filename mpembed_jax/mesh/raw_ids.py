@@ -48,8 +48,8 @@ def admit(
 
     Returns:
       This shard's part, changed, and what was decided. `rows` are the global row numbers of this
-      device's positions. `recycled` are local row numbers of this shard, and `num_recycled` is
-      their number. All other counts are those of the whole batch.
+      device's positions. `started` are local row numbers of this shard, and `num_started` and
+      `num_recycled` count rows of this shard. All other counts are those of the whole batch.
     """
     asked, counts, back = _ask(layout, pairs, implementation)
     part = pool.Part(layout.shards, layout.index())

@@ -398,7 +398,7 @@ def start_again(
     num_rows: jax.Array,
     *,
     key: Key,
-    bound: jax.Array,
+    bounds: jax.Array,
     implementation: Named,
 ) -> Rows:
     """Gives rows their initial values and fresh optimizer state; see `xla.restart.start_again`."""
@@ -406,14 +406,14 @@ def start_again(
     given = (of, fresh, rows, num_rows)
     if native is not None and not indexing.is_on_host(of.table.rows) and rows.shape[0]:
         threads = max_threads(implementation)
-        return native.restart.start_again(*given, key=key, bound=bound, max_threads=threads)
+        return native.restart.start_again(*given, key=key, bounds=bounds, max_threads=threads)
     if has_kernels(implementation, of.table):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.restart.start_again(
-            *given, key=key, bound=bound, is_interpreted=is_interpreted
+            *given, key=key, bounds=bounds, is_interpreted=is_interpreted
         )
     chunk = _chunk_for(implementation, of.table)
-    return xla.restart.start_again(*given, key=key, bound=bound, chunk=chunk)
+    return xla.restart.start_again(*given, key=key, bounds=bounds, chunk=chunk)
 
 
 @jax.named_scope("swap")

@@ -135,14 +135,18 @@ class Admission(NamedTuple):
     admit_after: int
     recycle: bool
     shared_rows: int  # per table
+    # Whether a row starts again for its first owner, too. If not, only rows of other owners do.
+    starts_all: bool = False
 
 
 class Admitted(NamedTuple):
     """The rows of a batch's raw ids in one step, and the counts of their admission."""
 
     rows: jax.Array  # i32 [N]: the row of each position's id; NO_ID for padding
-    recycled: jax.Array  # i32 [N]: rows that were taken from another owner, followed by NO_ID
-    num_recycled: jax.Array  # i32 []
+    started: jax.Array  # i32 [N]: rows that start again for new owners, followed by NO_ID
+    tables: jax.Array  # i32 [N]: the tables of their owners, if rules.starts_all; else anything
+    num_started: jax.Array  # i32 []
+    num_recycled: jax.Array  # i32 []: rows that were taken from another owner
     num_requests: jax.Array  # i32 []: positions that are not padding
     num_shared: jax.Array  # i32 []: positions whose id has no row of its own
     num_admitted: jax.Array  # i32 []: ids that got a row

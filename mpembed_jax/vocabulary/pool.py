@@ -206,6 +206,18 @@ def row_of(sets: jax.Array, ways: jax.Array, geometry: Geometry) -> jax.Array:
     return ways * geometry.sets + sets
 
 
+def tables_of(pairs: jax.Array, group: jax.Array) -> jax.Array:
+    """Returns the tables (int32 [n]) of ids, from their positions' pairs.
+
+    Args:
+      pairs: uint32 [n, 2].
+      group: int32 [n], the number of each position's id. If two tables' ids are treated as one id,
+        its table is the first of them.
+    """
+    table = (pairs[:, 1] & jnp.uint32(hashes.MAX_TABLES - 1)).astype(jnp.int32)
+    return indexing.minimum(jnp.full(table.shape, hashes.MAX_TABLES, jnp.int32), group, table)
+
+
 def shared_rows(pairs: jax.Array, geometry: Geometry, per_table: int) -> jax.Array:
     """Returns the shared rows (int32 [..]) of ids, from their pairs (uint32 [.., 2])."""
     tags, places = pairs[..., 0], pairs[..., 1]

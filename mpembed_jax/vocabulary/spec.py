@@ -1,7 +1,6 @@
 """VocabularySpec, a user's choice of how raw ids earn rows."""
 
 import dataclasses
-import numbers
 
 import numpy as np
 
@@ -36,9 +35,6 @@ class VocabularySpec:
         make admission more exact: an id that shares its counters with others is admitted too
         early. A counter has 4 bits if admit_after is at most 16, else 8. With recycle=False, it has
         2 bits if admit_after is at most 4.
-      initial_bound: rows start from values that are uniform in +-initial_bound, when the stack is
-        made and when a row is recycled or forgotten. None: 1/sqrt(rows of the stack), which shrinks
-        as the pool grows.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
 
@@ -52,7 +48,6 @@ class VocabularySpec:
     recycle: bool = True
     shared_rows: int = 1
     sketch_bytes: int = 3
-    initial_bound: float | None = None
     first_sets: int | None = None
 
     def __post_init__(self) -> None:
@@ -75,14 +70,6 @@ class VocabularySpec:
                 f"a sketch holds fewer than 2**31 bytes, got {self.num_rows} rows with "
                 f"sketch_bytes={self.sketch_bytes}; lower sketch_bytes"
             )
-        bound = self.initial_bound
-        if bound is not None:
-            is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
-            if not is_number or not 0 <= float(bound) < np.finfo(np.float32).max:
-                raise ValueError(
-                    f"vocabulary initial_bound must be a finite number >= 0 or None, got {bound!r}"
-                )
-            object.__setattr__(self, "initial_bound", float(bound))
         first = self.first_sets
         if first is not None:
             is_number = isinstance(first, int | np.integer) and not isinstance(first, bool)

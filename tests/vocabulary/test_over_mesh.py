@@ -21,11 +21,9 @@ from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.vocabulary import pool
 
 TX = mpembed.optim.rowwise_adagrad(0.5)
-VOCABULARY = mpembed.VocabularySpec(
-    560, admit_after=2, ways=4, shared_rows=3, sketch_bytes=2, initial_bound=0.125
-)
+VOCABULARY = mpembed.VocabularySpec(560, admit_after=2, ways=4, shared_rows=3, sketch_bytes=2)
 SPEC = mpembed.EmbeddingSpec(
-    (mpembed.TableSpec("user"), mpembed.TableSpec("item")),
+    (mpembed.TableSpec("user", initial_bound=0.25), mpembed.TableSpec("item")),
     8,
     storage="int8",
     cache=mpembed.CacheSpec(num_rows=280, ways=4),

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import ops
+from mpembed_jax import ops, table, vocabularies
 from mpembed_jax.embedding import admission
 from mpembed_jax.optim import rowwise_adagrad
 from mpembed_jax.vocabulary import hashes, pool
 
+TX = rowwise_adagrad(0.5)
 IMPLEMENTATIONS = ("xla", "xla_chunked", "numba")
 
 
@@ -284,6 +285,35 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored
     training.assert_same(state.table.rows, other.table.rows)
     training.assert_same(state.row_state, other.row_state)
     training.assert_same(state.cache, other.cache)
+
+
+@pytest.mark.parametrize("implementation", named(IMPLEMENTATIONS, fast={"numba"}))
+def test_new_owners_start_within_the_bound_of_their_table(implementation):
+    """Rows that had no owner, and rows of owners from the other table; after growth, too."""
+    spec = stack(64, 8, storage="int8", lines=12, ways=4, admit_after=1)
+    bounds = {"table0": 0.5, "table1": 0.01}
+    tables = tuple(dataclasses.replace(t, initial_bound=bounds[t.name]) for t in spec.tables)
+    spec = dataclasses.replace(spec, tables=tables)
+    state = mpembed.init(jax.random.key(3), spec, TX, implementation=implementation)
+    shared = np.abs(table.read_rows(state.table, np.arange(64, 66)))
+    assert 0.25 < shared[0].max() <= 0.51 and 0.005 < shared[1].max() <= 0.0102
+    drawn = {name: [] for name in bounds}
+    for number, batch in enumerate(raw_batches(5, 30, 12, 60, 2, drift=3)):
+        if number == 20:
+            state = vocabularies.grow(state, 128)
+        pairs = state.spec.raw_ids(batch)
+        before, state = state.vocabulary, _admit(state, pairs)[0]
+        rows = np.asarray(admission.rows_of(state, pairs))
+        for column, name in enumerate(bounds):
+            own = np.unique(rows[:, column][rows[:, column] < state.vocabulary.geometry.lines])
+            sets, ways = own % before.geometry.sets, own // before.geometry.sets
+            is_new = np.asarray(before.tags != state.vocabulary.tags)[sets, ways]
+            drawn[name].append(np.abs(table.read_rows(state.table, own[is_new])))
+        # Lines and optimizer state of an owner are not those of the next one.
+        state = step(state, state.spec.raw_ids(batch), jnp.ones((12, 2, 8)), TX)[0]
+    for name, values in drawn.items():
+        values = np.concatenate(values)
+        assert values.size > 500 and 0.97 * bounds[name] < values.max() <= 1.02 * bounds[name]
 
 
 @pytest.mark.parametrize("stored", named(STORED, fast={"float32-12-numba"}, core=CORE))

@@ -37,7 +37,7 @@ _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 # Numbers of the call's operands, then of its results. Owners and sketch are results 0 and 1, and
 # also operands 4 and 5: the call changes them in place.
 _PAIRS, _NUMBERS, _STEP, _TIMES = range(4)
-_OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
+_OWNERS, _SKETCH, _ROWS, _STARTED, _TABLES_STARTED, _FOUND = range(6)
 # The other results are scratch. In this file, the number of an id is its index among the distinct
 # ids of its partition. The scratch results hold:
 #   _KEY: for each position, its key of 64 bits (see `_key_of`)
@@ -45,26 +45,28 @@ _OWNERS, _SKETCH, _ROWS, _RECYCLED, _FOUND = range(5)
 #     itself, and the number of its id
 #   _ID_KEY to _NEXT: for each id, its key, set, tag, hash, occurrences, line, estimate, and the
 #     next newcomer of its set
-#   _QUEUE, _OPEN, _TAKEN: for each partition, its newcomers, the buckets of their sets, and the
-#     rows taken from other ids
+#   _QUEUE, _OPEN, _TAKEN, _TAKERS: for each partition, its newcomers, the buckets of their sets,
+#     the rows that start again, and their new owners, then the tables of these
 #   _BUCKET, _DEALS, _FACTS: hash tables of partitions, counts of chunks, counts of partitions
 (
     _KEY, _DEALT, _POSITIONS, _ID_OF, _ID_KEY, _ID_SET, _ID_TAG, _MIXED, _COUNT, _LINE,
-    _ESTIMATE, _NEXT, _QUEUE, _OPEN, _TAKEN, _BUCKET, _DEALS, _FACTS,
-) = range(5, 23)  # fmt: skip
+    _ESTIMATE, _NEXT, _QUEUE, _OPEN, _TAKEN, _TAKERS, _BUCKET, _DEALS, _FACTS,
+) = range(6, 25)  # fmt: skip
 # Entries of `_NUMBERS`, int32.
 (
     _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
-    _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE,
-) = range(13)  # fmt: skip
+    _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE, _STARTS_ALL,
+) = range(14)  # fmt: skip
 # Words of `_FACTS`: the number of partitions, the number of groups by which positions are dealt,
 # and the first shared row; then where the positions of each partition begin, and where those of
-# padding begin and end; then six counts of each partition. The last two of them count the rows that
-# its ids own, and the positions of these rows. A fused step reads the words whose names are public.
+# padding begin and end; then seven counts of each partition. The last two of them count the rows
+# that its ids own, and the positions of these rows. A fused step reads the words whose names are
+# public.
 PARTS, GROUPS, FIRST_SHARED, BEGIN = range(4)
-_NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED, NUM_OWN, NUM_OWN_POSITIONS = tuple(
-    BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(6)
-)
+(
+    _NUM_STARTED, _NUM_RECYCLED, _NUM_SHARED, _NUM_ADMITTED, _NUM_REFUSED, NUM_OWN,
+    NUM_OWN_POSITIONS,
+) = tuple(BEGIN + MAX_PARTS + 2 + k * MAX_PARTS for k in range(7))  # fmt: skip
 _NUM_FACTS = NUM_OWN_POSITIONS + MAX_PARTS
 _DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then padding
 
@@ -319,17 +321,20 @@ def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
 
 
 @compiled
-def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open_buckets, taken):
-    """Gives newcomers rows. Fills `taken` with the rows that had another owner.
+def _enter(
+    frame, id_set, id_tag, line, estimate, queue, bucket, following, open_buckets, taken, takers
+):
+    """Gives newcomers rows. Fills `taken` with the rows that start again, `takers` with their ids.
 
     Returns:
-      How many newcomers got a row, and how many of these rows had another owner.
+      How many newcomers got a row, how many of these rows had another owner, and how many start
+      again.
     """
     numbers = argument(frame, _NUMBERS, np.int32)
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
     ways, shape = np.int64(numbers[_WAYS]), _shape(numbers)
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
-    num_open, num_admitted, num_taken = 0, 0, 0
+    num_open, num_admitted, num_recycled, num_taken = 0, 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
         b = partitions.line_up(queue[k], ways, id_tag, estimate, id_set, bucket, following)
@@ -353,13 +358,28 @@ def _enter(frame, id_set, id_tag, line, estimate, queue, bucket, following, open
             if cost > 0:
                 hashed = _mixed(home, owners[best] >> _USE_BITS, sets, first_sets)
                 _remember(sketch, home, hashed, shape, cost - 1)
-                taken[num_taken] = (best - first) * sets + home
+                num_recycled += 1
+            if cost > 0 or numbers[_STARTS_ALL]:
+                taken[num_taken], takers[num_taken] = (best - first) * sets + home, i
                 num_taken += 1
             # Recycles: the tag of the row's owner becomes that of the newcomer.
             owners[best], line[i] = (id_tag[i] << _USE_BITS) | _PINNED, best
             num_admitted += 1
             i = np.int64(following[i])
-    return num_admitted, num_taken
+    return num_admitted, num_recycled, num_taken
+
+
+@compiled
+def _name_tables(frame, positions, id_of, table, takers):
+    """Replaces ids in `takers` by their tables. `table` is scratch; see pool.tables_of."""
+    pairs = argument(frame, _PAIRS, np.uint32)
+    table[:] = hashes.MAX_TABLES
+    for k in range(np.uint64(len(positions))):
+        number = np.int32(pairs[_TWO * np.uint64(positions[k]) + _ONE] & _TABLES)
+        here = np.uint64(id_of[k])
+        table[here] = min(table[here], number)
+    for k in range(len(takers)):
+        takers[k] = table[takers[k]]
 
 
 def _settle(frame, part):
@@ -393,14 +413,19 @@ def _settle(frame, part):
     num_newcomers = _find(
         frame, id_key[:num_ids], id_set, id_tag, mixed, count, line, estimate, queue
     )
-    num_admitted, num_taken = 0, 0
+    num_admitted, num_recycled, num_taken = 0, 0, 0
     if num_newcomers > 0:
-        num_admitted, num_taken = _enter(
-            frame, id_set, id_tag, line, estimate, queue[:num_newcomers], bucket,
-            result(frame, _NEXT, np.int32)[begin:end], result(frame, _OPEN, np.int32)[begin:end],
-            result(frame, _TAKEN, np.int32)[begin:end],
+        following = result(frame, _NEXT, np.int32)[begin:end]
+        takers = result(frame, _TAKERS, np.int32)[begin:end]
+        num_admitted, num_recycled, num_taken = _enter(
+            frame, id_set, id_tag, line, estimate, queue[:num_newcomers], bucket, following,
+            result(frame, _OPEN, np.int32)[begin:end], result(frame, _TAKEN, np.int32)[begin:end],
+            takers,
         )  # fmt: skip
-    facts[_NUM_RECYCLED + part], facts[_NUM_ADMITTED + part] = num_taken, num_admitted
+        if num_taken > 0 and numbers[_STARTS_ALL]:
+            _name_tables(frame, positions, id_of, following[:num_ids], takers[:num_taken])
+    facts[_NUM_STARTED + part], facts[_NUM_RECYCLED + part] = num_taken, num_recycled
+    facts[_NUM_ADMITTED + part] = num_admitted
     facts[_NUM_REFUSED + part] = num_newcomers - num_admitted
 
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
@@ -442,8 +467,9 @@ _settle_parts = call_frame.parts(_settle)
 def _admit(frame):
     numbers, facts = argument(frame, _NUMBERS, np.int32), result(frame, _FACTS, np.int32)
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
-    recycled, found = result(frame, _RECYCLED, np.int32), result(frame, _FOUND, np.int32)
-    taken = result(frame, _TAKEN, np.int32)
+    started, found = result(frame, _STARTED, np.int32), result(frame, _FOUND, np.int32)
+    tables = result(frame, _TABLES_STARTED, np.int32)
+    taken, takers = result(frame, _TAKEN, np.int32), result(frame, _TAKERS, np.int32)
     num_tasks = min(call_frame.num_threads(frame), np.int64(numbers[_TASKS]))
     groups = np.int64(numbers[_DEAL_GROUPS])
     num_parts = partitions.num_parts(groups, num_tasks)
@@ -455,18 +481,19 @@ def _admit(frame):
     _deal(frame, num_tasks)
     _settle_parts(frame, num_parts + 1, num_tasks)
     found[:] = 0
-    num_recycled = 0
+    num_started = 0
     for part in range(num_parts):
         begin = np.int64(facts[BEGIN + part])
-        for k in range(begin, begin + facts[_NUM_RECYCLED + part]):
-            recycled[num_recycled] = taken[k]
-            num_recycled += 1
-        found[2] += facts[_NUM_SHARED + part]
-        found[3] += facts[_NUM_ADMITTED + part]
-        found[4] += facts[_NUM_REFUSED + part]
-    for k in range(num_recycled, len(recycled)):
-        recycled[k] = _NO_ID
-    found[0], found[1] = num_recycled, facts[BEGIN + num_parts]
+        for k in range(begin, begin + facts[_NUM_STARTED + part]):
+            started[num_started], tables[num_started] = taken[k], takers[k]
+            num_started += 1
+        found[1] += facts[_NUM_RECYCLED + part]
+        found[3] += facts[_NUM_SHARED + part]
+        found[4] += facts[_NUM_ADMITTED + part]
+        found[5] += facts[_NUM_REFUSED + part]
+    for k in range(num_started, len(started)):
+        started[k], tables[k] = _NO_ID, 0
+    found[0], found[2] = num_started, facts[BEGIN + num_parts]
 
 
 def admit(
@@ -491,7 +518,7 @@ def admit(
     assert of.geometry.groups & (of.geometry.groups - 1) == 0  # for set_of
     held = [vocabulary.owners, vocabulary.sketch]
     sizes = dict.fromkeys(range(_ROWS, _FACTS), num)
-    sizes |= {_FOUND: 5, _BUCKET: 4 * num + 16 * MAX_PARTS}
+    sizes |= {_FOUND: 6, _BUCKET: 4 * num + 16 * MAX_PARTS}
     sizes |= {_DEALS: CHUNKS * _DEAL, _FACTS: _NUM_FACTS}
     sizes |= dict.fromkeys((_KEY, _DEALT, _ID_KEY), 2 * num)
     kinds = dict.fromkeys((_ID_TAG, _MIXED), jnp.uint32)
@@ -513,5 +540,5 @@ def admit(
     )
     vocabulary = dataclasses.replace(vocabulary, owners=results[_OWNERS], sketch=results[_SKETCH])
     dealt = Dealt(*(results[n] for n in (_FACTS, _LINE, _COUNT, _POSITIONS, _ID_OF)))
-    found = Admitted(results[_ROWS], results[_RECYCLED], *results[_FOUND])
+    found = Admitted(*results[_ROWS:_FOUND], *results[_FOUND])
     return vocabulary, found._replace(dealt=dealt)

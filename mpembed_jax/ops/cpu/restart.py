@@ -39,7 +39,7 @@ U32 = np.uint32
 ) = range(11)  # fmt: skip
 # Positions of the call's arguments, then of its results. Each result except _BUFFER is an argument
 # that is changed in place: result k is argument _HELD + k.
-_ROWS, _GIVEN, _BOUND, _HELD = range(4)
+_ROWS, _GIVEN, _BOUNDS, _HELD = range(4)
 _TABLE, _TAGS, _PRIORITY, _DIRTY, _LINES, _BUFFER = range(6)
 
 
@@ -70,7 +70,7 @@ def _start_of(fmt: RowFormat) -> str:
 
     def start_part(frame, part):
         rows, given = argument(frame, _ROWS, np.int32), argument(frame, _GIVEN, np.int32)
-        bound = argument(frame, _BOUND, np.float32)[0]
+        bounds = argument(frame, _BOUNDS, np.float32)
         dim, num_rows = np.int64(given[_DIM]), np.int64(given[_NUM_ROWS])
         shape = np.int64(given[_SETS]), np.int64(given[_WAYS]), np.int64(given[_GROUPS])
         table, row_bytes = result_address(frame, _TABLE), bytes_of(dim)
@@ -84,7 +84,7 @@ def _start_of(fmt: RowFormat) -> str:
             if not 0 <= x < num_rows:
                 continue
             start, increment = codec.bits_of_row(x, value_seed0, value_seed1)
-            codec.draw_uniform(buffer, bound, dim, start, increment)
+            codec.draw_uniform(buffer, bounds[k], dim, start, increment)
             encode(buffer, table + x * row_bytes, dim, x, seed0, seed1)
             if shape[0] > 0:
                 _leave_cache(frame, x, shape, dim)
@@ -155,7 +155,7 @@ def start_again(
     num_rows: jax.Array,
     *,
     key: Key,
-    bound: jax.Array,
+    bounds: jax.Array,
     max_threads: int,
 ) -> Rows:
     """Gives rows their initial values; see `xla.restart.start_again`.
@@ -184,7 +184,7 @@ def start_again(
         [*call_frame.shapes_of(held), lanes.buffers(_PARTS, dim)],
         input_output_aliases={_HELD + k: k for k in range(len(held))},
         vmap_method="sequential",
-    )(rows, jnp.concatenate(given), bound.reshape(1), *held)
+    )(rows, jnp.concatenate(given), bounds, *held)
     row_state = jax.tree.map(
         lambda array, row: _filled(array, row, rows, num_rows, max_threads), of.row_state, fresh
     )

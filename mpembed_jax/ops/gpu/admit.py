@@ -106,12 +106,14 @@ def admit(
     )
 
     own_way = indexing.take(way, ids.group)
-    (rank,) = kernel.running_sums([is_recycled], is_interpreted=is_interpreted)
-    recycled = indexing.put(
-        jnp.full(num, NO_ID, jnp.int32),
-        jnp.where(is_recycled, rank - 1, num),
-        pool.row_of(ids.sets, way, sizes.geometry),
-    )
+    is_started = enters if rules.starts_all else is_recycled
+    (rank,) = kernel.running_sums([is_started], is_interpreted=is_interpreted)
+    to = jnp.where(is_started, rank - 1, num)
+    own_rows = pool.row_of(ids.sets, way, sizes.geometry)
+    started = indexing.put(jnp.full(num, NO_ID, jnp.int32), to, own_rows)
+    tables = jnp.zeros(num, jnp.int32)
+    if rules.starts_all:
+        tables = indexing.put(tables, to, pool.tables_of(pairs, ids.group))
 
     def total(counted: jax.Array) -> jax.Array:
         return jnp.sum(counted, dtype=jnp.int32)
@@ -120,8 +122,10 @@ def admit(
         rows=pool.rows_or_shared(
             pairs, ids.position_sets, own_way, sizes.geometry, rules.shared_rows
         ),
-        recycled=recycled,
-        num_recycled=rank[-1],
+        started=started,
+        tables=tables,
+        num_started=rank[-1],
+        num_recycled=total(is_recycled),
         num_requests=total(ids.times),
         num_shared=total(jnp.where(own_way == ways, ids.times, 0)),
         num_admitted=total(enters),

@@ -32,7 +32,7 @@ def start_again(
     num_rows: jax.Array,
     *,
     key: random_bits.Key,
-    bound: jax.Array,
+    bounds: jax.Array,
     is_interpreted: bool,
 ) -> Rows:
     """Gives rows their initial values and fresh optimizer state; see `xla.restart.start_again`."""
@@ -49,7 +49,7 @@ def start_again(
         held += [cache.tags.reshape(-1), cache.priority.reshape(-1), cache.rows]
 
     def body(*refs: Any) -> None:
-        num_rows_ref, bound_ref, rows_ref, *seeds = refs[:7]
+        num_rows_ref, bounds_ref, rows_ref, *seeds = refs[:7]
         packed, *cached = refs[7 + len(held) :]
         num_rows = num_rows_ref[0]
 
@@ -62,10 +62,11 @@ def start_again(
             of_values, of_rounding = (
                 kernel.load_seeds(both, position, is_row) for both in (seeds[:2], seeds[2:])
             )
+            bound = kernel.load(bounds_ref, (position,), is_row, 0)
             places = []
             for column in kernel.place_columns(row_words):
                 bits = kernel.bits_of(of_values, column)
-                places.append((random_bits.uniform(bits) * 2 - 1) * bound_ref[0])
+                places.append((random_bits.uniform(bits) * 2 - 1) * bound[:, None])
             kernel.write_packed(packed, here, is_row, places, row_words, of_rounding)
             if cache is not None:
                 tags, priority, lines, line_out = cached
@@ -91,7 +92,7 @@ def start_again(
 
         lax.while_loop(lambda start: start < num_rows, restart, pl.program_id(0) * block)
 
-    operands = [num_rows[None], bound[None], rows]
+    operands = [num_rows[None], bounds, rows]
     for stream in (random_bits.INITIAL_VALUE, random_bits.INITIAL_ROUNDING):
         operands += random_bits.row_seeds(key, stream, jnp.int32(0), rows)
     operands += held

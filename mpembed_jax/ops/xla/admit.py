@@ -153,19 +153,23 @@ def admit_halved(
 
     own_way = indexing.take(way, group_of)
     result = pool.rows_or_shared(pairs, position_sets, own_way, geometry, rules.shared_rows)
-    order = jnp.cumsum(is_recycled.astype(jnp.int32))
-    recycled = indexing.put(
-        jnp.full(num, NO_ID, jnp.int32),
-        jnp.where(is_recycled, order - 1, num),
-        pool.row_of(new_sets, new_way, geometry),
-    )
+    is_started = enters if rules.starts_all else is_recycled
+    order = jnp.cumsum(is_started.astype(jnp.int32))
+    to = jnp.where(is_started, order - 1, num)
+    new_rows = pool.row_of(new_sets, new_way, geometry)
+    started = indexing.put(jnp.full(num, NO_ID, jnp.int32), to, new_rows)
+    tables = jnp.zeros(num, jnp.int32)
+    if rules.starts_all:
+        tables = indexing.put(tables, to, indexing.take(pool.tables_of(pairs, group_of), new))
 
     def total(counted: jax.Array) -> jax.Array:
         return jnp.sum(counted, dtype=jnp.int32)
 
     return vocabulary, Admitted(
         rows=result,
-        recycled=recycled,
+        started=started,
+        tables=tables,
+        num_started=order[-1],
         num_recycled=total(is_recycled),
         num_requests=total(times),
         num_shared=total(jnp.where(own_way == ways, times, 0)),

@@ -25,7 +25,7 @@ def start_again(
     num_rows: jax.Array,
     *,
     key: Key,
-    bound: jax.Array,
+    bounds: jax.Array,
     chunk: int | None,
 ) -> Rows:
     """Gives rows their initial values and fresh optimizer state, and takes them out of the cache.
@@ -39,8 +39,8 @@ def start_again(
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
       key: uint32 [2], or a key bound to a shard.
-      bound: float32 scalar. Initial values are uniform in +-bound. With the key and the bound of
-        init, a row gets the values that init gave it.
+      bounds: float32 [n]. Initial values of a row are uniform in +-bounds. With the key and the
+        bound of init, a row gets the values that init gave it.
       chunk: see chunks.each.
 
     Returns:
@@ -53,7 +53,8 @@ def start_again(
         packed, row_state, lines = carry
         here = jnp.where(window.is_live, window.take(rows), NO_ID)
         table = dataclasses.replace(of.table, rows=packed)
-        packed = indexing.put(packed, here, initial_rows(table, key, here, bound))
+        bounds_here = window.take(bounds)[:, None]
+        packed = indexing.put(packed, here, initial_rows(table, key, here, bounds_here))
         row_state = with_fresh(row_state, fresh, here)
         if cache is not None:
             tags, priority, dirty, values = lines
