@@ -190,7 +190,8 @@ WIDE = (
 
 # Raw ids: a row for each id that occurs so often, in a pool sized for them. Then pools that are too
 # small for the ids that occur twice, so that rows are recycled. Then smaller sketches,
-# and rare ids that share more rows. Then rows that start from values as large as in numbered tables.
+# and rare ids that share more rows. Then rows that start from values as large as in tables of
+# numbered ids.
 RAW = (
     FP32, Case("int8", 0.05), Case("int4", 0.05), Case("int4", 0.01),
     *(
