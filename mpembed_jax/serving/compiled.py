@@ -142,7 +142,7 @@ class Reader:
     def parts(self, part: Callable[[int, int], Any], num: int, least: int) -> list[Any]:
         """Returns the results of part(first, last) over [0, num), divided over the threads.
 
-        A part has at least `least` items, if there are so many.
+        A part has at least `least` items, if there are that many.
         """
         pieces = max(1, min(self.threads, num // max(1, least)))
         bounds = [num * piece // pieces for piece in range(pieces + 1)]

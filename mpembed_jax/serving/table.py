@@ -245,8 +245,8 @@ class ServingTable:
     def count_outside(self, ids: Any) -> Any:
         """Returns how many ids are outside their tables. Padding is not counted.
 
-        A table on the device reads such ids as zeros and keeps no count. Call this method beside
-        `lookup` to count them.
+        A table on the device reads such ids as zeros and keeps no count. Call this method in
+        addition to `lookup` to count them.
 
         Args:
           ids: as in lookup.

@@ -19,7 +19,7 @@ MAX_PARTS = 64
 FEW_PARTS, FEW_TASKS = 16, 4
 CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _NO_ID = np.int32(NO_ID)
-_AHEAD = 16  # rows
+_AHEAD = 16  # rows between a prefetch and its use
 # Unsigned, so that numba does not check for negative indices. It then vectorizes loops over ways.
 _ZERO, _ONE, _MAX_WAYS = np.uint64(0), np.uint64(1), np.uint64(MAX_WAYS)
 
@@ -173,9 +173,9 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows, and pins them. Estimates all rows, queues the misses.
+    """Finds and pins the lines of a partition's rows, estimates the use of all rows, queues misses.
 
-    Memory is requested some rows ahead: tags first, then the priority of a line that is found, or
+    Memory is prefetched some rows ahead: tags first, then the priority of a line that is found, or
     the sketch's cells.
 
     Args:
@@ -242,7 +242,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
 
 @compiled
 def _comes_first(i, k, ids, estimate):
-    """Returns whether one miss of a set is served before another one."""
+    """Returns whether miss i of a set takes its turn before miss k."""
     return estimate[i] > estimate[k] or (estimate[i] == estimate[k] and ids[i] < ids[k])
 
 

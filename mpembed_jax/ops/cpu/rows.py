@@ -1,8 +1,8 @@
 """Gathers and scatters of rows on a CPU, on two threads and with prefetching.
 
-A row of a large table is not in the processor's caches. To read it takes some hundred nanoseconds,
+A row of a large table is not in the processor's caches. To read it takes a few hundred nanoseconds,
 and XLA's loops wait for a few such reads at a time. The loops here prefetch later rows while they
-copy the present one. Large results are written past the processor's caches. Rows are moved without
+copy the current one. Large results are written past the processor's caches. Rows are moved without
 arithmetic, so the bits are those of the reference.
 """
 
