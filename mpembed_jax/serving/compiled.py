@@ -355,7 +355,7 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
 
     @intrinsic
     def prefetch(context, address):
-        """Asks for a row, without waiting."""
+        """Prefetches a row, without waiting."""
 
         def codegen(target, builder, signature, arguments):
             ask_for(builder, arguments[0])

@@ -11,7 +11,7 @@ A pool that has grown has more sets than its `first_sets`. The place chooses amo
 The tag then chooses among the sets that this first set was split into, as in linear hashing
 (Litwin, 1980). So the set and the tag of a row are enough to find the new set of its owner. If a
 pool has k times its first sets, both probabilities are k times what these formulas give for its
-present S and W.
+current S and W.
 
 A way of a set has the row `way * S + set`. If a mesh divides rows by MOD, each set therefore lies
 on one shard. The shared rows have the numbers after those of the pool.
@@ -50,7 +50,7 @@ COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals
 
 
 class Part(NamedTuple):
-    """The part of a pool that one shard holds: the sets that are `shard` modulo `shards`.
+    """The part of a pool that one shard holds: the sets whose number is `shard` modulo `shards`.
 
     On a shard, sets and rows have local numbers, like the sets and rows of a cache there.
     """

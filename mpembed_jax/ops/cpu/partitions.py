@@ -47,15 +47,15 @@ def chunk_range(num, chunk):
 
 @compiled
 def begin_parts(deals, width, num_parts, begins):
-    """Turns the counts of chunks into places: positions are grouped by partition, in their order.
+    """Turns the counts of chunks into the places of their positions, grouped by partition.
 
-    Positions that no partition owns are last.
+    The positions of a partition keep their order. Positions that no partition owns are last.
 
     Args:
       deals: i32 [CHUNKS * width], for each chunk the number of positions of each partition, and the
         number of positions without one. Each number is replaced by the place of the first of these
         positions.
-      width: numbers of a chunk, at least num_parts + 1.
+      width: entries of a chunk in `deals`, at least num_parts + 1.
       num_parts: number of partitions.
       begins: i32 [num_parts + 2 or more], filled with where each partition begins, where the
         positions without one begin, and where they end.
@@ -344,7 +344,7 @@ def enter(
 
 @compiled
 def list_positions(positions, row_of, count, num_rows, stop, order):
-    """Lists the positions of each row, ascending: those of row r end before order[stop[r]]."""
+    """Lists the positions of each row, ascending: in `order`, those of row r end before stop[r]."""
     begin = 0
     for row in range(num_rows):
         stop[row] = begin
