@@ -71,7 +71,7 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
 # 15: the number of groups by which positions are dealt.
 # From 16 on: where each partition begins, then six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
-_COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
+_COUNTS = 3  # the first of the totals: six sums of _OF_PARTS, then the positions out of range
 _DEAL_GROUPS = 15
 _BEGIN = 16  # where each partition begins; then where positions without a row begin and end
 _ROWS = _BEGIN + MAX_PARTS + 2
