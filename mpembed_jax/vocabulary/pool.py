@@ -348,8 +348,8 @@ def raised(
     """
     counts = jnp.minimum(counts, sizes.max_count).astype(jnp.uint32)
     for k in range(sizes.counters_per_byte):
-        # Each iteration writes one counter of a byte. All writers of a byte keep its other counters,
-        # so the largest of their bytes has the largest count.
+        # Each iteration writes one counter of a byte. All writers of a byte keep its other
+        # counters, so the largest of their bytes has the largest count.
         shift = k * sizes.counter_bits
         is_here = is_raised & (cells.shift == shift)
         byte = jnp.where(is_here, cells.byte, sketch.size)

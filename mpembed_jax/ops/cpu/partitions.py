@@ -1,4 +1,4 @@
-"""The integer part of a fused step on a CPU: each partition of a batch finds its own rows.
+"""The integer arithmetic of a fused step on a CPU: each partition of a batch finds its own rows.
 
 A partition of ids owns its sets, because the set of an id is a function of the id. No partition
 reads or writes what belongs to another. So the number of threads does not change a result. The
