@@ -27,7 +27,7 @@ def on_host(ids: Any) -> np.ndarray:
 
 
 def check_list(ids: Any) -> None:
-    """Checks that ids are no list of masked arrays, whose masks NumPy would drop.
+    """Checks that ids are not a list of masked arrays, whose masks NumPy would drop.
 
     Raises:
       TypeError: if they are.

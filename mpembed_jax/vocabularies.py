@@ -47,7 +47,7 @@ def grow(state: EmbeddingState, num_rows: int) -> EmbeddingState:
 
     The sets of the pool are split. Ids are spread evenly if the pool is doubled. Between two
     doublings, the sets that are not split yet have more ids for each row. The probability that an
-    id without a row takes another id's row by mistake grows with the pool: see `vocabulary.pool`.
+    id without a row is taken for the owner of one grows with the pool: see `vocabulary.pool`.
 
     A row may get another number, and the number decides the row's set in the cache. A cached row
     therefore gets a number whose set in the cache has room for its line. If there is none, the row

@@ -240,8 +240,8 @@ AUC column is from other runs of the same formats: the Reddit task at D = 16, pa
 intervals (`python -m experiments.accuracy.paper_table --data reddit`).
 
 Raw ids need no numbering. An id earns a row at its second occurrence, and the least used rows are
-recycled. The host hashes the ids. You choose the number of rows; it depends on how many ids come
-again. The time of raw ids was measured with INT8 + 5 % and rows to spare
+recycled. The host hashes the ids. You choose the number of rows: about as many as there are ids
+that come again. The time of raw ids was measured with INT8 + 5 % and rows to spare
 (`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same command as the others,
 with `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])

@@ -43,9 +43,9 @@ class Segments(NamedTuple):
 class CachePlan:
     """The decisions of one step. A plan is valid until the next prefetch.
 
-    The last of the unique ids is always padding, and its row is zero. On one device, they are
-    ordered: hits, newcomers, bypassed rows, padding. At padding, ids out of range and ids over the
-    budget, inverse is U - 1. At every other position, `ids == unique_ids[inverse]`.
+    The last of the unique ids is always padding, and its row is zero. On one device, the unique ids
+    are ordered: hits, newcomers, bypassed rows, padding. At padding, ids out of range and ids over
+    the budget, inverse is U - 1. At every other position, `ids == unique_ids[inverse]`.
 
     On a mesh, `unique_ids` and `inverse` describe the ids of this device, in the order of their
     first occurrence; with kernels, in another order. With summation blocks (see Placement), an id

@@ -101,7 +101,7 @@ def is_time_to_halve(cache: "CacheState", step: jax.Array, num_positions: Fracti
     """
     if not counts_use(cache.policy) or not num_positions:
         return jnp.bool_(False)
-    # Read as uint32, the step counts to 2^32 - 1. A longer period (small batches beside a huge
+    # Read as uint32, the step counts to 2^32 - 1. A longer period (small batches and a huge
     # cache) would never end, so it is cut to 2^32 - 1.
     period = min(max(1, 30 * cache.geometry.lines // num_positions), 2**32 - 1)
     return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)

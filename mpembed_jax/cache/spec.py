@@ -32,9 +32,9 @@ class Geometry(NamedTuple):
         """Returns the number of buckets to which the misses of a batch are hashed by their sets.
 
         Misses enter the cache in rounds. In each round, one miss of each bucket meets a line (see
-        `ops/xla/rounds.py`). For a batch of `width` unique ids, the limit is 2 * width, rounded up
-        to a power of two, and at least 16. Up to the limit, each set has a bucket of its own. Above
-        it, the number of buckets is the limit, and sets share buckets.
+        `ops/xla/rounds.py`). A batch of `width` unique ids has at most 2 * width buckets, rounded
+        up to a power of two, and at least 16. If there are no more sets than that, each set has a
+        bucket of its own. Otherwise, sets share buckets.
         """
         return min(self.sets, max(16, indexing.ceil_power(2 * width)))
 

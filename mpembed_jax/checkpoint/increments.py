@@ -260,7 +260,7 @@ def collect(
       patch}.
 
     Raises:
-      ValueError: if a tracker does not fit its state, or names no state; or if the directory does
+      ValueError: if a tracker does not fit its state, or has no state; or if the directory does
         not hold the checkpoint from which the trackers started.
       UnreadableError: if that checkpoint is not found, and the system cannot read one of the
         directory's checkpoints now.

@@ -67,9 +67,9 @@ class Division:
 def places(member: leaves.Member) -> dict[str, leaves.Destination]:
     """Returns the destinations that the leaves of a target take from its state.
 
-    Leaves of shapes alone, for example from jax.eval_shape, name neither devices nor memory. If the
-    state is over a mesh, a leaf that names no devices goes to this mesh. If the state's spec keeps
-    a leaf in host memory, the leaf goes there.
+    Leaves that are only shapes, for example from jax.eval_shape, name neither devices nor memory.
+    If the state is over a mesh, a leaf that names no devices goes to this mesh. If the state's spec
+    keeps a leaf in host memory, the leaf goes there.
 
     Returns:
       {name in the tree: destination}.

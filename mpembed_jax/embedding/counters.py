@@ -1,7 +1,8 @@
 """The 64-bit counters of an embedding state, without jax's x64 mode.
 
-The last counter counts refused updates. They are fewer than 2^32, so its high word is free. It
-counts the changes of rows outside of steps, from which a tracker learns that no plan names them.
+The last counter counts refused updates. They are fewer than 2^32, so its high word is free. The
+high word counts the changes of rows outside of steps. No plan names these rows, so a tracker of
+changed rows compares this count.
 """
 
 import dataclasses

@@ -35,7 +35,8 @@ def read(state: EmbeddingState | QuantizedTable, ids: Any) -> Any:
       zeros. Inside jit, a state that was made for another spec, or averaged, reads as NaN.
 
     Raises:
-      TypeError: if state is neither, or if ids are not integers of 32 bits or fewer.
+      TypeError: if state is neither a state nor a table, or if ids are not integers of 32 bits or
+        fewer.
       ValueError: if host ids do not fit int32, or if the state was donated. Outside jit, if the
         state was made for another spec, or averaged.
     """

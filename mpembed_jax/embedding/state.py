@@ -312,8 +312,8 @@ def make(
     # The arrays do not depend on the implementation. So all implementations share the program.
     state = dataclasses.replace(state, implementation=implementation)
     if layout is None and optim.rule_of(tx) is not None:
-        # XLA fills the table in the background, until `place` waits for it. This compiles
-        # meanwhile.
+        # XLA fills the table in the background, until `place` waits for it. Meanwhile, this call
+        # compiles.
         ops.compile_ahead(implementation, state.table)
     return huge_pages.place(state)
 

@@ -1,9 +1,9 @@
 """One optimizer update of a batch's rows, and the storage of the new rows.
 
 Row-wise Adagrad and SGD of `optim`, at a constant rate and without weight decay, have a rule that a
-kernel can run. All other optax transformations run without kernels. `has_kernel` tells whether a
-kernel runs. This depends on the transformation, on the implementation chosen at init, and on the
-memory that holds the table.
+kernel can run. XLA runs all other optax transformations. Kernels may store their rows. `has_kernel`
+tells whether a kernel runs the transformation. This depends on the transformation, on the
+implementation chosen at init, and on the memory that holds the table.
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def _apply_any(
     step: jax.Array,
     is_applied: jax.Array,
 ) -> tuple[EmbeddingState, jax.Array]:
-    """Runs any transformation without kernels; see `apply`.
+    """Runs any transformation by XLA, and stores the new rows; see `apply`.
 
     If the implementation loops over chunks, a transformation that treats each row by itself runs
     chunk by chunk. The new rows of a chunk are stored while the processor's cache still holds them,

@@ -331,8 +331,8 @@ def apply_pooled_gradients(
     Raises:
       TypeError: if state or plan has the wrong type.
       ValueError: if the tree, a shape or a dtype of pooled_grads differs from that of the vectors;
-        if tx has another kind of rule or of state than embed's; if the state was donated; or on a
-        second call for one embed.
+        if tx has no rule but embed's has one, or if it needs another row state; if the state was
+        donated; or on a second call for one embed.
     """
     call = "apply_pooled_gradients(state, plan, pooled_grads, *, tx)"
     arguments.check_state(call, state)

@@ -70,7 +70,7 @@ def route_specs(layout: Layout) -> Route:
 
 
 def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
-    """Returns how many entries a device sends to each owner; num_entries is static."""
+    """Returns how many entries a device sends to each owner: all if is_wide, else the room."""
     # If the batch is not divided over the sharding axes, all devices along these axes have the same
     # ids. Each device then requests its own part of the ids.
     if not layout.is_batch_divided:
@@ -79,7 +79,7 @@ def _width(layout: Layout, num_entries: int, is_wide: bool) -> int:
 
 
 def _either(layout: Layout, is_wide: jax.Array, num_entries: int, run: Callable) -> Any:
-    """Returns run(width). The width is full if is_wide, and ordinary (see `_width`) if not."""
+    """Returns run(width), where width is that of `_width`. `is_wide` may be traced."""
     narrow, wide = _width(layout, num_entries, False), _width(layout, num_entries, True)
     if narrow == wide:
         return run(wide)
@@ -122,7 +122,7 @@ def _ranked(
 def _ranks(owner: jax.Array, shards: int) -> jax.Array:
     """Returns the rank of each entry (int32 [U]) among those with its owner, by one sort.
 
-    A cumulative sum for each shard would be several launches for each on a GPU.
+    A cumulative sum per shard, as in `_ranked`, would take several launches each on a GPU.
     """
     position = jnp.arange(owner.shape[0], dtype=jnp.int32)
     by_owner, order = lax.sort_key_val(owner, position)  # stable
@@ -134,7 +134,7 @@ def _ranks(owner: jax.Array, shards: int) -> jax.Array:
 def _place(layout: Layout, owner: jax.Array, rank: jax.Array, width: int) -> jax.Array:
     """Returns the position of each entry in the array that this device sends.
 
-    An entry that is not sent gets a position behind the end of the array.
+    An entry that is not sent gets a position past the end of the array.
     """
     is_sent = (owner < layout.shards) & (rank < width)
     return jnp.where(is_sent, owner * width + rank, layout.shards * width)
@@ -173,7 +173,7 @@ def _replica_part(layout: Layout, values: jax.Array) -> jax.Array:
 def _is_wide(
     layout: Layout, owner: jax.Array, rank: jax.Array, num_entries: int, axes: tuple[str, ...]
 ) -> jax.Array:
-    """Returns whether any device along `axes` has more entries for an owner than ordinarily fit."""
+    """Returns whether any device along `axes` has more entries for an owner than the room."""
     room = _width(layout, num_entries, False)
     is_over = jnp.any((owner < layout.shards) & (rank >= room))
     return _sum(is_over.astype(jnp.int32), axes) > 0

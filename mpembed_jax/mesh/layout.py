@@ -255,7 +255,7 @@ class Layout:
         return Fraction(num_positions * self.batch_shards, self.shards)
 
     def room(self, num_ids: int) -> int:
-        """Returns how many ids a device can send to one owner in an exchange of ordinary width.
+        """Returns how many ids a device can send to one owner, unless arrays have full width.
 
         num_ids is the number of unique ids of the device.
         """

@@ -1,6 +1,6 @@
 """One shard of a stack: the rows of each table that it holds, and their global ids.
 
-All arrays of a shard are indexed by local rows. Only random bits are drawn for the global id
+All arrays of a shard are indexed by local rows. Only random bits depend on the global id
 (invariant 3: position independence). `RowKey` draws them.
 """
 

@@ -321,9 +321,10 @@ class NGramMemory(nnx.Module):
           context: see prefetch. `context_after` returns the context of the next token.
 
         Returns:
-          [.., T, orders x heads x features] in `dtype`, in the nesting of tokens: for each order
-          in turn the rows of its heads. Padding gives zeros. In training inside jit, n-grams that
-          were not prefetched give NaN, or zeros if the batch exceeded max_unique_ids.
+          [.., T, orders x heads x features] in `dtype`, in the nesting of tokens: the rows of the
+          first order's heads, then those of the next order, and so on. Padding gives zeros. In
+          training inside jit, n-grams that were not prefetched give NaN, or zeros if the batch
+          exceeded max_unique_ids.
 
         Raises:
           TypeError: if tokens are not integers.

@@ -43,7 +43,7 @@ class Origin:
     """Tells from which array, given to prefetch, each leaf of a plan's inverse was made.
 
     An array may come with its table, as routing.Own. Ids that were mapped on the host are
-    recognized by their values after mapping, which also tell masked and padded ids apart.
+    recognized by their values after mapping, in which masked ids are padding.
 
     An Origin is static. All Origins compare equal, so none causes a retrace: they are used only to
     recognize an array object within one trace.

@@ -251,7 +251,7 @@ def tables_of(spec: EmbeddingSpec, ids: Any, by_feature: bool) -> TablesOfIds | 
     paths = jax.tree_util.tree_flatten_with_path(ids)[0]
     keys: list[Any] = [getattr(path[0], "key", None) if path else None for path, _ in paths]
     if not all(key in of_feature for key in keys):
-        return None  # a mapping that jax does not take apart by its keys
+        return None  # a mapping that jax does not flatten by its keys
     return tuple((of_feature[key],) for key in keys)
 
 

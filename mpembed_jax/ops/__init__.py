@@ -9,8 +9,10 @@ Only this room has code for particular hardware. The implementations have names:
   pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device.
                     jax interprets kernels inside jax.shard_map only with check_vma=False
 
-All implementations give the same bits. A table in host memory is always accessed by XLA, in chunks
-that cover only the rows that are needed. No other rows cross the bus.
+On a CPU, xla, xla_chunked and numba give the same bits. Kernels give these bits, too, except that
+the last bits of row-wise Adagrad and of sums over many positions can differ. XLA always accesses a
+table in host memory, in chunks that cover only the rows that are needed. No other rows cross the
+bus.
 
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.

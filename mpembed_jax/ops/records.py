@@ -213,7 +213,7 @@ class Implementation:
 
     name: str
     chunk: int | None = None
-    # At INT8 and D = 16, 16384 rows take a third of a megabyte, which crosses the bus in some
+    # At INT8 and D = 16, 16384 rows take a third of a megabyte, which crosses the bus in a few
     # microseconds.
     host_chunk: int = 16384
     is_native: bool = False

@@ -32,7 +32,7 @@ def stochastic_round_updates(key: jax.Array) -> optax.GradientTransformation:
     Some wrappers choose by lax.cond between a transformation's result and other updates, such as
     optax.apply_if_finite and optax.conditionally_mask. Put them inside the chain. If they are
     around the chain, lax.cond raises a TypeError: the chain's updates are float32, and the other
-    updates have the dtype of the gradients. This is right:
+    updates have the dtype of the gradients. Write:
 
       `optax.chain(optax.apply_if_finite(optax.sgd(0.1), 3), stochastic_round_updates(key))`
 

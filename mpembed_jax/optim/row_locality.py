@@ -67,7 +67,7 @@ def is_row_local(tx: optax.GradientTransformation, embedding_dim: int) -> bool:
       embedding_dim: D.
     """
     if not callable(getattr(tx, "update", None)):
-        # This is no optax transformation. The code that applies it raises an error.
+        # This is not an optax transformation. The code that applies it raises an error.
         return False
     rows = jax.ShapeDtypeStruct((ROWS, embedding_dim), jnp.float32)
     traced = jax.make_jaxpr(tx.update)(rows, jax.eval_shape(tx.init, rows), rows)

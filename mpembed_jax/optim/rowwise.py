@@ -120,7 +120,7 @@ def mean_of_squares(g: jax.Array) -> jax.Array:
     processor and on the other dimensions. XLA also contracts a multiplication and an addition into
     one operation that rounds once. Here, the squares are padded with zeros to a power of two of at
     least 8 and summed by halves: the upper half is added to the lower half until one number is
-    left. The mean is the sum times 1 / D. Each operation is rounded by itself.
+    left. The mean is the sum times 1 / D. Each operation is rounded on its own.
 
     Args:
       g: float [.., D].

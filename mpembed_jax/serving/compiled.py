@@ -142,7 +142,7 @@ class Reader:
     def parts(self, part: Callable[[int, int], Any], num: int, least: int) -> list[Any]:
         """Returns the results of part(first, last) over [0, num), divided over the threads.
 
-        A part has at least `least` items, if there are so many.
+        A part has at least `least` items, if there are that many.
         """
         pieces = max(1, min(self.threads, num // max(1, least)))
         bounds = [num * piece // pieces for piece in range(pieces + 1)]
@@ -355,7 +355,7 @@ def _kernels(fmt: RowFormat, dim: int) -> dict[str, tuple[Callable, int]]:
 
     @intrinsic
     def prefetch(context, address):
-        """Asks for a row, without waiting."""
+        """Prefetches a row, without waiting."""
 
         def codegen(target, builder, signature, arguments):
             ask_for(builder, arguments[0])

@@ -455,7 +455,7 @@ def checked(contents: Contents) -> Contents:
         table or no feature, or if the tables of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
-    tables: set[str] = set()  # those that features name
+    tables: set[str] = set()  # those that a feature may name
     for table in contents.tables:
         raw = () if table.pool is None else table.pool.tables
         tables.update(raw or (table.name,))

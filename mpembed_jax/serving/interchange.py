@@ -136,7 +136,7 @@ def fbgemm_rows(
 def export_program(
     function: Callable, tables: ServingTable, *arguments: Any, platforms: Any = None
 ) -> bytes:
-    """Compiles a model with its tables to StableHLO that jax alone can run.
+    """Compiles a model with its tables to StableHLO that jax can run without this library.
 
     The first argument of the program is {name: array}, the arrays of a serving file by their names:
     the packed words of tables, the owners of pools, and maps of tokens. The other arguments follow.

@@ -44,7 +44,8 @@ def save(
     The file appears whole or not at all. It holds the rows of every table, their formats and
     checksums, and the names of tables and features. If a stack has a vocabulary, the file holds its
     pool of rows under the name "<stack>.pool" ("pool" if the tree is one state), and the tags of
-    the rows' owners. It holds no optimizer state, no use and no counts of ids without a row.
+    the rows' owners. It holds neither optimizer state nor the use of rows nor counts of ids without
+    a row.
 
     For an NGramMemory, the file also holds the hash of its n-grams and its map of tokens. Its
     tables have names such as "<stack>.2-gram_0" ("2-gram_0" if the tree is the memory itself), so

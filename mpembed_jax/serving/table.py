@@ -245,8 +245,8 @@ class ServingTable:
     def count_outside(self, ids: Any) -> Any:
         """Returns how many ids are outside their tables. Padding is not counted.
 
-        A table on the device reads such ids as zeros and keeps no count. Call this method beside
-        `lookup` to count them.
+        A table on the device reads such ids as zeros and keeps no count. Call this method in
+        addition to `lookup` to count them.
 
         Args:
           ids: as in lookup.
@@ -550,7 +550,7 @@ class ServingTable:
         return known[stack]
 
     def _pairs(self, feature: str, table: Table, ids: Any, *, on_host: bool = False) -> Any:
-        """Returns the pairs (uint32 [.., 2]) of a table's raw ids: NumPy's on the host."""
+        """Returns the pairs (uint32 [.., 2]) of a table's raw ids; on the host, a NumPy array."""
         name, number = self._raw_of[feature]
         made = hashes.pairs_on_host if on_host else hashes.pairs_of
         return made(feature, ids, name, number)

@@ -39,7 +39,7 @@ _P1, _P2, _P3, _P4, _P5 = (
 
 
 def salt(table: str) -> int:
-    """Returns the 64-bit number that the values of a table are shifted by: XXH64 of its name."""
+    """Returns the 64-bit number that is added to the values of a table: XXH64 of its name."""
     name = np.frombuffer(table.encode(), np.uint8)
     return int(_xxh64(name[None])[0])
 
@@ -62,8 +62,8 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
       uint32 [.., 2].
 
     Raises:
-      TypeError: if the values are neither integers nor bytes nor strings, if there are integers
-        beside bytes or strings, or if the values are a list of masked arrays.
+      TypeError: if the values are neither integers nor bytes nor strings, if integers are
+        mixed with bytes or strings, or if the values are a list of masked arrays.
     """
     if hasattr(values, "to_arrow"):
         values = values.to_arrow()
@@ -99,7 +99,7 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
 def as_array(values: Any) -> np.ndarray:
     """Returns raw ids as an array that keeps their values and types.
 
-    NumPy alone would change some lists. Integers beside strings would become strings. Bytes would
+    NumPy alone would change some lists. Integers among strings would become strings. Bytes would
     lose zeros at their end. If some integers are below 2**63 and some are not, all would become
     floats.
 

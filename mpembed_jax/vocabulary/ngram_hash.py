@@ -294,7 +294,7 @@ class NGramHash:
         return xp.where(is_ngram[..., None], pairs, np.uint32(hashes.PADDING))
 
     def _words(self, tokens: Any, canonical: Any, context: Any) -> tuple[list[Any], list[Any], Any]:
-        """Returns what n-grams consist of.
+        """Returns the tokens of which the n-grams of each position consist.
 
         Returns:
           For each k, token_k of each position as a word (uint32 [.., T]).
@@ -311,7 +311,7 @@ class NGramHash:
         size, length = self.context_size, joined.shape[-1] - self.context_size
 
         def back(array: Any, k: int) -> Any:
-            """Returns the part of [.., context_size + T] that is k positions before [.., T]."""
+            """Returns, for each of the T positions, the entry k places before it in `array`."""
             return array[..., size - k : size - k + length]
 
         newest = back(joined, 0)

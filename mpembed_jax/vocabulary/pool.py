@@ -4,14 +4,14 @@ A pool of rows is a set-associative cache whose lines are the rows. A pair (see 
 id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
 row has one word: the tag of its owner, and the owner's use in 8 bits. Two ids with the same set and
 tag are treated as one id. For two given ids, the probability of this is 2^-24 / S. An id that owns
-no row takes another id's row by mistake with a probability of at most W / 2^24: with 32 ways, one
-in 524,288.
+no row is taken for the owner of a row with a probability of at most W / 2^24: with 32 ways, one in
+524,288.
 
 A pool that has grown has more sets than its `first_sets`. The place chooses among the first sets.
 The tag then chooses among the sets that this first set was split into, as in linear hashing
 (Litwin, 1980). So the set and the tag of a row are enough to find the new set of its owner. If a
 pool has k times its first sets, both probabilities are k times what these formulas give for its
-present S and W.
+current S and W.
 
 A way of a set has the row `way * S + set`. If a mesh divides rows by MOD, each set therefore lies
 on one shard. The shared rows have the numbers after those of the pool.
@@ -50,7 +50,7 @@ COUNTERS = ("requests", "shared_requests", "admissions", "recyclings", "refusals
 
 
 class Part(NamedTuple):
-    """The part of a pool that one shard holds: the sets that are `shard` modulo `shards`.
+    """The part of a pool that one shard holds: the sets whose number is `shard` modulo `shards`.
 
     On a shard, sets and rows have local numbers, like the sets and rows of a cache there.
     """
@@ -360,8 +360,8 @@ def raised(
     """
     counts = jnp.minimum(counts, sizes.max_count).astype(jnp.uint32)
     for k in range(sizes.counters_per_byte):
-        # Each turn writes one counter of a byte. All writers of a byte keep its other counters, so
-        # the largest of their bytes has the largest count.
+        # Each iteration writes one counter of a byte. All writers of a byte keep its other
+        # counters, so the largest of their bytes has the largest count.
         shift = k * sizes.counter_bits
         is_here = is_raised & (cells.shift == shift)
         byte = jnp.where(is_here, cells.byte, sketch.size)

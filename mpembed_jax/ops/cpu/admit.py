@@ -24,7 +24,7 @@ from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.pool import VocabularyState
 
 _NO_ID = np.int32(NO_ID)
-_AHEAD = 16  # ids
+_AHEAD = 16  # ids between a prefetch and its use
 _ZERO, _ONE, _TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 _PADDING = np.uint32(hashes.PADDING)
 _TABLES = np.uint32(hashes.MAX_TABLES - 1)
@@ -279,7 +279,7 @@ def _deal(frame, num_tasks):
 
 @compiled
 def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
-    """Finds the rows of a partition's ids, and pins them. Estimates all ids, queues the newcomers.
+    """Finds and pins the rows of a partition's ids, estimates the use of all ids, queues newcomers.
 
     Memory is prefetched some ids ahead: the owners of the set first, then the counters of an id
     without a row.

@@ -10,7 +10,7 @@ row over its positions, updates the row and stores it.
 
 No array [U, D] exists. Vectors and bags are computed from lines and packed rows. The bits are those
 of `xla.unique`, `xla.plan`, `xla.rows` and `xla.update.update_summed`, run one after another.
-`codec` decodes and encodes packed rows. Every product and every sum is rounded by itself.
+`codec` decodes and encodes packed rows. Products and sums are rounded one by one.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import QuantizedTable
 
 _NO_ID = np.int32(NO_ID)
-_AHEAD = 8  # rows
+_AHEAD = 8  # rows between a prefetch and its use
 _BUFFERS = 3  # rows of scratch for each partition
 F32, U32 = np.float32, np.uint32
 
@@ -69,9 +69,9 @@ _VECTORS, _FACTS, _ROW_IDS, _LINE, _STOP, _ORDER, _ROW_OF_POSITION = range(6, 13
 #   within the budget.
 # 3 to 9: seven totals of the batch.
 # 15: the number of groups by which positions are dealt.
-# From 16 on: the begin of each partition, then six numbers of each partition.
+# From 16 on: where each partition begins, then six numbers of each partition.
 _PARTS, _OVER, _LIMIT = range(3)
-_COUNTS = 3  # the first total: _OF_PARTS summed over partitions; then positions out of range
+_COUNTS = 3  # the first of the totals: six sums of _OF_PARTS, then the positions out of range
 _DEAL_GROUPS = 15
 _BEGIN = 16  # where each partition begins; then where positions without a row begin and end
 _ROWS = _BEGIN + MAX_PARTS + 2

@@ -312,9 +312,9 @@ def _run_parts(frame, function, num, num_tasks):
 def parts(part: Callable[[int, int], None]) -> Callable:
     """Returns a numba function run(frame, num, num_tasks), which runs part(frame, k) for k < num.
 
-    Up to num_tasks threads take parts one after another, the caller among them. XLA's thread pool
-    may be busy, or may itself wait for the caller. The caller therefore runs every part that no
-    other thread has begun, and never waits for work that has not begun.
+    Up to num_tasks threads, the caller among them, take the next part until none is left. XLA's
+    thread pool may be busy, or may itself wait for the caller. The caller therefore runs every part
+    that no other thread has begun, and never waits for work that has not begun.
 
     Args:
       part: a Python or numba function. It must not raise. No part may write anything that another

@@ -1,7 +1,7 @@
 """Eight lanes of 32 bits at a time, for loops over the elements of a row.
 
-LLVM does not vectorize numba's loops over a row, because it cannot exclude that two arrays overlap.
-Here, such loops are written with LLVM's vector instructions.
+LLVM does not vectorize numba's loops over a row, because it cannot rule out that two arrays
+overlap. Here, such loops are written with LLVM's vector instructions.
 
 A row is given by its address (int64). It has any number of elements `dim` (int64): whole blocks of
 eight, and a rest of fewer. A buffer is a temporary row with room for whole blocks. Its lanes beyond
@@ -81,7 +81,7 @@ class Lanes:
         return self._with(self.builder.lshr(self.value, self._other(other)))
 
     def compare(self, sign: str, other: Any) -> ir.Value:
-        """Returns <8 x i1>. Where a float is NaN, only "!=" is true."""
+        """Compares lane by lane; returns <8 x i1>. Where a float is NaN, only "!=" is true."""
         if not self.is_float:
             return self.builder.icmp_unsigned(sign, self.value, self._other(other))
         compare = self.builder.fcmp_unordered if sign == "!=" else self.builder.fcmp_ordered
@@ -298,7 +298,7 @@ def copy_bytes(context, row, source, num_bytes):
 
 @intrinsic
 def stream(context, row, source, dim):
-    """row = source, past the processor's caches.
+    """row = source, written to memory without the processor's caches.
 
     dim is a multiple of 8, and the row is aligned to 32 bytes.
     """
@@ -519,7 +519,7 @@ largest_magnitude = intrinsic(_extreme(Lanes.maximum, 0.0, True))
 
 @intrinsic
 def ask_for(context, row, num_bytes):
-    """Asks for the cache lines of `num_bytes` bytes from an address on, without waiting."""
+    """Prefetches the cache lines of `num_bytes` bytes from an address on, without waiting."""
 
     def write(builder, row, num_bytes):
         byte = _BYTE.as_pointer()
@@ -532,7 +532,7 @@ def ask_for(context, row, num_bytes):
         num_lines = builder.lshr(builder.add(num_bytes, _LONG(63)), _LONG(6))
         with cgutils.for_range(builder, num_lines) as loop:
             place = builder.add(row, builder.shl(loop.index, _LONG(6)))
-            # The arguments say: for reading, into all levels of the cache, data.
+            # The constants select reading, all levels of the cache, and data.
             builder.call(fetch, [builder.inttoptr(place, byte), _WORD(0), _WORD(3), _WORD(1)])
 
     return _row_function(write, types.void, _ROW, types.int64)

@@ -49,7 +49,7 @@ def load(
       function: a Python function that numba can compile as a C callback. Its `__qualname__` must
         differ from those of all other functions. The same holds for every function of this
         package that it calls.
-      signature: numba's.
+      signature: numba's signature of the C callback.
       parts: numba functions that the function calls, and the types of their arguments. They are
         optimized only as parts of the function.
 
@@ -90,7 +90,7 @@ class _Written(JITCodeLibrary):
 
     @property
     def codegen(self) -> Any:
-        """The object by which numba sets a global variable of the code, which nothing reads."""
+        """Ignores numba's request to set a global variable of the code, which nothing reads."""
         return types.SimpleNamespace(set_env=lambda name, environment: None)
 
 

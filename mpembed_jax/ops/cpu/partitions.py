@@ -1,4 +1,4 @@
-"""The integer part of a fused step on a CPU: each partition of a batch finds its own rows.
+"""The integer arithmetic of a fused step on a CPU: each partition of a batch finds its own rows.
 
 A partition of ids owns its sets, because the set of an id is a function of the id. No partition
 reads or writes what belongs to another. So the number of threads does not change a result. The
@@ -19,7 +19,7 @@ MAX_PARTS = 64
 FEW_PARTS, FEW_TASKS = 16, 4
 CHUNKS = 16  # parts of the positions; a thread counts or deals the positions of one part at a time
 _NO_ID = np.int32(NO_ID)
-_AHEAD = 16  # rows
+_AHEAD = 16  # rows between a prefetch and its use
 # Unsigned, so that numba does not check for negative indices. It then vectorizes loops over ways.
 _ZERO, _ONE, _MAX_WAYS = np.uint64(0), np.uint64(1), np.uint64(MAX_WAYS)
 
@@ -47,15 +47,15 @@ def chunk_range(num, chunk):
 
 @compiled
 def begin_parts(deals, width, num_parts, begins):
-    """Turns the counts of chunks into places: positions are grouped by partition, in their order.
+    """Turns the counts of chunks into the places of their positions, grouped by partition.
 
-    Positions that no partition owns are last.
+    The positions of a partition keep their order. Positions that no partition owns are last.
 
     Args:
       deals: i32 [CHUNKS * width], for each chunk the number of positions of each partition, and the
         number of positions without one. Each number is replaced by the place of the first of these
         positions.
-      width: numbers of a chunk, at least num_parts + 1.
+      width: entries of a chunk in `deals`, at least num_parts + 1.
       num_parts: number of partitions.
       begins: i32 [num_parts + 2 or more], filled with where each partition begins, where the
         positions without one begin, and where they end.
@@ -173,9 +173,9 @@ def drop(limit, step, ids, count, row_of, num_rows, moved):
 
 @compiled
 def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, queue):
-    """Finds the lines of a partition's rows, and pins them. Estimates all rows, queues the misses.
+    """Finds and pins the lines of a partition's rows, estimates the use of all rows, queues misses.
 
-    Memory is requested some rows ahead: tags first, then the priority of a line that is found, or
+    Memory is prefetched some rows ahead: tags first, then the priority of a line that is found, or
     the sketch's cells.
 
     Args:
@@ -242,7 +242,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
 
 @compiled
 def _comes_first(i, k, ids, estimate):
-    """Returns whether one miss of a set is served before another one."""
+    """Returns whether miss i of a set takes its turn before miss k."""
     return estimate[i] > estimate[k] or (estimate[i] == estimate[k] and ids[i] < ids[k])
 
 
@@ -344,7 +344,7 @@ def enter(
 
 @compiled
 def list_positions(positions, row_of, count, num_rows, stop, order):
-    """Lists the positions of each row, ascending: those of row r end before order[stop[r]]."""
+    """Lists the positions of each row, ascending: in `order`, those of row r end before stop[r]."""
     begin = 0
     for row in range(num_rows):
         stop[row] = begin

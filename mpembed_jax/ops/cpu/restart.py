@@ -27,7 +27,7 @@ from mpembed_jax.ops.records import Draw, Rows
 from mpembed_jax.ops.xla.restart import with_lines
 from mpembed_jax.row_ids import NO_ID
 
-_AHEAD = 8  # rows
+_AHEAD = 8  # rows between a prefetch and its use
 _NO_ID = np.int32(NO_ID)
 _PARTS = 16
 U32 = np.uint32

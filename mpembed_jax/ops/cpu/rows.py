@@ -1,8 +1,8 @@
 """Gathers and scatters of rows on a CPU, on two threads and with prefetching.
 
-A row of a large table is not in the processor's caches. To read it takes some hundred nanoseconds,
+A row of a large table is not in the processor's caches. To read it takes a few hundred nanoseconds,
 and XLA's loops wait for a few such reads at a time. The loops here prefetch later rows while they
-copy the present one. Large results are written past the processor's caches. Rows are moved without
+copy the current one. Large results bypass the processor's caches. Rows are moved without
 arithmetic, so the bits are those of the reference.
 """
 
@@ -13,8 +13,8 @@ from mpembed_jax.ops.cpu import call_frame
 from mpembed_jax.ops.cpu.call_frame import argument, ask_for, compiled, fence, result, stream
 
 _AHEAD = 8  # rows between a prefetch and its use
-# Results of at least this many 32-bit words (12 MiB) are written past the processor's caches. A
-# core's share of the last-level cache is not likely to hold so much until the result is read.
+# Results of at least this many 32-bit words (12 MiB) bypass the processor's caches. A core's share
+# of the last-level cache is unlikely to hold them until they are read.
 _STREAMED = 3 << 20
 
 
