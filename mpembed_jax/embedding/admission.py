@@ -93,7 +93,7 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
         cache=None,
         implementation=state.implementation,
     )
-    # Rows that start again are named by no plan.
+    # No plan names the rows that start again.
     counters = count_change(state.counters, admitted.num_started > 0)
     state = dataclasses.replace(state, vocabulary=vocabulary, counters=counters)
     return _settled(state, admitted, jnp.int32(0), jnp.int32(0))

@@ -7,7 +7,7 @@ import numpy as np
 from mpembed_jax.cache.spec import CacheSpec, Geometry
 from mpembed_jax.row_ids import NO_ID
 
-MAX_ADMIT_AFTER = 255  # what a counter of the sketch holds
+MAX_ADMIT_AFTER = 255  # the largest count that a counter of the sketch can hold
 
 
 def groups_of(sets: int) -> int:
@@ -25,7 +25,8 @@ class VocabularySpec:
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
       admit_after: the number of occurrences, the current batch included, at which an id gets a row
-        of its own; 1 to 255. 1 admits every id.
+        of its own; 1 to 255. With 1,
+        every id asks for a row when it first occurs.
       ways: rows in a set, 1 to 64.
       recycle: whether an id may take the row of an id that is used less. If False, an id that finds
         its set full shares a row for good.

@@ -276,7 +276,7 @@ def _decide(
                 )
 
             def meet(carry: tuple) -> tuple:
-                """Gives the present newcomer the cheapest row, if it may. Finds the next one."""
+                """Gives the current newcomer the cheapest row, if it may. Finds the next one."""
                 position, estimate, tag, cost = carry
                 cheapest = jnp.min(cost)
                 chosen = jnp.min(jnp.where(cost == cheapest, way, ways))

@@ -34,7 +34,7 @@ _WARPS = 4
 _CHANGED = 1024  # elements that a program of `change_if` changes in one iteration of its loop
 _MOST_CHANGING_PROGRAMS = 1024
 _SUMMED = 4096  # elements that a program of `running_sums` adds: 32 for each thread
-_FEW_BLOCKS = 16  # up to so many blocks, running sums need no second kernel
+_FEW_BLOCKS = 16  # up to this many blocks, running sums need no second kernel
 
 
 def block_rows(embedding_dim: int) -> int:

@@ -206,7 +206,7 @@ def _decide(
                 return best_after(ids_ref, estimates_ref, (begin, end), estimate, miss, 0)
 
             def meet(carry: tuple) -> tuple:
-                """Gives the present miss the cheapest way, if it may enter. Finds the next miss."""
+                """Gives the current miss the cheapest way, if it may enter. Finds the next miss."""
                 position, estimate, miss, tags, priority, uses = carry
                 rank = policy.ranks(by, tags, priority, step).astype(jnp.int32)
                 rank = jnp.where(is_way, rank, np.int32(2**31 - 1))
