@@ -213,7 +213,9 @@ RAW = (
     Case("int4", 0.01, admit_after=2, pool=0.3, shared_rows=256),
     *(
         Case(storage, 0.05, admit_after=times, by_table=True)
-        for storage, times in (("int8", 2), ("int8", 3), ("int4", 2), ("int4", 3))
+        for storage, times in (
+            ("int8", 2), ("int8", 3), ("int8", 5), ("int4", 2), ("int4", 3), ("int4", 5),
+        )
     ),
     *(
         Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size, by_table=True)
