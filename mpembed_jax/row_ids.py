@@ -45,6 +45,23 @@ def check_list(ids: Any) -> None:
             check_list(part)
 
 
+def check_no_mask(name: str, values: Any) -> None:
+    """Checks that values which are not ids have no mask, which NumPy would drop.
+
+    Raises:
+      TypeError: if they are a masked array, or a list of masked arrays.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: got a masked array, whose mask would be lost; fill it: array.filled(..)"
+        )
+    if isinstance(values, list | tuple) and any(
+        issubclass(kind, np.ma.MaskedArray | list | tuple) for kind in set(map(type, values))
+    ):
+        for part in values:
+            check_no_mask(name, part)
+
+
 def checked(ids: Any) -> tuple[list[jax.Array], Any]:
     """Returns the leaves of a nest of ids as int32 arrays, and the structure of the nest.
 

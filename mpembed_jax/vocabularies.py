@@ -177,16 +177,16 @@ def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
       The new state.
 
     Raises:
-      TypeError: if state has another type or is traced, or if ids are not pairs.
-      ValueError: if counts are not integers of at least 0, are a masked array, or have another
-        nesting or shape. Also for a state that `grow` refuses.
+      TypeError: if state has another type or is traced, if ids are not pairs, or if counts have a
+        mask.
+      ValueError: if counts are not integers of at least 0, or have another nesting or shape. Also
+        for a state that `grow` refuses.
     """
     _held("from_counts(state, ids, counts)", state)
     leaves, treedef = admission.checked(ids)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for leaf, number in zip(leaves, treedef.flatten_up_to(counts), strict=True):
-        if isinstance(number, np.ma.MaskedArray):
-            raise ValueError("from_counts: counts are a masked array; fill them: counts.filled(0)")
+        row_ids.check_no_mask("from_counts: counts", number)
         array = np.asarray(number)
         if array.dtype.kind not in "iu" or array.shape != leaf.shape[:-1] or (array < 0).any():
             raise ValueError(

@@ -397,8 +397,8 @@ REFUSED = {
         lambda: vocabularies.from_counts(
             state_of(), pairs_of(1), {"user": np.ma.array([1], mask=[True])}
         ),
-        "masked array; fill them",
-        ValueError,
+        "from_counts: counts: got a masked array",
+        TypeError,
     ),
     "half counts": Refused(
         lambda: vocabularies.from_counts(state_of(), pairs_of(1), {"user": [1.5]}),

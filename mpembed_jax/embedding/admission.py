@@ -12,7 +12,7 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.embedding.counters import add, count_change
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
-from mpembed_jax.vocabulary import pool
+from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.hashes import PADDING
 
 
@@ -174,7 +174,9 @@ def checked(ids: Any) -> tuple[list[jax.Array], Any]:
                 f"this stack has a vocabulary, so ids must be pairs uint32 [.., 2], got {what}; "
                 "hash raw ids with spec.raw_ids"
             )
-    return [jnp.asarray(leaf) for leaf in leaves], treedef
+    # A masked pair is padding.
+    plain = [hashes.unmasked(p) if isinstance(p, np.ma.MaskedArray) else p for p in leaves]
+    return [jnp.asarray(leaf) for leaf in plain], treedef
 
 
 def start_again(

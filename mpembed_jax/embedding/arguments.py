@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mpembed_jax.cache.plan import CachePlan
 from mpembed_jax.embedding.state import EmbeddingState
@@ -42,6 +43,17 @@ def path_of(call: str, name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{call}: {name} must be a path, got {type(value).__name__}")
     return Path(value)
+
+
+def integer(call: str, name: str, value: Any) -> int:
+    """Returns an argument as an int.
+
+    Raises:
+      TypeError: if it is not an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{call}: {name} must be an integer, got {value!r}")
+    return int(value)
 
 
 def article(kind: type) -> str:

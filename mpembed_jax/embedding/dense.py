@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpembed_jax import ops
+from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import indexing
 from mpembed_jax.embedding import arguments, evaluation
 from mpembed_jax.embedding.state import EmbeddingState, check_spec, make, over_mesh
@@ -127,7 +127,7 @@ def from_dense(
 
     Raises:
       KeyError: if a name is missing or unknown.
-      TypeError: if key, spec, tx or tables has another type.
+      TypeError: if key, spec, tx or tables has another type, or a table has a mask.
       ValueError: if an array has another shape, or if the stack has a vocabulary. Also as init.
     """
     check_spec("from_dense(key, spec, tx, tables)", spec)
@@ -140,6 +140,7 @@ def from_dense(
     if set(tables) != set(names):
         raise KeyError(f"tables must name exactly {names}, got {list(tables)}")
     for t in spec.tables:
+        row_ids.check_no_mask(f"table {t.name!r}", tables[t.name])
         if np.shape(tables[t.name]) != (size_of(t), spec.embedding_dim):
             raise ValueError(
                 f"table {t.name!r} must be [{t.vocabulary_size}, {spec.embedding_dim}], got "
@@ -147,7 +148,7 @@ def from_dense(
             )
     layout = Layout.of(spec, mesh, axis_name, placement)
 
-    state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, _zeros)
+    state = make(random_bits.key_words(key), spec, tx, ops.choose(implementation), layout, zeros)
     for name in names:
         start, size = spec.table_range(name)
         block = min(_BLOCK, size)
@@ -158,7 +159,8 @@ def from_dense(
     return state
 
 
-def _zeros(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
+def zeros(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
+    """Returns a table of zeros, or that of one shard; for `state.make`. The key has no effect."""
     shape = (
         spec.num_rows if shard is None else shard.num_rows,
         spec.storage.row_words(spec.embedding_dim),

@@ -233,6 +233,15 @@ def check_spec(call: str, spec: Any) -> None:
         raise TypeError(f"{call}: spec must be an EmbeddingSpec, got {type(spec).__name__}")
 
 
+def check_memory_kind(spec: EmbeddingSpec, layout: Layout | None) -> None:
+    """Raises ValueError if a stack over a mesh has a memory kind."""
+    if layout is not None and spec.memory_kind is not None:
+        raise ValueError(
+            "a stack over a mesh has its tables in device memory; got "
+            f"memory_kind={spec.memory_kind!r}; leave it out"
+        )
+
+
 def init(
     key: jax.Array,
     spec: EmbeddingSpec,
@@ -297,12 +306,7 @@ def make(
     Raises:
       ValueError: as init. Also if a layout is given with a memory kind.
     """
-    if layout is not None and spec.memory_kind is not None:
-        raise ValueError(
-            "a stack over a mesh has its tables in device memory; got "
-            f"memory_kind={spec.memory_kind!r}; leave it out"
-        )
-
+    check_memory_kind(spec, layout)
     # A NumPy key counts as the same value in every process. A jax key would belong to one device.
     is_traced = isinstance(key, jax.core.Tracer)
     words = key if is_traced or layout is None or layout.mesh is None else np.asarray(key)

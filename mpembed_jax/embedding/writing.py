@@ -53,7 +53,7 @@ def write_rows(
 
     Raises:
       TypeError: if state has another type, ids are not integers of 32 bits or fewer, or rows are
-        not floating.
+        not floating or have a mask.
       ValueError: if a shape is wrong; if a prefetch is known to wait for its update; if the state
         was donated, made for another spec or transformation, or averaged; or if the stack has
         2**31 - 1 rows or more, or a vocabulary.
@@ -66,6 +66,7 @@ def write_rows(
             "their owners; train raw ids with prefetch and apply_gradients, or number the ids"
         )
     (ids,) = row_ids.checked([ids])[0]
+    row_ids.check_no_mask("rows", rows)
     rows = jnp.asarray(rows)
     shape = ids.shape
     dim = state.spec.embedding_dim

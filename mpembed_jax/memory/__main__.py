@@ -115,8 +115,12 @@ def _columns(path: Path) -> dict[str, Any]:
         if not set(frame.columns) >= _COLUMNS:
             return {name: frame[name].drop_nulls().to_numpy() for name in frame.columns}
         return {name: frame[name].to_numpy() for name in frame.columns}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file, skipinitialspace=True))
+    try:
+        # Spreadsheets begin a file with a byte order mark, which is no part of the first name.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     # DictReader puts the cells for which there is no name under None.

@@ -2,8 +2,8 @@
 
 Formats are tried in the order of the accuracy that was measured with them. First, all stacks but
 those of small tables get the best format that all of them can have within the budget. Then single
-stacks go up to better formats while the budget allows it, the smallest stack first. Bytes count
-every array of the state: those of `report` on one device, those of `shard_bytes` on several.
+stacks go up to better formats while the budget allows it, the smallest stack first. Bytes are those
+of `report`: they count every array of the state on a device.
 
 A stack of raw ids gets a pool with a row for each id that occurs k times in a sample, and a tenth
 more. Its levels are pairs of a format and k. k is 2 where that fits, else 3. It is never 1: in no
@@ -12,14 +12,17 @@ measured format did a row for every id give a higher AUC, and it took more than 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh, AxisType
 
 from mpembed_jax import row_ids, sharding
 from mpembed_jax.cache.spec import CacheSpec
+from mpembed_jax.embedding import arguments
 from mpembed_jax.memory import reports
 from mpembed_jax.memory.reports import report
 from mpembed_jax.mesh.layout import Layout
@@ -161,11 +164,12 @@ class Plan:
         return "\n".join(text)
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "size") -> int:
     """Returns a size in bytes: "16GB" is 16 * 10^9, "16GiB" is 16 * 2^30.
 
     Args:
       size: a number of bytes, or a text of a number and a unit.
+      name: the name of the argument, for messages.
 
     Raises:
       ValueError: if size is neither, or is below one byte.
@@ -176,7 +180,7 @@ def parse_bytes(size: int | str) -> int:
     except (ValueError, KeyError, OverflowError):
         bytes_ = 0
     if bytes_ < 1:
-        raise ValueError(f'a size is a number of bytes or a text such as "16GB", got {size!r}')
+        raise ValueError(f'{name} must be a number of bytes or a text such as "16GB", got {size!r}')
     return bytes_
 
 
@@ -212,11 +216,11 @@ def plan(
         with a 5 % cache is left out if a 1 % cache gets nearly as many of the ids. A table of
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
         nulls are padding. All other samples are row numbers in their table; NO_ID is padding.
-      batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch. If given, a step of
-        each stack is compiled, as by `report`, and its temporaries count. Formats are chosen as if
-        the temporaries of all stacks were held at once. In one program for all stacks, XLA uses the
-        memory of one stack again for another. So one step of all chosen stacks is compiled at the
-        end, and the plan states the temporaries of this step. For one device only.
+      batch_shape: (B,), or (B, L) for bags: the ids of one table in a batch of all devices. If
+        given, the temporaries of one step count, as XLA plans them on each device; see `report`. In
+        one program for all stacks, XLA uses the memory of one stack again for another. So steps are
+        compiled for single stacks, and for all stacks together where the sum of their temporaries
+        would not fit. As many devices as `devices` must exist.
       host_budget: bytes of host memory that tables may take if they do not fit on the device. For
         one device only. None: no host memory is used.
 
@@ -224,21 +228,24 @@ def plan(
       A Plan.
 
     Raises:
-      TypeError: if tables are neither a mapping nor a sequence, if raw ids of a sample are neither
-        integers nor bytes nor strings, or if other ids of a sample are not integers.
+      TypeError: if tables are neither a mapping nor a sequence, if devices is not an integer, if tx
+        or ids have another type, if raw ids of a sample are neither integers nor bytes nor strings,
+        or if other ids of a sample are not integers.
       ValueError: if a table or an argument is wrong; if a sampled row number is outside its table;
-        if a table of raw ids has no sample, or no id of a stack of raw ids occurs twice; or if
+        if a table of raw ids has no sample, or no id of a stack of raw ids occurs twice; if a
+        batch_shape is given for more devices than there are, or does not divide over them; or if
         nothing fits. The message then names the smallest budget that works.
     """
     sizes = _sizes(tables)
-    limit = parse_bytes(budget)
-    host_limit = 0 if host_budget is None else parse_bytes(host_budget)
-    if devices < 1:
+    limit = parse_bytes(budget, "budget")
+    host_limit = 0 if host_budget is None else parse_bytes(host_budget, "host_budget")
+    call = "memory.plan(tables, budget, *, tx)"
+    if arguments.integer(call, "devices", devices) < 1:
         raise ValueError(f"devices must be at least 1, got {devices}")
-    if devices > 1 and (batch_shape is not None or host_budget is not None):
+    if devices > 1 and host_budget is not None:
         raise ValueError(
-            "batch_shape and host_budget are for one device; leave them out, and leave room for "
-            "the batch in the budget"
+            f"a stack over {devices} devices has its tables in device memory, got "
+            f"host_budget={host_budget!r}; leave it out"
         )
     if batch_shape is not None and not (
         isinstance(batch_shape, tuple | list)
@@ -248,18 +255,37 @@ def plan(
         raise ValueError(
             f"batch_shape must be (B,), or (B, L) for bags of L ids, got {batch_shape!r}"
         )
+    if batch_shape is not None:
+        batch_shape = tuple(int(size) for size in batch_shape)
+    if not isinstance(ids, Mapping | None):
+        raise TypeError(f"{call}: ids must be {{table: sample}}, got {type(ids).__name__}")
     samples = dict(ids or {})
     if unknown := sorted(set(samples) - set(sizes)):
         raise ValueError(f"ids name tables {unknown}, which are not among {list(sizes)}")
     stacks = _stacks(sizes, samples, limit * devices)
-    bytes_of = _Bytes(stacks, tx, devices, batch_shape)
+    mesh = None if devices == 1 else _mesh(devices, batch_shape)
+    bytes_of = _Bytes(stacks, tx, mesh, batch_shape)
     chosen = _fit(stacks, bytes_of, limit, host_limit)
     choices = []
     for name, (level, is_host) in chosen.items():
         choice = bytes_of(name, level, is_host)
         reason = _reason(stacks[name], level, is_host, choice)
         choices.append(dataclasses.replace(choice, reason=reason))
-    return Plan(tuple(choices), limit, devices, bytes_of.temporaries(choices))
+    return Plan(tuple(choices), limit, devices, bytes_of.temporaries(chosen))
+
+
+def _mesh(devices: int, batch_shape: tuple[int, ...] | None) -> Any:
+    """Returns a mesh of so many devices. They need not exist if no step is compiled for them."""
+    if batch_shape is None:
+        return AbstractMesh((devices,), ("devices",), axis_types=(AxisType.Auto,))
+    if jax.device_count() < devices:
+        raise ValueError(
+            f"a step with batch_shape={batch_shape!r} is compiled for {devices} devices, and there "
+            f"are {jax.device_count()}; leave batch_shape out, or try it on a CPU: set "
+            f"JAX_PLATFORMS=cpu and XLA_FLAGS=--xla_force_host_platform_device_count={devices} "
+            "before Python starts"
+        )
+    return jax.make_mesh((devices,), ("devices",), axis_types=(AxisType.Auto,))
 
 
 # --- tables and stacks
@@ -456,6 +482,10 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
 # --- bytes
 
 
+# {stack: (its level, whether its rows are in host memory)}
+_Chosen = dict[str, tuple[Level, bool]]
+
+
 class _Bytes:
     """Makes the Choice of a stack at a level when it is first asked for, and keeps it."""
 
@@ -463,12 +493,13 @@ class _Bytes:
         self,
         stacks: dict[str, _Stack],
         tx: optax.GradientTransformation,
-        devices: int,
+        mesh: Any,
         batch_shape: tuple[int, ...] | None,
     ):
         self._stacks, self._tx = stacks, tx
-        self.devices, self._batch_shape = devices, batch_shape
+        self.mesh, self._batch_shape = mesh, batch_shape
         self._known: dict[tuple[str, str, bool], Choice] = {}
+        self._peaks: dict[tuple[tuple[str, str, bool], ...], int] = {}
 
     def __call__(self, name: str, level: Level, is_host: bool) -> Choice:
         """Returns a stack at a level, without a reason."""
@@ -487,23 +518,17 @@ class _Bytes:
             memory_kind="pinned_host" if is_host else None,
             vocabulary=stack.vocabulary(level),
         )
-        placement = None
-        host_bytes = temporary_bytes = 0
-        if self.devices > 1:
-            placement = sharding.plan(spec, self.devices)
-            device_bytes = shard_bytes(spec, self._tx, placement, self.devices)
-        else:
-            found = report(spec, self._tx, self._shape(spec))
-            host_bytes = found.host_bytes
-            device_bytes = found.total - host_bytes
-            if found.step_peak_bytes is not None:
-                temporary_bytes = max(0, found.step_peak_bytes - found.total)
+        placement = None if self.mesh is None else sharding.plan(spec, self.mesh.size)
+        found = report(spec, self._tx, self._shape(spec), mesh=self.mesh, placement=placement)
+        temporary_bytes = 0
+        if found.step_peak_bytes is not None:
+            temporary_bytes = max(0, found.step_peak_bytes - found.total)
         return Choice(
             name=name,
             spec=spec,
             placement=placement,
-            device_bytes=device_bytes,
-            host_bytes=host_bytes,
+            device_bytes=found.total - found.host_bytes,
+            host_bytes=found.host_bytes,
             temporary_bytes=temporary_bytes,
             accuracy=level.accuracy_at(stack.dim),
             reason="",
@@ -516,40 +541,29 @@ class _Bytes:
         first, *rest = self._batch_shape
         return (first, len(spec.tables), *rest)
 
-    def temporaries(self, choices: Sequence[Choice]) -> int:
-        """Returns the bytes that one step of all stacks needs beside their states.
+    def temporaries(self, chosen: _Chosen) -> int:
+        """Returns the bytes that one step of all stacks needs beside their states."""
+        least, most = self.bounds(chosen)
+        if least == most:
+            return most
+        key = tuple((name, level.name, is_host) for name, (level, is_host) in chosen.items())
+        if key not in self._peaks:
+            choices = [self(name, *choice) for name, choice in chosen.items()]
+            specs = [choice.spec for choice in choices]
+            shapes = [shape for spec in specs if (shape := self._shape(spec)) is not None]
+            layouts = [Layout.of(c.spec, self.mesh, None, c.placement) for c in choices]
+            peak = reports.step_peak(specs, self._tx, shapes, layouts)
+            states = sum(choice.device_bytes + choice.host_bytes for choice in choices)
+            self._peaks[key] = peak - states
+        return min(most, max(least, self._peaks[key]))
 
-        They are at most the sum of the bytes that a step of each stack alone needs.
-        """
-        added_up = sum(choice.temporary_bytes for choice in choices)
-        specs = [choice.spec for choice in choices]
-        shapes = [shape for spec in specs if (shape := self._shape(spec)) is not None]
-        if len(shapes) < 2:
-            return added_up
-        states = [reports.state_shapes(spec, self._tx) for spec in specs]
-        peak = reports.step_peak(states, self._tx, shapes)
-        return min(added_up, max(0, peak - reports.nbytes(states)))
-
-
-def shard_bytes(
-    spec: EmbeddingSpec, tx: optax.GradientTransformation, placement: Placement, devices: int
-) -> int:
-    """Returns the bytes of a stack's state on each device of a mesh.
-
-    Args:
-      spec: the stack.
-      tx: optax transformation for the rows.
-      placement: how the stack is divided.
-      devices: the number of devices that divide it.
-    """
-    is_whole = placement.kind == "replicated"
-    layout = None if is_whole else Layout.bare(spec, placement, devices)
-    return reports.nbytes(reports.state_shapes(spec, tx, layout))
+    def bounds(self, chosen: _Chosen) -> tuple[int, int]:
+        """Returns the least and the most temporaries of one step: the largest, and their sum."""
+        each = [self(name, *choice).temporary_bytes for name, choice in chosen.items()]
+        return max(each), sum(each)
 
 
 # --- the choice
-
-_Chosen = dict[str, tuple[Level, bool]]
 
 
 def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: int) -> _Chosen:
@@ -561,12 +575,15 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
 
     def total(chosen: _Chosen) -> tuple[int, int]:
         held = [bytes_of(name, *choice) for name, choice in chosen.items()]
-        on_device = sum(choice.step_bytes for choice in held)
+        on_device = sum(choice.device_bytes for choice in held)
         return on_device, sum(choice.host_bytes for choice in held)
 
     def fits(chosen: _Chosen) -> bool:
         on_device, on_host = total(chosen)
-        return on_device <= limit and on_host <= host_limit
+        least, most = bytes_of.bounds(chosen)
+        if on_host > host_limit or on_device + least > limit:
+            return False
+        return on_device + most <= limit or on_device + bytes_of.temporaries(chosen) <= limit
 
     def all_at(number: int, hosted: set[str]) -> _Chosen:
         return {
@@ -577,10 +594,11 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
         own = _possible(levels[name], is_host)
         return min(own, key=lambda level: bytes_of(name, level, is_host).step_bytes)
 
-    def tried_with(hosted: set[str]) -> list[_Chosen]:
-        """Returns all stacks at each level in turn, then each stack at its smallest level."""
-        found = [all_at(number, hosted) for number in range(1 if hosted else 0, num_levels)]
-        return [*found, {name: (smallest(name, name in hosted), name in hosted) for name in levels}]
+    def tried_with(hosted: set[str]) -> Iterator[_Chosen]:
+        """Yields all stacks at each level in turn, then each stack at its smallest level."""
+        for number in range(1 if hosted else 0, num_levels):
+            yield all_at(number, hosted)
+        yield {name: (smallest(name, name in hosted), name in hosted) for name in levels}
 
     levels = {name: stack.levels for name, stack in stacks.items()}
     num_levels = max(len(own) for own in levels.values())
@@ -593,14 +611,21 @@ def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: in
         for chosen in tried_with(set(by_size[:num_hosted])):
             if fits(chosen):
                 return _improved(chosen, levels, by_size, fits)
-    tried = [total(chosen) for num in counts for chosen in tried_with(set(by_size[:num]))]
-    needed = min(on_device for on_device, on_host in tried if on_host <= host_limit)
+    tried = [chosen for num in counts for chosen in tried_with(set(by_size[:num]))]
+    possible = [chosen for chosen in tried if total(chosen)[1] <= host_limit]
+    # What cannot be the smallest is not compiled.
+    possible.sort(key=lambda chosen: total(chosen)[0] + bytes_of.bounds(chosen)[0])
+    needed = total(possible[0])[0] + bytes_of.temporaries(possible[0])
+    for chosen in possible[1:]:
+        on_device = total(chosen)[0]
+        if on_device + bytes_of.bounds(chosen)[0] < needed:
+            needed = min(needed, on_device + bytes_of.temporaries(chosen))
     raise ValueError(
         f"nothing fits {limit:,} bytes per device; the smallest budget that works is {needed:,} "
         "bytes"
         + (
             ""
-            if host_limit or not by_size or bytes_of.devices > 1
+            if host_limit or not by_size or bytes_of.mesh is not None
             else " (or give host_budget=, so that packed rows may be in host memory)"
         )
     )

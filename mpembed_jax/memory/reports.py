@@ -13,15 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from mpembed_jax import ops
 from mpembed_jax.cache.spec import Geometry
-from mpembed_jax.embedding import vectors
-from mpembed_jax.embedding.state import EmbeddingState, assemble, check_spec
+from mpembed_jax.embedding import arguments, dense, vectors
+from mpembed_jax.embedding.state import (
+    EmbeddingState,
+    assemble,
+    check_memory_kind,
+    check_spec,
+    make,
+    partition_specs,
+)
 from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.optim.row_state import init_rows
 from mpembed_jax.spec import EmbeddingSpec
-from mpembed_jax.table import QuantizedTable
+
+_KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
 
 
 def nbytes(tree: Any) -> int:
@@ -35,13 +45,16 @@ def nbytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The bytes of a stack by component; str() gives a readable table."""
+    """The bytes of a stack by component; str() gives a readable table.
+
+    Over a mesh, all numbers are those of each device.
+    """
 
     # {component: bytes}. The components are: table, cache rows, cache metadata, sketch, row state,
     # counters, and vocabulary if there is one.
     components: dict[str, int]
     geometry: Geometry | None  # sets, ways and groups of the cache; None without a cache
-    num_rows: int  # V
+    num_rows: int  # V; over a mesh, the rows of a shard
     embedding_dim: int  # D
     float32_bytes: int  # bytes of a plain float32 table
     float32_row_state_bytes: int  # bytes of the same optimizer's state in float32
@@ -123,15 +136,13 @@ def state_shapes(
       TypeError: if tx is not an optax transformation.
       ValueError: if tx cannot work on gathered rows.
     """
-    num_rows = spec.num_rows if layout is None else layout.num_rows
-    fmt, dim = spec.storage, spec.embedding_dim
+    chosen = ops.choose(implementation, is_abstract=True)
 
     def made(key: jax.Array) -> EmbeddingState:
-        rows = jnp.zeros((num_rows, fmt.row_words(dim)), fmt.word_dtype(dim))
-        chosen = ops.choose(implementation, is_abstract=True)
-        return assemble(key, spec, tx, chosen, QuantizedTable(rows, fmt, dim), layout)
+        shard = None if layout is None else layout.shard(0)
+        return assemble(key, spec, tx, chosen, dense.zeros(key, spec, shard), layout)
 
-    return jax.eval_shape(made, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    return jax.eval_shape(made, _KEY)
 
 
 def report(
@@ -139,9 +150,12 @@ def report(
     tx: optax.GradientTransformation,
     batch_shape: tuple[int, ...] | None = None,
     *,
+    mesh: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    placement: Placement | None = None,
     implementation: ops.Named | None = None,
 ) -> Report:
-    """Counts the bytes of a stack on one device before it is made.
+    """Counts the bytes of a stack on one device, or on each device of a mesh, before it is made.
 
     The peak is XLA's estimate for one jitted step of `embed` and `apply_pooled_gradients` that
     donates the state. It counts the state, the ids, the vectors, their gradients and what the two
@@ -153,26 +167,47 @@ def report(
     Args:
       spec: the stack.
       tx: optax transformation for the rows.
-      batch_shape: shape of the ids of one batch; for raw ids, without the axis of the pairs.
-        (B, T): there is a vector for each id. (B, T, L): there is a vector for each bag of L ids;
-        for a vector of each of the L ids, give (B * L, T). If given, one training step is compiled
-        for the default device, to find its peak memory.
+      batch_shape: shape of the ids of one batch, over a mesh those of all devices; for raw ids,
+        without the axis of the pairs. (B, T): there is a vector for each id. (B, T, L): there is a
+        vector for each bag of L ids; for a vector of each of the L ids, give (B * L, T). If given,
+        one training step is compiled for the default device or for the mesh, to find its peak
+        memory.
+      mesh: as in init. Without a batch_shape, it may be a jax.sharding.AbstractMesh, whose devices
+        need not exist.
+      axis_name: as in init.
+      placement: as in init.
       implementation: as in init.
 
     Returns:
-      A Report. Its total is `nbytes` of the state that init makes.
+      A Report. On one device, its total is `nbytes` of the state that init makes. Over a mesh, it
+      is the bytes of this state on each device.
 
     Raises:
-      TypeError: if spec, tx or batch_shape has another type.
-      ValueError: if tx cannot work on gathered rows, or implementation is unknown.
+      TypeError: if spec, tx, batch_shape or mesh has another type.
+      ValueError: if tx cannot work on gathered rows; if implementation is unknown; if batch_shape
+        is empty or a size is negative; if the stack
+        cannot be divided over the mesh in this way; if B does not divide over its devices; or if a
+        batch_shape is given with an abstract mesh.
     """
     check_spec("memory.report(spec, tx, batch_shape)", spec)
-    if batch_shape is not None and not isinstance(batch_shape, tuple | list):
-        raise TypeError(
-            "batch_shape must be the shape of a batch's ids, such as (2048, 26), got "
-            f"{batch_shape!r}"
+    if batch_shape is not None:
+        call = "memory.report(spec, tx, batch_shape)"
+        if not isinstance(batch_shape, tuple | list):
+            raise TypeError(
+                "batch_shape must be the shape of a batch's ids, such as (2048, 26), got "
+                f"{batch_shape!r}"
+            )
+        batch_shape = tuple(arguments.integer(call, "each of batch_shape", n) for n in batch_shape)
+        if not batch_shape or min(batch_shape) < 0:
+            raise ValueError(f"batch_shape must be (B, T) or (B, T, L), got {batch_shape}")
+    layout = Layout.of(spec, mesh, axis_name, placement)
+    check_memory_kind(spec, layout)
+    if batch_shape is not None and isinstance(mesh, jax.sharding.AbstractMesh):
+        raise ValueError(
+            f"a step with batch_shape={batch_shape!r} is compiled for the devices of its mesh, but "
+            f"this one is abstract: {mesh}; give jax.make_mesh(..), or leave batch_shape out"
         )
-    state = state_shapes(spec, tx, implementation=implementation)
+    state = state_shapes(spec, tx, layout, implementation)
     cache = state.cache
     components = {
         "table": nbytes(state.table),
@@ -189,33 +224,53 @@ def report(
     if state.vocabulary is not None:
         components["vocabulary"] = nbytes(state.vocabulary)
     wide_row_state = [leaf for leaf in jax.tree.leaves(state.row_state) if leaf.ndim > 1]
-    plain = jax.eval_shape(partial(init_rows, tx, spec.num_rows, spec.embedding_dim, "float32"))
+    num_rows = state.table.num_rows
+    plain = jax.eval_shape(partial(init_rows, tx, num_rows, spec.embedding_dim, "float32"))
+    step_peak_bytes = None
+    if batch_shape is not None:
+        step_peak_bytes = step_peak([spec], tx, [batch_shape], [layout], implementation)
     return Report(
         components=components,
-        geometry=None if spec.cache is None else spec.cache.geometry(spec.num_rows),
-        num_rows=spec.num_rows,
+        geometry=None if cache is None else cache.geometry,
+        num_rows=num_rows,
         embedding_dim=spec.embedding_dim,
-        float32_bytes=4 * spec.num_rows * spec.embedding_dim,
+        float32_bytes=4 * num_rows * spec.embedding_dim,
         float32_row_state_bytes=nbytes(plain),
-        step_peak_bytes=None if batch_shape is None else step_peak([state], tx, [batch_shape]),
+        step_peak_bytes=step_peak_bytes,
         host_bytes=0 if spec.memory_kind is None else nbytes((state.table, wide_row_state)),
     )
 
 
 def step_peak(
-    states: Sequence[EmbeddingState],
+    specs: Sequence[EmbeddingSpec],
     tx: optax.GradientTransformation,
     batch_shapes: Sequence[tuple[int, ...]],
+    layouts: Sequence[Layout | None],
+    implementation: ops.Named | None = None,
 ) -> int:
-    """Returns the peak bytes of one compiled step that trains all states and donates them.
+    """Returns the peak bytes of one compiled step that trains all stacks and donates their states.
+
+    Over a mesh, they are the bytes on each device.
 
     Args:
-      states: abstract states, one of each stack.
+      specs: the stacks.
       tx: optax transformation for the rows.
       batch_shapes: the shape of each stack's ids, as in `report`.
+      layouts: the layout of each stack, all over one mesh of devices; None for one device.
+      implementation: as in init.
+
+    Raises:
+      ValueError: if a batch does not divide over the devices of the mesh.
     """
+    layout = layouts[0]
+    divided = () if layout is None else layout.batch_axes
+    for shape in batch_shapes:
+        if layout is not None and shape[0] % layout.batch_shards:
+            raise ValueError(
+                f"the first number of batch_shape must be a multiple of {layout.batch_shards}, the "
+                f"devices that divide a batch, got {shape[0]}"
+            )
     combiners = ["sum" if len(shape) > 2 else None for shape in batch_shapes]
-    leads = [shape if len(shape) <= 2 else shape[:-1] for shape in batch_shapes]
 
     def train_step(states: Any, weights: Any, ids: Any) -> Any:
         made = [
@@ -224,9 +279,10 @@ def step_peak(
         ]
 
         def loss(weights: Any, found: Any) -> jax.Array:
-            each = zip(found, weights, leads, strict=True)
-            hidden = [own.reshape(*lead[:1], len(weight)) @ weight for own, weight, lead in each]
-            return jnp.sum(jnp.square(sum(hidden)))
+            each = zip(found, weights, strict=True)
+            hidden = [own.reshape(len(own), len(weight)) @ weight for own, weight in each]
+            total = jnp.sum(jnp.square(sum(hidden)))
+            return jax.lax.pmean(total, divided) if divided else total
 
         # The vectors must stay until the gradient of the weights is made, as in a model.
         grads, vector_grads = jax.grad(loss, argnums=(0, 1))(weights, [f for *_, f in made])
@@ -236,18 +292,31 @@ def step_peak(
         ]
         return states, grads
 
-    ids, weights = [], []
-    for state, shape, lead in zip(states, batch_shapes, leads, strict=True):
-        is_raw = state.spec.vocabulary is not None
+    chosen = ops.choose(implementation, is_abstract=True)
+    fixed: dict[str, Any] = {"tx": tx, "implementation": chosen, "table_of": dense.zeros}
+    states, ids, weights = [], [], []
+    for spec, shape, own in zip(specs, batch_shapes, layouts, strict=True):
+        states.append(jax.eval_shape(partial(make, spec=spec, layout=own, **fixed), _KEY))
+        is_raw = spec.vocabulary is not None
         ids.append(
             jax.ShapeDtypeStruct((*shape, 2), jnp.uint32)
             if is_raw
             else jax.ShapeDtypeStruct(shape, jnp.int32)
         )
-        width = math.prod(lead[1:]) * state.spec.embedding_dim
+        lead = shape if len(shape) <= 2 else shape[:-1]
+        width = math.prod(lead[1:]) * spec.embedding_dim
         weights.append(jax.ShapeDtypeStruct((width, 1), jnp.float32))
-    step = jax.jit(train_step, donate_argnums=0)
-    sizes: Any = step.lower(list(states), weights, ids).compile().memory_analysis()
+    run: Any = train_step
+    if layout is not None:
+        of_states = [partition_specs(state) for state in states]
+        run = jax.shard_map(
+            train_step,
+            mesh=layout.mesh,
+            in_specs=(of_states, PartitionSpec(), PartitionSpec(divided)),
+            out_specs=(of_states, PartitionSpec()),
+        )
+    step = jax.jit(run, donate_argnums=0)
+    sizes: Any = step.lower(states, weights, ids).compile().memory_analysis()
     return (
         sizes.argument_size_in_bytes
         + sizes.temp_size_in_bytes

@@ -72,6 +72,10 @@ class Layout:
                     f"{spec.num_rows}; divide the stack over a mesh, or make two stacks"
                 )
             return None
+        if not isinstance(placement, Placement | None):
+            raise TypeError(f"placement must be a Placement, got {placement!r}")
+        if not isinstance(axis_name, str | tuple | list | None):
+            raise TypeError(f"axis_name must be the name of a mesh axis, got {axis_name!r}")
         placement = Placement() if placement is None else placement
         if mesh is not None and not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
             raise TypeError(

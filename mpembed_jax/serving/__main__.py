@@ -19,8 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
       arguments: the words of the command line; None: those of this process.
 
     Returns:
-      The exit status: 0 if the command succeeded, 1 if a file is wrong. If an argument is wrong,
-      argparse ends the process with status 2.
+      The exit status: 0 if the command succeeded; 1 if a file is wrong, or a package that the
+      command needs is not installed. If an argument is wrong, argparse ends the process with status
+      2.
     """
     parser = argparse.ArgumentParser("python -m mpembed_jax.serving", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             case _:
                 contents = container.verify(given.file)
                 print(f"{given.file}: every byte is right")
-    except (ServingError, OSError, RuntimeError, ValueError) as error:
+    except (ServingError, OSError, RuntimeError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(table_of(contents))
@@ -69,9 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _export(checkpoint: Path, out: Path, storage: RowFormat | None, step: int | None) -> Contents:
-    # Only this command needs orbax.
-    from mpembed_jax.serving import checkpoints
-
+    try:
+        # Only this command needs orbax.
+        from mpembed_jax.serving import checkpoints
+    except ImportError as error:
+        raise ImportError(f"{error}; export needs mpembed_jax[checkpoint]") from None
     return checkpoints.export(checkpoint, out, storage=storage, step=step, progress=_progress())
 
 

@@ -42,7 +42,7 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
 
     Raises:
       OSError: if a file cannot be written.
-      TypeError: if tables is not a ServingTable.
+      TypeError: if tables is not a ServingTable on the host.
       ValueError: if the layout is unknown or does not fit a table's format; if a row's scale or
         bias has no float16; or if the name of a table cannot be the name of a file.
     """
@@ -51,6 +51,8 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folder = path_of(call, "folder", folder)
+    if tables.host is None:
+        raise TypeError(f"{call}: tables are on the device; pass what serving.load returned")
     for table in tables.tables:
         if Path(table.name).name != table.name or table.name in (".", ".."):
             raise ValueError(f"table {table.name!r} cannot be the name of a file")
@@ -156,11 +158,15 @@ def export_program(
       The serialized program.
 
     Raises:
-      TypeError: if tables is not a ServingTable.
+      TypeError: if tables is not a ServingTable, function is not callable, or platforms is a text.
       ImportError: if flatbuffers is not installed, with which jax.export serializes programs.
     """
     call = "serving.export_program(function, tables, *arguments)"
     expect(call, "tables", tables, ServingTable, "from serving.load")
+    if not callable(function):
+        raise TypeError(f"{call}: function must be callable, got {function!r}")
+    if isinstance(platforms, str):
+        raise TypeError(f"{call}: platforms must be a list of names, got {platforms!r}")
     contents = tables.contents
     rows = {
         name: jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))

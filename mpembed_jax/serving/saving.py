@@ -69,12 +69,15 @@ def save(
 
     Raises:
       OSError: if the file cannot be written; an existing file stays.
-      TypeError: if path is not a path, or a map of tokens does not consist of integers.
+      TypeError: if path is not a path, storage not a format, or progress not a function, or if a
+        map of tokens does not consist of integers.
       ValueError: if there is no embedding state, names are not distinct, or a state is traced,
         abstract, donated or spread over several processes. Also if an NGramState has the hash of
         other tables, or a map that does not fit it.
     """
     path = arguments.path_of("serving.save(path, states)", "path", path)
+    if not (progress is None or callable(progress)):
+        raise TypeError(f"progress must be a function or None, got {progress!r}")
     return write(path, sources.of_tree(states), storage, progress)
 
 

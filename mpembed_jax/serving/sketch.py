@@ -108,14 +108,16 @@ def sketch(
       The sketch.
 
     Raises:
-      TypeError: if tables is not a ServingTable.
+      TypeError: if tables is not a ServingTable on the host, or bits or seed is not an integer.
       KeyError: if the table is unknown.
-      ValueError: if bits is not a multiple of 64.
+      ValueError: if bits is not a multiple of 64, or seed is negative.
     """
     call = "serving.sketch(tables, table)"
     arguments.expect(call, "tables", tables, ServingTable, "from serving.load")
-    if bits < _WORD or bits % _WORD:
+    if arguments.integer(call, "bits", bits) < _WORD or bits % _WORD:
         raise ValueError(f"bits must be a multiple of {_WORD}, got {bits}")
+    if arguments.integer(call, "seed", seed) < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     chosen = tables.table(table)
     dim = chosen.embedding_dim
     rng = np.random.default_rng(seed)

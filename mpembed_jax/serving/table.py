@@ -56,20 +56,21 @@ def load(
       ImportError: if numba is named, and it is not installed or too old.
       ServingError: if the file is not a serving file, is cut short, has a newer version, or has a
         damaged header.
-      TypeError: if path is not a path.
+      TypeError: if path is not a path, or threads is not an integer.
       ValueError: if out_of_range, threads or implementation has a value that is not allowed.
     """
     if out_of_range not in ("drop", "raise"):
         raise ValueError(f'out_of_range must be "drop" or "raise", got {out_of_range!r}')
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f'implementation must be "numba" or "numpy", got {implementation!r}')
-    if threads is not None and threads < 1:
+    call = "serving.load(path)"
+    if threads is not None and arguments.integer(call, "threads", threads) < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if implementation is None:
         implementation = "numba" if numba_package.is_default() else "numpy"
     if implementation == "numba" and (reason := numba_package.why_not()):
         raise ImportError(f'implementation="numba": {reason}; install mpembed_jax[cpu]')
-    opened = container.open_file(arguments.path_of("serving.load(path)", "path", path))
+    opened = container.open_file(arguments.path_of(call, "path", path))
     return ServingTable(
         rows={array.name: opened.array(array.name) for array in opened.contents.arrays},
         contents=opened.contents,
@@ -287,8 +288,9 @@ class ServingTable:
 
         Raises:
           KeyError, TypeError, ValueError: as in lookup. TypeError also if offsets are given for a
-            table on the device or are not integers, or if weights are masked. ValueError also if
-            the combiner is unknown, or if weights or offsets do not fit the ids.
+            table on the device or are not integers, or if they or weights have a mask, or if
+            weights are not real numbers. ValueError also if the combiner is unknown, or if weights
+            or offsets do not fit the ids.
         """
         if combiner not in pooling.COMBINERS:
             raise ValueError(f'combiner must be "sum", "mean" or "sqrtn", got {combiner!r}')
@@ -406,17 +408,19 @@ class ServingTable:
 
         Raises:
           KeyError: if the table is unknown, or a table of raw ids.
-          TypeError: if k is not an integer.
+          TypeError: if k or oversample is not an integer, if sketch is not a SignSketch, or if
+            query does not consist of real numbers or has a mask.
           ValueError: if k or a shape is wrong, if a row of `among` is outside, or if both `among`
             and a sketch are given.
         """
         chosen = self.table(table)
         packed = self.rows[chosen.name]
         dim, num_rows = chosen.embedding_dim, chosen.num_rows
-        if isinstance(k, bool) or not isinstance(k, int | np.integer):
-            raise TypeError(f"k must be an integer, got {k!r}")
+        call = "top_k(query, k)"
+        k = arguments.integer(call, "k", k)
         if not 1 <= k <= num_rows:
             raise ValueError(f"k must be in [1, {num_rows}] for table {chosen.name!r}, got {k}")
+        _check_numbers("query", query)
         if np.ndim(query) < 1 or np.shape(query)[-1] != dim:
             raise ValueError(
                 f"query must be float32 [.., {dim}] for table {chosen.name!r}, got "
@@ -439,7 +443,13 @@ class ServingTable:
         elif sketch is None:
             scores, ids = self._best(chosen, packed, queries, k)
         else:
-            if oversample < 1:
+            # SignSketch is not imported: its module imports this one.
+            if not hasattr(sketch, "candidates"):
+                raise TypeError(
+                    f"{call}: sketch must be a SignSketch (from serving.sketch), got "
+                    f"{type(sketch).__name__}"
+                )
+            if arguments.integer(call, "oversample", oversample) < 1:
                 raise ValueError(f"oversample must be at least 1, got {oversample}")
             reader = self.host.reader(chosen, packed)
             parts = None if reader is None else reader.parts
@@ -448,7 +458,15 @@ class ServingTable:
         return scores.reshape(*lead, k), ids.reshape(*lead, k)
 
     def decode_block(self, table: Table, first: int, last: int) -> np.ndarray:
-        """Returns rows [first, last) of a table on the host, float32 [last - first, D]."""
+        """Returns rows [first, last) of a table on the host, float32 [last - first, D].
+
+        Raises:
+          TypeError: if the table is on the device.
+        """
+        if self.host is None:
+            raise TypeError(
+                f"table {table.name!r} is on the device; pass what serving.load returned"
+            )
         packed = self.rows[table.name]
         reader = self.host.reader(table, packed)
         if reader is None:
@@ -510,8 +528,11 @@ class ServingTable:
 
         Raises:
           KeyError: if it is unknown, or a table of raw ids.
+          TypeError: if name is not a text.
         """
         known = self._by_name
+        if not isinstance(name, str | None):
+            raise TypeError(f"table must be the name of a table, got {name!r}")
         if name is None and len(known) == 1 and not self._pool_of:
             return self.tables[0]
         if name in self._pool_of or (name is None and len(known) == 1):
@@ -597,9 +618,15 @@ class ServingTable:
         """Returns whether the host reads the rows.
 
         Raises:
-          TypeError: if it would have to read them while a function is traced.
+          TypeError: if it would have to read them while a function is traced, or if the tables lost
+            the settings of the host.
         """
         is_host = isinstance(packed, np.ndarray)
+        if is_host and self.host is None:
+            raise TypeError(
+                "these tables are on the host and lost its settings, as jax.tree.map makes them "
+                "from what serving.load returned; load them again, or call to_device()"
+            )
         if is_host and isinstance(given, jax.core.Tracer):
             raise TypeError(
                 "a table on the host cannot be read in a jitted function; pass table.to_device() "
@@ -633,10 +660,8 @@ class ServingTable:
                 f"feature {feature!r}: weights must have the shape of ids "
                 f"{list(np.shape(ids))}, got {list(np.shape(weights))}"
             )
-        if isinstance(weights, np.ma.MaskedArray):
-            raise TypeError(
-                f"feature {feature!r}: weights are a masked array; fill them: weights.filled(0)"
-            )
+        if weights is not None:
+            _check_numbers(f"feature {feature!r}: weights", weights)
         if not self._is_on_host(packed, ids):
             if offsets is not None:
                 raise TypeError("offsets are used on the host only; pad the bags with NO_ID")
@@ -760,7 +785,16 @@ def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     return np.ascontiguousarray(array).reshape(-1), array.shape
 
 
+def _check_numbers(name: str, values: Any) -> None:
+    """Raises TypeError if values are not real numbers, or have a mask."""
+    row_ids.check_no_mask(name, values)
+    kind = values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
+    if not (jnp.issubdtype(kind, jnp.floating) or kind.kind in "iub"):
+        raise TypeError(f"{name} must be float32, got {kind}")
+
+
 def _checked_offsets(feature: str, offsets: Any, shape: tuple[int, ...]) -> np.ndarray:
+    row_ids.check_no_mask(f"feature {feature!r}: offsets", offsets)
     given = np.asarray(offsets)
     if given.dtype.kind not in "iu":
         raise TypeError(f"feature {feature!r}: offsets must be integers, got {given.dtype}")

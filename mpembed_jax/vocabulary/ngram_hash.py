@@ -354,7 +354,7 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
         same token in an n-gram.
 
     Raises:
-      TypeError: if it does not consist of integers.
+      TypeError: if it does not consist of integers, or has a mask.
       ValueError: if it has another shape, or a value is out of range.
     """
     array = _checked_map(spec, canonical)
@@ -364,6 +364,7 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
 
 def _checked_map(spec: NGramHash, canonical: Any) -> np.ndarray:
     """Returns a map of tokens as a NumPy array, after a check of its dtype and shape."""
+    row_ids.check_no_mask("canonical", canonical)
     array = np.asarray(canonical)
     if array.dtype.kind not in "iu":
         raise TypeError(

@@ -1094,6 +1094,24 @@ MISTAKES = {
         TypeError,
         r"serving.load\(path\): path must be a path, got",
     ),
+    "serving.load, threads": Mistake(
+        lambda m: serving.load("x", threads="a"), TypeError, "threads must be an integer, got 'a'"
+    ),
+    "serving.save, progress": Mistake(
+        lambda m: serving.save("x", m.state, progress=5), TypeError, "progress must be a function"
+    ),
+    "memory.report, sizes": Mistake(
+        lambda m: mpembed.memory.report(m.spec, TX, ("a", 2)),
+        TypeError,
+        "each of batch_shape must be an integer, got 'a'",
+    ),
+    "memory.report, placement": Mistake(
+        lambda m: mpembed.memory.report(
+            m.spec, TX, mesh=jax.sharding.AbstractMesh((2,), ("x",)), placement="rows"
+        ),
+        TypeError,
+        "placement must be a Placement, got 'rows'",
+    ),
     "serving.verify, nothing": Mistake(
         lambda m: serving.verify(None), TypeError, r"path must be a path, got NoneType"
     ),
@@ -1185,6 +1203,24 @@ def mistaken():
 def test_a_mistake_of_the_first_hour_says_what_goes_where(name, mistaken):
     call, error, says = MISTAKES[name]
     with pytest.raises(error, match=says):
+        call(mistaken)
+
+
+def masked(*shape, dtype=np.float32):
+    return np.ma.array(np.ones(shape, dtype), mask=True)
+
+
+MASKS = {
+    "from_dense": lambda m: mpembed.from_dense(KEY, m.spec, TX, {"t0": masked(20, DIM)}),
+    "write_rows": lambda m: mpembed.write_rows(m.state, [1], masked(1, DIM)),
+    "write_rows, list": lambda m: mpembed.write_rows(m.state, [1], [masked(DIM)]),
+}
+
+
+@pytest.mark.parametrize("call", named(MASKS))
+def test_values_with_a_mask_are_refused(call, mistaken):
+    """NumPy would drop the mask and use what is under it. What jax gets, jax refuses."""
+    with pytest.raises(TypeError, match="masked array"):
         call(mistaken)
 
 

@@ -113,6 +113,37 @@ def test_temporaries_of_two_stacks_are_those_of_one_program(shape):
     assert f"temporaries of one step: {plan.temporary_bytes:,} bytes" in str(plan)
 
 
+def test_a_plan_of_bags_is_accepted_with_the_bytes_that_it_states():
+    """Nothing is compared with the sum of the temporaries where one program needs less."""
+    tables = {"a": (5_000, 16), "b": (5_000, 24)}
+    best = memory.plan(tables, "20MB", tx=TX, batch_shape=(512, 20))
+    assert best.temporary_bytes < 0.9 * sum(choice.temporary_bytes for choice in best.choices)
+    plan = memory.plan(tables, best.device_bytes, tx=TX, batch_shape=(512, 20))
+    assert plan.specs == best.specs and plan.device_bytes == best.device_bytes
+
+
+@pytest.mark.slow
+def test_the_smallest_budget_for_bags_is_one_that_is_accepted():
+    tables = {"a": (5_000, 16), "b": (5_000, 24)}
+    least = smallest_budget(tables, 1000, batch_shape=(512, 20))
+    assert memory.plan(tables, least, tx=TX, batch_shape=(512, 20)).device_bytes <= least
+
+
+@pytest.mark.slow
+def test_temporaries_over_a_mesh_are_those_of_each_device():
+    """One stack is divided by rows, the other has a copy on each device."""
+    tables = {"a": (200_000, 16), "b": (5_000, 24)}
+    plan = memory.plan(tables, "8MB", tx=TX, devices=4, batch_shape=(512, 5))
+    placements = [choice.placement for choice in plan.choices]
+    assert {placement.kind for placement in placements} == {"rows", "replicated"}
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = plan.specs.values()
+    peak = peaks.of_training(specs, TX, (512, 1, 5), mesh=mesh, placements=placements)
+    states = sum(choice.device_bytes for choice in plan.choices)
+    assert plan.temporary_bytes == pytest.approx(peak - states, rel=0.1)
+    assert f"temporaries of one step: {plan.temporary_bytes:,} bytes" in str(plan)
+
+
 def test_host_memory_takes_the_packed_rows_of_what_does_not_fit():
     plan = memory.plan(TABLES, 1_500_000, tx=TX, host_budget="5MB")
     hosted = [c for c in plan.choices if c.host_bytes]
@@ -324,6 +355,16 @@ def test_the_command_line_plans_a_pool_for_raw_ids(tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_the_command_line_reads_the_csv_of_a_spreadsheet_and_no_other_bytes(tmp_path, capsys):
+    file = tmp_path / "tables.csv"
+    file.write_text("rows,dim\n500,16\n", encoding="utf-8-sig")
+    assert __main__.main(["plan", str(file), "--budget", "8MB"]) == 0
+    assert re.search(r"small16 +500 +16", capsys.readouterr().out)
+    file.write_bytes(b"\xff\x80")
+    assert __main__.main(["plan", str(file), "--budget", "8MB"]) == 1
+    assert "tables.csv cannot be read as CSV" in capsys.readouterr().err
+
+
 def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     file = tmp_path / "tables.csv"
     lines = [f"{name},{rows},{dim}" for name, (rows, dim) in TABLES.items()]
@@ -361,10 +402,33 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
             "'table0' must have 1 to .*, got 0 rows of dim 4",
         ),
         Refused(lambda: memory.plan([(3, 4, 5)], 1, tx=TX), r"'table0' must be \(rows, dim\)"),
-        Refused(lambda: memory.plan([(3, 4)], "much", tx=TX), "a size is a number of bytes"),
+        Refused(lambda: memory.plan([(3, 4)], "much", tx=TX), "budget must be a number of bytes"),
         Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, devices=0), "devices must be"),
         Refused(
-            lambda: memory.plan([(3, 4)], 99, tx=TX, devices=2, batch_shape=(3,)), "for one device"
+            lambda: memory.plan([(3, 4)], 99, tx=TX, devices="2"),
+            "devices must be an integer, got '2'",
+            TypeError,
+        ),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, host_budget="x"),
+            "host_budget must be a number of bytes .*, got 'x'",
+        ),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, ids=[[1]]),
+            r"ids must be \{table: sample\}, got list",
+            TypeError,
+        ),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, devices=2, batch_shape=(3,)),
+            "must be a multiple of 2, the devices that divide a batch, got 3",
+        ),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, devices=16, batch_shape=(32,)),
+            "compiled for 16 devices, and there are 8; .*device_count=16",
+        ),
+        Refused(
+            lambda: memory.plan([(3, 4)], 99, tx=TX, devices=2, host_budget="1GB"),
+            "over 2 devices has its tables in device memory, got host_budget='1GB'",
         ),
         Refused(lambda: memory.plan([(3, 4)], 99, tx=TX, ids={"b": []}), r"ids name tables \['b'"),
         Refused(

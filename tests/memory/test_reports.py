@@ -3,6 +3,7 @@
 It says what float32 would take. The peak that it predicts is that of a training step.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -134,3 +135,54 @@ def test_the_temporaries_are_those_of_a_training_step(batch):
     report = mpembed.memory.report(spec, batch.tx, batch.shape, implementation=batch.implementation)
     measured = peaks.of_training([spec], batch.tx, batch.shape, batch.implementation)
     assert report.step_peak_bytes - report.total == pytest.approx(measured - report.total, rel=0.1)
+
+
+class OverMesh(NamedTuple):
+    """How a stack lies over four devices, and the shape of the ids of its batches."""
+
+    placement: mpembed.Placement
+    shape: tuple[int, ...]
+    tx: Any = mpembed.optim.rowwise_adagrad(0.1)
+
+
+OVER_MESHES = {
+    "ids": OverMesh(mpembed.Placement("rows"), (2048, 2)),
+    "bags": OverMesh(mpembed.Placement("rows"), (512, 2, 20)),
+    "bags, blocks": OverMesh(mpembed.Placement("rows", summation_blocks=8), (512, 2, 20)),
+    "bags, copies": OverMesh(mpembed.Placement("replicated"), (512, 2, 20)),
+    "bags, tables": OverMesh(mpembed.Placement("tables"), (512, 2, 20)),
+    "bags, no rule": OverMesh(
+        mpembed.Placement("rows"), (512, 2, 20), mpembed.optim.rowwise_adam(0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("over", named(OVER_MESHES, fast={"bags"}, core={"ids", "bags, copies"}))
+def test_over_a_mesh_the_report_is_that_of_each_device(over):
+    """Its total is the bytes of the live arrays there; its peak is that of a training step."""
+    spec = mpembed.EmbeddingSpec(TABLES, 32, "int8", CacheSpec(0.3))
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = {"mesh": mesh, "placement": over.placement}
+    report = mpembed.memory.report(spec, over.tx, over.shape, **where)
+    state = mpembed.init(jax.random.key(0), spec, over.tx, **where)
+    for device in mesh.devices:
+        held = [s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards]
+        assert report.total == sum(s.data.nbytes for s in held if s.device == device)
+    assert report.num_rows == state.layout.num_rows
+    measured = peaks.of_training(
+        [spec], over.tx, over.shape, mesh=mesh, placements=[over.placement]
+    )
+    assert report.step_peak_bytes - report.total == pytest.approx(measured - report.total, rel=0.1)
+
+
+def test_a_mesh_whose_devices_do_not_exist_has_bytes_but_no_peak():
+    spec = mpembed.EmbeddingSpec(mpembed.TableSpec("a", 64_000), 32, cache=None)
+    abstract = jax.sharding.AbstractMesh((64,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = mpembed.optim.rowwise_adagrad(0.1)
+    report = mpembed.memory.report(spec, tx, mesh=abstract)
+    assert report.num_rows == 1000 and f"{report.num_rows:,} rows" in str(report)
+    with pytest.raises(ValueError, match=r"batch_shape=\(64, 1\) is compiled .* abstract"):
+        mpembed.memory.report(spec, tx, (64, 1), mesh=abstract)
+    hosted = dataclasses.replace(spec, memory_kind="pinned_host")
+    with pytest.raises(ValueError, match="tables in device memory"):
+        mpembed.memory.report(hosted, tx, mesh=abstract)

@@ -237,6 +237,13 @@ def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_pat
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+def test_the_command_line_says_which_package_an_export_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(serving, "checkpoints")
+    monkeypatch.setitem(sys.modules, "mpembed_jax.serving.checkpoints", None)
+    assert __main__.main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "export needs mpembed_jax[checkpoint]" in capsys.readouterr().err
+
+
 def test_the_tables_of_a_flax_model_are_saved_from_its_state(tmp_path):
     model = nn.CachedEmbed(300, 16, rngs=nnx.Rngs(0))
     serving.save(tmp_path / "a", nnx.state(model))

@@ -400,7 +400,7 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"seen": [1.0]}), "weights must be a"),
         Refused(
             lambda t: t.bag({"liked": [1]}, "sum", {"liked": np.ma.array([1.0], mask=[True])}),
-            "weights are a masked array; fill them",
+            "'liked': weights: got a masked array",
             TypeError,
         ),
         Refused(lambda t: t.bag({"liked": [1]}, offsets={"liked": [0, 2]}), "never falls"),
@@ -414,6 +414,55 @@ print(time.perf_counter() - begin, table.nbytes)
             lambda t: t.top_k(np.ones(16), 2.5, "items"), "k must be an integer, got 2.5", TypeError
         ),
         Refused(lambda t: t.top_k(np.ones(16), 3), "unknown table None", KeyError),
+        Refused(lambda t: t.top_k(np.ones(16), 3, ["items"]), "the name of a table", TypeError),
+        Refused(
+            lambda t: t.top_k(np.full(16, "a"), 3, "items"),
+            "query must be float32, got <U1",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.top_k(np.ma.ones(16), 3, "items"), "query: got a masked array", TypeError
+        ),
+        Refused(
+            lambda t: t.top_k(np.ones(16), 3, "items", sketch="x"),
+            "sketch must be a SignSketch .*, got str",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.top_k(
+                np.ones(16), 3, "items", sketch=serving.sketch(t, "items", bits=64), oversample="x"
+            ),
+            "oversample must be an integer, got 'x'",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.bag({"liked": [1]}, "sum", {"liked": ["a"]}),
+            "'liked': weights must be float32, got <U1",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.bag({"liked": [1]}, offsets={"liked": np.ma.array([0, 1])}),
+            "'liked': offsets: got a masked array",
+            TypeError,
+        ),
+        Refused(
+            lambda t: serving.sketch(t, "items", bits="x"), "bits must be an integer", TypeError
+        ),
+        Refused(
+            lambda t: serving.sketch(t, "items", seed=None), "seed must be an integer", TypeError
+        ),
+        Refused(lambda t: serving.sketch(t.to_device(), "items"), "is on the device", TypeError),
+        Refused(
+            lambda t: serving.write_npy(t.to_device(), "x"), "are on the device", TypeError
+        ),
+        Refused(
+            lambda t: serving.export_program(5, t), "function must be callable, got 5", TypeError
+        ),
+        Refused(
+            lambda t: jax.tree.map(lambda rows: rows, t).lookup({"liked": [1]}),
+            "lost its settings",
+            TypeError,
+        ),
         Refused(lambda t: t.top_k(np.ones(16), 5001, "items"), r"k must be in \[1, 5000\]"),
         Refused(lambda t: t.top_k(np.ones(15), 3, "items"), r"query must be float32 \[\.\., 16\]"),
     ]),

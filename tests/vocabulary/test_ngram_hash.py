@@ -204,6 +204,13 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
         context = spec.context_after(token, context)
 
 
+@pytest.mark.parametrize("tokens", [np.array([1, 2]), jnp.array([1, 2])], ids=["host", "device"])
+def test_a_map_of_tokens_with_a_mask_is_refused(tokens):
+    spec = NGramHash(4, (2,), 1, 11)
+    with pytest.raises(TypeError, match="canonical: got a masked array"):
+        spec.ids(tokens, np.ma.array([0, 1, 2, 3], mask=[0, 1, 0, 0]))
+
+
 def test_masked_tokens_stand_for_no_token():
     tokens = np.ma.array([5, 6, 7, 8], mask=[0, 1, 0, 0])
     np.testing.assert_array_equal(SPEC.ids(tokens), SPEC.ids(tokens.filled(NO_ID)))

@@ -159,6 +159,12 @@ def test_modules_take_masked_ids_as_padding(ids):
     np.testing.assert_array_equal(found, MASK)
 
 
+def test_a_masked_pair_is_padding_for_the_verbs():
+    pairs = MASKED["pairs"]
+    (found,), _ = admission.checked(pairs)
+    np.testing.assert_array_equal((np.asarray(found) == hashes.PADDING).all(axis=-1), MASK)
+
+
 def test_a_list_of_masked_raw_ids_is_refused():
     row = MASKED["strings"][0]
     for call in (SPEC.raw_ids, lambda ids: routing.route((SPEC,), ids)):
