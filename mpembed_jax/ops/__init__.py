@@ -21,11 +21,13 @@ the number of cache lines. `records` defines the records.
   start_again(of, fresh, rows, num_rows)    -> Rows: initial values and fresh optimizer state for
                                                rows, and no lines
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
-                                               each position's id, the number of positions that hit
+                                               each position's id, the number of positions that hit,
+                                               the number of victims
   swap(store, moves, draw)                  -> Store, i32 []: dirty victims quantized into the
                                                table, newcomers dequantized into lines; how many
                                                victims were dirty
   lookup(store, moves, is_valid)            -> f32 [U, D]: each row from its line or the table
+  bring(store, moves, draw, is_valid)       -> swap, then lookup: Store, i32 [], f32 [U, D]
   only_if(is_valid, rows)                   -> f32 [U, D]: the rows, or NaN if they are not valid
   read(table, cache, ids)                   -> f32 [.., D]: as lookup, for ids without a plan
   write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
@@ -106,6 +108,7 @@ __all__ = [
     "admit",
     "bag",
     "bag_step",
+    "bring",
     "choose",
     "chunk_of",
     "compile_ahead",
@@ -338,7 +341,7 @@ def plan(
     num_positions: Fraction,
     *,
     implementation: Named,
-) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
+) -> tuple[CacheState, Moves, jax.Array, jax.Array, jax.Array]:
     """Plans a batch by the rules of `xla.plan.make_plan`, and orders its unique ids by the plan.
 
     Args:
@@ -349,15 +352,16 @@ def plan(
       implementation: a name from IMPLEMENTATIONS, or an Implementation.
 
     Returns:
-      The cache, the moves, the inverse and the number of positions that hit (int32 scalar). In the
-      cache, newcomers have their lines, but their rows are not yet filled, and `dirty` still
-      describes the victims. The inverse (int32 [N]) is the index in the moves of each position's
-      id. A position hits if its id was in the cache before the step.
+      The cache, the moves, the inverse, the number of positions that hit and the number of victims
+      (int32 scalars). In the cache, newcomers have their lines, but their rows are not yet filled,
+      and `dirty` still describes the victims. The inverse (int32 [N]) is the index in the moves of
+      each position's id. A position hits if its id was in the cache before the step.
     """
     native = compiled(implementation)
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
-        return native.plan.plan(cache, unique, step, halve)
+        made = native.plan.plan(cache, unique, step, halve)
+        return *made, _num_evictions(made[1])
     width = unique.ids.shape[0]
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
@@ -388,7 +392,11 @@ def plan(
     hit_requests = jnp.sum(
         jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32
     )
-    return cache, moves, inverse, hit_requests
+    return cache, moves, inverse, hit_requests, _num_evictions(moves)
+
+
+def _num_evictions(moves: Moves) -> jax.Array:
+    return jnp.sum(moves.victim_ids != NO_ID, dtype=jnp.int32)
 
 
 def start_again(
@@ -444,6 +452,26 @@ def lookup(
     gather = _gather_of(implementation, store.table)
     rows = xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
     return rows if is_valid is None else only_if(is_valid, rows, implementation=implementation)
+
+
+def bring(
+    store: Store,
+    moves: Moves,
+    draw: Draw,
+    is_valid: jax.Array | None = None,
+    *,
+    implementation: Named,
+) -> tuple[Store, jax.Array, jax.Array]:
+    """Does what `swap` and then `lookup` do, and returns the results of both.
+
+    One kernel does both, if there are kernels.
+    """
+    if has_kernels(implementation, store.table):
+        kernels, is_interpreted = _kernels(implementation)
+        with jax.named_scope("bring"):
+            return kernels.rows.bring(store, moves, draw, is_valid, is_interpreted=is_interpreted)
+    store, num_written = swap(store, moves, draw, implementation=implementation)
+    return store, num_written, lookup(store, moves, is_valid, implementation=implementation)
 
 
 def only_if(is_valid: jax.Array, rows: jax.Array, *, implementation: Named) -> jax.Array:
