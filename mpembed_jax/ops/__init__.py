@@ -9,8 +9,8 @@ Only this room has code for particular hardware. The implementations have names:
   pallas_interpret  the same kernels, traced into plain jax operations; for tests on any device.
                     jax interprets kernels inside jax.shard_map only with check_vma=False
 
-All implementations give the same bits. A table in host memory is always accessed by XLA, in chunks
-that cover only the rows that are needed. No other rows cross the bus.
+All implementations give the same bits. Of a table in host memory, only the rows that are needed
+cross the bus. XLA moves them in chunks. Kernels read them from there, in `read` and in `lookup`.
 
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
@@ -195,7 +195,7 @@ def chunk_of(implementation: Named) -> int | None:
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
     """Returns whether Pallas kernels run the row movements of an implementation.
 
-    If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
+    If a table is given, the answer is about its rows. Kernels do not change rows in host memory.
     """
     return _of(implementation).is_kernel and (table is None or not indexing.is_on_host(table.rows))
 
@@ -445,7 +445,7 @@ def lookup(
 
     If is_valid (bool scalar) is given and is False, all rows are NaN.
     """
-    if has_kernels(implementation, store.table):
+    if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.lookup(store, moves, is_valid, is_interpreted=is_interpreted)
     chunk = _chunk_for(implementation, store.table)
@@ -484,7 +484,7 @@ def read(
     table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named
 ) -> jax.Array:
     """Reads rows (float32 [.., D]) for evaluation; see `xla.rows.read`."""
-    if has_kernels(implementation, table):
+    if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
     return xla.rows.read(table, cache, ids, _chunk_for(implementation, table))

@@ -300,7 +300,8 @@ def launch(
     Args:
       body: the kernel.
       num_programs: length of the one-dimensional grid.
-      operands: arrays of any shapes and dtypes.
+      operands: arrays of any shapes and dtypes. Those that no output aliases may be in host memory:
+        a GPU reads their elements across the bus. Interpreted, they are copied to the device first.
       outputs: shapes and dtypes of the results.
       name: the kernel's name in profiles.
       is_interpreted: whether the body is traced into plain jax operations, for any device.
@@ -311,6 +312,11 @@ def launch(
     Returns:
       The results.
     """
+    if is_interpreted:  # jax does not gather from host memory at indices on the device
+        operands = [
+            jax.device_put(array, jax.memory.Space.Device) if indexing.is_on_host(array) else array
+            for array in operands
+        ]
     operands, axes = carries.with_common_type(operands)
     varying = jax.sharding.ManualAxisType(varying=axes)
     call = pl.pallas_call(

@@ -32,7 +32,8 @@ def lookup(
 ) -> jax.Array:
     """Gathers the unique rows (float32 [U, D]); see `ops.lookup`.
 
-    One pass writes each row once, from its line or dequantized from the table.
+    One pass writes each row once, from its line or dequantized from the table. The table may be in
+    host memory.
     """
     table, lines, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
@@ -82,7 +83,7 @@ def read(
     """Reads rows for evaluation in one pass; see `xla.rows.read`.
 
     Each id is compared with the tags of its set. The row comes from the line with that tag, or else
-    from the table.
+    from the table, which may be in host memory.
 
     Args:
       table: the stack.
