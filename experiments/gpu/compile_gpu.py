@@ -15,6 +15,8 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +258,63 @@ def check(settings: Settings) -> None:
 def run(settings: Settings) -> None:
     """Compiles the step for every target and writes the figures.
 
+    A run that was stopped goes on: its cases are in a file beside the results until all are done.
+
     Raises:
       Failed: without the compiler.
     """
     if reason := missing_compiler():
         raise command_line.Failed(reason)
     found = provenance.environment()
-    tx, shape, runs, host_runs = mpembed.optim.rowwise_adagrad(0.05), (settings.batch, 26), [], []
+    found["versions"] |= provenance.versions(("jax-cuda12-plugin",))
+    found["settings"] = {
+        "batch": settings.batch,
+        "features": 26,
+        "rows": settings.rows,
+        "storage": "int8",
+        "cache": "5 %, 32 ways",
+    }
+    found |= {"runs": [], "host_tables": []}
+    unfinished = settings.out.with_name(f"{settings.out.stem}.unfinished.json")
+    earlier = earlier_cases(unfinished, found)
+    for kind, case, program in cases(settings):
+        done = [run for run in earlier[kind] if case.items() <= run.items()]
+        found[kind] += done[:1] or [case | program()]
+        print(kind, json.dumps(found[kind][-1]), flush=True)
+        provenance.write(unfinished, found)
+    provenance.write(settings.out, found)
+    unfinished.unlink()
+
+
+def earlier_cases(path: Path, found: dict) -> dict[str, list[dict]]:
+    """Returns the cases that an earlier run wrote before it was stopped.
+
+    There are none if anything differs that could change them: the commit, the settings or the
+    versions.
+    """
+    none: dict[str, list[dict]] = {"runs": [], "host_tables": []}
+    if not path.is_file() or not found["commit"] or found["commit"].endswith("+changes"):
+        return none
+    earlier = json.loads(path.read_text())
+    same = ("commit", "python", "versions", "settings")
+    if any(earlier.get(name) != found[name] for name in same):
+        return none
+    return {kind: earlier[kind] for kind in none}
+
+
+def cases(settings: Settings) -> Iterator[tuple[str, dict, Callable[[], dict]]]:
+    """Yields for each program its kind, the names of its case, and a function that measures it."""
+    tx, shape = mpembed.optim.rowwise_adagrad(0.05), (settings.batch, 26)
     table = [mpembed.TableSpec("ids", settings.rows)]
+
+    def measure_step(target: str, dim: int, implementation: str, is_pooled: bool) -> dict:
+        step, arguments = step_and_arguments(
+            mpembed.EmbeddingSpec(table, dim), implementation, shape, tx, is_pooled=is_pooled
+        )
+        found = measure(target, step, arguments, 0, arguments[0])
+        vectors = 4 * dim * settings.batch * 26
+        return found | {"temporaries_per_vector_array": found["temporary_bytes"] / vectors}
+
     for target in settings.targets:
         for dim in settings.dims:
             for implementation, is_pooled in (
@@ -273,22 +324,13 @@ def run(settings: Settings) -> None:
             ):
                 if implementation != "xla" and not TARGETS[target].has_kernels:
                     continue
-                spec = mpembed.EmbeddingSpec(table, dim)
-                step, arguments = step_and_arguments(
-                    spec, implementation, shape, tx, is_pooled=is_pooled
-                )
                 case = {
                     "target": target,
                     "dim": dim,
                     "implementation": implementation,
                     "is_pooled": is_pooled,
                 }
-                case |= measure(target, step, arguments, 0, arguments[0])
-                case["temporaries_per_vector_array"] = case["temporary_bytes"] / (
-                    4 * dim * settings.batch * 26
-                )
-                runs.append(case)
-                print(json.dumps(case), flush=True)
+                yield "runs", case, partial(measure_step, **case)
         dim = settings.dims[-1]
         spec = mpembed.EmbeddingSpec(table, dim, memory_kind="pinned_host")
         state = abstract_state(spec, "xla", tx)
@@ -299,18 +341,7 @@ def run(settings: Settings) -> None:
                 "verb": verb,
                 "table_bytes": spec.storage.row_bytes(dim) * settings.rows,
             }
-            host_runs.append(case | measure(target, function, arguments, donated, state))
-            print("host tables", json.dumps(host_runs[-1]), flush=True)
-    chosen = {
-        "batch": settings.batch,
-        "features": 26,
-        "rows": settings.rows,
-        "storage": "int8",
-        "cache": "5 %, 32 ways",
-    }
-    found["versions"] |= provenance.versions(("jax-cuda12-plugin",))
-    found |= {"settings": chosen, "runs": runs, "host_tables": host_runs}
-    provenance.write(settings.out, found)
+            yield "host_tables", case, partial(measure, target, function, arguments, donated, state)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -74,25 +74,60 @@ def prefetch_of_tables(
       ids: as for prefetch.
       tables: the tables of the ids in each array; None if they are not known.
     """
+    state, plan, _ = _prefetch(*_admitted(state, ids, tables), looks_up=False)
+    return state, plan
+
+
+def prefetch_held(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    """Does what prefetch_of_tables and then lookup_held do, with one kernel for the rows of both.
+
+    Returns:
+      The state, the plan, and float32 [Q, D]: the planned rows that this device holds.
+    """
+    state, plan, rows = _prefetch(*_admitted(state, ids, tables), looks_up=True)
+    assert rows is not None
+    return state, plan, rows
+
+
+def prefetch_and_lookup(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, CachePlan, jax.Array]:
+    """Does what prefetch_of_tables and then lookup do, with one kernel for the rows of both.
+
+    Ids are row numbers, even if the state has a vocabulary.
+    """
+    state, plan, rows = _prefetch(state, ids, tables, looks_up=True)
+    assert rows is not None
+    return state, plan, rows if state.layout is None else _delivered(state, plan, rows)
+
+
+def _admitted(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
+) -> tuple[EmbeddingState, Any, TablesOfIds | None]:
+    """Checks the state, and gives rows to raw ids. Returns the state, row numbers and tables."""
     arguments.check_state("prefetch(state, ids)", state)
     state.check_spec()
-    if state.vocabulary is not None:
-        state, ids = admission.admit(state, ids)
-        tables = None  # all tables share one pool
-    return prefetch_rows(state, ids, tables)
+    if state.vocabulary is None:
+        return state, ids, tables
+    return *admission.admit(state, ids), None  # all tables share one pool
 
 
-def prefetch_rows(
-    state: EmbeddingState, ids: Any, tables: TablesOfIds | None
-) -> tuple[EmbeddingState, CachePlan]:
-    """Runs prefetch_of_tables. Ids are row numbers, even if the state has a vocabulary."""
+def _prefetch(
+    state: EmbeddingState, ids: Any, tables: TablesOfIds | None, *, looks_up: bool
+) -> tuple[EmbeddingState, CachePlan, jax.Array | None]:
+    """Plans a batch of row numbers. If looks_up, the third result is the planned rows [Q, D].
+
+    On one device, these rows are NaN if the state is not sound.
+    """
     leaves, treedef = row_ids.checked(ids)
     layout = state.layout
     if layout is None:
         request = _ask(state, leaves, tables)
     else:
         request = exchange.ask(layout, leaves, state.step, tables, state.implementation)
-    state, moves, inverse, counts = _place(state, request)
+    state, moves, inverse, counts, rows = _place(state, request, looks_up)
     unique_ids = moves.ids
     route = None
     shapes = [leaf.shape for leaf in leaves]
@@ -114,7 +149,7 @@ def prefetch_rows(
         route=route,
         segments=moves.segments,
     )
-    return state, plan
+    return state, plan, rows
 
 
 def after_prefetch(state: EmbeddingState, counts: Counts) -> EmbeddingState:
@@ -166,9 +201,9 @@ def _ask(state: EmbeddingState, leaves: list[jax.Array], tables: TablesOfIds | N
 
 
 def _place(
-    state: EmbeddingState, request: Request
-) -> tuple[EmbeddingState, Moves, jax.Array, Counts]:
-    """Plans the requested rows and brings them into their cache lines.
+    state: EmbeddingState, request: Request, looks_up: bool
+) -> tuple[EmbeddingState, Moves, jax.Array, Counts, jax.Array | None]:
+    """Plans the requested rows, brings them into their cache lines, and looks them up if told to.
 
     Returns:
       The state with its cache and table changed.
@@ -176,10 +211,15 @@ def _place(
       For each position, the index (int32) of its row among the moves. On a mesh: for each received
         entry.
       The counts.
+      The rows of the moves (float32 [U, D]), or None. On one device, they are NaN if the state is
+        not sound.
     """
     found = request.rows
     cache = state.cache
     zero = jnp.int32(0)
+    rows = None
+    is_valid = state.is_sound if looks_up and state.layout is None else None
+    by: Any = {"implementation": state.implementation}
     if cache is None:
         width = found.ids.shape[0]
         no_line = jnp.zeros(width, jnp.int32)
@@ -187,14 +227,18 @@ def _place(
         moves = Moves(found.ids, no_line, no_victim, zero, zero, found.num_ids, found.segments)
         inverse = found.inverse
         evictions = write_backs = hit_requests = zero
+        if looks_up:
+            rows = ops.lookup(state.store, moves, is_valid, **by)
     else:
-        cache, moves, inverse, hit_requests = ops.plan(
-            cache, found, state.step, request.num_positions, implementation=state.implementation
+        cache, moves, inverse, hit_requests, evictions = ops.plan(
+            cache, found, state.step, request.num_positions, **by
         )
-        evictions = jnp.sum(moves.victim_ids != NO_ID, dtype=jnp.int32)
         draw = Draw(state.row_key, state.step)
         store = state.store._replace(dirty=cache.dirty.reshape(-1))
-        store, write_backs = ops.swap(store, moves, draw, implementation=state.implementation)
+        if looks_up:
+            store, write_backs, rows = ops.bring(store, moves, draw, is_valid, **by)
+        else:
+            store, write_backs = ops.swap(store, moves, draw, **by)
         state = dataclasses.replace(
             state, table=store.table, cache=residency.refilled(cache, store.lines, store.dirty)
         )
@@ -211,7 +255,7 @@ def _place(
         dropped=request.num_dropped,
         wide_exchanges=zero,
     )
-    return state, moves, inverse, counts
+    return state, moves, inverse, counts, rows
 
 
 def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -239,13 +283,22 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     arguments.check_state("lookup(state, plan)", state)
     arguments.check_plan("lookup(state, plan)", plan)
     _check_latest("lookup", state, plan)
-    is_valid = is_latest(state, plan)
-    by: Any = {"implementation": state.implementation}
-    if state.layout is None:
-        return ops.lookup(state.store, _moves(plan), is_valid, **by).astype(dtype)
-    given = state.layout, state.implementation, exchange.route_of(plan)
-    rows = exchange.fetch(*given, lookup_held(state, plan))
-    return ops.only_if(is_valid, rows, **by).astype(dtype)
+    if state.layout is not None:
+        return _delivered(state, plan, lookup_held(state, plan)).astype(dtype)
+    rows = ops.lookup(
+        state.store, _moves(plan), is_latest(state, plan), implementation=state.implementation
+    )
+    return rows.astype(dtype)
+
+
+def _delivered(state: EmbeddingState, plan: CachePlan, held: jax.Array) -> jax.Array:
+    """Returns this device's unique rows [U, D], from the rows [Q, D] that the owners hold.
+
+    They are NaN if the plan is not of the state's latest prefetch.
+    """
+    assert state.layout is not None
+    rows = exchange.fetch(state.layout, state.implementation, exchange.route_of(plan), held)
+    return ops.only_if(is_latest(state, plan), rows, implementation=state.implementation)
 
 
 def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:

@@ -177,8 +177,7 @@ def embed_of_tables(
         return _embed_natively(state, leaves, dealt, flat_weights, segment_ids, how)
     state.check_spec()
     tables = None if state.vocabulary is not None else tables
-    state, plan = step.prefetch_rows(state, treedef.unflatten(leaves), tables)
-    rows = step.lookup(state, plan)
+    state, plan, rows = step.prefetch_and_lookup(state, treedef.unflatten(leaves), tables)
     vectors = pooling.pool(rows, plan.inverse, weights, combiner, **options)
     held = {"plan": plan, "rows": rows, "weights": weights, "segment_ids": segment_ids}
     return state, VectorPlan(plan.counts, plan.step, plan.signature, how, **held), vectors

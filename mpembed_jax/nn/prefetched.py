@@ -132,8 +132,7 @@ def _fetch(
         result = (partition_specs(state), exchange.plan_specs(layout), _held(layout))
         fetch = partial(_fetch, tables=tables)
         return over_mesh(fetch, state, _batch(layout, ids), result=result)(state, ids)
-    state, plan = step.prefetch_of_tables(state, ids, tables)
-    return state, plan, step.lookup_held(state, plan)
+    return step.prefetch_held(state, ids, tables)
 
 
 def _batch(layout: Any, ids: Any) -> PartitionSpec:

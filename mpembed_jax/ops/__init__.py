@@ -10,9 +10,9 @@ Only this room has code for particular hardware. The implementations have names:
                     jax interprets kernels inside jax.shard_map only with check_vma=False
 
 On a CPU, xla, xla_chunked and numba give the same bits. Kernels give these bits, too, except that
-the last bits of row-wise Adagrad and of sums over many positions can differ. XLA always accesses a
-table in host memory, in chunks that cover only the rows that are needed. No other rows cross the
-bus.
+the last bits of row-wise Adagrad and of sums over many positions can differ. Of a table in host
+memory, only the rows that are needed cross the bus. XLA moves them in chunks. Kernels read them
+from there, in `read` and in `lookup`.
 
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
@@ -23,11 +23,13 @@ the number of cache lines. `records` defines the records.
   start_again(of, fresh, rows, num_rows)    -> Rows: initial values and fresh optimizer state for
                                                rows, and no lines
   plan(cache, unique, step, num_positions)  -> the cache, Moves, i32 [N]: the index in the moves of
-                                               each position's id, the number of positions that hit
+                                               each position's id, the number of positions that hit,
+                                               the number of victims
   swap(store, moves, draw)                  -> Store, i32 []: dirty victims quantized into the
                                                table, newcomers dequantized into lines; how many
                                                victims were dirty
   lookup(store, moves, is_valid)            -> f32 [U, D]: each row from its line or the table
+  bring(store, moves, draw, is_valid)       -> swap, then lookup: Store, i32 [], f32 [U, D]
   only_if(is_valid, rows)                   -> f32 [U, D]: the rows, or NaN if they are not valid
   read(table, cache, ids)                   -> f32 [.., D]: as lookup, for ids without a plan
   write(store, moves, old, new, draw)       -> Store, bool [U]: rows that moved, copied to lines or
@@ -108,6 +110,7 @@ __all__ = [
     "admit",
     "bag",
     "bag_step",
+    "bring",
     "choose",
     "chunk_of",
     "compile_ahead",
@@ -194,7 +197,7 @@ def chunk_of(implementation: Named) -> int | None:
 def has_kernels(implementation: Named | None, table: QuantizedTable | None = None) -> bool:
     """Returns whether Pallas kernels run the row movements of an implementation.
 
-    If a table is given, the answer is about its rows. Kernels do not move rows in host memory.
+    If a table is given, the answer is about its rows. Kernels do not change rows in host memory.
     """
     return _of(implementation).is_kernel and (table is None or not indexing.is_on_host(table.rows))
 
@@ -340,7 +343,7 @@ def plan(
     num_positions: Fraction,
     *,
     implementation: Named,
-) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
+) -> tuple[CacheState, Moves, jax.Array, jax.Array, jax.Array]:
     """Plans a batch by the rules of `xla.plan.make_plan`, and orders its unique ids by the plan.
 
     Args:
@@ -351,15 +354,16 @@ def plan(
       implementation: a name from IMPLEMENTATIONS, or an Implementation.
 
     Returns:
-      The cache, the moves, the inverse and the number of positions that hit (int32 scalar). In the
-      cache, newcomers have their lines, but their rows are not yet filled, and `dirty` still
-      describes the victims. The inverse (int32 [N]) is the index in the moves of each position's
-      id. A position hits if its id was in the cache before the step.
+      The cache, the moves, the inverse, the number of positions that hit and the number of victims
+      (int32 scalars). In the cache, newcomers have their lines, but their rows are not yet filled,
+      and `dirty` still describes the victims. The inverse (int32 [N]) is the index in the moves of
+      each position's id. A position hits if its id was in the cache before the step.
     """
     native = compiled(implementation)
     if native is not None:
         halve = policy.is_time_to_halve(cache, step, num_positions)
-        return native.plan.plan(cache, unique, step, halve)
+        made = native.plan.plan(cache, unique, step, halve)
+        return *made, _num_evictions(made[1])
     width = unique.ids.shape[0]
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
@@ -390,7 +394,11 @@ def plan(
     hit_requests = jnp.sum(
         jnp.where(is_hit, indexing.take(unique.counts, order), 0), dtype=jnp.int32
     )
-    return cache, moves, inverse, hit_requests
+    return cache, moves, inverse, hit_requests, _num_evictions(moves)
+
+
+def _num_evictions(moves: Moves) -> jax.Array:
+    return jnp.sum(moves.victim_ids != NO_ID, dtype=jnp.int32)
 
 
 def start_again(
@@ -439,13 +447,33 @@ def lookup(
 
     If is_valid (bool scalar) is given and is False, all rows are NaN.
     """
-    if has_kernels(implementation, store.table):
+    if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.lookup(store, moves, is_valid, is_interpreted=is_interpreted)
     chunk = _chunk_for(implementation, store.table)
     gather = _gather_of(implementation, store.table)
     rows = xla.rows.lookup(store, moves, chunk=chunk, gather=gather)
     return rows if is_valid is None else only_if(is_valid, rows, implementation=implementation)
+
+
+def bring(
+    store: Store,
+    moves: Moves,
+    draw: Draw,
+    is_valid: jax.Array | None = None,
+    *,
+    implementation: Named,
+) -> tuple[Store, jax.Array, jax.Array]:
+    """Does what `swap` and then `lookup` do, and returns the results of both.
+
+    One kernel does both, if there are kernels.
+    """
+    if has_kernels(implementation, store.table):
+        kernels, is_interpreted = _kernels(implementation)
+        with jax.named_scope("bring"):
+            return kernels.rows.bring(store, moves, draw, is_valid, is_interpreted=is_interpreted)
+    store, num_written = swap(store, moves, draw, implementation=implementation)
+    return store, num_written, lookup(store, moves, is_valid, implementation=implementation)
 
 
 def only_if(is_valid: jax.Array, rows: jax.Array, *, implementation: Named) -> jax.Array:
@@ -458,7 +486,7 @@ def read(
     table: QuantizedTable, cache: CacheState | None, ids: jax.Array, *, implementation: Named
 ) -> jax.Array:
     """Reads rows (float32 [.., D]) for evaluation; see `xla.rows.read`."""
-    if has_kernels(implementation, table):
+    if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         return kernels.rows.read(table, cache, ids, is_interpreted)
     return xla.rows.read(table, cache, ids, _chunk_for(implementation, table))

@@ -5,6 +5,7 @@ collective over an axis must not stand in a loop or branch whose condition may d
 """
 
 import itertools
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from cases import named
 from jax import lax
+from jax.extend.core import Var
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -71,6 +73,38 @@ def collectives(jaxpr, is_conditional=False, differs=frozenset()):
 
 def found_in(function, *arguments):
     return list(collectives(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def widths_decided(jaxpr, sources=None):
+    """Yields, for each branch that exchanges, the value that decides it.
+
+    A value that enters a program, or only changes its dtype, is the one that it was outside.
+
+    Args:
+      jaxpr: a traced program.
+      sources: {variable: value}, of the variables that enter it.
+    """
+    sources = {} if sources is None else sources
+
+    def source(variable):
+        return sources.get(variable, variable) if isinstance(variable, Var) else variable
+
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "convert_element_type":
+            sources[equation.outvars[0]] = source(equation.invars[0])
+        inside = [other for value in equation.params.values() for other in jaxprs(value)]
+        if name == "cond":
+            if any(c.name == "all_to_all" for branch in inside for c in collectives(branch)):
+                yield source(equation.invars[0])
+            continue
+        for other in inside:
+            if len(other.invars) == len(equation.invars):
+                own = dict(zip(other.invars, map(source, equation.invars), strict=True))
+                yield from widths_decided(other, own)
+                if len(other.outvars) == len(equation.outvars) and name != "scan":
+                    for outer, inner in zip(equation.outvars, other.outvars, strict=True):
+                        sources[outer] = own.get(inner, inner) if isinstance(inner, Var) else inner
 
 
 class Case(NamedTuple):
@@ -133,12 +167,49 @@ def test_no_collective_waits_for_a_condition_that_devices_may_decide_differently
     )
     shape = (64, 2, 2) if case.is_raw else (64, 2)
     ids = jax.ShapeDtypeStruct(shape, jnp.uint32 if case.is_raw else jnp.int32)
-    found = found_in(run, state, ids, jax.ShapeDtypeStruct((64, 2, 8), jnp.float32))
+    upstream = jax.ShapeDtypeStruct((64, 2, 8), jnp.float32)
+    program = jax.make_jaxpr(run)(state, ids, upstream).jaxpr
+    found = list(collectives(program))
     assert [c for c in found if c.axes & c.differs] == []
     if case.placement.kind == "rows":
         assert {"all_to_all", "psum"} <= {c.name.removesuffix("_invariant") for c in found}
-        # The exchange of a full width stands in branches.
+        # The exchange of a full width stands in branches: of ids, rows, and gradients. One value
+        # decides all of them, before the ids leave. Another one decides about raw ids, which leave
+        # first, and about their rows.
         assert [c for c in found if c.is_conditional and c.name == "all_to_all"]
+        decided = list(widths_decided(program))
+        num_budgets = case.budget is not None  # its branch sends the kept ids back
+        num_exchanges = 3 + 2 * case.is_raw
+        assert len(decided) == num_exchanges + num_budgets
+        assert len(set(decided)) == 1 + case.is_raw + num_budgets
+
+
+def test_one_value_of_the_compiled_step_decides_about_a_full_width():
+    """The host reads it before the ids leave, and again before rows and gradients do."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+    spec = mpembed.EmbeddingSpec(
+        [mpembed.TableSpec("t", 3000)], 8, "int8", mpembed.CacheSpec(num_rows=256, ways=2)
+    )
+    init = partial(mpembed.init, spec=spec, tx=TX, mesh=mesh, axis_name="rows")
+    state = jax.eval_shape(
+        partial(init, implementation="xla"), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    )
+
+    def vectors_and_step(state, ids, upstream):
+        state, plan, vectors = mpembed.embed(state, ids, tx=TX)
+        return mpembed.apply_pooled_gradients(state, plan, upstream, tx=TX), vectors
+
+    specs, batch = mpembed.partition_specs(state), P("rows")
+    run = jax.shard_map(
+        vectors_and_step, mesh=mesh, in_specs=(specs, batch, batch), out_specs=(specs, batch)
+    )
+    ids, upstream = (
+        jax.ShapeDtypeStruct((64, *shape), dtype)
+        for shape, dtype in (((), jnp.int32), ((8,), jnp.float32))
+    )
+    text = jax.jit(run, donate_argnums=0).lower(state, ids, upstream).compile().as_text()
+    decided = re.findall(r" conditional\((%[\w.-]+)", text)
+    assert len(decided) == 3 and len(set(decided)) == 1
 
 
 @pytest.mark.parametrize("kind", ["branch", "loop"])

@@ -68,11 +68,11 @@ def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(case):
         assert found["kernels"] == 0
         return
     # halve, plan, swap, lookup, update, two for each of three running sums, and one for the sums of
-    # duplicates if they are not the update's
-    assert found["kernels"] == (11 if case.is_pooled else 12)
+    # duplicates if they are not the update's. `embed` swaps and looks up in one.
+    assert found["kernels"] == (10 if case.is_pooled else 12)
     # The host never waits for the device: XLA added no loop and no branch.
     assert found["loops"] == found["branches"] == 0
-    assert found["launches"] <= 70
+    assert found["launches"] <= (60 if case.is_pooled else 66)
 
 
 def test_a_step_of_raw_ids_has_no_loop_and_copies_no_array_of_the_state():
@@ -85,8 +85,8 @@ def test_a_step_of_raw_ids_has_no_loop_and_copies_no_array_of_the_state():
     compiled = compile_gpu.compile_for("h200", step, *arguments, donate_argnums=0)
     found = compile_gpu.figures(compiled, arguments[0])
     assert found["loops"] == found["branches"] == found["state_sized_copies"] == 0
-    # halve uses, admit, start again, halve, plan, swap, lookup, update, six running sums
-    assert found["kernels"] == 14
+    # halve uses, admit, start again, halve, plan, bring, update, six running sums
+    assert found["kernels"] == 13
     assert found["launches"] <= 120
     assert found["temporary_bytes"] < 2.5 * 4 * DIM * 2048 * 26
 
@@ -104,6 +104,7 @@ def test_a_copy_of_the_state_would_be_seen(implementation):
 
 HOST_PROGRAMS = [Program("h200", "xla", verb) for verb in ("step", "read", "flush", "init")]
 HOST_PROGRAMS += [Program("a100", "xla"), Program("t4", "xla"), Program("h200", "pallas_triton")]
+HOST_PROGRAMS += [Program(target, "pallas_triton", "read") for target in ("h200", "a100", "l4")]
 
 
 @pytest.mark.parametrize("case", named(HOST_PROGRAMS))
@@ -112,7 +113,8 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(case):
 
     The table is aliased, never on the device and never copied. Through host memory go chunks of
     packed rows alone: at most 16,384 rows of 18 bytes, of three verbs' loops. No part of the
-    program is handed to the host's processor, although XLA warns that it might be.
+    program is handed to the host's processor, although XLA warns that it might be. A kernel reads
+    the rows themselves, without a loop and without a place for them in host memory.
     """
     tx = mpembed.optim.rowwise_adagrad(0.05)
     spec = mpembed.EmbeddingSpec(
@@ -133,6 +135,11 @@ def test_a_table_in_host_memory_stays_there_and_is_worked_on_in_place(case):
     assert found["temporary_bytes"] < (
         6 * 4 * DIM * BATCH[0] * BATCH[1] if verb in ("step", "read") else 2**24
     )
+    if verb == "read" and case.implementation == "pallas_triton":
+        assert found["kernels"] == 1 and found["launches"] <= 4  # three say whether to answer NaN
+        assert found["loops"] == found["host_temporary_bytes"] == 0
+    if verb == "step" and case.implementation == "pallas_triton":
+        assert found["loops"] <= 5  # newcomers and updates; rows are looked up by a kernel
     assert 'execution_thread="host"' not in compiled.text and "HostExecute" not in compiled.text
 
 
@@ -163,7 +170,7 @@ def test_kernels_of_other_formats_compile_to_machine_code(storage, dim):
             spec, "pallas_triton", (64, 4), tx, is_pooled=is_pooled
         )
         compiled = compile_gpu.compile_for("a100", step, *arguments, donate_argnums=0)
-        assert compile_gpu.figures(compiled, arguments[0])["kernels"] == (8 if is_pooled else 9)
+        assert compile_gpu.figures(compiled, arguments[0])["kernels"] == (7 if is_pooled else 9)
     for target in ("h200", "a100", "l4"):
         read = compile_gpu.compile_for(
             target, mpembed.read, arguments[0], jax.ShapeDtypeStruct((64,), jnp.int32)

@@ -112,15 +112,18 @@ def uncached(ids, line, num_ids):
 
 @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
 def move(implementation, table, lines, dirty, ids, line, victims, bounds):
-    """Swap, then lookup, then a write of other rows: all row movements of a step."""
+    """Swap, then lookup, then a write of other rows: all row movements of a step.
+
+    And swap and lookup in one.
+    """
     moves = Moves(ids, line, victims, *bounds)
-    store, num_written = ops.swap(
-        Store(table, lines, dirty), moves, DRAW, implementation=implementation
-    )
+    given = Store(table, lines, dirty), moves, DRAW
+    brought = ops.bring(*given, implementation=implementation)
+    store, num_written = ops.swap(*given, implementation=implementation)
     rows = ops.lookup(store, moves, implementation=implementation)
     new_rows = jnp.where(ids[:, None] % 3 == 0, rows, rows[::-1] * jnp.float32(1.5))
     stored = ops.write(store, moves, rows, new_rows, DRAW, implementation=implementation)
-    return store, num_written, rows, stored
+    return store, num_written, rows, stored, brought
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,26 @@ def test_swap_lookup_and_write_make_the_same_bits(case):
     wanted, got = (move(implementation, *staged, bounds) for implementation in (REFERENCE, KERNEL))
     same(got, wanted)
     assert int(wanted[1]) > 20
+    same(got[-1], got[:3])
+
+
+@pytest.mark.parametrize("bounds", [(0, 0, 66), (60, 60, 60), (0, 57, 57), (0, 0, 0)])
+def test_rows_are_brought_by_one_kernel_whatever_kinds_a_batch_has(bounds):
+    """Bypassed rows alone, hits alone, newcomers alone, nothing.
+
+    Rows of an invalid plan are NaN.
+    """
+    table, lines, dirty, ids, line, victims = stage(RowFormat("int8"), 16)
+    line = jnp.where(jnp.arange(WIDTH) < bounds[1], jnp.arange(WIDTH, dtype=jnp.int32), LINES)
+    moves = Moves(ids, line, victims, *(jnp.int32(bound) for bound in bounds))
+    given = Store(table, lines, dirty), moves, DRAW
+    for is_valid in (True, False):
+        wanted, got = (
+            ops.bring(*given, jnp.bool_(is_valid), implementation=name)
+            for name in (REFERENCE, KERNEL)
+        )
+        same(got, wanted)
+        assert np.isnan(got[2]).all() != is_valid
 
 
 def resident(lines):
@@ -181,7 +204,7 @@ def spread(rng, row_grads, num):
     "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={"float8_e5m2-100"})
 )
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
-    """Read through the tags, swap, lookup, and two updates.
+    """Read through the tags, swap, lookup, both in one, and two updates.
 
     One update is from row gradients +-2^-k, the other from gradients of positions that sum to them.
     One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way
@@ -201,9 +224,9 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     def step(table, held, lines, dirty, ids, implementation):
         read = ops.read(table, held, queries, implementation=implementation)
         moves = Moves(ids, line, victims, begin, end, num_ids)
-        store, num = ops.swap(
-            Store(table, lines, dirty), moves, DRAW, implementation=implementation
-        )
+        before = Store(table, lines, dirty), moves, DRAW
+        brought = ops.bring(*before, implementation=implementation)
+        store, num = ops.swap(*before, implementation=implementation)
         dirty, lines = store.dirty, store.lines
         rows = ops.lookup(store, moves, implementation=implementation)
         options = {"draw": DRAW, "implementation": implementation}
@@ -226,7 +249,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
         )
         if implementation == KERNEL:
             return (
-                (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too),
+                (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too, brought),
                 (updated, summed),
                 None,
             )
@@ -243,7 +266,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
             for rule in (given, other)
         ]
         return (
-            (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too),
+            (read, dirty, num, lines, rows, is_updated, is_stored, is_stored_too, brought),
             (updated, summed),
             tuple(formulas),
         )
@@ -711,10 +734,20 @@ def test_training_with_kernels_makes_the_state_of_the_reference():
 
 @pytest.mark.parametrize("size", [1, 3, 60, 4096, 4097, 70_001])
 def test_running_sums_are_those_of_all_elements_before(size):
-    """One block and several, the last one partly filled; numbers of both signs, and flags."""
+    """One block and several, the last one partly filled; numbers of both signs, and flags.
+
+    The last of them is only counted.
+    """
     rng = np.random.default_rng(size)
-    numbers, flags = rng.integers(-9, 9, size).astype(np.int32), rng.random(size) < 0.5
-    found = jax.jit(partial(kernel.running_sums, is_interpreted=True))([numbers, flags])
+    numbers, flags, others = (
+        rng.integers(-9, 9, size).astype(np.int32),
+        rng.random(size) < 0.5,
+        rng.random(size) < 0.2,
+    )
+    found, totals = jax.jit(partial(kernel.running_sums_and_totals, is_interpreted=True))(
+        [numbers, flags], [others]
+    )
     for sums, values in zip(found, (numbers, flags), strict=True):
         assert sums.dtype == jnp.int32
         np.testing.assert_array_equal(sums, np.cumsum(values))
+    np.testing.assert_array_equal(totals, [numbers.sum(), flags.sum(), others.sum()])

@@ -142,7 +142,7 @@ def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
     """Ragged means sum their weights on the way, which is a kernel of its own."""
     step, arguments = step_and_arguments("pallas_triton", pooling, is_pooled=True)
     text = lowering.lowered_for("cuda", step, *arguments, donate_argnums=0).as_text()
-    kernels = PLANNING | {"mpembed_swap", "mpembed_lookup", "mpembed_update_summed"}
+    kernels = PLANNING | {"mpembed_bring", "mpembed_update_summed"}
     kernels |= {"vectors": set(), "ragged sqrtn": {"mpembed_sum"}}.get(pooling, {"mpembed_bag"})
     assert set(lowering.kernels(text)) == kernels
     assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
@@ -245,7 +245,7 @@ def test_a_step_over_a_mesh_lowers_with_kernels():
         jax.ShapeDtypeStruct((BATCH, LENGTH, 16), jnp.float32),
     )
     text = lowering.lowered_for("cuda", run, *arguments, donate_argnums=0).as_text()
-    moving_rows = {f"mpembed_{name}" for name in ("swap", "lookup", "update", "sum")}
+    moving_rows = {f"mpembed_{name}" for name in ("bring", "lookup", "update", "sum")}
     assert set(lowering.kernels(text)) == PLANNING | OF_RAW_IDS | moving_rows
     assert LOOPS_AND_BRANCHES.findall(text) == ["stablehlo.case"] * 5
 
@@ -322,6 +322,7 @@ def test_arrays_past_32_bits_are_addressed_with_64(sizes):
         "mpembed_read",
         "mpembed_swap",
         "mpembed_lookup",
+        "mpembed_bring",
         "mpembed_update",
         "mpembed_update_summed",
     }
@@ -349,7 +350,8 @@ def test_kernels_have_no_atomics():
         lowering.lowered_for("cuda", step, *arguments, donate_argnums=0)
     )
     assert set(modules) == PLANNING | OF_RAW_IDS | {
-        f"mpembed_{x}" for x in ("read", "swap", "lookup", "update", "update_summed", "bag", "sum")
+        f"mpembed_{x}"
+        for x in ("read", "swap", "lookup", "bring", "update", "update_summed", "bag", "sum")
     }
     assert all("tt.store" in text and "atomic" not in text for text in modules.values())
     # A thread must not store what another one has yet to read: victims before newcomers, old sums
@@ -357,7 +359,8 @@ def test_kernels_have_no_atomics():
     # it must not read what another one has yet to store.
     waiting = {name for name, text in modules.items() if "gpu.barrier" in text}
     assert waiting == {
-        f"mpembed_{x}" for x in ("plan", "admit", "start_again", "swap", "update", "update_summed")
+        f"mpembed_{x}"
+        for x in ("plan", "admit", "start_again", "swap", "bring", "update", "update_summed")
     }
 
 

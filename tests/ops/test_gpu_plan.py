@@ -80,7 +80,7 @@ def plans(case, implementation, cache, batches, steps):
     def plan(cache, batch):
         positions, step = batch
         found = ops.unique(positions, case.size, step, implementation=implementation)
-        cache, moves, inverse, hit_requests = ops.plan(
+        cache, moves, inverse, hit_requests, evictions = ops.plan(
             cache, found, step, Fraction(case.num), implementation=implementation
         )
         place = jnp.arange(case.size, dtype=jnp.int32)
@@ -99,7 +99,13 @@ def plans(case, implementation, cache, batches, steps):
                 kind == 3, jnp.stack([moves.ids, moves.line, moves.victim_ids]), 0
             ),
             "positions": moves.ids[inverse],
-            "counts": [moves.num_hits, moves.num_cached, moves.num_ids, hit_requests],
+            "counts": [
+                moves.num_hits,
+                moves.num_cached,
+                moves.num_ids,
+                hit_requests,
+                evictions,
+            ],
             "dropped": found.num_dropped,
             "unique": (by_id_of(found.ids, found.counts, ids), found.ids[found.inverse]),
         }

@@ -300,7 +300,8 @@ def launch(
     Args:
       body: the kernel.
       num_programs: length of the one-dimensional grid.
-      operands: arrays of any shapes and dtypes.
+      operands: arrays of any shapes and dtypes. Those that no output aliases may be in host memory:
+        a GPU reads their elements across the bus. Interpreted, they are copied to the device first.
       outputs: shapes and dtypes of the results.
       name: the kernel's name in profiles.
       is_interpreted: whether the body is traced into plain jax operations, for any device.
@@ -311,6 +312,11 @@ def launch(
     Returns:
       The results.
     """
+    if is_interpreted:  # jax does not gather from host memory at indices on the device
+        operands = [
+            jax.device_put(array, jax.memory.Space.Device) if indexing.is_on_host(array) else array
+            for array in operands
+        ]
     operands, axes = carries.with_common_type(operands)
     varying = jax.sharding.ManualAxisType(varying=axes)
     call = pl.pallas_call(
@@ -416,7 +422,27 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
     Returns:
       int32 [n] for each array.
     """
-    arrays = [array.astype(jnp.int32) for array in arrays]
+    return running_sums_and_totals(arrays, (), is_interpreted=is_interpreted)[0]
+
+
+def running_sums_and_totals(
+    arrays: Sequence[jax.Array], counted: Sequence[jax.Array], *, is_interpreted: bool
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns the running sums of `arrays`, and the sums of all of `arrays` and `counted`.
+
+    The sums of blocks serve both, so all totals together are one more launch.
+
+    Args:
+      arrays: int32 or bool [n], n > 0.
+      counted: int32 or bool [n], as long as `arrays`.
+      is_interpreted: see launch.
+
+    Returns:
+      int32 [n] for each of `arrays`, and the totals (int32 [k]), first of `arrays`, then of
+      `counted`.
+    """
+    every = [array.astype(jnp.int32) for array in (*arrays, *counted)]
+    arrays = every[: len(arrays)]
     (size,) = arrays[0].shape
     block = min(_SUMMED, indexing.ceil_power(size))
     num_blocks = pl.cdiv(size, block)
@@ -427,17 +453,17 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
 
     def sum_blocks(*refs: Any) -> None:
         here = jnp.full(1, pl.program_id(0), jnp.int32)
-        for ref, out in zip(refs[: len(arrays)], refs[len(arrays) :], strict=True):
+        for k, ref in enumerate(refs[:-1]):
             total = jnp.sum(own(ref), dtype=jnp.int32)
-            store(out, (here,), jnp.broadcast_to(total, (1,)), here >= 0)
+            store(refs[-1], (k * num_blocks + here,), jnp.broadcast_to(total, (1,)), here >= 0)
 
     sums: tuple[jax.Array, ...] = ()
     if num_blocks > _FEW_BLOCKS:
         sums = launch(
             sum_blocks,
             num_blocks,
-            arrays,
-            [jax.ShapeDtypeStruct((num_blocks,), jnp.int32)] * len(arrays),
+            every,
+            [jax.ShapeDtypeStruct((len(every) * num_blocks,), jnp.int32)],
             name="mpembed_block_sums",
             is_interpreted=is_interpreted,
         )
@@ -447,15 +473,16 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
         index = program * block + jnp.arange(block, dtype=jnp.int32)
         inputs, before = refs[: len(arrays)], refs[len(arrays) : -len(arrays)]
         for k, out in enumerate(refs[-len(arrays) :]):
-            source, width = (before[k], _CHANGED) if before else (inputs[k], block)
+            source, width = (before[0], _CHANGED) if before else (inputs[k], block)
             end = program if before else program * block
+            first = k * num_blocks if before else 0
 
             def further(
                 turn: jax.Array, total: jax.Array, source: Any = source, width: int = width,
-                end: jax.Array = end,
+                end: jax.Array = end, first: int = first,
             ) -> jax.Array:  # fmt: skip
                 place = turn * width + jnp.arange(width, dtype=jnp.int32)
-                return total + load(source, (place,), place < end)
+                return total + load(source, (first + place,), place < end)
 
             zeros = jnp.zeros(width, jnp.int32)
             turns = lax.div(end + jnp.int32(width - 1), jnp.int32(width))
@@ -463,7 +490,7 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
             base = jnp.sum(base, dtype=jnp.int32)
             store(out, (index,), base + jnp.cumsum(own(inputs[k]), dtype=jnp.int32), index < size)
 
-    return launch(
+    running = launch(
         add,
         num_blocks,
         [*arrays, *sums],
@@ -471,6 +498,8 @@ def running_sums(arrays: Sequence[jax.Array], *, is_interpreted: bool) -> tuple[
         name="mpembed_running_sums",
         is_interpreted=is_interpreted,
     )
+    parts = sums[0].reshape(len(every), num_blocks) if sums else jnp.stack(every)
+    return running, jnp.sum(parts, axis=1, dtype=jnp.int32)
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -62,7 +62,7 @@ def has_short_sets(geometry: Geometry, width: int) -> bool:
 @jax.named_scope("plan")
 def plan(
     cache: CacheState, unique: Unique, step: jax.Array, halve: jax.Array, *, is_interpreted: bool
-) -> tuple[CacheState, Moves, jax.Array, jax.Array]:
+) -> tuple[CacheState, Moves, jax.Array, jax.Array, jax.Array]:
     """Plans a batch and orders its unique ids by the plan; see `ops.plan`.
 
     Args:
@@ -89,8 +89,12 @@ def plan(
         cache = _remember(cache, made, ids, is_row & ~is_hit, is_cached)
 
     # The plan lists hits, newcomers, bypassed ids and padding, in this order.
-    hits, cached = kernel.running_sums([is_hit, is_cached], is_interpreted=is_interpreted)
-    num_hits, num_cached = hits[-1], cached[-1]
+    (hits, cached), totals = kernel.running_sums_and_totals(
+        [is_hit, is_cached],
+        [jnp.where(is_hit, counts, 0), victim_ids != NO_ID],
+        is_interpreted=is_interpreted,
+    )
+    num_hits, num_cached, hit_requests, num_evictions = totals
     place = jnp.where(is_cached, num_hits + cached - hits - 1, num_cached + position - cached)
     place = jnp.where(is_hit, hits - 1, place)
     order = indexing.put(position, place, position)
@@ -105,8 +109,7 @@ def plan(
         num_ids=unique.num_ids,
         segments=unique.segments and unique.segments.of_rows(rows),
     )
-    hit_requests = jnp.sum(jnp.where(is_hit, counts, 0), dtype=jnp.int32)
-    return cache, moves, indexing.take(moved, unique.inverse), hit_requests
+    return cache, moves, indexing.take(moved, unique.inverse), hit_requests, num_evictions
 
 
 def _grouped(unique: Unique, geometry: Geometry, is_interpreted: bool) -> _Sets:

@@ -1,4 +1,4 @@
-"""GPU kernels of the row movements lookup, read and swap, by Pallas' Triton back end.
+"""GPU kernels of the row movements lookup, read, swap and bring, by Pallas' Triton back end.
 
 Each op takes the arguments of its reference in `xla.rows` and gives the same bits. The kernels need
 compute capability 8.0. Addresses have 64 bits if an array is larger than 2^32 bytes. There are no
@@ -32,7 +32,8 @@ def lookup(
 ) -> jax.Array:
     """Gathers the unique rows (float32 [U, D]); see `ops.lookup`.
 
-    One pass writes each row once, from its line or dequantized from the table.
+    One pass writes each row once, from its line or dequantized from the table. The table may be in
+    host memory.
     """
     table, lines, _ = store
     ids, line, num_cached, num_ids = moves.ids, moves.line, moves.num_cached, moves.num_ids
@@ -82,7 +83,7 @@ def read(
     """Reads rows for evaluation in one pass; see `xla.rows.read`.
 
     Each id is compared with the tags of its set. The row comes from the line with that tag, or else
-    from the table.
+    from the table, which may be in host memory.
 
     Args:
       table: the stack.
@@ -153,6 +154,36 @@ def swap(
     """Evicts victims and fills newcomers; see `xla.rows.swap`.
 
     Each dirty victim is quantized into the table, and its newcomer is dequantized into the line.
+    Programs without newcomers end at once.
+    """
+    store, num_written, _ = _moved(store, moves, draw, None, is_interpreted)
+    return store, num_written
+
+
+def bring(
+    store: Store,
+    moves: Moves,
+    draw: Draw,
+    is_valid: jax.Array | None,
+    *,
+    is_interpreted: bool,
+) -> tuple[Store, jax.Array, jax.Array]:
+    """Does what `swap` and then `lookup` do, in one kernel; see `ops.bring`.
+
+    A newcomer's row is dequantized once, for its line and for the result.
+    """
+    is_valid = jnp.bool_(True) if is_valid is None else is_valid
+    store, num_written, (rows,) = _moved(store, moves, draw, is_valid, is_interpreted)
+    return store, num_written, rows
+
+
+def _moved(
+    store: Store, moves: Moves, draw: Draw, is_valid: jax.Array | None, is_interpreted: bool
+) -> tuple[Store, jax.Array, list[jax.Array]]:
+    """Evicts and fills.
+
+    If is_valid (bool scalar) is given, the third result holds one array: the unique rows (float32
+    [U, D]), which are NaN if is_valid is False. Otherwise, it is empty.
     """
     table, lines, dirty = store
     assert lines is not None and dirty is not None
@@ -171,11 +202,18 @@ def swap(
 
     def body(*refs: Any) -> None:
         bounds, ids_ref, line_ref, victim_ref, *seeds = refs[:6]
-        packed_in, _lines_in, packed, lines = refs[6:]
+        packed_in, _lines_in, packed, lines, *out = refs[6:]
         position = _positions(block)
+        columns = kernel.columns_of(dim)
 
-        @pl.when(_overlaps(bounds, block))
-        def exchange() -> None:
+        def read(mask: jax.Array) -> jax.Array:
+            # A row of this batch is never a victim in it (invariant 2). So no program writes what
+            # is read here.
+            return kernel.read_packed(
+                packed_in, kernel.load(ids_ref, (position,), mask), mask, row_words
+            )
+
+        def exchange(new: jax.Array) -> None:
             is_live = (position >= bounds[0]) & (position < bounds[1])
             here = kernel.load(line_ref, (position,), is_live)
             victim = kernel.load(victim_ref, (position,), is_live, -1)
@@ -184,19 +222,37 @@ def swap(
                 kernel.load_row(lines, here, writes, c, dim)
                 for c in kernel.place_columns(row_words)
             ]
-            # A row of this batch is never a victim in it (invariant 2). So no program writes what
-            # is read here.
-            new = kernel.read_packed(
-                packed_in, kernel.load(ids_ref, (position,), is_live), is_live, row_words
-            )
             kernel.barrier(is_interpreted)
             # Writes the victims back.
             own = kernel.load_seeds(seeds, position, writes)
             kernel.write_packed(packed, victim, writes, old, row_words, own)
-            kernel.store_row(lines, here, is_live, kernel.columns_of(dim), dim, new)
+            kernel.store_row(lines, here, is_live, columns, dim, new)
 
+        if not out:
+
+            @pl.when(_overlaps(bounds, block))
+            def swap() -> None:
+                exchange(read((position >= bounds[0]) & (position < bounds[1])))
+
+            return
+        from_line = position < bounds[0]
+        from_table = (position >= bounds[0]) & (position < bounds[2])
+        new = read(from_table)
+        # Hits keep their lines, so no program writes the lines that are read here.
+        here = kernel.load(line_ref, (position,), from_line)
+        row = kernel.load_row(lines, here, from_line, columns, dim)
+        pl.when(_overlaps(bounds, block))(lambda: exchange(new))
+        row = jnp.where(from_table[:, None], new, row)
+        row = jnp.where(bounds[3] != 0, row, jnp.float32(jnp.nan))
+        kernel.store_row(out[0], position, position < width, columns, dim, row)
+
+    bounds = [begin, end]
+    outputs = [kernel.shape_of(table.rows), kernel.shape_of(lines)]
+    if is_valid is not None:
+        bounds += [moves.num_ids, is_valid.astype(jnp.int32)]
+        outputs += [jax.ShapeDtypeStruct((width, dim), jnp.float32)]
     operands = [
-        jnp.stack([begin, end]),
+        jnp.stack(bounds),
         ids,
         line,
         jnp.where(must_write, victim_ids, -1),
@@ -204,18 +260,18 @@ def swap(
         table.rows,
         lines,
     ]
-    packed, lines = kernel.launch(
+    packed, lines, *rows = kernel.launch(
         body,
         pl.cdiv(width, block),
         operands,
-        [kernel.shape_of(table.rows), kernel.shape_of(lines)],
-        name="mpembed_swap",
+        outputs,
+        name="mpembed_swap" if is_valid is None else "mpembed_bring",
         is_interpreted=is_interpreted,
         aliases={6: 0, 7: 1},
     )
     dirty = indexing.put(dirty, jnp.where(was_dirty, line, dirty.shape[0]), False)
     num_written = jnp.sum(must_write, dtype=jnp.int32)
-    return Store(QuantizedTable(packed, table.format, dim), lines, dirty), num_written
+    return Store(QuantizedTable(packed, table.format, dim), lines, dirty), num_written, rows
 
 
 def _overlaps(bounds: Any, block: int) -> jax.Array:
