@@ -204,7 +204,7 @@ def plan(
     because sets of rows do not fill evenly. It is rounded up to whole sets. A sample of a stream
     sees only a part of all ids: the pool is for the ids of the sample. If the stream has more ids,
     those that are used less share rows. Give a sample that is as long as what you train on, or
-    see `vocabularies.grow`.
+    see `vocabularies.grow`. A table with n ids in the sample gets the initial_bound 1/sqrt(n).
 
     Args:
       tables: {name: (rows, dim)}, or a sequence of (rows, dim). (None, dim) is a table of raw ids,
@@ -405,6 +405,10 @@ def _stack(
     num_sampled_rows = 0
     if is_raw:
         counts = [_raw_counts(name, number, samples) for number, name in enumerate(names)]
+        tables = tuple(
+            dataclasses.replace(table, initial_bound=max(1, of.size) ** -0.5)
+            for table, of in zip(tables, counts, strict=True)
+        )
     else:
         known = [table for table in tables if np.size(samples.get(table.name, ()))]
         counts = [_row_counts(table, samples[table.name]) for table in known]
