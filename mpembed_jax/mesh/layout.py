@@ -83,6 +83,7 @@ class Layout:
             )
         _check_axis_types(mesh)
         if mesh is None:
+            assert axis_name is not None  # see the first lines
             names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
             sizes = {name: _bound_size(name) for name in names}
         else:

@@ -98,10 +98,12 @@ def test_the_pages_copy_their_differences_from_the_runs(groups):
 
 def test_the_page_copies_its_cells_about_raw_ids_from_their_runs():
     found, num_filled = groups_of(RESULTS / "raw_ids"), 0
-    for (_, name), *cells in page_rows([("details.md", "| rows | D = 16 | × | D = 64 | × |")]):
+    heads = "| rows | D = 16 | × | D = 64 | × |", "| rows | twin, D = 16 | × |"
+    for (_, name), *cells in page_rows([("details.md", head) for head in heads]):
         kept = re.sub(r", k = (\d)", r", a row from \1 on", name)
         for (column, cell), (_, ratio) in zip(cells[::2], cells[1::2], strict=True):
-            group = found[f"reddit, {column}"]
+            data = column if column.startswith("twin") else f"reddit, {column}"
+            group = found[data.replace("twin", "synthetic")]
             (case,) = (case for case in group.cases if case.name == kept)
             auc = group.difference(case, "auc")
             assert auc.num == 3  # the seeds that the page names
