@@ -62,7 +62,7 @@ _QUICKLY_COMPILED = {
     "test_gpu_admit.py", "test_gpu_kernels.py", "test_gpu_lowering.py", "test_gpu_plan.py",
     "test_kernels_over_a_mesh.py",
 }  # fmt: skip
-_OPTIMIZED_IN_COMMAND = {"arrays", "invariants", "numerics", "test_sharding.py", "test_table.py"}
+_OPTIMIZED_IN_COMMAND = {"arrays", "invariants", "numerics", "test_sharding.py"}
 _ALWAYS_OPTIMIZED = {"invariants"}  # slow or not
 _OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _FLAGS = os.environ["XLA_FLAGS"]

@@ -59,6 +59,9 @@ CASES |= {
 
 
 QUICK = {name for name in CASES if name.endswith(("-7", "-33"))}
+# Each format once as users compile it; the others quickly.
+OPTIMIZED = pytest.mark.optimized("stored bits do not depend on how a program is compiled")
+AS_USERS = {name: OPTIMIZED for name in CASES if name.endswith("-default-33")}
 CORE = {"float32-default-1", "int4-default-16", "int2-default-100"}
 
 
@@ -66,7 +69,7 @@ def draws(seed, shape):
     return np.random.default_rng(seed).integers(0, 2**32, shape, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=QUICK, core=CORE))
+@pytest.mark.parametrize("case", named(CASES, fast=QUICK, core=CORE, marks=AS_USERS))
 def test_packed_words_equal_the_oracle(case):
     """Bias, scale, codes and zero padding, bit for bit.
 
@@ -221,6 +224,7 @@ def test_encode_accepts_any_leading_shape():
     assert encode(x[:0], "int4").shape == (0, 5)
 
 
+@pytest.mark.optimized("a compiler may replace a quotient")
 @pytest.mark.parametrize("name", named(["int4", "float8_e4m3fn"], fast={"int4"}))
 def test_jitted_words_equal_eager_words(name):
     """Also where a quotient is exact.

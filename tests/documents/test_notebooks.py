@@ -130,8 +130,12 @@ def criteo_line(rng):
     return "\t".join([str(rng.integers(2)), *integers, *categories])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_dlrm_notebook_compares_runs_and_reads_a_train_txt(tmp_path):
+    """The whole command runs the quickstart, and checks the names and arguments of all calls.
+
+    Its programs run in tests/experiments/test_experiments_data.py and test_criteo_kaggle.py.
+    """
     rng = np.random.default_rng(0)
     (tmp_path / "train.txt").write_text("".join(criteo_line(rng) + "\n" for _ in range(2800)))
     printed = run("criteo_dlrm", CRITEO_FOLDER=str(tmp_path))

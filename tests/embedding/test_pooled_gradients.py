@@ -126,7 +126,7 @@ def by_both_ways(spec, ids, options, tx=SGD, implementation=KERNEL):
 PAIRS = [(name, KERNEL) for name in POOLS]
 PAIRS += [(name, implementation) for name in MIXED for implementation in ("numba", "xla_chunked")]
 # Kernels take a long time to compile: with them, one nest. Vectors are in the test of gradients
-# that are not finite, sums in that of a budget, ragged means in the next one.
+# that are not finite, ragged means in the next one.
 CORE = {f"nest of weighted sums-{KERNEL}"}
 CORE |= {f"{name}-numba" for name in MIXED}
 
@@ -205,11 +205,14 @@ def test_transformations_with_and_without_a_rule(tx):
             | {"max_unique_ids": 12},
             "a host table": {"memory_kind": "pinned_host"},
         },
-        core={"ids over the budget"},
+        core=(),
     ),
 )
 def test_options_of_the_stack(options):
-    """Host tables with kernels are also in test_host_tables.py."""
+    """The whole command has host tables with kernels in test_host_tables.py.
+
+    It has budgets with kernels in tests/ops/test_gpu_plan.py, with numba in test_vectors.py.
+    """
     spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", NUM_IDS)], 6, "int8", **options)
     same(*by_both_ways(spec, ids_for("dense"), {"combiner": "sum"}))
 

@@ -37,7 +37,7 @@ CODECS = [
         shapes.CODECS.get,
         [
             "int8-symmetric-bfloat16", "int8-asymmetric-float16", "int4-symmetric-bfloat16",
-            "int4-asymmetric-bfloat16", "int2-symmetric-bfloat16", "int2-asymmetric-float32",
+            "int4-asymmetric-bfloat16", "int2-symmetric-bfloat16", "int2-asymmetric-bfloat16",
             "float8_e4m3fn-bfloat16", "float8_e5m2-float32", "float32", "bfloat16", "float16",
         ],
     )
@@ -187,11 +187,11 @@ def test_native_code_makes_the_reference_s_bits(case, threads):
     "codec",
     named(
         CODECS_BY_NAME,
-        core={"int8-True-bfloat16", "int4-False-bfloat16", "float16", "float32"},
+        core={"int8-True-bfloat16", "float16", "float32"},
     ),
 )
 def test_every_format(codec):
-    """The whole command has the other formats and symmetries among extreme numbers."""
+    """The whole command has the other formats among extreme numbers."""
     check(Case(codec, 17, 40, 4, "lfu", None, "vectors", "adagrad"))
 
 
@@ -200,12 +200,22 @@ def test_every_format(codec):
     "codec",
     named(
         CODECS_BY_NAME,
-        core={*CODECS_BY_NAME}
-        - {"int8-True-bfloat16", "int4-False-bfloat16", "int2-False-float32", "float16", "float32"},
+        core={
+            "int8-False-float16",
+            "int4-True-bfloat16",
+            "int2-False-bfloat16",
+            "float8_e4m3fn-bfloat16",
+            "float8_e5m2-float32",
+            "bfloat16",
+        },
     ),
 )
 def test_rows_of_extreme_numbers(codec):
-    """Subnormal, huge, infinite and undefined rows read the same; the rest has the same bits."""
+    """Subnormal, huge, infinite and undefined rows read the same; the rest has the same bits.
+
+    In the whole command, these cases have every width of codes, a bias, none, and every kind of
+    scale. Other tests compile the machine code of those of INT4 and INT2, too.
+    """
     case = Case(codec, 16, None, 1, "lfu", None, "vectors", "sgd", num_ids=16)
     ids = np.arange(16, dtype=np.int32)
     grads = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
@@ -241,12 +251,13 @@ def test_rows_of_extreme_numbers(codec):
     "pooling",
     named(
         POOLINGS,
-        core={"ragged mixed weighted sqrtn"},
+        core=(),
     ),
 )
 def test_every_pooling(pooling):
-    """The whole command has vectors and weighted means below, and sums, ragged means and nests in
-    test_pooled_gradients.py.
+    """The whole command has vectors, weighted means and ragged mixed bags below.
+
+    It has sums, ragged means and nests in test_pooled_gradients.py.
     """
     check(Case({"name": "int8"}, 16, 100, 8, "lru", None, pooling, "adagrad"))
 
@@ -306,7 +317,7 @@ def test_any_number_of_threads_makes_the_same_bits(case):
     """
     numba = ops.IMPLEMENTATIONS["numba"]
     threads = [dataclasses.replace(numba, max_threads=number) for number in (1, 3, 8)]
-    check(case, implementations=threads, steps=4)
+    check(case, implementations=threads[:2], steps=4)
     ragged = dataclasses.replace(case, pooling="ragged mixed weighted sqrtn", width=3000)
     check(ragged, implementations=threads[2:], steps=2)
 

@@ -210,8 +210,12 @@ def test_a_sequence_of_every_action_agrees_with_full_copies_in_memory(caplog):
         assert found[what] > 0, what
 
 
-@pytest.mark.parametrize("kind", named(list(mutations.KINDS), fast={"parquet"}))
+@pytest.mark.parametrize(
+    "kind",
+    named(list(mutations.KINDS), fast={"parquet"}, core={"criteo cache", "serving"}),
+)
 def test_mutated_files_are_refused_or_right(kind):
+    """The whole command cuts and changes every file of a checkpoint in a test above."""
     found = mutations.many(kind, 25, first=10**6)
     assert found["files"] == sum(
         n for what, n in found.items() if what.startswith(("ref", "right"))

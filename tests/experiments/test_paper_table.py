@@ -507,7 +507,9 @@ def test_without_results_the_report_says_so(tmp_path, capsys):
     assert "run without --report first" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_the_script_runs_as_a_file_and_shows_its_settings():
+    """The whole command runs train_dlrm.py as a file, in test_experiments_data.py."""
     command = [sys.executable, str(ROOT / "experiments" / "accuracy" / "paper_table.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--report" in shown.stdout and "--dims" in shown.stdout

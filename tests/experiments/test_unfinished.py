@@ -334,8 +334,13 @@ def test_another_environment_is_told(stopped, monkeypatch, capsys):
     assert "warning: another environment than the save's: commit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], core={"SIGTERM"}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_process_in_order(number, tmp_path):
+    """The whole command stops runs inside of this process, above and below.
+
+    It sends a signal to a process that prepares data, below.
+    """
     command = [sys.executable, "-m", "experiments.train_dlrm", *SMALL, "--num-rows", "700000"]
     with subprocess.Popen(
         [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=-1, stderr=-1, text=True

@@ -79,7 +79,7 @@ CASES = {
     "whole tables": Over((2,), None, "int8", kind="tables", capacity=2),
     "rows of the same batch": Over((2,), "lfu", "int8", batch_axes=(), capacity=2),
 }
-CORE = {"lfu, 2 devices, wide exchanges", "lru, 4 devices, replicas and a budget"}
+CORE = {"lfu, 2 devices, wide exchanges"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,7 +136,9 @@ def trained(state, tx, batches):
 def test_kernels_over_a_mesh_make_the_state_of_the_reference_on_one_device(case):
     """Tags, priorities, sketches, packed rows, lines, counts and vectors, bit for bit.
 
-    Sums of gradients are exact. Random bits are those of global ids.
+    Sums of gradients are exact. Random bits are those of global ids. In the whole command, LRU's
+    kernel plans on one device in tests/ops/test_gpu_plan.py. The reference has replicas and budgets
+    over a mesh, in test_sharding.py and test_sharding_nn.py.
     """
     spec, tx = case.spec, RULES[case.rule]
     one = mpembed.init(KEY, spec, tx, implementation=REFERENCE)

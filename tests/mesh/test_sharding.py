@@ -204,8 +204,12 @@ def test_two_dimensional_meshes_make_the_state_of_one_device(mesh):
     assert_same_state(state, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_replicated_stacks_train_as_one_device():
+    """The whole command trains one with kernels, in test_kernels_over_a_mesh.py.
+
+    It moves and restores one in tests/checkpoint/test_checkpoint_sharded.py.
+    """
     spec = spec_of("lfu")
     expected, counts, _ = on_one_device(spec)
     state = initial(spec, 4, placement=mpembed.Placement("replicated"))
@@ -385,7 +389,7 @@ def test_a_state_moves_between_layouts_and_trains_on_as_if_it_had_not():
     expected = train(
         train(initial(spec), ids[:STEPS], upstream[:STEPS])[0], ids[STEPS:], upstream[STEPS:]
     )[0]
-    state = train(initial(spec, 8), ids[:STEPS], upstream[:STEPS])[0]
+    state = train(initial(spec, 4), ids[:STEPS], upstream[:STEPS])[0]
     state = sharding.relayout(state, mesh=mesh_of(2))
     assert_same_state(train(state, ids[STEPS:], upstream[STEPS:])[0], jax.device_get(expected))
 
@@ -632,11 +636,12 @@ def test_pairs_train_as_plain_ids_do():
 # --- pmap
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_verbs_run_inside_pmap():
     """Without a typed mesh a loss of one device has no pmean inside.
 
-    Here gradients are given, so nothing changes.
+    Here gradients are given, so nothing changes. The whole command has README's recipe for pmap,
+    and an optimizer that mixes rows, in test_sharding_gradients.py.
     """
     spec = spec_of("lfu")
     expected, _, vectors = on_one_device(spec)

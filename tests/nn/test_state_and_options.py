@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import training
+from cases import named
 from flax import nnx
 from nn_models import BAG_IDS, ROW_TX, bag_specs
 
@@ -180,7 +181,7 @@ class Summarized(nnx.Module):
         return self.one(ids).sum() + self.bags({"a": ids})["a"].sum() + self.ngrams(ids).sum()
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", named([False, True], fast={"True"}, core=()))
 def test_a_model_is_tabulated_in_evaluation_and_within_a_step(fused):
     """nnx.tabulate compiles the public methods of all modules that the model holds."""
     ids = np.array([[3, 7], [7, 20]], np.int32)

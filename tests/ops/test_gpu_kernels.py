@@ -20,6 +20,7 @@ from cases import named
 import mpembed_jax as mpembed
 from mpembed_jax import ops, optim
 from mpembed_jax.cache import residency
+from mpembed_jax.embedding.counters import COUNTERS
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.numerics.packing import encode
 from mpembed_jax.ops import Draw, Moves, Positions, Store
@@ -131,7 +132,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     named(
         OPTIONS,
         fast={"int4-float16-100"},
-        core={"float8_e4m3fn-float32-64", "int2-float32-7"},
+        core={"float8_e5m2-float16-16", "int2-float32-7"},
     ),
 )
 def test_swap_lookup_and_write_make_the_same_bits(case):
@@ -200,9 +201,7 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core={"float8_e5m2-100"})
-)
+@pytest.mark.parametrize("case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core=()))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, both in one, and two updates.
 
@@ -210,7 +209,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     One is by SGD, the other by row-wise Adagrad from zero sums, at every second dim the other way
     round. The mean of squares is 4^-k and its root 2^-k, exactly. Adagrad's step is +-lr and rounds
     once, in the sum. The sums are known in advance. The whole command has kernels of the other
-    formats in the test above, and lowers some of them for CUDA.
+    formats in the test above and in test_without_a_cache, and lowers some of them for CUDA.
     """
     table, lines, dirty, ids, line, victims = stage(*case)
     rng, dim = np.random.default_rng(4), case.dim
@@ -297,7 +296,7 @@ def test_empty_parts_of_a_plan(bounds):
 
 
 def test_without_a_cache():
-    table, _, _, ids, line, _ = stage(RowFormat("int4"), 7)
+    table, _, _, ids, line, _ = stage(RowFormat("float8_e4m3fn"), 7)
 
     @partial(jax.jit, static_argnames="implementation", compiler_options=FAST_COMPILE)
     def move(implementation):
@@ -400,7 +399,7 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
 
 @pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core=()))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
-    """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)).
+    """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)), also where rows without a number are skipped.
 
     G is D + 1 roundings off at most, its root half of that. Then come a sum, a quotient and a
     product. The sum with w rounds once in each program. The whole command has other dims in
@@ -409,10 +408,13 @@ def test_row_wise_adagrad_within_its_rounding_errors(dim):
     rng = np.random.default_rng(2)
     tx = optim.rowwise_adagrad(0.1, eps=1e-3)
     spec = shapes.stack(150, dim, storage="float32", lines=24)
+    spec = dataclasses.replace(spec, skip_nonfinite=True)
     ids = rng.permutation(150)[:60].astype(np.int32)
-    (one, before), (other, _) = update_both(
-        tx, spec, ids, rng.standard_normal((60, dim)).astype(np.float32)
-    )
+    grads = rng.standard_normal((60, dim)).astype(np.float32)
+    grads[3, 0], grads[33, -1] = np.nan, -np.inf
+    (one, before), (other, _) = update_both(tx, spec, ids, grads)
+    for state in (one, other):
+        assert state.counters[COUNTERS.index("nonfinite_rows"), 0] == 2
     for a, b in ((one.table.rows, other.table.rows), (one.cache.rows, other.cache.rows)):
         a, b = (np.asarray(x).view(np.float32) for x in (a, b))
         bound = 2.0**-23 * (np.abs(a) + 0.1 * np.sqrt(dim) * (dim / 2 + 5))
@@ -424,8 +426,7 @@ def test_row_wise_adagrad_within_its_rounding_errors(dim):
 
 
 @pytest.mark.slow
-def test_skipped_and_refused_updates_change_nothing():
-    """A row with a gradient that is not finite, and a plan that was applied before."""
+def test_a_plan_that_was_applied_before_changes_nothing():
     spec = mpembed.EmbeddingSpec(
         [mpembed.TableSpec("t", 90)],
         4,
@@ -435,10 +436,6 @@ def test_skipped_and_refused_updates_change_nothing():
     )
     tx = optim.rowwise_adagrad(0.25, eps=0.0)
     ids = np.arange(0, 80, 2, dtype=np.int32)
-    grads = np.full((40, 4), 0.5, np.float32)
-    grads[3, 2], grads[33, 0] = np.nan, -np.inf
-    (one, _), (other, _) = update_both(tx, spec, ids, grads)
-    same(jax.tree.leaves(other), jax.tree.leaves(one))
 
     @partial(jax.jit, compiler_options=FAST_COMPILE)
     def twice(state):
