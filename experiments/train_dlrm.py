@@ -330,6 +330,7 @@ def make_contenders(
         f"{settings.storage.upper()}{cached}{raw}", settings.storage, settings.cache_fraction,
         settings.rounding,
         settings.policy, settings.ways, pool_rows=pool_rows, admit_after=settings.admit_after,
+        by_table=bool(raw) and not is_uncounted(settings),
     )  # fmt: skip
     plain = training.FP32
     if is_uncounted(settings):

@@ -35,8 +35,8 @@ class TableSpec:
         stack is made. To start from an array of values, use `from_dense`, which reads it in blocks.
         Equality and hash of a TableSpec ignore the initializer.
       initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row starts so when an
-        id gets it. If a table has about n ids, 1/sqrt(n) is a good bound, and raw ids of tables of
-        very different sizes need it. None: see initializer; for raw ids, 1/sqrt(rows of the stack).
+        id gets it. If a table has about n ids, 1/sqrt(n) is a good bound. Raw ids of tables of very
+        different sizes may need it. None: see initializer; for raw ids, 1/sqrt(rows of the stack).
 
     Raises:
       ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2]; if initial_bound is not a
@@ -63,7 +63,7 @@ class TableSpec:
         if bound is None:
             return
         is_number = isinstance(bound, numbers.Real) and not isinstance(bound, bool)
-        if not is_number or not 0 <= float(bound) <= float(np.finfo(np.float32).max):
+        if not is_number or not 0 <= bound <= float(np.finfo(np.float32).max):
             raise ValueError(
                 f"table {self.name!r}: initial_bound must be a finite number of at least 0, got "
                 f"{bound!r}"
@@ -272,21 +272,27 @@ class EmbeddingSpec:
         """The tables that `init_table` makes: with a vocabulary, its pool and its shared rows."""
         if self.vocabulary is None:
             return self.tables
-        shared, bounds = self.vocabulary.shared_rows, self.initial_bounds
-        # If tables differ, the first owner of a row gives it other values.
+        shared = self.vocabulary.shared_rows
         return (
-            TableSpec("pool", self.vocabulary.geometry.lines, initial_bound=bounds[0]),
-            *(TableSpec(f"shared {k}", shared, initial_bound=b) for k, b in enumerate(bounds)),
+            TableSpec("pool", self.vocabulary.geometry.lines, initial_bound=self.default_bound),
+            *(
+                TableSpec(f"shared {k}", shared, initial_bound=bound)
+                for k, bound in enumerate(self.initial_bounds)
+            ),
         )
+
+    @property
+    def default_bound(self) -> float:
+        """The bound of the initial values of rows of a pool that have no owner."""
+        return float(1.0 / np.sqrt(self.num_rows))
 
     @property
     def initial_bounds(self) -> tuple[float, ...]:
         """The bounds of the initial values of each of `tables`, which no initializer gives."""
         if self.vocabulary is None:
             return initial_bounds(self.tables)
-        of_raw_ids = float(1.0 / np.sqrt(self.num_rows))
         return tuple(
-            of_raw_ids if t.initial_bound is None else t.initial_bound for t in self.tables
+            self.default_bound if t.initial_bound is None else t.initial_bound for t in self.tables
         )
 
     @property

@@ -26,8 +26,8 @@ import numpy as np
 import mpembed_jax as mpembed
 from experiments import command_line, provenance
 from experiments.command_line import setting
-from experiments.speed import step as steps
 from experiments.speed import workload
+from experiments.speed.step import check_memory, embedding_step
 
 TURN = 10  # steps
 TARGET = 1.25  # times the step on numbered ids
@@ -67,7 +67,7 @@ def check(settings: Settings) -> None:
       Refused: in one sentence.
     """
     command_line.check_out(settings.out)
-    steps.check_memory(settings.rows, max(settings.dims))
+    check_memory(settings.rows, max(settings.dims))
 
 
 class Stack(NamedTuple):
@@ -100,7 +100,7 @@ class Contender:
         self.times: list[float] = []
         self._state = mpembed.init(jax.random.key(0), self.spec, TX)
         self._step = jax.jit(
-            lambda state, ids, upstream: steps.embedding_step(
+            lambda state, ids, upstream: embedding_step(
                 state, ids, upstream, tx=TX, is_pooled=True
             )[::3],
             donate_argnums=0,

@@ -107,6 +107,11 @@ def is_time_to_halve(cache: "CacheState", step: jax.Array, num_positions: Fracti
     return (step != 0) & (step.astype(jnp.uint32) % jnp.uint32(period) == 0)
 
 
+def halved(estimates: jax.Array) -> jax.Array:
+    """Returns estimates (an integer array) with half their values."""
+    return estimates >> 1
+
+
 def age(cache: "CacheState", halve: jax.Array) -> "CacheState":
     """Halves every estimate, in the sketch and at the lines, if `halve` (bool scalar) is true.
 
@@ -118,7 +123,7 @@ def age(cache: "CacheState", halve: jax.Array) -> "CacheState":
         return cache
 
     def halve_both(both: tuple) -> tuple:
-        return both[0] >> 1, both[1] >> 1
+        return halved(both[0]), halved(both[1])
 
     sketch, priority = carries.at_most_once(
         halve_both, halve.astype(jnp.int32), (cache.sketch, cache.priority)

@@ -103,7 +103,8 @@ def rules_of(state: EmbeddingState) -> ops.Admission:
     """Returns the rules by which a state admits."""
     rules = state.spec.vocabulary
     assert rules is not None
-    starts_all = len(set(state.spec.initial_bounds)) > 1
+    # A row without an owner has the values of tables without a bound.
+    starts_all = any(table.initial_bound is not None for table in state.spec.tables)
     return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows, starts_all)
 
 
@@ -188,24 +189,24 @@ def start_again(
       state: consumed if donated.
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
-      tables: int32 [n], the tables of the rows. None: the rows have no owners, or tables have the
-        same initial values.
+      tables: int32 [n], the tables of the rows' owners. None: the rows have no owners.
 
     Returns:
       The state.
     """
     vocabulary = state.vocabulary
     assert vocabulary is not None
-    bounds = jnp.asarray(state.spec.initial_bounds, jnp.float32)
     if tables is None or not rules_of(state).starts_all:
-        tables = jnp.zeros(rows.shape, jnp.int32)
+        bounds = jnp.full(rows.shape, state.spec.default_bound, jnp.float32)
+    else:
+        bounds = indexing.take(jnp.asarray(state.spec.initial_bounds, jnp.float32), tables)
     new = ops.start_again(
         ops.Rows(state.table, state.row_state, state.cache),
         vocabulary.fresh_row_state,
         rows,
         num_rows,
         key=state.row_key,
-        bounds=indexing.take(bounds, tables),
+        bounds=bounds,
         implementation=state.implementation,
     )
     return dataclasses.replace(state, **new._asdict())

@@ -84,7 +84,8 @@ def prefetch_held(
     """Does what prefetch_of_tables and then lookup_held do, with one kernel for the rows of both.
 
     Returns:
-      The state, the plan, and float32 [Q, D]: the planned rows that this device holds.
+      The state, the plan, and float32 [Q, D]: the planned rows that this device holds. On one
+      device, they are NaN if the state is not sound.
     """
     state, plan, rows = _prefetch(*_admitted(state, ids, tables), looks_up=True)
     assert rows is not None

@@ -406,7 +406,7 @@ def _stack(
     if is_raw:
         counts = [_raw_counts(name, number, samples) for number, name in enumerate(names)]
         tables = tuple(
-            dataclasses.replace(table, initial_bound=max(1, of.size) ** -0.5)
+            dataclasses.replace(table, initial_bound=of.size**-0.5) if of.size else table
             for table, of in zip(tables, counts, strict=True)
         )
     else:
@@ -473,7 +473,8 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
         reason += (
             f"; {seen} ids of the sample occur at least 1 / 2 / 3 times; the pool has "
             f"{pool.num_rows:,} rows: one for each id that occurs at least k = "
-            f"{level.admit_after} times, and a tenth more, rounded up to whole sets"
+            f"{level.admit_after} times, and a tenth more, rounded up to whole sets; rows start "
+            "within initial_bound = 1/sqrt(ids of their table in the sample)"
         )
     if choice.placement is not None:
         kind = choice.placement.kind

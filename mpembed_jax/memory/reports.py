@@ -29,6 +29,7 @@ from mpembed_jax.embedding.state import (
 from mpembed_jax.mesh.layout import Layout
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.optim.row_state import init_rows
+from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -185,9 +186,9 @@ def report(
     Raises:
       TypeError: if spec, tx, batch_shape or mesh has another type.
       ValueError: if tx cannot work on gathered rows; if implementation is unknown; if batch_shape
-        is empty or a size is negative; if the stack
-        cannot be divided over the mesh in this way; if B does not divide over its devices; or if a
-        batch_shape is given with an abstract mesh.
+        is empty or a size is negative; if the stack cannot be divided over the mesh in this way; if
+        B does not divide over its devices; or if a batch_shape is given with an abstract mesh,
+        without a mesh but with an axis_name, or for a stack of 2**31 - 1 rows or more.
     """
     check_spec("memory.report(spec, tx, batch_shape)", spec)
     if batch_shape is not None:
@@ -260,9 +261,18 @@ def step_peak(
       implementation: as in init.
 
     Raises:
-      ValueError: if a batch does not divide over the devices of the mesh.
+      ValueError: if a batch does not divide over the devices of the mesh, if there is no mesh but
+        the name of an axis, or if a stack has 2**31 - 1 rows or more.
     """
+    large = next((spec for spec in specs if spec.num_rows >= NO_ID), None)
+    if large is not None:
+        raise ValueError(
+            f"a step of a stack of {large.num_rows} rows takes pairs of ids, of which no "
+            "temporaries are predicted; leave batch_shape out, or make smaller stacks"
+        )
     layout = layouts[0]
+    if layout is not None and layout.mesh is None:
+        raise ValueError("batch_shape needs mesh=, not an axis of jax.pmap alone")
     divided = () if layout is None else layout.batch_axes
     for shape in batch_shapes:
         if layout is not None and shape[0] % layout.batch_shards:

@@ -114,7 +114,7 @@ def fetch(
       tables: the tables that the ids belong to; see step.prefetch_of_tables.
 
     Returns:
-      The state and plan of step.prefetch, and the rows of step.lookup_held (float32 [Q, D]).
+      The state and plan of step.prefetch, and the rows of step.prefetch_held (float32 [Q, D]).
     """
     state, plan, rows = verbs.run(_fetch, state, ids, tables=tables)
     treedef: Any = jax.tree.structure(ids)

@@ -12,7 +12,7 @@ Only this room has code for particular hardware. The implementations have names:
 On a CPU, xla, xla_chunked and numba give the same bits. Kernels give these bits, too, except that
 the last bits of row-wise Adagrad and of sums over many positions can differ. Of a table in host
 memory, only the rows that are needed cross the bus. XLA moves them in chunks. Kernels read them
-from there, in `read` and in `lookup`.
+from there, in `read` and in `lookup`; interpreted kernels copy the table first.
 
 These are the ops. U is the number of unique ids, D the embedding dim, V the number of table rows, C
 the number of cache lines. `records` defines the records.
@@ -327,8 +327,10 @@ def admit(
     native = compiled(implementation)
     if native is not None:
         groups = native.partitions.MAX_PARTS if cache is None else cache.geometry.groups
-        how = occurrences, groups, max_threads(implementation)
-        return native.admit.admit(vocabulary, pairs, step, must_halve, rules, *how)
+        return native.admit.admit(
+            vocabulary, pairs, step, must_halve, rules, occurrences,
+            groups=groups, max_threads=max_threads(implementation),
+        )  # fmt: skip
     if has_kernels(implementation):
         kernels, is_interpreted = _kernels(implementation)
         given = vocabulary, pairs, step, must_halve, rules, occurrences, part

@@ -52,7 +52,7 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     folder = path_of(call, "folder", folder)
     if tables.host is None:
-        raise TypeError(f"{call}: tables are on the device; pass what serving.load returned")
+        raise TypeError(f"{call}: tables must be what serving.load returned, on the host")
     for table in tables.tables:
         if Path(table.name).name != table.name or table.name in (".", ".."):
             raise ValueError(f"table {table.name!r} cannot be the name of a file")

@@ -465,7 +465,8 @@ class ServingTable:
         """
         if self.host is None:
             raise TypeError(
-                f"table {table.name!r} is on the device; pass what serving.load returned"
+                f"table {table.name!r} is on the device, or lost its settings in jax.tree.map; "
+                "pass what serving.load returned"
             )
         packed = self.rows[table.name]
         reader = self.host.reader(table, packed)
@@ -788,7 +789,7 @@ def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
 def _check_numbers(name: str, values: Any) -> None:
     """Raises TypeError if values are not real numbers, or have a mask."""
     row_ids.check_no_mask(name, values)
-    kind = values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
+    kind = values.dtype if isinstance(values, jax.Array) else np.asarray(values).dtype
     if not (jnp.issubdtype(kind, jnp.floating) or kind.kind in "iub"):
         raise TypeError(f"{name} must be float32, got {kind}")
 

@@ -25,8 +25,7 @@ class VocabularySpec:
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
       admit_after: the number of occurrences, the current batch included, at which an id gets a row
-        of its own; 1 to 255. With 1,
-        every id asks for a row when it first occurs.
+        of its own; 1 to 255. With 1, every id asks for a row when it first occurs.
       ways: rows in a set, 1 to 64.
       recycle: whether an id may take the row of an id that is used less. If False, an id that finds
         its set full shares a row for good.

@@ -296,6 +296,13 @@ def test_nearly_all_ids_that_a_pool_was_made_for_get_rows_of_their_own():
     assert mpembed.stats(state).vocabulary.num_owned >= 0.95 * own_ids(2)
 
 
+def test_a_table_without_ids_in_its_sample_starts_as_usual():
+    ids = {"user": [1, 1, 2, 2], "ad": [None, None]}
+    plan = memory.plan({"user": (None, 16), "ad": (None, 16)}, "1MB", tx=TX, ids=ids)
+    (choice,) = plan.choices
+    assert [table.initial_bound for table in choice.spec.tables] == [2**-0.5, None]
+
+
 def test_a_tight_budget_admits_later_and_too_tight_a_one_names_the_smallest():
     least = smallest_budget(RAW, 1000, ids=SAMPLES)
     plan = memory.plan(RAW, least, tx=TX, ids=SAMPLES)

@@ -175,6 +175,14 @@ def test_over_a_mesh_the_report_is_that_of_each_device(over):
     assert report.step_peak_bytes - report.total == pytest.approx(measured - report.total, rel=0.1)
 
 
+def test_the_step_of_a_stack_that_takes_pairs_is_not_predicted():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    tables = [mpembed.TableSpec(name, 2_000_000_000) for name in "ab"]
+    spec, tx = mpembed.EmbeddingSpec(tables, 16), mpembed.optim.rowwise_adagrad(0.1)
+    with pytest.raises(ValueError, match="a step of a stack of 4000000000 rows takes pairs"):
+        mpembed.memory.report(spec, tx, (64, 2), mesh=mesh)
+
+
 def test_a_mesh_whose_devices_do_not_exist_has_bytes_but_no_peak():
     spec = mpembed.EmbeddingSpec(mpembed.TableSpec("a", 64_000), 32, cache=None)
     abstract = jax.sharding.AbstractMesh((64,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

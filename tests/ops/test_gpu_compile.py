@@ -77,7 +77,7 @@ def test_a_step_copies_no_array_of_the_state_and_bounds_its_temporaries(case):
 
 def test_a_step_of_raw_ids_has_no_loop_and_copies_no_array_of_the_state():
     """A pool of 33.76 M rows. Ids are admitted, and rows start again, in every step."""
-    tables = [mpembed.TableSpec(f"t{k}") for k in range(26)]
+    tables = [mpembed.TableSpec(f"t{k}", initial_bound=0.5 / (k + 1)) for k in range(26)]
     spec = mpembed.EmbeddingSpec(tables, DIM, "int8", vocabulary=mpembed.VocabularySpec(33_762_577))
     step, arguments = compile_gpu.step_and_arguments(
         spec, "pallas_triton", (2048, 26), ADAGRAD, is_pooled=True

@@ -33,7 +33,7 @@ BATCH, LENGTH = 24, 3
 PLANNING = {"mpembed_halve", "mpembed_plan", "mpembed_running_sums"}
 OF_RAW_IDS = {"mpembed_halve_uses", "mpembed_admit", "mpembed_start_again"}
 RAW_IDS = mpembed.EmbeddingSpec(
-    [mpembed.TableSpec("user"), mpembed.TableSpec("item")],
+    [mpembed.TableSpec("user", initial_bound=0.1), mpembed.TableSpec("item")],
     16,
     "int8",
     mpembed.CacheSpec(num_rows=256),

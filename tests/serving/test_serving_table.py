@@ -93,6 +93,27 @@ def test_lookups_are_those_of_read_bit_for_bit_and_ids_outside_are_counted_zeros
     )
 
 
+class Foreign:
+    """Numbers of another library, whose dtype is not NumPy's."""
+
+    dtype = "foreign.float32"
+
+    def __init__(self, values):
+        self.values = np.asarray(values, np.float32)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_weights_and_queries_of_other_libraries_are_taken(model):
+    table = serving.load(model[1])
+    ids = {"liked": [[1, 2], [3, 1]]}
+    bags = [table.bag(ids, weights={"liked": of([[1, 2], [3, 4]])}) for of in (np.array, Foreign)]
+    np.testing.assert_array_equal(bags[0]["liked"], bags[1]["liked"])
+    found = [table.top_k(of(np.ones(16)), 3, "items") for of in (np.array, Foreign)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 CODECS = {
     name: mpembed.RowFormat(
         codec.name,

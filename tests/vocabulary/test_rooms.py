@@ -337,6 +337,25 @@ def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     training.assert_same(trained(restored, 5, 6), trained(state, 5, 6))
 
 
+@pytest.mark.parametrize("bounds", [(None, 0.25), (0.25, None)], ids=str)
+def test_new_owners_start_as_the_spec_of_a_restored_state_says(bounds, tmp_path):
+    """Rows without an owner were made by the spec that was saved."""
+    saved, spec = (
+        dataclasses.replace(
+            SPEC,
+            tables=[mpembed.TableSpec(name, initial_bound=bound) for name in ("user", "item")],
+            vocabulary=mpembed.VocabularySpec(400, admit_after=1, ways=8),
+        )
+        for bound in bounds
+    )
+    checkpoint.save(tmp_path, 1, mpembed.init(jax.random.key(1), saved, TX))
+    state = checkpoint.restore(tmp_path, mpembed.init(jax.random.key(1), spec, TX))
+    pairs = spec.raw_ids({"user": np.arange(60)})
+    read = mpembed.read(jax.jit(mpembed.prefetch)(state, pairs)[0], pairs)
+    most = bounds[1] or spec.default_bound
+    assert 0.9 * most < np.abs(read["user"]).max() <= 1.02 * most
+
+
 def test_lists_have_the_pairs_of_their_own_types():
     """NumPy would make strings of the integers beside strings, and floats beside 2**63."""
     rows = [[17, "x"], [2**63, b"y\0"]]
@@ -452,6 +471,7 @@ def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):
     for memory_kind in (None, "pinned_host"):
         spec = dataclasses.replace(
             SPEC,
+            tables=[mpembed.TableSpec("user", initial_bound=0.25), mpembed.TableSpec("item")],
             vocabulary=mpembed.VocabularySpec(48, admit_after=1, ways=4),
             memory_kind=memory_kind,
         )
@@ -584,7 +604,10 @@ def test_a_new_owner_has_fresh_state_of_any_optimizer(tx):
 @pytest.mark.parametrize("implementation", named(["xla", "xla_chunked", "numba"], fast={"numba"}))
 def test_a_step_copies_no_array_of_the_state(implementation):
     """The temporaries of a step are a small part of the smallest large array, the sketch."""
-    spec = dataclasses.replace(SPEC, vocabulary=mpembed.VocabularySpec(100_000), cache=None)
+    tables = [mpembed.TableSpec("user", initial_bound=0.25), mpembed.TableSpec("item")]
+    spec = dataclasses.replace(
+        SPEC, tables=tables, vocabulary=mpembed.VocabularySpec(100_000), cache=None
+    )
     abstract = jax.eval_shape(
         lambda key: mpembed.init(key, spec, TX, implementation=implementation),
         jax.ShapeDtypeStruct((2,), jnp.uint32),

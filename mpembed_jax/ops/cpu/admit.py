@@ -503,6 +503,7 @@ def admit(
     must_halve: jax.Array,
     rules: Admission,
     occurrences: jax.Array | None,
+    *,
     groups: int,
     max_threads: int,
 ) -> tuple[VocabularyState, Admitted]:

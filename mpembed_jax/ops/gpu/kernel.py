@@ -312,6 +312,7 @@ def launch(
     Returns:
       The results.
     """
+    assert not any(indexing.is_on_host(operands[k]) for k in aliases or {})
     if is_interpreted:  # jax does not gather from host memory at indices on the device
         operands = [
             jax.device_put(array, jax.memory.Space.Device) if indexing.is_on_host(array) else array

@@ -339,13 +339,10 @@ def _age(cache: CacheState, halve: jax.Array, is_interpreted: bool) -> CacheStat
     if not policy.counts_use(cache.policy):
         return cache
 
-    def half(values: jax.Array) -> jax.Array:
-        return values >> 1
-
     sketch, priority = kernel.change_if(
         halve,
         [cache.sketch.reshape(-1), cache.priority.reshape(-1)],
-        [half, half],
+        [policy.halved, policy.halved],
         name="mpembed_halve",
         is_interpreted=is_interpreted,
     )

@@ -1,7 +1,7 @@
 """Rows that start again for new owners, by a GPU kernel. The reference is `xla.restart`.
 
-Few rows of a batch start again. A program takes blocks of them until none is left. It makes their
-initial values, stores them packed, and empties their lines.
+After the first steps, few rows of a batch start again. A program takes blocks of them until none is
+left. It makes their initial values, stores them packed, and empties their lines.
 """
 
 import dataclasses

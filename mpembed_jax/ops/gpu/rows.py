@@ -1,8 +1,8 @@
 """GPU kernels of the row movements lookup, read, swap and bring, by Pallas' Triton back end.
 
-Each op takes the arguments of its reference in `xla.rows` and gives the same bits. The kernels need
-compute capability 8.0. Addresses have 64 bits if an array is larger than 2^32 bytes. There are no
-atomics, because each row is written by only one program.
+Each op gives the bits of its reference in `xla.rows`; `bring` gives those of swap and lookup. The
+kernels need compute capability 8.0. Addresses have 64 bits if an array is larger than 2^32 bytes.
+There are no atomics, because each row is written by only one program.
 """
 
 from typing import Any

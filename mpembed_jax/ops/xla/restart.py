@@ -14,7 +14,7 @@ from mpembed_jax.ops.records import Rows
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.table import initial_rows
 
-# Rows per iteration, if there is a loop. Few rows of a batch start again.
+# Rows per iteration, if there is a loop. After the first steps, few rows of a batch start again.
 _AT_ONCE = 128
 
 
