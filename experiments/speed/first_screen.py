@@ -241,7 +241,8 @@ intervals (`python -m experiments.accuracy.paper_table --data reddit`).
 
 Raw ids need no numbering. An id earns a row at its second occurrence, and the least used rows are
 recycled. The host hashes the ids. You choose the number of rows: about as many as there are ids
-that come again. The time of raw ids was measured with INT8 + 5 % and rows to spare
+that come again. If tables differ much in size, you also give the initial values of each
+(`TableSpec.initial_bound`). The time of raw ids was measured with INT8 + 5 % and rows to spare
 (`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same command as the others,
 with `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
     return "\n".join([*head, *rows, note])
