@@ -79,12 +79,13 @@ class Stack(NamedTuple):
     def spec(self, dim: int) -> mpembed.EmbeddingSpec:
         """Returns the stack."""
         cache = mpembed.CacheSpec(0.05)
+        sizes = dict(zip(NAMES, workload.sizes_for(self.rows), strict=True))
         if not self.is_raw:
-            pairs = zip(NAMES, workload.sizes_for(self.rows), strict=True)
-            tables = [mpembed.TableSpec(*pair) for pair in pairs]
+            tables = [mpembed.TableSpec(*pair) for pair in sizes.items()]
             return mpembed.EmbeddingSpec(tables, dim, "int8", cache)
         vocabulary = mpembed.VocabularySpec(self.rows, admit_after=2)
-        tables = [mpembed.TableSpec(name) for name in NAMES]
+        # So each new owner's row is written.
+        tables = [mpembed.TableSpec(n, initial_bound=size**-0.5) for n, size in sizes.items()]
         return mpembed.EmbeddingSpec(tables, dim, "int8", cache, vocabulary=vocabulary)
 
     def __str__(self) -> str:

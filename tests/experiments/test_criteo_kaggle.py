@@ -416,8 +416,9 @@ def test_raw_words_are_those_of_the_text_and_are_not_counted(tmp_path, monkeypat
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_main_job_reads_criteo(tmp_path, monkeypatch):
+    """The whole run trains on other data, and reads Criteo's text in other tests of this file."""
     write(tmp_path, random_lines(1400)[0], name="train.txt.gz")
     settings = train_dlrm.Settings(
         data="criteo", path=tmp_path, mapping="hash", hash_size=200, hashed_baseline=False,

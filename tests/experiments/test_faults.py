@@ -42,18 +42,19 @@ def test_a_run_of_two_processes_with_a_killed_worker_ends_in_the_same_bits():
     assert found["resumed at steps"][0] == 0 < found["resumed at steps"][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @OPTAX_ADAM
 def test_every_array_cut_or_changed_is_refused_by_name(caplog):
+    """tests/checkpoint/test_checkpoint_faults.py damages single arrays."""
     with caplog.at_level(logging.CRITICAL):
         found = files.damage(fallback_every=8)
     assert found["files"] >= found["arrays"] >= 40
     assert found["refusals"] == 4 * (found["files"] - 4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_full_and_vanished_disks_lose_nothing(tmp_path, request):
-    """In a process of its own.
+    """In a process of its own. tests/checkpoint/test_checkpoint_faults.py has full disks, too.
 
     Orbax leaves unfinished writes behind when one fails, which would be reported elsewhere.
     """

@@ -158,8 +158,10 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
 
 
 @OPTAX_ADAM
-@pytest.mark.parametrize("name", named(["none", "INT4 + 5 %"], core={"INT4 + 5 %"}))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["none", "INT4 + 5 %"])
 def test_a_run_that_is_told_to_stop_goes_on_with_the_same_bits(data, tmp_path, name):
+    """test_a_table_goes_on_where_it_was_and_pairs_seeds and test_unfinished.py have its parts."""
     recipe, stop = dataclasses.replace(TINY, steps=5), running.Stop()
     whole = training.train(data, recipe, CONTENDERS[name], 0)
 
@@ -239,8 +241,9 @@ def test_the_command_knows_every_contender():
 
 
 @OPTAX_ADAM
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_step_times_of_all_contenders_are_measured(tmp_path):
+    """The training steps that it times run in the other tests of this file."""
     words = "--rows 4000 --rounds 2 --steps 1 --batch 2 --length 8 --width 16"
     chosen = ("INT4 + 5 %",)
     more = ("--contenders", *chosen, "--out", str(tmp_path))
