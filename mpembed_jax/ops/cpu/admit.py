@@ -373,11 +373,14 @@ def _enter(
 def _name_tables(frame, positions, id_of, table, takers):
     """Replaces ids in `takers` by their tables. `table` is scratch; see pool.tables_of."""
     pairs = argument(frame, _PAIRS, np.uint32)
-    table[:] = hashes.MAX_TABLES
+    table[:] = -1
+    for k in range(len(takers)):
+        table[takers[k]] = hashes.MAX_TABLES
     for k in range(np.uint64(len(positions))):
-        number = np.int32(pairs[_TWO * np.uint64(positions[k]) + _ONE] & _TABLES)
         here = np.uint64(id_of[k])
-        table[here] = min(table[here], number)
+        if table[here] >= 0:
+            number = np.int32(pairs[_TWO * np.uint64(positions[k]) + _ONE] & _TABLES)
+            table[here] = min(table[here], number)
     for k in range(len(takers)):
         takers[k] = table[takers[k]]
 
