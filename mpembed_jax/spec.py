@@ -90,7 +90,7 @@ def size_of(table: TableSpec) -> int:
 
 
 def initial_bounds(tables: tuple[TableSpec, ...]) -> tuple[float, ...]:
-    """Returns the bounds of the initial values of tables of dense ids, without initializers."""
+    """Returns the bounds of the initial values of tables with sizes and without initializers."""
     return tuple(
         float(1.0 / np.sqrt(size_of(t))) if t.initial_bound is None else t.initial_bound
         for t in tables
@@ -269,30 +269,21 @@ class EmbeddingSpec:
 
     @property
     def row_tables(self) -> tuple[TableSpec, ...]:
-        """The tables that `init_table` makes: with a vocabulary, its pool and its shared rows."""
+        """The tables that `init_table` makes.
+
+        With a vocabulary, they are its pool, then the shared rows of each table. A row of the pool
+        without an owner starts within the bound of tables that have none of their own.
+        """
         if self.vocabulary is None:
             return self.tables
-        shared = self.vocabulary.shared_rows
+        bound = float(1.0 / np.sqrt(self.num_rows))
+        bounds = [bound if t.initial_bound is None else t.initial_bound for t in self.tables]
         return (
-            TableSpec("pool", self.vocabulary.geometry.lines, initial_bound=self.default_bound),
+            TableSpec("pool", self.vocabulary.geometry.lines, initial_bound=bound),
             *(
-                TableSpec(f"shared {k}", shared, initial_bound=bound)
-                for k, bound in enumerate(self.initial_bounds)
+                TableSpec(f"shared {k}", self.vocabulary.shared_rows, initial_bound=own)
+                for k, own in enumerate(bounds)
             ),
-        )
-
-    @property
-    def default_bound(self) -> float:
-        """The bound of the initial values of rows of a pool that have no owner."""
-        return float(1.0 / np.sqrt(self.num_rows))
-
-    @property
-    def initial_bounds(self) -> tuple[float, ...]:
-        """The bounds of the initial values of each of `tables`, which no initializer gives."""
-        if self.vocabulary is None:
-            return initial_bounds(self.tables)
-        return tuple(
-            self.default_bound if t.initial_bound is None else t.initial_bound for t in self.tables
         )
 
     @property

@@ -12,6 +12,7 @@ from mpembed_jax.arrays import indexing
 from mpembed_jax.embedding.counters import add, count_change
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
 from mpembed_jax.mesh import exchange, raw_ids
+from mpembed_jax.spec import initial_bounds
 from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.hashes import PADDING
 
@@ -189,17 +190,19 @@ def start_again(
       state: consumed if donated.
       rows: int32 [n], distinct; the first num_rows are rows, the others NO_ID.
       num_rows: int32 scalar.
-      tables: int32 [n], the tables of the rows' owners. None: the rows have no owners.
+      tables: int32 [n], the tables of the rows' owners. None: the rows start as those without an
+        owner.
 
     Returns:
       The state.
     """
     vocabulary = state.vocabulary
     assert vocabulary is not None
-    if tables is None or not rules_of(state).starts_all:
-        bounds = jnp.full(rows.shape, state.spec.default_bound, jnp.float32)
+    of_pool, *of_tables = initial_bounds(state.spec.row_tables)
+    if tables is None:
+        bounds = jnp.full(rows.shape, of_pool, jnp.float32)
     else:
-        bounds = indexing.take(jnp.asarray(state.spec.initial_bounds, jnp.float32), tables)
+        bounds = indexing.take(jnp.asarray(of_tables, jnp.float32), tables)
     new = ops.start_again(
         ops.Rows(state.table, state.row_state, state.cache),
         vocabulary.fresh_row_state,

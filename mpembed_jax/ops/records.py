@@ -144,7 +144,7 @@ class Admitted(NamedTuple):
 
     rows: jax.Array  # i32 [N]: the row of each position's id; NO_ID for padding
     started: jax.Array  # i32 [N]: rows that start again for new owners, followed by NO_ID
-    tables: jax.Array  # i32 [N]: the tables of their owners, if rules.starts_all; else anything
+    tables: jax.Array | None  # i32 [N]: the tables of their owners; None without rules.starts_all
     num_started: jax.Array  # i32 []
     num_recycled: jax.Array  # i32 []: rows that were taken from another owner
     num_requests: jax.Array  # i32 []: positions that are not padding

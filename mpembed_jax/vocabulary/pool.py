@@ -214,14 +214,18 @@ def tables_of(pairs: jax.Array, group: jax.Array) -> jax.Array:
       group: int32 [n], the number of each position's id. If two tables' ids are treated as one id,
         its table is the first of them.
     """
-    table = (pairs[:, 1] & jnp.uint32(hashes.MAX_TABLES - 1)).astype(jnp.int32)
+    table = _table_of(pairs[:, 1])
     return indexing.minimum(jnp.full(table.shape, hashes.MAX_TABLES, jnp.int32), group, table)
+
+
+def _table_of(places: jax.Array) -> jax.Array:
+    return (places & jnp.uint32(hashes.NUMBER)).astype(jnp.int32)
 
 
 def shared_rows(pairs: jax.Array, geometry: Geometry, per_table: int) -> jax.Array:
     """Returns the shared rows (int32 [..]) of ids, from their pairs (uint32 [.., 2])."""
     tags, places = pairs[..., 0], pairs[..., 1]
-    table = (places & jnp.uint32(hashes.MAX_TABLES - 1)).astype(jnp.int32)
+    table = _table_of(places)
     own = random_bits.scale_to(random_bits.fmix32(tags), per_table)
     return geometry.lines + table * per_table + own
 

@@ -80,7 +80,8 @@ def admissions(case, implementation, vocabulary, pairs, steps, halves, occurrenc
         )
         # The reference lists rows in another order.
         order = jnp.argsort(made.started)
-        made = made._replace(started=made.started[order], tables=made.tables[order])
+        tables = None if made.tables is None else made.tables[order]
+        made = made._replace(started=made.started[order], tables=tables)
         return vocabulary, (vocabulary.owners, vocabulary.sketch, made)
 
     given = (pairs, steps, halves, *([occurrences] if case.has_occurrences else []))

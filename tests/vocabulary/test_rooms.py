@@ -352,7 +352,7 @@ def test_new_owners_start_as_the_spec_of_a_restored_state_says(bounds, tmp_path)
     state = checkpoint.restore(tmp_path, mpembed.init(jax.random.key(1), spec, TX))
     pairs = spec.raw_ids({"user": np.arange(60)})
     read = mpembed.read(jax.jit(mpembed.prefetch)(state, pairs)[0], pairs)
-    most = bounds[1] or spec.default_bound
+    most = bounds[1] or 1 / np.sqrt(spec.num_rows)
     assert 0.9 * most < np.abs(read["user"]).max() <= 1.02 * most
 
 

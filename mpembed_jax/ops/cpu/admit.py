@@ -27,7 +27,7 @@ _NO_ID = np.int32(NO_ID)
 _AHEAD = 16  # ids between a prefetch and its use
 _ZERO, _ONE, _TWO = np.uint64(0), np.uint64(1), np.uint64(2)
 _PADDING = np.uint32(hashes.PADDING)
-_TABLES = np.uint32(hashes.MAX_TABLES - 1)
+_TABLES = hashes.NUMBER
 _NO_OWNER, _MAX_USE = np.uint32(pool.NO_OWNER), pool.MAX_USE
 _USE_BITS, _PINNED = np.uint32(pool.USE_BITS), np.uint32(pool.PINNED)
 _NO_KEY = np.uint64(2**64 - 1)
@@ -544,5 +544,6 @@ def admit(
     )
     vocabulary = dataclasses.replace(vocabulary, owners=results[_OWNERS], sketch=results[_SKETCH])
     dealt = Dealt(*(results[n] for n in (_FACTS, _LINE, _COUNT, _POSITIONS, _ID_OF)))
-    found = Admitted(*results[_ROWS:_FOUND], *results[_FOUND])
+    tables = results[_TABLES_STARTED] if rules.starts_all else None
+    found = Admitted(results[_ROWS], results[_STARTED], tables, *results[_FOUND])
     return vocabulary, found._replace(dealt=dealt)

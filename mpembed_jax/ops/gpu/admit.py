@@ -111,9 +111,10 @@ def admit(
     to = jnp.where(is_started, rank - 1, num)
     own_rows = pool.row_of(ids.sets, way, sizes.geometry)
     started = indexing.put(jnp.full(num, NO_ID, jnp.int32), to, own_rows)
-    tables = jnp.zeros(num, jnp.int32)
+    tables = None
     if rules.starts_all:
-        tables = indexing.put(tables, to, pool.tables_of(pairs, ids.group))
+        own_tables = pool.tables_of(pairs, ids.group)
+        tables = indexing.put(jnp.zeros(num, jnp.int32), to, own_tables)
 
     def total(counted: jax.Array) -> jax.Array:
         return jnp.sum(counted, dtype=jnp.int32)

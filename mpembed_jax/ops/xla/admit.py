@@ -158,9 +158,10 @@ def admit_halved(
     to = jnp.where(is_started, order - 1, num)
     new_rows = pool.row_of(new_sets, new_way, geometry)
     started = indexing.put(jnp.full(num, NO_ID, jnp.int32), to, new_rows)
-    tables = jnp.zeros(num, jnp.int32)
+    tables = None
     if rules.starts_all:
-        tables = indexing.put(tables, to, indexing.take(pool.tables_of(pairs, group_of), new))
+        own_tables = indexing.take(pool.tables_of(pairs, group_of), new)
+        tables = indexing.put(jnp.zeros(num, jnp.int32), to, own_tables)
 
     def total(counted: jax.Array) -> jax.Array:
         return jnp.sum(counted, dtype=jnp.int32)
