@@ -474,7 +474,7 @@ print(time.perf_counter() - begin, table.nbytes)
         ),
         Refused(lambda t: serving.sketch(t.to_device(), "items"), "is on the device", TypeError),
         Refused(
-            lambda t: serving.write_npy(t.to_device(), "x"), "are on the device", TypeError
+            lambda t: serving.write_npy(t.to_device(), "x"), "returned, on the host", TypeError
         ),
         Refused(
             lambda t: serving.export_program(5, t), "function must be callable, got 5", TypeError
