@@ -126,6 +126,7 @@ def test_other_rows_are_made_by_blocks_and_no_float32_table_exists(name):
         assert f"u32[{SIZE}," not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initializer", [FANS["xavier_uniform"], WHOLE["positions"]])
 def test_shards_hold_the_rows_of_one_device(initializer):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -151,6 +152,7 @@ def test_an_initializer_and_a_bound_are_refused():
         mpembed.TableSpec("t", 5, jax.nn.initializers.ones, initial_bound=0.1)
 
 
+@pytest.mark.slow
 def test_a_module_has_the_spread_of_nnx_embed():
     """100,000 rows of 16: deviations of n = 1.6 M values each agree within 5 sigma."""
     init = jax.nn.initializers.xavier_uniform()

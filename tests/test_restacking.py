@@ -139,6 +139,7 @@ def test_tables_whose_ids_move_keep_rows_and_lines_as_far_as_there_is_room(case,
         assert (np.abs(rows[:size] - old[source]) <= grid).all()
 
 
+@pytest.mark.slow
 def test_a_state_that_grew_at_its_end_trains_on_as_if_it_had_not():
     before = trained()
     after = restacking.restack(before, spec_of({"a": 200, "b": 400}), TX)

@@ -131,6 +131,7 @@ def counts_of(state, pairs):
     return np.asarray(pool.counts_of(state.vocabulary.sketch.reshape(-1), cells, sizes))
 
 
+@pytest.mark.slow
 @crossed(
     implementation=named(["xla", "numba"], fast={"numba"}),
     num_rows=named([176, 320, 800], fast={"320"}),
@@ -169,6 +170,7 @@ def test_growth_in_turns_is_growth_at_once():
     assert held(turns) == held(once) == held(state) and turns.spec == once.spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", named([480, 320, 208, 160, 120, 20], fast={"120"}, core=()))
 def test_shrinking_keeps_the_most_used_owners(num_rows):
     state = trained(vocabularies.grow(init(), 640), 40)
@@ -203,6 +205,7 @@ def test_shrinking_keeps_the_most_used_owners(num_rows):
     assert_goes_on_as_the_model(after)
 
 
+@pytest.mark.slow
 def test_a_line_without_a_place_is_written_back():
     """A cache of fixed size that is full may lose lines; each then is its line, rounded."""
     state = trained(init(spec_of(cache=mpembed.CacheSpec(num_rows=32, ways=1))), 30)
@@ -220,6 +223,7 @@ def test_a_line_without_a_place_is_written_back():
     assert_sound(after)
 
 
+@pytest.mark.slow
 def test_tables_are_added_and_the_others_stay():
     state = trained(init())
     after = vocabularies.add_tables(state, mpembed.TableSpec("city"))
@@ -237,6 +241,7 @@ def test_tables_are_added_and_the_others_stay():
     assert_sound(after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "numba"])
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_counts_are_loaded_as_the_model_loads_them(implementation, is_trained):

@@ -9,8 +9,9 @@ Peers: FBGEMM's table-batched embedding on the CPU (FP32 and FP16, exact row-wis
 torch.nn.EmbeddingBag with sparse=True and SGD, flax nnx.Embed with optax.adagrad (dense gradient,
 donated). They need `pip install "mpembed_jax[peers]"`; one that cannot be imported is named and
 left out. Rounds of all workers alternate while only one of them computes; a ratio is the median
-over rounds of ours to the peer's. Our cache is full: the steps before the timed ones have filled
-its lines, so that the timed ones evict. Each round is timed twice. The processor's caches are
+over rounds of ours to the peer's. The steps before the timed ones (--warm) fill our cache, so that
+the timed ones evict. Each result says how full it was, and how many rows a timed step evicted. Each
+round is timed twice. The processor's caches are
 "warm" if one step follows the other. They are "cold" if 256 MB of other memory are touched and a
 product of matrices is computed between the steps, as a model's dense part would. --task dlrm times
 the whole training: host batch to device, dense part, embedding, optimizers.
@@ -75,7 +76,7 @@ class Settings:
         140, "Batches that the timed steps cycle through.", "BATCHES", at_least=1, at_most=10_000
     )
     warm: int = setting(
-        700,
+        1200,
         "Steps that fill our cache; peers without one take 40.",
         "STEPS",
         at_least=1,
@@ -156,12 +157,24 @@ class Worker:
         self.facts = json.loads(line) if line else {"missing": again}
         self.times = {caches: [] for caches in CACHES}
 
+    def ask(self, line):
+        """Returns the worker's answer to a line."""
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
     def round(self, steps, caches):
         """Runs `steps` steps and notes their median time in seconds."""
-        self.process.stdin.write(f"{caches} {steps}\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        self.times[caches].append(statistics.median(answer["times"]))
+        self.times[caches].append(statistics.median(self.ask(f"{caches} {steps}")["times"]))
+
+    def note_cache(self, before):
+        """Notes how full our cache was before the rounds, and what it evicted in each step."""
+        after = self.ask("cache")
+        if after:
+            steps = max(1, after["steps"] - before["steps"])
+            self.facts["occupancy"] = before["occupancy"]
+            for name in ("evictions", "write_backs"):
+                self.facts[f"{name}_per_step"] = (after[name] - before[name]) / steps
 
 
 def start(name, dim, args, stack):
@@ -189,10 +202,13 @@ def alternate(names, dim, args):
     """Runs one group of peers side by side, the first of them ours; returns their results."""
     with running.working(f"D={dim}: {', '.join(names)}"), contextlib.ExitStack() as stack:
         workers = [w for w in (start(name, dim, args, stack) for name in names) if w]
+        before = [worker.ask("cache") for worker in workers]
         for _ in range(args.rounds):
             for caches in CACHES:
                 for worker in workers:
                     worker.round(3 if worker.name == "flax-dense" else STEPS_PER_ROUND, caches)
+        for worker, facts in zip(workers, before, strict=True):
+            worker.note_cache(facts)
     results = []
     for worker, caches in itertools.product(workers, CACHES):
         ours, theirs = workers[0].times[caches], worker.times[caches]
@@ -217,7 +233,13 @@ def alternate(names, dim, args):
             f"ours / peer {row['ours_over_peer']:.3f} [{row['ratio_min']:.3f}, "
             f"{row['ratio_max']:.3f}]   "
             f"resident {row['resident'] / 1e9:.2f} GB, first step {row['first_step_s']:.1f} s"
-            + (f"   ({row['rows']:,} rows)" if "rows" in row else ""),
+            + (f"   ({row['rows']:,} rows)" if "rows" in row else "")
+            + (
+                f"   {row['occupancy']:.1%} of the lines full, {row['evictions_per_step']:,.0f} "
+                "evictions a step"
+                if "occupancy" in row
+                else ""
+            ),
             flush=True,
         )
     return results

@@ -1,11 +1,12 @@
 """The workers of bench_peers: one training step of ours and of each peer.
 
 Each runs in its own process and is served over a pipe. A maker builds tables for a `Case` and
-returns `(prepare, step, facts)`: prepare(local ids int64 [B, T]) makes what the framework reads,
-step(prepared) trains on it and waits for the result. In the embedding task ids are prepared before
-the clock starts, as a data pipeline would have done; in the DLRM task the whole way from host
-arrays is inside it. A worker answers each line `warm K` or `cold K` on its standard input with a
-JSON line of K step times.
+returns `(prepare, step, facts)`. prepare(local ids int64 [B, T]) makes what the framework reads.
+step(prepared) trains on it and waits for the result. Ours also returns cache(), which says how full
+the cache of rows is. In the embedding task, ids are prepared before the clock starts, as a data
+pipeline would have done. In the DLRM task, the whole way from host arrays is timed. A worker
+answers each line `warm K` or `cold K` on its standard input with a JSON line of K step times, and
+each line `cache` with what cache() says.
 """
 
 import dataclasses
@@ -95,6 +96,15 @@ def _make_ours(case):
         "init_s": time.perf_counter() - start,
     }
 
+    def cache_facts():
+        if state.cache is None:
+            return {}
+        totals = mpembed.stats(state)
+        occupancy = float(np.mean(np.asarray(state.cache.tags) != mpembed.NO_ID))
+        return {"occupancy": occupancy} | {
+            name: getattr(totals, name) for name in ("steps", "evictions", "write_backs")
+        }
+
     if case.task == "embedding":
         grads = jnp.asarray(case.upstream())
 
@@ -113,7 +123,7 @@ def _make_ours(case):
             jax.block_until_ready((state, vectors))
             assert int(dropped) == 0
 
-        return prepare, step, facts
+        return prepare, step, facts, cache_facts
 
     from experiments.dlrm import models
 
@@ -141,7 +151,7 @@ def _make_ours(case):
         state, params, opt_state, loss = train(state, params, opt_state, batch)
         jax.block_until_ready((state, loss))
 
-    return lambda local: local, dlrm_step, facts
+    return lambda local: local, dlrm_step, facts, cache_facts
 
 
 def _make_fbgemm(case):
@@ -312,7 +322,7 @@ def serve(case):
 
     timed = workload.batches(1, case.distinct, case.batch, case.sizes, case.skew)
     try:
-        prepare, step, facts = _MAKERS[case.worker.split("-")[0]](case)
+        prepare, step, facts, *cache = _MAKERS[case.worker.split("-")[0]](case)
     except ImportError as error:
         answer({"missing": str(error)})
         return
@@ -327,6 +337,9 @@ def serve(case):
     other = np.ones(1 << 25, np.float32), np.ones(1 << 25, np.float32)
     matrix = np.ones((1024, 1024), np.float32)
     for line in sys.stdin:
+        if line.strip() == "cache":
+            answer(cache[0]() if cache else {})
+            continue
         caches, steps = line.split()
         times = []
         for _ in range(int(steps)):

@@ -55,13 +55,16 @@ def counts_use(policy: str) -> bool:
     return policy == "lfu"
 
 
-def estimate(use: jax.Array, counts: jax.Array) -> jax.Array:
-    """Returns the estimated use (int32) of ids: `use` + `counts`, at most MAX_ESTIMATE.
+def estimate(policy: str, use: jax.Array, counts: jax.Array) -> jax.Array:
+    """Returns the estimated use (int32) of ids; zeros if the policy has no estimates.
 
-    `use` is the earlier estimate, from the line or the sketch. `counts` are the occurrences in this
-    batch.
+    LFU: it is `use` + `counts`, at most MAX_ESTIMATE. `use` is the earlier estimate, from the line
+    or the sketch. `counts` are the occurrences in this batch.
+
+    The misses of a set take their turns in descending order of estimates, then in ascending order
+    of ids.
     """
-    return jnp.minimum(use + counts, MAX_ESTIMATE)
+    return jnp.minimum(use + counts, MAX_ESTIMATE) if policy == "lfu" else jnp.zeros_like(counts)
 
 
 def pinned(policy: str, step: jax.Array) -> jax.Array | int:
@@ -75,8 +78,8 @@ def pinned(policy: str, step: jax.Array) -> jax.Array | int:
 def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) -> jax.Array:
     """Returns the rank of each way (uint32, shape of tags). Newcomers take ways of low rank first.
 
-    An empty way has rank 0. LFU: the rank is the line's estimated use + 1. LRU: the rank is higher
-    for a line that was used more recently.
+    An empty way has rank 0. LFU: the rank is the line's estimated use + 1 (see `use_of`). LRU: the
+    rank is higher for a line that was used more recently.
     """
     if policy == "lfu":
         rank = priority.astype(jnp.uint32) + jnp.uint32(1)
@@ -85,11 +88,23 @@ def ranks(policy: str, tags: jax.Array, priority: jax.Array, step: jax.Array) ->
     return jnp.where(tags == NO_ID, jnp.uint32(0), rank)
 
 
+def use_of(rank: jax.Array) -> jax.Array:
+    """Returns the estimated use (int32) of the id at a way of this rank; -1 for an empty way.
+
+    It is asked only of policies that have estimates.
+    """
+    return rank - 1
+
+
 def may_enter(policy: str, rank: jax.Array, estimates: jax.Array) -> jax.Array:
     """Returns whether newcomers with these estimates may take ways of these ranks (both int32).
 
     A newcomer may always take an empty way. LFU: the line's estimate must be below the newcomer's.
     LRU: the line must hold no row of this batch.
+
+    Every rule must be monotone: if it refuses a newcomer, it refuses all later newcomers of the
+    set, because planners then close the set. Later newcomers have no larger estimates, and meet no
+    lower ranks.
     """
     return rank <= estimates if policy == "lfu" else rank <= MAX_AGE
 

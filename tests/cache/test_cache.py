@@ -146,6 +146,7 @@ def test_residency_equals_brute_force(policy, ways):
         assert model.halvings > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}, core=()))
 def test_residency_in_full_width_passes(policy):
     """The implementation that loops over no chunks, an accelerator's default.
@@ -292,6 +293,7 @@ def test_lfu_without_collisions_equals_exact_counts():
     assert totals["bypasses"] > 20
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     num_ids=st.integers(1, 200_000),

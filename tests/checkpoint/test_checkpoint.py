@@ -296,7 +296,7 @@ def test_a_chain_of_increments_restores_exactly(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}, core=()))
+@pytest.mark.parametrize("implementation", named(["xla", "numba"], core={"numba"}))
 @pytest.mark.parametrize(
     "cache", [None, mpembed.CacheSpec(num_rows=32, ways=4, policy="lru")], ids=["none", "lru"]
 )
@@ -345,6 +345,7 @@ def test_a_flush_alone_is_in_the_increment(tmp_path):
     assert_same(checkpoint.restore(tmp_path, flushed), flushed)
 
 
+@pytest.mark.slow
 def test_an_increment_after_write_rows_is_refused_before_it_is_written(tmp_path):
     """No plan names written rows. A call that writes no row, or one before track, is no matter."""
     emb = trained("int8-lfu", 0, 40)["emb"]
@@ -360,6 +361,7 @@ def test_an_increment_after_write_rows_is_refused_before_it_is_written(tmp_path)
     assert_same(checkpoint.restore(tmp_path, nothing), emb)
 
 
+@pytest.mark.slow
 def test_an_increment_after_a_change_by_hand_is_refused(tmp_path):
     """By save, if no step came in between, else by restore: no plan names the changed row."""
     tree = trained("int8-lfu", 0, 40)
@@ -534,6 +536,7 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
         checkpoint.save(tmp_path, 1, tree)
 
 
+@pytest.mark.slow
 def test_an_average_of_states_is_not_saved_and_a_clock_is_not_on_disk(tmp_path):
     """The clock follows from the rest; a file without it says nothing of an average."""
     first = mpembed.init(jax.random.key(0), stack(), optax.sgd(0.1))
@@ -576,6 +579,7 @@ print(json.dumps([before, "orbax" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_orbax_is_imported_by_this_adapter_only(request):
     done = subprocess.run(
         [sys.executable, "-c", IMPORTS],
@@ -628,6 +632,7 @@ def restored_into(folder, caplog, **options):
     return emb
 
 
+@pytest.mark.slow
 def test_another_format_keeps_what_rows_mean(saved, caplog):
     """Lines are carried over bit for bit.
 

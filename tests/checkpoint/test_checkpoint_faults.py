@@ -283,6 +283,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_new_one_is_complete(tmp_path,
     assert [p.name for p in tmp_path.iterdir() if p.name != ".writer"] == ["step_1"]
 
 
+@pytest.mark.slow
 def test_good_means_the_same_to_restore_and_to_save_chains_included(tmp_path, caplog):
     """After its base was damaged, an increment is refused by restore.
 
@@ -306,6 +307,7 @@ def test_good_means_the_same_to_restore_and_to_save_chains_included(tmp_path, ca
         checkpoint.save(tmp_path, 110, {"emb": newest})
 
 
+@pytest.mark.slow
 def test_an_increment_does_not_build_on_what_is_lost(tmp_path):
     state = first()
     checkpoint.save(tmp_path, 1, {"emb": state})
@@ -361,6 +363,7 @@ def start_writer(request, folder, value, mode, steps):
     )
 
 
+@pytest.mark.slow
 def test_the_second_writer_is_told_who_the_first_is(tmp_path, request):
     """Also under another path of the same directory.
 
@@ -384,6 +387,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path, request):
     assert checkpoint.steps(tmp_path) == [0, 5]
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_killed_writer_is_taken_over(tmp_path, request):
     with start_writer(request, tmp_path, 7, "hold", 1) as writer:
         assert writer.stdout.readline() == "writing\n"
@@ -541,6 +545,7 @@ checkpoint.save(sys.argv[1], 1, {"x": np.random.default_rng(0).random(3_000_000)
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_nobody_waits_for_is_complete_when_the_program_ends(tmp_path, request):
     done = subprocess.run(
         [sys.executable, "-c", AT_EXIT, str(tmp_path)],

@@ -165,6 +165,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_restoring_into_a_spec_of_other_shapes_is_an_error(tmp_path, request):
     """In a process of its own.
 

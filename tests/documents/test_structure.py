@@ -166,6 +166,7 @@ def test_imports_point_one_way(path):
         assert there < here or here == there == len(rooms) - 1, (
             f"{path.name} imports {imported}, which {room} may not"
         )
+        assert imported != "memory", f"{path.name} imports memory, which no room may"
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,9 @@ def compiled_step(stack, implementation):
             "int4 with a budget": Stack("int4", "lfu", 800),
             "float32 without cache": Stack("float32", None),
         },
-        fast={"int4 with a budget"},
     ),
-    implementation=named(["xla_chunked", "numba"], fast={"numba"}),
-    core={"float32 without cache-xla_chunked"},
+    implementation=["xla_chunked", "numba"],
+    core={"int4 with a budget-numba", "float32 without cache-xla_chunked"},
 )
 def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation):
     if implementation == "numba":
@@ -85,6 +84,7 @@ def test_a_step_passes_over_nothing_larger_than_its_batch(stack, implementation)
     assert compiled.memory_analysis().temp_size_in_bytes < 5 * POSITIONS * DIM * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verbs", ["embed", "prefetch"])
 def test_a_native_step_on_raw_ids_sorts_nothing_and_copies_no_table(verbs):
     """Its ids are admitted, rows start again, and the step runs on the rows."""
@@ -156,9 +156,9 @@ def cost_of(stack, implementation):
 
 
 @crossed(
-    name=named(list(RECORDED), fast={"int8 lfu"}),
-    implementation=named(["xla", "xla_chunked", "numba"], fast={"numba"}),
-    core={"float32 without cache-xla"},
+    name=list(RECORDED),
+    implementation=["xla", "xla_chunked", "numba"],
+    core={"int8 lfu-numba", "float32 without cache-xla"},
 )
 def test_a_step_costs_what_is_recorded(name, implementation):
     """Up to a tenth; another jax compiles to something else."""

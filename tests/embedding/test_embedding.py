@@ -140,6 +140,7 @@ def int4_state():
     return trained()
 
 
+@pytest.mark.slow
 def test_flush_keeps_what_read_returns_and_writes_only_dirty_lines(int4_state):
     before = all_rows(int4_state)
     flushed = flush(int4_state)
@@ -362,6 +363,7 @@ def test_a_row_whose_update_is_zero_keeps_its_bits(case):
     np.testing.assert_array_equal(flush(state).table.rows, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", named(shapes.FORMATS, fast={"bfloat16"}, core=()))
 def test_rows_that_move_do_so_beside_rows_that_do_not(storage):
     """Even ids have no gradient and keep their bits. Every implementation makes the same state.

@@ -639,6 +639,7 @@ def spec_of_mode(mode):
     return spec, tx, implementation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     named(list(MODES), fast={"int8"}, core=(), marks={"bfloat16": training.OPTAX_ADAM}),
@@ -684,6 +685,7 @@ def test_every_verb_runs_without_jit():
         np.testing.assert_array_equal(getattr(plain["state"], name), getattr(jitted["state"], name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     named(["int8", "bfloat16"], fast={"int8"}, core=(), marks={"bfloat16": training.OPTAX_ADAM}),
@@ -700,6 +702,7 @@ def test_a_guard_against_transfers_lets_jitted_verbs_pass(mode):
         assert mpembed.stats(state).steps == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation", named({"default": None, "xla": "xla"}, fast={"default"}, core=())
 )

@@ -53,9 +53,7 @@ def stack(storage, lines, memory_kind):
     return mpembed.EmbeddingSpec(tables, 6, storage, cache, memory_kind=memory_kind)
 
 
-@pytest.mark.parametrize(
-    "case", named(list(CASES), fast={"int8 cached"}, core={"float32 momentum"})
-)
+@pytest.mark.parametrize("case", named(list(CASES), core={"int8 cached", "float32 momentum"}))
 def test_a_table_in_host_memory_trains_to_the_same_bits(case):
     """Six steps, then flush and read; arrays stay where they are, buffers are reused."""
     storage, lines, tx = CASES[case]

@@ -343,6 +343,7 @@ def test_many_misses_of_one_set_enter_in_their_order(policy):
     check(Case({"name": "int4"}, 4, 8, 4, policy, None, "vectors", "sgd", num_ids=300, width=900))
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_move_keep_their_bits():
     """A zero gradient for even ids, in lines and in the table: the flushed rows are as before."""
     case = Case({"name": "int8"}, 8, 24, 8, "lfu", None, "vectors", "adagrad", num_ids=200)

@@ -65,6 +65,7 @@ def test_writing_every_row_of_a_new_state_is_from_dense_bit_for_bit():
     training.assert_same(dataclasses.replace(state, counters=made.counters), made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", named(["float32", "bfloat16"], fast={"bfloat16"}, core=()))
 def test_a_row_may_get_its_initial_optimizer_state(dtype):
     tx = optax.adam(0.1) if dtype == "float32" else mpembed.optim.rowwise_adagrad(0.1)
@@ -85,6 +86,7 @@ def test_a_row_may_get_its_initial_optimizer_state(dtype):
         np.testing.assert_array_equal(new, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "inside shard_map"])
 def test_rows_are_written_over_a_mesh_as_on_one_device(inside):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -98,6 +100,7 @@ def test_rows_are_written_over_a_mesh_as_on_one_device(inside):
     training.assert_same(sharding.relayout(four), jax.device_put(write(one, IDS, values(), tx=TX)))
 
 
+@pytest.mark.slow
 def test_rows_are_written_into_a_table_in_host_memory():
     hosted = trained("int8", memory_kind="pinned_host")
     after = write(hosted, IDS, values())

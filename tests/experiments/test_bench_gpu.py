@@ -67,6 +67,7 @@ def test_the_kernels_part_and_a_step_run_tiny():
         assert row["counts"]["unique"] > 0
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_from_shapes_and_its_program_is_kept(tmp_path):
     """The compiled step takes the state that init makes. It returns the vectors, unsummed."""
     bench = TINY._replace(programs=tmp_path / "programs")
@@ -151,6 +152,7 @@ def test_without_a_gpu_it_says_what_to_do(words, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_that_a_plain_checkout_lacks():
     code = "import sys; from experiments.gpu import bench_gpu; "
     code += "print(*{name.split('.')[0] for name in sys.modules})"

@@ -390,6 +390,7 @@ def test_debug_shows_where_it_was_refused(capsys):
     assert "Traceback" in said and said.strip().endswith("of at least 1 and at most 64")
 
 
+@pytest.mark.slow
 def test_a_module_shows_no_traceback_and_ends_with_2(tmp_path):
     """As a user calls it: the process, not the function."""
     command = [sys.executable, "-m", "experiments.train_dlrm", "--ways", "0"]
@@ -401,6 +402,7 @@ def test_a_module_shows_no_traceback_and_ends_with_2(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", named(list(PARTS), fast={"faults.calls"}, core=()))
 def test_a_part_of_a_program_is_not_started_by_hand(name):
     command = [sys.executable, "-m", f"experiments.{name}", "--help"]
@@ -568,6 +570,7 @@ sys.exit(command_line.main(run, train_dlrm.Settings, ""))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_the_garbage_collector_drops_comes_again():
     """As jax's callbacks of the collector drop it."""
     lines = [
@@ -582,6 +585,7 @@ def test_a_signal_that_the_garbage_collector_drops_comes_again():
     assert (status, said) == (143, "experiments.train_dlrm: stopped\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", named([signal.SIGINT, signal.SIGTERM], fast={"SIGINT"}, core=()))
 def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
     """While Python and jax are taken down, which takes a second."""
@@ -589,6 +593,7 @@ def test_a_signal_after_the_end_of_a_program_changes_nothing(number):
     assert ended(PROGRAM.format(slow), after="ends", number=number) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_program_that_is_stopped_does_not_wait_for_what_runs_in_the_background():
     """But generators, which the traceback holds, clear away what they made."""
     lines = [

@@ -317,6 +317,7 @@ print(source.num_train, next(source.train(64))["ids"].sum())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_at_once_without_tensorflow(tmp_path):
     write(tmp_path, random_lines(1400)[0])
     command = [sys.executable, "-W", "error", "-c", PREPARE, str(tmp_path)]

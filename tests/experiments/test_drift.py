@@ -44,6 +44,7 @@ def path(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_a_batch_is_scored_by_the_model_that_has_not_seen_it(path):
     settings = drift.Settings(path=path)

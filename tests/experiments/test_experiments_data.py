@@ -123,6 +123,7 @@ def test_dense_features_alone_are_clearly_worse():
     assert 0.62 < alone < 0.70 and 0.84 < planted < 0.88
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_the_data_and_only_the_batch_seed_the_order():
     def rows(seed=0, batch_seed=0, batch_size=512):
         batches = list(synthetic.CriteoTwin(7000, 0.001, seed).train(batch_size, batch_seed))
@@ -381,6 +382,7 @@ def small_settings(tmp_path, **changes):
     return train_dlrm.Settings(out=tmp_path / "out", **{**settings, **changes})
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 def test_the_main_job_trains_evaluates_and_saves(tmp_path):
     record = train_dlrm.run(small_settings(tmp_path, seeds=(0, 1)))
@@ -501,6 +503,7 @@ def test_hashing_caps_the_largest_tables():
     assert stacks.table_sizes(tables, 1.0) == tables
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_a_file_and_shows_its_settings():
     command = [sys.executable, str(ROOT / "experiments" / "train_dlrm.py"), "--help"]
     shown = subprocess.run(
@@ -566,6 +569,7 @@ def step_of(bags, tx):
     return step
 
 
+@pytest.mark.slow
 def test_every_word_is_an_id_in_training_and_evaluation():
     """Those above 2^31, the number that pads row ids, and that of the empty column."""
     spec, state, tx = raw_stack(("C1", "C2"))
@@ -593,6 +597,7 @@ def test_words_are_hashed_into_fewer_rows():
     assert [set(column.tolist()) for column in np.asarray(rows).T] == [{*range(7)}, {*range(7, 12)}]
 
 
+@pytest.mark.slow
 def test_bags_of_raw_ids_are_averaged_over_the_ids_they_have():
     """In evaluation as in training: features of one id in order of their names, then bags."""
     names, bags = ("word", "user", "item"), ("word",)

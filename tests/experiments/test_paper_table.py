@@ -321,6 +321,7 @@ def test_the_smallest_tables_fill_their_share():
     assert stacks.smallest(tables, 0.0) == set() and stacks.smallest(tables, 1.0) == set(tables)
 
 
+@pytest.mark.slow
 @OPTAX_ADAM
 @pytest.mark.parametrize("as_dict", named([False, True], fast={"True"}, core=()))
 def test_two_stacks_of_fp32_train_as_one(as_dict):
@@ -507,6 +508,7 @@ def test_without_results_the_report_says_so(tmp_path, capsys):
     assert "run without --report first" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_script_runs_as_a_file_and_shows_its_settings():
     """The whole command runs train_dlrm.py as a file, in test_experiments_data.py."""

@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments.speed import bench_top_k
 
 
+@pytest.mark.slow
 def test_more_bits_find_more_of_the_best_items(tmp_path):
     out = tmp_path / "found.json"
     words = (

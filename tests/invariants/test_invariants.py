@@ -48,6 +48,7 @@ OPTIMIZERS = {
 # --- 1. transparency
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", named([*OPTIMIZERS, "adagrad, skipping"], fast={"sgd"}, core=())
 )
@@ -93,6 +94,7 @@ def test_a_float32_cache_is_invisible(optimizer):
 # --- 2. disjointness, and 4. tags where they belong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", shapes.POLICIES)
 @settings(max_examples=15)
 @given(
@@ -154,6 +156,7 @@ def test_the_order_of_a_batch_changes_no_bit(storage):
     assert plans.counts.bypasses.sum() > 20
 
 
+@pytest.mark.slow
 def test_implementations_agree_bit_for_bit():
     """6,000 ids a batch, several chunks wide.
 
@@ -178,6 +181,7 @@ def test_implementations_agree_bit_for_bit():
     assert results[0][1].write_backs.sum() > 100
 
 
+@pytest.mark.slow
 def test_a_row_is_rounded_alike_in_any_company_and_place():
     """Row 5, trained in an int4 table.
 
@@ -197,6 +201,7 @@ def test_a_row_is_rounded_alike_in_any_company_and_place():
 # --- 5. clean lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", named(shapes.POLICIES, fast={"lfu"}, core=()))
 def test_clean_lines_are_never_written_back(policy):
     """Loads and evictions leave no trace.
@@ -229,6 +234,7 @@ def test_clean_lines_are_never_written_back(policy):
 # --- rounding is unbiased through the verbs too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_thousand_small_updates_of_a_bfloat16_table(cached):
     """-1e-5 a thousand times from 1.0, 4,096 elements: within 0.1 % of 0.99.
@@ -416,6 +422,7 @@ def large_buffers(emb):
     }
 
 
+@pytest.mark.slow
 def test_the_step_does_not_grow_with_the_table():
     """V = 1,000,003 against 33,762,577, from shapes.
 
@@ -455,6 +462,7 @@ def test_flush_and_read_copy_no_table(name):
     assert not re.search(rf"\b(f32|bf16|f16)\[{ROWS},", compiled.as_text())
 
 
+@pytest.mark.slow
 def test_verbs_run_on_abstract_values_and_in_a_scan_of_scans():
     """eval_shape of a whole life, and jit(scan(..)) of it.
 

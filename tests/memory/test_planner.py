@@ -90,6 +90,7 @@ def test_the_bytes_of_a_mesh_are_those_of_each_device():
     assert kinds == {"rows", "replicated"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", named([(4096,), (512, 20)], fast={"512-20"}, core=()))
 def test_temporaries_are_those_of_a_compiled_step(shape):
     plan = memory.plan({"a": (50_000, 16)}, "10MB", tx=TX, batch_shape=shape)

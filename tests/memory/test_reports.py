@@ -157,6 +157,7 @@ OVER_MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", named(OVER_MESHES, fast={"bags"}, core={"ids", "bags, copies"}))
 def test_over_a_mesh_the_report_is_that_of_each_device(over):
     """Its total is the bytes of the live arrays there; its peak is that of a training step."""

@@ -184,6 +184,7 @@ def test_no_collective_waits_for_a_condition_that_devices_may_decide_differently
         assert len(set(decided)) == 1 + case.is_raw + num_budgets
 
 
+@pytest.mark.slow
 def test_one_value_of_the_compiled_step_decides_about_a_full_width():
     """The host reads it before the ids leave, and again before rows and gradients do."""
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))

@@ -157,6 +157,7 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", named(NUMBERS, fast={"lru-int4-4"}, core=()))
 def test_any_number_of_shards_makes_the_state_of_one_device(case):
     """Tags, priorities, sketches, packed rows, lines, counts and vectors.
@@ -566,6 +567,7 @@ def huge(shards, cache=None):
     return mesh, jax.eval_shape(lambda: mpembed.init(KEY, spec, SGD, mesh=mesh))
 
 
+@pytest.mark.slow
 def test_a_step_over_ten_to_the_eleven_rows_on_64_shards_traces():
     mesh, state = huge(64, mpembed.CacheSpec(num_rows=64 * 1024))
     assert state.table.rows.shape[0] == 64 * 1_562_500_000
@@ -586,6 +588,7 @@ def test_a_step_over_ten_to_the_eleven_rows_on_64_shards_traces():
     assert vectors.shape == (128, 50, 8)
 
 
+@pytest.mark.slow
 def test_pairs_are_the_rows_of_64_bit_ids():
     _, state = huge(64)
     rng = np.random.default_rng(0)

@@ -238,6 +238,7 @@ def test_optimizers_that_mix_rows_see_those_of_all_shards_inside_pmap():
         np.testing.assert_allclose(device, expected, rtol=0, atol=2**-21)
 
 
+@pytest.mark.slow
 def test_the_norm_of_row_gradients_is_that_of_one_device_with_and_without_a_mesh():
     """A row that several devices ask for counts once, with the sum; padding rows do not count."""
     ids = np.array([*range(10), 3, 3, 7, mpembed.NO_ID, 3, 3], np.int32)

@@ -256,6 +256,7 @@ def test_outside_jit_ids_of_another_device_are_found_and_others_refused(mesh):
         embed(np.full(4, 499, np.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     named(

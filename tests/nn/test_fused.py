@@ -160,6 +160,7 @@ def test_over_a_mesh_a_step_holds_rows():
 # --- what a call may be
 
 
+@pytest.mark.slow
 def test_several_calls_with_the_same_ids_add_their_gradients():
     def step(model, ids):
         model.prefetch(ids)
@@ -268,6 +269,7 @@ def test_a_call_before_prefetch_and_apply_gradients_without_the_vectors_are_refu
 # --- gradients of rows
 
 
+@pytest.mark.slow
 def test_clipping_by_the_global_norm_of_rows_needs_gradients_of_rows():
     """Two positions of one row: the gradients of the vectors have another norm than the row's."""
     norms = {}
@@ -308,7 +310,7 @@ LINEN = {
 }
 
 
-@pytest.mark.parametrize("name", named(list(LINEN), fast={"one combiner"}, core=()))
+@pytest.mark.parametrize("name", named(list(LINEN), core={"one combiner"}))
 def test_linen_modules_train_the_same_bits(name):
     """The whole command has n-grams in linen in test_ngram.py, and fused ones of nnx above."""
     make, batch = LINEN[name]

@@ -92,6 +92,7 @@ def test_five_changed_lines_turn_a_plain_loop_into_a_cached_one():
     assert cached["state"].stats()["items/table"].steps == 60
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_make_the_same_table_bit_for_bit():
     state = created(Model())
     twin, optimizer = cached_model()

@@ -84,6 +84,7 @@ def test_a_step_trains_the_rows_of_the_n_grams_as_dense_sgd_does(canonical):
     assert stats.requests == (ids >= 0).sum() and stats.out_of_range == 0
 
 
+@pytest.mark.slow
 def test_decoding_token_by_token_gives_the_vectors_of_the_whole_sequence():
     memory = memory_of(canonical=CANONICAL, orders=(2, 4))
     memory.eval()
@@ -339,6 +340,7 @@ def test_initial_rows_are_those_of_the_initializer_for_each_table():
 SETTINGS = {"max_unique_ids": 9, "skip_nonfinite": True, "row_state_dtype": "bfloat16"}
 
 
+@pytest.mark.slow
 def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     memory = memory_of(**SETTINGS)
     twin = nn.linen.NGramMemory(VOCABULARY, DIM, **OPTIONS, **SMALL, **SETTINGS)
@@ -468,6 +470,7 @@ def test_misuse_raises_and_says_what_to_do(case):
         case.call(memory)
 
 
+@pytest.mark.slow
 def test_a_linen_memory_refuses_the_collection_of_other_tables():
     tokens = np.arange(6, dtype=np.int32).reshape(1, 6)
     modules = [nn.linen.NGramMemory(100, 4, rows=rows, heads=1) for rows in (50, 70)]

@@ -276,6 +276,7 @@ class Towers(nnx.Module):
         return self.tower(ids) + (first + second + self.again(ids)).sum(axis=(1, 2))
 
 
+@pytest.mark.slow
 def test_nested_listed_and_shared_modules_are_each_updated_once():
     model = Towers(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, HEAD_TX, wrt=nnx.Param)

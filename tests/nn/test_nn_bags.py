@@ -106,6 +106,7 @@ def test_bags_pool_each_feature_from_its_own_table(is_weighted):
         np.testing.assert_allclose(trained[feature], by_hand, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bags_train_shared_tables_and_several_widths_like_dense_tables():
     row_txs = [optax.sgd(0.5), optax.sgd(0.25)]
     bags = nn.CachedEmbedBags(bag_specs(storage="float32"), row_txs, rngs=nnx.Rngs(0))

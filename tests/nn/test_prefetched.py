@@ -488,6 +488,7 @@ def test_any_split_of_a_batch_after_one_prefetch_has_the_gradients_of_the_whole(
     )
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_divide_raises_and_a_nest_of_its_parts_works():
     """2 microbatches over 4 devices, in a step like gradient accumulation in RECIPES.md."""
     auto = (jax.sharding.AxisType.Auto,)
@@ -541,6 +542,7 @@ def test_a_product_with_the_hessian_is_the_gradient_of_a_gradient(options):
     np.testing.assert_allclose(product, want, rtol=0, atol=16 * 2**-24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(0, 2), (4, 0), (0,)])
 def test_empty_batches_over_a_mesh_change_nothing(shape):
     mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])

@@ -75,6 +75,7 @@ def test_an_option_reaches_the_spec_of_both_kinds_of_modules(name):
     assert states[0].spec == states[1].spec
 
 
+@pytest.mark.slow
 def test_options_do_in_a_step_what_they_say():
     clipped = embed_of(out_of_range="clip")
     high = np.array([ROWS + 5, -3, ROWS - 1, 0], np.int32)
@@ -181,6 +182,7 @@ class Summarized(nnx.Module):
         return self.one(ids).sum() + self.bags({"a": ids})["a"].sum() + self.ngrams(ids).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", named([False, True], fast={"True"}, core=()))
 def test_a_model_is_tabulated_in_evaluation_and_within_a_step(fused):
     """nnx.tabulate compiles the public methods of all modules that the model holds."""

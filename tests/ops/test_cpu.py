@@ -314,6 +314,7 @@ def test_over_a_mesh_xla_pools():
     assert "mpembed_take" not in jax.jit(over_mesh).lower(rows).as_text()
 
 
+@pytest.mark.slow
 def test_lookup_and_pool_are_foreign_calls_and_evaluation_is_not():
     """Evaluation stays plain XLA: jax.export takes no foreign call."""
     spec = mpembed.EmbeddingSpec(
@@ -369,6 +370,7 @@ def test_both_halves_are_done_where_xla_has_no_thread_to_spare():
     assert done.stdout.endswith("done\n"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_find_equals_the_reference_alone_and_under_vmap():
     """Known ids in any order before padding; ids that are known or not, padding, none at all."""
     rng = np.random.default_rng(0)

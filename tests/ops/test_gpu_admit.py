@@ -51,8 +51,13 @@ CASES = {
     "occurrences": batches(64, 40, 60, True, ways=8),
     "longer sets than a kernel decides": batches(8, 150, 60, ways=4, starts_all=True),
 }
-FAST = {"one set", "counters of two bits", "groups, shared rows and occurrences"}
-CORE = {"resized", "longer sets than a kernel decides"}
+CORE = {
+    "one set",
+    "counters of two bits",
+    "groups, shared rows and occurrences",
+    "resized",
+    "longer sets than a kernel decides",
+}
 
 
 def warm(spec, seed):
@@ -101,7 +106,7 @@ def drawn(case, seed, top, padding):
     return jnp.asarray(drawn), jnp.asarray(times, jnp.int32)
 
 
-@pytest.mark.parametrize("case", named(CASES, fast=FAST, core=CORE))
+@pytest.mark.parametrize("case", named(CASES, core=CORE))
 @settings(max_examples=10)
 @given(data=st.data())
 def test_kernels_admit_as_the_reference_does(case, data):
@@ -119,6 +124,7 @@ def test_kernels_admit_as_the_reference_does(case, data):
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+@pytest.mark.slow
 def test_the_cases_admit_recycle_refuse_share_and_halve():
     """What the property above says nothing about: that the batches bring it about."""
     case, uses = CASES["every id, 4 ways"], []

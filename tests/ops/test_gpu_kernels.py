@@ -131,8 +131,7 @@ def move(implementation, table, lines, dirty, ids, line, victims, bounds):
     "case",
     named(
         OPTIONS,
-        fast={"int4-float16-100"},
-        core={"float8_e5m2-float16-16", "int2-float32-7"},
+        core={"int4-float16-100", "float8_e5m2-float16-16", "int2-float32-7"},
     ),
 )
 def test_swap_lookup_and_write_make_the_same_bits(case):
@@ -147,6 +146,7 @@ def test_swap_lookup_and_write_make_the_same_bits(case):
     same(got[-1], got[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(0, 0, 66), (60, 60, 60), (0, 57, 57), (0, 0, 0)])
 def test_rows_are_brought_by_one_kernel_whatever_kinds_a_batch_has(bounds):
     """Bypassed rows alone, hits alone, newcomers alone, nothing.
@@ -201,7 +201,7 @@ def spread(rng, row_grads, num):
     return index[order], grads[order].astype(np.float32)
 
 
-@pytest.mark.parametrize("case", named(EVERY, fast={"bfloat16-7", "int8-128"}, core=()))
+@pytest.mark.parametrize("case", named(EVERY, core={"bfloat16-7", "int8-128"}))
 def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     """Read through the tags, swap, lookup, both in one, and two updates.
 
@@ -283,6 +283,7 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
     assert int(wanted[2]) > 20 and int(wanted[5].sum()) == 66
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(0, 0, 0), (0, 0, 66), (0, 57, 57)])
 def test_empty_parts_of_a_plan(bounds):
     """Nothing at all; no cache line; no hit and no bypass."""
@@ -295,6 +296,7 @@ def test_empty_parts_of_a_plan(bounds):
     same(move(KERNEL, *staged, bounds), move(REFERENCE, *staged, bounds))
 
 
+@pytest.mark.slow
 def test_without_a_cache():
     table, _, _, ids, line, _ = stage(RowFormat("float8_e4m3fn"), 7)
 
@@ -397,6 +399,7 @@ def test_sgd_makes_the_same_bits_on_dyadic_numbers():
     same(jax.tree.leaves(other), jax.tree.leaves(one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", named(DIMS, fast={"7"}, core=()))
 def test_row_wise_adagrad_within_its_rounding_errors(dim):
     """|difference| <= 2^-23 (|w| + |u| (D / 2 + 5)), also where rows without a number are skipped.
@@ -658,9 +661,7 @@ def close(got, wanted, size, num_terms):
     assert (np.abs(np.asarray(got, np.float64) - wanted) <= unit / (1 - unit) * size).all()
 
 
-@pytest.mark.parametrize(
-    "combiner", named([None, "sum", "mean", "sqrtn"], fast={"mean"}, core={"None"})
-)
+@pytest.mark.parametrize("combiner", named([None, "sum", "mean", "sqrtn"], core={"None", "mean"}))
 def test_pooling_and_its_gradients_by_kernels(combiner):
     """Exact for sums; means and roots round alike, so all must agree bit for bit on dyadic rows."""
     rng = np.random.default_rng(0)

@@ -126,6 +126,7 @@ def test_no_scatter_adds_floats_where_it_would_be_slow(platform, pooling):
     assert "add" in [combiner for combiner, _ in on_cpu]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["vectors", "weighted mean"])
 def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
     step, arguments = step_and_arguments("pallas_triton", pooling)
@@ -137,6 +138,7 @@ def test_a_step_with_kernels_scatters_no_row_by_xla(pooling):
     assert [c for c, _ in lowering.float_scatters(text) if c != "set"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", named(list(POOLS), fast={"ragged sqrtn", "vectors"}, core=()))
 def test_pooled_gradients_are_summed_and_applied_by_one_kernel(pooling):
     """Ragged means sum their weights on the way, which is a kernel of its own."""
@@ -152,9 +154,9 @@ LOOPS_AND_BRANCHES = re.compile(r"stablehlo\.(?:while|case|if)\b")
 
 
 @crossed(
-    policy=named([*shapes.POLICIES, "no cache"], fast={"lfu"}),
-    budget=named([None, 9], fast={"None"}),
-    core={"no cache-9"},
+    policy=[*shapes.POLICIES, "no cache"],
+    budget=[None, 9],
+    core={"lfu-None", "no cache-9"},
 )
 def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     """Its program has no loop and no branch, whose condition the host would have to read.
@@ -182,6 +184,7 @@ def test_a_step_with_kernels_never_waits_for_the_device(policy, budget):
     assert min(found["xla", False], found["xla", True]) > 0
 
 
+@pytest.mark.slow
 def test_a_step_of_raw_ids_with_kernels_never_waits_for_the_device():
     """Neither the halving of uses nor rows that start again have a loop or a branch.
 
@@ -215,6 +218,7 @@ def test_admission_to_a_pool_of_few_sets_has_no_loop():
     assert LOOPS_AND_BRANCHES.findall(text) == []
 
 
+@pytest.mark.slow
 def test_a_step_over_a_mesh_lowers_with_kernels():
     """Kernels take part in the types that say what differs between devices: jax checks them.
 
@@ -251,9 +255,9 @@ def test_a_step_over_a_mesh_lowers_with_kernels():
 
 
 @crossed(
-    dim=named([1, 100], fast={"100"}),
-    storage=named(shapes.FORMATS, fast={"float32"}),
-    core={"1-float8_e4m3fn"},
+    dim=[1, 100],
+    storage=shapes.FORMATS,
+    core={"100-float32", "1-float8_e4m3fn"},
 )
 def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
     """Odd dims too.
@@ -270,6 +274,7 @@ def test_every_kernel_lowers_for_cuda_in_every_format(storage, dim):
     assert "mpembed_read" in lowering.kernels(read(arguments[0], arguments[1]).as_text())
 
 
+@pytest.mark.slow
 def test_other_optimizers_take_the_xla_update_and_say_so():
     for tx in (ADAGRAD, mpembed.optim.sgd(0.1)):
         assert mpembed.optim.rule_of(tx) is not None
@@ -301,7 +306,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("sizes", named(SIZES, fast={"table"}, core={"lines"}))
+@pytest.mark.parametrize("sizes", named(SIZES, core={"table", "lines"}))
 def test_arrays_past_32_bits_are_addressed_with_64(sizes):
     """100 M packed rows of 33 words are 3.3e9 elements, 10 M lines of 128 floats 5.1 GB.
 
@@ -332,6 +337,7 @@ def test_arrays_past_32_bits_are_addressed_with_64(sizes):
     assert {name for name, count in widths.items() if count["i64"]} == moving_rows
 
 
+@pytest.mark.slow
 def test_kernels_have_no_atomics():
     """Every row is written by one program.
 

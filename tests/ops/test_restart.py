@@ -82,8 +82,13 @@ def used(kept):
     "case",
     named(
         KEPT,
-        fast={"int4, half a block"},
-        core={"int2, no cache", "float32", "nearest", "state of columns and a count"},
+        core={
+            "int4, half a block",
+            "int2, no cache",
+            "float32",
+            "nearest",
+            "state of columns and a count",
+        },
     ),
 )
 def test_rows_that_start_again_have_the_references_bits(case):

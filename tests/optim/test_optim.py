@@ -684,6 +684,7 @@ MIXING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.optimized("compares bits of two programs with sums over rows")
 @training.OPTAX_ADAM
 @pytest.mark.parametrize("name", named(list(MIXING), fast={"global norm"}, core=()))

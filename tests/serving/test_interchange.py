@@ -128,6 +128,7 @@ def test_fbgemms_table_batched_embeddings_read_the_same_bits(case, tmp_path):
     assert found.numpy().tobytes() == dense["table0"].tobytes()
 
 
+@pytest.mark.slow
 def test_numpy_arrays_have_the_values(tmp_path):
     table, dense = served(mpembed.RowFormat("int8"), 33, tmp_path)
     for layout, dtype in (("float32", np.float32), ("float16", np.float16)):
@@ -195,6 +196,7 @@ np.save(out, program.call(jax.device_put(rows), np.load(ids)))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_has_only_jax_runs_a_model_with_its_tables(tmp_path):
     table, _ = served("int4", 16, tmp_path)
     rng = np.random.default_rng(0)

@@ -68,6 +68,7 @@ def flushed(state):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "storage",
     named(
@@ -115,6 +116,7 @@ def test_rows_of_another_format_are_those_of_read_rounded_to_nearest(storage, tm
         assert table.stack == "items"
 
 
+@pytest.mark.slow
 def test_a_format_that_the_rows_have_already_keeps_their_bits(tmp_path):
     state = trained(shapes.stack(SIZES, 16, storage="int4", lines=64))
     serving.save(tmp_path / "a", state, storage="int4")
@@ -139,6 +141,7 @@ class Division(NamedTuple):
         return self.placement.kind
 
 
+@pytest.mark.slow
 @crossed(
     is_checkpoint=named({"state": False, "checkpoint": True}),
     division=named(
@@ -163,6 +166,7 @@ def test_a_divided_state_and_its_checkpoint_make_the_file_of_one_device(
         np.testing.assert_array_equal(rows, expected[name])
 
 
+@pytest.mark.slow
 def test_the_file_of_a_checkpoint_has_its_features_and_its_rounding(tmp_path):
     storage = mpembed.RowFormat("int4", rounding="nearest")
     features = {"liked": "table0", "seen": "table0", "kind": "table1"}
@@ -299,6 +303,7 @@ def good(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_found(good, tmp_path):
     path = tmp_path / "changed"
     for _ in changed_bytes(good, path):
@@ -306,6 +311,7 @@ def test_every_changed_byte_is_found(good, tmp_path):
             serving.verify(path)
 
 
+@pytest.mark.slow
 def test_every_shorter_and_longer_file_is_refused_when_opened(good, tmp_path):
     whole = good.read_bytes()
     path = tmp_path / "cut"

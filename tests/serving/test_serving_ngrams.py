@@ -77,7 +77,7 @@ def vectors_of(module, tokens=TOKENS):
     return np.asarray(nnx.jit(lambda module, tokens: module(tokens))(module, tokens))
 
 
-@pytest.mark.parametrize("memory", named(MEMORIES, fast={"int4", "mapped raw"}, core={"hashed"}))
+@pytest.mark.parametrize("memory", named(MEMORIES, core={"int4", "mapped raw", "hashed"}))
 def test_tokens_read_the_vectors_of_the_module_bit_for_bit(memory, tmp_path):
     module = trained(memory_of(**memory.options))
     wanted = vectors_of(module)
@@ -99,6 +99,7 @@ def test_tokens_read_the_vectors_of_the_module_bit_for_bit(memory, tmp_path):
     assert pickle.loads(pickle.dumps(table)).ngram_vectors(TOKENS).tobytes() == wanted.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", named([MEMORIES[1], MEMORIES[4]]))
 def test_decoding_token_by_token_gives_the_vectors_of_the_whole_sequence(memory, tmp_path):
     module = trained(memory_of(**memory.options))
@@ -128,6 +129,7 @@ def decoded(packed, fmt):
     return np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(packed, fmt, DIM))
 
 
+@pytest.mark.slow
 def test_newer_lines_and_another_format_are_saved_as_those_of_any_state(tmp_path):
     module = trained(memory_of(**HASHED, storage="float16", cache=CacheSpec(num_rows=64, ways=4)))
     assert np.asarray(module.state.cache.dirty).any()
@@ -177,6 +179,7 @@ def path(model, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_memories_of_a_whole_model_lie_in_one_file(model, path, tmp_path, capsys):
     table = serving.load(path)
     memories = model.memories()
@@ -225,6 +228,7 @@ class LinenModel(linen.Module):
         return {"first": first(tokens), "second": second(tokens)}
 
 
+@pytest.mark.slow
 def test_the_memories_of_a_linen_model_are_those_of_its_variables(tmp_path):
     model = LinenModel()
     variables = model.init(jax.random.key(0), TOKENS)
@@ -250,6 +254,7 @@ def test_the_memories_of_a_linen_model_are_those_of_its_variables(tmp_path):
         assert vectors.any() and found.tobytes() == np.asarray(vectors).tobytes()
 
 
+@pytest.mark.slow
 def test_a_memory_over_a_mesh_makes_the_file_of_one_device(tmp_path):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -269,6 +274,7 @@ def test_a_memory_over_a_mesh_makes_the_file_of_one_device(tmp_path):
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_a_state_without_a_module_is_saved_with_its_hash(model, tmp_path):
     module = model.layers[0]
     serving.save(tmp_path / "a", {"x": serving.NGramState(module.state, module.ngrams)})
@@ -294,6 +300,7 @@ assert "flax" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_serves_needs_no_flax(path):
     command = [sys.executable, "-c", WITHOUT_FLAX, str(path)]
     done = subprocess.run(command, capture_output=True, text=True)

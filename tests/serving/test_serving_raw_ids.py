@@ -108,6 +108,7 @@ def asked(seed=3):
     return {"user": ids, "liked": ids[:, :1] * -7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_raw_ids_and_their_pairs_read_the_rows_of_training_bit_for_bit(states, path, host):
     state, table = states["emb"], serving.load(path, implementation=host, threads=2)
@@ -224,7 +225,7 @@ def save_of(kind, state, folder):
 
 
 @pytest.mark.parametrize(
-    "kind", named(["mesh", "checkpoint", "mesh checkpoint"], fast={"mesh", "checkpoint"}, core=())
+    "kind", named(["mesh", "checkpoint", "mesh checkpoint"], core={"mesh", "checkpoint"})
 )
 def test_a_mesh_and_a_checkpoint_have_the_owners_of_one_device(kind, states, tmp_path):
     one = serving.load(save_of("one", states["emb"], tmp_path))
@@ -239,6 +240,7 @@ def test_a_mesh_and_a_checkpoint_have_the_owners_of_one_device(kind, states, tmp
     assert other.lookup(SPEC.raw_ids(ids))["user"].shape == (500, 3, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", named(["grow", "shrink", "add_tables"], fast={"grow", "add_tables"}, core=())
 )
@@ -267,6 +269,7 @@ def test_a_pool_that_was_changed_is_served_with_its_new_sets(change, tmp_path):
         np.testing.assert_array_equal(on_device["user"], rows["user"])
 
 
+@pytest.mark.slow
 def test_another_format_and_the_command_line(states, path, tmp_path, capsys):
     serving.save(tmp_path / "a", states, storage="int2")
     table = serving.load(tmp_path / "a")

@@ -61,6 +61,7 @@ def reference(state, table, ids):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.optimized("serving reads the bits of users' programs")
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -318,6 +319,7 @@ def test_of_equal_rows_the_lowest_ids_win_and_rows_without_a_score_are_last(quer
         assert (own_ids[len(order) :] == NO_ID).all() and np.isneginf(own[len(order) :]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", named([128, 256], fast={"128"}, core=()))
 def test_a_sign_sketch_finds_the_best_rows_of_skewed_norms(bits, tmp_path):
     """Rows of low rank with norms of many sizes, as training makes them; recall@100 of 1,000."""
@@ -507,6 +509,7 @@ def test_settings_that_do_not_exist_are_refused(mistake, model):
         mistake.call(model[1])
 
 
+@pytest.mark.slow
 def test_reading_needs_no_step_and_no_device(model):
     """Looking rows up on the host starts no back end of jax."""
     code = """
@@ -524,6 +527,7 @@ assert not jax._src.xla_bridge._backends
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_file_with_one_feature_takes_plain_arrays(tmp_path):
     state = trained(shapes.stack(70, 16, storage="int8", lines=16))
     serving.save(tmp_path / "a", state)

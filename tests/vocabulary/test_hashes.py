@@ -95,6 +95,7 @@ def test_a_pair_never_changes():
     assert hashes.salt("user") == xxh64(b"user")
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(st.lists(st.text(max_size=70), min_size=1), st.integers(0, 1023))
 def test_strings_of_any_container_have_the_same_pairs(strings, number):

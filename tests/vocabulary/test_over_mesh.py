@@ -107,6 +107,7 @@ def on_one_device():
     return trained(mpembed.init(jax.random.key(0), SPEC, TX), 0, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", named(list(MESHES), fast={"eight"}, core=()))
 def test_any_mesh_admits_recycles_and_trains_the_rows_of_one_device(case, on_one_device):
     """Modules and moved states train over the other meshes, too.

@@ -89,6 +89,7 @@ def as_columns(ids):
     return np.stack([ids["user"], ids["item"]], axis=-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", named({"mapping": lambda ids: ids, "array": as_columns}))
 @pytest.mark.parametrize("is_fused", [False, True], ids=["rows", "fused"])
 def test_jitted_modules_take_the_pairs_of_strings_and_wide_integers(is_fused, form):
@@ -337,6 +338,7 @@ def test_training_goes_on_after_a_restore_as_if_it_had_not_stopped(tmp_path):
     training.assert_same(trained(restored, 5, 6), trained(state, 5, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(None, 0.25), (0.25, None)], ids=str)
 def test_new_owners_start_as_the_spec_of_a_restored_state_says(bounds, tmp_path):
     """Rows without an owner were made by the spec that was saved."""
@@ -414,6 +416,7 @@ def test_increments_hold_rows_that_change_their_owners(verbs, tmp_path):
         training.assert_same(checkpoint.restore(tmp_path, empty), state)
 
 
+@pytest.mark.slow
 def test_an_increment_empties_the_line_of_a_row_that_started_again(tmp_path):
     """Forgotten ids leave empty lines, so that newcomers take other lines than old owners had."""
     spec = dataclasses.replace(
@@ -465,6 +468,7 @@ def test_an_increment_after_a_change_of_the_vocabulary_is_refused_before_it_is_w
     training.assert_same(checkpoint.restore(tmp_path, state), same)
 
 
+@pytest.mark.slow
 def test_a_pool_in_host_memory_trains_and_changes_to_the_same_bits(tmp_path):
     """Rows start again, ids are forgotten, the pool grows, shrinks and is restored."""
     found = []
@@ -516,6 +520,7 @@ def test_a_restore_into_another_format_or_cache_keeps_the_owners(change, tmp_pat
         np.testing.assert_allclose(mpembed.read(restored, pairs)[feature], want, atol=0.01)
 
 
+@pytest.mark.slow
 def test_stats_count_raw_ids_and_warn_of_a_pool_that_thrashes():
     spec = dataclasses.replace(
         SPEC, vocabulary=mpembed.VocabularySpec(16, admit_after=1, ways=8), cache=None
@@ -570,6 +575,7 @@ def test_what_is_not_supported_is_refused():
             call()
 
 
+@pytest.mark.slow
 def test_host_and_device_ids_train_the_same_rows():
     state = mpembed.init(jax.random.key(1), SPEC, TX)
     on_device = jax.jit(lambda state, ids: step(state, SPEC.raw_ids(ids)))

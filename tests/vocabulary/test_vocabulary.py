@@ -140,6 +140,7 @@ def test_rows_owners_and_use_are_those_of_a_brute_force_model(combination):
     assert np.asarray(got).reshape(-1).tolist() == [model.row_of(p) for p in probes.reshape(-1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["many", "resized"])
 def test_any_number_of_threads_admits_as_the_reference_does(case):
     """Batches of 6,000 positions over all partitions; sets overflow, and rows are recycled."""
@@ -187,6 +188,7 @@ FUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     named(FUSED, fast={"fewer groups in the cache", "budget of bags", "resized"}, core=()),
@@ -287,6 +289,7 @@ def test_without_recycling_training_is_that_of_the_same_rows_as_dense_ids(stored
     training.assert_same(state.cache, other.cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", named(IMPLEMENTATIONS, fast={"numba"}))
 def test_new_owners_start_within_the_bound_of_their_table(implementation):
     """Rows that had no owner, and rows of owners from the other table; after growth, too."""

@@ -402,13 +402,13 @@ def _forward_of(fmt: RowFormat) -> str:
         dim = np.int64(given[_DIM])
         row_bytes = bytes_of(dim)
         buffer = _buffer_of(frame, _BUFFER, part, 0, dim)
-        has_use = counts_use(given[_BY])
+        has_estimates = counts_use(given[_BY])
         is_listed = len(row_of_position) > 0
         is_streamed = dim % LANES == 0 and out % 32 == 0
         num_rows = facts[_NUM_UNIQUE + part]
         at = 0
         for row in range(num_rows):
-            if has_use and line[row] >= 0:
+            if has_estimates and line[row] >= 0:
                 priority[line[row]] = estimate[row]
             if is_listed:
                 while at < stop[row]:
@@ -772,13 +772,13 @@ def forward(
                            jnp.zeros((0,), bool), jnp.zeros((0,), jnp.uint16)]  # fmt: skip
         sets, ways, groups, width, by = 0, 0, MAX_PARTS, 0, 0
     else:
-        is_lfu = policy.counts_use(cache.policy)
+        has_estimates = policy.counts_use(cache.policy)
         by = POLICIES.index(cache.policy)
-        sketch = cache.sketch if is_lfu else jnp.zeros((0,), jnp.uint16)
+        sketch = cache.sketch if has_estimates else jnp.zeros((0,), jnp.uint16)
         held = [table.rows, cache.rows, cache.tags, cache.priority, cache.dirty, sketch]
         sets, ways, groups = cache.geometry
         assert groups & (groups - 1) == 0  # for partitions.part_of
-        width = sketch.shape[-1] if is_lfu else 0
+        width = sketch.shape[-1] if has_estimates else 0
     limit = -1 if budget is None or budget >= num else budget
     fixed = [table.num_rows, dim, sets, ways, groups, width, by, limit, max_threads]
     given = jnp.concatenate(
@@ -803,7 +803,7 @@ def forward(
     if cache is not None:
         cache = dataclasses.replace(
             cache, rows=results[_LINES], tags=results[_TAGS], priority=results[_PRIORITY],
-            dirty=results[_DIRTY], sketch=results[_SKETCH] if is_lfu else None,
+            dirty=results[_DIRTY], sketch=results[_SKETCH] if has_estimates else None,
         )  # fmt: skip
     places = Places(*(results[k] for k in (_FACTS, _ROW_IDS, _LINE, _STOP, _ORDER)))
     return table, cache, results[_ROW_OF_POSITION if is_listed else _VECTORS], places

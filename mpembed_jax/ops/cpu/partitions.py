@@ -195,7 +195,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
       The number of misses, and the occurrences of the hits.
     """
     sets, ways, groups, width, by = shape
-    is_lfu = policy.counts_use(by)
+    has_estimates = policy.counts_use(by)
     per_group = sets // groups
     num_rows = len(ids)
     bits = bits_of(groups)
@@ -217,7 +217,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
                 ask_for(priority, here, 1)
             else:
                 ask_for(priority, np.int64(first), ways)
-                if is_lfu:
+                if has_estimates:
                     ask_for(sketch, _cell(0, ids[i], groups, bits, width), 1)
                     ask_for(sketch, _cell(1, ids[i], groups, bits, width), 1)
         i -= _AHEAD
@@ -225,12 +225,12 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
             here = line[i]
             estimate[i] = 0
             if here >= 0:
-                if is_lfu:
+                if has_estimates:
                     estimate[i] = policy.estimate(by, priority[here], count[i])
                 priority[here] = policy.pinned(by, step)
                 hit_requests += count[i]
             else:
-                if is_lfu:
+                if has_estimates:
                     first_cell = _cell(0, ids[i], groups, bits, width)
                     second_cell = _cell(1, ids[i], groups, bits, width)
                     seen = min(sketch[first_cell], sketch[second_cell])
@@ -243,7 +243,7 @@ def find(ids, count, step, shape, tags, priority, sketch, home, line, estimate, 
 @compiled
 def _comes_first(i, k, ids, estimate):
     """Returns whether miss i of a set takes its turn before miss k."""
-    return estimate[i] > estimate[k] or (estimate[i] == estimate[k] and ids[i] < ids[k])
+    return policy.comes_first(estimate[i], ids[i], estimate[k], ids[k])
 
 
 @compiled
@@ -304,7 +304,7 @@ def enter(
     """
     _, ways, groups, width, by = shape
     bits = bits_of(groups)
-    is_lfu = policy.counts_use(by)
+    has_estimates = policy.counts_use(by)
     num_new, num_evicted, num_open = 0, 0, 0
     bucket[:] = 0
     for k in range(len(queue)):
@@ -318,23 +318,23 @@ def enter(
         while i >= 0:  # meets the cheapest way of its set
             cheapest = np.uint64(1) << np.uint64(40)
             for way in range(np.uint64(ways)):
-                rank = policy.rank(by, tags[first + way], priority[first + way], step)
-                cheapest = min(cheapest, rank * _MAX_WAYS + way)
-            here, use = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
-            if not policy.may_enter(by, use, estimate[i]):
+                cost = policy.rank(by, tags[first + way], priority[first + way], step)
+                cheapest = min(cheapest, cost * _MAX_WAYS + way)
+            here, rank = np.int64(first + cheapest % _MAX_WAYS), np.int64(cheapest // _MAX_WAYS)
+            if not policy.may_enter(by, rank, estimate[i]):
                 break
             victim[i] = tags[here]
             if tags[here] != _NO_ID:
                 num_evicted += 1
-                if is_lfu:
-                    _remember(sketch, tags[here], use - 1, groups, bits, width)
+                if has_estimates:
+                    _remember(sketch, tags[here], policy.use_of(rank), groups, bits, width)
             # Evicts: the tag of the victim's line becomes that of the miss.
             tags[here] = ids[i]
             priority[here] = policy.pinned(by, step)
             line[i] = here
             num_new += 1
             i = np.int64(following[i])
-    if is_lfu:
+    if has_estimates:
         for k in range(len(queue)):
             i = queue[k]
             if line[i] < 0:

@@ -141,10 +141,10 @@ def _enter(
     best[:], winner[:], full[:] = -1, _NO_ID, -1
     while num_waiting > 0:
         for k in range(num_waiting):
-            # Elects the best miss of each bucket: the largest estimate, then the smallest id.
+            # Elects the first miss of each bucket.
             i = queue[k]
             b = bucket_of[i]
-            if estimate[i] > best[b] or (estimate[i] == best[b] and ids[i] < winner[b]):
+            if policy.comes_first(estimate[i], ids[i], best[b], winner[b]):
                 best[b], winner[b] = estimate[i], ids[i]
         for k in range(num_waiting):
             # The elected miss meets the cheapest way of its set.
@@ -154,13 +154,13 @@ def _enter(
             first = np.uint64(set_of[i] * ways)
             cheapest = np.uint64(1) << np.uint64(40)
             for way in range(np.uint64(ways)):
-                rank = policy.rank(by, tags[first + way], priority[first + way], step)
-                cheapest = min(cheapest, rank * _MAX_WAYS + way)
+                cost = policy.rank(by, tags[first + way], priority[first + way], step)
+                cheapest = min(cheapest, cost * _MAX_WAYS + way)
             here = np.int64(first + cheapest % _MAX_WAYS)
-            use = np.int64(cheapest // _MAX_WAYS)
-            if policy.may_enter(by, use, estimate[i]):
+            rank = np.int64(cheapest // _MAX_WAYS)
+            if policy.may_enter(by, rank, estimate[i]):
                 # Evicts: the tag of the victim's line becomes that of the miss.
-                victim[i], victim_use[i] = tags[here], use - 1
+                victim[i], victim_use[i] = tags[here], policy.use_of(rank)
                 tags[here] = ids[i]
                 priority[here] = policy.pinned(by, step)
                 line[i] = here

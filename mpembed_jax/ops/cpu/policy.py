@@ -46,6 +46,18 @@ def rank(by, tag, priority, step):
 
 
 @compiled
+def comes_first(estimate, x, other_estimate, other):
+    """Returns whether id x takes its turn before another miss of its set; see policy.estimate."""
+    return estimate > other_estimate or (estimate == other_estimate and x < other)
+
+
+@compiled
+def use_of(rank):
+    """Returns the estimated use of the id at a way of this rank; see policy.use_of."""
+    return rank - 1
+
+
+@compiled
 def may_enter(by, rank, estimate):
     """Returns whether a newcomer may take a way of this rank; see policy.may_enter."""
     return rank <= (estimate if by == _LFU else _MAX_AGE)
@@ -55,7 +67,8 @@ def may_enter(by, rank, estimate):
 def age(priority, sketch):
     """Halves every estimate in place, at the lines and in the sketch; see policy.age.
 
-    Both arrays are flat: int32 [C] and uint16.
+    It is called only if policy.is_time_to_halve, which is never true without estimates. Both arrays
+    are flat: int32 [C] and uint16.
     """
     for k in range(len(priority)):
         priority[k] >>= 1

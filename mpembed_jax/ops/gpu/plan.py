@@ -148,12 +148,14 @@ def _decide(
     by = cache.policy
     ways = cache.geometry.ways
     num_lines = cache.geometry.lines
-    is_lfu = policy.counts_use(by)
+    has_estimates = policy.counts_use(by)
     (width,) = ids.shape
 
     def body(*refs: Any) -> None:
-        numbers, begin_ref, sets_ref, ids_ref, counts_ref, *sketch_ref = refs[: 5 + is_lfu]
-        tags_ref, priority_ref, line_ref, victim_ref, estimates_ref, *uses_ref = refs[7 + is_lfu :]
+        numbers, begin_ref, sets_ref, ids_ref, counts_ref, *sketch_ref = refs[: 5 + has_estimates]
+        tags_ref, priority_ref, line_ref, victim_ref, estimates_ref, *uses_ref = refs[
+            7 + has_estimates :
+        ]
         number = pl.program_id(0)
         step = numbers[1]
         lane = jnp.arange(LANES, dtype=jnp.int32)
@@ -186,10 +188,11 @@ def _decide(
                 found = jnp.max(jnp.where(is_match, way[None, :], -1), axis=1)
                 is_hit = found >= 0
                 estimate = jnp.zeros(LANES, jnp.int32)
-                if is_lfu:
+                if has_estimates:
                     used = jnp.max(jnp.where(is_match, priority[None, :], 0), axis=1)
                     used = jnp.where(is_hit, used, seen(here, is_live & ~is_hit))
-                    estimate = policy.estimate(used, kernel.load(counts_ref, (position,), is_live))
+                    counts = kernel.load(counts_ref, (position,), is_live)
+                    estimate = policy.estimate(by, used, counts)
                 line = jnp.where(is_hit, first_line + found, num_lines)
                 kernel.store(line_ref, (position,), line, is_live)
                 kernel.store(victim_ref, (position,), jnp.full(LANES, NO_ID, jnp.int32), is_live)
@@ -223,8 +226,8 @@ def _decide(
 
                 decide(line_ref, first_line + chosen)
                 decide(victim_ref, jnp.max(jnp.where(way == chosen, tags, 0)))
-                if is_lfu:
-                    decide(uses_ref[0], cheapest - 1)
+                if has_estimates:
+                    decide(uses_ref[0], policy.use_of(cheapest))
                 is_taken = (way == chosen) & may
                 # Evicts: the tag of the victim's line becomes that of the miss.
                 tags = jnp.where(is_taken, miss, tags)
@@ -239,7 +242,7 @@ def _decide(
             *_, tags, priority, uses = lax.while_loop(
                 lambda carry: carry[0] >= 0, meet, (*first, tags, priority, uses)
             )
-            if is_lfu:
+            if has_estimates:
                 priority = jnp.where(uses >= 0, uses, priority)
             kernel.store(tags_ref, (first_line + way,), tags, is_way)
             kernel.store(priority_ref, (first_line + way,), priority, is_way)
@@ -253,7 +256,7 @@ def _decide(
         sets.sets,
         ids,
         counts,
-        *([cache.sketch.reshape(-1)] if is_lfu else []),
+        *([cache.sketch.reshape(-1)] if has_estimates else []),
         *held,
     ]
     per_id = jax.ShapeDtypeStruct((width,), jnp.int32)
@@ -261,7 +264,7 @@ def _decide(
         body,
         sets.begin.shape[0] - 1,
         operands,
-        [*map(kernel.shape_of, held), *[per_id] * (3 + is_lfu)],
+        [*map(kernel.shape_of, held), *[per_id] * (3 + has_estimates)],
         name="mpembed_plan",
         is_interpreted=is_interpreted,
         aliases={len(operands) - 2: 0, len(operands) - 1: 1},

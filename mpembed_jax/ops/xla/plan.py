@@ -78,7 +78,7 @@ def make_plan(
     """
     geometry = cache.geometry
     width = ids.shape[0]
-    is_lfu = policy.counts_use(cache.policy)
+    has_estimates = policy.counts_use(cache.policy)
     cache = policy.age(cache, policy.is_time_to_halve(cache, step, num_positions))
     estimates = jnp.zeros(width, jnp.int32)
     positions = jnp.zeros(width, jnp.int32)
@@ -89,9 +89,11 @@ def make_plan(
         chunk_ids = window.take(ids)
         found = residency.locate(cache, chunk_ids)
         line = window.fill(line, found)
-        if is_lfu:
+        if has_estimates:
             used = indexing.take(cache.priority.reshape(-1), found)
-            estimates = window.fill(estimates, policy.estimate(used, window.take(counts)))
+            estimates = window.fill(
+                estimates, policy.estimate(cache.policy, used, window.take(counts))
+            )
         is_hit = window.is_live & (found < geometry.lines)
         order, num_hits = chunks.append(order, num_hits, window.position, is_hit)
         queue, num_misses = chunks.append(
@@ -105,14 +107,14 @@ def make_plan(
         0, num_ids, width, chunk, find, (line, estimates, positions, zero, positions, zero)
     )
 
-    if is_lfu:
+    if has_estimates:
 
         @jax.named_scope("estimate")
         def estimate(window: chunks.Window, estimates: jax.Array) -> jax.Array:
             position = window.take(queue)
             cells = residency.sketch_cells(cache, indexing.take(ids, position))
             seen = jnp.min(indexing.take(cache.sketch.reshape(-1), cells), axis=0).astype(jnp.int32)
-            raised = policy.estimate(seen, indexing.take(counts, position))
+            raised = policy.estimate(cache.policy, seen, indexing.take(counts, position))
             return indexing.put(estimates, jnp.where(window.is_live, position, width), raised)
 
         estimates = chunks.each(0, num_misses, width, chunk, estimate, estimates)
@@ -132,7 +134,7 @@ def make_plan(
         priority=priority,
         line=line,
         victim_ids=jnp.full(width, NO_ID, jnp.int32),
-        victim_uses=jnp.zeros(width if is_lfu else 0, jnp.int32),
+        victim_uses=jnp.zeros(width if has_estimates else 0, jnp.int32),
         order=order,
         num_cached=num_hits,
         last=num_ids,
@@ -144,7 +146,7 @@ def make_plan(
     sketch = cache.sketch
     # The lines of this batch take the estimates of their ids. The sketch keeps the estimates of ids
     # that have no line.
-    if is_lfu:
+    if has_estimates:
 
         @jax.named_scope("unpin")
         def unpin(window: chunks.Window, priority: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ def enter(
     Returns:
       The carry after the last round.
     """
-    is_lfu = policy.counts_use(by)
+    has_estimates = policy.counts_use(by)
     width = ids.shape[0]
     ways = geometry.ways
     lines = geometry.lines
@@ -97,14 +97,14 @@ def enter(
         # the update of the tags.
         is_chosen = way == chosen.astype(jnp.uint32)[:, None]
         victim = jnp.sum(jnp.where(is_chosen, row_tags, 0), axis=-1, dtype=jnp.int32)
-        return sets * ways + chosen, victim, rank - 1, may
+        return sets * ways + chosen, victim, policy.use_of(rank), may
 
     @jax.named_scope("round")
     def one_round(carry: Entering) -> Entering:
         queue, num_waiting = carry.queue, carry.num_waiting
 
-        best = jnp.full(num_buckets if is_lfu else 0, -1, jnp.int32)
-        if is_lfu:
+        best = jnp.full(num_buckets if has_estimates else 0, -1, jnp.int32)
+        if has_estimates:
 
             def raise_best(window: chunks.Window, best: jax.Array) -> jax.Array:
                 _, miss, _, bucket, estimate = waiting(window, queue)
@@ -116,7 +116,7 @@ def enter(
 
         def elect(window: chunks.Window, winner: jax.Array) -> jax.Array:
             _, miss, _, bucket, estimate = waiting(window, queue)
-            stands = (estimate == indexing.take(best, bucket)) if is_lfu else True
+            stands = (estimate == indexing.take(best, bucket)) if has_estimates else True
             return indexing.minimum(winner, jnp.where(stands, bucket, num_buckets), miss)
 
         winner = chunks.each(
@@ -141,7 +141,7 @@ def enter(
                 line=indexing.put(carry.line, here, place),
                 victim_ids=indexing.put(carry.victim_ids, here, victim),
                 victim_uses=indexing.put(carry.victim_uses, here, uses)
-                if is_lfu
+                if has_estimates
                 else carry.victim_uses,
                 order=order,
                 num_cached=num_cached,
