@@ -28,15 +28,16 @@ class TableSpec:
       vocabulary_size: number of rows, at least 1. None for a table of raw ids, in a stack with a
         vocabulary.
       initializer: None for uniform(+-1/sqrt(vocabulary_size)), or a jax-style function `(key,
-        shape, dtype) -> array`. Its values are those for the shape of the whole table. An
+        shape, dtype) -> array`. Its values are distributed as for the shape of the whole table. An
         initializer that draws each row by itself (all of jax.nn.initializers except orthogonal) is
         called on blocks of up to 8,192 rows, with a key folded by table and block. Any other
         initializer is called once for the whole table, which is then in memory in float32 while the
         stack is made. To start from an array of values, use `from_dense`, which reads it in blocks.
         Equality and hash of a TableSpec ignore the initializer.
-      initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row starts so when an
-        id gets it. If a table has about n ids, 1/sqrt(n) is a good bound. Raw ids of tables of very
-        different sizes may need it. None: see initializer; for raw ids, 1/sqrt(rows of the stack).
+      initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row gets these values
+        when an id gets the row. If a table has about n ids, 1/sqrt(n) is a good bound. Set it if
+        the tables of a stack of raw ids differ much in size. None: see initializer; for raw ids,
+        1/sqrt(rows of the stack).
 
     Raises:
       ValueError: if vocabulary_size is not an integer in [1, 2**31 - 2]; if initial_bound is not a
@@ -111,7 +112,7 @@ def most_distinct(
 ) -> int:
     """Returns a number of distinct rows that a batch cannot exceed.
 
-    A table has no more distinct rows in a batch than it has rows, or positions in the batch.
+    A batch has at most min(rows, positions) distinct rows of a table.
 
     Args:
       tables: the tables of the stack.

@@ -42,7 +42,7 @@ class CacheState:
     # i32 [S, W]. LRU: the step of last use. LFU: the estimated use, halved with the sketch.
     priority: jax.Array
     dirty: jax.Array  # bool [S, W]: whether the line is newer than the table
-    rows: Any  # f32 [C, D]: the row in each line
+    rows: jax.Array  # f32 [C, D]: the row in each line
     sketch: Any  # u16 [2, G, 2 C // G]; None for LRU
     policy: str  # "lfu" or "lru"
     groups: int  # G; on a mesh, the groups of one shard

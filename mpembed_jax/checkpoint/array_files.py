@@ -58,7 +58,7 @@ def count(shape: list[int], chunks: list[int]) -> int:
 
 
 def check(folder: Path, key: str, names: list[str], shape: list[int], dtype: str) -> None:
-    """Checks the files of one array, whose checksums are right, before anything is allocated.
+    """Checks the files of one array before memory is allocated.
 
     Args:
       folder: the folder of the checkpoint.
@@ -129,10 +129,10 @@ def _layout(path: Path, text: bytes, shape: list[int], dtype: str) -> ZarrArray:
 
 
 def _check_piece(file: Any, path: Path, layout: ZarrArray) -> None:
-    """Checks that a piece becomes as many bytes as the layout says when it is decompressed.
+    """Checks the decompressed size of a piece.
 
-    A compressed block of zstd does not say how many bytes it becomes. The check counts the maximum,
-    `_ZSTD_BLOCK` bytes. A block may become fewer: zstd at level 1 ends a block early where the data
+    A compressed block of zstd does not state its decompressed size. The check counts the maximum,
+    `_ZSTD_BLOCK` bytes. A block may have fewer: zstd at level 1 ends a block early where the data
     changes, but not before a quarter of the maximum. The sum may therefore be four times the real
     size. The check accepts a sum of eight times the real size. A crafted file thus takes at most
     eight times the memory of its array.

@@ -16,7 +16,7 @@ The system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv
 
 import dataclasses
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -515,7 +515,23 @@ def _check(
     check_waiting(verb, "prefetch", state, plan)
 
 
-def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Any) -> None:
+class Numbered(Protocol):
+    """What a CachePlan and a `vectors.VectorPlan` have in common."""
+
+    @property
+    def step(self) -> jax.Array:
+        """int32 []: the step of the state that came with the plan."""
+
+    @property
+    def signature(self) -> jax.Array:
+        """uint32 []: the signature of that state."""
+
+    @property
+    def number(self) -> jax.Array:
+        """int32 []: the number of the prefetch or embed that made the plan."""
+
+
+def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Numbered) -> None:
     """Raises ValueError if no plan of the verb `planner` is pending, or if `plan` is an old one.
 
     Values that are traced are not checked.
@@ -528,7 +544,7 @@ def check_waiting(verb: str, planner: str, state: EmbeddingState, plan: Any) -> 
     _check_latest(verb, state, plan)
 
 
-def _check_latest(verb: str, state: EmbeddingState, plan: Any) -> None:
+def _check_latest(verb: str, state: EmbeddingState, plan: Numbered) -> None:
     """Raises ValueError if a plan is known not to come from the state's latest prefetch."""
     told = (state.step, state.key, state.counters, plan.step, plan.signature)
     if any(isinstance(x, jax.core.Tracer) for x in told):
@@ -547,12 +563,12 @@ def _check_latest(verb: str, state: EmbeddingState, plan: Any) -> None:
         )
 
 
-def is_planned(state: EmbeddingState, plan: Any) -> bool:
+def is_planned(state: EmbeddingState, plan: Numbered) -> bool:
     """Returns whether, within a trace, state and plan are known to come from one prefetch."""
     return isinstance(state.step, jax.core.Tracer) and plan.step is state.step
 
 
-def is_latest(state: EmbeddingState, plan: Any) -> jax.Array:
+def is_latest(state: EmbeddingState, plan: Numbered) -> jax.Array:
     """Returns whether a plan comes from this state's latest prefetch (bool []).
 
     Plans of other states are recognized by the state's signature: a hash of its key, fingerprint
@@ -595,7 +611,7 @@ def _finish(
 
 def finished(
     state: EmbeddingState,
-    plan: Any,
+    plan: Numbered,
     num_nonfinite: jax.Array,
     is_applied: jax.Array,
 ) -> EmbeddingState:

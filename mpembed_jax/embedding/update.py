@@ -160,7 +160,10 @@ def with_accumulator(state: EmbeddingState, accumulator: jax.Array | None) -> An
 
 def stored(state: EmbeddingState, store: Store, row_state: Any) -> EmbeddingState:
     """Returns the state with the table and the lines of `store`, and with `row_state`."""
-    cache = None if state.cache is None else dataclasses.replace(state.cache, rows=store.lines)
+    cache = state.cache
+    if cache is not None:
+        assert store.lines is not None
+        cache = dataclasses.replace(cache, rows=store.lines)
     return dataclasses.replace(state, table=store.table, cache=cache, row_state=row_state)
 
 

@@ -234,7 +234,6 @@ def _embed_natively(
             (found >= 0).astype(jnp.float32) if factors is None else factors,
             bag,
             num_bags,
-            is_ascending=segment_ids is None,
             max_threads=max_threads,
         )
         if cache is not None:

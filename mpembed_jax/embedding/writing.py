@@ -45,8 +45,8 @@ def write_rows(
       ids: int32 [..], global ids. NO_ID, and ids outside the stack, write nothing. If an id
         occurs several times, its last row counts.
       rows: float [.., D], one for each of the ids.
-      tx: the transformation given to init: the optimizer state of these rows becomes what it was
-        after init. Scalars of the state, such as counts, stay. None: the optimizer state stays.
+      tx: the transformation given to init: the optimizer state of these rows is reset. Scalars of
+        the state, such as counts, stay. None: the optimizer state stays.
 
     Returns:
       The state.
@@ -78,7 +78,8 @@ def write_rows(
         )
     if state.layout is not None and state.layout.is_paired:
         raise ValueError(
-            f"write_rows takes no pairs, and this stack has {state.spec.num_rows} rows"
+            f"write_rows cannot write to this stack: its {state.spec.num_rows} rows need ids as "
+            "pairs; divide its tables into stacks of fewer than 2**31 - 1 rows"
         )
     if not isinstance(state.pending, jax.core.Tracer) and bool(state.pending):
         raise ValueError(

@@ -213,7 +213,7 @@ def ask(
       step: int32 scalar.
       tables: for each of `leaves`, the names of the tables to which its ids belong (see
         `spec.TablesOfIds`). None if they are not known.
-      implementation: of the ops; see ops.IMPLEMENTATIONS.
+      implementation: see ops.IMPLEMENTATIONS.
     """
     layout.check_bound("prefetch")
     own, num_requests, num_out_of_range = requests.deduplicate(
@@ -273,7 +273,7 @@ def request(
       wanted: the distinct ids of this device's share of the batch. NO_ID may appear anywhere among
         them.
       step: int32 scalar.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Returns:
       Three results:
@@ -389,7 +389,7 @@ def ask_owners(
       owner: int32 [U]: the owner of each entry; P for no owner. The last entry has no owner.
       entries: [U, k].
       padding: [k]: the entry that fills empty places.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Returns:
       Two results:
@@ -453,8 +453,8 @@ def collect(
 ) -> jax.Array:
     """Returns the summed gradients [Q, D] of a shard's rows, from all devices' gradients [U, D].
 
-    The gradients of one row are added in the order of the devices. A kernel adds those of more than
-    32 devices in another order, which is fixed, too.
+    The gradients of one row are added in the order of the devices. With more than 32 devices, a
+    kernel uses another fixed order.
     """
 
     def send(width: int) -> jax.Array:
@@ -500,7 +500,7 @@ def find(
       leaves: ids of this device, int32 [..] or pairs [.., 2]. They may differ from the prefetched
         ids.
       step: int32 scalar: the step of the plan.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Returns:
       Three results:

@@ -18,17 +18,17 @@ class Placement:
         share. The even share of a device with room for n unique ids is n / P. In a step in which
         any device needs more, all devices exchange full-width arrays instead, and the step is
         counted.
-      batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. They
-        include all axes over which rows are divided, or none of these. If none, all devices along
-        the axes that divide rows must have the same ids.
+      batch_axes: mesh axes over which batches are divided; None for all axes of the mesh. Name
+        either all axes that divide rows, or none of them. If you name none of them, all devices
+        along these axes must have the same ids.
       table_shards: for "tables", the shard of each table. None: tables are placed from the largest
         to the smallest, each on the shard with the fewest rows.
       summation_blocks: None: gradients are summed per device, then over devices. A number: the
         batch is cut into this many equal blocks along the leading axis of its ids. Gradients are
-        summed within blocks, then over blocks in order. For every number of devices that divides
-        the number of blocks, the sums then have the same bits if the gradients of the vectors do.
-        (Dense layers may round these differently in batches of another size.) This is
-        slower, because a row used by several blocks of one device travels once for each of them.
+        summed within blocks, then over blocks in order. The sums then have the same bits on any
+        number of devices that divides the number of blocks, if the gradients of the vectors have.
+        (Dense layers may round these differently in batches of another size.) This is slower,
+        because a row used by several blocks of one device travels once for each of them.
 
     Raises:
       ValueError: if the kind is unknown, if capacity or summation_blocks is out of range, or if

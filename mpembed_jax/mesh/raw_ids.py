@@ -1,8 +1,8 @@
 """Raw ids over a mesh: pairs go to the shards that hold their sets, and rows come back.
 
 A device sends each distinct pair of its share of a batch once, with its number of occurrences. The
-shard that holds the set decides about the pairs of all devices. One device with the whole batch
-would decide the same. So every id has the same row for any number of devices.
+shard that holds the set decides about the pairs of all devices. Its decisions are those of one
+device with the whole batch, so an id has the same row for any number of devices.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def admit(
       step: uint32 scalar.
       must_halve: bool scalar: whether all uses and counters are halved first.
       rules: the rules of admission.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Returns:
       This shard's part, changed, and what was decided. `rows` are the global row numbers of this
@@ -80,7 +80,7 @@ def locate(
       vocabulary: this shard's part; not changed.
       pairs: uint32 [N, 2]: the raw ids of this device's share of the batch.
       per_table: shared rows per table.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Returns:
       int32 [N]; NO_ID for padding.

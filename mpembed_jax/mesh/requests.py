@@ -84,7 +84,7 @@ def deduplicate(
       leaves: int32 arrays [..], or pairs [.., 2].
       step: int32 scalar.
       tables: the tables that the ids belong to, or None.
-      implementation: of the ops.
+      implementation: see ops.IMPLEMENTATIONS.
 
     Raises:
       ValueError: if summation blocks do not divide the leading axis of a leaf.

@@ -32,7 +32,7 @@ class Embedded:
 
     plan: vectors.VectorPlan
     ids: list[jax.Array]  # i32 [..] each: global ids
-    origin: Origin  # which of the user's arrays each of `ids` was made from
+    origin: Origin  # the user's array behind each of `ids`
 
 
 def fetch(
@@ -74,7 +74,7 @@ def _fetch(
     tx: optax.GradientTransformation,
 ) -> tuple:
     state, plan, found = vectors.embed_of_tables(state, ids, tables, combiner=combiner, tx=tx)
-    # Copies, because Origin recognizes an array by its identity: no two leaves may be one object.
+    # Origin compares arrays by identity, so each leaf is a copy, an object of its own.
     leaves = [jnp.array(leaf, jnp.int32) for leaf in jax.tree.leaves(ids)]
     return state, plan, tuple(jax.tree.leaves(found)), leaves
 

@@ -164,8 +164,7 @@ def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
         )
     if implementation == "numba" and (reason := numba_package.why_not()):
         raise ValueError(
-            f'implementation "numba" cannot be used: {reason}; pip install '
-            f'"numba>={numba_package.OLDEST}", or leave implementation out'
+            f'implementation "numba" cannot be used: {reason}; or leave implementation out'
         )
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]

@@ -1,7 +1,10 @@
 """embed and apply_pooled_gradients: native code makes the reference's bits, in place."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -320,6 +323,42 @@ def test_any_number_of_threads_makes_the_same_bits(case):
     check(case, implementations=threads[:2], steps=4)
     ragged = dataclasses.replace(case, pooling="ragged mixed weighted sqrtn", width=3000)
     check(ragged, implementations=threads[2:], steps=2)
+
+
+MANY_THREADS = """
+import hashlib, jax, numpy as np
+import mpembed_jax as mpembed
+tx = mpembed.optim.rowwise_adagrad(0.1)
+cache = mpembed.CacheSpec(num_rows=4096, ways=4)
+spec = mpembed.EmbeddingSpec([mpembed.TableSpec("t", 20_000)], 16, cache=cache)
+@jax.jit
+def step(state, ids):
+    state, plan, vectors = mpembed.embed(state, ids, tx=tx)
+    return mpembed.apply_pooled_gradients(state, plan, vectors, tx=tx), plan.places.facts[0]
+state = mpembed.init(jax.random.key(0), spec, tx)
+for seed in range(3):
+    ids = np.random.default_rng(seed).zipf(1.2, 4000) % 20_000
+    state, num_parts = step(state, ids.astype(np.int32))
+made = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(
+    (state.table, state.cache, state.row_state))))
+print(num_parts, made.hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_few_and_many_threads_train_the_same_bits():
+    """A pool of more than four threads divides the ids over more partitions."""
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", MANY_THREADS],
+            env=os.environ | {"NPROC": str(num), "XLA_FLAGS": ""},
+            capture_output=True, text=True, check=True,
+        ).stdout.split()
+        for num in (1, 8)
+    ]  # fmt: skip
+    (few, first), (many, second) = ran
+    assert (few, many) == ("16", "64")
+    assert first == second
 
 
 def test_a_product_is_rounded_before_it_is_added():

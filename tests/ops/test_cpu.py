@@ -23,6 +23,7 @@ pytest.importorskip("numba", reason="the [cpu] extra is not installed")
 
 import shapes
 import training
+from numba.core import codegen
 
 import mpembed_jax as mpembed
 from mpembed_jax import ops
@@ -136,6 +137,15 @@ def test_a_numba_that_is_too_old_is_warned_of_and_refused_by_name(version, monke
     with pytest.warns(UserWarning, match=rf"numba {version} is installed, but .* slower code"):
         assert ops.choose(None) == "xla_chunked"
     with pytest.raises(ValueError, match=f"numba {version} is installed, but"):
+        ops.choose("numba")
+
+
+def test_a_numba_with_other_private_names_is_warned_of_and_refused_by_name(monkeypatch):
+    """Machine code is kept by names that numba does not promise."""
+    monkeypatch.delattr(codegen.CPUCodegen, "unserialize_library")
+    with pytest.warns(UserWarning, match=r"no JITCPUCodegen\.unserialize_library.* slower code"):
+        assert ops.choose(None) == "xla_chunked"
+    with pytest.raises(ValueError, match=r"cannot be used: numba .* has no JITCPUCodegen"):
         ops.choose("numba")
 
 

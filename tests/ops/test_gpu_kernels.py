@@ -147,12 +147,17 @@ def test_swap_lookup_and_write_make_the_same_bits(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bounds", [(0, 0, 66), (60, 60, 60), (0, 57, 57), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "bounds",
+    named({
+        "bypassed rows alone": (0, 0, 66),
+        "hits alone": (60, 60, 60),
+        "newcomers alone": (0, 57, 57),
+        "nothing": (0, 0, 0),
+    }),
+)  # fmt: skip
 def test_rows_are_brought_by_one_kernel_whatever_kinds_a_batch_has(bounds):
-    """Bypassed rows alone, hits alone, newcomers alone, nothing.
-
-    Rows of an invalid plan are NaN.
-    """
+    """Rows of an invalid plan are NaN."""
     table, lines, dirty, ids, line, victims = stage(RowFormat("int8"), 16)
     line = jnp.where(jnp.arange(WIDTH) < bounds[1], jnp.arange(WIDTH, dtype=jnp.int32), LINES)
     moves = Moves(ids, line, victims, *(jnp.int32(bound) for bound in bounds))
@@ -284,9 +289,15 @@ def test_every_kernel_makes_the_same_bits_in_every_format_at_every_dim(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bounds", [(0, 0, 0), (0, 0, 66), (0, 57, 57)])
+@pytest.mark.parametrize(
+    "bounds",
+    named({
+        "nothing at all": (0, 0, 0),
+        "no cache line": (0, 0, 66),
+        "no hit and no bypass": (0, 57, 57),
+    }),
+)  # fmt: skip
 def test_empty_parts_of_a_plan(bounds):
-    """Nothing at all; no cache line; no hit and no bypass."""
     *staged, line, victims = stage(RowFormat("int8"), 16)
     staged += [
         jnp.where(jnp.arange(WIDTH) < bounds[1], line, LINES),

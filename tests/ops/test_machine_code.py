@@ -108,6 +108,14 @@ def test_a_file_is_named_by_the_digest_of_the_package(folder):
     assert path.name == f"add_seven-{machine_code.digest(PACKAGE)}.bin"
 
 
+def test_nothing_is_kept_if_the_sources_changed_after_they_were_imported(folder, monkeypatch):
+    """The name of the file would promise code of the new sources."""
+    monkeypatch.setattr(machine_code, "digest", lambda package: "of other sources")
+    _, address = machine_code.load("add_seven", add_seven, SIGNATURE)
+    assert called(address, 5) == 12
+    assert not folder.exists()
+
+
 def test_other_sources_have_another_digest(tmp_path):
     """Sources of the functions, and of the rooms whose constants they use."""
     same = shutil.copytree(PACKAGE, tmp_path / "same")

@@ -80,8 +80,10 @@ _OF_PARTS = (  # numbers of each partition
 ) = tuple(_ROWS + k * MAX_PARTS for k in range(6))  # fmt: skip
 _NUM_FACTS = _ROWS + len(_OF_PARTS) * MAX_PARTS
 _DEAL = MAX_PARTS + 2  # counts of a chunk: positions per partition, without a row, out of range
-# Entries of an int32 array that the call for bags takes.
-_BAG_DIM, _NUM_BAGS, _BAG_PARTS, _BAG_TASKS, _IS_ASCENDING = range(5)
+# Entries of an int32 array that the call for bags takes, then of one that it fills.
+_BAG_DIM, _NUM_BAGS, _BAG_TASKS = range(3)
+_BAG_PARTS, _IS_ASCENDING = range(2)
+_BAG_FACTS = 4  # the number of the latter among the results
 # Numbers of the backward call's operands, then of its results. The first four results are operands,
 # too, from _STORED on. Then the entries of `_UPDATE`, an int32 array that the call takes.
 _GRADS, _FACTORS, _SOURCE, _UPDATE, _RATES, _PLAN = range(6)  # the plan has five arrays
@@ -498,7 +500,9 @@ def _sum_parts(fmt: RowFormat) -> Any:
         table, cached = argument_address(frame, 6), argument_address(frame, 7)
         out = result_address(frame, 0)
         dim = np.int64(given[_BAG_DIM])
-        num_bags, num_parts = np.int64(given[_NUM_BAGS]), np.int64(given[_BAG_PARTS])
+        facts = result(frame, _BAG_FACTS, np.int32)
+        num_bags, num_parts = np.int64(given[_NUM_BAGS]), np.int64(facts[_BAG_PARTS])
+        is_ascending = facts[_IS_ASCENDING] != 0  # the positions of a bag are then neighbours
         begin, end = num_bags * part // num_parts, num_bags * (part + 1) // num_parts
         row_bytes = bytes_of(dim)
         buffer = _buffer_of(frame, 1, part, 0, dim)
@@ -506,7 +510,7 @@ def _sum_parts(fmt: RowFormat) -> Any:
         for number in range(begin, end):
             lanes.erase(out + number * 4 * dim, dim)
         position = 0
-        if given[_IS_ASCENDING]:
+        if is_ascending:
             low, high = 0, num_positions
             while low < high:
                 middle = (low + high) // 2
@@ -517,7 +521,7 @@ def _sum_parts(fmt: RowFormat) -> Any:
             position = low
         while position < num_positions:
             number, row = np.int64(bag[position]), np.int64(row_of_position[position])
-            if number >= end and given[_IS_ASCENDING]:
+            if number >= end and is_ascending:
                 break
             if begin <= number < end and row >= 0:
                 ahead = np.int64(row_of_position[min(position + _AHEAD, num_positions - 1)])
@@ -542,9 +546,17 @@ def _sums_of(fmt: RowFormat) -> str:
     sum_parts = _sum_parts(fmt)
 
     def sums(frame):
-        given = argument(frame, 3, np.int32)
+        bag, given = argument(frame, 2, np.int32), argument(frame, 3, np.int32)
+        facts = result(frame, _BAG_FACTS, np.int32)
+        num_falls = 0
+        for position in range(1, len(bag)):
+            num_falls += bag[position] < bag[position - 1]
+        num_parts = min(MAX_PARTS, max(1, np.int64(given[_NUM_BAGS])))
+        if num_falls > 0:
+            num_parts = min(num_parts, 2 * FEW_TASKS)  # each part visits every position
+        facts[_BAG_PARTS], facts[_IS_ASCENDING] = num_parts, num_falls == 0
         num_tasks = min(call_frame.num_threads(frame), np.int64(given[_BAG_TASKS]))
-        sum_parts(frame, given[_BAG_PARTS], num_tasks)
+        sum_parts(frame, num_parts, num_tasks)
 
     name = f"mpembed_bag_sums_{codec.name_of(fmt)}"
     call_frame.register(name, sums)
@@ -850,12 +862,12 @@ def bags(
     bag: jax.Array,
     num_bags: int,
     *,
-    is_ascending: bool,
     max_threads: int,
 ) -> tuple[QuantizedTable, jax.Array | None, jax.Array]:
     """Sums factors[n] times the row of position n over each bag, in ascending order of n.
 
-    Positions without a row are left out.
+    Positions without a row are left out. Where `bag` ascends, each thread visits the positions of
+    its own bags alone.
 
     Args:
       table: after the forward call.
@@ -865,7 +877,6 @@ def bags(
       factors: float32 [N].
       bag: int32 [N], the bag of each position; outside [0, num_bags), the position is in no bag.
       num_bags: M.
-      is_ascending: whether `bag` is sorted, so that the positions of a bag are neighbours.
       max_threads: the largest number of threads that share the work.
 
     Returns:
@@ -874,15 +885,18 @@ def bags(
     assert (bag.dtype, factors.dtype) == (np.int32, np.float32)  # the foreign call checks neither
     dim = table.embedding_dim
     num_parts = min(MAX_PARTS, max(1, num_bags))
-    if not is_ascending:
-        num_parts = min(num_parts, 2 * FEW_TASKS)  # each part visits every position
-    given = [dim, num_bags, num_parts, max_threads, is_ascending]
+    given = [dim, num_bags, max_threads]
     held = [table.rows, jnp.zeros((0,), jnp.float32) if lines is None else lines]
     out = jax.ShapeDtypeStruct((num_bags, dim), jnp.float32)
     # The call returns table and lines as they are, so that later updates in place wait for it.
     results: Any = jax.ffi.ffi_call(
         _sums_of(table.format),
-        [out, lanes.buffers(num_parts * _BUFFERS, dim), *call_frame.shapes_of(held)],
+        [
+            out,
+            lanes.buffers(num_parts * _BUFFERS, dim),
+            *call_frame.shapes_of(held),
+            jax.ShapeDtypeStruct((2,), jnp.int32),
+        ],
         input_output_aliases={6: 2, 7: 3},
         vmap_method="sequential",
     )(

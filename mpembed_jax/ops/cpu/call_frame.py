@@ -29,6 +29,7 @@ from numba.extending import intrinsic
 from mpembed_jax.ops.cpu import machine_code
 
 _METADATA = 1  # XLA_FFI_Extension_Metadata
+_MAJOR = 0  # XLA_FFI_API_MAJOR
 # Indices of XLA_FFI_ThreadPool_Schedule and .._NumThreads among the words of XLA_FFI_Api.
 _SCHEDULE, _NUM_THREADS = 17, 18
 _NEXT, _DONE, _HOLDERS = 0, 8, 16  # offsets in bytes in the block of `_run_parts`
@@ -202,7 +203,8 @@ def _word(address, index):
 def _is_query(frame):
     """Returns whether a frame asks for the version of the interface, and answers it if so.
 
-    Any other frame asks for an execution.
+    Any other frame asks for an execution. The answer is XLA's own version, if its major number is
+    that of the layouts in this file. XLA refuses every other answer.
     """
     is_query = False
     extension = _word(frame, 1)
@@ -210,7 +212,9 @@ def _is_query(frame):
         if numba.carray(_pointer(extension + 8), 1, np.int32)[0] == _METADATA:
             metadata = _word(extension, 3)
             api = _word(frame, 2)
-            numba.carray(_pointer(metadata), 4, np.int64)[3] = _word(api, 4)  # (major, minor)
+            version = _word(api, 4)  # two numbers of 32 bits: major, minor
+            is_known = np.int32(version & 0xFFFFFFFF) == _MAJOR
+            numba.carray(_pointer(metadata), 4, np.int64)[3] = version if is_known else _MAJOR
             is_query = True
         extension = _word(extension, 2)
     return is_query

@@ -3,8 +3,11 @@
 Compilation takes seconds, loading takes milliseconds. A file's name is the function's name and a
 digest of everything that its code depends on:
 - the sources of this folder, of `serving`, and of the rooms whose constants they use
-- the versions of numba, llvmlite, jaxlib and Python
+- the versions of numba, llvmlite, jaxlib and Python, and numba's settings for its code
 - the processor with its features
+
+The digest is that of the files when this module is imported. If they have changed since, for
+example by an upgrade of the package under a running process, nothing is kept.
 
 If a file is missing, broken or owned by another user, the function is compiled again. If no folder
 can be written, every process compiles for itself.
@@ -14,7 +17,6 @@ kept. By default it is `mpembed_jax` in the user's cache folder (XDG_CACHE_HOME,
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -117,17 +119,16 @@ def _folder() -> pathlib.Path | None:
     return pathlib.Path(base) / "mpembed_jax"
 
 
-@functools.cache
 def digest(package: pathlib.Path) -> str:
     """Returns the digest of everything that the machine code of a package depends on.
-
-    A process computes the digest of a package once.
 
     Args:
       package: the folder of mpembed_jax, or of a copy.
     """
     parts = [numba.__version__, llvmlite.__version__, importlib.metadata.version("jaxlib")]
     parts += [platform.python_version(), *map(str, _codegen().magic_tuple())]
+    settings: Any = numba.config
+    parts += [str(settings.OPT), str(settings.BOUNDSCHECK)]
     made = hashlib.sha256("\n".join(parts).encode())
     # The constants of compiled functions come from these rooms too.
     rooms = ("ops/cpu", "serving", "cache", "numerics", "vocabulary")
@@ -141,9 +142,12 @@ def _codegen() -> Any:
     return cpu_target.target_context.codegen()
 
 
+_AT_IMPORT = digest(_PACKAGE)
+
+
 def _path(name: str) -> pathlib.Path | None:
     folder = _folder()
-    return None if folder is None else folder / f"{name}-{digest(_PACKAGE)}.bin"
+    return None if folder is None else folder / f"{name}-{_AT_IMPORT}.bin"
 
 
 def _read(path: pathlib.Path) -> tuple[Any, int] | None:
@@ -173,6 +177,9 @@ def _read(path: pathlib.Path) -> tuple[Any, int] | None:
 
 def _write(path: pathlib.Path, made: Any) -> None:
     """Stores compiled code: a complete file or none."""
+    if digest(_PACKAGE) != _AT_IMPORT:
+        _LOG.debug("machine code is not kept: the sources have changed since they were imported")
+        return
     library, _, (code, shared) = made._library.serialize_using_object_code()
     entry = {"library": library, "symbol": made._wrapper_name, "size": len(code)}
     rest = json.dumps(entry).encode() + b"\n" + code + shared

@@ -51,7 +51,10 @@ def _range_of(part, num):
 
 @compiled
 def _leave_cache(frame, x, shape, dim):
-    """Empties the line of row x, if it has one."""
+    """Empties the line of row x, if it has one.
+
+    Other parts may empty other lines of the same set meanwhile: no tag becomes x.
+    """
     sets, ways, groups = shape
     tags = result(frame, _TAGS, np.int32)
     first = partitions.set_of(x, sets, groups) * ways
@@ -77,7 +80,7 @@ def _start_of(fmt: RowFormat) -> str:
         buffer = lanes.buffer_of(frame, _BUFFER, part, dim)
         value_seed0, value_seed1 = U32(given[_VALUE_SEED0]), U32(given[_VALUE_SEED1])
         seed0, seed1 = U32(given[_SEED0]), U32(given[_SEED1])
-        begin, end = _range_of(part, np.int64(given[_NUM]))
+        begin, end = _range_of(part, min(np.int64(given[_NUM]), np.int64(len(rows))))
         for k in range(begin, end):
             x = np.int64(rows[k])
             lanes.ask_for(table + np.int64(rows[min(k + _AHEAD, end - 1)]) * row_bytes, row_bytes)
