@@ -8,7 +8,6 @@ tables of row numbers or raw ids. To serve an n-gram memory, restore the model a
 """
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,8 @@ def export(
 ) -> Contents:
     """Writes all embedding states of a checkpoint to one serving file.
 
-    The file has no hashes of n-grams, because a checkpoint does not hold them; see saving.save. If
-    two stacks have a feature of the same name, each table of all stacks becomes a feature of its
-    own name, and a UserWarning says so.
+    The file has no hashes of n-grams, because a checkpoint does not hold them. Names are those of
+    saving.save.
 
     Args:
       checkpoint: directory of `checkpoint.save`.
@@ -63,31 +61,12 @@ def export(
     if not held["embeddings"]:
         raise ValueError(f"step {held['step']} of {directory} holds no embedding state")
     _LOG.info("exporting step %d of %s", held["step"], directory)
-    named = [name for entry in held["embeddings"].values() for name in _feature_names(entry)]
-    has_features = len(set(named)) == len(named)
-    if not has_features:
-        twice = next(name for name in named if named.count(name) > 1)
-        warnings.warn(
-            f"several stacks have the feature {twice!r}: in the file, each table is a feature of "
-            "its own name",
-            stacklevel=2,
-        )
-    stacks = [_source(directory, chain, prefix, has_features) for prefix in held["embeddings"]]
+    stacks = [_source(directory, chain, prefix) for prefix in held["embeddings"]]
     return saving.write(path, stacks, storage, progress)
 
 
-def _feature_names(entry: dict[str, Any]) -> list[str]:
-    """Returns the names of the features of a stack, from its record in a manifest."""
-    features = entry.get("features")
-    return [name for name, _ in (entry["tables"] if features is None else features)]
-
-
-def _source(
-    directory: Path, chain: list[dict[str, Any]], prefix: str, has_features: bool
-) -> Source:
+def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source:
     """Returns the source of one embedding state, whose rows are then in memory.
-
-    Without `has_features`, each table is its own feature.
 
     Raises:
       CheckpointError: if its arrays are not those of such a state, or cannot be read.
@@ -106,7 +85,7 @@ def _source(
         rounding = entry.get("rounding") or RowFormat.rounding
         name, symmetric, scale_dtype = entry["storage"]
         storage = RowFormat(name, symmetric, scale_dtype, rounding)
-        features = entry.get("features") if has_features else None
+        features = entry.get("features")
         spec = EmbeddingSpec(
             tables,
             entry["embedding_dim"],

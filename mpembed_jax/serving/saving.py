@@ -8,10 +8,11 @@ made.
 
 import dataclasses
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,9 @@ def save(
       path: the path of the file. An existing file is replaced.
       states: an EmbeddingState, or any tree that holds some, such as `{name: state}`, an nnx model,
         or the variables of a linen model; not consumed. An n-gram memory is an nn.NGramMemory, or
-        an NGramState for one without a module. The path in the tree is the name of the stack. Names
-        of tables and features must be distinct over all stacks.
+        an NGramState for one without a module. The path in the tree is the name of the stack. A
+        name of a table or feature that several stacks have begins with "<stack>." in the file, such
+        as "user.embedding".
       storage: None: the table's rows are written as trained, and lines that are newer than the
         table are encoded as by `flush`. A RowFormat or its name: rows of another format are encoded
         again, with rounding to nearest.
@@ -71,9 +73,9 @@ def save(
       OSError: if the file cannot be written; an existing file stays.
       TypeError: if path is not a path, storage not a format, or progress not a function, or if a
         map of tokens does not consist of integers.
-      ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract, donated or spread over several processes. Also if an NGramState has the hash of
-        other tables, or a map that does not fit it.
+      ValueError: if there is no embedding state, names of the file are not distinct, or a state is
+        traced, abstract, donated or spread over several processes. Also if an NGramState has the
+        hash of other tables, or a map that does not fit it.
     """
     path = arguments.path_of("serving.save(path, states)", "path", path)
     if not (progress is None or callable(progress)):
@@ -94,24 +96,23 @@ def write(
     owners: list[tuple[Source, int]] = []  # the stack and the first global row of each table
     features: list[tuple[str, str]] = []
     ngrams: list[NGrams] = []
-    for source in stacks:
-        prefix = ""
+    for source, names in zip(stacks, _names(stacks), strict=True):
         if source.ngrams is not None:
             ngrams.append(NGrams(source.name, source.ngrams, source.canonical is not None))
-            prefix = ngrams[-1].prefix
         spec = source.spec
         dim = spec.embedding_dim
         fmt = spec.storage if wanted is None else wanted.resolve(dim)
         form = dim, _bare(fmt)
         if spec.vocabulary is not None:
-            tables.append(_pool_of(source, prefix, *form))
+            tables.append(_pool_of(source, names.tables, *form))
             owners.append((source, 0))
         else:
             for table in spec.tables:
                 first, num_rows = spec.table_range(table.name)
-                tables.append(Table(prefix + table.name, source.name, num_rows, *form, _NOTHING))
+                name = names.tables[table.name]
+                tables.append(Table(name, source.name, num_rows, *form, _NOTHING))
                 owners.append((source, first))
-        features += [(prefix + feature, prefix + table) for feature, table in spec.feature_tables]
+        features += [(names.features[f], names.tables[t]) for f, t in spec.feature_tables]
     contents = container.checked(Contents(tuple(tables), tuple(features), tuple(ngrams)))
     room = container.header_room(contents)
     maps = [source.canonical for source in stacks if source.canonical is not None]
@@ -122,13 +123,56 @@ def write(
     return contents
 
 
-def _pool_of(source: Source, prefix: str, dim: int, fmt: RowFormat) -> Table:
-    """Returns the pool of a stack with a vocabulary as a table of the file."""
+class _Names(NamedTuple):
+    """The names that the tables and the features of a stack have in the file."""
+
+    tables: dict[str, str]
+    features: dict[str, str]
+
+
+def _names(stacks: list[Source]) -> list[_Names]:
+    """Returns the names of each stack.
+
+    Names of an n-gram memory begin with the name of its stack. So do names that several other
+    stacks have.
+    """
+    plain = [source.spec for source in stacks if source.ngrams is None]
+    num_tables = Counter(table.name for spec in plain for table in spec.tables)
+    num_features = Counter(feature for spec in plain for feature, _ in spec.feature_tables)
+
+    def named(source: Source, names: list[str], count: Counter[str]) -> dict[str, str]:
+        prefix = f"{source.name}." if source.name else ""
+        has_prefix = source.ngrams is not None
+        return {n: f"{prefix}{n}" if has_prefix or count[n] > 1 else n for n in names}
+
+    return [
+        _Names(
+            named(source, [table.name for table in source.spec.tables], num_tables),
+            named(source, [feature for feature, _ in source.spec.feature_tables], num_features),
+        )
+        for source in stacks
+    ]
+
+
+def _pool_of(source: Source, names: dict[str, str], dim: int, fmt: RowFormat) -> Table:
+    """Returns the pool of a stack with a vocabulary as a table of the file.
+
+    Args:
+      source: the stack.
+      names: the name that each of its tables has in the file.
+      dim: D.
+      fmt: the format of its rows in the file.
+    """
     spec = source.spec
     assert spec.vocabulary is not None
     sizes = spec.vocabulary.arrays
-    names = tuple(prefix + table.name for table in spec.tables)
-    pool = Pool(names, *(sizes[field] for field in Pool._fields[1:]))
+    # Readers know the prefix of an n-gram memory.
+    is_renamed = source.ngrams is None and any(name != own for own, name in names.items())
+    pool = Pool(
+        tuple(names.values()),
+        *(sizes[field] for field in container.POOL_SIZES),
+        hashed=tuple(names) if is_renamed else (),
+    )
     name = f"{source.name}.pool" if source.name else "pool"
     return Table(name, source.name, spec.num_rows, dim, fmt, _NOTHING, pool)
 

@@ -501,14 +501,15 @@ class ServingTable:
     @functools.cached_property
     def _raw_of(self) -> dict[str, tuple[str, int]]:
         """For each feature of raw ids, the name that its hash takes and its table's number."""
-        # The prefix of n-gram tables belongs to the file. Ids were hashed without it.
+        # Prefixes belong to the file. Ids were hashed without them.
         prefixes = {ngrams.stack: ngrams.prefix for ngrams in self.contents.ngrams}
-        numbers = {
-            name: (name.removeprefix(prefixes.get(table.stack, "")), number)
-            for table in self.tables
-            if table.pool is not None
-            for number, name in enumerate(table.pool.tables)
-        }
+        numbers = {}
+        for table in self.tables:
+            if table.pool is not None:
+                prefix = prefixes.get(table.stack, "")
+                hashed = table.pool.hashed or [n.removeprefix(prefix) for n in table.pool.tables]
+                for number, name in enumerate(table.pool.tables):
+                    numbers[name] = hashed[number], number
         return {f: numbers[name] for f, name in self.contents.features if name in numbers}
 
     @functools.cached_property

@@ -192,20 +192,39 @@ def test_the_file_of_a_checkpoint_has_its_features_and_its_rounding(tmp_path):
     assert out.read_bytes() != other.read_bytes()
 
 
-def test_a_checkpoint_whose_stacks_share_a_feature_has_a_feature_for_each_table(tmp_path):
-    wide, deep = shapes.stack((8,), 4), shapes.stack((9,), 8)
-    deep = dataclasses.replace(deep, tables=(mpembed.TableSpec("deep", 9),))
-    specs = (
-        dataclasses.replace(wide, features={"user": "table0"}),
-        dataclasses.replace(deep, features={"user": "deep"}),
-        dataclasses.replace(deep, tables=(mpembed.TableSpec("last", 9),), features={3: "last"}),
+def test_names_that_several_stacks_have_begin_with_the_name_of_the_stack(tmp_path):
+    wide, deep = shapes.stack((8, 5), 4), shapes.stack((9,), 8)
+    last = dataclasses.replace(deep, tables=(mpembed.TableSpec("last", 9),))
+    specs = {
+        "wide": dataclasses.replace(wide, features={"user": "table0", "item": "table1"}),
+        "deep": dataclasses.replace(deep, features={"user": "table0", "seen": "table0"}),
+        "last": dataclasses.replace(last, features={"table0": "last"}),
+    }
+    states = {name: mpembed.init(jax.random.key(0), spec, TX) for name, spec in specs.items()}
+    contents = serving.save(tmp_path / "a", states)
+    assert contents.version == 1
+    assert contents.features == (
+        ("wide.user", "wide.table0"),
+        ("item", "table1"),
+        ("deep.user", "deep.table0"),
+        ("seen", "deep.table0"),
+        ("table0", "last"),
     )
-    tx = mpembed.optim.rowwise_adagrad(0.1)
-    states = {f"s{n}": mpembed.init(jax.random.key(n), spec, tx) for n, spec in enumerate(specs)}
+    table = serving.load(tmp_path / "a")
+    rows = table.lookup({feature: np.arange(5) for feature, _ in contents.features})
+    for feature, own in rows.items():
+        stack, name = feature.split(".") if "." in feature else ("", feature)
+        (stack,) = [s for s in specs if name in dict(specs[s].feature_tables) and stack in ("", s)]
+        own_name = dict(specs[stack].feature_tables)[name]
+        assert own.tobytes() == reference_rows(states[stack], own_name)[:5].tobytes()
     checkpoint.save(tmp_path / "steps", 1, states)
-    with pytest.warns(UserWarning, match="several stacks have the feature 'user'"):
-        contents = checkpoints.export(tmp_path / "steps", tmp_path / "a")
-    assert contents.features == (("table0", "table0"), ("deep", "deep"), ("last", "last"))
+    assert checkpoints.export(tmp_path / "steps", tmp_path / "b") == contents
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def reference_rows(state, table):
+    """float32 [V, D] of a table."""
+    return mpembed.to_dense(state)[table]
 
 
 @pytest.mark.slow
@@ -251,6 +270,36 @@ def test_the_tables_of_a_flax_model_are_saved_from_its_state(tmp_path):
     model.eval()
     rows = serving.load(tmp_path / "a").lookup(ids)
     assert rows.tobytes() == np.asarray(model(ids)).tobytes()
+
+
+def test_a_model_with_several_modules_is_saved_and_exported(tmp_path):
+    class Towers(nnx.Module):
+        def __init__(self):
+            self.user = nn.CachedEmbed(30, 16, rngs=nnx.Rngs(0))
+            self.item = nn.CachedEmbed(20, 8, rngs=nnx.Rngs(1))
+            self.grams = nnx.List([
+                nn.NGramMemory(40, 4, orders=(2,), heads=1, rows=30 + n, rngs=nnx.Rngs(n))
+                for n in range(2)
+            ])  # fmt: skip
+
+    model = Towers()
+    serving.save(tmp_path / "a", nnx.state(model))
+    checkpoint.save(tmp_path / "steps", 1, nnx.state(model))
+    checkpoints.export(tmp_path / "steps", tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    model.eval()
+    table = serving.load(tmp_path / "a")
+    ids = np.arange(20, dtype=np.int32)
+    names = "user.embedding", "item.embedding", "grams.0.2-gram_0", "grams.1.2-gram_0"
+    assert sorted(name for name, _ in table.contents.features) == sorted(names)
+    rows = table.lookup({f"{name}.embedding": ids for name in ("user", "item")})
+    for name, vectors in (("user", model.user(ids)), ("item", model.item(ids))):
+        assert rows[f"{name}.embedding"].tobytes() == np.asarray(vectors).tobytes()
+    grams = table.lookup({"grams.1.2-gram_0": ids})["grams.1.2-gram_0"]
+    assert grams.tobytes() == reference_rows(model.grams[1].state, "2-gram_0")[:20].tobytes()
+    # A module that is saved with its hash has names with its prefix anyway.
+    serving.save(tmp_path / "a", model)
+    assert {name for name, _ in serving.load(tmp_path / "a").contents.features} == set(names)
 
 
 MEMORY = """
@@ -350,7 +399,7 @@ def of_first(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 4, this library reads 3", lambda b: b.update(version=4)),
+        Lie("future", "is of version 5, this library reads 4", lambda b: b.update(version=5)),
         Lie("version", "not what its description says", lambda b: b.update(version=2)),
         Lie("vocabulary", "damaged", of_first(vocabulary=1)),
         Lie("rows", "not what its description says", of_first(rows=29)),
@@ -401,6 +450,12 @@ def test_files_of_other_programs_are_refused(tmp_path):
 SMALL = shapes.stack((30, 5), 4)
 
 
+def of_names(*names):
+    """A state of tables of these names."""
+    tables = tuple(mpembed.TableSpec(name, 3) for name in names)
+    return mpembed.init(jax.random.key(0), dataclasses.replace(SMALL, tables=tables), TX)
+
+
 def donated():
     state = mpembed.init(jax.random.key(0), SMALL, TX)
     jax.jit(mpembed.prefetch, donate_argnums=0)(state, jnp.zeros(4, jnp.int32))
@@ -412,8 +467,10 @@ def donated():
     named([
         Refused(lambda path: serving.save(path, {"w": jnp.ones(3)}), "no embedding state to save"),
         Refused(
-            lambda path: serving.save(path, [mpembed.init(jax.random.key(0), SMALL, TX)] * 2),
-            "name of table 'table0' is taken",
+            lambda path: serving.save(
+                path, {"a": of_names("x"), "b": of_names("x"), "c": of_names("b.x")}
+            ),
+            r"name of table 'b\.x' is taken",
         ),
         Refused(
             lambda path: serving.save(
