@@ -299,8 +299,8 @@ class ServingTable:
         if reader is not None and (found := reader.quick_bag(ids, combiner)) is not None:
             return found
         if isinstance(ids, Mapping):
-            weights = weights or {}
-            offsets = offsets or {}
+            weights = {} if weights is None else weights
+            offsets = {} if offsets is None else offsets
             for name, given in (("weights", weights), ("offsets", offsets)):
                 if not isinstance(given, Mapping) or set(given) - set(ids):
                     raise ValueError(

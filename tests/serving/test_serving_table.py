@@ -419,6 +419,12 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.bag({"liked": 1}), "a bag is the last axis"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"liked": [1.0, 2.0]}), "weights must have"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"seen": [1.0]}), "weights must be a"),
+        Refused(lambda t: t.bag({"liked": [1]}, "sum", np.zeros(1)), "weights must be a mapping"),
+        Refused(lambda t: t.bag({"liked": [1, 2]}, "sum", np.ones(2)), "weights must be a mapping"),
+        Refused(
+            lambda t: t.bag({"liked": [1, 2]}, offsets=np.array([0, 2])), "offsets must be a mapping"
+        ),
+        Refused(lambda t: t.bag({"liked": []}, offsets=np.zeros(1)), "offsets must be a mapping"),
         Refused(
             lambda t: t.bag({"liked": [1]}, "sum", {"liked": np.ma.array([1.0], mask=[True])}),
             "'liked': weights: got a masked array",
