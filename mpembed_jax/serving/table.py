@@ -114,17 +114,18 @@ class _Host:
 
         return compiled.locate(owners, pairs, sizes)
 
-    def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
-        """Counts ids that are outside their table.
+    def count(self, num_outside: int, feature: str, ids: Any, table: Table) -> None:
+        """Counts ids that are outside their table. `ids` are those that came.
 
         Raises:
           ValueError: if out_of_range is "raise". Then nothing is counted.
         """
         if self.out_of_range == "raise":
-            is_outside = ((ids < 0) | (ids >= table.num_rows)) & (ids != NO_ID)
+            given = row_ids.on_host(ids).reshape(-1)
+            is_outside = ((given < 0) | (given >= table.num_rows)) & (given != NO_ID)
             place = int(np.argmax(is_outside))
             raise ValueError(
-                f"feature {feature!r}: id {int(ids[place])} at position {place} is outside table "
+                f"feature {feature!r}: id {int(given[place])} at position {place} is outside table "
                 f"{table.name!r} of {table.num_rows} rows ({num_outside} such ids); "
                 'out_of_range="drop" reads them as zeros and counts them'
             )
@@ -261,8 +262,8 @@ class ServingTable:
                 host, _ = _host_ids(feature, here)
                 is_outside = ((host < 0) | (host >= table.num_rows)) & (host != NO_ID)
                 return int(np.count_nonzero(is_outside))
-            (checked,), _ = row_ids.checked(here)
-            is_outside = ~row_ids.in_range(checked, table.num_rows) & (checked != NO_ID)
+            rows = _device_ids(feature, here)
+            is_outside = ~row_ids.in_range(rows, table.num_rows) & (rows != NO_ID)
             return jnp.sum(is_outside, dtype=jnp.int32)
 
         return sum(jax.tree.leaves(self._each(ids, count)))
@@ -640,8 +641,8 @@ class ServingTable:
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
-            (checked,), _ = row_ids.checked(ids)
-            return read_rows(QuantizedTable(packed, table.format, dim), checked)
+            rows = _device_ids(feature, ids)
+            return read_rows(QuantizedTable(packed, table.format, dim), rows)
         host, shape = _host_ids(feature, ids)
         reader = self.host.reader(table, packed)
         if reader is None:
@@ -649,7 +650,7 @@ class ServingTable:
         else:
             rows, num_outside = reader.take(host)
         if num_outside:
-            self.host.count(num_outside, feature, host, table)
+            self.host.count(num_outside, feature, ids, table)
         return rows.reshape(*shape, dim)
 
     def _bag(
@@ -667,10 +668,8 @@ class ServingTable:
         if not self._is_on_host(packed, ids):
             if offsets is not None:
                 raise TypeError("offsets are used on the host only; pad the bags with NO_ID")
-            (checked,), _ = row_ids.checked(ids)
-            return _device_bag(
-                QuantizedTable(packed, table.format, dim), checked, combiner, weights
-            )
+            rows = _device_ids(feature, ids)
+            return _device_bag(QuantizedTable(packed, table.format, dim), rows, combiner, weights)
         host, shape = _host_ids(feature, ids)
         ends = None
         length = shape[-1] if shape else 0
@@ -694,7 +693,7 @@ class ServingTable:
         else:
             bags, num_outside = reader.bag(host, ends, length, weights, combiner)
         if num_outside:
-            self.host.count(num_outside, feature, host, table)
+            self.host.count(num_outside, feature, ids, table)
         return bags.reshape(*lead, dim)
 
     # --- top k on the host
@@ -774,17 +773,52 @@ def _load_again(path: Path, out_of_range: str, threads: int, implementation: str
     return load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
 
 
+def _integers(feature: str, ids: Any) -> np.ndarray:
+    """Returns ids on the host as integers of any dtype. No ids are int32.
+
+    Raises:
+      TypeError: if they are not integers.
+    """
+    array = row_ids.on_host(ids)
+    if not array.size:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"feature {feature!r}: ids must be integers, got {array.dtype}; cast them first"
+        )
+    return array
+
+
 def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     """Returns ids as int32 or int64 [N], and their shape."""
-    array = row_ids.on_host(ids)
+    array = _integers(feature, ids)
     kind = array.dtype
-    if kind.kind not in "iu" and array.size:
-        raise TypeError(f"feature {feature!r}: ids must be integers, got {kind}; cast them first")
     if kind != np.int64 and kind != np.int32:
         if kind == np.uint64:
             array = np.minimum(array, np.uint64(2**63 - 1))
         array = array.astype(np.int64)
     return np.ascontiguousarray(array).reshape(-1), array.shape
+
+
+def _device_ids(feature: str, ids: Any) -> jax.Array:
+    """Returns ids as int32 [..] for a table on the device.
+
+    Raises:
+      TypeError: if they are not integers, or a jax array has a dtype that int32 cannot hold.
+      ValueError: if an id that is not a jax array does not fit int32.
+    """
+    if isinstance(ids, jax.Array):
+        if ids.dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
+            raise TypeError(f"feature {feature!r}: ids must be int32, got {ids.dtype}; cast them")
+        return ids.astype(jnp.int32)
+    array = _integers(feature, ids)
+    outside = array[(array > NO_ID) | (array < -(2**31))]
+    if outside.size:
+        raise ValueError(
+            f"feature {feature!r}: a table on the device takes ids that fit int32, got "
+            f"{outside[0]}; a table on the host takes 64 bits"
+        )
+    return jnp.asarray(array.astype(np.int32))
 
 
 def _check_numbers(name: str, values: Any) -> None:

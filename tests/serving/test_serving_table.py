@@ -266,6 +266,23 @@ def test_a_table_on_the_device_reads_the_same_rows_in_a_jitted_function(model):
         jax.jit(lambda ids: serving.load(path).lookup({"liked": ids}))(ids)
 
 
+def test_a_table_on_the_device_takes_lists_as_one_on_the_host_does(model):
+    host = serving.load(model[1])
+    device = host.to_device()
+    for ids in ([7, 8], [7], [[1, 2], [3, 4]], [[5], [NO_ID]], [], [[], []], (3, 9), 4, [-1, 5000]):
+        vectors = np.asarray(device.lookup({"liked": ids})["liked"])
+        wanted = host.lookup({"liked": ids})["liked"]
+        assert (vectors.shape, vectors.tobytes()) == (wanted.shape, wanted.tobytes())
+        assert device.count_outside({"liked": ids}) == host.count_outside({"liked": ids})
+        if np.ndim(ids):
+            vectors = np.asarray(device.bag({"liked": ids})["liked"])
+            wanted = host.bag({"liked": ids})["liked"]
+            assert vectors.shape == wanted.shape
+            np.testing.assert_allclose(vectors, wanted, rtol=1e-6, atol=1e-6)
+    masked = np.ma.array([3, 4], mask=[True, False])
+    assert not np.asarray(device.lookup({"liked": masked})["liked"])[0].any()
+
+
 class Search(NamedTuple):
     """Queries and a number of rows."""
 
@@ -415,6 +432,10 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.lookup({"hated": [1]}), r"unknown features \['hated'\]", KeyError),
         Refused(lambda t: t.lookup(np.ones(3, int)), "ids must be a mapping"),
         Refused(lambda t: t.lookup({"liked": [1, 5000, -1]}), r"id 5000 at position 1 .* \(2 such"),
+        Refused(
+            lambda t: t.lookup({"liked": np.array([[1, 2**64 - 2]], np.uint64)}),
+            "id 18446744073709551614 at position 1 is outside",
+        ),
         Refused(lambda t: t.bag({"liked": [1]}, "max"), "combiner must be"),
         Refused(lambda t: t.bag({"liked": 1}), "a bag is the last axis"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"liked": [1.0, 2.0]}), "weights must have"),
@@ -422,7 +443,7 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.bag({"liked": [1]}, "sum", np.zeros(1)), "weights must be a mapping"),
         Refused(lambda t: t.bag({"liked": [1, 2]}, "sum", np.ones(2)), "weights must be a mapping"),
         Refused(
-            lambda t: t.bag({"liked": [1, 2]}, offsets=np.array([0, 2])), "offsets must be a mapping"
+            lambda t: t.bag({"liked": [1, 2]}, offsets=np.array([0, 2])), "offsets must be a map"
         ),
         Refused(lambda t: t.bag({"liked": []}, offsets=np.zeros(1)), "offsets must be a mapping"),
         Refused(
@@ -479,6 +500,24 @@ print(time.perf_counter() - begin, table.nbytes)
             lambda t: serving.sketch(t, "items", seed=None), "seed must be an integer", TypeError
         ),
         Refused(lambda t: serving.sketch(t.to_device(), "items"), "is on the device", TypeError),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": [1, 2**31]}),
+            "'liked': a table on the device takes ids that fit int32, got 2147483648",
+        ),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": np.array([1, 2**32 + 1])}),
+            "fit int32, got 4294967297",
+        ),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": [1.5]}),
+            "'liked': ids must be integers, got float64; cast them first",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.to_device().bag({"liked": jnp.ones((1, 2))}),
+            "'liked': ids must be int32, got float32; cast them$",
+            TypeError,
+        ),
         Refused(
             lambda t: serving.write_npy(t.to_device(), "x"), "returned, on the host", TypeError
         ),
