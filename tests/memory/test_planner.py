@@ -177,6 +177,49 @@ def test_the_smallest_budget_is_one_that_is_accepted(host_budget):
     assert smallest_budget(TABLES, least - 1, host_budget=host_budget) == least
 
 
+SMALL = {"big": (1_000_000, 64), "small": (1_000, 64)}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_smallest_budget_is_accepted_where_small_tables_would_fit_it_but_for_float32(devices):
+    """At this budget, they take little of it: a stack of their own would need more than it."""
+    least = smallest_budget(SMALL, "1MB", devices=devices)
+    plan = memory.plan(SMALL, least, tx=TX, devices=devices)
+    assert list(plan.specs) == ["dim64"] and plan.device_bytes == least
+    assert smallest_budget(SMALL, least - 1, devices=devices) == least
+    more = memory.plan(SMALL, int(1.1 * least), tx=TX, devices=devices)
+    assert list(more.specs) == ["dim64", "small64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_budget_above_the_smallest_is_never_refused(seed):
+    rng = np.random.default_rng(seed)
+    rows = np.exp(rng.uniform(0, np.log(3_000_000), 5)).astype(int)
+    tables = {f"t{i}": (int(n), int(rng.choice([8, 64]))) for i, n in enumerate(rows)}
+    options = {"devices": int(rng.choice([1, 2]))}
+    if options["devices"] == 1 and seed % 2:
+        options["host_budget"] = "1MB"
+    least = smallest_budget(tables, 1, **options)
+    for factor in (1, 1.001, 1.01, 1.1, 2, 10, 60, 200):
+        limit = int(factor * least)
+        assert memory.plan(tables, limit, tx=TX, **options).device_bytes <= limit
+    for limit in (least - 1, int(0.99 * least), least // 2, least // 60):
+        assert smallest_budget(tables, max(1, limit), **options) == least
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_tables_beyond_the_rows_of_a_stack_begin_another(devices):
+    """A step of a larger stack takes pairs of ids, and no serving file holds it."""
+    tables = {name: (900_000_000, 16) for name in "abcd"} | {"e": (5_000_000, 16)}
+    plan = memory.plan(tables, "1TB", tx=TX, devices=devices)
+    names = {name: [table.name for table in spec.tables] for name, spec in plan.specs.items()}
+    assert names == {"dim16": ["a", "b"], "dim16_2": ["c", "d", "e"]}
+    full = {"a": (NO_ID - 20_001, 8), "b": (20_000, 8), "c": (20_000, 8)}
+    specs = memory.plan(full, "1TB", tx=TX, devices=devices).specs
+    assert [spec.num_rows for spec in specs.values()] == [NO_ID - 1, 20_000]
+
+
 def test_stacks_of_different_dims_may_need_different_formats_to_fit():
     """At D = 16, INT4 + 1 % is smaller than INT2 + 5 %; at D = 64, it is larger."""
     tables = {"a": (100_000, 16), "b": (100_000, 64)}
