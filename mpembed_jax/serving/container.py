@@ -24,6 +24,7 @@ n-grams, 2 with a pool, else 1.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -297,10 +298,14 @@ class Opened:
 
     def array(self, name: str) -> np.ndarray:
         """Returns an array of the file, mapped and read-only."""
-        entry = self.contents.tensors()[name]
+        entry = self._entries[name]
         begin, end = entry["data_offsets"]
         dtype = _DTYPES[entry["dtype"]]
         return self.data[begin:end].view(dtype).reshape(entry["shape"])
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return self.contents.tensors()
 
 
 def open_file(path: Any) -> Opened:
