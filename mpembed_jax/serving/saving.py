@@ -58,8 +58,8 @@ def save(
       states: an EmbeddingState, or any tree that holds some, such as `{name: state}`, an nnx model,
         or the variables of a linen model; not consumed. An n-gram memory is an nn.NGramMemory, or
         an NGramState for one without a module. The path in the tree is the name of the stack. A
-        name of a table or feature that several stacks have begins with "<stack>." in the file, such
-        as "user.embedding".
+        name of a table or feature that several stacks have begins with "<stack>." in the file:
+        {"user": model.user.state, "item": model.item.state} gives "user.embedding".
       storage: None: the table's rows are written as trained, and lines that are newer than the
         table are encoded as by `flush`. A RowFormat or its name: rows of another format are encoded
         again, with rounding to nearest.
