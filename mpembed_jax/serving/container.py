@@ -331,19 +331,22 @@ def open_file(path: Any) -> Opened:
                 "8 bytes are not the length of a header"
             )
         head = file.read(length)
-    contents = _read_header(path, head)
-    tensors = contents.tensors()
-    total = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
-    if size < total:
-        lost = [n for n, entry in tensors.items() if 8 + length + entry["data_offsets"][1] > size]
-        raise ServingError(
-            f"{path} is cut short: it has {size} of {total} bytes; table {lost[0]!r} is not whole"
-        )
-    if size > total:
-        raise ServingError(f"{path} has {size} bytes, but its header says {total}")
-    if (8 + length) % _ALIGNMENT:
-        raise ServingError(f"{path} is damaged: its arrays are not aligned")
-    data = np.memmap(path, np.uint8, "r", offset=8 + length)
+        contents = _read_header(path, head)
+        tensors = contents.tensors()
+        total = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
+        if size < total:
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in tensors.items()}
+            lost = [name for name, end in ends.items() if end > size]
+            raise ServingError(
+                f"{path} is cut short: it has {size} of {total} bytes; table {lost[0]!r} is not "
+                "whole"
+            )
+        if size > total:
+            raise ServingError(f"{path} has {size} bytes, but its header says {total}")
+        if (8 + length) % _ALIGNMENT:
+            raise ServingError(f"{path} is damaged: its arrays are not aligned")
+        # The open file, not the path: another file may have taken its place since.
+        data = np.memmap(file, np.uint8, "r", offset=8 + length)
     if len(data) != total - 8 - length:
         raise ServingError(f"{path} changed while it was opened")
     return Opened(path, contents, data)

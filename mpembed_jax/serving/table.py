@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, pools, top_k
 from mpembed_jax.serving.container import Contents, NGrams, Pool, Table
+from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.table import QuantizedTable, read_rows
 from mpembed_jax.vocabulary import hashes
 
@@ -478,7 +480,10 @@ class ServingTable:
         return out
 
     def __reduce__(self) -> Any:
-        """Pickles a host table as its path: the process that unpickles it maps the file again."""
+        """Pickles a host table as its path: the process that unpickles it maps the file again.
+
+        If another file is there by then, unpickling raises a ServingError.
+        """
         if self.host is None:
             return ServingTable, (self.rows, self.contents)
         return _load_again, (
@@ -486,6 +491,7 @@ class ServingTable:
             self.host.out_of_range,
             self.host.threads,
             self.host.implementation,
+            zlib.crc32(self.contents.header()),
         )
 
     # --- one feature
@@ -769,8 +775,18 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _load_again(path: Path, out_of_range: str, threads: int, implementation: str) -> ServingTable:
-    return load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
+def _load_again(
+    path: Path, out_of_range: str, threads: int, implementation: str, crc32: int | None = None
+) -> ServingTable:
+    """Loads a pickled table's file. Its header has a CRC-32, unless an earlier version pickled it.
+
+    Raises:
+      ServingError: if the file has another header, which has the checksum of all rows.
+    """
+    table = load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
+    if crc32 is not None and zlib.crc32(table.contents.header()) != crc32:
+        raise ServingError(f"{path} is another file than the one whose table was pickled")
+    return table
 
 
 def _integers(feature: str, ids: Any) -> np.ndarray:

@@ -213,7 +213,8 @@ def test_names_that_several_stacks_have_begin_with_the_name_of_the_stack(tmp_pat
     )
     table = serving.load(tmp_path / "a")
     rows = table.lookup({feature: np.arange(5) for feature, _ in contents.features})
-    for (feature, own), stack in zip(rows.items(), ("deep", "deep", "last", "wide", "wide")):
+    stacks = ("deep", "deep", "last", "wide", "wide")
+    for (feature, own), stack in zip(rows.items(), stacks, strict=True):
         name = dict(specs[stack].feature_tables)[feature.removeprefix(f"{stack}.")]
         assert own.tobytes() == mpembed.to_dense(states[stack])[name][:5].tobytes()
     checkpoint.save(tmp_path / "steps", 1, states)
@@ -437,6 +438,22 @@ def of_first(**fields):
 def test_a_description_that_is_wrong_is_refused(lie, good, tmp_path):
     with pytest.raises(serving.ServingError, match=lie.message):
         container.open_file(rewritten(good, tmp_path / "a", lie.change))
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_read_as_it_was(good, tmp_path, monkeypatch):
+    """The rows that are mapped are those of the file whose header was read."""
+    path, newer = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(good.read_bytes())
+    newer.write_bytes(good.read_bytes()[:-1] + b"?")
+    read_header = container._read_header
+
+    def and_replace(*given):
+        os.replace(newer, path)
+        return read_header(*given)
+
+    monkeypatch.setattr(container, "_read_header", and_replace)
+    opened = container.open_file(path)
+    assert opened.data.tobytes() == good.read_bytes()[-len(opened.data) :]
 
 
 def test_half_a_character_in_a_description_is_refused(tmp_path):

@@ -394,6 +394,17 @@ def test_many_threads_read_one_table_and_a_process_that_gets_it_maps_it_again(mo
         table.rows["items"][0, 0] = 1
 
 
+def test_a_pickled_table_does_not_become_that_of_another_file(tmp_path):
+    spec, tx = shapes.stack(70, 16, storage="int8"), mpembed.optim.sgd(0.1)
+    for seed in range(2):
+        serving.save(tmp_path / f"{seed}", mpembed.init(jax.random.key(seed), spec, tx))
+    data = pickle.dumps(serving.load(tmp_path / "0"))
+    assert pickle.loads(data).lookup([1]).shape == (1, 16)
+    (tmp_path / "1").replace(tmp_path / "0")
+    with pytest.raises(serving.ServingError, match="0 is another file than the one whose table"):
+        pickle.loads(data)
+
+
 @pytest.mark.slow
 def test_loading_takes_milliseconds_whatever_the_size(tmp_path):
     """The file is sparse: 8 GB of zeros, of which nothing is read."""
