@@ -68,7 +68,9 @@ class Errors(NamedTuple):
 
     largest: float  # of all finite elements
     mean: float  # of the absolute differences of all elements
-    num_nonfinite: int  # elements that are not finite in training; their difference counts as zero
+    # Elements that are not finite in training or in the file. Their difference counts as zero. In a
+    # format with a scale, one such element can make all of its row so.
+    num_nonfinite: int
 
 
 class Array(NamedTuple):

@@ -316,9 +316,14 @@ def _encode_again(
 def _differences(
     rows: jax.Array, packed: jax.Array, fmt: RowFormat, is_row: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns the largest difference, the sum of all, and how many elements are not finite."""
-    is_finite = jnp.isfinite(rows) & is_row[:, None]
-    difference = jnp.abs(decode(packed, fmt, rows.shape[1]) - rows)
-    difference = jnp.where(is_finite, difference, jnp.float32(0))
-    num = jnp.sum(~jnp.isfinite(rows) & is_row[:, None], dtype=jnp.int32)
+    """Returns the largest difference, the sum of all, and how many elements are not finite.
+
+    An element counts as not finite if it is not in `rows`, or not in what `packed` decodes to.
+    """
+    decoded = decode(packed, fmt, rows.shape[1])
+    # In a format with a scale, one element that is not finite can make all of its row so.
+    is_finite = jnp.isfinite(rows) & jnp.isfinite(decoded)
+    counts = is_finite & is_row[:, None]
+    difference = jnp.where(counts, jnp.abs(decoded - rows), jnp.float32(0))
+    num = jnp.sum(~is_finite & is_row[:, None], dtype=jnp.int32)
     return jnp.max(difference, initial=0), jnp.sum(difference), num
