@@ -66,8 +66,10 @@ def load(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f'implementation must be "numba" or "numpy", got {implementation!r}')
     call = "serving.load(path)"
-    if threads is not None and arguments.integer(call, "threads", threads) < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    if threads is not None:
+        threads = arguments.integer(call, "threads", threads)
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
     if implementation is None:
         implementation = "numba" if numba_package.is_default() else "numpy"
     if implementation == "numba" and (reason := numba_package.why_not()):
@@ -400,9 +402,10 @@ class ServingTable:
           query: float32 [.., D].
           k: the number of rows, at most V.
           table: its name; optional if there is a single table, and this table is not a pool.
-          among: integers [n]: only these rows are scored. On the host only. None: all rows.
-          sketch: a SignSketch of the table. It chooses `oversample` * k candidates, and exact
-            scores choose the best k of them. On the host only. None: all rows are scored.
+          among: integers [n]: only these rows are scored. NO_ID is left out. On the host only.
+            None: all rows.
+          sketch: a SignSketch of the table in this file. It chooses `oversample` * k candidates,
+            and exact scores choose the best k of them. On the host only. None: all rows are scored.
           oversample: candidates of the sketch for each result, at least 1.
 
         Returns:
@@ -413,8 +416,8 @@ class ServingTable:
           KeyError: if the table is unknown, or a table of raw ids.
           TypeError: if k or oversample is not an integer, if sketch is not a SignSketch, or if
             query does not consist of real numbers or has a mask.
-          ValueError: if k or a shape is wrong, if a row of `among` is outside, or if both `among`
-            and a sketch are given.
+          ValueError: if k or a shape is wrong, if a row of `among` is outside, if both `among` and
+            a sketch are given, or if the sketch is of another table or file.
         """
         chosen = self.table(table)
         packed = self.rows[chosen.name]
@@ -452,7 +455,13 @@ class ServingTable:
                     f"{call}: sketch must be a SignSketch (from serving.sketch), got "
                     f"{type(sketch).__name__}"
                 )
-            if arguments.integer(call, "oversample", oversample) < 1:
+            if sketch.checksums_crc32 != self.contents.checksums_crc32:
+                raise ValueError(
+                    f"the sketch of table {sketch.table!r} was made for another file; make it for "
+                    f"this one: serving.sketch(tables, {chosen.name!r})"
+                )
+            oversample = arguments.integer(call, "oversample", oversample)
+            if oversample < 1:
                 raise ValueError(f"oversample must be at least 1, got {oversample}")
             reader = self.host.reader(chosen, packed)
             parts = None if reader is None else reader.parts
@@ -734,8 +743,9 @@ class ServingTable:
     def _among(
         self, table: Table, queries: np.ndarray, among: Any, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best k of the rows `among`."""
+        """Returns the best k of the rows `among`. NO_ID is no row."""
         rows = np.unique(_host_ids(table.name, among)[0])
+        rows = rows[rows != NO_ID]
         if rows.size and not 0 <= rows[0] <= rows[-1] < table.num_rows:
             raise ValueError(
                 f"the rows of `among` must be in [0, {table.num_rows}), got {rows[0]} to {rows[-1]}"

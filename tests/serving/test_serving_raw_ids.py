@@ -193,6 +193,14 @@ def test_the_best_rows_of_a_pool_are_rows_of_the_ids_that_one_knows(states, path
         np.testing.assert_array_equal(everything[1], _as_dense(table).top_k(query, 3)[1])
         few = table.top_k(query, 5, "emb.pool", among=rows[:2])[1]
         assert (few[:, len(set(rows[:2])) :] == NO_ID).all()
+        # Rows of masked ids and of None are padding.
+        masked = np.ma.array(items, mask=items % 2 == 1)
+        padded, plain = (table.rows_of({"liked": own})["liked"] for own in (masked, items[::2]))
+        assert (padded == NO_ID).any()
+        both = [table.top_k(query, 5, "emb.pool", among=own) for own in (padded, plain)]
+        jax.tree.map(np.testing.assert_array_equal, *both)
+        nothing = table.top_k(query, 2, "emb.pool", among=[NO_ID, NO_ID])
+        assert np.isneginf(nothing[0]).all() and (nothing[1] == NO_ID).all()
     with pytest.raises(KeyError, match=r"name the pool 'emb\.pool'.*'user', 'item'"):
         table.top_k(query, 5, "item")
     with pytest.raises(ValueError, match=r"in \[0, 262\), got 3 to 262"):

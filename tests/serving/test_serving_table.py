@@ -369,6 +369,38 @@ def test_a_sign_sketch_finds_the_best_rows_of_skewed_norms(bits, tmp_path):
         serving.sketch(table, bits=100)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_sketch_is_pickled_and_serves_the_file_that_it_was_made_for(host, tmp_path):
+    spec, tx = shapes.stack((70, 70), 16, storage="int8"), mpembed.optim.sgd(0.1)
+    wider = shapes.stack(70, 33, storage="int8")
+    for name, own in (("0", spec), ("1", spec), ("2", wider)):
+        serving.save(tmp_path / name, mpembed.init(jax.random.key(int(name)), own, tx))
+    tables = [serving.load(tmp_path / name, implementation=host) for name in "012"]
+    made = serving.sketch(tables[0], "table0", bits=np.int8(64))
+    queries = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    # 10 * 13 candidates are more than an int8 holds.
+    options = {"oversample": np.int8(10)}
+    wanted = tables[0].top_k(queries, 13, "table0", sketch=made, **options)
+    exact = tables[0].top_k(queries, 13, "table0")
+    jax.tree.map(np.testing.assert_array_equal, wanted[1], exact[1])
+    again = pickle.loads(pickle.dumps(made))
+    found = tables[0].top_k(queries, 13, "table0", sketch=again, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    for sketch in (made, again):
+        with pytest.raises(ValueError, match=r"'table0' was made for another file; .*'table0'\)$"):
+            tables[1].top_k(queries, 3, "table0", sketch=sketch)
+        with pytest.raises(ValueError, match="was made for another file"):
+            tables[2].top_k(np.ones(33), 3, "table0", sketch=sketch)
+        with pytest.raises(
+            ValueError, match=r"'table0' of 70 rows of dim 16, not of 'table1' of 70"
+        ):
+            tables[0].top_k(queries, 3, "table1", sketch=sketch)
+        with pytest.raises(
+            ValueError, match=r"rows of dim 16, not of 'table0' of 70 rows of dim 33"
+        ):
+            sketch.candidates(tables[2].table("table0"), np.ones((1, 33), np.float32), 3)
+
+
 def test_many_threads_read_one_table_and_a_process_that_gets_it_maps_it_again(model):
     states, path = model
     table = serving.load(path, threads=3)
