@@ -7,6 +7,7 @@ made.
 """
 
 import dataclasses
+import errno
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,7 +71,8 @@ def save(
       those that `read` returns in training.
 
     Raises:
-      OSError: if the file cannot be written; an existing file stays.
+      OSError: if the file cannot be written; an existing file stays. It is raised before rows are
+        read if path is a directory, or its folder does not exist.
       TypeError: if path is not a path, storage not a format, or progress not a function, or if a
         map of tokens does not consist of integers.
       ValueError: if there is no embedding state, names of the file are not distinct, or a state is
@@ -80,7 +82,25 @@ def save(
     path = arguments.path_of("serving.save(path, states)", "path", path)
     if not (progress is None or callable(progress)):
         raise TypeError(f"progress must be a function or None, got {progress!r}")
+    check_place(path)
     return write(path, sources.of_tree(states), storage, progress)
+
+
+def check_place(path: Path) -> None:
+    """Checks that a file may have this path, before its rows are read.
+
+    Raises:
+      FileNotFoundError: if its folder does not exist.
+      IsADirectoryError: if a directory has this path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "a serving file cannot replace a directory", str(path)
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder of {path.name} does not exist", str(path.parent)
+        )
 
 
 def write(

@@ -207,6 +207,10 @@ def test_the_file_of_a_checkpoint_has_its_features_and_its_rounding(tmp_path):
     for fields in ({"features": [["liked", "nowhere"]]}, {"features": "liked"}, {"rounding": "up"}):
         with pytest.raises(checkpoint.CheckpointError, match=r"features|rounding"):
             export_changed(**{"features": None, "rounding": None} | fields)
+    # That is no damage: such a stack can be trained over a mesh.
+    tables = [["table0", 2**31 - 2], *([f"table{i}", SIZES[i]] for i in (1, 2))]
+    with pytest.raises(ValueError, match="'emb' has 2147483953 rows; a serving file holds fewer"):
+        export_changed(tables=tables)
     # An earlier version wrote neither: each table is a feature.
     older = export_changed(features="left out", rounding="left out")
     assert older.features == tuple((f"table{i}", f"table{i}") for i in range(3))
@@ -548,6 +552,20 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_file_alone(mistake, tmp_
         mistake.call(path)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_place_that_no_file_may_have_is_said_before_rows_are_read(tmp_path):
+    (tmp_path / "steps").mkdir()
+    calls = [
+        lambda path: serving.save(path, trained(SMALL), progress=lambda *_: pytest.fail("written")),
+        lambda path: checkpoints.export(tmp_path / "steps", path),
+    ]
+    for call in calls:
+        with pytest.raises(IsADirectoryError, match=r"cannot replace a directory: .*steps'$"):
+            call(tmp_path / "steps")
+        with pytest.raises(FileNotFoundError, match=r"folder of a does not exist: .*nowhere'$"):
+            call(tmp_path / "nowhere" / "a")
+    assert not list((tmp_path / "steps").iterdir())
 
 
 def test_a_save_that_is_interrupted_leaves_the_old_file(tmp_path):
