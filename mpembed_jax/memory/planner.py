@@ -36,8 +36,8 @@ from mpembed_jax.vocabulary.spec import VocabularySpec, groups_of
 # Tables of at most _TINY_ROWS rows may share a stack in float32, separate from larger tables.
 # Together, they may take 1 / _TINY_PART of the budget of all devices.
 _TINY_ROWS, _TINY_PART = 10_000, 50
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 SOURCE = "experiments/accuracy/README.md, Reddit"
 RAW_SOURCE = "experiments/accuracy/details.md, Reddit, raw ids"
 
@@ -166,7 +166,7 @@ class Plan:
 
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
-    """Returns a size in bytes: "16GB" is 16 * 10^9, "16GiB" is 16 * 2^30.
+    """Returns a size in bytes: "16GB" and "16e9" are 16 * 10^9, "16GiB" is 16 * 2^30.
 
     Args:
       size: a number of bytes, or a text of a number and a unit.
@@ -175,7 +175,7 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     Raises:
       ValueError: if size is neither, or is below one byte.
     """
-    found = re.fullmatch(r"\s*([\d_.]+)\s*([kmgt]?i?)b?\s*", str(size).lower())
+    found = re.fullmatch(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*([kmgtp]?i?)b?\s*", str(size).lower())
     try:
         bytes_ = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     except (ValueError, KeyError, OverflowError):

@@ -445,6 +445,54 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     assert "cannot be read as parquet" in capsys.readouterr().err
 
 
+HEADERS = ("rows,dim,name", "Rows, DIM ,NAME", "rows ,dim,name,,")
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_file_of_tables_is_known_however_its_columns_are_written(header, tmp_path, capsys):
+    file = tmp_path / "a.csv"
+    file.write_text(f"{header}\n500,16,a\n1e3,16.0,b\n")
+    assert __main__.main(["plan", str(file), "--budget", "8MB", "--dim", "4"]) == 0
+    assert re.search(r"small16 +1,500 +16", capsys.readouterr().out)
+
+
+WRONG_FILES = {
+    "equal columns of ids": ("user,item,user\n1,2,3\n", "several columns of the name 'user'"),
+    "equal columns of tables": ("rows,dim,Rows\n1,2,3\n", "several columns of the name 'rows'"),
+    "equal tables": ("name,rows,dim\na,5,4\nb,5,4\na,6,4\n", r"got \['a'\] several times"),
+    "a half": ("rows,dim\n5.5,4\n", "must be whole numbers, got '5.5'"),
+    "negative": ("rows,dim\n-5,4\n", "must be whole numbers, got '-5'"),
+    "no cell": ("rows,dim\n5\n", "must be whole numbers, got None"),
+    "not a number": ("rows,dim\nnan,4\n", "must be whole numbers, got 'nan'"),
+}
+
+
+@pytest.mark.parametrize("case", named(WRONG_FILES))
+def test_a_file_that_says_two_things_is_refused(case, tmp_path, capsys):
+    text, message = case
+    (tmp_path / "a.csv").write_text(text)
+    assert __main__.main(["plan", str(tmp_path / "a.csv"), "--budget", "8MB", "--dim", "4"]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_empty_cells_of_parquet_are_those_of_csv(tmp_path, capsys):
+    polars = pytest.importorskip("polars")
+    columns = {"user": ["a", "b", "", None, "a"], "item": [7.0, float("nan"), None, 3.0, 7.0]}
+    polars.DataFrame(columns).write_parquet(tmp_path / "ids.parquet")
+    (tmp_path / "ids.csv").write_text("user,item\na,7\nb,\n,\n,3\na,7\n")
+    printed = []
+    for name in ("ids.csv", "ids.parquet"):
+        words = ["plan", str(tmp_path / name), "--budget", "8MB", "--dim", "16"]
+        assert __main__.main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and re.search(r"small16 +4 +16", printed[0])
+    polars.DataFrame({"rows": [1e3, 500.0], "dim": [16, 16]}).write_parquet(
+        tmp_path / "tables.parquet"
+    )
+    assert __main__.main(["plan", str(tmp_path / "tables.parquet"), "--budget", "8MB"]) == 0
+    assert re.search(r"small16 +1,500 +16", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     "mistake",
     named([
@@ -520,4 +568,5 @@ def test_what_is_wrong_is_said(mistake):
 
 def test_sizes_are_numbers_or_texts():
     sizes = {"16GB": 16 * 10**9, "1.5 GiB": 3 * 2**29, "300": 300, 7: 7, "2k": 2000, "1_000": 1000}
+    sizes |= {"16e9": 16 * 10**9, "1.5E+3 kB": 1_500_000, "2PB": 2 * 10**15, "2 PiB": 2**51}
     assert {size: planner.parse_bytes(size) for size in sizes} == sizes
