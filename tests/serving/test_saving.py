@@ -275,6 +275,26 @@ def test_the_command_line_exports_an_increment_shows_it_and_finds_damage(tmp_pat
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+def test_the_command_line_exports_scales_of_another_dtype(tmp_path, capsys):
+    state = trained(shapes.stack(SIZES, 16, storage="int8", lines=64))
+    checkpoint.save(tmp_path / "steps", 1, {"emb": state})
+    words = ["export", str(tmp_path / "steps"), str(tmp_path / "a"), "--storage"]
+    assert __main__.main([*words, "int4:float16"]) == 0
+    assert "int4 symmetric float16" in capsys.readouterr().out
+    storage = mpembed.RowFormat("int4", scale_dtype="float16")
+    serving.save(tmp_path / "b", {"emb": state}, storage=storage)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    for text, message in (
+        ("int4:int8", "scale_dtype must be one of"),
+        ("int4:", "scale_dtype must be one of"),
+        ("float16:float16", "float16 rows have no scale"),
+        ("int3", "unknown row format"),
+    ):
+        with pytest.raises(SystemExit):
+            __main__.main([*words, text])
+        assert message in capsys.readouterr().err
+
+
 def test_the_command_line_says_which_package_an_export_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.delattr(serving, "checkpoints")
     monkeypatch.setitem(sys.modules, "mpembed_jax.serving.checkpoints", None)
