@@ -343,7 +343,7 @@ def _differences(
     decoded = decode(packed, fmt, rows.shape[1])
     # In a format with a scale, one element that is not finite can make all of its row so.
     is_finite = jnp.isfinite(rows) & jnp.isfinite(decoded)
-    counts = is_finite & is_row[:, None]
-    difference = jnp.where(counts, jnp.abs(decoded - rows), jnp.float32(0))
+    is_counted = is_finite & is_row[:, None]
+    difference = jnp.where(is_counted, jnp.abs(decoded - rows), jnp.float32(0))
     num = jnp.sum(~is_finite & is_row[:, None], dtype=jnp.int32)
     return jnp.max(difference, initial=0), jnp.sum(difference), num
