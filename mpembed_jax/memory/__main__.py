@@ -5,6 +5,8 @@ import csv
 import importlib
 import importlib.util
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +56,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        columns = _columns(given.file)
+        columns, is_tables = _columns(given.file)
         ids = None
         tables: dict[str, tuple[int | None, int]]
-        if columns.keys() >= _COLUMNS:
+        if is_tables:
             if given.raw:
                 raise ValueError(f"{given.file} is a file of tables; --raw is for a file of ids")
-            names = columns.get("name", [f"table{i}" for i in range(len(columns["rows"]))])
+            numbered = (f"table{index}" for index in range(len(columns["rows"])))
+            names = [*map(str, columns.get("name", numbered))]
+            if twice := _twice(names):
+                raise ValueError(
+                    f"{given.file}: names of tables must be distinct, got {twice} several times"
+                )
             sizes = zip(map(_count, columns["rows"]), map(_count, columns["dim"]), strict=True)
-            tables = dict(zip(map(str, names), sizes, strict=True))
-            if len(tables) != len(columns["rows"]):
-                raise ValueError(f"{given.file}: names of tables must be distinct")
+            tables = dict(zip(names, sizes, strict=True))
         elif given.dim is None:
             raise ValueError(
                 f"{given.file} has columns {list(columns)}; a file of tables has rows and dim; for "
@@ -95,40 +100,94 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _twice(names: Iterable[str]) -> list[str]:
+    """Returns the names that occur several times."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def _count(value: Any) -> int:
+    """Returns a cell of the column rows or dim. It may be a float, as in a column with nulls.
+
+    Raises:
+      ValueError: if it is no whole number.
+    """
     text = str(value).replace("_", "").strip()
-    if not text.isdecimal():
+    if text.isdecimal():
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if number < 0 or not number.is_integer():
         raise ValueError(f"rows and dim must be whole numbers, got {value!r}")
-    return int(text)
+    return int(number)
 
 
-def _columns(path: Path) -> dict[str, Any]:
-    """Returns {column: values} of a CSV or parquet file, without empty cells in a file of ids."""
-    if path.suffix == ".parquet":
-        if importlib.util.find_spec("polars") is None:
-            raise ImportError(f"reading {path} needs polars, or save it as CSV")
-        polars = importlib.import_module("polars")
-        try:
-            frame = polars.read_parquet(path)
-        except polars.exceptions.PolarsError as error:
-            raise ValueError(f"{path} cannot be read as parquet: {error}") from None
-        if not set(frame.columns) >= _COLUMNS:
-            return {name: frame[name].drop_nulls().to_numpy() for name in frame.columns}
-        return {name: frame[name].to_numpy() for name in frame.columns}
+def _columns(path: Path) -> tuple[dict[str, Any], bool]:
+    """Returns {column: cells} of a CSV or parquet file, and whether it is a file of tables.
+
+    Names of columns of a file of tables are in lower case, without spaces around them. A file of
+    ids has no cells that are empty, null or NaN.
+
+    Raises:
+      ImportError: if polars is needed and not installed.
+      ValueError: if the file cannot be read, or two columns have one name.
+    """
+    names, cells = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    plain = [name.strip().lower() for name in names]
+    is_tables = set(plain) >= _COLUMNS
+    if is_tables:
+        known = [(n, own) for n, own in zip(plain, cells, strict=True) if n in (*_COLUMNS, "name")]
+        names, cells = [name for name, _ in known], [list(own) for _, own in known]
+    if twice := _twice(names):
+        raise ValueError(f"{path} has several columns of the name {', '.join(map(repr, twice))}")
+    if not is_tables:
+        cells = [_filled(own) for own in cells]
+    return dict(zip(names, cells, strict=True)), is_tables
+
+
+def _filled(cells: Any) -> Any:
+    """Returns the cells of a column of ids that are neither empty nor null nor NaN."""
+    if not isinstance(cells, list):  # a column of polars
+        cells = cells.drop_nulls().to_numpy()
+        if cells.dtype.kind == "f":
+            return cells[~np.isnan(cells)]
+        if cells.dtype != object:
+            return cells
+    return [cell for cell in cells if type(cell) not in (str, bytes, type(None)) or cell]
+
+
+def _parquet(path: Path) -> tuple[list[str], list[Any]]:
+    """Returns the names of the columns of a parquet file, and the columns of polars."""
+    if importlib.util.find_spec("polars") is None:
+        raise ImportError(f"reading {path} needs polars, or save it as CSV")
+    polars = importlib.import_module("polars")
+    try:
+        frame = polars.read_parquet(path)
+    except polars.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+    return frame.columns, frame.get_columns()
+
+
+def _csv(path: Path) -> tuple[list[str], list[Any]]:
+    """Returns the names of the columns of a CSV file, and their cells: lists of texts.
+
+    A cell that a row lacks is None.
+    """
     try:
         # Spreadsheets begin a file with a byte order mark, which is no part of the first name.
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, skipinitialspace=True))
+            lines = [line for line in csv.reader(file, skipinitialspace=True) if line]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as CSV: {error}") from None
-    if not rows:
+    if len(lines) < 2:
         raise ValueError(f"{path} has no rows")
-    # DictReader puts the cells for which there is no name under None.
-    if longer := [number for number, row in enumerate(rows, 1) if None in row]:
+    names, *rows = lines
+    if longer := [number for number, row in enumerate(rows, 1) if len(row) > len(names)]:
         raise ValueError(f"row {longer[0]} of {path} has more cells than the header has names")
-    if not rows[0].keys() >= _COLUMNS:
-        return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return names, [
+        [row[column] if column < len(row) else None for row in rows] for column in range(len(names))
+    ]
 
 
 if __name__ == "__main__":

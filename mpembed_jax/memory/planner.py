@@ -11,8 +11,9 @@ measured format did a row for every id give a higher AUC, and it took more than 
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,10 +34,10 @@ from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.spec import VocabularySpec, groups_of
 
 # Tables of at most _TINY_ROWS rows may share a stack in float32, separate from larger tables.
-# Together, they may take the share _TINY_SHARE of the budget of all devices.
-_TINY_ROWS, _TINY_SHARE = 10_000, 0.02
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# Together, they may take 1 / _TINY_PART of the budget of all devices.
+_TINY_ROWS, _TINY_PART = 10_000, 50
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50}
 SOURCE = "experiments/accuracy/README.md, Reddit"
 RAW_SOURCE = "experiments/accuracy/details.md, Reddit, raw ids"
 
@@ -165,7 +166,7 @@ class Plan:
 
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
-    """Returns a size in bytes: "16GB" is 16 * 10^9, "16GiB" is 16 * 2^30.
+    """Returns a size in bytes: "16GB" and "16e9" are 16 * 10^9, "16GiB" is 16 * 2^30.
 
     Args:
       size: a number of bytes, or a text of a number and a unit.
@@ -174,7 +175,7 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     Raises:
       ValueError: if size is neither, or is below one byte.
     """
-    found = re.fullmatch(r"\s*([\d_.]+)\s*([kmgt]?i?)b?\s*", str(size).lower())
+    found = re.fullmatch(r"\s*([\d_.]+(?:e[+-]?\d+)?)\s*([kmgtp]?i?)b?\s*", str(size).lower())
     try:
         bytes_ = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     except (ValueError, KeyError, OverflowError):
@@ -196,9 +197,10 @@ def plan(
 ) -> Plan:
     """Chooses stacks, formats, caches and placements for tables, within a budget of memory.
 
-    Tables of one dim share a stack. Small tables of one dim share another stack, in float32, if
-    together they take little of the budget. Tables of raw ids of one dim share a stack with a pool
-    of rows. Nothing is allocated.
+    Tables of one dim share a stack. A stack has fewer than 2**31 - 1 rows: a table for which it has
+    no room begins another one. Small tables of one dim share another stack, in float32, if together
+    they take little of the budget, and all stacks then fit. Tables of raw ids of one dim share a
+    stack with a pool of rows. Nothing is allocated.
 
     A pool has a row for each id that occurs at least k times in the sample, and a tenth more,
     because sets of rows do not fill evenly. It is rounded up to whole sets. A sample of a stream
@@ -262,16 +264,43 @@ def plan(
     samples = dict(ids or {})
     if unknown := sorted(set(samples) - set(sizes)):
         raise ValueError(f"ids name tables {unknown}, which are not among {list(sizes)}")
-    stacks = _stacks(sizes, samples, limit * devices)
+    small = _small(sizes)
+    # Small tables have a stack of their own if the budget per device is at least this.
+    least_for_small = -(-_TINY_PART * sum(small.values()) // devices)
     mesh = None if devices == 1 else _mesh(devices, batch_shape)
-    bytes_of = _Bytes(stacks, tx, mesh, batch_shape)
-    chosen = _fit(stacks, bytes_of, limit, host_limit)
+
+    @functools.cache
+    def search_of(is_small_apart: bool) -> _Search:
+        stacks = _stacks(sizes, samples, small if is_small_apart else ())
+        return _Search(stacks, _Bytes(stacks, tx, mesh, batch_shape), host_limit)
+
+    chosen = None
+    if small and limit >= least_for_small:
+        search = search_of(True)
+        chosen = search.choose(limit)
+    if chosen is None:
+        search = search_of(False)
+        chosen = search.choose(limit)
+    if chosen is None:
+        needed = search.needed()
+        if small and least_for_small < needed:
+            needed = min(needed, max(least_for_small, search_of(True).needed()))
+        can_use_host = not host_limit and search.by_size and mesh is None
+        raise ValueError(
+            f"nothing fits {limit:,} bytes per device; the smallest budget that works is "
+            f"{needed:,} bytes"
+            + (
+                " (or give host_budget=, so that packed rows may be in host memory)"
+                if can_use_host
+                else ""
+            )
+        )
     choices = []
     for name, (level, is_host) in chosen.items():
-        choice = bytes_of(name, level, is_host)
-        reason = _reason(stacks[name], level, is_host, choice)
+        choice = search.bytes_of(name, level, is_host)
+        reason = _reason(search.stacks[name], level, is_host, choice)
         choices.append(dataclasses.replace(choice, reason=reason))
-    return Plan(tuple(choices), limit, devices, bytes_of.temporaries(chosen))
+    return Plan(tuple(choices), limit, devices, search.bytes_of.temporaries(chosen))
 
 
 def _mesh(devices: int, batch_shape: tuple[int, ...] | None) -> Any:
@@ -375,21 +404,34 @@ class _Stack(NamedTuple):
         return is_large and few is not None and many is not None and many - few < 0.02
 
 
-def _stacks(
-    sizes: dict[str, tuple[int | None, int]], samples: dict[str, Any], limit: int
-) -> dict[str, _Stack]:
-    """Divides the tables into stacks by dim, and separates small tables and tables of raw ids."""
-    small = {
+def _small(sizes: dict[str, tuple[int | None, int]]) -> dict[str, int]:
+    """Returns the small tables, and the bytes of each in float32."""
+    return {
         name: 4 * rows * dim
         for name, (rows, dim) in sizes.items()
         if rows is not None and rows <= _TINY_ROWS
     }
-    if sum(small.values()) > _TINY_SHARE * limit:
-        small = {}
+
+
+def _stacks(
+    sizes: dict[str, tuple[int | None, int]], samples: dict[str, Any], small: Collection[str]
+) -> dict[str, _Stack]:
+    """Divides the tables into stacks by dim, and separates tables of raw ids and those of `small`.
+
+    A table for whose rows a stack has no room, as a stack has fewer than 2**31 - 1 rows, begins
+    another stack.
+    """
     tables: dict[str, list[TableSpec]] = {}
+    newest: dict[str, tuple[str, int]] = {}  # of each kind, the name of the last stack and its rows
     for name, (rows, dim) in sizes.items():
-        kind = "raw" if rows is None else "small" if name in small else "dim"
-        tables.setdefault(f"{kind}{dim}", []).append(TableSpec(name, rows))
+        kind = f"{'raw' if rows is None else 'small' if name in small else 'dim'}{dim}"
+        stack, total = newest.get(kind, (kind, 0))
+        total += rows or 0
+        if total >= NO_ID:
+            number = 1 + sum(known.split("_")[0] == kind for known in tables)
+            stack, total = f"{kind}_{number}", rows or 0
+        newest[kind] = stack, total
+        tables.setdefault(stack, []).append(TableSpec(name, rows))
     return {
         name: _stack(tuple(held), sizes[held[0].name][1], name.startswith("small"), samples)
         for name, held in tables.items()
@@ -571,69 +613,82 @@ class _Bytes:
 # --- the choice
 
 
-def _fit(stacks: dict[str, _Stack], bytes_of: _Bytes, limit: int, host_limit: int) -> _Chosen:
-    """Returns the level of each stack, and whether its rows are in host memory.
+class _Search:
+    """The search for levels of all stacks that fit a budget together."""
 
-    Raises:
-      ValueError: if nothing fits.
-    """
+    def __init__(self, stacks: dict[str, _Stack], bytes_of: _Bytes, host_limit: int):
+        self.stacks, self.bytes_of, self._host_limit = stacks, bytes_of, host_limit
+        self._levels = {name: stack.levels for name, stack in stacks.items()}
+        self._num_levels = max(len(own) for own in self._levels.values())
+        # The largest stacks go to the host first.
+        least = self._all_at(self._num_levels - 1, set())
+        by_size = sorted(stacks, key=lambda name: -bytes_of(name, *least[name]).device_bytes)
+        self.by_size = [name for name in by_size if len(self._levels[name]) > 1]
 
-    def total(chosen: _Chosen) -> tuple[int, int]:
-        held = [bytes_of(name, *choice) for name, choice in chosen.items()]
-        on_device = sum(choice.device_bytes for choice in held)
-        return on_device, sum(choice.host_bytes for choice in held)
+    def choose(self, limit: int) -> _Chosen | None:
+        """Returns the level of each stack, and whether its rows are in host memory.
 
-    def fits(chosen: _Chosen) -> bool:
-        on_device, on_host = total(chosen)
-        least, most = bytes_of.bounds(chosen)
-        if on_host > host_limit or on_device + least > limit:
-            return False
-        return on_device + most <= limit or on_device + bytes_of.temporaries(chosen) <= limit
+        Returns None if nothing fits `limit` bytes per device.
+        """
 
-    def all_at(number: int, hosted: set[str]) -> _Chosen:
+        def fits(chosen: _Chosen) -> bool:
+            on_device, on_host = self._total(chosen)
+            least, most = self.bytes_of.bounds(chosen)
+            if on_host > self._host_limit or on_device + least > limit:
+                return False
+            return (
+                on_device + most <= limit or on_device + self.bytes_of.temporaries(chosen) <= limit
+            )
+
+        found = next((chosen for chosen in self._tried() if fits(chosen)), None)
+        return None if found is None else _improved(found, self._levels, self.by_size, fits)
+
+    def needed(self) -> int:
+        """Returns the smallest number of bytes per device that something fits."""
+        possible = [
+            chosen for chosen in self._tried() if self._total(chosen)[1] <= self._host_limit
+        ]
+        # What cannot be the smallest is not compiled.
+        least = [self._total(chosen)[0] + self.bytes_of.bounds(chosen)[0] for chosen in possible]
+        order = sorted(range(len(possible)), key=least.__getitem__)
+        needed: int | None = None
+        for index in order:
+            if needed is None or least[index] < needed:
+                chosen = possible[index]
+                own = self._total(chosen)[0] + self.bytes_of.temporaries(chosen)
+                needed = own if needed is None else min(needed, own)
+        assert needed is not None  # what has no rows on the host is possible
+        return needed
+
+    def _tried(self) -> Iterator[_Chosen]:
+        """Yields all stacks at each level in turn, then each stack at its smallest level.
+
+        First no stack has its rows in host memory, then the largest one, and so on.
+        """
+        for num_hosted in range(len(self.by_size) + 1 if self._host_limit else 1):
+            hosted = set(self.by_size[:num_hosted])
+            for number in range(1 if hosted else 0, self._num_levels):
+                yield self._all_at(number, hosted)
+            yield {
+                name: (self._smallest(name, name in hosted), name in hosted)
+                for name in self._levels
+            }
+
+    def _all_at(self, number: int, hosted: set[str]) -> _Chosen:
         return {
-            name: (own[min(number, len(own) - 1)], name in hosted) for name, own in levels.items()
+            name: (own[min(number, len(own) - 1)], name in hosted)
+            for name, own in self._levels.items()
         }
 
-    def smallest(name: str, is_host: bool) -> Level:
-        own = _possible(levels[name], is_host)
-        return min(own, key=lambda level: bytes_of(name, level, is_host).step_bytes)
+    def _smallest(self, name: str, is_host: bool) -> Level:
+        own = _possible(self._levels[name], is_host)
+        return min(own, key=lambda level: self.bytes_of(name, level, is_host).step_bytes)
 
-    def tried_with(hosted: set[str]) -> Iterator[_Chosen]:
-        """Yields all stacks at each level in turn, then each stack at its smallest level."""
-        for number in range(1 if hosted else 0, num_levels):
-            yield all_at(number, hosted)
-        yield {name: (smallest(name, name in hosted), name in hosted) for name in levels}
-
-    levels = {name: stack.levels for name, stack in stacks.items()}
-    num_levels = max(len(own) for own in levels.values())
-    # The largest stacks go to the host first.
-    least = all_at(num_levels - 1, set())
-    by_size = sorted(levels, key=lambda n: -bytes_of(n, *least[n]).device_bytes)
-    by_size = [name for name in by_size if len(levels[name]) > 1]
-    counts = range(len(by_size) + 1 if host_limit else 1)
-    for num_hosted in counts:
-        for chosen in tried_with(set(by_size[:num_hosted])):
-            if fits(chosen):
-                return _improved(chosen, levels, by_size, fits)
-    tried = [chosen for num in counts for chosen in tried_with(set(by_size[:num]))]
-    possible = [chosen for chosen in tried if total(chosen)[1] <= host_limit]
-    # What cannot be the smallest is not compiled.
-    possible.sort(key=lambda chosen: total(chosen)[0] + bytes_of.bounds(chosen)[0])
-    needed = total(possible[0])[0] + bytes_of.temporaries(possible[0])
-    for chosen in possible[1:]:
-        on_device = total(chosen)[0]
-        if on_device + bytes_of.bounds(chosen)[0] < needed:
-            needed = min(needed, on_device + bytes_of.temporaries(chosen))
-    raise ValueError(
-        f"nothing fits {limit:,} bytes per device; the smallest budget that works is {needed:,} "
-        "bytes"
-        + (
-            ""
-            if host_limit or not by_size or bytes_of.mesh is not None
-            else " (or give host_budget=, so that packed rows may be in host memory)"
-        )
-    )
+    def _total(self, chosen: _Chosen) -> tuple[int, int]:
+        """Returns the bytes on each device and those in host memory."""
+        held = [self.bytes_of(name, *choice) for name, choice in chosen.items()]
+        on_device = sum(choice.device_bytes for choice in held)
+        return on_device, sum(choice.host_bytes for choice in held)
 
 
 def _possible(levels: tuple[Level, ...], is_host: bool) -> tuple[Level, ...]:

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument(
         "--storage",
         help="encode rows again, with rounding to nearest, in a format such as int8, int4, int2 or "
-        "float16; default: rows as trained",
+        "float16; int4:float16 has scales of float16; default: rows as trained",
     )
     export.add_argument(
         "--step", type=int, help="step of the checkpoint; default: the newest good one"
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         match given.command:
             case "export":
                 try:
-                    storage = None if given.storage is None else RowFormat(given.storage)
+                    storage = None if given.storage is None else _format(given.storage)
                 except ValueError as error:
                     parser.error(str(error))
                 contents = _export(given.checkpoint, given.out, storage, given.step)
@@ -67,6 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(table_of(contents))
     return 0
+
+
+def _format(text: str) -> RowFormat:
+    """Returns the format of a text: its name, or name:dtype of scales.
+
+    Raises:
+      ValueError: if there is no such format.
+    """
+    name, colon, scale_dtype = text.partition(":")
+    return RowFormat(name, scale_dtype=scale_dtype if colon else None)
 
 
 def _export(checkpoint: Path, out: Path, storage: RowFormat | None, step: int | None) -> Contents:

@@ -7,8 +7,9 @@ all rows are encoded again. No checkpoint records the hash of n-grams. Their tab
 tables of row numbers or raw ids. To serve an n-gram memory, restore the model and save that.
 """
 
+import contextlib
 import logging
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.checkpoint import leaves, manifest, placements, restoring
 from mpembed_jax.checkpoint.errors import DamagedError
 from mpembed_jax.numerics.formats import RowFormat
-from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import saving, sources
 from mpembed_jax.serving.container import Contents
 from mpembed_jax.serving.sources import Source
@@ -37,9 +37,8 @@ def export(
 ) -> Contents:
     """Writes all embedding states of a checkpoint to one serving file.
 
-    The file has no hashes of n-grams, because a checkpoint does not hold them; see saving.save. If
-    two stacks have a feature of the same name, each table of all stacks becomes a feature of its
-    own name, and a UserWarning says so.
+    The file has no hashes of n-grams, because a checkpoint does not hold them. Names are those of
+    saving.save.
 
     Args:
       checkpoint: directory of `checkpoint.save`.
@@ -52,45 +51,30 @@ def export(
       The contents of the file.
 
     Raises:
-      FileNotFoundError: if the directory has no checkpoint (of this step).
+      FileNotFoundError: if the directory has no checkpoint (of this step), or if the folder of path
+        does not exist.
       CheckpointError: if the checkpoint is damaged or cannot be read now.
-      OSError: if the file cannot be written.
-      ValueError: if the checkpoint holds no embedding state, or if names are not distinct.
+      OSError: if the file cannot be written, as where path is a directory.
+      ValueError: if the checkpoint holds no embedding state, or one of 2**31 - 1 rows or more;
+        or if names are not distinct.
     """
+    saving.check_place(Path(path))
     directory = Path(checkpoint).absolute()
     chain = restoring.choose(directory, step)
     held = chain[0]
     if not held["embeddings"]:
         raise ValueError(f"step {held['step']} of {directory} holds no embedding state")
     _LOG.info("exporting step %d of %s", held["step"], directory)
-    named = [name for entry in held["embeddings"].values() for name in _feature_names(entry)]
-    has_features = len(set(named)) == len(named)
-    if not has_features:
-        twice = next(name for name in named if named.count(name) > 1)
-        warnings.warn(
-            f"several stacks have the feature {twice!r}: in the file, each table is a feature of "
-            "its own name",
-            stacklevel=2,
-        )
-    stacks = [_source(directory, chain, prefix, has_features) for prefix in held["embeddings"]]
+    stacks = [_source(directory, chain, prefix) for prefix in held["embeddings"]]
     return saving.write(path, stacks, storage, progress)
 
 
-def _feature_names(entry: dict[str, Any]) -> list[str]:
-    """Returns the names of the features of a stack, from its record in a manifest."""
-    features = entry.get("features")
-    return [name for name, _ in (entry["tables"] if features is None else features)]
-
-
-def _source(
-    directory: Path, chain: list[dict[str, Any]], prefix: str, has_features: bool
-) -> Source:
+def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source:
     """Returns the source of one embedding state, whose rows are then in memory.
-
-    Without `has_features`, each table is its own feature.
 
     Raises:
       CheckpointError: if its arrays are not those of such a state, or cannot be read.
+      ValueError: if it has more rows than a serving file holds.
     """
     held = chain[0]
     entry = held["embeddings"][prefix]
@@ -101,12 +85,12 @@ def _source(
     if pool is not None:
         wanted.add("vocabulary.owners")
     names = {inner: entry["names"][inner] for inner in wanted}
-    try:
+    with _as_damage(held["step"], prefix):
         tables = tuple(TableSpec(name, size) for name, size in entry["tables"])
         rounding = entry.get("rounding") or RowFormat.rounding
         name, symmetric, scale_dtype = entry["storage"]
         storage = RowFormat(name, symmetric, scale_dtype, rounding)
-        features = entry.get("features") if has_features else None
+        features = entry.get("features")
         spec = EmbeddingSpec(
             tables,
             entry["embedding_dim"],
@@ -115,14 +99,11 @@ def _source(
             features=None if features is None else tuple((f, t) for f, t in features),
             vocabulary=None if pool is None else _vocabulary(pool),
         )
+    sources.check_rows(prefix, spec)
+    with _as_damage(held["step"], prefix):
         division = placements.Division.read(entry)
         _check_arrays(entry, {i: held["arrays"][n] for i, n in names.items()}, spec, division)
         layout = None if division.shards == 1 else placements.layout(division, spec)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DamagedError(
-            f"step {held['step']}: embedding state {prefix!r} does not hold what the manifest says "
-            f"of it: {error}"
-        ) from None
     places = {name: leaves.Destination("host") for name in names.values()}
     found = restoring.read_arrays(directory, chain, places)
     if any(manifest.read(directory, body["step"]) != body for body in chain):
@@ -140,6 +121,18 @@ def _source(
         step=arrays["step"],
         owners=arrays.get("vocabulary.owners"),
     )
+
+
+@contextlib.contextmanager
+def _as_damage(step: int, prefix: str) -> Iterator[None]:
+    """Turns an error about what a manifest says of a state into a DamagedError."""
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DamagedError(
+            f"step {step}: embedding state {prefix!r} does not hold what the manifest says of it: "
+            f"{error}"
+        ) from None
 
 
 def _vocabulary(sizes: dict[str, int]) -> VocabularySpec:
@@ -173,8 +166,6 @@ def _check_arrays(
       ValueError: if they are not those of the spec and the cache.
     """
     dim = spec.embedding_dim
-    if spec.num_rows >= NO_ID:
-        raise ValueError(f"it has {spec.num_rows} rows; a serving file holds fewer than 2**31 - 1")
     num_rows = placements.num_rows(division, spec)
     expected: dict[str, tuple[Any, str]] = {
         "table.rows": (

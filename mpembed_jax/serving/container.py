@@ -14,11 +14,17 @@ For a stack of n-grams, the description has the parameters of their hash. The na
 begin with the name of the stack, because every memory has tables of the same names. Its map of
 tokens, if there is one, is an array, int32 [vocabulary_size].
 
-A file has the lowest version that supports its contents: 3 with n-grams, 2 with a pool, else 1.
+If other stacks have tables of the same names, the names of a stack's tables begin with the name of
+the stack. Raw ids are hashed with the names that the tables have in training: the pool's entry then
+has these, too.
+
+A file has the lowest version that supports its contents: 4 with a pool of renamed tables, 3 with
+n-grams, 2 with a pool, else 1.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -39,7 +45,7 @@ from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.ngram_hash import NGramHash
 
-VERSION = 3  # the newest that this library reads
+VERSION = 4  # the newest that this library reads
 # The names of the hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. A file that names
 # another hash is refused, because these hashes would find wrong rows in it.
 HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
@@ -62,7 +68,9 @@ class Errors(NamedTuple):
 
     largest: float  # of all finite elements
     mean: float  # of the absolute differences of all elements
-    num_nonfinite: int  # elements that are not finite in training; their difference counts as zero
+    # Elements that are not finite in training or in the file. Their difference counts as zero. In a
+    # format with a scale, one such element can make all of its row so.
+    num_nonfinite: int
 
 
 class Array(NamedTuple):
@@ -93,6 +101,9 @@ class Pool(NamedTuple):
     groups: int
     first_sets: int
     shared_rows: int  # for each table
+    # The names that hashes take, if those are not `tables`, and not `tables` without the prefix of
+    # a stack of n-grams; else ().
+    hashed: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -103,6 +114,9 @@ class Pool(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the owners' tags."""
         return 4 * self.sets * self.ways
+
+
+POOL_SIZES = ("sets", "ways", "groups", "first_sets", "shared_rows")  # fields of Pool
 
 
 class Table(NamedTuple):
@@ -199,6 +213,8 @@ class Contents:
     @property
     def version(self) -> int:
         """The lowest version that supports everything in the file."""
+        if any(table.pool is not None and table.pool.hashed for table in self.tables):
+            return 4
         if self.ngrams:
             return 3
         return 1 if all(table.pool is None for table in self.tables) else 2
@@ -240,6 +256,11 @@ class Contents:
 
 def _described(table: Table) -> dict[str, Any]:
     storage = table.format
+    pool = None
+    if table.pool is not None:
+        pool = table.pool._asdict() | {"hash": HASH}
+        if not table.pool.hashed:
+            del pool["hashed"]
     return {
         "name": table.name,
         "stack": table.stack,
@@ -247,7 +268,7 @@ def _described(table: Table) -> dict[str, Any]:
         "dim": table.embedding_dim,
         "storage": [storage.name, storage.symmetric, storage.scale_dtype],
         "errors": list(table.errors),
-        "vocabulary": None if table.pool is None else table.pool._asdict() | {"hash": HASH},
+        "vocabulary": pool,
     }
 
 
@@ -279,10 +300,14 @@ class Opened:
 
     def array(self, name: str) -> np.ndarray:
         """Returns an array of the file, mapped and read-only."""
-        entry = self.contents.tensors()[name]
+        entry = self._entries[name]
         begin, end = entry["data_offsets"]
         dtype = _DTYPES[entry["dtype"]]
         return self.data[begin:end].view(dtype).reshape(entry["shape"])
+
+    @functools.cached_property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return self.contents.tensors()
 
 
 def open_file(path: Any) -> Opened:
@@ -308,19 +333,22 @@ def open_file(path: Any) -> Opened:
                 "8 bytes are not the length of a header"
             )
         head = file.read(length)
-    contents = _read_header(path, head)
-    tensors = contents.tensors()
-    total = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
-    if size < total:
-        lost = [n for n, entry in tensors.items() if 8 + length + entry["data_offsets"][1] > size]
-        raise ServingError(
-            f"{path} is cut short: it has {size} of {total} bytes; table {lost[0]!r} is not whole"
-        )
-    if size > total:
-        raise ServingError(f"{path} has {size} bytes, but its header says {total}")
-    if (8 + length) % _ALIGNMENT:
-        raise ServingError(f"{path} is damaged: its arrays are not aligned")
-    data = np.memmap(path, np.uint8, "r", offset=8 + length)
+        contents = _read_header(path, head)
+        tensors = contents.tensors()
+        total = 8 + length + max(entry["data_offsets"][1] for entry in tensors.values())
+        if size < total:
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in tensors.items()}
+            lost = [name for name, end in ends.items() if end > size]
+            raise ServingError(
+                f"{path} is cut short: it has {size} of {total} bytes; table {lost[0]!r} is not "
+                "whole"
+            )
+        if size > total:
+            raise ServingError(f"{path} has {size} bytes, but its header says {total}")
+        if (8 + length) % _ALIGNMENT:
+            raise ServingError(f"{path} is damaged: its arrays are not aligned")
+        # The open file, not the path: another file may have taken its place since.
+        data = np.memmap(file, np.uint8, "r", offset=8 + length)
     if len(data) != total - 8 - length:
         raise ServingError(f"{path} changed while it was opened")
     return Opened(path, contents, data)
@@ -408,10 +436,13 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
             f"the raw ids of table {name!r} have the hash {hash_!r}, which this library does not "
             "know"
         )
-    if any(type(table) is not str for table in entry["tables"]):
+    names, hashed = tuple(entry["tables"]), tuple(entry.get("hashed", ()))
+    if any(type(table) is not str for table in names + hashed):
         raise ValueError(f"the name of a table of raw ids in {name!r} is no text")
-    sizes = [entry[field] for field in Pool._fields[1:]]
-    pool = Pool(tuple(entry["tables"]), *sizes)
+    if hashed and len(hashed) != len(names):
+        raise ValueError(f"table {name!r} hashes the raw ids of {len(names)} tables by {hashed}")
+    sizes = [entry[field] for field in POOL_SIZES]
+    pool = Pool(names, *sizes, hashed)
     is_right = (
         all(type(size) is int and 0 < size < NO_ID for size in sizes)
         and pool.ways <= MAX_WAYS

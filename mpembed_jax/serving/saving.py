@@ -7,11 +7,13 @@ made.
 """
 
 import dataclasses
+import errno
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +58,9 @@ def save(
       path: the path of the file. An existing file is replaced.
       states: an EmbeddingState, or any tree that holds some, such as `{name: state}`, an nnx model,
         or the variables of a linen model; not consumed. An n-gram memory is an nn.NGramMemory, or
-        an NGramState for one without a module. The path in the tree is the name of the stack. Names
-        of tables and features must be distinct over all stacks.
+        an NGramState for one without a module. The path in the tree is the name of the stack. A
+        name of a table or feature that several stacks have begins with "<stack>." in the file:
+        {"user": model.user.state, "item": model.item.state} gives "user.embedding".
       storage: None: the table's rows are written as trained, and lines that are newer than the
         table are encoded as by `flush`. A RowFormat or its name: rows of another format are encoded
         again, with rounding to nearest.
@@ -68,17 +71,36 @@ def save(
       those that `read` returns in training.
 
     Raises:
-      OSError: if the file cannot be written; an existing file stays.
+      OSError: if the file cannot be written; an existing file stays. It is raised before rows are
+        read if path is a directory, or its folder does not exist.
       TypeError: if path is not a path, storage not a format, or progress not a function, or if a
         map of tokens does not consist of integers.
-      ValueError: if there is no embedding state, names are not distinct, or a state is traced,
-        abstract, donated or spread over several processes. Also if an NGramState has the hash of
-        other tables, or a map that does not fit it.
+      ValueError: if there is no embedding state, names of the file are not distinct, or a state is
+        traced, abstract, donated or spread over several processes. Also if an NGramState has the
+        hash of other tables, or a map that does not fit it.
     """
     path = arguments.path_of("serving.save(path, states)", "path", path)
     if not (progress is None or callable(progress)):
         raise TypeError(f"progress must be a function or None, got {progress!r}")
+    check_place(path)
     return write(path, sources.of_tree(states), storage, progress)
+
+
+def check_place(path: Path) -> None:
+    """Checks that a file may have this path, before its rows are read.
+
+    Raises:
+      FileNotFoundError: if its folder does not exist.
+      IsADirectoryError: if a directory has this path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "a serving file cannot replace a directory", str(path)
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"the folder of {path.name} does not exist", str(path.parent)
+        )
 
 
 def write(
@@ -94,24 +116,23 @@ def write(
     owners: list[tuple[Source, int]] = []  # the stack and the first global row of each table
     features: list[tuple[str, str]] = []
     ngrams: list[NGrams] = []
-    for source in stacks:
-        prefix = ""
+    for source, names in zip(stacks, _names(stacks), strict=True):
         if source.ngrams is not None:
             ngrams.append(NGrams(source.name, source.ngrams, source.canonical is not None))
-            prefix = ngrams[-1].prefix
         spec = source.spec
         dim = spec.embedding_dim
         fmt = spec.storage if wanted is None else wanted.resolve(dim)
         form = dim, _bare(fmt)
         if spec.vocabulary is not None:
-            tables.append(_pool_of(source, prefix, *form))
+            tables.append(_pool_of(source, names.tables, *form))
             owners.append((source, 0))
         else:
             for table in spec.tables:
                 first, num_rows = spec.table_range(table.name)
-                tables.append(Table(prefix + table.name, source.name, num_rows, *form, _NOTHING))
+                name = names.tables[table.name]
+                tables.append(Table(name, source.name, num_rows, *form, _NOTHING))
                 owners.append((source, first))
-        features += [(prefix + feature, prefix + table) for feature, table in spec.feature_tables]
+        features += [(names.features[f], names.tables[t]) for f, t in spec.feature_tables]
     contents = container.checked(Contents(tuple(tables), tuple(features), tuple(ngrams)))
     room = container.header_room(contents)
     maps = [source.canonical for source in stacks if source.canonical is not None]
@@ -122,13 +143,56 @@ def write(
     return contents
 
 
-def _pool_of(source: Source, prefix: str, dim: int, fmt: RowFormat) -> Table:
-    """Returns the pool of a stack with a vocabulary as a table of the file."""
+class _Names(NamedTuple):
+    """The names that the tables and the features of a stack have in the file."""
+
+    tables: dict[str, str]
+    features: dict[str, str]
+
+
+def _names(stacks: list[Source]) -> list[_Names]:
+    """Returns the names of each stack.
+
+    Names of an n-gram memory begin with the name of its stack. So do names that several other
+    stacks have.
+    """
+    plain = [source.spec for source in stacks if source.ngrams is None]
+    num_tables = Counter(table.name for spec in plain for table in spec.tables)
+    num_features = Counter(feature for spec in plain for feature, _ in spec.feature_tables)
+
+    def named(source: Source, names: list[str], count: Counter[str]) -> dict[str, str]:
+        prefix = f"{source.name}." if source.name else ""
+        has_prefix = source.ngrams is not None
+        return {n: f"{prefix}{n}" if has_prefix or count[n] > 1 else n for n in names}
+
+    return [
+        _Names(
+            named(source, [table.name for table in source.spec.tables], num_tables),
+            named(source, [feature for feature, _ in source.spec.feature_tables], num_features),
+        )
+        for source in stacks
+    ]
+
+
+def _pool_of(source: Source, names: dict[str, str], dim: int, fmt: RowFormat) -> Table:
+    """Returns the pool of a stack with a vocabulary as a table of the file.
+
+    Args:
+      source: the stack.
+      names: the name that each of its tables has in the file.
+      dim: D.
+      fmt: the format of its rows in the file.
+    """
     spec = source.spec
     assert spec.vocabulary is not None
     sizes = spec.vocabulary.arrays
-    names = tuple(prefix + table.name for table in spec.tables)
-    pool = Pool(names, *(sizes[field] for field in Pool._fields[1:]))
+    # Readers know the prefix of an n-gram memory.
+    is_renamed = source.ngrams is None and any(name != own for own, name in names.items())
+    pool = Pool(
+        tuple(names.values()),
+        *(sizes[field] for field in container.POOL_SIZES),
+        hashed=tuple(names) if is_renamed else (),
+    )
     name = f"{source.name}.pool" if source.name else "pool"
     return Table(name, source.name, spec.num_rows, dim, fmt, _NOTHING, pool)
 
@@ -199,8 +263,8 @@ class _Measured:
 
     def errors(self, table: Table) -> Errors:
         """Returns the errors of a whole table."""
-        mean = self.total / (table.num_rows * table.embedding_dim)
-        return Errors(self.largest, mean, self.num_nonfinite)
+        num_finite = table.num_rows * table.embedding_dim - self.num_nonfinite
+        return Errors(self.largest, self.total / max(1, num_finite), self.num_nonfinite)
 
 
 def _blocks(
@@ -272,9 +336,14 @@ def _encode_again(
 def _differences(
     rows: jax.Array, packed: jax.Array, fmt: RowFormat, is_row: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns the largest difference, the sum of all, and how many elements are not finite."""
-    is_finite = jnp.isfinite(rows) & is_row[:, None]
-    difference = jnp.abs(decode(packed, fmt, rows.shape[1]) - rows)
-    difference = jnp.where(is_finite, difference, jnp.float32(0))
-    num = jnp.sum(~jnp.isfinite(rows) & is_row[:, None], dtype=jnp.int32)
+    """Returns the largest difference, the sum of all, and how many elements are not finite.
+
+    An element counts as not finite if it is not in `rows`, or not in what `packed` decodes to.
+    """
+    decoded = decode(packed, fmt, rows.shape[1])
+    # In a format with a scale, one element that is not finite can make all of its row so.
+    is_finite = jnp.isfinite(rows) & jnp.isfinite(decoded)
+    is_counted = is_finite & is_row[:, None]
+    difference = jnp.where(is_counted, jnp.abs(decoded - rows), jnp.float32(0))
+    num = jnp.sum(~is_finite & is_row[:, None], dtype=jnp.int32)
     return jnp.max(difference, initial=0), jnp.sum(difference), num

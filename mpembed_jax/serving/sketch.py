@@ -22,13 +22,14 @@ _WORD = 64  # bits
 
 @dataclasses.dataclass(frozen=True)
 class SignSketch:
-    """The signs and norms of a table's rows; for ServingTable.top_k."""
+    """The signs and norms of a table's rows; for ServingTable.top_k. It can be pickled."""
 
     table: str
     signs: np.ndarray  # u64 [V, bits / 64]
     norms: np.ndarray  # f32 [V]
     planes: np.ndarray  # f32 [bits, D]
     score: Any  # the compiled function of compiled.sign_scores; None for NumPy
+    checksums_crc32: int | None = None  # of the file whose table it is; see Contents
 
     @property
     def nbytes(self) -> int:
@@ -53,8 +54,12 @@ class SignSketch:
         Raises:
           ValueError: if the sketch is of another table.
         """
-        if table.name != self.table or table.num_rows != len(self.signs):
-            raise ValueError(f"the sketch is of table {self.table!r}, not of {table.name!r}")
+        own = self.table, len(self.signs), self.planes.shape[1]
+        if own != (table.name, table.num_rows, table.embedding_dim):
+            raise ValueError(
+                f"the sketch is of table {own[0]!r} of {own[1]} rows of dim {own[2]}, not of "
+                f"{table.name!r} of {table.num_rows} rows of dim {table.embedding_dim}"
+            )
         num_bits = len(self.planes)
         cosines = np.cos(np.pi * np.arange(num_bits + 1) / num_bits).astype(np.float32)
         signs = _signs_of(queries, self.planes)
@@ -78,6 +83,11 @@ class SignSketch:
                 best.merge(other)
         return np.sort(best.result()[1], axis=1)
 
+    def __reduce__(self) -> Any:
+        """Pickles the arrays. The process that unpickles them compiles the function again."""
+        arrays = self.table, self.signs, self.norms, self.planes
+        return _made, (*arrays, self.score is not None, self.checksums_crc32)
+
     def _score(
         self, query: np.ndarray, cosines: np.ndarray, first: int, last: int, out: np.ndarray
     ) -> None:
@@ -86,6 +96,24 @@ class SignSketch:
             return
         differing = np.bitwise_count(self.signs[first:last] ^ query).sum(1, dtype=np.intp)
         out[:] = self.norms[first:last] * cosines[differing]
+
+
+def _made(
+    table: str,
+    signs: np.ndarray,
+    norms: np.ndarray,
+    planes: np.ndarray,
+    is_compiled: bool,
+    checksums_crc32: int | None,
+) -> SignSketch:
+    """Returns a sketch of these arrays, with the compiled function if `is_compiled`."""
+    score = None
+    if is_compiled:
+        # Imported here, because numba is optional.
+        from mpembed_jax.serving import compiled
+
+        score = compiled.sign_scores(signs.shape[1])
+    return SignSketch(table, signs, norms, planes, score, checksums_crc32)
 
 
 def _signs_of(rows: np.ndarray, planes: np.ndarray) -> np.ndarray:
@@ -114,9 +142,11 @@ def sketch(
     """
     call = "serving.sketch(tables, table)"
     arguments.expect(call, "tables", tables, ServingTable, "from serving.load")
-    if arguments.integer(call, "bits", bits) < _WORD or bits % _WORD:
+    bits = arguments.integer(call, "bits", bits)
+    if bits < _WORD or bits % _WORD:
         raise ValueError(f"bits must be a multiple of {_WORD}, got {bits}")
-    if arguments.integer(call, "seed", seed) < 0:
+    seed = arguments.integer(call, "seed", seed)
+    if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     chosen = tables.table(table)
     dim = chosen.embedding_dim
@@ -130,10 +160,6 @@ def sketch(
         rows = tables.decode_block(chosen, first, last)
         signs[first:last] = _signs_of(rows, planes)
         norms[first:last] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    score = None
-    if tables.host.implementation == "numba":
-        # Imported here, because numba is optional.
-        from mpembed_jax.serving import compiled
-
-        score = compiled.sign_scores(bits // _WORD)
-    return SignSketch(chosen.name, signs, norms, planes, score)
+    is_compiled = tables.host.implementation == "numba"
+    of_file = tables.contents.checksums_crc32
+    return _made(chosen.name, signs, norms, planes, is_compiled, of_file)

@@ -167,11 +167,7 @@ def of_arrays(
     Raises:
       ValueError: if the stack has 2**31 - 1 rows or more.
     """
-    if spec.num_rows >= NO_ID:
-        raise ValueError(
-            f"stack {name!r} has {spec.num_rows} rows; a serving file holds fewer than 2**31 - 1 "
-            "rows of one stack"
-        )
+    check_rows(name, spec)
     slices = _slices(rows, layout)
     line_ids = line_of = np.zeros(0, np.int64)
     lines = np.zeros((0, spec.embedding_dim), np.float32)
@@ -199,6 +195,19 @@ def of_arrays(
         lines=lambda index: lines[index],
         owners=owners,
     )
+
+
+def check_rows(name: str, spec: EmbeddingSpec) -> None:
+    """Checks that a serving file can hold a stack.
+
+    Raises:
+      ValueError: if the stack has 2**31 - 1 rows or more.
+    """
+    if spec.num_rows >= NO_ID:
+        raise ValueError(
+            f"stack {name!r} has {spec.num_rows} rows; a serving file holds fewer than 2**31 - 1 "
+            "rows of one stack, so train its tables in several stacks"
+        )
 
 
 # --- slices of shards

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mpembed_jax.ops import numba_package
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving import container, host_rows, pools, top_k
 from mpembed_jax.serving.container import Contents, NGrams, Pool, Table
+from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.table import QuantizedTable, read_rows
 from mpembed_jax.vocabulary import hashes
 
@@ -64,8 +66,10 @@ def load(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f'implementation must be "numba" or "numpy", got {implementation!r}')
     call = "serving.load(path)"
-    if threads is not None and arguments.integer(call, "threads", threads) < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    if threads is not None:
+        threads = arguments.integer(call, "threads", threads)
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
     if implementation is None:
         implementation = "numba" if numba_package.is_default() else "numpy"
     if implementation == "numba" and (reason := numba_package.why_not()):
@@ -114,17 +118,18 @@ class _Host:
 
         return compiled.locate(owners, pairs, sizes)
 
-    def count(self, num_outside: int, feature: str, ids: np.ndarray, table: Table) -> None:
-        """Counts ids that are outside their table.
+    def count(self, num_outside: int, feature: str, ids: Any, table: Table) -> None:
+        """Counts ids that are outside their table. `ids` are those that came.
 
         Raises:
           ValueError: if out_of_range is "raise". Then nothing is counted.
         """
         if self.out_of_range == "raise":
-            is_outside = ((ids < 0) | (ids >= table.num_rows)) & (ids != NO_ID)
+            given = row_ids.on_host(ids).reshape(-1)
+            is_outside = ((given < 0) | (given >= table.num_rows)) & (given != NO_ID)
             place = int(np.argmax(is_outside))
             raise ValueError(
-                f"feature {feature!r}: id {int(ids[place])} at position {place} is outside table "
+                f"feature {feature!r}: id {int(given[place])} at position {place} is outside table "
                 f"{table.name!r} of {table.num_rows} rows ({num_outside} such ids); "
                 'out_of_range="drop" reads them as zeros and counts them'
             )
@@ -261,8 +266,8 @@ class ServingTable:
                 host, _ = _host_ids(feature, here)
                 is_outside = ((host < 0) | (host >= table.num_rows)) & (host != NO_ID)
                 return int(np.count_nonzero(is_outside))
-            (checked,), _ = row_ids.checked(here)
-            is_outside = ~row_ids.in_range(checked, table.num_rows) & (checked != NO_ID)
+            rows = _device_ids(feature, here)
+            is_outside = ~row_ids.in_range(rows, table.num_rows) & (rows != NO_ID)
             return jnp.sum(is_outside, dtype=jnp.int32)
 
         return sum(jax.tree.leaves(self._each(ids, count)))
@@ -299,8 +304,8 @@ class ServingTable:
         if reader is not None and (found := reader.quick_bag(ids, combiner)) is not None:
             return found
         if isinstance(ids, Mapping):
-            weights = weights or {}
-            offsets = offsets or {}
+            weights = {} if weights is None else weights
+            offsets = {} if offsets is None else offsets
             for name, given in (("weights", weights), ("offsets", offsets)):
                 if not isinstance(given, Mapping) or set(given) - set(ids):
                     raise ValueError(
@@ -397,9 +402,10 @@ class ServingTable:
           query: float32 [.., D].
           k: the number of rows, at most V.
           table: its name; optional if there is a single table, and this table is not a pool.
-          among: integers [n]: only these rows are scored. On the host only. None: all rows.
-          sketch: a SignSketch of the table. It chooses `oversample` * k candidates, and exact
-            scores choose the best k of them. On the host only. None: all rows are scored.
+          among: integers [n]: only these rows are scored. NO_ID is left out. On the host only.
+            None: all rows.
+          sketch: a SignSketch of the table in this file. It chooses `oversample` * k candidates,
+            and exact scores choose the best k of them. On the host only. None: all rows are scored.
           oversample: candidates of the sketch for each result, at least 1.
 
         Returns:
@@ -410,8 +416,8 @@ class ServingTable:
           KeyError: if the table is unknown, or a table of raw ids.
           TypeError: if k or oversample is not an integer, if sketch is not a SignSketch, or if
             query does not consist of real numbers or has a mask.
-          ValueError: if k or a shape is wrong, if a row of `among` is outside, or if both `among`
-            and a sketch are given.
+          ValueError: if k or a shape is wrong, if a row of `among` is outside, if both `among` and
+            a sketch are given, or if the sketch is of another table or file.
         """
         chosen = self.table(table)
         packed = self.rows[chosen.name]
@@ -449,7 +455,13 @@ class ServingTable:
                     f"{call}: sketch must be a SignSketch (from serving.sketch), got "
                     f"{type(sketch).__name__}"
                 )
-            if arguments.integer(call, "oversample", oversample) < 1:
+            if sketch.checksums_crc32 != self.contents.checksums_crc32:
+                raise ValueError(
+                    f"the sketch of table {sketch.table!r} was made for another file; make it for "
+                    f"this one: serving.sketch(tables, {chosen.name!r})"
+                )
+            oversample = arguments.integer(call, "oversample", oversample)
+            if oversample < 1:
                 raise ValueError(f"oversample must be at least 1, got {oversample}")
             reader = self.host.reader(chosen, packed)
             parts = None if reader is None else reader.parts
@@ -477,7 +489,10 @@ class ServingTable:
         return out
 
     def __reduce__(self) -> Any:
-        """Pickles a host table as its path: the process that unpickles it maps the file again."""
+        """Pickles a host table as its path: the process that unpickles it maps the file again.
+
+        If another file is there by then, unpickling raises a ServingError.
+        """
         if self.host is None:
             return ServingTable, (self.rows, self.contents)
         return _load_again, (
@@ -485,6 +500,7 @@ class ServingTable:
             self.host.out_of_range,
             self.host.threads,
             self.host.implementation,
+            zlib.crc32(self.contents.header()),
         )
 
     # --- one feature
@@ -501,14 +517,15 @@ class ServingTable:
     @functools.cached_property
     def _raw_of(self) -> dict[str, tuple[str, int]]:
         """For each feature of raw ids, the name that its hash takes and its table's number."""
-        # The prefix of n-gram tables belongs to the file. Ids were hashed without it.
+        # Prefixes belong to the file. Ids were hashed without them.
         prefixes = {ngrams.stack: ngrams.prefix for ngrams in self.contents.ngrams}
-        numbers = {
-            name: (name.removeprefix(prefixes.get(table.stack, "")), number)
-            for table in self.tables
-            if table.pool is not None
-            for number, name in enumerate(table.pool.tables)
-        }
+        numbers = {}
+        for table in self.tables:
+            if table.pool is not None:
+                prefix = prefixes.get(table.stack, "")
+                hashed = table.pool.hashed or [n.removeprefix(prefix) for n in table.pool.tables]
+                for number, name in enumerate(table.pool.tables):
+                    numbers[name] = hashed[number], number
         return {f: numbers[name] for f, name in self.contents.features if name in numbers}
 
     @functools.cached_property
@@ -639,8 +656,8 @@ class ServingTable:
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
-            (checked,), _ = row_ids.checked(ids)
-            return read_rows(QuantizedTable(packed, table.format, dim), checked)
+            rows = _device_ids(feature, ids)
+            return read_rows(QuantizedTable(packed, table.format, dim), rows)
         host, shape = _host_ids(feature, ids)
         reader = self.host.reader(table, packed)
         if reader is None:
@@ -648,7 +665,7 @@ class ServingTable:
         else:
             rows, num_outside = reader.take(host)
         if num_outside:
-            self.host.count(num_outside, feature, host, table)
+            self.host.count(num_outside, feature, ids, table)
         return rows.reshape(*shape, dim)
 
     def _bag(
@@ -666,10 +683,8 @@ class ServingTable:
         if not self._is_on_host(packed, ids):
             if offsets is not None:
                 raise TypeError("offsets are used on the host only; pad the bags with NO_ID")
-            (checked,), _ = row_ids.checked(ids)
-            return _device_bag(
-                QuantizedTable(packed, table.format, dim), checked, combiner, weights
-            )
+            rows = _device_ids(feature, ids)
+            return _device_bag(QuantizedTable(packed, table.format, dim), rows, combiner, weights)
         host, shape = _host_ids(feature, ids)
         ends = None
         length = shape[-1] if shape else 0
@@ -693,7 +708,7 @@ class ServingTable:
         else:
             bags, num_outside = reader.bag(host, ends, length, weights, combiner)
         if num_outside:
-            self.host.count(num_outside, feature, host, table)
+            self.host.count(num_outside, feature, ids, table)
         return bags.reshape(*lead, dim)
 
     # --- top k on the host
@@ -728,8 +743,9 @@ class ServingTable:
     def _among(
         self, table: Table, queries: np.ndarray, among: Any, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best k of the rows `among`."""
+        """Returns the best k of the rows `among`. NO_ID is no row."""
         rows = np.unique(_host_ids(table.name, among)[0])
+        rows = rows[rows != NO_ID]
         if rows.size and not 0 <= rows[0] <= rows[-1] < table.num_rows:
             raise ValueError(
                 f"the rows of `among` must be in [0, {table.num_rows}), got {rows[0]} to {rows[-1]}"
@@ -769,21 +785,66 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _load_again(path: Path, out_of_range: str, threads: int, implementation: str) -> ServingTable:
-    return load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
+def _load_again(
+    path: Path, out_of_range: str, threads: int, implementation: str, crc32: int | None = None
+) -> ServingTable:
+    """Loads a pickled table's file. Its header has a CRC-32, unless an earlier version pickled it.
+
+    Raises:
+      ServingError: if the file has another header, which has the checksum of all rows.
+    """
+    table = load(path, out_of_range=out_of_range, threads=threads, implementation=implementation)
+    if crc32 is not None and zlib.crc32(table.contents.header()) != crc32:
+        raise ServingError(f"{path} is another file than the one whose table was pickled")
+    return table
+
+
+def _integers(feature: str, ids: Any) -> np.ndarray:
+    """Returns ids on the host as integers of any dtype. No ids are int32.
+
+    Raises:
+      TypeError: if they are not integers.
+    """
+    array = row_ids.on_host(ids)
+    if not array.size:
+        return array.astype(np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"feature {feature!r}: ids must be integers, got {array.dtype}; cast them first"
+        )
+    return array
 
 
 def _host_ids(feature: str, ids: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     """Returns ids as int32 or int64 [N], and their shape."""
-    array = row_ids.on_host(ids)
+    array = _integers(feature, ids)
     kind = array.dtype
-    if kind.kind not in "iu" and array.size:
-        raise TypeError(f"feature {feature!r}: ids must be integers, got {kind}; cast them first")
     if kind != np.int64 and kind != np.int32:
         if kind == np.uint64:
             array = np.minimum(array, np.uint64(2**63 - 1))
         array = array.astype(np.int64)
     return np.ascontiguousarray(array).reshape(-1), array.shape
+
+
+def _device_ids(feature: str, ids: Any) -> jax.Array:
+    """Returns ids as int32 [..] for a table on the device.
+
+    Raises:
+      TypeError: if they are not integers, or a jax array has a dtype that int32 cannot hold.
+      ValueError: if an id that is not a jax array does not fit int32.
+    """
+    if isinstance(ids, jax.Array):
+        if ids.dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
+            raise TypeError(f"feature {feature!r}: ids must be int32, got {ids.dtype}; cast them")
+        return ids.astype(jnp.int32)
+    array = _integers(feature, ids)
+    outside = array[(array > NO_ID) | (array < -(2**31))]
+    if outside.size:
+        raise ValueError(
+            f"feature {feature!r}: a table on the device takes ids that fit int32, got "
+            f"{outside[0]}; a table on the host takes 64 bits"
+        )
+    return jnp.asarray(array.astype(np.int32))
 
 
 def _check_numbers(name: str, values: Any) -> None:

@@ -178,6 +178,49 @@ def test_the_smallest_budget_is_one_that_is_accepted(host_budget):
     assert smallest_budget(TABLES, least - 1, host_budget=host_budget) == least
 
 
+SMALL = {"big": (1_000_000, 64), "small": (1_000, 64)}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_smallest_budget_is_accepted_where_small_tables_would_fit_it_but_for_float32(devices):
+    """At this budget, they take little of it: a stack of their own would need more than it."""
+    least = smallest_budget(SMALL, "1MB", devices=devices)
+    plan = memory.plan(SMALL, least, tx=TX, devices=devices)
+    assert list(plan.specs) == ["dim64"] and plan.device_bytes == least
+    assert smallest_budget(SMALL, least - 1, devices=devices) == least
+    more = memory.plan(SMALL, int(1.1 * least), tx=TX, devices=devices)
+    assert list(more.specs) == ["dim64", "small64"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_budget_above_the_smallest_is_never_refused(seed):
+    rng = np.random.default_rng(seed)
+    rows = np.exp(rng.uniform(0, np.log(3_000_000), 5)).astype(int)
+    tables = {f"t{i}": (int(n), int(rng.choice([8, 64]))) for i, n in enumerate(rows)}
+    options = {"devices": int(rng.choice([1, 2]))}
+    if options["devices"] == 1 and seed % 2:
+        options["host_budget"] = "1MB"
+    least = smallest_budget(tables, 1, **options)
+    for factor in (1, 1.001, 1.01, 1.1, 2, 10, 60, 200):
+        limit = int(factor * least)
+        assert memory.plan(tables, limit, tx=TX, **options).device_bytes <= limit
+    for limit in (least - 1, int(0.99 * least), least // 2, least // 60):
+        assert smallest_budget(tables, max(1, limit), **options) == least
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_tables_beyond_the_rows_of_a_stack_begin_another(devices):
+    """A step of a larger stack takes pairs of ids, and no serving file holds it."""
+    tables = {name: (900_000_000, 16) for name in "abcd"} | {"e": (5_000_000, 16)}
+    plan = memory.plan(tables, "1TB", tx=TX, devices=devices)
+    names = {name: [table.name for table in spec.tables] for name, spec in plan.specs.items()}
+    assert names == {"dim16": ["a", "b"], "dim16_2": ["c", "d", "e"]}
+    full = {"a": (NO_ID - 20_001, 8), "b": (20_000, 8), "c": (20_000, 8)}
+    specs = memory.plan(full, "1TB", tx=TX, devices=devices).specs
+    assert [spec.num_rows for spec in specs.values()] == [NO_ID - 1, 20_000]
+
+
 def test_stacks_of_different_dims_may_need_different_formats_to_fit():
     """At D = 16, INT4 + 1 % is smaller than INT2 + 5 %; at D = 64, it is larger."""
     tables = {"a": (100_000, 16), "b": (100_000, 64)}
@@ -403,6 +446,54 @@ def test_the_command_line_reads_tables_and_ids(tmp_path, capsys):
     assert "cannot be read as parquet" in capsys.readouterr().err
 
 
+HEADERS = ("rows,dim,name", "Rows, DIM ,NAME", "rows ,dim,name,,")
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_file_of_tables_is_known_however_its_columns_are_written(header, tmp_path, capsys):
+    file = tmp_path / "a.csv"
+    file.write_text(f"{header}\n500,16,a\n1e3,16.0,b\n")
+    assert __main__.main(["plan", str(file), "--budget", "8MB", "--dim", "4"]) == 0
+    assert re.search(r"small16 +1,500 +16", capsys.readouterr().out)
+
+
+WRONG_FILES = {
+    "equal columns of ids": ("user,item,user\n1,2,3\n", "several columns of the name 'user'"),
+    "equal columns of tables": ("rows,dim,Rows\n1,2,3\n", "several columns of the name 'rows'"),
+    "equal tables": ("name,rows,dim\na,5,4\nb,5,4\na,6,4\n", r"got \['a'\] several times"),
+    "a half": ("rows,dim\n5.5,4\n", "must be whole numbers, got '5.5'"),
+    "negative": ("rows,dim\n-5,4\n", "must be whole numbers, got '-5'"),
+    "no cell": ("rows,dim\n5\n", "must be whole numbers, got None"),
+    "not a number": ("rows,dim\nnan,4\n", "must be whole numbers, got 'nan'"),
+}
+
+
+@pytest.mark.parametrize("case", named(WRONG_FILES))
+def test_a_file_that_says_two_things_is_refused(case, tmp_path, capsys):
+    text, message = case
+    (tmp_path / "a.csv").write_text(text)
+    assert __main__.main(["plan", str(tmp_path / "a.csv"), "--budget", "8MB", "--dim", "4"]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_empty_cells_of_parquet_are_those_of_csv(tmp_path, capsys):
+    polars = pytest.importorskip("polars")
+    columns = {"user": ["a", "b", "", None, "a"], "item": [7.0, float("nan"), None, 3.0, 7.0]}
+    polars.DataFrame(columns).write_parquet(tmp_path / "ids.parquet")
+    (tmp_path / "ids.csv").write_text("user,item\na,7\nb,\n,\n,3\na,7\n")
+    printed = []
+    for name in ("ids.csv", "ids.parquet"):
+        words = ["plan", str(tmp_path / name), "--budget", "8MB", "--dim", "16"]
+        assert __main__.main(words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and re.search(r"small16 +4 +16", printed[0])
+    polars.DataFrame({"rows": [1e3, 500.0], "dim": [16, 16]}).write_parquet(
+        tmp_path / "tables.parquet"
+    )
+    assert __main__.main(["plan", str(tmp_path / "tables.parquet"), "--budget", "8MB"]) == 0
+    assert re.search(r"small16 +1,500 +16", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     "mistake",
     named([
@@ -478,4 +569,5 @@ def test_what_is_wrong_is_said(mistake):
 
 def test_sizes_are_numbers_or_texts():
     sizes = {"16GB": 16 * 10**9, "1.5 GiB": 3 * 2**29, "300": 300, 7: 7, "2k": 2000, "1_000": 1000}
+    sizes |= {"16e9": 16 * 10**9, "1.5E+3 kB": 1_500_000, "2PB": 2 * 10**15, "2 PiB": 2**51}
     assert {size: planner.parse_bytes(size) for size in sizes} == sizes

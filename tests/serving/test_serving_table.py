@@ -267,6 +267,23 @@ def test_a_table_on_the_device_reads_the_same_rows_in_a_jitted_function(model):
         jax.jit(lambda ids: serving.load(path).lookup({"liked": ids}))(ids)
 
 
+def test_a_table_on_the_device_takes_lists_as_one_on_the_host_does(model):
+    host = serving.load(model[1])
+    device = host.to_device()
+    for ids in ([7, 8], [7], [[1, 2], [3, 4]], [[5], [NO_ID]], [], [[], []], (3, 9), 4, [-1, 5000]):
+        vectors = np.asarray(device.lookup({"liked": ids})["liked"])
+        wanted = host.lookup({"liked": ids})["liked"]
+        assert (vectors.shape, vectors.tobytes()) == (wanted.shape, wanted.tobytes())
+        assert device.count_outside({"liked": ids}) == host.count_outside({"liked": ids})
+        if np.ndim(ids):
+            vectors = np.asarray(device.bag({"liked": ids})["liked"])
+            wanted = host.bag({"liked": ids})["liked"]
+            assert vectors.shape == wanted.shape
+            np.testing.assert_allclose(vectors, wanted, rtol=1e-6, atol=1e-6)
+    masked = np.ma.array([3, 4], mask=[True, False])
+    assert not np.asarray(device.lookup({"liked": masked})["liked"])[0].any()
+
+
 class Search(NamedTuple):
     """Queries and a number of rows."""
 
@@ -354,6 +371,38 @@ def test_a_sign_sketch_finds_the_best_rows_of_skewed_norms(bits, tmp_path):
         serving.sketch(table, bits=100)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_sketch_is_pickled_and_serves_the_file_that_it_was_made_for(host, tmp_path):
+    spec, tx = shapes.stack((70, 70), 16, storage="int8"), mpembed.optim.sgd(0.1)
+    wider = shapes.stack(70, 33, storage="int8")
+    for name, own in (("0", spec), ("1", spec), ("2", wider)):
+        serving.save(tmp_path / name, mpembed.init(jax.random.key(int(name)), own, tx))
+    tables = [serving.load(tmp_path / name, implementation=host) for name in "012"]
+    made = serving.sketch(tables[0], "table0", bits=np.int8(64))
+    queries = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float32)
+    # 10 * 13 candidates are more than an int8 holds.
+    options = {"oversample": np.int8(10)}
+    wanted = tables[0].top_k(queries, 13, "table0", sketch=made, **options)
+    exact = tables[0].top_k(queries, 13, "table0")
+    jax.tree.map(np.testing.assert_array_equal, wanted[1], exact[1])
+    again = pickle.loads(pickle.dumps(made))
+    found = tables[0].top_k(queries, 13, "table0", sketch=again, **options)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    for sketch in (made, again):
+        with pytest.raises(ValueError, match=r"'table0' was made for another file; .*'table0'\)$"):
+            tables[1].top_k(queries, 3, "table0", sketch=sketch)
+        with pytest.raises(ValueError, match="was made for another file"):
+            tables[2].top_k(np.ones(33), 3, "table0", sketch=sketch)
+        with pytest.raises(
+            ValueError, match=r"'table0' of 70 rows of dim 16, not of 'table1' of 70"
+        ):
+            tables[0].top_k(queries, 3, "table1", sketch=sketch)
+        with pytest.raises(
+            ValueError, match=r"rows of dim 16, not of 'table0' of 70 rows of dim 33"
+        ):
+            sketch.candidates(tables[2].table("table0"), np.ones((1, 33), np.float32), 3)
+
+
 def test_many_threads_read_one_table_and_a_process_that_gets_it_maps_it_again(model):
     states, path = model
     table = serving.load(path, threads=3)
@@ -377,6 +426,17 @@ def test_many_threads_read_one_table_and_a_process_that_gets_it_maps_it_again(mo
     assert len(pickle.dumps(table)) < 2000
     with pytest.raises(ValueError, match="read-only"):
         table.rows["items"][0, 0] = 1
+
+
+def test_a_pickled_table_does_not_become_that_of_another_file(tmp_path):
+    spec, tx = shapes.stack(70, 16, storage="int8"), mpembed.optim.sgd(0.1)
+    for seed in range(2):
+        serving.save(tmp_path / f"{seed}", mpembed.init(jax.random.key(seed), spec, tx))
+    data = pickle.dumps(serving.load(tmp_path / "0"))
+    assert pickle.loads(data).lookup([1]).shape == (1, 16)
+    (tmp_path / "1").replace(tmp_path / "0")
+    with pytest.raises(serving.ServingError, match="0 is another file than the one whose table"):
+        pickle.loads(data)
 
 
 @pytest.mark.slow
@@ -417,10 +477,20 @@ print(time.perf_counter() - begin, table.nbytes)
         Refused(lambda t: t.lookup({"hated": [1]}), r"unknown features \['hated'\]", KeyError),
         Refused(lambda t: t.lookup(np.ones(3, int)), "ids must be a mapping"),
         Refused(lambda t: t.lookup({"liked": [1, 5000, -1]}), r"id 5000 at position 1 .* \(2 such"),
+        Refused(
+            lambda t: t.lookup({"liked": np.array([[1, 2**64 - 2]], np.uint64)}),
+            "id 18446744073709551614 at position 1 is outside",
+        ),
         Refused(lambda t: t.bag({"liked": [1]}, "max"), "combiner must be"),
         Refused(lambda t: t.bag({"liked": 1}), "a bag is the last axis"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"liked": [1.0, 2.0]}), "weights must have"),
         Refused(lambda t: t.bag({"liked": [1]}, "sum", {"seen": [1.0]}), "weights must be a"),
+        Refused(lambda t: t.bag({"liked": [1]}, "sum", np.zeros(1)), "weights must be a mapping"),
+        Refused(lambda t: t.bag({"liked": [1, 2]}, "sum", np.ones(2)), "weights must be a mapping"),
+        Refused(
+            lambda t: t.bag({"liked": [1, 2]}, offsets=np.array([0, 2])), "offsets must be a map"
+        ),
+        Refused(lambda t: t.bag({"liked": []}, offsets=np.zeros(1)), "offsets must be a mapping"),
         Refused(
             lambda t: t.bag({"liked": [1]}, "sum", {"liked": np.ma.array([1.0], mask=[True])}),
             "'liked': weights: got a masked array",
@@ -475,6 +545,24 @@ print(time.perf_counter() - begin, table.nbytes)
             lambda t: serving.sketch(t, "items", seed=None), "seed must be an integer", TypeError
         ),
         Refused(lambda t: serving.sketch(t.to_device(), "items"), "is on the device", TypeError),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": [1, 2**31]}),
+            "'liked': a table on the device takes ids that fit int32, got 2147483648",
+        ),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": np.array([1, 2**32 + 1])}),
+            "fit int32, got 4294967297",
+        ),
+        Refused(
+            lambda t: t.to_device().lookup({"liked": [1.5]}),
+            "'liked': ids must be integers, got float64; cast them first",
+            TypeError,
+        ),
+        Refused(
+            lambda t: t.to_device().bag({"liked": jnp.ones((1, 2))}),
+            "'liked': ids must be int32, got float32; cast them$",
+            TypeError,
+        ),
         Refused(
             lambda t: serving.write_npy(t.to_device(), "x"), "returned, on the host", TypeError
         ),
