@@ -67,9 +67,9 @@ class Errors(NamedTuple):
     """The difference between a table's rows in the file and its rows in training."""
 
     largest: float  # of all finite elements
-    mean: float  # of the absolute differences of all elements
-    # Elements that are not finite in training or in the file. Their difference counts as zero. In a
-    # format with a scale, one such element can make all of its row so.
+    mean: float  # of their absolute differences
+    # Elements that are not finite in training or in the file. In a format with a scale, one such
+    # element can make all of its row so.
     num_nonfinite: int
 
 
