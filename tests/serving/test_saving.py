@@ -529,10 +529,11 @@ def test_files_of_other_programs_are_refused(tmp_path):
 SMALL = shapes.stack((30, 5), 4)
 
 
-def of_names(*names):
+def of_names(*names, features=None):
     """A state of tables of these names."""
     tables = tuple(mpembed.TableSpec(name, 3) for name in names)
-    return mpembed.init(jax.random.key(0), dataclasses.replace(SMALL, tables=tables), TX)
+    spec = dataclasses.replace(SMALL, tables=tables, features=features)
+    return mpembed.init(jax.random.key(0), spec, TX)
 
 
 def donated():
@@ -550,6 +551,11 @@ def donated():
                 path, {"a": of_names("x"), "b": of_names("x"), "c": of_names("b.x")}
             ),
             r"name of table 'b\.x' is taken",
+        ),
+        Refused(lambda path: serving.save(path, of_names(3)), "name of table 3 is no text"),
+        Refused(
+            lambda path: serving.save(path, of_names("x", features={3: "x"})),
+            "name of feature 3 is no text",
         ),
         Refused(
             lambda path: serving.save(
