@@ -482,8 +482,8 @@ def checked(contents: Contents) -> Contents:
     """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if a name occurs twice, if a feature names an unknown table, if there is no
-        table or no feature, or if the tables of a stack of n-grams do not fit its hash.
+      ValueError: if a name is no text or occurs twice, if a feature names an unknown table, if
+        there is no table or no feature, or if the tables of a stack of n-grams do not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that a feature may name
@@ -491,6 +491,8 @@ def checked(contents: Contents) -> Contents:
         raw = () if table.pool is None else table.pool.tables
         tables.update(raw or (table.name,))
         for name in (*(array.name for array in table.arrays), *raw):
+            if type(name) is not str:
+                raise ValueError(f"the name of table {name!r} is no text")
             if name in names or name in ("__metadata__", CHECKSUMS):
                 raise ValueError(f"the name of table {name!r} is taken; names must be distinct")
             names.add(name)
@@ -505,6 +507,8 @@ def checked(contents: Contents) -> Contents:
         raise ValueError(f"stacks {stacks} of n-grams are not distinct")
     features: set[str] = set()
     for feature, owner in contents.features:
+        if type(feature) is not str:
+            raise ValueError(f"the name of feature {feature!r} is no text")
         if feature in features or owner not in tables:
             raise ValueError(f"feature {feature!r} occurs twice, or its table {owner!r} is unknown")
         features.add(feature)

@@ -190,7 +190,7 @@ def _pool_of(source: Source, names: dict[str, str], dim: int, fmt: RowFormat) ->
     is_renamed = source.ngrams is None and any(name != own for own, name in names.items())
     pool = Pool(
         tuple(names.values()),
-        *(sizes[field] for field in container.POOL_SIZES),
+        **{field: sizes[field] for field in container.POOL_SIZES},
         hashed=tuple(names) if is_renamed else (),
     )
     name = f"{source.name}.pool" if source.name else "pool"

@@ -133,7 +133,7 @@ def sketch(
       seed: the seed of the hyperplanes.
 
     Returns:
-      The sketch.
+      The sketch. It serves this file alone: `top_k` refuses it for another one.
 
     Raises:
       TypeError: if tables is not a ServingTable on the host, or bits or seed is not an integer.
