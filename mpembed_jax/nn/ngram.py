@@ -103,6 +103,7 @@ def ngram_spec(
         row_state_dtype=row_state_dtype,
         memory_kind=memory_kind,
         vocabulary=vocabulary,
+        ngrams=ngrams,
     )
 
 
@@ -274,10 +275,12 @@ class NGramMemory(nnx.Module):
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
 
         Args:
-          state: a state of the same tables. Later steps consume it if they donate the model.
+          state: a state of the same tables, boundary, padding and seed. The map of tokens is not
+            part of it. Later steps consume the state if they donate the model.
 
         Raises:
-          ValueError: if the state is of other tables, or if a step is in progress.
+          ValueError: if the state is of other tables or of another hash, or if a step is in
+            progress.
         """
         self.stack.set_embedding_state(state)
 

@@ -195,6 +195,14 @@ class NGramHash:
         return prime_sizes([n for n in self._rows_by_order for _ in range(self.heads)])
 
     @property
+    def settings(self) -> dict[str, int | None]:
+        """The fields in which hashes of the same tables can differ: boundary, padding and seed.
+
+        The row of an n-gram depends on them. It does not depend on vocabulary_size.
+        """
+        return {"boundary": self.boundary, "padding": self.padding, "seed": self.seed}
+
+    @property
     def context_size(self) -> int:
         """The number of earlier tokens that the n-grams of a position can contain."""
         return max(self.orders) - 1

@@ -356,13 +356,60 @@ def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     assert twin.apply(variables, TOKENS).shape == (4, 9, 2 * DIM)
 
 
+def other_memory(**options):
+    """A memory with other initial values, and with another hash if options say so."""
+    options = {**OPTIONS, **SMALL, **options}
+    return nn.NGramMemory(VOCABULARY, DIM, rngs=nnx.Rngs(1), **options)
+
+
 @pytest.mark.slow
 def test_a_state_from_outside_is_trained_and_one_of_other_tables_refused():
-    memory, other = memory_of(), memory_of(seed=1)
+    memory, other = memory_of(), other_memory()
     memory.set_state(other.state)
     np.testing.assert_array_equal(dense_rows(memory.state), dense_rows(other.state))
+    train_step(memory, TOKENS)
     with pytest.raises(ValueError, match="this module was made for tables"):
         memory.set_state(memory_of(rows=(70, 90)).state)
+
+
+@pytest.mark.parametrize(
+    "options", named({"seed": {"seed": 1}, "boundary": {"boundary": 2}, "padding": {"padding": 2}})
+)
+def test_a_state_of_another_hash_is_refused_in_every_way_that_it_may_come(options):
+    """Also inside jit, while the step is traced."""
+    memory, other = memory_of(), other_memory(**options)
+    message = r"made for the NGramHash \{'boundary': 0, 'padding': 1, 'seed': 0\}, but holds the st"
+    with pytest.raises(ValueError, match=message):
+        memory.set_state(other.state)
+    nnx.update(memory, nnx.state(other))
+    for use in (
+        lambda: memory.prefetch(TOKENS),
+        lambda: train_step(memory, TOKENS),
+        lambda: nnx.jit(lambda memory: memory(TOKENS))(nnx.view(memory, deterministic=True)),
+        lambda: memory.state,
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_the_arrays_of_another_hash_are_recognized_without_its_spec():
+    """As another library restores them: into the structure of the target."""
+    memory, other = memory_of(), other_memory(seed=1)
+    arrays = jax.tree.leaves(nnx.state(other))
+    nnx.update(memory, jax.tree.unflatten(jax.tree.structure(nnx.state(memory)), arrays))
+    with pytest.raises(ValueError, match="made for another spec"):
+        memory.stats()
+    assert np.isnan(train_step(memory, TOKENS))
+
+
+def test_a_vocabulary_may_grow():
+    """The rows of n-grams do not depend on its size."""
+    memory = memory_of()
+    larger = nn.NGramMemory(VOCABULARY + 9, DIM, rngs=nnx.Rngs(1), **OPTIONS, **SMALL)
+    nnx.update(larger, nnx.state(memory))
+    memory.eval()
+    larger.eval()
+    np.testing.assert_array_equal(larger(TOKENS), memory(TOKENS))
 
 
 # --- linen
@@ -475,3 +522,34 @@ def test_a_linen_memory_refuses_the_collection_of_other_tables():
     modules[0].apply(variables[0], tokens)
     with pytest.raises(ValueError, match="holds the state of"):
         modules[0].apply(variables[1], tokens)
+
+
+MAPPED = {"canonical": CANONICAL}
+
+
+@pytest.mark.parametrize(
+    "case",
+    named(
+        {
+            "seed": ({}, {"seed": 1}, "made for the NGramHash .*'seed': 1"),
+            "boundary": ({}, {"boundary": 2}, "made for the NGramHash .*'boundary': 2"),
+            "padding": ({}, {"padding": 2}, "made for the NGramHash .*'padding': 2"),
+            "a larger vocabulary": ({}, {"vocabulary_size": 41}, "has a vocabulary of 41 and no"),
+            "a map": ({}, MAPPED, "has a vocabulary of 40 and a map of tokens, collection"),
+            "no map": (MAPPED, {}, "has a vocabulary of 40 and no map of tokens, collection"),
+            "another map": (MAPPED, {"canonical": CANONICAL[::-1]}, "or with another map"),
+        }
+    ),
+)
+def test_a_linen_memory_refuses_the_collection_of_another_hash(case):
+    options, others, message = case
+    made, other = (
+        nn.linen.NGramMemory(
+            **{"vocabulary_size": VOCABULARY, **OPTIONS, **SMALL, **own}, features=4
+        )
+        for own in (options, others)
+    )
+    variables = made.init(jax.random.key(0), TOKENS)
+    made.apply(variables, TOKENS)
+    with pytest.raises(ValueError, match=message):
+        other.apply(variables, TOKENS)

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpembed_jax.cache.spec import CacheSpec
@@ -78,6 +79,30 @@ def _checked(stack: Stack, spec: EmbeddingSpec) -> Stack:
     """Returns the stack, if it has the tables of the module's spec."""
     verbs.check_tables(stack.state, spec)
     return stack
+
+
+def _check_vocabulary(stack: Stack, vocabulary_size: int, canonical: np.ndarray | None) -> None:
+    """Checks that the stack of an NGramMemory has the module's vocabulary and map of tokens.
+
+    The numbers of a traced map are not compared.
+
+    Raises:
+      ValueError: if they differ.
+    """
+    held = stack.canonical
+    size = None if stack.ngrams is None else stack.ngrams.vocabulary_size
+    is_same = size == vocabulary_size
+    if held is None or canonical is None:
+        is_same &= held is canonical
+    elif not isinstance(held, jax.core.Tracer):
+        is_same &= np.array_equal(held, canonical)
+    if not is_same:
+        maps = ["no map of tokens" if m is None else "a map of tokens" for m in (canonical, held)]
+        raise ValueError(
+            f"this module has a vocabulary of {vocabulary_size} and {maps[0]}, collection "
+            f"{COLLECTION!r} was made with one of {size} and {maps[1]}, or with another map; make "
+            "the module with the vocabulary_size and canonical of the model that made it"
+        )
 
 
 def _held_rows(module: linen.Module, name: str) -> Any:
@@ -342,7 +367,8 @@ class NGramMemory(linen.Module):
       heads: tables of each order.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams. Pass a tuple if something hashes the module, because arrays have no hash. The map
-        is kept in the collection.
+        is kept in the collection. A call outside jit compares the two; inside jit, the kept one is
+        used.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
       seed: the seed of the hash. Give each memory of a model a different seed.
@@ -422,6 +448,7 @@ class NGramMemory(linen.Module):
         )
         tx = DEFAULT_TX if self.tx is None else self.tx
         self.spec = spec
+        self.mapped = canonical
         self.stack = _stack(self, TABLE, spec, tx, ngrams, canonical)
 
     def __call__(self, tokens: Any, context: Any = None) -> Any:
@@ -444,12 +471,14 @@ class NGramMemory(linen.Module):
         Raises:
           TypeError: if tokens are not integers.
           ValueError: if a concrete token is outside the vocabulary, if context has another shape,
-            or if params and collections are of different steps. Outside jit, also if an n-gram was
+            if params and collections are of different steps, or if the collection is of other
+            tables, another hash, vocabulary or map of tokens. Outside jit, also if an n-gram was
             not prefetched. In a fused step, also if nesting or shapes differ from those of the
             prefetch.
         """
         stack = _checked(self.stack.value, self.spec)
         assert stack.ngrams is not None
+        _check_vocabulary(stack, self.vocabulary_size, self.mapped)
         ids, given = ngram.ngram_ids(
             stack.state.spec, stack.ngrams, stack.canonical, tokens, context
         )
