@@ -46,6 +46,7 @@ def ngram_spec(
     storage: RowFormat | str = "int8",
     cache: CacheSpec | None = CacheSpec(),  # noqa: B008
     embedding_init: Any = None,
+    initial_bound: float | None = None,
     max_unique_ids: int | None = None,
     skip_nonfinite: bool = False,
     row_state_dtype: str = "float32",
@@ -60,6 +61,7 @@ def ngram_spec(
       storage: RowFormat, or its name.
       cache: CacheSpec of the whole stack, or None.
       embedding_init: see NGramMemory.
+      initial_bound: see NGramMemory.
       max_unique_ids: the budget of distinct rows per batch.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row.
@@ -68,7 +70,7 @@ def ngram_spec(
     Raises:
       TypeError: if ngrams is not an NGramHash, or if another argument has the wrong type.
       ValueError: see mpembed_jax.EmbeddingSpec. Also if only one of vocabulary and ngrams says that
-        n-grams are raw ids, or if embedding_init is given with a vocabulary.
+        n-grams are raw ids; or if embedding_init is given with a vocabulary or an initial_bound.
     """
     if not isinstance(ngrams, NGramHash):
         raise TypeError(
@@ -80,19 +82,20 @@ def ngram_spec(
             "n-grams are raw ids if NGramHash has rows=None and there is a VocabularySpec; got "
             f"rows={ngrams.rows!r} and vocabulary={vocabulary!r}"
         )
-    if vocabulary is not None:
-        if embedding_init is not None:
-            raise ValueError(
-                "if n-grams are raw ids, all rows start from uniform(+-1/sqrt(rows)); leave "
-                "embedding_init out"
-            )
-        tables = tuple(TableSpec(name) for name in ngrams.table_names)
-    else:
-        initializer = DEFAULT_INIT if embedding_init is None else embedding_init
-        tables = tuple(
-            TableSpec(name, rows, initializer)
-            for name, rows in zip(ngrams.table_names, ngrams.table_sizes, strict=True)
+    if embedding_init is not None and (vocabulary is not None or initial_bound is not None):
+        raise ValueError(
+            "if n-grams are raw ids, or if there is an initial_bound, rows start from "
+            "uniform(+-initial_bound); leave embedding_init out"
         )
+    sizes: Sequence[int | None] = ngrams.table_sizes
+    if vocabulary is not None:
+        sizes = [None] * len(ngrams.table_names)
+    elif initial_bound is None and embedding_init is None:
+        embedding_init = DEFAULT_INIT
+    tables = tuple(
+        TableSpec(name, size, embedding_init, initial_bound)
+        for name, size in zip(ngrams.table_names, sizes, strict=True)
+    )
     return EmbeddingSpec(
         tables,
         features,
@@ -178,7 +181,10 @@ class NGramMemory(nnx.Module):
       dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
         whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
-        for nnx.Embed's default.
+        for nnx.Embed's default, if initial_bound is None. Raw ids take no embedding_init.
+      initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row starts so when an
+        n-gram gets it. None: embedding_init says how rows start; for raw ids, the bound is
+        1/sqrt(rows of pool and shared rows).
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
@@ -222,6 +228,7 @@ class NGramMemory(nnx.Module):
         cache: CacheSpec | None = CacheSpec(),  # noqa: B008
         dtype: Any = None,
         embedding_init: Any = None,
+        initial_bound: float | None = None,
         max_unique_ids: int | None = None,
         skip_nonfinite: bool = False,
         row_state_dtype: str = "float32",
@@ -252,6 +259,7 @@ class NGramMemory(nnx.Module):
             storage=storage,
             cache=cache,
             embedding_init=embedding_init,
+            initial_bound=initial_bound,
             max_unique_ids=max_unique_ids,
             skip_nonfinite=skip_nonfinite,
             row_state_dtype=row_state_dtype,

@@ -339,6 +339,26 @@ def test_initial_rows_are_those_of_the_initializer_for_each_table():
 SETTINGS = {"max_unique_ids": 9, "skip_nonfinite": True, "row_state_dtype": "bfloat16"}
 
 
+@pytest.mark.parametrize("kind", ["hashed", "raw"])
+def test_rows_start_within_the_initial_bound_in_both_kinds_of_modules(kind):
+    raw = {"rows": mpembed.VocabularySpec(64, ways=4, shared_rows=8), "heads": 1}
+    options = {**OPTIONS, **SMALL, "storage": "float32", **(raw if kind == "raw" else {})}
+    twin = nn.linen.NGramMemory(VOCABULARY, DIM, **options, initial_bound=0.01)
+    (table,) = jax.tree.leaves(
+        twin.init(jax.random.key(0), TOKENS)["embedding"], is_leaf=lambda x: hasattr(x, "state")
+    )
+    for state in (memory_of(**options, initial_bound=0.01).state, table.state):
+        assert all(t.initial_bound == 0.01 for t in state.spec.tables)
+        # Of a pool, only rows that have owners start within the bound, and the shared rows.
+        ids = np.arange(64 if kind == "raw" else 0, state.spec.num_rows, dtype=np.int32)
+        rows = np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(
+            state.table.rows[ids], state.spec.storage, DIM
+        ))  # fmt: skip
+        assert 0.005 < np.abs(rows).max() <= 0.01
+    with pytest.raises(ValueError, match=r"uniform\(\+-initial_bound\); leave embedding_init out"):
+        memory_of(embedding_init=jax.nn.initializers.ones, initial_bound=0.01)
+
+
 def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     memory = memory_of(**SETTINGS)
     twin = nn.linen.NGramMemory(VOCABULARY, DIM, **OPTIONS, **SMALL, **SETTINGS)
@@ -503,6 +523,7 @@ def made(**options):
                 ),
                 "leave embedding_init out",
             ),
+            Refused(made(initial_bound=-1.0), "initial_bound must be a finite number of at least"),
             Refused(made(storage="int9"), "unknown row format 'int9'"),
             Refused(made(cache=0.05), "cache must be a CacheSpec or None", TypeError),
             Refused(made(tx=0.1), "tx must be an optax", TypeError),

@@ -378,7 +378,7 @@ class NGramMemory(linen.Module):
       dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
         whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
-        for linen.Embed's default.
+        for linen.Embed's default, if initial_bound is None.
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
@@ -388,6 +388,7 @@ class NGramMemory(linen.Module):
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
       fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
+      initial_bound: see the nnx module.
     """
 
     vocabulary_size: int
@@ -413,6 +414,7 @@ class NGramMemory(linen.Module):
     placement: Placement | None = None
     implementation: str | None = None
     fused: bool = False
+    initial_bound: float | None = None
 
     def setup(self) -> None:
         """Declares the stack.
@@ -438,6 +440,7 @@ class NGramMemory(linen.Module):
             storage=self.storage,
             cache=self.cache,
             embedding_init=self.embedding_init,
+            initial_bound=self.initial_bound,
             max_unique_ids=self.max_unique_ids,
             skip_nonfinite=self.skip_nonfinite,
             row_state_dtype=self.row_state_dtype,
