@@ -489,6 +489,54 @@ def test_the_linen_memory_trains_and_decodes_like_the_nnx_one():
     )
 
 
+@pytest.mark.slow
+def test_a_step_in_linen_takes_the_context_of_a_part_of_a_text():
+    """Its loss is that of the positions of the whole text."""
+    model = LinenModel()
+    state = TrainState.create(
+        apply_fn=model.apply, variables=model.init(jax.random.key(0), TOKENS), tx=optax.sgd(0.0)
+    )
+
+    @jax.jit
+    def loss_of(state, tokens, context):
+        state = state.prefetch(tokens, context)
+        return state.apply_fn({"params": state.params}, tokens, context)
+
+    parts = memory_of(canonical=CANONICAL)
+    context = parts.context_after(TOKENS[:, :4])
+    whole = model.apply(state.variables, TOKENS)
+    np.testing.assert_allclose(loss_of(state, TOKENS[:, 4:], context), whole[:, 4:], atol=1e-5)
+    with pytest.raises(ValueError, match="context must be the 2 tokens"):
+        state.prefetch(TOKENS, context[:1])
+
+
+class LinenModels(linen.Module):
+    """A memory beside an embedding."""
+
+    @linen.compact
+    def __call__(self, tokens, context=None):
+        memory = nn.linen.NGramMemory(VOCABULARY, DIM, name="memory", **OPTIONS, **SMALL)
+        embed = nn.linen.CachedEmbed(VOCABULARY, DIM, tx=TX, cache=None, name="embed")
+        return memory(tokens, context), embed(tokens)
+
+
+def test_each_memory_of_a_linen_model_has_its_own_context():
+    model = LinenModels()
+    variables = model.init(jax.random.key(0), TOKENS)
+    state = TrainState.create(apply_fn=model.apply, variables=variables, tx=TX)
+    context = memory_of().context_after(TOKENS[:, :4])
+    part = TOKENS[:, 4:]
+    ids = {"memory": part, "embed": part}
+    trained = state.prefetch(ids, {"memory": context})
+    wanted, _ = model.apply(state.variables, TOKENS)
+    vectors, _ = trained.apply_fn({"params": trained.params}, part, context)
+    np.testing.assert_allclose(vectors, wanted[:, 4:], atol=1e-5)
+    with pytest.raises(KeyError, match=r"prefetch takes \{path: context\} for"):
+        state.prefetch(ids, context)
+    with pytest.raises(ValueError, match="'embed' is no NGramMemory and takes no context"):
+        state.prefetch(ids, {"embed": context})
+
+
 # --- what misuse raises
 
 

@@ -355,7 +355,7 @@ class NGramMemory(linen.Module):
 
     Each position gets one row from each table: `heads` tables for each of `orders`. See
     nn.NGramHash for the rows of n-grams. Train the module with `nn.linen.TrainState`, whose
-    `prefetch` takes the tokens.
+    `prefetch` takes the tokens and their context.
 
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size).
