@@ -72,11 +72,16 @@ def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
     1. All primes must be below 3,215,031,751.
     """
     sizes: list[int] = []
+    refused: set[int] = set()  # primes that are taken, and other numbers
+    first_untried: dict[int, int] = {}
     for wanted in rows:
-        size = wanted
-        while size in sizes or not _is_prime(size):
+        size = first_untried.get(wanted, wanted)
+        while size in refused or not _is_prime(size):
+            refused.add(size)
             size += 1
         sizes.append(size)
+        refused.add(size)
+        first_untried[wanted] = size + 1
     return tuple(sizes)
 
 

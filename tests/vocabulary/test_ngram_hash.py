@@ -137,6 +137,9 @@ def test_table_sizes_are_the_smallest_free_primes():
         return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
     assert prime_sizes([1, 1, 4, 4, 2**31 - 2]) == (2, 3, 5, 7, 2**31 - 1)
+    primes = [n for n in range(20_000) if is_prime(n)]
+    assert prime_sizes([1] * 2048) == tuple(primes[:2048])  # as of two orders of 1,024 heads
+    assert prime_sizes([90, 7, 90, 7, 7] * 3)[:9] == (97, 7, 101, 11, 13, 103, 17, 107, 19)
     for wanted in (2, 561, 41_041, 500_000):
         (size,) = prime_sizes([wanted])
         assert is_prime(size) and not any(map(is_prime, range(wanted, size)))
