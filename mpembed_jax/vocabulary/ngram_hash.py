@@ -375,10 +375,11 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _checked_map(spec: NGramHash, canonical: Any) -> np.ndarray:
-    """Returns a map of tokens as a NumPy array, after a check of its dtype and shape."""
+def _checked_map(spec: NGramHash, canonical: Any) -> Any:
+    """Returns a map of tokens after a check of its dtype and shape: as NumPy, if not traced."""
     row_ids.check_no_mask("canonical", canonical)
-    array = np.asarray(canonical)
+    is_traced = isinstance(canonical, jax.core.Tracer)
+    array = canonical if is_traced else np.asarray(canonical)
     if array.dtype.kind not in "iu":
         raise TypeError(
             f"canonical must be integers [{spec.vocabulary_size}], got {array.dtype} "
@@ -411,7 +412,9 @@ def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
         numbers = _checked_map(spec, canonical)[np.where(is_token, tokens, 0)]
         _check_numbers(numbers)
         return np.where(is_token, numbers.astype(np.int32), tokens)
-    if not isinstance(canonical, jax.core.Tracer):
+    if isinstance(canonical, jax.core.Tracer):
+        canonical = _checked_map(spec, canonical)
+    else:
         canonical = jnp.asarray(check_canonical(spec, canonical))
     return jnp.where(is_token, canonical[jnp.where(is_token, tokens, 0)], tokens)
 

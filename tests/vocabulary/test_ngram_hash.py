@@ -288,6 +288,15 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             Refused(lambda: SPEC.ids(np.array([1]), None, np.ones(2)), "context.*float", TypeError),
             Refused(lambda: SPEC.ids(np.array([1]), np.arange(9)), r"each token, \[10\], got \[9"),
             Refused(lambda: SPEC.ids(np.array([1]), np.ones(10)), "canonical.*float64", TypeError),
+            Refused(
+                lambda: jax.jit(SPEC.ids)(np.array([1]), np.arange(9)),
+                r"each token, \[10\], got \[9",
+            ),
+            Refused(
+                lambda: jax.jit(SPEC.ids)(np.array([1]), np.ones(10, np.float32)),
+                r"canonical must be integers \[10\], got float32",
+                TypeError,
+            ),
             Refused(lambda: SPEC.ids(np.array([0, 9]), np.arange(10) - 1), "from -1 to 8"),
             Refused(lambda: SPEC.ids(jnp.array([5]), np.arange(10) - 1), "from -1 to 8"),
             Refused(lambda: NGramHash(10, (1, 2), 1, 9), r"each of orders must be in \[2, 64\]"),
