@@ -168,11 +168,13 @@ class NGramHash:
         object.__setattr__(self, "rows", rows)
         if rows is None:
             return
-        wanted = [n for n in self._rows_by_order for _ in range(heads)]
-        if sum(wanted) >= NO_ID or sum(self.table_sizes) >= NO_ID:
+        total = sum(self._rows_by_order) * heads
+        if total < NO_ID:  # else prime_sizes may get numbers that are too large
+            total = sum(self.table_sizes)
+        if total >= NO_ID:
             raise ValueError(
-                f"the {len(wanted)} tables must have fewer than 2**31 - 1 rows in all, got "
-                f"{sum(wanted):,}; take fewer rows, or several memories with other seeds"
+                f"the {len(orders) * heads} tables must have fewer than 2**31 - 1 rows in all, got "
+                f"{total:,}; take fewer rows, or several memories with other seeds"
             )
 
     @property

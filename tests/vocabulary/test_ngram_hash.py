@@ -314,6 +314,7 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             ),
             Refused(lambda: SPEC.pairs(np.array([1])), "have row numbers and no pairs; see ids"),
             Refused(lambda: NGramHash(10, (2,), 9, 2**30), "fewer than .* rows in all, got 9,663"),
+            Refused(lambda: NGramHash(10, (2,), 1, 2**31 - 2), "rows in all, got 2,147,483,647;"),
             Refused(lambda: NGramHash(0, (2,), 1, 9), r"vocabulary_size must be in .*got 0"),
             Refused(lambda: NGramHash(2**31, (2,), 1, 9), r"vocabulary_size must be in"),
             Refused(lambda: NGramHash(10, (2,), 1, 9, boundary=10), r"boundary must be in \[0, 9"),
