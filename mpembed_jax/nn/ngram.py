@@ -352,7 +352,8 @@ class NGramMemory(nnx.Module):
         """Returns the context for the token that follows (int32 [.., max(orders) - 1]).
 
         Args:
-          tokens: integers [.., T], one array.
+          tokens: integers [.., T], one array. Padding is in front of a shorter sequence: at the
+            end, it counts as the tokens just before the next one (see nn.NGramHash.context_after).
           context: the context of these tokens; None if a text begins with them.
 
         Raises:

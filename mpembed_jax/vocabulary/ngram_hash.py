@@ -344,6 +344,10 @@ class NGramHash:
     def context_after(self, tokens: Any, context: Any = None) -> Any:
         """Returns the context of the token that follows `tokens`.
 
+        The context has the last tokens of each sequence, padding included. So put the padding of
+        shorter sequences in front. If it is at the end, it counts as the tokens just before the
+        next one, and no n-gram reaches across it.
+
         Args:
           tokens: integers [.., T], the tokens so far, or those since `context`.
           context: integers [.., context_size], the tokens before them. None: there are none.
