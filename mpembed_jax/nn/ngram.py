@@ -173,7 +173,9 @@ class NGramMemory(nnx.Module):
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: the seed of the hash. Give each memory of a model a seed of its own.
+      seed: the seed of the hash. Give each memory of a model a seed of its own. The seed is not an
+        array: memories that nnx.vmap makes, as for an nnx.scan over layers, share one hash. Keep
+        the memories of such layers outside the scan, for example in an nnx.List.
       tx: optax transformation for the rows. None: optim.rowwise_adagrad(0.05). The model's own
         optimizer never sees the tables.
       storage: RowFormat, or its name, in which rows outside the cache are stored.

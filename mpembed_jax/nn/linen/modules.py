@@ -371,7 +371,8 @@ class NGramMemory(linen.Module):
         used.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: the seed of the hash. Give each memory of a model a different seed.
+      seed: the seed of the hash. Give each memory of a model a different seed. Layers of a
+        linen.scan share one module, and so one hash; see the nnx module.
       tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec of all tables together, or None to train every row in its table.
