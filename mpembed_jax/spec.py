@@ -16,6 +16,7 @@ from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.numerics.formats import RowFormat, as_format
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes
+from mpembed_jax.vocabulary.ngram_hash import NGramHash
 from mpembed_jax.vocabulary.spec import VocabularySpec
 
 
@@ -157,6 +158,9 @@ class EmbeddingSpec:
       vocabulary: None: ids are row numbers (see global_ids). A VocabularySpec: ids are raw (see
         raw_ids), the tables have no vocabulary_size, and their ids compete for one pool of rows.
         Rows start as the initial_bound of their table says.
+      ngrams: None, or the nn.NGramHash that turns tokens into the ids of this stack. Its tables are
+        those of the stack; see nn.ngram_spec. A state of another hash is then recognized: the rows
+        of one hash mean nothing to another.
 
     Raises:
       TypeError: if a field has the wrong type.
@@ -175,6 +179,7 @@ class EmbeddingSpec:
     skip_nonfinite: bool = False
     memory_kind: str | None = None
     vocabulary: VocabularySpec | None = None
+    ngrams: NGramHash | None = None
 
     def __post_init__(self) -> None:
         tables = (self.tables,) if isinstance(self.tables, TableSpec) else self.tables
@@ -209,6 +214,7 @@ class EmbeddingSpec:
         if self.memory_kind not in (None, *indexing.HOST_KINDS):
             raise ValueError(f'memory_kind must be None or "pinned_host", got {self.memory_kind!r}')
         self._check_vocabulary(tables)
+        self._check_ngrams(tables)
         features = self.features
         if features is not None:
             features = tuple(features.items() if isinstance(features, Mapping) else features)
@@ -259,6 +265,20 @@ class EmbeddingSpec:
             raise ValueError(
                 "a stack with a vocabulary has no out_of_range, because no raw id is out of range; "
                 "leave it out"
+            )
+
+    def _check_ngrams(self, tables: tuple[TableSpec, ...]) -> None:
+        if self.ngrams is None:
+            return
+        if not isinstance(self.ngrams, NGramHash):
+            raise TypeError(f"ngrams must be an nn.NGramHash or None, got {self.ngrams!r}")
+        names = self.ngrams.table_names
+        wanted = dict(zip(names, self.ngrams.table_sizes or [None] * len(names), strict=True))
+        found = {t.name: t.vocabulary_size for t in tables}
+        if list(found.items()) != list(wanted.items()):
+            raise ValueError(
+                f"a stack with ngrams must have the tables of this hash, {wanted}, got {found}; "
+                "nn.ngram_spec makes them"
             )
 
     @property
@@ -314,7 +334,8 @@ class EmbeddingSpec:
         """A hash (uint32 [2]) of the fields that a state's arrays depend on; every state keeps it.
 
         The fields are the names and sizes of tables, dim, format without its rounding, the sizes
-        and policy of the cache, row_state_dtype, and the sizes of a vocabulary.
+        and policy of the cache, row_state_dtype, the sizes of a vocabulary, and the settings of a
+        hash of n-grams.
         """
         cache = (
             None if self.cache is None else (*self.cache.geometry(self.num_rows), self.cache.policy)
@@ -329,6 +350,8 @@ class EmbeddingSpec:
         )
         if self.vocabulary is not None:
             meaning = (*meaning, tuple(self.vocabulary.arrays.values()))
+        if self.ngrams is not None:
+            meaning = (*meaning, self.ngrams.settings)
         text = repr(meaning)
         return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u4").astype(
             np.uint32

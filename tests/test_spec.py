@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, RowFormat, TableSpec, row_ids
+from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, RowFormat, TableSpec, nn, row_ids
 from mpembed_jax.nn import routing
 
 USERS, ITEMS, TAGS = TableSpec("users", 100), TableSpec("items", 3), TableSpec("tags", 40)
@@ -88,6 +88,11 @@ def stack(**options):
             Refused(lambda: stack(features={"author": "person"}), "'author' -> 'person'"),
             Refused(lambda: stack(features={}), "features must map feature names to tables"),
             Refused(lambda: stack(features=(("author", "users"), ("author", "items"))), "distinct"),
+            Refused(lambda: stack(ngrams=3), "ngrams must be an nn.NGramHash or None", TypeError),
+            Refused(
+                lambda: stack(ngrams=nn.NGramHash(9, (2,), 1, 30)),
+                r"tables of this hash, \{'2-gram_0': 31\}, got \{'users': 100,",
+            ),
         ]
     ),
 )
@@ -121,6 +126,8 @@ def test_specs_compare_and_hash_by_value_and_ignore_initializers():
         stack(features={"a": "users"}),
         stack(row_state_dtype="bfloat16"),
         stack(skip_nonfinite=True),
+        nn.ngram_spec(nn.NGramHash(9, (2,), 1, 30), 8),
+        nn.ngram_spec(nn.NGramHash(9, (2,), 1, 30, seed=1), 8),
         EmbeddingSpec((USERS, ITEMS, TAGS), 16),
         EmbeddingSpec((ITEMS, USERS, TAGS), 8),
     ]

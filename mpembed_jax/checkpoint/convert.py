@@ -41,9 +41,9 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
       state: the target.
 
     Raises:
-      ValueError: if the state cannot be converted. Tables, dim, vocabulary and the leaves of the
-        optimizer's state must be the same. With a vocabulary, row_state_dtype must be the same,
-        too.
+      ValueError: if the state cannot be converted. Tables, dim, vocabulary, hash of n-grams and the
+        leaves of the optimizer's state must be the same. With a vocabulary, row_state_dtype must be
+        the same, too.
     """
     spec = state.spec
     name = repr(prefix) if prefix else "the embedding state"
@@ -68,6 +68,13 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
         raise ValueError(
             f"{name} was saved with vocabulary {entry.get('vocabulary')}, the target has "
             f"{ours.get('vocabulary')}; a pool of rows is restored with the sizes it had"
+        )
+    # Checkpoints of earlier versions do not tell the hash.
+    if entry.get("ngrams") is not None and entry["ngrams"] != ours.get("ngrams"):
+        raise ValueError(
+            f"{name} was saved with the NGramHash {entry['ngrams']}, the target has "
+            f"{ours.get('ngrams')}; n-grams have other rows in another hash: make the target with "
+            "the boundary, padding and seed of the saved model"
         )
     if spec.vocabulary is not None and entry["row_state_dtype"] != spec.row_state_dtype:
         raise ValueError(
@@ -159,6 +166,12 @@ def convert(
     before, after = placements.Division.read(entry), placements.Division.of(target)
     if before != after:
         _LOG.warning("%s: rows of %s placed on %s", name, before, after)
+    if spec.ngrams is not None and entry.get("ngrams") is None:
+        _LOG.warning(
+            "%s: the checkpoint does not tell its NGramHash; taken for that of the target, %s",
+            name,
+            spec.ngrams.settings,
+        )
     saved = placements.by_id(saved, before, spec)
     fmt = RowFormat(*entry["storage"])
     ours = digests.describe(spec)

@@ -98,6 +98,8 @@ def describe(spec: EmbeddingSpec) -> dict[str, Any]:
     }
     if spec.vocabulary is not None:
         result["vocabulary"] = spec.vocabulary.arrays
+    if spec.ngrams is not None:
+        result["ngrams"] = spec.ngrams.settings
     return result
 
 

@@ -169,6 +169,12 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
             and all(is_count(value[name]) and value[name] > 0 for name in sizes)
         )
 
+    def is_ngrams(value: Any) -> bool:
+        return value is None or (
+            _is_map(value, lambda field: field is None or is_count(field))
+            and value.keys() == {"boundary", "padding", "seed"}
+        )
+
     def is_storage(value: Any) -> bool:
         return (
             _is_list(value, lambda _: True, 3)
@@ -195,7 +201,8 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
     require("storage", is_storage)
     require("cache", is_cache)
     require("vocabulary", is_vocabulary)
-    # Earlier versions wrote neither of these two.
+    # Earlier versions wrote none of these three.
+    require("ngrams", is_ngrams)
     require("features", lambda v: v is None or _is_list(v, lambda p: _is_list(p, _is_text, 2)))
     require("rounding", lambda v: v is None or _is_text(v))
     require("row_state_dtype", lambda v: v is None or _is_text(v))

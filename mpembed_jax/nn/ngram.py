@@ -1,9 +1,10 @@
 """NGramMemory: an nnx module of n-gram tables, whose rows are quantized and cached.
 
 It is the memory of Engram (arXiv 2601.07372) and of other language models with n-gram embeddings.
-At each token, each n-gram that ends there looks up one row in each of its tables. Most parameters
-of such a model are in these tables. A step touches few of their rows. Accesses are
-Zipf-distributed. What the model does with the vectors (gates, projections) is left to it.
+At each token, each n-gram that ends there looks up one row in each of its tables. These tables are
+the largest of such a model: they have a fifth of all parameters in Engram-27B, and nearly half in
+LongCat-Flash-Lite. A step touches few of their rows. Accesses are Zipf-distributed. What the model
+does with the vectors (gates, projections) is left to it.
 
 An n-gram finds its rows by a hash. Instead, n-grams can be raw ids: an n-gram that occurs often
 enough then competes for a row of its own. All others of its order share
@@ -46,6 +47,7 @@ def ngram_spec(
     storage: RowFormat | str = "int8",
     cache: CacheSpec | None = CacheSpec(),  # noqa: B008
     embedding_init: Any = None,
+    initial_bound: float | None = None,
     max_unique_ids: int | None = None,
     skip_nonfinite: bool = False,
     row_state_dtype: str = "float32",
@@ -60,6 +62,7 @@ def ngram_spec(
       storage: RowFormat, or its name.
       cache: CacheSpec of the whole stack, or None.
       embedding_init: see NGramMemory.
+      initial_bound: see NGramMemory.
       max_unique_ids: the budget of distinct rows per batch.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row.
@@ -68,7 +71,7 @@ def ngram_spec(
     Raises:
       TypeError: if ngrams is not an NGramHash, or if another argument has the wrong type.
       ValueError: see mpembed_jax.EmbeddingSpec. Also if only one of vocabulary and ngrams says that
-        n-grams are raw ids, or if embedding_init is given with a vocabulary.
+        n-grams are raw ids; or if embedding_init is given with a vocabulary or an initial_bound.
     """
     if not isinstance(ngrams, NGramHash):
         raise TypeError(
@@ -80,19 +83,20 @@ def ngram_spec(
             "n-grams are raw ids if NGramHash has rows=None and there is a VocabularySpec; got "
             f"rows={ngrams.rows!r} and vocabulary={vocabulary!r}"
         )
-    if vocabulary is not None:
-        if embedding_init is not None:
-            raise ValueError(
-                "if n-grams are raw ids, all rows start from uniform(+-1/sqrt(rows)); leave "
-                "embedding_init out"
-            )
-        tables = tuple(TableSpec(name) for name in ngrams.table_names)
-    else:
-        initializer = DEFAULT_INIT if embedding_init is None else embedding_init
-        tables = tuple(
-            TableSpec(name, rows, initializer)
-            for name, rows in zip(ngrams.table_names, ngrams.table_sizes, strict=True)
+    if embedding_init is not None and (vocabulary is not None or initial_bound is not None):
+        raise ValueError(
+            "if n-grams are raw ids, or if there is an initial_bound, rows start from "
+            "uniform(+-initial_bound); leave embedding_init out"
         )
+    sizes: Sequence[int | None] = ngrams.table_sizes
+    if vocabulary is not None:
+        sizes = [None] * len(ngrams.table_names)
+    elif initial_bound is None and embedding_init is None:
+        embedding_init = DEFAULT_INIT
+    tables = tuple(
+        TableSpec(name, size, embedding_init, initial_bound)
+        for name, size in zip(ngrams.table_names, sizes, strict=True)
+    )
     return EmbeddingSpec(
         tables,
         features,
@@ -103,6 +107,7 @@ def ngram_spec(
         row_state_dtype=row_state_dtype,
         memory_kind=memory_kind,
         vocabulary=vocabulary,
+        ngrams=ngrams,
     )
 
 
@@ -169,7 +174,9 @@ class NGramMemory(nnx.Module):
         n-grams, such as a word in upper and lower case. It is saved with the model.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: the seed of the hash. Give each memory of a model a seed of its own.
+      seed: the seed of the hash. Give each memory of a model a seed of its own. The seed is not an
+        array: memories that nnx.vmap makes, as for an nnx.scan over layers, share one hash. Keep
+        the memories of such layers outside the scan, for example in an nnx.List.
       tx: optax transformation for the rows. None: optim.rowwise_adagrad(0.05). The model's own
         optimizer never sees the tables.
       storage: RowFormat, or its name, in which rows outside the cache are stored.
@@ -177,7 +184,10 @@ class NGramMemory(nnx.Module):
       dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
         whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
-        for nnx.Embed's default.
+        for nnx.Embed's default, if initial_bound is None. Raw ids take no embedding_init.
+      initial_bound: rows start from uniform(+-initial_bound). With raw ids, a row starts so when an
+        n-gram gets it. None: embedding_init says how rows start; for raw ids, the bound is
+        1/sqrt(rows of pool and shared rows).
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
@@ -221,6 +231,7 @@ class NGramMemory(nnx.Module):
         cache: CacheSpec | None = CacheSpec(),  # noqa: B008
         dtype: Any = None,
         embedding_init: Any = None,
+        initial_bound: float | None = None,
         max_unique_ids: int | None = None,
         skip_nonfinite: bool = False,
         row_state_dtype: str = "float32",
@@ -251,6 +262,7 @@ class NGramMemory(nnx.Module):
             storage=storage,
             cache=cache,
             embedding_init=embedding_init,
+            initial_bound=initial_bound,
             max_unique_ids=max_unique_ids,
             skip_nonfinite=skip_nonfinite,
             row_state_dtype=row_state_dtype,
@@ -274,10 +286,12 @@ class NGramMemory(nnx.Module):
         """Replaces the EmbeddingState between steps, for example by one from write_rows.
 
         Args:
-          state: a state of the same tables. Later steps consume it if they donate the model.
+          state: a state of the same tables, boundary, padding and seed. The map of tokens is not
+            part of it. Later steps consume the state if they donate the model.
 
         Raises:
-          ValueError: if the state is of other tables, or if a step is in progress.
+          ValueError: if the state is of other tables or of another hash, or if a step is in
+            progress.
         """
         self.stack.set_embedding_state(state)
 
@@ -341,7 +355,8 @@ class NGramMemory(nnx.Module):
         """Returns the context for the token that follows (int32 [.., max(orders) - 1]).
 
         Args:
-          tokens: integers [.., T], one array.
+          tokens: integers [.., T], one array. Padding is in front of a shorter sequence: at the
+            end, it counts as the tokens just before the next one (see nn.NGramHash.context_after).
           context: the context of these tokens; None if a text begins with them.
 
         Raises:

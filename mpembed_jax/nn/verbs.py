@@ -49,7 +49,7 @@ def run(verb: Callable, state: EmbeddingState, *args: Any, **static: Any) -> Any
 
 
 def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
-    """Checks that the state of a module has the tables and the dim of the module's spec.
+    """Checks that a state has the tables, the dim and the hash of n-grams of a module's spec.
 
     Only static values are compared, so traced states are checked, too.
 
@@ -67,6 +67,14 @@ def check_tables(state: EmbeddingState, spec: EmbeddingSpec) -> None:
             f"this module was made for tables {text(spec)}, but holds the state of {text(held)}, "
             "which came from another model (nnx.update, a restored checkpoint); make the module "
             "with the specs of that model, or move the rows with to_dense and from_dense"
+        )
+    ours, theirs = (None if of.ngrams is None else of.ngrams.settings for of in (spec, held))
+    if ours != theirs:
+        raise ValueError(
+            f"this module was made for the NGramHash {ours}, but holds the state of {theirs}, "
+            "which came from another model (nnx.update, a restored checkpoint), and in which "
+            "n-grams have other rows; make the module with the seed, boundary and padding of that "
+            "model, and a state with nn.ngram_spec"
         )
 
 

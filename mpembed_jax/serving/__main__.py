@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         "export",
         help="write the tables of a checkpoint to one file",
         description="Write the tables of a checkpoint to one file. A checkpoint does not hold the "
-        "hash of n-grams: to serve an n-gram memory, restore the model and call serving.save with "
-        "it.",
+        "map of tokens and the whole hash of an n-gram memory: to serve one, restore the model and "
+        "call serving.save with it.",
     )
     export.add_argument("checkpoint", type=Path, help="the directory given to checkpoint.save")
     export.add_argument("out", type=Path, help="the file to write")

@@ -3,8 +3,9 @@
 Only packed rows, cache lines and the owners of rows are read, into host memory. The optimizer's
 state stays on disk. A checkpoint of an earlier version records neither features nor the rule of
 rounding. Each table is then its own feature. Cached rows are then rounded stochastically, unless
-all rows are encoded again. No checkpoint records the hash of n-grams. Their tables are exported as
-tables of row numbers or raw ids. To serve an n-gram memory, restore the model and save that.
+all rows are encoded again. No checkpoint records the whole hash of n-grams. Their tables are
+exported as tables of row numbers or raw ids. To serve an n-gram memory, restore the model and save
+that.
 """
 
 import contextlib

@@ -418,7 +418,8 @@ def _contents(body: dict[str, Any]) -> Contents:
         pool = None if entry["vocabulary"] is None else _pool(name, entry["vocabulary"], num_rows)
         tables.append(Table(name, entry["stack"], num_rows, dim, storage, errors, pool))
     features = tuple((str(f), str(t)) for f, t in body["features"])
-    ngrams = tuple(_ngrams(entry) for entry in body.get("ngrams", ()))
+    num_tables = sum(1 if t.pool is None else len(t.pool.tables) for t in tables)
+    ngrams = tuple(_ngrams(entry, num_tables) for entry in body.get("ngrams", ()))
     checksum = body["checksums_crc32"]
     if type(checksum) is not int or not 0 <= checksum < 1 << 32:
         raise ValueError(f"the checksum of its checksums is {checksum!r}")
@@ -456,8 +457,8 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     return pool
 
 
-def _ngrams(entry: dict[str, Any]) -> NGrams:
-    """Returns the description of a hash of n-grams.
+def _ngrams(entry: dict[str, Any], num_tables: int) -> NGrams:
+    """Returns the description of a hash of n-grams, in a file of `num_tables` tables.
 
     Raises:
       ValueError, KeyError, TypeError or OverflowError: as _contents.
@@ -469,6 +470,13 @@ def _ngrams(entry: dict[str, Any]) -> NGrams:
         raise ValueError(
             f"the n-grams of stack {stack!r} have the hash {name!r}, which this library does not "
             "know"
+        )
+    orders, heads = entry.get("orders"), entry.get("heads")
+    # Before the sizes are computed: the time for those of many tables is not in the file's hands.
+    if type(heads) is int and isinstance(orders, list) and len(orders) * heads > num_tables:
+        raise ValueError(
+            f"the n-grams of stack {stack!r} have {len(orders)} orders x {heads} heads, the file "
+            f"has {num_tables} tables"
         )
     fields = [field.name for field in dataclasses.fields(NGramHash)]
     try:

@@ -77,7 +77,8 @@ def save(
         map of tokens does not consist of integers.
       ValueError: if there is no embedding state, names of the file are not distinct, or a state is
         traced, abstract, donated or spread over several processes. Also if an NGramState has the
-        hash of other tables, or a map that does not fit it.
+        hash of other tables, or another hash than the spec of its state, or a map that does not fit
+        it.
     """
     path = arguments.path_of("serving.save(path, states)", "path", path)
     if not (progress is None or callable(progress)):

@@ -63,7 +63,7 @@ def of_tree(tree: Any) -> list[Source]:
     Raises:
       TypeError: if a map of tokens does not consist of integers.
       ValueError: if the tree has no embedding state; for a state, see of_state; if a map of tokens
-        does not fit its hash.
+        does not fit its hash, or if a hash is not the one of the state's spec.
     """
 
     def is_stack(node: Any) -> bool:
@@ -99,6 +99,12 @@ def _of_memory(name: str, memory: Any) -> Source:
     if canonical is not None:
         canonical = ngram_hash.check_canonical(memory.ngrams, canonical)
     source = of_state(name, memory.state)
+    trained = source.spec.ngrams
+    if trained is not None and trained.settings != memory.ngrams.settings:
+        raise ValueError(
+            f"stack {name!r} was trained with the NGramHash {trained.settings}, got "
+            f"{memory.ngrams.settings}; pass the hash of its spec: state.spec.ngrams"
+        )
     return source._replace(ngrams=memory.ngrams, canonical=canonical)
 
 

@@ -365,7 +365,8 @@ class ServingTable:
         """Returns the context for the token that follows, for `ngram_vectors`.
 
         Args:
-          tokens: integers [.., T].
+          tokens: integers [.., T]. Padding is in front of a shorter sequence: at the end, it
+            counts as the tokens just before the next one, and no n-gram reaches across it.
           context: the context of these tokens; None if a text begins with them.
           stack: see ngram_vectors.
 

@@ -72,11 +72,16 @@ def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
     1. All primes must be below 3,215,031,751.
     """
     sizes: list[int] = []
+    refused: set[int] = set()  # primes that are taken, and other numbers
+    first_untried: dict[int, int] = {}
     for wanted in rows:
-        size = wanted
-        while size in sizes or not _is_prime(size):
+        size = first_untried.get(wanted, wanted)
+        while size in refused or not _is_prime(size):
+            refused.add(size)
             size += 1
         sizes.append(size)
+        refused.add(size)
+        first_untried[wanted] = size + 1
     return tuple(sizes)
 
 
@@ -163,11 +168,13 @@ class NGramHash:
         object.__setattr__(self, "rows", rows)
         if rows is None:
             return
-        wanted = [n for n in self._rows_by_order for _ in range(heads)]
-        if sum(wanted) >= NO_ID or sum(self.table_sizes) >= NO_ID:
+        total = sum(self._rows_by_order) * heads
+        if total < NO_ID:  # else prime_sizes may get numbers that are too large
+            total = sum(self.table_sizes)
+        if total >= NO_ID:
             raise ValueError(
-                f"the {len(wanted)} tables must have fewer than 2**31 - 1 rows in all, got "
-                f"{sum(wanted):,}; take fewer rows, or several memories with other seeds"
+                f"the {len(orders) * heads} tables must have fewer than 2**31 - 1 rows in all, got "
+                f"{total:,}; take fewer rows, or several memories with other seeds"
             )
 
     @property
@@ -193,6 +200,14 @@ class NGramHash:
         if self.rows is None:
             return ()
         return prime_sizes([n for n in self._rows_by_order for _ in range(self.heads)])
+
+    @property
+    def settings(self) -> dict[str, int | None]:
+        """The fields in which hashes of the same tables can differ: boundary, padding and seed.
+
+        The row of an n-gram depends on them. It does not depend on vocabulary_size.
+        """
+        return {"boundary": self.boundary, "padding": self.padding, "seed": self.seed}
 
     @property
     def context_size(self) -> int:
@@ -329,6 +344,10 @@ class NGramHash:
     def context_after(self, tokens: Any, context: Any = None) -> Any:
         """Returns the context of the token that follows `tokens`.
 
+        The context has the last tokens of each sequence, padding included. So put the padding of
+        shorter sequences in front. If it is at the end, it counts as the tokens just before the
+        next one, and no n-gram reaches across it.
+
         Args:
           tokens: integers [.., T], the tokens so far, or those since `context`.
           context: integers [.., context_size], the tokens before them. None: there are none.
@@ -362,10 +381,11 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _checked_map(spec: NGramHash, canonical: Any) -> np.ndarray:
-    """Returns a map of tokens as a NumPy array, after a check of its dtype and shape."""
+def _checked_map(spec: NGramHash, canonical: Any) -> Any:
+    """Returns a map of tokens after a check of its dtype and shape: as NumPy, if not traced."""
     row_ids.check_no_mask("canonical", canonical)
-    array = np.asarray(canonical)
+    is_traced = isinstance(canonical, jax.core.Tracer)
+    array = canonical if is_traced else np.asarray(canonical)
     if array.dtype.kind not in "iu":
         raise TypeError(
             f"canonical must be integers [{spec.vocabulary_size}], got {array.dtype} "
@@ -398,7 +418,9 @@ def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
         numbers = _checked_map(spec, canonical)[np.where(is_token, tokens, 0)]
         _check_numbers(numbers)
         return np.where(is_token, numbers.astype(np.int32), tokens)
-    if not isinstance(canonical, jax.core.Tracer):
+    if isinstance(canonical, jax.core.Tracer):
+        canonical = _checked_map(spec, canonical)
+    else:
         canonical = jnp.asarray(check_canonical(spec, canonical))
     return jnp.where(is_token, canonical[jnp.where(is_token, tokens, 0)], tokens)
 

@@ -23,7 +23,7 @@ from cases import named
 from training import all_rows, assert_same
 
 import mpembed_jax as mpembed
-from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec
+from mpembed_jax import CacheSpec, EmbeddingSpec, TableSpec, nn
 
 pytest.importorskip("orbax.checkpoint", reason="the [checkpoint] extra is not installed")
 
@@ -534,6 +534,40 @@ def test_a_target_that_does_not_fit_is_named(tmp_path):
         checkpoint.save(tmp_path, -1, tree)
     with pytest.raises(checkpoint.CheckpointError, match="is already a good checkpoint"):
         checkpoint.save(tmp_path, 1, tree)
+
+
+HASH = nn.NGramHash(40, (2, 3), 1, 30, boundary=0, padding=1, seed=3)
+
+
+def ngram_state(key=0, **fields):
+    spec = nn.ngram_spec(dataclasses.replace(HASH, **fields), DIM, cache=CacheSpec(num_rows=16))
+    return mpembed.init(jax.random.key(key), spec, ADAGRAD)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    named({"seed": {"seed": 0}, "boundary": {"boundary": None}, "padding": {"padding": 2}}),
+)
+def test_rows_of_another_hash_of_n_grams_are_not_restored(fields, tmp_path):
+    state = ngram_state()
+    checkpoint.save(tmp_path, 1, {"memory": state})
+    assert_same(checkpoint.restore(tmp_path, {"memory": ngram_state(1)})["memory"], state)
+    message = r"'memory' was saved with the NGramHash \{.*'seed': 3\}, the target has"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(tmp_path, {"memory": ngram_state(1, **fields)})
+    plain = dataclasses.replace(state.spec, ngrams=None)
+    with pytest.raises(ValueError, match=f"{message} None"):
+        checkpoint.restore(tmp_path, {"memory": mpembed.init(jax.random.key(0), plain, ADAGRAD)})
+
+
+def test_a_checkpoint_that_does_not_tell_its_hash_of_n_grams_is_restored(tmp_path, caplog):
+    """As earlier versions wrote it: neither fingerprint nor manifest know the hash."""
+    wanted = ngram_state()
+    plain = dataclasses.replace(wanted.spec, ngrams=None)
+    checkpoint.save(tmp_path, 1, mpembed.init(jax.random.key(0), plain, ADAGRAD))
+    with caplog.at_level(logging.WARNING):
+        assert_same(checkpoint.restore(tmp_path, ngram_state(1)), wanted)
+    assert "does not tell its NGramHash; taken for that of the target, {'bound" in caplog.text
 
 
 @pytest.mark.slow

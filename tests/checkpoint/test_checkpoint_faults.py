@@ -825,6 +825,20 @@ def test_an_embedding_whose_entry_does_not_fit_its_arrays_is_refused(tmp_path):
     checkpoint.restore(tmp_path, {"emb": other})
 
 
+def test_a_hash_of_n_grams_of_wrong_form_is_refused_by_name(tmp_path):
+    checkpoint.save(tmp_path, 1, {"emb": first()})
+    body = manifest_of(tmp_path, 1)
+    settings = {"boundary": None, "padding": 1, "seed": 0}
+    for wrong in (3, {}, [], {**settings, "seed": -1}, {**settings, "seed": "0"}, {"seed": 0}):
+        crafted(tmp_path, lambda body: body["embeddings"]["emb"].update(ngrams=wrong))  # noqa: B023
+        with pytest.raises(checkpoint.CheckpointError, match=r"embeddings\['emb'\]\['ngrams'\] is"):
+            checkpoint.restore(tmp_path, {"emb": first()})
+        write_manifest(tmp_path, 1, body)
+    crafted(tmp_path, lambda body: body["embeddings"]["emb"].update(ngrams=settings))
+    with pytest.raises(ValueError, match=r"was saved with the NGramHash .* the target has None"):
+        checkpoint.restore(tmp_path, {"emb": first()})
+
+
 # --- several processes
 
 

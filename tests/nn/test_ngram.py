@@ -265,7 +265,7 @@ def test_memories_of_one_model_are_trained_each_by_itself(stepped):
 
 @pytest.mark.exhaustive
 def test_recomputed_layers_take_the_same_steps(stepped):
-    """The whole command recomputes modules in tests/documents/test_contexts.py."""
+    """The whole command recomputes layers inside a scan, below."""
     wanted, losses = stepped
     model, step = Layers(), nnx.jit(layers_step, static_argnames="is_recomputed")
     got = [float(step(model, tokens, is_recomputed=True)) for tokens in batches(3)]
@@ -273,16 +273,15 @@ def test_recomputed_layers_take_the_same_steps(stepped):
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.exhaustive
-def test_a_scan_over_batches_takes_the_same_steps(stepped):
-    """The whole command scans over modules in tests/documents/test_contexts.py."""
+@pytest.mark.slow
+def test_a_scan_over_batches_with_recomputed_layers_takes_the_same_steps(stepped):
     wanted, losses = stepped
     model = Layers()
 
     @nnx.jit
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
     def scanned(model, tokens):
-        return model, layers_step(model, tokens)
+        return model, layers_step(model, tokens, is_recomputed=True)
 
     _, got = scanned(model, np.stack(batches(3)))
     np.testing.assert_allclose(got, losses, rtol=1e-5)
@@ -340,6 +339,26 @@ def test_initial_rows_are_those_of_the_initializer_for_each_table():
 SETTINGS = {"max_unique_ids": 9, "skip_nonfinite": True, "row_state_dtype": "bfloat16"}
 
 
+@pytest.mark.parametrize("kind", ["hashed", "raw"])
+def test_rows_start_within_the_initial_bound_in_both_kinds_of_modules(kind):
+    raw = {"rows": mpembed.VocabularySpec(64, ways=4, shared_rows=8), "heads": 1}
+    options = {**OPTIONS, **SMALL, "storage": "float32", **(raw if kind == "raw" else {})}
+    twin = nn.linen.NGramMemory(VOCABULARY, DIM, **options, initial_bound=0.01)
+    (table,) = jax.tree.leaves(
+        twin.init(jax.random.key(0), TOKENS)["embedding"], is_leaf=lambda x: hasattr(x, "state")
+    )
+    for state in (memory_of(**options, initial_bound=0.01).state, table.state):
+        assert all(t.initial_bound == 0.01 for t in state.spec.tables)
+        # Of a pool, only rows that have owners start within the bound, and the shared rows.
+        ids = np.arange(64 if kind == "raw" else 0, state.spec.num_rows, dtype=np.int32)
+        rows = np.asarray(jax.jit(mpembed.decode, static_argnums=(1, 2))(
+            state.table.rows[ids], state.spec.storage, DIM
+        ))  # fmt: skip
+        assert 0.005 < np.abs(rows).max() <= 0.01
+    with pytest.raises(ValueError, match=r"uniform\(\+-initial_bound\); leave embedding_init out"):
+        memory_of(embedding_init=jax.nn.initializers.ones, initial_bound=0.01)
+
+
 @pytest.mark.slow
 def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     memory = memory_of(**SETTINGS)
@@ -358,13 +377,60 @@ def test_options_of_the_spec_reach_it_in_both_kinds_of_modules():
     assert twin.apply(variables, TOKENS).shape == (4, 9, 2 * DIM)
 
 
+def other_memory(**options):
+    """A memory with other initial values, and with another hash if options say so."""
+    options = {**OPTIONS, **SMALL, **options}
+    return nn.NGramMemory(VOCABULARY, DIM, rngs=nnx.Rngs(1), **options)
+
+
 @pytest.mark.slow
 def test_a_state_from_outside_is_trained_and_one_of_other_tables_refused():
-    memory, other = memory_of(), memory_of(seed=1)
+    memory, other = memory_of(), other_memory()
     memory.set_state(other.state)
     np.testing.assert_array_equal(dense_rows(memory.state), dense_rows(other.state))
+    train_step(memory, TOKENS)
     with pytest.raises(ValueError, match="this module was made for tables"):
         memory.set_state(memory_of(rows=(70, 90)).state)
+
+
+@pytest.mark.parametrize(
+    "options", named({"seed": {"seed": 1}, "boundary": {"boundary": 2}, "padding": {"padding": 2}})
+)
+def test_a_state_of_another_hash_is_refused_in_every_way_that_it_may_come(options):
+    """Also inside jit, while the step is traced."""
+    memory, other = memory_of(), other_memory(**options)
+    message = r"made for the NGramHash \{'boundary': 0, 'padding': 1, 'seed': 0\}, but holds the st"
+    with pytest.raises(ValueError, match=message):
+        memory.set_state(other.state)
+    nnx.update(memory, nnx.state(other))
+    for use in (
+        lambda: memory.prefetch(TOKENS),
+        lambda: train_step(memory, TOKENS),
+        lambda: nnx.jit(lambda memory: memory(TOKENS))(nnx.view(memory, deterministic=True)),
+        lambda: memory.state,
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_the_arrays_of_another_hash_are_recognized_without_its_spec():
+    """As another library restores them: into the structure of the target."""
+    memory, other = memory_of(), other_memory(seed=1)
+    arrays = jax.tree.leaves(nnx.state(other))
+    nnx.update(memory, jax.tree.unflatten(jax.tree.structure(nnx.state(memory)), arrays))
+    with pytest.raises(ValueError, match="made for another spec"):
+        memory.stats()
+    assert np.isnan(train_step(memory, TOKENS))
+
+
+def test_a_vocabulary_may_grow():
+    """The rows of n-grams do not depend on its size."""
+    memory = memory_of()
+    larger = nn.NGramMemory(VOCABULARY + 9, DIM, rngs=nnx.Rngs(1), **OPTIONS, **SMALL)
+    nnx.update(larger, nnx.state(memory))
+    memory.eval()
+    larger.eval()
+    np.testing.assert_array_equal(larger(TOKENS), memory(TOKENS))
 
 
 # --- linen
@@ -424,6 +490,54 @@ def test_the_linen_memory_trains_and_decodes_like_the_nnx_one():
     )
 
 
+@pytest.mark.slow
+def test_a_step_in_linen_takes_the_context_of_a_part_of_a_text():
+    """Its loss is that of the positions of the whole text."""
+    model = LinenModel()
+    state = TrainState.create(
+        apply_fn=model.apply, variables=model.init(jax.random.key(0), TOKENS), tx=optax.sgd(0.0)
+    )
+
+    @jax.jit
+    def loss_of(state, tokens, context):
+        state = state.prefetch(tokens, context)
+        return state.apply_fn({"params": state.params}, tokens, context)
+
+    parts = memory_of(canonical=CANONICAL)
+    context = parts.context_after(TOKENS[:, :4])
+    whole = model.apply(state.variables, TOKENS)
+    np.testing.assert_allclose(loss_of(state, TOKENS[:, 4:], context), whole[:, 4:], atol=1e-5)
+    with pytest.raises(ValueError, match="context must be the 2 tokens"):
+        state.prefetch(TOKENS, context[:1])
+
+
+class LinenModels(linen.Module):
+    """A memory beside an embedding."""
+
+    @linen.compact
+    def __call__(self, tokens, context=None):
+        memory = nn.linen.NGramMemory(VOCABULARY, DIM, name="memory", **OPTIONS, **SMALL)
+        embed = nn.linen.CachedEmbed(VOCABULARY, DIM, tx=TX, cache=None, name="embed")
+        return memory(tokens, context), embed(tokens)
+
+
+def test_each_memory_of_a_linen_model_has_its_own_context():
+    model = LinenModels()
+    variables = model.init(jax.random.key(0), TOKENS)
+    state = TrainState.create(apply_fn=model.apply, variables=variables, tx=TX)
+    context = memory_of().context_after(TOKENS[:, :4])
+    part = TOKENS[:, 4:]
+    ids = {"memory": part, "embed": part}
+    trained = state.prefetch(ids, {"memory": context})
+    wanted, _ = model.apply(state.variables, TOKENS)
+    vectors, _ = trained.apply_fn({"params": trained.params}, part, context)
+    np.testing.assert_allclose(vectors, wanted[:, 4:], atol=1e-5)
+    with pytest.raises(KeyError, match=r"prefetch takes \{path: context\} for"):
+        state.prefetch(ids, context)
+    with pytest.raises(ValueError, match="'embed' is no NGramMemory and takes no context"):
+        state.prefetch(ids, {"embed": context})
+
+
 # --- what misuse raises
 
 
@@ -458,6 +572,7 @@ def made(**options):
                 ),
                 "leave embedding_init out",
             ),
+            Refused(made(initial_bound=-1.0), "initial_bound must be a finite number of at least"),
             Refused(made(storage="int9"), "unknown row format 'int9'"),
             Refused(made(cache=0.05), "cache must be a CacheSpec or None", TypeError),
             Refused(made(tx=0.1), "tx must be an optax", TypeError),
@@ -478,3 +593,34 @@ def test_a_linen_memory_refuses_the_collection_of_other_tables():
     modules[0].apply(variables[0], tokens)
     with pytest.raises(ValueError, match="holds the state of"):
         modules[0].apply(variables[1], tokens)
+
+
+MAPPED = {"canonical": CANONICAL}
+
+
+@pytest.mark.parametrize(
+    "case",
+    named(
+        {
+            "seed": ({}, {"seed": 1}, "made for the NGramHash .*'seed': 1"),
+            "boundary": ({}, {"boundary": 2}, "made for the NGramHash .*'boundary': 2"),
+            "padding": ({}, {"padding": 2}, "made for the NGramHash .*'padding': 2"),
+            "a larger vocabulary": ({}, {"vocabulary_size": 41}, "has a vocabulary of 41 and no"),
+            "a map": ({}, MAPPED, "has a vocabulary of 40 and a map of tokens, collection"),
+            "no map": (MAPPED, {}, "has a vocabulary of 40 and no map of tokens, collection"),
+            "another map": (MAPPED, {"canonical": CANONICAL[::-1]}, "or with another map"),
+        }
+    ),
+)
+def test_a_linen_memory_refuses_the_collection_of_another_hash(case):
+    options, others, message = case
+    made, other = (
+        nn.linen.NGramMemory(
+            **{"vocabulary_size": VOCABULARY, **OPTIONS, **SMALL, **own}, features=4
+        )
+        for own in (options, others)
+    )
+    variables = made.init(jax.random.key(0), TOKENS)
+    made.apply(variables, TOKENS)
+    with pytest.raises(ValueError, match=message):
+        other.apply(variables, TOKENS)

@@ -273,16 +273,27 @@ def test_prefetch_and_call_may_be_jitted_apart():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    named({"float32": FLOAT32, "int8 with a cache": CACHED}, core={"int8 with a cache"}),
-)
-def test_a_step_that_ends_with_the_next_prefetch_trains_the_same_bits(options):
+def memory_of(**options):
+    """A memory of 2-grams in one table, whose vectors are as wide as those of `embed_of`."""
+    options = {"orders": (2,), "heads": 1, "rows": 50, "tx": ROW_TX, **options}
+    return nn.NGramMemory(ROWS, DIM, rngs=nnx.Rngs(0), **options)
+
+
+AHEAD = {
+    "float32": (embed_of, FLOAT32),
+    "int8 with a cache": (embed_of, CACHED),
+    "n-grams": (memory_of, CACHED),
+}
+
+
+@pytest.mark.parametrize("case", named(AHEAD, core={"int8 with a cache", "n-grams"}))
+def test_a_step_that_ends_with_the_next_prefetch_trains_the_same_bits(case):
     """RECIPES.md: prefetch ahead, in modules."""
+    made, options = case
     batches = [batch(seed=k) for k in range(4)]
 
     def start():
-        model = Model(**options)
+        model = Model(made, **options)
         return model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
 
     def train(model, optimizer, ids, labels):
@@ -366,8 +377,8 @@ def test_ids_over_the_budget_read_as_zeros_in_any_call():
 class Model(nnx.Module):
     """An embedding and a linear head."""
 
-    def __init__(self, **options):
-        self.embed = embed_of(**options)
+    def __init__(self, made=embed_of, **options):
+        self.embed = made(**options)
         self.head = nnx.Linear(DIM, 1, rngs=nnx.Rngs(1))
 
     def __call__(self, ids):

@@ -137,6 +137,9 @@ def test_table_sizes_are_the_smallest_free_primes():
         return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
     assert prime_sizes([1, 1, 4, 4, 2**31 - 2]) == (2, 3, 5, 7, 2**31 - 1)
+    primes = [n for n in range(20_000) if is_prime(n)]
+    assert prime_sizes([1] * 2048) == tuple(primes[:2048])  # as of two orders of 1,024 heads
+    assert prime_sizes([90, 7, 90, 7, 7] * 3)[:9] == (97, 7, 101, 11, 13, 103, 17, 107, 19)
     for wanted in (2, 561, 41_041, 500_000):
         (size,) = prime_sizes([wanted])
         assert is_prime(size) and not any(map(is_prime, range(wanted, size)))
@@ -167,30 +170,42 @@ def hashed(draw):
     return spec, np.array(batch, np.int64), cut
 
 
-@pytest.mark.slow
-@settings(max_examples=8)
-@given(hashed())
-def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case):
-    spec, tokens, cut = case
+def definition(spec, tokens):
+    """A map of tokens or None, the ids of the definition, and the keys if they are raw ids."""
     canonical = None
     if spec.vocabulary_size < 2**20:
         canonical = np.arange(spec.vocabulary_size) // 2
-    wanted = np.stack([oracle(spec, sequence.tolist(), canonical) for sequence in tokens])
-    host = spec.ids(tokens, canonical)
-    assert isinstance(host, np.ndarray) and host.dtype == np.int32
-    np.testing.assert_array_equal(host, wanted)
+    ids = np.stack([oracle(spec, sequence.tolist(), canonical) for sequence in tokens])
+    raw = dataclasses.replace(spec, heads=1, rows=None)
+    keys = np.stack([oracle_keys(raw, sequence.tolist(), canonical) for sequence in tokens])
+    return canonical, ids, raw, keys
+
+
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(hashed())
+def test_the_device_gives_the_ids_of_the_definition(case):
+    spec, tokens, _ = case
+    canonical, wanted, raw, keys = definition(spec, tokens)
     traced = jax.jit(spec.ids)(jnp.asarray(tokens, jnp.int32), canonical)
     np.testing.assert_array_equal(traced, wanted)
     np.testing.assert_array_equal(spec.ids(jnp.asarray(tokens, jnp.int32), canonical), wanted)
-    raw = dataclasses.replace(spec, heads=1, rows=None)
-    keys = np.stack([oracle_keys(raw, sequence.tolist(), canonical) for sequence in tokens])
-    np.testing.assert_array_equal(joined(raw.keys(tokens, canonical)), keys)
     traced = jax.jit(raw.keys)(jnp.asarray(tokens, jnp.int32), canonical)
     np.testing.assert_array_equal(joined(traced), keys)
+    traced = jax.jit(raw.pairs)(jnp.asarray(tokens, jnp.int32), canonical)
+    np.testing.assert_array_equal(traced, raw.pairs(tokens, canonical))
+
+
+@given(hashed())
+def test_host_parts_and_single_tokens_give_the_ids_of_the_definition(case):
+    spec, tokens, cut = case
+    canonical, wanted, raw, keys = definition(spec, tokens)
+    host = spec.ids(tokens, canonical)
+    assert isinstance(host, np.ndarray) and host.dtype == np.int32
+    np.testing.assert_array_equal(host, wanted)
+    np.testing.assert_array_equal(joined(raw.keys(tokens, canonical)), keys)
     pairs = raw.pairs(tokens, canonical)
     assert isinstance(pairs, np.ndarray) and pairs.dtype == np.uint32
-    traced = jax.jit(raw.pairs)(jnp.asarray(tokens, jnp.int32), canonical)
-    np.testing.assert_array_equal(traced, pairs)
     # The last part, with what was before it.
     context = spec.context_after(tokens[:, :cut])
     np.testing.assert_array_equal(spec.ids(tokens[:, cut:], canonical, context), wanted[:, cut:])
@@ -202,6 +217,52 @@ def test_device_host_parts_and_single_tokens_give_the_ids_of_the_definition(case
         got = joined(raw.keys(token, canonical, context))
         np.testing.assert_array_equal(got, keys[:, at : at + 1])
         context = spec.context_after(token, context)
+
+
+TEXTS = np.random.default_rng(0).integers(0, 40, (3, 6))
+
+
+@pytest.mark.parametrize("canonical", named({"as they are": None, "mapped": np.arange(40) // 2}))
+def test_the_device_hashes_parts_and_single_tokens_as_the_host_does_whole_texts(canonical):
+    spec = NGramHash(40, (2, 4), 2, (30, 50), boundary=0, padding=1)
+    ids = jax.jit(spec.ids)
+    after = jax.jit(spec.context_after)
+    whole = spec.ids(TEXTS, canonical)
+    context = np.full((3, 3), NO_ID, np.int32)
+    for at in range(TEXTS.shape[1]):
+        token = TEXTS[:, at : at + 1].astype(np.int32)
+        np.testing.assert_array_equal(ids(token, canonical, context), whole[:, at : at + 1])
+        context = after(token, context)
+        np.testing.assert_array_equal(context, spec.context_after(TEXTS[:, : at + 1]))
+    context = after(TEXTS[:, :4].astype(np.int32))
+    found = ids(TEXTS[:, 4:].astype(np.int32), canonical, context)
+    np.testing.assert_array_equal(found, whole[:, 4:])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "uint32"])
+def test_traced_tokens_may_have_any_integer_dtype(dtype):
+    """The vocabulary, its padding and NO_ID are larger than what the narrow dtypes hold."""
+    spec = NGramHash(2**17, (2, 3), 1, (30, 50), boundary=0, padding=70_000)
+    tokens = np.arange(12).reshape(2, 6) * (np.iinfo(dtype).max // 64) % 100_000
+    tokens = tokens.astype(dtype)
+    np.testing.assert_array_equal(jax.jit(spec.ids)(tokens), spec.ids(tokens))
+
+
+def test_padding_behind_a_text_counts_as_the_tokens_before_the_next_one():
+    """Padding in front keeps the context of a shorter text."""
+    spec = NGramHash(40, (2, 3), 2, (30, 50), padding=1)
+    text, new = np.array([[5, 6, 7]]), np.array([[8]])
+    wanted = spec.ids(np.array([[5, 6, 7, 8]]))[:, 3:]
+    for pad in (1, NO_ID):
+        context = spec.context_after(np.array([[pad, pad, *text[0]]]))
+        np.testing.assert_array_equal(context, spec.context_after(text))
+        np.testing.assert_array_equal(spec.ids(new, None, context), wanted)
+        context = spec.context_after(np.array([[*text[0], pad, pad]]))
+        np.testing.assert_array_equal(context, [[NO_ID, NO_ID]])
+        np.testing.assert_array_equal(spec.ids(new, None, context), spec.ids(new))
+        context = spec.context_after(np.array([[*text[0], pad]]))
+        np.testing.assert_array_equal(spec.ids(new, None, context), spec.ids(new))
+    assert (spec.ids(new) != wanted).any()
 
 
 @pytest.mark.parametrize("tokens", [np.array([1, 2]), jnp.array([1, 2])], ids=["host", "device"])
@@ -285,6 +346,15 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             Refused(lambda: SPEC.ids(np.array([1]), None, np.ones(2)), "context.*float", TypeError),
             Refused(lambda: SPEC.ids(np.array([1]), np.arange(9)), r"each token, \[10\], got \[9"),
             Refused(lambda: SPEC.ids(np.array([1]), np.ones(10)), "canonical.*float64", TypeError),
+            Refused(
+                lambda: jax.jit(SPEC.ids)(np.array([1]), np.arange(9)),
+                r"each token, \[10\], got \[9",
+            ),
+            Refused(
+                lambda: jax.jit(SPEC.ids)(np.array([1]), np.ones(10, np.float32)),
+                r"canonical must be integers \[10\], got float32",
+                TypeError,
+            ),
             Refused(lambda: SPEC.ids(np.array([0, 9]), np.arange(10) - 1), "from -1 to 8"),
             Refused(lambda: SPEC.ids(jnp.array([5]), np.arange(10) - 1), "from -1 to 8"),
             Refused(lambda: NGramHash(10, (1, 2), 1, 9), r"each of orders must be in \[2, 64\]"),
@@ -302,6 +372,7 @@ SPEC = NGramHash(10, (2, 3), 1, 100)
             ),
             Refused(lambda: SPEC.pairs(np.array([1])), "have row numbers and no pairs; see ids"),
             Refused(lambda: NGramHash(10, (2,), 9, 2**30), "fewer than .* rows in all, got 9,663"),
+            Refused(lambda: NGramHash(10, (2,), 1, 2**31 - 2), "rows in all, got 2,147,483,647;"),
             Refused(lambda: NGramHash(0, (2,), 1, 9), r"vocabulary_size must be in .*got 0"),
             Refused(lambda: NGramHash(2**31, (2,), 1, 9), r"vocabulary_size must be in"),
             Refused(lambda: NGramHash(10, (2,), 1, 9, boundary=10), r"boundary must be in \[0, 9"),

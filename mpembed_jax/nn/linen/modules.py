@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpembed_jax.cache.spec import CacheSpec
@@ -78,6 +79,30 @@ def _checked(stack: Stack, spec: EmbeddingSpec) -> Stack:
     """Returns the stack, if it has the tables of the module's spec."""
     verbs.check_tables(stack.state, spec)
     return stack
+
+
+def _check_vocabulary(stack: Stack, vocabulary_size: int, canonical: np.ndarray | None) -> None:
+    """Checks that the stack of an NGramMemory has the module's vocabulary and map of tokens.
+
+    The numbers of a traced map are not compared.
+
+    Raises:
+      ValueError: if they differ.
+    """
+    held = stack.canonical
+    size = None if stack.ngrams is None else stack.ngrams.vocabulary_size
+    is_same = size == vocabulary_size
+    if held is None or canonical is None:
+        is_same &= held is canonical
+    elif not isinstance(held, jax.core.Tracer):
+        is_same &= np.array_equal(held, canonical)
+    if not is_same:
+        maps = ["no map of tokens" if m is None else "a map of tokens" for m in (canonical, held)]
+        raise ValueError(
+            f"this module has a vocabulary of {vocabulary_size} and {maps[0]}, collection "
+            f"{COLLECTION!r} was made with one of {size} and {maps[1]}, or with another map; make "
+            "the module with the vocabulary_size and canonical of the model that made it"
+        )
 
 
 def _held_rows(module: linen.Module, name: str) -> Any:
@@ -330,7 +355,7 @@ class NGramMemory(linen.Module):
 
     Each position gets one row from each table: `heads` tables for each of `orders`. See
     nn.NGramHash for the rows of n-grams. Train the module with `nn.linen.TrainState`, whose
-    `prefetch` takes the tokens.
+    `prefetch` takes the tokens and their context.
 
     Attributes:
       vocabulary_size: tokens are in [0, vocabulary_size).
@@ -342,17 +367,19 @@ class NGramMemory(linen.Module):
       heads: tables of each order.
       canonical: None, or integers [vocabulary_size]: tokens with the same number are the same in
         n-grams. Pass a tuple if something hashes the module, because arrays have no hash. The map
-        is kept in the collection.
+        is kept in the collection. A call outside jit compares the two; inside jit, the kept one is
+        used.
       boundary: a token that no n-gram crosses, or None; see nn.NGramHash.
       padding: a token that stands for no token, or None; its vectors are zeros.
-      seed: the seed of the hash. Give each memory of a model a different seed.
+      seed: the seed of the hash. Give each memory of a model a different seed. Layers of a
+        linen.scan share one module, and so one hash; see the nnx module.
       tx: optax transformation for the rows; None for optim.rowwise_adagrad(0.05).
       storage: RowFormat, or its name, in which rows outside the cache are stored.
       cache: CacheSpec of all tables together, or None to train every row in its table.
       dtype: dtype of the vectors; None for float32. Updates of rows are computed in float32,
         whatever this dtype is.
       embedding_init: `(key, shape, dtype) -> array` for each table; see mpembed_jax.TableSpec. None
-        for linen.Embed's default.
+        for linen.Embed's default, if initial_bound is None.
       max_unique_ids: the budget of distinct rows per batch, see mpembed_jax.EmbeddingSpec.
       skip_nonfinite: whether rows whose gradient is not finite are skipped and counted.
       row_state_dtype: dtype of the optimizer state per row, "float32" or "bfloat16".
@@ -362,6 +389,7 @@ class NGramMemory(linen.Module):
       placement: see mpembed_jax.Placement.
       implementation: see mpembed_jax.init; it also decides which code pools the vectors.
       fused: see the nnx module. If True, `params` hold vectors, not rows, during a step.
+      initial_bound: see the nnx module.
     """
 
     vocabulary_size: int
@@ -387,6 +415,7 @@ class NGramMemory(linen.Module):
     placement: Placement | None = None
     implementation: str | None = None
     fused: bool = False
+    initial_bound: float | None = None
 
     def setup(self) -> None:
         """Declares the stack.
@@ -412,6 +441,7 @@ class NGramMemory(linen.Module):
             storage=self.storage,
             cache=self.cache,
             embedding_init=self.embedding_init,
+            initial_bound=self.initial_bound,
             max_unique_ids=self.max_unique_ids,
             skip_nonfinite=self.skip_nonfinite,
             row_state_dtype=self.row_state_dtype,
@@ -422,6 +452,7 @@ class NGramMemory(linen.Module):
         )
         tx = DEFAULT_TX if self.tx is None else self.tx
         self.spec = spec
+        self.mapped = canonical
         self.stack = _stack(self, TABLE, spec, tx, ngrams, canonical)
 
     def __call__(self, tokens: Any, context: Any = None) -> Any:
@@ -444,12 +475,14 @@ class NGramMemory(linen.Module):
         Raises:
           TypeError: if tokens are not integers.
           ValueError: if a concrete token is outside the vocabulary, if context has another shape,
-            or if params and collections are of different steps. Outside jit, also if an n-gram was
+            if params and collections are of different steps, or if the collection is of other
+            tables, another hash, vocabulary or map of tokens. Outside jit, also if an n-gram was
             not prefetched. In a fused step, also if nesting or shapes differ from those of the
             prefetch.
         """
         stack = _checked(self.stack.value, self.spec)
         assert stack.ngrams is not None
+        _check_vocabulary(stack, self.vocabulary_size, self.mapped)
         ids, given = ngram.ngram_ids(
             stack.state.spec, stack.ngrams, stack.canonical, tokens, context
         )

@@ -38,6 +38,28 @@ def _fetched(stack: Stack, ids: Any, given: Any) -> tuple:
     return prefetched.fetch(stack.state, ids, given, tables)
 
 
+def _by_module(
+    what: str, given: Any, names: Mapping[str, tuple[str, ...]]
+) -> dict[tuple[str, ...], Any]:
+    """Returns {path of a module: its part} of a mapping that a user gave to prefetch.
+
+    Args:
+      what: the name of the mapping.
+      given: the mapping, from names of modules.
+      names: {name: path} of the modules that it may name.
+
+    Raises:
+      KeyError: if it is no mapping, is empty, or names another module.
+    """
+    if not isinstance(given, Mapping) or not set(given) <= set(names) or not given:
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise KeyError(
+            f"the model has several cached embeddings; prefetch takes {{path: {what}}} for "
+            f"{list(names)}, got {got}"
+        )
+    return {names[name]: value for name, value in given.items()}
+
+
 class TrainState(struct.PyTreeNode):
     """A TrainState like flax.training's that also holds cached embeddings.
 
@@ -166,29 +188,32 @@ class TrainState(struct.PyTreeNode):
             collections={**self.collections, COLLECTION: unflatten_dict(held)},
         )
 
-    def prefetch(self, ids: Any) -> "TrainState":
+    def prefetch(self, ids: Any, context: Any = None) -> "TrainState":
         """Plans a batch and puts its rows into `params` for one step.
 
         Call it outside the differentiated function.
 
         Args:
           ids: all ids with which the model's cached embedding will be called in this step, as one
-            nest. For an NGramMemory: tokens of texts, from the first token on (prefetch takes no
-            context). If the model has several cached embeddings, a mapping {path of a module: its
-            ids}, such as {"user/items": ids}. The mapping names the cached embeddings that this
-            step trains.
+            nest. For an NGramMemory: tokens. If the model has several cached embeddings, a mapping
+            {path of a module: its ids}, such as {"user/items": ids}. The mapping names the cached
+            embeddings that this step trains.
+          context: None, or the context with which an NGramMemory will be called, nested like its
+            tokens; see nn.NGramMemory. If the model has several cached embeddings, a mapping {path
+            of an NGramMemory: its context}. A memory without an entry has no context.
 
         Returns:
           The new state. If this state is donated, its tables are consumed.
 
         Raises:
-          KeyError: if a path or feature is unknown, or if ids of several cached embeddings are not
-            a mapping.
+          KeyError: if a path or feature is unknown, or if ids or context of several cached
+            embeddings are not a mapping.
           TypeError: if ids are not integers.
           ValueError: if neither apply_gradients nor discard followed the last prefetch. Also if
             array ids do not fit the features, if a mesh cannot divide their leading axis evenly, if
             out_of_range is "raise" and a concrete id is outside its table, or if a concrete token
-            is outside the vocabulary.
+            is outside the vocabulary. Also if a context has another shape, or is for a module that
+            is no NGramMemory.
         """
         stacks = self._stacks()
         modules = sorted({path[:-1] for path in stacks})
@@ -200,15 +225,12 @@ class TrainState(struct.PyTreeNode):
             )
         if len(modules) == 1:
             by_module = {modules[0]: ids}
+            contexts = {modules[0]: context}
         else:
             names = {"/".join(path): path for path in modules}
-            if not isinstance(ids, Mapping) or not set(ids) <= set(names) or not ids:
-                got = list(ids) if isinstance(ids, Mapping) else type(ids).__name__
-                raise KeyError(
-                    f"the model has several cached embeddings; prefetch takes {{path: ids}} for "
-                    f"{list(names)}, got {got}"
-                )
-            by_module = {names[name]: value for name, value in ids.items()}
+            by_module = _by_module("ids", ids, names)
+            asked = {name: names[name] for name in ids}
+            contexts = {} if context is None else _by_module("context", context, asked)
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         for module, value in by_module.items():
             paths = sorted(
@@ -217,8 +239,13 @@ class TrainState(struct.PyTreeNode):
             )
             specs = tuple(stacks[path].state.spec for path in paths)
             first = stacks[paths[0]]
+            before = contexts.get(module)
+            if first.ngrams is None and before is not None:
+                raise ValueError(
+                    f"{'/'.join(module)!r} is no NGramMemory and takes no context; leave it out"
+                )
             if first.ngrams is not None:
-                part, own = ngram.ngram_ids(specs[0], first.ngrams, first.canonical, value, None)
+                part, own = ngram.ngram_ids(specs[0], first.ngrams, first.canonical, value, before)
                 routed, given = [part], [own]
             elif paths[0][-1] == TABLE:
                 routed, given = [routing.table_ids(specs[0], value)], [value]
