@@ -657,8 +657,8 @@ class ServingTable:
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
-            rows = _device_ids(feature, ids)
-            return read_rows(QuantizedTable(packed, table.format, dim), rows)
+            stored = QuantizedTable(packed, table.format, dim)
+            return read_rows(stored, _device_ids(feature, ids))
         host, shape = _host_ids(feature, ids)
         reader = self.host.reader(table, packed)
         if reader is None:
