@@ -656,8 +656,8 @@ class ServingTable:
         packed = self.rows[table.name]
         dim = table.embedding_dim
         if not self._is_on_host(packed, ids):
-            rows = _device_ids(feature, ids)
-            return read_rows(QuantizedTable(packed, table.format, dim), rows)
+            here = _device_ids(feature, ids)
+            return read_rows(QuantizedTable(packed, table.format, dim), here)
         host, shape = _host_ids(feature, ids)
         reader = self.host.reader(table, packed)
         if reader is None:
