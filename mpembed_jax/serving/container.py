@@ -443,7 +443,7 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     if hashed and len(hashed) != len(names):
         raise ValueError(f"table {name!r} hashes the raw ids of {len(names)} tables by {hashed}")
     sizes = [entry[field] for field in POOL_SIZES]
-    pool = Pool(names, *sizes)._replace(hashed=hashed)
+    pool = Pool(names, **dict(zip(POOL_SIZES, sizes, strict=True)), hashed=hashed)
     is_right = (
         all(type(size) is int and 0 < size < NO_ID for size in sizes)
         and pool.ways <= MAX_WAYS

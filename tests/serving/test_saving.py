@@ -314,6 +314,7 @@ def test_the_tables_of_a_flax_model_are_saved_from_its_state(tmp_path):
     assert rows.tobytes() == np.asarray(model(ids)).tobytes()
 
 
+@pytest.mark.slow
 def test_a_model_with_several_modules_is_saved_and_exported(tmp_path):
     class Towers(nnx.Module):
         def __init__(self):
