@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import Bbox
 
 from experiments.accuracy import intervals
 
@@ -20,6 +21,8 @@ RECORDS, STEP_TIME = "ngram_memory.jsonl", "ngram_step_time.json"
 TIMED = ("batch", "length", "width", "features")  # settings of a step's time
 PLAIN, SMALL = "FP32", "FP32 in INT4 + 5 %'s bytes"
 COLOURS = {"none": "#999999", "FP32": "#555555", "INT8": "#0077bb", "INT4": "#228833"}
+# Of a label beside its point, in points: those of the left half end there.
+PLACES = ((7, 4), (-7, -4), (-7, -12), (7, -12), (-7, 4), (7, 16), (-7, 16), (7, -24), (-7, -24))
 
 
 class Group(NamedTuple):
@@ -137,7 +140,7 @@ def write(found: list[dict[str, Any]], out: Path) -> str:
 
 def picture(axis: Any, group: Group) -> None:
     """Draws the loss over the bytes of the embedding state, a point for each contender."""
-    sizes = []
+    sizes, points = [], []
     for name in group.runs:
         size = group.mean(name, "state_bytes") / 1e6
         if not size:
@@ -145,9 +148,7 @@ def picture(axis: Any, group: Group) -> None:
         found = intervals.interval(list(group.values(name, "loss").values()))
         colour = COLOURS.get(name[:4], "#aa4499")
         axis.plot(size, found.mean, "o", color=colour)
-        axis.annotate(
-            name, (size, found.mean), (7, 4), textcoords="offset points", fontsize=9, color=colour
-        )
+        points.append((name, (size, found.mean), colour))
         sizes.append(size)
     if "none" in group.runs:
         axis.set_title(
@@ -170,3 +171,32 @@ def picture(axis: Any, group: Group) -> None:
     low, high = axis.get_ylim()
     middle, half = (low + high) / 2, max(0.025, 0.6 * (high - low))
     axis.set_ylim(middle - half, middle + half)
+    _label(axis, points)
+
+
+def _label(axis: Any, points: list[tuple[str, tuple[float, float], str]]) -> None:
+    """Writes the name of each point beside it, where neither a point nor a label is yet."""
+    axis.figure.draw_without_rendering()  # the layout is final, so that boxes of labels are right
+    frame = axis.get_window_extent()
+    centres = axis.transData.transform([place for _, place, _ in points]) if points else []
+    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
+    for name, place, colour in points:
+        for x, y in PLACES:
+            side = "left" if x > 0 else "right"
+            label = axis.annotate(
+                name,
+                place,
+                (x, y),
+                textcoords="offset points",
+                horizontalalignment=side,
+                fontsize=9,
+                color=colour,
+            )
+            label.set_in_layout(False)  # else the axes would move afterwards
+            box = label.get_window_extent()
+            is_inside = frame.xmin <= box.xmin and box.xmax <= frame.xmax
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                break
+            if (x, y) != PLACES[-1]:  # the last place is taken even if it is not free
+                label.remove()
+        taken.append(box)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from cases import named
 from flax import nnx
+from matplotlib.figure import Figure
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
@@ -155,6 +157,25 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
     size = group.mean(raw, "state_bytes") / ((352 + 2) * 16)
     assert group.mean(raw, "num_rows") == 354 and f"| {size:.2f} |" in page
     assert memory_table.main(["--report", "--out", str(tmp_path)]) == 0
+
+
+def test_no_label_of_the_picture_covers_another():
+    """Points of about equal bytes and loss, as contenders with few rows have."""
+    megabytes = {"INT8 + 5 %": 94, "INT4 + 5 %": 62, "rows from 2 on, FP32": 48, "INT4 + 1 %": 51}
+    losses = {"INT8 + 5 %": 2.8923, "INT4 + 5 %": 2.8929, "INT4 + 1 %": 2.8961}
+    runs = {
+        name: {0: {"outcome": {"loss": losses.get(name, 2.8937), "state_bytes": size * 10**6}}}
+        for name, size in {**megabytes, "rows from 2 on, INT4 + 5 %": 10.6, "FP32": 264}.items()
+    }
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axis = figure.subplots()
+    report.picture(axis, report.Group({}, {"features": 32}, runs))
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in axis.texts] == list(runs)
+    boxes = [label.get_window_extent() for label in axis.texts]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.xmin <= box.xmin and box.xmax <= frame.xmax for box in boxes)
 
 
 @OPTAX_ADAM
