@@ -177,6 +177,7 @@ def picture(axis: Any, group: Group) -> None:
 def _label(axis: Any, points: list[tuple[str, tuple[float, float], str]]) -> None:
     """Writes the name of each point beside it, where neither a point nor a label is yet."""
     axis.figure.draw_without_rendering()  # the layout is final, so that boxes of labels are right
+    frame = axis.get_window_extent()
     centres = axis.transData.transform([place for _, place, _ in points]) if points else []
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in centres]
     for name, place, colour in points:
@@ -191,8 +192,10 @@ def _label(axis: Any, points: list[tuple[str, tuple[float, float], str]]) -> Non
                 fontsize=9,
                 color=colour,
             )
+            label.set_in_layout(False)  # else the axes would move afterwards
             box = label.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            is_inside = frame.xmin <= box.xmin and box.xmax <= frame.xmax
+            if is_inside and not any(box.overlaps(other) for other in taken):
                 break
             if (x, y) != PLACES[-1]:  # the last place is taken even if it is not free
                 label.remove()

@@ -174,6 +174,8 @@ def test_no_label_of_the_picture_covers_another():
     assert [label.get_text() for label in axis.texts] == list(runs)
     boxes = [label.get_window_extent() for label in axis.texts]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.xmin <= box.xmin and box.xmax <= frame.xmax for box in boxes)
 
 
 @OPTAX_ADAM
