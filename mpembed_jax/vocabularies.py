@@ -151,6 +151,11 @@ def add_tables(
     if not more or not all(isinstance(table, TableSpec) for table in more):
         raise TypeError(f"add_tables: tables must be TableSpecs, got {tables!r}")
     old = state.spec
+    if old.ngrams is not None:
+        raise ValueError(
+            "add_tables: the tables of this stack are those of its hash of n-grams; make another "
+            "nn.NGramMemory"
+        )
     if old.features is not None and features is None:
         raise ValueError(
             f"add_tables: this stack has features {dict(old.feature_tables)}; pass features= for "

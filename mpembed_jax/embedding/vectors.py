@@ -280,7 +280,14 @@ def _bags(
         segment, factors = pooling.segments(
             2, row, weights[0], combiner, segment_ids, num_segments, implementation
         )
-        return segment, factors, jnp.where(segment < num_segments, segment, -1)
+        # Positions that do not count keep their bags here, so that bags in order stay in order. The
+        # native sums leave out a position without a row.
+        given = jnp.asarray(segment_ids)
+        given = given.astype(jnp.int32) if given.dtype.itemsize < 4 else given
+        is_above = given >= jnp.asarray(num_segments, given.dtype)
+        ordered = jnp.where(is_above, num_segments, given.astype(jnp.int32))
+        ordered = jnp.where(given < 0, -1, ordered).astype(jnp.int32)
+        return ordered, factors, jnp.where(segment < num_segments, segment, -1)
     lengths = [shape[-1] for shape in how.shapes]
     num_bags = [int(np.prod(lead)) for lead in how.lead]
     firsts = np.cumsum([0, *num_bags[:-1]])

@@ -37,9 +37,9 @@ class CachedEmbedBags(nnx.Module):
     nnx.value_and_grad, and `grads = nn.apply_gradients(model, grads)` after it. After
     `model.eval()`, calls need no prefetch. Ids are local to their tables. They are {feature:
     ids [.., L]} with NO_ID as padding of ragged bags, or an array [.., T] with one column per
-    feature. For a spec with a vocabulary, they are raw ids, or the pairs uint32 [.., 2] that
-    `spec.raw_ids` returns. Pass pairs to a jitted function: jax passes no strings to it, and only
-    32 bits of an integer.
+    feature. For a spec with a vocabulary, they are raw ids, padded with None or a mask (NO_ID is an
+    ordinary raw id), or the pairs uint32 [.., 2] that `spec.raw_ids` returns. Pass pairs to a
+    jitted function: jax passes no strings to it, and only 32 bits of an integer.
 
     Args:
       specs: one EmbeddingSpec, or several: one per width, row format or row optimizer. Features

@@ -164,7 +164,8 @@ def choose(implementation: Named | None, *, is_abstract: bool = False) -> Named:
         )
     if implementation == "numba" and (reason := numba_package.why_not()):
         raise ValueError(
-            f'implementation "numba" cannot be used: {reason}; or leave implementation out'
+            f'implementation "numba" cannot be used: {reason}; leave implementation out for '
+            "other code"
         )
     if implementation == "pallas_triton" and not is_abstract:
         device = jax.local_devices()[0]

@@ -1,11 +1,20 @@
-"""Whether the package numba can be used: it is installed, and code for it is written."""
+"""Whether the package numba can be used: it is installed, recent enough, and not too new.
+
+Nothing here imports numba, which takes a second.
+"""
 
 import importlib.metadata
 import importlib.util
+import pathlib
 import re
 import sys
 import warnings
 
+_NEEDED = (
+    *("JITCodeLibrary", "_optimize_functions", "_optimize_final_module", "_finalize_final_module"),
+    *("serialize_using_object_code", "JITCPUCodegen", "_library_class", "magic_tuple"),
+    "unserialize_library",
+)
 OLDEST = "0.62"  # numba 0.61 has LLVM 15, which aborts when it compiles the minimum of eight floats
 
 
@@ -38,22 +47,21 @@ def is_default() -> bool:
 
 
 def _lacking() -> str | None:
-    """Returns what `ops.cpu.machine_code` needs and this numba has not, or None.
+    """Returns a name that `ops.cpu.machine_code` needs and numba's sources lack, or None.
 
     These names are not of numba's public interface, so a new version may change them.
     """
-    codegen = importlib.import_module("numba.core.codegen")
-    library = ("_optimize_functions", "_optimize_final_module", "_finalize_final_module")
-    needed = {
-        "JITCodeLibrary": (*library, "serialize_using_object_code"),
-        "JITCPUCodegen": ("_library_class", "magic_tuple", "unserialize_library"),
-    }
-    for name, attributes in needed.items():
-        owner = getattr(codegen, name, None)
-        for attribute in attributes:
-            if not hasattr(owner, attribute):
-                return f"{name}.{attribute}"
-    return None
+    text = source_of_codegen()
+    return next((name for name in _NEEDED if not re.search(rf"\b{name}\b", text)), None)
+
+
+def source_of_codegen() -> str:
+    """Returns the text of numba's module that makes machine code; "" if there is no such file."""
+    found = importlib.util.find_spec("numba")
+    if found is None or found.origin is None:
+        return ""
+    path = pathlib.Path(found.origin).parent / "core" / "codegen.py"
+    return path.read_text() if path.is_file() else ""
 
 
 def _numbers(version: str) -> list[int]:

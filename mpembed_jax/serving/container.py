@@ -440,7 +440,7 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     names, hashed = tuple(entry["tables"]), tuple(entry.get("hashed", ()))
     if any(type(table) is not str for table in names + hashed):
         raise ValueError(f"the name of a table of raw ids in {name!r} is no text")
-    if hashed and len(hashed) != len(names):
+    if hashed and (len(hashed) != len(names) or len({*hashed}) != len(hashed)):
         raise ValueError(f"table {name!r} hashes the raw ids of {len(names)} tables by {hashed}")
     sizes = [entry[field] for field in POOL_SIZES]
     pool = Pool(names, **dict(zip(POOL_SIZES, sizes, strict=True)), hashed=hashed)

@@ -161,15 +161,20 @@ def _names(stacks: list[Source]) -> list[_Names]:
     num_tables = Counter(table.name for spec in plain for table in spec.tables)
     num_features = Counter(feature for spec in plain for feature, _ in spec.feature_tables)
 
-    def named(source: Source, names: list[str], count: Counter[str]) -> dict[str, str]:
+    def named(kind: str, source: Source, names: list[str], count: Counter[str]) -> dict[str, str]:
+        for name in names:
+            if type(name) is not str:
+                raise ValueError(f"the name of {kind} {name!r} is no text")
         prefix = f"{source.name}." if source.name else ""
         has_prefix = source.ngrams is not None
         return {n: f"{prefix}{n}" if has_prefix or count[n] > 1 else n for n in names}
 
     return [
         _Names(
-            named(source, [table.name for table in source.spec.tables], num_tables),
-            named(source, [feature for feature, _ in source.spec.feature_tables], num_features),
+            named("table", source, [table.name for table in source.spec.tables], num_tables),
+            named(
+                "feature", source, [name for name, _ in source.spec.feature_tables], num_features
+            ),
         )
         for source in stacks
     ]

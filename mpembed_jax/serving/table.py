@@ -48,14 +48,14 @@ def load(
         raise an error on the host. On a device they always read as zeros and are not counted.
       threads: threads that read a large batch on the host; None: one for each core.
       implementation: "numba" or "numpy", for the host. Both give the same rows and bags. None:
-        numba if it is installed and recent enough.
+        numba if it can be used.
 
     Returns:
       The tables.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ImportError: if numba is named, and it is not installed or too old.
+      ImportError: if numba is named, and cannot be used.
       ServingError: if the file is not a serving file, is cut short, has a newer version, or has a
         damaged header.
       TypeError: if path is not a path, or threads is not an integer.
@@ -73,7 +73,9 @@ def load(
     if implementation is None:
         implementation = "numba" if numba_package.is_default() else "numpy"
     if implementation == "numba" and (reason := numba_package.why_not()):
-        raise ImportError(f'implementation="numba": {reason}; install mpembed_jax[cpu]')
+        raise ImportError(
+            f'implementation="numba" cannot be used: {reason}; leave implementation out for NumPy'
+        )
     opened = container.open_file(arguments.path_of(call, "path", path))
     return ServingTable(
         rows={array.name: opened.array(array.name) for array in opened.contents.arrays},
@@ -836,7 +838,10 @@ def _device_ids(feature: str, ids: Any) -> jax.Array:
     """
     if isinstance(ids, jax.Array):
         if ids.dtype not in (jnp.int32, jnp.int16, jnp.int8, jnp.uint16, jnp.uint8):
-            raise TypeError(f"feature {feature!r}: ids must be int32, got {ids.dtype}; cast them")
+            raise TypeError(
+                f"feature {feature!r}: ids must be integers that int32 holds, got "
+                f"{ids.dtype}; cast them"
+            )
         return ids.astype(jnp.int32)
     array = _integers(feature, ids)
     outside = array[(array > NO_ID) | (array < -(2**31))]

@@ -105,11 +105,25 @@ def as_array(values: Any) -> np.ndarray:
 
     Raises:
       TypeError: if the raw ids are a list of masked arrays.
+      ValueError: if they are lists of different lengths.
     """
     row_ids.check_list(values)
-    array = np.asarray(values)
-    if array.dtype.kind in "SUf" and not isinstance(values, np.ndarray):
-        array = np.asarray(values, object)
+    if isinstance(values, np.ndarray):
+        return np.asarray(values)  # without its mask
+    first = values
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    # An array of strings would have the width of the longest for each of them.
+    is_text = first is None or isinstance(first, str | bytes)
+    try:
+        array = np.asarray(values, object if is_text else None)
+        if array.dtype.kind in "SUf":
+            array = np.asarray(values, object)
+        is_ragged = array.dtype == object and array.size and isinstance(array.flat[0], list | tuple)
+    except ValueError:
+        is_ragged = True
+    if is_ragged:
+        raise ValueError("raw ids are lists of different lengths; pad the shorter ones with None")
     return array
 
 
@@ -231,6 +245,8 @@ def _of_arrow(column: Any) -> tuple[np.ndarray, np.ndarray | None]:
     if str(column.type).startswith("dictionary"):
         column = column.dictionary_decode()
     kind = str(column.type)
+    if kind == "null":
+        return np.zeros(len(column), np.uint64), np.zeros(len(column), bool)
     is_real = None
     if column.null_count:
         is_real = ~column.is_null().to_numpy(zero_copy_only=False)

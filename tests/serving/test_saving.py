@@ -396,14 +396,16 @@ def test_a_file_of_many_tables_is_opened_in_time_that_grows_as_their_number(tmp_
     room = container.header_room(contents)
     rows = bytes(sum(table.nbytes for table in tables))
     (tmp_path / "a").write_bytes(container.padded_header(contents, room) + sums.tobytes() + rows)
-    begin = time.process_time()
-    contents.tensors()
-    one = time.process_time() - begin
-    for call in (serving.verify, serving.load):
+
+    def seconds(call, *arguments):
         begin = time.process_time()
-        call(tmp_path / "a")
+        call(*arguments)
+        return time.process_time() - begin
+
+    one = max(seconds(contents.tensors) for _ in range(3))
+    for call in (serving.verify, serving.load):
         # Measured: 10 times. A pass over all tables for each of them takes 1,000 times.
-        assert time.process_time() - begin < 200 * one
+        assert seconds(call, tmp_path / "a") < 200 * one
 
 
 # --- what is refused

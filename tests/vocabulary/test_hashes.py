@@ -157,6 +157,23 @@ def test_missing_values_are_padding():
     for column in columns:
         got = hashes.of_column(column, "user", 3).tolist()
         assert got[0] == padding and got[1] != padding
+    for column in ([None, None], pyarrow.nulls(2), polars.Series([None, None])):
+        assert hashes.of_column(column, "user", 3).tolist() == [padding] * 2
+
+
+def test_lists_of_text_need_no_common_width_and_no_utf8():
+    """A million short strings and a long one must not take the memory of a million long ones."""
+    words = [b"\xc3\xa9", "x", "y" * 100_000]
+    assert hashes.as_array(words).dtype == object
+    got = hashes.of_column(words, "user", 0).tolist()
+    assert got == [hashes.of_column([word], "user", 0).tolist()[0] for word in words]
+    assert got[0] == hashes.of_column(["\u00e9"], "user", 0).tolist()[0]
+
+
+@pytest.mark.parametrize("ids", [[["a"], ["b", "c"]], [[1], [2, 3]], [[None], ["b", "c"]]], ids=str)
+def test_lists_of_different_lengths_are_told_to_pad(ids):
+    with pytest.raises(ValueError, match="different lengths; pad the shorter ones with None"):
+        hashes.of_column(ids, "user", 0)
 
 
 def test_other_values_are_refused():

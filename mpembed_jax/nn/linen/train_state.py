@@ -230,7 +230,8 @@ class TrainState(struct.PyTreeNode):
             names = {"/".join(path): path for path in modules}
             by_module = _by_module("ids", ids, names)
             asked = {name: names[name] for name in ids}
-            contexts = {} if context is None else _by_module("context", context, asked)
+            is_empty = context is None or context == {}
+            contexts = {} if is_empty else _by_module("context", context, asked)
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         for module, value in by_module.items():
             paths = sorted(

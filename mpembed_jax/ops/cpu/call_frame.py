@@ -322,7 +322,7 @@ def parts(part: Callable[[int, int], None]) -> Callable:
 
     Args:
       part: a Python or numba function. It must not raise. No part may write anything that another
-        one reads or writes.
+        one reads or writes, but for an aligned number all of whose values have one effect there.
     """
     whole = compiled(getattr(part, "py_func", part))
 

@@ -3,11 +3,12 @@
 Compilation takes seconds, loading takes milliseconds. A file's name is the function's name and a
 digest of everything that its code depends on:
 - the sources of this folder, of `serving`, and of the rooms whose constants they use
-- the versions of numba, llvmlite, jaxlib and Python, and numba's settings for its code
+- the versions of numba, llvmlite, jaxlib and Python, and numba's settings OPT and BOUNDSCHECK
 - the processor with its features
 
 The digest is that of the files when this module is imported. If they have changed since, for
-example by an upgrade of the package under a running process, nothing is kept.
+example by an upgrade of the package under a running process, nothing is read or kept. A change
+between the import of the package and that of this module is not noticed.
 
 If a file is missing, broken or owned by another user, the function is compiled again. If no folder
 can be written, every process compiles for itself.
@@ -59,6 +60,9 @@ def load(
       An object that owns the code, and the address (valid while the object lives).
     """
     path = _path(name)
+    if path is not None and digest(_PACKAGE) != _AT_IMPORT:
+        _LOG.debug("machine code is not kept: the sources have changed since they were imported")
+        path = None
     found = None if path is None else _read(path)
     if found is not None:
         return found
@@ -177,9 +181,6 @@ def _read(path: pathlib.Path) -> tuple[Any, int] | None:
 
 def _write(path: pathlib.Path, made: Any) -> None:
     """Stores compiled code: a complete file or none."""
-    if digest(_PACKAGE) != _AT_IMPORT:
-        _LOG.debug("machine code is not kept: the sources have changed since they were imported")
-        return
     library, _, (code, shared) = made._library.serialize_using_object_code()
     entry = {"library": library, "symbol": made._wrapper_name, "size": len(code)}
     rest = json.dumps(entry).encode() + b"\n" + code + shared
