@@ -156,12 +156,12 @@ class Quality(NamedTuple):
     Attributes:
       numbered: runs in which each id has a row.
       raw: runs in which ids earn rows, those of POOL among them.
-      raw_time: a step on raw ids, of which a pool has room, to the step on numbered ids.
+      raw_times: steps on raw ids, to the step on numbered ids: one for each size of the pool.
     """
 
     numbered: paper_report.Group | None
     raw: paper_report.Group | None
-    raw_time: float | None
+    raw_times: list[float]
 
     @classmethod
     def load(cls, settings: Settings) -> "Quality":
@@ -178,7 +178,7 @@ class Quality(NamedTuple):
         return cls(
             reddit(settings.out / "paper_table.jsonl"),
             raw if raw is not None and POOL in raw.cases else None,
-            ratios[0] if ratios else None,  # of the largest pool
+            ratios,
         )
 
 
@@ -200,7 +200,10 @@ def raw_line(settings: Settings, quality: Quality) -> str:
         names, settings.dim, POOL.storage, mpembed.CacheSpec(POOL.cache), vocabulary=vocabulary
     )
     difference = "" if quality.raw is None else str(quality.raw.difference(POOL, "auc"))
-    time = "" if quality.raw_time is None else f"{quality.raw_time:.2f} times numbered ids"
+    time = ""
+    if quality.raw_times:
+        least, most = min(quality.raw_times), max(quality.raw_times)
+        time = f"{least:.2f} to {most:.2f} times numbered ids"
     return (
         f"| **INT4 + 1 %, raw ids**, rows for {100 * POOL.pool:.0f} % of them, row-wise Adagrad "
         f"| {_gigabytes(spec)} | {time} | {difference} |"
@@ -242,9 +245,10 @@ intervals (`python -m experiments.accuracy.paper_table --data reddit`).
 Raw ids need no numbering. An id earns a row at its second occurrence, and the least used rows are
 recycled. The host hashes the ids. You choose the number of rows: about as many as there are ids
 that come again. If tables differ much in size, you also give the initial values of each
-(`TableSpec.initial_bound`). The time of raw ids was measured with INT8 + 5 % and rows to spare
-(`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same command as the others,
-with `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
+(`TableSpec.initial_bound`). The time of raw ids was measured with INT8 + 5 %: with rows to spare,
+and with a full pool (`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same
+command as the others, with `--grid raw`. The files `experiments/results/*.json` name the device and
+the commit."""
     return "\n".join([*head, *rows, note])
 
 
