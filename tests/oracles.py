@@ -373,9 +373,8 @@ class DictVocabulary:
         tag, place = (int(x) for x in pair)
         if tag == 2**32 - 1:
             return None
-        home = place ^ (tag & 255)
         tag = min(tag >> 8, self.NO_TAG - 1)
-        return self.split(self.first.set_of(fmix32(home)), tag), tag
+        return self.split(self.first.set_of(fmix32(place)), tag), tag
 
     def split(self, first, tag):
         """The set of a tag among those that a first set was split into."""

@@ -32,24 +32,6 @@ _SMALL = {"key", "step", "pending", "fingerprint"}  # `schema` checks the shapes
 _BLOCK = 65536  # rows per block
 
 
-def check_places(name: str, entry: dict[str, Any]) -> None:
-    """Checks that this version finds the rows of a saved state's raw ids.
-
-    Args:
-      name: the state's name.
-      entry: its record in the manifest.
-
-    Raises:
-      ValueError: if an earlier version chose their sets.
-    """
-    if "place_bits" not in (entry.get("vocabulary") or {"place_bits": 0}):
-        raise ValueError(
-            f"{name} has raw ids and was saved by an earlier version, which chose their sets by 22 "
-            "bits of their hashes; this version uses 30 and would not find their rows; read the "
-            "checkpoint with mpembed_jax of before 1 December 2026"
-        )
-
-
 def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool:
     """Returns whether the target has another spec, or layout over a mesh, than the saved state.
 
@@ -82,7 +64,6 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
             f"{sorted(wanted)}; pass the same tx"
         )
     ours = digests.describe(spec)
-    check_places(name, entry)
     if entry.get("vocabulary") != ours.get("vocabulary"):
         raise ValueError(
             f"{name} was saved with vocabulary {entry.get('vocabulary')}, the target has "

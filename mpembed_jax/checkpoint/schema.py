@@ -165,8 +165,8 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
         sizes.add("shared_rows")
         return value is None or (
             isinstance(value, dict)
-            and value.keys() - {"place_bits"} == sizes  # earlier versions did not write it
-            and all(is_count(number) and number > 0 for number in value.values())
+            and value.keys() == sizes
+            and all(is_count(value[name]) and value[name] > 0 for name in sizes)
         )
 
     def is_ngrams(value: Any) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpembed_jax.cache.spec import Geometry
-from mpembed_jax.checkpoint import convert, leaves, manifest, placements, restoring
+from mpembed_jax.checkpoint import leaves, manifest, placements, restoring
 from mpembed_jax.checkpoint.errors import DamagedError
 from mpembed_jax.numerics.formats import RowFormat
 from mpembed_jax.serving import saving, sources
@@ -75,12 +75,11 @@ def _source(directory: Path, chain: list[dict[str, Any]], prefix: str) -> Source
 
     Raises:
       CheckpointError: if its arrays are not those of such a state, or cannot be read.
-      ValueError: if it has more rows than a serving file holds, or raw ids of an earlier version.
+      ValueError: if it has more rows than a serving file holds.
     """
     held = chain[0]
     entry = held["embeddings"][prefix]
     pool = entry.get("vocabulary")
-    convert.check_places(f"embedding state {prefix!r}", entry)
     wanted = {"table.rows", "key", "step"}
     if entry["cache"] is not None:
         wanted |= {f"cache.{field}" for field in _CACHE}

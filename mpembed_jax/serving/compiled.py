@@ -577,7 +577,6 @@ def _locate() -> Callable:
     array = _array
     padding, last = np.uint32(hashes.PADDING), np.uint32(pool.NO_OWNER - 1)
     number, shift = np.uint32(hashes.MAX_TABLES - 1), np.uint32(pool.USE_BITS)
-    low = hashes.LOW_TAG
 
     def rows_of(out, pairs, num, owners, sets, ways, groups, first_sets, per_table):
         row = array(out, num, np.int32)
@@ -590,7 +589,7 @@ def _locate() -> Callable:
                 row[i] = NO_ID
                 continue
             tag = min(hashed >> shift, last)
-            home = set_of(place ^ (hashed & low), tag, sets, first_sets, group_bits)
+            home = set_of(place, tag, sets, first_sets, group_bits)
             own = sets * ways + np.int64(place & number) * per_table
             own += scale_to(fmix32(hashed), per_table)
             for way in range(ways):

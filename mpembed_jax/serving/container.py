@@ -48,7 +48,7 @@ from mpembed_jax.vocabulary.ngram_hash import NGramHash
 VERSION = 4  # the newest that this library reads
 # The names of the hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. A file that names
 # another hash is refused, because these hashes would find wrong rows in it.
-HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table)), sets by 30 bits"
+HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
 NGRAM_HASH = "fmix32(x xor token * multiplier)"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"

@@ -54,7 +54,7 @@ def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
 def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     shift = np.uint32(pool.USE_BITS)
     tags = np.minimum(pairs[:, 0] >> shift, np.uint32(pool.NO_OWNER - 1))
-    places = fmix32(hashes.homes_of(pairs))
+    places = fmix32(pairs[:, 1])
     groups = np.uint32(sizes.groups)
     first = (places % groups).astype(np.int64)
     first += sizes.groups * _scaled(fmix32(places // groups), sizes.first_sets // sizes.groups)

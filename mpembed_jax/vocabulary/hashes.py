@@ -23,10 +23,6 @@ PADDING = 0xFFFFFFFF
 TABLE_BITS = 10
 MAX_TABLES = 1 << TABLE_BITS
 NUMBER = np.uint32(MAX_TABLES - 1)  # the bits of a place that are the number of the table
-# The bits of a hash that choose a set: those of its place that are not the table's number, and the
-# last 8 bits of its tag, which tell no ids of a set apart.
-PLACE_BITS = 30
-LOW_TAG = np.uint32(0xFF)
 _BLOCK = 1 << 14  # values hashed at once; their intermediate results stay in a core's cache
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 _SHIFTS = (30, 27, 31)
@@ -98,11 +94,6 @@ def of_column(values: Any, table: str, number: int) -> np.ndarray:
     if is_real is not None:
         result[~is_real] = PADDING
     return result.reshape(*shape, 2)
-
-
-def homes_of(pairs: Any) -> Any:
-    """Returns the numbers (uint32 [..]) that choose the sets of pairs (uint32 [.., 2])."""
-    return pairs[..., 1] ^ (pairs[..., 0] & LOW_TAG)
 
 
 def as_array(values: Any) -> np.ndarray:

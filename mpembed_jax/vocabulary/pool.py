@@ -1,12 +1,11 @@
 """The rows of raw ids: which id has which row of the pool, and which shared row the others have.
 
 A pool of rows is a set-associative cache whose lines are the rows. A pair (see `hashes`) names an
-id. Its place and the low 8 bits of its tag choose the set; the high 24 bits of its tag tell it from
-the other ids of the set. Of these bits, 30 choose sets (see `hashes.PLACE_BITS`), so that also the
-ids of one table spread over all sets of a large pool. A row has one word: the tag of its owner, and
-the owner's use in 8 bits. Two ids with the same set and tag are treated as one id. For two given
-ids, the probability of this is 2^-24 (1/S + 2^-30). An id that owns no row is taken for the owner
-of a row with a probability of at most W / 2^24: with 32 ways, one in 524,288.
+id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
+row has one word: the tag of its owner, and the owner's use in 8 bits. Two ids with the same set and
+tag are treated as one id. For two given ids, the probability of this is 2^-24 / S. An id that owns
+no row is taken for the owner of a row with a probability of at most W / 2^24: with 32 ways, one in
+524,288.
 
 A pool that has grown has more sets than its `first_sets`. The place chooses among the first sets.
 The tag then chooses among the sets that this first set was split into, as in linear hashing
@@ -171,15 +170,14 @@ def tags_of(pairs: jax.Array) -> jax.Array:
 
 def sets_of(pairs: jax.Array, sizes: Sizes, shards: int = 1) -> jax.Array:
     """Returns the sets (int32 [..]) of ids on their shard, from their pairs (uint32 [.., 2])."""
-    place = random_bits.fmix32(hashes.homes_of(pairs)) // jnp.uint32(shards)
+    place = random_bits.fmix32(pairs[..., 1]) // jnp.uint32(shards)
     first = residency.set_of(place, sizes.geometry._replace(sets=sizes.first_sets))
     return split(first, tags_of(pairs), sizes)
 
 
 def shard_of(pairs: jax.Array, shards: int) -> jax.Array:
     """Returns the shards (int32 [..]) that hold the sets of ids (pairs uint32 [.., 2])."""
-    place = random_bits.fmix32(hashes.homes_of(pairs))
-    return (place % jnp.uint32(shards)).astype(jnp.int32)
+    return (random_bits.fmix32(pairs[..., 1]) % jnp.uint32(shards)).astype(jnp.int32)
 
 
 def split(first: jax.Array, tags: jax.Array, sizes: Sizes) -> jax.Array:

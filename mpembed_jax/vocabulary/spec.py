@@ -6,7 +6,6 @@ import numpy as np
 
 from mpembed_jax.cache.spec import CacheSpec, Geometry
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.vocabulary.hashes import PLACE_BITS
 
 MAX_ADMIT_AFTER = 255  # the largest count that a counter of the sketch can hold
 
@@ -118,7 +117,6 @@ class VocabularySpec:
             "sketch_width": self.sketch_width,
             "counter_bits": self.counter_bits,
             "shared_rows": self.shared_rows,
-            "place_bits": PLACE_BITS,
         }
 
     def num_stack_rows(self, num_tables: int) -> int:

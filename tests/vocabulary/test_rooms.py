@@ -16,7 +16,6 @@ from flax import nnx
 
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, checkpoint, memory, nn, restacking, vocabularies
-from mpembed_jax.checkpoint import convert, digests
 from mpembed_jax.embedding import admission
 from mpembed_jax.nn import routing
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
@@ -390,14 +389,6 @@ def after_new_ids(spec, num, run):
     for first in range(0, num, 32):
         state, tracker = run(state, tracker, spec.raw_ids(first + np.arange(32).reshape(16, 2)))
     return state
-
-
-def test_raw_ids_of_an_earlier_version_are_refused_because_their_sets_were_others():
-    entry = digests.describe(SPEC)
-    convert.check_places("emb", entry)
-    del entry["vocabulary"]["place_bits"]
-    with pytest.raises(ValueError, match="earlier version, which chose their sets by 22 bits"):
-        convert.check_places("emb", entry)
 
 
 @pytest.mark.parametrize("verbs", named(["prefetch", "embed"], fast={"embed"}))

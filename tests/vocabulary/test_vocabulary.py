@@ -394,22 +394,6 @@ def test_two_ids_share_a_tag_as_often_as_birthdays_do(first_sets):
     assert len(set(sets.tolist())) == 16
 
 
-def test_ids_of_one_table_spread_over_all_sets_of_a_large_pool():
-    """33.5 M rows: counts of a set are Poisson's, with a variance that equals their mean.
-
-    If only the 22 bits of the place that differ in a table chose sets, it would be 1.5 times that.
-    """
-    spec = mpembed.VocabularySpec(2**25)
-    geometry = spec.geometry
-    sizes = pool.Sizes(geometry, geometry.sets, spec.counter_bits, spec.sketch_width)
-    pairs = jnp.asarray(hashes.of_column(np.arange(2 * geometry.sets), "t", 0))
-    counts = np.bincount(pool.sets_of(pairs, sizes), minlength=geometry.sets)
-    assert geometry.sets == 2**20
-    assert abs(counts.var() / counts.mean() - 1) < 0.02
-    shards = np.bincount(pool.shard_of(pairs, 8), minlength=8)
-    assert abs(shards - 2**18).max() < 5 * 2**9
-
-
 def test_a_stranger_finds_a_row_as_often_as_a_set_has_owners_of_its_tag():
     """An id without a row takes that of another with probability W / 2^24 if its set is full.
 

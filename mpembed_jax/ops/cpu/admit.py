@@ -32,7 +32,6 @@ _NO_OWNER, _MAX_USE = np.uint32(pool.NO_OWNER), pool.MAX_USE
 _USE_BITS, _PINNED = np.uint32(pool.USE_BITS), np.uint32(pool.PINNED)
 _NO_KEY = np.uint64(2**64 - 1)
 _TAG_SHIFT = np.uint32(32 - pool.TAG_BITS)
-_LOW_TAG = hashes.LOW_TAG
 _MANTISSA = pool.MANTISSA
 _SPLIT, _NOISE = np.uint32(pool.SPLIT_SEED), np.uint32(pool.NOISE_SEED)
 # Numbers of the call's operands, then of its results. Owners and sketch are results 0 and 1, and
@@ -73,13 +72,13 @@ _DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then paddin
 
 
 @compiled
-def set_of(home, tag, sets, first_sets, group_bits):
-    """Returns the set of an id (int64), from its home and tag (uint32); see pool.sets_of.
+def set_of(place, tag, sets, first_sets, group_bits):
+    """Returns the set of an id (int64), from its place and tag (uint32); see pool.sets_of.
 
     sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the number of
     groups.
     """
-    mixed, shift = fmix32(home), np.int64(group_bits)
+    mixed, shift = fmix32(place), np.int64(group_bits)
     group = np.int64(mixed & ((np.uint32(1) << group_bits) - np.uint32(1)))
     first = group + (scale_to(fmix32(mixed >> group_bits), first_sets >> shift) << shift)
     if sets == first_sets:
@@ -241,8 +240,7 @@ def _count_chunk(frame, chunk):
     for position in range(np.uint64(begin), np.uint64(end)):
         first = _TWO * position
         tag = min(pairs[first] >> _TAG_SHIFT, last)
-        place = pairs[first + _ONE] ^ (pairs[first] & _LOW_TAG)  # see hashes.homes_of
-        home = set_of(place, tag, sets, first_sets, group_bits)
+        home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
         keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
     deals[:] = 0
     for position in range(np.uint64(begin), np.uint64(end)):
