@@ -3,7 +3,8 @@
 A pool of rows is a set-associative cache whose lines are the rows. A pair (see `hashes`) names an
 id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
 row has one word: the tag of its owner, and the owner's use in 8 bits. Two ids with the same set and
-tag are treated as one id. For two given ids, the probability of this is 2^-24 / S. An id that owns
+tag are treated as one id. For two given ids, the probability of this is 2^-24 / S; for two ids of
+one table it is 2^-24 (1/S + 2^-22), because 22 bits of a place differ in a table. An id that owns
 no row is taken for the owner of a row with a probability of at most W / 2^24: with 32 ways, one in
 524,288.
 

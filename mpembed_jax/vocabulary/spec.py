@@ -23,7 +23,8 @@ class VocabularySpec:
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
     With R rows in the pool and N ids in a batch, all counts are halved every 30 R / N steps,
     rounded down, so that occurrences count which are less than some 30 R ids apart.
-    No table can reserve rows for itself; give such a table a stack of its own.
+    No table can reserve rows for itself; give such a table a stack of its own. The ids of one table
+    alone fill a pool of more than some ten million rows badly; see section 9 of DESIGN.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.

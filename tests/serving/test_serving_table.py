@@ -560,7 +560,7 @@ print(time.perf_counter() - begin, table.nbytes)
         ),
         Refused(
             lambda t: t.to_device().bag({"liked": jnp.ones((1, 2))}),
-            "'liked': ids must be int32, got float32; cast them$",
+            "'liked': ids must be integers that int32 holds, got float32; cast them$",
             TypeError,
         ),
         Refused(

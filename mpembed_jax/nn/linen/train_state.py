@@ -230,7 +230,7 @@ class TrainState(struct.PyTreeNode):
             names = {"/".join(path): path for path in modules}
             by_module = _by_module("ids", ids, names)
             asked = {name: names[name] for name in ids}
-            is_empty = context is None or context == {}
+            is_empty = context is None or (isinstance(context, Mapping) and not context)
             contexts = {} if is_empty else _by_module("context", context, asked)
         params, held = flatten_dict(self.params), flatten_dict(self.collections[COLLECTION])
         for module, value in by_module.items():
