@@ -52,8 +52,12 @@ class VocabularyStats(NamedTuple):
 
     @property
     def is_thrashing(self) -> bool:
-        """Whether most admissions took another id's row, or refusals outnumber admissions."""
-        return max(2 * self.recyclings, self.refusals) > self.admissions
+        """Whether more than one request in a hundred took another id's row or found no row.
+
+        The share of requests stays the same in a long run. The share of admissions that are
+        recyclings does not: in a full pool, every admission is one.
+        """
+        return 100 * (self.recyclings + self.refusals) > self.requests
 
 
 class CacheStats(NamedTuple):
@@ -166,8 +170,8 @@ def stats(state: EmbeddingState) -> CacheStats:
         _warn_once(
             state,
             "pool",
-            f"of {raw.admissions} rows that ids got, {raw.recyclings} were taken from others, "
-            f"and {raw.refusals} times an id found no row: the pool of {raw.num_rows} rows is "
+            f"in {raw.requests} requests, ids took the rows of others {raw.recyclings} times, and "
+            f"found no row {raw.refusals} times: the pool of {raw.num_rows} rows is "
             "too small for the ids that earn one; raise VocabularySpec(num_rows=..) or admit_after "
             "(vocabularies.grow enlarges the pool of a state)",
         )

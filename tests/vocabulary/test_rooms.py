@@ -17,6 +17,7 @@ from flax import nnx
 import mpembed_jax as mpembed
 from mpembed_jax import NO_ID, checkpoint, memory, nn, restacking, vocabularies
 from mpembed_jax.embedding import admission
+from mpembed_jax.embedding.stats import VocabularyStats
 from mpembed_jax.nn import routing
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
@@ -536,6 +537,15 @@ def test_stats_count_raw_ids_and_warn_of_a_pool_that_thrashes():
         counts = mpembed.stats(state).vocabulary
     assert counts.occupancy == 1 and quiet.occupancy == 0
     assert counts.num_owned == 16 and counts.admissions == counts.recyclings + 16
+
+
+def test_a_full_pool_with_few_recyclings_thrashes_never_however_long_it_runs():
+    """In the drift of posts (experiments/accuracy), a pool of 20 % of the ids recycles as often."""
+    counts = {"shared_requests": 37_000, "num_owned": 9, "num_rows": 9}
+    full = VocabularyStats(1_000_000, admissions=4400, recyclings=4391, refusals=200, **counts)
+    small = full._replace(recyclings=8000, refusals=5000)
+    fixed = full._replace(admissions=9, recyclings=0, refusals=60_000)
+    assert [each.is_thrashing for each in (full, small, fixed)] == [False, True, True]
 
 
 def test_the_report_counts_the_bytes_of_the_state():
