@@ -414,7 +414,10 @@ class EmbeddingSpec:
         defines the hash: equal ids of a table have equal pairs on any machine, in any process and
         version.
 
-        None, nulls of Arrow and masked entries of NumPy's masked arrays are padding.
+        None, nulls of Arrow and masked entries of NumPy's masked arrays are padding. NO_ID is not:
+        it is the integer 2147483647. A string and its UTF-8 bytes are the same id. Strings are not
+        normalized, so "é" written as one or as two code points is two ids. NumPy's arrays of bytes
+        drop zeros at the end of each element.
 
         Args:
           ids: {feature: raw ids}, or an array or list [.., T] with one column per feature, in the
@@ -430,8 +433,8 @@ class EmbeddingSpec:
           KeyError: if a feature is unknown.
           TypeError: if ids are neither integers nor bytes nor strings, or are a list of masked
             arrays; or if only one of ids and `where` is a mapping.
-          ValueError: if the last axis is not T, if `where` has another shape, or if the stack has
-            no vocabulary.
+          ValueError: if the last axis is not T, if lists have different lengths, if `where` has
+            another shape, or if the stack has no vocabulary.
         """
         if self.vocabulary is None:
             raise ValueError(

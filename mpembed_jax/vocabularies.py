@@ -243,7 +243,9 @@ def forget(state: EmbeddingState, ids: Any) -> EmbeddingState:
 
     Args:
       state: consumed if donated.
-      ids: nest of pairs uint32 [.., 2] (see spec.raw_ids). Unknown ids and padding change no row.
+      ids: nest of pairs uint32 [.., 2] (see spec.raw_ids). Padding changes no row. Nor does an
+        unknown id, unless it is taken for the owner of a row: with a probability of at most W /
+        2^24, see vocabulary.pool.
 
     Returns:
       The state.
