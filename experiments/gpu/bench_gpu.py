@@ -15,8 +15,8 @@ and scatters alone; tables in host memory against tables on the device; an FP32 
 memory against INT8 + cache on the device; gather and dequantize alone; bags and their gradients;
 other batch sizes and formats; more than 100 M rows. What --budget leaves no time for is named.
 The optimized HLO of the steps is kept in a folder beside the file. Floors are bytes that must move
-over the copy bandwidth measured first (roofline.py). The swap is timed within prefetch. Needs jax,
-optax and numpy alone.
+over the copy bandwidth measured first (roofline.py). The swap is timed within prefetch. At the end,
+the file says of each target whether it was reached. Needs jax, optax and numpy alone.
 """
 
 import contextlib
@@ -114,6 +114,63 @@ class Settings:
     programs: Path | None = setting(None, is_hidden=True)
 
 
+def targets_of(parts: dict[str, list[dict]]) -> list[dict]:
+    """Returns whether each target was reached, from the rows of the parts.
+
+    A step counts with its fastest implementation, with and without pooled gradients.
+
+    Returns:
+      [{target, value, bound, passed}]; value and passed are None if it was not measured.
+    """
+    steps = [
+        row
+        for name in ("step", "step, pooled gradients")
+        for row in parts.get(name, [])
+        if "milliseconds" in row
+    ]
+
+    def least(field: str, dim: int, batch: int) -> float | None:
+        found = [row[field] for row in steps if (row["dim"], row["batch"]) == (dim, batch)]
+        return min(found, default=None)
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else one / other
+
+    torch = {r["dim"]: r["milliseconds"] for r in parts.get("torch sparse", []) if "dim" in r}
+    spilled = {
+        (row["storage"], row["memory_kind"], row["fraction"]): row["milliseconds"]
+        for row in parts.get("host memory", [])
+        if "milliseconds" in row
+    }
+    plain = spilled.get(("float32", "pinned_host", None))
+    cached = next((ms for key, ms in spilled.items() if key[:2] == ("int8", None)), None)
+    asked = []
+    for dim in (64, 128):
+        name = f"D = {dim}, B = 65,536"
+        asked += [
+            (f"P7: a step over its floor, {name}", least("times_floor", dim, 65536), "<=", 2.0),
+            (
+                f"P8: a step over torch's sparse one, {name}",
+                ratio(least("milliseconds", dim, 65536), torch.get(dim)),
+                "<=",
+                0.5,
+            ),
+        ]
+    asked += [
+        ("a step in ms, D = 64, B = 2,048", least("milliseconds", 64, 2048), "<=", 0.2),
+        ("an FP32 table in host memory over INT8 + cache", ratio(plain, cached), ">=", 1.16),
+    ]
+    return [
+        {
+            "target": name,
+            "value": value,
+            "bound": f"{sign} {bound}",
+            "passed": None if value is None else (value <= bound) == (sign == "<="),
+        }
+        for name, value, sign, bound in asked
+    ]
+
+
 def check(settings: Settings) -> None:
     """Refuses an unwritable file, and a machine without a GPU.
 
@@ -181,6 +238,8 @@ def run(settings: Settings) -> dict:
                 )
             bench = bench._replace(bandwidth=rows[-1]["bytes_per_second"])
     _write(settings.out, results, begin)
+    for target in results["targets"]:
+        print("target", json.dumps(target), flush=True)
     return results
 
 
@@ -191,6 +250,7 @@ def _print_rows(rows: Iterator[dict]) -> Iterator[dict]:
 
 
 def _write(out: Path, results: dict, begin: float) -> None:
+    results["targets"] = targets_of(results["parts"])
     results["seconds"] = round(time.perf_counter() - begin, 1)
     provenance.write(out, results)
 

@@ -115,6 +115,25 @@ def test_only_floats_may_differ_and_only_by_little():
         assert checks.largest_difference(one, one | wrong) == np.inf
 
 
+def test_targets_are_reached_or_not_or_were_not_measured():
+    step = {"dim": 64, "batch": 65536, "milliseconds": 1.0, "times_floor": 1.5}
+    spilled = {"dim": 64, "batch": 16384, "milliseconds": 3.0}
+    parts = {
+        "step": [step, step | {"dim": 128, "milliseconds": 2.0, "times_floor": 2.5}],
+        "step, pooled gradients": [step | {"milliseconds": 0.8}, {"dim": 64, "error": "raised"}],
+        "torch sparse": [{"dim": 64, "milliseconds": 2.0}, {"dim": 128, "milliseconds": 2.0}],
+        "host memory": [
+            spilled | {"storage": "int8", "memory_kind": None, "fraction": 0.05},
+            spilled | {"storage": "float32", "memory_kind": "pinned_host", "fraction": None},
+        ],
+    }
+    found = bench_gpu.targets_of(parts)
+    assert [(row["value"], row["passed"]) for row in found] == [
+        (1.5, True), (0.4, True), (2.5, False), (1.0, False), (None, None), (1.0, False)
+    ]  # fmt: skip
+    assert {row["passed"] for row in bench_gpu.targets_of({})} == {None}
+
+
 @pytest.mark.slow
 def test_a_part_that_fails_costs_no_other_its_results(tmp_path, monkeypatch):
     """One raises inside its process, one is ended for taking too long, one would begin too late.
