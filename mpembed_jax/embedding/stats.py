@@ -17,6 +17,7 @@ from mpembed_jax.vocabulary import pool
 # `stats` advises a larger cache if more than this share of the unique ids bypasses it.
 _BYPASS_LIMIT = 0.2
 _MIN_UNIQUE = 1000  # unique ids needed to judge the cache
+_MIN_REQUESTS = 1000  # requests needed to judge the pool of raw ids
 _MIN_STEPS = 100  # steps needed to judge the exchange
 
 
@@ -55,9 +56,10 @@ class VocabularyStats(NamedTuple):
         """Whether more than one request in a hundred took another id's row or found no row.
 
         The share of requests stays the same in a long run. The share of admissions that are
-        recyclings does not: in a full pool, every admission is one.
+        recyclings does not: in a full pool, every admission is one. Without requests it is False:
+        `from_counts` counts refusals before there are any.
         """
-        return 100 * (self.recyclings + self.refusals) > self.requests
+        return 0 < self.requests < 100 * (self.recyclings + self.refusals)
 
 
 class CacheStats(NamedTuple):
@@ -166,7 +168,7 @@ def stats(state: EmbeddingState) -> CacheStats:
             "num_rows",
         )
     raw = result.vocabulary
-    if raw is not None and raw.admissions + raw.refusals >= _MIN_UNIQUE and raw.is_thrashing:
+    if raw is not None and raw.requests >= _MIN_REQUESTS and raw.is_thrashing:
         _warn_once(
             state,
             "pool",

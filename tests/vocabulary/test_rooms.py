@@ -545,7 +545,9 @@ def test_a_full_pool_with_few_recyclings_thrashes_never_however_long_it_runs():
     full = VocabularyStats(1_000_000, admissions=4400, recyclings=4391, refusals=200, **counts)
     small = full._replace(recyclings=8000, refusals=5000)
     fixed = full._replace(admissions=9, recyclings=0, refusals=60_000)
-    assert [each.is_thrashing for each in (full, small, fixed)] == [False, True, True]
+    loaded = fixed._replace(requests=0)  # by from_counts, before the first step
+    judged = [each.is_thrashing for each in (full, small, fixed, loaded)]
+    assert judged == [False, True, True, False]
 
 
 def test_the_report_counts_the_bytes_of_the_state():
