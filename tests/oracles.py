@@ -349,6 +349,7 @@ class DictVocabulary:
         shared_rows=1,
         sketch_bytes=3,
         first_sets=None,
+        place_bits=30,
     ):
         if first_sets is None:
             self.geo = geometry(num_rows, num_rows=num_rows, ways=ways)
@@ -357,6 +358,7 @@ class DictVocabulary:
             sets = num_rows // ways
             self.geo = Geometry(sets - sets % groups, ways, groups)
         self.first = Geometry(first_sets or self.geo.num_sets, ways, self.geo.groups)
+        self.place_bits = place_bits
         self.admit_after, self.recycle, self.shared = admit_after, recycle, shared_rows
         self.max_count = 15 if admit_after <= 16 else 255
         if not recycle and admit_after <= 4:
@@ -373,6 +375,8 @@ class DictVocabulary:
         tag, place = (int(x) for x in pair)
         if tag == 2**32 - 1:
             return None
+        if self.place_bits == 30:
+            place ^= tag % 256
         tag = min(tag >> 8, self.NO_TAG - 1)
         return self.split(self.first.set_of(fmix32(place)), tag), tag
 

@@ -101,6 +101,7 @@ def model_of(state):
     per, bits = v.sizes.counters_per_byte, v.counter_bits
     sketch = np.asarray(v.sketch)[..., None] >> (np.arange(per) * bits) & v.sizes.max_count
     names = ("admit_after", "ways", "recycle", "shared_rows", "sketch_bytes", "first_sets")
+    names += ("place_bits",)
     options = {name: getattr(rules, name) for name in names}
     counters = sketch.reshape(*sketch.shape[:2], -1)
     model = oracles.DictVocabulary.of_arrays(
@@ -423,6 +424,9 @@ REFUSED = {
     "a name": Refused(lambda: vocabularies.add_tables(state_of(), "city"), "TableSpec", TypeError),
     "sets that cannot be the first": Refused(
         lambda: mpembed.VocabularySpec(64, ways=8, first_sets=9), "first_sets", ValueError
+    ),
+    "bits that no version had": Refused(
+        lambda: mpembed.VocabularySpec(64, place_bits=32), "must be 30, or 22", ValueError
     ),
     "a sketch without end": Refused(
         lambda: mpembed.VocabularySpec(2**30, sketch_bytes=3), "lower sketch_bytes", ValueError

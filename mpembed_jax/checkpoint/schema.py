@@ -11,6 +11,7 @@ from typing import Any
 
 from mpembed_jax.cache.spec import POLICIES
 from mpembed_jax.checkpoint import array_files
+from mpembed_jax.vocabulary.spec import PLACE_BITS
 
 _MAX_INT = 2**63 - 1
 _MAX_SHARDS = 2**20
@@ -165,8 +166,10 @@ def _check_embedding(field: str, body: dict[str, Any], entry: Any) -> None:
         sizes.add("shared_rows")
         return value is None or (
             isinstance(value, dict)
-            and value.keys() == sizes
+            and value.keys() - {"place_bits"} == sizes
             and all(is_count(value[name]) and value[name] > 0 for name in sizes)
+            # Checkpoints of pools with OLD_PLACE_BITS do not tell them.
+            and value.get("place_bits", PLACE_BITS) == PLACE_BITS
         )
 
     def is_ngrams(value: Any) -> bool:

@@ -51,7 +51,7 @@ def admit(
       device's positions. `started` are local row numbers of this shard, and `num_started` and
       `num_recycled` count rows of this shard. All other counts are those of the whole batch.
     """
-    asked, counts, back = _ask(layout, pairs, implementation)
+    asked, counts, back = _ask(layout, vocabulary.place_bits, pairs, implementation)
     part = pool.Part(layout.shards, layout.index())
     given = vocabulary, asked, step, must_halve, rules, counts, part
     vocabulary, made = ops.admit(*given, cache=None, implementation=implementation)
@@ -85,7 +85,7 @@ def locate(
     Returns:
       int32 [N]; NO_ID for padding.
     """
-    asked, _, back = _ask(layout, pairs, implementation)
+    asked, _, back = _ask(layout, vocabulary.place_bits, pairs, implementation)
     geometry = vocabulary.geometry
     sets = pool.sets_of(asked, vocabulary.sizes, layout.shards)
     way = pool.ways_of(vocabulary, sets, pool.tags_of(asked))
@@ -94,7 +94,7 @@ def locate(
 
 
 def _ask(
-    layout: Layout, pairs: jax.Array, implementation: ops.Named
+    layout: Layout, place_bits: int, pairs: jax.Array, implementation: ops.Named
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Sends this device's distinct pairs to the shards that hold their sets.
 
@@ -124,7 +124,7 @@ def _ask(
         axis=1,
     )
     is_pair = entries[:, 0] != jnp.uint32(PADDING)
-    owner = jnp.where(is_pair, pool.shard_of(entries, layout.shards), layout.shards)
+    owner = jnp.where(is_pair, pool.shard_of(entries, place_bits, layout.shards), layout.shards)
     padding = jnp.asarray([PADDING, 0, 0], jnp.uint32)
     received, bring = exchange.ask_owners(layout, owner, entries, padding, implementation)
     group_of = indexing.put(jnp.zeros(num, jnp.int32), at, group)
@@ -148,7 +148,7 @@ def _global_rows(
       per_table: shared rows per table.
     """
     sets, ways, groups = vocabulary.geometry
-    part = pool.Part(layout.shards, pool.shard_of(pairs, layout.shards))
+    part = pool.Part(layout.shards, pool.shard_of(pairs, vocabulary.place_bits, layout.shards))
     whole = Geometry(sets * layout.shards, ways, groups * layout.shards)
     shared = pool.shared_rows(pairs, whole, per_table)
     rows = jnp.where(own < sets * ways, part.numbers_of(own), shared)

@@ -138,7 +138,7 @@ def _pool_of(name: str, pool: Pool) -> str:
     shared = f"{pool.shared_rows:,} shared row" + ("s" if pool.shared_rows > 1 else "")
     return (
         f"{name}: rows of raw ids of {', '.join(pool.tables)}; {pool.sets:,} sets of {pool.ways} "
-        f"ways, {shared} for each table, {pool.nbytes:,} bytes of owners, hash {container.HASH}"
+        f"ways, {shared} for each table, {pool.nbytes:,} bytes of owners, hash {pool.hash}"
     )
 
 

@@ -22,7 +22,7 @@ from mpembed_jax.serving import saving, sources
 from mpembed_jax.serving.container import Contents
 from mpembed_jax.serving.sources import Source
 from mpembed_jax.spec import EmbeddingSpec, TableSpec
-from mpembed_jax.vocabulary.spec import VocabularySpec
+from mpembed_jax.vocabulary.spec import OLD_PLACE_BITS, VocabularySpec
 
 _LOG = logging.getLogger("mpembed_jax.serving")
 _CACHE = ("tags", "dirty", "rows")
@@ -148,6 +148,7 @@ def _vocabulary(sizes: dict[str, int]) -> VocabularySpec:
         shared_rows=sizes["shared_rows"],
         sketch_bytes=1,
         first_sets=sizes["first_sets"],
+        place_bits=sizes.get("place_bits", OLD_PLACE_BITS),
     )
     for field in ("sets", "ways", "groups"):
         if getattr(rules.geometry, field) != sizes[field]:

@@ -568,7 +568,8 @@ def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     with _LOCK:
         find = _locate()
     given = sizes.sets, sizes.ways, sizes.groups, sizes.first_sets, sizes.shared_rows
-    find(_address(rows), _address(pairs), len(pairs), _address(owners), *given)
+    mask = pool.tag_mask(sizes.place_bits)
+    find(_address(rows), _address(pairs), len(pairs), _address(owners), *given, mask)
     return rows
 
 
@@ -578,7 +579,7 @@ def _locate() -> Callable:
     padding, last = np.uint32(hashes.PADDING), np.uint32(pool.NO_OWNER - 1)
     number, shift = np.uint32(hashes.MAX_TABLES - 1), np.uint32(pool.USE_BITS)
 
-    def rows_of(out, pairs, num, owners, sets, ways, groups, first_sets, per_table):
+    def rows_of(out, pairs, num, owners, sets, ways, groups, first_sets, per_table, mask):
         row = array(out, num, np.int32)
         pair = array(pairs, 2 * num, np.uint32)
         owner = array(owners, sets * ways, np.uint32)
@@ -589,7 +590,8 @@ def _locate() -> Callable:
                 row[i] = NO_ID
                 continue
             tag = min(hashed >> shift, last)
-            home = set_of(place, tag, sets, first_sets, group_bits)
+            mixed = place ^ (hashed & np.uint32(mask))
+            home = set_of(mixed, tag, sets, first_sets, group_bits)
             own = sets * ways + np.int64(place & number) * per_table
             own += scale_to(fmix32(hashed), per_table)
             for way in range(ways):
@@ -599,7 +601,7 @@ def _locate() -> Callable:
             row[i] = own
         return 0
 
-    return _callable("serving-raw-ids", rows_of, 9)
+    return _callable("serving-raw-ids", rows_of, 10)
 
 
 # --- signs

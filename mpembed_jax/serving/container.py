@@ -44,11 +44,15 @@ from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.serving.errors import ServingError
 from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.ngram_hash import NGramHash
+from mpembed_jax.vocabulary.spec import OLD_PLACE_BITS, PLACE_BITS
 
 VERSION = 4  # the newest that this library reads
 # The names of the hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. A file that names
 # another hash is refused, because these hashes would find wrong rows in it.
-HASH = "splitmix64(integer or xxh64(bytes) + xxh64(table))"
+HASHES = {  # by place_bits; see VocabularySpec
+    OLD_PLACE_BITS: "splitmix64(integer or xxh64(bytes) + xxh64(table))",
+    PLACE_BITS: "splitmix64(integer or xxh64(bytes) + xxh64(table)), 30 bits of place",
+}
 NGRAM_HASH = "fmix32(x xor token * multiplier)"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"
@@ -104,6 +108,7 @@ class Pool(NamedTuple):
     # The names that hashes take, if those are not `tables`, and not `tables` without the prefix of
     # a stack of n-grams; else ().
     hashed: tuple[str, ...] = ()
+    place_bits: int = OLD_PLACE_BITS  # a file tells them by the name of the hash
 
     @property
     def num_rows(self) -> int:
@@ -114,6 +119,11 @@ class Pool(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the owners' tags."""
         return 4 * self.sets * self.ways
+
+    @property
+    def hash(self) -> str:
+        """The name that a file has for the hash of the raw ids."""
+        return HASHES[self.place_bits]
 
 
 POOL_SIZES = ("sets", "ways", "groups", "first_sets", "shared_rows")  # fields of Pool
@@ -258,7 +268,8 @@ def _described(table: Table) -> dict[str, Any]:
     storage = table.format
     pool = None
     if table.pool is not None:
-        pool = table.pool._asdict() | {"hash": HASH}
+        pool = table.pool._asdict() | {"hash": table.pool.hash}
+        del pool["place_bits"]
         if not table.pool.hashed:
             del pool["hashed"]
     return {
@@ -432,7 +443,8 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     Raises:
       ValueError, KeyError, TypeError or OverflowError: as _contents.
     """
-    if (hash_ := entry["hash"]) != HASH:
+    bits_of = {name: bits for bits, name in HASHES.items()}
+    if (hash_ := entry["hash"]) not in bits_of:
         raise ValueError(
             f"the raw ids of table {name!r} have the hash {hash_!r}, which this library does not "
             "know"
@@ -443,7 +455,8 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     if hashed and (len(hashed) != len(names) or len({*hashed}) != len(hashed)):
         raise ValueError(f"table {name!r} hashes the raw ids of {len(names)} tables by {hashed}")
     sizes = [entry[field] for field in POOL_SIZES]
-    pool = Pool(names, **dict(zip(POOL_SIZES, sizes, strict=True)), hashed=hashed)
+    fields = dict(zip(POOL_SIZES, sizes, strict=True))
+    pool = Pool(names, **fields, hashed=hashed, place_bits=bits_of[hash_])
     is_right = (
         all(type(size) is int and 0 < size < NO_ID for size in sizes)
         and pool.ways <= MAX_WAYS

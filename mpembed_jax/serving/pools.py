@@ -28,6 +28,7 @@ def on_device(owners: jax.Array, pairs: jax.Array, sizes: Pool) -> jax.Array:
         groups=sizes.groups,
         first_sets=sizes.first_sets,
         counter_bits=8,
+        place_bits=sizes.place_bits,
     )
     rows = pool.locate(vocabulary, pairs.reshape(-1, 2), sizes.shared_rows)
     return rows.reshape(pairs.shape[:-1])
@@ -54,7 +55,7 @@ def locate(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
 def _rows(owners: np.ndarray, pairs: np.ndarray, sizes: Pool) -> np.ndarray:
     shift = np.uint32(pool.USE_BITS)
     tags = np.minimum(pairs[:, 0] >> shift, np.uint32(pool.NO_OWNER - 1))
-    places = fmix32(pairs[:, 1])
+    places = fmix32(pairs[:, 1] ^ pairs[:, 0] & np.uint32(pool.tag_mask(sizes.place_bits)))
     groups = np.uint32(sizes.groups)
     first = (places % groups).astype(np.int64)
     first += sizes.groups * _scaled(fmix32(places // groups), sizes.first_sets // sizes.groups)

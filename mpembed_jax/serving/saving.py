@@ -198,6 +198,7 @@ def _pool_of(source: Source, names: dict[str, str], dim: int, fmt: RowFormat) ->
         tuple(names.values()),
         **{field: sizes[field] for field in container.POOL_SIZES},
         hashed=tuple(names) if is_renamed else (),
+        place_bits=spec.vocabulary.place_bits,
     )
     name = f"{source.name}.pool" if source.name else "pool"
     return Table(name, source.name, spec.num_rows, dim, fmt, _NOTHING, pool)

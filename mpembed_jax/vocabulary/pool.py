@@ -4,9 +4,10 @@ A pool of rows is a set-associative cache whose lines are the rows. A pair (see 
 id. Its place chooses the set; the high 24 bits of its tag tell it from the other ids of the set. A
 row has one word: the tag of its owner, and the owner's use in 8 bits. Two ids with the same set and
 tag are treated as one id. For two given ids, the probability of this is 2^-24 / S; for two ids of
-one table it is 2^-24 (1/S + 2^-22), because 22 bits of a place differ in a table. An id that owns
-no row is taken for the owner of a row with a probability of at most W / 2^24: with 32 ways, one in
-524,288.
+one table it is 2^-24 (1/S + 2^-P), where P is `place_bits`: the bits that choose a set and differ
+in a table. They are 22 bits of the place, and the low 8 bits of the tag, which pools of earlier
+versions did not use. An id that owns no row is taken for the owner of a row with a probability of
+at most W / 2^24: with 32 ways, one in 524,288.
 
 A pool that has grown has more sets than its `first_sets`. The place chooses among the first sets.
 The tag then chooses among the sets that this first set was split into, as in linear hashing
@@ -36,7 +37,7 @@ from mpembed_jax.cache.spec import Geometry
 from mpembed_jax.numerics import random_bits
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.vocabulary import hashes
-from mpembed_jax.vocabulary.spec import VocabularySpec
+from mpembed_jax.vocabulary.spec import OLD_PLACE_BITS, VocabularySpec
 
 TAG_BITS = 24
 USE_BITS = 8
@@ -74,6 +75,7 @@ class Sizes(NamedTuple):
     first_sets: int  # S when the pool was made
     counter_bits: int
     width: int  # bytes of one group in one of the two rows of the sketch
+    place_bits: int
 
     @property
     def counters_per_byte(self) -> int:
@@ -96,7 +98,7 @@ class Sizes(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["owners", "sketch", "counters", "fresh_row_state"],
-    meta_fields=["groups", "first_sets", "counter_bits"],
+    meta_fields=["groups", "first_sets", "counter_bits", "place_bits"],
 )
 @dataclasses.dataclass(frozen=True)
 class VocabularyState:
@@ -111,6 +113,7 @@ class VocabularyState:
     groups: int  # G
     first_sets: int
     counter_bits: int
+    place_bits: int = OLD_PLACE_BITS  # so that pickles of earlier versions have it
 
     @property
     def geometry(self) -> Geometry:
@@ -121,7 +124,8 @@ class VocabularyState:
     @property
     def sizes(self) -> Sizes:
         """The sizes of the pool and its sketch."""
-        return Sizes(self.geometry, self.first_sets, self.counter_bits, self.sketch.shape[-1])
+        width = self.sketch.shape[-1]
+        return Sizes(self.geometry, self.first_sets, self.counter_bits, width, self.place_bits)
 
     @property
     def tags(self) -> jax.Array:
@@ -157,6 +161,7 @@ def init(spec: VocabularySpec, fresh_row_state: Any, shards: int = 1) -> Vocabul
         groups=geometry.groups,
         first_sets=(spec.first_sets or sets) // shards,
         counter_bits=spec.counter_bits,
+        place_bits=spec.place_bits,
     )
 
 
@@ -171,14 +176,23 @@ def tags_of(pairs: jax.Array) -> jax.Array:
 
 def sets_of(pairs: jax.Array, sizes: Sizes, shards: int = 1) -> jax.Array:
     """Returns the sets (int32 [..]) of ids on their shard, from their pairs (uint32 [.., 2])."""
-    place = random_bits.fmix32(pairs[..., 1]) // jnp.uint32(shards)
+    place = _mixed_places(pairs, sizes.place_bits) // jnp.uint32(shards)
     first = residency.set_of(place, sizes.geometry._replace(sets=sizes.first_sets))
     return split(first, tags_of(pairs), sizes)
 
 
-def shard_of(pairs: jax.Array, shards: int) -> jax.Array:
+def shard_of(pairs: jax.Array, place_bits: int, shards: int) -> jax.Array:
     """Returns the shards (int32 [..]) that hold the sets of ids (pairs uint32 [.., 2])."""
-    return (random_bits.fmix32(pairs[..., 1]) % jnp.uint32(shards)).astype(jnp.int32)
+    return (_mixed_places(pairs, place_bits) % jnp.uint32(shards)).astype(jnp.int32)
+
+
+def _mixed_places(pairs: jax.Array, place_bits: int) -> jax.Array:
+    return random_bits.fmix32(pairs[..., 1] ^ pairs[..., 0] & jnp.uint32(tag_mask(place_bits)))
+
+
+def tag_mask(place_bits: int) -> int:
+    """Returns the mask of the bits of a tag that help to choose the set."""
+    return (1 << place_bits - OLD_PLACE_BITS) - 1
 
 
 def split(first: jax.Array, tags: jax.Array, sizes: Sizes) -> jax.Array:

@@ -8,6 +8,7 @@ from mpembed_jax.cache.spec import CacheSpec, Geometry
 from mpembed_jax.row_ids import NO_ID
 
 MAX_ADMIT_AFTER = 255  # the largest count that a counter of the sketch can hold
+PLACE_BITS, OLD_PLACE_BITS = 30, 22
 
 
 def groups_of(sets: int) -> int:
@@ -23,8 +24,7 @@ class VocabularySpec:
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
     With R rows in the pool and N ids in a batch, all counts are halved every 30 R / N steps,
     rounded down, so that occurrences count which are less than some 30 R ids apart.
-    No table can reserve rows for itself; give such a table a stack of its own. The ids of one table
-    alone fill a pool of more than some ten million rows badly; see section 9 of DESIGN.
+    No table can reserve rows for itself; give such a table a stack of its own.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
@@ -41,6 +41,9 @@ class VocabularySpec:
         2 bits if admit_after is at most 4.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
+      place_bits: bits that differ among the hashes of one table's ids and choose their sets: 30. With
+        22, as in older pools, they fill a pool of more than some ten million rows badly. A
+        checkpoint that names no place_bits is restored with 22.
 
     Raises:
       ValueError: if a value is outside these ranges.
@@ -53,6 +56,7 @@ class VocabularySpec:
     shared_rows: int = 1
     sketch_bytes: int = 3
     first_sets: int | None = None
+    place_bits: int = PLACE_BITS
 
     def __post_init__(self) -> None:
         limits = {
@@ -68,6 +72,11 @@ class VocabularySpec:
                 raise ValueError(
                     f"vocabulary {name} must be an integer in [1, {most}], got {value!r}"
                 )
+        if self.place_bits not in (PLACE_BITS, OLD_PLACE_BITS):
+            raise ValueError(
+                f"vocabulary place_bits must be {PLACE_BITS}, or {OLD_PLACE_BITS} for a pool of an "
+                f"earlier version, got {self.place_bits!r}"
+            )
         CacheSpec(num_rows=self.num_rows, ways=self.ways)
         if self.num_rows * self.sketch_bytes >= 2**31:
             raise ValueError(
@@ -111,13 +120,18 @@ class VocabularySpec:
 
     @property
     def arrays(self) -> dict[str, int]:
-        """The numbers that are needed to read the arrays of a vocabulary, by name."""
+        """The numbers that are needed to read the arrays of a vocabulary, by name.
+
+        Without place_bits, they are 22, as in checkpoints of earlier versions.
+        """
+        places = {} if self.place_bits == OLD_PLACE_BITS else {"place_bits": self.place_bits}
         return {
             **self.geometry._asdict(),
             "first_sets": int(self.first_sets or self.geometry.sets),
             "sketch_width": self.sketch_width,
             "counter_bits": self.counter_bits,
             "shared_rows": self.shared_rows,
+            **places,
         }
 
     def num_stack_rows(self, num_tables: int) -> int:

@@ -15,7 +15,7 @@ from cases import Refused, named
 from flax import nnx
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, checkpoint, memory, nn, restacking, vocabularies
+from mpembed_jax import NO_ID, checkpoint, memory, nn, restacking, serving, vocabularies
 from mpembed_jax.embedding import admission
 from mpembed_jax.embedding.stats import VocabularyStats
 from mpembed_jax.nn import routing
@@ -507,6 +507,41 @@ def test_a_checkpoint_of_another_pool_is_refused(tmp_path):
         other = mpembed.init(jax.random.key(1), dataclasses.replace(SPEC, **change), TX)
         with pytest.raises(ValueError, match="vocabulary"):
             checkpoint.restore(tmp_path, other)
+
+
+def test_a_pool_of_an_older_version_is_read_with_its_own_places(tmp_path):
+    """Fingerprint, sizes and rows are those of the version before place_bits."""
+
+    def spec_of(**places):
+        pool = mpembed.VocabularySpec(64, ways=4, **places)
+        return mpembed.EmbeddingSpec(mpembed.TableSpec("user"), 4, vocabulary=pool)
+
+    old, new = spec_of(place_bits=22), spec_of()
+    assert old.fingerprint.tolist() == [2301555565, 3454668556]
+    names = {"sets", "ways", "groups", "first_sets", "sketch_width", "counter_bits", "shared_rows"}
+    assert old.vocabulary.arrays.keys() == names
+    assert new.vocabulary.arrays == {**old.vocabulary.arrays, "place_bits": 30}
+    pairs = old.raw_ids({"user": np.arange(20)})
+    np.testing.assert_array_equal(pairs["user"], new.raw_ids({"user": np.arange(20)})["user"])
+    state = mpembed.init(jax.random.key(0), old, TX)
+    counts = {"user": np.full(20, 5)}
+    state = vocabularies.from_counts(state, pairs, counts)
+    rows = [29, 0, 4, 24, 36, 10, 31, 7, 11, 15, 12, 13, 14, 2, 3, 8, 5, 30, 9, 20]
+    assert np.asarray(admission.rows_of(state, pairs)["user"]).tolist() == rows
+    checkpoint.save(tmp_path, 1, state)
+    again = checkpoint.restore(tmp_path, mpembed.init(jax.random.key(1), old, TX))
+    assert np.asarray(admission.rows_of(again, pairs)["user"]).tolist() == rows
+    with pytest.raises(ValueError, match="place_bits is 22 if it is not named"):
+        checkpoint.restore(tmp_path, mpembed.init(jax.random.key(1), new, TX))
+    larger = vocabularies.grow(state, 128)
+    assert larger.spec.vocabulary.place_bits == larger.vocabulary.place_bits == 22
+    np.testing.assert_array_equal(
+        mpembed.read(larger, pairs)["user"], mpembed.read(state, pairs)["user"]
+    )
+    for kind, at in {"state": state, "checkpoint": tmp_path}.items():
+        path = tmp_path / f"{kind}.safetensors"
+        serving.save(path, state) if kind == "state" else serving.export(at, path)
+        assert serving.load(path).rows_of({"user": np.arange(20)})["user"].tolist() == rows
 
 
 @pytest.mark.parametrize("change", [{"storage": "float32"}, {"cache": None}], ids=str)

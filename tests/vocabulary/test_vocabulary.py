@@ -47,6 +47,7 @@ def model_of(spec):
         shared_rows=v.shared_rows,
         sketch_bytes=v.sketch_bytes,
         first_sets=v.first_sets,
+        place_bits=v.place_bits,
     )
 
 
@@ -77,6 +78,7 @@ class Pool(NamedTuple):
     shared_rows: int = 1
     sketch_bytes: int = 3
     first_sets: int | None = None
+    place_bits: int = 30
 
 
 POOLS = {
@@ -91,6 +93,7 @@ POOLS = {
     "pairs_of_bits": Pool(24, 4, 4, recycle=False, sketch_bytes=1),
     "resized": Pool(56, 2, 4, first_sets=5),
     "doubled": Pool(1024, 2, 2, first_sets=128),
+    "older": Pool(600, 2, 2, place_bits=22),
 }
 
 
@@ -392,6 +395,32 @@ def test_two_ids_share_a_tag_as_often_as_birthdays_do(first_sets):
     first = np.bincount(sets % first_sets, minlength=first_sets)
     assert abs(first - 3000 / first_sets).max() < 6 * np.sqrt(3000 / first_sets)
     assert len(set(sets.tolist())) == 16
+
+
+@pytest.mark.parametrize("place_bits", [22, 30])
+def test_the_shard_of_an_id_holds_its_set(place_bits):
+    sizes = pool.init(mpembed.VocabularySpec(2048, ways=4, place_bits=place_bits), None).sizes
+    pairs = jnp.asarray(hashes.of_column(np.arange(1000), "t", 3))
+    sets = np.asarray(pool.sets_of(pairs, sizes))
+    for shards in (2, 4):
+        geometry = sizes.geometry
+        part = geometry._replace(sets=geometry.sets // shards, groups=geometry.groups // shards)
+        local = sizes._replace(geometry=part, first_sets=sizes.first_sets // shards)
+        shard = np.asarray(pool.shard_of(pairs, place_bits, shards))
+        np.testing.assert_array_equal(shard, sets % shards)
+        np.testing.assert_array_equal(pool.sets_of(pairs, local, shards), sets // shards)
+
+
+def test_ids_of_one_table_have_more_places_than_a_place_has_bits():
+    """With 22 bits, 2^17 sets of 32 rows have but 32 places each, and some have far fewer."""
+    word = np.random.default_rng(0).integers(0, 2**32, (2**20, 2), dtype=np.uint32)
+    word[:, 1] &= np.uint32(-hashes.MAX_TABLES & 0xFFFFFFFF)
+    places = {
+        bits: len(set(np.asarray(pool._mixed_places(jnp.asarray(word), bits)).tolist()))
+        for bits in (22, 30)
+    }
+    thrown = 2**22 * (1 - np.exp(-(2.0**-2)))  # of 2^20 balls into 2^22 places
+    assert abs(places[22] - thrown) < 5 * np.sqrt(thrown) and places[30] > 2**20 * 0.999
 
 
 def test_a_stranger_finds_a_row_as_often_as_a_set_has_owners_of_its_tag():

@@ -55,8 +55,8 @@ _OWNERS, _SKETCH, _ROWS, _STARTED, _TABLES_STARTED, _FOUND = range(6)
 # Entries of `_NUMBERS`, int32.
 (
     _MUST_HALVE, _TASKS, _SETS, _WAYS, _GROUPS, _FIRST_SETS, _BITS, _WIDTH, _HALF_MASK,
-    _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE, _STARTS_ALL,
-) = range(14)  # fmt: skip
+    _TAG_MASK, _DEAL_GROUPS, _ADMIT_AFTER, _MAY_RECYCLE, _PER_TABLE, _STARTS_ALL,
+) = range(15)  # fmt: skip
 # Words of `_FACTS`: the number of partitions, the number of groups by which positions are dealt,
 # and the first shared row; then where the positions of each partition begin, and where those of
 # padding begin and end; then seven counts of each partition. The last two of them count the rows
@@ -73,9 +73,10 @@ _DEAL = MAX_PARTS + 1  # counts of a chunk: positions per partition, then paddin
 
 @compiled
 def set_of(place, tag, sets, first_sets, group_bits):
-    """Returns the set of an id (int64), from its place and tag (uint32); see pool.sets_of.
+    """Returns the set of an id (int64), from its place and tag; see pool.sets_of.
 
-    sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the number of
+    place (uint32) is that of the pair, xor the bits of its tag that help to choose the set. tag
+    (uint32) has 24 bits. sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the number of
     groups.
     """
     mixed, shift = fmix32(place), np.int64(group_bits)
@@ -236,11 +237,13 @@ def _count_chunk(frame, chunk):
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
     groups, num_parts, shift = _grouping(frame)
     group_bits, last = bits_of(numbers[_GROUPS]), _NO_OWNER - np.uint32(1)
+    mask = np.uint32(numbers[_TAG_MASK])
     begin, end = partitions.chunk_range(len(keys), chunk)
     for position in range(np.uint64(begin), np.uint64(end)):
         first = _TWO * position
         tag = min(pairs[first] >> _TAG_SHIFT, last)
-        home = set_of(pairs[first + _ONE], tag, sets, first_sets, group_bits)
+        place = pairs[first + _ONE] ^ (pairs[first] & mask)
+        home = set_of(place, tag, sets, first_sets, group_bits)
         keys[position] = _NO_KEY if pairs[first] == _PADDING else _key_of(home, tag)
     deals[:] = 0
     for position in range(np.uint64(begin), np.uint64(end)):
@@ -527,7 +530,7 @@ def admit(
     sizes |= dict.fromkeys((_KEY, _DEALT, _ID_KEY), 2 * num)
     kinds = dict.fromkeys((_ID_TAG, _MIXED), jnp.uint32)
     static = [*of.geometry, of.first_sets, of.counter_bits, of.width, of.half_mask]
-    static += [min(groups, of.geometry.groups), *rules]
+    static += [pool.tag_mask(of.place_bits), min(groups, of.geometry.groups), *rules]
     numbers = jnp.asarray([max_threads, *static], jnp.int32)
     results: Any = jax.ffi.ffi_call(
         "mpembed_admit",
