@@ -8,14 +8,12 @@ One `EmbeddingState` holds a stack of tables that share dim, format and cache.
 - `gradient_norm` is the norm of the gradients of all rows.
 
 In `vectors`, one differentiates with respect to vectors instead. The verbs are pure; jit them with
-the state donated. The code for several devices is in `mesh`. The verbs call `mesh.exchange`, and
-`mesh.raw_ids` for raw ids.
+the state donated. `devices` has what is different over a mesh.
 
 The system follows Yang et al., "Mixed-Precision Embedding Using a Cache" (arXiv 2010.11305).
 """
 
 import dataclasses
-from fractions import Fraction
 from typing import Any, Protocol
 
 import jax
@@ -26,13 +24,12 @@ import optax
 from mpembed_jax import ops, row_ids
 from mpembed_jax.cache import residency
 from mpembed_jax.cache.plan import CachePlan, Counts
-from mpembed_jax.embedding import admission, arguments, update
+from mpembed_jax.embedding import admission, arguments, devices, update
 from mpembed_jax.embedding.counters import count_step, count_updates
 from mpembed_jax.embedding.state import EmbeddingState, clock_of
-from mpembed_jax.mesh import exchange
 from mpembed_jax.ops import Draw, Moves, Positions, Request
 from mpembed_jax.row_ids import NO_ID
-from mpembed_jax.spec import TablesOfIds, most_distinct
+from mpembed_jax.spec import TablesOfIds
 
 
 def prefetch(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, CachePlan]:
@@ -84,8 +81,8 @@ def prefetch_held(
     """Does what prefetch_of_tables and then lookup_held do, with one kernel for the rows of both.
 
     Returns:
-      The state, the plan, and float32 [Q, D]: the planned rows that this device holds. On one
-      device, they are NaN if the state is not sound.
+      The state, the plan, and float32 [Q, D]: the planned rows that this device holds. They are
+      NaN if the state is not sound.
     """
     state, plan, rows = _prefetch(*_admitted(state, ids, tables), looks_up=True)
     assert rows is not None
@@ -99,9 +96,9 @@ def prefetch_and_lookup(
 
     Ids are row numbers, even if the state has a vocabulary.
     """
-    state, plan, rows = _prefetch(state, ids, tables, looks_up=True)
-    assert rows is not None
-    return state, plan, rows if state.layout is None else _delivered(state, plan, rows)
+    state, plan, held = _prefetch(state, ids, tables, looks_up=True)
+    assert held is not None
+    return state, plan, devices.delivered(state, plan, held, is_latest(state, plan))
 
 
 def _admitted(
@@ -120,27 +117,18 @@ def _prefetch(
 ) -> tuple[EmbeddingState, CachePlan, jax.Array | None]:
     """Plans a batch of row numbers. If looks_up, the third result is the planned rows [Q, D].
 
-    On one device, these rows are NaN if the state is not sound.
+    These rows are NaN if the state is not sound.
     """
     leaves, treedef = row_ids.checked(ids)
-    layout = state.layout
-    if layout is None:
-        request = _ask(state, leaves, tables)
-    else:
-        request = exchange.ask(layout, leaves, state.step, tables, state.implementation)
+    request = devices.ask(state, leaves, tables)
     state, moves, inverse, counts, rows = _place(state, request, looks_up)
-    unique_ids = moves.ids
-    route = None
-    shapes = [leaf.shape for leaf in leaves]
-    if layout is not None:
-        route, counts = exchange.settle(layout, request, moves, inverse, counts)
-        unique_ids = request.own.ids
-        inverse = request.own.inverse
-        shapes = [layout.shape_of(leaf) for leaf in leaves]
+    unique_ids, inverses, counts, route = devices.answer(
+        state, leaves, request, moves, inverse, counts
+    )
     state = after_prefetch(state, counts)
     plan = CachePlan(
         unique_ids=unique_ids,
-        inverse=treedef.unflatten(row_ids.divided(inverse, shapes)),
+        inverse=treedef.unflatten(inverses),
         line=moves.line,
         is_hit=jnp.arange(moves.ids.shape[0], dtype=jnp.int32) < moves.num_hits,
         victim_ids=moves.victim_ids,
@@ -177,30 +165,6 @@ def planned_step(state: EmbeddingState) -> jax.Array:
     return state.step if isinstance(state.step, jax.core.Tracer) else jnp.copy(state.step)
 
 
-def _ask(state: EmbeddingState, leaves: list[jax.Array], tables: TablesOfIds | None) -> Request:
-    """Returns the request of a batch on one device: its distinct ids, within the budget."""
-    flat = row_ids.joined(leaves)
-    is_request = row_ids.in_range(flat, state.spec.num_rows)
-    num_requests = jnp.sum(is_request, dtype=jnp.int32)
-    num_out_of_range = jnp.sum(~is_request & (flat != NO_ID), dtype=jnp.int32)
-    num_positions = flat.shape[0]
-    budget = state.spec.max_unique_ids
-    most = most_distinct(state.spec.tables, tables, [leaf.size for leaf in leaves])
-    width = (most if budget is None else min(budget, most)) + 1
-    found = ops.unique(
-        jnp.where(is_request, flat, NO_ID), width, state.step, implementation=state.implementation
-    )
-    return Request(
-        found,
-        found,
-        num_requests,
-        num_out_of_range,
-        found.num_dropped,
-        Fraction(num_positions),
-        None,
-    )
-
-
 def _place(
     state: EmbeddingState, request: Request, looks_up: bool
 ) -> tuple[EmbeddingState, Moves, jax.Array, Counts, jax.Array | None]:
@@ -209,17 +173,15 @@ def _place(
     Returns:
       The state with its cache and table changed.
       The moves.
-      For each position, the index (int32) of its row among the moves. On a mesh: for each received
-        entry.
+      For each entry of the request, the index (int32) of its row among the moves.
       The counts.
-      The rows of the moves (float32 [U, D]), or None. On one device, they are NaN if the state is
-        not sound.
+      The rows of the moves (float32 [Q, D]), or None. They are NaN if the state is not sound.
     """
     found = request.rows
     cache = state.cache
     zero = jnp.int32(0)
     rows = None
-    is_valid = state.is_sound if looks_up and state.layout is None else None
+    is_valid = state.is_sound if looks_up else None
     by: Any = {"implementation": state.implementation}
     if cache is None:
         width = found.ids.shape[0]
@@ -284,22 +246,9 @@ def lookup(state: EmbeddingState, plan: CachePlan, *, dtype: Any = jnp.float32) 
     arguments.check_state("lookup(state, plan)", state)
     arguments.check_plan("lookup(state, plan)", plan)
     _check_latest("lookup", state, plan)
-    if state.layout is not None:
-        return _delivered(state, plan, lookup_held(state, plan)).astype(dtype)
-    rows = ops.lookup(
-        state.store, _moves(plan), is_latest(state, plan), implementation=state.implementation
-    )
-    return rows.astype(dtype)
-
-
-def _delivered(state: EmbeddingState, plan: CachePlan, held: jax.Array) -> jax.Array:
-    """Returns this device's unique rows [U, D], from the rows [Q, D] that the owners hold.
-
-    They are NaN if the plan is not of the state's latest prefetch.
-    """
-    assert state.layout is not None
-    rows = exchange.fetch(state.layout, state.implementation, exchange.route_of(plan), held)
-    return ops.only_if(is_latest(state, plan), rows, implementation=state.implementation)
+    is_valid = is_latest(state, plan)
+    held = ops.lookup(state.store, _moves(plan), is_valid, implementation=state.implementation)
+    return devices.delivered(state, plan, held, is_valid).astype(dtype)
 
 
 def lookup_held(state: EmbeddingState, plan: CachePlan) -> jax.Array:
@@ -354,14 +303,11 @@ def apply_gradients(
         donated, or on a second call for one prefetch.
     """
     _check_kinds("apply_gradients", state, plan)
-    layout = state.layout
-    if layout is not None:
-        width = plan.unique_ids.shape[0]
-        _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
-        layout.check_bound("apply_gradients")
+    width = plan.unique_ids.shape[0]
+    _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
+    if plan.route is not None:  # this device updates the rows of its shard
         rows = lookup_held(state, plan)
-        given = layout, state.implementation, exchange.route_of(plan)
-        row_grads = exchange.collect(*given, row_grads)
+    row_grads = devices.collected("apply_gradients", state, plan, row_grads)
     return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
 
 
@@ -388,7 +334,6 @@ def apply_held_gradients(
     Raises:
       ValueError: as apply_gradients.
     """
-    layout = state.layout
     moves, is_pending = _pending(state, plan)
     _check("apply_gradients", state, plan, moves.ids.shape[0], rows=rows, row_grads=row_grads)
     is_updated = moves.is_row
@@ -401,8 +346,7 @@ def apply_held_gradients(
     state, is_stored = update.apply(
         tx, state, moves, rows, row_grads, step=plan.number, is_applied=is_pending
     )
-    if layout is not None:
-        num_nonfinite = exchange.total_over_shards(layout, num_nonfinite)
+    num_nonfinite = devices.total(state, num_nonfinite)
     stored = moves.only(is_stored, state.store.num_lines)
     return _finish(state, plan, stored, num_nonfinite, is_pending)
 
@@ -465,15 +409,11 @@ def gradient_norm(state: EmbeddingState, plan: CachePlan, row_grads: jax.Array) 
         or applied already, or if the state was donated.
     """
     _check_kinds("gradient_norm", state, plan)
-    layout = state.layout
     _check("gradient_norm", state, plan, plan.unique_ids.shape[0], row_grads=row_grads)
-    if layout is not None:
-        layout.check_bound("gradient_norm")
-        given = layout, state.implementation, exchange.route_of(plan)
-        row_grads = exchange.collect(*given, row_grads)
+    row_grads = devices.collected("gradient_norm", state, plan, row_grads)
     is_row = _moves(plan).is_row
-    total = jnp.sum(jnp.square(jnp.where(is_row[:, None], row_grads, jnp.float32(0))))
-    return jnp.sqrt(total if layout is None else exchange.total_over_shards(layout, total))
+    squares = jnp.square(jnp.where(is_row[:, None], row_grads, jnp.float32(0)))
+    return jnp.sqrt(devices.total(state, jnp.sum(squares)))
 
 
 def _check_kinds(verb: str, state: Any, plan: Any) -> None:
