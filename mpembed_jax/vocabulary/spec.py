@@ -1,6 +1,7 @@
 """VocabularySpec, a user's choice of how raw ids earn rows."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +42,8 @@ class VocabularySpec:
         2 bits if admit_after is at most 4.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
-      place_bits: bits that differ among the hashes of one table's ids and choose their sets: 30. With
-        22, as in older pools, they fill a pool of more than some ten million rows badly. A
+      place_bits: bits that differ among the hashes of one table's ids and choose their sets: 30.
+        With 22, as in older pools, they fill a pool of more than some ten million rows badly. A
         checkpoint that names no place_bits is restored with 22.
 
     Raises:
@@ -72,10 +73,11 @@ class VocabularySpec:
                 raise ValueError(
                     f"vocabulary {name} must be an integer in [1, {most}], got {value!r}"
                 )
-        if self.place_bits not in (PLACE_BITS, OLD_PLACE_BITS):
+        bits = self.place_bits
+        if type(bits) is not int or bits not in (PLACE_BITS, OLD_PLACE_BITS):
             raise ValueError(
                 f"vocabulary place_bits must be {PLACE_BITS}, or {OLD_PLACE_BITS} for a pool of an "
-                f"earlier version, got {self.place_bits!r}"
+                f"earlier version, got {bits!r}"
             )
         CacheSpec(num_rows=self.num_rows, ways=self.ways)
         if self.num_rows * self.sketch_bytes >= 2**31:
@@ -92,6 +94,9 @@ class VocabularySpec:
                     f"{self.num_rows} rows in sets of {self.ways}; take the spec from the state "
                     "that grow or shrink returned"
                 )
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update({"place_bits": OLD_PLACE_BITS} | fields)  # older pickles lack it
 
     @property
     def geometry(self) -> Geometry:

@@ -21,6 +21,7 @@ from mpembed_jax.embedding.stats import VocabularyStats
 from mpembed_jax.nn import routing
 from mpembed_jax.nn.linen import CachedEmbedBags, TrainState
 from mpembed_jax.optim import rowwise_adagrad
+from mpembed_jax.serving import checkpoints
 from mpembed_jax.vocabulary import hashes, pool
 
 TX = rowwise_adagrad(0.5)
@@ -538,9 +539,9 @@ def test_a_pool_of_an_older_version_is_read_with_its_own_places(tmp_path):
     np.testing.assert_array_equal(
         mpembed.read(larger, pairs)["user"], mpembed.read(state, pairs)["user"]
     )
-    for kind, at in {"state": state, "checkpoint": tmp_path}.items():
-        path = tmp_path / f"{kind}.safetensors"
-        serving.save(path, state) if kind == "state" else serving.export(at, path)
+    serving.save(tmp_path / "state", state)
+    checkpoints.export(tmp_path, tmp_path / "checkpoint")
+    for path in (tmp_path / "state", tmp_path / "checkpoint"):
         assert serving.load(path).rows_of({"user": np.arange(20)})["user"].tolist() == rows
 
 

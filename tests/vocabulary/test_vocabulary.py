@@ -423,6 +423,23 @@ def test_ids_of_one_table_have_more_places_than_a_place_has_bits():
     assert abs(places[22] - thrown) < 5 * np.sqrt(thrown) and places[30] > 2**20 * 0.999
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rows", [10_000_000, pytest.param(30_000_000, marks=pytest.mark.exhaustive)]
+)
+def test_as_many_ids_of_one_table_as_rows_fill_most_of_a_large_pool(rows):
+    want = {10_000_000: {22: 0.870, 30: 0.929}, 30_000_000: {22: 0.799, 30: 0.929}}[rows]
+    for bits, share in want.items():
+        sizes = pool.init(mpembed.VocabularySpec(rows, place_bits=bits), None).sizes
+        find = jax.jit(partial(pool.sets_of, sizes=sizes))
+        rng, num = np.random.default_rng(0), np.zeros(sizes.geometry.sets, np.int64)
+        for _ in range(10):
+            pairs = rng.integers(0, 2**32, (rows // 10, 2), dtype=np.uint32)
+            pairs[:, 1] &= np.uint32(-hashes.MAX_TABLES & 0xFFFFFFFF)
+            num += np.bincount(find(pairs), minlength=num.size)
+        assert abs(np.minimum(num, 32).sum() / rows - share) < 0.001
+
+
 def test_a_stranger_finds_a_row_as_often_as_a_set_has_owners_of_its_tag():
     """An id without a row takes that of another with probability W / 2^24 if its set is full.
 

@@ -76,8 +76,8 @@ def set_of(place, tag, sets, first_sets, group_bits):
     """Returns the set of an id (int64), from its place and tag; see pool.sets_of.
 
     place (uint32) is that of the pair, xor the bits of its tag that help to choose the set. tag
-    (uint32) has 24 bits. sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm of the number of
-    groups.
+    (uint32) has 24 bits. sets and first_sets are int64. group_bits (uint32) is the base-2 logarithm
+    of the number of groups.
     """
     mixed, shift = fmix32(place), np.int64(group_bits)
     group = np.int64(mixed & ((np.uint32(1) << group_bits) - np.uint32(1)))
