@@ -65,7 +65,8 @@ def restack(
       KeyError: if a name in `renamed` or `removed` is unknown.
       ValueError: if an old table is neither in the new spec nor in `removed`, or is in both; if two
         tables take the rows of one; if a table would lose rows; if dim, storage or row_state_dtype
-        differs; if a stack has a vocabulary; if a prefetch waits for its update; if tx differs from
+        differs; if a table of n-grams would get another hash, size or name; if a stack has a
+        vocabulary; if a prefetch waits for its update; if tx differs from
         init's; if the state was donated, made for another spec, or averaged; if it was made inside
         jax.pmap, or several processes hold parts of it.
     """
@@ -102,6 +103,12 @@ def _kept(
                 f"restack cannot change {field} from {ours} to {theirs}; use to_dense and "
                 "from_dense for that"
             )
+    hashes = tuple(of.ngrams and of.ngrams.settings for of in (old, new))
+    if hashes[0] != hashes[1] or (renamed and hashes != (None, None)):
+        raise ValueError(
+            f"restack cannot rename tables of n-grams, or give them another hash: {hashes[1]} "
+            f"instead of {hashes[0]}; n-grams have other rows in another hash"
+        )
     names, new_names = ([t.name for t in of.tables] for of in (old, new))
     for to, name in renamed.items():
         if to not in new_names or name not in names:
@@ -125,6 +132,11 @@ def _kept(
         if name not in names:
             continue
         (first, size), (begin, room) = old.table_range(name), new.table_range(to)
+        if room != size and hashes != (None, None):
+            raise ValueError(
+                f"table {name!r} of an n-gram memory has {size} rows, the new table {to!r} has "
+                f"{room}; n-grams have other rows in a table of another size"
+            )
         if room < size:
             raise ValueError(
                 f"table {to!r} would lose rows: {name!r} has {size} rows, the new table has {room}"

@@ -10,7 +10,7 @@ import training
 from cases import Refused, named
 
 import mpembed_jax as mpembed
-from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, restacking, sharding
+from mpembed_jax import NO_ID, CacheSpec, EmbeddingSpec, TableSpec, nn, restacking, sharding
 
 DIM = 8
 TX = mpembed.optim.rowwise_adagrad(0.5)
@@ -21,6 +21,12 @@ CACHE = CacheSpec(num_rows=64, ways=4)
 def spec_of(sizes, cache=CACHE, storage="int8", dim=DIM, **options):
     tables = [TableSpec(name, size) for name, size in sizes.items()]
     return EmbeddingSpec(tables, dim, storage, cache, **options)
+
+
+def ngrams(orders=(2,), **options):
+    return nn.ngram_spec(
+        nn.NGramHash(40, orders, 1, **{"rows": 60} | options), DIM, storage="int8", cache=CACHE
+    )
 
 
 def batches(num, seed=0, rows=500):
@@ -185,6 +191,10 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
     named(
         [
             Refused(
+                lambda s: restacking.restack(s, ngrams(rows=300), TX),
+                r"another hash: {'boundary'.* instead of None",
+            ),
+            Refused(
                 lambda s: restacking.restack(s, spec_of({"a": 199, "b": 300}), TX),
                 "table 'a' would lose rows: 'a' has 200 rows, the new table has 199",
             ),
@@ -237,3 +247,19 @@ def test_what_is_no_state_and_a_donated_state_are_refused():
     jax.jit(mpembed.prefetch, donate_argnums=0)(state, np.zeros(4, np.int32))
     with pytest.raises(ValueError, match="this state was donated to an earlier call"):
         restacking.restack(state, spec, TX)
+
+
+def test_a_memory_of_n_grams_keeps_its_hash_and_the_sizes_of_its_tables():
+    state = mpembed.init(jax.random.key(0), ngrams(), TX)
+    name = "2-gram_0"
+    for other, options, told in (
+        (ngrams(rows=90), {}, "of an n-gram memory has 61 rows, the new table '2-gram_0' has 97"),
+        (ngrams(seed=1), {}, "give them another hash"),
+        (ngrams(boundary=3), {}, "give them another hash"),
+        (spec_of(SIZES), {"removed": [name]}, "give them another hash"),
+        (ngrams((3,)), {"renamed": {"3-gram_0": name}}, "cannot rename tables of n-grams"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            restacking.restack(state, other, TX, **options)
+    more = restacking.restack(state, ngrams((2, 3)), TX)
+    np.testing.assert_array_equal(mpembed.to_dense(more)[name], mpembed.to_dense(state)[name])

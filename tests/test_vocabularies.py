@@ -428,6 +428,9 @@ REFUSED = {
     "bits that no version had": Refused(
         lambda: mpembed.VocabularySpec(64, place_bits=32), "must be 30, or 22", ValueError
     ),
+    "bits that are no integer": Refused(
+        lambda: mpembed.VocabularySpec(64, place_bits=30.0), "place_bits must be 30", ValueError
+    ),
     "a sketch without end": Refused(
         lambda: mpembed.VocabularySpec(2**30, sketch_bytes=3), "lower sketch_bytes", ValueError
     ),

@@ -24,7 +24,7 @@ from mpembed_jax.checkpoint.errors import CheckpointError, DamagedError, Unreada
 from mpembed_jax.embedding import arguments
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2  # the newest that this library reads
 _STEP = re.compile(r"step_(0|[1-9]\d*)", re.ASCII)
 # The file in which orbax records when a save began and ended. Orbax changes this file after the
 # manifest is written, so the manifest leaves it out. This library does not read it.
@@ -129,12 +129,18 @@ def write(folder: Path, body: dict[str, Any], keys: list[str]) -> None:
             return files.checksum(file)
 
     sums = files.each(checksum, names)
-    body = {**body, "version": VERSION, "files": dict(zip(names, sums, strict=True))}
+    body = {**body, "version": _version_of(body), "files": dict(zip(names, sums, strict=True))}
     text = json.dumps(body, sort_keys=True)
     with open(folder / NAME, "w") as file:
         json.dump({"crc32": zlib.crc32(text.encode()), "body": text}, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _version_of(body: dict[str, Any]) -> int:
+    """Returns the lowest version that supports a manifest: 2 with pools that name place_bits."""
+    pools = [entry.get("vocabulary") or {} for entry in body["embeddings"].values()]
+    return 2 if any("place_bits" in pool for pool in pools) else 1
 
 
 def identity(body: dict[str, Any]) -> int:

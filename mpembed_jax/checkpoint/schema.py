@@ -64,13 +64,14 @@ def check(body: Any, step: int, version: int) -> None:
     Args:
       body: any JSON value.
       step: the step that the manifest must have.
-      version: the version that the manifest must have.
+      version: the newest version that the manifest may have.
 
     Raises:
-      SchemaError: if `body` is not a manifest of this step and version.
+      SchemaError: if `body` is not a manifest of this step, or of another version.
     """
     _require(isinstance(body, dict), "it", body)
-    _require(body.get("version") == version, "version", body.get("version"))
+    told = body.get("version")
+    _require(is_count(told) and 1 <= told <= version, "version", told)
     _require(type(body.get("step")) is int and body["step"] == step, "step", body.get("step"))
     base = body.get("base", ...)
     is_base = (

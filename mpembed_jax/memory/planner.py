@@ -213,7 +213,8 @@ def plan(
         as TableSpec(name) without a size. The tables of a sequence are named table0, table1, ...
       budget: bytes per device, a number or a text such as "16GB".
       tx: optax transformation for the rows.
-      devices: the number of devices. They divide the rows of a stack, or each holds a copy.
+      devices: the number of devices. They divide the rows of a stack, or each holds a copy. Only a
+        power of two, up to the cache's groups, can divide a cache.
       ids: {table: sample of its ids}. It shows which share of the ids the most used rows get. INT4
         with a 5 % cache is left out if a 1 % cache gets nearly as many of the ids. A table of
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
@@ -294,11 +295,17 @@ def plan(
                 if can_use_host
                 else ""
             )
+            + (
+                f" (caches are not divided over {devices} devices, because their groups are a "
+                "power of two: with 2, 4, 8 .. devices, less may do)"
+                if devices & (devices - 1)
+                else ""
+            )
         )
     choices = []
     for name, (level, is_host) in chosen.items():
         choice = search.bytes_of(name, level, is_host)
-        reason = _reason(search.stacks[name], level, is_host, choice)
+        reason = _reason(search.stacks[name], level, is_host, choice, devices)
         choices.append(dataclasses.replace(choice, reason=reason))
     return Plan(tuple(choices), limit, devices, search.bytes_of.temporaries(chosen))
 
@@ -500,7 +507,7 @@ def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
     return np.unique(pairs[:, 0] << np.uint64(32) | pairs[:, 1], return_counts=True)[1]
 
 
-def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
+def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice, devices: int) -> str:
     if stack.is_tiny:
         return f"{len(stack.tables)} small tables, whose float32 rows cost little"
     above = stack.levels[: stack.levels.index(level)]
@@ -521,6 +528,9 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice) -> str:
     if choice.placement is not None:
         kind = choice.placement.kind
         reason += "; a copy on each device" if kind == "replicated" else f"; divided by {kind}"
+        cache = choice.spec.cache
+        if cache is not None and cache.geometry(choice.spec.num_rows).groups % devices:
+            reason += f", because {devices} devices cannot divide its cache"
     hits = stack.hits(level)
     reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
     return reason

@@ -18,8 +18,8 @@ If other stacks have tables of the same names, the names of a stack's tables beg
 the stack. Raw ids are hashed with the names that the tables have in training: the pool's entry then
 has these, too.
 
-A file has the lowest version that supports its contents: 4 with a pool of renamed tables, 3 with
-n-grams, 2 with a pool, else 1.
+A file has the lowest version that supports its contents: 5 with a pool of 30 place_bits (see
+`VocabularySpec`), 4 with a pool of renamed tables, 3 with n-grams, 2 with a pool, else 1.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from mpembed_jax.vocabulary import hashes
 from mpembed_jax.vocabulary.ngram_hash import NGramHash
 from mpembed_jax.vocabulary.spec import OLD_PLACE_BITS, PLACE_BITS
 
-VERSION = 4  # the newest that this library reads
+VERSION = 5  # the newest that this library reads
 # The names of the hashes of `vocabulary.hashes` and `vocabulary.ngram_hash`. A file that names
 # another hash is refused, because these hashes would find wrong rows in it.
 HASHES = {  # by place_bits; see VocabularySpec
@@ -56,6 +56,7 @@ HASHES = {  # by place_bits; see VocabularySpec
 NGRAM_HASH = "fmix32(x xor token * multiplier)"
 OURS = "mpembed_jax"
 CHECKSUMS = "mpembed_jax.checksums"
+_MAX_DIM = 1 << 20
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors
 _ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 _ROOM = 96  # bytes kept free in the header for each table's errors, known only at the end
@@ -223,11 +224,14 @@ class Contents:
     @property
     def version(self) -> int:
         """The lowest version that supports everything in the file."""
-        if any(table.pool is not None and table.pool.hashed for table in self.tables):
+        pools = [table.pool for table in self.tables if table.pool is not None]
+        if any(pool.place_bits == PLACE_BITS for pool in pools):
+            return 5
+        if any(pool.hashed for pool in pools):
             return 4
         if self.ngrams:
             return 3
-        return 1 if all(table.pool is None for table in self.tables) else 2
+        return 2 if pools else 1
 
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Returns the header's entry of each array.
@@ -416,7 +420,7 @@ def _contents(body: dict[str, Any]) -> Contents:
             raise ValueError(f"the name of table {name!r} is no text")
         if type(num_rows) is not int or type(dim) is not int or not 1 <= num_rows < NO_ID:
             raise ValueError(f"table {name!r} has {num_rows!r} rows of dim {dim!r}")
-        if not 1 <= dim <= 1 << 20:
+        if not 1 <= dim <= _MAX_DIM:
             raise ValueError(f"table {name!r} has dim {dim}")
         code, symmetric, scale_dtype = entry["storage"]
         if type(symmetric) not in (bool, type(None)):
@@ -503,12 +507,15 @@ def checked(contents: Contents) -> Contents:
     """Checks the names of a file, and the tables of its n-grams; returns the contents.
 
     Raises:
-      ValueError: if a name is no text or occurs twice, if a feature names an unknown table, if
-        there is no table or no feature, or if the tables of a stack of n-grams do not fit its hash.
+      ValueError: if a dim is too large, if a name is no text or occurs twice, if a feature names an
+        unknown table, if there is no table or no feature, or if the tables of a stack of n-grams do
+        not fit its hash.
     """
     names: set[str] = set()
     tables: set[str] = set()  # those that a feature may name
     for table in contents.tables:
+        if table.embedding_dim > _MAX_DIM:
+            raise ValueError(f"table {table.name!r} has dim {table.embedding_dim} > {_MAX_DIM}")
         raw = () if table.pool is None else table.pool.tables
         tables.update(raw or (table.name,))
         for name in (*(array.name for array in table.arrays), *raw):

@@ -63,7 +63,11 @@ def write_npy(tables: ServingTable, folder: Any, layout: str = "float32") -> lis
         if layout.startswith("float"):
 
             def block_of(first: int, last: int, table: Table = table) -> np.ndarray:
-                return tables.decode_block(table, first, last).astype(layout)
+                rows = tables.decode_block(table, first, last)
+                if layout == "float16":  # finite numbers stay finite, as in rows of this format
+                    largest = np.float32(np.finfo(np.float16).max)
+                    rows = np.where(np.isinf(rows), rows, np.clip(rows, -largest, largest))
+                return rows.astype(layout)
 
         else:
 

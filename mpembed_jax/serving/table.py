@@ -189,7 +189,7 @@ class ServingTable:
     def lookup(self, ids: Any) -> Any:
         """Returns the rows of ids.
 
-        If the file has rows as trained, the result equals `read(freeze(state), ids)` in every bit.
+        If the file has rows as trained, the result equals `read(flush(state), ids)` in every bit.
 
         Args:
           ids: {feature: integers [..]}, or integers [..] if there is a single feature. On the host,
@@ -326,9 +326,9 @@ class ServingTable:
     def ngram_vectors(self, tokens: Any, context: Any = None, stack: str | None = None) -> Any:
         """Returns the vectors of the n-grams that end at each token, as NGramMemory does.
 
-        If the file has rows as trained, and the memory has no cache, the result equals that of the
-        memory in evaluation in every bit. Rows in a cache were rounded by `save`. N-grams that are
-        raw ids get no new rows here.
+        The result is float32. If the file has rows as trained, and the memory has no cache, it
+        equals that of a float32 memory in evaluation in every bit. Rows in a cache were rounded by
+        `save`. N-grams that are raw ids get no new rows here.
 
         Args:
           tokens: integers [.., T] in [0, vocabulary_size). NO_ID and the memory's padding stand for

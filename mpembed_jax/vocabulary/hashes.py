@@ -407,15 +407,23 @@ def pairs_on_host(feature: str, ids: Any, table: str, number: int) -> np.ndarray
         return of_column(ids, table, number)
     _check_shape(feature, ids.shape)
     pairs = unmasked(ids)
-    is_other = (pairs[..., 1] & NUMBER != number) & (pairs[..., 0] != PADDING)
-    if is_other.any():
-        place = tuple(int(i) for i in np.argwhere(is_other)[0])
+    _check_table(feature, _is_foreign(pairs, number), table)
+    return pairs
+
+
+def _is_foreign(pairs: Any, number: int) -> Any:
+    """Returns which pairs (uint32 [.., 2]) are of another table than that of this number."""
+    return (pairs[..., 1] & NUMBER != np.uint32(number)) & (pairs[..., 0] != np.uint32(PADDING))
+
+
+def _check_table(feature: str, is_foreign: np.ndarray, table: str) -> None:
+    if is_foreign.any():
+        place = tuple(int(i) for i in np.argwhere(is_foreign)[0])
         raise ValueError(
             f"feature {feature!r}: the pair at {list(place)} is not of table {table!r} "
-            f"({int(is_other.sum())} such pairs). uint32 [.., 2] are taken as the pairs that "
+            f"({int(is_foreign.sum())} such pairs). uint32 [.., 2] are taken as the pairs that "
             "raw_ids() returns; cast raw ids to int64"
         )
-    return pairs
 
 
 def unmasked(pairs: Any) -> np.ndarray:
@@ -430,14 +438,20 @@ def unmasked(pairs: Any) -> np.ndarray:
 def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
     """Returns ids as pairs (uint32 [.., 2]).
 
-    uint32 ids are pairs already. Integers of another dtype are hashed.
+    uint32 ids are pairs already. Integers of another dtype are hashed. Traced pairs of another
+    table become padding.
 
     Raises:
       TypeError: if ids are not integers, or are uint32 with a last axis other than 2.
+      ValueError: if pairs are concrete and of another table.
     """
     if ids.dtype != jnp.uint32:
         return of_traced(ids, table, number)
     _check_shape(feature, ids.shape)
+    is_foreign = _is_foreign(ids, number)
+    if isinstance(ids, jax.core.Tracer):
+        return jnp.where(is_foreign[..., None], np.uint32(PADDING), ids)
+    _check_table(feature, np.asarray(is_foreign), table)
     return ids
 
 

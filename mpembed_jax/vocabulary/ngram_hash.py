@@ -351,6 +351,7 @@ class NGramHash:
         Args:
           tokens: integers [.., T], the tokens so far, or those since `context`.
           context: integers [.., context_size], the tokens before them. None: there are none.
+            A concrete context with -1 is refused.
 
         Returns:
           int32 [.., context_size]; NO_ID stands for no token, and -1 for a traced token outside the
@@ -373,10 +374,12 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
         same token in an n-gram.
 
     Raises:
-      TypeError: if it does not consist of integers, or has a mask.
+      TypeError: if it does not consist of integers, has a mask, or is traced.
       ValueError: if it has another shape, or a value is out of range.
     """
     array = _checked_map(spec, canonical)
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError("canonical must not be traced; make the map of tokens with NumPy")
     _check_numbers(array)
     return array.astype(np.int32)
 
@@ -419,7 +422,7 @@ def _mapped(spec: NGramHash, tokens: Any, canonical: Any) -> Any:
         _check_numbers(numbers)
         return np.where(is_token, numbers.astype(np.int32), tokens)
     if isinstance(canonical, jax.core.Tracer):
-        canonical = _checked_map(spec, canonical)
+        canonical = _checked_map(spec, canonical).astype(jnp.int32)
     else:
         canonical = jnp.asarray(check_canonical(spec, canonical))
     return jnp.where(is_token, canonical[jnp.where(is_token, tokens, 0)], tokens)

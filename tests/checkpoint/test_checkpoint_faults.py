@@ -249,16 +249,16 @@ def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_replaced_nor_passed
         checkpoint.save(tmp_path, step, numbers(step))
     path = tmp_path / "step_2" / "manifest.json"
     if place == "body":
-        write_manifest(tmp_path, 2, {**manifest_of(tmp_path, 2), "version": 2})
+        write_manifest(tmp_path, 2, {**manifest_of(tmp_path, 2), "version": 3})
     else:
-        path.write_text(json.dumps({"version": 2, "what": "a later format"}))
+        path.write_text(json.dumps({"version": 3, "what": "a later format"}))
     content = path.read_bytes()
     for step in (2, None):
         with pytest.raises(
-            checkpoint.CheckpointError, match="is of version 2, this library reads 1"
+            checkpoint.CheckpointError, match="is of version 3, this library reads 2"
         ):
             restored(tmp_path, step)
-    with pytest.raises(checkpoint.CheckpointError, match="is of version 2"):
+    with pytest.raises(checkpoint.CheckpointError, match="is of version 3"):
         checkpoint.save(tmp_path, 2, numbers(5))
     assert path.read_bytes() == content
     checkpoint.save(tmp_path, 3, numbers(3), keep=1)  # deletes nothing that it cannot read

@@ -341,6 +341,17 @@ def test_nearly_all_ids_that_a_pool_was_made_for_get_rows_of_their_own():
     assert mpembed.stats(state).vocabulary.num_owned >= 0.95 * own_ids(2)
 
 
+def test_devices_that_cannot_divide_a_cache_are_named():
+    tables = [(100_000, 64)]
+    with pytest.raises(ValueError, match=r"smallest budget .* not divided over 3 devices"):
+        memory.plan(tables, "3MB", tx=TX, devices=3)
+    (choice,) = memory.plan(tables, "8MB", tx=TX, devices=3).choices
+    assert choice.placement.kind == "replicated"
+    assert choice.reason.endswith("each device, because 3 devices cannot divide its cache")
+    (choice,) = memory.plan(tables, "3MB", tx=TX, devices=4).choices
+    assert "because" not in choice.reason
+
+
 def test_a_table_without_ids_in_its_sample_starts_as_usual():
     ids = {"user": [1, 1, 2, 2], "ad": [None, None]}
     plan = memory.plan({"user": (None, 16), "ad": (None, 16)}, "1MB", tx=TX, ids=ids)

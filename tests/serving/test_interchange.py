@@ -139,6 +139,17 @@ def test_numpy_arrays_have_the_values(tmp_path):
     assert sorted(p.name for p in (tmp_path / "npy").iterdir()) == ["table0.npy", "table1.npy"]
 
 
+def test_float16_keeps_finite_numbers_finite(tmp_path):
+    rows = np.float32([[1e6, -1e6, 1, np.inf], [65504, 1e-9, -np.inf, 0]])
+    state = mpembed.from_dense(
+        jax.random.key(0), shapes.stack(2, 4, storage="float32"), TX, {"table0": rows}
+    )
+    serving.save(tmp_path / "a", state)
+    (path,) = serving.write_npy(serving.load(tmp_path / "a"), tmp_path / "npy", "float16")
+    wanted = np.float16([[65504, -65504, 1, np.inf], [65504, 0, -np.inf, 0]])
+    np.testing.assert_array_equal(np.load(path), wanted)
+
+
 def with_small_scale(folder):
     spec = shapes.stack(3, 64, storage="int4")
     rows = {"table0": np.full((3, 64), 1e-9) * np.arange(64)}

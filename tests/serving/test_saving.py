@@ -471,7 +471,7 @@ def of_first(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 5, this library reads 4", lambda b: b.update(version=5)),
+        Lie("future", "is of version 6, this library reads 5", lambda b: b.update(version=6)),
         Lie("version", "not what its description says", lambda b: b.update(version=2)),
         Lie("vocabulary", "damaged", of_first(vocabulary=1)),
         Lie("rows", "not what its description says", of_first(rows=29)),

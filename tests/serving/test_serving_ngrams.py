@@ -378,7 +378,7 @@ def of_hash(**fields):
 @pytest.mark.parametrize(
     "lie",
     named([
-        Lie("future", "is of version 5, this library reads 4", lambda b: b.update(version=5)),
+        Lie("future", "is of version 6, this library reads 5", lambda b: b.update(version=6)),
         Lie("past", "not what its description says", lambda b: b.update(version=2)),
         Lie("none", "not what its description says", lambda b: b.update(ngrams=[])),
         Lie("no list", "is damaged", lambda b: b.update(ngrams=3)),

@@ -185,8 +185,15 @@ def definition(spec, tokens):
 @settings(max_examples=8)
 @given(hashed())
 def test_the_device_gives_the_ids_of_the_definition(case):
-    spec, tokens, _ = case
+    spec, tokens, cut = case
     canonical, wanted, raw, keys = definition(spec, tokens)
+    # A part of each text, then one token at a time.
+    context_after, ids = jax.jit(spec.context_after), jax.jit(spec.ids)
+    context = context_after(jnp.asarray(tokens[:, :cut], jnp.int32))
+    for at in range(cut, tokens.shape[1]):
+        token = jnp.asarray(tokens[:, at : at + 1], jnp.int32)
+        np.testing.assert_array_equal(ids(token, canonical, context), wanted[:, at : at + 1])
+        context = context_after(token, context)
     traced = jax.jit(spec.ids)(jnp.asarray(tokens, jnp.int32), canonical)
     np.testing.assert_array_equal(traced, wanted)
     np.testing.assert_array_equal(spec.ids(jnp.asarray(tokens, jnp.int32), canonical), wanted)

@@ -1,6 +1,8 @@
 """Raw ids in the other rooms: flax modules, checkpoints, stats, bytes; and what is refused."""
 
 import dataclasses
+import json
+import pickle
 from functools import partial
 from unittest import mock
 
@@ -227,6 +229,9 @@ BAD_PAIRS = {
         r"uint32 array ids must be the pairs \[\.\., 2, 2\].*got \[4, 2\]",
         TypeError,
     ),
+    "of another table, on a device": Refused(
+        lambda pairs: {"user": jnp.asarray(pairs["item"])}, "the pair at .* is not of table 'user'"
+    ),
     "columns in another order": Refused(
         lambda pairs: as_columns(pairs)[:, ::-1], "the pair at .* is not of table 'user'"
     ),
@@ -240,6 +245,24 @@ def test_pairs_that_a_module_cannot_take_are_refused(case):
     with pytest.raises(case.error, match=case.message):
         module.prefetch(ids)
     assert not module.stacks[0].is_prefetched
+
+
+def test_traced_pairs_of_another_table_are_padding():
+    module = nn.CachedEmbedBags(SPEC, TX, combiner=None, rngs=nnx.Rngs(0))
+    module.eval()
+    pairs = SPEC.raw_ids(next(batches(0, 1)))
+    given = {"user": pairs["item"], "item": pairs["item"]}
+    found = nnx.jit(lambda module, pairs: module(pairs))(module, given)
+    assert (np.asarray(found["user"]) == 0).all()
+    np.testing.assert_array_equal(found["item"], module(pairs)["item"])
+
+
+def test_a_pickle_without_place_bits_is_of_an_older_version():
+    spec = mpembed.VocabularySpec(64, ways=4)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    older = object.__new__(mpembed.VocabularySpec)
+    older.__setstate__({k: v for k, v in vars(spec).items() if k != "place_bits"})
+    assert older == dataclasses.replace(spec, place_bits=22)
 
 
 @pytest.mark.parametrize("implementation", named(["xla", "numba"], fast={"numba"}, core=()))
@@ -530,6 +553,10 @@ def test_a_pool_of_an_older_version_is_read_with_its_own_places(tmp_path):
     rows = [29, 0, 4, 24, 36, 10, 31, 7, 11, 15, 12, 13, 14, 2, 3, 8, 5, 30, 9, 20]
     assert np.asarray(admission.rows_of(state, pairs)["user"]).tolist() == rows
     checkpoint.save(tmp_path, 1, state)
+    checkpoint.save(tmp_path / "new", 1, mpembed.init(jax.random.key(0), new, TX))
+    for version, folder in {1: tmp_path, 2: tmp_path / "new"}.items():
+        manifest = json.loads((folder / "step_1" / "manifest.json").read_text())
+        assert json.loads(manifest["body"])["version"] == version
     again = checkpoint.restore(tmp_path, mpembed.init(jax.random.key(1), old, TX))
     assert np.asarray(admission.rows_of(again, pairs)["user"]).tolist() == rows
     with pytest.raises(ValueError, match="place_bits is 22 if it is not named"):
@@ -542,6 +569,7 @@ def test_a_pool_of_an_older_version_is_read_with_its_own_places(tmp_path):
     serving.save(tmp_path / "state", state)
     checkpoints.export(tmp_path, tmp_path / "checkpoint")
     for path in (tmp_path / "state", tmp_path / "checkpoint"):
+        assert serving.verify(path).version == 2
         assert serving.load(path).rows_of({"user": np.arange(20)})["user"].tolist() == rows
 
 
