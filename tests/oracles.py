@@ -350,6 +350,7 @@ class DictVocabulary:
         sketch_bytes=3,
         first_sets=None,
         place_bits=30,
+        window=30,
     ):
         if first_sets is None:
             self.geo = geometry(num_rows, num_rows=num_rows, ways=ways)
@@ -358,7 +359,7 @@ class DictVocabulary:
             sets = num_rows // ways
             self.geo = Geometry(sets - sets % groups, ways, groups)
         self.first = Geometry(first_sets or self.geo.num_sets, ways, self.geo.groups)
-        self.place_bits = place_bits
+        self.place_bits, self.window = place_bits, window
         self.admit_after, self.recycle, self.shared = admit_after, recycle, shared_rows
         self.max_count = 15 if admit_after <= 16 else 255
         if not recycle and admit_after <= 4:
@@ -428,7 +429,7 @@ class DictVocabulary:
         pairs = [tuple(int(x) for x in pair) for pair in pairs]
         real = [identity for identity in map(self.identity, pairs) if identity is not None]
         if pairs:
-            period = max(1, 30 * self.geo.lines // len(pairs))
+            period = max(1, self.window * self.geo.lines // len(pairs))
             if self.step > 0 and self.step % period == 0:
                 self.sketch = {k: v >> 1 for k, v in self.sketch.items()}
                 for line in (x for ways in self.sets for x in ways if x is not None):

@@ -101,7 +101,7 @@ def model_of(state):
     per, bits = v.sizes.counters_per_byte, v.counter_bits
     sketch = np.asarray(v.sketch)[..., None] >> (np.arange(per) * bits) & v.sizes.max_count
     names = ("admit_after", "ways", "recycle", "shared_rows", "sketch_bytes", "first_sets")
-    names += ("place_bits",)
+    names += ("place_bits", "window")
     options = {name: getattr(rules, name) for name in names}
     counters = sketch.reshape(*sketch.shape[:2], -1)
     model = oracles.DictVocabulary.of_arrays(

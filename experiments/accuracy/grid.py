@@ -52,6 +52,7 @@ class Case:
         times in training, and a tenth more.
       shared_rows: of each table, for the ids without a row of their own.
       sketch_bytes: that count the ids without a row, for each row of the pool.
+      window: ids per row of the pool after which counts of ids are halved.
       by_table: raw ids' rows start from values as large as those of numbered ids, ±1/√(ids of the
         table). Otherwise, all rows of the pool start from ±1/√(rows of the pool).
     """
@@ -69,6 +70,7 @@ class Case:
     pool: float = 0.0
     shared_rows: int = 1
     sketch_bytes: int = 3
+    window: int = 30
     by_table: bool = False
 
     @property
@@ -103,6 +105,7 @@ class Case:
         words += [f"{self.shared_rows} shared rows"] if self.shared_rows > 1 else []
         if self.sketch_bytes != 3:
             words.append(f"sketch of {self.sketch_bytes} byte{'s' * (self.sketch_bytes > 1)}")
+        words += [f"window of {self.window}"] if self.window != 30 else []
         words += ["initial values by table"] * self.by_table
         return words
 
@@ -209,6 +212,15 @@ RAW = (
     *(
         Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size)
         for pool, size in ((0.3, 2), (0.3, 1), (0.28, 2))
+    ),
+    *(
+        Case("int4", cache, admit_after=times, window=300)
+        for times in (2, 3, 5)
+        for cache in (0.05, 0.01)
+    ),
+    *(
+        Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size, window=300)
+        for pool, size in ((0.3, 1), (0.28, 1), (0.27, 1), (0.25, 3), (0.25, 1), (0.2, 1))
     ),
     Case("int4", 0.01, admit_after=2, pool=0.3, shared_rows=256),
     *(

@@ -117,6 +117,7 @@ class Workbench:
             admit_after=case.admit_after,
             shared_rows=case.shared_rows,
             sketch_bytes=case.sketch_bytes,
+            window=case.window,
             by_table=case.by_table,
         )
 

@@ -65,7 +65,7 @@ def make_specs(
         vocabulary = mpembed.VocabularySpec(
             contender.pool_rows, admit_after=contender.admit_after, ways=contender.ways,
             recycle=contender.recycle, shared_rows=contender.shared_rows,
-            sketch_bytes=contender.sketch_bytes,
+            sketch_bytes=contender.sketch_bytes, window=contender.window,
         )  # fmt: skip
         bounds = {n: 1 / np.sqrt(v) for n, v in source.tables.items()} if contender.by_table else {}
         tables = tuple(

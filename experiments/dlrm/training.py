@@ -60,6 +60,7 @@ class Contender:
     recycle: bool = True  # whether an id can take the row of one that is used less
     shared_rows: int = 1  # of a table, for the ids without a row
     sketch_bytes: int = 3  # counters of ids without a row, for each row of the pool
+    window: int = 30  # ids per row of the pool after which counts are halved
     by_table: bool = False  # whether raw ids' rows start from values as large as numbered ids' rows
 
 

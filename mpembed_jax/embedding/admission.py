@@ -49,9 +49,11 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
     layout = state.layout
     shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
     pool_rows = vocabulary.geometry.lines * shards
-    # Estimates are halved every 30 R / N steps, with R rows in the pool and N positions in a batch.
-    # policy.is_time_to_halve does the same for cache lines.
-    period = min(max(1, 30 * pool_rows // (num * devices)), 2**32 - 1)
+    # Estimates are halved every window R / N steps, with R rows in the pool and N positions in a
+    # batch. policy.is_time_to_halve does the same for cache lines.
+    rules = state.spec.vocabulary
+    assert rules is not None
+    period = min(max(1, rules.window * pool_rows // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
     how = must_halve, rules_of(state)

@@ -23,8 +23,8 @@ class VocabularySpec:
 
     An id that was seen fewer than `admit_after` times shares a row with other ids of its table.
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
-    With R rows in the pool and N ids in a batch, all counts are halved every 30 R / N steps,
-    rounded down, so that occurrences count which are less than some 30 R ids apart.
+    With R rows in the pool and N ids in a batch, all counts are halved every window R / N steps,
+    rounded down, so that occurrences count which are less than some window R ids apart.
     No table can reserve rows for itself; give such a table a stack of its own.
 
     Attributes:
@@ -40,6 +40,9 @@ class VocabularySpec:
         make admission more exact: an id that shares its counters with others is admitted too
         early. A counter has 4 bits if admit_after is at most 16, else 8. With recycle=False, it has
         2 bits if admit_after is at most 4.
+      window: counts are halved after so many ids per row of the pool; at least 1. With 30, old ids
+        make room for new ones. If the ids of a stream hardly change, 300 admits more exactly, and
+        small pools lose less.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
       place_bits: bits that differ among the hashes of one table's ids and choose their sets: 30.
@@ -56,6 +59,7 @@ class VocabularySpec:
     recycle: bool = True
     shared_rows: int = 1
     sketch_bytes: int = 3
+    window: int = 30
     first_sets: int | None = None
     place_bits: int = PLACE_BITS
 
@@ -65,6 +69,7 @@ class VocabularySpec:
             "admit_after": MAX_ADMIT_AFTER,
             "shared_rows": 1 << 20,
             "sketch_bytes": 256,
+            "window": 1 << 20,
         }
         for name, most in limits.items():
             value = getattr(self, name)
@@ -96,7 +101,8 @@ class VocabularySpec:
                 )
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        self.__dict__.update({"place_bits": OLD_PLACE_BITS} | fields)  # older pickles lack it
+        # Older pickles lack these two.
+        self.__dict__.update({"place_bits": OLD_PLACE_BITS, "window": 30} | fields)
 
     @property
     def geometry(self) -> Geometry:

@@ -48,6 +48,7 @@ def model_of(spec):
         sketch_bytes=v.sketch_bytes,
         first_sets=v.first_sets,
         place_bits=v.place_bits,
+        window=v.window,
     )
 
 
@@ -79,6 +80,7 @@ class Pool(NamedTuple):
     sketch_bytes: int = 3
     first_sets: int | None = None
     place_bits: int = 30
+    window: int = 30
 
 
 POOLS = {
@@ -94,6 +96,7 @@ POOLS = {
     "resized": Pool(56, 2, 4, first_sets=5),
     "doubled": Pool(1024, 2, 2, first_sets=128),
     "older": Pool(600, 2, 2, place_bits=22),
+    "short_window": Pool(40, 2, 4, window=3),
 }
 
 
