@@ -66,9 +66,9 @@ def restack(
       ValueError: if an old table is neither in the new spec nor in `removed`, or is in both; if two
         tables take the rows of one; if a table would lose rows; if dim, storage or row_state_dtype
         differs; if a table of n-grams would get another hash, size or name; if a stack has a
-        vocabulary; if a prefetch waits for its update; if tx differs from
-        init's; if the state was donated, made for another spec, or averaged; if it was made inside
-        jax.pmap, or several processes hold parts of it.
+        vocabulary; if a prefetch waits for its update; if tx differs from init's; if the state was
+        donated, made for another spec, or averaged; if it was made inside jax.pmap, or several
+        processes hold parts of it.
     """
     arguments.check_state("restack(state, spec, tx)", state)
     state.check_spec()
@@ -104,10 +104,10 @@ def _kept(
                 "from_dense for that"
             )
     hashes = tuple(of.ngrams and of.ngrams.settings for of in (old, new))
-    if hashes[0] != hashes[1] or (renamed and hashes != (None, None)):
+    if hashes[0] != hashes[1]:
         raise ValueError(
-            f"restack cannot rename tables of n-grams, or give them another hash: {hashes[1]} "
-            f"instead of {hashes[0]}; n-grams have other rows in another hash"
+            f"restack cannot give n-grams the hash {hashes[1]} instead of {hashes[0]}; they have "
+            "other rows in another hash"
         )
     names, new_names = ([t.name for t in of.tables] for of in (old, new))
     for to, name in renamed.items():
@@ -115,6 +115,8 @@ def _kept(
             raise KeyError(
                 f"renamed={{{to!r}: {name!r}}} must map a table of {new_names} to one of {names}"
             )
+    if hashes != (None, None) and any(to != name for to, name in renamed.items()):
+        raise ValueError(f"restack cannot rename tables of n-grams, got renamed={renamed}")
     source = {to: renamed.get(to, to) for to in new_names}
     taken = [name for name in source.values() if name in names]
     if len(set(taken)) != len(taken):

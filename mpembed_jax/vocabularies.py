@@ -170,8 +170,8 @@ def from_counts(state: EmbeddingState, ids: Any, counts: Any) -> EmbeddingState:
     """Counts ids as if they had occurred before, and gives rows to those that earn them.
 
     The ids are taken in order of descending count, so that the most used get rows. As in training,
-    an id may take the row of an id that is used less. All other owners keep their rows. `stats`
-    counts no requests, but it counts admissions, recyclings and refusals.
+    an id may take the row of an id that is used less. All other owners keep their rows. Of all
+    this, `stats` counts the admissions.
 
     Args:
       state: concrete and between steps; not consumed. It may be new or trained.

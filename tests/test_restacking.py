@@ -192,7 +192,7 @@ def test_a_table_in_host_memory_grows_as_on_the_device():
         [
             Refused(
                 lambda s: restacking.restack(s, ngrams(rows=300), TX),
-                r"another hash: {'boundary'.* instead of None",
+                r"the hash {'boundary'.* instead of None",
             ),
             Refused(
                 lambda s: restacking.restack(s, spec_of({"a": 199, "b": 300}), TX),
@@ -254,9 +254,9 @@ def test_a_memory_of_n_grams_keeps_its_hash_and_the_sizes_of_its_tables():
     name = "2-gram_0"
     for other, options, told in (
         (ngrams(rows=90), {}, "of an n-gram memory has 61 rows, the new table '2-gram_0' has 97"),
-        (ngrams(seed=1), {}, "give them another hash"),
-        (ngrams(boundary=3), {}, "give them another hash"),
-        (spec_of(SIZES), {"removed": [name]}, "give them another hash"),
+        (ngrams(seed=1), {}, "cannot give n-grams the hash"),
+        (ngrams(boundary=3), {}, "cannot give n-grams the hash"),
+        (spec_of(SIZES), {"removed": [name]}, "cannot give n-grams the hash"),
         (ngrams((3,)), {"renamed": {"3-gram_0": name}}, "cannot rename tables of n-grams"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -52,6 +52,10 @@ class Settings:
     admit_after: int = setting(
         2, "The occurrence from which on an id has a row.", "TIMES", at_least=1, at_most=255
     )
+    window: int = setting(
+        30, "Ids per row of a pool after which counts are halved.", "IDS", at_least=1,
+        at_most=1 << 20,
+    )  # fmt: skip
     cache: float = setting(0.05, "Share of a pool in the cache.", "SHARE", above=0, at_most=1)
     embedding_dim: int = setting(16, "Numbers in a row.", "NUMBERS", at_least=1, at_most=4096)
     seeds: tuple[int, ...] = setting((0, 1, 2), "Seeds.", "SEED", at_least=0, at_most=2**31 - 1)
@@ -77,7 +81,7 @@ def contenders_of(
     for share in settings.pools:
         pool = training.Contender(
             "", "int4", settings.cache, pool_rows=max(1, round(share * num_ids)),
-            admit_after=settings.admit_after,
+            admit_after=settings.admit_after, window=settings.window,
         )  # fmt: skip
         several = (
             pool,

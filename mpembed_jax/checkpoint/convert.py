@@ -68,8 +68,8 @@ def is_needed(prefix: str, entry: dict[str, Any], state: EmbeddingState) -> bool
         raise ValueError(
             f"{name} was saved with vocabulary {entry.get('vocabulary')}, the target has "
             f"{ours.get('vocabulary')}; a pool of rows is restored with the sizes it had, of which "
-            "counter_bits follows from admit_after and recycle, and place_bits is 22 if it is not "
-            "named"
+            "counter_bits follows from admit_after and recycle; if it names no place_bits, make "
+            "the target with VocabularySpec(.., place_bits=22)"
         )
     # Checkpoints of earlier versions do not tell the hash.
     if entry.get("ngrams") is not None and entry["ngrams"] != ours.get("ngrams"):

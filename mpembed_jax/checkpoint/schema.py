@@ -67,7 +67,7 @@ def check(body: Any, step: int, version: int) -> None:
       version: the newest version that the manifest may have.
 
     Raises:
-      SchemaError: if `body` is not a manifest of this step, or of another version.
+      SchemaError: if `body` is not a manifest of this step, or is of a newer version.
     """
     _require(isinstance(body, dict), "it", body)
     told = body.get("version")

@@ -53,7 +53,7 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
     # batch. policy.is_time_to_halve does the same for cache lines.
     rules = state.spec.vocabulary
     assert rules is not None
-    period = min(max(1, rules.window * pool_rows // (num * devices)), 2**32 - 1)
+    period = min(max(1, int(rules.window) * pool_rows // (num * devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
     how = must_halve, rules_of(state)
@@ -99,7 +99,10 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
     # No plan names the rows that start again.
     counters = count_change(state.counters, admitted.num_started > 0)
     state = dataclasses.replace(state, vocabulary=vocabulary, counters=counters)
-    return _settled(state, admitted, jnp.int32(0), jnp.int32(0))
+    # `stats` judges a pool by the recyclings and refusals of its requests, and these are none.
+    nothing = jnp.int32(0)
+    admitted = admitted._replace(num_recycled=nothing, num_refused=nothing)
+    return _settled(state, admitted, nothing, nothing)
 
 
 def rules_of(state: EmbeddingState) -> ops.Admission:

@@ -97,7 +97,7 @@ def delivered(
       state: not changed.
       plan: from the state's latest prefetch.
       held: float32 [Q, D], the planned rows that this device holds; NaN if not is_valid.
-      is_valid: bool []. If it is False, the result is NaN.
+      is_valid: bool []. If it is False, the result is NaN, as `held` is on one device.
     """
     if state.layout is None:
         return held

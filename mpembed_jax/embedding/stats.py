@@ -56,10 +56,9 @@ class VocabularyStats(NamedTuple):
         """Whether more than one request in a hundred took another id's row or found no row.
 
         The share of requests stays the same in a long run. The share of admissions that are
-        recyclings does not: in a full pool, every admission is one. Without requests it is False:
-        `from_counts` counts refusals before there are any.
+        recyclings does not: in a full pool, every admission is one.
         """
-        return 0 < self.requests < 100 * (self.recyclings + self.refusals)
+        return 100 * (self.recyclings + self.refusals) > self.requests
 
 
 class CacheStats(NamedTuple):

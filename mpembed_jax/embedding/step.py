@@ -305,9 +305,9 @@ def apply_gradients(
     _check_kinds("apply_gradients", state, plan)
     width = plan.unique_ids.shape[0]
     _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
-    if plan.route is not None:  # this device updates the rows of its shard
-        rows = lookup_held(state, plan)
     row_grads = devices.collected("apply_gradients", state, plan, row_grads)
+    if state.layout is not None:  # this device updates the rows of its shard
+        rows = lookup_held(state, plan)
     return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
 
 

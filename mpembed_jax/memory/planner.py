@@ -214,7 +214,7 @@ def plan(
       budget: bytes per device, a number or a text such as "16GB".
       tx: optax transformation for the rows.
       devices: the number of devices. They divide the rows of a stack, or each holds a copy. Only a
-        power of two, up to the cache's groups, can divide a cache.
+        power of two, up to its groups, can divide a cache or a pool of raw ids.
       ids: {table: sample of its ids}. It shows which share of the ids the most used rows get. INT4
         with a 5 % cache is left out if a 1 % cache gets nearly as many of the ids. A table of
         raw ids needs a sample, of what `spec.raw_ids` takes: integers, bytes or strings; None and
@@ -296,8 +296,8 @@ def plan(
                 else ""
             )
             + (
-                f" (caches are not divided over {devices} devices, because their groups are a "
-                "power of two: with 2, 4, 8 .. devices, less may do)"
+                f" (with {devices} devices, a cache or pool cannot be divided, because its groups "
+                "are a power of two; with 2, 4, 8 .. devices, less may do)"
                 if devices & (devices - 1)
                 else ""
             )
@@ -507,6 +507,14 @@ def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
     return np.unique(pairs[:, 0] << np.uint64(32) | pairs[:, 1], return_counts=True)[1]
 
 
+def _undivided(spec: EmbeddingSpec, devices: int) -> str:
+    """Returns "cache" or "pool" if its groups cannot be divided over so many devices, else ""."""
+    cache, pool = spec.cache, spec.vocabulary
+    if cache is not None and cache.geometry(spec.num_rows).groups % devices:
+        return "cache"
+    return "pool" if pool is not None and pool.geometry.groups % devices else ""
+
+
 def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice, devices: int) -> str:
     if stack.is_tiny:
         return f"{len(stack.tables)} small tables, whose float32 rows cost little"
@@ -528,9 +536,8 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice, devices:
     if choice.placement is not None:
         kind = choice.placement.kind
         reason += "; a copy on each device" if kind == "replicated" else f"; divided by {kind}"
-        cache = choice.spec.cache
-        if cache is not None and cache.geometry(choice.spec.num_rows).groups % devices:
-            reason += f", because {devices} devices cannot divide its cache"
+        if kind == "replicated" and (undivided := _undivided(choice.spec, devices)):
+            reason += f", because {devices} devices cannot divide its {undivided}"
     hits = stack.hits(level)
     reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
     return reason

@@ -98,6 +98,12 @@ def _ask(
 ) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
     """Sends this device's distinct pairs to the shards that hold their sets.
 
+    Args:
+      layout: the stack's layout.
+      place_bits: see VocabularySpec.
+      pairs: uint32 [N, 2].
+      implementation: see ops.IMPLEMENTATIONS.
+
     Returns:
       The pairs (uint32 [R, 2]) that this shard received from all devices, padding among them.
       The number of occurrences of each of them (int32 [R]).

@@ -135,7 +135,7 @@ class CachedEmbedBags(nnx.Module):
         Raises:
           KeyError: if a feature is unknown.
           TypeError: if ids are not integers, or if uint32 ids of a vocabulary are not pairs.
-          ValueError: if pairs on the host are of another table; if an array does not fit the
+          ValueError: if concrete pairs are of another table; if an array does not fit the
             features; in evaluation mode; if neither nn.apply_gradients nor nn.discard followed the
             last prefetch; if a mesh cannot divide the leading axis of ids evenly; or if
             out_of_range is "raise" and a concrete id is outside its table.

@@ -156,10 +156,13 @@ def _route_pairs(specs: tuple[EmbeddingSpec, ...], array: Any, names: list[str])
         )
     pairs = array if isinstance(array, jax.Array) else hashes.unmasked(array)
     parts = [pairs[..., columns, :] for columns in _columns(specs)]
-    for spec, part in zip(specs, parts, strict=True):
-        for column, (feature, _) in enumerate(spec.feature_tables):
-            _pairs_of(spec, feature, part[..., column, :])
-    return parts
+    xp: Any = jnp if isinstance(array, jax.Array) else np
+    return [
+        xp.stack(
+            [_pairs_of(s, f, part[..., n, :]) for n, (f, _) in enumerate(s.feature_tables)], -2
+        )
+        for s, part in zip(specs, parts, strict=True)
+    ]
 
 
 def _check_widths(specs: tuple[EmbeddingSpec, ...]) -> None:
@@ -196,7 +199,7 @@ def route(specs: tuple[EmbeddingSpec, ...], ids: Any) -> list[Any]:
       TypeError: if ids of a stack with a vocabulary are uint32, but not pairs. Also as
         EmbeddingSpec.global_ids and raw_ids.
       ValueError: if array ids have another number of columns, or are of stacks of several widths.
-        Also if pairs on the host are of another table, or as global_ids and raw_ids.
+        Also if concrete pairs are of another table, or as global_ids and raw_ids.
     """
     if isinstance(ids, Mapping):
         known = {f for s in specs for f, _ in s.feature_tables}

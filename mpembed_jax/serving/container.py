@@ -447,7 +447,7 @@ def _pool(name: str, entry: dict[str, Any], num_rows: int) -> Pool:
     Raises:
       ValueError, KeyError, TypeError or OverflowError: as _contents.
     """
-    bits_of = {name: bits for bits, name in HASHES.items()}
+    bits_of = {known: bits for bits, known in HASHES.items()}
     if (hash_ := entry["hash"]) not in bits_of:
         raise ValueError(
             f"the raw ids of table {name!r} have the hash {hash_!r}, which this library does not "

@@ -438,8 +438,8 @@ def unmasked(pairs: Any) -> np.ndarray:
 def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> jax.Array:
     """Returns ids as pairs (uint32 [.., 2]).
 
-    uint32 ids are pairs already. Integers of another dtype are hashed. Traced pairs of another
-    table become padding.
+    uint32 ids are pairs already. Integers of another dtype are hashed. Pairs of another table
+    become padding if they are traced, or lie on devices of other processes.
 
     Raises:
       TypeError: if ids are not integers, or are uint32 with a last axis other than 2.
@@ -449,7 +449,7 @@ def pairs_on_device(feature: str, ids: jax.Array, table: str, number: int) -> ja
         return of_traced(ids, table, number)
     _check_shape(feature, ids.shape)
     is_foreign = _is_foreign(ids, number)
-    if isinstance(ids, jax.core.Tracer):
+    if isinstance(ids, jax.core.Tracer) or not ids.is_fully_addressable:
         return jnp.where(is_foreign[..., None], np.uint32(PADDING), ids)
     _check_table(feature, np.asarray(is_foreign), table)
     return ids

@@ -12,8 +12,8 @@ at most W / 2^24: with 32 ways, one in 524,288.
 A pool that has grown has more sets than its `first_sets`. The place chooses among the first sets.
 The tag then chooses among the sets that this first set was split into, as in linear hashing
 (Litwin, 1980). So the set and the tag of a row are enough to find the new set of its owner. If a
-pool has k times its first sets, both probabilities are k times what these formulas give for its
-current S and W.
+pool has k times its first sets, S in these formulas is the number of its first sets, and the last
+probability is k times as large.
 
 A way of a set has the row `way * S + set`. If a mesh divides rows by MOD, each set therefore lies
 on one shard. The shared rows have the numbers after those of the pool.

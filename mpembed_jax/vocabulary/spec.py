@@ -23,9 +23,9 @@ class VocabularySpec:
 
     An id that was seen fewer than `admit_after` times shares a row with other ids of its table.
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
-    With R rows in the pool and N ids in a batch, all counts are halved every window R / N steps,
-    rounded down, so that occurrences count which are less than some window R ids apart.
-    No table can reserve rows for itself; give such a table a stack of its own.
+    With R rows in the pool and N ids in a batch, all counts are halved every `window` * R / N
+    steps, rounded down. So occurrences that are more than some `window` * R ids apart do not add
+    up. No table can reserve rows for itself; give such a table a stack of its own.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
@@ -40,14 +40,14 @@ class VocabularySpec:
         make admission more exact: an id that shares its counters with others is admitted too
         early. A counter has 4 bits if admit_after is at most 16, else 8. With recycle=False, it has
         2 bits if admit_after is at most 4.
-      window: counts are halved after so many ids per row of the pool; at least 1. With 30, old ids
-        make room for new ones. If the ids of a stream hardly change, 300 admits more exactly, and
-        small pools lose less.
       first_sets: None, or the sets that the pool had when it was made, if it was resized since.
         `vocabularies.grow` and `shrink` set it.
       place_bits: bits that differ among the hashes of one table's ids and choose their sets: 30.
-        With 22, as in older pools, they fill a pool of more than some ten million rows badly. A
-        checkpoint that names no place_bits is restored with 22.
+        With 22, as in older pools, they fill a pool of more than some ten million rows badly. To
+        restore a checkpoint that names no place_bits, make the target with 22.
+      window: counts are halved after so many ids per row of the pool; at least 1. With 30, old ids
+        make room for new ones. If the ids of a stream hardly change, 300 loses less. More ids that
+        occur once are then counted together.
 
     Raises:
       ValueError: if a value is outside these ranges.
@@ -59,9 +59,9 @@ class VocabularySpec:
     recycle: bool = True
     shared_rows: int = 1
     sketch_bytes: int = 3
-    window: int = 30
     first_sets: int | None = None
     place_bits: int = PLACE_BITS
+    window: int = 30
 
     def __post_init__(self) -> None:
         limits = {

@@ -343,7 +343,9 @@ def test_nearly_all_ids_that_a_pool_was_made_for_get_rows_of_their_own():
 
 def test_devices_that_cannot_divide_a_cache_are_named():
     tables = [(100_000, 64)]
-    with pytest.raises(ValueError, match=r"smallest budget .* not divided over 3 devices"):
+    with pytest.raises(
+        ValueError, match=r"smallest budget .*with 3 devices, a cache or pool cannot be"
+    ):
         memory.plan(tables, "3MB", tx=TX, devices=3)
     (choice,) = memory.plan(tables, "8MB", tx=TX, devices=3).choices
     assert choice.placement.kind == "replicated"

@@ -563,6 +563,11 @@ def made(**options):
             Refused(made(orders=(1, 2)), r"each of orders must be in \[2, 64\], got 1"),
             Refused(made(rows=0), "rows must be in .*got 0"),
             Refused(made(canonical=np.arange(39)), r"canonical .*\[40\], got \[39\]"),
+            Refused(
+                lambda _: nnx.eval_shape(lambda: memory_of(canonical=jnp.arange(40) // 2)),
+                "canonical must not be traced",
+                TypeError,
+            ),
             Refused(made(rows=mpembed.VocabularySpec(9)), "heads must be 1, got 2"),
             Refused(
                 made(

@@ -415,7 +415,6 @@ def test_the_shard_of_an_id_holds_its_set(place_bits):
 
 
 def test_ids_of_one_table_have_more_places_than_a_place_has_bits():
-    """With 22 bits, 2^17 sets of 32 rows have but 32 places each, and some have far fewer."""
     word = np.random.default_rng(0).integers(0, 2**32, (2**20, 2), dtype=np.uint32)
     word[:, 1] &= np.uint32(-hashes.MAX_TABLES & 0xFFFFFFFF)
     places = {
