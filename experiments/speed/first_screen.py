@@ -245,8 +245,8 @@ intervals (`python -m experiments.accuracy.paper_table --data reddit`).
 
 Raw ids need no numbering. An id earns a row at its second occurrence, and the least used rows are
 recycled. The host hashes the ids. You choose the number of rows: about as many as there are ids
-that come again. The line above has `window=300` and `sketch_bytes=1`, for ids that hardly change. If
-tables differ much in size, you also give the initial values of each (`TableSpec.initial_bound`).
+that come again. The line above has `window=300` and `sketch_bytes=1`, for ids that hardly change.
+If tables differ much in size, you also give the initial values of each (`TableSpec.initial_bound`).
 The time of raw ids was measured with INT8 + 5 %: with rows to spare, and with a full pool
 (`python -m experiments.speed.bench_raw_ids`). Their AUC is from the same command as the others,
 with `--grid raw`. The files `experiments/results/*.json` name the device and the commit."""
