@@ -141,7 +141,8 @@ class EmbeddingSpec:
       cache: a CacheSpec. None: every row is trained in the table.
       max_unique_ids: the budget of distinct ids per batch; on a mesh, of the whole batch. None: as
         many as the batch has positions. A smaller budget makes smaller arrays. Ids over the budget
-        read as zeros, change nothing and are counted as dropped.
+        read as zeros, are not trained, and are counted as dropped. A raw id over the budget may
+        still earn a row.
       out_of_range: the rule of `global_ids` for ids outside their own table. "drop": they read as
         zeros and are counted. "clip": they are clipped to their own table. "raise": concrete ids
         raise an error; traced ids are dropped and counted, and `stats` raises an error.

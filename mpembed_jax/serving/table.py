@@ -279,7 +279,7 @@ class ServingTable:
 
         Terms are added in the order of the positions. Padding and ids outside their table are left
         out. "mean" divides by the sum of the weights. "sqrtn" divides by the root of the sum of
-        squared weights. The vector of an empty bag is zero.
+        squared weights. The vector of an empty bag, or of one whose divisor is 0, is zero.
 
         Args:
           ids: {feature: integers [.., L]}, or one such array, as in lookup. If offsets are given,
