@@ -273,8 +273,7 @@ def test_counts_are_loaded_as_the_model_loads_them(implementation, is_trained):
         if name in before and rows.get(name) not in recycled:
             assert value == before[name]
     added = (np.asarray(v.counters) - np.asarray(state.vocabulary.counters))[:, 0].tolist()
-    names = ("admissions", "recyclings", "refusals")
-    assert added == [0, 0, *(model.totals[name] for name in names)]
+    assert added == [0, 0, model.totals["admissions"], 0, 0]
     assert model.totals["admissions"] > 50
 
 

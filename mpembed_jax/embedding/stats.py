@@ -16,8 +16,7 @@ from mpembed_jax.vocabulary import pool
 
 # `stats` advises a larger cache if more than this share of the unique ids bypasses it.
 _BYPASS_LIMIT = 0.2
-_MIN_UNIQUE = 1000  # unique ids needed to judge the cache
-_MIN_REQUESTS = 1000  # requests needed to judge the pool of raw ids
+_MIN_UNIQUE = 1000  # unique ids needed to judge the cache, and requests and rows to judge the pool
 _MIN_STEPS = 100  # steps needed to judge the exchange
 
 
@@ -167,7 +166,11 @@ def stats(state: EmbeddingState) -> CacheStats:
             "num_rows",
         )
     raw = result.vocabulary
-    if raw is not None and raw.requests >= _MIN_REQUESTS and raw.is_thrashing:
+    if (
+        raw is not None
+        and min(raw.requests, raw.admissions + raw.refusals) >= _MIN_UNIQUE
+        and raw.is_thrashing
+    ):
         _warn_once(
             state,
             "pool",

@@ -83,7 +83,8 @@ def test_tokens_read_the_vectors_of_the_module_bit_for_bit(memory, tmp_path):
     wanted = vectors_of(module)
     assert (wanted[TOKENS == 1] == 0).all() and wanted.any(axis=(0, 1)).all()
     contents = serving.save(tmp_path / "a", module)
-    assert contents == serving.verify(tmp_path / "a") and contents.version == 3
+    assert contents == serving.verify(tmp_path / "a")
+    assert contents.version == (5 if "raw" in memory.name else 3)
     for host in HOSTS:
         table = serving.load(tmp_path / "a", implementation=host)
         for tokens in (TOKENS, jnp.asarray(TOKENS), TOKENS.astype(np.int64).tolist()):
