@@ -103,11 +103,11 @@ def _kept(
                 f"restack cannot change {field} from {ours} to {theirs}; use to_dense and "
                 "from_dense for that"
             )
-    hashes = tuple(of.ngrams and of.ngrams.settings for of in (old, new))
-    if hashes[0] != hashes[1]:
+    held, wanted = (of.ngrams and of.ngrams.settings for of in (old, new))
+    if held != wanted:
         raise ValueError(
-            f"restack cannot give n-grams the hash {hashes[1]} instead of {hashes[0]}; they have "
-            "other rows in another hash"
+            f"restack cannot give n-grams the hash {wanted} instead of {held}; they have other "
+            "rows in another hash"
         )
     names, new_names = ([t.name for t in of.tables] for of in (old, new))
     for to, name in renamed.items():
@@ -115,7 +115,7 @@ def _kept(
             raise KeyError(
                 f"renamed={{{to!r}: {name!r}}} must map a table of {new_names} to one of {names}"
             )
-    if hashes != (None, None) and any(to != name for to, name in renamed.items()):
+    if new.ngrams is not None and any(to != name for to, name in renamed.items()):
         raise ValueError(f"restack cannot rename tables of n-grams, got renamed={renamed}")
     source = {to: renamed.get(to, to) for to in new_names}
     taken = [name for name in source.values() if name in names]
@@ -134,7 +134,7 @@ def _kept(
         if name not in names:
             continue
         (first, size), (begin, room) = old.table_range(name), new.table_range(to)
-        if room != size and hashes != (None, None):
+        if room != size and new.ngrams is not None:
             raise ValueError(
                 f"table {name!r} of an n-gram memory has {size} rows, the new table {to!r} has "
                 f"{room}; n-grams have other rows in a table of another size"

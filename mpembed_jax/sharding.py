@@ -20,7 +20,7 @@ from mpembed_jax.cache import residency
 from mpembed_jax.embedding import arguments, evaluation
 from mpembed_jax.embedding.state import EmbeddingState, check_spec, partition_specs
 from mpembed_jax.mesh import order
-from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.layout import Layout, undivided
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, offsets
@@ -195,14 +195,8 @@ def plan(
         raise ValueError(f"num_shards must be at least 1, got {num_shards}")
     if margin < 1:
         raise ValueError(f"margin must be at least 1, got {margin}")
-    divided = []
-    if spec.cache is not None:
-        divided.append(spec.cache.geometry(spec.num_rows).groups)
-    if spec.vocabulary is not None:
-        divided.append(spec.vocabulary.geometry.groups)
-    if spec.num_rows * spec.storage.row_bytes(spec.embedding_dim) <= replicate_bytes or any(
-        groups % num_shards for groups in divided
-    ):
+    num_bytes = spec.num_rows * spec.storage.row_bytes(spec.embedding_dim)
+    if num_bytes <= replicate_bytes or undivided(spec, num_shards):
         return Placement("replicated")
     candidates = {"rows": Layout.bare(spec, Placement("rows"), num_shards)}
     if spec.num_rows < NO_ID and spec.vocabulary is None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from mpembed_jax import ops, row_ids
 from mpembed_jax.arrays import indexing
+from mpembed_jax.embedding import devices
 from mpembed_jax.embedding.counters import add, count_change
 from mpembed_jax.embedding.state import EmbeddingState, over_batch
-from mpembed_jax.mesh import exchange, raw_ids
+from mpembed_jax.mesh import raw_ids
 from mpembed_jax.spec import initial_bounds
 from mpembed_jax.vocabulary import hashes, pool
 from mpembed_jax.vocabulary.hashes import PADDING
@@ -47,13 +48,13 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
         rows = [jnp.zeros(leaf.shape[:-1], jnp.int32) for leaf in leaves]
         return state, treedef.unflatten(rows), None
     layout = state.layout
-    shards, devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
+    shards, num_devices = (1, 1) if layout is None else (layout.shards, layout.batch_shards)
     pool_rows = vocabulary.geometry.lines * shards
     # Estimates are halved every window R / N steps, with R rows in the pool and N positions in a
     # batch. policy.is_time_to_halve does the same for cache lines.
     rules = state.spec.vocabulary
     assert rules is not None
-    period = min(max(1, int(rules.window) * pool_rows // (num * devices)), 2**32 - 1)
+    period = min(max(1, int(rules.window) * pool_rows // (num * num_devices)), 2**32 - 1)
     step = state.step.astype(jnp.uint32)
     must_halve = (step != 0) & (step % jnp.uint32(period) == 0)
     how = must_halve, rules_of(state)
@@ -67,7 +68,7 @@ def admit_and_deal(state: EmbeddingState, ids: Any) -> tuple[EmbeddingState, Any
             layout, vocabulary, pairs, step, *how, state.implementation
         )
     state = dataclasses.replace(state, vocabulary=vocabulary)
-    state = _settled(state, admitted, admitted.num_requests, admitted.num_shared)
+    state = _settled(state, admitted)
     shapes = [leaf.shape[:-1] for leaf in leaves]
     rows = treedef.unflatten(row_ids.divided(admitted.rows, shapes))
     return state, rows, admitted.dealt
@@ -99,10 +100,9 @@ def count(state: EmbeddingState, pairs: jax.Array, occurrences: jax.Array) -> Em
     # No plan names the rows that start again.
     counters = count_change(state.counters, admitted.num_started > 0)
     state = dataclasses.replace(state, vocabulary=vocabulary, counters=counters)
-    # `stats` judges a pool by the recyclings and refusals of its requests, and these are none.
-    nothing = jnp.int32(0)
-    admitted = admitted._replace(num_recycled=nothing, num_refused=nothing)
-    return _settled(state, admitted, nothing, nothing)
+    # `stats` judges a pool by what its requests did, and these are none.
+    counted = ("num_requests", "num_shared", "num_recycled", "num_refused")
+    return _settled(state, admitted._replace(**dict.fromkeys(counted, jnp.int32(0))))
 
 
 def rules_of(state: EmbeddingState) -> ops.Admission:
@@ -114,20 +114,15 @@ def rules_of(state: EmbeddingState) -> ops.Admission:
     return ops.Admission(rules.admit_after, rules.recycle, rules.shared_rows, starts_all)
 
 
-def _settled(
-    state: EmbeddingState, admitted: ops.Admitted, num_requests: jax.Array, num_shared: jax.Array
-) -> EmbeddingState:
+def _settled(state: EmbeddingState, admitted: ops.Admitted) -> EmbeddingState:
     """Adds an admission to the counters, and starts rows of new owners again."""
     vocabulary = state.vocabulary
     assert vocabulary is not None
-    num_recycled = admitted.num_recycled
-    if state.layout is not None:
-        num_recycled = exchange.total_over_shards(state.layout, num_recycled)
     amounts = [
-        num_requests,
-        num_shared,
+        admitted.num_requests,
+        admitted.num_shared,
         admitted.num_admitted,
-        num_recycled,
+        devices.total(state, admitted.num_recycled),
         admitted.num_refused,
     ]
     vocabulary = dataclasses.replace(vocabulary, counters=add(vocabulary.counters, amounts))

@@ -303,10 +303,10 @@ def apply_gradients(
         donated, or on a second call for one prefetch.
     """
     _check_kinds("apply_gradients", state, plan)
-    width = plan.unique_ids.shape[0]
-    _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
-    row_grads = devices.collected("apply_gradients", state, plan, row_grads)
     if state.layout is not None:  # this device updates the rows of its shard
+        width = plan.unique_ids.shape[0]
+        _check("apply_gradients", state, plan, width, rows=rows, row_grads=row_grads)
+        row_grads = devices.collected("apply_gradients", state, plan, row_grads)
         rows = lookup_held(state, plan)
     return apply_held_gradients(state, plan, rows, row_grads, tx=tx)
 

@@ -26,7 +26,7 @@ from mpembed_jax.cache.spec import CacheSpec
 from mpembed_jax.embedding import arguments
 from mpembed_jax.memory import reports
 from mpembed_jax.memory.reports import report
-from mpembed_jax.mesh.layout import Layout
+from mpembed_jax.mesh.layout import Layout, undivided
 from mpembed_jax.mesh.placement import Placement
 from mpembed_jax.row_ids import NO_ID
 from mpembed_jax.spec import EmbeddingSpec, TableSpec, size_of
@@ -507,14 +507,6 @@ def _raw_counts(table: str, number: int, samples: dict[str, Any]) -> np.ndarray:
     return np.unique(pairs[:, 0] << np.uint64(32) | pairs[:, 1], return_counts=True)[1]
 
 
-def _undivided(spec: EmbeddingSpec, devices: int) -> str:
-    """Returns "cache" or "pool" if its groups cannot be divided over so many devices, else ""."""
-    cache, pool = spec.cache, spec.vocabulary
-    if cache is not None and cache.geometry(spec.num_rows).groups % devices:
-        return "cache"
-    return "pool" if pool is not None and pool.geometry.groups % devices else ""
-
-
 def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice, devices: int) -> str:
     if stack.is_tiny:
         return f"{len(stack.tables)} small tables, whose float32 rows cost little"
@@ -536,8 +528,8 @@ def _reason(stack: _Stack, level: Level, is_host: bool, choice: Choice, devices:
     if choice.placement is not None:
         kind = choice.placement.kind
         reason += "; a copy on each device" if kind == "replicated" else f"; divided by {kind}"
-        if kind == "replicated" and (undivided := _undivided(choice.spec, devices)):
-            reason += f", because {devices} devices cannot divide its {undivided}"
+        if kind == "replicated" and (part := undivided(choice.spec, devices)):
+            reason += f", because {devices} devices cannot divide its {part}"
     hits = stack.hits(level)
     reason += "" if hits is None else f"; the rows that fit the cache get {hits:.0%} of the ids"
     return reason

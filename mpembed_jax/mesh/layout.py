@@ -395,3 +395,11 @@ def _table_shards(spec: EmbeddingSpec, placement: Placement, shards: int) -> tup
             f"tables, got {placement.table_shards}"
         )
     return placement.table_shards
+
+
+def undivided(spec: EmbeddingSpec, shards: int) -> str:
+    """Returns "cache" or "pool" if its groups cannot be divided over so many shards, else ""."""
+    cache, pool = spec.cache, spec.vocabulary
+    if cache is not None and cache.geometry(spec.num_rows).groups % shards:
+        return "cache"
+    return "pool" if pool is not None and pool.geometry.groups % shards else ""
