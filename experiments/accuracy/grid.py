@@ -222,6 +222,10 @@ RAW = (
         Case("int4", 0.01, admit_after=2, pool=pool, sketch_bytes=size, window=300)
         for pool, size in ((0.3, 1), (0.28, 1), (0.27, 1), (0.25, 3), (0.25, 1), (0.2, 1))
     ),
+    *(
+        Case("int8", 0.01, admit_after=2, pool=pool, sketch_bytes=1, window=300)
+        for pool in (0.27, 0.2, 0.18, 0.15)
+    ),
     Case("int4", 0.01, admit_after=2, pool=0.3, shared_rows=256),
     *(
         Case(storage, 0.05, admit_after=times, by_table=True)
