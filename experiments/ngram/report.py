@@ -40,6 +40,12 @@ class Group(NamedTuple):
         """Mean over seeds."""
         return float(np.mean(list(self.values(name, field).values())))
 
+    def loss(self, name: str) -> float:
+        """Mean loss over the seeds that all contenders have; over all its own if there is none."""
+        losses = self.values(name, "loss")
+        shared = set.intersection(*(set(runs) for runs in self.runs.values()))
+        return float(np.mean([losses[seed] for seed in sorted(shared or losses)]))
+
     def difference(self, name: str, baseline: str = PLAIN) -> intervals.Interval | None:
         """The paired difference of the loss, None without a seed in common."""
         if not self.runs.get(name, {}).keys() & self.runs.get(baseline, {}).keys():
@@ -77,7 +83,7 @@ def table(group: Group, speed: dict[str, int]) -> str:
         "| bytes a parameter | smaller than FP32 | hits | tokens/s | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(group.runs, key=lambda name: group.mean(name, "loss")):
+    for name in sorted(group.runs, key=group.loss):
         size, rows = group.mean(name, "state_bytes"), group.mean(name, "num_rows")
         hits = next(iter(group.values(name, "hit_rate").values()))
         contender = next(iter(group.runs[name].values()))["contender"]
@@ -86,7 +92,7 @@ def table(group: Group, speed: dict[str, int]) -> str:
         is_smaller = size and PLAIN in group.runs and name != PLAIN
         cells = [
             name,
-            f"{group.mean(name, 'loss'):.4f}",
+            f"{group.loss(name):.4f}",
             *(
                 "" if name == other else str(group.difference(name, other) or "")
                 for other in (PLAIN, SMALL)
@@ -105,9 +111,10 @@ def table(group: Group, speed: dict[str, int]) -> str:
 def text_of(groups: list[Group], out: Path) -> str:
     """Returns the Markdown of all tables; `out` may have the times of a step."""
     parts = [
-        "Made by `python -m experiments.ngram.memory_table --report` from ngram_memory.jsonl. ± "
-        "is the half 95 % interval (t) of the mean over paired seeds; hits are shares of requests "
-        "in training; tokens/s are those of `step_time`."
+        "Made by `python -m experiments.ngram.memory_table --report` from ngram_memory.jsonl. A "
+        "loss is the mean over the seeds that all contenders of its table have. ± is the half "
+        "95 % interval (t) of the mean over paired seeds; hits are shares of requests in "
+        "training; tokens/s are those of `step_time`."
     ]
     for g in groups:
         commits = sorted(
@@ -145,15 +152,15 @@ def picture(axis: Any, group: Group) -> None:
         size = group.mean(name, "state_bytes") / 1e6
         if not size:
             continue
-        found = intervals.interval(list(group.values(name, "loss").values()))
+        loss = group.loss(name)
         colour = COLOURS.get(name[:4], "#aa4499")
-        axis.plot(size, found.mean, "o", color=colour)
-        points.append((name, (size, found.mean), colour))
+        axis.plot(size, loss, "o", color=colour)
+        points.append((name, (size, loss), colour))
         sizes.append(size)
     if "none" in group.runs:
         axis.set_title(
             f"Loss over bytes of the n-gram memory, D = {group.recipe['features']} (no memory: "
-            f"{group.mean('none', 'loss'):.3f})"
+            f"{group.loss('none'):.3f})"
         )
     axis.set_xscale("log")
     if sizes:

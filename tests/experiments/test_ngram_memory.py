@@ -159,6 +159,21 @@ def test_a_table_goes_on_where_it_was_and_pairs_seeds(folder, tmp_path, capsys):
     assert memory_table.main(["--report", "--out", str(tmp_path)]) == 0
 
 
+def test_a_loss_is_a_mean_over_seeds_that_all_contenders_have():
+    """Another seed of FP32, with a larger loss, does not lift FP32 above the others."""
+    losses = {"FP32": {0: 2.0, 1: 3.0, 2: 9.0}, "INT4 + 5 %": {0: 2.1, 1: 3.1}}
+    runs = {
+        name: {seed: {"outcome": {"loss": loss}} for seed, loss in of_seeds.items()}
+        for name, of_seeds in losses.items()
+    }
+    group = report.Group({}, {}, runs)
+    assert group.loss("FP32") == pytest.approx(2.5)
+    assert group.loss("INT4 + 5 %") == pytest.approx(2.6)
+    assert group.difference("INT4 + 5 %").mean == pytest.approx(0.1)
+    alone = report.Group({}, {}, {"FP32": runs["FP32"], "none": {7: runs["FP32"][0]}})
+    assert alone.loss("FP32") == pytest.approx(14 / 3)  # no seed in common
+
+
 def test_no_label_of_the_picture_covers_another():
     """Points of about equal bytes and loss, as contenders with few rows have."""
     megabytes = {"INT8 + 5 %": 94, "INT4 + 5 %": 62, "rows from 2 on, FP32": 48, "INT4 + 1 %": 51}

@@ -165,19 +165,17 @@ def test_raw_n_grams_are_decoded_token_by_token_without_getting_rows():
     assert memory.stats().vocabulary == before
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("lines", [None, 128])
+@pytest.mark.parametrize("lines", named({"no cache": None, "cache": 128}, core={"cache"}))
 def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(lines):
     """Sums of a row's gradients in another order may round a number of INT4 to its other side.
 
-    The whole command has raw ids over a mesh in tests/vocabulary/test_over_mesh.py, and a memory
-    over a mesh in tests/serving/test_serving_ngrams.py.
+    Steps are small: the many n-grams of a shared row would else amplify a last bit.
     """
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip
     rows = mpembed.VocabularySpec(1024, admit_after=2, ways=4)
     cache = None if lines is None else CacheSpec(num_rows=lines, ways=4)
-    options = {"rows": rows, "storage": "int4", "cache": cache}
+    options = {"rows": rows, "storage": "int4", "cache": cache, "tx": optax.sgd(0.01)}
     one, four = (raw_memory_of(**options, mesh=m) for m in (None, mesh))
     for tokens in batches(4):
         assert train_step(one, tokens) == pytest.approx(float(train_step(four, tokens)), rel=1e-3)
@@ -211,7 +209,9 @@ class Layers(nnx.Module):
     """Two memories, each after a linear layer that is recomputed in the backward pass."""
 
     def __init__(self, mesh=None, **options):
-        self.memories = nnx.List([memory_of(seed, mesh=mesh, **options) for seed in (0, 1)])
+        cache = CacheSpec(num_rows=128, ways=4)  # sets for four devices
+        options = {"storage": "int4", "cache": cache, "mesh": mesh, **options}
+        self.memories = nnx.List([memory_of(seed, **options) for seed in (0, 1)])
         rngs = nnx.Rngs(5)
         self.linears = nnx.List([nnx.Linear(4 * DIM, 4 * DIM, rngs=rngs) for _ in range(2)])
 
@@ -237,11 +237,14 @@ def layers_step(model, tokens, is_recomputed=False):
 
 
 def assert_close_tables(one, other):
-    """A last bit of a gradient, compiled differently, may move a row by one code of int4."""
+    """A last bit of a gradient, compiled differently, may move a row by one code of int4.
+
+    It may also move a row in a line by a last bit.
+    """
     for first, second in zip(one.memories, other.memories, strict=True):
         rows, wanted = dense_rows(first.state), dense_rows(second.state)
         np.testing.assert_allclose(rows, wanted, atol=2 / 7 * np.abs(wanted).max())
-        assert np.mean(rows != wanted) < 0.05
+        assert np.mean(~np.isclose(rows, wanted, rtol=1e-4, atol=1e-5)) < 0.05
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +291,8 @@ def test_a_scan_over_batches_with_recomputed_layers_takes_the_same_steps(stepped
     assert_close_tables(model, wanted)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
-    """The whole command trains raw n-grams over a mesh, below, and hashed ones to save them."""
     wanted, losses = stepped
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip
@@ -303,6 +305,20 @@ def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
     wanted.eval()
     np.testing.assert_allclose(model(TOKENS), wanted(TOKENS), atol=0.2)
     wanted.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_raw", named({"hashed": False, "raw ids": True}))
+def test_traced_tokens_outside_the_vocabulary_train_no_row(is_raw):
+    """Those of hashed n-grams are counted. As raw ids, such n-grams are padding."""
+    memory = raw_memory_of() if is_raw else memory_of()
+    train_step(memory, np.full((1, 9), 5, np.int32))
+    before = np.asarray(memory.state.table.rows)
+    assert memory.stats().out_of_range == 0
+    loss = train_step(memory, np.full((1, 9), VOCABULARY + 3, np.int32))
+    assert loss == 0
+    assert (memory.stats().out_of_range == 0) == is_raw
+    np.testing.assert_array_equal(memory.state.table.rows, before)
 
 
 @pytest.mark.slow
