@@ -15,7 +15,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 from training import OPTAX_ADAM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # experiments are no installed package
 
 from experiments import command_line, running
 from experiments.ngram import known_models, memory_table, report, step_time, text, training
@@ -172,6 +173,20 @@ def test_a_loss_is_a_mean_over_seeds_that_all_contenders_have():
     assert group.difference("INT4 + 5 %").mean == pytest.approx(0.1)
     alone = report.Group({}, {}, {"FP32": runs["FP32"], "none": {7: runs["FP32"][0]}})
     assert alone.loss("FP32") == pytest.approx(14 / 3)  # no seed in common
+
+
+@pytest.mark.parametrize("page", named(["README.md", "experiments/ngram/README.md"]))
+def test_the_bytes_of_known_models_are_those_counted(page):
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / page).read_text().splitlines()
+    ]
+    models = json.loads((ROOT / "experiments/results/ngram_models.json").read_text())["models"]
+    for model in models:
+        (row,) = [row for row in rows if row[0] == model["model"]]
+        wanted = [f"{size / 1e9:,.0f}" for size in model["bytes"].values()]
+        assert [cell.split(" (")[0] for cell in row[-len(wanted) :]] == wanted
+        assert f"{model['parameters'] / 1e9:.1f} B" in row
 
 
 def test_no_label_of_the_picture_covers_another():
