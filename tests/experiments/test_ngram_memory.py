@@ -15,14 +15,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 from training import OPTAX_ADAM
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # experiments are no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import command_line, running
 from experiments.ngram import known_models, memory_table, report, step_time, text, training
 from experiments.ngram.training import CONTENDERS
 from mpembed_jax import checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = training.Recipe(
     steps=2, batch=2, length=8, width=16, rows=2000, features=8, validation_batches=2
 )
