@@ -175,7 +175,7 @@ def test_a_loss_is_a_mean_over_seeds_that_all_contenders_have():
     assert alone.loss("FP32") == pytest.approx(14 / 3)  # no seed in common
 
 
-@pytest.mark.parametrize("page", named(["README.md", "experiments/ngram/README.md"]))
+@pytest.mark.parametrize("page", named(["README.md", "experiments/ngram/details.md"]))
 def test_the_bytes_of_known_models_are_those_counted(page):
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
