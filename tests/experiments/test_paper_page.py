@@ -104,13 +104,16 @@ def test_the_page_copies_its_cells_about_raw_ids_from_their_runs():
         for (column, cell), (_, ratio) in zip(cells[::2], cells[1::2], strict=True):
             data = column if column.startswith("twin") else f"reddit, {column}"
             group = found[data.replace("twin", "synthetic")]
-            (case,) = (case for case in group.cases if case.name == kept)
-            auc = group.difference(case, "auc")
-            assert auc.num == 3  # the seeds that the page names
+            case = next((case for case in group.cases if case.name == kept), None)
+            auc = case and group.difference(case, "auc")
+            if auc is None or auc.num < 3:  # the page names three seeds
+                assert (cell, ratio) == ("", ""), (name, column)
+                continue
+            assert auc.num == 3
             got = difference(auc), f"{group.mean(case, 'ratio'):.2f}"
             assert (cell, ratio) == got, (name, column)
             num_filled += 1
-    assert num_filled >= 22
+    assert num_filled >= 100
 
 
 def lost(group, case):
