@@ -173,9 +173,17 @@ def prepared(
                 raise FileExistsError(
                     f"{place} is there but holds no whole dataset ({INFO} is missing); delete it"
                 )
-            for left_over in place.parent.glob(
-                f"incomplete.*_{place.name}"
-            ):  # of a process that was killed
-                shutil.rmtree(left_over)
-            builder.download_and_prepare(download_config=download_config)
+            delete_unfinished(place)  # of a process that was killed
+            try:
+                builder.download_and_prepare(download_config=download_config)
+            except BaseException:
+                # The builder deletes its folder too, but not if a signal comes while it makes it.
+                delete_unfinished(place)
+                raise
     return make()
+
+
+def delete_unfinished(place: Path) -> None:
+    """Deletes the folders in which a dataset was being written that belongs at `place`."""
+    for folder in place.parent.glob(f"incomplete.*_{place.name}"):
+        shutil.rmtree(folder)

@@ -18,6 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 from cases import named
 from criteo_text import line, random_lines, write
+from etils import epath
 from training import OPTAX_ADAM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
@@ -220,12 +221,31 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(tmp_path, monkeyp
         patch.setattr(criteo_format, "parse", killed)
         # A killed process does not tidy up either.
         patch.setattr("etils.epath.gpath._GPath.rmtree", lambda *a, **k: None)
+        patch.setattr(prepared, "delete_unfinished", lambda place: None)
         with pytest.raises(KeyboardInterrupt):
             log_of(tmp_path)
     left_over = list(tmp_path.rglob("incomplete.*"))
     assert any(list(folder.glob("*array_record*")) for folder in left_over)
     source = log_of(tmp_path)
     assert source.num_train == 600 and not list(tmp_path.rglob("incomplete.*"))
+
+
+def test_a_signal_while_the_folder_is_made_leaves_no_folder(tmp_path, monkeypatch):
+    write(tmp_path, random_lines(700)[0])
+    mkdir, made = epath.gpath._GPath.mkdir, []
+
+    def interrupted(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        if path.name.startswith("incomplete."):
+            made.append(path)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epath.gpath._GPath, "mkdir", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log_of(tmp_path)
+    assert made and not list(tmp_path.rglob("incomplete.*"))
+    assert log_of(tmp_path).num_train == 600
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_prepared(tmp_path, monkeypatch):
