@@ -40,7 +40,7 @@ PROGRAMS = (
     "speed.bench_top_k",
     "gpu.bench_gpu", "gpu.compile_gpu", "gpu.roofline", "gpu.aot_8gpu", "scaling.bench_scaling",
     "scaling.multiprocess", "faults.run", "ngram.memory_table", "ngram.step_time",
-    "ngram.known_models", "faults.killed_worker",
+    "ngram.known_models", "ngram.occurrences", "faults.killed_worker",
 )  # fmt: skip
 
 
@@ -304,6 +304,7 @@ CALLS = {
         ("large batch", "--batch 65536 --length 65536", "--batch is 65,536", "GB are free"),
     ],
     "ngram.known_models": [("unwritable", "--out /proc/x", "--out is /proc/x", "a folder")],
+    "ngram.occurrences": [("a seed below 0", "--seeds -1", "--seeds is -1", "at least 0")],
     "faults.run": [
         ("unknown part", "--only nothing", "--only is nothing", "'killed worker'"),
         ("other results", "--only kills --out FILE", "--out is"),

@@ -1,5 +1,6 @@
 """The experiment with n-gram memories pairs, counts bytes and resumes; its text loses nothing."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -18,7 +19,15 @@ from training import OPTAX_ADAM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # experiments are no installed package
 
 from experiments import command_line, running
-from experiments.ngram import known_models, memory_table, report, step_time, text, training
+from experiments.ngram import (
+    known_models,
+    memory_table,
+    occurrences,
+    report,
+    step_time,
+    text,
+    training,
+)
 from experiments.ngram.training import CONTENDERS
 from mpembed_jax import checkpoint
 
@@ -187,6 +196,44 @@ def test_the_bytes_of_known_models_are_those_counted(page):
         wanted = [f"{size / 1e9:,.0f}" for size in model["bytes"].values()]
         assert [cell.split(" (")[0] for cell in row[-len(wanted) :]] == wanted
         assert f"{model['parameters'] / 1e9:.1f} B" in row
+
+
+def test_n_grams_of_a_run_are_counted_as_a_reader_counts_them(data):
+    recipe = dataclasses.replace(TINY, steps=30)
+    rng, seen = np.random.default_rng(7), collections.Counter()
+    for window in (w for _ in range(30) for w in training.batch_of(data.train, recipe, rng)):
+        for end, order in itertools.product(range(recipe.length), recipe.orders):
+            ngram = window[max(0, end - order + 1) : end + 1].tolist()
+            while text.BOUNDARY in ngram[1:]:  # no n-gram crosses the start of a file
+                ngram = ngram[1:]
+            seen[order, *ngram] += 1
+    counts = occurrences.occurrences(data, recipe, 7)
+    assert sorted(counts) == sorted(seen.values())
+    result = occurrences.measure(data, recipe, (7,))
+    assert result["at_least"][1]["ngrams"] == [sum(n >= 2 for n in seen.values())]
+    assert "n-grams, by seed" in occurrences.table(result)
+
+
+def test_the_page_says_how_often_n_grams_occur():
+    result = json.loads((ROOT / "experiments/results/ngram_occurrences.json").read_text())
+    page = " ".join((ROOT / "experiments/ngram/README.md").read_text().split())
+    for row, said in zip(
+        result["at_least"],
+        (
+            "{ngrams:,} occur, for {pool:,} rows",
+            '{ngrams:,} n-grams occur at least twice, and the pool of "rows from 2 on" has '
+            "{pool:,}",
+            "{ngrams:,} occur at least three times, for {pool:,} rows",
+        ),
+        strict=True,
+    ):
+        ngrams = round(np.mean(row["ngrams"]), -3)
+        assert said.format(ngrams=int(ngrams), pool=round(row["rows"], -3)) in page
+    twice = result["at_least"][1]["roomy_times_smaller"]
+    assert f"would be {twice:.0f} times smaller than FP32" in page
+    train, validation = result["byte_share"].values()
+    assert f"{train:.0%} of the tokens".replace("%", " %") in page
+    assert f"{validation:.0%} of those for validation".replace("%", " %") in page
 
 
 def test_no_label_of_the_picture_covers_another():
