@@ -291,6 +291,55 @@ def test_a_scan_over_batches_with_recomputed_layers_takes_the_same_steps(stepped
     assert_close_tables(model, wanted)
 
 
+@nnx.vmap
+def memories_of(rngs):
+    return nn.NGramMemory(VOCABULARY, DIM, rngs=rngs, **OPTIONS, **CACHE)
+
+
+@pytest.mark.slow
+def test_memories_made_by_vmap_are_trained_in_a_scan_over_layers():
+    memories = memories_of(nnx.Rngs(3).split(2))
+    singles = [memory_of(**CACHE) for _ in range(2)]
+    for number, single in enumerate(singles):
+        state = jax.tree.map(lambda leaf: leaf[number], memories.stack.state.get_value())  # noqa: B023
+        single.stack.state.set_value(state)
+    assert (dense_rows(singles[0].state) != dense_rows(singles[1].state)).any()
+
+    @nnx.jit
+    def scanned_step(memories, tokens):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def layer(x, memory):
+            return jnp.tanh(x + memory(tokens))
+
+        nnx.vmap(lambda memory: memory.prefetch(tokens))(memories)
+        loss, grads = nnx.value_and_grad(
+            lambda memories: jnp.sum(layer(jnp.zeros((*tokens.shape, 4 * DIM)), memories))
+        )(memories)
+        nnx.vmap(nn.apply_gradients)(memories, grads)
+        return loss
+
+    @nnx.jit
+    def single_steps(memories, tokens):
+        def loss_of(memories):
+            x = jnp.zeros((*tokens.shape, 4 * DIM))
+            for memory in memories:
+                x = jnp.tanh(x + memory(tokens))
+            return jnp.sum(x)
+
+        for memory in memories:
+            memory.prefetch(tokens)
+        loss, grads = nnx.value_and_grad(loss_of)(memories)
+        nn.apply_gradients(memories, grads)
+        return loss
+
+    for tokens in batches(3):
+        loss = float(scanned_step(memories, tokens))
+        assert loss == pytest.approx(float(single_steps(nnx.List(singles), tokens)), rel=1e-4)
+    for number, single in enumerate(singles):
+        state = jax.tree.map(lambda leaf: leaf[number], memories.stack.state.get_value())  # noqa: B023
+        assert_same_bits(state, single.state)
+
+
 @pytest.mark.slow
 def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
     wanted, losses = stepped
@@ -504,6 +553,52 @@ def test_the_linen_memory_trains_and_decodes_like_the_nnx_one():
     np.testing.assert_allclose(
         model.apply(state.variables, TOKENS[:, 4:5], context), whole[:, 4:5], atol=1e-5
     )
+
+
+class LinenMeshModel(linen.Module):
+    """A memory with a cache, on one device or over a mesh, and a linear head."""
+
+    mesh: jax.sharding.Mesh | None = None
+
+    @linen.compact
+    def __call__(self, tokens):
+        cache = CacheSpec(num_rows=128, ways=4)  # sets for four devices
+        options = {**OPTIONS, **CACHE, "cache": cache, "rows": (300, 500), "tx": optax.sgd(0.01)}
+        memory = nn.linen.NGramMemory(VOCABULARY, DIM, mesh=self.mesh, name="memory", **options)
+        return linen.Dense(1, name="head")(memory(tokens))
+
+
+@pytest.mark.slow
+def test_a_linen_memory_over_a_mesh_in_a_scan_takes_the_steps_of_one_device():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:4])  # fmt: skip
+    whole = np.stack(batches(3))
+    tx = optax.sgd(0.01, momentum=0.9)
+
+    def step(state, tokens):
+        state = state.prefetch(tokens)
+        loss, grads = jax.value_and_grad(
+            lambda params: jnp.sum(jnp.sin(state.apply_fn({"params": params}, tokens)))
+        )(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    trained = {}
+    for name, where in {"one device": None, "mesh": mesh}.items():
+        model = LinenMeshModel(where)
+        variables = model.init(jax.random.key(0), TOKENS)
+        state = TrainState.create(apply_fn=model.apply, variables=variables, tx=tx)
+        for _ in range(2):
+            state, losses = jax.jit(lambda state: jax.lax.scan(step, state, whole))(state)
+        rows = mpembed.to_dense(state.collections["embedding"]["memory"]["table"].state)
+        trained[name] = np.concatenate(list(rows.values())), np.asarray(losses), state
+    (wanted, losses, one), (rows, got, over_mesh) = trained.values()
+    np.testing.assert_allclose(got, losses, rtol=1e-3)
+    np.testing.assert_allclose(rows, wanted, atol=2 / 7 * np.abs(wanted).max())
+    assert np.mean(~np.isclose(rows, wanted, rtol=1e-3, atol=1e-5)) < 0.05
+    steps = [next(iter(state.stats().values())).steps for state in (one, over_mesh)]
+    assert steps == [6, 6]
+    held = over_mesh.collections["embedding"]["memory"]["table"].state
+    assert len(held.table.rows.sharding.device_set) == 4
 
 
 @pytest.mark.slow
