@@ -22,7 +22,6 @@ from experiments import command_line, provenance, running
 from experiments.command_line import setting
 from experiments.ngram import text, training
 from mpembed_jax import nn
-from mpembed_jax.vocabulary import hashes
 
 SPARE = 1.1  # rows of a pool that has room, as a multiple of the n-grams that qualify
 
@@ -40,12 +39,12 @@ class Settings:
 def occurrences(data: text.Text, recipe: training.Recipe, seed: int) -> np.ndarray:
     """Returns how often each distinct n-gram occurs in the windows of a run (int64 [n-grams])."""
     ngrams = nn.NGramHash(data.vocabulary_size, recipe.orders, 1, None, boundary=text.BOUNDARY)
-    rng, keys = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    seen = []
     for _ in range(recipe.steps):
-        pairs = ngrams.pairs(training.batch_of(data.train, recipe, rng)[:, :-1]).reshape(-1, 2)
-        pairs = pairs[(pairs != np.uint32(hashes.PADDING)).any(axis=-1)]
-        keys.append(pairs[:, 0].astype(np.uint64) << np.uint64(32) | pairs[:, 1])
-    return np.unique(np.concatenate(keys), return_counts=True)[1]
+        words, is_ngram = ngrams.keys(training.batch_of(data.train, recipe, rng)[:, :-1])
+        seen.append((words[..., 0].astype(np.uint64) << np.uint64(32) | words[..., 1])[is_ngram])
+    return np.unique(np.concatenate(seen), return_counts=True)[1]
 
 
 def spec_of(recipe: training.Recipe, vocabulary_size: int, num_rows: int) -> mpembed.EmbeddingSpec:
