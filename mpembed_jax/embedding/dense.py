@@ -160,7 +160,7 @@ def from_dense(
 
 
 def zeros(key: jax.Array, spec: EmbeddingSpec, shard: Shard | None) -> QuantizedTable:
-    """Returns a table of zeros, or that of one shard; for `state.make`. The key has no effect."""
+    """Returns a table of zeros for `state.make`, whole or of one shard. The key is ignored."""
     shape = (
         spec.num_rows if shard is None else shard.num_rows,
         spec.storage.row_words(spec.embedding_dim),

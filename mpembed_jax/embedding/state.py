@@ -110,7 +110,7 @@ class EmbeddingState:
     pending: Any  # bool []: whether a prefetch waits for its apply_gradients
     counters: jax.Array  # u32 [len(COUNTERS), 2]: low and high words of counts; see counters.py
     # u32 [2]: identifies the spec that the arrays were made for. It reveals a checkpoint of another
-    # spec. A prefetch of an average of states sets it to zero.
+    # spec. If states were averaged, the next prefetch sets it to zero.
     fingerprint: jax.Array
     spec: EmbeddingSpec
     implementation: str | ops.Implementation
@@ -128,7 +128,7 @@ class EmbeddingState:
     def row_key(self) -> Key:
         """The key for the random bits of rows.
 
-        On a shard, it draws the bits of local rows by their global ids.
+        On a shard, it converts ids of local rows to global ids before it draws.
         """
         return (
             self.key
@@ -268,9 +268,9 @@ def init(
         Without mesh: the axis of the jax.pmap in which init is called.
       placement: how rows are divided. None: Placement(), which divides rows by MOD.
       implementation: a name from ops.IMPLEMENTATIONS, or an implementation with other settings.
-        None: the best one for the default device. Name one to lower or compile for a device that
-        this machine does not have: the choice for a CPU may be "numba", which compiles for CPUs
-        only.
+        None: the best one for the default device. To lower or compile for a device that this
+        machine does not have, name one: on a CPU, None may choose "numba", which compiles only for
+        CPUs.
 
     Returns:
       The state, on the default device or over the mesh.
@@ -300,8 +300,8 @@ def make(
 
     On one device, the shard is None. Over a mesh, each device makes the table of its shard. A
     second state of the same spec, transformation and `table_of` needs no compilation if no table
-    has an initializer. With an initializer, the program is compiled again: specs do not compare
-    initializers, and an initializer may return an array that has changed.
+    has an initializer. With an initializer, the program is compiled again, because equal specs may
+    have initializers that differ, and an initializer may return an array that has changed.
 
     Raises:
       ValueError: as init. Also if a layout is given with a memory kind.
@@ -316,8 +316,7 @@ def make(
     # The arrays do not depend on the implementation. So all implementations share the program.
     state = dataclasses.replace(state, implementation=implementation)
     if layout is None and optim.rule_of(tx) is not None:
-        # XLA fills the table in the background, until `place` waits for it. Meanwhile, this call
-        # compiles.
+        # The step is compiled while XLA fills the table. `place` waits for the table.
         ops.compile_ahead(implementation, state.table)
     return huge_pages.place(state)
 
@@ -426,7 +425,7 @@ def over_mesh(
 def over_batch(
     function: Callable, state: EmbeddingState, ids: jax.Array, padding: Any
 ) -> jax.Array:
-    """Returns function(state, ids), with the ids divided over the devices of a batch.
+    """Returns function(state, ids), with the ids divided over the devices that share the batch.
 
     Inside jax.shard_map, each device has its own ids already.
 

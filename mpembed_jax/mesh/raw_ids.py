@@ -107,12 +107,11 @@ def _ask(
     Returns:
       The pairs (uint32 [R, 2]) that this shard received from all devices, padding among them.
       The number of occurrences of each of them (int32 [R]).
-      A function that brings answers back. It takes this shard's answers, one number for each
-      received pair (int32 [R]). It returns, for each position of this device, the answer of the
-      shard that holds the set of the position's pair (int32 [N]).
+      A function from one answer for each received pair (int32 [R]) to one answer for each position
+      of this device (int32 [N]): that of the shard that holds the set of the position's pair.
     """
     num_given = pairs.shape[0]
-    if num_given == 0:  # `indexing.starts` needs an entry, so this device has one of padding
+    if num_given == 0:  # `indexing.starts` needs an entry, so no pairs become one of padding
         pairs = jnp.pad(pairs, ((0, 1), (0, 0)), constant_values=np.uint32(PADDING))
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)

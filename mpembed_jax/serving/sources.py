@@ -62,8 +62,8 @@ def of_tree(tree: Any) -> list[Source]:
 
     Raises:
       TypeError: if a map of tokens does not consist of integers.
-      ValueError: if the tree has no embedding state; for a state, see of_state; if a map of tokens
-        does not fit its hash, or if a hash is not the one of the state's spec.
+      ValueError: if the tree has no embedding state, if a map of tokens does not fit its hash, or if
+        a hash is not the one of the state's spec. Also as of_state.
     """
 
     def is_stack(node: Any) -> bool:
@@ -118,7 +118,7 @@ def of_state(name: str, state: EmbeddingState) -> Source:
     Raises:
       TypeError: if state has another type.
       ValueError: if the state is traced, abstract, donated or averaged, lies over several
-        processes, or was made for another spec than its own. Also as `of_arrays`.
+        processes, or if its arrays were made for another spec. Also as `of_arrays`.
     """
     arguments.check_state("serving.save(path, states)", state)
     leaves = jax.tree.leaves(state)

@@ -72,7 +72,7 @@ def prime_sizes(rows: Sequence[int]) -> tuple[int, ...]:
     1. All primes must be below 3,215,031,751.
     """
     sizes: list[int] = []
-    refused: set[int] = set()  # primes that are taken, and other numbers
+    refused: set[int] = set()  # numbers that were tried: primes in use, and composites
     first_untried: dict[int, int] = {}
     for wanted in rows:
         size = first_untried.get(wanted, wanted)
@@ -169,7 +169,7 @@ class NGramHash:
         if rows is None:
             return
         total = sum(self._rows_by_order) * heads
-        if total < NO_ID:  # else prime_sizes may get numbers that are too large
+        if total < NO_ID:  # checked first: prime_sizes needs numbers below its limit
             total = sum(self.table_sizes)
         if total >= NO_ID:
             raise ValueError(
@@ -385,7 +385,7 @@ def check_canonical(spec: NGramHash, canonical: Any) -> np.ndarray:
 
 
 def _checked_map(spec: NGramHash, canonical: Any) -> Any:
-    """Returns a map of tokens after a check of its dtype and shape: as NumPy, if not traced."""
+    """Checks dtype and shape of a map of tokens. Returns it in NumPy, unless it is traced."""
     row_ids.check_no_mask("canonical", canonical)
     is_traced = isinstance(canonical, jax.core.Tracer)
     array = canonical if is_traced else np.asarray(canonical)

@@ -23,7 +23,7 @@ from mpembed_jax.nn.linen.modules import COLLECTION, TABLE, Stack
 
 
 def _fetched(stack: Stack, ids: Any, given: Any) -> tuple:
-    """Returns the state, the plan and what `params` hold: rows, or the vectors of a fused step."""
+    """Returns state, plan and what `params` contain in the step: rows, or vectors if fused."""
     spec = stack.state.spec
     by_feature = stack.combiners is not None
     if stack.fused and stack.state.layout is None:

@@ -104,9 +104,9 @@ def load(ref: Any, index: tuple, mask: jax.Array, other: float = 0) -> jax.Array
 def store(ref: Any, index: tuple, values: jax.Array, mask: jax.Array) -> None:
     """Stores values to ref[index] where the mask is true. Elsewhere, the index may be anything.
 
-    Where the mask is false, the index is moved past the end of the array. A GPU ignores it there.
-    The interpreter writes old values back there. Inside the array, that could overwrite another
-    store to the same place. Past the end, the write is dropped.
+    Where the mask is false, the index becomes one past the end of the array. A GPU skips such an
+    element. The interpreter stores an old value at its index: past the end, this is dropped, while
+    inside the array it could undo another store.
     """
     first, *others = index
     plgpu.store(ref.at[(jnp.where(mask, first, ref.shape[0]), *others)], values, mask=mask)
@@ -248,7 +248,7 @@ def load_seeds(refs: Sequence[Any], index: jax.Array, mask: jax.Array) -> random
 def _parameters(
     places: list[jax.Array], columns: list[jax.Array], row_words: RowWords
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the stored scale and bias (float32 [R, 1] each) of rows, given by places.
+    """Returns the stored scale and bias (float32 [R, 1] each) of rows. Elements are given by place.
 
     If a row has a NaN, its minimum and its maximum count as NaN.
     """
@@ -377,7 +377,7 @@ def change_if(
                 ) -> int:
                     block = number * num_programs + program
                     index = block * _CHANGED + jnp.arange(_CHANGED, dtype=jnp.int32)
-                    # Past 2**31, an index is negative.
+                    # An int32 index past 2**31 - 1 wraps to a negative number.
                     is_inside = (index >= 0) & (index < size)
                     store(ref, (index,), change(load(ref, (index,), is_inside)), is_inside)
                     return nothing
@@ -401,7 +401,8 @@ def change_if(
 def starts(*keys: jax.Array) -> jax.Array:
     """Returns which entries begin a run of equal keys (bool [n]); see `indexing.starts`.
 
-    The entry before is gathered. XLA on a GPU fuses a gather with its uses, but no concatenation.
+    The entry before each one is read by a gather: XLA's GPU back end fuses a gather with its uses,
+    but not a concatenation.
     """
     position = jnp.arange(keys[0].shape[0], dtype=jnp.int32)
     before = jnp.maximum(position - 1, 0)
@@ -431,7 +432,7 @@ def running_sums_and_totals(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Returns the running sums of `arrays`, and the sums of all of `arrays` and `counted`.
 
-    The sums of blocks serve both, so all totals together are one more launch.
+    Both use the same sums of blocks, so all totals together cost one more launch.
 
     Args:
       arrays: int32 or bool [n], n > 0.

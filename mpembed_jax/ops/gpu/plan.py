@@ -26,7 +26,7 @@ from mpembed_jax.row_ids import NO_ID
 
 LANES = 8  # unique ids of a set that are looked at together
 _MOST_IDS_PER_SET = 64  # unique ids per set, on average, up to which the kernel plans a batch
-_HIT = -1  # stands in the place of a hit's estimate: a hit does not wait for a line
+_HIT = -1  # stored instead of an estimate for hits, which need no line
 
 
 class _Sets(NamedTuple):
@@ -52,9 +52,9 @@ class _Decisions(NamedTuple):
 
 
 def has_short_sets(geometry: Geometry, width: int) -> bool:
-    """Returns whether the kernel shall plan a batch of `width` unique ids, and not the rounds.
+    """Returns whether the kernel plans a batch of `width` unique ids, instead of the rounds.
 
-    It shall if there are at most 64 unique ids per set of the cache, on average.
+    It does if there are at most 64 unique ids per set of the cache, on average.
     """
     return width <= _MOST_IDS_PER_SET * geometry.sets
 
@@ -179,7 +179,7 @@ def _decide(
                 return use
 
             def find(carry: tuple) -> tuple:
-                """Finds the hits among the next 8 ids. Every other id bypasses for now."""
+                """Finds the hits among the next 8 ids. Until they get a way, all others bypass."""
                 start, uses = carry
                 position = start + lane
                 is_live = position < end
@@ -205,7 +205,7 @@ def _decide(
             uses = jnp.full(way.shape, -1, jnp.int32)
             _, uses = lax.while_loop(lambda carry: carry[0] < end, find, (begin, uses))
             priority = jnp.where(uses >= 0, policy.pinned(by, step), priority)
-            # The threads that read the misses are not those that stored them.
+            # Other threads read the misses than stored them, so all wait.
             kernel.barrier(is_interpreted)
 
             def next_after(estimate: jax.Array, miss: jax.Array) -> tuple:
