@@ -62,8 +62,8 @@ def of_tree(tree: Any) -> list[Source]:
 
     Raises:
       TypeError: if a map of tokens does not consist of integers.
-      ValueError: if the tree has no embedding state, if a map of tokens does not fit its hash, or if
-        a hash is not the one of the state's spec. Also as of_state.
+      ValueError: if the tree has no embedding state, if a map of tokens does not fit its hash, or
+        if a hash is not the one of the state's spec. Also as of_state.
     """
 
     def is_stack(node: Any) -> bool:
