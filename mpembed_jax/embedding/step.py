@@ -527,10 +527,8 @@ def _pending(state: EmbeddingState, plan: CachePlan) -> tuple[Moves, jax.Array]:
     """
     is_pending = state.pending & is_latest(state, plan)
     moves = _moves(plan)
-    num_cached, num_ids = (
-        jnp.where(is_pending, moves.num_cached, 0),
-        jnp.where(is_pending, moves.num_ids, 0),
-    )
+    num_cached = jnp.where(is_pending, moves.num_cached, 0)
+    num_ids = jnp.where(is_pending, moves.num_ids, 0)
     return moves._replace(num_cached=num_cached, num_ids=num_ids), is_pending
 
 

@@ -369,9 +369,11 @@ def _keep_budget(
 
     result = lax.cond(_sum(found.num_ids, layout.axes) > budget, drop, keep)
     most = min(size, budget + 1)  # From here on, no shard has more rows than the budget.
-    ids, inverse, counts = result[0][:most], jnp.minimum(result[1], most - 1), result[2][:most]
-    found = Unique(ids, inverse, counts, result[3], result[4])
-    wanted = wanted._replace(ids=result[5], inverse=result[6])
+    ids, inverse, counts, num_ids, num_dropped, wanted_ids, wanted_inverse = result
+    ids, counts = ids[:most], counts[:most]
+    inverse = jnp.minimum(inverse, most - 1)
+    found = Unique(ids, inverse, counts, num_ids, num_dropped)
+    wanted = wanted._replace(ids=wanted_ids, inverse=wanted_inverse)
     return found, wanted, dataclasses.replace(route, rows=ids, asked=inverse)
 
 

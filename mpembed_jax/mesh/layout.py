@@ -300,10 +300,8 @@ class Layout:
             table = jnp.sum((ids[..., None] >= others).astype(jnp.int32), axis=-1)
             shards = np.asarray(self.table_shards)
             first = self.first_rows[shards, np.arange(len(shards))]
-            shard, row = (
-                jnp.asarray(shards, jnp.int32)[table],
-                ids - starts[table] + jnp.asarray(first)[table],
-            )
+            shard = jnp.asarray(shards, jnp.int32)[table]
+            row = ids - starts[table] + jnp.asarray(first)[table]
         return jnp.where(is_id, shard, self.shards), jnp.where(is_id, row, NO_ID)
 
     def table_slices(self) -> list[tuple[int, int]]:

@@ -129,7 +129,8 @@ def decode(packed: jax.Array, format: RowFormat | str, embedding_dim: int) -> ja
             f"{type(packed).__name__}"
         )
     fmt = as_format(format).resolve(embedding_dim)
-    dtype, num_words = fmt.word_dtype(embedding_dim), fmt.row_words(embedding_dim)
+    dtype = fmt.word_dtype(embedding_dim)
+    num_words = fmt.row_words(embedding_dim)
     if packed.dtype != dtype or packed.ndim < 1 or packed.shape[-1] != num_words:
         raise ValueError(
             f"packed {fmt.name} rows of dim {embedding_dim} are {dtype} [.., {num_words}], "

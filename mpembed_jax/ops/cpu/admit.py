@@ -252,7 +252,8 @@ def _count_chunk(frame, chunk):
 
 def _deal_chunk(frame, chunk):
     """Copies the keys and positions of a chunk to the places of their partitions, in order."""
-    keys, dealt, deals = _keys(frame, _KEY), _keys(frame, _DEALT), _deal_of(frame, chunk)
+    keys, dealt = _keys(frame, _KEY), _keys(frame, _DEALT)
+    deals = _deal_of(frame, chunk)
     positions = result(frame, _POSITIONS, np.int32)
     groups, num_parts, shift = _grouping(frame)
     begin, end = partitions.chunk_range(len(keys), chunk)
@@ -294,7 +295,9 @@ def _find(frame, id_key, id_set, id_tag, mixed, count, line, estimate, queue):
     owners, sketch = result(frame, _OWNERS, np.uint32), result(frame, _SKETCH, np.uint8)
     ways, shape = np.uint64(numbers[_WAYS]), _shape(numbers)
     sets, first_sets = np.int64(numbers[_SETS]), np.int64(numbers[_FIRST_SETS])
-    num_ids, num_newcomers, early = np.uint64(len(id_key)), _ZERO, np.uint64(_AHEAD)
+    num_ids = np.uint64(len(id_key))
+    num_newcomers = _ZERO
+    early = np.uint64(_AHEAD)
     for ahead in range(num_ids + early + early):
         if ahead < num_ids:
             home = id_key[ahead] >> np.uint64(pool.TAG_BITS)
@@ -395,7 +398,8 @@ def _settle(frame, part):
     """
     facts, numbers = result(frame, _FACTS, np.int32), argument(frame, _NUMBERS, np.int32)
     begin, end = np.int64(facts[BEGIN + part]), np.int64(facts[BEGIN + part + 1])
-    positions, row = result(frame, _POSITIONS, np.int32)[begin:end], result(frame, _ROWS, np.int32)
+    positions = result(frame, _POSITIONS, np.int32)[begin:end]
+    row = result(frame, _ROWS, np.int32)
     if part == facts[PARTS]:
         for k in range(len(positions)):
             row[positions[k]] = _NO_ID
@@ -450,10 +454,12 @@ def _settle(frame, part):
             index[i] = -1
             _remember(sketch, home, mixed[i], shape, np.int64(estimate[i]))
 
-    pairs, per_table = argument(frame, _PAIRS, np.uint32), np.int64(numbers[_PER_TABLE])
+    pairs = argument(frame, _PAIRS, np.uint32)
+    per_table = np.int64(numbers[_PER_TABLE])
     num_listed = _ZERO
     for k in range(np.uint64(len(positions))):
-        position, own = np.uint64(positions[k]), np.int64(index[np.uint64(id_of[k])])
+        position = np.uint64(positions[k])
+        own = np.int64(index[np.uint64(id_of[k])])
         positions[num_listed], id_of[num_listed] = position, own
         if own >= 0:
             num_listed += _ONE

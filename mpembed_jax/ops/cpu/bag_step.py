@@ -456,7 +456,8 @@ def _forward_of(fmt: RowFormat) -> str:
         facts, given = result(frame, _FACTS, np.int32), argument(frame, _GIVEN, np.int32)
         facts[:] = 0
         num_tasks = min(call_frame.num_threads(frame), np.int64(given[_TASKS]))
-        own, groups = argument(frame, _OWN_FACTS, np.int32), np.int64(given[_GROUPS])
+        own = argument(frame, _OWN_FACTS, np.int32)
+        groups = np.int64(given[_GROUPS])
         num_parts = partitions.num_parts(groups, num_tasks)
         if len(own) > 0:
             groups, num_parts = np.int64(own[admit.GROUPS]), np.int64(own[admit.PARTS])
