@@ -23,9 +23,9 @@ class VocabularySpec:
 
     An id that was seen fewer than `admit_after` times shares a row with other ids of its table.
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
-    With R rows in the pool and N ids in a batch, all counts are halved every `window` * R / N
-    steps, rounded down. So occurrences that are more than some `window` * R ids apart do not add
-    up. No table can reserve rows for itself; give such a table a stack of its own.
+    With R rows in the pool and N positions in a batch, padding included, all counts are halved
+    every `window` * R / N steps, rounded down. So occurrences that are more than some `window` * R
+    positions apart do not add up. No table can reserve rows for itself; give such a table a stack of its own.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.

@@ -30,8 +30,8 @@ def admit(
     """Gives rows of their own to the ids of a batch that earned them.
 
     The rules are:
-    * If must_halve, all estimates are halved first. This is so every 30 R / N steps, with R rows
-      in the pool and N positions in a batch.
+    * If must_halve, all estimates are halved first. This is so every `window` * R / N steps, with R
+      rows in the pool and N positions in a batch.
     * An id that has a row keeps it. Its use is counted at the row, and no newcomer may take the row
       in this step.
     * The use of every other id is counted in the sketch. An id whose estimate, its occurrences in
