@@ -25,7 +25,8 @@ class VocabularySpec:
     From then on, it has a row of its own, if its set has an empty row or a row that is used less.
     With R rows in the pool and N positions in a batch, padding included, all counts are halved
     every `window` * R / N steps, rounded down. So occurrences that are more than some `window` * R
-    positions apart do not add up. No table can reserve rows for itself; give such a table a stack of its own.
+    positions apart do not add up. No table can reserve rows for itself; give such a table a stack
+    of its own.
 
     Attributes:
       num_rows: rows of the pool, at least 1. They are rounded down to whole sets.
