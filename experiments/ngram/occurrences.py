@@ -20,7 +20,7 @@ import numpy as np
 import mpembed_jax as mpembed
 from experiments import command_line, provenance, running
 from experiments.command_line import setting
-from experiments.ngram import text, training
+from experiments.ngram import memory_table, text, training
 from mpembed_jax import nn
 
 SPARE = 1.1  # rows of a pool that has room, as a multiple of the n-grams that qualify
@@ -47,40 +47,26 @@ def occurrences(data: text.Text, recipe: training.Recipe, seed: int) -> np.ndarr
     return np.unique(np.concatenate(seen), return_counts=True)[1]
 
 
-def spec_of(recipe: training.Recipe, vocabulary_size: int, num_rows: int) -> mpembed.EmbeddingSpec:
-    """Returns the tables of "rows from k on, INT4 + 5 %" with a pool for about `num_rows`."""
-    return nn.ngram_spec(
-        nn.NGramHash(vocabulary_size, recipe.orders, 1, None, boundary=text.BOUNDARY),
-        recipe.ngram_heads * recipe.features,
-        vocabulary=mpembed.VocabularySpec(num_rows),
-        storage="int4",
-        cache=mpembed.CacheSpec(0.05),
-    )
-
-
-def byte_share(tokens: np.ndarray) -> float:
-    """Returns the share of tokens that are single bytes."""
-    return float(((tokens >= 1) & (tokens <= 256)).mean())
-
-
 def measure(data: text.Text, recipe: training.Recipe, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Counts the n-grams of each seed, and compares their mean with the pools."""
     counts = [occurrences(data, recipe, seed) for seed in seeds]
-    fp32 = training.planned_bytes(recipe, training.CONTENDERS["FP32"], data.vocabulary_size)
-    num_tables = len(recipe.orders) * recipe.ngram_heads
-    tx = mpembed.optim.rowwise_adagrad(recipe.row_rate)
+    size = data.vocabulary_size
+    fp32 = training.planned_bytes(recipe, training.CONTENDERS["FP32"], size)
     least = []
-    for k, share in training.POOLS.items():
+    for k in training.POOLS:
         found = [int((count >= k).sum()) for count in counts]
-        pool = spec_of(recipe, data.vocabulary_size, round(share * recipe.rows * num_tables))
-        roomy = spec_of(recipe, data.vocabulary_size, round(SPARE * float(np.mean(found))))
+        contender = training.Contender(f"rows from {k} on, INT4 + 5 %", "int4", 0.05, admit_after=k)
+        pool = training.planned_spec(recipe, contender, size)
+        rows = mpembed.VocabularySpec(round(SPARE * float(np.mean(found))), admit_after=k)
+        roomy = training.planned_spec(recipe, contender, size, rows)
+        roomy_bytes = mpembed.memory.report(roomy, training.row_tx(recipe, contender)).total
         least.append(
             {
                 "occurs": k,
                 "ngrams": found,
                 "rows": pool.num_rows,
                 "roomy_rows": roomy.num_rows,
-                "roomy_times_smaller": fp32 / mpembed.memory.report(roomy, tx).total,
+                "roomy_times_smaller": fp32 / roomy_bytes,
             }
         )
     return {
@@ -88,7 +74,10 @@ def measure(data: text.Text, recipe: training.Recipe, seeds: tuple[int, ...]) ->
         "recipe": dataclasses.asdict(recipe),
         "tokens_of_run": recipe.steps * recipe.batch * recipe.length,
         "at_least": least,
-        "byte_share": {name: byte_share(getattr(data, name)) for name in ("train", "validation")},
+        "byte_share": {
+            "train": float(text.is_byte(data.train).mean()),
+            "validation": float(text.is_byte(data.validation).mean()),
+        },
     }
 
 
@@ -117,8 +106,9 @@ def check(settings: Settings) -> None:
 
 def run(settings: Settings) -> None:
     """Counts, prints and writes."""
+    read = memory_table.Settings()
     with running.working("reading the text"):
-        data = text.read(text.standard_library(), 8192, 10_000_000)
+        data = text.read(text.standard_library(), read.vocabulary, read.tokens)
     with running.working("counting n-grams"):
         result = measure(data, training.Recipe(), settings.seeds)
     written = {"environment": provenance.environment(), **result}

@@ -125,6 +125,11 @@ def read(folder: Path, vocabulary_size: int, most: int) -> Text:
     return Text(np.concatenate(parts[False]), np.concatenate(parts[True]), words)
 
 
+def is_byte(tokens: np.ndarray) -> np.ndarray:
+    """Says which tokens are single bytes, of pieces that are no tokens (bool, as tokens)."""
+    return (tokens > BOUNDARY) & (tokens < _FIRST_WORD)
+
+
 def windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
     """Returns the tokens from each start on (int32 [len(starts), length])."""
     return tokens[starts[:, None] + np.arange(length)]

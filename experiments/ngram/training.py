@@ -146,19 +146,30 @@ def shape_of(recipe: Recipe, contender: Contender) -> tuple[int, int]:
     return 1, recipe.ngram_heads * recipe.features
 
 
-def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) -> int:
-    """Returns the bytes of a contender's whole embedding state, before it is made."""
-    rows = rows_of(recipe, contender, vocabulary_size)
+def planned_spec(
+    recipe: Recipe,
+    contender: Contender,
+    vocabulary_size: int,
+    rows: int | mpembed.VocabularySpec | None = None,
+) -> mpembed.EmbeddingSpec:
+    """Returns the tables of a contender; `rows` instead of those that `rows_of` gives it."""
+    if rows is None:
+        rows = rows_of(recipe, contender, vocabulary_size)
     heads, features = shape_of(recipe, contender)
     vocabulary = rows if isinstance(rows, mpembed.VocabularySpec) else None
     hashed = None if vocabulary is not None else rows
-    spec = nn.ngram_spec(
+    return nn.ngram_spec(
         nn.NGramHash(vocabulary_size, recipe.orders, heads, hashed, boundary=BOUNDARY),
         features,
         vocabulary=vocabulary,
         storage=contender.storage,
         cache=_cache(contender),
     )
+
+
+def planned_bytes(recipe: Recipe, contender: Contender, vocabulary_size: int) -> int:
+    """Returns the bytes of a contender's whole embedding state, before it is made."""
+    spec = planned_spec(recipe, contender, vocabulary_size)
     return mpembed.memory.report(spec, row_tx(recipe, contender)).total
 
 

@@ -33,6 +33,11 @@ def batches(number):
     return [rng.integers(0, VOCABULARY, (4, 9)).astype(np.int32) for _ in range(number)]
 
 
+def mesh_of_four():
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((4,), ("x",), auto, devices=jax.devices()[:4])
+
+
 def memory_of(seed=0, **options):
     return nn.NGramMemory(
         VOCABULARY, DIM, rngs=nnx.Rngs(seed), seed=seed, **{**OPTIONS, **SMALL, **options}
@@ -171,8 +176,7 @@ def test_raw_n_grams_over_a_mesh_have_the_rows_of_one_device(lines):
 
     Steps are small: the many n-grams of a shared row would else amplify a last bit.
     """
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=jax.devices()[:4])  # fmt: skip
+    mesh = mesh_of_four()
     rows = mpembed.VocabularySpec(1024, admit_after=2, ways=4)
     cache = None if lines is None else CacheSpec(num_rows=lines, ways=4)
     options = {"rows": rows, "storage": "int4", "cache": cache, "tx": optax.sgd(0.01)}
@@ -296,13 +300,17 @@ def memories_of(rngs):
     return nn.NGramMemory(VOCABULARY, DIM, rngs=rngs, **OPTIONS, **CACHE)
 
 
+def state_of(memories, number):
+    """The state of one of the memories that vmap made."""
+    return jax.tree.map(lambda leaf: leaf[number], memories.stack.state.get_value())
+
+
 @pytest.mark.slow
 def test_memories_made_by_vmap_are_trained_in_a_scan_over_layers():
     memories = memories_of(nnx.Rngs(3).split(2))
     singles = [memory_of(**CACHE) for _ in range(2)]
     for number, single in enumerate(singles):
-        state = jax.tree.map(lambda leaf: leaf[number], memories.stack.state.get_value())  # noqa: B023
-        single.stack.state.set_value(state)
+        single.stack.state.set_value(state_of(memories, number))
     assert (dense_rows(singles[0].state) != dense_rows(singles[1].state)).any()
 
     @nnx.jit
@@ -336,15 +344,13 @@ def test_memories_made_by_vmap_are_trained_in_a_scan_over_layers():
         loss = float(scanned_step(memories, tokens))
         assert loss == pytest.approx(float(single_steps(nnx.List(singles), tokens)), rel=1e-4)
     for number, single in enumerate(singles):
-        state = jax.tree.map(lambda leaf: leaf[number], memories.stack.state.get_value())  # noqa: B023
-        assert_same_bits(state, single.state)
+        assert_same_bits(state_of(memories, number), single.state)
 
 
 @pytest.mark.slow
 def test_a_mesh_of_four_devices_takes_the_same_steps(stepped):
     wanted, losses = stepped
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=jax.devices()[:4])  # fmt: skip
+    mesh = mesh_of_four()
     model, step = Layers(mesh), nnx.jit(layers_step)
     got = [float(step(model, tokens)) for tokens in batches(3)]
     np.testing.assert_allclose(got, losses, rtol=1e-5)
@@ -570,17 +576,13 @@ class LinenMeshModel(linen.Module):
 
 @pytest.mark.slow
 def test_a_linen_memory_over_a_mesh_in_a_scan_takes_the_steps_of_one_device():
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,),
-                         devices=jax.devices()[:4])  # fmt: skip
+    mesh = mesh_of_four()
     whole = np.stack(batches(3))
     tx = optax.sgd(0.01, momentum=0.9)
 
     def step(state, tokens):
-        state = state.prefetch(tokens)
-        loss, grads = jax.value_and_grad(
-            lambda params: jnp.sum(jnp.sin(state.apply_fn({"params": params}, tokens)))
-        )(state.params)
-        return state.apply_gradients(grads=grads), loss
+        state, loss, _ = linen_step(state, tokens)
+        return state, loss
 
     trained = {}
     for name, where in {"one device": None, "mesh": mesh}.items():
@@ -589,8 +591,8 @@ def test_a_linen_memory_over_a_mesh_in_a_scan_takes_the_steps_of_one_device():
         state = TrainState.create(apply_fn=model.apply, variables=variables, tx=tx)
         for _ in range(2):
             state, losses = jax.jit(lambda state: jax.lax.scan(step, state, whole))(state)
-        rows = mpembed.to_dense(state.collections["embedding"]["memory"]["table"].state)
-        trained[name] = np.concatenate(list(rows.values())), np.asarray(losses), state
+        rows = dense_rows(state.collections["embedding"]["memory"]["table"].state)
+        trained[name] = rows, np.asarray(losses), state
     (wanted, losses, one), (rows, got, over_mesh) = trained.values()
     np.testing.assert_allclose(got, losses, rtol=1e-3)
     np.testing.assert_allclose(rows, wanted, atol=2 / 7 * np.abs(wanted).max())

@@ -205,7 +205,7 @@ def _decide(
             uses = jnp.full(way.shape, -1, jnp.int32)
             _, uses = lax.while_loop(lambda carry: carry[0] < end, find, (begin, uses))
             priority = jnp.where(uses >= 0, policy.pinned(by, step), priority)
-            # Other threads read the misses than stored them, so all wait.
+            # A thread reads misses that other threads stored, so all wait.
             kernel.barrier(is_interpreted)
 
             def next_after(estimate: jax.Array, miss: jax.Array) -> tuple:
