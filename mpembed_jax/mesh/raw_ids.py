@@ -111,7 +111,7 @@ def _ask(
       of this device (int32 [N]): that of the shard that holds the set of the position's pair.
     """
     num_given = pairs.shape[0]
-    if num_given == 0:  # `indexing.starts` needs an entry, so an empty batch gets one pair of padding
+    if num_given == 0:  # `indexing.starts` needs an entry: one pair of padding
         pairs = jnp.pad(pairs, ((0, 1), (0, 0)), constant_values=np.uint32(PADDING))
     num = pairs.shape[0]
     position = jnp.arange(num, dtype=jnp.int32)
